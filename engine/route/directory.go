@@ -1,0 +1,239 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"sync/atomic"
+	"time"
+)
+
+// Config is what a Directory needs. Source, Homes, Home and Go are required.
+type Config struct {
+	Source Source
+	// Homes is the number of shards, Home the shard of a key, Go runs a look-up in
+	// a shard's bounded pool or says at once that it cannot.
+	Homes int
+	Home  func(key string) int
+	Go    func(home int, task func()) error
+
+	// TTL is how long an answer is good when the Controller has no change stream.
+	// 0 means 1 s.
+	TTL time.Duration
+	// StaleTTL is how long an answer may still serve while the Controller cannot
+	// be reached. 0 means 60 s.
+	StaleTTL time.Duration
+	// LookupTimeout bounds one look-up. 0 means 300 ms.
+	LookupTimeout time.Duration
+	// MaxMembers bounds the members of all cached rooms together. 0 means
+	// 4,000,000, some 200 MB of ids.
+	MaxMembers int
+	// MaxUsers bounds the cached users. 0 means 1,000,000.
+	MaxUsers int
+}
+
+func (c Config) withDefaults() Config {
+	c.TTL = orDefault(c.TTL, time.Second)
+	c.StaleTTL = orDefault(c.StaleTTL, time.Minute)
+	c.LookupTimeout = orDefault(c.LookupTimeout, 300*time.Millisecond)
+	c.MaxMembers = orDefault(c.MaxMembers, 4_000_000)
+	c.MaxUsers = orDefault(c.MaxUsers, 1_000_000)
+	return c
+}
+
+func orDefault[T int | time.Duration](v, def T) T {
+	if v == 0 {
+		return def
+	}
+	return v
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Source == nil || c.Home == nil || c.Go == nil || c.Homes <= 0 {
+		errs = append(errs, errors.New("route config needs Source, Homes, Home and Go"))
+	}
+	for name, v := range map[string]int64{
+		"TTL": int64(c.TTL), "StaleTTL": int64(c.StaleTTL), "LookupTimeout": int64(c.LookupTimeout),
+		"MaxMembers": int64(c.MaxMembers), "MaxUsers": int64(c.MaxUsers),
+	} {
+		if v < 0 {
+			errs = append(errs, fmt.Errorf("route %s is negative", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Directory answers where rooms and users are. Its methods never block and are
+// safe for concurrent use.
+type Directory struct {
+	cfg   Config
+	seed  maphash.Seed
+	rooms *table
+	users *table
+	// The generation of the change stream whose word is good now, 0 for none.
+	watch       atomic.Uint64
+	generations atomic.Uint64
+}
+
+// New makes a directory. Close ends it.
+func New(config Config) (*Directory, error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	d := &Directory{cfg: config.withDefaults(), seed: maphash.MakeSeed()}
+	var err error
+	if d.rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
+		return nil, err
+	}
+	if d.users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// Close frees what the caches hold in the background. Look-ups in flight end with
+// their timeout in the pool that runs them.
+func (d *Directory) Close() {
+	d.rooms.cache.StopAllGoroutines()
+	d.users.cache.StopAllGoroutines()
+}
+
+// Query is how to look at the cache.
+type Query struct {
+	// Now decides what is fresh.
+	Now time.Time
+	// Ordered puts the query under the fence. The caller owes a Release for each
+	// snapshot it gets, at once or by Routed without an error.
+	Ordered bool
+}
+
+// Room returns the snapshot of a room, or nil: then w is told, possibly before
+// Room returns.
+func (d *Directory) Room(home int, room string, q Query, w Waiter) *Snapshot {
+	if s := d.rooms.hit(home, room, q); s != nil {
+		return s
+	}
+	return d.rooms.join(home, room, q, w)
+}
+
+// Users sets snaps[i] to the snapshot of users[i], all of one home and none twice.
+// It leaves nil where w is told instead, possibly before Users returns; users that
+// need a look-up share one and are told together.
+func (d *Directory) Users(home int, users []string, snaps []*Snapshot, q Query, w Waiter) {
+	var missing []string
+	for i, user := range users {
+		if snaps[i] = d.users.hit(home, user, q); snaps[i] == nil {
+			missing = append(missing, user)
+		}
+	}
+	if len(missing) == 1 && len(users) == 1 {
+		snaps[0] = d.users.join(home, users[0], q, w)
+	} else if len(missing) > 0 {
+		d.users.joinMany(home, missing, q, w)
+	}
+}
+
+// RefreshRoom tells w what the Controller says about a room after since, with a
+// new look-up unless there has been one.
+func (d *Directory) RefreshRoom(home int, room string, since time.Time, w Waiter) {
+	d.rooms.refresh(home, []string{room}, since, w)
+}
+
+// RefreshUsers does the same for users of one home.
+func (d *Directory) RefreshUsers(home int, users []string, since time.Time, w Waiter) {
+	d.users.refresh(home, users, since, w)
+}
+
+// SetWatched tells whether a change stream vouches for answers from now on. Call
+// it with true once the stream is in sync and all that was cached before has been
+// invalidated; with false when it breaks: answers are then good for TTL only.
+func (d *Directory) SetWatched(watched bool) {
+	if !watched {
+		d.watch.Store(0)
+		return
+	}
+	d.watch.Store(d.generations.Add(1))
+}
+
+// Invalidate forgets the answers for rooms and users, which have changed.
+func (d *Directory) Invalidate(rooms, users []string) {
+	for _, room := range rooms {
+		d.rooms.invalidate(room)
+	}
+	for _, user := range users {
+		d.users.invalidate(user)
+	}
+}
+
+// InvalidateAll forgets all answers.
+func (d *Directory) InvalidateAll() {
+	if d.watch.Load() != 0 {
+		d.watch.Store(d.generations.Add(1))
+	}
+	d.rooms.invalidateAll()
+	d.users.invalidateAll()
+}
+
+// Stats is a reading of the directory's counters.
+type Stats struct {
+	Hits, Misses uint64 // queries answered from memory, and not
+	Lookups      uint64 // calls of the Source
+	LookupErrors uint64
+	StaleServed  uint64 // look-ups that failed where a stale answer served
+	Refreshes    uint64 // keys looked up again because a node knew better
+	Fences       uint64 // ordered pushes that waited for the ones before a change
+	Waiting      int64  // queries in line now
+	Rooms, Users int    // entries cached, about
+	Members      uint64 // members of the cached rooms, about
+	Watched      bool
+}
+
+// Stats reads the counters.
+func (d *Directory) Stats() Stats {
+	s := Stats{
+		Rooms: d.rooms.cache.EstimatedSize(), Users: d.users.cache.EstimatedSize(),
+		Members: d.rooms.cache.WeightedSize(), Watched: d.watch.Load() != 0,
+	}
+	for _, t := range []*table{d.rooms, d.users} {
+		for i := range t.homes {
+			h := &t.homes[i]
+			s.Hits += h.hits.Load()
+			s.Misses += h.misses.Load()
+			s.Lookups += h.lookups.Load()
+			s.LookupErrors += h.lookupErrors.Load()
+			s.StaleServed += h.staleServed.Load()
+			s.Refreshes += h.refreshes.Load()
+			s.Fences += h.fences.Load()
+			s.Waiting += h.waiting.Load()
+		}
+	}
+	return s
+}
+
+// lookup fills snaps for keys from the source.
+func (d *Directory) lookup(t *table, w Waiter, keys []string, olds, snaps []*Snapshot) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), d.cfg.LookupTimeout)
+	defer cancel()
+	ctx, end := w.Lookup(ctx, t.name)
+	defer func() { end(err) }()
+	if t == d.rooms {
+		b := newBuilder(d.seed)
+		found, err := d.cfg.Source.Room(ctx, keys[0], b.add)
+		if err != nil {
+			return err
+		}
+		snaps[0] = b.snapshot(found, olds[0])
+		return nil
+	}
+	nodes := make([][]string, len(keys))
+	if err := d.cfg.Source.Users(ctx, keys, nodes); err != nil {
+		return err
+	}
+	for i, user := range keys {
+		snaps[i] = userSnapshot(user, nodes[i], olds[i])
+	}
+	return nil
+}

@@ -1,0 +1,40 @@
+package route
+
+import (
+	"context"
+	"errors"
+)
+
+// ErrUnavailable means that the Controller could not be reached, or did not
+// answer in time, and nothing usable is known. Every error of a Source wraps it.
+var ErrUnavailable = errors.New("controller is not available")
+
+// ErrOverloaded means that a look-up could not be started: the pool is full.
+var ErrOverloaded = errors.New("too many look-ups")
+
+// Source is the Controller as the directory needs it. Its methods may block until
+// ctx ends and are safe for concurrent use.
+type Source interface {
+	// Room calls add for each member and each node that holds it; a user on two
+	// nodes comes twice. A member without a node has node "". The strings must
+	// not alias memory that is used again. It returns false when there is no such
+	// room.
+	Room(ctx context.Context, room string, add func(user, node string)) (found bool, err error)
+	// Users sets nodes[i] to the nodes of users[i], none for a user without a
+	// connection. The slices have the same length.
+	Users(ctx context.Context, users []string, nodes [][]string) error
+}
+
+// Waiter is told what an earlier query could not be answered at once. Its
+// methods must not block.
+type Waiter interface {
+	// Lookup is called before a look-up on behalf of this waiter, with what is
+	// looked up ("room" or "user"). It returns the context to use and a function
+	// that is called with the result.
+	Lookup(ctx context.Context, what string) (context.Context, func(error))
+	// Routed brings the snapshots of some of the keys asked for: snaps[i] for
+	// keys[i]. An error is for all of keys, and snaps is nil. Every key that was
+	// not answered at once is told exactly once. The slices are the callee's only
+	// during the call.
+	Routed(keys []string, snaps []*Snapshot, err error)
+}
