@@ -1,0 +1,304 @@
+package config_test
+
+import (
+	"bytes"
+	"errors"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/push-manager/push-manager/internal/config"
+)
+
+type settings struct {
+	ID        string
+	Port      int
+	Shards    int
+	Limit     int
+	Rate      float64
+	Insecure  bool
+	Level     string
+	Timeout   time.Duration
+	Endpoints []string
+	Advertise string
+	CertFile  string
+}
+
+func bind() (*settings, *config.Set) {
+	c, s := &settings{}, config.New()
+	s.ID(&c.ID, "manager_id", "push-manager-1", "Name.")
+	s.Port(&c.Port, "grpc_port", 50053, "Port.")
+	s.Int(&c.Shards, "shards", 4, 1, math.MaxInt, "Shards.")
+	s.Bytes(&c.Limit, "max_data", 256<<10, 0, 1<<20, "Limit.")
+	s.Float(&c.Rate, "tracing.sample_rate", 1, 0, 1, "Rate.")
+	s.Bool(&c.Insecure, "allow_insecure", false, "Insecure.")
+	s.Choice(&c.Level, "log_level", "info", "Level.", "debug", "info")
+	s.Duration(&c.Timeout, "etcd.dial_timeout", 2*time.Second, config.Positive, "Timeout.")
+	s.List(&c.Endpoints, "etcd.endpoints", "localhost:2379", "Endpoints.").Env("ETCD_ADDRS")
+	s.Text(&c.CertFile, "etcd.tls.cert_file", "", "Certificate.")
+	s.Address(&c.Advertise, "advertise_address", "", "Address.")
+	return c, s
+}
+
+type sources struct {
+	args []string
+	env  map[string]string
+	yaml string
+}
+
+func load(t *testing.T, src sources) (*settings, *config.Set, error) {
+	t.Helper()
+	c, s := bind()
+	grammar := s.Grammar(true)
+	parser, err := kong.New(&struct{}{}, kong.Name("test"), config.Command("serve", "Serve.", grammar, `default:"withargs"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parser.Parse(src.args); err != nil {
+		return c, s, err
+	}
+	opts, _ := config.Flags(grammar)
+	opts.LookupEnv = func(name string) (string, bool) {
+		v, ok := src.env[name]
+		return v, ok
+	}
+	t.Chdir(t.TempDir())
+	if src.yaml != "" {
+		if err := os.WriteFile("config.yaml", []byte(src.yaml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return c, s, s.Load(opts)
+}
+
+func TestFlagBeatsEnvironmentBeatsFileBeatsDefault(t *testing.T) {
+	yaml := "grpc_port: 3\nallow_insecure: true\n"
+	for name, tc := range map[string]struct {
+		src  sources
+		want int
+	}{
+		"default": {sources{}, 50053},
+		"file":    {sources{yaml: yaml}, 3},
+		"env":     {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": "2"}}, 2},
+		"flag":    {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": "2"}, args: []string{"--grpc-port=1"}}, 1},
+		"command": {sources{args: []string{"serve", "--grpc-port", "1"}}, 1},
+		"empty environment variable counts as not set": {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": ""}}, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, _, err := load(t, tc.src)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Port != tc.want {
+				t.Errorf("port %d, want %d", c.Port, tc.want)
+			}
+		})
+	}
+}
+
+func TestFlagCanTurnASwitchOff(t *testing.T) {
+	for _, arg := range []string{"--no-allow-insecure", "--allow-insecure=false"} {
+		c, _, err := load(t, sources{yaml: "allow_insecure: true", args: []string{arg}})
+		if err != nil || c.Insecure {
+			t.Errorf("%s: insecure %v, %v", arg, c.Insecure, err)
+		}
+	}
+	if c, _, err := load(t, sources{args: []string{"--allow-insecure"}}); err != nil || !c.Insecure {
+		t.Errorf("insecure %v, %v", c.Insecure, err)
+	}
+}
+
+func TestFileHoldsAllKindsOfValues(t *testing.T) {
+	c, _, err := load(t, sources{
+		env: map[string]string{"HOST": "db: #1", "N": "", "EP": "a:1,b:2"},
+		yaml: `
+manager_id: "${ID:pm-7}"   # ${NOT_LOOKED_AT}
+grpc_port: ${N:50054}
+max_data: 64 KiB
+allow_insecure: yes
+log_level: DEBUG
+advertise_address: 10.0.0.1:50053
+tracing: {sample_rate: ${RATE:0.25}}
+etcd:
+  dial_timeout: 1m30s
+  endpoints: [${EP}, "c:3"]
+  tls:
+    cert_file: /x/${HOST}/$${y}
+`,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &settings{
+		ID: "pm-7", Port: 50054, Shards: 4, Limit: 64 << 10, Rate: 0.25, Insecure: true, Level: "debug",
+		Timeout: 90 * time.Second, Endpoints: []string{"a:1", "b:2", "c:3"}, Advertise: "10.0.0.1:50053",
+		CertFile: "/x/db: #1/${y}",
+	}
+	if diff := cmp.Diff(want, c); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestVariableCannotAddKeys(t *testing.T) {
+	c, _, err := load(t, sources{
+		env:  map[string]string{"ID": `x"  # y`},
+		yaml: "manager_id: ${ID}\n",
+	})
+	if err != nil || c.ID != `x"  # y` {
+		t.Errorf("id %q, %v", c.ID, err)
+	}
+	_, _, err = load(t, sources{env: map[string]string{"ID": "x\nshards: 9"}, yaml: "manager_id: ${ID}\n"})
+	if err == nil || !strings.Contains(err.Error(), "manager_id") {
+		t.Errorf("a line break went through: %v", err)
+	}
+}
+
+func TestBadSettingIsNamedInOneLine(t *testing.T) {
+	yaml := func(text string) sources { return sources{yaml: text} }
+	env := func(name, v string) sources { return sources{env: map[string]string{name: v}} }
+	for name, tc := range map[string]struct {
+		src  sources
+		want []string
+	}{
+		"unknown key":            {yaml("grpc_prot: 1\n"), []string{"config.yaml:1", `unknown key "grpc_prot"`, `"grpc_port"`}},
+		"unknown key in section": {yaml("etcd:\n  endpoint: a:1\n"), []string{"config.yaml:2", "etcd.endpoint"}},
+		"unknown section":        {yaml("redis:\n  a: 1\n"), []string{"redis.a"}},
+		"unknown empty section":  {yaml("redis:\n"), []string{`unknown key "redis"`}},
+		"value for a section":    {yaml("etcd: localhost:2379\n"), []string{"etcd must be a section"}},
+		"section for a value":    {yaml("shards:\n  a: 1\n"), []string{"shards.a"}},
+		"no value":               {yaml("shards:\n"), []string{"config.yaml:1", "shards has no value"}},
+		"null":                   {yaml("shards: null\n"), []string{"shards has no value"}},
+		"twice":                  {yaml("shards: 1\nshards: 2\n"), []string{"shards"}},
+		"two documents":          {yaml("shards: 1\n---\nshards: 2\n"), []string{"more than one"}},
+		"a list at the top":      {yaml("- a\n"), []string{"config.yaml:1", "keys and values"}},
+		"bad YAML":               {yaml("a: [1\n"), []string{"config.yaml"}},
+		"nested list":            {yaml("etcd:\n  endpoints: [[a]]\n"), []string{"etcd.endpoints"}},
+		"missing variable":       {yaml("shards: ${N}\n"), []string{"shards", "${N}"}},
+		"alias":                  {yaml("shards: &a 1\n"), []string{"shards"}},
+		"flag out of range":      {sources{args: []string{"--grpc-port=70000"}}, []string{"--grpc-port: 70000", "65535"}},
+		"unknown flag":           {sources{args: []string{"--nope"}}, []string{"--nope"}},
+		"port negative":          {env("GRPC_PORT", "-1"), []string{"GRPC_PORT: -1"}},
+		"port no number":         {env("GRPC_PORT", "http"), []string{`GRPC_PORT: "http"`}},
+		"no shards":              {env("SHARDS", "0"), []string{"SHARDS: 0 must be at least 1"}},
+		"negative limit":         {yaml("max_data: -1\n"), []string{"max_data: -1"}},
+		"size out of range":      {yaml("max_data: 2MiB\n"), []string{"max_data: 2MiB", "1MiB"}},
+		"size overflow":          {yaml("max_data: 99999999999999GiB\n"), []string{"max_data"}},
+		"no size":                {yaml("max_data: much\n"), []string{"max_data"}},
+		"rate":                   {yaml("tracing:\n  sample_rate: 1.5\n"), []string{"tracing.sample_rate: 1.5"}},
+		"rate NaN":               {yaml("tracing:\n  sample_rate: .nan\n"), []string{"tracing.sample_rate"}},
+		"switch":                 {env("ALLOW_INSECURE", "maybe"), []string{"ALLOW_INSECURE"}},
+		"choice":                 {env("LOG_LEVEL", "loud"), []string{"LOG_LEVEL", "debug, info"}},
+		"duration without unit":  {yaml("etcd:\n  dial_timeout: 5\n"), []string{"etcd.dial_timeout", `"5"`}},
+		"duration zero":          {env("ETCD_DIAL_TIMEOUT", "0s"), []string{"ETCD_DIAL_TIMEOUT", "above zero"}},
+		"duration negative":      {env("ETCD_DIAL_TIMEOUT", "-1s"), []string{"ETCD_DIAL_TIMEOUT"}},
+		"duration endless":       {env("ETCD_DIAL_TIMEOUT", "9999h"), []string{"ETCD_DIAL_TIMEOUT"}},
+		"no endpoints":           {env("ETCD_ADDRS", " , "), []string{"ETCD_ADDRS"}},
+		"address":                {env("ADVERTISE_ADDRESS", "host"), []string{"ADVERTISE_ADDRESS", "HOST:PORT"}},
+		"id with slash":          {env("MANAGER_ID", "a/b"), []string{"MANAGER_ID"}},
+		"id with line break":     {env("MANAGER_ID", "a\nb"), []string{"MANAGER_ID"}},
+		"file that is not there": {env("CONFIG_FILE", "nowhere.yaml"), []string{"CONFIG_FILE", "nowhere.yaml"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := load(t, tc.src)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			for _, part := range tc.want {
+				if !strings.Contains(err.Error(), part) {
+					t.Errorf("%q lacks %q", err, part)
+				}
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("more than one line: %q", err)
+			}
+			if len(tc.src.args) == 0 && !errors.Is(err, config.ErrUsage) {
+				t.Errorf("%v is no usage error", err)
+			}
+		})
+	}
+}
+
+func TestEmptySectionIsAllowed(t *testing.T) {
+	if _, _, err := load(t, sources{yaml: "etcd:\ntracing: {}\n"}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestProblemIsNamedByItsSource(t *testing.T) {
+	_, s, err := load(t, sources{yaml: "shards: 3\n", env: map[string]string{"GRPC_PORT": "5"}, args: []string{"--max-data=1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"shards":     "config.yaml:1: shards: odd",
+		"grpc_port":  "environment variable GRPC_PORT: odd",
+		"max_data":   "flag --max-data: odd",
+		"manager_id": "MANAGER_ID: odd",
+	} {
+		if got := s.Problem(name, "odd"); got.Error() != want || !errors.Is(got, config.ErrUsage) {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+func TestWrittenConfigurationReadsBack(t *testing.T) {
+	for _, help := range []bool{false, true} {
+		c, s, err := load(t, sources{
+			args: []string{"--etcd-tls-cert-file=a # b ${c} \"d\"", "--advertise-address=[::1]:5"},
+			env:  map[string]string{"MANAGER_ID": "-x: y"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		if err := s.Write(&out, help); err != nil {
+			t.Fatal(err)
+		}
+		again, s2 := bind()
+		path := filepath.Join(t.TempDir(), "c.yaml")
+		if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		none := func(string) (string, bool) { return "", false }
+		if err := s2.Load(config.Options{File: path, LookupEnv: none}); err != nil {
+			t.Fatalf("%v\n%s", err, out.String())
+		}
+		if diff := cmp.Diff(c, again); diff != "" {
+			t.Errorf("%s\n%s", diff, out.String())
+		}
+	}
+}
+
+func TestLoopback(t *testing.T) {
+	for host, want := range map[string]bool{
+		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "[::1]": true, "localhost": true,
+		"": false, "0.0.0.0": false, "::": false, "10.0.0.1": false, "example.org": false,
+	} {
+		if config.Loopback(host) != want {
+			t.Errorf("Loopback(%q) = %v", host, !want)
+		}
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add("etcd:\n  endpoints: [${A:b}, c]\nshards: 3\n")
+	f.Add("a: &x\n<<: *x\n? [1]\n: |\n  $${\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		_, s := bind()
+		path := filepath.Join(t.TempDir(), "c.yaml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		// It must not panic, and what it says must be one line.
+		none := func(string) (string, bool) { return "", false }
+		if err := s.Load(config.Options{File: path, LookupEnv: none}); err != nil && strings.Contains(err.Error(), "\n") {
+			t.Errorf("more than one line: %q", err)
+		}
+	})
+}

@@ -1,0 +1,171 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+)
+
+// DefaultFile is read when it exists and no other file was named.
+const DefaultFile = "config.yaml"
+
+// Options says where a Set takes its values from.
+type Options struct {
+	Flags     map[string]string                // flags given, by name without dashes
+	LookupEnv func(name string) (string, bool) // nil: os.LookupEnv
+	File      string                           // "" : CONFIG_FILE, then config.yaml if present
+	NoFile    bool                             // the program reads no file
+}
+
+// Load fills the bound fields. All that is wrong comes back as one error of one
+// line, which wraps ErrUsage.
+func (s *Set) Load(o Options) error {
+	if o.LookupEnv == nil {
+		o.LookupEnv = os.LookupEnv
+	}
+	file, err := readFile(&o)
+	if err != nil {
+		return usageError(err.Error())
+	}
+	var problems []string
+	for _, k := range s.keys {
+		if err := k.load(&o, file); err != nil {
+			problems = append(problems, err.Error())
+		}
+	}
+	for _, v := range file.values {
+		if err := s.known(v); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %s", v.where(file.path), err))
+		}
+	}
+	if len(problems) > 0 {
+		return usageError(strings.Join(problems, "; "))
+	}
+	return nil
+}
+
+// usageError is the text of an error that wraps ErrUsage without saying so.
+type usageError string
+
+func (e usageError) Error() string        { return string(e) }
+func (e usageError) Is(target error) bool { return target == ErrUsage }
+
+// known tells what is wrong with the name of a value in the file.
+func (s *Set) known(v value) error {
+	for _, k := range s.keys {
+		if k.name == v.name {
+			return nil
+		}
+		if strings.HasPrefix(k.name, v.name+".") {
+			if v.section {
+				return nil
+			}
+			return fmt.Errorf("%s must be a section with keys below it", v.name)
+		}
+	}
+	return fmt.Errorf("unknown key %q%s", v.name, s.hint(v.name))
+}
+
+// load takes the value of the first source that has one.
+func (k *Key) load(o *Options, file *document) error {
+	if text, ok := o.Flags[k.Flag()]; ok {
+		return k.take(text, "flag --"+k.Flag(), "--"+k.Flag())
+	}
+	for _, env := range k.envs {
+		if text, ok := o.LookupEnv(env); ok && text != "" {
+			return k.take(text, "environment variable "+env, env)
+		}
+	}
+	if v, ok := file.lookup(k.name); ok {
+		if v.section {
+			return fmt.Errorf("%s: %s has no value", v.where(file.path), k.name)
+		}
+		return k.take(v.text, v.where(file.path), v.where(file.path)+": "+k.name)
+	}
+	return nil
+}
+
+func (k *Key) take(text, source, blame string) error {
+	if err := k.set(strings.TrimSpace(text)); err != nil {
+		return fmt.Errorf("%s: %w", blame, err)
+	}
+	k.source = source
+	return nil
+}
+
+// Problem is an error about the value of a key that only its package could
+// find, worded like the ones of Load.
+func (s *Set) Problem(name, format string, args ...any) error {
+	blame := strings.ToUpper(strings.ReplaceAll(name, ".", "_"))
+	for _, k := range s.keys {
+		if k.name != name || k.source == "" {
+			continue
+		}
+		blame = k.source
+		if !strings.HasPrefix(k.source, "flag ") && !strings.HasPrefix(k.source, "environment ") {
+			blame += ": " + k.name
+		}
+	}
+	return usageError(blame + ": " + fmt.Sprintf(format, args...))
+}
+
+// hint names the key that was probably meant.
+func (s *Set) hint(name string) string {
+	best, distance := "", 3
+	for _, k := range s.keys {
+		if d := editDistance(k.name, name); d < distance {
+			best, distance = k.name, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf(", did you mean %q?", best)
+}
+
+// editDistance counts the letters to add, drop or change to make b of a.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		left := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			up := row[j+1]
+			cost := left
+			if a[i] != b[j] {
+				cost = 1 + min(left, up, row[j])
+			}
+			left, row[j+1] = up, cost
+		}
+	}
+	return row[len(b)]
+}
+
+// readFile finds, reads and parses the file.
+func readFile(o *Options) (*document, error) {
+	path, must := o.File, true
+	if path == "" {
+		if env, ok := o.LookupEnv("CONFIG_FILE"); ok {
+			path = env
+		}
+	}
+	if path == "" {
+		path, must = DefaultFile, false
+	}
+	if o.NoFile {
+		return &document{}, nil
+	}
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && !must {
+		return &document{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("CONFIG_FILE: %w", err)
+	}
+	return parse(path, text, o.LookupEnv)
+}

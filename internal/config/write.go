@@ -1,0 +1,85 @@
+package config
+
+import (
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Write writes the settings in force as a YAML file that Load reads back. With
+// help each key has its description above it, otherwise its source beside it.
+func (s *Set) Write(w io.Writer, help bool) error {
+	var b strings.Builder
+	var open []string // the sections that the key before stands in
+	for _, k := range s.ordered() {
+		path := strings.Split(k.name, ".")
+		sections, name := path[:len(path)-1], path[len(path)-1]
+		for i, section := range sections {
+			if i < len(open) && open[i] == section {
+				continue
+			}
+			if open = open[:min(i, len(open))]; help && i == 0 {
+				b.WriteString("\n")
+			}
+			b.WriteString(strings.Repeat("  ", i) + section + ":\n")
+			open = append(open, section)
+		}
+		open = open[:len(sections)]
+		k.write(&b, strings.Repeat("  ", len(sections)), name, help)
+	}
+	if _, err := io.WriteString(w, b.String()); err != nil {
+		return fmt.Errorf("write the configuration: %w", err)
+	}
+	return nil
+}
+
+func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
+	if help {
+		b.WriteString(indent + "# " + k.help + "\n")
+	}
+	b.WriteString(indent + name + ": " + quote(k.text()))
+	if !help {
+		source := k.source
+		if source == "" {
+			source = "default"
+		}
+		b.WriteString(" # " + source)
+	}
+	b.WriteString("\n")
+}
+
+// ordered returns the keys with those of a section side by side, plain ones
+// first.
+func (s *Set) ordered() []*Key {
+	var heads []string
+	byHead := map[string][]*Key{}
+	for _, k := range s.keys {
+		head := ""
+		if before, _, found := strings.Cut(k.name, "."); found {
+			head = before
+		}
+		if _, ok := byHead[head]; !ok && head != "" {
+			heads = append(heads, head)
+		}
+		byHead[head] = append(byHead[head], k)
+	}
+	keys := byHead[""]
+	for _, head := range heads {
+		keys = append(keys, byHead[head]...)
+	}
+	return keys
+}
+
+// quote writes a text so that YAML reads it as that text.
+func quote(text string) string {
+	plain := text != ""
+	for _, r := range text {
+		if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./:", r)) {
+			plain = false
+		}
+	}
+	if plain && !strings.HasSuffix(text, ":") && !strings.HasPrefix(text, "-") && !strings.HasPrefix(text, ":") {
+		return text
+	}
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "${", "$${").Replace(text) + `"`
+}
