@@ -43,7 +43,7 @@ cover: ## Run all tests and show the coverage per function (.tmp/cover.html has 
 
 .PHONY: fuzz-short
 fuzz-short: ## Fuzz each target for its share of FUZZTIME (10s), starting from its corpus
-	@mapfile -t targets < <(grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed -E 's|^\./||; s|/[^/]*:[0-9]+:func | |'); \
+	@mapfile -t targets < <(grep -rnoE --exclude-dir='.?*' --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed -E 's|^\./||; s|/[^/]*:[0-9]+:func | |'); \
 	n=$${#targets[@]}; \
 	if ((n == 0)); then echo "no fuzz targets"; exit 0; fi; \
 	total=$(FUZZTIME); each=$$((($${total%s} + n - 1) / n)); \

@@ -1,0 +1,115 @@
+package arch
+
+import (
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// layer says what the packages under a folder may import besides the standard library.
+type layer struct {
+	dir string // a folder, or all folders below it where it ends in /...
+
+	// Our packages, in the same notation. Importing oneself is not an import.
+	ours []string
+
+	// Modules of others. nil: none, {"*"}: any.
+	others []string
+}
+
+// layers is "the house" of docs/architecture.md. The first that matches a folder counts. A folder that matches none
+// fails the test: a new package starts by saying where it stands.
+//
+// Wire types (proto) are for transport and what stands above it. In engine, engine/route and shard there is not one
+// library beyond those named, which keeps them testable in virtual time.
+var layers = []layer{
+	{dir: "shard", others: []string{"github.com/panjf2000/ants/v2"}},
+	{dir: "engine/route", others: []string{"github.com/maypok86/otter/v2"}},
+	{dir: "engine", ours: []string{"engine/route", "shard"}},
+	{dir: "proto", others: []string{
+		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
+	}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "proto"}, others: []string{"*"}},
+	{dir: "transport/link", ours: []string{"engine/...", "proto"}, others: []string{"*"}},
+	{dir: "transport/discovery", others: []string{
+		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
+		"google.golang.org/grpc",
+	}},
+	{dir: "transport/controller", ours: []string{"engine/route", "proto"}, others: []string{"*"}},
+	{dir: "transport/node", ours: []string{"proto", "transport/discovery"}, others: []string{"*"}},
+	{dir: "internal/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "benchmarks/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+}
+
+// TestImportsPointOneWay covers product files. Tests may import the real parts that they drive.
+func TestImportsPointOneWay(t *testing.T) {
+	for _, src := range sources(t) {
+		if src.test() {
+			continue
+		}
+		at := slices.IndexFunc(layers, func(l layer) bool { return matches(l.dir, src.dir) })
+		if at < 0 {
+			t.Errorf("%s: the folder %q is in no layer; add it to layers in this test", src.path(), src.dir)
+			continue
+		}
+		for _, imported := range src.imports() {
+			if !layers[at].allows(src.dir, imported) {
+				t.Errorf("%s imports %q, which the layer %q may not", src.path(), imported, layers[at].dir)
+			}
+		}
+	}
+}
+
+func TestLayerAllows(t *testing.T) {
+	engine, internal := layers[2], layers[9]
+	for _, test := range []struct {
+		layer    layer
+		imported string
+		want     bool
+	}{
+		{engine, "net/http", true},
+		{engine, module + "/shard", true},
+		{engine, module + "/engine/route", true},
+		{engine, module + "/proto", false},
+		{engine, module + "/transport/link", false},
+		{engine, "google.golang.org/grpc", false},
+		{engine, "github.com/panjf2000/ants/v2", false},
+		{internal, module + "/transport/link", true},
+		{internal, module + "/engine", true},
+		{internal, module + "/cmd/push-manager", false},
+		{internal, "google.golang.org/grpc/codes", true},
+		{layers[0], "github.com/panjf2000/ants/v2", true},
+		{layers[0], "github.com/panjf2000/ants/v2/pool", true},
+		{layers[0], "github.com/panjf2000/ants/v20", false},
+	} {
+		if got := test.layer.allows(test.layer.dir, test.imported); got != test.want {
+			t.Errorf("%s importing %s: allowed %v, want %v", test.layer.dir, test.imported, got, test.want)
+		}
+	}
+}
+
+// allows tells whether a package of the layer, in folder dir, may import a path.
+func (l layer) allows(dir, imported string) bool {
+	if ours, ok := strings.CutPrefix(imported, module+"/"); ok {
+		return ours == dir || slices.ContainsFunc(l.ours, func(pattern string) bool { return matches(pattern, ours) })
+	}
+	if first, _, _ := strings.Cut(imported, "/"); !strings.Contains(first, ".") {
+		return true // the standard library has no dot in its first element
+	}
+	return slices.ContainsFunc(l.others, func(other string) bool { return other == "*" || within(other, imported) })
+}
+
+// matches tells whether a folder is the pattern's, which may end in /... for itself and all below.
+func matches(pattern, dir string) bool {
+	if top, ok := strings.CutSuffix(pattern, "/..."); ok {
+		return within(top, dir)
+	}
+	return path.Clean(pattern) == dir
+}
+
+// within tells whether p is top or stands below it.
+func within(top, p string) bool {
+	return p == top || strings.HasPrefix(p, top+"/")
+}
