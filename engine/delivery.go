@@ -14,6 +14,7 @@ import (
 const (
 	queued  uint32 = iota // with the link, not written
 	written               // handed to the stream: it may arrive
+	claimed               // somebody is writing its result
 	healing               // not delivered here, a fresh look-up is under way
 	settled               // its part of the books is final
 )
@@ -33,16 +34,18 @@ type Delivery struct {
 
 	state atomic.Uint32
 
-	// Written by whoever moves state away from written or queued, read once the
-	// push has finished.
-	outcome     Outcome // of every user not in notHere or failed
+	// Written by whoever has claimed the delivery; read once the push is finished.
+	outcome     Outcome // of all users not named below
 	reason      Reason
-	text        string // the node's own words beside reason
-	delivered   int
-	notHere     []string
+	text        string   // the node's own words beside reason
+	delivered   int      // users, when the outcome is Delivered
+	notHere     []string // offline, unless a heal says otherwise
 	failed      []string
-	failedUsers int // of a broadcast
-	unexplained int // users that the node's ack did not account for
+	failedUsers int      // of a broadcast
+	unexplained int      // users that the node's ack did not account for
+	resent      []string // users for whom another delivery answers
+	gone        []string // users that the Controller has nowhere any more
+	heal        Reason   // why notHere could not be looked up, Sent if it could
 }
 
 // Node is the id of the node it is for.
@@ -86,7 +89,7 @@ func (d *Delivery) Traceparent() string {
 	return d.leg.Traceparent()
 }
 
-// Size estimates the bytes that a frame needs for it when all users are named.
+// Size estimates the bytes that a frame needs for it, its audience left aside.
 func (d *Delivery) Size() int {
 	n := len(d.push.Payload) + len(d.push.Room) + 64
 	for _, u := range d.users {
@@ -102,8 +105,8 @@ func (d *Delivery) Size() int {
 // while it was queued (it expired, its caller left): the link forgets it.
 func (d *Delivery) TrySend() bool { return d.state.CompareAndSwap(queued, written) }
 
-// Settled tells that nothing is owed any more: its slot may be freed.
-func (d *Delivery) Settled() bool { return d.state.Load() >= healing }
+// Settled tells that the link owes nothing for it any more.
+func (d *Delivery) Settled() bool { return d.state.Load() >= claimed }
 
 // Ack is what a node answered to one delivery.
 type Ack struct {
@@ -117,27 +120,174 @@ type Ack struct {
 
 // Ack settles the delivery with the node's answer and takes over its slices.
 // False means that it was settled before: the ack came late. The error tells that
-// the ack claims what cannot be: the delivery is then unknown as a whole.
+// the ack claims what cannot be; the delivery is then unknown as a whole.
 func (d *Delivery) Ack(a Ack) (bool, error) {
 	if err := d.check(&a); err != nil {
 		return d.Lose(LostCount), fmt.Errorf("ack of node %q: %w", d.node, err)
 	}
-	next := settled
-	if (len(a.NotHere) > 0 || a.Refused && !d.Everybody()) && d.mayHeal() {
-		next = healing
-	}
-	// The result is written before the state moves on from "written" for those
-	// that read it: the swap below publishes it, and only its winner counts.
-	if !d.claim(written) {
+	if !d.state.CompareAndSwap(written, claimed) {
 		return false, nil
 	}
 	d.outcome, d.text = Delivered, a.Text
 	d.delivered, d.notHere, d.failed, d.failedUsers = a.Delivered, a.NotHere, a.Failed, a.FailedUsers
-	if a.Refused {
+	switch {
+	case a.Refused:
 		d.outcome, d.reason = Failed, DropRefused
-	} else if !d.Everybody() {
+	case d.Everybody():
+	default:
 		d.unexplained = d.Targets() - a.Delivered - len(a.NotHere) - len(a.Failed)
 	}
-	d.publish(next)
+	d.settle(d.notHere)
 	return true, nil
+}
+
+// Drop settles as failed a delivery that was certainly not written.
+func (d *Delivery) Drop(r Reason) bool {
+	if !d.claim() {
+		return false
+	}
+	d.outcome, d.reason = Failed, r
+	d.settle(nil)
+	return true
+}
+
+// Lose settles as unknown a delivery that may have been written.
+func (d *Delivery) Lose(r Reason) bool {
+	if !d.claim() {
+		return false
+	}
+	d.outcome, d.reason = Unknown, r
+	d.settle(nil)
+	return true
+}
+
+// claim makes the caller the one who settles.
+func (d *Delivery) claim() bool {
+	return d.state.CompareAndSwap(queued, claimed) || d.state.CompareAndSwap(written, claimed)
+}
+
+// settle closes a claimed delivery, or looks up again the users for whom it was
+// known not to be delivered here.
+func (d *Delivery) settle(missing []string) {
+	if d.leg != nil {
+		d.leg.End(d.describe())
+	}
+	p := d.push
+	p.engine.count(d)
+	if d.outcome == Failed && (d.reason.healable() || d.reason == DropRefused) {
+		missing = d.all()
+	}
+	if len(missing) > 0 && !d.healed && p.Kind != ToAll {
+		d.state.Store(healing)
+		(&healer{d: d, missing: missing}).start()
+		return
+	}
+	d.state.Store(settled)
+	p.finished(1)
+}
+
+// expire settles whatever the delivery still waits for.
+func (d *Delivery) expire() {
+	switch {
+	case d.state.CompareAndSwap(queued, claimed):
+		d.outcome, d.reason = Failed, DropExpired
+		d.settle(nil)
+	case d.state.CompareAndSwap(written, claimed):
+		d.outcome, d.reason = Unknown, LostDeadline
+		d.settle(nil)
+	case d.state.CompareAndSwap(healing, claimed):
+		d.heal = DropExpired
+		d.state.Store(settled)
+		d.push.finished(1)
+	}
+}
+
+// all lists the users it is for.
+func (d *Delivery) all() []string {
+	if d.group == nil {
+		return d.users
+	}
+	if len(d.except) == 0 {
+		return d.group.Users
+	}
+	users := make([]string, 0, d.Targets())
+	for _, user := range d.group.Users {
+		if _, out := slices.BinarySearch(d.except, user); !out {
+			users = append(users, user)
+		}
+	}
+	return users
+}
+
+// has tells whether user is one of those it is for.
+func (d *Delivery) has(user string) bool {
+	if d.group == nil {
+		return slices.Contains(d.users, user)
+	}
+	_, out := slices.BinarySearch(d.except, user)
+	return !out && d.group.Has(user)
+}
+
+// check refuses an ack that claims what cannot be.
+func (d *Delivery) check(a *Ack) error {
+	named := len(a.NotHere) + len(a.Failed)
+	switch {
+	case a.Delivered < 0 || a.FailedUsers < 0:
+		return fmt.Errorf("negative count")
+	case a.Refused && (a.Delivered > 0 || named > 0):
+		return fmt.Errorf("refused, and %d delivered, %d missed", a.Delivered, named)
+	case d.Everybody() && named > 0:
+		return fmt.Errorf("a broadcast names %d users", named)
+	case d.Everybody():
+		return nil
+	case a.Delivered+named > d.Targets():
+		return fmt.Errorf("%d delivered and %d missed of %d", a.Delivered, named, d.Targets())
+	}
+	return d.checkNamed(a)
+}
+
+// checkNamed makes sure that each user named is one it was for, and named once.
+func (d *Delivery) checkNamed(a *Ack) error {
+	named := len(a.NotHere) + len(a.Failed)
+	if named == 0 {
+		return nil
+	}
+	var asked map[string]struct{}
+	if d.group == nil && named > 8 {
+		asked = make(map[string]struct{}, len(d.users))
+		for _, user := range d.users {
+			asked[user] = struct{}{}
+		}
+	}
+	seen := make(map[string]struct{}, named)
+	for _, users := range [][]string{a.NotHere, a.Failed} {
+		for _, user := range users {
+			_, ok := asked[user]
+			if asked == nil {
+				ok = d.has(user)
+			}
+			if !ok {
+				return fmt.Errorf("user %q was not asked for", user)
+			}
+			if _, dup := seen[user]; dup {
+				return fmt.Errorf("user %q is named twice", user)
+			}
+			seen[user] = struct{}{}
+		}
+	}
+	return nil
+}
+
+// describe is the outcome in a word or two, for traces.
+func (d *Delivery) describe() string {
+	switch {
+	case d.outcome != Delivered:
+		return d.outcome.String() + ": " + d.reason.String()
+	case len(d.failed) > 0 || d.failedUsers > 0 || d.unexplained > 0:
+		return "partial"
+	case len(d.notHere) > 0:
+		return "not here"
+	default:
+		return "delivered"
+	}
 }

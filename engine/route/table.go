@@ -44,12 +44,12 @@ type home struct {
 // line is whoever waits for one key, in order. Guarded by its home's mu.
 type line struct {
 	waiters  []waiting
-	next     []waiting // came while others were told, for an answer newer than theirs
+	next     []waiting // behind the waiters, for an answer newer than theirs
 	old      *entry    // what was known before, for reuse and as a fallback
 	looking  bool      // a look-up is under way
 	draining bool      // somebody tells the waiters
 	dirty    bool      // the key changed while it was looked up
-	// The latest result, once there is one.
+	// The latest result, once there is one. Changes only while nobody drains.
 	entry *entry
 	err   error
 }
@@ -152,8 +152,14 @@ func (t *table) openLocked(h *home, key string, fenced bool) *line {
 	return l
 }
 
+// appendLocked puts w at the end of the line. Behind a change it waits for an
+// answer from after it.
 func (h *home) appendLocked(l *line, w waiting) {
-	l.waiters = append(l.waiters, w)
+	if l.dirty {
+		l.next = append(l.next, w)
+	} else {
+		l.waiters = append(l.waiters, w)
+	}
 	h.waiting.Add(1)
 }
 
@@ -321,10 +327,13 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 		case first == nil:
 		case e == nil:
 			failed, err = append(failed, key), lerr
-		case first.ordered && (e.snap.fenced() || !e.snap.tryHold()):
+		case first.ordered && e.snap.fenced():
 			l.waiters = append([]waiting{*first}, l.waiters...)
 			h.waiting.Add(1)
 		default:
+			if first.ordered {
+				e.snap.held.Add(1)
+			}
 			told, snaps = append(told, key), append(snaps, e.snap)
 		}
 	}
@@ -388,7 +397,7 @@ func (t *table) drain(home int, key string) {
 // nextLocked turns the line to those who want a newer answer.
 func (l *line) nextLocked() {
 	l.waiters, l.next = append(l.waiters, l.next...), nil
-	l.looking, l.old = true, l.entry
+	l.looking, l.old, l.dirty = true, l.entry, false
 }
 
 // publishLocked makes the line's result visible, and ends the line unless somebody

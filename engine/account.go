@@ -1,0 +1,276 @@
+package engine
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+)
+
+// Outcome is what became of one user, in the order in which one outcome beats
+// another when a user has several deliveries.
+type Outcome uint8
+
+// The outcomes.
+const (
+	_         Outcome = iota
+	Offline           // no connection, says the Controller or the node
+	Failed            // known not delivered
+	Unknown           // may have been delivered
+	Delivered         // acknowledged by a node
+)
+
+// String is the word that callers see.
+func (o Outcome) String() string {
+	switch o {
+	case Offline:
+		return "offline"
+	case Failed:
+		return "failed"
+	case Unknown:
+		return "unknown"
+	case Delivered:
+		return "delivered"
+	default:
+		return "none"
+	}
+}
+
+// Result is the account of one push:
+// Targets = Delivered + Offline + Failed + Unknown.
+type Result struct {
+	// Found: the room exists, at least one of the users is online, at least one
+	// node is known.
+	Found                                        bool
+	Targets, Delivered, Offline, Failed, Unknown int
+	NodeFailures                                 []NodeFailure
+}
+
+// Success tells whether the push reached what it was for.
+func (r *Result) Success() bool {
+	return r.Found && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
+}
+
+// NodeFailure is a node where users failed or are unknown, and why. Node is ""
+// where the Controller could not be asked.
+type NodeFailure struct {
+	Node   string
+	Reason string
+	Users  int
+}
+
+// books gathers the outcomes of one push.
+type books struct {
+	count    [Delivered + 1]int
+	failures []NodeFailure
+}
+
+func (b *books) add(o Outcome, n int) { b.count[o] += n }
+
+// fail books n users of a node. Users of one node and reason stand together.
+func (b *books) fail(o Outcome, node, reason string, n int) {
+	if n == 0 {
+		return
+	}
+	b.add(o, n)
+	b.blame(o, node, reason, n)
+}
+
+func (b *books) blame(o Outcome, node, reason string, n int) {
+	reason = o.String() + ": " + reason
+	for i := range b.failures {
+		if f := &b.failures[i]; f.Node == node && f.Reason == reason {
+			f.Users += n
+			return
+		}
+	}
+	b.failures = append(b.failures, NodeFailure{node, reason, n})
+}
+
+// account closes the books of a push all of whose parts are settled.
+func (p *Push) account() (Result, error) {
+	if err := p.unsent(); err != nil {
+		return Result{}, err
+	}
+	var b books
+	if p.Kind == ToAll {
+		for _, d := range p.legs {
+			d.bookAll(&b)
+		}
+	} else {
+		p.bookUsers(&b)
+	}
+	r := Result{
+		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
+		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
+	}
+	r.Targets = r.Delivered + r.Offline + r.Failed + r.Unknown
+	slices.SortFunc(r.NodeFailures, func(x, y NodeFailure) int {
+		return cmp.Or(strings.Compare(x.Node, y.Node), strings.Compare(x.Reason, y.Reason))
+	})
+	return r, nil
+}
+
+// bookAll books a node's part of a broadcast. A node that did not answer adds no
+// users, only its failure.
+func (d *Delivery) bookAll(b *books) {
+	if d.outcome != Delivered {
+		b.blame(d.outcome, d.node, d.why(), 0)
+		return
+	}
+	b.add(Delivered, d.delivered)
+	b.fail(Failed, d.node, d.whyFailed(), d.failedUsers)
+}
+
+// bookUsers books all other pushes: delivery by delivery, except for the users
+// with more than one delivery, of whose outcomes the best counts.
+func (p *Push) bookUsers(b *books) {
+	b.add(Offline, p.offline)
+	for r, n := range p.dropped {
+		b.fail(Failed, "", Reason(r).String(), n)
+	}
+	apart := p.apart()
+	for _, d := range p.legs {
+		d.book(b, apart)
+	}
+	for user, best := range apart {
+		switch {
+		case best.d == nil: // excluded, or dropped before there was a delivery
+		case best.outcome == Failed || best.outcome == Unknown:
+			b.fail(best.outcome, best.d.node, best.d.whyUser(user, best.outcome), 1)
+		default:
+			b.add(best.outcome, 1)
+		}
+	}
+}
+
+// verdict is the best outcome so far of a user that is booked apart.
+type verdict struct {
+	outcome Outcome
+	d       *Delivery
+}
+
+// apart lists the users that cannot be booked delivery by delivery.
+func (p *Push) apart() map[string]verdict {
+	n := len(p.shared)
+	for _, d := range p.legs {
+		n += len(d.resent) + len(d.gone)
+	}
+	if n == 0 {
+		return nil
+	}
+	apart := make(map[string]verdict, n)
+	for _, user := range p.shared {
+		apart[user] = verdict{}
+	}
+	for _, d := range p.legs {
+		for _, user := range d.resent {
+			apart[user] = verdict{}
+		}
+		for _, user := range d.gone {
+			apart[user] = verdict{}
+		}
+	}
+	return apart
+}
+
+// book adds the delivery's users to the books but for those in apart, whose
+// verdicts it updates.
+func (d *Delivery) book(b *books, apart map[string]verdict) {
+	n := d.counts()
+	if len(apart) > 0 {
+		skip := make(map[string]bool, len(d.resent))
+		for _, user := range d.resent {
+			skip[user] = true
+		}
+		for user, best := range apart {
+			if !d.has(user) {
+				continue
+			}
+			o := d.outcomeOf(user)
+			n[o]--
+			if gone := slices.Contains(d.gone, user); gone {
+				o = Offline
+			}
+			if !skip[user] && o > best.outcome {
+				apart[user] = verdict{o, d}
+			}
+		}
+	}
+	b.add(Delivered, n[Delivered])
+	b.add(Offline, n[Offline])
+	b.fail(Failed, d.node, d.whyFailed(), n[Failed])
+	b.fail(Unknown, d.node, d.whyUnknown(), n[Unknown])
+}
+
+// counts is how the delivery's users ended, before heals.
+func (d *Delivery) counts() [Delivered + 1]int {
+	var n [Delivered + 1]int
+	if d.outcome != Delivered {
+		n[d.outcome] = d.Targets()
+		return n
+	}
+	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(d.failed), d.unexplained
+	n[d.missedAs()] += len(d.notHere)
+	return n
+}
+
+// missedAs is the outcome of users that the node does not have: offline once the
+// Controller has been asked again, else failed.
+func (d *Delivery) missedAs() Outcome {
+	if d.heal != Sent {
+		return Failed
+	}
+	return Offline
+}
+
+// outcomeOf is how one user of the delivery ended, before heals. A user whom an
+// ack neither names nor accounts for is unknown.
+func (d *Delivery) outcomeOf(user string) Outcome {
+	switch {
+	case d.outcome != Delivered:
+		return d.outcome
+	case slices.Contains(d.notHere, user):
+		return d.missedAs()
+	case slices.Contains(d.failed, user):
+		return Failed
+	case d.unexplained > 0:
+		return Unknown
+	default:
+		return Delivered
+	}
+}
+
+// why says in words why the delivery as a whole was not delivered.
+func (d *Delivery) why() string {
+	if d.text != "" {
+		return d.reason.String() + ": " + d.text
+	}
+	return d.reason.String()
+}
+
+func (d *Delivery) whyFailed() string {
+	switch {
+	case d.outcome == Failed:
+		return d.why()
+	case d.heal != Sent && len(d.failed) == 0 && d.failedUsers == 0:
+		return d.heal.String()
+	case d.text != "":
+		return d.text
+	default:
+		return "not taken by the client's connection"
+	}
+}
+
+func (d *Delivery) whyUnknown() string {
+	if d.outcome == Unknown {
+		return d.why()
+	}
+	return LostCount.String()
+}
+
+func (d *Delivery) whyUser(user string, o Outcome) string {
+	if o == Unknown {
+		return d.whyUnknown()
+	}
+	return d.whyFailed()
+}

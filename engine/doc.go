@@ -1,0 +1,28 @@
+// Package engine takes one push from validation to outcome.
+//
+//	Do/Start ─ validate ─ admit ─ route ─ stage ─▶ Link.Send ─▶ Delivery.Ack/Drop/Lose ─ heal? ─ finish
+//
+// A push never changes goroutines on the fast path: with its route in the cache it
+// is validated, staged and sent on the caller's goroutine; the link's reader
+// settles its deliveries and the last one to settle finishes it. What can block
+// (a look-up) runs in the shard's pool.
+//
+// Invariants:
+//
+//   - Every target of a push ends in exactly one of delivered, offline, failed and
+//     unknown, and their sum is the number of targets (Result).
+//   - A delivery is settled exactly once, by whichever comes first: the node's
+//     ack, its link, or the push's deadline. Only an ack makes it delivered.
+//   - An error from Do, Start or Push.Result means that nothing was written.
+//   - Sent again is only what is known not to have been delivered: users that a
+//     node does not have, and deliveries that were never written because the node
+//     is gone. Once, after one fresh look-up, within the deadline.
+//   - Completer.Complete is called exactly once for each push that Start took.
+//   - Nothing waits without a bound: whoever holds a delivery or a place in line
+//     settles it by its deadline, so a push needs no timer of its own.
+//
+// Who holds what: the payload and the ids of a push are shared by all its
+// deliveries and never written to; they are garbage when the last reference goes.
+//
+// Locks: Push.mu guards the list of deliveries of one push. It is a leaf.
+package engine

@@ -1,0 +1,211 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/shard"
+)
+
+// Config is what an Engine needs. Shards, Directory and Network are required.
+type Config struct {
+	Shards    *shard.Set
+	Directory *route.Directory
+	Network   Network
+	Limits    Limits
+	// Timeout bounds every push, whatever its caller asks for. 0 means 5 s.
+	Timeout time.Duration
+	// MaxInFlight bounds the pushes that are not finished, and with them all that
+	// may wait for look-ups. 0 means 131,072.
+	MaxInFlight int
+}
+
+func (c Config) withDefaults() Config {
+	c.Limits = c.Limits.withDefaults()
+	if c.Timeout == 0 {
+		c.Timeout = 5 * time.Second
+	}
+	if c.MaxInFlight == 0 {
+		c.MaxInFlight = 1 << 17
+	}
+	return c
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Shards == nil || c.Directory == nil || c.Network == nil {
+		errs = append(errs, errors.New("engine config needs Shards, Directory and Network"))
+	}
+	if c.Timeout < 0 {
+		errs = append(errs, fmt.Errorf("engine timeout %s is negative", c.Timeout))
+	}
+	if c.MaxInFlight < 0 {
+		errs = append(errs, fmt.Errorf("engine in-flight limit %d is negative", c.MaxInFlight))
+	}
+	return errors.Join(append(errs, c.Limits.Validate())...)
+}
+
+// Engine takes pushes. It has no goroutines of its own.
+type Engine struct {
+	// Static after New.
+	shards      *shard.Set
+	directory   *route.Directory
+	network     Network
+	limits      Limits
+	timeout     time.Duration
+	maxInFlight int64
+	idle        chan struct{} // has room for one; told when nothing is in flight
+
+	// Safe for concurrent use.
+	inFlight atomic.Int64
+	draining atomic.Bool
+	heals    atomic.Uint64
+	reasons  [reasons]atomic.Uint64
+}
+
+// New makes an engine over parts that its owner starts before and stops after it.
+func New(config Config) (*Engine, error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	config = config.withDefaults()
+	return &Engine{
+		shards: config.Shards, directory: config.Directory, network: config.Network,
+		limits: config.Limits, timeout: config.Timeout, maxInFlight: int64(config.MaxInFlight),
+		idle: make(chan struct{}, 1),
+	}, nil
+}
+
+// Limits returns the limits in force, for those who can refuse earlier.
+func (e *Engine) Limits() Limits { return e.limits }
+
+// Do pushes and waits for the account. It returns by the context's deadline or the
+// engine's timeout, whichever is first. An error means that nothing was written.
+func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {
+	if err := ctx.Err(); err != nil {
+		return Result{}, causeOf(err)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		p.Timeout = max(time.Until(deadline), 1)
+	}
+	w := waiter{done: make(chan struct{})}
+	if err := e.Start(p, &w); err != nil {
+		return Result{}, err
+	}
+	select {
+	case <-w.done:
+	case <-ctx.Done():
+		p.expire(causeOf(ctx.Err()))
+		<-w.done
+	}
+	return p.Result()
+}
+
+func causeOf(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return ErrDeadline
+	}
+	return ErrCanceled
+}
+
+// waiter wakes the goroutine that waits in Do.
+type waiter struct{ done chan struct{} }
+
+func (w *waiter) Complete(*Push) { close(w.done) }
+
+// Start pushes without waiting. An error means that the push was not taken:
+// nothing was written and c is not called. Otherwise c.Complete(p) is called
+// exactly once, possibly before Start returns.
+func (e *Engine) Start(p *Push, c Completer) error {
+	if err := e.limits.check(p); err != nil {
+		return err
+	}
+	if err := e.admit(); err != nil {
+		return err
+	}
+	p.engine, p.done, p.began = e, c, time.Now()
+	timeout := e.timeout
+	if p.Timeout > 0 {
+		timeout = min(timeout, p.Timeout)
+	}
+	p.deadline = p.began.Add(timeout)
+	p.pending.Store(1)
+	p.route()
+	p.finished(1)
+	return nil
+}
+
+// admit takes a place in flight, or says why there is none.
+func (e *Engine) admit() error {
+	n := e.inFlight.Add(1)
+	switch {
+	case e.draining.Load():
+		e.leave()
+		return ErrDraining
+	case n > e.maxInFlight:
+		e.leave()
+		return ErrOverloaded
+	}
+	return nil
+}
+
+func (e *Engine) leave() {
+	if e.inFlight.Add(-1) == 0 && e.draining.Load() {
+		select {
+		case e.idle <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// retire books a finished push.
+func (e *Engine) retire(*Push) { e.leave() }
+
+// count books the end of one delivery by its reason.
+func (e *Engine) count(d *Delivery) { e.reasons[d.reason].Add(1) }
+
+// Drain refuses new pushes with ErrDraining and waits until those in flight are
+// finished or ctx ends.
+func (e *Engine) Drain(ctx context.Context) error {
+	e.draining.Store(true)
+	for e.inFlight.Load() > 0 {
+		select {
+		case <-e.idle:
+		case <-ctx.Done():
+			return fmt.Errorf("drain with %d pushes in flight: %w", e.inFlight.Load(), ctx.Err())
+		}
+	}
+	return nil
+}
+
+// Stats is a reading of the engine's counters.
+type Stats struct {
+	InFlight int64
+	// Heals counts deliveries whose users were looked up again.
+	Heals uint64
+	// Deliveries counts ended deliveries by the text of their reason; "sent" are
+	// those that were acknowledged.
+	Deliveries map[string]uint64
+	Directory  route.Stats
+	Shards     []shard.Stats
+}
+
+// Stats reads the counters of the engine and the parts below it.
+func (e *Engine) Stats() Stats {
+	s := Stats{
+		InFlight: e.inFlight.Load(), Heals: e.heals.Load(),
+		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
+	}
+	for r := range e.reasons {
+		s.Deliveries[Reason(r).String()] = e.reasons[r].Load()
+	}
+	for i := range e.shards.Len() {
+		s.Shards = append(s.Shards, e.shards.At(i).Stats())
+	}
+	return s
+}

@@ -1,0 +1,121 @@
+package engine
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/push-manager/push-manager/engine/route"
+)
+
+// healer looks up again the users that a delivery is known not to have reached, and
+// sends to the nodes that the fresh answer names beyond those already tried. It
+// implements route.Waiter; the delivery is "healing" until the last key is told.
+type healer struct {
+	d       *Delivery
+	missing []string
+	waiting int // keys not told yet, guarded by the push's mu
+}
+
+func (h *healer) start() {
+	p, d := h.d.push, h.d
+	p.engine.heals.Add(1)
+	if !time.Now().Before(p.deadline) {
+		h.give(DropExpired)
+		return
+	}
+	home := p.home(d)
+	if p.Kind == ToRoom {
+		h.waiting = 1
+		p.engine.directory.RefreshRoom(home, p.Room, p.began, h)
+		return
+	}
+	h.waiting = len(h.missing)
+	p.engine.directory.RefreshUsers(home, slices.Clone(h.missing), p.began, h)
+}
+
+// give ends the heal without an answer.
+func (h *healer) give(why Reason) {
+	if h.d.state.CompareAndSwap(healing, claimed) {
+		h.d.heal = why
+		h.d.state.Store(settled)
+		h.d.push.finished(1)
+	}
+}
+
+// Lookup implements route.Waiter.
+func (h *healer) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
+	return h.d.push.Lookup(ctx, what)
+}
+
+// Routed implements route.Waiter.
+func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
+	p, d := h.d.push, h.d
+	p.mu.Lock()
+	h.waiting -= len(keys)
+	last := h.waiting == 0
+	var legs []*Delivery
+	if p.expired == nil && err == nil && d.state.Load() == healing {
+		legs = h.stageLocked(keys, snaps)
+		p.addLocked(legs)
+	} else if err != nil {
+		d.heal = DropNoRoute
+	}
+	p.mu.Unlock()
+	p.send(legs)
+	if last && d.state.CompareAndSwap(healing, claimed) {
+		d.state.Store(settled)
+		p.finished(1)
+	}
+}
+
+// stageLocked sorts the missing users of keys into those to be sent elsewhere,
+// those who are gone, and those of whom the answer says nothing new.
+func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
+	p, d := h.d.push, h.d
+	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
+	if p.Kind != ToRoom {
+		users, snap = keys, func(i int) *route.Snapshot { return snaps[i] }
+	}
+	var legs []*Delivery
+	byNode := make(map[string]*Delivery)
+	for i, user := range users {
+		placed, sent := false, false
+		for _, g := range snap(i).Groups {
+			if !g.Has(user) {
+				continue
+			}
+			placed = true
+			if p.tried(g.Node, user) {
+				continue
+			}
+			to := byNode[g.Node]
+			if to == nil {
+				to = &Delivery{node: g.Node, healed: true}
+				byNode[g.Node] = to
+				legs = append(legs, to)
+			}
+			to.users = append(to.users, user)
+			sent = true
+		}
+		switch {
+		case sent:
+			d.resent = append(d.resent, user)
+		case !placed:
+			d.gone = append(d.gone, user)
+		}
+	}
+	slices.SortFunc(legs, func(a, b *Delivery) int { return strings.Compare(a.node, b.node) })
+	return legs
+}
+
+// tried tells whether the push has a delivery to node for user.
+func (p *Push) tried(node, user string) bool {
+	for _, d := range p.legs {
+		if d.node == node && d.has(user) {
+			return true
+		}
+	}
+	return false
+}

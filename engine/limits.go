@@ -1,0 +1,198 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"unicode/utf8"
+)
+
+// Limits bound what one push may ask for. The zero value means the defaults.
+type Limits struct {
+	IDBytes         int // of a room or user id; 0 means 256
+	DataBytes       int // of content.data; 0 means 256 KiB
+	MetadataEntries int // 0 means 32
+	MetadataBytes   int // of keys and values together; 0 means 8 KiB
+	Exclude         int // users in an exclude list; 0 means 10,000
+	Users           int // users in a user list; 0 means 10,000
+}
+
+func (l Limits) withDefaults() Limits {
+	for _, f := range []struct {
+		v   *int
+		def int
+	}{
+		{&l.IDBytes, 256},
+		{&l.DataBytes, 256 << 10},
+		{&l.MetadataEntries, 32},
+		{&l.MetadataBytes, 8 << 10},
+		{&l.Exclude, 10_000},
+		{&l.Users, 10_000},
+	} {
+		if *f.v == 0 {
+			*f.v = f.def
+		}
+	}
+	return l
+}
+
+// Validate reports everything that is wrong with l.
+func (l Limits) Validate() error {
+	if min(l.IDBytes, l.DataBytes, l.MetadataEntries, l.MetadataBytes, l.Exclude, l.Users) < 0 {
+		return errors.New("limits must not be negative")
+	}
+	return nil
+}
+
+// InvalidError says what is wrong with a push before anything was done for it.
+type InvalidError struct {
+	Field       string // path in the request: "room_id", "user_ids[3]", "content.data"
+	Code        string // for programs, in CAPITALS
+	Description string // for people
+}
+
+// Codes of an InvalidError.
+const (
+	CodeRequired      = "REQUIRED"
+	CodeIDTooLong     = "ID_TOO_LONG"
+	CodeIDMalformed   = "ID_MALFORMED"
+	CodeTooLarge      = "PAYLOAD_TOO_LARGE"
+	CodeTooMany       = "TOO_MANY"
+	CodeMetadataLarge = "METADATA_TOO_LARGE"
+	CodeMalformed     = "MALFORMED"
+	CodeOutOfRange    = "OUT_OF_RANGE"
+)
+
+func (e *InvalidError) Error() string { return e.Field + ": " + e.Description }
+
+// Content is what validation needs to know about a payload.
+type Content struct {
+	Present         bool // the request has content at all
+	DataLen         int
+	MetadataEntries int
+	MetadataBytes   int
+	Timestamp       int64
+	InvalidUTF8     bool // in a metadata key or value
+}
+
+// CheckCount refuses n entries of a list that allows fewer. Field is one of
+// "exclude_user_ids", "user_ids" and "content.metadata".
+func (l Limits) CheckCount(field string, n int) error {
+	limit := l.Exclude
+	switch field {
+	case "user_ids":
+		limit = l.Users
+	case "content.metadata":
+		limit = l.MetadataEntries
+	}
+	if n > limit {
+		return &InvalidError{field, CodeTooMany, fmt.Sprintf("more than %d entries", limit)}
+	}
+	return nil
+}
+
+// check refuses a push that breaks a limit.
+func (l Limits) check(p *Push) error {
+	if err := l.checkTarget(p); err != nil {
+		return err
+	}
+	return l.checkContent(&p.Content)
+}
+
+func (l Limits) checkTarget(p *Push) error {
+	switch p.Kind {
+	case ToRoom:
+		if err := l.checkID("room_id", -1, p.Room); err != nil {
+			return err
+		}
+		return l.checkIDs("exclude_user_ids", p.Exclude)
+	case ToUser:
+		return l.checkID("user_id", -1, p.User)
+	case ToUsers:
+		if len(p.Users) == 0 {
+			return &InvalidError{"user_ids", CodeRequired, "must name at least one user"}
+		}
+		return l.checkIDs("user_ids", p.Users)
+	case ToAll:
+		return nil
+	default:
+		return &InvalidError{"push", CodeRequired, "must say what to push to"}
+	}
+}
+
+func (l Limits) checkIDs(field string, ids []string) error {
+	if err := l.CheckCount(field, len(ids)); err != nil {
+		return err
+	}
+	for i, id := range ids {
+		if err := l.checkID(field, i, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkID takes ids of 1..IDBytes bytes of valid UTF-8 without control characters.
+func (l Limits) checkID(field string, index int, id string) error {
+	code, what := "", ""
+	switch {
+	case id == "":
+		code, what = CodeRequired, "must not be empty"
+	case len(id) > l.IDBytes:
+		code, what = CodeIDTooLong, fmt.Sprintf("longer than %d bytes", l.IDBytes)
+	case !cleanID(id):
+		code, what = CodeIDMalformed, "must be valid UTF-8 without control characters"
+	default:
+		return nil
+	}
+	if index >= 0 {
+		field += "[" + strconv.Itoa(index) + "]"
+	}
+	return &InvalidError{field, code, what}
+}
+
+// cleanID looks for control characters (C0, DEL and C1) and broken UTF-8.
+func cleanID(id string) bool {
+	for i := 0; i < len(id); i++ {
+		c := id[i]
+		if c >= utf8.RuneSelf {
+			return cleanRunes(id[i:])
+		}
+		if c < ' ' || c == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+func cleanRunes(s string) bool {
+	for i, r := range s {
+		if r < ' ' || r >= 0x7f && r < 0xa0 {
+			return false
+		}
+		if r == utf8.RuneError {
+			if _, n := utf8.DecodeRuneInString(s[i:]); n <= 1 {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func (l Limits) checkContent(c *Content) error {
+	switch {
+	case !c.Present:
+		return &InvalidError{"content", CodeRequired, "must be present"}
+	case c.DataLen > l.DataBytes:
+		return &InvalidError{"content.data", CodeTooLarge, fmt.Sprintf("%d bytes, more than %d", c.DataLen, l.DataBytes)}
+	case c.Timestamp < 0:
+		return &InvalidError{"content.timestamp", CodeOutOfRange, "must not be negative"}
+	case c.MetadataEntries > l.MetadataEntries:
+		return l.CheckCount("content.metadata", c.MetadataEntries)
+	case c.MetadataBytes > l.MetadataBytes:
+		return &InvalidError{"content.metadata", CodeMetadataLarge, fmt.Sprintf("%d bytes, more than %d", c.MetadataBytes, l.MetadataBytes)}
+	case c.InvalidUTF8:
+		return &InvalidError{"content.metadata", CodeMalformed, "must be valid UTF-8"}
+	}
+	return nil
+}
