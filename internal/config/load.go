@@ -71,11 +71,11 @@ func (s *Set) known(v value) error {
 // load takes the value of the first source that has one.
 func (k *Key) load(o *Options, file *document) error {
 	if text, ok := o.Flags[k.Flag()]; ok {
-		return k.take(text, "flag --"+k.Flag(), "--"+k.Flag())
+		return k.take(text, sourceFlag+k.Flag(), "--"+k.Flag())
 	}
 	for _, env := range k.envs {
 		if text, ok := o.LookupEnv(env); ok && text != "" {
-			return k.take(text, "environment variable "+env, env)
+			return k.take(text, sourceEnv+env, env)
 		}
 	}
 	if v, ok := file.lookup(k.name); ok {
@@ -104,7 +104,7 @@ func (s *Set) Problem(name, format string, args ...any) error {
 			continue
 		}
 		blame = k.source
-		if !strings.HasPrefix(k.source, "flag ") && !strings.HasPrefix(k.source, "environment ") {
+		if !k.Override() {
 			blame += ": " + k.name
 		}
 	}

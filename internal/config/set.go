@@ -21,6 +21,12 @@ const (
 	OrZero   = time.Duration(0) // zero allowed, negative refused
 )
 
+// How the source of a value is told to people.
+const (
+	sourceFlag = "flag --"
+	sourceEnv  = "environment variable "
+)
+
 // maxDuration bounds every duration: a deadline further away is a typing error.
 const maxDuration = 24 * time.Hour
 
@@ -54,8 +60,11 @@ func (k *Key) Flag() string {
 // Given tells whether anything but the default set the key. Valid after Load.
 func (k *Key) Given() bool { return k.source != "" }
 
-// GivenBy tells whether the environment variable set the key.
-func (k *Key) GivenBy(env string) bool { return k.source == "environment variable "+env }
+// Override tells whether a flag or an environment variable set the key. Valid
+// after Load.
+func (k *Key) Override() bool {
+	return strings.HasPrefix(k.source, sourceFlag) || strings.HasPrefix(k.source, sourceEnv)
+}
 
 // Set is the settings of one program.
 type Set struct {

@@ -1,0 +1,185 @@
+package telemetry_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"go.uber.org/goleak"
+
+	"github.com/push-manager/push-manager/internal/telemetry"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func startHTTP(t *testing.T, cfg telemetry.HTTPConfig) (get func(path string, header ...string) (int, string)) {
+	t.Helper()
+	if cfg.Address == "" {
+		cfg.Address = "127.0.0.1:0"
+	}
+	h, err := telemetry.StartHTTP(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{}}
+	t.Cleanup(func() {
+		client.CloseIdleConnections()
+		if err := h.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return func(path string, header ...string) (int, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.Addr().String()+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := 0; i+1 < len(header); i += 2 {
+			req.Header.Set(header[i], header[i+1])
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(body)
+	}
+}
+
+func TestMetricsShowOursAndThoseOfGoAndTheProcess(t *testing.T) {
+	set := metrics.NewSet()
+	depth := set.NewGauge("push_manager_test_depth", nil)
+	get := startHTTP(t, telemetry.HTTPConfig{Metrics: set, Collect: func() { depth.Set(7) }})
+	status, body := get("/metrics")
+	if status != http.StatusOK {
+		t.Fatal(status)
+	}
+	for _, want := range []string{"push_manager_test_depth 7\n", "go_goroutines ", "process_resident_memory_bytes ", "process_start_time_seconds "} {
+		if !strings.Contains(body, want) {
+			t.Errorf("lacks %q", want)
+		}
+	}
+}
+
+func TestReadinessNamesItsReasonsWhileHealthStaysGreen(t *testing.T) {
+	var reasons []string
+	get := startHTTP(t, telemetry.HTTPConfig{NotReady: func() []string { return reasons }})
+	for _, tc := range []struct {
+		reasons []string
+		status  int
+		body    string
+	}{
+		{[]string{"etcd has not answered", "draining"}, 503, "etcd has not answered\ndraining\n"},
+		{nil, 200, "ok\n"},
+	} {
+		reasons = tc.reasons
+		if status, body := get("/readyz"); status != tc.status || body != tc.body {
+			t.Errorf("readyz %d %q, want %d %q", status, body, tc.status, tc.body)
+		}
+		if status, _ := get("/healthz"); status != 200 {
+			t.Errorf("healthz %d", status)
+		}
+	}
+}
+
+func TestProfilesAreForThisMachineOnly(t *testing.T) {
+	local, remote := startHTTP(t, telemetry.HTTPConfig{}), startHTTP(t, telemetry.HTTPConfig{PprofRemote: true})
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine?debug=1", "/debug/pprof/cmdline", "/debug/pprof/symbol"} {
+		if status, _ := local(path); status != http.StatusOK {
+			t.Errorf("%s from here: %d", path, status)
+		}
+		if status, _ := local(path, "X-Forwarded-For", "10.0.0.1"); status != http.StatusForbidden {
+			t.Errorf("%s through a proxy: %d", path, status)
+		}
+		if status, _ := remote(path, "X-Forwarded-For", "10.0.0.1"); status != http.StatusOK {
+			t.Errorf("%s with PprofRemote: %d", path, status)
+		}
+	}
+	if address := outsideAddress(t); address != "" {
+		get := startHTTP(t, telemetry.HTTPConfig{Address: address})
+		if status, body := get("/debug/pprof/"); status != http.StatusForbidden || !strings.Contains(body, "PPROF_REMOTE") {
+			t.Errorf("from %s: %d %q", address, status, body)
+		}
+	}
+}
+
+// outsideAddress is an address of this machine that is not loopback, "" if it has
+// none.
+func outsideAddress(t *testing.T) string {
+	t.Helper()
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if ip, ok := a.(*net.IPNet); ok && ip.IP.IsGlobalUnicast() && ip.IP.To4() != nil {
+			return net.JoinHostPort(ip.IP.String(), "0")
+		}
+	}
+	return ""
+}
+
+func TestNothingElseIsServed(t *testing.T) {
+	http.HandleFunc("/default-mux", func(http.ResponseWriter, *http.Request) {})
+	get := startHTTP(t, telemetry.HTTPConfig{})
+	for path, want := range map[string]int{"/default-mux": 404, "/nope": 404, "/": 200} {
+		if status, _ := get(path); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	if status, body := get("/healthz", "X-Large", strings.Repeat("x", 64<<10)); status != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("64 KiB of headers: %d %q", status, body)
+	}
+}
+
+func TestCloseDoesNotWaitForASlowReader(t *testing.T) {
+	block := make(chan struct{})
+	defer close(block)
+	entered := make(chan struct{})
+	h, err := telemetry.StartHTTP(telemetry.HTTPConfig{Address: "127.0.0.1:0", NotReady: func() []string {
+		close(entered)
+		<-block
+		return nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("tcp", h.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := io.WriteString(conn, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-entered
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	begin := time.Now()
+	if err := h.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("close took %v", took)
+	}
+}
+
+func TestAddressInUseIsAnError(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	if _, err := telemetry.StartHTTP(telemetry.HTTPConfig{Address: l.Addr().String()}); err == nil {
+		t.Error("no error")
+	}
+}

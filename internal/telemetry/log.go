@@ -1,0 +1,42 @@
+package telemetry
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+
+	"github.com/push-manager/push-manager/internal/config"
+)
+
+// LogConfig says what the log looks like.
+type LogConfig struct {
+	Level  string // debug, info, warn, error
+	Format string // text, json
+}
+
+// Bind adds the keys log_level and log_format.
+func (c *LogConfig) Bind(s *config.Set) {
+	s.Choice(&c.Level, "log_level", "info", "Least level that is logged: debug, info, warn or error.",
+		"debug", "info", "warn", "error")
+	s.Choice(&c.Format, "log_format", "text", "Format of the log on standard error: text or json.", "text", "json")
+}
+
+// NewLogger makes a logger that writes to w.
+func NewLogger(w io.Writer, c LogConfig) (*slog.Logger, error) {
+	opts := &slog.HandlerOptions{}
+	if c.Level != "" {
+		var level slog.Level
+		if err := level.UnmarshalText([]byte(strings.ToUpper(c.Level))); err != nil {
+			return nil, fmt.Errorf("log level: %w", err)
+		}
+		opts.Level = level
+	}
+	switch c.Format {
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, opts)), nil
+	case "text", "":
+		return slog.New(slog.NewTextHandler(w, opts)), nil
+	}
+	return nil, fmt.Errorf("log format %q is neither text nor json", c.Format)
+}

@@ -1,0 +1,215 @@
+package telemetry
+
+import (
+	"context"
+	"strconv"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/metadata"
+)
+
+// maxAttribute bounds a text in a span, maxTracestate what is passed on of a
+// caller's tracestate (the standard asks for 512).
+const (
+	maxAttribute  = 300
+	maxTracestate = 512
+)
+
+const service = "pubsub.PushManagerService"
+
+// PushSpan is the span of one sampled push. It implements engine.Trace.
+type PushSpan struct {
+	// Static after Begin.
+	tracer *Tracer
+	ctx    context.Context //nolint:containedctx // It carries the span as parent and nothing of the call's life.
+	span   trace.Span
+}
+
+// Begin decides whether the call that ctx belongs to is traced and starts its
+// span. It returns nil for a call that is not, at the cost of reading one header.
+func (t *Tracer) Begin(ctx context.Context, method string) *PushSpan {
+	if t == nil {
+		return nil
+	}
+	parent := parentOf(ctx)
+	id := parent.TraceID()
+	if !id.IsValid() {
+		id = newTraceID()
+	}
+	if !t.sampler.sample(parent, id) {
+		return nil
+	}
+	return t.start(ctx, method, parent, id)
+}
+
+func (t *Tracer) start(call context.Context, method string, parent trace.SpanContext, id trace.TraceID) *PushSpan {
+	// The span outlives neither the push nor the call's values, so it gets a
+	// context of its own: legs may end after the call has returned.
+	ctx := context.Background()
+	if parent.IsValid() {
+		ctx = trace.ContextWithRemoteSpanContext(ctx, parent.WithTraceState(tracestateOf(call)))
+	} else {
+		ctx = context.WithValue(ctx, traceIDKey{}, id)
+	}
+	ctx, span := t.tracer.Start(ctx, service+"/"+method,
+		trace.WithSpanKind(trace.SpanKindServer),
+		trace.WithAttributes(
+			attribute.String("rpc.system", "grpc"),
+			attribute.String("rpc.service", service),
+			attribute.String("rpc.method", method),
+		))
+	t.spans.Inc()
+	return &PushSpan{tracer: t, ctx: ctx, span: span}
+}
+
+// Outcome is what a push came to, for its span.
+type Outcome struct {
+	Targets, Delivered, Offline, Failed, Unknown int
+	NodeFailures                                 int
+	Status                                       string // success, partial, failed
+}
+
+// End closes the span with the outcome, or with the error of a push of which
+// nothing was sent.
+func (p *PushSpan) End(o Outcome, err error) {
+	if err != nil {
+		p.span.SetStatus(codes.Error, safe(err.Error()))
+		p.span.End()
+		return
+	}
+	p.span.SetAttributes(
+		attribute.Int("push.targets", o.Targets),
+		attribute.Int("push.delivered", o.Delivered),
+		attribute.Int("push.offline", o.Offline),
+		attribute.Int("push.failed", o.Failed),
+		attribute.Int("push.unknown", o.Unknown),
+		attribute.Int("push.node_failures", o.NodeFailures),
+	)
+	if o.Failed+o.Unknown+o.NodeFailures > 0 {
+		p.span.SetStatus(codes.Error, o.Status)
+	}
+	p.span.End()
+}
+
+// Lookup starts the span of one look-up at the Controller. The context carries
+// it; the function ends it.
+func (p *PushSpan) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
+	_, span := p.tracer.tracer.Start(p.ctx, "lookup "+what, trace.WithSpanKind(trace.SpanKindClient))
+	p.tracer.spans.Inc()
+	ctx = metadata.AppendToOutgoingContext(trace.ContextWithSpan(ctx, span), "traceparent", traceparent(span.SpanContext()))
+	return ctx, func(err error) {
+		if err != nil {
+			span.SetStatus(codes.Error, safe(err.Error()))
+		}
+		span.End()
+	}
+}
+
+// leg starts the span of the delivery to one node.
+func (p *PushSpan) leg(node string, users int) *LegSpan {
+	node = safe(node)
+	_, span := p.tracer.tracer.Start(p.ctx, "deliver "+node,
+		trace.WithSpanKind(trace.SpanKindClient),
+		trace.WithAttributes(attribute.String("node.id", node), attribute.Int("push.users", users)))
+	p.tracer.spans.Inc()
+	return &LegSpan{span: span}
+}
+
+// LegSpan is the span of the delivery to one node. It implements engine.LegTrace.
+type LegSpan struct {
+	span trace.Span
+}
+
+// Traceparent is the W3C trace context for the node.
+func (l *LegSpan) Traceparent() string { return traceparent(l.span.SpanContext()) }
+
+// End closes the span. An outcome other than "delivered" or "offline" is an error.
+func (l *LegSpan) End(outcome string) {
+	outcome = safe(outcome)
+	l.span.SetAttributes(attribute.String("push.outcome", outcome))
+	if outcome != "delivered" && outcome != "offline" {
+		l.span.SetStatus(codes.Error, outcome)
+	}
+	l.span.End()
+}
+
+// safe makes a text from outside harmless for whoever shows it: cut, and
+// without control characters, escapes and invalid UTF-8.
+func safe(text string) string {
+	if len(text) > maxAttribute {
+		text = text[:maxAttribute]
+	}
+	quoted := strconv.Quote(text)
+	return quoted[1 : len(quoted)-1]
+}
+
+// traceparent writes a W3C trace context.
+func traceparent(sc trace.SpanContext) string {
+	return "00-" + sc.TraceID().String() + "-" + sc.SpanID().String() + "-" + sc.TraceFlags().String()
+}
+
+// parentOf reads the caller's W3C trace context. What is malformed or comes twice
+// is no context.
+func parentOf(ctx context.Context) trace.SpanContext {
+	values := metadata.ValueFromIncomingContext(ctx, "traceparent")
+	if len(values) != 1 {
+		return trace.SpanContext{}
+	}
+	return parseTraceparent(values[0])
+}
+
+// parseTraceparent reads VV-TRACEID-SPANID-FF. Versions above 00 may go on after
+// a dash.
+func parseTraceparent(text string) trace.SpanContext {
+	const size = 55
+	if len(text) < size || len(text) > maxTracestate || text[2] != '-' || text[35] != '-' || text[52] != '-' {
+		return trace.SpanContext{}
+	}
+	version, ok := hexByte(text[:2])
+	flags, ok2 := hexByte(text[53:55])
+	if !ok || !ok2 || version == 0xff || version == 0 && len(text) != size || len(text) > size && text[size] != '-' {
+		return trace.SpanContext{}
+	}
+	traceID, err := trace.TraceIDFromHex(text[3:35])
+	if err != nil {
+		return trace.SpanContext{}
+	}
+	spanID, err := trace.SpanIDFromHex(text[36:52])
+	if err != nil {
+		return trace.SpanContext{}
+	}
+	return trace.NewSpanContext(trace.SpanContextConfig{
+		TraceID: traceID, SpanID: spanID, TraceFlags: trace.TraceFlags(flags) & trace.FlagsSampled, Remote: true,
+	})
+}
+
+// hexByte reads two lower-case hexadecimal digits.
+func hexByte(text string) (b byte, ok bool) {
+	for i := range 2 {
+		switch c := text[i]; {
+		case c >= '0' && c <= '9':
+			b = b<<4 | (c - '0')
+		case c >= 'a' && c <= 'f':
+			b = b<<4 | (c - 'a' + 10)
+		default:
+			return 0, false
+		}
+	}
+	return b, true
+}
+
+// tracestateOf reads what vendors add to the context; what is malformed is left
+// out.
+func tracestateOf(ctx context.Context) trace.TraceState {
+	values := metadata.ValueFromIncomingContext(ctx, "tracestate")
+	if len(values) != 1 || len(values[0]) > maxTracestate {
+		return trace.TraceState{}
+	}
+	state, err := trace.ParseTraceState(values[0])
+	if err != nil {
+		return trace.TraceState{}
+	}
+	return state
+}

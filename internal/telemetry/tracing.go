@@ -1,0 +1,319 @@
+package telemetry
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"github.com/VictoriaMetrics/metrics"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
+	"go.opentelemetry.io/otel/sdk/resource"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/push-manager/push-manager/internal/config"
+)
+
+// The sampling rules, in the words of OTEL_TRACES_SAMPLER.
+const (
+	samplerAlwaysOn    = "always_on"
+	samplerAlwaysOff   = "always_off"
+	samplerRatio       = "traceidratio"
+	samplerParentOn    = "parentbased_always_on"
+	samplerParentOff   = "parentbased_always_off"
+	samplerParentRatio = "parentbased_traceidratio"
+)
+
+// defaultEndpoint is where a collector listens by convention.
+const defaultEndpoint = "http://localhost:4317"
+
+// TracingConfig says what is traced and where it goes. The zero value traces
+// nothing.
+type TracingConfig struct {
+	Enabled    bool
+	Endpoint   string  // URL or HOST:PORT (plain) of an OTLP gRPC receiver; "": what the OTEL_* variables say, or localhost:4317
+	SampleRate float64 // share of calls without a parent that are traced
+	Sampler    string  // a word of OTEL_TRACES_SAMPLER; "": parentbased_traceidratio
+
+	// Service and Instance name the process unless the OTEL_* variables do.
+	Service  string
+	Instance string
+	Metrics  *metrics.Set
+	Logger   *slog.Logger
+
+	enabledKey, endpointKey, rateKey *config.Key
+}
+
+// Bind adds the section tracing. Settle must follow Load.
+func (c *TracingConfig) Bind(s *config.Set) {
+	c.enabledKey = s.Bool(&c.Enabled, "tracing.enabled", false,
+		"Trace pushes with OpenTelemetry. Also on when OTEL_EXPORTER_OTLP_ENDPOINT is set and this is not.")
+	c.endpointKey = s.Text(&c.Endpoint, "tracing.endpoint", "",
+		"OTLP gRPC receiver, as http://HOST:PORT, https://HOST:PORT or HOST:PORT (plain). Empty: OTEL_EXPORTER_OTLP_ENDPOINT or localhost:4317.")
+	c.rateKey = s.Float(&c.SampleRate, "tracing.sample_rate", 1, 0, 1,
+		"Share of the calls that are traced when the caller has not decided. OTEL_TRACES_SAMPLER overrides the file.")
+}
+
+// Settle applies the standard OTEL_* variables that are not read by the
+// exporter itself. Like all of the environment they come before the file and
+// after flags; OTEL_SDK_DISABLED and OTEL_TRACES_EXPORTER=none turn everything off.
+func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
+	env := func(name string) string {
+		v, _ := lookupEnv(name)
+		return strings.TrimSpace(v)
+	}
+	endpoint := env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+	if endpoint == "" {
+		endpoint = env("OTEL_EXPORTER_OTLP_ENDPOINT")
+	}
+	exporter := env("OTEL_TRACES_EXPORTER")
+	if !c.enabledKey.Given() {
+		c.Enabled = c.Enabled || endpoint != "" || exporter == "otlp"
+	}
+	switch {
+	case exporter == "none" || strings.EqualFold(env("OTEL_SDK_DISABLED"), "true"):
+		c.Enabled = false
+	case exporter != "" && exporter != "otlp" && c.Enabled:
+		return fmt.Errorf("%w: OTEL_TRACES_EXPORTER: %q is neither otlp nor none", config.ErrUsage, exporter)
+	}
+	if endpoint != "" && !c.endpointKey.Override() {
+		c.Endpoint = endpointOf(endpoint, env)
+	}
+	if !c.rateKey.Override() {
+		return c.settleSampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))
+	}
+	return nil
+}
+
+// endpointOf leaves URLs, which carry the choice of TLS, to the exporter. A bare
+// HOST:PORT, which the standard does not know, is plain unless asked otherwise.
+func endpointOf(endpoint string, env func(string) string) string {
+	if strings.Contains(endpoint, "://") {
+		return ""
+	}
+	insecure := env("OTEL_EXPORTER_OTLP_TRACES_INSECURE")
+	if insecure == "" {
+		insecure = env("OTEL_EXPORTER_OTLP_INSECURE")
+	}
+	if strings.EqualFold(insecure, "false") {
+		return "https://" + endpoint
+	}
+	return "http://" + endpoint
+}
+
+func (c *TracingConfig) settleSampler(sampler, arg string) error {
+	switch sampler {
+	case "":
+		return nil
+	case samplerAlwaysOn, samplerAlwaysOff, samplerParentOn, samplerParentOff:
+	case samplerRatio, samplerParentRatio:
+		c.SampleRate = 1
+		if arg != "" {
+			rate, err := strconv.ParseFloat(arg, 64)
+			if err != nil || !(rate >= 0 && rate <= 1) {
+				return fmt.Errorf("%w: OTEL_TRACES_SAMPLER_ARG: %q is not a number from 0 to 1", config.ErrUsage, arg)
+			}
+			c.SampleRate = rate
+		}
+	default:
+		return fmt.Errorf("%w: OTEL_TRACES_SAMPLER: %q is not known", config.ErrUsage, sampler)
+	}
+	c.Sampler = sampler
+	return nil
+}
+
+// sampler decides from ids alone.
+type sampler struct {
+	parentBased bool
+	bound       uint64 // a root is sampled when 63 bits of its trace id are below
+}
+
+func newSampler(word string, rate float64) sampler {
+	const all = 1 << 63
+	switch word {
+	case samplerAlwaysOn:
+		return sampler{bound: all}
+	case samplerAlwaysOff:
+		return sampler{}
+	case samplerParentOn:
+		return sampler{parentBased: true, bound: all}
+	case samplerParentOff:
+		return sampler{parentBased: true}
+	}
+	bound := uint64(all)
+	if rate < 1 {
+		bound = uint64(math.Max(rate, 0) * all)
+	}
+	return sampler{parentBased: word != samplerRatio, bound: bound}
+}
+
+func (s sampler) sample(parent trace.SpanContext, id trace.TraceID) bool {
+	if s.parentBased && parent.IsValid() {
+		return parent.IsSampled()
+	}
+	// The bits and the bound are those of OpenTelemetry's TraceIDRatioBased, so
+	// that all services keep the same traces.
+	return binary.BigEndian.Uint64(id[8:16])>>1 < s.bound
+}
+
+// Tracer makes the spans of pushes. A nil Tracer traces nothing.
+type Tracer struct {
+	// Static after NewTracer.
+	sampler  sampler
+	provider *sdktrace.TracerProvider
+	tracer   trace.Tracer
+	spans    *metrics.Counter
+}
+
+// NewTracer starts exporting in the background until Close. It returns nil when
+// tracing is off. A receiver that is away does not keep it from starting.
+func NewTracer(ctx context.Context, cfg TracingConfig) (*Tracer, error) {
+	if !cfg.Enabled {
+		return nil, nil //nolint:nilnil // A nil Tracer is one that traces nothing.
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = metrics.NewSet()
+	}
+	if cfg.Service == "" {
+		cfg.Service = "push-manager"
+	}
+	otlp, err := otlptracegrpc.New(ctx, endpointOptions(cfg.Endpoint)...)
+	if err != nil {
+		return nil, fmt.Errorf("start the trace exporter: %w", err)
+	}
+	processor := sdktrace.NewBatchSpanProcessor(newExporter(otlp, &cfg))
+	limits := sdktrace.NewSpanLimits()
+	if limits.AttributeValueLengthLimit < 0 || limits.AttributeValueLengthLimit > maxAttribute {
+		limits.AttributeValueLengthLimit = maxAttribute
+	}
+	provider := sdktrace.NewTracerProvider(
+		// Begin has decided already: whatever reaches the provider is sampled.
+		sdktrace.WithSampler(sdktrace.AlwaysSample()),
+		sdktrace.WithIDGenerator(idGenerator{}),
+		sdktrace.WithRawSpanLimits(limits),
+		sdktrace.WithResource(newResource(ctx, &cfg)),
+		sdktrace.WithSpanProcessor(processor),
+	)
+	return &Tracer{
+		sampler:  newSampler(cfg.Sampler, cfg.SampleRate),
+		provider: provider,
+		tracer:   provider.Tracer("github.com/push-manager/push-manager"),
+		spans:    cfg.Metrics.NewCounter("push_manager_trace_spans_total"),
+	}, nil
+}
+
+// Close sends what is queued and stops, at the latest when ctx ends.
+func (t *Tracer) Close(ctx context.Context) error {
+	if t == nil {
+		return nil
+	}
+	if err := t.provider.Shutdown(ctx); err != nil {
+		return fmt.Errorf("send the last traces: %w", err)
+	}
+	return nil
+}
+
+func endpointOptions(endpoint string) []otlptracegrpc.Option {
+	switch {
+	case endpoint == "":
+		return nil // the exporter reads OTEL_EXPORTER_OTLP_*
+	case strings.Contains(endpoint, "://"):
+		return []otlptracegrpc.Option{otlptracegrpc.WithEndpointURL(endpoint)}
+	}
+	return []otlptracegrpc.Option{otlptracegrpc.WithEndpoint(endpoint), otlptracegrpc.WithInsecure()}
+}
+
+// newResource describes the process. OTEL_SERVICE_NAME and
+// OTEL_RESOURCE_ATTRIBUTES come last and win.
+func newResource(ctx context.Context, cfg *TracingConfig) *resource.Resource {
+	res, err := resource.New(ctx,
+		resource.WithTelemetrySDK(),
+		resource.WithAttributes(
+			attribute.String("service.name", cfg.Service),
+			attribute.String("service.instance.id", cfg.Instance),
+		),
+		resource.WithFromEnv(),
+	)
+	if err != nil {
+		cfg.Logger.Warn("a part of OTEL_RESOURCE_ATTRIBUTES is not understood", "error", err)
+	}
+	return res
+}
+
+// exporter counts what goes out and tells the log once when it begins and ends
+// to fail.
+type exporter struct {
+	sdktrace.SpanExporter
+
+	logger   *slog.Logger
+	exported *metrics.Counter
+	lost     *metrics.Counter
+	failing  atomic.Bool
+}
+
+func newExporter(next *otlptrace.Exporter, cfg *TracingConfig) *exporter {
+	return &exporter{
+		SpanExporter: next, logger: cfg.Logger,
+		exported: cfg.Metrics.NewCounter("push_manager_trace_spans_exported_total"),
+		lost:     cfg.Metrics.NewCounter("push_manager_trace_spans_lost_total"),
+	}
+}
+
+// ExportSpans sends a batch. It never returns an error: the SDK would print it.
+func (e *exporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan) error {
+	err := e.SpanExporter.ExportSpans(ctx, spans)
+	if err == nil {
+		e.exported.Add(len(spans))
+		if e.failing.CompareAndSwap(true, false) {
+			e.logger.Info("traces are received again")
+		}
+		return nil
+	}
+	e.lost.Add(len(spans))
+	if e.failing.CompareAndSwap(false, true) && !errors.Is(err, context.Canceled) {
+		e.logger.Warn("traces are not received", "error", err)
+	}
+	return nil
+}
+
+// idGenerator gives a root the trace id for which sampling was decided.
+type idGenerator struct{}
+
+type traceIDKey struct{}
+
+// NewIDs implements sdktrace.IDGenerator.
+func (g idGenerator) NewIDs(ctx context.Context) (trace.TraceID, trace.SpanID) {
+	id, ok := ctx.Value(traceIDKey{}).(trace.TraceID)
+	if !ok {
+		id = newTraceID()
+	}
+	return id, g.NewSpanID(ctx, id)
+}
+
+// NewSpanID implements sdktrace.IDGenerator.
+func (idGenerator) NewSpanID(context.Context, trace.TraceID) (id trace.SpanID) {
+	for !id.IsValid() {
+		binary.BigEndian.PutUint64(id[:], rand.Uint64())
+	}
+	return id
+}
+
+func newTraceID() (id trace.TraceID) {
+	for !id.IsValid() {
+		binary.BigEndian.PutUint64(id[:8], rand.Uint64())
+		binary.BigEndian.PutUint64(id[8:], rand.Uint64())
+	}
+	return id
+}
