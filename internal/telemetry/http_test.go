@@ -3,8 +3,10 @@ package telemetry_test
 import (
 	"context"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -129,9 +131,10 @@ func outsideAddress(t *testing.T) string {
 }
 
 func TestNothingElseIsServed(t *testing.T) {
-	http.HandleFunc("/default-mux", func(http.ResponseWriter, *http.Request) {})
+	other := "/default-mux/" + strconv.FormatUint(rand.Uint64(), 10) // the default mux outlives a run
+	http.HandleFunc(other, func(http.ResponseWriter, *http.Request) {})
 	get := startHTTP(t, telemetry.HTTPConfig{})
-	for path, want := range map[string]int{"/default-mux": 404, "/nope": 404, "/": 200} {
+	for path, want := range map[string]int{other: 404, "/nope": 404, "/": 200} {
 		if status, _ := get(path); status != want {
 			t.Errorf("%s: %d, want %d", path, status, want)
 		}
