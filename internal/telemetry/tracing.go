@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -170,6 +171,7 @@ type Tracer struct {
 	// Static after NewTracer.
 	sampler  sampler
 	provider *sdktrace.TracerProvider
+	exporter *exporter
 	tracer   trace.Tracer
 	spans    *metrics.Counter
 }
@@ -193,7 +195,7 @@ func NewTracer(ctx context.Context, cfg TracingConfig) (*Tracer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start the trace exporter: %w", err)
 	}
-	processor := sdktrace.NewBatchSpanProcessor(newExporter(otlp, &cfg))
+	out := newExporter(otlp, &cfg)
 	limits := sdktrace.NewSpanLimits()
 	if limits.AttributeValueLengthLimit < 0 || limits.AttributeValueLengthLimit > maxAttribute {
 		limits.AttributeValueLengthLimit = maxAttribute
@@ -204,11 +206,12 @@ func NewTracer(ctx context.Context, cfg TracingConfig) (*Tracer, error) {
 		sdktrace.WithIDGenerator(idGenerator{}),
 		sdktrace.WithRawSpanLimits(limits),
 		sdktrace.WithResource(newResource(ctx, &cfg)),
-		sdktrace.WithSpanProcessor(processor),
+		sdktrace.WithSpanProcessor(sdktrace.NewBatchSpanProcessor(out)),
 	)
 	return &Tracer{
 		sampler:  newSampler(cfg.Sampler, cfg.SampleRate),
 		provider: provider,
+		exporter: out,
 		tracer:   provider.Tracer("github.com/push-manager/push-manager"),
 		spans:    cfg.Metrics.NewCounter("push_manager_trace_spans_total"),
 	}, nil
@@ -219,7 +222,11 @@ func (t *Tracer) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
 	}
-	if err := t.provider.Shutdown(ctx); err != nil {
+	err := t.provider.Shutdown(ctx)
+	// What is still being sent now is given up, so that nothing is left running.
+	t.exporter.abort()
+	<-t.exporter.closed
+	if err != nil {
 		return fmt.Errorf("send the last traces: %w", err)
 	}
 	return nil
@@ -261,6 +268,9 @@ type exporter struct {
 	exported *metrics.Counter
 	lost     *metrics.Counter
 	failing  atomic.Bool
+	once     sync.Once
+	aborted  chan struct{} // closed when nothing is to be sent any more
+	closed   chan struct{} // closed by Shutdown, after the last ExportSpans
 }
 
 func newExporter(next *otlptrace.Exporter, cfg *TracingConfig) *exporter {
@@ -268,12 +278,23 @@ func newExporter(next *otlptrace.Exporter, cfg *TracingConfig) *exporter {
 		SpanExporter: next, logger: cfg.Logger,
 		exported: cfg.Metrics.NewCounter("push_manager_trace_spans_exported_total"),
 		lost:     cfg.Metrics.NewCounter("push_manager_trace_spans_lost_total"),
+		aborted:  make(chan struct{}),
+		closed:   make(chan struct{}),
 	}
+}
+
+// abort ends the sending under way and lets all that follows fail.
+func (e *exporter) abort() { e.once.Do(func() { close(e.aborted) }) }
+
+// Shutdown is called by the SDK once, after the last batch.
+func (e *exporter) Shutdown(ctx context.Context) error {
+	defer close(e.closed)
+	return e.SpanExporter.Shutdown(ctx)
 }
 
 // ExportSpans sends a batch. It never returns an error: the SDK would print it.
 func (e *exporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan) error {
-	err := e.SpanExporter.ExportSpans(ctx, spans)
+	err := e.send(ctx, spans)
 	if err == nil {
 		e.exported.Add(len(spans))
 		if e.failing.CompareAndSwap(true, false) {
@@ -286,6 +307,21 @@ func (e *exporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpa
 		e.logger.Warn("traces are not received", "error", err)
 	}
 	return nil
+}
+
+func (e *exporter) send(ctx context.Context, spans []sdktrace.ReadOnlySpan) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		select {
+		case <-e.aborted:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return e.SpanExporter.ExportSpans(ctx, spans)
 }
 
 // idGenerator gives a root the trace id for which sampling was decided.
