@@ -1,0 +1,141 @@
+package etcdtest
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+)
+
+// Server is one etcd member on loopback ports that stay the same over restarts.
+type Server struct {
+	tb                  testing.TB
+	front, client, peer string // host:port
+	dir                 string
+	etcd                *embed.Etcd
+	// Clients come through here: etcd waits up to five seconds for its clients
+	// when it stops, unless their connections are gone already.
+	proxy *Proxy
+}
+
+// Start runs etcd on an empty data directory until the test ends. Clients are to
+// be closed before it: those of Client are, and so is what registers its cleanup
+// after this call.
+func Start(tb testing.TB) *Server {
+	tb.Helper()
+	s := Reserve(tb)
+	s.start()
+	return s
+}
+
+// Reserve gives an etcd that is not running yet; Restart starts it.
+func Reserve(tb testing.TB) *Server {
+	tb.Helper()
+	s := &Server{tb: tb, front: freeAddr(tb), client: freeAddr(tb), peer: freeAddr(tb), dir: tb.TempDir()}
+	tb.Cleanup(s.Stop)
+	return s
+}
+
+// Endpoint is the host:port for clients.
+func (s *Server) Endpoint() string { return s.front }
+
+// Client is a client of the test's own, closed when the test ends.
+func (s *Server) Client() *clientv3.Client {
+	s.tb.Helper()
+	return NewClient(s.tb, s.front)
+}
+
+// NewClient connects to any endpoint and is closed when the test ends.
+func NewClient(tb testing.TB, endpoint string) *clientv3.Client {
+	tb.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{endpoint},
+		Logger:    zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
+			MinConnectTimeout: time.Second,
+		})},
+	})
+	if err != nil {
+		tb.Fatalf("etcd client: %v", err)
+	}
+	tb.Cleanup(func() { _ = client.Close() }) // an error here is only the client's own cancelled context
+	return client
+}
+
+// Stop ends etcd; its data stays. Stopping twice is fine.
+func (s *Server) Stop() {
+	if s.etcd == nil {
+		return
+	}
+	s.proxy.close()
+	s.etcd.Close()
+	s.etcd = nil
+}
+
+// Restart starts etcd again on its old data, or for the first time.
+func (s *Server) Restart() {
+	s.tb.Helper()
+	s.Stop()
+	s.start()
+}
+
+// Wipe starts etcd again with nothing in it: its revisions begin anew.
+func (s *Server) Wipe() {
+	s.tb.Helper()
+	s.Stop()
+	if err := os.RemoveAll(s.dir); err != nil {
+		s.tb.Fatalf("wipe etcd: %v", err)
+	}
+	s.start()
+}
+
+func (s *Server) start() {
+	s.tb.Helper()
+	cfg := embed.NewConfig()
+	cfg.Name = "test"
+	cfg.Dir = s.dir
+	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: s.client}}
+	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
+	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: s.peer}}
+	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	cfg.TickMs, cfg.ElectionMs = 10, 100 // a leader in 0.1 s
+	cfg.UnsafeNoFsync = true
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	etcd, err := embed.StartEtcd(cfg)
+	if err != nil {
+		s.tb.Fatalf("start etcd: %v", err)
+	}
+	late := time.NewTimer(20 * time.Second)
+	defer late.Stop()
+	select {
+	case <-etcd.Server.ReadyNotify():
+	case err := <-etcd.Err():
+		s.tb.Fatalf("start etcd: %v", err)
+	case <-late.C:
+		etcd.Close()
+		s.tb.Fatal("etcd not ready after 20s")
+	}
+	s.etcd = etcd
+	s.proxy = listen(s.tb, s.front, s.client)
+}
+
+// freeAddr is a loopback address that nobody listens on just now.
+func freeAddr(tb testing.TB) string {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatalf("free port: %v", err)
+	}
+	defer func() { _ = l.Close() }()
+	return fmt.Sprint(l.Addr())
+}

@@ -1,0 +1,41 @@
+// Package discovery knows which nodes are registered in etcd, and registers
+// ourselves there.
+//
+// A [Watcher] keeps the set of nodes below one prefix and reports the complete
+// set after each change. A [Registration] keeps one key there for as long as its
+// process lives. Both use a client that the caller owns and closes after them;
+// [NewClient] makes a suitable one.
+//
+// # What the Watcher promises
+//
+//   - It lists, then watches from the next revision, and begins again with a
+//     list after any watch error, be it a compaction, a lost leader or a broken
+//     stream. It lists once a minute even when nothing seems wrong.
+//   - etcd out of reach removes nothing: the nodes known stay, and only
+//     push_manager_discovery_stale_seconds tells.
+//   - A value that is malformed is logged, counted and skipped. It never touches
+//     another key's node, nor the node that the same key named before.
+//   - History that goes back (a wiped or restored etcd) removes nothing until a
+//     second list, taken later, agrees.
+//   - A node whose key is gone while Config.Alive still vouches for its link is
+//     held for Config.Grace. When more than half of all nodes are held like that,
+//     etcd is the likelier liar: none of them expires until etcd knows the
+//     majority again or their links end.
+//   - Of two keys that claim one id, the one created later wins.
+//   - Config.OnChange is called from one goroutine, in order, never with the same
+//     set twice in a row.
+//
+// # What the Registration promises
+//
+//   - The key is there while the process can reach etcd: after a lost lease, a
+//     wiped etcd or a deleted key it is written again under a new lease.
+//   - A key that another process has taken over with another value stays theirs:
+//     who registers last is the node. It is claimed again when it is free.
+//   - Close deletes the key at once by revoking the lease, so that nobody waits
+//     for the TTL.
+//
+// Values are the JSON of etcd's naming/endpoints package, so etcd's own gRPC
+// resolver reads what a Registration writes, and a Watcher reads what etcd's
+// endpoints.Manager writes. The resolver drops one slash of its target: for
+// PushManagerPrefix it is etcd:////services/push-manager, with four.
+package discovery

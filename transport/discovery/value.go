@@ -1,0 +1,185 @@
+package discovery
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+const (
+	// maxIDBytes is the limit of every id of the API.
+	maxIDBytes = 256
+	// maxValueBytes bounds what is parsed: a value is an address and a few
+	// words of metadata, and etcd would store up to 1.5 MiB.
+	maxValueBytes = 4 << 10
+	// maxHostBytes is the length limit of a DNS name.
+	maxHostBytes = 253
+)
+
+// Node is a registered node: who it is and where it is dialled.
+type Node struct{ ID, Addr string }
+
+// endpoint is a value as etcd's naming/endpoints package writes it.
+type endpoint struct {
+	Op       uint8
+	Addr     string
+	Metadata map[string]string
+}
+
+// endpointIn is the same as others may write it: Metadata is whatever they like.
+type endpointIn struct {
+	Op       *uint8
+	Addr     string
+	Metadata json.RawMessage
+}
+
+// encodeValue builds the value of a registration.
+func encodeValue(id, addr string, metadata map[string]string) (string, error) {
+	all := make(map[string]string, len(metadata)+1)
+	for k, v := range metadata {
+		all[k] = v
+	}
+	all["node_id"] = id
+	value, err := json.Marshal(endpoint{Addr: addr, Metadata: all})
+	if err != nil {
+		return "", fmt.Errorf("encode registration: %w", err)
+	}
+	return string(value), nil
+}
+
+// keyOf is the key of an id. The id is escaped, so that one with a slash cannot
+// reach out of the prefix; ordinary ids stay as they are.
+func keyOf(prefix, id string) string { return prefix + url.PathEscape(id) }
+
+// parseNode reads the node that a key's value describes.
+func parseNode(key string, value []byte, nets []netip.Prefix) (Node, error) {
+	if len(value) > maxValueBytes {
+		return Node{}, fmt.Errorf("value has %d bytes, the limit is %d", len(value), maxValueBytes)
+	}
+	var in endpointIn
+	if err := json.Unmarshal(value, &in); err != nil {
+		return Node{}, fmt.Errorf("value: %w", err)
+	}
+	if in.Op != nil && *in.Op != 0 {
+		return Node{}, fmt.Errorf("value: Op is %d, not 0 (add)", *in.Op)
+	}
+	id, err := metadataID(in.Metadata)
+	if err != nil {
+		return Node{}, err
+	}
+	if id == "" {
+		id = key[strings.LastIndexByte(key, '/')+1:]
+	}
+	if err := checkID(id); err != nil {
+		return Node{}, err
+	}
+	if err := checkAddr(in.Addr, nets); err != nil {
+		return Node{}, err
+	}
+	return Node{ID: id, Addr: in.Addr}, nil
+}
+
+// metadataID is Metadata.node_id, empty when there is none. Metadata that is no
+// object belongs to somebody else and says nothing about the id.
+func metadataID(raw json.RawMessage) (string, error) {
+	if len(raw) == 0 || raw[0] != '{' {
+		return "", nil
+	}
+	var metadata struct {
+		NodeID *string `json:"node_id"`
+	}
+	if err := json.Unmarshal(raw, &metadata); err != nil {
+		return "", fmt.Errorf("metadata: %w", err)
+	}
+	if metadata.NodeID == nil {
+		return "", nil
+	}
+	return *metadata.NodeID, nil
+}
+
+// checkID applies the limits of ids.
+func checkID(id string) error {
+	switch {
+	case id == "":
+		return errors.New("node id is empty")
+	case len(id) > maxIDBytes:
+		return fmt.Errorf("node id has %d bytes, the limit is %d", len(id), maxIDBytes)
+	case !utf8.ValidString(id):
+		return errors.New("node id is not valid UTF-8")
+	case strings.ContainsFunc(id, unicode.IsControl):
+		return errors.New("node id holds a control character")
+	}
+	return nil
+}
+
+// checkAddr accepts host:port and nothing else: no scheme, no list, no port by
+// name. Addresses that can only point at ourselves by accident or at a cloud's
+// metadata service are refused; nets, when given, says which may be dialled.
+func checkAddr(addr string, nets []netip.Prefix) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("address %q is not host:port", cut(addr))
+	}
+	number, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || number == 0 || port[0] == '+' {
+		return fmt.Errorf("address %q: port is not in 1..65535", cut(addr))
+	}
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		return checkHostName(addr, host, nets)
+	}
+	ip = ip.Unmap()
+	switch {
+	case ip.Zone() != "":
+		return fmt.Errorf("address %q has a zone", cut(addr))
+	case ip.IsUnspecified(), ip.IsMulticast(), ip.IsLinkLocalUnicast():
+		return fmt.Errorf("address %q is unspecified, multicast or link-local", cut(addr))
+	case !allowed(ip, nets):
+		return fmt.Errorf("address %q is outside of the allowed networks", cut(addr))
+	}
+	return nil
+}
+
+func checkHostName(addr, host string, nets []netip.Prefix) error {
+	switch {
+	case host == "" || len(host) > maxHostBytes:
+		return fmt.Errorf("address %q: host is empty or too long", cut(addr))
+	case strings.ContainsFunc(host, notInHostName):
+		return fmt.Errorf("address %q: host is no name and no IP address", cut(addr))
+	case len(nets) > 0:
+		return fmt.Errorf("address %q: names are not allowed where networks are listed", cut(addr))
+	}
+	return nil
+}
+
+func notInHostName(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '.' && r != '_'
+}
+
+func allowed(ip netip.Addr, nets []netip.Prefix) bool {
+	if len(nets) == 0 {
+		return true
+	}
+	for _, n := range nets {
+		if n.Contains(ip) {
+			return true
+		}
+	}
+	return false
+}
+
+// cut shortens foreign text for logs and errors.
+func cut(s string) string {
+	const most = 128 // enough to recognise it
+	if len(s) <= most {
+		return s
+	}
+	return s[:most] + "..."
+}
