@@ -1,0 +1,116 @@
+package ingress
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// TraceFunc decides whether the call is sampled. It returns nil, nil when it is
+// not; otherwise the trace that the engine reports to and the function that ends
+// the span of the call. ctx is the call's, of a PushStream the stream's.
+type TraceFunc func(ctx context.Context, api string) (engine.Trace, func(engine.Result, error))
+
+// Config of a Server. Zero fields mean the defaults; Engine is required.
+type Config struct {
+	Engine  *engine.Engine
+	Metrics *metrics.Set // nil: a set of its own
+	Logger  *slog.Logger // nil: nothing is logged
+	Trace   TraceFunc    // nil: nothing is traced
+
+	// MaxRecvBytes bounds one request, and one message of a PushStream.
+	MaxRecvBytes int
+	// MaxHeaderBytes bounds the headers of one call.
+	MaxHeaderBytes int
+	// MaxStreams bounds the calls under way on one connection.
+	MaxStreams int
+	// ConnectionTimeout bounds the handshake of a connection.
+	ConnectionTimeout time.Duration
+	// KeepaliveTime of silence makes the server ask whether the client is there,
+	// KeepaliveTimeout is how long it waits for the answer.
+	KeepaliveTime    time.Duration
+	KeepaliveTimeout time.Duration
+	// KeepaliveMinTime is how often clients may ask the same.
+	KeepaliveMinTime time.Duration
+	// StreamWorkers is the number of goroutines kept for calls, so that not every
+	// call has to grow a stack. More calls than that get goroutines of their own.
+	StreamWorkers int
+	// StreamWindow and ConnWindow are the fixed HTTP/2 windows.
+	StreamWindow int
+	ConnWindow   int
+	// StreamInflight and StreamInflightBytes bound the pushes of one PushStream
+	// that are taken and not yet answered. At the bound the stream is not read.
+	StreamInflight      int
+	StreamInflightBytes int
+	// DisableReflection switches the reflection service off.
+	DisableReflection bool
+	// Options are added to those of the server, credentials for example.
+	Options []grpc.ServerOption
+}
+
+func (c Config) withDefaults() Config {
+	if c.Metrics == nil {
+		c.Metrics = metrics.NewSet()
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&c.MaxRecvBytes, 1<<20)              // four times the largest payload
+	setDefault(&c.MaxHeaderBytes, 16<<10)           // gRPC's own default is 16 MiB
+	setDefault(&c.MaxStreams, 256)                  // per connection
+	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
+	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
+	setDefault(&c.KeepaliveTimeout, 10*time.Second) //
+	setDefault(&c.KeepaliveMinTime, 5*time.Second)  // clients with a 10 s keepalive stay
+	setDefault(&c.StreamWorkers, 64)                // measured: an eighth of the CPU of a unary call
+	setDefault(&c.StreamWindow, 256<<10)            // what a stream that is not read may hold
+	setDefault(&c.ConnWindow, 1<<20)                // fixed windows halve the writes of small traffic
+	setDefault(&c.StreamInflight, 1024)             //
+	setDefault(&c.StreamInflightBytes, 16*(1<<20))  // 16 of the largest requests
+	return c
+}
+
+func setDefault[T int | time.Duration](v *T, d T) {
+	if *v == 0 {
+		*v = d
+	}
+}
+
+// Validate reports everything that is wrong with the configuration.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	var errs []error
+	if c.Engine == nil {
+		errs = append(errs, errors.New("ingress: Engine is missing"))
+	}
+	within := func(name string, v, low, high int) {
+		if v < low || v > high {
+			errs = append(errs, fmt.Errorf("ingress: %s is %d, want %d to %d", name, v, low, high))
+		}
+	}
+	within("MaxRecvBytes", c.MaxRecvBytes, 1<<10, 64<<20)
+	within("MaxHeaderBytes", c.MaxHeaderBytes, 1<<10, 16<<20)
+	within("MaxStreams", c.MaxStreams, 1, 1<<20)
+	within("StreamWorkers", c.StreamWorkers, 1, 1<<16)
+	within("StreamWindow", c.StreamWindow, 64<<10, 1<<30)
+	within("ConnWindow", c.ConnWindow, 64<<10, 1<<30)
+	within("StreamInflight", c.StreamInflight, 1, 1<<20)
+	within("StreamInflightBytes", c.StreamInflightBytes, 1<<10, 1<<30)
+	positive := func(name string, d time.Duration) {
+		if d < 0 {
+			errs = append(errs, fmt.Errorf("ingress: %s is %v, want more than 0", name, d))
+		}
+	}
+	positive("ConnectionTimeout", c.ConnectionTimeout)
+	positive("KeepaliveTime", c.KeepaliveTime)
+	positive("KeepaliveTimeout", c.KeepaliveTimeout)
+	positive("KeepaliveMinTime", c.KeepaliveMinTime)
+	return errors.Join(errs...)
+}

@@ -1,0 +1,29 @@
+// Package ingress is the push API over gRPC: it turns the bytes of a request into
+// an engine.Push, and what became of it into the bytes of a reply.
+//
+// Invariants:
+//
+//   - A gRPC error with google.rpc.ErrorInfo means that nothing was sent. Where
+//     that is not certain (a panic after the engine had the push) the error
+//     carries none.
+//   - status.go is the only place that knows status codes.
+//   - A request is counted before it is taken apart: nothing is allocated for a
+//     list that is over its limit, and no protobuf message is built at all.
+//   - The payload is never encoded again. It is the caller's own bytes of
+//     MessageContent, unknown fields included. A timestamp of 0 is stamped by
+//     appending the field: of a scalar on the wire the last one wins.
+//   - The bytes of one request are copied once, out of gRPC's pooled buffers, into
+//     a buffer that is never written again nor reused. Ids and payload are parts of
+//     it: whoever keeps an id beyond the push (a cache) clones it, or it holds on to
+//     the whole request.
+//   - The goroutine that completes a push of a PushStream never waits for the
+//     stream's client.
+//
+// Metadata entries are counted as they stand on the wire: a key that comes twice
+// counts twice, and its last value is the one that clients see.
+//
+// Goroutines: gRPC's own, and for each PushStream one reader. The handler's
+// goroutine is the stream's writer, because a stream ends when its handler
+// returns, and a stream that drains has to end while its reader waits for the
+// client. Drain and Close wait for both.
+package ingress

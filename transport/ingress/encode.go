@@ -1,0 +1,255 @@
+package ingress
+
+import (
+	"math"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// maxReason bounds what a node can put into the reply of a push that failed on
+// many nodes.
+const maxReason = 256
+
+// reply is an encoded reply together with what gRPC wants around it, so that the
+// usual one is a single allocation. gRPC keeps it until it is on the wire, which is
+// why it refers to nothing of the push.
+type reply struct {
+	slice  [1]mem.Buffer
+	buffer mem.SliceBuffer
+	small  [112]byte
+}
+
+func (r *reply) set(b []byte) {
+	r.buffer = b
+	r.slice[0] = &r.buffer
+}
+
+// newReply encodes the reply of a unary call.
+func newReply(a api, p *engine.Push, res *engine.Result) *reply {
+	r := new(reply)
+	var text [128]byte
+	msg := appendMessage(text[:0], a, p, res)
+	r.set(appendResponse(r.small[:0], a, msg, res))
+	return r
+}
+
+// newStreamReply encodes a PushStreamResponse with a result.
+func newStreamReply(id uint64, a api, p *engine.Push, res *engine.Result) *reply {
+	r := new(reply)
+	var text [128]byte
+	msg := appendMessage(text[:0], a, p, res)
+	b := appendUint(r.small[:0], 1, id)
+	b = protowire.AppendTag(b, a.resultField(), protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, res)))
+	r.set(appendResponse(b, a, msg, res))
+	return r
+}
+
+// newStreamError encodes a PushStreamResponse with an encoded google.rpc.Status.
+func newStreamError(id uint64, status []byte) *reply {
+	r := new(reply)
+	b := appendUint(r.small[:0], 1, id)
+	b = protowire.AppendTag(b, 2, protowire.BytesType)
+	r.set(protowire.AppendBytes(b, status))
+	return r
+}
+
+// The responses of the four methods differ in two things: that of PushToUser has
+// its message in field 2 and no count.
+func messageField(a api) protowire.Number {
+	if a == toUser {
+		return 2
+	}
+	return 3
+}
+
+func appendResponse(b []byte, a api, msg []byte, res *engine.Result) []byte {
+	if res.Success() {
+		b = appendUint(b, 1, 1)
+	}
+	if a != toUser {
+		b = appendUint(b, 2, int32Of(res.Delivered))
+	}
+	if len(msg) > 0 {
+		b = protowire.AppendTag(b, messageField(a), protowire.BytesType)
+		b = protowire.AppendBytes(b, msg)
+	}
+	b = protowire.AppendTag(b, 10, protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(sizeSummary(res)))
+	return appendSummary(b, res)
+}
+
+func sizeResponse(a api, msg []byte, res *engine.Result) int {
+	n := 0
+	if res.Success() {
+		n += 2
+	}
+	if a != toUser {
+		n += sizeUint(2, int32Of(res.Delivered))
+	}
+	if len(msg) > 0 {
+		n += protowire.SizeTag(messageField(a)) + protowire.SizeBytes(len(msg))
+	}
+	return n + protowire.SizeTag(10) + protowire.SizeBytes(sizeSummary(res))
+}
+
+func appendSummary(b []byte, res *engine.Result) []byte {
+	b = appendUint(b, 1, int32Of(res.Targets))
+	b = appendUint(b, 2, int32Of(res.Delivered))
+	b = appendUint(b, 3, int32Of(res.Offline))
+	b = appendUint(b, 4, int32Of(res.Failed))
+	b = appendUint(b, 5, int32Of(res.Unknown))
+	for i := range res.NodeFailures {
+		f := &res.NodeFailures[i]
+		b = protowire.AppendTag(b, 6, protowire.BytesType)
+		b = protowire.AppendVarint(b, uint64(sizeFailure(f)))
+		b = appendText(b, 1, f.Node)
+		b = appendText(b, 2, f.Reason)
+		b = appendUint(b, 3, int32Of(f.Users))
+	}
+	return b
+}
+
+func sizeSummary(res *engine.Result) int {
+	n := sizeUint(1, int32Of(res.Targets)) +
+		sizeUint(2, int32Of(res.Delivered)) +
+		sizeUint(3, int32Of(res.Offline)) +
+		sizeUint(4, int32Of(res.Failed)) +
+		sizeUint(5, int32Of(res.Unknown))
+	for i := range res.NodeFailures {
+		n += protowire.SizeTag(6) + protowire.SizeBytes(sizeFailure(&res.NodeFailures[i]))
+	}
+	return n
+}
+
+func sizeFailure(f *engine.NodeFailure) int {
+	return sizeText(1, f.Node) + sizeText(2, f.Reason) + sizeUint(3, int32Of(f.Users))
+}
+
+func appendUint(b []byte, num protowire.Number, v uint64) []byte {
+	if v == 0 {
+		return b
+	}
+	return protowire.AppendVarint(protowire.AppendTag(b, num, protowire.VarintType), v)
+}
+
+func sizeUint(num protowire.Number, v uint64) int {
+	if v == 0 {
+		return 0
+	}
+	return protowire.SizeTag(num) + protowire.SizeVarint(v)
+}
+
+func appendText(b []byte, num protowire.Number, s string) []byte {
+	if s = clean(s); s == "" {
+		return b
+	}
+	return protowire.AppendString(protowire.AppendTag(b, num, protowire.BytesType), s)
+}
+
+func sizeText(num protowire.Number, s string) int {
+	if s = clean(s); s == "" {
+		return 0
+	}
+	return protowire.SizeTag(num) + protowire.SizeBytes(len(s))
+}
+
+// clean makes text that a node may have had a part in fit for a reply: one byte
+// that is not UTF-8 would make the client refuse all of it.
+func clean(s string) string {
+	if len(s) > maxReason {
+		s = s[:maxReason]
+	}
+	if utf8.ValidString(s) {
+		return s
+	}
+	return strings.ToValidUTF8(s, "")
+}
+
+// int32Of is n within the range of an int32 that counts.
+func int32Of(n int) uint64 {
+	return uint64(min(max(n, 0), math.MaxInt32))
+}
+
+// appendMessage says for people what became of a push.
+func appendMessage(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
+	switch {
+	case a == toUser:
+		return appendUserMessage(b, p, res)
+	case res.Found:
+		return appendCounts(b, a, res)
+	case a == toRoom:
+		b = append(b, "room "...)
+		b = strconv.AppendQuote(b, p.Room)
+		return append(b, " not found"...)
+	case a == toAll:
+		return append(b, "no connect-node is available"...)
+	case res.Failed+res.Unknown > 0:
+		return appendCounts(b, a, res)
+	default:
+		return append(b, "none of the users is online"...)
+	}
+}
+
+func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
+	switch {
+	case res.Success() && res.Delivered > 0:
+		return append(b, "delivered"...)
+	case res.Delivered > 0:
+		b = append(b, "delivered, but not on every node"...)
+	case res.Unknown > 0:
+		b = append(b, "unknown whether delivered"...)
+	case res.Failed > 0:
+		b = append(b, "not delivered"...)
+	default:
+		b = append(b, "user "...)
+		b = strconv.AppendQuote(b, p.User)
+		return append(b, " is offline"...)
+	}
+	if len(res.NodeFailures) > 0 {
+		b = append(b, ": "...)
+		b = append(b, clean(res.NodeFailures[0].Reason)...)
+	}
+	return b
+}
+
+// appendCounts is "delivered to 3 of 5 users: 1 failed, 1 unknown".
+func appendCounts(b []byte, a api, res *engine.Result) []byte {
+	if res.Targets == 0 && len(res.NodeFailures) == 0 && a == toRoom {
+		return append(b, "nobody to deliver to"...)
+	}
+	b = append(b, "delivered to "...)
+	b = strconv.AppendUint(b, int32Of(res.Delivered), 10)
+	if res.Delivered != res.Targets {
+		b = append(b, " of "...)
+		b = strconv.AppendUint(b, int32Of(res.Targets), 10)
+	}
+	if res.Targets == 1 {
+		b = append(b, " user"...)
+	} else {
+		b = append(b, " users"...)
+	}
+	sep := ": "
+	b, sep = appendCount(b, sep, res.Offline, " offline")
+	b, sep = appendCount(b, sep, res.Failed, " failed")
+	b, sep = appendCount(b, sep, res.Unknown, " unknown")
+	if a == toAll {
+		b, _ = appendCount(b, sep, len(res.NodeFailures), " node(s) with failures")
+	}
+	return b
+}
+
+func appendCount(b []byte, sep string, n int, what string) ([]byte, string) {
+	if n == 0 {
+		return b, sep
+	}
+	b = append(b, sep...)
+	b = strconv.AppendUint(b, int32Of(n), 10)
+	return append(b, what...), ", "
+}

@@ -1,0 +1,83 @@
+package ingress
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"runtime/debug"
+	"time"
+
+	"google.golang.org/grpc"
+)
+
+// panicked books a panic: counted, and logged once with its stack. The message of
+// a panic may quote what it worked on, so it goes to the log only.
+func (s *Server) panicked(where string, v any) {
+	s.metrics.panics.Inc()
+	s.cfg.Logger.Error("panic in the push API", "where", where, "panic", v, "stack", string(debug.Stack()))
+}
+
+// recoverUnary guards the unary methods of the other services. Those of the push
+// API guard themselves: they know whether anything was sent.
+func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.panicked(info.FullMethod, v)
+			resp, err = nil, s.statuses.internal.status.Err()
+		}
+	}()
+	return handler(ctx, req)
+}
+
+// guardStream ends the streams of the other services when the server closes: their
+// handlers wait for clients that may never come back. A PushStream ends by itself.
+func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if info.FullMethod == "/"+serviceName+"/PushStream" {
+		return handler(srv, ss)
+	}
+	done := make(chan error, 1)
+	s.readers.Go(func() {
+		defer func() {
+			if v := recover(); v != nil {
+				s.panicked(info.FullMethod, v)
+				done <- s.statuses.internal.status.Err()
+			}
+		}()
+		done <- handler(srv, ss)
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-s.closing:
+	}
+	linger := time.NewTimer(lingerWatchers)
+	defer linger.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-linger.C:
+		return s.statuses.draining.status.Err()
+	}
+}
+
+// refuse makes the error of a push, and logs what belongs into a log. Panics are
+// there already.
+func (s *Server) refuse(api string, err error) *refusal {
+	r := s.statuses.of(err)
+	log := s.cfg.Logger
+	switch {
+	case errors.Is(err, errPanic) || errors.Is(err, errMayBeSent):
+	case r == s.statuses.internal:
+		log.Error("push failed", "api", api, "err", err)
+	case log.Enabled(context.Background(), slog.LevelDebug) && s.mayLogRefusal():
+		log.Debug("push refused", "api", api, "err", err)
+	}
+	return r
+}
+
+// mayLogRefusal allows one a second: callers decide how many refusals there are.
+func (s *Server) mayLogRefusal() bool {
+	now := time.Now().UnixNano()
+	last := s.lastRefusal.Load()
+	return now-last >= int64(time.Second) && s.lastRefusal.CompareAndSwap(last, now)
+}

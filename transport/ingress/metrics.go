@@ -1,0 +1,106 @@
+package ingress
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// The words of the status label.
+const (
+	success uint8 = iota // Result.Success
+	partial              // something was delivered, but not all
+	failed               // nothing was delivered
+	refused              // a gRPC error
+	results              // how many there are
+)
+
+var resultNames = [results]string{"success", "partial", "failed", "error"}
+
+// apiMetrics are the handles of one api.
+type apiMetrics struct {
+	requests [results]*metrics.Counter
+	duration *metrics.Summary
+	latency  *metrics.PrometheusHistogram
+}
+
+// instruments are all handles of a Server, made once: looking one up by its name
+// costs twenty times its use.
+type instruments struct {
+	apis [apis]apiMetrics
+
+	// Per target user; total is the sum of the others.
+	total, success, failed, unknown, offline *metrics.Counter
+
+	panics    *metrics.Counter
+	malformed *metrics.Counter // messages of a PushStream that ask for no api
+
+	// Shown as gauges.
+	inflight atomic.Int64
+	streams  atomic.Int64
+}
+
+func newInstruments(set *metrics.Set) *instruments {
+	m := &instruments{
+		total:     set.GetOrCreateCounter("push_manager_push_total"),
+		success:   set.GetOrCreateCounter("push_manager_push_success_total"),
+		failed:    set.GetOrCreateCounter("push_manager_push_failed_total"),
+		unknown:   set.GetOrCreateCounter("push_manager_push_unknown_total"),
+		offline:   set.GetOrCreateCounter("push_manager_push_offline_total"),
+		panics:    set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
+		malformed: set.GetOrCreateCounter("push_manager_stream_malformed_total"),
+	}
+	for a := range apis {
+		h := &m.apis[a]
+		for r, name := range resultNames {
+			h.requests[r] = set.GetOrCreateCounter(fmt.Sprintf("push_manager_api_requests_total{api=%q,status=%q}", a, name))
+		}
+		h.duration = set.GetOrCreateSummaryExt(fmt.Sprintf("push_manager_api_duration_seconds{api=%q}", a),
+			5*time.Minute, []float64{0.5, 0.9, 0.99, 0.999})
+		h.latency = set.GetOrCreatePrometheusHistogramExt(fmt.Sprintf("push_manager_api_latency_seconds{api=%q}", a),
+			[]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
+	}
+	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })
+	set.GetOrCreateGauge("push_manager_api_streams", func() float64 { return float64(m.streams.Load()) })
+	return m
+}
+
+// record books one push. It is the only place that does, whichever way it came.
+func (m *instruments) record(a api, res *engine.Result, err error, took time.Duration) {
+	h := &m.apis[a]
+	h.requests[resultOf(res, err)].Inc()
+	seconds := took.Seconds()
+	h.duration.Update(seconds)
+	h.latency.Update(seconds)
+	if err != nil {
+		return
+	}
+	m.total.Add(res.Delivered + res.Failed + res.Unknown + res.Offline)
+	add(m.success, res.Delivered)
+	add(m.failed, res.Failed)
+	add(m.unknown, res.Unknown)
+	add(m.offline, res.Offline)
+}
+
+func add(c *metrics.Counter, n int) {
+	if n != 0 {
+		c.Add(n)
+	}
+}
+
+func resultOf(res *engine.Result, err error) uint8 {
+	switch {
+	case err != nil:
+		return refused
+	case res.Success():
+		return success
+	case res.Delivered > 0:
+		return partial
+	default:
+		return failed
+	}
+}

@@ -1,0 +1,200 @@
+package ingress
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+const serviceName = "pubsub.PushManagerService"
+
+// lingerWatchers is how long a health watcher is given to be told NOT_SERVING once
+// the pushes are done; then its stream ends, which says the same.
+const lingerWatchers = 100 * time.Millisecond
+
+// Server serves PushManagerService, health and reflection.
+type Server struct {
+	// Static after New.
+	cfg      Config
+	decoder  *decoder
+	statuses *statuses
+	metrics  *instruments
+	grpc     *grpc.Server
+	health   *health.Server
+
+	// The way down: draining refuses new pushes and ends PushStreams once they are
+	// answered, idle tells Drain that the last push may be done, closing ends the
+	// streams of the other services.
+	draining  atomic.Bool
+	drainOnce sync.Once
+	drained   chan struct{} // closed when draining starts
+	idle      chan struct{} // one token
+	closeOnce sync.Once
+	closing   chan struct{} // closed when no push is under way any more
+
+	// Readers of streams, which end after their handlers.
+	readers sync.WaitGroup
+
+	lastRefusal atomic.Int64 // Unix nanoseconds of the last one that was logged
+}
+
+// New makes a Server. Nothing runs before Serve.
+func New(cfg Config) (*Server, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg:      cfg,
+		decoder:  newDecoder(cfg.Engine.Limits()),
+		statuses: newStatuses(),
+		metrics:  newInstruments(cfg.Metrics),
+		health:   health.NewServer(),
+		drained:  make(chan struct{}),
+		idle:     make(chan struct{}, 1),
+		closing:  make(chan struct{}),
+	}
+	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
+	s.grpc.RegisterService(s.desc(), s)
+	healthpb.RegisterHealthServer(s.grpc, s.health)
+	s.health.SetServingStatus(serviceName, healthpb.HealthCheckResponse_SERVING)
+	if !cfg.DisableReflection {
+		reflection.RegisterV1(s.grpc)
+	}
+	return s, nil
+}
+
+func (s *Server) options() []grpc.ServerOption {
+	c := &s.cfg
+	return []grpc.ServerOption{
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
+		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),
+		grpc.MaxConcurrentStreams(uint32(c.MaxStreams)),
+		grpc.ConnectionTimeout(c.ConnectionTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: c.KeepaliveTime, Timeout: c.KeepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: c.KeepaliveMinTime, PermitWithoutStream: true}),
+		grpc.NumStreamWorkers(uint32(c.StreamWorkers)),
+		grpc.StaticStreamWindowSize(int32(c.StreamWindow)),
+		grpc.StaticConnWindowSize(int32(c.ConnWindow)),
+		grpc.WaitForHandlers(true), // Close leaves no handler behind
+		grpc.ChainUnaryInterceptor(s.recoverUnary),
+		grpc.ChainStreamInterceptor(s.guardStream),
+	}
+}
+
+// desc is the generated description of the service with handlers that take the
+// bytes of a request.
+func (s *Server) desc() *grpc.ServiceDesc {
+	d := &grpc.ServiceDesc{
+		ServiceName: serviceName,
+		HandlerType: (*any)(nil),
+		Streams: []grpc.StreamDesc{{
+			StreamName:    "PushStream",
+			Handler:       s.pushStream,
+			ServerStreams: true,
+			ClientStreams: true,
+		}},
+		Metadata: pubsub.PushManagerService_ServiceDesc.Metadata,
+	}
+	for a := range apis {
+		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.unaryHandler(a)})
+	}
+	return d
+}
+
+// Serve accepts connections until Drain or Close, and returns nil then. It may be
+// called for several listeners.
+func (s *Server) Serve(l net.Listener) error {
+	if err := s.grpc.Serve(l); err != nil {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// Drain says NOT_SERVING, refuses new pushes and returns when those under way,
+// open PushStreams included, are answered. When ctx ends before, the rest is cut
+// off and the error says so.
+func (s *Server) Drain(ctx context.Context) error {
+	s.startDraining()
+	s.waitIdle(ctx)
+	s.closeOnce.Do(func() { close(s.closing) })
+
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		s.grpc.GracefulStop()
+	}()
+	var err error
+	select {
+	case <-stopped:
+	case <-ctx.Done():
+		err = fmt.Errorf("drain ingress: %w", ctx.Err())
+		s.grpc.Stop()
+		<-stopped
+	}
+	s.readers.Wait()
+	return err
+}
+
+// Close cuts everything off and returns when nothing runs any more.
+func (s *Server) Close() {
+	s.startDraining()
+	s.closeOnce.Do(func() { close(s.closing) })
+	s.grpc.Stop()
+	s.readers.Wait()
+}
+
+func (s *Server) startDraining() {
+	s.drainOnce.Do(func() {
+		s.health.Shutdown()
+		s.draining.Store(true)
+		close(s.drained)
+	})
+}
+
+func (s *Server) waitIdle(ctx context.Context) {
+	for s.metrics.inflight.Load() > 0 {
+		select {
+		case <-s.idle:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// enter counts a call in, unless the server drains. Counting comes first: so
+// either Drain sees the call or the call sees that the server drains.
+func (s *Server) enter() bool {
+	s.metrics.inflight.Add(1)
+	if s.draining.Load() {
+		s.leave()
+		return false
+	}
+	return true
+}
+
+func (s *Server) leave() {
+	if s.metrics.inflight.Add(-1) == 0 && s.draining.Load() {
+		poke(s.idle)
+	}
+}
+
+// poke leaves a token in c, which holds one.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

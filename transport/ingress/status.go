@@ -1,0 +1,118 @@
+package ingress
+
+import (
+	"errors"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+const domain = "push-manager"
+
+// When a retry makes sense.
+const (
+	retryDraining    = 100 * time.Millisecond // another instance takes it at once
+	retryOverloaded  = 250 * time.Millisecond // a queue's age limit, by order of magnitude
+	retryUnavailable = 500 * time.Millisecond // a Controller that restarts
+)
+
+// refusal is an error as callers see it: with ErrorInfo, so nothing was sent.
+type refusal struct {
+	status *status.Status
+	wire   []byte // the encoded google.rpc.Status
+}
+
+// statuses maps errors to refusals. Those that overload brings about are made
+// once, so that refusing stays cheap.
+type statuses struct {
+	draining, overloaded, deadline, canceled, unavailable, internal *refusal
+
+	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
+	// engine had the push.
+	mayBeSent *refusal
+}
+
+func newStatuses() *statuses {
+	return &statuses{
+		draining:    newRefusal(codes.Unavailable, "DRAINING", "this instance is shutting down", retryIn(retryDraining)),
+		overloaded:  newRefusal(codes.ResourceExhausted, "OVERLOADED", "too much to do", retryIn(retryOverloaded)),
+		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
+		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		unavailable: newRefusal(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryIn(retryUnavailable)),
+		internal:    newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		mayBeSent:   encoded(status.New(codes.Internal, "internal error")),
+	}
+}
+
+// Errors that stand for a panic, before and after the engine had the push.
+var (
+	errPanic     = errors.New("panic before the push was taken")
+	errMayBeSent = errors.New("panic after the push was taken")
+)
+
+// of is the refusal for an error of the walk or of the engine.
+func (t *statuses) of(err error) *refusal {
+	var invalid *engine.InvalidError
+	switch {
+	case errors.As(err, &invalid):
+		return newInvalid(invalid)
+	case errors.Is(err, engine.ErrDraining):
+		return t.draining
+	case errors.Is(err, engine.ErrOverloaded):
+		return t.overloaded
+	case errors.Is(err, engine.ErrDeadline):
+		return t.deadline
+	case errors.Is(err, engine.ErrCanceled):
+		return t.canceled
+	case errors.Is(err, engine.ErrUnavailable):
+		return t.unavailable
+	case errors.Is(err, errMayBeSent):
+		return t.mayBeSent
+	default:
+		return t.internal
+	}
+}
+
+// newInvalid names the field that is wrong.
+func newInvalid(e *engine.InvalidError) *refusal {
+	return newRefusal(codes.InvalidArgument, e.Code, clean(e.Field+": "+e.Description),
+		&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{
+			Field:       clean(e.Field),
+			Description: clean(e.Description),
+			Reason:      e.Code,
+		}}})
+}
+
+// unsupportedEncoding refuses compressed requests.
+func unsupportedEncoding(name string) *refusal {
+	return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean("grpc-encoding "+name+" is not supported"))
+}
+
+func newRefusal(code codes.Code, reason, text string, details ...protoadapt.MessageV1) *refusal {
+	details = append(details, &errdetails.ErrorInfo{Reason: reason, Domain: domain})
+	st, err := status.New(code, text).WithDetails(details...)
+	if err != nil {
+		// Only a detail that cannot be encoded gets here: better none than no status.
+		st = status.New(code, text)
+	}
+	return encoded(st)
+}
+
+func encoded(st *status.Status) *refusal {
+	wire, err := proto.Marshal(st.Proto())
+	if err != nil {
+		wire = nil
+	}
+	return &refusal{status: st, wire: wire}
+}
+
+func retryIn(d time.Duration) *errdetails.RetryInfo {
+	return &errdetails.RetryInfo{RetryDelay: durationpb.New(d)}
+}

@@ -1,0 +1,308 @@
+package ingress
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// streamed is the part of a call that came on a PushStream.
+type streamed struct {
+	// Owned by the reader until the push has finished, by the writer from then on.
+	stream *stream
+	id     uint64
+	known  bool // api is what the message asked for
+	began  time.Time
+	err    error // refused: the engine has not got it
+	end    func(engine.Result, error)
+
+	finished atomic.Bool // so that a panic cannot answer a push twice
+	next     *call       // in stream.done
+}
+
+// stream is one PushStream. Its reader takes messages and starts their pushes,
+// whoever completes a push puts it on a list, and the writer, which is the handler's
+// goroutine, answers what is on the list.
+type stream struct {
+	// Static after its start.
+	srv   *Server
+	wake  chan struct{} // for the writer, one token: done, taken or read have changed
+	freed chan struct{} // for the reader, one token: answered has changed
+
+	// Owned by the reader.
+	takenBytes int64
+
+	// What is taken and not answered is in flight. The writer stores stopped before
+	// it looks at taken, the reader adds to taken before it looks at stopped: a
+	// message is either waited for or dropped before anything is done for it.
+	taken         atomic.Int64
+	answered      atomic.Int64
+	answeredBytes atomic.Int64
+	stopped       atomic.Bool // nothing more is taken
+	gone          atomic.Bool // the client is: what completes is only booked
+
+	done atomic.Pointer[call] // completed pushes, the last one first
+
+	// The reader writes readErr, then read: why it ended. io.EOF is a half-close, nil
+	// that it was stopped.
+	readErr error
+	read    atomic.Bool
+}
+
+func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
+	if !s.enter() {
+		return s.statuses.draining.status.Err()
+	}
+	defer s.leave()
+	ctx := ss.Context()
+	if name := compression(ctx); name != "" {
+		return unsupportedEncoding(name).status.Err()
+	}
+	s.metrics.streams.Add(1)
+	defer s.metrics.streams.Add(-1)
+	st := &stream{srv: s, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	defer func() {
+		if v := recover(); v != nil {
+			s.panicked("PushStream", v)
+			err = s.statuses.mayBeSent.status.Err()
+		}
+		st.abandon()
+	}()
+	s.readers.Go(func() { st.readLoop(ctx, ss) })
+	return st.writeLoop(ctx, ss)
+}
+
+// readLoop takes messages until the client has no more, the stream breaks or the
+// writer has stopped it. It outlives the handler at most until gRPC has noticed.
+func (st *stream) readLoop(ctx context.Context, ss grpc.ServerStream) {
+	defer func() {
+		st.read.Store(true)
+		poke(st.wake)
+	}()
+	for st.hasRoom(ctx) {
+		c := new(call)
+		c.stream = st
+		if st.readErr = ss.RecvMsg(c); st.readErr != nil || !st.take(c) {
+			return
+		}
+		if st.readErr = st.start(ctx, c); st.readErr != nil {
+			return
+		}
+	}
+}
+
+// hasRoom waits while as much is in flight as may be. Not reading is how the client
+// is told to wait: its flow control window fills up.
+func (st *stream) hasRoom(ctx context.Context) bool {
+	c := &st.srv.cfg
+	for st.taken.Load()-st.answered.Load() >= int64(c.StreamInflight) ||
+		st.takenBytes-st.answeredBytes.Load() >= int64(c.StreamInflightBytes) {
+		select {
+		case <-st.freed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
+func (st *stream) take(c *call) bool {
+	st.taken.Add(1)
+	if st.stopped.Load() {
+		st.taken.Add(-1)
+		poke(st.wake)
+		return false
+	}
+	st.takenBytes += int64(len(c.wire))
+	c.began = time.Now()
+	return true
+}
+
+// start hands the push to the engine. What is refused is completed at once. An
+// error ends the stream: the message does not even say which push it is.
+func (st *stream) start(ctx context.Context, c *call) error {
+	given := false
+	defer func() {
+		if v := recover(); v != nil {
+			st.srv.panicked("PushStream", v)
+			c.err = panicError(given)
+			st.complete(c)
+		}
+	}()
+	r, err := st.srv.decoder.stream(c.wire)
+	if err != nil && !r.whole && !r.hasID {
+		st.taken.Add(-1)
+		st.srv.metrics.malformed.Inc()
+		return st.srv.refuse("PushStream", err).status.Err()
+	}
+	c.id, c.api, c.known = r.id, r.api, r.asked
+	if err == nil && !r.asked {
+		err = &engine.InvalidError{Field: "push", Code: engine.CodeRequired, Description: "must say what to push to"}
+	}
+	if err == nil {
+		err = st.prepare(ctx, c, r.body)
+	}
+	if err == nil {
+		given = true
+		err = st.srv.cfg.Engine.Start(&c.push, c)
+	}
+	if err != nil { // otherwise Complete is called, or was
+		c.err = err
+		st.complete(c)
+	}
+	return nil
+}
+
+func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
+	s := st.srv
+	if s.cfg.Trace != nil {
+		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
+	}
+	if err := s.decoder.decode(c.api, body, &c.push); err != nil {
+		return err
+	}
+	c.push.Ordered = true
+	if deadline, ok := ctx.Deadline(); ok {
+		c.push.Timeout = max(time.Until(deadline), time.Nanosecond)
+	}
+	return nil
+}
+
+// Complete is called by the engine once, on any goroutine.
+func (c *call) Complete(*engine.Push) { c.stream.complete(c) }
+
+// complete puts c on the list of the writer and never waits. Who finds the list
+// empty wakes the writer, so a burst wakes it once.
+func (st *stream) complete(c *call) {
+	if !c.finished.CompareAndSwap(false, true) {
+		return
+	}
+	for {
+		last := st.done.Load()
+		c.next = last
+		if st.done.CompareAndSwap(last, c) {
+			if last == nil {
+				poke(st.wake)
+			}
+			break
+		}
+	}
+	if st.gone.Load() {
+		st.bookList(st.completed())
+	}
+}
+
+// completed empties the list and returns it in the order of completion.
+func (st *stream) completed() *call {
+	var first *call
+	for c := st.done.Swap(nil); c != nil; {
+		next := c.next
+		c.next, first = first, c
+		c = next
+	}
+	return first
+}
+
+// writeLoop answers pushes until the stream is over: the client has half-closed or
+// the server drains, and all that was taken is answered; or the client has gone.
+func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
+	drained := st.srv.drained
+	for {
+		select {
+		case <-st.wake:
+		case <-drained:
+			drained = nil
+			st.stopped.Store(true)
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err() // bare: some may have been sent
+		}
+		if err := st.answerDone(ss); err != nil {
+			return err
+		}
+		if over, err := st.over(); over {
+			return err
+		}
+	}
+}
+
+// over tells whether all that was taken is answered and no more will be.
+func (st *stream) over() (bool, error) {
+	read, stopped := st.read.Load(), st.stopped.Load()
+	if !read && !stopped || st.taken.Load() != st.answered.Load() {
+		return false, nil
+	}
+	switch {
+	case !read || st.readErr == nil:
+		return true, st.srv.statuses.draining.status.Err()
+	case errors.Is(st.readErr, io.EOF):
+		return true, nil
+	default:
+		return true, st.readErr
+	}
+}
+
+// answerDone sends the replies of all completed pushes. After an error the rest is
+// still booked.
+func (st *stream) answerDone(ss grpc.ServerStream) error {
+	now := time.Now()
+	for c := st.completed(); c != nil; {
+		next := c.next
+		res, err := st.book(c, now)
+		if err := ss.SendMsg(st.answer(c, &res, err)); err != nil {
+			st.bookList(next)
+			return err
+		}
+		st.answered.Add(1)
+		st.answeredBytes.Add(int64(len(c.wire)))
+		c = next
+	}
+	poke(st.freed)
+	return nil
+}
+
+// book counts a push that is done and ends its span.
+func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
+	var res engine.Result
+	err := c.err
+	if err == nil {
+		res, err = c.push.Result()
+	}
+	if c.end != nil {
+		c.end(res, err)
+	}
+	if c.known {
+		st.srv.metrics.record(c.api, &res, err, now.Sub(c.began))
+	} else {
+		st.srv.metrics.malformed.Inc()
+	}
+	return res, err
+}
+
+func (st *stream) answer(c *call, res *engine.Result, err error) *reply {
+	if err != nil {
+		return newStreamError(c.id, st.srv.refuse(c.api.String(), err).wire)
+	}
+	return newStreamReply(c.id, c.api, &c.push, res)
+}
+
+// abandon ends the writer's part: what is in flight is booked when it completes, on
+// the goroutine that completes it. The swaps of the list decide who books a push
+// that completes meanwhile.
+func (st *stream) abandon() {
+	st.stopped.Store(true)
+	st.gone.Store(true)
+	st.bookList(st.completed())
+}
+
+func (st *stream) bookList(c *call) {
+	for now := time.Now(); c != nil; c = c.next {
+		st.book(c, now)
+	}
+}
