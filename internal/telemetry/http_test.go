@@ -17,7 +17,10 @@ import (
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The pool library keeps two goroutines of a pool of its own from the start on.
+	goleak.VerifyTestMain(m, goleak.IgnoreCurrent())
+}
 
 func startHTTP(t *testing.T, cfg telemetry.HTTPConfig) (get func(path string, header ...string) (int, string)) {
 	t.Helper()

@@ -8,6 +8,8 @@ import (
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/push-manager/push-manager/engine"
 )
 
 // maxAttribute bounds a text in a span, maxTracestate what is passed on of a
@@ -25,6 +27,21 @@ type PushSpan struct {
 	tracer *Tracer
 	ctx    context.Context //nolint:containedctx // It carries the span as parent and nothing of the call's life.
 	span   trace.Span
+}
+
+var (
+	_ engine.Trace    = (*PushSpan)(nil)
+	_ engine.LegTrace = (*LegSpan)(nil)
+)
+
+// Trace is Begin in the words of the push API: nil, nil for a call that is not
+// traced.
+func (t *Tracer) Trace(ctx context.Context, api string) (engine.Trace, func(engine.Result, error)) {
+	p := t.Begin(ctx, api)
+	if p == nil {
+		return nil, nil
+	}
+	return p, p.End
 }
 
 // Begin decides whether the call that ctx belongs to is traced and starts its
@@ -64,31 +81,26 @@ func (t *Tracer) start(call context.Context, method string, parent trace.SpanCon
 	return &PushSpan{tracer: t, ctx: ctx, span: span}
 }
 
-// Outcome is what a push came to, for its span.
-type Outcome struct {
-	Targets, Delivered, Offline, Failed, Unknown int
-	NodeFailures                                 int
-	Status                                       string // success, partial, failed
-}
-
-// End closes the span with the outcome, or with the error of a push of which
-// nothing was sent.
-func (p *PushSpan) End(o Outcome, err error) {
+// End closes the span with the account of the push, or with the error of one of
+// which nothing was sent.
+func (p *PushSpan) End(r engine.Result, err error) {
 	if err != nil {
 		p.span.SetStatus(codes.Error, safe(err.Error()))
 		p.span.End()
 		return
 	}
 	p.span.SetAttributes(
-		attribute.Int("push.targets", o.Targets),
-		attribute.Int("push.delivered", o.Delivered),
-		attribute.Int("push.offline", o.Offline),
-		attribute.Int("push.failed", o.Failed),
-		attribute.Int("push.unknown", o.Unknown),
-		attribute.Int("push.node_failures", o.NodeFailures),
+		attribute.Int("push.targets", r.Targets),
+		attribute.Int("push.delivered", r.Delivered),
+		attribute.Int("push.offline", r.Offline),
+		attribute.Int("push.failed", r.Failed),
+		attribute.Int("push.unknown", r.Unknown),
+		attribute.Int("push.node_failures", len(r.NodeFailures)),
+		attribute.Bool("push.found", r.Found),
 	)
-	if o.Failed+o.Unknown+o.NodeFailures > 0 {
-		p.span.SetStatus(codes.Error, o.Status)
+	// A user who is offline and a room that is unknown are answers, not errors.
+	if r.Failed+r.Unknown+len(r.NodeFailures) > 0 {
+		p.span.SetStatus(codes.Error, "not delivered to everybody")
 	}
 	p.span.End()
 }
@@ -107,8 +119,8 @@ func (p *PushSpan) Lookup(ctx context.Context, what string) (context.Context, fu
 	}
 }
 
-// leg starts the span of the delivery to one node.
-func (p *PushSpan) leg(node string, users int) *LegSpan {
+// Leg starts the span of the delivery to one node.
+func (p *PushSpan) Leg(node string, users int) engine.LegTrace {
 	node = safe(node)
 	_, span := p.tracer.tracer.Start(p.ctx, "deliver "+node,
 		trace.WithSpanKind(trace.SpanKindClient),
@@ -125,11 +137,12 @@ type LegSpan struct {
 // Traceparent is the W3C trace context for the node.
 func (l *LegSpan) Traceparent() string { return traceparent(l.span.SpanContext()) }
 
-// End closes the span. An outcome other than "delivered" or "offline" is an error.
+// End closes the span. Users that are not on the node are no error: they are
+// looked up again.
 func (l *LegSpan) End(outcome string) {
 	outcome = safe(outcome)
 	l.span.SetAttributes(attribute.String("push.outcome", outcome))
-	if outcome != "delivered" && outcome != "offline" {
+	if outcome != "delivered" && outcome != "not here" {
 		l.span.SetStatus(codes.Error, outcome)
 	}
 	l.span.End()

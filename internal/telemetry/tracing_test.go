@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/config"
 )
 
@@ -110,12 +111,12 @@ func TestOnePushIsOneTraceFromTheCallerToTheNodes(t *testing.T) {
 	ctx, end := call.Lookup(context.Background(), "room")
 	md, _ := metadata.FromOutgoingContext(ctx)
 	end(errors.New("controller\nis away"))
-	leg := call.leg("node-1", 3)
+	leg := call.Leg("node-1", 3)
 	toNode := leg.Traceparent()
 	leg.End("delivered")
-	other := call.leg("node-2\x1b[31m", 1)
+	other := call.Leg("node-2\x1b[31m", 1)
 	other.End("failed: queue full")
-	call.End(Outcome{Targets: 4, Delivered: 3, Failed: 1, NodeFailures: 1, Status: "partial"}, nil)
+	call.End(engine.Result{Found: true, Targets: 4, Delivered: 3, Failed: 1}, nil)
 	closeTracer(t, tracer)
 
 	spans := r.spans()
@@ -188,7 +189,7 @@ func TestStandardVariablesAreHonoured(t *testing.T) {
 	if call == nil {
 		t.Fatal("not sampled")
 	}
-	call.End(Outcome{}, errors.New("no"))
+	call.End(engine.Result{}, errors.New("no"))
 	closeTracer(t, tracer)
 	if len(r.got) != 1 {
 		t.Fatalf("got %v", r.got)
@@ -357,7 +358,7 @@ func TestCallThatIsNotSampledCostsNothing(t *testing.T) {
 	var off *Tracer
 	ctx := incoming("traceparent", "00-"+traceID+"-"+parentSpan+"-01")
 	if n := testing.AllocsPerRun(100, func() {
-		if off.Begin(ctx, "PushToRoom") != nil {
+		if tr, end := off.Trace(ctx, "PushToRoom"); tr != nil || end != nil {
 			t.Error("sampled")
 		}
 	}); n != 0 {
@@ -394,7 +395,7 @@ func TestReceiverThatIsAwayNeitherStopsNorBlocks(t *testing.T) {
 	})
 	for range 10_000 {
 		call := tracer.Begin(context.Background(), "PushToRoom")
-		call.End(Outcome{}, nil)
+		call.End(engine.Result{}, nil)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
