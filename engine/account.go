@@ -66,6 +66,14 @@ type books struct {
 
 func (b *books) add(o Outcome, n int) { b.count[o] += n }
 
+func (b *books) total() int {
+	n := 0
+	for _, c := range b.count {
+		n += c
+	}
+	return n
+}
+
 // fail books n users of a node. Users of one node and reason stand together.
 func (b *books) fail(o Outcome, node, reason string, n int) {
 	if n == 0 {
@@ -103,7 +111,7 @@ func (p *Push) account() (Result, error) {
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 	}
-	r.Targets = r.Delivered + r.Offline + r.Failed + r.Unknown
+	r.Targets = b.total()
 	slices.SortFunc(r.NodeFailures, func(x, y NodeFailure) int {
 		return cmp.Or(strings.Compare(x.Node, y.Node), strings.Compare(x.Reason, y.Reason))
 	})
@@ -132,14 +140,17 @@ func (p *Push) bookUsers(b *books) {
 	for _, d := range p.legs {
 		d.book(b, apart)
 	}
-	for user, best := range apart {
+	for _, best := range apart {
 		switch {
 		case best.d == nil: // excluded, or dropped before there was a delivery
 		case best.outcome == Failed || best.outcome == Unknown:
-			b.fail(best.outcome, best.d.node, best.d.whyUser(user, best.outcome), 1)
+			b.fail(best.outcome, best.d.node, best.d.whyUser(best.outcome), 1)
 		default:
 			b.add(best.outcome, 1)
 		}
+	}
+	if lost := p.targets - b.total(); lost > 0 {
+		b.fail(Unknown, "", LostInternal.String(), lost)
 	}
 }
 
@@ -178,20 +189,18 @@ func (p *Push) apart() map[string]verdict {
 func (d *Delivery) book(b *books, apart map[string]verdict) {
 	n := d.counts()
 	if len(apart) > 0 {
-		skip := make(map[string]bool, len(d.resent))
-		for _, user := range d.resent {
-			skip[user] = true
-		}
+		slices.Sort(d.resent)
+		slices.Sort(d.gone)
 		for user, best := range apart {
 			if !d.has(user) {
 				continue
 			}
 			o := d.outcomeOf(user)
 			n[o]--
-			if gone := slices.Contains(d.gone, user); gone {
+			if has(d.gone, user) {
 				o = Offline
 			}
-			if !skip[user] && o > best.outcome {
+			if !has(d.resent, user) && o > best.outcome {
 				apart[user] = verdict{o, d}
 			}
 		}
@@ -200,6 +209,12 @@ func (d *Delivery) book(b *books, apart map[string]verdict) {
 	b.add(Offline, n[Offline])
 	b.fail(Failed, d.node, d.whyFailed(), n[Failed])
 	b.fail(Unknown, d.node, d.whyUnknown(), n[Unknown])
+}
+
+// has tells whether user is in a sorted list.
+func has(sorted []string, user string) bool {
+	_, ok := slices.BinarySearch(sorted, user)
+	return ok
 }
 
 // counts is how the delivery's users ended, before heals.
@@ -229,9 +244,9 @@ func (d *Delivery) outcomeOf(user string) Outcome {
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome
-	case slices.Contains(d.notHere, user):
+	case has(d.notHere, user):
 		return d.missedAs()
-	case slices.Contains(d.failed, user):
+	case has(d.failed, user):
 		return Failed
 	case d.unexplained > 0:
 		return Unknown
@@ -268,7 +283,7 @@ func (d *Delivery) whyUnknown() string {
 	return LostCount.String()
 }
 
-func (d *Delivery) whyUser(user string, o Outcome) string {
+func (d *Delivery) whyUser(o Outcome) string {
 	if o == Unknown {
 		return d.whyUnknown()
 	}

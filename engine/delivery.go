@@ -27,7 +27,7 @@ type Delivery struct {
 	push   *Push
 	node   string
 	group  *route.Group // of a push to a room: the members on the node
-	users  []string     // otherwise: whom it is for; nil for everybody
+	users  []string     // otherwise: whom it is for, sorted; nil for everybody
 	except []string     // members of group that do not get it, sorted
 	healed bool         // sent after a fresh look-up: not looked up again
 	leg    LegTrace     // nil unless the push is sampled
@@ -39,8 +39,8 @@ type Delivery struct {
 	reason      Reason
 	text        string   // the node's own words beside reason
 	delivered   int      // users, when the outcome is Delivered
-	notHere     []string // offline, unless a heal says otherwise
-	failed      []string
+	notHere     []string // sorted; offline, unless a heal says otherwise
+	failed      []string // sorted
 	failedUsers int      // of a broadcast
 	unexplained int      // users that the node's ack did not account for
 	resent      []string // users for whom another delivery answers
@@ -128,6 +128,8 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 	if !d.state.CompareAndSwap(written, claimed) {
 		return false, nil
 	}
+	slices.Sort(a.NotHere)
+	slices.Sort(a.Failed)
 	d.outcome, d.text = Delivered, a.Text
 	d.delivered, d.notHere, d.failed, d.failedUsers = a.Delivered, a.NotHere, a.Failed, a.FailedUsers
 	switch {
@@ -222,7 +224,8 @@ func (d *Delivery) all() []string {
 // has tells whether user is one of those it is for.
 func (d *Delivery) has(user string) bool {
 	if d.group == nil {
-		return slices.Contains(d.users, user)
+		_, ok := slices.BinarySearch(d.users, user)
+		return ok
 	}
 	_, out := slices.BinarySearch(d.except, user)
 	return !out && d.group.Has(user)
@@ -252,21 +255,10 @@ func (d *Delivery) checkNamed(a *Ack) error {
 	if named == 0 {
 		return nil
 	}
-	var asked map[string]struct{}
-	if d.group == nil && named > 8 {
-		asked = make(map[string]struct{}, len(d.users))
-		for _, user := range d.users {
-			asked[user] = struct{}{}
-		}
-	}
 	seen := make(map[string]struct{}, named)
 	for _, users := range [][]string{a.NotHere, a.Failed} {
 		for _, user := range users {
-			_, ok := asked[user]
-			if asked == nil {
-				ok = d.has(user)
-			}
-			if !ok {
+			if !d.has(user) {
 				return fmt.Errorf("user %q was not asked for", user)
 			}
 			if _, dup := seen[user]; dup {

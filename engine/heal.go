@@ -21,6 +21,7 @@ type healer struct {
 func (h *healer) start() {
 	p, d := h.d.push, h.d
 	p.engine.heals.Add(1)
+	h.missing = slices.Sorted(slices.Values(h.missing)) // every list of users is sorted
 	if !time.Now().Before(p.deadline) {
 		h.give(DropExpired)
 		return
@@ -32,7 +33,7 @@ func (h *healer) start() {
 		return
 	}
 	h.waiting = len(h.missing)
-	p.engine.directory.RefreshUsers(home, slices.Clone(h.missing), p.began, h)
+	p.engine.directory.RefreshUsers(home, h.missing, p.began, h)
 }
 
 // give ends the heal without an answer.
@@ -56,11 +57,13 @@ func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
 	h.waiting -= len(keys)
 	last := h.waiting == 0
 	var legs []*Delivery
-	if p.expired == nil && err == nil && d.state.Load() == healing {
+	switch {
+	case p.expired != nil: // expire settles the delivery
+	case err != nil:
+		d.heal = DropNoRoute
+	default:
 		legs = h.stageLocked(keys, snaps)
 		p.addLocked(legs)
-	} else if err != nil {
-		d.heal = DropNoRoute
 	}
 	p.mu.Unlock()
 	p.send(legs)

@@ -83,7 +83,7 @@ type Push struct {
 	began    time.Time
 	deadline time.Time
 	except   []string // Exclude, sorted, each once
-	targets  int      // users known from the start, see route
+	targets  int      // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
@@ -385,7 +385,9 @@ func (p *Push) unsent() error {
 	switch {
 	case late != nil && (len(p.legs) > 0 || p.dropped[DropExpired] > 0):
 		return late
-	case len(p.legs) == 0 && p.lookup != nil && p.dropped[DropNoRoute] > 0:
+	case len(p.legs) == 0 && errors.Is(p.lookup, route.ErrOverloaded):
+		return fmt.Errorf("%w: %w", ErrOverloaded, p.lookup)
+	case len(p.legs) == 0 && p.lookup != nil:
 		return fmt.Errorf("look up the route: %w", p.lookup)
 	}
 	return nil
@@ -398,7 +400,7 @@ func intersect(some, all []string) []string {
 	}
 	var both []string
 	for _, user := range some {
-		if _, ok := slices.BinarySearch(all, user); ok {
+		if has(all, user) {
 			both = append(both, user)
 		}
 	}

@@ -212,15 +212,15 @@ func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
 	for _, key := range keys {
 		l, open := h.lines[key]
 		switch {
-		case open && l.looking:
+		case open && (l.looking || l.draining && l.newerThan(since)):
 			h.appendLocked(l, waiting{w: w})
-			continue
-		case open && l.entry != nil && l.entry.fetched.After(since):
-			now, snaps = append(now, key), append(snaps, l.entry.snap)
 			continue
 		case open && l.draining:
 			l.next = append(l.next, waiting{w: w})
 			h.waiting.Add(1)
+			continue
+		case open && l.newerThan(since):
+			now, snaps = append(now, key), append(snaps, l.entry.snap)
 			continue
 		case open:
 			l.looking, l.old = true, l.entry
@@ -244,6 +244,8 @@ func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
 		t.submit(home, w, lookup, &waiting{w: w})
 	}
 }
+
+func (l *line) newerThan(t time.Time) bool { return l.entry != nil && l.entry.fetched.After(t) }
 
 // submit runs the look-up of keys, whose lines are open, in the pool of home. Of
 // first, if any, it is known that it waits for each of keys, in front of the line.
