@@ -1,0 +1,76 @@
+package node
+
+import (
+	"fmt"
+	"testing"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// BenchmarkTake measures one frame of 100 deliveries from the wire to the acks,
+// with a gateway that does nothing.
+func BenchmarkTake(b *testing.B) {
+	for _, members := range []int{0, 1, 100, 1000} {
+		b.Run(fmt.Sprintf("members=%d", members), func(b *testing.B) {
+			st := newStream(b, everyone{})
+			st.acks.maxUnacked = 1 << 40
+			data := framesOf(b, st, members)
+			b.ReportAllocs()
+			for b.Loop() {
+				st.next = 1
+				if err := st.take(data); err != nil {
+					b.Fatal(err)
+				}
+				st.acks.counts = st.acks.counts[:0]
+			}
+		})
+	}
+}
+
+// framesOf returns a frame of 100 pushes of 128 bytes: to one user each, or to an
+// audience that st knows already.
+func framesOf(tb testing.TB, st *stream, members int) []byte {
+	tb.Helper()
+	r := &pubsub.DeliverRequest{FirstSeq: 1}
+	content := &pubsub.MessageContent{Data: make([]byte, 128), Timestamp: 1}
+	if members == 0 {
+		for i := range 100 {
+			r.Deliveries = append(r.Deliveries, &pubsub.Delivery{Content: content, UserIds: []string{fmt.Sprint("user-", i)}})
+		}
+	} else {
+		var join []string
+		for i := range members {
+			join = append(join, fmt.Sprint("user-", i))
+		}
+		define := &delivery{id: 1, version: 1, audRoom: "r", join: join}
+		if _, err := st.aud.apply(define); err != nil {
+			tb.Fatal(err)
+		}
+		for range 100 {
+			r.Deliveries = append(r.Deliveries, &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1}})
+		}
+	}
+	data, err := r.MarshalVT()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return data
+}
+
+// TestOneAllocationPerDelivery: the Message, and nothing per user.
+func TestOneAllocationPerDelivery(t *testing.T) {
+	for _, members := range []int{0, 1000} {
+		st := newStream(t, everyone{})
+		data := framesOf(t, st, members)
+		allocs := testing.AllocsPerRun(100, func() {
+			st.next = 1
+			if err := st.take(data); err != nil {
+				t.Fatal(err)
+			}
+			st.acks.counts = st.acks.counts[:0]
+		})
+		if allocs > 101 {
+			t.Errorf("%d members: %v allocations for 100 deliveries", members, allocs)
+		}
+	}
+}

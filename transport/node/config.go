@@ -1,0 +1,97 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// Config says what a node is. NodeID and Sessions are required, everything else
+// has a default.
+type Config struct {
+	// NodeID is the id under which the node is registered: 1 to 256 bytes.
+	NodeID string
+	// Sessions is the gateway: who is connected here, and how to reach them.
+	Sessions Sessions
+
+	// UnaryOnly answers Deliver with UNIMPLEMENTED, as nodes do that have the
+	// three unary methods only. Push-Manager then uses those.
+	UnaryOnly bool
+	// MaxAudienceMembers bounds the members of all audiences of one stream:
+	// about 100 bytes each. Default 1,048,576. Negative: the node keeps no
+	// audiences and gets user ids with every delivery.
+	MaxAudienceMembers int
+	// MaxUnacked bounds the deliveries of one stream that wait for their ack to
+	// be written. A manager that goes beyond it does not read: its stream is
+	// broken. Default 65,536.
+	MaxUnacked int
+	// MaxStreams bounds the Deliver streams of all managers together. Default
+	// 4,096.
+	MaxStreams int
+	// FlushTimeout bounds how long a stream that ends waits for its last acks
+	// to be written. Default 1 s.
+	FlushTimeout time.Duration
+
+	// Logger gets state changes, never a payload. Default: nothing is logged.
+	Logger *slog.Logger
+	// Metrics gets the node's counters. Default: a set of its own, not shown.
+	Metrics *metrics.Set
+}
+
+// The bounds of what one frame or queue may hold.
+const (
+	maxFrameBytes    = 16 << 10 << 10 // what ServerOptions lets in
+	windowBytes      = 1 << 20        // of flow control: what waits unread, per stream
+	ackFrameBytes    = 48 << 10       // managers take 64 KiB without a thought
+	ackFrameCounts   = 8 << 10        // at most 5 bytes each: below ackFrameBytes
+	maxMissBytes     = 3 << 20        // of one Miss, which cannot be split: below grpc's default limit of 4 MiB
+	pendingMissBytes = 1 << 20        // beyond it the reader waits for the sender
+	maxNodeIDBytes   = 256
+	maxScratch       = 16 << 10 // ids; a larger scratch list is not kept
+)
+
+func (c Config) withDefaults() Config {
+	if c.MaxAudienceMembers == 0 {
+		c.MaxAudienceMembers = 1 << 20
+	}
+	if c.MaxUnacked == 0 {
+		c.MaxUnacked = 64 << 10
+	}
+	if c.MaxStreams == 0 {
+		c.MaxStreams = 4 << 10
+	}
+	if c.FlushTimeout == 0 {
+		c.FlushTimeout = time.Second
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Metrics == nil {
+		c.Metrics = metrics.NewSet()
+	}
+	return c
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	if c.NodeID == "" || len(c.NodeID) > maxNodeIDBytes {
+		errs = append(errs, fmt.Errorf("NodeID: 1 to %d bytes, got %d", maxNodeIDBytes, len(c.NodeID)))
+	}
+	if c.Sessions == nil {
+		errs = append(errs, errors.New("Sessions: required"))
+	}
+	if c.MaxUnacked < 0 {
+		errs = append(errs, fmt.Errorf("MaxUnacked: negative: %d", c.MaxUnacked))
+	}
+	if c.MaxStreams < 0 {
+		errs = append(errs, fmt.Errorf("MaxStreams: negative: %d", c.MaxStreams))
+	}
+	if c.FlushTimeout < 0 {
+		errs = append(errs, fmt.Errorf("FlushTimeout: negative: %v", c.FlushTimeout))
+	}
+	return errors.Join(errs...)
+}

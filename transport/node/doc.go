@@ -1,0 +1,47 @@
+// Package node makes a gateway a Connect-Node: it serves the Deliver stream and
+// the unary methods of pubsub.ConnectNodeService, registers the node in etcd and
+// brings the keepalive policy that managers need. The gateway brings its
+// connections, behind the interface [Sessions].
+//
+// # Embedding
+//
+//	srv, err := node.New(node.Config{NodeID: "connect-node-1", Sessions: mySessions})
+//	gs := grpc.NewServer(node.ServerOptions()...)
+//	srv.Attach(gs)
+//	go gs.Serve(listener)
+//	srv.Register(etcd, "192.168.1.10:50052")
+//
+// and to leave, in this order:
+//
+//	srv.Deregister(ctx) // nobody new comes
+//	srv.Drain(ctx)      // managers finish and close; returns at ctx at the latest
+//	gs.Stop()           // whoever is left is cut off
+//	srv.Close()
+//
+// The example of [Server] is the whole program.
+//
+// # What holds
+//
+//   - A stream has two goroutines: the reader, which is that of the call and hands
+//     messages over, and the sender of acks. The sender belongs to the Server: it
+//     ends with its call, and Close waits for it.
+//   - Deliveries of a stream reach Sessions in the order of their seq, one after
+//     the other. Streams know nothing of each other.
+//   - A delivery is acked after Sessions has answered for each of its users, once.
+//     delivered + not_here + failed = the users it named (except where more ids
+//     were missed than fit into a frame).
+//   - Acks are written as they become ready, all that are ready in one frame. The
+//     reader does not wait for the writing, except that a manager which does not
+//     read lets at most 1 MiB of missed ids gather, and at most Config.MaxUnacked
+//     acks: then its own stream stands or ends.
+//   - What both sides must agree on (seq, audiences and their versions, targets)
+//     is checked; a difference ends the stream with FAILED_PRECONDITION, after the
+//     acks of what was handed over. The next stream starts with nothing.
+//   - A panic in Sessions settles the users of that delivery as failed, is counted
+//     and logged, and ends nothing.
+//   - Frames are taken apart without copying: strings and Data of a [Message] are
+//     views into the frame, which nobody writes to and which lives as long as they
+//     do. Ids of audiences are copied.
+//
+// proto/README.md tells the protocol for nodes in other languages.
+package node

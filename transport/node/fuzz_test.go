@@ -1,0 +1,139 @@
+package node
+
+import (
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// everyone has all users.
+type everyone struct{}
+
+func (everyone) Deliver(string, *Message) Outcome { return Delivered }
+func (everyone) Broadcast(*Message) (int, int)    { return 1, 0 }
+func (everyone) Online() int                      { return 1 }
+func newStream(t testing.TB, s Sessions) *stream {
+	t.Helper()
+	server, err := New(Config{NodeID: "n", Sessions: s, MaxAudienceMembers: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &stream{
+		server: server,
+		acks:   newAcks(1<<20, server.online),
+		aud:    audiences{byID: map[uint32]*audience{}, maxMembers: server.cfg.MaxAudienceMembers},
+		next:   1,
+	}
+}
+
+// FuzzDeliverRequest: no frame crashes the node, and what protobuf decodes, the
+// node decodes to the same.
+func FuzzDeliverRequest(f *testing.F) {
+	for _, r := range []*pubsub.DeliverRequest{
+		{},
+		{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "m"}},
+		{FirstSeq: 1, Deliveries: []*pubsub.Delivery{
+			{Content: &pubsub.MessageContent{Type: 9, Data: []byte("x"), Timestamp: -1, Metadata: map[string]string{"k": "v"}}, UserIds: []string{"u", "v"}, RoomId: "r", Traceparent: "t"},
+			toAudience("a", &pubsub.Audience{Id: 1, Version: 1, RoomId: "room", Join: []string{"u", "v", "w"}}, "v"),
+			toAudience("b", &pubsub.Audience{Id: 1, Version: 2, Join: []string{"x"}, Leave: []string{"u"}}),
+			{Content: text("c"), Everybody: true},
+		}, ForgetAudiences: []uint32{1, 300}, Heartbeat: 1 << 60, Drain: true},
+	} {
+		b, err := proto.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte("\x1a\x05\x0a\x03\x0a\x01\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		st := newStream(t, everyone{})
+		_ = st.take(b)
+		if len(st.counts) > 0 {
+			t.Error("acks left behind")
+		}
+		members := 0
+		for id, au := range st.aud.byID {
+			members += len(au.members)
+			if len(au.at) != len(au.members) {
+				t.Errorf("audience %d: %d members, %d places", id, len(au.members), len(au.at))
+			}
+			for user, at := range au.at {
+				if au.members[at] != user {
+					t.Errorf("audience %d: %q is not at its place", id, user)
+				}
+			}
+		}
+		if members != st.aud.members || members > st.aud.maxMembers {
+			t.Errorf("%d members, counted %d", members, st.aud.members)
+		}
+		compareWithProtobuf(t, b)
+	})
+}
+
+func compareWithProtobuf(t *testing.T, b []byte) {
+	t.Helper()
+	want := new(pubsub.DeliverRequest)
+	if proto.Unmarshal(b, want) != nil {
+		return // The node may take what protobuf does not, such as ids that are not UTF-8.
+	}
+	var r request
+	if err := r.parse(b); err != nil {
+		t.Fatalf("protobuf decodes it: %v", err)
+	}
+	got := &pubsub.DeliverRequest{FirstSeq: r.firstSeq, ForgetAudiences: r.forget, Heartbeat: r.heartbeat, Drain: r.drain}
+	if r.hasHello {
+		got.Hello = new(pubsub.Hello)
+		if err := proto.Unmarshal(r.hello, got.Hello); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var d delivery
+	for i, part := range r.deliveries {
+		if err := d.parse(part); err != nil {
+			t.Fatalf("delivery %d: protobuf decodes it: %v", i, err)
+		}
+		got.Deliveries = append(got.Deliveries, d.decoded(t, want.GetDeliveries()[i].GetContent() != nil))
+	}
+	got.ProtoReflect().SetUnknown(want.ProtoReflect().GetUnknown())
+	stripUnknown(want)
+	stripUnknown(got)
+	if !proto.Equal(got, want) {
+		t.Errorf("got  %v\nwant %v", got, want)
+	}
+}
+
+func (d *delivery) decoded(t *testing.T, hasContent bool) *pubsub.Delivery {
+	t.Helper()
+	out := &pubsub.Delivery{RoomId: d.room, UserIds: d.users, Everybody: d.everybody, ExceptUserIds: d.except, Traceparent: d.traceparent}
+	var m Message
+	if err := m.parseContent(d.content); err != nil {
+		t.Fatalf("protobuf decodes it: %v", err)
+	}
+	if hasContent {
+		out.Content = &pubsub.MessageContent{Type: m.Type, Data: m.Data, Timestamp: m.Timestamp, Metadata: m.Metadata}
+	}
+	if d.hasAudience {
+		out.Audience = &pubsub.Audience{Id: d.id, Version: d.version, RoomId: d.audRoom, Join: d.join, Leave: d.leave}
+	}
+	return proto.CloneOf(out)
+}
+
+// stripUnknown removes what a later version may have added.
+func stripUnknown(r *pubsub.DeliverRequest) {
+	r.ProtoReflect().SetUnknown(nil)
+	if h := r.GetHello(); h != nil {
+		h.ProtoReflect().SetUnknown(nil)
+	}
+	for _, d := range r.GetDeliveries() {
+		d.ProtoReflect().SetUnknown(nil)
+		if c := d.GetContent(); c != nil {
+			c.ProtoReflect().SetUnknown(nil)
+		}
+		if a := d.GetAudience(); a != nil {
+			a.ProtoReflect().SetUnknown(nil)
+		}
+	}
+}

@@ -1,0 +1,126 @@
+package node
+
+import (
+	"fmt"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// handover is what became of one push on this node.
+type handover struct {
+	delivered   int
+	notHere     []string
+	failed      []string
+	failedUsers int // of a broadcast
+	refused     bool
+	reason      string
+
+	next int // the user being handed over, for the case of a panic
+}
+
+const reasonPanic = "internal error of the node"
+
+// handOver offers m to each user but those at the places in skip, which ascend.
+func (s *Server) handOver(users []string, skip []int32, m *Message, o *handover) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.panicked("Deliver", r)
+			o.fail(users, skip)
+		}
+	}()
+	k := 0
+	for i, user := range users {
+		o.next = i
+		if k < len(skip) && int(skip[k]) == i {
+			k++
+			continue
+		}
+		switch s.cfg.Sessions.Deliver(user, m) {
+		case Delivered:
+			o.delivered++
+		case NotHere:
+			o.notHere = append(o.notHere, user)
+		default:
+			o.failed = append(o.failed, user)
+		}
+	}
+}
+
+// fail settles the users from the one on which the gateway has panicked. It is
+// not called again for this push: what it may have left locked is unknown.
+func (o *handover) fail(users []string, skip []int32) {
+	o.reason = reasonPanic
+	skipped := make(map[int32]bool, len(skip))
+	for _, i := range skip {
+		skipped[i] = true
+	}
+	for i := o.next; i < len(users); i++ {
+		if !skipped[int32(i)] { //nolint:gosec // Bounded by the audience.
+			o.failed = append(o.failed, users[i])
+		}
+	}
+}
+
+func (s *Server) broadcast(m *Message, o *handover) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.panicked("Broadcast", r)
+			*o = handover{failedUsers: int(s.online()), reason: reasonPanic}
+		}
+	}()
+	delivered, failed := s.cfg.Sessions.Broadcast(m)
+	o.delivered, o.failedUsers = max(delivered, 0), max(failed, 0)
+}
+
+// miss explains what was not reached, nil when all was.
+func (o *handover) miss(seq uint64) *pubsub.Miss {
+	switch {
+	case o.refused:
+		return &pubsub.Miss{Seq: seq, Refused: true, Reason: "node is draining"}
+	case len(o.notHere) == 0 && len(o.failed) == 0 && o.failedUsers == 0:
+		return nil
+	}
+	m := &pubsub.Miss{Seq: seq, NotHere: o.notHere, Failed: o.failed, FailedUsers: clampUint32(o.failedUsers), Reason: o.reason}
+	if m.Reason == "" && (len(o.failed) > 0 || o.failedUsers > 0) {
+		m.Reason = "no connection took it"
+	}
+	if missSize(m) > maxMissBytes {
+		trimMiss(m)
+	}
+	return m
+}
+
+func (o *handover) count(c *counters) {
+	c.deliveries.Inc()
+	if o.refused {
+		c.refused.Inc()
+		return
+	}
+	c.delivered.Add(o.delivered)
+	if o.notHere != nil {
+		c.notHere.Add(len(o.notHere))
+	}
+	if n := len(o.failed) + o.failedUsers; n > 0 {
+		c.failed.Add(n)
+	}
+}
+
+// trimMiss leaves out the ids that do not fit into any frame. The manager counts
+// their users as not accounted for.
+func trimMiss(m *pubsub.Miss) {
+	room := maxMissBytes - 128
+	all := len(m.NotHere) + len(m.Failed)
+	m.Failed = fitting(m.Failed, &room)
+	m.NotHere = fitting(m.NotHere, &room)
+	m.Reason = fmt.Sprintf("%d users do not fit into the ack", all-len(m.NotHere)-len(m.Failed))
+}
+
+func fitting(ids []string, room *int) []string {
+	for i, id := range ids {
+		*room -= len(id) + 3
+		if *room < 0 {
+			return ids[:i]
+		}
+	}
+	return ids
+}

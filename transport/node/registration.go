@@ -1,0 +1,64 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/transport/discovery"
+)
+
+var errRegistered = errors.New("already registered")
+
+// Register begins to register the node in etcd, under the prefix and with the
+// lease that Push-Manager expects, and keeps it registered through lost leases
+// and restarts of etcd, which need not be there yet. addr is host:port as
+// managers reach it. The caller closes etcd after Deregister.
+//
+// Call it once the grpc.Server listens: managers connect at once.
+func (s *Server) Register(etcd *clientv3.Client, addr string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.registration != nil {
+		return errRegistered
+	}
+	r, err := discovery.NewRegistration(discovery.RegistrationConfig{
+		Client:        etcd,
+		ID:            s.cfg.NodeID,
+		Addr:          addr,
+		Logger:        s.cfg.Logger,
+		Metrics:       s.cfg.Metrics,
+		MetricsPrefix: "connect_node",
+	})
+	if err != nil {
+		return fmt.Errorf("register node %q: %w", s.cfg.NodeID, err)
+	}
+	r.Start()
+	s.registration = r
+	return nil
+}
+
+// Registered tells whether the node stands in etcd, as far as we know.
+func (s *Server) Registered() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.registration != nil && s.registration.Registered()
+}
+
+// Deregister takes the node out of etcd: the first step of leaving. When etcd
+// cannot be told within ctx, the entry ends with its lease, 10 s later.
+func (s *Server) Deregister(ctx context.Context) error {
+	s.mu.Lock()
+	r := s.registration
+	s.registration = nil
+	s.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	if err := r.Close(ctx); err != nil {
+		return fmt.Errorf("deregister node %q: %w", s.cfg.NodeID, err)
+	}
+	return nil
+}

@@ -1,0 +1,168 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/discovery"
+)
+
+// Server is the Connect-Node side of pubsub.ConnectNodeService.
+type Server struct {
+	pubsub.UnimplementedConnectNodeServiceServer
+
+	// Static after New.
+	cfg    Config
+	bootID string
+	count  counters
+	plain  sync.Once // warns of a grpc.Server without ServerOptions
+
+	draining atomic.Bool
+	calls    sync.WaitGroup // streams and their senders; joined under mu unless draining
+
+	mu sync.Mutex
+	// Guarded by mu.
+	streams      map[*stream]struct{}
+	emptied      chan struct{}           // closed when the last stream ends while draining; nil before Drain
+	registration *discovery.Registration // nil: not registered
+}
+
+// New returns a node that is to be attached to a grpc.Server.
+func New(cfg Config) (*Server, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("node config: %w", err)
+	}
+	s := &Server{cfg: cfg, bootID: rand.Text(), streams: make(map[*stream]struct{})}
+	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
+	return s, nil
+}
+
+// ServerOptions are what a grpc.Server needs that serves a node. Without the
+// keepalive policy it cuts managers off after half a minute
+// (too_many_pings); without the codec each frame is decoded twice.
+func ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		// A manager that has vanished without a word is noticed, too.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.MaxRecvMsgSize(maxFrameBytes),
+		grpc.StaticStreamWindowSize(windowBytes),
+		grpc.StaticConnWindowSize(4 * windowBytes),
+		grpc.ConnectionTimeout(5 * time.Second), // Of the handshake; the default is two minutes.
+		grpc.MaxHeaderListSize(16 << 10),
+		grpc.ForceServerCodecV2(newCodec()),
+	}
+}
+
+// Attach registers the service. gs should have been made with ServerOptions.
+func (s *Server) Attach(gs grpc.ServiceRegistrar) {
+	pubsub.RegisterConnectNodeServiceServer(gs, s)
+}
+
+// NodeID is the id under which the node is registered.
+func (s *Server) NodeID() string { return s.cfg.NodeID }
+
+// BootID tells this process from an earlier one at the same address.
+func (s *Server) BootID() string { return s.bootID }
+
+// Streams is the number of Deliver streams open now.
+func (s *Server) Streams() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.streams)
+}
+
+// Drain tells all managers that the node goes, refuses what crosses that notice
+// on the wire, writes the acks it owes and returns when all managers have
+// closed their streams. When ctx ends first it returns the context's error, and
+// the gateway stops its grpc.Server, which breaks the rest. It may be called
+// again.
+func (s *Server) Drain(ctx context.Context) error {
+	s.draining.Store(true)
+	s.mu.Lock()
+	if s.emptied == nil {
+		s.emptied = make(chan struct{})
+		if len(s.streams) == 0 {
+			close(s.emptied)
+		}
+		for st := range s.streams {
+			st.acks.drain()
+		}
+	}
+	emptied := s.emptied
+	s.mu.Unlock()
+	select {
+	case <-emptied:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("drain node: %d streams left: %w", s.Streams(), ctx.Err())
+	}
+}
+
+// Close waits for the goroutines of streams. The grpc.Server is stopped before,
+// which ends them.
+func (s *Server) Close() {
+	s.mu.Lock()
+	s.draining.Store(true)
+	s.mu.Unlock()
+	s.calls.Wait()
+}
+
+// enter admits a stream.
+func (s *Server) enter(st *stream) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Under the lock: a stream is either told by Drain or refused here.
+	if s.draining.Load() {
+		return status.Error(codes.Unavailable, "node is draining")
+	}
+	if len(s.streams) >= s.cfg.MaxStreams {
+		return status.Errorf(codes.ResourceExhausted, "more than %d streams", s.cfg.MaxStreams)
+	}
+	s.streams[st] = struct{}{}
+	s.calls.Add(1)
+	return nil
+}
+
+func (s *Server) leave(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.calls.Done()
+	delete(s.streams, st)
+	if len(s.streams) == 0 && s.emptied != nil {
+		close(s.emptied) // Nobody enters any more: this is the last one.
+	}
+}
+
+// online asks the gateway, whose panic is not ours.
+func (s *Server) online() (n uint32) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.panicked("Online", r)
+			n = 0
+		}
+	}()
+	return clampUint32(s.cfg.Sessions.Online())
+}
+
+func (s *Server) panicked(method string, value any) {
+	s.count.panics.Inc()
+	s.cfg.Logger.Error("sessions panicked", slog.String("method", method), slog.Any("panic", value))
+}
+
+func clampUint32(n int) uint32 {
+	return uint32(min(max(n, 0), math.MaxUint32)) //nolint:gosec // Clamped.
+}

@@ -1,0 +1,65 @@
+package node
+
+import pubsub "github.com/push-manager/push-manager/proto"
+
+// Sessions is what a gateway offers to its node: the connections it holds. The
+// methods are called from many goroutines at once, one per stream of a manager.
+//
+// They must not block: a message is put into the bounded queue of a connection
+// or it is not, and a client that does not read is the gateway's to cut off.
+// What a call for one user waits, every user behind it waits.
+type Sessions interface {
+	// Deliver hands m to every connection of the user that is here. It is
+	// called once for each user of a push, with the same m, from one goroutine:
+	// whatever is the same for all of them (the encoded frame) is made at the
+	// first call and kept in m.Prepared. Of two pushes to a user on one stream
+	// the first is handed over first.
+	Deliver(user string, m *Message) Outcome
+	// Broadcast hands m to every connection of every user here, and returns how
+	// many users were reached and how many were not.
+	Broadcast(m *Message) (delivered, failed int)
+	// Online is the number of users with a live connection now. It bounds what
+	// managers believe a broadcast has reached.
+	Online() int
+}
+
+// Outcome is what became of a message for one user.
+type Outcome uint8
+
+// The outcomes. Any other value counts as Failed.
+const (
+	_ Outcome = iota
+	// Delivered: at least one live connection of the user has taken it.
+	Delivered
+	// NotHere: the user has no connection on this node. Push-Manager looks the
+	// user up again and sends it to the right node.
+	NotHere
+	// Failed: the user is here, and no connection took it.
+	Failed
+)
+
+// Message is one push. All its users share it: nothing but Prepared may be
+// changed. It may be kept beyond the call; Data, Encoded and the strings share
+// the memory of the frame that brought them (up to 16 MiB), so copy what is kept
+// for long.
+type Message struct {
+	// Type is the kind of content. Unknown values are passed on as they are.
+	Type pubsub.MessageType
+	// Data is the caller's payload, any bytes.
+	Data []byte
+	// Timestamp is in Unix seconds.
+	Timestamp int64
+	// Metadata is nil when there is none.
+	Metadata map[string]string
+	// Encoded is the same content as a pubsub.MessageContent on the wire, for
+	// gateways whose clients speak protobuf.
+	Encoded []byte
+	// RoomID is the room that was pushed to, empty for a push to users or to
+	// everybody.
+	RoomID string
+	// Traceparent is the caller's W3C trace context, empty unless sampled.
+	Traceparent string
+
+	// Prepared is the gateway's own: nil at first.
+	Prepared any
+}

@@ -1,0 +1,320 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// version is the protocol that this node speaks.
+const version = 1
+
+var (
+	errBroken  = errors.New("broken stream")
+	errDrained = errors.New("manager goes") // ends a stream in good order
+)
+
+// stream is one Deliver stream. The goroutine of the call is its reader; the
+// sender of acks is the other one.
+type stream struct {
+	// Static.
+	server *Server
+	acks   *acks
+
+	// Owned by the reader.
+	aud      audiences
+	next     uint64 // seq of the next delivery
+	request  request
+	delivery delivery
+	counts   []uint32 // since the last hand-over to acks
+	misses   []*pubsub.Miss
+	users    int // handed over since then
+}
+
+// Deliver implements pubsub.ConnectNodeServiceServer.
+func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pubsub.DeliverResponse]) error {
+	if s.cfg.UnaryOnly {
+		return status.Error(codes.Unimplemented, "method Deliver not implemented")
+	}
+	hello, err := s.accept(call)
+	if err != nil {
+		return s.broken(call.Context(), hello, err)
+	}
+	st := &stream{
+		server: s,
+		acks:   newAcks(s.cfg.MaxUnacked, s.online),
+		aud:    audiences{byID: make(map[uint32]*audience), maxMembers: s.cfg.MaxAudienceMembers},
+		next:   1,
+	}
+	if err := s.enter(st); err != nil {
+		return err
+	}
+	defer s.leave(st)
+	if err := s.reply(call, hello); err != nil {
+		return err
+	}
+	s.calls.Go(func() {
+		// The error is that of the stream, which the reader gets, too.
+		_ = st.acks.sendLoop(countingStream{call, s})
+	})
+	err = st.readLoop(call)
+	s.count.members.Add(float64(-st.aud.members))
+	st.acks.finish()
+	st.flush(call.Context(), s.cfg.FlushTimeout)
+	if errors.Is(err, errDrained) {
+		return nil
+	}
+	return s.broken(call.Context(), hello, err)
+}
+
+// accept reads the first frame.
+func (s *Server) accept(call grpc.ServerStream) (*pubsub.Hello, error) {
+	hello := new(pubsub.Hello)
+	var f frame
+	if err := call.RecvMsg(&f); err != nil {
+		return hello, fmt.Errorf("receive hello: %w", err)
+	}
+	if !f.raw {
+		s.plain.Do(func() {
+			s.cfg.Logger.Warn("grpc server was made without node.ServerOptions: managers may be cut off for their keepalive pings")
+		})
+	}
+	b, err := f.bytes()
+	if err != nil {
+		return hello, err
+	}
+	var r request
+	if err := r.parse(b); err != nil {
+		return hello, fmt.Errorf("%w: hello: %w", errBroken, err)
+	}
+	if !r.hasHello || r.hasMore() {
+		return hello, fmt.Errorf("%w: the first frame must be hello and nothing else", errBroken)
+	}
+	if err := hello.UnmarshalVT(r.hello); err != nil {
+		return hello, fmt.Errorf("%w: hello: %w", errBroken, err)
+	}
+	// A manager speaks the version it offers and the one before it.
+	if v := hello.GetProtocolVersion(); v != version && v != version+1 {
+		return hello, fmt.Errorf("%w: protocol version %d, this node speaks %d", errBroken, v, version)
+	}
+	return hello, nil
+}
+
+func (s *Server) reply(call grpc.ServerStream, hello *pubsub.Hello) error {
+	err := call.SendMsg(&pubsub.DeliverResponse{Hello: &pubsub.HelloReply{
+		ProtocolVersion:    version,
+		NodeId:             s.cfg.NodeID,
+		BootId:             s.bootID,
+		MaxAudienceMembers: clampUint32(s.cfg.MaxAudienceMembers),
+		MaxUnacked:         clampUint32(s.cfg.MaxUnacked),
+		OnlineUsers:        s.online(),
+	}})
+	if err != nil {
+		return fmt.Errorf("reply to hello of %q: %w", hello.GetManagerId(), err)
+	}
+	return nil
+}
+
+// broken turns the end of a stream into its status.
+func (s *Server) broken(ctx context.Context, hello *pubsub.Hello, err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return nil
+	}
+	if !errors.Is(err, errBroken) {
+		return err
+	}
+	s.count.broken.Inc()
+	s.cfg.Logger.WarnContext(ctx, "deliver stream broken",
+		slog.String("manager", hello.GetManagerId()), slog.Uint64("shard", uint64(hello.GetShard())), slog.Any("error", err))
+	return status.Error(codes.FailedPrecondition, err.Error())
+}
+
+// flush waits until the sender has written what is owed. A manager that does
+// not read must not keep the call: when it returns, the stream is cancelled and
+// the sender with it.
+func (st *stream) flush(ctx context.Context, timeout time.Duration) {
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-st.acks.gone:
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+// readLoop takes frames until the stream ends.
+func (st *stream) readLoop(call grpc.ServerStream) error {
+	var f frame
+	for {
+		f.raw = false
+		if err := call.RecvMsg(&f); err != nil {
+			return err //nolint:wrapcheck // io.EOF or the status of the stream.
+		}
+		data, err := f.bytes()
+		if err != nil {
+			return err
+		}
+		st.server.count.frames.Inc()
+		members := st.aud.members
+		err = st.take(data)
+		if d := st.aud.members - members; d != 0 {
+			st.server.count.members.Add(float64(d))
+		}
+		if err != nil {
+			return err
+		}
+		f.data = nil
+	}
+}
+
+// take applies one frame: deliveries in order, then forgotten audiences, then
+// the rest.
+func (st *stream) take(data []byte) error {
+	r := &st.request
+	if err := r.parse(data); err != nil {
+		return fmt.Errorf("%w: frame: %w", errBroken, err)
+	}
+	if r.hasHello {
+		return fmt.Errorf("%w: a second hello", errBroken)
+	}
+	if len(r.deliveries) > 0 && r.firstSeq != st.next {
+		return fmt.Errorf("%w: first_seq %d instead of %d", errBroken, r.firstSeq, st.next)
+	}
+	err := st.deliverAll(r.deliveries)
+	// What was handed over is acked even if the frame breaks the stream.
+	if ackErr := st.handAcks(); err == nil {
+		err = ackErr
+	}
+	if err != nil {
+		return err
+	}
+	for _, id := range r.forget {
+		st.aud.forget(id)
+	}
+	if r.heartbeat != 0 {
+		st.acks.beat(r.heartbeat)
+	}
+	if r.drain {
+		return errDrained
+	}
+	return nil
+}
+
+func (st *stream) deliverAll(deliveries [][]byte) error {
+	for _, b := range deliveries {
+		if err := st.deliver(b); err != nil {
+			return fmt.Errorf("%w: delivery %d: %w", errBroken, st.next, err)
+		}
+		st.next++
+		// Acks of a large frame do not wait for its end: a manager counts the time.
+		if st.users >= 1024 {
+			if err := st.handAcks(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// handAcks gives what has happened since the last call to the sender.
+func (st *stream) handAcks() error {
+	if len(st.counts) == 0 {
+		return nil
+	}
+	err := st.acks.add(st.counts, st.misses)
+	clear(st.misses)
+	st.counts, st.misses, st.users = st.counts[:0], st.misses[:0], 0
+	if errors.Is(err, errTooManyUnacked) {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
+	return err
+}
+
+// deliver hands one delivery over and notes its ack. An error breaks the stream.
+func (st *stream) deliver(b []byte) error {
+	d := &st.delivery
+	if err := d.parse(b); err != nil {
+		return err
+	}
+	m := &Message{RoomID: d.room, Traceparent: d.traceparent}
+	if err := m.parseContent(d.content); err != nil {
+		return err
+	}
+	users, skip, err := st.targets(d, m)
+	if err != nil {
+		return err
+	}
+	var o handover
+	switch {
+	case st.server.draining.Load():
+		o.refused = true
+	case d.everybody:
+		st.server.broadcast(m, &o)
+	default:
+		st.server.handOver(users, skip, m, &o)
+	}
+	st.note(&o)
+	return nil
+}
+
+var errTargets = errors.New("exactly one of user_ids, audience and everybody must be set")
+
+// targets says for whom d is: users without those at the places in skip.
+func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32, err error) {
+	set := 0
+	for _, is := range [...]bool{len(d.users) > 0, d.hasAudience, d.everybody} {
+		if is {
+			set++
+		}
+	}
+	if set != 1 {
+		return nil, nil, errTargets
+	}
+	if !d.hasAudience {
+		if len(d.except) > 0 {
+			return nil, nil, errors.New("except_user_ids without an audience")
+		}
+		return d.users, nil, nil
+	}
+	au, err := st.aud.apply(d)
+	if err != nil {
+		return nil, nil, err
+	}
+	m.RoomID = au.room
+	skip, err = st.aud.skipped(au, d.except)
+	return au.members, skip, err
+}
+
+// note keeps the ack of the next seq until handAcks.
+func (st *stream) note(o *handover) {
+	st.users += o.delivered + len(o.notHere) + len(o.failed)
+	st.counts = append(st.counts, clampUint32(o.delivered))
+	if miss := o.miss(st.next); miss != nil {
+		st.misses = append(st.misses, miss)
+	}
+	o.count(&st.server.count)
+}
+
+// countingStream counts frames and lets others run before each: what becomes
+// ready meanwhile goes into the next frame instead of into one of its own.
+type countingStream struct {
+	grpc.ServerStream
+	server *Server
+}
+
+func (c countingStream) SendMsg(m any) error {
+	c.server.count.ackFrames.Inc()
+	err := c.ServerStream.SendMsg(m)
+	runtime.Gosched()
+	return err //nolint:wrapcheck // sendLoop does.
+}

@@ -1,0 +1,242 @@
+package node
+
+import (
+	"fmt"
+	"unsafe"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// request is one DeliverRequest taken apart. Its slices point into the frame and
+// are reused for the next one.
+type request struct {
+	hello      []byte
+	hasHello   bool
+	firstSeq   uint64
+	deliveries [][]byte
+	forget     []uint32
+	heartbeat  uint64
+	drain      bool
+}
+
+// hasMore tells that there is something besides hello.
+func (r *request) hasMore() bool {
+	return len(r.deliveries) > 0 || len(r.forget) > 0 || r.heartbeat != 0 || r.drain || r.firstSeq != 0
+}
+
+func (r *request) parse(frame []byte) error {
+	clear(r.deliveries)
+	*r = request{deliveries: r.deliveries[:0], forget: r.forget[:0]}
+	return walk(frame, func(f field) (err error) {
+		switch {
+		case f.is(1, protowire.BytesType):
+			r.hasHello = true
+			r.hello = merge(r.hello, f.data)
+		case f.is(2, protowire.VarintType):
+			r.firstSeq = f.num64
+		case f.is(3, protowire.BytesType):
+			r.deliveries = append(r.deliveries, f.data)
+		case f.is(4, protowire.VarintType):
+			r.forget = append(r.forget, f.uint32())
+		case f.is(4, protowire.BytesType):
+			r.forget, err = appendPacked(r.forget, f.data)
+		case f.is(5, protowire.VarintType):
+			r.heartbeat = f.num64
+		case f.is(6, protowire.VarintType):
+			r.drain = f.num64 != 0
+		}
+		return err
+	})
+}
+
+// delivery is one Delivery taken apart. Its strings are views into the frame;
+// its slices are reused for the next one.
+type delivery struct {
+	content     []byte
+	room        string
+	users       []string
+	audience    []byte
+	hasAudience bool
+	everybody   bool
+	except      []string
+	traceparent string
+
+	// Of the audience.
+	id, version uint32
+	audRoom     string
+	join, leave []string
+}
+
+func (d *delivery) parse(b []byte) error {
+	*d = delivery{users: reuse(d.users), except: reuse(d.except), join: reuse(d.join), leave: reuse(d.leave)}
+	err := walk(b, func(f field) error {
+		switch {
+		case f.is(1, protowire.BytesType):
+			d.content = merge(d.content, f.data)
+		case f.is(2, protowire.BytesType):
+			d.room = f.string()
+		case f.is(3, protowire.BytesType):
+			d.users = append(d.users, f.string())
+		case f.is(4, protowire.BytesType):
+			d.hasAudience = true
+			d.audience = merge(d.audience, f.data)
+		case f.is(5, protowire.VarintType):
+			d.everybody = f.num64 != 0
+		case f.is(6, protowire.BytesType):
+			d.except = append(d.except, f.string())
+		case f.is(7, protowire.BytesType):
+			d.traceparent = f.string()
+		}
+		return nil
+	})
+	if err != nil || !d.hasAudience {
+		return err
+	}
+	return d.parseAudience()
+}
+
+func (d *delivery) parseAudience() error {
+	err := walk(d.audience, func(f field) error {
+		switch {
+		case f.is(1, protowire.VarintType):
+			d.id = f.uint32()
+		case f.is(2, protowire.VarintType):
+			d.version = f.uint32()
+		case f.is(3, protowire.BytesType):
+			d.audRoom = f.string()
+		case f.is(4, protowire.BytesType):
+			d.join = append(d.join, f.string())
+		case f.is(5, protowire.BytesType):
+			d.leave = append(d.leave, f.string())
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("audience: %w", err)
+	}
+	return nil
+}
+
+// parseContent reads a MessageContent into m.
+func (m *Message) parseContent(b []byte) error {
+	m.Encoded = b
+	err := walk(b, func(f field) error {
+		switch {
+		case f.is(1, protowire.VarintType):
+			m.Type = pubsub.MessageType(f.num64) //nolint:gosec // An enum is the low 32 bits, as in proto3.
+		case f.is(2, protowire.BytesType):
+			m.Data = f.data
+		case f.is(3, protowire.VarintType):
+			m.Timestamp = int64(f.num64) //nolint:gosec // Two's complement, as in proto3.
+		case f.is(4, protowire.BytesType):
+			return m.parseEntry(f.data)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("content: %w", err)
+	}
+	return nil
+}
+
+func (m *Message) parseEntry(b []byte) error {
+	var key, value string
+	err := walk(b, func(f field) error {
+		switch {
+		case f.is(1, protowire.BytesType):
+			key = f.string()
+		case f.is(2, protowire.BytesType):
+			value = f.string()
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("metadata: %w", err)
+	}
+	if m.Metadata == nil {
+		m.Metadata = make(map[string]string)
+	}
+	m.Metadata[key] = value
+	return nil
+}
+
+// field is one field on the wire.
+type field struct {
+	num   protowire.Number
+	typ   protowire.Type
+	num64 uint64 // of a varint
+	data  []byte // of a length-delimited field
+}
+
+// walk calls visit for each varint and each length-delimited field of b, in the
+// order of the wire, and skips the rest. A known number with another type than
+// it has is an unknown field, as everywhere in protobuf.
+func walk(b []byte, visit func(field) error) error {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		f := field{num: num, typ: typ}
+		switch typ {
+		case protowire.VarintType:
+			f.num64, n = protowire.ConsumeVarint(b)
+		case protowire.BytesType:
+			f.data, n = protowire.ConsumeBytes(b)
+			f.data = f.data[:len(f.data):len(f.data)]
+		default:
+			n = protowire.ConsumeFieldValue(num, typ, b)
+		}
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		if err := visit(f); err != nil {
+			return fmt.Errorf("field %d: %w", num, err)
+		}
+	}
+	return nil
+}
+
+func (f *field) is(num protowire.Number, typ protowire.Type) bool {
+	return f.num == num && f.typ == typ
+}
+
+func (f *field) uint32() uint32 {
+	return uint32(f.num64) //nolint:gosec // The low 32 bits, as in proto3.
+}
+
+// string is a view: the frame is never written to and lives as long as it.
+func (f *field) string() string { return unsafe.String(unsafe.SliceData(f.data), len(f.data)) }
+
+// merge joins the parts of a message that comes in several: decoding them one
+// after the other is what merging means.
+func merge(before, part []byte) []byte {
+	if len(before) == 0 {
+		return part
+	}
+	return append(before, part...)
+}
+
+func appendPacked(s []uint32, b []byte) ([]uint32, error) {
+	for len(b) > 0 {
+		v, n := protowire.ConsumeVarint(b)
+		if n < 0 {
+			return s, protowire.ParseError(n)
+		}
+		s, b = append(s, uint32(v)), b[n:] //nolint:gosec // The low 32 bits, as in proto3.
+	}
+	return s, nil
+}
+
+// reuse empties a list of ids without keeping their frame alive.
+func reuse(s []string) []string {
+	if cap(s) > maxScratch {
+		return nil
+	}
+	clear(s)
+	return s[:0]
+}
