@@ -1,0 +1,186 @@
+package link
+
+import (
+	"container/list"
+	"math"
+	"strings"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
+)
+
+// audiences are the rooms that a stream's node knows. Owned by the stream's
+// writer.
+//
+// The node applies a frame's deliveries first and its forget list afterwards. So
+// the members of what is evicted count until the frame has ended, and an audience
+// that has been evicted is not named again in the same frame.
+type audiences struct {
+	limit   int // members of all audiences together, as the node sees them
+	members int // of all, those evicted in this frame included
+	evicted int // members of those that this frame forgets
+	lastID  uint32
+	byRoom  map[string]*list.Element // of *audience
+	recent  list.List                // most recently used first
+	forget  []uint32                 // ids that this frame forgets
+	join    []string                 // scratch of diff
+	leave   []string
+
+	meters *meters
+}
+
+type audience struct {
+	id, version uint32
+	room        string
+	group       *route.Group
+}
+
+func newAudiences(limit int, m *meters) *audiences {
+	return &audiences{limit: limit, byRoom: make(map[string]*list.Element), meters: m}
+}
+
+// address decides how d is addressed and commits to it: what the answer defines or
+// changes counts as known to the node. A delivery that has been addressed must
+// therefore be sent, or the stream be given up, unless [audiences.undo] is
+// called for it right away. The answer is valid until the next call.
+func (a *audiences) address(d *engine.Delivery) address {
+	if d.Everybody() {
+		return address{everybody: true}
+	}
+	g := d.Group()
+	if g == nil {
+		return address{users: d.Users()}
+	}
+	named := address{users: g.Users, minus: d.Except()}
+	if len(g.Users) == 1 || len(d.Except()) > len(g.Users)/2 {
+		return named // the list is the shorter way to say it
+	}
+	if e, ok := a.byRoom[d.Room()]; ok {
+		a.recent.MoveToFront(e)
+		aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
+		if aud.group == g {
+			return address{audience: audienceRef{id: aud.id, version: aud.version}}
+		}
+		if ref, ok := a.change(aud, g); ok {
+			return address{audience: ref}
+		}
+		a.evict(e)
+	}
+	if !a.room(len(g.Users)) {
+		a.meters.audListed.Inc()
+		return named
+	}
+	return address{audience: a.define(d.Room(), g)}
+}
+
+// undo takes back what address has just promised about d: the frame does not
+// contain it after all.
+func (a *audiences) undo(d *engine.Delivery, to *address) {
+	if to.audience.id == 0 || to.audience.room == "" && to.audience.join == nil && to.audience.leave == nil {
+		return
+	}
+	e := a.byRoom[d.Room()]
+	if to.audience.room == "" {
+		a.evict(e) // the node has an older version: it starts anew
+		return
+	}
+	a.members -= len(to.audience.join)
+	a.recent.Remove(e)
+	delete(a.byRoom, d.Room())
+}
+
+// define makes room's audience known.
+func (a *audiences) define(room string, g *route.Group) audienceRef {
+	a.lastID++
+	aud := &audience{id: a.lastID, version: 1, room: room, group: g}
+	a.byRoom[room] = a.recent.PushFront(aud)
+	a.members += len(g.Users)
+	a.meters.audDefined.Inc()
+	return audienceRef{id: aud.id, version: 1, room: room, join: g.Users}
+}
+
+// change brings aud to g by a delta. False means that a new definition is
+// shorter, or that the members that join find no room.
+func (a *audiences) change(aud *audience, g *route.Group) (audienceRef, bool) {
+	if !a.diff(aud.group.Users, g.Users, len(g.Users)) {
+		return audienceRef{}, false
+	}
+	if len(a.join) == 0 && len(a.leave) == 0 {
+		aud.group = g
+		return audienceRef{id: aud.id, version: aud.version}, true
+	}
+	if a.members+len(a.join)-len(a.leave) > a.limit {
+		return audienceRef{}, false
+	}
+	a.members += len(a.join) - len(a.leave)
+	aud.version++
+	aud.group = g
+	a.meters.audChanged.Inc()
+	return audienceRef{id: aud.id, version: aud.version, join: a.join, leave: a.leave}, true
+}
+
+// room tells whether n more members fit into this frame. If not, it evicts what
+// was not used for longest, so that they fit into the next one.
+func (a *audiences) room(n int) bool {
+	if n > a.limit || a.lastID == math.MaxUint32 {
+		return false
+	}
+	if a.members+n <= a.limit {
+		return true
+	}
+	for e := a.recent.Back(); e != nil && a.members-a.evicted+n > a.limit; e = a.recent.Back() {
+		a.evict(e)
+	}
+	return false
+}
+
+// evict forgets an audience with this frame.
+func (a *audiences) evict(e *list.Element) {
+	aud := a.recent.Remove(e).(*audience) //nolint:forcetypeassert // nothing else is in the list
+	delete(a.byRoom, aud.room)
+	a.evicted += len(aud.group.Users)
+	a.forget = append(a.forget, aud.id)
+	a.meters.audForgotten.Inc()
+}
+
+// endFrame returns the ids that the frame forgets and counts their members as
+// gone. The slice is valid until the next call of address.
+func (a *audiences) endFrame() []uint32 {
+	ids := a.forget
+	a.forget = a.forget[:0]
+	a.members -= a.evicted
+	a.evicted = 0
+	return ids
+}
+
+// diff fills join and leave with what leads from the sorted old to the sorted
+// now. It gives up, false, when that has more names than most.
+func (a *audiences) diff(old, now []string, most int) bool {
+	a.join, a.leave = a.join[:0], a.leave[:0]
+	for len(old) > 0 || len(now) > 0 {
+		var order int
+		switch {
+		case len(old) == 0:
+			order = 1
+		case len(now) == 0:
+			order = -1
+		default:
+			order = strings.Compare(old[0], now[0])
+		}
+		switch {
+		case order < 0:
+			a.leave = append(a.leave, old[0])
+			old = old[1:]
+		case order > 0:
+			a.join = append(a.join, now[0])
+			now = now[1:]
+		default:
+			old, now = old[1:], now[1:]
+			continue
+		}
+		if len(a.join)+len(a.leave) >= most {
+			return false
+		}
+	}
+	return true
+}

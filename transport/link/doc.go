@@ -1,0 +1,70 @@
+// Package link is Push-Manager's way to the Connect-Nodes: for every shard and
+// node one [Link], which keeps a long-lived Deliver stream, sends deliveries over
+// it in frames and settles each with the node's acknowledgement. A node without
+// Deliver is served over its unary methods with the same results.
+//
+// # Contract
+//
+//   - Only a node's ack is delivery. A delivery that was written and is not
+//     acknowledged ends as lost (unknown) the moment its stream breaks or its
+//     deadline passes. It is never sent again.
+//   - A delivery that was taken is settled exactly once, by its deadline, by the
+//     queue's age limit or by the ack deadline, whichever comes first.
+//   - Deliveries taken by one link reach the node in the order of the Send calls.
+//     Over unary methods that holds for each room and each user.
+//   - Send never blocks, and answers at once when nothing can come of it: the node
+//     is down, stalled, draining, or its queue is full.
+//   - Everything a node says is input: it is bounded, checked, counted, and three
+//     lies break the stream and quarantine the link.
+//
+// # One link
+//
+//	Send -> queue -> writeLoop -> frame -> stream -> node
+//	                    |                             |
+//	                    v                             v
+//	                 window  <- readLoop <- ack <- stream
+//
+// The link's run goroutine dials, says hello and then is the stream's reader. It
+// starts one writer per stream and waits for it before it dials again, so that
+// nothing of an old stream is left when the next begins. The writer takes all that
+// is queued into one frame, without a timer: while it sends, the next frame
+// gathers. The reader never sends, so acks flow while the writer is blocked.
+// The set's clock goroutine looks every 25 ms at the links that have something
+// pending: ages, deadlines, heartbeats, silence.
+//
+// States: connecting (the first attempt after start or a break: the queue takes
+// and keeps deliveries, for the dial timeout at most), up, unary, draining (the
+// node has announced that it goes), down (an attempt has failed: Send refuses and
+// further attempts follow with backoff), closed. An up link is stalled while the
+// node owes an ack that is overdue; it recovers when that ack comes. A node that
+// answers heartbeats and still owes the ack is not recovered, and a stall without
+// any ack for the silence timeout breaks the stream.
+//
+// The link's clock counts running time only: when this process was stopped or
+// starved, the time in which it could not have read an ack is not held against
+// the node. Deadlines of callers are held to the real clock.
+//
+// # Audiences
+//
+// The stream's writer owns the audiences: which rooms the node knows at which
+// version. No other goroutine sees them and they end with the stream. A node frees
+// what a frame forgets after the frame's deliveries; the members of an evicted
+// audience therefore make room only in the next frame, and until then a delivery
+// that finds no room names its users itself.
+//
+// # Limits
+//
+// A node must accept frames of up to Config.MaxFrameBytes (16 MiB): a frame
+// gathers up to Config.FrameBytes, but one delivery with the definition of a large
+// audience may be as large as the maximum, about 800,000 members on one node. A
+// delivery beyond it is dropped as too large. From the node, a frame may have 1 MiB: a
+// delivery to 10,000 users of whom none is there names them all in its Miss.
+//
+// # Locks
+//
+// Set.mu is taken before Link.mu by nobody: the set decides under its own lock which
+// links start and end, releases it and then acts. Link.mu is a leaf, held for lines:
+// no send, no callback and no other package's lock inside (but for the delivery's own
+// compare-and-swaps). Settling a delivery may call Send of any link, so it
+// happens with no lock held. Set.mu -> node.mu is the only nesting.
+package link

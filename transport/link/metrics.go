@@ -1,0 +1,105 @@
+package link
+
+import (
+	"strconv"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// meters are the counters of a set. They move once per frame, call or event,
+// never once per delivery.
+type meters struct {
+	set *metrics.Set
+
+	frames     *metrics.Counter
+	deliveries *metrics.Counter
+	bytes      *metrics.Counter
+	perFrame   *metrics.PrometheusHistogram
+
+	acks     *metrics.Counter
+	lateAcks *metrics.Counter
+	strikes  *metrics.Counter
+	clamped  *metrics.Counter
+
+	dials         *metrics.Counter
+	dialFailures  *metrics.Counter
+	reconnects    *metrics.Counter
+	restarts      *metrics.Counter
+	heartbeats    *metrics.Counter
+	silences      *metrics.Counter
+	stalls        *metrics.Counter
+	quarantines   *metrics.Counter
+	drainNotices  *metrics.Counter
+	unaryCalls    *metrics.Counter
+	unaryFailures *metrics.Counter
+	panics        *metrics.Counter
+
+	audDefined   *metrics.Counter
+	audChanged   *metrics.Counter
+	audForgotten *metrics.Counter
+	audListed    *metrics.Counter
+}
+
+func newMeters(s *metrics.Set) *meters {
+	c := func(name string) *metrics.Counter { return s.GetOrCreateCounter("push_manager_link_" + name) }
+	return &meters{
+		set:        s,
+		frames:     c("frames_total"),
+		deliveries: c("deliveries_total"),
+		bytes:      c("bytes_total"),
+		perFrame: s.GetOrCreatePrometheusHistogramExt("push_manager_link_frame_deliveries",
+			[]float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024}),
+
+		acks:     c("acks_total"),
+		lateAcks: c("late_acks_total"),
+		strikes:  c("strikes_total"),
+		clamped:  c("broadcast_acks_clamped_total"),
+
+		dials:         c("dials_total"),
+		dialFailures:  c("dial_failures_total"),
+		reconnects:    c("reconnects_total"),
+		restarts:      c("node_restarts_total"),
+		heartbeats:    c("heartbeats_total"),
+		silences:      c("heartbeat_timeouts_total"),
+		stalls:        c("stalls_total"),
+		quarantines:   c("quarantines_total"),
+		drainNotices:  c("drain_notices_total"),
+		unaryCalls:    c("unary_calls_total"),
+		unaryFailures: c("unary_call_failures_total"),
+		panics:        c("panics_total"),
+
+		audDefined:   c("audiences_defined_total"),
+		audChanged:   c("audiences_changed_total"),
+		audForgotten: c("audiences_forgotten_total"),
+		audListed:    c("audiences_listed_total"),
+	}
+}
+
+// register adds the gauges that walk the links when they are read.
+func (m *meters) register(s *Set) {
+	sum := func(pick func(Stats) int) func() float64 {
+		return func() float64 { return float64(pick(s.Stats())) }
+	}
+	m.set.GetOrCreateGauge("push_manager_nodes", sum(func(t Stats) int { return t.Nodes }))
+	m.set.GetOrCreateGauge("push_manager_link_queue_deliveries", sum(func(t Stats) int { return t.Queued }))
+	m.set.GetOrCreateGauge("push_manager_link_queue_bytes", sum(func(t Stats) int { return t.QueuedBytes }))
+	m.set.GetOrCreateGauge("push_manager_link_window_deliveries", sum(func(t Stats) int { return t.Unacked }))
+	m.set.GetOrCreateGauge("push_manager_link_window_bytes", sum(func(t Stats) int { return t.UnackedBytes }))
+	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
+}
+
+func (m *meters) unregister() {
+	for _, name := range []string{
+		"push_manager_nodes",
+		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
+		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
+		"push_manager_link_stalled",
+	} {
+		m.set.UnregisterMetric(name)
+	}
+}
+
+// connections is the name of the gauge of one node.
+func connections(node string) string {
+	return "push_manager_node_connections{node_id=" + strconv.Quote(node) + "}"
+}

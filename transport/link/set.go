@@ -1,0 +1,524 @@
+package link
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+var _ engine.Network = (*Set)(nil)
+
+const (
+	// receiveMax bounds a frame from a node. Acks are small, but the Miss of a
+	// delivery to 10,000 users may have to name them all, 30 bytes each and more.
+	receiveMax = 1 << 20
+	// streamWindow is fixed, which switches gRPC's bandwidth estimation and its
+	// pings off: they double the writes of a quiet stream.
+	streamWindow = 1 << 20
+	// keepaliveTime and keepaliveTimeout are the backstop behind our heartbeat. The
+	// nodes' enforcement policy must allow them.
+	keepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 3 * time.Second
+)
+
+// ErrClosed is what Update returns after Close.
+var ErrClosed = errors.New("link: set is closed")
+
+// Node is a registered Connect-Node.
+type Node struct{ ID, Addr string }
+
+// Set keeps the links of all shards to all nodes. All methods are safe for
+// concurrent use.
+type Set struct {
+	// Static after New.
+	cfg     Config
+	log     *slog.Logger
+	meters  *meters
+	clock   *clock
+	dial    []grpc.DialOption
+	call    []grpc.CallOption
+	stop    chan struct{}
+	buffers bufferPool
+
+	snapshot atomic.Pointer[snapshot]
+	clockEnd sync.WaitGroup
+	runs     sync.WaitGroup // of all links, old ones included
+
+	mu sync.Mutex
+	// Guarded by mu.
+	closed bool
+	gone   []*Link // closed, perhaps still ending
+}
+
+// snapshot is the immutable set of nodes.
+type snapshot struct {
+	nodes  []*node // ordered by id
+	byID   map[string]*node
+	byLink [][]engine.Link // by shard, ordered by node id
+}
+
+// New makes a Set without nodes. Close ends it.
+func New(cfg Config) (*Set, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg = cfg.withDefaults()
+	s := &Set{
+		cfg: cfg, log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
+		dial: dialOptions(&cfg), call: callOptions(&cfg), stop: make(chan struct{}),
+	}
+	s.snapshot.Store(newSnapshot(nil, cfg.Shards))
+	s.meters.register(s)
+	s.clockEnd.Go(s.loop)
+	return s, nil
+}
+
+func dialOptions(cfg *Config) []grpc.DialOption {
+	opts := []grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUserAgent("push-manager"),
+		grpc.WithNoProxy(),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDisableRetry(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithStaticStreamWindowSize(streamWindow),
+		grpc.WithStaticConnWindowSize(streamWindow),
+		grpc.WithSharedWriteBuffer(true),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
+		}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: cfg.BackoffMin, Multiplier: 2, Jitter: 0.2, MaxDelay: cfg.BackoffMax},
+			MinConnectTimeout: cfg.DialTimeout,
+		}),
+	}
+	if cfg.Dialer != nil {
+		opts = append(opts, grpc.WithContextDialer(cfg.Dialer))
+	}
+	return append(opts, cfg.DialOptions...)
+}
+
+func callOptions(cfg *Config) []grpc.CallOption {
+	return []grpc.CallOption{
+		grpc.ForceCodecV2(codec{}),
+		grpc.MaxCallRecvMsgSize(receiveMax),
+		grpc.MaxCallSendMsgSize(cfg.MaxFrameBytes + frameSpare),
+		grpc.StaticMethod(),
+	}
+}
+
+func newSnapshot(nodes []*node, shards int) *snapshot {
+	slices.SortFunc(nodes, func(a, b *node) int { return strings.Compare(a.id, b.id) })
+	t := &snapshot{nodes: nodes, byID: make(map[string]*node, len(nodes)), byLink: make([][]engine.Link, shards)}
+	for _, n := range nodes {
+		t.byID[n.id] = n
+		for shard, l := range n.links {
+			t.byLink[shard] = append(t.byLink[shard], l)
+		}
+	}
+	return t
+}
+
+// Link returns the link of a shard to a node, nil when no such node is registered.
+func (s *Set) Link(shard int, node string) engine.Link {
+	n, ok := s.snapshot.Load().byID[node]
+	if !ok {
+		return nil
+	}
+	return n.links[shard]
+}
+
+// Links returns a shard's links to all nodes, ordered by node id. The slice is
+// shared: callers do not change it.
+func (s *Set) Links(shard int) []engine.Link { return s.snapshot.Load().byLink[shard] }
+
+// Update makes nodes the complete set of registered nodes. A node with a new
+// address gets new links at once, one that is gone loses its links, and one that
+// is down is tried without delay.
+func (s *Set) Update(nodes []Node) error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	old := s.snapshot.Load()
+	next := make([]*node, 0, len(nodes))
+	seen := make(map[string]bool, len(nodes))
+	var kept, started []*node
+	for _, n := range nodes {
+		if seen[n.ID] {
+			continue
+		}
+		seen[n.ID] = true
+		known := old.byID[n.ID]
+		if known != nil && known.addr == n.Addr {
+			kept = append(kept, known)
+			next = append(next, known)
+			continue
+		}
+		fresh := newNode(s, n)
+		started = append(started, fresh)
+		next = append(next, fresh)
+	}
+	t := newSnapshot(next, s.cfg.Shards)
+	s.snapshot.Store(t)
+	s.adoptLocked(old, t, started)
+	s.mu.Unlock()
+
+	for _, n := range old.nodes {
+		switch now := t.byID[n.id]; {
+		case now == nil:
+			n.close(engine.DropUnknownNode)
+			s.log.Info("node gone", "node", n.id, "addr", n.addr)
+		case now != n:
+			n.close(engine.DropUnreachable)
+			s.log.Info("node moved", "node", n.id, "from", n.addr, "to", now.addr)
+		}
+	}
+	for _, n := range kept {
+		n.announced()
+	}
+	return nil
+}
+
+// adoptLocked starts the links of new nodes and keeps the gauges in step.
+func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
+	for _, n := range started {
+		for _, l := range n.links {
+			s.runs.Go(l.run)
+		}
+		id := n.id
+		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
+	}
+	s.gone = slices.DeleteFunc(s.gone, func(l *Link) bool {
+		select {
+		case <-l.done:
+			return true
+		default:
+			return false
+		}
+	})
+	for _, n := range old.nodes {
+		if now.byID[n.id] == nil {
+			s.meters.set.UnregisterMetric(connections(n.id))
+		}
+		if now.byID[n.id] != n {
+			s.gone = append(s.gone, n.links...)
+		}
+	}
+}
+
+func (s *Set) connections(id string) int {
+	n, ok := s.snapshot.Load().byID[id]
+	if !ok {
+		return 0
+	}
+	return int(n.live.Load())
+}
+
+// loop is the clock of all links.
+func (s *Set) loop() {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	var scratch due
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-t.C:
+			s.clock.advance()
+			now, ran := s.clock.real.Load(), s.clock.ran.Load()
+			for _, n := range s.snapshot.Load().nodes {
+				for _, l := range n.links {
+					if l.look.Load() <= ran {
+						s.look(l, now, ran, &scratch)
+					}
+				}
+			}
+		}
+	}
+}
+
+// look is tick with a net below it: a panic in what a settled delivery sets off
+// must not stop the clock.
+func (s *Set) look(l *Link, now, ran int64, scratch *due) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.panicked("clock", r)
+			scratch.abandon()
+		}
+	}()
+	l.tick(now, ran, scratch)
+}
+
+func (s *Set) panicked(where string, what any) {
+	s.meters.panics.Inc()
+	s.log.Error("panic", "where", "link "+where, "panic", fmt.Sprint(what), "stack", string(debug.Stack()))
+}
+
+// Drain stops intake, sends what is queued, tells the nodes, and waits until they
+// have acknowledged everything or ctx ends. Close must follow.
+func (s *Set) Drain(ctx context.Context) error {
+	nodes := s.snapshot.Load().nodes
+	for _, n := range nodes {
+		for _, l := range n.links {
+			l.leave()
+		}
+	}
+	for _, n := range nodes {
+		for _, l := range n.links {
+			select {
+			case <-l.done:
+			case <-ctx.Done():
+				return fmt.Errorf("drain link to node %q: %w", n.id, context.Cause(ctx))
+			}
+		}
+	}
+	return nil
+}
+
+// Close ends all links and waits for their goroutines. What is queued is dropped
+// and what is not acknowledged is lost.
+func (s *Set) Close() {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		s.runs.Wait()
+		return
+	}
+	s.closed = true
+	t := s.snapshot.Load()
+	s.mu.Unlock()
+	for _, n := range t.nodes {
+		n.close(engine.DropDraining)
+	}
+	s.runs.Wait()
+	close(s.stop)
+	s.clockEnd.Wait()
+	for _, n := range t.nodes {
+		s.meters.set.UnregisterMetric(connections(n.id))
+	}
+	s.meters.unregister()
+}
+
+// Stats counts what the links hold at this moment.
+type Stats struct {
+	Nodes        int // registered
+	Reachable    int // with at least one live link
+	Links        int // shards x nodes
+	Live         int // links with an open stream, or with a connection to a node without Deliver
+	Unary        int // of those, the latter
+	Stalled      int // links whose node owes an overdue ack
+	Queued       int // deliveries that wait to be written
+	QueuedBytes  int
+	Unacked      int // deliveries that were written
+	UnackedBytes int
+}
+
+// Stats walks all links.
+func (s *Set) Stats() Stats {
+	var t Stats
+	for _, n := range s.snapshot.Load().nodes {
+		t.Nodes++
+		if n.live.Load() > 0 {
+			t.Reachable++
+		}
+		for _, l := range n.links {
+			l.addTo(&t)
+		}
+	}
+	return t
+}
+
+func (l *Link) addTo(t *Stats) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t.Links++
+	t.Live += live(l.state)
+	t.Queued += l.queue.len
+	t.QueuedBytes += l.queue.bytes
+	if l.stalled {
+		t.Stalled++
+	}
+	if s := l.stream; s != nil {
+		t.Unacked += s.win.live
+		t.UnackedBytes += s.win.bytes
+	}
+	if l.lanes != nil {
+		t.Unary++
+		t.Queued += l.lanes.count
+		t.QueuedBytes += l.lanes.bytes
+		t.Unacked += l.lanes.calls
+	}
+}
+
+// Reachable is the number of nodes with at least one live link.
+func (s *Set) Reachable() int {
+	count := 0
+	for _, n := range s.snapshot.Load().nodes {
+		if n.live.Load() > 0 {
+			count++
+		}
+	}
+	return count
+}
+
+// NodeStatus describes one node.
+type NodeStatus struct {
+	Node
+	BootID      string
+	Connections int // live links
+	Unary       bool
+	Stalled     bool
+	Draining    bool
+}
+
+// Nodes describes all nodes, ordered by id.
+func (s *Set) Nodes() []NodeStatus {
+	nodes := s.snapshot.Load().nodes
+	list := make([]NodeStatus, 0, len(nodes))
+	for _, n := range nodes {
+		list = append(list, n.status())
+	}
+	return list
+}
+
+// node is what the links to one node share.
+type node struct {
+	// Static after newNode.
+	set      *Set
+	id, addr string
+	links    []*Link // by shard
+
+	live atomic.Int64 // links that are up
+
+	mu sync.Mutex
+	// Guarded by mu.
+	boot      string
+	trouble   string // kind of what was logged last, "" while all is well
+	told      bool   // that the node is unary
+	announces time.Time
+}
+
+func newNode(s *Set, n Node) *node {
+	fresh := &node{set: s, id: n.ID, addr: n.Addr, links: make([]*Link, s.cfg.Shards)}
+	for shard := range fresh.links {
+		fresh.links[shard] = newLink(s, fresh, shard)
+	}
+	return fresh
+}
+
+func (n *node) close(why engine.Reason) {
+	for _, l := range n.links {
+		l.close(why)
+	}
+}
+
+func (n *node) count(delta int) {
+	if delta != 0 {
+		n.live.Add(int64(delta))
+	}
+}
+
+// announcePause bounds how often an announcement cuts a backoff short: a node in a
+// crash loop announces itself each time.
+const announcePause = 500 * time.Millisecond
+
+// announced makes links that are down try again.
+func (n *node) announced() {
+	n.mu.Lock()
+	now := time.Now()
+	recent := now.Sub(n.announces) < announcePause
+	if !recent {
+		n.announces = now
+	}
+	n.mu.Unlock()
+	if recent {
+		return
+	}
+	for _, l := range n.links {
+		l.mu.Lock()
+		isDown := l.state == down
+		l.mu.Unlock()
+		if isDown {
+			l.rouse()
+		}
+	}
+}
+
+// booted notes the boot id of a hello and tells whether the node has restarted.
+func (n *node) booted(boot string) bool {
+	n.mu.Lock()
+	was := n.boot
+	n.boot = cut(boot)
+	now := n.boot
+	n.mu.Unlock()
+	if was == "" || was == now {
+		return false
+	}
+	n.set.log.Info("node has restarted", "node", n.id, "addr", n.addr)
+	return true
+}
+
+// reachable logs, once per change, that the node can be pushed to.
+func (n *node) reachable(isUnary bool) {
+	n.mu.Lock()
+	was := n.trouble
+	n.trouble = "none"
+	tell := isUnary && !n.told
+	n.told = n.told || isUnary
+	n.mu.Unlock()
+	if tell {
+		n.set.log.Info("node has no Deliver, served over unary calls", "node", n.id, "addr", n.addr)
+	}
+	if was != "none" {
+		n.set.log.Info("node reachable", "node", n.id, "addr", n.addr)
+	}
+}
+
+// unreachable logs why the node cannot be pushed to, once for each kind of cause.
+func (n *node) unreachable(err error) {
+	kind := cmp.Or(status.Code(err).String(), "none")
+	for _, known := range []error{errWrongNode, errVersion, errDialTimeout, errLies, errDrained, errSilent, errOwing, errWire} {
+		if errors.Is(err, known) {
+			kind = known.Error()
+		}
+	}
+	n.mu.Lock()
+	same := n.trouble == kind
+	n.trouble = kind
+	n.mu.Unlock()
+	if !same {
+		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", err)
+	}
+}
+
+func (n *node) status() NodeStatus {
+	n.mu.Lock()
+	st := NodeStatus{Node: Node{n.id, n.addr}, BootID: n.boot, Connections: int(n.live.Load())}
+	n.mu.Unlock()
+	for _, l := range n.links {
+		l.mu.Lock()
+		st.Unary = st.Unary || l.lanes != nil
+		st.Stalled = st.Stalled || l.stalled
+		st.Draining = st.Draining || l.state == draining
+		l.mu.Unlock()
+	}
+	return st
+}

@@ -1,0 +1,445 @@
+package link
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// protocolVersion is the version of Deliver that we speak; the one before it is
+// accepted, too.
+const protocolVersion = 1
+
+// strikesMax is how many lies end a stream.
+const strikesMax = 3
+
+var (
+	errSilent  = errors.New("nothing came from the node")
+	errOwing   = errors.New("the node does not acknowledge")
+	errLies    = errors.New("the node's acks claim what cannot be")
+	errDrained = errors.New("the node has drained")
+	errPanic   = errors.New("internal error")
+)
+
+// stream is one open Deliver stream. Its writer and its reader are one goroutine
+// each; they share what link.mu guards.
+type stream struct {
+	// Static after the hello.
+	link    *Link
+	rpc     grpc.ClientStream
+	hello   helloReply
+	bell    chan struct{} // wakes the writer; holds one token at most
+	written chan struct{} // closed when the writer has ended
+
+	// Guarded by link.mu.
+	win       window
+	idle      bool  // the writer waits for the bell
+	dead      bool  // nothing is written any more
+	cause     error // why the clock has ended the stream
+	beat      uint64
+	beatDue   bool  // the writer shall send beat
+	beatAt    int64 // running time of the last heartbeat
+	answered  uint64
+	inAt      int64 // running time of the last frame from the node
+	ackAt     int64 // running time of the last ack, or of the start of a stall
+	drainSent bool
+
+	// Owned by the writer.
+	auds    *audiences
+	batch   []entry
+	kept    []entry
+	out     outFrame
+	control control
+
+	// Owned by the reader.
+	in         inFrame
+	resp       response
+	owed       []owed
+	online     uint32
+	strikes    int
+	lastStrike int64
+}
+
+// control is what a frame says beside its deliveries.
+type control struct {
+	first uint64
+	beat  uint64
+	drain bool
+}
+
+func newStream(l *Link, rpc grpc.ClientStream, hello helloReply) *stream {
+	cfg, ran := &l.set.cfg, l.set.clock.ran.Load()
+	limit := cfg.Window
+	if hello.unacked > 0 {
+		limit = min(limit, int(hello.unacked))
+	}
+	members := min(cfg.AudienceMembers, int(hello.members))
+	return &stream{
+		link: l, rpc: rpc, hello: hello, online: hello.online,
+		bell: make(chan struct{}, 1), written: make(chan struct{}),
+		win: newWindow(limit), inAt: ran, ackAt: ran, beatAt: ran,
+		auds: newAudiences(members, l.set.meters),
+	}
+}
+
+// workLocked tells whether the writer can send something now.
+func (s *stream) workLocked() bool {
+	l := s.link
+	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent {
+		return true
+	}
+	return l.queue.len > 0 && !l.stalled && l.state == up && s.roomLocked()
+}
+
+// roomLocked tells whether the window takes another delivery.
+func (s *stream) roomLocked() bool {
+	return s.win.free() > 0 && s.win.bytes < s.link.set.cfg.WindowBytes
+}
+
+// writeLoop sends until the stream is dead or broken.
+func (s *stream) writeLoop() {
+	defer close(s.written)
+	defer func() {
+		if r := recover(); r != nil {
+			s.link.set.panicked("writer", r)
+			lose(deliveries(s.kept), engine.LostInternal)
+			lose(deliveries(s.batch), engine.LostInternal)
+			drop(deliveries(s.batch), engine.DropInternal)
+			s.link.kill(s, errPanic)
+		}
+	}()
+	for s.wait() {
+		runtime.Gosched() // whoever is about to send gets into the same frame
+		if !s.gather() {
+			continue
+		}
+		if err := s.rpc.SendMsg(&s.out); err != nil {
+			// The reader gets the stream's status and tells the rest. What is in the
+			// window is unknown: gRPC does not promise that none of it was written.
+			return
+		}
+	}
+}
+
+// wait returns true when there is something to send, false when the stream is dead.
+func (s *stream) wait() bool {
+	l := s.link
+	for {
+		l.mu.Lock()
+		if s.dead {
+			l.mu.Unlock()
+			return false
+		}
+		if s.workLocked() {
+			l.mu.Unlock()
+			return true
+		}
+		s.idle = true
+		l.mu.Unlock()
+		<-s.bell
+	}
+}
+
+// gather makes the next frame of what is queued and puts its deliveries into the
+// window. False means that there is nothing to send after all.
+func (s *stream) gather() bool {
+	s.pick()
+	pool := &s.link.set.buffers
+	buf := pool.take()
+	b, rest := s.encode(*buf)
+	*buf = b
+	if !s.commit(rest) || len(b) == 0 {
+		pool.Put(buf)
+		return false
+	}
+	m := s.link.set.meters
+	m.frames.Inc()
+	m.bytes.Add(len(b))
+	if n := len(s.kept); n > 0 {
+		m.deliveries.Add(n)
+		m.perFrame.Update(float64(n))
+	}
+	s.kept = s.kept[:0]
+	s.out.buf = mem.NewBuffer(buf, pool)
+	return true
+}
+
+// pick moves what the next frame may hold from the queue to the batch.
+func (s *stream) pick() {
+	l, cfg := s.link, &s.link.set.cfg
+	s.batch = s.batch[:0]
+	s.control = control{}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == up && !l.stalled && !s.dead {
+		bytes, most := 0, min(cfg.FrameLen, s.win.free())
+		budget := min(cfg.FrameBytes, cfg.WindowBytes-s.win.bytes)
+		for l.queue.len > 0 && len(s.batch) < most && bytes < budget {
+			e := l.queue.pop()
+			bytes += e.size
+			s.batch = append(s.batch, e)
+			s.beatDue = s.beatDue || e.d.Everybody() // so that its ack is judged by a fresh count of users
+		}
+	}
+	s.control.first = s.win.next
+	if s.beatDue {
+		s.beatDue = false
+		s.beat++
+		s.beatAt = l.set.clock.ran.Load()
+		s.control.beat = s.beat
+	}
+	s.control.drain = l.leaving && l.queue.len == 0 && !s.drainSent
+	s.drainSent = s.drainSent || s.control.drain
+}
+
+// encode appends the frame to b. Deliveries that it contains are claimed and in
+// kept; those from batch[rest] on found no room.
+func (s *stream) encode(b []byte) ([]byte, int) {
+	cfg := &s.link.set.cfg
+	s.kept = s.kept[:0]
+	b = appendUint(b, reqFirstSeq, s.control.first)
+	rest := len(s.batch)
+	for i := range s.batch {
+		e := &s.batch[i]
+		if len(s.kept) > 0 && len(b) >= cfg.FrameBytes {
+			rest = i
+			break
+		}
+		if e.d.Settled() {
+			continue
+		}
+		if e.d.Targets() == 0 && !e.d.Everybody() {
+			if e.d.TrySend() {
+				_, _ = e.d.Ack(engine.Ack{}) // nobody is left that it is for
+			}
+			continue
+		}
+		to := s.auds.address(e.d)
+		size := sizeDelivery(e.d, &to)
+		if len(b)+size+frameSpare > cfg.MaxFrameBytes {
+			s.auds.undo(e.d, &to)
+			if len(s.kept) > 0 {
+				rest = i
+				break
+			}
+			e.d.Drop(engine.DropTooLarge)
+			continue
+		}
+		if !e.d.TrySend() {
+			s.auds.undo(e.d, &to)
+			continue
+		}
+		b = appendDelivery(b, e.d, &to, size)
+		e.size = size
+		s.kept = append(s.kept, *e)
+	}
+	if len(s.kept) == 0 {
+		b = b[:0]
+	}
+	for _, id := range s.auds.endFrame() {
+		b = appendUint(b, reqForget, uint64(id))
+	}
+	b = appendUint(b, reqHeartbeat, s.control.beat)
+	if s.control.drain && rest == len(s.batch) {
+		b = appendUint(b, reqDrain, 1)
+	}
+	return b, rest
+}
+
+// frameSpare is room in a frame for what stands beside the deliveries.
+const frameSpare = 64
+
+// commit puts what was encoded into the window, just before it is written, and
+// the rest of the batch back into the queue. False means that the stream has died
+// in the meantime, and nothing is written.
+func (s *stream) commit(rest int) bool {
+	l := s.link
+	l.mu.Lock()
+	if s.dead {
+		l.mu.Unlock()
+		drop(deliveries(s.kept), engine.DropUnreachable)
+		drop(deliveries(s.batch[rest:]), engine.DropUnreachable)
+		s.kept, s.batch = s.kept[:0], s.batch[:0]
+		return false
+	}
+	if rest < len(s.batch) {
+		for i := len(s.batch) - 1; i >= rest; i-- {
+			l.queue.unpop(s.batch[i])
+		}
+		s.drainSent = s.drainSent && !s.control.drain
+	}
+	ran := l.set.clock.ran.Load()
+	for _, e := range s.kept {
+		e.at = ran
+		s.win.push(e)
+	}
+	l.lookLocked()
+	l.mu.Unlock()
+	clear(s.batch)
+	s.batch = s.batch[:0]
+	return true
+}
+
+func deliveries(list []entry) []*engine.Delivery {
+	ds := make([]*engine.Delivery, len(list))
+	for i, e := range list {
+		ds[i] = e.d
+	}
+	return ds
+}
+
+// owed is a delivery with the node's answer to it.
+type owed struct {
+	d   *engine.Delivery
+	ack ack
+}
+
+// readLoop receives until the stream ends and says why.
+func (s *stream) readLoop() error {
+	for {
+		if err := s.rpc.RecvMsg(&s.in); err != nil {
+			return fmt.Errorf("receive: %w", err)
+		}
+		if err := s.resp.decode(s.in.b, s.win.limit); err != nil {
+			return fmt.Errorf("receive: %w", err)
+		}
+		if err := s.receive(); err != nil {
+			return err
+		}
+	}
+}
+
+// receive acts on one frame.
+func (s *stream) receive() error {
+	l, r := s.link, &s.resp
+	if r.hello != nil {
+		return fmt.Errorf("%w: a second hello", errWire)
+	}
+	if r.heartbeat != 0 || r.online != 0 {
+		s.online = r.online
+	}
+	r.markAcked()
+	var refused []*engine.Delivery
+	late, strikes, notice := 0, 0, false
+	l.mu.Lock()
+	ran := l.set.clock.ran.Load()
+	s.inAt = ran
+	if r.heartbeat != 0 {
+		if r.heartbeat <= s.answered || r.heartbeat > s.beat {
+			strikes++
+		}
+		s.answered = max(s.answered, min(r.heartbeat, s.beat))
+	}
+	s.owed = s.owed[:0]
+	for _, a := range r.acks {
+		d, ok := s.win.ack(a.seq)
+		switch {
+		case !ok:
+			strikes++
+		case d == nil:
+			late++
+		default:
+			s.owed = append(s.owed, owed{d, a})
+		}
+	}
+	if len(r.acks) > 0 {
+		s.ackAt = ran
+		l.unstallLocked()
+	}
+	if r.drain && l.state == up {
+		notice = true
+		l.setLocked(draining)
+		refused = l.queue.popAll(nil)
+	}
+	l.ringLocked()
+	drained := l.state == draining && s.win.live == 0
+	l.mu.Unlock()
+
+	drop(refused, engine.DropDraining)
+	strikes += s.settle(&late)
+	return s.verdict(late, strikes, notice, drained)
+}
+
+// settle settles what the frame acknowledged and returns the number of lies.
+func (s *stream) settle(late *int) int {
+	strikes := 0
+	for i := range s.owed {
+		o := &s.owed[i]
+		a := engine.Ack{Delivered: int(o.ack.delivered)}
+		if m := s.resp.miss(o.ack.seq); m != nil {
+			a.NotHere, a.Failed = m.notHere, m.failed
+			a.FailedUsers, a.Refused, a.Text = int(m.failedUsers), m.refused, m.reason
+		}
+		if o.d.Everybody() {
+			s.clamp(&a)
+		}
+		ok, err := o.d.Ack(a)
+		switch {
+		case err != nil:
+			strikes++
+		case !ok:
+			*late++
+		}
+		o.d = nil
+	}
+	return strikes
+}
+
+// clamp keeps the claim about a broadcast below the users that the node has.
+func (s *stream) clamp(a *engine.Ack) {
+	online := int(s.online)
+	if a.Delivered > online || a.FailedUsers > online-a.Delivered {
+		s.link.set.meters.clamped.Inc()
+		a.Delivered = min(a.Delivered, online)
+		a.FailedUsers = min(a.FailedUsers, online-a.Delivered)
+	}
+}
+
+// verdict counts what came and tells whether the stream goes on.
+func (s *stream) verdict(late, strikes int, notice, drained bool) error {
+	l, m := s.link, s.link.set.meters
+	for i := range s.resp.misses {
+		if !s.resp.misses[i].acked {
+			strikes++
+		}
+	}
+	if n := len(s.resp.acks); n > 0 {
+		m.acks.Add(n)
+	}
+	if late > 0 {
+		m.lateAcks.Add(late)
+	}
+	if notice {
+		m.drainNotices.Inc()
+		l.set.log.Info("node drains", "node", l.node.id, "shard", l.shard)
+	}
+	if strikes > 0 {
+		m.strikes.Add(strikes)
+		now := l.set.clock.ran.Load()
+		if now-s.lastStrike > int64(l.set.cfg.Quarantine) {
+			s.strikes = 0 // the ones before are long ago
+		}
+		s.strikes += strikes
+		s.lastStrike = now
+		if s.strikes >= strikesMax {
+			return errLies
+		}
+	}
+	if drained {
+		return errDrained
+	}
+	return nil
+}
+
+// unstallLocked ends a stall when nothing that is overdue is owed any more.
+func (l *Link) unstallLocked() {
+	if l.stalled && !l.stream.win.stalled() {
+		l.stalled = false
+		l.refreshLocked()
+	}
+}

@@ -1,0 +1,134 @@
+package link
+
+import (
+	"github.com/push-manager/push-manager/engine"
+)
+
+// window holds what one stream has written and the node has not acknowledged, by
+// seq. Seqs in [low, next) have a slot. A slot whose delivery was lost stays, with
+// no delivery, until its ack comes: the node still owes it.
+type window struct {
+	ring    []slot // length 0 or a power of two
+	low     uint64 // the oldest seq without an ack
+	next    uint64 // the seq of the next delivery
+	overdue uint64 // every seq below it that has no ack is overdue
+	limit   int    // slots
+	live    int    // slots with a delivery
+	bytes   int
+	due     int64 // no slot has an earlier deadline; only a bound
+}
+
+type slot struct {
+	entry
+	acked bool
+}
+
+func newWindow(limit int) window {
+	return window{low: 1, next: 1, overdue: 1, limit: limit, due: noDeadline}
+}
+
+func (w *window) slot(seq uint64) *slot { return &w.ring[seq&uint64(len(w.ring)-1)] }
+
+// free is the number of deliveries that may be written now.
+func (w *window) free() int { return w.limit - int(w.next-w.low) }
+
+// empty tells that the node owes nothing.
+func (w *window) empty() bool { return w.low == w.next }
+
+// stalled tells that the node owes an overdue ack.
+func (w *window) stalled() bool { return w.low < w.overdue }
+
+// push gives e the next seq. There is a free slot.
+func (w *window) push(e entry) {
+	if int(w.next-w.low) == len(w.ring) {
+		w.grow()
+	}
+	*w.slot(w.next) = slot{entry: e}
+	w.next++
+	w.live++
+	w.bytes += e.size
+	w.due = min(w.due, e.deadline)
+}
+
+// ack takes the delivery that was written as seq, nil when it has been lost
+// before. False means that seq is not owed.
+func (w *window) ack(seq uint64) (*engine.Delivery, bool) {
+	if seq < w.low || seq >= w.next {
+		return nil, false
+	}
+	s := w.slot(seq)
+	if s.acked {
+		return nil, false
+	}
+	d := s.d
+	if d != nil {
+		w.live--
+	}
+	w.bytes -= s.size
+	*s = slot{acked: true}
+	for w.low < w.next && w.slot(w.low).acked {
+		w.low++
+	}
+	w.overdue = max(w.overdue, w.low)
+	return d, true
+}
+
+// popOverdue appends to dst the deliveries that were written at or before aged.
+// From then on the window is stalled.
+func (w *window) popOverdue(dst []*engine.Delivery, aged int64) []*engine.Delivery {
+	for ; w.overdue < w.next; w.overdue++ {
+		s := w.slot(w.overdue)
+		if s.acked {
+			continue
+		}
+		if s.at > aged {
+			break
+		}
+		if s.d != nil {
+			dst = append(dst, s.d)
+			s.d = nil
+			w.live--
+		}
+	}
+	return dst
+}
+
+// popExpired appends to dst the deliveries whose deadline is at or before now.
+func (w *window) popExpired(dst []*engine.Delivery, now int64) []*engine.Delivery {
+	if w.due > now {
+		return dst
+	}
+	w.due = noDeadline
+	for seq := w.low; seq < w.next; seq++ {
+		s := w.slot(seq)
+		switch {
+		case s.d == nil:
+		case s.deadline <= now || s.d.Settled():
+			dst = append(dst, s.d)
+			s.d = nil
+			w.live--
+		default:
+			w.due = min(w.due, s.deadline)
+		}
+	}
+	return dst
+}
+
+// popAll appends all deliveries to dst. The window is of no use afterwards.
+func (w *window) popAll(dst []*engine.Delivery) []*engine.Delivery {
+	for seq := w.low; seq < w.next; seq++ {
+		if d := w.slot(seq).d; d != nil {
+			dst = append(dst, d)
+		}
+	}
+	w.ring, w.bytes, w.live, w.low, w.overdue = nil, 0, 0, w.next, w.next
+	return dst
+}
+
+func (w *window) grow() {
+	next := make([]slot, max(16, 2*len(w.ring)))
+	for seq := w.low; seq < w.next; seq++ {
+		next[seq&uint64(len(next)-1)] = *w.slot(seq)
+	}
+	w.ring = next
+}
