@@ -1,0 +1,233 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/lxzan/gws"
+)
+
+type listenCmd struct {
+	User  string   `help:"User to be. Default: pushctl and a number."`
+	Name  string   `help:"Name of the user. Default: the user."`
+	Room  []string `help:"Room to join, may be repeated."`
+	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" help:"WebSocket of a Connect-Node."`
+	Count int      `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
+}
+
+// The bounds of a connection.
+const (
+	handshakeTimeout = 5 * time.Second
+	maxFrame         = 4 << 20
+	pingInterval     = 10 * time.Second
+	silence          = 3 * pingInterval // a connection that gives no sign of life for so long is dead
+)
+
+// Run prints pushes until it is interrupted.
+func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
+	address, err := c.address()
+	if err != nil {
+		return err
+	}
+	l := &listener{t: t, count: c.Count, done: make(chan error, 1)}
+	conn, resp, err := gws.NewClient(l, &gws.ClientOption{
+		Addr: address, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
+		PermessageDeflate: gws.PermessageDeflate{},
+	})
+	if resp != nil && resp.Body != nil {
+		defer func() { _ = resp.Body.Close() }()
+	}
+	if err != nil {
+		return c.explain(err)
+	}
+	var readDone = make(chan struct{})
+	go func() {
+		defer close(readDone)
+		conn.ReadLoop()
+	}()
+	defer func() {
+		_ = conn.WriteClose(1000, nil)
+		_ = conn.NetConn().Close()
+		<-readDone
+	}()
+	for _, room := range c.Room[min(1, len(c.Room)):] {
+		join, err := json.Marshal(map[string]string{"type": "join", "room_id": room})
+		if err != nil {
+			return fmt.Errorf("join %q: %w", room, err)
+		}
+		if err := conn.WriteMessage(gws.OpcodeText, join); err != nil {
+			return fmt.Errorf("join %q: %w", room, err)
+		}
+	}
+	where := "no room"
+	if len(c.Room) > 0 {
+		where = "room " + strings.Join(c.Room, ", ")
+	}
+	_, _ = fmt.Fprintf(t.err, "listening as %q in %s at %s (Ctrl-C ends)\n", c.User, where, c.URL)
+	return l.wait(ctx, conn)
+}
+
+// address builds the WebSocket's address and fills in who is missing.
+func (c *listenCmd) address() (string, error) {
+	u, err := url.Parse(c.URL)
+	if err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Host == "" {
+		return "", &usageError{fmt.Sprintf("--url: %q is not like ws://HOST:PORT/ws", c.URL)}
+	}
+	if u.Path == "" || u.Path == "/" {
+		u.Path = "/ws"
+	}
+	c.User = cmp.Or(c.User, fmt.Sprintf("pushctl-%d", os.Getpid()))
+	q := u.Query()
+	q.Set("user_id", c.User)
+	q.Set("user_name", cmp.Or(c.Name, c.User))
+	if len(c.Room) > 0 {
+		q.Set("room_id", c.Room[0])
+	}
+	u.RawQuery = q.Encode()
+	return u.String(), nil
+}
+
+func (c *listenCmd) explain(err error) error {
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
+		return fmt.Errorf("no Connect-Node answers at %s; start everything on this machine with: push-manager dev", c.URL)
+	}
+	return fmt.Errorf("connect to %s: %w", c.URL, err)
+}
+
+// listener prints what arrives. gws calls it from one goroutine.
+type listener struct {
+	gws.BuiltinEventHandler
+
+	// Static after Run.
+	t     *terminal
+	count int
+	done  chan error // the end, once
+
+	// Owned by the reader.
+	seen int
+}
+
+func (l *listener) wait(ctx context.Context, conn *gws.Conn) error {
+	ping := time.NewTicker(pingInterval)
+	defer ping.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-l.done:
+			return err
+		case <-ping.C:
+			// When it cannot be written the reader has noticed, too.
+			_ = conn.WritePing(nil)
+		}
+	}
+}
+
+func (l *listener) end(err error) {
+	select {
+	case l.done <- err:
+	default: // it has ended before
+	}
+}
+
+// OnOpen implements gws.Event.
+func (l *listener) OnOpen(conn *gws.Conn) { _ = conn.SetReadDeadline(time.Now().Add(silence)) }
+
+// OnPong implements gws.Event.
+func (l *listener) OnPong(conn *gws.Conn, _ []byte) {
+	_ = conn.SetReadDeadline(time.Now().Add(silence))
+}
+
+// OnPing implements gws.Event.
+func (l *listener) OnPing(conn *gws.Conn, payload []byte) {
+	_ = conn.SetReadDeadline(time.Now().Add(silence))
+	_ = conn.WritePong(payload)
+}
+
+// OnClose implements gws.Event.
+func (l *listener) OnClose(_ *gws.Conn, err error) {
+	l.end(fmt.Errorf("the Connect-Node closed the connection: %w", err))
+}
+
+// OnMessage implements gws.Event.
+func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
+	defer func() { _ = message.Close() }()
+	_ = conn.SetReadDeadline(time.Now().Add(silence))
+	raw := message.Bytes()
+	var f frame
+	isPush := json.Unmarshal(raw, &f) == nil && f.Data != nil
+	line := f.String(l.t)
+	switch {
+	case l.t.json:
+		line = string(raw)
+	case !isPush:
+		line = l.t.paint(grey, clean(string(raw)))
+	}
+	if _, err := fmt.Fprintln(l.t.out, line); err != nil {
+		l.end(fmt.Errorf("print: %w", err))
+		return
+	}
+	if !isPush {
+		return
+	}
+	if l.seen++; l.count > 0 && l.seen >= l.count {
+		l.end(nil)
+	}
+}
+
+// frame is a push as the reference Connect-Node sends it to clients.
+type frame struct {
+	Type      string            `json:"type"`
+	Room      string            `json:"room_id"`
+	User      string            `json:"user_id"`
+	Timestamp int64             `json:"timestamp"`
+	Data      *frameData        `json:"data"`
+	Metadata  map[string]string `json:"metadata"`
+}
+
+type frameData struct {
+	Content *string `json:"content"`
+	Base64  string  `json:"content_base64"`
+}
+
+// String is the frame as one line.
+func (f *frame) String(t *terminal) string {
+	if f.Data == nil {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString(t.paint(grey, time.Unix(f.Timestamp, 0).Format(time.TimeOnly)) + "  ")
+	if f.Room != "" {
+		b.WriteString(t.paint(yellow, clean(f.Room)) + "  ")
+	}
+	if f.Type != "text" {
+		b.WriteString("[" + clean(f.Type) + "] ")
+	}
+	b.WriteString(f.text())
+	for _, k := range slices.Sorted(maps.Keys(f.Metadata)) {
+		b.WriteString("  " + t.paint(grey, clean(k)+"="+clean(f.Metadata[k])))
+	}
+	return b.String()
+}
+
+func (f *frame) text() string {
+	if f.Data.Content != nil {
+		return clean(*f.Data.Content)
+	}
+	raw, err := base64.StdEncoding.DecodeString(f.Data.Base64)
+	if err != nil {
+		return "(data that is not base64)"
+	}
+	return fmt.Sprintf("(%d bytes of data) %x", len(raw), raw[:min(len(raw), 32)])
+}

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/push-manager/push-manager/transport/discovery"
+)
+
+type nodesCmd struct {
+	EtcdEndpoints string        `default:"localhost:2379" env:"ETCD_ENDPOINTS" help:"etcd, separated by commas."`
+	Timeout       time.Duration `default:"5s" help:"Longest wait for etcd."`
+}
+
+// entry is one registered process.
+type entry struct {
+	Kind    string `json:"kind"`
+	ID      string `json:"id"`
+	Address string `json:"address"`
+}
+
+// Run lists what is registered in etcd.
+func (c *nodesCmd) Run(ctx context.Context, t *terminal) error {
+	if c.Timeout <= 0 || c.Timeout > maxTimeout {
+		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", c.Timeout, maxTimeout)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+	defer cancel()
+	client, err := discovery.NewClient(discovery.ClientConfig{Endpoints: strings.Split(c.EtcdEndpoints, ",")})
+	if err != nil {
+		return &usageError{fmt.Sprintf("--etcd-endpoints: %v", err)}
+	}
+	defer func() { _ = client.Close() }()
+	var entries []entry
+	for _, kind := range []struct{ name, prefix string }{
+		{"connect-node", discovery.ConnectNodePrefix},
+		{"push-manager", discovery.PushManagerPrefix},
+	} {
+		cfg := discovery.Config{Client: client, Prefix: kind.prefix}
+		nodes, err := list(ctx, cfg)
+		if err != nil {
+			return fmt.Errorf("etcd does not answer at %s (--etcd-endpoints, ETCD_ENDPOINTS): %w", c.EtcdEndpoints, err)
+		}
+		for _, n := range nodes {
+			entries = append(entries, entry{kind.name, n.ID, n.Addr})
+		}
+	}
+	return t.list(entries)
+}
+
+// list waits for the first answer of etcd.
+func list(ctx context.Context, cfg discovery.Config) ([]discovery.Node, error) {
+	got := make(chan []discovery.Node, 1)
+	cfg.OnChange = func(nodes []discovery.Node) {
+		select {
+		case got <- nodes:
+		default: // only the first one counts
+		}
+	}
+	w, err := discovery.New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	w.Start()
+	defer w.Close()
+	select {
+	case nodes := <-got:
+		return nodes, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (t *terminal) list(entries []entry) error {
+	if t.json {
+		enc := json.NewEncoder(t.out)
+		for _, e := range entries {
+			if err := enc.Encode(e); err != nil {
+				return fmt.Errorf("print: %w", err)
+			}
+		}
+		return nil
+	}
+	if len(entries) == 0 {
+		return errors.New("nothing is registered; start everything on this machine with: push-manager dev")
+	}
+	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
+	for _, e := range entries {
+		if _, err := fmt.Fprintf(w, "%s\t%s\t%s\n", e.Kind, clean(e.ID), clean(e.Address)); err != nil {
+			return fmt.Errorf("print: %w", err)
+		}
+	}
+	return w.Flush()
+}
