@@ -191,18 +191,30 @@ func (d *Delivery) book(b *books, apart map[string]verdict) {
 	if len(apart) > 0 {
 		slices.Sort(d.resent)
 		slices.Sort(d.gone)
+		unnamed := 0
 		for user, best := range apart {
 			if !d.has(user) {
 				continue
 			}
 			o := d.outcomeOf(user)
-			n[o]--
+			if d.unexplained > 0 && o == Unknown {
+				unnamed++
+			} else {
+				n[o]--
+			}
 			if has(d.gone, user) {
 				o = Offline
 			}
 			if !has(d.resent, user) && o > best.outcome {
 				apart[user] = verdict{o, d}
 			}
+		}
+		// Whom the ack of a short count reached nobody can tell: it may have been
+		// those booked apart, so only the count beyond them is sure of the rest.
+		if unnamed > 0 {
+			rest := n[Delivered] + n[Unknown] - unnamed
+			n[Delivered] = max(0, n[Delivered]-unnamed)
+			n[Unknown] = rest - n[Delivered]
 		}
 	}
 	b.add(Delivered, n[Delivered])

@@ -63,6 +63,7 @@ func TestBooksBalanceWhateverNodesAnswer(t *testing.T) {
 			}
 		}
 		w.rooms["r"], w.users = after, after
+		var ledger sync.Mutex
 		reached := map[string]bool{} // users that some node handed it to and said so
 		maybe := map[string]bool{}   // users for whom a delivery was lost
 		for _, id := range nodeIDs {
@@ -75,7 +76,7 @@ func TestBooksBalanceWhateverNodesAnswer(t *testing.T) {
 					f.failed[fmt.Sprintf("u%d", i)] = true
 				}
 			}
-			w.nodes[id].script(f, reached, maybe)
+			w.nodes[id].script(f, &ledger, reached, maybe)
 		}
 		p := mk()
 		r, err := e.Do(context.Background(), p)
@@ -116,7 +117,7 @@ func (w *world) engineFor(rt *rapid.T) *Engine {
 	return e
 }
 
-func (n *testNode) script(f fate, reached, maybe map[string]bool) {
+func (n *testNode) script(f fate, mu *sync.Mutex, reached, maybe map[string]bool) {
 	switch f.whole {
 	case 3:
 		n.decline = DropQueueFull
@@ -124,20 +125,20 @@ func (n *testNode) script(f fate, reached, maybe map[string]bool) {
 		n.decline = DropUnreachable
 	}
 	n.answer = func(d *Delivery) {
-		var a Ack
-		switch f.whole {
-		case 1:
+		if f.whole == 1 {
+			mu.Lock()
 			for _, u := range d.all() {
 				maybe[u] = true
 			}
+			mu.Unlock()
 			d.Lose(LostStream)
 			return
-		case 2:
-			_, _ = d.Ack(Ack{Refused: true})
-			return
 		}
+		a := Ack{Refused: f.whole == 2}
+		mu.Lock()
 		for _, u := range d.all() {
 			switch {
+			case a.Refused:
 			case f.notHere[u]:
 				a.NotHere = append(a.NotHere, u)
 			case f.failed[u]:
@@ -147,12 +148,13 @@ func (n *testNode) script(f fate, reached, maybe map[string]bool) {
 				reached[u] = true
 			}
 		}
-		if f.whole == 5 && a.Delivered > 0 {
+		if f.whole == 5 && a.Delivered > 0 { // one was reached, and the count hides which
 			a.Delivered--
 			for _, u := range d.all() {
 				maybe[u] = true
 			}
 		}
+		mu.Unlock()
 		if _, err := d.Ack(a); err != nil {
 			panic(err)
 		}
