@@ -1,0 +1,129 @@
+package ingress
+
+import (
+	"math"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func TestMessages(t *testing.T) {
+	p := &engine.Push{Room: "r\"1", User: "u"}
+	failures := []engine.NodeFailure{{Node: "n1", Reason: "failed: queue full", Users: 1}}
+	for _, test := range []struct {
+		api  api
+		res  engine.Result
+		want string
+	}{
+		{toRoom, engine.Result{}, `room "r\"1" not found`},
+		{toRoom, engine.Result{Found: true}, "nobody to deliver to"},
+		{toRoom, engine.Result{Found: true, Targets: 1, Delivered: 1}, "delivered to 1 user"},
+		{toRoom, engine.Result{Found: true, Targets: 5, Delivered: 5}, "delivered to 5 users"},
+		{toRoom, engine.Result{Found: true, Targets: 5, Delivered: 3, Failed: 1, Unknown: 1, NodeFailures: failures},
+			"delivered to 3 of 5 users: 1 failed, 1 unknown"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Delivered: 1, Offline: 1}, "delivered to 1 of 2 users: 1 offline"},
+		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1}, "delivered"},
+		{toUser, engine.Result{Targets: 1, Offline: 1}, `user "u" is offline`},
+		{toUser, engine.Result{Found: true, Targets: 1, Failed: 1, NodeFailures: failures}, "not delivered: failed: queue full"},
+		{toUser, engine.Result{Found: true, Targets: 1, Unknown: 1}, "unknown whether delivered"},
+		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, NodeFailures: failures},
+			"delivered, but not on every node: failed: queue full"},
+		{toUsers, engine.Result{Targets: 3, Offline: 3}, "none of the users is online"},
+		{toUsers, engine.Result{Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "delivered to 0 of 3 users: 1 offline, 2 failed"},
+		{toAll, engine.Result{}, "no connect-node is available"},
+		{toAll, engine.Result{Found: true}, "delivered to 0 users"},
+		{toAll, engine.Result{Found: true, Targets: 9, Delivered: 9, NodeFailures: failures}, "delivered to 9 users: 1 node(s) with failures"},
+	} {
+		if got := string(appendMessage(nil, test.api, p, &test.res)); got != test.want {
+			t.Errorf("%v %+v: %q, want %q", test.api, test.res, got, test.want)
+		}
+	}
+}
+
+// The hand-written encoding is what generated code writes.
+func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
+	p := &engine.Push{Room: "r", User: "u"}
+	for _, res := range []engine.Result{
+		{},
+		{Found: true, Targets: 3, Delivered: 3},
+		{Found: true, Targets: 10, Delivered: 1, Offline: 2, Failed: 3, Unknown: 4, NodeFailures: []engine.NodeFailure{
+			{Node: "n1", Reason: "failed: queue full", Users: 3}, {Node: "", Reason: "unknown: no ack", Users: 4}, {}}},
+		{Found: true, Targets: math.MaxInt, Delivered: math.MaxInt, Failed: -1},
+		{Found: true, Targets: 1, Failed: 1, NodeFailures: []engine.NodeFailure{
+			{Node: "n\xff1", Reason: strings.Repeat("ы", 300), Users: 1 << 40}}},
+	} {
+		for a := range apis {
+			got := pubsub.PushStreamResponse{}
+			ok(t, proto.Unmarshal(newStreamReply(300, a, p, &res).buffer, &got))
+			if want := generated(300, a, p, &res); !proto.Equal(&got, want) {
+				t.Errorf("stream reply\n%v, want\n%v", &got, want)
+			}
+			unary := marshal(t, answerOf(generated(0, a, p, &res)))
+			if string(newReply(a, p, &res).buffer) != string(unary) {
+				t.Errorf("reply of %v to %+v is not what generated code writes", a, res)
+			}
+		}
+	}
+	got := pubsub.PushStreamResponse{}
+	r := newStatuses().draining
+	ok(t, proto.Unmarshal(newStreamError(9, r.wire).buffer, &got))
+	if got.Id != 9 || !proto.Equal(got.Error, r.status.Proto()) {
+		t.Errorf("stream error = %v", &got)
+	}
+}
+
+func answerOf(r *pubsub.PushStreamResponse) proto.Message {
+	switch x := r.Result.(type) {
+	case *pubsub.PushStreamResponse_ToRoom:
+		return x.ToRoom
+	case *pubsub.PushStreamResponse_ToUser:
+		return x.ToUser
+	case *pubsub.PushStreamResponse_ToUsers:
+		return x.ToUsers
+	case *pubsub.PushStreamResponse_Broadcast:
+		return x.Broadcast
+	}
+	return nil
+}
+
+func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.PushStreamResponse {
+	i32 := func(n int) int32 { return int32(min(max(n, 0), math.MaxInt32)) }
+	text := func(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReason)], "") }
+	sum := &pubsub.DeliverySummary{Targets: i32(res.Targets), Delivered: i32(res.Delivered),
+		Offline: i32(res.Offline), Failed: i32(res.Failed), Unknown: i32(res.Unknown)}
+	for _, f := range res.NodeFailures {
+		sum.NodeFailures = append(sum.NodeFailures, &pubsub.NodeFailure{NodeId: text(f.Node), Reason: text(f.Reason), Users: i32(f.Users)})
+	}
+	msg := string(appendMessage(nil, a, p, res))
+	r := &pubsub.PushStreamResponse{Id: id}
+	switch a {
+	case toRoom:
+		r.Result = &pubsub.PushStreamResponse_ToRoom{ToRoom: &pubsub.PushToRoomResponse{
+			Success: res.Success(), DeliveredCount: sum.Delivered, Message: msg, Summary: sum}}
+	case toUser:
+		r.Result = &pubsub.PushStreamResponse_ToUser{ToUser: &pubsub.PushToUserResponse{
+			Success: res.Success(), Message: msg, Summary: sum}}
+	case toUsers:
+		r.Result = &pubsub.PushStreamResponse_ToUsers{ToUsers: &pubsub.PushToUsersResponse{
+			Success: res.Success(), DeliveredCount: sum.Delivered, Message: msg, Summary: sum}}
+	default:
+		r.Result = &pubsub.PushStreamResponse_Broadcast{Broadcast: &pubsub.BroadcastMessageResponse{
+			Success: res.Success(), TotalDelivered: sum.Delivered, Message: msg, Summary: sum}}
+	}
+	return r
+}
+
+func TestUsualReplyIsOneAllocation(t *testing.T) {
+	p := &engine.Push{User: "u"}
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	if n := testing.AllocsPerRun(100, func() { newReply(toUser, p, &res) }); n != 1 {
+		t.Errorf("unary: %v allocations", n)
+	}
+	if n := testing.AllocsPerRun(100, func() { newStreamReply(1<<40, toUser, p, &res) }); n != 1 {
+		t.Errorf("stream: %v allocations", n)
+	}
+}

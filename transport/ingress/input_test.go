@@ -1,0 +1,309 @@
+package ingress
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	spb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/encoding/gzip"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+const (
+	methodRoom  = "/pubsub.PushManagerService/PushToRoom"
+	methodUser  = "/pubsub.PushManagerService/PushToUser"
+	methodUsers = "/pubsub.PushManagerService/PushToUsers"
+	methodAll   = "/pubsub.PushManagerService/BroadcastMessage"
+)
+
+// TestInput holds the API to the table of hostile input: each row by its number.
+func TestInput(t *testing.T) {
+	w := newWorld(t, nil)
+	long, c := strings.Repeat("x", 257), content("hello")
+	meta := func(n, size int) *pubsub.MessageContent {
+		m := map[string]string{}
+		for i := range n {
+			m[fmt.Sprintf("k%02d", i)] = strings.Repeat("v", size/n-3)
+		}
+		return &pubsub.MessageContent{Metadata: m}
+	}
+	data := func(n int) *pubsub.MessageContent { return &pubsub.MessageContent{Data: make([]byte, n)} }
+	ids := func(n int) []string {
+		l := make([]string, n)
+		for i := range l {
+			l[i] = fmt.Sprintf("u%d", i)
+		}
+		return l
+	}
+	room := func(id string) proto.Message { return &pubsub.PushToRoomRequest{RoomId: id, Content: c} }
+	user := func(id string) proto.Message { return &pubsub.PushToUserRequest{UserId: id, Content: c} }
+	entries := func(n int) []byte {
+		return protowire.AppendBytes([]byte{1<<3 | 2}, bytes.Repeat([]byte{4<<3 | 2, 0}, n))
+	}
+	for _, test := range []struct {
+		name   string
+		method string
+		wire   any // bytes or a message
+		code   codes.Code
+		reason string
+		field  string
+	}{
+		{"1 empty room", methodRoom, room(""), codes.InvalidArgument, "REQUIRED", "room_id"},
+		{"1 empty user", methodUser, user(""), codes.InvalidArgument, "REQUIRED", "user_id"},
+		{"1 no users", methodUsers, &pubsub.PushToUsersRequest{Content: c}, codes.InvalidArgument, "REQUIRED", "user_ids"},
+		{"1 empty in users", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: []string{"a", "b", "c", ""}}, codes.InvalidArgument, "REQUIRED", "user_ids[3]"},
+		{"2 id at its limit", methodRoom, room(long[1:]), codes.OK, "", ""},
+		{"2 id past its limit", methodRoom, room(long), codes.InvalidArgument, "ID_TOO_LONG", "room_id"},
+		{"2 id of nearly 1 MiB", methodUser, user(strings.Repeat("x", 1<<20-64)), codes.InvalidArgument, "ID_TOO_LONG", "user_id"},
+		{"2 long in exclude", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{long}}, codes.InvalidArgument, "ID_TOO_LONG", "exclude_user_ids[0]"},
+		{"3 invalid UTF-8", methodRoom, []byte{1<<3 | 2, 2, 'r', 0xff}, codes.InvalidArgument, "ID_MALFORMED", "room_id"},
+		{"3 invalid UTF-8 in users", methodUsers, []byte{1<<3 | 2, 1, 'r', 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "ID_MALFORMED", "user_ids[1]"},
+		{"3 invalid UTF-8 in metadata", methodAll, []byte{1<<3 | 2, 5, 4<<3 | 2, 3, 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "MALFORMED", "content.metadata"},
+		{"4 truncated", methodRoom, marshal(t, room("r"))[:5], codes.InvalidArgument, "MALFORMED", "content"},
+		{"4 garbage", methodUser, []byte("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), codes.InvalidArgument, "MALFORMED", "request"},
+		{"5 NUL", methodRoom, room("a\x00b"), codes.InvalidArgument, "ID_MALFORMED", "room_id"},
+		{"5 newline", methodUser, user("a\nb"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
+		{"5 ANSI escape", methodUser, user("\x1b[31m"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
+		{"5 path", methodRoom, room("../../r"), codes.OK, "", ""},
+		{"5 homoglyph", methodRoom, room("аdmin"), codes.OK, "", ""},
+		{"6 no content", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r"}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"6 no content for a user", methodUser, &pubsub.PushToUserRequest{UserId: "a"}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"6 no content for users", methodUsers, &pubsub.PushToUsersRequest{UserIds: []string{"a"}}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"6 nothing at all", methodAll, []byte{}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"7 empty data", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(0)}, codes.OK, "", ""},
+		{"8 data at its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256 << 10)}, codes.OK, "", ""},
+		{"8 data past its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256<<10 + 1)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
+		{"8 data of nearly 1 MiB", methodAll, &pubsub.BroadcastMessageRequest{Content: data(1<<20 - 64)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
+		{"9 message of 1 MiB", methodRoom, make([]byte, 1<<20), codes.InvalidArgument, "MALFORMED", "request"},
+		{"9 message past 1 MiB", methodRoom, make([]byte, 1<<20+1), codes.ResourceExhausted, "", ""},
+		{"9 message of 5 MiB", methodRoom, make([]byte, 5<<20), codes.ResourceExhausted, "", ""},
+		{"9 and the connection lives", methodRoom, room("r"), codes.OK, "", ""},
+		{"10 exclude at its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_000)}, codes.OK, "", ""},
+		{"10 exclude past its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
+		{"10 users at their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_000)}, codes.OK, "", ""},
+		{"10 users past their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "user_ids"},
+		{"11 1 MiB of empty strings", methodRoom, bytes.Repeat([]byte{3<<3 | 2, 0}, 1<<19), codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
+		{"13 unknown enum", methodAll, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: 4711}}, codes.OK, "", ""},
+		{"14 negative timestamp", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: &pubsub.MessageContent{Timestamp: -1}}, codes.InvalidArgument, "OUT_OF_RANGE", "content.timestamp"},
+		{"15 metadata at its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 320)}, codes.OK, "", ""},
+		{"15 metadata past its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(33, 330)}, codes.InvalidArgument, "TOO_MANY", "content.metadata"},
+		{"15 metadata at its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10)}, codes.OK, "", ""},
+		{"15 metadata past its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10+32)}, codes.InvalidArgument, "METADATA_TOO_LARGE", "content.metadata"},
+		{"15 metadata of half a million", methodAll, entries(1<<19 - 16), codes.InvalidArgument, "TOO_MANY", "content.metadata"},
+		{"20 unknown method", "/pubsub.PushManagerService/Nothing", room("r"), codes.Unimplemented, "", ""},
+		{"20 unknown service", "/pubsub.Nothing/PushToRoom", room("r"), codes.Unimplemented, "", ""},
+		{"20 an empty segment", "//PushToRoom", room("r"), codes.Unimplemented, "", ""},
+		{"20 two slashes in front", "/" + methodRoom, room("r"), codes.Unimplemented, "", ""},
+		{"21 unknown fields", methodRoom, protowire.AppendString(append(marshal(t, room("r")), 20<<3&0x7f|2|0x80, 1), "options"), codes.OK, "", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			wire, is := test.wire.([]byte)
+			if !is {
+				wire = marshal(t, test.wire.(proto.Message))
+			}
+			before := w.source.count()
+			_, err := w.raw(test.method, wire)
+			wantError(t, err, test.code, test.reason, test.field)
+			if test.code != codes.OK && w.source.count() != before {
+				t.Error("the Controller was asked")
+			}
+		})
+	}
+}
+
+func TestInputRow12ExcludeDuplicatesUnknownAndEveryone(t *testing.T) {
+	w := newWorld(t, nil)
+	r, err := w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{
+		RoomId: "r", Content: content("x"), ExcludeUserIds: []string{"a", "a", "nobody", "b", "c", "b"}})
+	ok(t, err)
+	if !r.Success || r.DeliveredCount != 0 || r.Summary == nil || r.Summary.Targets != 0 {
+		t.Errorf("reply = %v", r)
+	}
+	if n := len(w.network.nodes[0].payloads()); n != 0 {
+		t.Errorf("%d deliveries", n)
+	}
+}
+
+func TestInputRow13And14PayloadPassesThroughAndIsStamped(t *testing.T) {
+	w := newWorld(t, nil)
+	in := &pubsub.MessageContent{Type: 4711, Data: []byte{0, 0xff}, Metadata: map[string]string{"k": "v"}}
+	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: in})
+	ok(t, err)
+	got := new(pubsub.MessageContent)
+	ok(t, proto.Unmarshal(w.network.nodes[0].payloads()[0], got))
+	if age := time.Now().Unix() - got.Timestamp; age < 0 || age > 60 {
+		t.Errorf("stamped %d s ago", age)
+	}
+	in.Timestamp = got.Timestamp
+	if !proto.Equal(in, got) {
+		t.Errorf("delivered %v, want %v", got, in)
+	}
+}
+
+func TestInputRow16HeadersOf1MiB(t *testing.T) {
+	w := newWorld(t, nil)
+	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	ok(t, err) // the client has the server's settings now
+	ctx := metadata.AppendToOutgoingContext(w.context(), "big", strings.Repeat("x", 1<<20))
+	_, err = w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	wantError(t, err, codes.Internal, "", "")
+	ctx = metadata.AppendToOutgoingContext(w.context(), "small", strings.Repeat("x", 15<<10))
+	_, err = w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	ok(t, err)
+	if n := w.metric(`push_manager_api_requests_total{api="PushToUser",status="success"}`); n != "2" {
+		t.Errorf("%s pushes arrived, want 2", n)
+	}
+}
+
+func TestInputRow19UnknownEncoding(t *testing.T) {
+	// gzip is registered in the program, as an OTLP exporter would; it is refused alike.
+	if encoding.GetCompressor(gzip.Name) == nil {
+		t.Fatal("no gzip")
+	}
+	w := newWorld(t, nil)
+	for _, encoding := range []string{gzip.Name, "unheard-of"} {
+		header := h2call(t, w, map[string]string{":path": methodUser, "grpc-encoding": encoding})
+		if header["grpc-status"] != "12" {
+			t.Errorf("%s: answered %v, want UNIMPLEMENTED", encoding, header)
+		}
+	}
+	header := h2call(t, w, map[string]string{":path": "/pubsub.PushManagerService/PushStream", "grpc-encoding": "gzip"})
+	if header["grpc-status"] != "12" {
+		t.Errorf("stream: answered %v, want UNIMPLEMENTED", header)
+	}
+}
+
+func TestInputRow20MalformedPath(t *testing.T) {
+	w := newWorld(t, nil)
+	for _, path := range []string{"pubsub.PushManagerService/PushToUser", "//", "/", "PushToUser", "/pubsub.PushManagerService//PushToUser"} {
+		header := h2call(t, w, map[string]string{":path": path})
+		if header["grpc-status"] != "12" {
+			t.Errorf("%q: answered %v, want UNIMPLEMENTED", path, header)
+		}
+	}
+	if header := h2call(t, w, map[string]string{":path": methodUser}); header["grpc-status"] != "0" {
+		t.Errorf("a good path: answered %v", header)
+	}
+}
+
+// h2call makes a PushToUser by hand and returns the headers and trailers.
+func h2call(t *testing.T, w *world, headers map[string]string) map[string]string {
+	t.Helper()
+	conn, err := w.dial(w.context(), "")
+	ok(t, err)
+	defer conn.Close()
+	ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+	_, err = conn.Write([]byte(http2.ClientPreface))
+	ok(t, err)
+	framer := http2.NewFramer(conn, conn)
+	ok(t, framer.WriteSettings())
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, name := range []string{":method", ":scheme", ":path", ":authority", "content-type", "te", "grpc-encoding"} {
+		value, given := headers[name]
+		if !given {
+			value = map[string]string{":method": "POST", ":scheme": "http", ":authority": "x", "content-type": "application/grpc", "te": "trailers"}[name]
+		}
+		if value != "" {
+			ok(t, enc.WriteField(hpack.HeaderField{Name: name, Value: value}))
+		}
+	}
+	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true}))
+	body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	compressed := byte(0)
+	if headers["grpc-encoding"] != "" {
+		compressed = 1
+	}
+	ok(t, framer.WriteData(1, true, append([]byte{compressed, 0, 0, 0, byte(len(body))}, body...)))
+	return h2read(t, framer)
+}
+
+func h2read(t *testing.T, framer *http2.Framer) map[string]string {
+	t.Helper()
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	got := map[string]string{}
+	for got["grpc-status"] == "" {
+		f, err := framer.ReadFrame()
+		ok(t, err)
+		switch f := f.(type) {
+		case *http2.SettingsFrame:
+			if !f.IsAck() {
+				ok(t, framer.WriteSettingsAck())
+			}
+		case *http2.MetaHeadersFrame:
+			for _, h := range f.Fields {
+				got[h.Name] = h.Value
+			}
+		case *http2.RSTStreamFrame, *http2.GoAwayFrame:
+			t.Fatalf("the call was cut off: %v", f)
+		}
+	}
+	return got
+}
+
+func TestErrorsThatTheEngineReports(t *testing.T) {
+	for name, test := range map[string]struct {
+		change func(*world)
+		code   codes.Code
+		reason string
+	}{
+		"controller down": {func(w *world) { w.source.down = true }, codes.Unavailable, "CONTROLLER_UNAVAILABLE"},
+		"overloaded":      {func(w *world) { w.fill() }, codes.ResourceExhausted, "OVERLOADED"},
+		"engine draining": {func(w *world) { ok(w.t, w.engine.Drain(context.Background())) }, codes.Unavailable, "DRAINING"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, func(_ *Config, e *engine.Config) { e.MaxInFlight = 1 })
+			test.change(w)
+			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
+			wantError(t, err, test.code, test.reason, "")
+		})
+	}
+}
+
+// fill keeps a push in flight.
+func (w *world) fill() {
+	w.network.nodes[0].setKeep(true)
+	p := &engine.Push{Kind: engine.ToUser, User: "d", Content: engine.Content{Present: true}}
+	ok(w.t, w.engine.Start(p, nothing{}))
+}
+
+type nothing struct{}
+
+func (nothing) Complete(*engine.Push) {}
+
+func TestStatusesThatNoCallerWaitsFor(t *testing.T) {
+	table := newStatuses()
+	for _, test := range []struct {
+		err    error
+		code   codes.Code
+		reason string
+	}{
+		{engine.ErrDeadline, codes.DeadlineExceeded, "DEADLINE_EXCEEDED"},
+		{engine.ErrCanceled, codes.Canceled, "CANCELLED"},
+		{fmt.Errorf("wrapped: %w", engine.ErrUnavailable), codes.Unavailable, "CONTROLLER_UNAVAILABLE"},
+		{errPanic, codes.Internal, "INTERNAL"},
+		{errMayBeSent, codes.Internal, ""},
+		{fmt.Errorf("anything else"), codes.Internal, "INTERNAL"},
+	} {
+		r := table.of(test.err)
+		wantStatus(t, r.status, test.code, test.reason, "")
+		wire := new(spb.Status)
+		ok(t, proto.Unmarshal(r.wire, wire))
+		if !proto.Equal(r.status.Proto(), wire) {
+			t.Errorf("%v: encoded as something else", test.err)
+		}
+	}
+}
