@@ -180,6 +180,28 @@ func (s *Set) Int(p *int, name string, def, lo, hi int, help string) *Key {
 	})
 }
 
+// Auto binds a whole number between 1 and hi, or the word auto for the number
+// that fits the machine.
+func (s *Set) Auto(p *int, name string, auto, hi int, help string) *Key {
+	const word = "auto"
+	k := s.Int(p, name, auto, 1, hi, help)
+	set, number := k.set, k.text
+	k.def, k.text = word, func() string {
+		if *p == auto {
+			return word
+		}
+		return number()
+	}
+	k.set = func(text string) error {
+		if text == word {
+			*p = auto
+			return nil
+		}
+		return set(text)
+	}
+	return k
+}
+
 // Port binds a TCP port. 0 lets the system choose one.
 func (s *Set) Port(p *int, name string, def int, help string) *Key {
 	k := s.Int(p, name, def, 0, 65535, help)

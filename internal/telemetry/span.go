@@ -106,12 +106,11 @@ func (p *PushSpan) End(r engine.Result, err error) {
 }
 
 // Lookup starts the span of one look-up at the Controller. The context carries
-// it; the function ends it.
+// it, for whoever calls the Controller to hand on; the function ends it.
 func (p *PushSpan) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
 	_, span := p.tracer.tracer.Start(p.ctx, "lookup "+what, trace.WithSpanKind(trace.SpanKindClient))
 	p.tracer.spans.Inc()
-	ctx = metadata.AppendToOutgoingContext(trace.ContextWithSpan(ctx, span), "traceparent", traceparent(span.SpanContext()))
-	return ctx, func(err error) {
+	return trace.ContextWithSpan(ctx, span), func(err error) {
 		if err != nil {
 			span.SetStatus(codes.Error, safe(err.Error()))
 		}
