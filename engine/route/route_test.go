@@ -1,0 +1,520 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// source is a Controller in memory. Look-ups wait for gate if there is one.
+type source struct {
+	mu      sync.Mutex
+	rooms   map[string][][2]string // user, node
+	users   map[string][]string
+	err     error
+	panics  bool
+	gate    chan struct{}
+	lookups int
+}
+
+func (s *source) enter(ctx context.Context) error {
+	s.mu.Lock()
+	s.lookups++
+	gate, err, panics := s.gate, s.err, s.panics
+	s.mu.Unlock()
+	if panics {
+		panic("source")
+	}
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		}
+	}
+	return err
+}
+
+func (s *source) Room(ctx context.Context, room string, add func(user, node string)) (bool, error) {
+	s.mu.Lock()
+	members, ok := s.rooms[room] // the answer is fixed before the gate opens
+	s.mu.Unlock()
+	if err := s.enter(ctx); err != nil {
+		return false, err
+	}
+	for _, m := range members {
+		add(m[0], m[1])
+	}
+	return ok, nil
+}
+
+func (s *source) Users(ctx context.Context, users []string, nodes [][]string) error {
+	s.mu.Lock()
+	for i, user := range users {
+		nodes[i] = s.users[user]
+	}
+	s.mu.Unlock()
+	return s.enter(ctx)
+}
+
+func (s *source) set(f func(*source)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(s)
+}
+
+func (s *source) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lookups
+}
+
+func newDirectory(t *testing.T, s *source, change ...func(*Config)) *Directory {
+	t.Helper()
+	var tasks sync.WaitGroup
+	c := Config{
+		Source: s, Homes: 1, Home: func(string) int { return 0 },
+		Go: func(_ int, task func()) error {
+			tasks.Go(func() {
+				defer func() { _ = recover() }() // as the pool does
+				task()
+			})
+			return nil
+		},
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	d, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tasks.Wait(); d.Close() })
+	return d
+}
+
+// teller records what it is told, under its name, in a shared list.
+type teller struct {
+	name string
+	told *[]string
+	mu   *sync.Mutex
+	snap *Snapshot
+	err  error
+	n    int
+	then func()
+}
+
+func (w *teller) Lookup(ctx context.Context, _ string) (context.Context, func(error)) {
+	return ctx, func(error) {}
+}
+
+func (w *teller) Routed(keys []string, snaps []*Snapshot, err error) {
+	if w.mu != nil {
+		w.mu.Lock()
+		*w.told = append(*w.told, w.name)
+		w.mu.Unlock()
+	}
+	w.n += len(keys)
+	w.err = err
+	if len(snaps) > 0 {
+		w.snap = snaps[0]
+	}
+	if w.then != nil {
+		w.then()
+	}
+}
+
+func now() Query { return Query{Now: time.Now()} }
+
+// ask waits for the snapshot of a room.
+func ask(t *testing.T, d *Directory, room string) (*Snapshot, error) {
+	t.Helper()
+	w := &teller{}
+	if s := d.Room(0, room, now(), w); s != nil {
+		return s, nil
+	}
+	synctest.Wait()
+	if w.n != 1 {
+		t.Fatalf("told %d times", w.n)
+	}
+	return w.snap, w.err
+}
+
+func room(pairs ...string) [][2]string {
+	var members [][2]string
+	for _, p := range pairs {
+		user, node, _ := strings.Cut(p, "@")
+		members = append(members, [2]string{user, node})
+	}
+	return members
+}
+
+func TestManyAsksOneLookupAnswersInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}, gate: make(chan struct{})}
+		d := newDirectory(t, s)
+		var told []string
+		var mu sync.Mutex
+		var want []string
+		for i := range 10_000 {
+			name := fmt.Sprint(i)
+			want = append(want, name)
+			if d.Room(0, "r", Query{Now: time.Now(), Ordered: i%2 == 0}, &teller{name: name, told: &told, mu: &mu}) != nil {
+				t.Fatal("answered before the look-up")
+			}
+		}
+		synctest.Wait()
+		close(s.gate)
+		synctest.Wait()
+		if n := s.count(); n != 1 {
+			t.Errorf("%d look-ups", n)
+		}
+		if !slices.Equal(told, want) {
+			t.Errorf("told out of order")
+		}
+		if d.Room(0, "r", now(), nil) == nil {
+			t.Error("not in the cache afterwards")
+		}
+	})
+}
+
+func TestAnswersAreGoodForTheTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		first, _ := ask(t, d, "r")
+		time.Sleep(999 * time.Millisecond)
+		if again, _ := ask(t, d, "r"); again != first || s.count() != 1 {
+			t.Errorf("looked up again within the TTL")
+		}
+		time.Sleep(time.Millisecond)
+		if again, _ := ask(t, d, "r"); again != first || s.count() != 2 {
+			t.Errorf("%d look-ups; an equal answer must be the same snapshot", s.count())
+		}
+	})
+}
+
+func TestAbsenceIsNotCachedUnlessWatched(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{}}
+		d := newDirectory(t, s)
+		for range 3 {
+			if snap, err := ask(t, d, "r"); err != nil || snap.Found {
+				t.Fatalf("got %+v, %v", snap, err)
+			}
+		}
+		if n := s.count(); n != 3 {
+			t.Errorf("%d look-ups", n)
+		}
+		d.InvalidateAll()
+		d.SetWatched(true)
+		ask(t, d, "r")
+		ask(t, d, "r")
+		if n := s.count(); n != 4 {
+			t.Errorf("%d look-ups while watched", n)
+		}
+		s.set(func(s *source) { s.rooms["r"] = room("u@A") })
+		d.Invalidate([]string{"r"}, nil)
+		if snap, _ := ask(t, d, "r"); !snap.Found {
+			t.Error("the change was not seen")
+		}
+	})
+}
+
+func TestWatchedAnswersLiveUntilChangedOrTheStreamBreaks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.SetWatched(true)
+		ask(t, d, "r")
+		time.Sleep(time.Hour)
+		ask(t, d, "r")
+		if n := s.count(); n != 1 {
+			t.Errorf("%d look-ups", n)
+		}
+		d.SetWatched(false)
+		ask(t, d, "r")
+		if n := s.count(); n != 2 {
+			t.Errorf("%d look-ups after the stream broke", n)
+		}
+		d.InvalidateAll()
+		d.SetWatched(true)
+		ask(t, d, "r")
+		if n := s.count(); n != 3 {
+			t.Errorf("%d look-ups after it came back", n)
+		}
+	})
+}
+
+func TestAskAfterAChangeNeverGetsTheAnswerFromBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gate := make(chan struct{})
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}, gate: gate}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.SetWatched(true)
+		var before, after teller
+		d.Room(0, "r", now(), &before)
+		synctest.Wait() // the old answer is on its way
+		s.set(func(s *source) { s.rooms["r"], s.gate = room("u@A", "v@B"), nil })
+		d.Invalidate([]string{"r"}, nil)
+		d.Room(0, "r", now(), &after)
+		close(gate)
+		synctest.Wait()
+		if before.snap.Users != 1 || after.snap == nil || after.snap.Users != 2 {
+			t.Errorf("before the change %+v, after it %+v", before.snap, after.snap)
+		}
+		if snap, _ := ask(t, d, "r"); snap.Users != 2 {
+			t.Errorf("cached %+v", snap)
+		}
+	})
+}
+
+func TestStaleAnswerServesWhileTheControllerIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ask(t, d, "r")
+		s.set(func(s *source) { s.err = ErrUnavailable })
+		time.Sleep(2 * time.Second)
+		if snap, err := ask(t, d, "r"); err != nil || snap.Users != 1 {
+			t.Errorf("got %+v, %v", snap, err)
+		}
+		tries := s.count()
+		ask(t, d, "r")
+		if s.count() != tries {
+			t.Error("each push asks a Controller that is away")
+		}
+		if _, err := ask(t, d, "other"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("uncached: %v", err)
+		}
+		time.Sleep(2 * time.Minute)
+		if _, err := ask(t, d, "r"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("beyond the stale TTL: %v", err)
+		}
+	})
+}
+
+func TestLookupIsBoundedInTimeAndSurvivesAPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{gate: make(chan struct{})}
+		d := newDirectory(t, s)
+		var w teller
+		d.Room(0, "r", now(), &w)
+		time.Sleep(301 * time.Millisecond)
+		synctest.Wait()
+		if w.n != 1 || !errors.Is(w.err, ErrUnavailable) {
+			t.Errorf("after the timeout: told %d, %v", w.n, w.err)
+		}
+		s.set(func(s *source) { s.panics = true })
+		if _, err := ask(t, d, "r"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("after a panic: %v", err)
+		}
+		s.set(func(s *source) { s.panics, s.gate = false, nil })
+		if _, err := ask(t, d, "r"); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	})
+}
+
+func TestFullPoolIsAnErrorForTheWholeLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		full := errors.New("full")
+		d := newDirectory(t, &source{}, func(c *Config) { c.Go = func(int, func()) error { return full } })
+		if _, err := ask(t, d, "r"); !errors.Is(err, ErrOverloaded) || !errors.Is(err, full) {
+			t.Errorf("room: %v", err)
+		}
+		w := &teller{}
+		d.Users(0, []string{"u", "v"}, make([]*Snapshot, 2), now(), w)
+		if w.n != 2 || !errors.Is(w.err, ErrOverloaded) {
+			t.Errorf("users: told %d, %v", w.n, w.err)
+		}
+		if n := d.Stats().Waiting; n != 0 {
+			t.Errorf("%d still waiting", n)
+		}
+	})
+}
+
+func TestUsersShareOneLookupAndAreToldTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{users: map[string][]string{"a": {"A"}, "b": {"A", "B"}, "c": {"C"}}}
+		d := newDirectory(t, s)
+		var w teller
+		calls := 0
+		w.then = func() { calls++ }
+		d.Users(0, []string{"a", "b"}, make([]*Snapshot, 2), now(), &w)
+		synctest.Wait()
+		if s.count() != 1 || calls != 1 || w.n != 2 {
+			t.Errorf("%d look-ups, told %d keys in %d calls", s.count(), w.n, calls)
+		}
+		snaps := make([]*Snapshot, 3)
+		d.Users(0, []string{"a", "b", "c"}, snaps, now(), &w)
+		synctest.Wait()
+		if snaps[0] == nil || snaps[1] == nil || snaps[2] != nil || s.count() != 2 || w.n != 3 {
+			t.Errorf("got %v, %d look-ups, told %d", snaps, s.count(), w.n)
+		}
+		if !slices.Equal(snaps[1].Shared, []string{"b"}) {
+			t.Errorf("user on two nodes: %+v", snaps[1])
+		}
+	})
+}
+
+func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		used := time.Now()
+		ask(t, d, "r")
+		time.Sleep(time.Millisecond)
+		since := time.Now()
+		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
+		var a, b, c teller
+		d.RefreshRoom(0, "r", since, &a)
+		d.RefreshRoom(0, "r", since, &b)
+		synctest.Wait()
+		time.Sleep(time.Millisecond)
+		d.RefreshRoom(0, "r", used, &c) // the answer is newer than what c used
+		if s.count() != 2 {
+			t.Errorf("%d look-ups", s.count())
+		}
+		for _, w := range []*teller{&a, &b, &c} {
+			if w.n != 1 || w.snap.Groups[0].Node != "B" {
+				t.Errorf("told %d, %+v", w.n, w.snap)
+			}
+		}
+	})
+}
+
+func TestFenceHoldsOrderedQueriesUntilTheOldSnapshotIsReleased(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ordered := func(w Waiter) *Snapshot { return d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, w) }
+		ask(t, d, "r")
+		inFlight := ordered(nil)
+		time.Sleep(2 * time.Second)
+		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
+		var told []string
+		var mu sync.Mutex
+		mk := func(name string) *teller { return &teller{name: name, told: &told, mu: &mu} }
+		first, second := mk("first"), mk("second")
+		if ordered(first) != nil {
+			t.Fatal("stale answer")
+		}
+		synctest.Wait()
+		if ordered(second) != nil || len(told) != 0 {
+			t.Fatalf("overtook the push in flight: %v", told)
+		}
+		var heal teller
+		d.RefreshRoom(0, "r", time.Now().Add(-time.Second), &heal)
+		synctest.Wait()
+		if heal.n != 1 || heal.snap.Groups[0].Node != "B" {
+			t.Error("the push in flight cannot heal behind its own fence")
+		}
+		if s := d.Room(0, "r", now(), nil); s == nil || s.Groups[0].Node != "B" {
+			t.Error("queries without order wait for the fence")
+		}
+		inFlight.Release()
+		synctest.Wait()
+		if !slices.Equal(told, []string{"first", "second"}) {
+			t.Errorf("told %v", told)
+		}
+		if s := ordered(nil); s != first.snap {
+			t.Error("the fence stays up")
+		}
+		if n := d.Stats().Waiting; n != 0 {
+			t.Errorf("%d still waiting", n)
+		}
+	})
+}
+
+// TestSnapshotsSayWhatTheControllerSaid compares snapshots with a plain model, for
+// members in any order, with duplicates, on several nodes or none.
+func TestSnapshotsSayWhatTheControllerSaid(t *testing.T) {
+	seed := maphash.MakeSeed()
+	rapid.Check(t, func(rt *rapid.T) {
+		draw := func(label string) map[string][]string {
+			m := map[string][]string{}
+			for range rapid.IntRange(0, 12).Draw(rt, label) {
+				u := rapid.SampledFrom([]string{"a", "b", "c", "d", "e", "f"}).Draw(rt, "user")
+				m[u] = append(m[u], rapid.SampledFrom([]string{"", "A", "B", "C"}).Draw(rt, "node"))
+			}
+			return m
+		}
+		build := func(m map[string][]string, old *Snapshot) *Snapshot {
+			b := newBuilder(seed)
+			type pair struct{ user, node string }
+			var pairs []pair
+			for _, u := range slices.Sorted(maps.Keys(m)) {
+				for _, n := range m[u] {
+					pairs = append(pairs, pair{u, n})
+				}
+			}
+			for _, p := range rapid.Permutation(pairs).Draw(rt, "order") {
+				b.add(p.user, p.node)
+			}
+			return b.snapshot(true, old)
+		}
+		first := draw("members")
+		s := build(first, nil)
+		verify(rt, s, first)
+		if build(first, s) != s {
+			rt.Fatal("an equal answer is another snapshot")
+		}
+		second := draw("members later")
+		next := build(second, s)
+		verify(rt, next, second)
+		for _, g := range next.Groups {
+			if old := s.group(g.Node); old != nil && slices.Equal(old.Users, g.Users) && old != g && old.raw == g.raw {
+				rt.Fatalf("unchanged group of %s is another pointer", g.Node)
+			}
+		}
+	})
+}
+
+func verify(rt *rapid.T, s *Snapshot, m map[string][]string) {
+	users := 0
+	for user, nodes := range m {
+		users++
+		on := map[string]bool{}
+		for _, n := range nodes {
+			if n != "" {
+				on[n] = true
+			}
+		}
+		for _, id := range []string{"A", "B", "C"} {
+			g := s.group(id)
+			if (g != nil && g.Has(user)) != on[id] {
+				rt.Fatalf("%s on %s: want %v in %+v", user, id, on[id], s)
+			}
+		}
+		if slices.Contains(s.Shared, user) != (len(on) > 1) {
+			rt.Fatalf("shared %v, %s is on %v", s.Shared, user, on)
+		}
+		if slices.Contains(s.Unplaced, user) != (len(on) == 0) {
+			rt.Fatalf("unplaced %v, %s is on %v", s.Unplaced, user, on)
+		}
+	}
+	if s.Users != users {
+		rt.Fatalf("%d users, want %d: %+v", s.Users, users, s)
+	}
+	for _, g := range s.Groups {
+		if !slices.IsSorted(g.Users) || len(slices.Compact(slices.Clone(g.Users))) != len(g.Users) {
+			rt.Fatalf("group of %s: %v", g.Node, g.Users)
+		}
+	}
+}
