@@ -1,0 +1,292 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/engine/route"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// Changes is who is told by the change stream; *route.Directory has it.
+type Changes interface {
+	Invalidate(rooms, users []string)
+	InvalidateAll()
+	SetWatched(watched bool)
+}
+
+var (
+	_ route.Source = (*Controller)(nil)
+	_ Changes      = (*route.Directory)(nil)
+)
+
+// Controller is the deployment's Controller, or several replicas of it.
+type Controller struct {
+	// Static after New.
+	cfg    Config
+	log    *slog.Logger
+	m      *handles
+	conn   *grpc.ClientConn
+	client pubsub.ControllerServiceClient
+	codec  codec
+	budget budget
+	wg     sync.WaitGroup
+
+	// Written by Start, under once.
+	once sync.Once
+	stop context.CancelFunc
+
+	noBatch optional // GetUserNodes
+	noWatch optional // WatchRoutes
+	watched atomic.Bool
+	// When the Controller last answered anything; nil before the first time.
+	contact atomic.Pointer[time.Time]
+}
+
+// New makes a Controller. Look-ups work at once; Start adds the change stream and
+// the watch over the connection.
+func New(cfg Config) (*Controller, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("controller: %w", err)
+	}
+	cfg = cfg.withDefaults()
+	conn, err := cfg.dial()
+	if err != nil {
+		return nil, fmt.Errorf("controller %q: %w", cfg.Address, err)
+	}
+	c := &Controller{
+		cfg:    cfg,
+		log:    cfg.Logger,
+		conn:   conn,
+		client: pubsub.NewControllerServiceClient(conn),
+		codec:  newCodec(),
+	}
+	c.budget.fill()
+	c.m = newHandles(c, cfg.Metrics)
+	return c, nil
+}
+
+// Start connects, and opens the change stream for changes; nil does without one.
+func (c *Controller) Start(changes Changes) {
+	c.once.Do(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		c.stop = cancel
+		c.wg.Go(func() { c.contactLoop(ctx) })
+		if changes != nil {
+			c.wg.Go(func() { c.watchLoop(ctx, changes) })
+		}
+	})
+}
+
+// Close ends the change stream and the connection. Look-ups under way fail.
+func (c *Controller) Close() error {
+	c.once.Do(func() { c.stop = func() {} }) // never started
+	c.stop()
+	err := c.conn.Close()
+	c.wg.Wait()
+	if status.Code(err) == codes.Canceled { // closed before
+		return nil
+	}
+	return err
+}
+
+// Watched tells whether the change stream vouches for answers now.
+func (c *Controller) Watched() bool { return c.watched.Load() }
+
+// Healthy tells whether the Controller can be asked, and why not.
+func (c *Controller) Healthy() (healthy bool, reason string) {
+	if state := c.conn.GetState(); state != connectivity.Ready {
+		return false, fmt.Sprintf("controller %s: connection is %s", c.cfg.Address, state)
+	}
+	last := c.contact.Load()
+	if last == nil {
+		return false, fmt.Sprintf("controller %s: has not answered yet", c.cfg.Address)
+	}
+	if silent := time.Since(*last); silent > 3*c.cfg.ContactInterval {
+		return false, fmt.Sprintf("controller %s: silent for %s", c.cfg.Address, silent.Round(time.Second))
+	}
+	return true, ""
+}
+
+// contactLoop keeps the connection up, probes anew what was UNIMPLEMENTED when it
+// is made anew, and asks for a sign of life when none has come by itself.
+func (c *Controller) contactLoop(ctx context.Context) {
+	up := false
+	for ctx.Err() == nil {
+		state := c.conn.GetState()
+		if state == connectivity.Shutdown {
+			return
+		}
+		if state == connectivity.Idle {
+			c.conn.Connect()
+		}
+		if ready := state == connectivity.Ready; ready != up {
+			up = ready
+			c.onState(ctx, state)
+		}
+		waitCtx, cancel := context.WithTimeout(ctx, c.cfg.ContactInterval)
+		changed := c.conn.WaitForStateChange(waitCtx, state)
+		cancel()
+		if !changed && state == connectivity.Ready {
+			c.ping(ctx)
+		}
+	}
+}
+
+// onState notes that the connection is there, or no more.
+func (c *Controller) onState(ctx context.Context, state connectivity.State) {
+	if state != connectivity.Ready {
+		c.log.Warn("lost the controller", "address", c.cfg.Address, "state", state.String())
+		return
+	}
+	c.noBatch.forget()
+	c.noWatch.forget()
+	c.log.Info("connected to the controller", "address", c.cfg.Address)
+	c.ping(ctx)
+}
+
+// ping asks for a sign of life unless there was one lately. Any answer will do, an
+// old Controller has no health service.
+func (c *Controller) ping(ctx context.Context) {
+	if last := c.contact.Load(); last != nil && time.Since(*last) < c.cfg.ContactInterval/2 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ContactInterval)
+	defer cancel()
+	_, err := grpc_health_v1.NewHealthClient(c.conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+	c.touch(err)
+}
+
+// touch notes that the Controller answered, if err says so.
+func (c *Controller) touch(err error) {
+	switch status.Code(err) { //nolint:exhaustive // all other codes are answers
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return
+	}
+	now := time.Now()
+	c.contact.Store(&now)
+}
+
+// call runs one look-up with at most one retry.
+func (c *Controller) call(ctx context.Context, once func(context.Context) error) error {
+	ctx = withTrace(ctx)
+	c.budget.earn()
+	err := once(ctx)
+	c.touch(err)
+	if err == nil || !again(err) || ctx.Err() != nil || !c.budget.spend() {
+		return err
+	}
+	if !sleep(ctx, jitter(retryPause)) {
+		return err
+	}
+	c.m.retries.Inc()
+	retryErr := once(ctx)
+	c.touch(retryErr)
+	if retryErr != nil {
+		return fmt.Errorf("%w (again after %v)", retryErr, status.Code(err))
+	}
+	return nil
+}
+
+// retryPause is short: the caller has 300 ms in all and wants to hear of a
+// Controller that refuses within 50.
+const retryPause = 10 * time.Millisecond
+
+// again tells whether a second attempt may succeed where the first did not. All
+// look-ups are reads.
+func again(err error) bool {
+	switch status.Code(err) { //nolint:exhaustive // all other codes are answers, or the caller's time is up
+	case codes.Unavailable, codes.Aborted, codes.Internal, codes.Unknown:
+		return true
+	default:
+		return false
+	}
+}
+
+// withTrace hands the caller's trace on when it is sampled, at no cost when not.
+func withTrace(ctx context.Context) context.Context {
+	if !trace.SpanContextFromContext(ctx).IsSampled() {
+		return ctx
+	}
+	carrier := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, carrier)
+	for key, value := range carrier {
+		ctx = metadata.AppendToOutgoingContext(ctx, key, value)
+	}
+	return ctx
+}
+
+// budget holds what retries may spend, in tenths of a retry: each look-up earns
+// one, each retry costs ten, so retries stay below a tenth of the look-ups.
+type budget struct{ tenths atomic.Int64 }
+
+const (
+	budgetFull = 100 // ten retries in a burst
+	retryCost  = 10
+)
+
+func (b *budget) fill() { b.tenths.Store(budgetFull) }
+
+func (b *budget) earn() {
+	if b.tenths.Load() < budgetFull {
+		b.tenths.Add(1)
+	}
+}
+
+func (b *budget) spend() bool {
+	if b.tenths.Add(-retryCost) < 0 {
+		b.tenths.Add(retryCost)
+		return false
+	}
+	return true
+}
+
+// optional remembers that a method is UNIMPLEMENTED.
+type optional struct {
+	until  atomic.Pointer[time.Time]
+	logged atomic.Bool
+}
+
+// missing tells whether there is no point in asking now.
+func (o *optional) missing() bool {
+	until := o.until.Load()
+	return until != nil && time.Now().Before(*until)
+}
+
+// note remembers, and tells whether it is the first time ever.
+func (o *optional) note(d time.Duration) (first bool) {
+	until := time.Now().Add(d)
+	o.until.Store(&until)
+	return !o.logged.Swap(true)
+}
+
+func (o *optional) forget() { o.until.Store(nil) }
+
+// jitter spreads d over its upper half.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
+
+// sleep waits for d and tells whether ctx still lives.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}

@@ -1,0 +1,222 @@
+package controller
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// maxIDBytes is the limit of every id of the API.
+const maxIDBytes = 256
+
+// The fields of the reply that matter here, from controller.proto.
+const (
+	fieldRoomInfo = 1 // GetRoomInfoResponse.room_info
+	fieldUsers    = 2 // RoomInfo.users
+	fieldUserID   = 1 // UserInfo.user_id
+	fieldNodeID   = 3 // UserInfo.node_id
+)
+
+var errMembers = errors.New("the room has too many members")
+
+// rawReply receives a reply as it came over the wire. Whoever called for it
+// releases it.
+type rawReply struct{ buf mem.Buffer }
+
+func (r *rawReply) release() {
+	if r.buf != nil {
+		r.buf.Free()
+		r.buf = nil
+	}
+}
+
+// codec gives a *rawReply its bytes and leaves all else to gRPC's own codec.
+type codec struct{ encoding.CodecV2 }
+
+func newCodec() codec { return codec{encoding.GetCodecV2("proto")} }
+
+// Unmarshal implements encoding.CodecV2.
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	reply, ok := v.(*rawReply)
+	if !ok {
+		return c.CodecV2.Unmarshal(data, v)
+	}
+	reply.release()
+	reply.buf = data.MaterializeToBuffer(mem.DefaultBufferPool())
+	return nil
+}
+
+// walk reads the members out of a GetRoomInfoResponse.
+type walk struct {
+	add        func(user, node string)
+	maxMembers int
+
+	found   bool
+	members int
+	skipped int // members or nodes with an id that no push could name
+	nodes   map[string]*arena
+	last    *arena
+}
+
+// arena stores the ids of one node's members, many to an allocation. One for each
+// node, because the directory keeps or drops the members of a node together.
+type arena struct {
+	node string
+	b    strings.Builder
+}
+
+const (
+	arenaMin = 64       // a few ids: most rooms are small
+	arenaMax = 16 << 10 // what one surviving id can keep alive
+)
+
+// keep returns a copy of id that lives on its own. A full builder is left to the
+// strings cut from it and followed by one of twice the size.
+func (a *arena) keep(id []byte) string {
+	if a.b.Cap()-a.b.Len() < len(id) {
+		size := max(arenaMin, min(2*a.b.Cap(), arenaMax), len(id))
+		a.b = strings.Builder{}
+		a.b.Grow(size)
+	}
+	from := a.b.Len()
+	a.b.Write(id)
+	return a.b.String()[from:]
+}
+
+// response walks the outermost message.
+func (w *walk) response(b []byte) error {
+	return fields(b, func(number protowire.Number, value []byte) error {
+		if number != fieldRoomInfo {
+			return nil
+		}
+		w.found = true
+		return fields(value, func(number protowire.Number, value []byte) error {
+			if number != fieldUsers {
+				return nil
+			}
+			return w.member(value)
+		})
+	})
+}
+
+// member walks one UserInfo.
+func (w *walk) member(b []byte) error {
+	if w.members++; w.members > w.maxMembers {
+		return fmt.Errorf("%w: the limit is %d", errMembers, w.maxMembers)
+	}
+	var user, node []byte
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		if kind != protowire.BytesType {
+			if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
+				return protowire.ParseError(n)
+			}
+			b = b[n:]
+			continue
+		}
+		value, n := protowire.ConsumeBytes(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		switch number {
+		case fieldUserID:
+			user = value
+		case fieldNodeID:
+			node = value
+		}
+	}
+	if !usable(user) {
+		w.skipped++
+		return nil
+	}
+	if len(node) > 0 && !usable(node) {
+		w.skipped++
+		node = nil
+	}
+	a := w.arenaOf(node)
+	w.add(a.keep(user), a.node)
+	return nil
+}
+
+// arenaOf finds the node's arena. Members mostly come in runs of one node.
+func (w *walk) arenaOf(node []byte) *arena {
+	if w.last != nil && w.last.node == string(node) {
+		return w.last
+	}
+	a := w.nodes[string(node)]
+	if a == nil {
+		if w.nodes == nil {
+			w.nodes = map[string]*arena{}
+		}
+		a = &arena{node: string(node)}
+		w.nodes[a.node] = a
+	}
+	w.last = a
+	return a
+}
+
+// fields calls visit for each length-delimited field of a message.
+func fields(b []byte, visit func(protowire.Number, []byte) error) error {
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		if kind != protowire.BytesType {
+			if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
+				return protowire.ParseError(n)
+			}
+			b = b[n:]
+			continue
+		}
+		value, n := protowire.ConsumeBytes(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		if err := visit(number, value); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// usable tells whether a push could name this id: 1..256 bytes of valid UTF-8
+// without control characters.
+func usable(id []byte) bool {
+	if len(id) == 0 || len(id) > maxIDBytes {
+		return false
+	}
+	for i, c := range id {
+		if c >= utf8.RuneSelf {
+			return usableRunes(id[i:])
+		}
+		if c < ' ' || c == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+func usableRunes(id []byte) bool {
+	for len(id) > 0 {
+		r, n := utf8.DecodeRune(id)
+		if (r == utf8.RuneError && n == 1) || unicode.IsControl(r) {
+			return false
+		}
+		id = id[n:]
+	}
+	return true
+}
