@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -21,7 +22,12 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The metrics library starts one goroutine for each length of summary, for
+	// ever: here and not inside of a synctest bubble, which would wait for it.
+	newHandles(nil, metrics.NewSet())
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"))
+}
 
 // script is a Controller that answers what the test says. Methods without a
 // function are UNIMPLEMENTED.
