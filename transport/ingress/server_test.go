@@ -1,0 +1,412 @@
+package ingress
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	reflectpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/descriptorpb"
+	"google.golang.org/protobuf/types/dynamicpb"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func TestUnaryReplies(t *testing.T) {
+	w := newWorld(t, nil)
+	ctx, c := w.context(), content("x")
+
+	room, err := w.client.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{"b"}})
+	ok(t, err)
+	want := &pubsub.PushToRoomResponse{Success: true, DeliveredCount: 1, Message: "delivered to 1 of 2 users: 1 offline",
+		Summary: &pubsub.DeliverySummary{Targets: 2, Delivered: 1, Offline: 1}}
+	if !proto.Equal(room, want) {
+		t.Errorf("room: %v, want %v", room, want)
+	}
+	room, err = w.client.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: "x", Content: c})
+	ok(t, err)
+	if room.Success || room.Message != `room "x" not found` || room.Summary == nil {
+		t.Errorf("unknown room: %v", room)
+	}
+	room, err = w.client.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: "empty", Content: c})
+	ok(t, err)
+	if !room.Success || room.DeliveredCount != 0 || room.Summary == nil {
+		t.Errorf("empty room: %v", room)
+	}
+	user, err := w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "x", Content: c})
+	ok(t, err)
+	if user.Success || user.Message != `user "x" is offline` || user.Summary.Targets != 1 || user.Summary.Offline != 1 {
+		t.Errorf("offline user: %v", user)
+	}
+	w.network.nodes[1].refuse = engine.DropQueueFull
+	users, err := w.client.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: []string{"a", "b", "a"}, Content: c})
+	ok(t, err)
+	if users.Success || users.DeliveredCount != 1 || users.Message != "delivered to 1 of 2 users: 1 failed" ||
+		users.Summary.Targets != 2 || users.Summary.NodeFailures[0].NodeId != "n2" {
+		t.Errorf("users: %v", users)
+	}
+	w.network.nodes = nil
+	all, err := w.client.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: c})
+	ok(t, err)
+	if all.Success || all.Message != "no connect-node is available" || all.Summary == nil {
+		t.Errorf("broadcast: %v", all)
+	}
+}
+
+func TestUnaryDeadlines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.network.nodes[0].setKeep(true) // queued: nothing is written
+		for name, test := range map[string]struct {
+			timeout, want time.Duration
+		}{
+			"given":   {300 * time.Millisecond, 300 * time.Millisecond},
+			"default": {0, 5 * time.Second},
+		} {
+			ctx := context.Background()
+			if test.timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, test.timeout)
+				defer cancel()
+			} else {
+				go func() { // a link drops what expires
+					time.Sleep(5 * time.Second)
+					for _, d := range w.network.nodes[0].take() {
+						d.Drop(engine.DropExpired)
+					}
+				}()
+			}
+			began := time.Now()
+			_, err := w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			if code := codes.DeadlineExceeded; status.Code(err) != code {
+				t.Errorf("%s: %v, want %v", name, err, code)
+			}
+			if took := time.Since(began); took > test.want+50*time.Millisecond {
+				t.Errorf("%s: took %v", name, took)
+			}
+			synctest.Wait()
+		}
+		if n := w.metric(`push_manager_api_requests_total{api="PushToUser",status="error"}`); n != "2" {
+			t.Errorf("%s errors counted", n)
+		}
+	})
+}
+
+func TestUnaryPanicIsInternalForThatCall(t *testing.T) {
+	var log syncBuffer
+	calls := 0
+	w := newWorld(t, func(c *Config, _ *engine.Config) {
+		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		c.Trace = func(context.Context, string) (engine.Trace, func(engine.Result, error)) {
+			if calls++; calls == 1 {
+				panic("trace")
+			}
+			return nil, nil
+		}
+	})
+	push := func() error {
+		_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("secret")})
+		return err
+	}
+	wantError(t, push(), codes.Internal, "INTERNAL", "")
+	ok(t, push())
+	w.network.panic = true
+	wantError(t, push(), codes.Internal, "", "") // the engine had it: no claim that nothing was sent
+	w.network.panic = false
+	ok(t, push())
+	if n := w.metric(`push_manager_panics_total{part="ingress"}`); n != "2" {
+		t.Errorf("%s panics counted", n)
+	}
+	if s := log.String(); strings.Count(s, "level=ERROR") != 2 || !strings.Contains(s, "unary.go") || strings.Contains(s, "secret") {
+		t.Errorf("log: %s", s)
+	}
+}
+
+func TestMetricsMoveAsTheContractSays(t *testing.T) {
+	w := newWorld(t, nil)
+	ctx, c := w.context(), content("x")
+	room := func(id string) {
+		_, _ = w.client.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: id, Content: c})
+	}
+	room("r")       // success: 2 delivered, 1 offline
+	room("unknown") // failed: no target
+	room("")        // error
+	w.network.nodes[1].refuse = engine.DropQueueFull
+	room("r")                                                                             // partial: 1 delivered, 1 failed, 1 offline
+	_, err := w.client.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: c}) // partial: 3 delivered
+	ok(t, err)
+	st := w.stream(ctx)
+	ok(t, st.Send(userPush(1, "a", "x"))) // success: 1 delivered
+	recv(t, st)
+	ok(t, st.CloseSend())
+	wantEnd(t, st, codes.OK, "", "")
+	for series, want := range map[string]string{
+		`push_manager_api_requests_total{api="PushToRoom",status="success"}`:       "1",
+		`push_manager_api_requests_total{api="PushToRoom",status="partial"}`:       "1",
+		`push_manager_api_requests_total{api="PushToRoom",status="failed"}`:        "1",
+		`push_manager_api_requests_total{api="PushToRoom",status="error"}`:         "1",
+		`push_manager_api_requests_total{api="BroadcastMessage",status="partial"}`: "1",
+		`push_manager_api_requests_total{api="PushToUser",status="success"}`:       "1",
+		`push_manager_api_requests_total{api="PushToUsers",status="success"}`:      "0",
+		`push_manager_api_duration_seconds_count{api="PushToRoom"}`:                "4",
+		`push_manager_api_latency_seconds_count{api="PushToRoom"}`:                 "4",
+		`push_manager_api_latency_seconds_bucket{api="PushToRoom",le="+Inf"}`:      "4",
+		"push_manager_push_total":         "10",
+		"push_manager_push_success_total": "7",
+		"push_manager_push_failed_total":  "1",
+		"push_manager_push_unknown_total": "0",
+		"push_manager_push_offline_total": "2",
+		"push_manager_api_inflight":       "0",
+		"push_manager_api_streams":        "0",
+	} {
+		if got := w.metric(series); got != want {
+			t.Errorf("%s = %s, want %s", series, got, want)
+		}
+	}
+	for _, q := range []string{"0.5", "0.9", "0.99", "0.999"} {
+		if w.metric(`push_manager_api_duration_seconds{api="PushToRoom",quantile="`+q+`"}`) == "" {
+			t.Errorf("no quantile %s", q)
+		}
+	}
+}
+
+func TestHealthSaysNotServingBeforeTheServerGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.network.nodes[0].setKeep(true)
+		client := healthpb.NewHealthClient(w.conn)
+		for _, service := range []string{"", "pubsub.PushManagerService"} {
+			r, err := client.Check(w.context(), &healthpb.HealthCheckRequest{Service: service})
+			ok(t, err)
+			if r.Status != healthpb.HealthCheckResponse_SERVING {
+				t.Errorf("%q is %v", service, r.Status)
+			}
+		}
+		watch, err := client.Watch(w.context(), &healthpb.HealthCheckRequest{})
+		ok(t, err)
+		first, err := watch.Recv()
+		ok(t, err)
+		st := w.stream(w.context())
+		ok(t, st.Send(userPush(1, "d", "x")))
+		synctest.Wait()
+		drained := make(chan error, 1)
+		go func() { drained <- w.server.Drain(w.context()) }()
+		second, err := watch.Recv()
+		ok(t, err)
+		if first.Status != healthpb.HealthCheckResponse_SERVING || second.Status != healthpb.HealthCheckResponse_NOT_SERVING {
+			t.Errorf("watched %v, then %v", first.Status, second.Status)
+		}
+		r, err := client.Check(w.context(), &healthpb.HealthCheckRequest{Service: "pubsub.PushManagerService"})
+		ok(t, err)
+		if r.Status != healthpb.HealthCheckResponse_NOT_SERVING {
+			t.Errorf("draining is %v", r.Status)
+		}
+		w.network.ackAll()
+		ok(t, <-drained)
+		_, err = watch.Recv()
+		wantError(t, err, codes.Unavailable, "DRAINING", "")
+	})
+}
+
+func TestWatcherIsToldEvenWhenNothingIsInFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		watch, err := healthpb.NewHealthClient(w.conn).Watch(w.context(), &healthpb.HealthCheckRequest{})
+		ok(t, err)
+		_, err = watch.Recv()
+		ok(t, err)
+		ok(t, w.server.Drain(w.context()))
+		r, err := watch.Recv()
+		ok(t, err)
+		if r.Status != healthpb.HealthCheckResponse_NOT_SERVING {
+			t.Errorf("watched %v", r.Status)
+		}
+	})
+}
+
+// What grpcurl does: descriptors by reflection, JSON in, JSON out.
+func TestReflectionAndJSON(t *testing.T) {
+	w := newWorld(t, nil)
+	service := reflected(t, w, "pubsub.PushManagerService")
+	method := service.Methods().ByName("PushToRoom")
+	in, out := dynamicpb.NewMessage(method.Input()), dynamicpb.NewMessage(method.Output())
+	ok(t, protojson.Unmarshal([]byte(`{"room_id":"r","content":{"type":"TEXT","data":"aGk=","metadata":{"a":"b"}},"exclude_user_ids":["b"]}`), in))
+	ok(t, w.conn.Invoke(w.context(), methodRoom, in, out))
+	reply := new(pubsub.PushToRoomResponse)
+	json, err := protojson.Marshal(out)
+	ok(t, err)
+	ok(t, protojson.Unmarshal(json, reply))
+	if !reply.Success || reply.DeliveredCount != 1 {
+		t.Errorf("reply %s", json)
+	}
+	if service.Methods().Len() != 5 {
+		t.Errorf("%d methods", service.Methods().Len())
+	}
+}
+
+func reflected(t *testing.T, w *world, service string) protoreflect.ServiceDescriptor {
+	t.Helper()
+	st, err := reflectpb.NewServerReflectionClient(w.conn).ServerReflectionInfo(w.context())
+	ok(t, err)
+	ask := func(q *reflectpb.ServerReflectionRequest) *reflectpb.ServerReflectionResponse {
+		ok(t, st.Send(q))
+		r, err := st.Recv()
+		ok(t, err)
+		return r
+	}
+	listed := ask(&reflectpb.ServerReflectionRequest{MessageRequest: &reflectpb.ServerReflectionRequest_ListServices{}})
+	if !strings.Contains(listed.String(), service) {
+		t.Fatalf("services: %v", listed)
+	}
+	files := new(descriptorpb.FileDescriptorSet)
+	r := ask(&reflectpb.ServerReflectionRequest{MessageRequest: &reflectpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: service}})
+	for _, b := range r.GetFileDescriptorResponse().GetFileDescriptorProto() {
+		f := new(descriptorpb.FileDescriptorProto)
+		ok(t, proto.Unmarshal(b, f))
+		files.File = append(files.File, f)
+	}
+	ok(t, st.CloseSend())
+	registry, err := protodesc.NewFiles(files)
+	ok(t, err)
+	d, err := registry.FindDescriptorByName(protoreflect.FullName(service))
+	ok(t, err)
+	return d.(protoreflect.ServiceDescriptor)
+}
+
+func TestReflectionCanBeSwitchedOff(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *engine.Config) { c.DisableReflection = true })
+	st, err := reflectpb.NewServerReflectionClient(w.conn).ServerReflectionInfo(w.context())
+	ok(t, err)
+	_, err = st.Recv()
+	wantError(t, err, codes.Unimplemented, "", "")
+}
+
+// A reflection client that just stays must not hold up the way down.
+func TestDrainEndsStreamsOfOtherServices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		st, err := reflectpb.NewServerReflectionClient(w.conn).ServerReflectionInfo(w.context())
+		ok(t, err)
+		synctest.Wait()
+		began := time.Now()
+		ok(t, w.server.Drain(w.context()))
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("took %v", took)
+		}
+		_, err = st.Recv()
+		wantError(t, err, codes.Unavailable, "DRAINING", "")
+	})
+}
+
+func TestTraceIsAskedOnceForEachPush(t *testing.T) {
+	var mu sync.Mutex
+	var apis []string
+	var ends []string
+	w := newWorld(t, func(c *Config, _ *engine.Config) {
+		c.Trace = func(_ context.Context, api string) (engine.Trace, func(engine.Result, error)) {
+			mu.Lock()
+			defer mu.Unlock()
+			apis = append(apis, api)
+			if len(apis)%2 == 0 { // not sampled
+				return nil, nil
+			}
+			return nil, func(r engine.Result, err error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if err != nil {
+					ends = append(ends, err.Error())
+				} else {
+					ends = append(ends, strings.Repeat("+", r.Delivered))
+				}
+			}
+		}
+	})
+	_, err := w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{RoomId: "r", Content: content("x")})
+	ok(t, err)
+	_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	ok(t, err)
+	st := w.stream(w.context())
+	ok(t, st.Send(userPush(1, "", "x")))
+	recv(t, st)
+	ok(t, st.CloseSend())
+	wantEnd(t, st, codes.OK, "", "")
+	mu.Lock()
+	defer mu.Unlock()
+	if got := strings.Join(apis, " "); got != "PushToRoom PushToUser PushToUser" {
+		t.Errorf("asked for %s", got)
+	}
+	if got := strings.Join(ends, " "); got != "++ user_id: must not be empty" {
+		t.Errorf("ended with %s", got)
+	}
+}
+
+func TestRefusalsAreLoggedOnceASecondAndWithoutPayload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log syncBuffer
+		w := newWorld(t, func(c *Config, _ *engine.Config) {
+			c.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+		})
+		for range 20 {
+			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{Content: content("secret")})
+			wantError(t, err, codes.InvalidArgument, "REQUIRED", "user_id")
+		}
+		if s := log.String(); strings.Count(s, "\n") != 1 || strings.Contains(s, "secret") {
+			t.Errorf("log: %s", s)
+		}
+	})
+}
+
+func TestConfigValidate(t *testing.T) {
+	err := Config{MaxRecvBytes: -1, StreamInflight: -1, ConnectionTimeout: -1}.Validate()
+	for _, name := range []string{"Engine", "MaxRecvBytes", "StreamInflight", "ConnectionTimeout"} {
+		if err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("error %v does not name %s", err, name)
+		}
+	}
+	if _, err := New(Config{}); err == nil {
+		t.Error("a Server without an engine")
+	}
+}
+
+func TestSecondServeAfterCloseFails(t *testing.T) {
+	w := newWorld(t, nil)
+	w.server.Close()
+	w.server.Close()
+	if err := w.server.Drain(context.Background()); err != nil {
+		t.Errorf("Drain after Close: %v", err)
+	}
+	if _, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")}); status.Code(err) != codes.Unavailable {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// syncBuffer is a buffer that loggers may share.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
