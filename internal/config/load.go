@@ -52,6 +52,9 @@ type usageError string
 func (e usageError) Error() string        { return string(e) }
 func (e usageError) Is(target error) bool { return target == ErrUsage }
 
+// Usage makes err an error that wraps ErrUsage, with the same text.
+func Usage(err error) error { return usageError(err.Error()) }
+
 // known tells what is wrong with the name of a value in the file.
 func (s *Set) known(v value) error {
 	for _, k := range s.keys {

@@ -33,13 +33,14 @@ const maxDuration = 24 * time.Hour
 // Key is one setting.
 type Key struct {
 	// Static after binding.
-	name  string   // where it stands in the file: "grpc_port", "etcd.endpoints"
-	envs  []string // the environment variables, first come first served
-	help  string
-	def   string // the default as text
-	flagy bool   // a flag that needs no value
-	set   func(text string) error
-	text  func() string // the value now, as text
+	name   string   // where it stands in the file: "grpc_port", "etcd.endpoints"
+	envs   []string // the environment variables, first come first served
+	help   string
+	def    string // the default as text
+	flagy  bool   // a flag that needs no value
+	secret bool   // not to be printed
+	set    func(text string) error
+	text   func() string // the value now, as text
 
 	// Written by Load.
 	source string
@@ -49,6 +50,12 @@ type Key struct {
 // own.
 func (k *Key) Env(names ...string) *Key {
 	k.envs = append(k.envs, names...)
+	return k
+}
+
+// Secret keeps the value out of what Write prints.
+func (k *Key) Secret() *Key {
+	k.secret = true
 	return k
 }
 

@@ -37,7 +37,11 @@ func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
 	if help {
 		b.WriteString(indent + "# " + k.help + "\n")
 	}
-	b.WriteString(indent + name + ": " + quote(k.text()))
+	text := k.text()
+	if k.secret && text != "" {
+		text = "********"
+	}
+	b.WriteString(indent + name + ": " + quote(text))
 	if !help {
 		source := k.source
 		if source == "" {

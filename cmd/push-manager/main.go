@@ -1,0 +1,15 @@
+package main
+
+import (
+	"os"
+
+	"github.com/push-manager/push-manager/internal/program"
+)
+
+func main() {
+	os.Exit(program.Main(program.CommandLine{
+		Name:        "push-manager",
+		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
+		Commands:    program.All(),
+	}, os.Args[1:]))
+}

@@ -1,0 +1,230 @@
+package program
+
+import (
+	"context"
+	"log/slog"
+	"math"
+	"net"
+	"net/netip"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/shard"
+	"github.com/push-manager/push-manager/transport/controller"
+	"github.com/push-manager/push-manager/transport/discovery"
+	"github.com/push-manager/push-manager/transport/ingress"
+	"github.com/push-manager/push-manager/transport/link"
+)
+
+// PushManagerConfig is the Configs of the packages that Push-Manager is made of.
+type PushManagerConfig struct {
+	ManagerID        string
+	ListenAddress    string
+	AdvertiseAddress string
+	GRPCPort         int
+	MetricsPort      int
+	AllowInsecure    bool
+	PprofRemote      bool
+	Reflection       bool
+	DrainTimeout     time.Duration
+
+	Log        telemetry.LogConfig
+	Tracing    telemetry.TracingConfig
+	Shards     shard.Config
+	Routes     route.Config
+	Engine     engine.Config
+	Links      link.Config
+	Ingress    ingress.Config
+	Controller controller.Config
+	Discovery  discovery.Config
+	Etcd       EtcdConfig
+
+	allowNets []string
+}
+
+// maxRequest bounds what limits.request_bytes may be: such a request is held in
+// memory for each call under way.
+const maxRequest = 64 << 20
+
+// Bind adds all keys. Settle must follow Load.
+func (c *PushManagerConfig) Bind(s *config.Set) {
+	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
+	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
+	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
+	s.Text(&c.Controller.Address, "controller_address", "localhost:50051", "The Controller, as any gRPC target or several HOST:PORT separated by commas.")
+	s.Address(&c.AdvertiseAddress, "advertise_address", "", "HOST:PORT that others reach the push API at, for etcd. Empty: found out.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
+	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
+	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
+	c.Log.Bind(s)
+
+	s.Auto(&c.Shards.Count, "shards", min(runtime.GOMAXPROCS(0), shard.MaxCount), shard.MaxCount, "Fixed lanes of work, each with a stream to every node. auto: one for each core.")
+	s.Int(&c.Shards.PoolSize, "pool_size", 256, 1, 1<<16, "Goroutines of each shard that may wait for a look-up or an old node.")
+	s.Duration(&c.Engine.Timeout, "push_timeout", 5*time.Second, time.Millisecond, "Longest time of a push, whatever its caller asks for.")
+	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused.")
+	c.bindRoutes(s)
+	c.bindLimits(s)
+	c.bindLinks(s)
+	c.bindAPI(s)
+	c.Etcd.Bind(s)
+	s.Duration(&c.Discovery.Grace, "discovery.grace", 15*time.Second, config.Positive, "How long a node stays that is gone from etcd while its streams live.")
+	s.Int(&c.Discovery.MaxNodes, "discovery.max_nodes", 4096, 1, 1<<20, "Connect-Nodes taken notice of.")
+	s.List(&c.allowNets, "discovery.allow_networks", "", "Networks such as 10.0.0.0/8 that Connect-Nodes may be in. Empty: any.")
+	c.Tracing.Bind(s)
+}
+
+func (c *PushManagerConfig) bindRoutes(s *config.Set) {
+	s.Duration(&c.Routes.TTL, "route_cache_ttl", time.Second, time.Millisecond, "How long a route is trusted when the Controller has no change stream.")
+	s.Duration(&c.Routes.StaleTTL, "route_stale_ttl", time.Minute, time.Millisecond, "How long a route may serve while the Controller cannot be reached.")
+	s.Duration(&c.Routes.LookupTimeout, "lookup_timeout", 300*time.Millisecond, time.Millisecond, "Longest look-up at the Controller.")
+	s.Int(&c.Routes.MaxMembers, "route_cache_members", 4_000_000, 1, math.MaxInt32, "Members of all cached rooms together.")
+	s.Int(&c.Routes.MaxUsers, "route_cache_users", 1_000_000, 1, math.MaxInt32, "Users in the cache.")
+}
+
+func (c *PushManagerConfig) bindLimits(s *config.Set) {
+	l := &c.Engine.Limits
+	s.Int(&l.IDBytes, "limits.id_bytes", 256, 1, 4096, "Longest room or user id.")
+	s.Bytes(&l.DataBytes, "limits.data_bytes", 256<<10, 1, maxRequest, "Largest data of a message.")
+	s.Int(&l.MetadataEntries, "limits.metadata_entries", 32, 1, 1<<16, "Entries in the metadata of a message.")
+	s.Bytes(&l.MetadataBytes, "limits.metadata_bytes", 8<<10, 1, maxRequest, "Largest metadata of a message, keys and values together.")
+	s.Int(&l.Exclude, "limits.exclude_users", 10_000, 1, 1<<20, "Users in the exclude list of one push.")
+	s.Int(&l.Users, "limits.users", 10_000, 1, 1<<20, "Users in the list of one push.")
+	s.Bytes(&c.Ingress.MaxRecvBytes, "limits.request_bytes", 1<<20, 1<<10, maxRequest, "Largest request.")
+}
+
+func (c *PushManagerConfig) bindLinks(s *config.Set) {
+	const least = 25 * time.Millisecond // the links' clock is no finer
+	l := &c.Links
+	s.Duration(&l.AckTimeout, "link.ack_timeout", time.Second, least, "How long a node may owe an acknowledgement.")
+	s.Duration(&l.DialTimeout, "link.dial_timeout", time.Second, least, "Longest attempt to reach a node.")
+	s.Duration(&l.Heartbeat, "link.heartbeat", time.Second, least, "Pause between two heartbeats of a stream.")
+	s.Duration(&l.Silence, "link.silence", 3*time.Second, least, "How long a node may say nothing before its stream is closed.")
+	s.Duration(&l.BackoffMin, "link.backoff_min", 50*time.Millisecond, least, "First pause between two attempts to reach a node; it doubles.")
+	s.Duration(&l.BackoffMax, "link.backoff_max", 5*time.Second, least, "Longest pause between two attempts to reach a node.")
+	s.Bytes(&l.QueueBytes, "link.queue_bytes", 8<<20, 1, math.MaxInt32, "Bytes that may wait for one stream to a node.")
+	s.Int(&l.QueueLen, "link.queue_length", 8192, 1, 1<<20, "Deliveries that may wait for one stream to a node.")
+	s.Duration(&l.QueueAge, "link.queue_age", time.Second, least, "How long a delivery may wait for its stream.")
+	s.Int(&l.Window, "link.window", 8192, 1, 1<<20, "Deliveries of one stream that may be without acknowledgement.")
+	s.Bytes(&l.WindowBytes, "link.window_bytes", 8<<20, 1, math.MaxInt32, "The same in bytes.")
+	s.Bytes(&l.FrameBytes, "link.frame_bytes", 256<<10, 1, 16<<20, "Size at which a frame to a node is closed.")
+	s.Int(&l.AudienceMembers, "link.audience_members", 1_000_000, 1, math.MaxInt32, "Members of all audiences that one stream names to its node.")
+	s.Int(&l.UnaryLanes, "link.unary_lanes", 16, 1, 1024, "Calls under way, for each shard, to a node without Deliver.")
+}
+
+func (c *PushManagerConfig) bindAPI(s *config.Set) {
+	a := &c.Ingress
+	s.Bytes(&a.MaxHeaderBytes, "api.header_bytes", 16<<10, 1<<10, 16<<20, "Largest headers of a call.")
+	s.Int(&a.MaxStreams, "api.streams", 256, 1, 1<<20, "Calls under way on one connection.")
+	s.Duration(&a.ConnectionTimeout, "api.handshake_timeout", 5*time.Second, time.Millisecond, "Longest handshake of a connection.")
+	s.Duration(&a.KeepaliveTime, "api.keepalive_time", 30*time.Second, time.Second, "Silence after which a client is asked whether it is there.")
+	s.Duration(&a.KeepaliveTimeout, "api.keepalive_timeout", 10*time.Second, time.Second, "How long its answer may take.")
+	s.Duration(&a.KeepaliveMinTime, "api.keepalive_min_time", 5*time.Second, time.Millisecond, "How often a client may ask the same.")
+	s.Int(&a.StreamWorkers, "api.stream_workers", 64, 1, 1<<16, "Goroutines kept for calls.")
+	s.Int(&a.StreamInflight, "api.push_stream_in_flight", 1024, 1, 1<<20, "Pushes of one PushStream that are not answered; at the bound it is not read.")
+	s.Bytes(&a.StreamInflightBytes, "api.push_stream_bytes", 16<<20, 1<<10, 1<<30, "The same in bytes.")
+}
+
+// Settle checks what more than one key has a say in. Its errors name the keys.
+func (c *PushManagerConfig) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if err := checkListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+		return err
+	}
+	l := &c.Engine.Limits
+	switch {
+	case c.GRPCPort == c.MetricsPort && c.GRPCPort != 0:
+		return s.Problem("metrics_port", "%d is grpc_port, too", c.MetricsPort)
+	case c.Links.Silence <= c.Links.Heartbeat:
+		return s.Problem("link.silence", "%v must be longer than link.heartbeat (%v)", c.Links.Silence, c.Links.Heartbeat)
+	case c.Links.BackoffMax < c.Links.BackoffMin:
+		return s.Problem("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
+	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:
+		return s.Problem("limits.request_bytes", "%s cannot hold limits.data_bytes (%s) and limits.metadata_bytes (%s)",
+			config.FormatBytes(c.Ingress.MaxRecvBytes), config.FormatBytes(l.DataBytes), config.FormatBytes(l.MetadataBytes))
+	}
+	for _, text := range c.allowNets {
+		prefix, err := netip.ParsePrefix(text)
+		if err != nil {
+			return s.Problem("discovery.allow_networks", "%q is not a network like 10.0.0.0/8", text)
+		}
+		c.Discovery.AllowNets = append(c.Discovery.AllowNets, prefix)
+	}
+	if err := c.Etcd.Settle(s); err != nil {
+		return err
+	}
+	if err := c.Tracing.Settle(lookupEnv); err != nil {
+		return err
+	}
+	c.Discovery.RequestTimeout = c.Etcd.RequestTimeout
+	c.Ingress.DisableReflection = !c.Reflection
+	c.Tracing.Service, c.Tracing.Instance = "push-manager", c.ManagerID
+	return nil
+}
+
+// LogConfig implements Settings.
+func (c *PushManagerConfig) LogConfig() telemetry.LogConfig { return c.Log }
+
+// Timeout implements Settings.
+func (c *PushManagerConfig) Timeout() time.Duration { return c.DrainTimeout }
+
+// Start implements Settings.
+func (c *PushManagerConfig) Start(ctx context.Context, logger *slog.Logger) (Program, error) {
+	return StartPushManager(ctx, *c, logger)
+}
+
+// checkListen refuses an address that others can reach, while there is no TLS.
+func checkListen(s *config.Set, host string, allowed bool) error {
+	if ip := net.ParseIP(host); ip == nil && host != "" && host != "localhost" {
+		return s.Problem("listen_address", "%q is not an IP address", host)
+	}
+	if !config.Loopback(host) && !allowed {
+		return s.Problem("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
+	}
+	return nil
+}
+
+// advertised is the address that others reach a listener at: what the operator
+// says, or the listener's own, or this machine's first address.
+func advertised(configured string, listener net.Addr) string {
+	if configured != "" {
+		return configured
+	}
+	tcp, ok := listener.(*net.TCPAddr)
+	if !ok {
+		return listener.String()
+	}
+	host := tcp.IP
+	if host.IsUnspecified() {
+		host = firstAddress()
+	}
+	return net.JoinHostPort(host.String(), strconv.Itoa(tcp.Port))
+}
+
+func firstAddress() net.IP {
+	fallback := net.IPv4(127, 0, 0, 1)
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return fallback
+	}
+	var v6 net.IP
+	for _, a := range addrs {
+		ip, ok := a.(*net.IPNet)
+		switch {
+		case !ok || !ip.IP.IsGlobalUnicast():
+		case ip.IP.To4() != nil:
+			return ip.IP
+		case v6 == nil:
+			v6 = ip.IP
+		}
+	}
+	if v6 != nil {
+		return v6
+	}
+	return fallback
+}
