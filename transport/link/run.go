@@ -20,6 +20,10 @@ import (
 // with an attempt at once: a node in a crash loop stays on the backoff curve.
 const stableAfter = 500 * time.Millisecond
 
+// soundAfter is how long a stream that the node let down must have lived for the
+// backoff to start again from its minimum.
+const soundAfter = 30 * time.Second
+
 var (
 	errDialTimeout   = errors.New("no answer within the dial timeout")
 	errUnimplemented = errors.New("the node has no Deliver")
@@ -46,10 +50,13 @@ func (l *Link) run() {
 			l.fail(err)
 			l.quarantine()
 			first, pause = false, l.set.cfg.BackoffMin
-		case reached && time.Since(started) >= stableAfter && !errors.Is(err, errDrained):
+		case reached && time.Since(started) >= stableAfter && !atFault(err):
 			first, pause = true, l.set.cfg.BackoffMin
 			l.set.meters.reconnects.Inc()
 		default:
+			if time.Since(started) >= soundAfter {
+				pause = l.set.cfg.BackoffMin
+			}
 			l.fail(err)
 			if l.sleep(jitter(pause)) {
 				pause = l.set.cfg.BackoffMin // announced anew
@@ -59,6 +66,12 @@ func (l *Link) run() {
 			first = false
 		}
 	}
+}
+
+// atFault tells whether a stream has ended in a way that an attempt at once would
+// not mend.
+func atFault(err error) bool {
+	return errors.Is(err, errDrained) || errors.Is(err, errSilent) || errors.Is(err, errOwing)
 }
 
 // begin opens the next attempt. False means that the link is closed.

@@ -1,0 +1,712 @@
+package link
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// bubble runs a test in virtual time.
+func bubble(t *testing.T, f func(t *testing.T)) { t.Helper(); synctest.Test(t, f) }
+
+func reasons(r engine.Result) string {
+	var list []string
+	for _, f := range r.NodeFailures {
+		list = append(list, f.Reason)
+	}
+	return strings.Join(list, "; ")
+}
+
+func TestPushesArriveAndAreAcknowledged(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(2)
+		w.room("r", "A", "u1", "u2", "u3")
+		if r := w.do(w.toUser("u1", "one")); r.Delivered != 1 {
+			t.Errorf("user: %+v", r)
+		}
+		if r := w.do(w.toRoom("r", "two")); r.Delivered != 3 {
+			t.Errorf("room: %+v", r)
+		}
+		if r := w.do(w.toRoom("r", "three", "u2")); r.Delivered != 2 {
+			t.Errorf("room with exclude: %+v", r)
+		}
+		if r := w.do(w.toRoom("r", "four", "u1", "u2")); r.Delivered != 1 {
+			t.Errorf("room with most excluded: %+v", r)
+		}
+		want := []string{"u1 one", "u1 two", "u2 two", "u3 two", "u1 three", "u3 three", "u3 four"}
+		if got := n.received(t); !slices.Equal(got, want) {
+			t.Errorf("arrived: %q", got)
+		}
+		if st := w.set.Stats(); st.Queued+st.QueuedBytes+st.Unacked+st.UnackedBytes != 0 {
+			t.Errorf("left over: %+v", st)
+		}
+	})
+}
+
+func TestPushesQueuedWhileConnectingGoInOneFrameInOrder(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		var started []*pending
+		var want []string
+		for i := range 100 {
+			started = append(started, w.begin(w.toUser("u1", fmt.Sprint(i))))
+			want = append(want, fmt.Sprint("u1 ", i))
+		}
+		synctest.Wait()
+		close(n.gate)
+		for _, f := range started {
+			if r := w.end(f); r.Delivered != 1 {
+				t.Fatalf("%+v", r)
+			}
+		}
+		if got := n.received(t); !slices.Equal(got, want) {
+			t.Errorf("arrived: %q", got)
+		}
+		if frames := n.sent(); len(frames) != 1 {
+			t.Errorf("%d frames", len(frames))
+		}
+	})
+}
+
+func TestIdleStreamsStayUpOnHeartbeats(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		time.Sleep(time.Minute)
+		if n.opened() != 1 || w.set.Stats().Live != 1 {
+			t.Errorf("%d streams in a minute", n.opened())
+		}
+		if beats := len(n.all()); beats < 55 || beats > 61 {
+			t.Errorf("%d heartbeats in a minute", beats)
+		}
+	})
+}
+
+func TestNodeWithoutHeartbeatsIsClosedAfterSilence(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", deaf: true})
+		w.register("A", "a:1")
+		time.Sleep(3200 * time.Millisecond)
+		if n.opened() != 2 {
+			t.Errorf("%d streams", n.opened())
+		}
+	})
+}
+
+func TestAcksMayComeOutOfOrderAndInParts(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		var held []*pubsub.AckRange
+		n := &fakeNode{id: "A", gate: make(chan struct{})}
+		n.answer = func(seq uint64, users []string, text string, r *pubsub.DeliverResponse) {
+			held = append(held, &pubsub.AckRange{First: seq, Delivered: []uint32{1}})
+			if seq == 20 {
+				slices.Reverse(held)
+				r.Acks = held
+				r.Misses = []*pubsub.Miss{
+					{Seq: 7, Failed: []string{"u1"}, Reason: "full"}, {Seq: 3, NotHere: []string{"u1"}},
+				}
+				held[20-7].Delivered[0], held[20-3].Delivered[0] = 0, 0
+			}
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		var started []*pending
+		for i := range 20 {
+			started = append(started, w.begin(w.toUser("u1", fmt.Sprint(i+1))))
+		}
+		synctest.Wait()
+		close(n.gate)
+		for i, f := range started {
+			r := w.end(f)
+			want := engine.Result{Found: true, Targets: 1, Delivered: 1}
+			switch i + 1 {
+			case 3:
+				want = engine.Result{Found: true, Targets: 1, Offline: 1}
+			case 7:
+				want = engine.Result{Found: true, Targets: 1, Failed: 1}
+			}
+			r.NodeFailures = nil
+			if i+1 == 3 {
+				r.Found = true
+			}
+			if fmt.Sprint(r) != fmt.Sprint(want) {
+				t.Errorf("push %d: %+v", i+1, r)
+			}
+		}
+	})
+}
+
+func TestThreeLiesQuarantineTheLink(t *testing.T) {
+	lies := map[string]func(seq uint64, r *pubsub.DeliverResponse){
+		"more than asked for": func(seq uint64, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1 << 31}})
+		},
+		"users not asked for": func(seq uint64, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{0}})
+			r.Misses = append(r.Misses, &pubsub.Miss{Seq: seq, NotHere: []string{"stranger"}})
+		},
+	}
+	for name, lie := range lies {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := newWorld(t, Config{})
+				n := &fakeNode{id: "A"}
+				var honest atomic.Bool
+				n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+					if honest.Load() {
+						r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1}})
+						return
+					}
+					lie(seq, r)
+				}
+				w.start("a:1", n)
+				w.register("A", "a:1")
+				w.up(1)
+				w.room("r", "A", "u1")
+				for range 3 {
+					if r := w.do(w.toUser("u1", "x")); r.Unknown != 1 {
+						t.Errorf("after a lie: %+v", r)
+					}
+				}
+				synctest.Wait()
+				if r := w.do(w.toUser("u1", "x")); r.Failed != 1 {
+					t.Errorf("in quarantine: %+v", r)
+				}
+				time.Sleep(59 * time.Second)
+				if w.set.Reachable() != 0 {
+					t.Error("out of quarantine too early")
+				}
+				honest.Store(true)
+				time.Sleep(2 * time.Second)
+				if r := w.do(w.toUser("u1", "x")); r.Delivered != 1 {
+					t.Errorf("after quarantine: %+v", r)
+				}
+			})
+		})
+	}
+}
+
+func TestAcksOfWhatIsNotOwedAreStrikes(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks,
+				&pubsub.AckRange{First: seq, Delivered: []uint32{1, 1}}, // the second was never sent
+				&pubsub.AckRange{First: seq, Delivered: []uint32{1}},    // again
+				&pubsub.AckRange{First: 1 << 60, Delivered: []uint32{1}})
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		if r := w.do(w.toUser("u1", "x")); r.Delivered != 1 {
+			t.Errorf("%+v", r)
+		}
+		synctest.Wait()
+		if got := w.set.meters.strikes.Get(); got != 3 {
+			t.Errorf("%d strikes", got)
+		}
+		if w.set.Reachable() != 0 {
+			t.Error("not in quarantine")
+		}
+	})
+}
+
+func TestBroadcastIsClampedToTheUsersOnline(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1_000_000_000}})
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		if r := w.do(w.toAll("x")); r.Delivered != 3 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestNodeThatNeverAcksIsStalledAndRecovers(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		acks := make(chan *pubsub.AckRange, 100)
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			if seq == 1 {
+				acks <- &pubsub.AckRange{First: seq, Delivered: []uint32{1}} // owed
+				return
+			}
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1}})
+		}
+		n.deliver = nil
+		release := make(chan struct{})
+		slow := &slowAck{fakeNode: n, release: release, acks: acks}
+		n.deliver = slow.serve
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		began := time.Now()
+		f := w.begin(w.toUser("u1", "first"))
+		if r := w.end(f); r.Unknown != 1 || reasons(r) != "unknown: no acknowledgement in time" {
+			t.Errorf("%+v", r)
+		}
+		if took := f.at.Sub(began); took < 950*time.Millisecond || took > 1050*time.Millisecond {
+			t.Errorf("unknown after %v", took)
+		}
+		began = time.Now()
+		if r := w.do(w.toUser("u1", "second")); r.Failed != 1 || reasons(r) != "failed: node does not acknowledge" {
+			t.Errorf("stalled: %+v", r)
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("a stalled link took %v to say so", took)
+		}
+		close(release) // the late ack comes
+		synctest.Wait()
+		if r := w.do(w.toUser("u1", "third")); r.Delivered != 1 {
+			t.Errorf("recovered: %+v", r)
+		}
+		if got := w.set.meters.lateAcks.Get(); got != 1 {
+			t.Errorf("%d late acks", got)
+		}
+	})
+}
+
+// slowAck holds back the ack of the first delivery.
+type slowAck struct {
+	*fakeNode
+	release chan struct{}
+	acks    chan *pubsub.AckRange
+}
+
+func (s *slowAck) serve(st deliverStream) error {
+	if _, err := s.greet(st); err != nil {
+		return err
+	}
+	in := make(chan *pubsub.DeliverRequest)
+	go func() {
+		defer close(in)
+		for {
+			f, err := st.Recv()
+			if err != nil {
+				return
+			}
+			in <- f
+		}
+	}()
+	release := s.release
+	for {
+		out := &pubsub.DeliverResponse{}
+		select {
+		case f, ok := <-in:
+			if !ok {
+				return nil
+			}
+			out.Heartbeat = f.GetHeartbeat()
+			for i := range f.GetDeliveries() {
+				s.answer(f.GetFirstSeq()+uint64(i), nil, "", out)
+			}
+		case <-release:
+			release = nil
+			out.Acks = append(out.Acks, <-s.acks)
+		}
+		if err := st.Send(out); err != nil {
+			return err
+		}
+	}
+}
+
+func TestNodeThatAnswersHeartbeatsAndNeverAcksLosesItsStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A", answer: func(uint64, []string, string, *pubsub.DeliverResponse) {}}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		w.do(w.toUser("u1", "x"))
+		time.Sleep(3500 * time.Millisecond)
+		if n.opened() != 2 {
+			t.Errorf("%d streams", n.opened())
+		}
+	})
+}
+
+func TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{QueueBytes: 1 << 20, FrameBytes: 16 << 10})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			<-st.Context().Done()
+			return nil
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		began := time.Now()
+		text := strings.Repeat("x", 4<<10)
+		var started []*pending
+		full := 0
+		for range 500 {
+			f := w.begin(w.toUser("u1", text))
+			started = append(started, f)
+			synctest.Wait()
+			if st := w.set.Stats(); st.QueuedBytes > 1<<20 {
+				t.Fatalf("queue holds %d bytes", st.QueuedBytes)
+			}
+		}
+		unknown, failed := 0, 0
+		for _, f := range started {
+			r := w.end(f)
+			unknown += r.Unknown
+			failed += r.Failed
+			if reasons(r) == "failed: queue full" {
+				full++
+			} else if took := f.at.Sub(began); took > 1050*time.Millisecond {
+				t.Errorf("settled after %v: %+v", took, r)
+			}
+		}
+		if unknown == 0 || failed == 0 || full == 0 || unknown+failed != 500 {
+			t.Errorf("%d unknown, %d failed, %d of them since the queue was full", unknown, failed, full)
+		}
+		if r := w.do(w.toUser("u1", text)); r.Failed != 1 {
+			t.Errorf("stalled: %+v", r)
+		}
+	})
+}
+
+func TestBreakLosesWhatWasWrittenAndKeepsWhatWasNot(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Window: 2})
+		n := &fakeNode{id: "A"}
+		var second atomic.Bool
+		n.deliver = func(st deliverStream) error {
+			if second.Swap(true) {
+				return n.serve(st)
+			}
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			got := 0
+			for got < 2 {
+				f, err := st.Recv()
+				if err != nil {
+					return err
+				}
+				got += len(f.GetDeliveries())
+			}
+			time.Sleep(300 * time.Millisecond)
+			return errors.New("broken")
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		time.Sleep(time.Second)
+		began := time.Now()
+		var started []*pending
+		for i := range 5 {
+			started = append(started, w.begin(w.toUser("u1", fmt.Sprint(i))))
+		}
+		for i, f := range started {
+			r := w.end(f)
+			if i < 2 && (r.Unknown != 1 || f.at.Sub(began) > 310*time.Millisecond) {
+				t.Errorf("push %d, written: %+v after %v", i, r, f.at.Sub(began))
+			}
+			if i >= 2 && r.Delivered != 1 {
+				t.Errorf("push %d, queued: %+v", i, r)
+			}
+		}
+		if got := n.received(t); !slices.Equal(got, []string{"u1 2", "u1 3", "u1 4"}) {
+			t.Errorf("arrived after the break: %q", got)
+		}
+	})
+}
+
+func TestDeadNodeFailsAtOnceAndBacksOff(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		synctest.Wait()
+		began := time.Now()
+		if r := w.do(w.toUser("u1", "x")); r.Failed != 1 {
+			t.Errorf("%+v", r)
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("took %v", took)
+		}
+		time.Sleep(time.Minute)
+		if w.dialed() > 25 {
+			t.Errorf("%d dials in a minute", w.dialed())
+		}
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1") // announced: no waiting for the backoff
+		synctest.Wait()
+		if r := w.do(w.toUser("u1", "x")); r.Delivered != 1 {
+			t.Errorf("back: %+v", r)
+		}
+		n.received(t)
+	})
+}
+
+func TestUnreachableAddressHoldsPushesForTheDialTimeoutOnly(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		began := time.Now()
+		if r := w.do(w.toUser("u1", "x")); r.Failed != 1 {
+			t.Errorf("%+v", r)
+		}
+		if took := time.Since(began); took > 1050*time.Millisecond {
+			t.Errorf("first took %v", took)
+		}
+		time.Sleep(100 * time.Millisecond)
+		began = time.Now()
+		w.do(w.toUser("u1", "x"))
+		if took := time.Since(began); took != 0 {
+			t.Errorf("second took %v", took)
+		}
+	})
+}
+
+func TestWrongNodeIDIsNotSentTo(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "B"})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		synctest.Wait()
+		if r := w.do(w.toUser("u1", "x")); r.Failed != 1 {
+			t.Errorf("%+v", r)
+		}
+		if w.set.Reachable() != 0 || len(n.received(t)) != 0 {
+			t.Error("sent to somebody else's node")
+		}
+	})
+}
+
+func TestOtherProtocolVersionIsNotSentTo(t *testing.T) {
+	for _, version := range []uint32{0, 2} {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{})
+			n := &fakeNode{id: "A"}
+			n.hello = &pubsub.HelloReply{ProtocolVersion: version, NodeId: "A"}
+			w.start("a:1", n)
+			w.register("A", "a:1")
+			synctest.Wait()
+			if w.set.Reachable() != 0 {
+				t.Errorf("version %d was accepted", version)
+			}
+		})
+	}
+}
+
+func TestSameIDAtANewAddressIsReplacedAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		old := w.start("a:1", &fakeNode{id: "A"})
+		fresh := w.start("a:2", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(2)
+		w.room("r", "A", "u1")
+		w.do(w.toUser("u1", "old"))
+		w.register("A", "a:2")
+		if r := w.do(w.toUser("u1", "new")); r.Delivered != 1 {
+			t.Errorf("%+v", r)
+		}
+		if got := old.received(t); !slices.Equal(got, []string{"u1 old"}) {
+			t.Errorf("old address: %q", got)
+		}
+		if got := fresh.received(t); !slices.Equal(got, []string{"u1 new"}) {
+			t.Errorf("new address: %q", got)
+		}
+		synctest.Wait()
+		if st := w.set.Stats(); st.Live != 2 || st.Links != 2 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+func TestRemovedNodeLosesItsWindow(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", answer: func(uint64, []string, string, *pubsub.DeliverResponse) {}})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		w.register()
+		if r := w.end(f); r.Unknown != 1 || reasons(r) != "unknown: stream broke before the acknowledgement" {
+			t.Errorf("%+v", r)
+		}
+		if w.set.Link(0, "A") != nil || len(w.set.Links(0)) != 0 {
+			t.Error("the node is still there")
+		}
+		n.received(t)
+	})
+}
+
+func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			for {
+				f, err := st.Recv()
+				if err != nil {
+					return nil
+				}
+				if len(f.GetDeliveries()) == 0 {
+					continue
+				}
+				if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
+					return err
+				}
+				time.Sleep(500 * time.Millisecond)
+				out := &pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: []uint32{1}}}}
+				if err := st.Send(out); err != nil {
+					return err
+				}
+			}
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1", "u2")
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		if r := w.do(w.toUser("u2", "y")); r.Failed != 1 || !strings.Contains(reasons(r), "draining") {
+			t.Errorf("while draining: %+v", r)
+		}
+		if r := w.end(f); r.Delivered != 1 {
+			t.Errorf("taken before: %+v", r)
+		}
+		synctest.Wait()
+		if w.set.Reachable() != 0 {
+			t.Error("the stream was not closed")
+		}
+	})
+}
+
+func TestDrainOfTheSetFlushesAndWaits(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		n := w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.start("b:1", unaryNode("B"))
+		w.register("A", "a:1", "B", "b:1")
+		w.room("r", "A", "u1")
+		var started []*pending
+		for i := range 10 {
+			started = append(started, w.begin(w.toUser("u1", fmt.Sprint(i))))
+		}
+		synctest.Wait()
+		close(n.gate)
+		began := time.Now()
+		if err := w.set.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > 100*time.Millisecond {
+			t.Errorf("drain took %v", took)
+		}
+		for _, f := range started {
+			if r := w.end(f); r.Delivered != 1 {
+				t.Errorf("%+v", r)
+			}
+		}
+		if r := w.do(w.toUser("u1", "late")); r.Failed != 1 {
+			t.Errorf("after drain: %+v", r)
+		}
+		drains := 0
+		for _, f := range n.all() {
+			if f.GetDrain() {
+				drains++
+			}
+		}
+		if drains != 2 {
+			t.Errorf("%d drain frames", drains)
+		}
+	})
+}
+
+func TestBadBytesBreakTheStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1}})
+			r.Hello = &pubsub.HelloReply{} // a second hello
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		if r := w.do(w.toUser("u1", "x")); r.Unknown != 1 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestCallerWhoLeavesIsNotWrittenFor(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		p := w.toUser("u1", "x")
+		p.Timeout = 100 * time.Millisecond
+		f := w.begin(p)
+		began := time.Now()
+		<-f.done
+		if took := f.at.Sub(began); took < 100*time.Millisecond || took > 150*time.Millisecond {
+			t.Errorf("expired after %v", took)
+		}
+		close(n.gate)
+		w.up(1)
+		if got := n.received(t); len(got) != 0 {
+			t.Errorf("written after the deadline: %q", got)
+		}
+	})
+}
+
+func TestTimeInWhichWeDidNotRunIsNotHeldAgainstTheNode(t *testing.T) {
+	c := &clock{start: time.Now().Add(-10 * time.Second)}
+	c.advance()
+	if got := time.Duration(c.ran.Load()); got != tickMax {
+		t.Errorf("10 s in one tick count as %v", got)
+	}
+	if got := time.Duration(c.real.Load()); got < 10*time.Second {
+		t.Errorf("real time is %v", got)
+	}
+}
