@@ -112,6 +112,9 @@ func (p *Push) account() (Result, error) {
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 	}
 	r.Targets = b.total()
+	if p.Kind == ToUser || p.Kind == ToUsers {
+		r.Found = r.Offline < r.Targets // whatever the Controller said at first
+	}
 	slices.SortFunc(r.NodeFailures, func(x, y NodeFailure) int {
 		return cmp.Or(strings.Compare(x.Node, y.Node), strings.Compare(x.Reason, y.Reason))
 	})

@@ -384,7 +384,7 @@ func TestStaleRoutesHealWithOneLookup(t *testing.T) {
 			w.users["u"] = []string{"A"}
 			do(t, e, toUser("u"))
 			w.users["u"] = now
-			if r := do(t, e, toUser("u")); r.Offline != 1 || r.Failed != 0 {
+			if r := do(t, e, toUser("u")); r.Offline != 1 || r.Failed != 0 || r.Success() {
 				t.Errorf("Controller says %v: %+v", now, r)
 			}
 		}

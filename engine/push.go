@@ -98,7 +98,7 @@ type Push struct {
 	shared  []string          // users with more than one delivery
 	offline int               // users without a node
 	dropped [reasons]int      // users that no delivery was made for, by reason
-	found   bool
+	found   bool              // the room exists; there are nodes
 
 	result Result
 	err    error
@@ -266,7 +266,6 @@ func (p *Push) stageUser(user string, s *route.Snapshot) []*Delivery {
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
-	p.found = p.found || s.Found
 	p.shared = append(p.shared, s.Shared...)
 	if !s.Found {
 		p.offline++
