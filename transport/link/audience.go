@@ -51,11 +51,16 @@ func (a *audiences) address(d *engine.Delivery) address {
 	if g == nil {
 		return address{users: d.Users()}
 	}
-	named := address{users: g.Users, minus: d.Except()}
-	if len(g.Users) == 1 || len(d.Except()) > len(g.Users)/2 {
+	return a.addressGroup(d.Room(), g, d.Except())
+}
+
+// addressGroup is address for the members of a room but except.
+func (a *audiences) addressGroup(room string, g *route.Group, except []string) address {
+	named := address{users: g.Users, minus: except}
+	if len(g.Users) == 1 || len(except) > len(g.Users)/2 {
 		return named // the list is the shorter way to say it
 	}
-	if e, ok := a.byRoom[d.Room()]; ok {
+	if e, ok := a.byRoom[room]; ok {
 		a.recent.MoveToFront(e)
 		aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
 		if aud.group == g {
@@ -70,23 +75,23 @@ func (a *audiences) address(d *engine.Delivery) address {
 		a.meters.audListed.Inc()
 		return named
 	}
-	return address{audience: a.define(d.Room(), g)}
+	return address{audience: a.define(room, g)}
 }
 
-// undo takes back what address has just promised about d: the frame does not
-// contain it after all.
-func (a *audiences) undo(d *engine.Delivery, to *address) {
+// undo takes back what address has just promised about a delivery to room: the
+// frame does not contain it after all.
+func (a *audiences) undo(room string, to *address) {
 	if to.audience.id == 0 || to.audience.room == "" && to.audience.join == nil && to.audience.leave == nil {
 		return
 	}
-	e := a.byRoom[d.Room()]
+	e := a.byRoom[room]
 	if to.audience.room == "" {
 		a.evict(e) // the node has an older version: it starts anew
 		return
 	}
 	a.members -= len(to.audience.join)
 	a.recent.Remove(e)
-	delete(a.byRoom, d.Room())
+	delete(a.byRoom, room)
 }
 
 // define makes room's audience known.

@@ -222,7 +222,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		to := s.auds.address(e.d)
 		size := sizeDelivery(e.d, &to)
 		if len(b)+size+frameSpare > cfg.MaxFrameBytes {
-			s.auds.undo(e.d, &to)
+			s.auds.undo(e.d.Room(), &to)
 			if len(s.kept) > 0 {
 				rest = i
 				break
@@ -231,7 +231,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			continue
 		}
 		if !e.d.TrySend() {
-			s.auds.undo(e.d, &to)
+			s.auds.undo(e.d.Room(), &to)
 			continue
 		}
 		b = appendDelivery(b, e.d, &to, size)

@@ -1,0 +1,248 @@
+package link
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/push-manager/push-manager/engine/route"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func names(prefix string, n int) []string {
+	list := make([]string, n)
+	for i := range list {
+		list[i] = fmt.Sprintf("%s%03d", prefix, i)
+	}
+	return list
+}
+
+func TestAudienceIsDefinedOnceAndThenNamed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(1)
+		users := names("u", 100)
+		w.room("r", "A", users...)
+		for i := range 3 {
+			if r := w.do(w.toRoom("r", fmt.Sprint(i))); r.Delivered != 100 {
+				t.Fatalf("%+v", r)
+			}
+		}
+		w.do(w.toRoom("r", "but two", "u007", "u042"))
+		var refs []*pubsub.Audience
+		for _, f := range n.sent() {
+			refs = append(refs, f.GetDeliveries()[0].GetAudience())
+		}
+		if len(refs) != 4 || len(refs[0].GetJoin()) != 100 || refs[0].GetRoomId() != "r" {
+			t.Fatalf("definition: %v", refs)
+		}
+		for _, ref := range refs[1:] {
+			if ref.GetId() != refs[0].GetId() || ref.GetVersion() != 1 || len(ref.GetJoin()) > 0 || ref.GetRoomId() != "" {
+				t.Errorf("named: %v", ref)
+			}
+		}
+		if got := len(n.received(t)); got != 398 {
+			t.Errorf("%d users reached", got)
+		}
+	})
+}
+
+func TestChangeOfMembersIsSentAsDelta(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(1)
+		users := names("u", 100)
+		w.room("r", "A", users...)
+		w.do(w.toRoom("r", "1"))
+		w.room("r", "A", append(users[5:], "v1", "v2")...)
+		if r := w.do(w.toRoom("r", "2")); r.Delivered != 97 {
+			t.Errorf("%+v", r)
+		}
+		ref := n.sent()[1].GetDeliveries()[0].GetAudience()
+		if ref.GetVersion() != 2 || !slices.Equal(ref.GetJoin(), []string{"v1", "v2"}) || !slices.Equal(ref.GetLeave(), users[:5]) {
+			t.Errorf("delta: %v", ref)
+		}
+		w.room("r", "A", names("x", 50)...) // all others: a new definition is shorter
+		if r := w.do(w.toRoom("r", "3")); r.Delivered != 50 {
+			t.Errorf("%+v", r)
+		}
+		f := n.sent()[2]
+		if again := f.GetDeliveries()[0].GetAudience(); again.GetId() == ref.GetId() || again.GetVersion() != 1 || len(f.GetForgetAudiences()) != 1 {
+			t.Errorf("new definition: %v", f)
+		}
+		n.received(t)
+	})
+}
+
+func TestAudiencesKeepWithinTheNodesLimit(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A", hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", MaxAudienceMembers: 50}}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		for i := range 10 {
+			w.room(fmt.Sprint("r", i), "A", names(fmt.Sprint("u", i), 20)...)
+		}
+		w.room("big", "A", names("b", 51)...)
+		for range 300 {
+			if r := w.do(w.toRoom(fmt.Sprint("r", rand.N(10)), "x")); r.Delivered != 20 {
+				t.Fatalf("%+v", r)
+			}
+		}
+		if r := w.do(w.toRoom("big", "x")); r.Delivered != 51 {
+			t.Errorf("beyond the limit: %+v", r)
+		}
+		if len(n.received(t)) != 300*20+51 { // checks the limit as the node sees it, too
+			t.Error("not all arrived")
+		}
+		if w.set.meters.audForgotten.Get() == 0 {
+			t.Error("nothing was forgotten")
+		}
+	})
+}
+
+func TestNodeWithoutAudiencesGetsUserIDs(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A", hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A"}}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", names("u", 9)...)
+		if r := w.do(w.toRoom("r", "x", "u003")); r.Delivered != 8 {
+			t.Errorf("%+v", r)
+		}
+		d := n.sent()[0].GetDeliveries()[0]
+		if d.GetRoomId() != "r" || len(d.GetUserIds()) != 8 || slices.Contains(d.GetUserIds(), "u003") {
+			t.Errorf("%v", d)
+		}
+	})
+}
+
+func TestAudiencesStartAnewWithEachStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", names("u", 9)...)
+		w.do(w.toRoom("r", "x"))
+		n.kill()
+		n.start()
+		w.register("A", "a:1")
+		w.until("the link is back", func() bool { return n.opened() == 2 })
+		w.up(1)
+		if r := w.do(w.toRoom("r", "y")); r.Delivered != 9 {
+			t.Errorf("%+v", r)
+		}
+		n.received(t)
+	})
+}
+
+func TestAudienceTooLargeForAFrameIsDropped(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{MaxFrameBytes: 4096, FrameBytes: 4096})
+		n := w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", names("u", 900)...)
+		r := w.do(w.toRoom("r", "x"))
+		if r.Failed != 900 || reasons(r) != "failed: too large for a frame" {
+			t.Errorf("%+v", r)
+		}
+		w.room("r", "A", names("u", 300)...) // the one that did not fit left no trace
+		if r := w.do(w.toRoom("r", "y")); r.Delivered != 300 {
+			t.Errorf("%+v", r)
+		}
+		n.received(t)
+	})
+}
+
+func TestMixedTrafficKeepsFramesWithinTheirBudget(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{MaxFrameBytes: 16 << 10, FrameBytes: 8 << 10})
+		n := w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.register("A", "a:1")
+		var started []*pending
+		for i := range 20 {
+			w.room(fmt.Sprint("r", i), "A", names(fmt.Sprint("u", i, "-"), 1+100*(i%9))...)
+		}
+		for i := range 200 {
+			started = append(started, w.begin(w.toRoom(fmt.Sprint("r", i%20), "x")))
+		}
+		close(n.gate)
+		for _, f := range started {
+			if r := w.end(f); r.Failed+r.Unknown+r.Offline != 0 {
+				t.Fatalf("%+v", r)
+			}
+		}
+		for _, f := range n.sent() {
+			if f.SizeVT() > 16<<10 {
+				t.Errorf("frame of %d bytes", f.SizeVT())
+			}
+		}
+		n.received(t)
+	})
+}
+
+// TestAudiencesAgreeWithAStrictNode drives the writer's book-keeping with random
+// groups and frames and compares with what a node would make of it.
+func TestAudiencesAgreeWithAStrictNode(t *testing.T) {
+	m := newMeters(Config{}.withDefaults().Metrics)
+	rapid.Check(t, func(t *rapid.T) {
+		limit := rapid.IntRange(0, 40).Draw(t, "limit")
+		a := newAudiences(limit, m)
+		node, members, rooms := &fakeNode{}, 0, map[uint32]*fakeAudience{}
+		groups := map[string]*route.Group{}
+		for range rapid.IntRange(1, 30).Draw(t, "frames") {
+			for range rapid.IntRange(0, 5).Draw(t, "deliveries") {
+				room := rapid.SampledFrom([]string{"r1", "r2", "r3", "r4"}).Draw(t, "room")
+				if groups[room] == nil || rapid.Bool().Draw(t, "changes") {
+					users := rapid.SliceOfNDistinct(rapid.StringMatching("u[0-9]{1,2}"), 2, 20, rapid.ID[string]).Draw(t, "users")
+					slices.Sort(users)
+					groups[room] = &route.Group{Users: users}
+				}
+				to := a.addressGroup(room, groups[room], nil)
+				if rapid.IntRange(0, 9).Draw(t, "undo") == 0 {
+					a.undo(room, &to)
+					continue
+				}
+				d := &pubsub.Delivery{UserIds: to.users}
+				if ref := to.audience; ref.id != 0 {
+					d.Audience = &pubsub.Audience{
+						Id: ref.id, Version: ref.version, RoomId: ref.room,
+						Join: slices.Clone(ref.join), Leave: slices.Clone(ref.leave),
+					}
+				}
+				got := node.resolve(d, rooms, &members)
+				if !slices.Equal(got, groups[room].Users) {
+					t.Fatalf("the node reaches %q, not %q", got, groups[room].Users)
+				}
+				if members > limit {
+					t.Fatalf("%d members, limit %d", members, limit)
+				}
+			}
+			for _, id := range a.endFrame() {
+				if rooms[id] == nil {
+					continue // its definition was undone
+				}
+				members -= len(rooms[id].users)
+				delete(rooms, id)
+			}
+			if a.members < members {
+				t.Fatalf("counts %d members, the node has %d", a.members, members)
+			}
+		}
+		if len(node.broken) > 0 {
+			t.Fatalf("breaches: %q", node.broken)
+		}
+	})
+}
