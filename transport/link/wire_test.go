@@ -1,0 +1,216 @@
+package link
+
+import (
+	"math"
+	"slices"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func TestHelloIsWhatTheGeneratedCodeReads(t *testing.T) {
+	var got pubsub.DeliverRequest
+	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8), &got); err != nil {
+		t.Fatal(err)
+	}
+	want := &pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm-1", Shard: 3, Shards: 8}}
+	if !proto.Equal(&got, want) {
+		t.Errorf("%v", &got)
+	}
+}
+
+// drawText is a string of which some are long enough for lengths of two bytes.
+func drawText(t *rapid.T, label string) string {
+	return rapid.OneOf(rapid.StringN(1, 8, 32), rapid.StringN(60, 80, 300)).Draw(t, label)
+}
+
+func TestReferencesAndListsAreWhatTheGeneratedCodeReads(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		list := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 6)
+		ref := audienceRef{
+			id: rapid.Uint32().Draw(t, "id"), version: rapid.Uint32().Draw(t, "version"),
+			room: drawText(t, "room"), join: list.Draw(t, "join"), leave: list.Draw(t, "leave"),
+		}
+		b := ref.append(nil)
+		if len(b) != ref.size() {
+			t.Fatalf("%d bytes, size says %d", len(b), ref.size())
+		}
+		var got pubsub.Audience
+		if err := proto.Unmarshal(b, &got); err != nil {
+			t.Fatal(err)
+		}
+		if got.GetId() != ref.id || got.GetVersion() != ref.version || got.GetRoomId() != ref.room ||
+			!slices.Equal(got.GetJoin(), ref.join) || !slices.Equal(got.GetLeave(), ref.leave) {
+			t.Fatalf("%v of %+v", &got, ref)
+		}
+
+		users := slices.Compact(slices.Sorted(slices.Values(list.Draw(t, "users"))))
+		var minus, rest []string
+		for _, u := range users {
+			if rapid.Bool().Draw(t, "out") {
+				minus = append(minus, u)
+			} else {
+				rest = append(rest, u)
+			}
+		}
+		b = appendWithout(nil, delUsers, users, minus)
+		if len(b) != sizeStrings(users)-sizeStrings(minus) {
+			t.Fatalf("%d bytes", len(b))
+		}
+		var d pubsub.Delivery
+		if err := proto.Unmarshal(b, &d); err != nil || !slices.Equal(d.GetUserIds(), rest) {
+			t.Fatalf("%v, %v, not %q", err, &d, rest)
+		}
+	})
+}
+
+func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
+	r := &pubsub.DeliverResponse{
+		Heartbeat: rapid.Uint64().Draw(t, "heartbeat"), OnlineUsers: rapid.Uint32().Draw(t, "online"), Drain: rapid.Bool().Draw(t, "drain"),
+	}
+	if rapid.Bool().Draw(t, "hello") {
+		r.Hello = &pubsub.HelloReply{
+			ProtocolVersion: rapid.Uint32().Draw(t, "version"), NodeId: drawText(t, "node"), BootId: drawText(t, "boot"),
+			MaxAudienceMembers: rapid.Uint32().Draw(t, "members"), MaxUnacked: rapid.Uint32().Draw(t, "unacked"),
+			OnlineUsers: rapid.Uint32().Draw(t, "online"),
+		}
+	}
+	for range rapid.IntRange(0, 4).Draw(t, "acks") {
+		r.Acks = append(r.Acks, &pubsub.AckRange{
+			First:     rapid.Uint64Range(0, math.MaxUint64-100).Draw(t, "first"),
+			Delivered: rapid.SliceOfN(rapid.Uint32(), 0, 5).Draw(t, "delivered"),
+		})
+	}
+	for i := range rapid.IntRange(0, 4).Draw(t, "misses") {
+		r.Misses = append(r.Misses, &pubsub.Miss{
+			Seq:         uint64(10 - i),
+			NotHere:     rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3).Draw(t, "not here"),
+			Failed:      rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3).Draw(t, "failed"),
+			Reason:      rapid.StringN(0, 20, 60).Draw(t, "reason"),
+			FailedUsers: rapid.Uint32().Draw(t, "failed users"), Refused: rapid.Bool().Draw(t, "refused"),
+		})
+	}
+	return r
+}
+
+func TestResponsesAreReadAsTheGeneratedCodeWroteThem(t *testing.T) {
+	var r response // reused, as a stream does
+	rapid.Check(t, func(t *rapid.T) {
+		want := drawResponse(t)
+		b, err := proto.Marshal(want)
+		if err != nil {
+			t.Skip("not UTF-8")
+		}
+		if err := r.decode(b, 100); err != nil {
+			t.Fatal(err)
+		}
+		compare(t, &r, want)
+	})
+}
+
+// compare checks a decoded response against the generated type.
+func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.DeliverResponse) {
+	if r.heartbeat != want.GetHeartbeat() || r.online != want.GetOnlineUsers() || r.drain != want.GetDrain() {
+		t.Fatalf("%+v of %v", r, want)
+	}
+	if h := want.GetHello(); h != nil {
+		got := helloReply{h.GetProtocolVersion(), h.GetNodeId(), h.GetBootId(), h.GetMaxAudienceMembers(), h.GetMaxUnacked(), h.GetOnlineUsers()}
+		if r.hello == nil || *r.hello != got {
+			t.Fatalf("%+v of %v", r.hello, h)
+		}
+	}
+	var acks []ack
+	for _, a := range want.GetAcks() {
+		for i, n := range a.GetDelivered() {
+			acks = append(acks, ack{a.GetFirst() + uint64(i), n})
+		}
+	}
+	if !slices.Equal(acks, r.acks) {
+		t.Fatalf("%+v of %v", r.acks, want)
+	}
+	if len(r.misses) != len(want.GetMisses()) {
+		t.Fatalf("%d misses of %d", len(r.misses), len(want.GetMisses()))
+	}
+	for _, m := range want.GetMisses() {
+		found := false
+		for _, got := range r.misses {
+			found = found || got.seq == m.GetSeq() && slices.Equal(got.notHere, m.GetNotHere()) && slices.Equal(got.failed, m.GetFailed()) &&
+				got.reason == cut(m.GetReason()) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
+		}
+		if !found {
+			t.Fatalf("%v not in %+v", m, r.misses)
+		}
+	}
+}
+
+func TestHostileFramesAreRefused(t *testing.T) {
+	many := make([]uint32, 1000)
+	flood, err := proto.Marshal(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: many}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrap, err := proto.Marshal(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: math.MaxUint64, Delivered: []uint32{1, 1}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string][]byte{
+		"truncated":                {0x12, 0x05, 0x08},
+		"not a message":            {0xff, 0xff, 0xff},
+		"heartbeat of wrong type":  {0x22, 0x01, 0x00},
+		"acks of wrong type":       {0x10, 0x01},
+		"text that is not UTF-8":   {0x1a, 0x03, 0x12, 0x01, 0xff},
+		"field number 0":           {0x00, 0x01},
+		"more acks than are owed":  flood,
+		"acks beyond the last seq": wrap,
+	}
+	for name, b := range tests {
+		t.Run(name, func(t *testing.T) {
+			var r response
+			if err := r.decode(b, 100); err == nil {
+				t.Errorf("accepted: %+v", r)
+			}
+		})
+	}
+}
+
+func TestFieldsOfALaterVersionAreSkipped(t *testing.T) {
+	b := []byte{0x20, 0x07, 0x7a, 0x02, 'x', 'y', 0x81, 0x01, 1, 2, 3, 4, 5, 6, 7, 8, 0x8d, 0x01, 1, 2, 3, 4, 0x90, 0x01, 0x05}
+	var r response
+	if err := r.decode(b, 10); err != nil || r.heartbeat != 7 {
+		t.Errorf("%v, %+v", err, r)
+	}
+}
+
+// FuzzResponse feeds the decoder arbitrary bytes. What it accepts, the generated
+// code accepts, too, and reads the same.
+func FuzzResponse(f *testing.F) {
+	for _, r := range []*pubsub.DeliverResponse{
+		{},
+		{Hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", BootId: "b", MaxAudienceMembers: 9, MaxUnacked: 8, OnlineUsers: 7}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 2, 300}}, {First: 9, Delivered: []uint32{math.MaxUint32}}}},
+		{Misses: []*pubsub.Miss{{Seq: 2, NotHere: []string{"u1", "u2"}, Failed: []string{"u3"}, Reason: "full"}, {Seq: 1, Refused: true, FailedUsers: 3}}},
+		{Heartbeat: 5, OnlineUsers: 6, Drain: true},
+	} {
+		b, err := proto.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte{0x12, 0x04, 0x10, 0x01, 0x08, 0x05}) // counts before first, not packed
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var r response
+		if r.decode(b, 1000) != nil {
+			return
+		}
+		if len(r.acks) > 1000 || len(r.misses) > 1000 {
+			t.Fatalf("%d acks, %d misses", len(r.acks), len(r.misses))
+		}
+		if err := proto.Unmarshal(b, new(pubsub.DeliverResponse)); err != nil {
+			t.Fatalf("accepted what is no DeliverResponse: %v", err)
+		}
+	})
+}
