@@ -93,8 +93,9 @@ type got struct{ room, data string }
 // clients are the users of one node and what has reached them. It is the gateway
 // behind a streaming node and behind a unary one.
 type clients struct {
-	mu    sync.Mutex
-	users map[string][]got
+	mu          sync.Mutex
+	users       map[string][]got
+	traceparent string // of the last delivery on the stream
 }
 
 func newClients(users ...string) *clients {
@@ -153,6 +154,9 @@ func (c *clients) move(user string, to *clients) {
 
 // Deliver implements node.Sessions.
 func (c *clients) Deliver(user string, m *node.Message) node.Outcome {
+	c.mu.Lock()
+	c.traceparent = m.Traceparent
+	c.mu.Unlock()
 	if c.take(user, m.RoomID, m.Data) {
 		return node.Delivered
 	}
