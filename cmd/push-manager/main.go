@@ -10,6 +10,6 @@ func main() {
 	os.Exit(program.Main(program.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands:    program.All(),
+		Commands:    []program.Command{program.Serve(), program.ConnectNodeCommand()},
 	}, os.Args[1:]))
 }

@@ -5,7 +5,7 @@ func Serve() Command {
 	return Command{Name: "serve", Help: "Serve the push API. Needs no name.", File: true, New: func() Settings { return &PushManagerConfig{} }}
 }
 
-// All are the commands of push-manager.
-func All() []Command {
-	return []Command{Serve()}
+// ConnectNodeCommand is the reference Connect-Node as a command.
+func ConnectNodeCommand() Command {
+	return Command{Name: "connect-node", Help: "Run the reference Connect-Node.", New: func() Settings { return &ConnectNodeConfig{} }}
 }

@@ -1,0 +1,120 @@
+package program
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math"
+	"net"
+	"strconv"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/gateway"
+	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/transport/discovery"
+)
+
+// ConnectNodeConfig is the configuration of the reference Connect-Node.
+type ConnectNodeConfig struct {
+	ListenAddress string
+	GRPCPort      int
+	HTTPPort      int
+	MetricsPort   int
+	AllowInsecure bool
+	DrainTimeout  time.Duration
+
+	Log     telemetry.LogConfig
+	Gateway gateway.Config
+	Etcd    EtcdConfig
+}
+
+// Bind implements Settings.
+func (c *ConnectNodeConfig) Bind(s *config.Set) {
+	g := &c.Gateway
+	s.ID(&g.NodeID, "node_id", "connect-node-1", "Id of this node, another one for each.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that all ports listen on. Anything but loopback needs allow_insecure.")
+	s.Port(&c.GRPCPort, "grpc_port", 50052, "Port for Push-Manager.")
+	s.Port(&c.HTTPPort, "http_port", 8080, "Port for clients: the WebSocket at /ws, a page at /.")
+	s.Port(&c.MetricsPort, "metrics_port", 9094, "HTTP port: /metrics, /healthz, /readyz.")
+	s.Text(&g.ControllerAddress, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
+	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
+	s.Address(&g.PushManagerAddress, "push_manager_address", "localhost:50053", "Push-Manager's HOST:PORT, shown on the page.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may.")
+	s.Int(&g.MaxConnections, "max_connections", 100_000, 1, math.MaxInt32, "Clients connected at once.")
+	s.Int(&g.MaxRooms, "max_rooms", 100, 1, 1<<16, "Rooms of one connection.")
+	s.Int(&g.QueueFrames, "queue_frames", 256, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
+	s.Bytes(&g.QueueBytes, "queue_bytes", 1<<20, 1, math.MaxInt32, "The same in bytes.")
+	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
+	c.Log.Bind(s)
+	c.Etcd.Bind(s)
+}
+
+// Settle implements Settings.
+func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool)) error {
+	if err := checkListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+		return err
+	}
+	if err := c.Etcd.Settle(s); err != nil {
+		return err
+	}
+	address := func(port int) string { return net.JoinHostPort(c.ListenAddress, strconv.Itoa(port)) }
+	c.Gateway.GRPCAddress, c.Gateway.HTTPAddress, c.Gateway.MetricsAddress = address(c.GRPCPort), address(c.HTTPPort), address(c.MetricsPort)
+	if ip := net.ParseIP(c.ListenAddress); c.Gateway.AdvertiseAddress == "" && (c.ListenAddress == "" || ip.IsUnspecified()) {
+		c.Gateway.AdvertiseAddress = advertised("", &net.TCPAddr{IP: net.IPv4zero, Port: c.GRPCPort})
+	}
+	return nil
+}
+
+// LogConfig implements Settings.
+func (c *ConnectNodeConfig) LogConfig() telemetry.LogConfig { return c.Log }
+
+// Timeout implements Settings.
+func (c *ConnectNodeConfig) Timeout() time.Duration { return c.DrainTimeout }
+
+// Start implements Settings.
+func (c *ConnectNodeConfig) Start(_ context.Context, logger *slog.Logger) (Program, error) {
+	return StartConnectNode(*c, logger)
+}
+
+// ConnectNode is a running reference Connect-Node.
+type ConnectNode struct {
+	*gateway.Gateway
+
+	etcd *clientv3.Client
+}
+
+// StartConnectNode starts a Connect-Node.
+func StartConnectNode(cfg ConnectNodeConfig, logger *slog.Logger) (*ConnectNode, error) {
+	etcd, err := discovery.NewClient(cfg.Etcd.ClientConfig)
+	if err != nil {
+		return nil, err
+	}
+	g := cfg.Gateway
+	g.Etcd, g.Logger, g.Metrics = etcd, logger, metrics.NewSet()
+	node, err := gateway.New(g)
+	if err != nil {
+		return nil, errors.Join(err, ignoreCanceled(etcd.Close()))
+	}
+	if err := node.Start(); err != nil {
+		return nil, errors.Join(err, ignoreCanceled(etcd.Close()))
+	}
+	logger.Info("connect-node runs", "id", g.NodeID, "grpc", node.GRPCAddr().String(), "http", node.HTTPAddr().String(),
+		"metrics", node.MetricsAddr())
+	return &ConnectNode{Gateway: node, etcd: etcd}, nil
+}
+
+// Drain implements Program: the node leaves etcd and the Controller, its
+// managers and clients.
+func (n *ConnectNode) Drain(ctx context.Context) error {
+	err := n.Gateway.Drain(ctx)
+	n.Close()
+	return errors.Join(err, ignoreCanceled(n.etcd.Close()))
+}
+
+// Failed implements Program. The gateway logs what ends one of its listeners.
+func (n *ConnectNode) Failed() <-chan error { return nil }
