@@ -221,7 +221,7 @@ type field struct {
 func fields(b []byte, yield func(field) error) error {
 	for len(b) > 0 {
 		number, wire, n := protowire.ConsumeTag(b)
-		if n < 0 {
+		if n < 0 || number > protowire.MaxValidNumber {
 			return errWire
 		}
 		b = b[n:]

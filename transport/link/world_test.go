@@ -30,7 +30,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
 
 // world is a Push-Manager's engine and links in front of nodes in memory.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	set    *Set
 	engine *engine.Engine
 	dir    *route.Directory
@@ -44,7 +44,7 @@ type world struct {
 }
 
 // newWorld starts an engine; its links have cfg. The end of the test stops it.
-func newWorld(t *testing.T, cfg Config) *world {
+func newWorld(t testing.TB, cfg Config) *world {
 	t.Helper()
 	w := &world{
 		t: t, rooms: map[string]map[string]string{}, users: map[string]string{}, nodes: map[string]*fakeNode{},
@@ -62,7 +62,9 @@ func newWorld(t *testing.T, cfg Config) *world {
 		t.Fatal(err)
 	}
 	cfg.ManagerID = "pm"
-	cfg.Dialer = w.dialNode
+	if cfg.Dialer == nil {
+		cfg.Dialer = w.dialNode
+	}
 	if cfg.Go == nil {
 		cfg.Go = func(home int, task func()) error { return w.shards.At(home).Go(task) }
 	}

@@ -1,0 +1,141 @@
+package link
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func TestLookingUpALinkDoesNotAllocate(t *testing.T) {
+	w := newWorld(t, Config{Shards: 2})
+	w.start("a:1", &fakeNode{id: "A"})
+	w.register("A", "a:1")
+	node := string([]byte("A"))
+	if n := testing.AllocsPerRun(100, func() {
+		if w.set.Link(1, node) == nil || len(w.set.Links(0)) != 1 {
+			t.Fatal("no link")
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func TestDecodingAcksDoesNotAllocate(t *testing.T) {
+	b, err := proto.Marshal(&pubsub.DeliverResponse{
+		Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1, 1000, 1}}, {First: 9, Delivered: []uint32{1}}}, Heartbeat: 3, OnlineUsers: 9,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r response
+	if n := testing.AllocsPerRun(100, func() {
+		if err := r.decode(b, 100); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// echoNode acknowledges as fast as it can, without generated code on its way.
+type echoNode struct {
+	pubsub.UnimplementedConnectNodeServiceServer
+}
+
+func (echoNode) Deliver(st deliverStream) error {
+	if _, err := st.Recv(); err != nil {
+		return err
+	}
+	if err := st.Send(&pubsub.DeliverResponse{Hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", MaxAudienceMembers: 1 << 20}}); err != nil {
+		return err
+	}
+	var ones []uint32
+	var f pubsub.DeliverRequest
+	for {
+		if err := st.RecvMsg(&f); err != nil {
+			return err
+		}
+		ones = ones[:0]
+		for _, d := range f.GetDeliveries() {
+			n := len(d.GetUserIds())
+			if d.GetAudience() != nil {
+				n = 100
+			}
+			ones = append(ones, uint32(n))
+		}
+		out := &pubsub.DeliverResponse{Heartbeat: f.GetHeartbeat()}
+		if len(ones) > 0 {
+			out.Acks = []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: ones}}
+		}
+		if err := st.Send(out); err != nil {
+			return err
+		}
+	}
+}
+
+// benchDone counts pushes of a benchmark that have ended.
+type benchDone struct {
+	wg     *sync.WaitGroup
+	places chan struct{}
+}
+
+func (d *benchDone) Complete(*engine.Push) { <-d.places; d.wg.Done() }
+
+func BenchmarkPush(b *testing.B) {
+	for _, kind := range []string{"user", "room"} {
+		for _, flight := range []int{1, 1000} {
+			b.Run(fmt.Sprintf("kind=%s/flight=%d", kind, flight), func(b *testing.B) { benchmarkPush(b, kind, flight) })
+		}
+	}
+}
+
+func benchmarkPush(b *testing.B, kind string, flight int) {
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	srv := grpc.NewServer(grpc.StaticStreamWindowSize(1<<20), grpc.StaticConnWindowSize(1<<20))
+	pubsub.RegisterConnectNodeServiceServer(srv, echoNode{})
+	go srv.Serve(lis) //nolint:errcheck // ends with Stop
+	defer srv.Stop()
+	w := newWorld(b, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", addr)
+	}})
+	if err := w.set.Update([]Node{{"A", lis.Addr().String()}}); err != nil {
+		b.Fatal(err)
+	}
+	for w.set.Reachable() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	w.room("r", "A", names("u", 100)...)
+	var wg sync.WaitGroup
+	done := &benchDone{&wg, make(chan struct{}, flight)}
+	payload := content(string(make([]byte, 128)))
+	b.ReportAllocs()
+	b.ResetTimer()
+	for range b.N {
+		p := &engine.Push{Kind: engine.ToUser, User: "u001", Payload: payload, Content: engine.Content{Present: true}}
+		if kind == "room" {
+			p.Kind, p.User, p.Room = engine.ToRoom, "", "r"
+		}
+		wg.Add(1)
+		done.places <- struct{}{}
+		if err := w.engine.Start(p, done); err != nil {
+			b.Fatal(err)
+		}
+	}
+	wg.Wait()
+	b.StopTimer()
+	if frames := w.set.meters.frames.Get(); frames > 0 {
+		b.ReportMetric(float64(b.N)/float64(frames), "pushes/frame")
+	}
+}
