@@ -1,0 +1,185 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/VictoriaMetrics/metrics"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
+// ControllerAddress are required, everything else has a default.
+type Config struct {
+	// NodeID is the id under which the gateway registers: 1 to 240 bytes.
+	NodeID string
+
+	// GRPCAddress is where it listens for managers, host:port. Port 0 takes a
+	// free one.
+	GRPCAddress string
+	// HTTPAddress is where it listens for clients.
+	HTTPAddress string
+	// MetricsAddress is where /metrics is served. Empty: nowhere.
+	MetricsAddress string
+	// AdvertiseAddress is what managers dial. Default: where it listens for them.
+	AdvertiseAddress string
+	// ControllerAddress is any gRPC target.
+	ControllerAddress string
+	// Etcd is where the gateway registers. Nil: it does not register.
+	Etcd *clientv3.Client
+	// PushManagerAddress is shown on the page in the commands to copy. Default
+	// localhost:50053.
+	PushManagerAddress string
+
+	// AllowedOrigins are the Origin headers, such as "https://app.example.com",
+	// that browsers may connect with; "*" allows all. Loopback origins, and
+	// pages that the gateway itself has served under an IP address, always may.
+	AllowedOrigins []string
+	// MaxConnections bounds the clients connected at once. Default 100,000.
+	MaxConnections int
+	// MaxRooms bounds the rooms of one connection. Default 100.
+	MaxRooms int
+	// MaxMessageBytes bounds one message of a client. Default 16 KiB.
+	MaxMessageBytes int
+	// QueueFrames and QueueBytes bound what waits for one client: one that is
+	// behind by more is cut off. Default 256 and 1 MiB. A single frame may be
+	// larger.
+	QueueFrames, QueueBytes int
+	// SocketBuffer bounds what the kernel keeps for one client on top of that.
+	// Default: what the kernel chooses.
+	SocketBuffer int
+	// WriteTimeout bounds one write to a client. Default 10 s.
+	WriteTimeout time.Duration
+	// PingInterval is how long a client may be silent before it is pinged,
+	// IdleTimeout how long before it is cut off. Default 25 s and 60 s.
+	PingInterval, IdleTimeout time.Duration
+
+	// ControllerTimeout bounds one call to the Controller. Default 2 s.
+	ControllerTimeout time.Duration
+	// ReportWorkers bounds the calls to the Controller at once. Default 32.
+	ReportWorkers int
+	// RejoinPerSecond paces the memberships that are reported again after the
+	// Controller was away. Default 5,000.
+	RejoinPerSecond int
+	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
+	// 3 s.
+	LeaveTimeout time.Duration
+
+	// Logger gets state changes, never a payload. Default: nothing is logged.
+	Logger *slog.Logger
+	// Metrics gets the counters. Default: a set of its own.
+	Metrics *metrics.Set
+}
+
+// maxIDBytes is the bound of the contract on user and room ids.
+const maxIDBytes = 256
+
+func (c Config) withDefaults() Config {
+	defaultTo(&c.PushManagerAddress, "localhost:50053")
+	defaultTo(&c.MaxConnections, 100_000)
+	defaultTo(&c.MaxRooms, 100)
+	defaultTo(&c.MaxMessageBytes, 16<<10)
+	defaultTo(&c.QueueFrames, 256)
+	defaultTo(&c.QueueBytes, 1<<20)
+	defaultTo(&c.WriteTimeout, 10*time.Second)
+	defaultTo(&c.PingInterval, 25*time.Second)
+	defaultTo(&c.IdleTimeout, 60*time.Second)
+	defaultTo(&c.ControllerTimeout, 2*time.Second)
+	defaultTo(&c.ReportWorkers, 32)
+	defaultTo(&c.RejoinPerSecond, 5000)
+	defaultTo(&c.LeaveTimeout, 3*time.Second)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Metrics == nil {
+		c.Metrics = metrics.NewSet()
+	}
+	return c
+}
+
+func defaultTo[T comparable](v *T, value T) {
+	var zero T
+	if *v == zero {
+		*v = value
+	}
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	var errs []error
+	if err := checkID("NodeID", c.NodeID); err != nil {
+		errs = append(errs, err)
+	} else if len(presencePrefix)+len(c.NodeID) > maxIDBytes {
+		errs = append(errs, fmt.Errorf("NodeID: more than %d bytes", maxIDBytes-len(presencePrefix)))
+	}
+	for _, a := range []struct {
+		field, addr string
+		required    bool
+	}{
+		{"GRPCAddress", c.GRPCAddress, true},
+		{"HTTPAddress", c.HTTPAddress, true},
+		{"MetricsAddress", c.MetricsAddress, false},
+		{"AdvertiseAddress", c.AdvertiseAddress, false},
+	} {
+		if a.addr == "" && !a.required {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(a.addr); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", a.field, err))
+		}
+	}
+	if c.ControllerAddress == "" {
+		errs = append(errs, errors.New("ControllerAddress: required"))
+	}
+	for field, n := range map[string]int{
+		"MaxConnections": c.MaxConnections, "MaxRooms": c.MaxRooms, "MaxMessageBytes": c.MaxMessageBytes,
+		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "ReportWorkers": c.ReportWorkers, "RejoinPerSecond": c.RejoinPerSecond,
+	} {
+		if n < 1 {
+			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))
+		}
+	}
+	for field, d := range map[string]time.Duration{
+		"WriteTimeout": c.WriteTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "LeaveTimeout": c.LeaveTimeout,
+	} {
+		if d <= 0 {
+			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))
+		}
+	}
+	if c.SocketBuffer < 0 {
+		errs = append(errs, fmt.Errorf("SocketBuffer: %d is negative", c.SocketBuffer))
+	}
+	if c.IdleTimeout <= c.PingInterval {
+		errs = append(errs, fmt.Errorf("IdleTimeout: %v is not above PingInterval %v", c.IdleTimeout, c.PingInterval))
+	}
+	return errors.Join(errs...)
+}
+
+// checkID applies the contract's rule for ids.
+func checkID(field, id string) error {
+	switch {
+	case id == "":
+		return fmt.Errorf("%s: must not be empty", field)
+	case len(id) > maxIDBytes:
+		return fmt.Errorf("%s: %d bytes, the limit is %d", field, len(id), maxIDBytes)
+	}
+	return checkText(field, id)
+}
+
+func checkText(field, s string) error {
+	if !utf8.ValidString(s) {
+		return fmt.Errorf("%s: not valid UTF-8", field)
+	}
+	for _, r := range s {
+		if unicode.IsControl(r) {
+			return fmt.Errorf("%s: holds a control character", field)
+		}
+	}
+	return nil
+}

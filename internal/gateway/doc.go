@@ -1,0 +1,55 @@
+// Package gateway is the reference Connect-Node: clients connect over WebSocket,
+// pushes arrive over transport/node, memberships are reported to the Controller.
+//
+// # What clients see
+//
+//	ws://HOST:PORT/ws?user_id=u&user_name=n&room_id=r
+//
+// user_name and room_id may be left out. A push is a text message:
+//
+//	{"type":"text","room_id":"r","user_id":"u","timestamp":1,"data":{"content":"Hello"},"metadata":{}}
+//
+// type is the lower-case name of the MessageType, or its number as a string when
+// this version has no name for it. room_id is empty unless a room was pushed to.
+// user_id is the recipient. data that is not UTF-8 comes as content_base64. All
+// keys are always there; metadata is sorted by key.
+//
+// A client may send, as text messages:
+//
+//	{"type":"join","room_id":"r2"}    answered with {"type":"joined","room_id":"r2"}
+//	{"type":"leave","room_id":"r2"}   answered with {"type":"left","room_id":"r2"}
+//	{"type":"ping"}                   answered with {"type":"pong"}
+//
+// and gets {"type":"error","message":"FIELD: WHY"} for what is wrong. joined and
+// left come once the Controller knows, so a push after joined arrives. The room
+// of the query is confirmed by joined, too; a connection that is opened without
+// one gets {"type":"ready","user_id":"u","node_id":"n"} once pushes to the user
+// reach it. Clients should ignore types that they do not know.
+//
+// # Users without a room
+//
+// The Controller learns users by JoinRoom alone. So that every connected user is
+// found, each one is also a member of the room "@node:" + node id, which clients
+// can neither see nor join: names that begin with "@node:" are refused.
+//
+// # What holds
+//
+//   - Nothing waits for a client. What is sent to one goes into its queue, bounded
+//     by frames and bytes; a client whose queue is full is cut off and counted.
+//   - All connections of a user get a push, and the user counts once. It is
+//     delivered when one of them has taken it.
+//   - Pushes to a connection leave in the order in which they were delivered.
+//   - A push is encoded once. Only the recipient's id is put in for each.
+//   - The Controller is told the difference between what is and what it was told,
+//     one call at a time for each user and room, again and again until it answers.
+//     When its connection was lost and is back, it may be a new Controller: all
+//     memberships are reported again, paced.
+//   - A room is left when the user's last connection in it on this node leaves.
+//
+// # Goroutines
+//
+// Each connection has a reader, and a writer while something waits to be written;
+// Gateway.clients counts both, and Close waits for them. The loops (servers,
+// reports, sweep) end with Close, too. No lock is held while another package is
+// called, and no two of ours nest.
+package gateway
