@@ -1,0 +1,341 @@
+package program_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/program"
+	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/node"
+)
+
+// oldController has the two methods that every Controller has.
+type oldController struct {
+	pubsub.UnimplementedControllerServiceServer
+}
+
+func (oldController) GetRoomInfo(_ context.Context, r *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error) {
+	if r.GetRoomId() != "lobby" {
+		return &pubsub.GetRoomInfoResponse{}, nil
+	}
+	return &pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{RoomId: "lobby", Users: []*pubsub.UserInfo{{UserId: "alice", NodeId: "n1"}}}}, nil
+}
+
+func (oldController) GetUserNode(_ context.Context, r *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
+	return &pubsub.GetUserNodeResponse{NodeId: "n1", Found: r.GetUserId() == "alice"}, nil
+}
+
+// counter is a gateway with one user who takes everything, unless it is stuck.
+type counter struct {
+	delivered atomic.Int64
+	stuck     chan struct{}
+}
+
+func (c *counter) Deliver(user string, _ *node.Message) node.Outcome {
+	if c.stuck != nil {
+		<-c.stuck
+	}
+	if user != "alice" {
+		return node.NotHere
+	}
+	c.delivered.Add(1)
+	return node.Delivered
+}
+
+func (c *counter) Broadcast(m *node.Message) (delivered, failed int) { return 1, 0 }
+func (c *counter) Online() int                                       { return 1 }
+
+// serve runs a gRPC server on addr until the test ends.
+func serve(t *testing.T, addr string, s *grpc.Server) string {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	t.Cleanup(func() {
+		s.Stop()
+		<-done
+	})
+	return l.Addr().String()
+}
+
+func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
+	t.Helper()
+	n, err := node.New(node.Config{NodeID: "n1", Sessions: gateway})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gs := grpc.NewServer(node.ServerOptions()...)
+	n.Attach(gs)
+	addr := serve(t, "127.0.0.1:0", gs)
+	if err := n.Register(etcd, addr); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = n.Deregister(ctx) // etcd may have been stopped
+		n.Close()
+	})
+}
+
+func startPushManager(t *testing.T, env map[string]string) *program.PushManager {
+	t.Helper()
+	all := map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2"}
+	for k, v := range env {
+		all[k] = v
+	}
+	c, err := load(t, nil, all, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := program.StartPushManager(t.Context(), *c, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func drain(t *testing.T, m *program.PushManager, within time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	if err := m.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+func client(t *testing.T, addr string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// eventually polls until ok or fails after five seconds.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 5s: %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func readyz(t *testing.T, m *program.PushManager) (int, string) {
+	t.Helper()
+	return get(t, "http://"+m.HTTPAddr()+"/readyz")
+}
+
+func get(t *testing.T, url string) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func hello() *pubsub.MessageContent { return &pubsub.MessageContent{Data: []byte("hello")} }
+
+func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
+	etcd := etcdtest.Reserve(t)
+	controller := freeAddr(t)
+	m := startPushManager(t, map[string]string{"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": controller, "MANAGER_ID": "pm-7"})
+	defer drain(t, m, 8*time.Second)
+	api := pubsub.NewPushManagerServiceClient(client(t, m.GRPCAddr()))
+
+	if code, body := readyz(t, m); code != 503 || !strings.Contains(body, "etcd") || !strings.Contains(body, "controller") {
+		t.Errorf("readyz %d %q", code, body)
+	}
+	serve(t, controller, controllerServer())
+	eventually(t, "the controller is healthy", func() bool { return len(m.NotReady()) == 1 })
+
+	// The Controller knows the room; where its node is nobody can say yet.
+	_, err := api.PushToRoom(t.Context(), &pubsub.PushToRoomRequest{RoomId: "lobby", Content: hello()})
+	if s := status.Convert(err); s.Code() != codes.Unavailable || !slices.ContainsFunc(s.Details(), isErrorInfo) {
+		t.Errorf("push while etcd is away: %v", err)
+	}
+
+	etcd.Restart()
+	back := time.Now()
+	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 })
+	if took := time.Since(back); took > 3*time.Second {
+		t.Errorf("ready %v after etcd was back", took)
+	}
+	gateway := &counter{}
+	startNode(t, etcd.Client(), gateway)
+	eventually(t, "the node is reached", func() bool { return m.Reachable() == 1 })
+	r, err := api.PushToRoom(t.Context(), &pubsub.PushToRoomRequest{RoomId: "lobby", Content: hello()})
+	if err != nil || !r.GetSuccess() || r.GetDeliveredCount() != 1 || gateway.delivered.Load() != 1 {
+		t.Errorf("push: %v %v, the node has %d", r, err, gateway.delivered.Load())
+	}
+
+	_, text := get(t, "http://"+m.HTTPAddr()+"/metrics")
+	for _, want := range []string{
+		`push_manager_api_requests_total{api="PushToRoom",status="success"} 1`, "push_manager_nodes 1", "push_manager_push_success_total 1",
+		"push_manager_route_lookups_total 2", `push_manager_deliveries_total{reason="sent"} 1`, "push_manager_pool_limit{shard=\"1\"} 256",
+		"push_manager_registration_up 1", "go_goroutines",
+	} {
+		if !strings.Contains(text, want+"\n") && !strings.Contains(text, want+" ") {
+			t.Errorf("metrics lack %q", want)
+		}
+	}
+	got, err := etcd.Client().Get(t.Context(), "/services/push-manager/pm-7")
+	if err != nil || len(got.Kvs) != 1 || !strings.Contains(string(got.Kvs[0].Value), m.GRPCAddr()) {
+		t.Errorf("our entry in etcd: %v %v", got, err)
+	}
+}
+
+func controllerServer() *grpc.Server {
+	s := grpc.NewServer()
+	pubsub.RegisterControllerServiceServer(s, oldController{})
+	return s
+}
+
+func isErrorInfo(detail any) bool {
+	info, ok := detail.(*errdetails.ErrorInfo)
+	return ok && info.GetDomain() == "push-manager"
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().String()
+}
+
+func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	gateway := &counter{stuck: make(chan struct{})}
+	startNode(t, etcd.Client(), gateway)
+	m := startPushManager(t, map[string]string{
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()), "LINK_ACK_TIMEOUT": "5s",
+	})
+	conn := client(t, m.GRPCAddr())
+	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 && m.Reachable() == 1 })
+	answered := make(chan string, 1)
+	go func() {
+		r, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(context.Background(), &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
+		answered <- fmt.Sprint(r.GetSuccess(), err)
+	}()
+	eventually(t, "the push is in flight", func() bool {
+		_, text := get(t, "http://"+m.HTTPAddr()+"/metrics")
+		return strings.Contains(text, "push_manager_pushes_in_flight 1\n")
+	})
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		drain(t, m, 8*time.Second)
+	}()
+	eventually(t, "not ready, out of etcd", func() bool {
+		code, body := readyz(t, m)
+		got, err := etcd.Client().Get(t.Context(), "/services/push-manager/", clientv3.WithPrefix())
+		return code == 503 && strings.Contains(body, "draining") && err == nil && len(got.Kvs) == 0
+	})
+	eventually(t, "new pushes are refused", func() bool {
+		_, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(t.Context(), &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
+		return status.Code(err) == codes.Unavailable
+	})
+	close(gateway.stuck)
+	if got := <-answered; got != "true <nil>" {
+		t.Errorf("the push in flight: %s", got)
+	}
+	<-drained
+}
+
+func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	gateway := &counter{stuck: make(chan struct{})}
+	startNode(t, etcd.Client(), gateway)
+	t.Cleanup(func() { close(gateway.stuck) }) // before the node's own cleanup
+	m := startPushManager(t, map[string]string{
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()),
+		"LINK_ACK_TIMEOUT": "1m", "PUSH_TIMEOUT": "1m",
+	})
+	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 && m.Reachable() == 1 })
+	api := pubsub.NewPushManagerServiceClient(client(t, m.GRPCAddr()))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		_, _ = api.PushToUser(context.Background(), &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
+	}()
+	eventually(t, "the push is in flight", func() bool {
+		_, text := get(t, "http://"+m.HTTPAddr()+"/metrics")
+		return strings.Contains(text, "push_manager_pushes_in_flight 1\n")
+	})
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer cancel()
+	if err := m.Drain(ctx); err == nil {
+		t.Error("drain says that everything was finished")
+	}
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("drain with a bound of 0.5 s took %v", took)
+	}
+	<-answered
+}
+
+func TestPortInUseStopsTheStartAndLeavesNothing(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": port}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = program.StartPushManager(t.Context(), *c, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), "METRICS_PORT") {
+		t.Errorf("start: %v", err)
+	}
+}
+
+func TestHealthAndReflectionAreOnTheAPIPort(t *testing.T) {
+	m := startPushManager(t, map[string]string{"ETCD_ENDPOINTS": freeAddr(t), "CONTROLLER_ADDRESS": freeAddr(t)})
+	defer drain(t, m, 8*time.Second)
+	r, err := grpc_health_v1.NewHealthClient(client(t, m.GRPCAddr())).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+	if err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
+		t.Errorf("health: %v %v", r, err)
+	}
+}
