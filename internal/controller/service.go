@@ -1,0 +1,229 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// The limits of CONTRACT section 7.
+const (
+	maxIDBytes         = 256
+	maxMetadataEntries = 32
+	maxMetadataBytes   = 8 << 10
+	maxBatch           = 10_000
+)
+
+// service answers ControllerService from a Store.
+type service struct {
+	pubsub.UnimplementedControllerServiceServer
+	store Store
+	hub   *hub
+	// address is the node's address, for information.
+	address func(node string) string
+	// Closed when the server drains.
+	draining chan struct{}
+}
+
+// JoinRoom implements ControllerService.
+func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pubsub.JoinRoomResponse, error) {
+	err := firstOf(checkID("user_id", in.GetUserId()), checkID("room_id", in.GetRoomId()), checkID("node_id", in.GetNodeId()),
+		checkName(in.GetUserName()), checkMetadata(in.GetMetadata()))
+	if err != nil {
+		return nil, err
+	}
+	joined, err := s.store.Join(ctx, Join{
+		User: in.GetUserId(), Room: in.GetRoomId(), Node: in.GetNodeId(), Name: in.GetUserName(), Metadata: in.GetMetadata(),
+	})
+	if err != nil {
+		return nil, storeError("join", err)
+	}
+	if joined.Full {
+		return &pubsub.JoinRoomResponse{Message: fmt.Sprintf("room %q is full", in.GetRoomId()), RoomInfo: joined.Room}, nil
+	}
+	return &pubsub.JoinRoomResponse{Success: true, RoomInfo: joined.Room}, nil
+}
+
+// LeaveRoom implements ControllerService. With a node and nothing else all
+// memberships of that node end: a node that starts forgets its predecessor.
+func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
+	if in.GetNodeId() != "" {
+		if err := checkID("node_id", in.GetNodeId()); err != nil {
+			return nil, err
+		}
+		if in.GetUserId() == "" && in.GetRoomId() == "" {
+			n, err := s.store.DropNode(ctx, in.GetNodeId())
+			if err != nil {
+				return nil, storeError("leave", err)
+			}
+			return &pubsub.LeaveRoomResponse{Success: true, Message: fmt.Sprintf("%d memberships of node %q ended", n, in.GetNodeId())}, nil
+		}
+	}
+	if err := firstOf(checkID("user_id", in.GetUserId()), checkID("room_id", in.GetRoomId())); err != nil {
+		return nil, err
+	}
+	left, err := s.store.Leave(ctx, in.GetUserId(), in.GetRoomId(), in.GetNodeId())
+	if err != nil {
+		return nil, storeError("leave", err)
+	}
+	if !left {
+		return &pubsub.LeaveRoomResponse{Message: fmt.Sprintf("user %q is not in room %q", in.GetUserId(), in.GetRoomId())}, nil
+	}
+	return &pubsub.LeaveRoomResponse{Success: true}, nil
+}
+
+// GetRoomInfo implements ControllerService.
+func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error) {
+	if err := checkID("room_id", in.GetRoomId()); err != nil {
+		return nil, err
+	}
+	info, err := s.store.Room(ctx, in.GetRoomId())
+	if err != nil {
+		return nil, storeError("get room", err)
+	}
+	return &pubsub.GetRoomInfoResponse{RoomInfo: info}, nil
+}
+
+// GetUserNode implements ControllerService.
+func (s *service) GetUserNode(ctx context.Context, in *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
+	if err := checkID("user_id", in.GetUserId()); err != nil {
+		return nil, err
+	}
+	presences, err := s.store.Users(ctx, []string{in.GetUserId()})
+	if err != nil {
+		return nil, storeError("get user", err)
+	}
+	return s.presence(presences[0]), nil
+}
+
+// GetUserNodes implements ControllerService.
+func (s *service) GetUserNodes(ctx context.Context, in *pubsub.GetUserNodesRequest) (*pubsub.GetUserNodesResponse, error) {
+	if n := len(in.GetUserIds()); n > maxBatch {
+		return nil, invalid("user_ids", fmt.Sprintf("has %d, the limit is %d", n, maxBatch))
+	}
+	for _, id := range in.GetUserIds() {
+		if err := checkID("user_ids", id); err != nil {
+			return nil, err
+		}
+	}
+	presences, err := s.store.Users(ctx, in.GetUserIds())
+	if err != nil {
+		return nil, storeError("get users", err)
+	}
+	out := &pubsub.GetUserNodesResponse{Users: make([]*pubsub.GetUserNodeResponse, len(presences))}
+	for i, p := range presences {
+		out.Users[i] = s.presence(p)
+	}
+	return out, nil
+}
+
+func (s *service) presence(p Presence) *pubsub.GetUserNodeResponse {
+	if len(p.Nodes) == 0 {
+		return &pubsub.GetUserNodeResponse{}
+	}
+	return &pubsub.GetUserNodeResponse{
+		Found: true, NodeId: p.Nodes[0], NodeIds: p.Nodes, NodeAddress: s.address(p.Nodes[0]), RoomId: p.Room,
+	}
+}
+
+// GetRoomStats implements ControllerService.
+func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsRequest) (*pubsub.GetRoomStatsResponse, error) {
+	rooms, err := s.store.Rooms(ctx)
+	if err != nil {
+		return nil, storeError("get stats", err)
+	}
+	users := min(s.store.Counts().Users, 1<<31-1)
+	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil //nolint:gosec // bounded
+}
+
+// WatchRoutes implements ControllerService.
+func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
+	w := s.hub.join()
+	defer s.hub.leave(w)
+	if err := stream.Send(&pubsub.WatchRoutesResponse{Synced: true}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-s.draining:
+			return status.Error(codes.Unavailable, "the controller is going")
+		case <-stream.Context().Done():
+			return status.FromContextError(stream.Context().Err()).Err()
+		case <-w.wake:
+			for _, frame := range w.take() {
+				if err := stream.Send(frame); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// storeError is for a Store that cannot answer; Memory always can.
+func storeError(doing string, err error) error {
+	return status.Error(codes.Unavailable, fmt.Sprintf("%s: %v", doing, err))
+}
+
+func invalid(field, description string) error {
+	st := status.New(codes.InvalidArgument, field+" "+description)
+	detailed, err := st.WithDetails(&errdetails.BadRequest{
+		FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}},
+	})
+	if err != nil {
+		return st.Err()
+	}
+	return detailed.Err()
+}
+
+func firstOf(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkID(field, id string) error {
+	switch {
+	case id == "":
+		return invalid(field, "is required")
+	case len(id) > maxIDBytes:
+		return invalid(field, fmt.Sprintf("has %d bytes, the limit is %d", len(id), maxIDBytes))
+	case !utf8.ValidString(id):
+		return invalid(field, "is not valid UTF-8")
+	case strings.ContainsFunc(id, unicode.IsControl):
+		return invalid(field, "holds a control character")
+	}
+	return nil
+}
+
+func checkName(name string) error {
+	if len(name) > maxIDBytes {
+		return invalid("user_name", fmt.Sprintf("has %d bytes, the limit is %d", len(name), maxIDBytes))
+	}
+	return nil
+}
+
+func checkMetadata(metadata map[string]string) error {
+	if len(metadata) > maxMetadataEntries {
+		return invalid("metadata", fmt.Sprintf("has %d entries, the limit is %d", len(metadata), maxMetadataEntries))
+	}
+	size := 0
+	for k, v := range metadata {
+		size += len(k) + len(v)
+	}
+	if size > maxMetadataBytes {
+		return invalid("metadata", fmt.Sprintf("has %d bytes, the limit is %d", size, maxMetadataBytes))
+	}
+	return nil
+}
