@@ -47,7 +47,7 @@ const (
 	windowBytes      = 1 << 20        // of flow control: what waits unread, per stream
 	ackFrameBytes    = 48 << 10       // managers take 64 KiB without a thought
 	ackFrameCounts   = 8 << 10        // at most 5 bytes each: below ackFrameBytes
-	maxMissBytes     = 3 << 20        // of one Miss, which cannot be split: below grpc's default limit of 4 MiB
+	maxMissBytes     = 960 << 10      // of one Miss, which cannot be split: a manager takes frames of 1 MiB
 	pendingMissBytes = 1 << 20        // beyond it the reader waits for the sender
 	maxNodeIDBytes   = 256
 	maxScratch       = 16 << 10 // ids; a larger scratch list is not kept

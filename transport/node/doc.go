@@ -28,8 +28,9 @@
 //   - Deliveries of a stream reach Sessions in the order of their seq, one after
 //     the other. Streams know nothing of each other.
 //   - A delivery is acked after Sessions has answered for each of its users, once.
-//     delivered + not_here + failed = the users it named (except where more ids
-//     were missed than fit into a frame).
+//     delivered + not_here + failed = the users it named. Where more ids were
+//     missed than fit into a frame of 1 MiB, the delivery is refused if nobody
+//     was reached, and else the rest is left out: the manager takes it as unknown.
 //   - Acks are written as they become ready, all that are ready in one frame. The
 //     reader does not wait for the writing, except that a manager which does not
 //     read lets at most 1 MiB of missed ids gather, and at most Config.MaxUnacked

@@ -84,9 +84,15 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 	if m.Reason == "" && (len(o.failed) > 0 || o.failedUsers > 0) {
 		m.Reason = "no connection took it"
 	}
-	if missSize(m) > maxMissBytes {
-		trimMiss(m)
+	if missSize(m) <= maxMissBytes {
+		return m
 	}
+	if o.delivered == 0 && len(o.failed) == 0 {
+		// Nothing was done for anybody: that can be said without naming them, and
+		// has them looked up again just the same.
+		return &pubsub.Miss{Seq: seq, Refused: true, Reason: "none of the users is here"}
+	}
+	trimMiss(m)
 	return m
 }
 

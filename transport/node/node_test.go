@@ -272,7 +272,7 @@ func TestLargeMissesAreSplitByDelivery(t *testing.T) {
 	}
 }
 
-func TestMissThatFitsNowhereIsTrimmed(t *testing.T) {
+func TestMissThatFitsIntoNoFrame(t *testing.T) {
 	g := newGateway()
 	var users []string
 	for i := range 20000 {
@@ -281,10 +281,16 @@ func TestMissThatFitsNowhereIsTrimmed(t *testing.T) {
 		users = append(users, u)
 	}
 	m := serve(t, Config{Sessions: g}).mustOpen(t)
-	m.deliver(toUsers("x", users...))
-	_, misses, _ := m.answers(1)
-	if n := len(misses[1].GetNotHere()); n < 10000 || n >= 20000 || !strings.Contains(misses[1].GetReason(), "do not fit") {
-		t.Errorf("%d ids, reason %q", n, misses[1].GetReason())
+	m.deliver(toUsers("none is here", users...), toUsers("one is here", append(users, "here")...))
+	counts, misses, _ := m.answers(2)
+	if !misses[1].GetRefused() || counts[1] != 0 {
+		t.Errorf("refused %v, delivered %d", misses[1].GetRefused(), counts[1])
+	}
+	if n := len(misses[2].GetNotHere()); n < 3000 || n >= 20000 || !strings.Contains(misses[2].GetReason(), "do not fit") || counts[2] != 1 {
+		t.Errorf("%d ids, delivered %d, reason %q", n, counts[2], misses[2].GetReason())
+	}
+	if size := proto.Size(misses[2]); size > 1<<20-ackFrameBytes {
+		t.Errorf("%d bytes", size)
 	}
 }
 
