@@ -40,6 +40,15 @@
 // answers heartbeats and still owes the ack is not recovered, and a stall without
 // any ack for the silence timeout breaks the stream.
 //
+// What a node claims about a broadcast is cut to the users that it has online, as
+// it said last. So that this is not old, the frame before a broadcast carries a
+// heartbeat, whose answer comes before the broadcast's ack or with it.
+//
+// A stream's window starts with 64 deliveries and grows while the node keeps up.
+// After a stall it falls to half of what the node has managed in the ack timeout:
+// what a slow node cannot take then fails in the queue, by age, and does not become
+// unknown.
+//
 // The link's clock counts running time only: when this process was stopped or
 // starved, the time in which it could not have read an ack is not held against
 // the node. Deadlines of callers are held to the real clock.

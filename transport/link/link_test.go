@@ -10,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
+
 	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -62,7 +64,7 @@ func TestPushesQueuedWhileConnectingGoInOneFrameInOrder(t *testing.T) {
 		w.room("r", "A", "u1")
 		var started []*pending
 		var want []string
-		for i := range 100 {
+		for i := range 60 {
 			started = append(started, w.begin(w.toUser("u1", fmt.Sprint(i))))
 			want = append(want, fmt.Sprint("u1 ", i))
 		}
@@ -243,6 +245,27 @@ func TestBroadcastIsClampedToTheUsersOnline(t *testing.T) {
 		w.up(1)
 		if r := w.do(w.toAll("x")); r.Delivered != 3 {
 			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestBroadcastIsJudgedByAFreshCountOfUsers(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A", hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", OnlineUsers: 0}}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{3}}) // who came since
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		for range 3 {
+			if r := w.do(w.toAll("x")); r.Delivered != 3 {
+				t.Errorf("%+v", r)
+			}
+		}
+		if len(n.received(t)) != 3 {
+			t.Error("not all arrived")
 		}
 	})
 }
@@ -708,5 +731,153 @@ func TestTimeInWhichWeDidNotRunIsNotHeldAgainstTheNode(t *testing.T) {
 	}
 	if got := time.Duration(c.real.Load()); got < 10*time.Second {
 		t.Errorf("real time is %v", got)
+	}
+}
+
+func TestSlowNodeGetsWhatItManagesAndLittleBecomesUnknown(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			time.Sleep(20 * time.Millisecond) // 50 a second
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1}})
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		var delivered, unknown, failed int
+		var started []*pending
+		for range 6000 { // 100 a second for a minute
+			started = append(started, w.begin(w.toUser("u1", "x")))
+			time.Sleep(10 * time.Millisecond)
+		}
+		for _, f := range started {
+			r := w.end(f)
+			delivered, unknown, failed = delivered+r.Delivered, unknown+r.Unknown, failed+r.Failed
+		}
+		if delivered < 2000 || unknown > 300 || n.opened() != 1 {
+			t.Errorf("%d delivered, %d unknown, %d failed, %d streams", delivered, unknown, failed, n.opened())
+		}
+	})
+}
+
+func TestNodeInACrashLoopStaysOnTheBackoffCurve(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			time.Sleep(50 * time.Millisecond)
+			return errors.New("crash")
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		time.Sleep(time.Minute)
+		if n.opened() > 25 {
+			t.Errorf("%d streams in a minute", n.opened())
+		}
+	})
+}
+
+func TestFlappingLinkIsBackAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			time.Sleep(time.Second)
+			return errors.New("flap")
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		time.Sleep(59500 * time.Millisecond)
+		if n.opened() != 60 || w.set.Reachable() != 1 {
+			t.Errorf("%d streams in a minute of flaps", n.opened())
+		}
+	})
+}
+
+// bomb panics when its push completes.
+type bomb struct{}
+
+func (bomb) Complete(*engine.Push) { panic("boom") }
+
+func TestPanicOfACallbackCostsItsStreamOnly(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", gate: make(chan struct{})})
+		w.register("A", "a:1")
+		w.room("r", "A", "u1")
+		first := w.begin(w.toUser("u1", "1"))
+		if err := w.engine.Start(w.toUser("u1", "2"), bomb{}); err != nil {
+			t.Fatal(err)
+		}
+		third := w.begin(w.toUser("u1", "3"))
+		synctest.Wait()
+		close(n.gate)
+		if r := w.end(first); r.Delivered != 1 {
+			t.Errorf("before the panic: %+v", r)
+		}
+		if r := w.end(third); r.Unknown != 1 {
+			t.Errorf("behind the panic: %+v", r)
+		}
+		time.Sleep(time.Second)
+		if r := w.do(w.toUser("u1", "4")); r.Delivered != 1 {
+			t.Errorf("afterwards: %+v", r)
+		}
+		if w.set.meters.panics.Get() != 1 {
+			t.Error("not counted")
+		}
+	})
+}
+
+func TestMetricsFollowTheNodes(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		ms := metrics.NewSet()
+		w := newWorld(t, Config{Shards: 2, Metrics: ms})
+		w.start("a:1", &fakeNode{id: "A"})
+		w.start("b:1", unaryNode("B"))
+		has := func(lines ...string) {
+			t.Helper()
+			var b strings.Builder
+			ms.WritePrometheus(&b)
+			for _, line := range lines {
+				if !strings.Contains(b.String(), line+"\n") {
+					t.Errorf("no %q in\n%s", line, b.String())
+				}
+			}
+		}
+		w.register("A", "a:1", "B", "b:1", "C", "c:1")
+		w.up(4)
+		has(`push_manager_node_connections{node_id="A"} 2`, `push_manager_node_connections{node_id="B"} 2`,
+			`push_manager_node_connections{node_id="C"} 0`, `push_manager_nodes 3`)
+		w.register("B", "b:1")
+		has(`push_manager_node_connections{node_id="B"} 2`, `push_manager_nodes 1`)
+		var b strings.Builder
+		ms.WritePrometheus(&b)
+		if strings.Contains(b.String(), `"A"`) || strings.Contains(b.String(), `"C"`) {
+			t.Errorf("gauges of nodes that are gone:\n%s", b.String())
+		}
+		w.set.Close()
+	})
+}
+
+func TestConfigNamesWhatIsWrong(t *testing.T) {
+	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100}); err == nil {
+		t.Error("accepted")
+	} else {
+		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes"} {
+			if !strings.Contains(err.Error(), field) {
+				t.Errorf("%s is not named in %v", field, err)
+			}
+		}
+	}
+	if err := (Config{}).Validate(); err != nil {
+		t.Errorf("zero config: %v", err)
 	}
 }

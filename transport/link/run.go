@@ -257,7 +257,7 @@ func (s *stream) guardedRead() (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.link.set.panicked("reader", r)
-			for _, o := range s.owed {
+			for _, o := range s.r.owed {
 				if o.d != nil {
 					o.d.Lose(engine.LostInternal)
 				}
@@ -343,11 +343,13 @@ func (l *Link) tick(now, ran int64, scratch *due) {
 // watchLocked finds what is due on a stream, and why it must end if it must.
 func (l *Link) watchLocked(s *stream, now, ran int64, out *due) error {
 	cfg := &l.set.cfg
+	s.win.measure(ran, int64(cfg.AckTimeout))
 	out.late = s.win.popOverdue(out.late, ran-int64(cfg.AckTimeout))
 	out.left = s.win.popExpired(out.left, now)
 	if s.win.stalled() && !l.stalled {
 		l.stalled = true
 		s.ackAt = ran
+		s.win.slow()
 		l.refreshLocked()
 		l.set.meters.stalls.Inc()
 	}

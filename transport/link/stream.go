@@ -3,6 +3,7 @@ package link
 import (
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 
 	"google.golang.org/grpc"
@@ -44,23 +45,31 @@ type stream struct {
 	beat      uint64
 	beatDue   bool  // the writer shall send beat
 	beatAt    int64 // running time of the last heartbeat
+	fresh     bool  // the last frame had a heartbeat for the broadcast that follows
 	answered  uint64
 	inAt      int64 // running time of the last frame from the node
 	ackAt     int64 // running time of the last ack, or of the start of a stall
 	drainSent bool
 
-	// Owned by the writer.
-	auds    *audiences
-	batch   []entry
-	kept    []entry
-	out     outFrame
-	control control
+	w writing
+	r reading
+}
 
-	// Owned by the reader.
+// writing is what the writer owns.
+type writing struct {
+	auds    *audiences
+	batch   []entry // taken from the queue
+	kept    []entry // encoded, on their way into the window
+	control control
+	out     outFrame
+}
+
+// reading is what the reader owns.
+type reading struct {
 	in         inFrame
 	resp       response
-	owed       []owed
-	online     uint32
+	owed       []owed // what the frame acknowledges
+	online     uint32 // users on the node
 	strikes    int
 	lastStrike int64
 }
@@ -80,10 +89,11 @@ func newStream(l *Link, rpc grpc.ClientStream, hello helloReply) *stream {
 	}
 	members := min(cfg.AudienceMembers, int(hello.members))
 	return &stream{
-		link: l, rpc: rpc, hello: hello, online: hello.online,
+		link: l, rpc: rpc, hello: hello,
 		bell: make(chan struct{}, 1), written: make(chan struct{}),
 		win: newWindow(limit), inAt: ran, ackAt: ran, beatAt: ran,
-		auds: newAudiences(members, l.set.meters),
+		w: writing{auds: newAudiences(members, l.set.meters)},
+		r: reading{online: hello.online},
 	}
 }
 
@@ -98,7 +108,11 @@ func (s *stream) workLocked() bool {
 
 // roomLocked tells whether the window takes another delivery.
 func (s *stream) roomLocked() bool {
-	return s.win.free() > 0 && s.win.bytes < s.link.set.cfg.WindowBytes
+	if s.win.free() <= 0 {
+		s.win.pace.full = true
+		return false
+	}
+	return s.win.bytes < s.link.set.cfg.WindowBytes
 }
 
 // writeLoop sends until the stream is dead or broken.
@@ -107,9 +121,9 @@ func (s *stream) writeLoop() {
 	defer func() {
 		if r := recover(); r != nil {
 			s.link.set.panicked("writer", r)
-			lose(deliveries(s.kept), engine.LostInternal)
-			lose(deliveries(s.batch), engine.LostInternal)
-			drop(deliveries(s.batch), engine.DropInternal)
+			lose(deliveries(s.w.kept), engine.LostInternal)
+			lose(deliveries(s.w.batch), engine.LostInternal)
+			drop(deliveries(s.w.batch), engine.DropInternal)
 			s.link.kill(s, errPanic)
 		}
 	}()
@@ -118,9 +132,12 @@ func (s *stream) writeLoop() {
 		if !s.gather() {
 			continue
 		}
-		if err := s.rpc.SendMsg(&s.out); err != nil {
-			// The reader gets the stream's status and tells the rest. What is in the
-			// window is unknown: gRPC does not promise that none of it was written.
+		if err := s.rpc.SendMsg(&s.w.out); err != nil {
+			// What is in the window is unknown: gRPC does not promise that none of it
+			// was written. An EOF means that the reader is getting the reason.
+			if !errors.Is(err, io.EOF) {
+				s.link.kill(s, fmt.Errorf("send: %w", err))
+			}
 			return
 		}
 	}
@@ -160,53 +177,58 @@ func (s *stream) gather() bool {
 	m := s.link.set.meters
 	m.frames.Inc()
 	m.bytes.Add(len(b))
-	if n := len(s.kept); n > 0 {
+	if n := len(s.w.kept); n > 0 {
 		m.deliveries.Add(n)
 		m.perFrame.Update(float64(n))
 	}
-	s.kept = s.kept[:0]
-	s.out.buf = mem.NewBuffer(buf, pool)
+	s.w.kept = s.w.kept[:0]
+	s.w.out.buf = mem.NewBuffer(buf, pool)
 	return true
 }
 
 // pick moves what the next frame may hold from the queue to the batch.
 func (s *stream) pick() {
 	l, cfg := s.link, &s.link.set.cfg
-	s.batch = s.batch[:0]
-	s.control = control{}
+	s.w.batch = s.w.batch[:0]
+	s.w.control = control{}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.state == up && !l.stalled && !s.dead {
 		bytes, most := 0, min(cfg.FrameLen, s.win.free())
 		budget := min(cfg.FrameBytes, cfg.WindowBytes-s.win.bytes)
-		for l.queue.len > 0 && len(s.batch) < most && bytes < budget {
+		fresh := s.fresh
+		s.fresh = false
+		for l.queue.len > 0 && len(s.w.batch) < most && bytes < budget {
+			if l.queue.slot(0).d.Everybody() && !fresh {
+				s.beatDue, s.fresh = true, true
+				break // it goes with the next frame
+			}
 			e := l.queue.pop()
 			bytes += e.size
-			s.batch = append(s.batch, e)
-			s.beatDue = s.beatDue || e.d.Everybody() // so that its ack is judged by a fresh count of users
+			s.w.batch = append(s.w.batch, e)
 		}
 	}
-	s.control.first = s.win.next
+	s.w.control.first = s.win.next
 	if s.beatDue {
 		s.beatDue = false
 		s.beat++
 		s.beatAt = l.set.clock.ran.Load()
-		s.control.beat = s.beat
+		s.w.control.beat = s.beat
 	}
-	s.control.drain = l.leaving && l.queue.len == 0 && !s.drainSent
-	s.drainSent = s.drainSent || s.control.drain
+	s.w.control.drain = l.leaving && l.queue.len == 0 && !s.drainSent
+	s.drainSent = s.drainSent || s.w.control.drain
 }
 
 // encode appends the frame to b. Deliveries that it contains are claimed and in
 // kept; those from batch[rest] on found no room.
 func (s *stream) encode(b []byte) ([]byte, int) {
 	cfg := &s.link.set.cfg
-	s.kept = s.kept[:0]
-	b = appendUint(b, reqFirstSeq, s.control.first)
-	rest := len(s.batch)
-	for i := range s.batch {
-		e := &s.batch[i]
-		if len(s.kept) > 0 && len(b) >= cfg.FrameBytes {
+	s.w.kept = s.w.kept[:0]
+	b = appendUint(b, reqFirstSeq, s.w.control.first)
+	rest := len(s.w.batch)
+	for i := range s.w.batch {
+		e := &s.w.batch[i]
+		if len(s.w.kept) > 0 && len(b) >= cfg.FrameBytes {
 			rest = i
 			break
 		}
@@ -219,11 +241,11 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			}
 			continue
 		}
-		to := s.auds.address(e.d)
+		to := s.w.auds.address(e.d)
 		size := sizeDelivery(e.d, &to)
 		if len(b)+size+frameSpare > cfg.MaxFrameBytes {
-			s.auds.undo(e.d.Room(), &to)
-			if len(s.kept) > 0 {
+			s.w.auds.undo(e.d.Room(), &to)
+			if len(s.w.kept) > 0 {
 				rest = i
 				break
 			}
@@ -231,21 +253,21 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			continue
 		}
 		if !e.d.TrySend() {
-			s.auds.undo(e.d.Room(), &to)
+			s.w.auds.undo(e.d.Room(), &to)
 			continue
 		}
 		b = appendDelivery(b, e.d, &to, size)
 		e.size = size
-		s.kept = append(s.kept, *e)
+		s.w.kept = append(s.w.kept, *e)
 	}
-	if len(s.kept) == 0 {
+	if len(s.w.kept) == 0 {
 		b = b[:0]
 	}
-	for _, id := range s.auds.endFrame() {
+	for _, id := range s.w.auds.endFrame() {
 		b = appendUint(b, reqForget, uint64(id))
 	}
-	b = appendUint(b, reqHeartbeat, s.control.beat)
-	if s.control.drain && rest == len(s.batch) {
+	b = appendUint(b, reqHeartbeat, s.w.control.beat)
+	if s.w.control.drain && rest == len(s.w.batch) {
 		b = appendUint(b, reqDrain, 1)
 	}
 	return b, rest
@@ -262,26 +284,26 @@ func (s *stream) commit(rest int) bool {
 	l.mu.Lock()
 	if s.dead {
 		l.mu.Unlock()
-		drop(deliveries(s.kept), engine.DropUnreachable)
-		drop(deliveries(s.batch[rest:]), engine.DropUnreachable)
-		s.kept, s.batch = s.kept[:0], s.batch[:0]
+		drop(deliveries(s.w.kept), engine.DropUnreachable)
+		drop(deliveries(s.w.batch[rest:]), engine.DropUnreachable)
+		s.w.kept, s.w.batch = s.w.kept[:0], s.w.batch[:0]
 		return false
 	}
-	if rest < len(s.batch) {
-		for i := len(s.batch) - 1; i >= rest; i-- {
-			l.queue.unpop(s.batch[i])
+	if rest < len(s.w.batch) {
+		for i := len(s.w.batch) - 1; i >= rest; i-- {
+			l.queue.unpop(s.w.batch[i])
 		}
-		s.drainSent = s.drainSent && !s.control.drain
+		s.drainSent = s.drainSent && !s.w.control.drain
 	}
 	ran := l.set.clock.ran.Load()
-	for _, e := range s.kept {
+	for _, e := range s.w.kept {
 		e.at = ran
 		s.win.push(e)
 	}
 	l.lookLocked()
 	l.mu.Unlock()
-	clear(s.batch)
-	s.batch = s.batch[:0]
+	clear(s.w.batch)
+	s.w.batch = s.w.batch[:0]
 	return true
 }
 
@@ -302,10 +324,10 @@ type owed struct {
 // readLoop receives until the stream ends and says why.
 func (s *stream) readLoop() error {
 	for {
-		if err := s.rpc.RecvMsg(&s.in); err != nil {
+		if err := s.rpc.RecvMsg(&s.r.in); err != nil {
 			return fmt.Errorf("receive: %w", err)
 		}
-		if err := s.resp.decode(s.in.b, s.win.limit); err != nil {
+		if err := s.r.resp.decode(s.r.in.b, s.win.max); err != nil {
 			return fmt.Errorf("receive: %w", err)
 		}
 		if err := s.receive(); err != nil {
@@ -316,12 +338,12 @@ func (s *stream) readLoop() error {
 
 // receive acts on one frame.
 func (s *stream) receive() error {
-	l, r := s.link, &s.resp
+	l, r := s.link, &s.r.resp
 	if r.hello != nil {
 		return fmt.Errorf("%w: a second hello", errWire)
 	}
 	if r.heartbeat != 0 || r.online != 0 {
-		s.online = r.online
+		s.r.online = r.online
 	}
 	r.markAcked()
 	var refused []*engine.Delivery
@@ -335,7 +357,7 @@ func (s *stream) receive() error {
 		}
 		s.answered = max(s.answered, min(r.heartbeat, s.beat))
 	}
-	s.owed = s.owed[:0]
+	s.r.owed = s.r.owed[:0]
 	for _, a := range r.acks {
 		d, ok := s.win.ack(a.seq)
 		switch {
@@ -344,11 +366,12 @@ func (s *stream) receive() error {
 		case d == nil:
 			late++
 		default:
-			s.owed = append(s.owed, owed{d, a})
+			s.r.owed = append(s.r.owed, owed{d, a})
 		}
 	}
 	if len(r.acks) > 0 {
 		s.ackAt = ran
+		s.win.quicken(len(r.acks))
 		l.unstallLocked()
 	}
 	if r.drain && l.state == up {
@@ -368,10 +391,10 @@ func (s *stream) receive() error {
 // settle settles what the frame acknowledged and returns the number of lies.
 func (s *stream) settle(late *int) int {
 	strikes := 0
-	for i := range s.owed {
-		o := &s.owed[i]
+	for i := range s.r.owed {
+		o := &s.r.owed[i]
 		a := engine.Ack{Delivered: int(o.ack.delivered)}
-		if m := s.resp.miss(o.ack.seq); m != nil {
+		if m := s.r.resp.miss(o.ack.seq); m != nil {
 			a.NotHere, a.Failed = m.notHere, m.failed
 			a.FailedUsers, a.Refused, a.Text = int(m.failedUsers), m.refused, m.reason
 		}
@@ -392,7 +415,7 @@ func (s *stream) settle(late *int) int {
 
 // clamp keeps the claim about a broadcast below the users that the node has.
 func (s *stream) clamp(a *engine.Ack) {
-	online := int(s.online)
+	online := int(s.r.online)
 	if a.Delivered > online || a.FailedUsers > online-a.Delivered {
 		s.link.set.meters.clamped.Inc()
 		a.Delivered = min(a.Delivered, online)
@@ -403,12 +426,12 @@ func (s *stream) clamp(a *engine.Ack) {
 // verdict counts what came and tells whether the stream goes on.
 func (s *stream) verdict(late, strikes int, notice, drained bool) error {
 	l, m := s.link, s.link.set.meters
-	for i := range s.resp.misses {
-		if !s.resp.misses[i].acked {
+	for i := range s.r.resp.misses {
+		if !s.r.resp.misses[i].acked {
 			strikes++
 		}
 	}
-	if n := len(s.resp.acks); n > 0 {
+	if n := len(s.r.resp.acks); n > 0 {
 		m.acks.Add(n)
 	}
 	if late > 0 {
@@ -421,12 +444,12 @@ func (s *stream) verdict(late, strikes int, notice, drained bool) error {
 	if strikes > 0 {
 		m.strikes.Add(strikes)
 		now := l.set.clock.ran.Load()
-		if now-s.lastStrike > int64(l.set.cfg.Quarantine) {
-			s.strikes = 0 // the ones before are long ago
+		if now-s.r.lastStrike > int64(l.set.cfg.Quarantine) {
+			s.r.strikes = 0 // the ones before are long ago
 		}
-		s.strikes += strikes
-		s.lastStrike = now
-		if s.strikes >= strikesMax {
+		s.r.strikes += strikes
+		s.r.lastStrike = now
+		if s.r.strikes >= strikesMax {
 			return errLies
 		}
 	}

@@ -292,7 +292,7 @@ type fakeNode struct {
 
 func (n *fakeNode) start() {
 	n.lis = bufconn.Listen(1 << 20)
-	n.srv = grpc.NewServer(
+	n.srv = grpc.NewServer(grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(17<<20), grpc.StaticStreamWindowSize(1<<16), grpc.StaticConnWindowSize(1<<20),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
