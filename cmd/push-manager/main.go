@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 
+	"github.com/push-manager/push-manager/internal/devstack"
 	"github.com/push-manager/push-manager/internal/program"
 )
 
@@ -10,6 +11,11 @@ func main() {
 	os.Exit(program.Main(program.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands:    []program.Command{program.Serve(), program.ConnectNodeCommand()},
+		Commands: []program.Command{
+			program.Serve(),
+			devstack.Command(os.Stdout),
+			program.ControllerCommand(),
+			program.ConnectNodeCommand(),
+		},
 	}, os.Args[1:]))
 }

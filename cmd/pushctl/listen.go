@@ -167,12 +167,13 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 	raw := message.Bytes()
 	var f frame
 	isPush := json.Unmarshal(raw, &f) == nil && f.Data != nil
-	line := f.String(l.t)
+	line := string(raw)
 	switch {
 	case l.t.json:
-		line = string(raw)
-	case !isPush:
-		line = l.t.paint(grey, clean(string(raw)))
+	case isPush:
+		line = f.push(l.t)
+	default:
+		line = l.t.paint(grey, f.control(line))
 	}
 	if _, err := fmt.Fprintln(l.t.out, line); err != nil {
 		l.end(fmt.Errorf("print: %w", err))
@@ -186,7 +187,8 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 	}
 }
 
-// frame is a push as the reference Connect-Node sends it to clients.
+// frame is what the reference Connect-Node sends to clients: a push when it has
+// data, otherwise an answer to what the client asked for.
 type frame struct {
 	Type      string            `json:"type"`
 	Room      string            `json:"room_id"`
@@ -194,6 +196,7 @@ type frame struct {
 	Timestamp int64             `json:"timestamp"`
 	Data      *frameData        `json:"data"`
 	Metadata  map[string]string `json:"metadata"`
+	Message   string            `json:"message"`
 }
 
 type frameData struct {
@@ -201,11 +204,8 @@ type frameData struct {
 	Base64  string  `json:"content_base64"`
 }
 
-// String is the frame as one line.
-func (f *frame) String(t *terminal) string {
-	if f.Data == nil {
-		return ""
-	}
+// push is a push as one line.
+func (f *frame) push(t *terminal) string {
 	var b strings.Builder
 	b.WriteString(t.paint(grey, time.Unix(f.Timestamp, 0).Format(time.TimeOnly)) + "  ")
 	if f.Room != "" {
@@ -219,6 +219,17 @@ func (f *frame) String(t *terminal) string {
 		b.WriteString("  " + t.paint(grey, clean(k)+"="+clean(f.Metadata[k])))
 	}
 	return b.String()
+}
+
+// control is an answer as one line, as it came when it is not known.
+func (f *frame) control(raw string) string {
+	switch f.Type {
+	case "joined", "left":
+		return f.Type + " " + clean(f.Room)
+	case "error":
+		return "error: " + clean(f.Message)
+	}
+	return clean(raw)
 }
 
 func (f *frame) text() string {

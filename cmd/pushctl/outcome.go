@@ -38,7 +38,7 @@ func (t *terminal) show(what string, r reply) error {
 	if rest := counts(s.GetOffline(), s.GetFailed(), s.GetUnknown()); rest != "" {
 		b.WriteString(" (" + rest + ")")
 	}
-	if m := r.GetMessage(); m != "" {
+	if m := r.GetMessage(); m != "" && !r.GetSuccess() {
 		b.WriteString(": " + clean(m))
 	}
 	b.WriteString("\n")

@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"log/slog"
@@ -15,9 +16,10 @@ type LogConfig struct {
 	Format string // text, json
 }
 
-// Bind adds the keys log_level and log_format.
+// Bind adds the keys log_level and log_format. A level that is set already is the
+// default.
 func (c *LogConfig) Bind(s *config.Set) {
-	s.Choice(&c.Level, "log_level", "info", "Least level that is logged: debug, info, warn or error.",
+	s.Choice(&c.Level, "log_level", cmp.Or(c.Level, "info"), "Least level that is logged: debug, info, warn or error.",
 		"debug", "info", "warn", "error")
 	s.Choice(&c.Format, "log_format", "text", "Format of the log on standard error: text or json.", "text", "json")
 }
