@@ -301,7 +301,7 @@ func (s *Memory) Room(_ context.Context, roomID string) (*pubsub.RoomInfo, error
 func (s *Memory) infoLocked(r *room, list bool) *pubsub.RoomInfo {
 	info := &pubsub.RoomInfo{
 		RoomId:    r.id,
-		Metadata:  &pubsub.RoomMetadata{Name: r.id, MaxUsers: int32(min(s.maxUsers, 1<<31-1))}, //nolint:gosec // bounded
+		Metadata:  &pubsub.RoomMetadata{Name: r.id, MaxUsers: int32(min(s.maxUsers, 1<<31-1))},
 		CreatedAt: r.created,
 		UpdatedAt: r.updated,
 	}
@@ -343,7 +343,7 @@ func (s *Memory) roomStats() []*pubsub.RoomStats {
 	defer s.mu.RUnlock()
 	stats := make([]*pubsub.RoomStats, 0, len(s.rooms))
 	for _, r := range s.rooms {
-		stats = append(stats, &pubsub.RoomStats{RoomId: r.id, UserCount: int32(min(r.users, 1<<31-1)), CreatedAt: r.created}) //nolint:gosec // bounded
+		stats = append(stats, &pubsub.RoomStats{RoomId: r.id, UserCount: int32(min(r.users, 1<<31-1)), CreatedAt: r.created})
 	}
 	return stats
 }

@@ -37,7 +37,9 @@ func newReaper(cfg Config) (*reaper, error) {
 	var err error
 	r.watcher, err = discovery.New(discovery.Config{
 		Client: cfg.Client, Prefix: cfg.NodePrefix, OnChange: r.onNodes,
-		Logger: cfg.Logger, Metrics: cfg.Metrics, MetricsPrefix: "controller",
+		// That etcd is silent has to be known before a grace ends.
+		ProbeInterval: min(5*time.Second, cfg.NodeGrace/2),
+		Logger:        cfg.Logger, Metrics: cfg.Metrics, MetricsPrefix: "controller",
 	})
 	return r, err
 }

@@ -25,7 +25,10 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The metrics library keeps one goroutine for each length of summary.
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"))
+}
 
 // bench is a Server and a client of it.
 type bench struct {

@@ -142,7 +142,7 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 		return nil, storeError("get stats", err)
 	}
 	users := min(s.store.Counts().Users, 1<<31-1)
-	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil //nolint:gosec // bounded
+	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil
 }
 
 // WatchRoutes implements ControllerService.

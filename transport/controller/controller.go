@@ -173,7 +173,7 @@ func (c *Controller) ping(ctx context.Context) {
 
 // touch notes that the Controller answered, if err says so.
 func (c *Controller) touch(err error) {
-	switch status.Code(err) { //nolint:exhaustive // all other codes are answers
+	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
 		return
 	}
@@ -209,7 +209,7 @@ const retryPause = 10 * time.Millisecond
 // again tells whether a second attempt may succeed where the first did not. All
 // look-ups are reads.
 func again(err error) bool {
-	switch status.Code(err) { //nolint:exhaustive // all other codes are answers, or the caller's time is up
+	switch status.Code(err) {
 	case codes.Unavailable, codes.Aborted, codes.Internal, codes.Unknown:
 		return true
 	default:
@@ -224,10 +224,11 @@ func withTrace(ctx context.Context) context.Context {
 	}
 	carrier := propagation.MapCarrier{}
 	propagation.TraceContext{}.Inject(ctx, carrier)
+	pairs := make([]string, 0, 2*len(carrier))
 	for key, value := range carrier {
-		ctx = metadata.AppendToOutgoingContext(ctx, key, value)
+		pairs = append(pairs, key, value)
 	}
-	return ctx
+	return metadata.AppendToOutgoingContext(ctx, pairs...)
 }
 
 // budget holds what retries may spend, in tenths of a retry: each look-up earns

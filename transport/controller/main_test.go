@@ -140,17 +140,6 @@ func open(t *testing.T, cfg Config) *Controller {
 	return c
 }
 
-// eventually waits until ok holds.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 10s: %s", what)
-		}
-		time.Sleep(2 * time.Millisecond) // polling real goroutines
-	}
-}
-
 // logbook is a log that can be searched.
 type logbook struct {
 	mu  sync.Mutex

@@ -42,21 +42,20 @@ type handles struct {
 }
 
 func newHandles(c *Controller, set *metrics.Set) *handles {
-	const prefix = "push_manager_controller_"
 	h := &handles{
-		retries: set.GetOrCreateCounter(prefix + "retries_total"),
-		badIDs:  set.GetOrCreateCounter(prefix + "bad_ids_total"),
-		changes: set.GetOrCreateCounter(prefix + "changes_total"),
-		breaks:  set.GetOrCreateCounter(prefix + "watch_breaks_total"),
+		retries: set.GetOrCreateCounter("push_manager_controller_retries_total"),
+		badIDs:  set.GetOrCreateCounter("push_manager_controller_bad_ids_total"),
+		changes: set.GetOrCreateCounter("push_manager_controller_changes_total"),
+		breaks:  set.GetOrCreateCounter("push_manager_controller_watch_breaks_total"),
 	}
 	for k := range kinds {
-		h.seconds[k] = set.GetOrCreateSummaryExt(fmt.Sprintf(`%slookup_seconds{kind=%q}`, prefix, k), time.Minute, []float64{0.5, 0.9, 0.99})
+		h.seconds[k] = set.GetOrCreateSummaryExt(fmt.Sprintf(`push_manager_controller_lookup_seconds{kind=%q}`, k), time.Minute, []float64{0.5, 0.9, 0.99})
 		for r := range results {
-			h.lookups[k][r] = set.GetOrCreateCounter(fmt.Sprintf(`%slookups_total{kind=%q,result=%q}`, prefix, k, r))
+			h.lookups[k][r] = set.GetOrCreateCounter(fmt.Sprintf(`push_manager_controller_lookups_total{kind=%q,result=%q}`, k, r))
 		}
 	}
-	set.GetOrCreateGauge(prefix+"watched", func() float64 { return oneIf(c.watched.Load()) })
-	set.GetOrCreateGauge(prefix+"up", func() float64 {
+	set.GetOrCreateGauge("push_manager_controller_watched", func() float64 { return oneIf(c.watched.Load()) })
+	set.GetOrCreateGauge("push_manager_controller_up", func() float64 {
 		up, _ := c.Healthy()
 		return oneIf(up)
 	})

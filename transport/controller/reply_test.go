@@ -2,7 +2,6 @@ package controller
 
 import (
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -122,8 +121,6 @@ func BenchmarkWalk(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			reply = nil
-			runtime.GC()
 			b.ReportAllocs()
 			for b.Loop() {
 				n := 0

@@ -18,6 +18,9 @@ const (
 	PushManagerPrefix = "/services/push-manager/"
 )
 
+// defaultMetricsPrefix is for Push-Manager itself; other programs have their own.
+const defaultMetricsPrefix = "push_manager"
+
 // Config is what a Watcher needs. The zero values of all but Client and OnChange
 // stand for the defaults.
 type Config struct {
@@ -74,7 +77,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.MinBackoff, 50*time.Millisecond)
 	defaultTo(&c.MaxBackoff, 2*time.Second)
 	defaultTo(&c.MaxNodes, 4096)
-	defaultTo(&c.MetricsPrefix, "push_manager")
+	defaultTo(&c.MetricsPrefix, defaultMetricsPrefix)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

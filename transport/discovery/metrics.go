@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -31,29 +32,34 @@ type watcherMetrics struct {
 }
 
 func newWatcherMetrics(set *metrics.Set, prefix string) *watcherMetrics {
-	name := func(rest string) string { return prefix + "_discovery_" + rest }
+	name := func(full string) string { return renamed(full, prefix) }
 	m := &watcherMetrics{
-		badValues: set.GetOrCreateCounter(name("bad_value_total")),
-		conflicts: set.GetOrCreateCounter(name("conflicts_total")),
-		overLimit: set.GetOrCreateCounter(name("over_limit_total")),
-		panics:    set.GetOrCreateCounter(name("panics_total")),
-		changes:   set.GetOrCreateCounter(name("changes_total")),
+		badValues: set.GetOrCreateCounter(name("push_manager_discovery_bad_value_total")),
+		conflicts: set.GetOrCreateCounter(name("push_manager_discovery_conflicts_total")),
+		overLimit: set.GetOrCreateCounter(name("push_manager_discovery_over_limit_total")),
+		panics:    set.GetOrCreateCounter(name("push_manager_discovery_panics_total")),
+		changes:   set.GetOrCreateCounter(name("push_manager_discovery_changes_total")),
 
-		listOK:       set.GetOrCreateCounter(name(`lists_total{result="ok"}`)),
-		listError:    set.GetOrCreateCounter(name(`lists_total{result="error"}`)),
-		listOutdated: set.GetOrCreateCounter(name(`lists_total{result="outdated"}`)),
-		listBack:     set.GetOrCreateCounter(name(`lists_total{result="went_back"}`)),
+		listOK:       set.GetOrCreateCounter(name(`push_manager_discovery_lists_total{result="ok"}`)),
+		listError:    set.GetOrCreateCounter(name(`push_manager_discovery_lists_total{result="error"}`)),
+		listOutdated: set.GetOrCreateCounter(name(`push_manager_discovery_lists_total{result="outdated"}`)),
+		listBack:     set.GetOrCreateCounter(name(`push_manager_discovery_lists_total{result="went_back"}`)),
 
-		breakCompacted: set.GetOrCreateCounter(name(`watch_breaks_total{reason="compacted"}`)),
-		breakNoLeader:  set.GetOrCreateCounter(name(`watch_breaks_total{reason="no_leader"}`)),
-		breakOther:     set.GetOrCreateCounter(name(`watch_breaks_total{reason="other"}`)),
+		breakCompacted: set.GetOrCreateCounter(name(`push_manager_discovery_watch_breaks_total{reason="compacted"}`)),
+		breakNoLeader:  set.GetOrCreateCounter(name(`push_manager_discovery_watch_breaks_total{reason="no_leader"}`)),
+		breakOther:     set.GetOrCreateCounter(name(`push_manager_discovery_watch_breaks_total{reason="other"}`)),
 	}
 	gauge := func(v *atomic.Int64) func() float64 { return func() float64 { return float64(v.Load()) } }
-	set.GetOrCreateGauge(name("nodes"), gauge(&m.nodes))
-	set.GetOrCreateGauge(name("held_nodes"), gauge(&m.held))
-	set.GetOrCreateGauge(name("panic"), gauge(&m.panicking))
-	set.GetOrCreateGauge(name("stale_seconds"), func() float64 { return m.stale().Seconds() })
+	set.GetOrCreateGauge(name("push_manager_discovery_nodes"), gauge(&m.nodes))
+	set.GetOrCreateGauge(name("push_manager_discovery_held_nodes"), gauge(&m.held))
+	set.GetOrCreateGauge(name("push_manager_discovery_panic"), gauge(&m.panicking))
+	set.GetOrCreateGauge(name("push_manager_discovery_stale_seconds"), func() float64 { return m.stale().Seconds() })
 	return m
+}
+
+// renamed gives a metric's name the prefix of the program that it is for.
+func renamed(name, prefix string) string {
+	return prefix + strings.TrimPrefix(name, defaultMetricsPrefix)
 }
 
 // stale is how long etcd has been out of reach, 0 while it is not.

@@ -56,7 +56,7 @@ func (c RegistrationConfig) withDefaults() RegistrationConfig {
 	defaultTo(&c.RequestTimeout, 3*time.Second)
 	defaultTo(&c.MinBackoff, 50*time.Millisecond)
 	defaultTo(&c.MaxBackoff, 2*time.Second)
-	defaultTo(&c.MetricsPrefix, "push_manager")
+	defaultTo(&c.MetricsPrefix, defaultMetricsPrefix)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -129,16 +129,16 @@ func NewRegistration(cfg RegistrationConfig) (*Registration, error) {
 	if err != nil {
 		return nil, err
 	}
-	name := func(rest string) string { return cfg.MetricsPrefix + "_registration_" + rest }
+	name := func(full string) string { return renamed(full, cfg.MetricsPrefix) }
 	r := &Registration{
 		cfg:    cfg,
 		key:    keyOf(cfg.Prefix, cfg.ID),
 		value:  value,
-		grants: cfg.Metrics.GetOrCreateCounter(name("leases_total")),
-		lost:   cfg.Metrics.GetOrCreateCounter(name("lost_total")),
+		grants: cfg.Metrics.GetOrCreateCounter(name("push_manager_registration_leases_total")),
+		lost:   cfg.Metrics.GetOrCreateCounter(name("push_manager_registration_lost_total")),
 		ready:  make(chan struct{}),
 	}
-	cfg.Metrics.GetOrCreateGauge(name("up"), func() float64 {
+	cfg.Metrics.GetOrCreateGauge(name("push_manager_registration_up"), func() float64 {
 		if r.Registered() {
 			return 1
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -43,9 +44,7 @@ type endpointIn struct {
 // encodeValue builds the value of a registration.
 func encodeValue(id, addr string, metadata map[string]string) (string, error) {
 	all := make(map[string]string, len(metadata)+1)
-	for k, v := range metadata {
-		all[k] = v
-	}
+	maps.Copy(all, metadata)
 	all["node_id"] = id
 	value, err := json.Marshal(endpoint{Addr: addr, Metadata: all})
 	if err != nil {

@@ -213,7 +213,7 @@ func (w *Watcher) listAll(ctx context.Context) listing {
 		resp, err := w.cfg.Client.Get(pageCtx, from, opts...)
 		cancel()
 		if err != nil {
-			return listing{err: fmt.Errorf("list %s: %w", w.cfg.Prefix, err)}
+			return listing{err: fmt.Errorf("prefix %s: %w", w.cfg.Prefix, err)}
 		}
 		if got.rev == 0 {
 			got.rev, got.term = resp.Header.GetRevision(), resp.Header.GetRaftTerm()
@@ -236,7 +236,7 @@ func (l *watching) onListed(ctx context.Context, got listing) {
 	l.unlisted = got.err != nil
 	if l.unlisted {
 		l.m.listError.Inc()
-		l.failed("list failed", got.err)
+		l.failed(fmt.Errorf("list: %w", got.err))
 		return
 	}
 	back := l.wentBack(got.rev, got.term, got.asked)
@@ -331,7 +331,7 @@ func (l *watching) onBroken(err error) {
 	if time.Since(l.opened) >= settledAfter {
 		l.failures = 0
 	}
-	l.failed("watch broke", err)
+	l.failed(fmt.Errorf("watch: %w", err))
 }
 
 // onTick asks etcd for a sign of life when it is time to. The once-a-second
@@ -384,9 +384,9 @@ func (l *watching) answered(rev int64, term uint64) {
 }
 
 // failed plans the next list after a failure, later with each one in a row.
-func (l *watching) failed(what string, err error) {
+func (l *watching) failed(err error) {
 	if l.failures == 0 {
-		l.log.Warn("discovery: "+what+", nodes known stay", "err", err)
+		l.log.Warn("discovery is interrupted, the nodes known stay", "err", err)
 	}
 	pause := l.cfg.MaxBackoff
 	if l.failures < 16 {
