@@ -8,5 +8,5 @@
 //   - each metric stands in docs/metrics.md, and nothing else does;
 //   - links between the documents lead somewhere.
 //
-// The tests read the source files and start nothing.
+// The tests read the source files; the one on metrics also asks the running programs.
 package arch
