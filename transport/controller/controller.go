@@ -173,9 +173,9 @@ func (c *Controller) ping(ctx context.Context) {
 
 // touch notes that the Controller answered, if err says so.
 func (c *Controller) touch(err error) {
-	switch status.Code(err) {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-		return
+	code := status.Code(err)
+	if code == codes.Unavailable || code == codes.DeadlineExceeded || code == codes.Canceled {
+		return // gRPC's own, in all likelihood
 	}
 	now := time.Now()
 	c.contact.Store(&now)
