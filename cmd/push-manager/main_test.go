@@ -1,0 +1,398 @@
+package main_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/push-manager/push-manager/internal/etcdtest"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// binaries is where TestMain builds the commands.
+var binaries string //nolint:gochecknoglobals // Built once for all tests.
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "push-manager-test-")
+	if err != nil {
+		panic(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	binaries = dir
+	build := exec.Command("go", "build", "-o", dir+"/", "../push-manager", "../controller", "../connect-node")
+	if out, err := build.CombinedOutput(); err != nil {
+		panic(string(out))
+	}
+	return m.Run()
+}
+
+// process is a command that runs.
+type process struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	stdout *bufio.Scanner
+	stderr *bytes.Buffer
+	done   chan struct{}
+	code   int
+}
+
+// start runs a command with an environment of its own and no other.
+func start(t *testing.T, env []string, name string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, cmd: exec.Command(filepath.Join(binaries, name), args...), stderr: &bytes.Buffer{}, done: make(chan struct{})}
+	p.cmd.Dir = t.TempDir()
+	p.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + p.cmd.Dir, "TMPDIR=" + p.cmd.Dir}, env...)
+	p.cmd.Stderr = p.stderr
+	out, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd.Stdout = w
+	p.stdout = bufio.NewScanner(out)
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = w.Close()
+	go func() {
+		defer close(p.done)
+		_ = p.cmd.Wait() // the exit code says it
+		p.code = p.cmd.ProcessState.ExitCode()
+	}()
+	t.Cleanup(func() {
+		_ = p.cmd.Process.Kill() // mostly it has ended
+		<-p.done
+		_ = out.Close()
+	})
+	return p
+}
+
+func (p *process) signal(s os.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// ends waits for the end and checks its exit code.
+func (p *process) ends(within time.Duration, code int) {
+	p.t.Helper()
+	late := time.NewTimer(within)
+	defer late.Stop()
+	select {
+	case <-p.done:
+		if p.code != code {
+			p.t.Errorf("exit code %d, want %d\n%s", p.code, code, p.stderr)
+		}
+	case <-late.C:
+		p.t.Fatalf("still runs after %v", within)
+	}
+}
+
+// answers polls an address of HTTP until it gives the status.
+func answers(t *testing.T, url string, status int) string {
+	t.Helper()
+	deadline := time.Now().Add(15 * time.Second)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: time.Second}
+	for {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := client.Do(req)
+		if err == nil {
+			body, _ := io.ReadAll(resp.Body)
+			_ = resp.Body.Close()
+			if resp.StatusCode == status {
+				return string(body)
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s does not answer %d: %v", url, status, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// freePorts returns ports that nobody listens on just now.
+func freePorts(t *testing.T, n int) []string {
+	t.Helper()
+	var ports []string
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = l.Close() }()
+		_, port, err := net.SplitHostPort(l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, port)
+	}
+	return ports
+}
+
+// stuck takes connections and never says a word.
+func stuck(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns []net.Conn
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conns = append(conns, c)
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-done
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	})
+	return l.Addr().String()
+}
+
+// programs are the three servers, alone in the world but for stuck peers.
+func programs(t *testing.T) map[string]struct {
+	env    []string
+	name   string
+	args   []string
+	health string
+} {
+	t.Helper()
+	p, peer := freePorts(t, 7), stuck(t)
+	common := []string{"ETCD_ENDPOINTS=" + peer, "CONTROLLER_ADDRESS=" + peer}
+	type program = struct {
+		env    []string
+		name   string
+		args   []string
+		health string
+	}
+	return map[string]program{
+		"push-manager": {append([]string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1]}, common...), "push-manager", nil, "http://127.0.0.1:" + p[1] + "/healthz"},
+		"controller":   {append([]string{"GRPC_PORT=" + p[2], "METRICS_PORT=" + p[3]}, common...), "controller", nil, "http://127.0.0.1:" + p[3] + "/healthz"},
+		"connect-node": {append([]string{"GRPC_PORT=" + p[4], "HTTP_PORT=" + p[5], "METRICS_PORT=" + p[6]}, common...), "connect-node", nil, "http://127.0.0.1:" + p[6] + "/healthz"},
+	}
+}
+
+func TestSIGTERMDrainsAndExitsWith0WithStuckPeers(t *testing.T) {
+	for name, prog := range programs(t) {
+		for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
+			t.Run(name+" "+sig.String(), func(t *testing.T) {
+				p := start(t, prog.env, prog.name, prog.args...)
+				answers(t, prog.health, http.StatusOK)
+				p.signal(sig)
+				p.ends(10*time.Second, 0)
+			})
+		}
+	}
+}
+
+func TestSubcommandsAreTheSamePrograms(t *testing.T) {
+	for name, prog := range programs(t) {
+		if name == "push-manager" {
+			name = "serve"
+		}
+		t.Run(name, func(t *testing.T) {
+			p := start(t, prog.env, "push-manager", name)
+			answers(t, prog.health, http.StatusOK)
+			p.signal(syscall.SIGTERM)
+			p.ends(10*time.Second, 0)
+		})
+	}
+}
+
+// blocked is a Controller that takes look-ups and never answers.
+type blocked struct {
+	pubsub.UnimplementedControllerServiceServer
+
+	end chan struct{}
+}
+
+func (b *blocked) GetRoomInfo(context.Context, *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error) {
+	<-b.end
+	return &pubsub.GetRoomInfoResponse{}, nil
+}
+
+// busy is a Push-Manager with a push that will not finish: its look-up hangs.
+func busy(t *testing.T, env ...string) (p *process, ops string) {
+	t.Helper()
+	etcd := etcdtest.Start(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	controller, b := grpc.NewServer(), &blocked{end: make(chan struct{})}
+	pubsub.RegisterControllerServiceServer(controller, b)
+	served := make(chan error, 1)
+	go func() { served <- controller.Serve(l) }()
+	t.Cleanup(func() {
+		close(b.end)
+		controller.Stop()
+		<-served
+	})
+	ports := freePorts(t, 2)
+	p = start(t, append(env,
+		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+l.Addr().String(),
+		"LOOKUP_TIMEOUT=1m", "PUSH_TIMEOUT=1m",
+	), "push-manager")
+	ops = "http://127.0.0.1:" + ports[1]
+	answers(t, ops+"/readyz", http.StatusOK)
+	conn, err := grpc.NewClient("127.0.0.1:"+ports[0], grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushed := make(chan struct{})
+	go func() {
+		defer close(pushed)
+		_, _ = pubsub.NewPushManagerServiceClient(conn).PushToRoom(context.Background(),
+			&pubsub.PushToRoomRequest{RoomId: "r", Content: &pubsub.MessageContent{}})
+	}()
+	t.Cleanup(func() {
+		_ = conn.Close()
+		<-pushed
+	})
+	for !strings.Contains(answers(t, ops+"/metrics", http.StatusOK), "push_manager_pushes_in_flight 1\n") {
+		time.Sleep(5 * time.Millisecond)
+	}
+	return p, ops
+}
+
+func TestDrainEndsByItsBoundAndExitsWith0(t *testing.T) {
+	p, _ := busy(t, "DRAIN_TIMEOUT=500ms")
+	begin := time.Now()
+	p.signal(syscall.SIGTERM)
+	p.ends(4*time.Second, 0)
+	if took := time.Since(begin); took < 400*time.Millisecond {
+		t.Errorf("it did not wait for the push: ended after %v", took)
+	}
+}
+
+func TestSecondSIGTERMEndsAtOnce(t *testing.T) {
+	p, ops := busy(t)
+	p.signal(syscall.SIGTERM)
+	if body := answers(t, ops+"/readyz", http.StatusServiceUnavailable); !strings.Contains(body, "draining") {
+		t.Errorf("readyz %q", body)
+	}
+	p.signal(syscall.SIGTERM)
+	p.ends(time.Second, 1)
+}
+
+func TestDevSaysWhatRunsWhereAndStops(t *testing.T) {
+	p := start(t, nil, "push-manager", "dev", "--base-port=0", "--nodes=2")
+	var text strings.Builder
+	for p.stdout.Scan() {
+		text.WriteString(p.stdout.Text() + "\n")
+		if strings.Contains(p.stdout.Text(), "Ctrl-C") {
+			break
+		}
+	}
+	for _, want := range []string{"Push-Manager", "Controller", "connect-node-1", "connect-node-2", "etcd", "Ready", "pushctl listen", "pushctl room lobby", "pushctl user alice"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("it does not say %q:\n%s\n%s", want, text.String(), p.stderr)
+		}
+	}
+	if strings.Contains(text.String(), "connect-node-3") {
+		t.Error("three nodes run")
+	}
+	p.signal(syscall.SIGINT)
+	p.ends(10*time.Second, 0)
+	if left, err := os.ReadDir(p.cmd.Dir); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+func TestBadUsageExitsWith2AndOneLine(t *testing.T) {
+	for name, tc := range map[string]struct {
+		env  []string
+		cmd  string
+		args []string
+		want string
+	}{
+		"unknown flag":       {nil, "push-manager", []string{"--nope"}, "--nope"},
+		"unknown command":    {nil, "push-manager", []string{"server"}, "server"},
+		"port":               {[]string{"GRPC_PORT=99999"}, "push-manager", nil, "GRPC_PORT"},
+		"duration":           {nil, "push-manager", []string{"--etcd-dial-timeout=soon"}, "--etcd-dial-timeout"},
+		"no shards":          {[]string{"SHARDS=0"}, "push-manager", nil, "SHARDS"},
+		"open to others":     {[]string{"LISTEN_ADDRESS=0.0.0.0"}, "push-manager", nil, "ALLOW_INSECURE"},
+		"file not there":     {[]string{"CONFIG_FILE=nowhere.yaml"}, "push-manager", nil, "nowhere.yaml"},
+		"dev nodes":          {nil, "push-manager", []string{"dev", "--nodes=0"}, "--nodes"},
+		"controller":         {[]string{"GRPC_PORT=x"}, "controller", nil, "GRPC_PORT"},
+		"connect-node":       {[]string{"NODE_ID=a/b"}, "connect-node", nil, "NODE_ID"},
+		"connect-node, open": {[]string{"LISTEN_ADDRESS=::"}, "connect-node", nil, "ALLOW_INSECURE"},
+		"controller command": {[]string{"METRICS_PORT=-1"}, "push-manager", []string{"controller"}, "METRICS_PORT"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, tc.env, tc.cmd, tc.args...)
+			p.ends(5*time.Second, 2)
+			text := strings.TrimSpace(p.stderr.String())
+			if !strings.Contains(text, tc.want) || strings.Contains(text, "\n") {
+				t.Errorf("says %q, want one line with %s", text, tc.want)
+			}
+		})
+	}
+}
+
+func TestPortInUseExitsWith1AndNamesIt(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	p := start(t, []string{"GRPC_PORT=" + port, "METRICS_PORT=0"}, "push-manager")
+	p.ends(5*time.Second, 1)
+	if !strings.Contains(p.stderr.String(), "GRPC_PORT") || !strings.Contains(p.stderr.String(), "in use") {
+		t.Errorf("says %q", p.stderr)
+	}
+}
+
+func TestPrintedConfigurationNamesSources(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(binaries, "push-manager"), "--print-config", "--manager-id=a")
+	cmd.Dir = t.TempDir()
+	cmd.Env = []string{"SHARDS=3", "ETCD_PASSWORD=hidden"}
+	if err := os.WriteFile(filepath.Join(cmd.Dir, "config.yaml"), []byte("log_level: debug\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.Output()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		t.Fatalf("%v: %s", err, exit.Stderr)
+	}
+	for _, want := range []string{
+		"manager_id: a # flag --manager-id", "shards: 3 # environment variable SHARDS", "log_level: debug # config.yaml:1", "grpc_port: 50053 # default",
+	} {
+		if !strings.Contains(string(out), want+"\n") {
+			t.Errorf("lacks %q in:\n%s", want, out)
+		}
+	}
+	if strings.Contains(string(out), "hidden") {
+		t.Error("shows the password")
+	}
+}
