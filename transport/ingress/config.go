@@ -67,13 +67,13 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxStreams, 256)                  // per connection
 	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
-	setDefault(&c.KeepaliveTimeout, 10*time.Second) //
-	setDefault(&c.KeepaliveMinTime, 5*time.Second)  // clients with a 10 s keepalive stay
-	setDefault(&c.StreamWorkers, 64)                // measured: an eighth of the CPU of a unary call
-	setDefault(&c.StreamWindow, 256<<10)            // what a stream that is not read may hold
-	setDefault(&c.ConnWindow, 1<<20)                // fixed windows halve the writes of small traffic
-	setDefault(&c.StreamInflight, 1024)             //
-	setDefault(&c.StreamInflightBytes, 16*(1<<20))  // 16 of the largest requests
+	setDefault(&c.KeepaliveTimeout, 10*time.Second)
+	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
+	setDefault(&c.StreamWorkers, 64)               // measured: an eighth of the CPU of a unary call
+	setDefault(&c.StreamWindow, 256<<10)           // what a stream that is not read may hold
+	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
+	setDefault(&c.StreamInflight, 1024)
+	setDefault(&c.StreamInflightBytes, 16*(1<<20)) // 16 of the largest requests
 	return c
 }
 

@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"fmt"
+	"slices"
 	"time"
 	"unicode/utf8"
 	"unsafe"
@@ -85,6 +86,7 @@ func (d *decoder) decode(a api, wire []byte, p *engine.Push) error {
 		p.User = str(w.id)
 	case toUsers:
 		p.Users = s.collect(wire, &w)
+	case toAll, apis: // names nobody
 	}
 	p.Content = w.facts
 	p.Payload = w.payload(wire)
@@ -281,7 +283,7 @@ func (w *walk) payload(wire []byte) []byte {
 		c = protowire.AppendTag(c, contentTimestamp, protowire.VarintType)
 		c = protowire.AppendVarint(c, uint64(time.Now().Unix()))
 	}
-	return c[:len(c):len(c)]
+	return slices.Clip(c)
 }
 
 // streamRequest is one message of a PushStream.
@@ -375,7 +377,9 @@ func tag(b []byte) (num protowire.Number, typ protowire.Type, n int) {
 }
 
 // str is a string over b, which is never written again.
-func str(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+func str(b []byte) string {
+	return unsafe.String(unsafe.SliceData(b), len(b)) //nolint:gosec // b is a part of a request, see the package's invariants
+}
 
 func malformed(field string) error {
 	return &engine.InvalidError{Field: field, Code: engine.CodeMalformed, Description: "is not valid protobuf"}

@@ -416,6 +416,7 @@ func FuzzDecode(f *testing.F) {
 }
 
 func fuzzStream(t *testing.T, d *decoder, b []byte) {
+	t.Helper()
 	m := new(pubsub.PushStreamRequest)
 	want := proto.Unmarshal(b, m)
 	p := new(engine.Push)

@@ -39,7 +39,7 @@ type instruments struct {
 	panics    *metrics.Counter
 	malformed *metrics.Counter // messages of a PushStream that ask for no api
 
-	// Shown as gauges.
+	// Shown as gauges. In flight are unary calls and open PushStreams alike.
 	inflight atomic.Int64
 	streams  atomic.Int64
 }

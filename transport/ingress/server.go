@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -22,6 +23,10 @@ const serviceName = "pubsub.PushManagerService"
 // lingerWatchers is how long a health watcher is given to be told NOT_SERVING once
 // the pushes are done; then its stream ends, which says the same.
 const lingerWatchers = 100 * time.Millisecond
+
+// closeBound is how long handlers get to notice that their calls are cut off. They
+// wait for nothing but that.
+const closeBound = 2 * time.Second
 
 // Server serves PushManagerService, health and reflection.
 type Server struct {
@@ -132,28 +137,39 @@ func (s *Server) Drain(ctx context.Context) error {
 	s.closeOnce.Do(func() { close(s.closing) })
 
 	stopped := make(chan struct{})
-	go func() {
+	go func() { // ends with GracefulStop, which Close ends if ctx does
 		defer close(stopped)
 		s.grpc.GracefulStop()
+		s.readers.Wait()
 	}()
-	var err error
 	select {
 	case <-stopped:
+		return nil
 	case <-ctx.Done():
-		err = fmt.Errorf("drain ingress: %w", ctx.Err())
-		s.grpc.Stop()
-		<-stopped
+		return errors.Join(fmt.Errorf("drain the push API: %w", ctx.Err()), s.Close())
 	}
-	s.readers.Wait()
-	return err
 }
 
-// Close cuts everything off and returns when nothing runs any more.
-func (s *Server) Close() {
+// Close cuts everything off and returns when nothing runs any more. The error says
+// that a handler did not return although its call had ended, which is a fault of
+// our own and must not keep the process from its end.
+func (s *Server) Close() error {
 	s.startDraining()
 	s.closeOnce.Do(func() { close(s.closing) })
-	s.grpc.Stop()
-	s.readers.Wait()
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		s.grpc.Stop()
+		s.readers.Wait()
+	}()
+	bound := time.NewTimer(closeBound)
+	defer bound.Stop()
+	select {
+	case <-stopped:
+		return nil
+	case <-bound.C:
+		return fmt.Errorf("close the push API: %d calls do not end", s.metrics.inflight.Load())
+	}
 }
 
 func (s *Server) startDraining() {

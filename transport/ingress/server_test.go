@@ -3,15 +3,22 @@ package ingress
 import (
 	"bytes"
 	"context"
+	"io"
 	"log/slog"
+	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	reflectpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -383,8 +390,8 @@ func TestConfigValidate(t *testing.T) {
 
 func TestSecondServeAfterCloseFails(t *testing.T) {
 	w := newWorld(t, nil)
-	w.server.Close()
-	w.server.Close()
+	ok(t, w.server.Close())
+	ok(t, w.server.Close())
 	if err := w.server.Drain(context.Background()); err != nil {
 		t.Errorf("Drain after Close: %v", err)
 	}
@@ -409,4 +416,88 @@ func (b *syncBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.b.String()
+}
+
+func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
+	for name, hello := range map[string]string{"no bytes": "", "half a preface": "PRI * HTTP/2.0\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				conn, err := w.dial(w.context(), "")
+				ok(t, err)
+				defer conn.Close()
+				_, err = conn.Write([]byte(hello))
+				ok(t, err)
+				began := time.Now()
+				_, _ = io.Copy(io.Discard, conn) // until the server closes
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("open for %v", took)
+				}
+			})
+		})
+	}
+}
+
+func TestLimitsAreAnnounced(t *testing.T) {
+	w := newWorld(t, nil)
+	conn, err := w.dial(w.context(), "")
+	ok(t, err)
+	defer conn.Close()
+	_, err = conn.Write([]byte(http2.ClientPreface))
+	ok(t, err)
+	framer := http2.NewFramer(conn, conn)
+	ok(t, framer.WriteSettings())
+	f, err := framer.ReadFrame()
+	ok(t, err)
+	settings := f.(*http2.SettingsFrame)
+	for id, want := range map[http2.SettingID]uint32{
+		http2.SettingMaxConcurrentStreams: 256,
+		http2.SettingMaxHeaderListSize:    16 << 10,
+	} {
+		if got, _ := settings.Value(id); got != want {
+			t.Errorf("%v = %d, want %d", id, got, want)
+		}
+	}
+}
+
+func TestClientsWithKeepaliveStay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		var dials atomic.Int32
+		conn, err := grpc.NewClient("passthrough:///memory",
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}),
+			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+				dials.Add(1)
+				return w.dial(ctx, addr)
+			}))
+		ok(t, err)
+		defer conn.Close()
+		conn.Connect()
+		time.Sleep(5 * time.Minute)
+		if n := dials.Load(); n != 1 {
+			t.Errorf("%d connections in five minutes, want 1", n)
+		}
+	})
+}
+
+func TestCloseDoesNotWaitForEverForAHandler(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stuck := make(chan struct{})
+		w := newWorld(t, func(c *Config, _ *engine.Config) {
+			c.Trace = func(context.Context, string) (engine.Trace, func(engine.Result, error)) {
+				<-stuck
+				return nil, nil
+			}
+		})
+		go func() {
+			_, _ = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+		}()
+		synctest.Wait()
+		began := time.Now()
+		if err := w.server.Close(); err == nil || time.Since(began) > closeBound {
+			t.Errorf("Close returned %v after %v", err, time.Since(began))
+		}
+		close(stuck)
+	})
 }

@@ -63,6 +63,7 @@ func newWorld(t testing.TB, change func(*Config, *engine.Config)) *world {
 		Source: w.source, Homes: shards.Len(),
 		Home: func(key string) int { return shards.For(key).Index() },
 		Go:   func(home int, task func()) error { return shards.At(home).Go(task) },
+		TTL:  time.Hour, // what a test has looked up once stays on the caller's goroutine
 	})
 	ok(t, err)
 	ec := engine.Config{Shards: shards, Directory: directory, Network: w.network}
@@ -82,7 +83,7 @@ func newWorld(t testing.TB, change func(*Config, *engine.Config)) *world {
 	w.client = pubsub.NewPushManagerServiceClient(w.conn)
 	t.Cleanup(func() {
 		_ = w.conn.Close()
-		w.server.Close()
+		ok(t, w.server.Close())
 		if err := <-w.served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			t.Errorf("Serve returned %v", err)
 		}
@@ -200,6 +201,13 @@ func (n *network) Links(int) []engine.Link {
 	return links
 }
 
+// discard makes all nodes forget payloads.
+func (n *network) discard() {
+	for _, node := range n.nodes {
+		node.forget = true
+	}
+}
+
 // ackAll makes all nodes answer what they keep, and keep nothing from then on.
 func (n *network) ackAll() {
 	for _, node := range n.nodes {
@@ -217,6 +225,7 @@ type node struct {
 	mu      sync.Mutex
 	refuse  engine.Reason
 	keep    bool
+	forget  bool // payloads are not kept
 	kept    []*engine.Delivery
 	payload [][]byte
 }
@@ -229,7 +238,9 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 	if n.refuse != engine.Sent {
 		return n.refuse
 	}
-	n.payload = append(n.payload, d.Payload())
+	if !n.forget {
+		n.payload = append(n.payload, d.Payload())
+	}
 	if n.keep {
 		n.kept = append(n.kept, d)
 		return engine.Sent

@@ -1,0 +1,103 @@
+package ingress
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func BenchmarkDecode(b *testing.B) {
+	d := newDecoder(testLimits)
+	users := make([]string, 100)
+	for i := range users {
+		users[i] = fmt.Sprintf("user-%06d", i)
+	}
+	c := &pubsub.MessageContent{Data: make([]byte, 128), Metadata: map[string]string{"trace": "abc"}}
+	for name, test := range map[string]struct {
+		api  api
+		wire []byte
+	}{
+		"api=user":             {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c})},
+		"api=users/users=100":  {toUsers, marshal(b, &pubsub.PushToUsersRequest{UserIds: users, Content: c})},
+		"api=room/exclude=100": {toRoom, marshal(b, &pubsub.PushToRoomRequest{RoomId: "room", Content: c, ExcludeUserIds: users})},
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				p := new(engine.Push)
+				if err := d.decode(test.api, roomy(test.wire), p); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkReply(b *testing.B) {
+	p := &engine.Push{User: "user-000001"}
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	b.ReportAllocs()
+	for b.Loop() {
+		newStreamReply(1<<30, toUser, p, &res)
+	}
+}
+
+func BenchmarkRecord(b *testing.B) {
+	m := newInstruments(metrics.NewSet())
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	b.Run("callers=1", func(b *testing.B) {
+		for b.Loop() {
+			m.record(toUser, &res, nil, time.Millisecond)
+		}
+	})
+	b.Run("callers=cores", func(b *testing.B) {
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				m.record(toUser, &res, nil, time.Millisecond)
+			}
+		})
+	})
+}
+
+// Over memory and with nodes that ack at once: what the API itself costs.
+func BenchmarkPushToUser(b *testing.B) {
+	w := newWorld(b, nil)
+	w.network.discard()
+	req := &pubsub.PushToUserRequest{UserId: "d", Content: &pubsub.MessageContent{Data: make([]byte, 128)}}
+	b.Run("way=unary", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if _, err := w.client.PushToUser(context.Background(), req); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	})
+	b.Run("way=stream", func(b *testing.B) {
+		b.ReportAllocs()
+		st := w.stream(b.Context())
+		go func() {
+			m := &pubsub.PushStreamRequest{Push: &pubsub.PushStreamRequest_ToUser{ToUser: req}}
+			for range b.N {
+				if st.Send(m) != nil {
+					return
+				}
+			}
+			_ = st.CloseSend()
+		}()
+		b.ResetTimer()
+		for range b.N {
+			if _, err := st.Recv(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
