@@ -33,6 +33,7 @@ type audience struct {
 	id, version uint32
 	room        string
 	group       *route.Group
+	before      *route.Group // what the last change changed
 }
 
 func newAudiences(limit int, m *meters) *audiences {
@@ -64,6 +65,7 @@ func (a *audiences) addressGroup(room string, g *route.Group, except []string) a
 		a.recent.MoveToFront(e)
 		aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
 		if aud.group == g {
+			aud.before = nil // that change is sent
 			return address{audience: audienceRef{id: aud.id, version: aud.version}}
 		}
 		if ref, ok := a.change(aud, g); ok {
@@ -81,15 +83,18 @@ func (a *audiences) addressGroup(room string, g *route.Group, except []string) a
 // undo takes back what address has just promised about a delivery to room: the
 // frame does not contain it after all.
 func (a *audiences) undo(room string, to *address) {
-	if to.audience.id == 0 || to.audience.room == "" && to.audience.join == nil && to.audience.leave == nil {
+	ref := &to.audience
+	if ref.id == 0 || len(ref.join) == 0 && len(ref.leave) == 0 {
 		return
 	}
 	e := a.byRoom[room]
-	if to.audience.room == "" {
-		a.evict(e) // the node has an older version: it starts anew
+	aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
+	a.members -= len(ref.join) - len(ref.leave)
+	if ref.version > 1 {
+		aud.version--
+		aud.group = aud.before
 		return
 	}
-	a.members -= len(to.audience.join)
 	a.recent.Remove(e)
 	delete(a.byRoom, room)
 }
@@ -119,7 +124,7 @@ func (a *audiences) change(aud *audience, g *route.Group) (audienceRef, bool) {
 	}
 	a.members += len(a.join) - len(a.leave)
 	aud.version++
-	aud.group = g
+	aud.group, aud.before = g, aud.group
 	a.meters.audChanged.Inc()
 	return audienceRef{id: aud.id, version: aud.version, join: a.join, leave: a.leave}, true
 }

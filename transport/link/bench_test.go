@@ -99,13 +99,14 @@ func BenchmarkPush(b *testing.B) {
 }
 
 func benchmarkPush(b *testing.B, kind string, flight int) {
+	b.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
 	}
 	srv := grpc.NewServer(grpc.StaticStreamWindowSize(1<<20), grpc.StaticConnWindowSize(1<<20))
 	pubsub.RegisterConnectNodeServiceServer(srv, echoNode{})
-	go srv.Serve(lis) //nolint:errcheck // ends with Stop
+	go srv.Serve(lis)
 	defer srv.Stop()
 	w := newWorld(b, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", addr)

@@ -609,7 +609,7 @@ func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
 			for {
 				f, err := st.Recv()
 				if err != nil {
-					return nil
+					return err
 				}
 				if len(f.GetDeliveries()) == 0 {
 					continue

@@ -134,7 +134,7 @@ func (l *Link) quarantine() {
 
 // jitter spreads the attempts of many links: three quarters to five quarters of d.
 func jitter(d time.Duration) time.Duration {
-	return d*3/4 + rand.N(d/2+1) //nolint:gosec // no secret
+	return d*3/4 + rand.N(d/2+1)
 }
 
 // session is one connection from dial to end. It tells whether the node was
@@ -321,7 +321,7 @@ func (l *Link) tick(now, ran int64, scratch *due) {
 			left = l.cancel
 		}
 	}
-	l.look.Store(l.nextLookLocked(ran))
+	l.look.Store(l.nextLookLocked())
 	l.mu.Unlock()
 
 	if left != nil {
@@ -375,7 +375,7 @@ func (l *Link) watchLocked(s *stream, now, ran int64, out *due) error {
 }
 
 // nextLookLocked is the running time at which the clock must look again.
-func (l *Link) nextLookLocked(ran int64) int64 {
+func (l *Link) nextLookLocked() int64 {
 	s := l.stream
 	switch {
 	case l.queue.len > 0 || l.lanes != nil && (l.lanes.count > 0 || l.stalled):

@@ -358,8 +358,11 @@ func (l *Link) serveUnary(ctx context.Context, conn *grpc.ClientConn) error {
 	ls.moveTo(&l.queue)
 	err := ls.cause
 	l.mu.Unlock()
-	_ = conn.Close() // fails the calls in flight
+	// A node that stops gracefully still answers the calls in flight, and each has its
+	// deadline. A link that is closed does not wait for them.
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	ls.tasks.Wait()
+	stop()
 	if err == nil {
 		err = errLostConn
 	}

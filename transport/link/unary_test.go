@@ -293,3 +293,27 @@ func TestDrainWaitsForUnaryCalls(t *testing.T) {
 		}
 	})
 }
+
+func TestUnaryNodeThatStopsGracefullyAnswersItsCalls(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{UnaryLanes: 1})
+		n := unaryNode("A")
+		n.message = func(*pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
+			time.Sleep(300 * time.Millisecond)
+			return &pubsub.PushMessageResponse{Success: true}, nil
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		first, second := w.begin(w.toUser("u1", "1")), w.begin(w.toUser("u1", "2"))
+		synctest.Wait()
+		n.srv.GracefulStop()
+		if r := w.end(first); r.Delivered != 1 {
+			t.Errorf("in flight: %+v", r)
+		}
+		if r := w.end(second); r.Failed != 1 {
+			t.Errorf("waiting: %+v", r)
+		}
+	})
+}

@@ -297,7 +297,7 @@ func (n *fakeNode) start() {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
 	pubsub.RegisterConnectNodeServiceServer(n.srv, n)
-	go n.srv.Serve(n.lis) //nolint:errcheck // ends with kill
+	go n.srv.Serve(n.lis)
 }
 
 func (n *fakeNode) kill() { n.srv.Stop() }
