@@ -188,17 +188,28 @@ func (d *Delivery) settle(missing []string) {
 	p.finished(1)
 }
 
-// expire settles whatever the delivery still waits for.
-func (d *Delivery) expire() {
+// expire settles whatever the delivery still waits for: with drop what was not
+// written, with lose what was.
+func (d *Delivery) expire(drop, lose Reason) {
 	switch {
 	case d.state.CompareAndSwap(queued, claimed):
-		d.outcome, d.reason = Failed, DropExpired
+		d.outcome, d.reason = Failed, drop
 		d.settle(nil)
 	case d.state.CompareAndSwap(written, claimed):
-		d.outcome, d.reason = Unknown, LostDeadline
+		d.outcome, d.reason = Unknown, lose
 		d.settle(nil)
-	case d.state.CompareAndSwap(healing, claimed):
-		d.heal = DropExpired
+	default:
+		d.endHeal(drop)
+	}
+}
+
+// endHeal settles a delivery that is healing; why is Sent if its users were looked
+// up.
+func (d *Delivery) endHeal(why Reason) {
+	if d.state.CompareAndSwap(healing, claimed) {
+		if why != Sent {
+			d.heal = why
+		}
 		d.state.Store(settled)
 		d.push.finished(1)
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +24,8 @@ type Config struct {
 	// MaxInFlight bounds the pushes that are not finished, and with them all that
 	// may wait for look-ups. 0 means 131,072.
 	MaxInFlight int
+	// Logger gets faults of our own, never a payload. Nil discards.
+	Logger *slog.Logger
 }
 
 func (c Config) withDefaults() Config {
@@ -31,6 +35,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxInFlight == 0 {
 		c.MaxInFlight = 1 << 17
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	return c
 }
@@ -59,12 +66,14 @@ type Engine struct {
 	limits      Limits
 	timeout     time.Duration
 	maxInFlight int64
+	logger      *slog.Logger
 	idle        chan struct{} // has room for one; told when nothing is in flight
 
 	// Safe for concurrent use.
 	inFlight atomic.Int64
 	draining atomic.Bool
 	heals    atomic.Uint64
+	panics   atomic.Uint64
 	reasons  [reasons]atomic.Uint64
 }
 
@@ -77,7 +86,7 @@ func New(config Config) (*Engine, error) {
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
 		limits: config.Limits, timeout: config.Timeout, maxInFlight: int64(config.MaxInFlight),
-		idle: make(chan struct{}, 1),
+		logger: config.Logger, idle: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -135,9 +144,22 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	}
 	p.deadline = p.began.Add(timeout)
 	p.pending.Store(1)
+	defer func() {
+		if v := recover(); v != nil {
+			e.panicked(p, v)
+		}
+		p.finished(1)
+	}()
 	p.route()
-	p.finished(1)
 	return nil
+}
+
+// panicked ends a push after a fault of our own while it was routed: whatever is
+// not settled is booked as failed or unknown, and nobody waits for ever.
+func (e *Engine) panicked(p *Push, v any) {
+	e.panics.Add(1)
+	e.logger.Error("panic while a push was routed", "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
+	p.expire(ErrInternal)
 }
 
 // admit takes a place in flight, or says why there is none.
@@ -163,9 +185,6 @@ func (e *Engine) leave() {
 	}
 }
 
-// retire books a finished push.
-func (e *Engine) retire(*Push) { e.leave() }
-
 // count books the end of one delivery by its reason.
 func (e *Engine) count(d *Delivery) { e.reasons[d.reason].Add(1) }
 
@@ -186,6 +205,7 @@ func (e *Engine) Drain(ctx context.Context) error {
 // Stats is a reading of the engine's counters.
 type Stats struct {
 	InFlight int64
+	Panics   uint64
 	// Heals counts deliveries whose users were looked up again.
 	Heals uint64
 	// Deliveries counts ended deliveries by the text of their reason; "sent" are
@@ -198,7 +218,7 @@ type Stats struct {
 // Stats reads the counters of the engine and the parts below it.
 func (e *Engine) Stats() Stats {
 	s := Stats{
-		InFlight: e.inFlight.Load(), Heals: e.heals.Load(),
+		InFlight: e.inFlight.Load(), Heals: e.heals.Load(), Panics: e.panics.Load(),
 		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
 	}
 	for r := range e.reasons {

@@ -576,3 +576,35 @@ func TestDrainWaitsForPushesInFlightAndRefusesNewOnes(t *testing.T) {
 		}
 	})
 }
+
+// TestPanicWhileRoutedEndsThePush lets the network panic on the caller's goroutine,
+// in the pool and in a heal.
+func TestPanicWhileRoutedEndsThePush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.users["u"] = []string{"A", "B"}
+		w.rooms["r"] = map[string][]string{"u": {"A"}, "v": {"B"}}
+		w.nodes["B"].answer = func(*Delivery) { panic("node B") }
+		for _, p := range []*Push{toUser("u"), toUser("u"), toUsers("u", "x"), toRoom("r"), push(&Push{Kind: ToAll})} {
+			r, err := e.Do(context.Background(), p)
+			if err != nil || r.Targets != r.Delivered+r.Unknown+r.Offline+r.Failed || len(r.NodeFailures) == 0 && r.Delivered == 0 {
+				t.Errorf("kind %d: %+v, %v", p.Kind, r, err)
+			}
+		}
+		w.nodes["B"].answer = nil
+		if r := do(t, e, toUser("u")); r.Delivered != 1 {
+			t.Errorf("afterwards: %+v", r)
+		}
+		w.nodes["A"].answer, w.nodes["B"].answer = notHere("u"), notHere("u")
+		w.users["u"] = []string{"C"}
+		w.nodes["C"].answer = func(*Delivery) { panic("node C") }
+		if r, err := e.Do(context.Background(), toUser("u")); err != nil || r.Unknown != 1 {
+			t.Errorf("heal: %+v, %v", r, err)
+		}
+		synctest.Wait()
+		if s := e.Stats(); s.InFlight != 0 || s.Panics == 0 || s.Directory.Waiting != 0 {
+			t.Errorf("left behind: %+v", s)
+		}
+	})
+}

@@ -23,7 +23,7 @@ func (h *healer) start() {
 	p.engine.heals.Add(1)
 	h.missing = slices.Sorted(slices.Values(h.missing)) // every list of users is sorted
 	if !time.Now().Before(p.deadline) {
-		h.give(DropExpired)
+		d.endHeal(DropExpired)
 		return
 	}
 	home := p.home(d)
@@ -36,15 +36,6 @@ func (h *healer) start() {
 	p.engine.directory.RefreshUsers(home, h.missing, p.began, h)
 }
 
-// give ends the heal without an answer.
-func (h *healer) give(why Reason) {
-	if h.d.state.CompareAndSwap(healing, claimed) {
-		h.d.heal = why
-		h.d.state.Store(settled)
-		h.d.push.finished(1)
-	}
-}
-
 // Lookup implements route.Waiter.
 func (h *healer) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
 	return h.d.push.Lookup(ctx, what)
@@ -52,11 +43,26 @@ func (h *healer) Lookup(ctx context.Context, what string) (context.Context, func
 
 // Routed implements route.Waiter.
 func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
+	p := h.d.push
+	defer func() {
+		if v := recover(); v != nil {
+			p.engine.panicked(p, v)
+		}
+	}()
+	legs, last := h.stage(keys, snaps, err)
+	p.send(legs)
+	if last {
+		h.d.endHeal(Sent)
+	}
+}
+
+// stage makes and books the deliveries that the answers for keys call for, and
+// tells whether they were the last ones.
+func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, last bool) {
 	p, d := h.d.push, h.d
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	h.waiting -= len(keys)
-	last := h.waiting == 0
-	var legs []*Delivery
 	switch {
 	case p.expired != nil: // expire settles the delivery
 	case err != nil:
@@ -65,12 +71,7 @@ func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
 		legs = h.stageLocked(keys, snaps)
 		p.addLocked(legs)
 	}
-	p.mu.Unlock()
-	p.send(legs)
-	if last && d.state.CompareAndSwap(healing, claimed) {
-		d.state.Store(settled)
-		p.finished(1)
-	}
+	return legs, h.waiting == 0
 }
 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,

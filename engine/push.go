@@ -30,6 +30,7 @@ var (
 	ErrOverloaded  = errors.New("too many pushes in flight")
 	ErrDeadline    = errors.New("deadline passed before anything was sent")
 	ErrCanceled    = errors.New("canceled before anything was sent")
+	ErrInternal    = errors.New("internal error before anything was sent")
 	ErrUnavailable = route.ErrUnavailable
 )
 
@@ -184,18 +185,36 @@ func (p *Push) await(n int) {
 	p.mu.Unlock()
 }
 
-// Routed implements route.Waiter: it stages the deliveries for keys.
+// Routed implements route.Waiter: it stages and sends the deliveries for keys.
 func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
+	owed := 0 // of what the push waits for
+	defer func() {
+		if v := recover(); v != nil {
+			p.engine.panicked(p, v)
+		}
+		if owed > 0 {
+			p.finished(owed)
+		}
+	}()
+	legs, ok := p.stage(keys, snaps, err)
+	if !ok {
+		return
+	}
+	owed = len(keys)
+	p.send(legs)
+}
+
+// stage makes the deliveries for keys and books them. False means that the push
+// was ended before and waits for nothing.
+func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, ok bool) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.Ordered {
 		p.held = append(p.held, snaps...)
 	}
-	if p.expired != nil { // expire has taken these keys out of pending
-		p.mu.Unlock()
-		return
+	if p.expired != nil {
+		return nil, false
 	}
-	p.waiting -= len(keys)
-	var legs []*Delivery
 	switch {
 	case err != nil:
 		p.lookup = err
@@ -205,10 +224,9 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 	default:
 		legs = p.stageUsers(keys, snaps)
 	}
+	p.waiting -= len(keys)
 	p.addLocked(legs)
-	p.mu.Unlock()
-	p.send(legs)
-	p.finished(len(keys))
+	return legs, true
 }
 
 // stageRoom makes one delivery for each node with members of the room.
@@ -277,11 +295,11 @@ func (p *Push) countUser(s *route.Snapshot) {
 func (p *Push) stageAll() {
 	links := p.engine.network.Links(0)
 	legs := make([]*Delivery, len(links))
-	p.mu.Lock()
-	p.found = len(links) > 0
 	for i, l := range links {
 		legs[i] = &Delivery{node: l.Node()}
 	}
+	p.mu.Lock()
+	p.found = len(links) > 0
 	p.addLocked(legs)
 	p.mu.Unlock()
 	p.send(legs)
@@ -342,14 +360,18 @@ func (p *Push) finish() {
 	for _, s := range p.held {
 		s.Release()
 	}
-	p.engine.retire(p)
+	p.engine.leave()
 	p.done.Complete(p)
 }
 
-// expire ends the push now: cause is ErrDeadline or ErrCanceled. What is written
-// becomes unknown, all else failed. The push finishes before expire returns or, if
-// some other goroutine is just settling a part of it, right after.
+// expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
+// What is written becomes unknown, all else failed. The push finishes before expire
+// returns or, if some other goroutine is just settling a part of it, right after.
 func (p *Push) expire(cause error) {
+	drop, lose := DropExpired, LostDeadline
+	if errors.Is(cause, ErrInternal) {
+		drop, lose = DropInternal, LostInternal
+	}
 	p.mu.Lock()
 	if p.expired != nil {
 		p.mu.Unlock()
@@ -358,11 +380,11 @@ func (p *Push) expire(cause error) {
 	p.expired = cause
 	waiting := p.waiting
 	p.waiting = 0
-	p.dropped[DropExpired] += waiting
+	p.dropped[drop] += waiting
 	legs := p.legs
 	p.mu.Unlock()
 	for _, d := range legs {
-		d.expire()
+		d.expire(drop, lose)
 	}
 	if waiting > 0 {
 		p.finished(waiting)
@@ -373,20 +395,22 @@ func (p *Push) expire(cause error) {
 // write, and why.
 func (p *Push) unsent() error {
 	for _, d := range p.legs {
-		if d.outcome != Failed || d.reason != DropExpired {
+		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
 			return nil
 		}
 	}
-	late := p.expired
-	if late == nil && len(p.legs) > 0 && !time.Now().Before(p.deadline) {
-		late = ErrDeadline
+	if len(p.legs) > 0 {
+		if p.expired == nil && !time.Now().Before(p.deadline) {
+			return ErrDeadline
+		}
+		return p.expired
 	}
 	switch {
-	case late != nil && (len(p.legs) > 0 || p.dropped[DropExpired] > 0):
-		return late
-	case len(p.legs) == 0 && errors.Is(p.lookup, route.ErrOverloaded):
+	case p.dropped[DropExpired]+p.dropped[DropInternal] > 0:
+		return p.expired
+	case errors.Is(p.lookup, route.ErrOverloaded):
 		return fmt.Errorf("%w: %w", ErrOverloaded, p.lookup)
-	case len(p.legs) == 0 && p.lookup != nil:
+	case p.lookup != nil:
 		return fmt.Errorf("look up the route: %w", p.lookup)
 	}
 	return nil
