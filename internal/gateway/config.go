@@ -47,8 +47,9 @@ type Config struct {
 	// MaxMessageBytes bounds one message of a client. Default 16 KiB.
 	MaxMessageBytes int
 	// QueueFrames and QueueBytes bound what waits for one client: one that is
-	// behind by more is cut off. Default 256 and 1 MiB. A single frame may be
-	// larger.
+	// behind by more is cut off. Default 4,096 and 1 MiB: a burst of some thousand
+	// pushes to one client takes less time to arrive here than a writer takes to
+	// wake up. A single frame may be larger.
 	QueueFrames, QueueBytes int
 	// SocketBuffer bounds what the kernel keeps for one client on top of that.
 	// Default: what the kernel chooses.
@@ -84,7 +85,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.MaxConnections, 100_000)
 	defaultTo(&c.MaxRooms, 100)
 	defaultTo(&c.MaxMessageBytes, 16<<10)
-	defaultTo(&c.QueueFrames, 256)
+	defaultTo(&c.QueueFrames, 4096)
 	defaultTo(&c.QueueBytes, 1<<20)
 	defaultTo(&c.WriteTimeout, 10*time.Second)
 	defaultTo(&c.PingInterval, 25*time.Second)

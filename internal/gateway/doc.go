@@ -43,7 +43,10 @@
 //   - The Controller is told the difference between what is and what it was told,
 //     one call at a time for each user and room, again and again until it answers.
 //     When its connection was lost and is back, it may be a new Controller: all
-//     memberships are reported again, paced.
+//     memberships are reported again, paced. The same after the node was lost in
+//     etcd. A gateway that starts first ends the memberships that a process before
+//     it has left behind (LeaveRoom with nothing but node_id; a Controller that
+//     does not know this refuses it, which does no harm).
 //   - A room is left when the user's last connection in it on this node leaves.
 //
 // # Goroutines

@@ -183,14 +183,30 @@ func (g *Gateway) ended(what string, err error) {
 func (g *Gateway) sweepLoop(ctx context.Context) {
 	ticker := time.NewTicker(max(g.cfg.PingInterval/8, time.Millisecond))
 	defer ticker.Stop()
+	var seen registrationState
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 			g.sweep()
+			if seen.regained(g.node.Registered()) {
+				// A Controller that watches etcd may have given this node up.
+				g.reports.again()
+			}
 		}
 	}
+}
+
+// registrationState remembers whether the node stood in etcd.
+type registrationState struct{ ever, lost bool }
+
+// regained tells that the node is back after it was lost.
+func (s *registrationState) regained(up bool) bool {
+	back := up && s.lost
+	s.lost = !up && s.ever
+	s.ever = s.ever || up
+	return back
 }
 
 func (g *Gateway) advertised() string {
@@ -342,13 +358,13 @@ func (g *Gateway) Close() {
 			_ = lis.Close() // Mostly the second time.
 		}
 	}
+	g.reports.close() // Leaves that Drain has not reported are not reported.
 	g.registry.each(func(conns []*conn) {
 		for _, c := range conns {
 			c.shut()
 		}
 	})
 	g.clients.Wait()
-	g.reports.close()
 	if stop != nil {
 		stop()
 	}

@@ -16,8 +16,11 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 
+	controllerserver "github.com/push-manager/push-manager/internal/controller"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -398,6 +401,72 @@ func TestMembershipsAreReportedAgainAfterTheControllerRestarted(t *testing.T) {
 	if got := g.count.rejoins.Get(); got != 1 {
 		t.Errorf("%d rejoins", got)
 	}
+}
+
+func TestWhatAKilledPredecessorLeftBehindIsEnded(t *testing.T) {
+	store, err := controllerserver.New(controllerserver.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = store.Serve(lis) })
+	t.Cleanup(func() {
+		store.Close()
+		wg.Wait()
+	})
+	conn, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	found := func(user string) bool {
+		r, err := pubsub.NewControllerServiceClient(conn).GetUserNode(t.Context(), &pubsub.GetUserNodeRequest{UserId: user})
+		return err == nil && r.GetFound()
+	}
+	first, _ := start(t, &controller{addr: lis.Addr().String()}, nil)
+	connect(t, first, "u", "r")
+	connect(t, first, "without a room", "")
+	if !found("u") || !found("without a room") {
+		t.Fatal("connected users are not found")
+	}
+	first.Close() // No goodbye.
+	if !found("u") {
+		t.Fatal("the test needs something that is left behind")
+	}
+	second, _ := start(t, &controller{addr: lis.Addr().String()}, nil)
+	connect(t, second, "new", "r")
+	if found("u") || found("without a room") || !found("new") {
+		t.Errorf("u %v, without a room %v, new %v", found("u"), found("without a room"), found("new"))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := second.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+	if found("new") {
+		t.Error("found after the gateway has left")
+	}
+}
+
+func TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd(t *testing.T) {
+	c := newController(t)
+	g, _ := start(t, c, nil)
+	connect(t, g, "u", "r")
+	c.mu.Lock()
+	c.members = map[string]string{} // The Controller has given the node up.
+	c.mu.Unlock()
+	var seen registrationState
+	for i, step := range []struct{ up, want bool }{{false, false}, {true, false}, {true, false}, {false, false}, {false, false}, {true, true}, {true, false}} {
+		if got := seen.regained(step.up); got != step.want {
+			t.Errorf("step %d: regained %v", i, got)
+		}
+	}
+	g.reports.again()
+	eventually(t, "known again", func() bool { return c.has("u", "r") && c.has("u", "@node:node-1") })
 }
 
 func TestReportsAreRetried(t *testing.T) {

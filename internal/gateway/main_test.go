@@ -95,6 +95,9 @@ func (c *controller) JoinRoom(_ context.Context, r *pubsub.JoinRoomRequest) (*pu
 func (c *controller) LeaveRoom(_ context.Context, r *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if r.GetUserId() == "" {
+		return nil, status.Error(codes.InvalidArgument, "user_id: required") // As old Controllers do.
+	}
 	key := r.GetUserId() + " " + r.GetRoomId() + " " + r.GetNodeId()
 	c.log = append(c.log, "leave "+key)
 	if c.failing != codes.OK {

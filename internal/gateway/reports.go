@@ -398,17 +398,50 @@ func (r *reports) tick(now time.Time) {
 }
 
 // watchLoop follows the connection to the Controller. Each time it is there anew
-// the Controller may be a new one that knows nothing.
+// the Controller may be a new one that knows nothing. The first time it may know
+// what a process before this one has left behind.
 func (r *reports) watchLoop(ctx context.Context) {
+	cleared := false
 	for {
 		state := r.cc.GetState()
 		if state == connectivity.Idle {
 			r.cc.Connect()
 		}
-		r.reached(state == connectivity.Ready)
+		if state == connectivity.Ready && !cleared {
+			if cleared = r.clear(ctx); !cleared && pause(ctx, 100*time.Millisecond) {
+				continue
+			}
+		}
+		r.reached(state == connectivity.Ready && cleared)
 		if !r.cc.WaitForStateChange(ctx, state) {
 			return
 		}
+	}
+}
+
+// clear ends all memberships of this node id in one call. A Controller that does
+// not understand it has said so, and that is an answer, too.
+func (r *reports) clear(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.ControllerTimeout)
+	defer cancel()
+	_, err := r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{NodeId: r.cfg.NodeID})
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return false
+	default:
+		return true
+	}
+}
+
+// pause waits; false means that ctx has ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -420,9 +453,19 @@ func (r *reports) reached(ready bool) {
 		r.cfg.Logger.Info("controller connection", slog.Bool("ready", ready))
 	}
 	r.ready = ready
-	if !ready {
-		return
+	if ready {
+		r.againLocked()
 	}
+}
+
+// again reports all memberships again.
+func (r *reports) again() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.againLocked()
+}
+
+func (r *reports) againLocked() {
 	r.epoch++
 	r.rejoin = r.rejoin[:0]
 	for _, m := range r.all {
@@ -464,8 +507,13 @@ func (r *reports) leaveAll(ctx context.Context) error {
 	case <-empty:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("report leaves: %d of %d left: %w", r.memberships(), left, ctx.Err())
 	}
+	// Too many for the time there is: the one call that ends them all is understood
+	// by the reference Controller, not by every one.
+	if r.isReady() && r.clear(context.WithoutCancel(ctx)) {
+		return nil
+	}
+	return fmt.Errorf("report leaves: %d of %d left: %w", r.memberships(), left, ctx.Err())
 }
 
 // close ends the workers after the calls they are in.

@@ -47,7 +47,7 @@ func (c *ConnectNodeConfig) Bind(s *config.Set) {
 	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may.")
 	s.Int(&g.MaxConnections, "max_connections", 100_000, 1, math.MaxInt32, "Clients connected at once.")
 	s.Int(&g.MaxRooms, "max_rooms", 100, 1, 1<<16, "Rooms of one connection.")
-	s.Int(&g.QueueFrames, "queue_frames", 256, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
+	s.Int(&g.QueueFrames, "queue_frames", 4096, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
 	s.Bytes(&g.QueueBytes, "queue_bytes", 1<<20, 1, math.MaxInt32, "The same in bytes.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)

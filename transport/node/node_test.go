@@ -353,7 +353,7 @@ func TestNodesDrain(t *testing.T) {
 	if _, err := b.open(t, &pubsub.Hello{ProtocolVersion: 1}); status.Code(err) != codes.Unavailable {
 		t.Errorf("new stream while draining: %v", err)
 	}
-	if _, err := b.client.PushMessage(t.Context(), &pubsub.PushMessageRequest{UserId: "a", Content: text("x")}); status.Code(err) != codes.Unavailable {
+	if _, err := b.client.PushMessage(t.Context(), &pubsub.PushMessageRequest{UserId: "a", Content: text("x")}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("unary while draining: %v", err)
 	}
 	select {

@@ -84,11 +84,12 @@ func (s *Server) Broadcast(_ context.Context, r *pubsub.BroadcastRequest) (*pubs
 }
 
 // unaryMessage is the message of a unary call, and refuses it while the node
-// drains.
+// drains: not with UNAVAILABLE, which also says that a connection broke and
+// leaves the manager in doubt.
 func (s *Server) unaryMessage(c *pubsub.MessageContent, room string) (*Message, error) {
 	s.count.unary.Inc()
 	if s.draining.Load() {
-		return nil, status.Error(codes.Unavailable, "node is draining")
+		return nil, status.Error(codes.FailedPrecondition, "node is draining")
 	}
 	if c == nil {
 		return nil, status.Error(codes.InvalidArgument, "content: required")
