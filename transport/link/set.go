@@ -63,7 +63,6 @@ type Set struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	closed bool
-	gone   []*Link // closed, perhaps still ending
 }
 
 // snapshot is the immutable set of nodes.
@@ -205,20 +204,9 @@ func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
 		id := n.id
 		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
 	}
-	s.gone = slices.DeleteFunc(s.gone, func(l *Link) bool {
-		select {
-		case <-l.done:
-			return true
-		default:
-			return false
-		}
-	})
 	for _, n := range old.nodes {
 		if now.byID[n.id] == nil {
 			s.meters.set.UnregisterMetric(connections(n.id))
-		}
-		if now.byID[n.id] != n {
-			s.gone = append(s.gone, n.links...)
 		}
 	}
 }

@@ -181,6 +181,7 @@ func (s *stream) gather() bool {
 		m.deliveries.Add(n)
 		m.perFrame.Update(float64(n))
 	}
+	clear(s.w.kept) // the window has them
 	s.w.kept = s.w.kept[:0]
 	s.w.out.buf = mem.NewBuffer(buf, pool)
 	return true
