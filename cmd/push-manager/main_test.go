@@ -24,7 +24,7 @@ import (
 )
 
 // binaries is where TestMain builds the commands.
-var binaries string //nolint:gochecknoglobals // Built once for all tests.
+var binaries string
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 

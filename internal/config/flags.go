@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"reflect"
+	"strconv"
 	"strings"
 
 	"github.com/alecthomas/kong"
@@ -59,7 +60,7 @@ func Flags(grammar any) (o Options, printConfig bool) {
 		case name == "config-file":
 			o.File = field.Elem().String()
 		case field.Elem().Kind() == reflect.Bool:
-			o.Flags[name] = fmt.Sprint(field.Elem().Bool())
+			o.Flags[name] = strconv.FormatBool(field.Elem().Bool())
 		default:
 			o.Flags[name] = field.Elem().String()
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 )
 
 // parts are what a program has started, in order.
@@ -22,8 +23,8 @@ func (p *parts) add(name string, stop func(context.Context) error) {
 // others running.
 func (p *parts) stop(ctx context.Context) error {
 	var errs []error
-	for i := len(p.stops) - 1; i >= 0; i-- {
-		if err := p.stops[i](ctx); err != nil {
+	for i, stop := range slices.Backward(p.stops) {
+		if err := stop(ctx); err != nil {
 			errs = append(errs, fmt.Errorf("stop %s: %w", p.names[i], err))
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -102,9 +103,7 @@ func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
 func startPushManager(t *testing.T, env map[string]string) *program.PushManager {
 	t.Helper()
 	all := map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2"}
-	for k, v := range env {
-		all[k] = v
-	}
+	maps.Copy(all, env)
 	c, err := load(t, nil, all, "")
 	if err != nil {
 		t.Fatal(err)

@@ -134,8 +134,8 @@ func outsideAddress(t *testing.T) string {
 }
 
 func TestNothingElseIsServed(t *testing.T) {
-	other := "/default-mux/" + strconv.FormatUint(rand.Uint64(), 10) // the default mux outlives a run
-	http.HandleFunc(other, func(http.ResponseWriter, *http.Request) {})
+	other := "/default-mux/" + strconv.FormatUint(rand.Uint64(), 10)    // the default mux outlives a run
+	http.HandleFunc(other, func(http.ResponseWriter, *http.Request) {}) //nolint:forbidigo // What must not be served.
 	get := startHTTP(t, telemetry.HTTPConfig{})
 	for path, want := range map[string]int{other: 404, "/nope": 404, "/": 200} {
 		if status, _ := get(path); status != want {

@@ -86,8 +86,11 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 	case exporter != "" && exporter != "otlp" && c.Enabled:
 		return fmt.Errorf("%w: OTEL_TRACES_EXPORTER: %q is neither otlp nor none", config.ErrUsage, exporter)
 	}
-	if endpoint != "" && !c.endpointKey.Override() {
+	switch {
+	case endpoint != "" && !c.endpointKey.Override():
 		c.Endpoint = endpointOf(endpoint, env)
+	case c.Endpoint == "" && c.Enabled:
+		c.Endpoint = defaultEndpoint
 	}
 	if !c.rateKey.Override() {
 		return c.settleSampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))

@@ -240,10 +240,10 @@ func TestWhatSwitchesTracingOn(t *testing.T) {
 		endpoint string
 	}{
 		"nothing":                    {},
-		"file":                       {yaml: on, enabled: true},
+		"file":                       {yaml: on, enabled: true, endpoint: "http://localhost:4317"},
 		"file with an endpoint":      {yaml: on + "  endpoint: a:1\n", enabled: true, endpoint: "a:1"},
 		"standard endpoint":          {env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1"}, enabled: true},
-		"standard exporter":          {env: map[string]string{"OTEL_TRACES_EXPORTER": "otlp"}, enabled: true},
+		"standard exporter":          {env: map[string]string{"OTEL_TRACES_EXPORTER": "otlp"}, enabled: true, endpoint: "http://localhost:4317"},
 		"file says no":               {yaml: off, env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1"}},
 		"SDK disabled":               {yaml: on, env: map[string]string{"OTEL_SDK_DISABLED": "TRUE"}},
 		"exporter none":              {yaml: on, env: map[string]string{"OTEL_TRACES_EXPORTER": "none"}},
@@ -263,9 +263,8 @@ func TestWhatSwitchesTracingOn(t *testing.T) {
 }
 
 func TestSamplingFollowsParentAndRule(t *testing.T) {
-	yes, no := trace.SpanContext{}, trace.SpanContext{}
-	yes = parseTraceparent("00-" + traceID + "-" + parentSpan + "-01")
-	no = parseTraceparent("00-" + traceID + "-" + parentSpan + "-00")
+	yes := parseTraceparent("00-" + traceID + "-" + parentSpan + "-01")
+	no := parseTraceparent("00-" + traceID + "-" + parentSpan + "-00")
 	for name, tc := range map[string]struct {
 		flags, env    map[string]string
 		yaml          string
