@@ -136,6 +136,7 @@ func (h *HTTP) readyz(w http.ResponseWriter, _ *http.Request) {
 func (h *HTTP) metrics(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	metrics.WriteProcessMetrics(w)
+	metrics.WriteFDMetrics(w)
 	if h.cfg.Collect != nil {
 		h.cfg.Collect()
 	}
