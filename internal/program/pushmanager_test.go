@@ -247,7 +247,8 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 	gateway := &counter{stuck: make(chan struct{})}
 	startNode(t, etcd.Client(), gateway)
 	m := startPushManager(t, map[string]string{
-		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()), "LINK_ACK_TIMEOUT": "5s",
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()),
+		"LINK_ACK_TIMEOUT": "1m", "LINK_SILENCE": "1m", "PUSH_TIMEOUT": "1m",
 	})
 	conn := client(t, m.GRPCAddr())
 	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 && m.Reachable() == 1 })
@@ -271,7 +272,9 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 		return code == 503 && strings.Contains(body, "draining") && err == nil && len(got.Kvs) == 0
 	})
 	eventually(t, "new pushes are refused", func() bool {
-		_, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(t.Context(), &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond) // one that is still taken waits for the node
+		defer cancel()
+		_, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
 		return status.Code(err) == codes.Unavailable
 	})
 	close(gateway.stuck)
