@@ -2,11 +2,17 @@ package gateway
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
 
 	"github.com/lxzan/gws"
+)
+
+var (
+	errNotText = errors.New("type: only text messages are understood")
+	errNoType  = errors.New("type: required")
 )
 
 // events is the gateway as gws sees it. Its methods run on a connection's reader.
@@ -42,7 +48,7 @@ func (e events) OnMessage(ws *gws.Conn, message *gws.Message) {
 	c := connOf(ws)
 	e.g.hear(c)
 	e.g.count.messages.Inc()
-	err := fmt.Errorf("type: only text messages are understood")
+	err := errNotText
 	if message.Opcode == gws.OpcodeText {
 		err = c.obey(message.Bytes())
 	}
@@ -63,11 +69,11 @@ func (c *conn) obey(b []byte) error {
 		return fmt.Errorf("message: %w", err)
 	}
 	if m.Type == nil {
-		return fmt.Errorf("type: required")
+		return errNoType
 	}
 	switch *m.Type {
 	case "ping":
-		c.sendFrame(pong)
+		c.sendFrame(control("pong"))
 		return nil
 	case "join", "leave":
 		room := ""
@@ -134,7 +140,7 @@ func (g *Gateway) sweep() {
 				g.count.dead.Inc()
 				c.shut()
 			case silent >= g.cfg.PingInterval && !c.pinged.Swap(true):
-				c.sendFrame(ping)
+				c.sendFrame(wsFrame(gws.OpcodePing, nil))
 			}
 		}
 	})

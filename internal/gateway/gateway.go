@@ -23,12 +23,6 @@ import (
 	"github.com/push-manager/push-manager/transport/node"
 )
 
-// Control frames that are always the same.
-var (
-	ping = wsFrame(gws.OpcodePing, nil)
-	pong = control("pong")
-)
-
 const closeGoingAway = 1001
 
 var (
@@ -116,14 +110,14 @@ func (l gwsLogger) Error(v ...any) {
 // Start listens, serves and registers. The Controller and etcd need not be there
 // yet. After an error the gateway is closed.
 func (g *Gateway) Start() error {
-	if err := g.listen(); err != nil {
-		g.Close()
-		return err
-	}
 	ctx, stop := context.WithCancel(context.Background())
 	g.mu.Lock()
 	g.stop, g.started = stop, true
 	g.mu.Unlock()
+	if err := g.listen(ctx); err != nil {
+		g.Close()
+		return err
+	}
 
 	g.loops.Go(func() { g.reports.watchLoop(ctx) })
 	g.loops.Go(func() { g.reports.clockLoop(ctx) })
@@ -146,7 +140,8 @@ func (g *Gateway) Start() error {
 	return nil
 }
 
-func (g *Gateway) listen() error {
+func (g *Gateway) listen(ctx context.Context) error {
+	var listenConfig net.ListenConfig
 	for _, l := range []struct {
 		field, addr string
 		lis         *net.Listener
@@ -158,7 +153,7 @@ func (g *Gateway) listen() error {
 		if l.addr == "" {
 			continue
 		}
-		lis, err := net.Listen("tcp", l.addr)
+		lis, err := listenConfig.Listen(ctx, "tcp", l.addr)
 		if err != nil {
 			return fmt.Errorf("%s: %w", l.field, err)
 		}

@@ -628,7 +628,7 @@ func TestConfigReportsAllThatIsWrong(t *testing.T) {
 
 func get(t *testing.T, address string) string {
 	t.Helper()
-	resp, err := http.Get(address) //nolint:noctx // Of the test itself.
+	resp, err := http.Get(address)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -217,10 +216,12 @@ func (d *device) say(text string) {
 
 func (d *device) next() string {
 	d.t.Helper()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
 	select {
 	case text := <-d.frames:
 		return text
-	case <-time.After(patience):
+	case <-timer.C:
 		d.t.Fatal("no frame")
 		return ""
 	}
@@ -253,6 +254,8 @@ func (d *device) wantNothing() {
 
 func (d *device) wantClose(code uint16) {
 	d.t.Helper()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
 	select {
 	case err := <-d.closed:
 		var closed *gws.CloseError
@@ -262,7 +265,7 @@ func (d *device) wantClose(code uint16) {
 		if !errors.As(err, &closed) || closed.Code != code {
 			d.t.Fatalf("closed with %v, want %d", err, code)
 		}
-	case <-time.After(patience):
+	case <-timer.C:
 		d.t.Fatal("not closed")
 	}
 }
@@ -294,10 +297,4 @@ func eventually(t testing.TB, what string, ok func() bool) {
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
-}
-
-func sorted(s []string) []string {
-	s = slices.Clone(s)
-	slices.Sort(s)
-	return s
 }

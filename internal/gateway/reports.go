@@ -340,7 +340,7 @@ func (r *reports) call(id membershipID, name string, joins bool) (refused string
 		_, err = r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: id.user, RoomId: id.room, NodeId: r.cfg.NodeID})
 	}
 	r.count.report(joins, ok, err)
-	switch status.Code(err) {
+	switch status.Code(err) { //nolint:exhaustive // What is not listed may pass.
 	case codes.OK:
 		if !ok {
 			return strings.TrimSpace("refused by the controller " + message), nil

@@ -201,7 +201,7 @@ func (a *acks) fitLocked() (n, k, size int) {
 	n = min(len(a.counts), ackFrameCounts)
 	for k < len(a.misses) {
 		m := a.misses[k]
-		at := int(m.Seq - a.first) //nolint:gosec // Bounded by maxUnacked.
+		at := int(m.Seq - a.first)
 		if at >= n {
 			break
 		}

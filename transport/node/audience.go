@@ -104,8 +104,8 @@ func (a *audiences) change(au *audience, d *delivery) error {
 		if _, ok := au.at[user]; ok {
 			return fmt.Errorf("%w %d: %q joins and is a member", errAudience, d.id, user)
 		}
-		user = strings.Clone(user)           // It outlives the frame.
-		au.at[user] = int32(len(au.members)) //nolint:gosec // Below maxMembers.
+		user = strings.Clone(user) // It outlives the frame.
+		au.at[user] = int32(len(au.members))
 		au.members = append(au.members, user)
 		a.members++
 	}

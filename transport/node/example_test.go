@@ -57,6 +57,7 @@ func (r *room) Broadcast(m *node.Message) (delivered, failed int) {
 			delivered++
 		case node.Failed:
 			failed++
+		case node.NotHere: // Gone meanwhile.
 		}
 	}
 	return delivered, failed

@@ -55,7 +55,7 @@ func (o *handover) fail(users []string, skip []int32) {
 		skipped[i] = true
 	}
 	for i := o.next; i < len(users); i++ {
-		if !skipped[int32(i)] { //nolint:gosec // Bounded by the audience.
+		if !skipped[int32(i)] {
 			o.failed = append(o.failed, users[i])
 		}
 	}

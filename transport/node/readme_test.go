@@ -43,7 +43,6 @@ func TestReadmeExample(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := &manager{t: t, stream: stream}
-	got := new(pubsub.DeliverResponse)
 	for _, frame := range frames {
 		if request, ok := strings.CutPrefix(frame, "> "); ok {
 			r := new(pubsub.DeliverRequest)
@@ -57,7 +56,7 @@ func TestReadmeExample(t *testing.T) {
 		if err := prototext.Unmarshal([]byte(frame[2:]), want); err != nil {
 			t.Fatalf("%v in %s", err, frame)
 		}
-		got = m.recv()
+		got := m.recv()
 		if want.GetHeartbeat() != 0 && got.GetHeartbeat() == 0 {
 			more := m.recv() // The acks were faster.
 			got.Heartbeat, got.OnlineUsers = more.GetHeartbeat(), more.GetOnlineUsers()

@@ -164,5 +164,5 @@ func (s *Server) panicked(method string, value any) {
 }
 
 func clampUint32(n int) uint32 {
-	return uint32(min(max(n, 0), math.MaxUint32)) //nolint:gosec // Clamped.
+	return uint32(min(max(n, 0), math.MaxUint32))
 }

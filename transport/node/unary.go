@@ -109,5 +109,5 @@ func (s *Server) unaryMessage(c *pubsub.MessageContent, room string) (*Message, 
 }
 
 func clampInt32(n int) int32 {
-	return int32(min(n, 1<<31-1)) //nolint:gosec // Clamped.
+	return int32(min(n, 1<<31-1))
 }

@@ -2,6 +2,7 @@ package node
 
 import (
 	"fmt"
+	"slices"
 	"unsafe"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -125,11 +126,11 @@ func (m *Message) parseContent(b []byte) error {
 	err := walk(b, func(f field) error {
 		switch {
 		case f.is(1, protowire.VarintType):
-			m.Type = pubsub.MessageType(f.num64) //nolint:gosec // An enum is the low 32 bits, as in proto3.
+			m.Type = pubsub.MessageType(f.num64) // The low 32 bits, as in proto3.
 		case f.is(2, protowire.BytesType):
 			m.Data = f.data
 		case f.is(3, protowire.VarintType):
-			m.Timestamp = int64(f.num64) //nolint:gosec // Two's complement, as in proto3.
+			m.Timestamp = int64(f.num64)
 		case f.is(4, protowire.BytesType):
 			return m.parseEntry(f.data)
 		}
@@ -186,7 +187,7 @@ func walk(b []byte, visit func(field) error) error {
 			f.num64, n = protowire.ConsumeVarint(b)
 		case protowire.BytesType:
 			f.data, n = protowire.ConsumeBytes(b)
-			f.data = f.data[:len(f.data):len(f.data)]
+			f.data = slices.Clip(f.data)
 		default:
 			n = protowire.ConsumeFieldValue(num, typ, b)
 		}
@@ -206,11 +207,13 @@ func (f *field) is(num protowire.Number, typ protowire.Type) bool {
 }
 
 func (f *field) uint32() uint32 {
-	return uint32(f.num64) //nolint:gosec // The low 32 bits, as in proto3.
+	return uint32(f.num64) // The low 32 bits, as in proto3.
 }
 
 // string is a view: the frame is never written to and lives as long as it.
-func (f *field) string() string { return unsafe.String(unsafe.SliceData(f.data), len(f.data)) }
+func (f *field) string() string {
+	return unsafe.String(unsafe.SliceData(f.data), len(f.data)) //nolint:gosec // See above.
+}
 
 // merge joins the parts of a message that comes in several: decoding them one
 // after the other is what merging means.
@@ -227,7 +230,7 @@ func appendPacked(s []uint32, b []byte) ([]uint32, error) {
 		if n < 0 {
 			return s, protowire.ParseError(n)
 		}
-		s, b = append(s, uint32(v)), b[n:] //nolint:gosec // The low 32 bits, as in proto3.
+		s, b = append(s, uint32(v)), b[n:]
 	}
 	return s, nil
 }
