@@ -151,6 +151,28 @@ func TestDeliverStreamReachesClientsInOrder(t *testing.T) {
 	}
 }
 
+func TestBurstToOneClientIsNotASlowClient(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	d := connect(t, g, "u", "")
+	stream, err := n.Deliver(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const pushes = 4000
+	r := &pubsub.DeliverRequest{FirstSeq: 1}
+	for i := range pushes {
+		r.Deliveries = append(r.Deliveries, &pubsub.Delivery{UserIds: []string{"u"}, Content: &pubsub.MessageContent{Data: fmt.Append(nil, i), Timestamp: 1}})
+	}
+	for _, frame := range []*pubsub.DeliverRequest{{Hello: &pubsub.Hello{ProtocolVersion: 1}}, r} {
+		if err := stream.Send(frame); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range pushes {
+		d.want(textFrame("", "u", fmt.Sprint(i)))
+	}
+}
+
 func TestJoinAndLeaveFurtherRooms(t *testing.T) {
 	c := newController(t)
 	g, _ := start(t, c, nil)
