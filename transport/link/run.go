@@ -314,7 +314,7 @@ func (l *Link) tick(now, ran int64, scratch *due) {
 	}
 	lanes := l.lanes
 	if lanes != nil {
-		scratch.expired = lanes.expire(scratch.expired, ran-int64(cfg.QueueAge), now)
+		scratch.expired = lanes.expire(scratch.expired, now)
 		l.unstallLanesLocked(ran)
 		scratch.launch = lanes.waiting(scratch.launch)
 		if l.leaving && l.lanesIdleLocked() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -71,12 +72,14 @@ func (ls *lanes) of(d *engine.Delivery) *lane {
 	return &ls.lanes[maphash.String(ls.seed, key)%uint64(len(ls.lanes))]
 }
 
-// expire appends to dst what has waited too long.
-func (ls *lanes) expire(dst []*engine.Delivery, aged, now int64) []*engine.Delivery {
+// expire appends to dst what has waited beyond its deadline. Age is no sign of
+// trouble here: a burst for one user waits for one call after the other, and a node
+// that does not answer its calls is found by their timeout.
+func (ls *lanes) expire(dst []*engine.Delivery, now int64) []*engine.Delivery {
 	for i := range ls.lanes {
 		q := &ls.lanes[i].queue
 		count, bytes := q.len, q.bytes
-		dst = q.popExpired(dst, aged, now)
+		dst = q.popExpired(dst, math.MinInt64, now)
 		ls.count -= count - q.len
 		ls.bytes -= bytes - q.bytes
 	}
