@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"maps"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -33,8 +34,39 @@ type conn struct {
 	writing bool // a writer lives
 	closed  bool // nothing is taken any more
 
-	// Guarded by the lock of reports.
-	rooms map[string]struct{}
+	// Written under the lock of reports, read without: the rooms the client is in.
+	// The map is never changed, only replaced.
+	rooms atomic.Pointer[map[string]struct{}]
+}
+
+// in tells whether the client is in a room.
+func (c *conn) in(room string) bool {
+	_, ok := c.allRooms()[room]
+	return ok
+}
+
+func (c *conn) allRooms() map[string]struct{} {
+	if rooms := c.rooms.Load(); rooms != nil {
+		return *rooms
+	}
+	return nil
+}
+
+// enterLocked puts the client into a room, exitLocked takes it out.
+func (c *conn) enterLocked(room string) {
+	if c.in(room) {
+		return
+	}
+	rooms := make(map[string]struct{}, len(c.allRooms())+1)
+	maps.Copy(rooms, c.allRooms())
+	rooms[room] = struct{}{}
+	c.rooms.Store(&rooms)
+}
+
+func (c *conn) exitLocked(room string) {
+	rooms := maps.Clone(c.allRooms())
+	delete(rooms, room)
+	c.rooms.Store(&rooms)
 }
 
 // outgoing is one frame for a client: a push, a frame as it stands, or the last

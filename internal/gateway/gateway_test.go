@@ -219,8 +219,25 @@ func TestRoomIsLeftWithTheLastConnection(t *testing.T) {
 	if diff := cmp.Diff([]string{"join", "leave"}, c.calls("u", "r")); diff != "" {
 		t.Error(diff)
 	}
-	if !c.has("u", "@node:node-1") {
-		t.Error("a connected user without a room is not known")
+	eventually(t, "a connected user without a room is known", func() bool { return c.has("u", "@node:node-1") })
+}
+
+func TestPushToARoomIsForItsMembersOnly(t *testing.T) {
+	g, _ := start(t, newController(t), nil)
+	phone, laptop := connect(t, g, "u", "r"), connect(t, g, "u", "r2")
+	to := sessions{g}
+	if got := to.Deliver("u", &node.Message{RoomID: "r"}); got != node.Delivered {
+		t.Errorf("a member: %v", got)
+	}
+	phone.say(`{"type":"leave","room_id":"r"}`)
+	phone.want(`{"type":"text","room_id":"r","user_id":"u","timestamp":0,"data":{"content":""},"metadata":{}}`)
+	phone.want(`{"type":"left","room_id":"r"}`)
+	laptop.want(`{"type":"text","room_id":"r","user_id":"u","timestamp":0,"data":{"content":""},"metadata":{}}`)
+	if got := to.Deliver("u", &node.Message{RoomID: "r"}); got != node.NotHere {
+		t.Errorf("who has left: %v", got)
+	}
+	if got := to.Deliver("u", &node.Message{}); got != node.Delivered {
+		t.Errorf("the user: %v", got)
 	}
 }
 
@@ -723,7 +740,7 @@ func FuzzClientMessage(f *testing.F) {
 		if err != nil && !strings.Contains(err.Error(), ":") {
 			t.Errorf("%v names no field", err)
 		}
-		for room := range c.rooms {
+		for room := range c.allRooms() {
 			if checkRoom(room) != nil {
 				t.Errorf("in room %q", room)
 			}

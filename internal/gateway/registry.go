@@ -97,6 +97,11 @@ var _ node.Sessions = sessions{}
 // Deliver implements node.Sessions.
 func (s sessions) Deliver(user string, m *node.Message) node.Outcome {
 	conns := s.registry.of(user)
+	// A room's push is for its members. A route that is out of date may name a user
+	// who has left: then all devices of the user are as good as not here.
+	if m.RoomID != "" && !slices.ContainsFunc(conns, func(c *conn) bool { return c.in(m.RoomID) }) {
+		return node.NotHere
+	}
 	if len(conns) == 0 {
 		return node.NotHere
 	}

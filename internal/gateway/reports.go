@@ -105,7 +105,7 @@ func (r *reports) joinLocked(c *conn, room string) (m *membership, known bool, e
 	if r.leaving {
 		return nil, false, errGoing
 	}
-	if _, in := c.rooms[room]; !in && room != r.presence && len(c.rooms) > r.cfg.MaxRooms { // Presence is one of them.
+	if !c.in(room) && room != r.presence && len(c.allRooms()) > r.cfg.MaxRooms { // Presence is one of them.
 		return nil, false, errTooManyRooms
 	}
 	id := membershipID{c.user, room}
@@ -115,10 +115,7 @@ func (r *reports) joinLocked(c *conn, room string) (m *membership, known bool, e
 		r.all[id] = m
 		r.rooms[room]++
 	}
-	if c.rooms == nil {
-		c.rooms = make(map[string]struct{})
-	}
-	c.rooms[room] = struct{}{}
+	c.enterLocked(room)
 	if !slices.Contains(m.holders, c) {
 		m.holders = append(m.holders, c)
 	}
@@ -136,7 +133,7 @@ func (r *reports) joinLocked(c *conn, room string) (m *membership, known bool, e
 // leave takes c out of the room. c is told when the Controller knows.
 func (r *reports) leave(c *conn, room string) error {
 	r.mu.Lock()
-	if _, in := c.rooms[room]; !in {
+	if !c.in(room) {
 		r.mu.Unlock()
 		return errNotInRoom
 	}
@@ -156,13 +153,13 @@ func (r *reports) leave(c *conn, room string) error {
 func (r *reports) drop(c *conn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for room := range c.rooms {
+	for room := range c.allRooms() {
 		r.dropLocked(c, room)
 	}
 }
 
 func (r *reports) dropLocked(c *conn, room string) *membership {
-	delete(c.rooms, room)
+	c.exitLocked(room)
 	m := r.all[membershipID{c.user, room}]
 	if m == nil {
 		return nil
@@ -308,7 +305,7 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 // user into.
 func (r *reports) refuseLocked(m *membership, why string) (news []func()) {
 	for _, c := range m.holders {
-		delete(c.rooms, m.room)
+		c.exitLocked(m.room)
 		news = append(news, func() { c.refused(m.room, why) })
 	}
 	m.holders, m.joiners = nil, nil
@@ -487,7 +484,7 @@ func (r *reports) leaveAll(ctx context.Context) error {
 	r.leaving = true
 	for _, m := range r.all {
 		for _, c := range m.holders {
-			delete(c.rooms, m.room)
+			c.exitLocked(m.room)
 		}
 		m.holders, m.joiners, m.leavers = nil, nil, nil
 		if !m.busy && !m.told {
