@@ -17,10 +17,11 @@ type EngineMetrics struct {
 	set    *metrics.Set
 	shards []shardMetrics
 
-	inFlight, waiting, watched                      *metrics.Gauge
-	cachedRooms, cachedUsers, cachedMembers         *metrics.Gauge
-	heals, hits, misses, lookups, lookupErrors      *metrics.Counter
-	staleServed, refreshes, fences, rejected, panic *metrics.Counter
+	inFlight, waiting, watched                 *metrics.Gauge
+	cachedRooms, cachedUsers, cachedMembers    *metrics.Gauge
+	heals, hits, misses, lookups, lookupErrors *metrics.Counter
+	staleServed, refreshes, fences, rejected   *metrics.Counter
+	panics, poolPanics                         *metrics.Counter
 }
 
 type shardMetrics struct {
@@ -47,7 +48,8 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		refreshes:     set.NewCounter("push_manager_route_refreshes_total"),
 		fences:        set.NewCounter("push_manager_route_fences_total"),
 		rejected:      set.NewCounter("push_manager_pool_rejected_total"),
-		panic:         set.NewCounter("push_manager_pool_panics_total"),
+		panics:        set.NewCounter(`push_manager_panics_total{part="engine"}`),
+		poolPanics:    set.NewCounter("push_manager_pool_panics_total"),
 	}
 	for i := range e.Stats().Shards {
 		label := `{shard="` + strconv.Itoa(i) + `"}`
@@ -66,6 +68,7 @@ func (m *EngineMetrics) Collect() {
 	d := &s.Directory
 	m.inFlight.Set(float64(s.InFlight))
 	m.heals.Set(s.Heals)
+	m.panics.Set(s.Panics)
 	m.waiting.Set(float64(d.Waiting))
 	m.cachedRooms.Set(float64(d.Rooms))
 	m.cachedUsers.Set(float64(d.Users))
@@ -100,7 +103,7 @@ func (m *EngineMetrics) collectShards(s engine.Stats) {
 		}
 	}
 	m.rejected.Set(rejected)
-	m.panic.Set(panics)
+	m.poolPanics.Set(panics)
 }
 
 // BuildInfo shows what runs, as a metric that is always 1.

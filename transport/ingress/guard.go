@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+
+	"github.com/push-manager/push-manager/engine"
 )
 
 // panicked books a panic: counted, and logged once with its stack. The message of
@@ -66,7 +68,7 @@ func (s *Server) refuse(api string, err error) *refusal {
 	r := s.statuses.of(err)
 	log := s.cfg.Logger
 	switch {
-	case errors.Is(err, errPanic) || errors.Is(err, errMayBeSent):
+	case errors.Is(err, errPanic) || errors.Is(err, errMayBeSent) || errors.Is(err, engine.ErrInternal):
 	case r == s.statuses.internal:
 		log.Error("push failed", "api", api, "err", err)
 	case log.Enabled(context.Background(), slog.LevelDebug) && s.mayLogRefusal():

@@ -38,6 +38,9 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 
+	// serving is what SetServing said last: while it is false, pushes are refused.
+	serving atomic.Bool
+
 	// The way down: draining refuses new pushes and ends PushStreams once they are
 	// answered, idle tells Drain that the last push may be done, closing ends the
 	// streams of the other services.
@@ -73,12 +76,29 @@ func New(cfg Config) (*Server, error) {
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
-	s.health.SetServingStatus(serviceName, healthpb.HealthCheckResponse_SERVING)
+	s.SetServing(true)
 	if !cfg.DisableReflection {
 		reflection.RegisterV1(s.grpc)
 	}
 	return s, nil
 }
+
+// SetServing says whether pushes can be routed. While they cannot, health says
+// NOT_SERVING and every push is refused with NOT_READY, those of open PushStreams
+// included. A new Server serves. One goroutine at a time may call it; a Server that
+// drains stays NOT_SERVING whatever is said here.
+func (s *Server) SetServing(serving bool) {
+	s.serving.Store(serving)
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", status)
+	s.health.SetServingStatus(serviceName, status)
+}
+
+// Serving is what SetServing said last.
+func (s *Server) Serving() bool { return s.serving.Load() }
 
 func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg

@@ -131,13 +131,13 @@ func TestUnaryPanicIsInternalForThatCall(t *testing.T) {
 	wantError(t, push(), codes.Internal, "INTERNAL", "")
 	ok(t, push())
 	w.network.panic = true
-	wantError(t, push(), codes.Internal, "", "") // the engine had it: no claim that nothing was sent
+	wantError(t, push(), codes.Internal, "INTERNAL", "") // the engine says that nothing was sent, and counts it
 	w.network.panic = false
 	ok(t, push())
-	if n := w.metric(`push_manager_panics_total{part="ingress"}`); n != "2" {
+	if n := w.metric(`push_manager_panics_total{part="ingress"}`); n != "1" {
 		t.Errorf("%s panics counted", n)
 	}
-	if s := log.String(); strings.Count(s, "level=ERROR") != 2 || !strings.Contains(s, "unary.go") || strings.Contains(s, "secret") {
+	if s := log.String(); strings.Count(s, "level=ERROR") != 1 || !strings.Contains(s, "unary.go") || strings.Contains(s, "secret") {
 		t.Errorf("log: %s", s)
 	}
 }
@@ -225,6 +225,51 @@ func TestHealthSaysNotServingBeforeTheServerGoes(t *testing.T) {
 		ok(t, <-drained)
 		_, err = watch.Recv()
 		wantError(t, err, codes.Unavailable, "DRAINING", "")
+	})
+}
+
+func TestNothingIsPushedUntilTheServerServes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.server.SetServing(false)
+		st := w.stream(w.context())
+		health := healthpb.NewHealthClient(w.conn)
+		watch, err := health.Watch(w.context(), &healthpb.HealthCheckRequest{Service: "pubsub.PushManagerService"})
+		ok(t, err)
+		for _, serving := range []bool{false, true, false} {
+			w.server.SetServing(serving)
+			want, code, reason := healthpb.HealthCheckResponse_NOT_SERVING, codes.Unavailable, "NOT_READY"
+			if serving {
+				want, code, reason = healthpb.HealthCheckResponse_SERVING, codes.OK, ""
+			}
+			told, err := watch.Recv()
+			ok(t, err)
+			whole, err := health.Check(w.context(), &healthpb.HealthCheckRequest{})
+			ok(t, err)
+			if told.Status != want || whole.Status != want || w.server.Serving() != serving {
+				t.Errorf("serving %v: health %v and %v", serving, told.Status, whole.Status)
+			}
+			_, err = w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{RoomId: "r", Content: content("x")})
+			wantError(t, err, code, reason, "")
+			_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			wantError(t, err, code, reason, "")
+			_, err = w.client.PushToUsers(w.context(), &pubsub.PushToUsersRequest{UserIds: []string{"d"}, Content: content("x")})
+			wantError(t, err, code, reason, "")
+			_, err = w.client.BroadcastMessage(w.context(), &pubsub.BroadcastMessageRequest{Content: content("x")})
+			wantError(t, err, code, reason, "")
+			ok(t, st.Send(userPush(1, "d", "x")))
+			wantStatus(t, status.FromProto(recv(t, st).Error), code, reason, "")
+		}
+		if got := len(w.network.nodes[0].payloads()); got != 5 {
+			t.Errorf("a node got %d pushes, want the five of the time in between", got)
+		}
+		ok(t, st.CloseSend())
+		wantEnd(t, st, codes.OK, "", "")
+		ok(t, w.server.Drain(w.context()))
+		w.server.SetServing(true)
+		if r, err := w.server.health.Check(w.context(), &healthpb.HealthCheckRequest{}); err != nil || r.Status != healthpb.HealthCheckResponse_NOT_SERVING {
+			t.Errorf("drained: health %v, %v", r.GetStatus(), err)
+		}
 	})
 }
 

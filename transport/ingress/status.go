@@ -20,6 +20,7 @@ const domain = "push-manager"
 const (
 	retryDraining    = 100 * time.Millisecond // another instance takes it at once
 	retryOverloaded  = 250 * time.Millisecond // a queue's age limit, by order of magnitude
+	retryNotReady    = 500 * time.Millisecond // an etcd that comes up
 	retryUnavailable = 500 * time.Millisecond // a Controller that restarts
 )
 
@@ -32,7 +33,7 @@ type refusal struct {
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, overloaded, deadline, canceled, unavailable, internal *refusal
+	draining, notReady, overloaded, deadline, canceled, unavailable, internal *refusal
 
 	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
 	// engine had the push.
@@ -42,6 +43,7 @@ type statuses struct {
 func newStatuses() *statuses {
 	return &statuses{
 		draining:    newRefusal(codes.Unavailable, "DRAINING", "this instance is shutting down", retryIn(retryDraining)),
+		notReady:    newRefusal(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryIn(retryNotReady)),
 		overloaded:  newRefusal(codes.ResourceExhausted, "OVERLOADED", "too much to do", retryIn(retryOverloaded)),
 		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
 		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
@@ -50,6 +52,9 @@ func newStatuses() *statuses {
 		mayBeSent:   encoded(status.New(codes.Internal, "internal error")),
 	}
 }
+
+// errNotReady refuses a push while the Server does not serve.
+var errNotReady = errors.New("not ready")
 
 // Errors that stand for a panic, before and after the engine had the push.
 var (
@@ -65,6 +70,8 @@ func (t *statuses) of(err error) *refusal {
 		return newInvalid(invalid)
 	case errors.Is(err, engine.ErrDraining):
 		return t.draining
+	case errors.Is(err, errNotReady):
+		return t.notReady
 	case errors.Is(err, engine.ErrOverloaded):
 		return t.overloaded
 	case errors.Is(err, engine.ErrDeadline):

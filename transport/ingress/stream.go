@@ -162,6 +162,9 @@ func (st *stream) start(ctx context.Context, c *call) error {
 
 func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
+	if !s.serving.Load() {
+		return errNotReady
+	}
 	if s.cfg.Trace != nil {
 		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
 	}
