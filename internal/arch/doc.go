@@ -8,5 +8,5 @@
 //   - each metric stands in docs/metrics.md, and nothing else does;
 //   - links between the documents lead somewhere.
 //
-// The tests read the source files; the one on metrics also asks the running programs.
+// The tests read the source files; the one on metrics also asks a running push-manager dev.
 package arch
