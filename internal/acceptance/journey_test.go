@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -65,10 +66,10 @@ func TestProgramsRunOneByOne(t *testing.T) {
 	d.manager = m
 	all = append(all, m.process)
 	journey(t, d)
-	for i := len(all) - 1; i >= 0; i-- {
-		all[i].signal(syscall.SIGTERM)
-		if code := all[i].exit(10 * time.Second); code != 0 {
-			t.Errorf("%s exits with %d", all[i].name, code)
+	for _, p := range slices.Backward(all) {
+		p.signal(syscall.SIGTERM)
+		if code := p.exit(10 * time.Second); code != 0 {
+			t.Errorf("%s exits with %d", p.name, code)
 		}
 	}
 }

@@ -59,6 +59,7 @@ var binaries struct {
 func binary(t *testing.T, name string) string {
 	t.Helper()
 	binaries.once.Do(func() {
+		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
 		if binaries.dir, binaries.err = os.MkdirTemp("", "push-manager-acceptance-"); binaries.err != nil {
 			return
 		}
@@ -156,8 +157,7 @@ func (p *process) exit(within time.Duration) int {
 	case <-timer.C:
 		p.t.Fatalf("%s still runs after %s", p.name, within)
 	}
-	var exit *exec.ExitError
-	if errors.As(p.err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](p.err); ok {
 		return exit.ExitCode()
 	}
 	if p.err != nil {
