@@ -12,8 +12,8 @@ func main() {
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
 		Commands: []program.Command{
-			program.Serve(),
-			devstack.Command(os.Stdout),
+			serve(),
+			devstack.Command(os.Stdout, startIn),
 			program.ControllerCommand(),
 			program.ConnectNodeCommand(),
 		},

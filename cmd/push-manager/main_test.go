@@ -1,4 +1,4 @@
-package main_test
+package main
 
 import (
 	"bufio"
@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -26,20 +27,24 @@ import (
 // binaries is where TestMain builds the commands.
 var binaries string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "push-manager-test-")
-	if err != nil {
+func TestMain(m *testing.M) {
+	var err error
+	if binaries, err = os.MkdirTemp("", "push-manager-test-"); err != nil {
 		panic(err)
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	binaries = dir
-	build := exec.Command("go", "build", "-o", dir+"/", "../push-manager", "../controller", "../connect-node")
+	build := exec.Command("go", "build", "-o", binaries+"/", "../push-manager", "../controller", "../connect-node")
 	if out, err := build.CombinedOutput(); err != nil {
 		panic(string(out))
 	}
-	return m.Run()
+	goleak.VerifyTestMain(m,
+		// The pool library keeps two goroutines of a pool of its own from the start on,
+		goleak.IgnoreCurrent(),
+		// and the metrics library one for each window of its summaries.
+		goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"),
+		goleak.Cleanup(func(code int) {
+			_ = os.RemoveAll(binaries)
+			os.Exit(code)
+		}))
 }
 
 // process is a command that runs.
@@ -52,8 +57,8 @@ type process struct {
 	code   int
 }
 
-// start runs a command with an environment of its own and no other.
-func start(t *testing.T, env []string, name string, args ...string) *process {
+// execute runs a command with an environment of its own and no other.
+func execute(t *testing.T, env []string, name string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(filepath.Join(binaries, name), args...), stderr: &bytes.Buffer{}, done: make(chan struct{})}
 	p.cmd.Dir = t.TempDir()
@@ -204,7 +209,7 @@ func TestSIGTERMDrainsAndExitsWith0WithStuckPeers(t *testing.T) {
 	for name, prog := range programs(t) {
 		for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
 			t.Run(name+" "+sig.String(), func(t *testing.T) {
-				p := start(t, prog.env, prog.name, prog.args...)
+				p := execute(t, prog.env, prog.name, prog.args...)
 				answers(t, prog.health, http.StatusOK)
 				p.signal(sig)
 				p.ends(10*time.Second, 0)
@@ -219,7 +224,7 @@ func TestSubcommandsAreTheSamePrograms(t *testing.T) {
 			name = "serve"
 		}
 		t.Run(name, func(t *testing.T) {
-			p := start(t, prog.env, "push-manager", name)
+			p := execute(t, prog.env, "push-manager", name)
 			answers(t, prog.health, http.StatusOK)
 			p.signal(syscall.SIGTERM)
 			p.ends(10*time.Second, 0)
@@ -257,7 +262,7 @@ func busy(t *testing.T, env ...string) (p *process, ops string) {
 		<-served
 	})
 	ports := freePorts(t, 2)
-	p = start(t, append(env,
+	p = execute(t, append(env,
 		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+l.Addr().String(),
 		"LOOKUP_TIMEOUT=1m", "PUSH_TIMEOUT=1m",
 	), "push-manager")
@@ -304,7 +309,7 @@ func TestSecondSIGTERMEndsAtOnce(t *testing.T) {
 }
 
 func TestDevSaysWhatRunsWhereAndStops(t *testing.T) {
-	p := start(t, nil, "push-manager", "dev", "--base-port=0", "--nodes=2")
+	p := execute(t, nil, "push-manager", "dev", "--base-port=0", "--nodes=2")
 	var text strings.Builder
 	for p.stdout.Scan() {
 		text.WriteString(p.stdout.Text() + "\n")
@@ -348,7 +353,7 @@ func TestBadUsageExitsWith2AndOneLine(t *testing.T) {
 		"controller command": {[]string{"METRICS_PORT=-1"}, "push-manager", []string{"controller"}, "METRICS_PORT"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := start(t, tc.env, tc.cmd, tc.args...)
+			p := execute(t, tc.env, tc.cmd, tc.args...)
 			p.ends(5*time.Second, 2)
 			text := strings.TrimSpace(p.stderr.String())
 			if !strings.Contains(text, tc.want) || strings.Contains(text, "\n") {
@@ -365,7 +370,7 @@ func TestPortInUseExitsWith1AndNamesIt(t *testing.T) {
 	}
 	defer func() { _ = l.Close() }()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	p := start(t, []string{"GRPC_PORT=" + port, "METRICS_PORT=0"}, "push-manager")
+	p := execute(t, []string{"GRPC_PORT=" + port, "METRICS_PORT=0"}, "push-manager")
 	p.ends(5*time.Second, 1)
 	if !strings.Contains(p.stderr.String(), "GRPC_PORT") || !strings.Contains(p.stderr.String(), "in use") {
 		t.Errorf("says %q", p.stderr)

@@ -1,16 +1,19 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,7 +26,6 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
-	"github.com/push-manager/push-manager/internal/devstack"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -247,33 +249,60 @@ func (l lines) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
-	start, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	s, err := devstack.Start(start, devstack.Config{Nodes: 2})
+// dev is a push-manager dev with two nodes: where its parts listen, by their names.
+func dev(t *testing.T) (address map[string]string, webSocket string) {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "push-manager")
+	if out, err := exec.Command("go", "build", "-o", binary, "../push-manager").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cmd := exec.Command(binary, "dev", "--base-port=0", "--nodes=2")
+	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
-		defer cancel()
-		if err := s.Drain(ctx); err != nil {
-			t.Error(err)
-		}
-	}()
-	if err := s.WaitReady(start); err != nil {
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("stop push-manager dev: %v", err)
+		}
+	})
+	address = map[string]string{}
+	for printed := bufio.NewScanner(out); printed.Scan(); {
+		line := printed.Text()
+		if strings.HasPrefix(line, "Ready") {
+			return address, webSocket
+		}
+		if fields := strings.Fields(line); len(fields) > 1 {
+			address[fields[0]] = fields[1]
+		}
+		if _, page, ok := strings.Cut(line, "WebSocket at http://"); ok {
+			webSocket = "ws://" + page + "/ws"
+		}
+	}
+	t.Fatal("push-manager dev did not get ready")
+	return nil, ""
+}
 
-	code, out, errOut := pushctl(t, "", "nodes", "--etcd-endpoints", s.EtcdEndpoint())
-	if code != 0 || !strings.Contains(out, "connect-node-2") || !strings.Contains(out, s.Address()) {
+func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
+	address, webSocket := dev(t)
+	start, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+
+	code, out, errOut := pushctl(t, "", "nodes", "--etcd-endpoints", address["etcd"])
+	if code != 0 || !strings.Contains(out, "connect-node-2") || !strings.Contains(out, strings.TrimPrefix(address["Push-Manager"], "localhost")) {
 		t.Errorf("nodes: exit %d, %q, %q", code, out, errOut)
 	}
 
 	printed := lines{make(chan string, 16)}
 	ended := make(chan int, 1)
 	go func() {
-		args := []string{"listen", "--user=alice", "--room=lobby", "--room=second", "--count=3", "--url", s.Nodes()[1].WebSocket()}
+		args := []string{"listen", "--user=alice", "--room=lobby", "--room=second", "--count=3", "--url", webSocket}
 		ended <- run(start, args, strings.NewReader(""), printed, io.Discard)
 	}()
 	joined := []string{<-printed.c, <-printed.c} // in either order
@@ -289,7 +318,7 @@ func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
 		{[]string{"room", "second", "two", "--type=system", "--metadata=k=v"}, "  second  [system] two  k=v\n"},
 		{[]string{"user", "alice", "--data-file=-"}, "  (2 bytes of data) ff00\n"},
 	} {
-		code, out, errOut := pushctl(t, "\xff\x00", append(push.args, "--address", s.Address())...)
+		code, out, errOut := pushctl(t, "\xff\x00", append(push.args, "--address", address["Push-Manager"])...)
 		if code != 0 {
 			t.Errorf("%v: exit %d, %q, %q", push.args, code, out, errOut)
 			continue

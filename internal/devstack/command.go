@@ -21,18 +21,20 @@ import (
 // readyTimeout is how long everything may take to find each other.
 const readyTimeout = 30 * time.Second
 
-// Command is push-manager dev. It tells people on out what runs where.
-func Command(out io.Writer) program.Command {
+// Command is push-manager dev. It tells people on out what runs where. pushManager
+// is Config.PushManager.
+func Command(out io.Writer, pushManager func(context.Context, Place) (PushManager, error)) program.Command {
 	return program.Command{
 		Name: "dev",
 		Help: "Run everything on this machine: etcd, a Controller, Connect-Nodes and Push-Manager.",
-		New:  func() program.Settings { return &devConfig{out: out} },
+		New:  func() program.Settings { return &devConfig{out: out, pushManager: pushManager} },
 	}
 }
 
 // devConfig is the configuration of push-manager dev.
 type devConfig struct {
-	out io.Writer
+	out         io.Writer
+	pushManager func(context.Context, Place) (PushManager, error)
 
 	nodes, basePort int
 	dataDir         string
@@ -68,10 +70,7 @@ func (c *devConfig) Timeout() time.Duration { return c.drainTimeout }
 func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (program.Program, error) {
 	s, err := Start(ctx, Config{
 		Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Logger: logger,
-		Adjust: func(p *program.PushManagerConfig) {
-			c.tracing.Service, c.tracing.Instance = p.Tracing.Service, p.Tracing.Instance
-			p.Tracing = c.tracing
-		},
+		PushManager: c.pushManager, Tracing: c.tracing,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w (another set of ports: --base-port 0)", err)

@@ -9,8 +9,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
 // ContractPorts as Config.BasePort stands for the ports of the contract.
@@ -29,12 +29,34 @@ type Config struct {
 	BasePort int
 	// DataDir is etcd's directory. Empty: a temporary one.
 	DataDir string
-	// Adjust changes Push-Manager's configuration before it starts. nil: nothing.
-	Adjust func(*program.PushManagerConfig)
-	// AdjustNode does the same for each Connect-Node.
-	AdjustNode func(*program.ConnectNodeConfig)
+	// PushManager starts the Push-Manager of the stack. It is required: the one that
+	// people run is assembled in cmd/push-manager.
+	PushManager func(context.Context, Place) (PushManager, error)
+	// Tracing of Push-Manager; its Service and Instance are Push-Manager's own.
+	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
 	Logger *slog.Logger
+}
+
+// Place is where a Push-Manager stands in a Stack: all that it is told. Port 0 takes
+// a free one.
+type Place struct {
+	GRPCPort, MetricsPort           int
+	EtcdEndpoint, ControllerAddress string
+	Tracing                         telemetry.TracingConfig
+	Logger                          *slog.Logger
+}
+
+// PushManager is what a Stack needs of a running Push-Manager.
+type PushManager interface {
+	program.Program
+	// GRPCAddr is where the push API listens, HTTPAddr where metrics and health are.
+	GRPCAddr() string
+	HTTPAddr() string
+	// NotReady says why pushes cannot be delivered now, nothing when they can.
+	NotReady() []string
+	// Reachable is the number of Connect-Nodes with a live stream.
+	Reachable() int
 }
 
 // Stack is everything, running.
@@ -45,7 +67,7 @@ type Stack struct {
 	controller  *program.Controller
 	nodes       []*program.ConnectNode
 	ids         []string
-	pushManager *program.PushManager
+	pushManager PushManager
 }
 
 // Node is where one Connect-Node listens.
@@ -63,6 +85,9 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.PushManager == nil {
+		return nil, errors.New("no Push-Manager to start")
 	}
 	if cfg.Nodes < 1 || cfg.Nodes > maxNodes {
 		return nil, fmt.Errorf("%d nodes: must be from 1 to %d", cfg.Nodes, maxNodes)
@@ -82,35 +107,20 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err := s.startController(ctx, p.controller); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
-	if err := s.startPushManager(ctx, p, cfg.Adjust); err != nil {
+	if err := s.startPushManager(ctx, p, cfg); err != nil {
 		return nil, fmt.Errorf("push-manager: %w", err)
 	}
 	for i := range cfg.Nodes {
-		if err := s.startNode(i, p, cfg.AdjustNode); err != nil {
+		if err := s.startNode(ctx, i, p); err != nil {
 			return nil, fmt.Errorf("connect-node-%d: %w", i+1, err)
 		}
 	}
 	return s, nil
 }
 
-// settings fills a program's configuration from its defaults and values, and from
-// nothing else: the environment of dev is not that of its parts.
-func settings(target program.Settings, values map[string]string) error {
-	set := config.New()
-	target.Bind(set)
-	lookup := func(name string) (string, bool) {
-		v, ok := values[name]
-		return v, ok
-	}
-	if err := set.Load(config.Options{NoFile: true, LookupEnv: lookup}); err != nil {
-		return err
-	}
-	return target.Settle(set, lookup)
-}
-
 func (s *Stack) startController(ctx context.Context, port int) error {
 	var c program.ControllerConfig
-	err := settings(&c, map[string]string{
+	err := program.Fill(&c, map[string]string{
 		"GRPC_PORT": strconv.Itoa(port), "METRICS_PORT": "0", "ETCD_ENDPOINTS": s.etcd.endpoint,
 	})
 	if err != nil {
@@ -120,37 +130,26 @@ func (s *Stack) startController(ctx context.Context, port int) error {
 	return err
 }
 
-func (s *Stack) startPushManager(ctx context.Context, p ports, adjust func(*program.PushManagerConfig)) error {
-	var c program.PushManagerConfig
-	err := settings(&c, map[string]string{
-		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
-		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
+func (s *Stack) startPushManager(ctx context.Context, p ports, cfg Config) (err error) {
+	s.pushManager, err = cfg.PushManager(ctx, Place{
+		GRPCPort: p.pushManager, MetricsPort: p.metrics, EtcdEndpoint: s.etcd.endpoint, ControllerAddress: s.controller.GRPCAddr(),
+		Tracing: cfg.Tracing, Logger: s.log.With("program", "push-manager"),
 	})
-	if err != nil {
-		return err
-	}
-	if adjust != nil {
-		adjust(&c)
-	}
-	s.pushManager, err = program.StartPushManager(ctx, c, s.log.With("program", "push-manager"))
 	return err
 }
 
-func (s *Stack) startNode(i int, p ports, adjust func(*program.ConnectNodeConfig)) error {
+func (s *Stack) startNode(ctx context.Context, i int, p ports) error {
 	id := "connect-node-" + strconv.Itoa(i+1)
 	grpcPort, httpPort := p.node(i)
 	var c program.ConnectNodeConfig
-	err := settings(&c, map[string]string{
+	err := program.Fill(&c, map[string]string{
 		"NODE_ID": id, "GRPC_PORT": strconv.Itoa(grpcPort), "HTTP_PORT": strconv.Itoa(httpPort), "METRICS_PORT": "0",
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(), "PUSH_MANAGER_ADDRESS": s.pushManager.GRPCAddr(),
 	})
 	if err != nil {
 		return err
 	}
-	if adjust != nil {
-		adjust(&c)
-	}
-	n, err := program.StartConnectNode(c, s.log.With("program", id))
+	n, err := program.StartConnectNode(ctx, c, s.log.With("program", id))
 	if err != nil {
 		return err
 	}
@@ -215,9 +214,6 @@ func (s *Stack) Drain(ctx context.Context) error {
 
 // Failed gets an error when Push-Manager cannot go on.
 func (s *Stack) Failed() <-chan error { return s.pushManager.Failed() }
-
-// PushManager is the Push-Manager in it.
-func (s *Stack) PushManager() *program.PushManager { return s.pushManager }
 
 // Address is where the push API listens.
 func (s *Stack) Address() string { return s.pushManager.GRPCAddr() }

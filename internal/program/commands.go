@@ -1,10 +1,5 @@
 package program
 
-// Serve is Push-Manager as a command.
-func Serve() Command {
-	return Command{Name: "serve", Help: "Serve the push API. Needs no name.", File: true, New: func() Settings { return &PushManagerConfig{} }}
-}
-
 // ConnectNodeCommand is the reference Connect-Node as a command.
 func ConnectNodeCommand() Command {
 	return Command{Name: "connect-node", Help: "Run the reference Connect-Node.", New: func() Settings { return &ConnectNodeConfig{} }}

@@ -2,7 +2,6 @@ package program
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"math"
 	"net"
@@ -10,12 +9,10 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/gateway"
 	"github.com/push-manager/push-manager/internal/telemetry"
-	"github.com/push-manager/push-manager/transport/discovery"
 )
 
 // ConnectNodeConfig is the configuration of the reference Connect-Node.
@@ -56,7 +53,7 @@ func (c *ConnectNodeConfig) Bind(s *config.Set) {
 
 // Settle implements Settings.
 func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool)) error {
-	if err := checkListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
 	if err := c.Etcd.Settle(s); err != nil {
@@ -65,7 +62,7 @@ func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool))
 	address := func(port int) string { return net.JoinHostPort(c.ListenAddress, strconv.Itoa(port)) }
 	c.Gateway.GRPCAddress, c.Gateway.HTTPAddress, c.Gateway.MetricsAddress = address(c.GRPCPort), address(c.HTTPPort), address(c.MetricsPort)
 	if ip := net.ParseIP(c.ListenAddress); c.Gateway.AdvertiseAddress == "" && (c.ListenAddress == "" || ip.IsUnspecified()) {
-		c.Gateway.AdvertiseAddress = advertised("", &net.TCPAddr{IP: net.IPv4zero, Port: c.GRPCPort})
+		c.Gateway.AdvertiseAddress = Advertised("", &net.TCPAddr{IP: net.IPv4zero, Port: c.GRPCPort})
 	}
 	return nil
 }
@@ -77,44 +74,45 @@ func (c *ConnectNodeConfig) LogConfig() telemetry.LogConfig { return c.Log }
 func (c *ConnectNodeConfig) Timeout() time.Duration { return c.DrainTimeout }
 
 // Start implements Settings.
-func (c *ConnectNodeConfig) Start(_ context.Context, logger *slog.Logger) (Program, error) {
-	return StartConnectNode(*c, logger)
+func (c *ConnectNodeConfig) Start(ctx context.Context, logger *slog.Logger) (Program, error) {
+	return StartConnectNode(ctx, *c, logger)
 }
 
 // ConnectNode is a running reference Connect-Node.
 type ConnectNode struct {
 	*gateway.Gateway
 
-	etcd *clientv3.Client
+	parts Parts
 }
 
 // StartConnectNode starts a Connect-Node.
-func StartConnectNode(cfg ConnectNodeConfig, logger *slog.Logger) (*ConnectNode, error) {
-	etcd, err := discovery.NewClient(cfg.Etcd.ClientConfig)
+func StartConnectNode(ctx context.Context, cfg ConnectNodeConfig, logger *slog.Logger) (_ *ConnectNode, err error) {
+	n := &ConnectNode{}
+	defer n.parts.StopAfter(ctx, &err)
+	etcd, err := n.parts.Etcd(cfg.Etcd)
 	if err != nil {
 		return nil, err
 	}
 	g := cfg.Gateway
 	g.Etcd, g.Logger, g.Metrics = etcd, logger, metrics.NewSet()
-	node, err := gateway.New(g)
-	if err != nil {
-		return nil, errors.Join(err, ignoreCanceled(etcd.Close()))
+	if n.Gateway, err = gateway.New(g); err != nil {
+		return nil, err
 	}
-	if err := node.Start(); err != nil {
-		return nil, errors.Join(err, ignoreCanceled(etcd.Close()))
+	if err := n.Start(); err != nil {
+		return nil, err
 	}
-	logger.Info("connect-node runs", "id", g.NodeID, "grpc", node.GRPCAddr().String(), "http", node.HTTPAddr().String(),
-		"metrics", node.MetricsAddr())
-	return &ConnectNode{Gateway: node, etcd: etcd}, nil
+	n.parts.Add("gateway", func(ctx context.Context) error {
+		defer n.Close()
+		return n.Gateway.Drain(ctx)
+	})
+	logger.Info("connect-node runs", "id", g.NodeID, "grpc", n.GRPCAddr().String(), "http", n.HTTPAddr().String(),
+		"metrics", n.MetricsAddr())
+	return n, nil
 }
 
 // Drain implements Program: the node leaves etcd and the Controller, its
 // managers and clients.
-func (n *ConnectNode) Drain(ctx context.Context) error {
-	err := n.Gateway.Drain(ctx)
-	n.Close()
-	return errors.Join(err, ignoreCanceled(n.etcd.Close()))
-}
+func (n *ConnectNode) Drain(ctx context.Context) error { return n.parts.Stop(ctx) }
 
 // Failed implements Program. The gateway logs what ends one of its listeners.
 func (n *ConnectNode) Failed() <-chan error { return nil }

@@ -2,7 +2,6 @@ package program
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -11,12 +10,10 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/controller"
 	"github.com/push-manager/push-manager/internal/telemetry"
-	"github.com/push-manager/push-manager/transport/discovery"
 )
 
 // ControllerConfig is the configuration of the reference Controller.
@@ -49,7 +46,7 @@ func (c *ControllerConfig) Bind(s *config.Set) {
 
 // Settle implements Settings.
 func (c *ControllerConfig) Settle(s *config.Set, _ func(string) (string, bool)) error {
-	if err := checkListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
 	return c.Etcd.Settle(s)
@@ -72,8 +69,8 @@ type Controller struct {
 	api    net.Listener
 	http   *telemetry.HTTP
 	server *controller.Server
-	etcd   *clientv3.Client
 
+	parts    Parts
 	serving  sync.WaitGroup
 	failed   chan error
 	draining chan struct{} // closed by Drain
@@ -82,36 +79,31 @@ type Controller struct {
 // StartController starts a Controller.
 func StartController(ctx context.Context, cfg ControllerConfig, logger *slog.Logger) (_ *Controller, err error) {
 	c := &Controller{failed: make(chan error, 1), draining: make(chan struct{})}
-	var built parts
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, built.stop(ctx))
-		}
-	}()
-	if c.api, err = listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+	defer c.parts.StopAfter(ctx, &err)
+	if c.api, err = c.parts.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, err
 	}
-	built.add("listener", func(context.Context) error { return ignoreClosed(c.api.Close()) })
-	ops, err := listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT")
+	ops, err := c.parts.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT")
 	if err != nil {
 		return nil, err
 	}
-	built.add("listener", func(context.Context) error { return ignoreClosed(ops.Close()) })
-	if c.etcd, err = discovery.NewClient(cfg.Etcd.ClientConfig); err != nil {
-		return nil, err
-	}
-	built.add("etcd client", func(context.Context) error { return ignoreCanceled(c.etcd.Close()) })
 	set := metrics.NewSet()
-	own := cfg.Controller
-	own.Client, own.Logger, own.Metrics = c.etcd, logger, set
-	if c.server, err = controller.New(own); err != nil {
-		return nil, err
-	}
 	if c.http, err = telemetry.StartHTTP(telemetry.HTTPConfig{
 		Listener: ops, Metrics: set, NotReady: c.NotReady, PprofRemote: cfg.PprofRemote, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
+	c.parts.Add("metrics and health", Tail(c.http.Close)) // the last to go: they show how a stop goes on
+	etcd, err := c.parts.Etcd(cfg.Etcd)
+	if err != nil {
+		return nil, err
+	}
+	own := cfg.Controller
+	own.Client, own.Logger, own.Metrics = etcd, logger, set
+	if c.server, err = controller.New(own); err != nil {
+		return nil, err
+	}
+	c.parts.Add("API", c.stopServing)
 	c.serving.Go(func() {
 		if err := c.server.Serve(c.api); err != nil {
 			c.failed <- fmt.Errorf("controller: %w", err)
@@ -124,13 +116,13 @@ func StartController(ctx context.Context, cfg ControllerConfig, logger *slog.Log
 // Drain implements Program.
 func (c *Controller) Drain(ctx context.Context) error {
 	close(c.draining)
-	err := c.server.Drain(ctx)
-	c.server.Close()
-	c.serving.Wait()
-	err = errors.Join(err, ignoreCanceled(c.etcd.Close()))
-	tail, cancel := context.WithTimeout(context.WithoutCancel(ctx), tailTimeout)
-	defer cancel()
-	return errors.Join(err, c.http.Close(tail))
+	return c.parts.Stop(ctx)
+}
+
+func (c *Controller) stopServing(ctx context.Context) error {
+	defer c.serving.Wait()
+	defer c.server.Close()
+	return c.server.Drain(ctx)
 }
 
 // NotReady says why the Controller should not be asked: only that it stops.

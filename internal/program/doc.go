@@ -1,6 +1,7 @@
-// Package program holds the programs of this repository, each on one page: its
-// configuration as a struct of its packages' Configs, the parts built in order,
-// and the same parts stopped in reverse.
+// Package program is what the programs of this repository have in common: command
+// lines, configuration, signals and exit codes, memory, and Parts, which are started
+// in order and stopped in reverse. Push-Manager stands on top of it in
+// cmd/push-manager; the reference Controller and Connect-Node are here.
 //
 // Invariants:
 //

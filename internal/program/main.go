@@ -126,6 +126,21 @@ func (c CommandLine) parse(args []string) (*parsed, error) {
 	return p, p.settings.Settle(p.set, os.LookupEnv)
 }
 
+// Fill sets a program's configuration from its defaults and from values by the names
+// of environment variables, and from nothing else.
+func Fill(target Settings, values map[string]string) error {
+	set := config.New()
+	target.Bind(set)
+	lookup := func(name string) (string, bool) {
+		v, ok := values[name]
+		return v, ok
+	}
+	if err := set.Load(config.Options{NoFile: true, LookupEnv: lookup}); err != nil {
+		return err
+	}
+	return target.Settle(set, lookup)
+}
+
 // complain prints why nothing was started and returns the exit code.
 func complain(name string, err error) int {
 	_, _ = fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)

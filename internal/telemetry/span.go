@@ -44,6 +44,15 @@ func (t *Tracer) Trace(ctx context.Context, api string) (engine.Trace, func(engi
 	return p, p.End
 }
 
+// TraceFunc is Trace for those who want to know whether it traces at all: nil of a
+// Tracer that is nil.
+func (t *Tracer) TraceFunc() func(context.Context, string) (engine.Trace, func(engine.Result, error)) {
+	if t == nil {
+		return nil
+	}
+	return t.Trace
+}
+
 // Begin decides whether the call that ctx belongs to is traced and starts its
 // span. It returns nil for a call that is not, at the cost of reading one header.
 func (t *Tracer) Begin(ctx context.Context, method string) *PushSpan {

@@ -1,4 +1,4 @@
-package program_test
+package main
 
 import (
 	"context"
@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -23,7 +22,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
-	"github.com/push-manager/push-manager/internal/program"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -64,8 +62,8 @@ func (c *counter) Deliver(user string, _ *node.Message) node.Outcome {
 func (c *counter) Broadcast(m *node.Message) (delivered, failed int) { return 1, 0 }
 func (c *counter) Online() int                                       { return 1 }
 
-// serve runs a gRPC server on addr until the test ends.
-func serve(t *testing.T, addr string, s *grpc.Server) string {
+// serveGRPC runs a gRPC server on addr until the test ends.
+func serveGRPC(t *testing.T, addr string, s *grpc.Server) string {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -88,7 +86,7 @@ func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
 	}
 	gs := grpc.NewServer(node.ServerOptions()...)
 	n.Attach(gs)
-	addr := serve(t, "127.0.0.1:0", gs)
+	addr := serveGRPC(t, "127.0.0.1:0", gs)
 	if err := n.Register(etcd, addr); err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +98,7 @@ func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
 	})
 }
 
-func startPushManager(t *testing.T, env map[string]string) *program.PushManager {
+func startPushManager(t *testing.T, env map[string]string) *pushManager {
 	t.Helper()
 	all := map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2"}
 	maps.Copy(all, env)
@@ -108,14 +106,14 @@ func startPushManager(t *testing.T, env map[string]string) *program.PushManager 
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := program.StartPushManager(t.Context(), *c, slog.New(slog.DiscardHandler))
+	m, err := start(t.Context(), *c, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return m
 }
 
-func drain(t *testing.T, m *program.PushManager, within time.Duration) {
+func drain(t *testing.T, m *pushManager, within time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
@@ -146,7 +144,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func readyz(t *testing.T, m *program.PushManager) (int, string) {
+func readyz(t *testing.T, m *pushManager) (int, string) {
 	t.Helper()
 	return get(t, "http://"+m.HTTPAddr()+"/readyz")
 }
@@ -177,25 +175,33 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	controller := freeAddr(t)
 	m := startPushManager(t, map[string]string{"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": controller, "MANAGER_ID": "pm-7"})
 	defer drain(t, m, 8*time.Second)
-	api := pubsub.NewPushManagerServiceClient(client(t, m.GRPCAddr()))
+	conn := client(t, m.GRPCAddr())
+	api := pubsub.NewPushManagerServiceClient(conn)
 
 	if code, body := readyz(t, m); code != 503 || !strings.Contains(body, "etcd") || !strings.Contains(body, "controller") {
 		t.Errorf("readyz %d %q", code, body)
 	}
-	serve(t, controller, controllerServer())
+	serveGRPC(t, controller, controllerServer())
 	eventually(t, "the controller is healthy", func() bool { return len(m.NotReady()) == 1 })
 
 	// The Controller knows the room; where its node is nobody can say yet.
-	_, err := api.PushToRoom(t.Context(), &pubsub.PushToRoomRequest{RoomId: "lobby", Content: hello()})
-	if s := status.Convert(err); s.Code() != codes.Unavailable || !slices.ContainsFunc(s.Details(), isErrorInfo) {
-		t.Errorf("push while etcd is away: %v", err)
+	health, err := grpc_health_v1.NewHealthClient(conn).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
 	}
+	if r, err := health.Recv(); err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_NOT_SERVING {
+		t.Errorf("health while etcd is away: %v %v", r, err)
+	}
+	wantNotReady(t, api)
 
 	etcd.Restart()
 	back := time.Now()
 	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 })
-	if took := time.Since(back); took > 3*time.Second {
+	if took := time.Since(back); took > 2*time.Second {
 		t.Errorf("ready %v after etcd was back", took)
+	}
+	if r, err := health.Recv(); err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
+		t.Errorf("health once etcd has answered: %v %v", r, err)
 	}
 	gateway := &counter{}
 	startNode(t, etcd.Client(), gateway)
@@ -208,7 +214,7 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	_, text := get(t, "http://"+m.HTTPAddr()+"/metrics")
 	for _, want := range []string{
 		`push_manager_api_requests_total{api="PushToRoom",status="success"} 1`, "push_manager_nodes 1", "push_manager_push_success_total 1",
-		"push_manager_route_lookups_total 2", `push_manager_deliveries_total{reason="sent"} 1`, "push_manager_pool_limit{shard=\"1\"} 256",
+		"push_manager_route_lookups_total 1", `push_manager_deliveries_total{reason="sent"} 1`, `push_manager_panics_total{part="engine"} 0`, "push_manager_pool_limit{shard=\"1\"} 256",
 		"push_manager_registration_up 1", "go_goroutines",
 	} {
 		if !strings.Contains(text, want+"\n") && !strings.Contains(text, want+" ") {
@@ -227,9 +233,46 @@ func controllerServer() *grpc.Server {
 	return s
 }
 
-func isErrorInfo(detail any) bool {
-	info, ok := detail.(*errdetails.ErrorInfo)
-	return ok && info.GetDomain() == "push-manager"
+// wantNotReady makes a push of each kind, none of which can be routed yet.
+func wantNotReady(t *testing.T, api pubsub.PushManagerServiceClient) {
+	t.Helper()
+	_, toRoom := api.PushToRoom(t.Context(), &pubsub.PushToRoomRequest{RoomId: "lobby", Content: hello()})
+	_, toUser := api.PushToUser(t.Context(), &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
+	_, toUsers := api.PushToUsers(t.Context(), &pubsub.PushToUsersRequest{UserIds: []string{"alice"}, Content: hello()})
+	_, broadcast := api.BroadcastMessage(t.Context(), &pubsub.BroadcastMessageRequest{Content: hello()})
+	stream, err := api.PushStream(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&pubsub.PushStreamRequest{Push: &pubsub.PushStreamRequest_Broadcast{
+		Broadcast: &pubsub.BroadcastMessageRequest{Content: hello()},
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	reply, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	for kind, err := range map[string]error{
+		"room": toRoom, "user": toUser, "users": toUsers, "broadcast": broadcast, "stream": status.ErrorProto(reply.GetError()),
+	} {
+		s := status.Convert(err)
+		notReady, retry := false, false
+		for _, detail := range s.Details() {
+			switch d := detail.(type) {
+			case *errdetails.ErrorInfo:
+				notReady = d.GetReason() == "NOT_READY" && d.GetDomain() == "push-manager"
+			case *errdetails.RetryInfo:
+				retry = d.GetRetryDelay().AsDuration() > 0
+			}
+		}
+		if s.Code() != codes.Unavailable || !notReady || !retry {
+			t.Errorf("%s while etcd is away: %v %v", kind, s, s.Details())
+		}
+	}
 }
 
 func freeAddr(t *testing.T) string {
@@ -247,7 +290,7 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 	gateway := &counter{stuck: make(chan struct{})}
 	startNode(t, etcd.Client(), gateway)
 	m := startPushManager(t, map[string]string{
-		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()),
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer()),
 		"LINK_ACK_TIMEOUT": "1m", "LINK_SILENCE": "1m", "PUSH_TIMEOUT": "1m",
 	})
 	conn := client(t, m.GRPCAddr())
@@ -290,7 +333,7 @@ func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {
 	startNode(t, etcd.Client(), gateway)
 	t.Cleanup(func() { close(gateway.stuck) }) // before the node's own cleanup
 	m := startPushManager(t, map[string]string{
-		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serve(t, "127.0.0.1:0", controllerServer()),
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer()),
 		"LINK_ACK_TIMEOUT": "1m", "PUSH_TIMEOUT": "1m",
 	})
 	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 && m.Reachable() == 1 })
@@ -327,17 +370,8 @@ func TestPortInUseStopsTheStartAndLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = program.StartPushManager(t.Context(), *c, slog.New(slog.DiscardHandler))
+	_, err = start(t.Context(), *c, slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), "METRICS_PORT") {
 		t.Errorf("start: %v", err)
-	}
-}
-
-func TestHealthAndReflectionAreOnTheAPIPort(t *testing.T) {
-	m := startPushManager(t, map[string]string{"ETCD_ENDPOINTS": freeAddr(t), "CONTROLLER_ADDRESS": freeAddr(t)})
-	defer drain(t, m, 8*time.Second)
-	r, err := grpc_health_v1.NewHealthClient(client(t, m.GRPCAddr())).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
-	if err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
-		t.Errorf("health: %v %v", r, err)
 	}
 }

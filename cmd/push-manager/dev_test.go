@@ -1,4 +1,4 @@
-package devstack_test
+package main
 
 import (
 	"context"
@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -15,18 +14,11 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m,
-		// The pool library keeps two goroutines of a pool of its own from the start on,
-		goleak.IgnoreCurrent(),
-		// and the metrics library one for each window of its summaries.
-		goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"))
-}
-
-func start(t *testing.T, cfg devstack.Config) *devstack.Stack {
+func startStack(t *testing.T, cfg devstack.Config) *devstack.Stack {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
+	cfg.PushManager = startIn
 	s, err := devstack.Start(ctx, cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +29,7 @@ func start(t *testing.T, cfg devstack.Config) *devstack.Stack {
 	return s
 }
 
-func stop(t *testing.T, s *devstack.Stack) {
+func stopStack(t *testing.T, s *devstack.Stack) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 	defer cancel()
@@ -47,7 +39,7 @@ func stop(t *testing.T, s *devstack.Stack) {
 }
 
 func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
-	s := start(t, devstack.Config{Nodes: 2})
+	s := startStack(t, devstack.Config{Nodes: 2})
 	if n := s.Nodes(); len(n) != 2 || n[0].ID != "connect-node-1" || !strings.HasPrefix(n[1].WebSocket(), "ws://127.0.0.1:") {
 		t.Errorf("nodes %v", n)
 	}
@@ -60,32 +52,33 @@ func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
 	if err != nil || !r.GetSuccess() {
 		t.Errorf("broadcast to two nodes without clients: %v %v", r, err)
 	}
-	stop(t, s)
+	stopStack(t, s)
 }
 
 func TestTemporaryDataIsRemovedAndANamedDirectoryIsKept(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
-	stop(t, start(t, devstack.Config{Nodes: 1}))
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1}))
 	if left, err := os.ReadDir(temp); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v %v", left, err)
 	}
 	kept := t.TempDir()
-	stop(t, start(t, devstack.Config{Nodes: 1, DataDir: kept}))
-	stop(t, start(t, devstack.Config{Nodes: 1, DataDir: kept})) // on what the first one left
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept}))
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept})) // on what the first one left
 	if left, err := os.ReadDir(kept); err != nil || len(left) == 0 {
 		t.Errorf("not kept: %v %v", left, err)
 	}
 }
 
 func TestStartThatFailsLeavesNothing(t *testing.T) {
-	s := start(t, devstack.Config{Nodes: 1})
-	defer stop(t, s)
+	s := startStack(t, devstack.Config{Nodes: 1})
+	defer stopStack(t, s)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	for _, cfg := range []devstack.Config{{Nodes: -1}, {Nodes: 1000}, {DataDir: "/dev/null/x"}} {
+		cfg.PushManager = startIn
 		if s, err := devstack.Start(ctx, cfg); err == nil {
-			stop(t, s)
+			stopStack(t, s)
 			t.Errorf("%+v: no error", cfg)
 		}
 	}

@@ -1,18 +1,19 @@
-package program
+package main
 
 import (
 	"context"
 	"log/slog"
 	"math"
-	"net"
 	"net/netip"
 	"runtime"
-	"strconv"
 	"time"
+
+	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
 	"github.com/push-manager/push-manager/transport/controller"
@@ -21,8 +22,9 @@ import (
 	"github.com/push-manager/push-manager/transport/link"
 )
 
-// PushManagerConfig is the Configs of the packages that Push-Manager is made of.
-type PushManagerConfig struct {
+// Config is the Configs of the packages that Push-Manager is made of, and what is
+// of the whole.
+type Config struct {
 	ManagerID        string
 	ListenAddress    string
 	AdvertiseAddress string
@@ -42,7 +44,8 @@ type PushManagerConfig struct {
 	Ingress    ingress.Config
 	Controller controller.Config
 	Discovery  discovery.Config
-	Etcd       EtcdConfig
+	Entry      discovery.RegistrationConfig
+	Etcd       program.EtcdConfig
 
 	allowNets []string
 }
@@ -52,7 +55,7 @@ type PushManagerConfig struct {
 const maxRequest = 64 << 20
 
 // Bind adds all keys. Settle must follow Load.
-func (c *PushManagerConfig) Bind(s *config.Set) {
+func (c *Config) Bind(s *config.Set) {
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
 	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
@@ -80,7 +83,7 @@ func (c *PushManagerConfig) Bind(s *config.Set) {
 	c.Tracing.Bind(s)
 }
 
-func (c *PushManagerConfig) bindRoutes(s *config.Set) {
+func (c *Config) bindRoutes(s *config.Set) {
 	s.Duration(&c.Routes.TTL, "route_cache_ttl", time.Second, time.Millisecond, "How long a route is trusted when the Controller has no change stream.")
 	s.Duration(&c.Routes.StaleTTL, "route_stale_ttl", time.Minute, time.Millisecond, "How long a route may serve while the Controller cannot be reached.")
 	s.Duration(&c.Routes.LookupTimeout, "lookup_timeout", 300*time.Millisecond, time.Millisecond, "Longest look-up at the Controller.")
@@ -88,7 +91,7 @@ func (c *PushManagerConfig) bindRoutes(s *config.Set) {
 	s.Int(&c.Routes.MaxUsers, "route_cache_users", 1_000_000, 1, math.MaxInt32, "Users in the cache.")
 }
 
-func (c *PushManagerConfig) bindLimits(s *config.Set) {
+func (c *Config) bindLimits(s *config.Set) {
 	l := &c.Engine.Limits
 	s.Int(&l.IDBytes, "limits.id_bytes", 256, 1, 4096, "Longest room or user id.")
 	s.Bytes(&l.DataBytes, "limits.data_bytes", 256<<10, 1, maxRequest, "Largest data of a message.")
@@ -99,7 +102,7 @@ func (c *PushManagerConfig) bindLimits(s *config.Set) {
 	s.Bytes(&c.Ingress.MaxRecvBytes, "limits.request_bytes", 1<<20, 1<<10, maxRequest, "Largest request.")
 }
 
-func (c *PushManagerConfig) bindLinks(s *config.Set) {
+func (c *Config) bindLinks(s *config.Set) {
 	const least = 25 * time.Millisecond // the links' clock is no finer
 	l := &c.Links
 	s.Duration(&l.AckTimeout, "link.ack_timeout", time.Second, least, "How long a node may owe an acknowledgement.")
@@ -118,7 +121,7 @@ func (c *PushManagerConfig) bindLinks(s *config.Set) {
 	s.Int(&l.UnaryLanes, "link.unary_lanes", 16, 1, 1024, "Calls under way, for each shard, to a node without Deliver.")
 }
 
-func (c *PushManagerConfig) bindAPI(s *config.Set) {
+func (c *Config) bindAPI(s *config.Set) {
 	a := &c.Ingress
 	s.Bytes(&a.MaxHeaderBytes, "api.header_bytes", 16<<10, 1<<10, 16<<20, "Largest headers of a call.")
 	s.Int(&a.MaxStreams, "api.streams", 256, 1, 1<<20, "Calls under way on one connection.")
@@ -132,8 +135,8 @@ func (c *PushManagerConfig) bindAPI(s *config.Set) {
 }
 
 // Settle checks what more than one key has a say in. Its errors name the keys.
-func (c *PushManagerConfig) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
-	if err := checkListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if err := program.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
 	l := &c.Engine.Limits
@@ -161,70 +164,38 @@ func (c *PushManagerConfig) Settle(s *config.Set, lookupEnv func(string) (string
 	if err := c.Tracing.Settle(lookupEnv); err != nil {
 		return err
 	}
-	c.Discovery.RequestTimeout = c.Etcd.RequestTimeout
+	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
+	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
 	c.Tracing.Service, c.Tracing.Instance = "push-manager", c.ManagerID
 	return nil
 }
 
-// LogConfig implements Settings.
-func (c *PushManagerConfig) LogConfig() telemetry.LogConfig { return c.Log }
+// LogConfig implements program.Settings.
+func (c *Config) LogConfig() telemetry.LogConfig { return c.Log }
 
-// Timeout implements Settings.
-func (c *PushManagerConfig) Timeout() time.Duration { return c.DrainTimeout }
+// Timeout implements program.Settings.
+func (c *Config) Timeout() time.Duration { return c.DrainTimeout }
 
-// Start implements Settings.
-func (c *PushManagerConfig) Start(ctx context.Context, logger *slog.Logger) (Program, error) {
-	return StartPushManager(ctx, *c, logger)
-}
-
-// checkListen refuses an address that others can reach, while there is no TLS.
-func checkListen(s *config.Set, host string, allowed bool) error {
-	if ip := net.ParseIP(host); ip == nil && host != "" && host != "localhost" {
-		return s.Problem("listen_address", "%q is not an IP address", host)
-	}
-	if !config.Loopback(host) && !allowed {
-		return s.Problem("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
-	}
-	return nil
-}
-
-// advertised is the address that others reach a listener at: what the operator
-// says, or the listener's own, or this machine's first address.
-func advertised(configured string, listener net.Addr) string {
-	if configured != "" {
-		return configured
-	}
-	tcp, ok := listener.(*net.TCPAddr)
-	if !ok {
-		return listener.String()
-	}
-	host := tcp.IP
-	if host.IsUnspecified() {
-		host = firstAddress()
-	}
-	return net.JoinHostPort(host.String(), strconv.Itoa(tcp.Port))
-}
-
-func firstAddress() net.IP {
-	fallback := net.IPv4(127, 0, 0, 1)
-	addrs, err := net.InterfaceAddrs()
+// Start implements program.Settings.
+func (c *Config) Start(ctx context.Context, log *slog.Logger) (program.Program, error) {
+	m, err := start(ctx, *c, log)
 	if err != nil {
-		return fallback
+		return nil, err
 	}
-	var v6 net.IP
-	for _, a := range addrs {
-		ip, ok := a.(*net.IPNet)
-		switch {
-		case !ok || !ip.IP.IsGlobalUnicast():
-		case ip.IP.To4() != nil:
-			return ip.IP
-		case v6 == nil:
-			v6 = ip.IP
-		}
-	}
-	if v6 != nil {
-		return v6
-	}
-	return fallback
+	return m, nil
+}
+
+// report gives all packages the same log and the same metrics.
+func (c *Config) report(log *slog.Logger) *metrics.Set {
+	set := metrics.NewSet()
+	telemetry.BuildInfo(set)
+	c.Tracing.Logger, c.Tracing.Metrics = log, set
+	c.Controller.Logger, c.Controller.Metrics = log, set
+	c.Links.Logger, c.Links.Metrics = log, set
+	c.Discovery.Logger, c.Discovery.Metrics = log, set
+	c.Entry.Logger, c.Entry.Metrics = log, set
+	c.Ingress.Logger, c.Ingress.Metrics = log, set
+	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
+	return set
 }

@@ -1,4 +1,4 @@
-package program_test
+package main
 
 import (
 	"bytes"
@@ -11,13 +11,12 @@ import (
 	"testing"
 
 	"github.com/push-manager/push-manager/internal/config"
-	"github.com/push-manager/push-manager/internal/program"
 )
 
 // load runs Push-Manager's configuration through flags, environment and file.
-func load(t *testing.T, flags map[string]string, env map[string]string, yaml string) (*program.PushManagerConfig, error) {
+func load(t *testing.T, flags map[string]string, env map[string]string, yaml string) (*Config, error) {
 	t.Helper()
-	var c program.PushManagerConfig
+	var c Config
 	s := config.New()
 	c.Bind(s)
 	o := config.Options{Flags: flags, NoFile: yaml == "", LookupEnv: func(name string) (string, bool) {
@@ -138,7 +137,7 @@ var _ = flag.Bool("update", false, "write config.example.yaml anew")
 // TestExampleHoldsAllKeysWithTheirDefaults: run with -update to write it anew.
 func TestExampleHoldsAllKeysWithTheirDefaults(t *testing.T) {
 	const path = "../../config.example.yaml"
-	var c program.PushManagerConfig
+	var c Config
 	s := config.New()
 	c.Bind(s)
 	out := bytes.NewBufferString(`# All settings of push-manager with their defaults. Copy it to config.yaml, keep what differs.
@@ -163,7 +162,7 @@ func TestExampleHoldsAllKeysWithTheirDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, out.Bytes()) {
-		t.Error("config.example.yaml is not what the keys say: go test ./internal/program -run Example -update")
+		t.Error("config.example.yaml is not what the keys say: go test ./cmd/push-manager -run Example -update")
 	}
 	if _, err := load(t, nil, nil, string(got)); err != nil {
 		t.Error(err)

@@ -1,4 +1,4 @@
-package devstack_test
+package main
 
 import (
 	"bytes"
@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/internal/devstack"
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/telemetry"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -53,7 +53,7 @@ func (l *listener) OnMessage(_ *gws.Conn, m *gws.Message) {
 	_ = m.Close()
 }
 
-func listen(t *testing.T, address string) *listener {
+func connect(t *testing.T, address string) *listener {
 	t.Helper()
 	l := &listener{frames: make(chan string, 8)}
 	conn, _, err := gws.NewClient(l, &gws.ClientOption{Addr: address})
@@ -101,11 +101,9 @@ func TestPushToRoomIsOneTrace(t *testing.T) {
 		otlp.Stop()
 		<-served
 	})
-	s := start(t, devstack.Config{Nodes: 2, Adjust: func(c *program.PushManagerConfig) {
-		c.Tracing.Enabled, c.Tracing.Endpoint, c.Tracing.SampleRate = true, l.Addr().String(), 0
-	}})
-	alice := listen(t, s.Nodes()[0].WebSocket()+"?user_id=alice&room_id=lobby")
-	bob := listen(t, s.Nodes()[1].WebSocket()+"?user_id=bob&room_id=lobby")
+	s := startStack(t, devstack.Config{Nodes: 2, Tracing: telemetry.TracingConfig{Enabled: true, Endpoint: l.Addr().String()}})
+	alice := connect(t, s.Nodes()[0].WebSocket()+"?user_id=alice&room_id=lobby")
+	bob := connect(t, s.Nodes()[1].WebSocket()+"?user_id=bob&room_id=lobby")
 	alice.want(t, "joined")
 	bob.want(t, "joined")
 
@@ -126,7 +124,7 @@ func TestPushToRoomIsOneTrace(t *testing.T) {
 		alice.want(t, "secret payload")
 		bob.want(t, "secret payload")
 	}
-	stop(t, s) // sends what is queued
+	stopStack(t, s) // sends what is queued
 
 	byName := map[string]*tracepb.Span{}
 	for _, span := range r.spans {

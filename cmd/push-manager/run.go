@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/shard"
+	"github.com/push-manager/push-manager/transport/controller"
+	"github.com/push-manager/push-manager/transport/discovery"
+	"github.com/push-manager/push-manager/transport/ingress"
+	"github.com/push-manager/push-manager/transport/link"
+)
+
+// deregisterTimeout bounds leaving etcd, which may be away: the lease ends by itself.
+const deregisterTimeout = time.Second
+
+// start builds Push-Manager in order; Drain takes it apart in reverse. Its peers
+// (etcd, the Controller, nodes) may still be away when it returns.
+func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, err error) {
+	m := &pushManager{log: log, failed: make(chan error, 1)}
+	defer m.parts.StopAfter(ctx, &err)
+	if m.api, m.ops, err = m.listen(ctx, cfg); err != nil { // both ports are ours, or nothing starts
+		return nil, err
+	}
+	m.parts.Add("metrics and health", program.Tail(m.closeHTTP)) // the last to go: they show how a stop goes on
+	set := cfg.report(log)
+	if m.tracer, err = telemetry.NewTracer(ctx, cfg.Tracing); err != nil {
+		return nil, err
+	}
+	m.parts.Add("traces", program.Tail(m.tracer.Close))
+
+	// Where the users are: the shards ask the Controller, the directory keeps the answers.
+	if m.shards, err = shard.New(cfg.Shards); err != nil {
+		return nil, err
+	}
+	m.parts.Add("shards", m.shards.Close)
+	if m.controller, err = controller.New(cfg.Controller); err != nil {
+		return nil, err
+	}
+	m.parts.Add("controller", func(context.Context) error { return m.controller.Close() })
+	cfg.Routes.Source, cfg.Routes.Homes, cfg.Routes.Home, cfg.Routes.Go = m.controller, m.shards.Len(), m.homeOf, m.goOn
+	if m.directory, err = route.New(cfg.Routes); err != nil {
+		return nil, err
+	}
+	m.parts.Add("directory", program.Closing(m.directory.Close))
+
+	// The way to them: a stream from each shard to each node that is found in etcd.
+	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
+	if m.links, err = link.New(cfg.Links); err != nil {
+		return nil, err
+	}
+	m.parts.Add("links", m.stopLinks)
+	if cfg.Discovery.Client, err = m.parts.Etcd(cfg.Etcd); err != nil {
+		return nil, err
+	}
+	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.alive
+	if m.watcher, err = discovery.New(cfg.Discovery); err != nil {
+		return nil, err
+	}
+	m.parts.Add("discovery", program.Closing(m.watcher.Close))
+
+	// The engine, and the push API in front of it.
+	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
+	if m.engine, err = engine.New(cfg.Engine); err != nil {
+		return nil, err
+	}
+	m.parts.Add("engine", m.engine.Drain)
+	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
+	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
+		return nil, err
+	}
+	m.ingress.SetServing(false) // until etcd has said which nodes there are
+	m.controller.Start(m.directory)
+	m.watcher.Start()
+	m.serve()
+	m.parts.Add("push API", m.stopServing)
+
+	// Our own entry in etcd; metrics and health, which look at everything.
+	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, program.Advertised(cfg.AdvertiseAddress, m.api.Addr())
+	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
+		return nil, err
+	}
+	m.entry.Start()
+	m.parts.Add("registration", program.Within(deregisterTimeout, m.entry.Close))
+	if m.http, err = telemetry.StartHTTP(m.operations(cfg, set)); err != nil {
+		return nil, err
+	}
+	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
+	return m, nil
+}
+
+// pushManager is Push-Manager, running.
+type pushManager struct {
+	// Static after start.
+	log        *slog.Logger
+	api, ops   net.Listener
+	tracer     *telemetry.Tracer // nil: nothing is traced
+	shards     *shard.Set
+	controller *controller.Controller
+	directory  *route.Directory
+	links      *link.Set
+	watcher    *discovery.Watcher
+	engine     *engine.Engine
+	ingress    *ingress.Server
+	entry      *discovery.Registration
+	http       *telemetry.HTTP // nil until all the others run
+
+	parts    program.Parts
+	serving  sync.WaitGroup
+	failed   chan error
+	draining atomic.Bool
+}
+
+// Drain stops in the reverse order of the start.
+func (m *pushManager) Drain(ctx context.Context) error {
+	m.draining.Store(true)
+	return m.parts.Stop(ctx)
+}
+
+// Failed gets an error when the push API cannot be served any more.
+func (m *pushManager) Failed() <-chan error { return m.failed }
+
+// GRPCAddr is where the push API listens.
+func (m *pushManager) GRPCAddr() string { return m.api.Addr().String() }
+
+// HTTPAddr is where metrics and health are.
+func (m *pushManager) HTTPAddr() string { return m.ops.Addr().String() }
+
+// NotReady says why pushes cannot be delivered now, nothing when they can.
+func (m *pushManager) NotReady() (reasons []string) {
+	if m.draining.Load() {
+		reasons = append(reasons, "draining")
+	}
+	if !m.ingress.Serving() {
+		reasons = append(reasons, "etcd has not answered yet: no Connect-Nodes are known")
+	}
+	if healthy, reason := m.controller.Healthy(); !healthy {
+		reasons = append(reasons, reason)
+	}
+	return reasons
+}
+
+// Reachable is the number of Connect-Nodes with a live stream.
+func (m *pushManager) Reachable() int { return m.links.Reachable() }
+
+func (m *pushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
+	if api, err = m.parts.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+		return nil, nil, err
+	}
+	if ops, err = m.parts.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
+		return nil, nil, err
+	}
+	return api, ops, nil
+}
+
+// homeOf and goOn are the shards as the directory and the links need them.
+func (m *pushManager) homeOf(key string) int             { return m.shards.For(key).Index() }
+func (m *pushManager) goOn(shard int, task func()) error { return m.shards.At(shard).Go(task) }
+
+// update gets all nodes that are registered in etcd. From its first call on pushes
+// can be routed; before, every room would look like one full of unknown nodes.
+func (m *pushManager) update(nodes []discovery.Node) {
+	next := make([]link.Node, len(nodes))
+	for i, n := range nodes {
+		next[i] = link.Node(n)
+	}
+	if err := m.links.Update(next); err != nil {
+		m.log.Error("some nodes cannot be used", "error", err)
+	}
+	if !m.ingress.Serving() {
+		m.ingress.SetServing(true)
+	}
+}
+
+// alive vouches for a node that is gone from etcd while its streams live.
+func (m *pushManager) alive(id string) bool {
+	for _, n := range m.links.Nodes() {
+		if n.ID == id {
+			return n.Connections > 0 && !n.Draining
+		}
+	}
+	return false
+}
+
+func (m *pushManager) stopLinks(ctx context.Context) error {
+	defer m.links.Close()
+	return m.links.Drain(ctx)
+}
+
+func (m *pushManager) serve() {
+	m.serving.Go(func() {
+		if err := m.ingress.Serve(m.api); err != nil {
+			m.failed <- err
+		}
+	})
+}
+
+func (m *pushManager) stopServing(ctx context.Context) error {
+	defer m.serving.Wait()
+	return m.ingress.Drain(ctx)
+}
+
+func (m *pushManager) operations(cfg Config, set *metrics.Set) telemetry.HTTPConfig {
+	return telemetry.HTTPConfig{
+		Listener: m.ops, Metrics: set, Collect: telemetry.NewEngineMetrics(m.engine, set).Collect,
+		NotReady: m.NotReady, PprofRemote: cfg.PprofRemote, Logger: m.log,
+	}
+}
+
+func (m *pushManager) closeHTTP(ctx context.Context) error {
+	if m.http == nil {
+		return nil
+	}
+	return m.http.Close(ctx)
+}
