@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -182,34 +183,35 @@ func stuck(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// programs are the three servers, alone in the world but for stuck peers.
-func programs(t *testing.T) map[string]struct {
+// server is a program as the tests start it.
+type server struct {
 	env    []string
 	name   string
-	args   []string
-	health string
-} {
+	grpc   string // where its API listens
+	health string // its /healthz
+}
+
+// servers are the three programs, alone in the world but for stuck peers.
+func servers(t *testing.T) map[string]server {
 	t.Helper()
-	p, peer := freePorts(t, 7), stuck(t)
-	common := []string{"ETCD_ENDPOINTS=" + peer, "CONTROLLER_ADDRESS=" + peer}
-	type program = struct {
-		env    []string
-		name   string
-		args   []string
-		health string
+	peer, all := stuck(t), map[string]server{}
+	for _, name := range []string{"push-manager", "controller", "connect-node"} {
+		p := freePorts(t, 3)
+		all[name] = server{
+			env: []string{
+				"ETCD_ENDPOINTS=" + peer, "CONTROLLER_ADDRESS=" + peer, "GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "HTTP_PORT=" + p[2],
+			},
+			name: name, grpc: "127.0.0.1:" + p[0], health: "http://127.0.0.1:" + p[1] + "/healthz",
+		}
 	}
-	return map[string]program{
-		"push-manager": {append([]string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1]}, common...), "push-manager", nil, "http://127.0.0.1:" + p[1] + "/healthz"},
-		"controller":   {append([]string{"GRPC_PORT=" + p[2], "METRICS_PORT=" + p[3]}, common...), "controller", nil, "http://127.0.0.1:" + p[3] + "/healthz"},
-		"connect-node": {append([]string{"GRPC_PORT=" + p[4], "HTTP_PORT=" + p[5], "METRICS_PORT=" + p[6]}, common...), "connect-node", nil, "http://127.0.0.1:" + p[6] + "/healthz"},
-	}
+	return all
 }
 
 func TestSIGTERMDrainsAndExitsWith0WithStuckPeers(t *testing.T) {
-	for name, prog := range programs(t) {
+	for name, prog := range servers(t) {
 		for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
 			t.Run(name+" "+sig.String(), func(t *testing.T) {
-				p := execute(t, prog.env, prog.name, prog.args...)
+				p := execute(t, prog.env, prog.name)
 				answers(t, prog.health, http.StatusOK)
 				p.signal(sig)
 				p.ends(10*time.Second, 0)
@@ -219,7 +221,7 @@ func TestSIGTERMDrainsAndExitsWith0WithStuckPeers(t *testing.T) {
 }
 
 func TestSubcommandsAreTheSamePrograms(t *testing.T) {
-	for name, prog := range programs(t) {
+	for name, prog := range servers(t) {
 		if name == "push-manager" {
 			name = "serve"
 		}
@@ -306,6 +308,57 @@ func TestSecondSIGTERMEndsAtOnce(t *testing.T) {
 	}
 	p.signal(syscall.SIGTERM)
 	p.ends(time.Second, 1)
+}
+
+// TestSecondSIGTERMEndsReferenceProgramsAtOnce: a caller that never ends its call
+// keeps each of them draining.
+func TestSecondSIGTERMEndsReferenceProgramsAtOnce(t *testing.T) {
+	hold := map[string]func(context.Context, *grpc.ClientConn) error{
+		"controller": func(ctx context.Context, conn *grpc.ClientConn) error {
+			// The headers of a call whose request never comes.
+			_, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true}, pubsub.ControllerService_GetRoomInfo_FullMethodName)
+			return err
+		},
+		"connect-node": func(ctx context.Context, conn *grpc.ClientConn) error {
+			stream, err := pubsub.NewConnectNodeServiceClient(conn).Deliver(ctx)
+			if err != nil {
+				return err
+			}
+			if err := stream.Send(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "m", Shards: 1}}); err != nil {
+				return err
+			}
+			_, err = stream.Recv()
+			return err
+		},
+	}
+	all := servers(t)
+	for name, hold := range hold {
+		t.Run(name, func(t *testing.T) {
+			prog := all[name]
+			p := execute(t, prog.env, prog.name)
+			answers(t, prog.health, http.StatusOK)
+			conn := client(t, prog.grpc)
+			if err := hold(t.Context(), conn); err != nil {
+				t.Fatal(err)
+			}
+			watch, err := grpc_health_v1.NewHealthClient(conn).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_SERVING)
+			p.signal(syscall.SIGTERM)
+			wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+			p.signal(syscall.SIGTERM)
+			p.ends(time.Second, 1)
+		})
+	}
+}
+
+func wantHealth(t *testing.T, watch grpc_health_v1.Health_WatchClient, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	t.Helper()
+	if r, err := watch.Recv(); err != nil || r.GetStatus() != want {
+		t.Fatalf("health %v, %v, want %v", r.GetStatus(), err, want)
+	}
 }
 
 func TestDevSaysWhatRunsWhereAndStops(t *testing.T) {

@@ -189,9 +189,7 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r, err := health.Recv(); err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_NOT_SERVING {
-		t.Errorf("health while etcd is away: %v %v", r, err)
-	}
+	wantHealth(t, health, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	wantNotReady(t, api)
 
 	etcd.Restart()
@@ -200,9 +198,7 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	if took := time.Since(back); took > 2*time.Second {
 		t.Errorf("ready %v after etcd was back", took)
 	}
-	if r, err := health.Recv(); err != nil || r.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
-		t.Errorf("health once etcd has answered: %v %v", r, err)
-	}
+	wantHealth(t, health, grpc_health_v1.HealthCheckResponse_SERVING)
 	gateway := &counter{}
 	startNode(t, etcd.Client(), gateway)
 	eventually(t, "the node is reached", func() bool { return m.Reachable() == 1 })
