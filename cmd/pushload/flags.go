@@ -1,0 +1,248 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/load"
+)
+
+// flags are the command line.
+type flags struct {
+	Address     []string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"HOST:PORT of one or several Push-Managers, comma-separated, or any gRPC targets."`
+	Way         string   `default:"unary" enum:"unary,stream" help:"unary: a call for each push; stream: one PushStream on each connection."`
+	Connections int      `default:"2" help:"Connections in all, at least one for each address."`
+
+	Rate     float64       `default:"1000" help:"Pushes a second, sent when they are due whatever the answers do. 0: as fast as --in-flight allows."`
+	Arrival  string        `default:"even" enum:"even,poisson" help:"Distances between pushes: even, or poisson like many independent callers."`
+	InFlight int           `default:"0" help:"Most pushes under way. 0: 256 a connection, 1024 with --way=stream."`
+	Duration time.Duration `default:"30s" help:"How long to measure."`
+	Warmup   time.Duration `default:"3s" help:"How long to push before that."`
+	Timeout  time.Duration `default:"5s" help:"Longest wait for an answer."`
+
+	Mix          mix    `default:"user=80,room=19,broadcast=1" placeholder:"KIND=WEIGHT,..." help:"Weights of user, room, users and broadcast pushes (default: ${default})."`
+	Users        int    `default:"1000" help:"Number of users to choose from."`
+	Rooms        int    `default:"100" help:"Number of rooms to choose from."`
+	UserPattern  string `default:"u%d" help:"The users' ids, numbered from 0: u%d or user-%06d."`
+	RoomPattern  string `default:"r%d" help:"The rooms' ids."`
+	UsersPerPush int    `default:"10" help:"Users of a users push."`
+	Payload      string `default:"128" placeholder:"BYTES" help:"Size of the message, like 128 or 4KiB (default: ${default})."`
+	PayloadFile  string `placeholder:"FILE" help:"Push the content of a file instead."`
+	Seed         uint64 `default:"1" help:"The same seed gives the same pushes."`
+
+	MaxErrors float64 `default:"0.01" help:"Largest share of pushes that may go wrong for exit code 0."`
+	JSON      string  `name:"json" placeholder:"FILE" help:"Write the results as JSON, - for standard output."`
+	Plot      string  `placeholder:"FILE.svg" help:"Draw the latencies."`
+	Quiet     bool    `short:"q" help:"Print only what went wrong."`
+}
+
+// config is the run that the flags ask for.
+func (f *flags) config() (load.Config, error) {
+	if err := f.check(); err != nil {
+		return load.Config{}, err
+	}
+	payload, err := f.payload()
+	if err != nil {
+		return load.Config{}, err
+	}
+	cfg := load.Config{
+		Addresses: f.Address, Connections: f.Connections,
+		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())},
+		Rate:        f.Rate, Poisson: f.Arrival == "poisson", InFlight: f.InFlight,
+		Duration: f.Duration, Warmup: f.Warmup, Timeout: f.Timeout,
+		Mix: load.Mix(f.Mix), Users: f.Users, Rooms: f.Rooms, UsersPerPush: f.UsersPerPush,
+		UserPattern: f.UserPattern, RoomPattern: f.RoomPattern, Payload: payload, Seed: f.Seed,
+	}
+	if f.Way == "stream" {
+		cfg.Way = load.Stream
+	}
+	if err := cfg.Validate(); err != nil {
+		return cfg, &usageError{err.Error()}
+	}
+	return cfg, nil
+}
+
+// check reports everything that is wrong with the flags, by their names.
+func (f *flags) check() error {
+	var errs []error
+	wrong := func(bad bool, flag, format string, args ...any) {
+		if bad {
+			errs = append(errs, fmt.Errorf("--%s: %s", flag, fmt.Sprintf(format, args...)))
+		}
+	}
+	number := func(flag string, n, low, high int) {
+		wrong(n < low || n > high, flag, "%d must be from %d to %d", n, low, high)
+	}
+	length := func(flag string, d, low, high time.Duration) {
+		wrong(d < low || d > high, flag, "%v must be from %v to %v", d, low, high)
+	}
+	for _, address := range f.Address {
+		wrong(strings.TrimSpace(address) == "", "address", "an empty one")
+	}
+	wrong(!(f.Rate >= 0 && f.Rate <= load.MaxRate), "rate", "%v must be from 0 to %.0f", f.Rate, load.MaxRate)
+	wrong(!(f.MaxErrors >= 0 && f.MaxErrors <= 1), "max-errors", "%v must be from 0 to 1", f.MaxErrors)
+	number("connections", f.Connections, 1, load.MaxConnections)
+	number("in-flight", f.InFlight, 0, load.MaxInFlight)
+	number("users", f.Users, 1, load.MaxKeys)
+	number("rooms", f.Rooms, 1, load.MaxKeys)
+	number("users-per-push", f.UsersPerPush, 1, 10_000)
+	length("duration", f.Duration, 100*time.Millisecond, load.MaxDuration)
+	length("warmup", f.Warmup, 0, load.MaxDuration)
+	length("timeout", f.Timeout, time.Millisecond, load.MaxTimeout)
+	for flag, text := range map[string]string{"user-pattern": f.UserPattern, "room-pattern": f.RoomPattern} {
+		if err := load.CheckPattern(text); err != nil {
+			wrong(true, flag, "%v", err)
+		}
+	}
+	wrong(f.Plot != "" && filepath.Ext(f.Plot) != ".svg", "plot", "%q does not end in .svg, which is what is drawn", f.Plot)
+	if err := errors.Join(errs...); err != nil {
+		return &usageError{strings.ReplaceAll(err.Error(), "\n", "; ")}
+	}
+	return nil
+}
+
+// mix reads load.Mix from KIND=WEIGHT,...
+type mix load.Mix
+
+// UnmarshalText replaces the whole mix.
+func (m *mix) UnmarshalText(text []byte) error {
+	*m = mix{}
+	sum := 0.0
+	for part := range strings.SplitSeq(string(text), ",") {
+		name, number, _ := strings.Cut(strings.TrimSpace(part), "=")
+		at := slices.IndexFunc(load.Kinds(), func(k load.Kind) bool { return k.String() == name })
+		if at < 0 {
+			return fmt.Errorf("%q is none of user, room, users and broadcast", name)
+		}
+		weight, err := strconv.ParseFloat(number, 64)
+		if err != nil || !(weight >= 0 && weight <= 1e9) {
+			return fmt.Errorf("%q is no weight for %s", number, name)
+		}
+		m[load.Kinds()[at]] = weight
+		sum += weight
+	}
+	if sum == 0 {
+		return errors.New("nothing to push")
+	}
+	return nil
+}
+
+// payload is what is pushed: a file, or letters that no compression makes nothing of.
+func (f *flags) payload() ([]byte, error) {
+	if f.PayloadFile != "" {
+		return readPayload(f.PayloadFile)
+	}
+	size, err := config.ParseBytes(f.Payload)
+	switch {
+	case err != nil:
+		return nil, &usageError{"--payload: " + err.Error()}
+	case size < 0 || size > load.MaxPayload:
+		return nil, &usageError{fmt.Sprintf("--payload: %s must be from 0 to %s", f.Payload, config.FormatBytes(load.MaxPayload))}
+	}
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ."
+	random := rand.New(rand.NewPCG(f.Seed, 0))
+	data := make([]byte, size)
+	for i := range data {
+		data[i] = letters[random.IntN(len(letters))]
+	}
+	return data, nil
+}
+
+func readPayload(name string) (data []byte, err error) {
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, &usageError{"--payload-file: " + err.Error()}
+	}
+	defer func() { _ = file.Close() }()
+	data, err = io.ReadAll(io.LimitReader(file, load.MaxPayload+1))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("read the payload: %w", err)
+	case len(data) > load.MaxPayload:
+		return nil, &usageError{fmt.Sprintf("--payload-file: %s has more than %s", name, config.FormatBytes(load.MaxPayload))}
+	}
+	return data, nil
+}
+
+// files are where results go. They are made before the run, so that a wrong name costs
+// no hour of measuring, beside their names, so that a failed run leaves the last
+// results alone.
+type files struct {
+	out        io.Writer // for JSON, where it is asked for
+	json, plot *os.File
+	jsonName   string
+	plotName   string
+}
+
+func (f *flags) create(out io.Writer) (_ *files, err error) {
+	all := &files{jsonName: f.JSON, plotName: f.Plot}
+	if f.JSON == "-" {
+		all.out = out
+	} else if f.JSON != "" {
+		if all.json, err = beside(f.JSON); err != nil {
+			return nil, fmt.Errorf("--json: %w", err)
+		}
+	}
+	if f.Plot != "" {
+		if all.plot, err = beside(f.Plot); err != nil {
+			all.abandon()
+			return nil, fmt.Errorf("--plot: %w", err)
+		}
+	}
+	return all, nil
+}
+
+func beside(name string) (*os.File, error) {
+	return os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+}
+
+func (a *files) write(rep *report) error {
+	if a.out != nil {
+		if err := rep.json(a.out); err != nil {
+			return fmt.Errorf("write JSON: %w", err)
+		}
+	}
+	if a.json != nil {
+		if err := save(a.json, a.jsonName, rep.json); err != nil {
+			return fmt.Errorf("write JSON: %w", err)
+		}
+	}
+	if a.plot != nil {
+		if err := save(a.plot, a.plotName, rep.plot); err != nil {
+			return fmt.Errorf("draw: %w", err)
+		}
+	}
+	return nil
+}
+
+func save(file *os.File, name string, write func(io.Writer) error) error {
+	w := bufio.NewWriter(file)
+	const readable = 0o644
+	if err := errors.Join(write(w), w.Flush(), file.Chmod(readable), file.Close()); err != nil {
+		return err
+	}
+	return os.Rename(file.Name(), name)
+}
+
+// abandon removes what was not written to its end.
+func (a *files) abandon() {
+	for _, file := range []*os.File{a.json, a.plot} {
+		if file != nil {
+			_ = file.Close()
+			_ = os.Remove(file.Name())
+		}
+	}
+}
