@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync/atomic"
@@ -247,7 +248,7 @@ func (d *Delivery) check(a *Ack) error {
 	named := len(a.NotHere) + len(a.Failed)
 	switch {
 	case a.Delivered < 0 || a.FailedUsers < 0:
-		return fmt.Errorf("negative count")
+		return errors.New("negative count")
 	case a.Refused && (a.Delivered > 0 || named > 0):
 		return fmt.Errorf("refused, and %d delivered, %d missed", a.Delivered, named)
 	case d.Everybody() && named > 0:

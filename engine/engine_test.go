@@ -28,6 +28,8 @@ type world struct {
 	gate    chan struct{}                  // look-ups wait for it, if not nil
 	lookups []string
 	nodes   map[string]*testNode
+
+	linksPanic bool
 }
 
 // testNode is an engine.Link that answers by its script, on the caller's goroutine
@@ -124,6 +126,9 @@ func (w *world) Link(_ int, node string) Link {
 }
 
 func (w *world) Links(int) []Link {
+	if w.linksPanic {
+		panic("links")
+	}
 	var links []Link
 	for _, n := range w.nodes {
 		links = append(links, n)
@@ -591,6 +596,10 @@ func TestPanicWhileRoutedEndsThePush(t *testing.T) {
 			if err != nil || r.Targets != r.Delivered+r.Unknown+r.Offline+r.Failed || len(r.NodeFailures) == 0 && r.Delivered == 0 {
 				t.Errorf("kind %d: %+v, %v", p.Kind, r, err)
 			}
+		}
+		w.linksPanic = true
+		if r, err := e.Do(context.Background(), push(&Push{Kind: ToAll})); !errors.Is(err, ErrInternal) {
+			t.Errorf("broadcast: %+v, %v", r, err)
 		}
 		w.nodes["B"].answer = nil
 		if r := do(t, e, toUser("u")); r.Delivered != 1 {

@@ -134,7 +134,7 @@ func (l Limits) checkIDs(field string, ids []string) error {
 
 // checkID takes ids of 1..IDBytes bytes of valid UTF-8 without control characters.
 func (l Limits) checkID(field string, index int, id string) error {
-	code, what := "", ""
+	var code, what string
 	switch {
 	case id == "":
 		code, what = CodeRequired, "must not be empty"

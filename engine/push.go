@@ -255,7 +255,7 @@ func (p *Push) stageRoom(s *route.Snapshot) []*Delivery {
 // stageUsers makes one delivery for each node that holds any of users.
 func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) []*Delivery {
 	if len(users) == 1 {
-		return p.stageUser(users[0], snaps[0])
+		return p.stageUser(snaps[0])
 	}
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
@@ -274,7 +274,7 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) []*Delivery {
 	return legs
 }
 
-func (p *Push) stageUser(user string, s *route.Snapshot) []*Delivery {
+func (p *Push) stageUser(s *route.Snapshot) []*Delivery {
 	p.countUser(s)
 	legs := make([]*Delivery, len(s.Groups))
 	for i, g := range s.Groups {
@@ -406,7 +406,7 @@ func (p *Push) unsent() error {
 		return p.expired
 	}
 	switch {
-	case p.dropped[DropExpired]+p.dropped[DropInternal] > 0:
+	case p.expired != nil:
 		return p.expired
 	case errors.Is(p.lookup, route.ErrOverloaded):
 		return fmt.Errorf("%w: %w", ErrOverloaded, p.lookup)
