@@ -18,7 +18,7 @@ const (
 	plotWidth  = 960
 	plotHeight = 700
 	marginLeft = 66.0
-	plotRight  = 892.0 // names of lines stand to the right of it
+	plotRight  = 880.0 // names of lines stand to the right of it
 )
 
 // style has colours that tell lines apart for the colour-blind too, on light and dark.
@@ -153,10 +153,9 @@ func (rep *report) percentiles(b *strings.Builder) {
 	for _, d := range rep.Total.Distribution {
 		low, high = math.Min(low, d[1]), math.Max(high, d[1])
 		if d[0] < 100 {
-			nines = math.Max(nines, math.Ceil(nine(d[0])-1e-9))
+			nines = math.Max(nines, nine(d[0]))
 		}
 	}
-	// A kind's least may be below the least of all for the digits of the histogram only.
 	p := &panel{b: b, left: marginLeft, right: plotRight, top: 112, bottom: 340, xs: scale{high: nines}, ys: logScale(low, high)}
 	p.frame("By percentile")
 	for _, label := range []string{"0", "50", "90", "99", "99.9", "99.99", "99.999", "99.9999", "99.99999", "99.999999"} {
@@ -171,11 +170,11 @@ func (rep *report) percentiles(b *strings.Builder) {
 	draw := func(title string, k kindReport) {
 		var points [][2]float64
 		for _, d := range k.Distribution {
-			x := nines // 100 % stands where the count ends
+			x := nines // 100 % stands where the last one does that the count can show
 			if d[0] < 100 {
-				x = math.Min(nine(d[0]), nines)
-			} else if len(points) > 0 {
-				x = math.Min(nines, math.Log10(float64(k.Latency.Count))+0.05)
+				x = nine(d[0])
+			} else if n := len(points); n > 0 {
+				x = points[n-1][0]
 			}
 			points = append(points, [2]float64{x, d[1]})
 		}
@@ -239,7 +238,19 @@ func (p *panel) latencies() {
 		if step < p.ys.low*0.999 || step > p.ys.high*1.001 || many && i%3 != 0 {
 			continue
 		}
-		p.gridY(step, brief(time.Duration(math.Round(step*float64(time.Millisecond)))))
+		p.gridY(step, milliseconds(step))
+	}
+}
+
+// milliseconds is a step of an axis in its unit.
+func milliseconds(step float64) string {
+	switch {
+	case step > 999:
+		return fmt.Sprintf("%.4g s", step/1000)
+	case step > 0.999:
+		return fmt.Sprintf("%.4g ms", step)
+	default:
+		return fmt.Sprintf("%.4g µs", step*1000)
 	}
 }
 

@@ -164,7 +164,11 @@ func newKind(f *load.Figures) kindReport {
 		k.Codes[code.String()] = n
 	}
 	for _, q := range quantiles(f.Latency.TotalCount()) {
-		k.Distribution = append(k.Distribution, [2]float64{q, millis(f.Latency.ValueAtQuantile(q))})
+		value := f.Latency.Min() // the library has 0 for the percentile 0
+		if q > 0 {
+			value = f.Latency.ValueAtQuantile(q)
+		}
+		k.Distribution = append(k.Distribution, [2]float64{q, millis(value)})
 	}
 	return k
 }

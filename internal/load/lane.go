@@ -123,7 +123,7 @@ func (l *lane) loop(ctx context.Context) {
 		}
 		o := l.choose.next()
 		index, waited, ok := l.place(ctx, &o, due)
-		held = held || waited
+		held = (held || waited) && l.schedule != nil // a closed loop is nothing but held
 		if !ok {
 			continue
 		}
@@ -134,7 +134,8 @@ func (l *lane) loop(ctx context.Context) {
 		if l.schedule == nil {
 			due = l.pacer.now
 		}
-		held = l.send(index, &o, due, held) || held
+		blocked := l.send(index, &o, due, held)
+		held = held || blocked
 	}
 	if l.stream != nil {
 		_ = l.stream.CloseSend() // always nil
@@ -161,6 +162,7 @@ func (l *lane) place(ctx context.Context, o *order, due moment) (index int, wait
 			return index, waited, true
 		}
 		waited = true
+		l.run.full.Store(l.schedule != nil)
 		if !l.wait() {
 			return -1, waited, true
 		}
@@ -208,7 +210,7 @@ func (l *lane) refuse(o *order, due moment) {
 	r.started()
 	r.ended(l.recorder, &ended{kind: o.kind, outcome: Refused, code: codes.Unavailable, due: due, done: r.clock.now()})
 	if l.schedule == nil {
-		l.pacer.nap(finer) // nothing else slows a closed loop down
+		time.Sleep(afterError)
 	}
 	l.pacer.now = r.clock.now()
 }

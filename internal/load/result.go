@@ -29,8 +29,10 @@ type Result struct {
 	Unfinished int64
 
 	// Lag is how late pushes were sent, of those that found a place at once: the
-	// generator's own doing. Held is the same of those that had to wait for a place.
+	// generator's own doing. Held is the same of those that had to wait for a place, or for the
+	// flow control of their stream.
 	Lag, Held *hdrhistogram.Histogram
+	Full      bool // pushes that were due found all places taken
 
 	Timeline  []Interval
 	Generator Generator
@@ -84,7 +86,7 @@ func (w *watch) result(started time.Time) *Result {
 		Config: r.cfg, Started: started, Stopped: r.stopped.Load(),
 		Window: time.Duration(r.window.end.Load() - r.window.begin),
 		Unsent: r.unsentCount.Load(), Unfinished: r.unfinished.Load(),
-		Lag: newHistogram(), Held: newHistogram(), Timeline: w.timeline,
+		Lag: newHistogram(), Held: newHistogram(), Full: r.full.Load(), Timeline: w.timeline,
 	}
 	var all tally
 	var each [kinds]tally
@@ -152,9 +154,11 @@ func (r *Result) Doubts() []string {
 	if g.WaitP99 > muchLag {
 		doubt("the generator's goroutines waited for a core (p99 %v): the machine is too busy to measure on", round(g.WaitP99))
 	}
-	if r.Config.Rate > 0 && (r.Held.TotalCount() > 0 || r.Unsent > 0) {
-		doubt("pushes waited to be sent (%d, and %d never were): all %d places were in use, or the server did not read; more of --in-flight or --connections helps if the server has room",
-			r.Held.TotalCount(), r.Unsent, r.Config.InFlight)
+	if n := r.Held.TotalCount(); r.Full {
+		doubt("%d pushes waited to be sent, %d never were: all %d places were in use; if the server has room, allow more --in-flight and --connections",
+			n+r.Unsent, r.Unsent, r.Config.InFlight)
+	} else if n > 0 {
+		doubt("%d pushes waited to be sent: their streams took no more, or the machine was too busy", n)
 	}
 	if r.Unsent > 0 {
 		doubt("no percentile includes the %d pushes that were never sent: the true ones are higher", r.Unsent)

@@ -47,6 +47,7 @@ type run struct {
 	endedCount  atomic.Int64
 	unsentCount atomic.Int64 // in the window
 	unfinished  atomic.Int64 // in the window, under way when the run was given up
+	full        atomic.Bool  // a push that was due found all places taken
 	stopped     atomic.Bool
 	givenUp     atomic.Bool
 }

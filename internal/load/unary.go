@@ -67,6 +67,7 @@ func (u *callers) give(ctx context.Context, p *pacer, j job) (free, sent bool) {
 		return true, true
 	}
 	j.held = true
+	u.run.full.Store(true)
 	timer := time.NewTimer(time.Duration(p.end.Load() - p.clock.now()))
 	defer timer.Stop()
 	select {
@@ -82,9 +83,12 @@ func (u *callers) give(ctx context.Context, p *pacer, j job) (free, sent bool) {
 func (u *callers) serve(ctx context.Context, caller int, j job) {
 	c := u.caller(caller)
 	for ok := true; ok; j, ok = <-u.jobs {
-		c.call(ctx, j, u.run.clock.now())
+		_ = c.call(ctx, j, u.run.clock.now())
 	}
 }
+
+// afterError slows a closed loop down: a server that is not there fails calls in no time.
+const afterError = 2 * time.Millisecond
 
 // closed keeps all callers busy until the end.
 func (u *callers) closed(ctx context.Context) {
@@ -94,7 +98,9 @@ func (u *callers) closed(ctx context.Context) {
 			c, choose := u.caller(i), newChooser(&r.cfg, i)
 			for n := i; !r.over(); n++ {
 				now := r.clock.now()
-				c.call(ctx, job{order: choose.next(), due: now, conn: n % len(r.conns)}, now)
+				if !c.call(ctx, job{order: choose.next(), due: now, conn: n % len(r.conns)}, now) {
+					time.Sleep(afterError)
+				}
 			}
 		})
 	}
@@ -114,7 +120,8 @@ func (u *callers) caller(i int) *caller {
 	return &caller{run: u.run, recorder: u.recorder(i), request: new(request)}
 }
 
-func (c *caller) call(ctx context.Context, j job, sent moment) {
+// call makes one call and tells whether there was an answer.
+func (c *caller) call(ctx context.Context, j job, sent moment) bool {
 	r := c.run
 	c.head = r.encoder.head(c.head[:0], j.order)
 	c.request.set(c.head, r.encoder.content.of(j.order.kind))
@@ -130,4 +137,5 @@ func (c *caller) call(ctx context.Context, j job, sent moment) {
 		c.head, c.request = nil, new(request) // gRPC may not be done with them
 	}
 	r.ended(c.recorder, &e)
+	return err == nil
 }
