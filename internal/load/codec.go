@@ -94,11 +94,11 @@ func (codec) Unmarshal(data mem.BufferSlice, v any) error {
 // read takes a PushToUserResponse or any of its siblings: they have what counts in
 // the same fields.
 func (r *reply) read(b []byte) error {
-	return eachField(b, func(number protowire.Number, value uint64, text []byte) error {
-		switch number {
-		case 1:
+	return eachField(b, func(tag, value uint64, text []byte) error {
+		switch tag {
+		case 1<<3 | varint:
 			r.success = value != 0
-		case 10:
+		case 10<<3 | bytes:
 			return r.readSummary(text)
 		default: // the count, which the summary has as well, and a message for people
 		}
@@ -107,20 +107,20 @@ func (r *reply) read(b []byte) error {
 }
 
 func (r *reply) readSummary(b []byte) error {
-	return eachField(b, func(number protowire.Number, value uint64, _ []byte) error {
+	return eachField(b, func(tag, value uint64, _ []byte) error {
 		n := int64(int32(value))
-		switch number {
-		case 1:
+		switch tag {
+		case 1<<3 | varint:
 			r.targets.Targets = n
-		case 2:
+		case 2<<3 | varint:
 			r.targets.Delivered = n
-		case 3:
+		case 3<<3 | varint:
 			r.targets.Offline = n
-		case 4:
+		case 4<<3 | varint:
 			r.targets.Failed = n
-		case 5:
+		case 5<<3 | varint:
 			r.targets.Unknown = n
-		case 6:
+		case 6<<3 | bytes:
 			r.nodes++
 		default: // newer than this
 		}
@@ -130,23 +130,30 @@ func (r *reply) readSummary(b []byte) error {
 
 // read takes a PushStreamResponse.
 func (r *streamReply) read(b []byte) error {
-	return eachField(b, func(number protowire.Number, value uint64, text []byte) error {
-		switch {
-		case number == 1:
+	return eachField(b, func(tag, value uint64, text []byte) error {
+		switch tag {
+		case 1<<3 | varint:
 			r.id = value
-		case number == 2:
+		case 2<<3 | bytes:
 			r.err = new(spb.Status)
 			return stdproto.Unmarshal(text, r.err)
-		case number >= 3 && number <= 6:
+		case 3<<3 | bytes, 4<<3 | bytes, 5<<3 | bytes, 6<<3 | bytes:
 			return r.reply.read(text)
+		default: // newer than this
 		}
 		return nil
 	})
 }
 
-// eachField calls f with the fields of a message: with the value of a varint, with
+// The wire types of the fields that are read. A field of another type is another field.
+const (
+	varint = uint64(protowire.VarintType)
+	bytes  = uint64(protowire.BytesType)
+)
+
+// eachField calls f with the fields of a message, number and type in the tag: with the value of a varint, with
 // the bytes of what has a length.
-func eachField(b []byte, f func(number protowire.Number, value uint64, text []byte) error) error {
+func eachField(b []byte, f func(tag, value uint64, text []byte) error) error {
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
 		if n < 0 {
@@ -166,7 +173,7 @@ func eachField(b []byte, f func(number protowire.Number, value uint64, text []by
 		if n < 0 {
 			return errMalformed
 		}
-		if err := f(number, value, text); err != nil {
+		if err := f(protowire.EncodeTag(number, kind), value, text); err != nil {
 			return err
 		}
 		b = b[n:]
