@@ -22,7 +22,7 @@ type Config struct {
 	// 0 means 1 s.
 	TTL time.Duration
 	// StaleTTL is how long an answer may still serve while the Controller cannot
-	// be reached. 0 means 60 s.
+	// be reached, from when it was last known to be true. 0 means 60 s.
 	StaleTTL time.Duration
 	// LookupTimeout bounds one look-up. 0 means 300 ms.
 	LookupTimeout time.Duration
@@ -76,6 +76,13 @@ type Directory struct {
 	// The generation of the change stream whose word is good now, 0 for none.
 	watch       atomic.Uint64
 	generations atomic.Uint64
+	lapse       atomic.Pointer[lapse] // of the last one whose word ended
+}
+
+// lapse is the end of a change stream's word.
+type lapse struct {
+	watch uint64
+	at    time.Time
 }
 
 // New makes a directory. Close ends it.
@@ -136,8 +143,9 @@ func (d *Directory) Users(home int, users []string, snaps []*Snapshot, q Query, 
 	}
 }
 
-// RefreshRoom tells w what the Controller says about a room after since, with a
-// new look-up unless there has been one.
+// RefreshRoom tells w what the Controller says about a room, with a new look-up
+// unless there has been one after since or one is under way. A stale answer does not
+// serve: then w is told the error.
 func (d *Directory) RefreshRoom(home int, room string, since time.Time, w Waiter) {
 	d.rooms.refresh(home, []string{room}, since, w)
 }
@@ -151,11 +159,34 @@ func (d *Directory) RefreshUsers(home int, users []string, since time.Time, w Wa
 // it with true once the stream is in sync and all that was cached before has been
 // invalidated; with false when it breaks: answers are then good for TTL only.
 func (d *Directory) SetWatched(watched bool) {
-	if !watched {
-		d.watch.Store(0)
-		return
+	if watched {
+		d.vouch(d.generations.Add(1))
+	} else {
+		d.vouch(0)
 	}
-	d.watch.Store(d.generations.Add(1))
+}
+
+// vouch makes watch the change stream whose word is good.
+func (d *Directory) vouch(watch uint64) {
+	if was := d.watch.Load(); was != 0 {
+		d.lapse.Store(&lapse{was, time.Now()})
+	}
+	d.watch.Store(watch)
+}
+
+// knownUntil is up to when e was true for certain: what a change stream vouches for
+// is true now, and what one has vouched for was true until that ended.
+func (d *Directory) knownUntil(e *entry, now time.Time) time.Time {
+	if e.watch == 0 {
+		return e.known
+	}
+	if e.watch == d.watch.Load() {
+		return now
+	}
+	if l := d.lapse.Load(); l != nil && l.watch == e.watch {
+		return l.at
+	}
+	return e.known
 }
 
 // Invalidate forgets the answers for rooms and users, which have changed.
@@ -171,7 +202,7 @@ func (d *Directory) Invalidate(rooms, users []string) {
 // InvalidateAll forgets all answers.
 func (d *Directory) InvalidateAll() {
 	if d.watch.Load() != 0 {
-		d.watch.Store(d.generations.Add(1))
+		d.vouch(d.generations.Add(1))
 	}
 	d.rooms.invalidateAll()
 	d.users.invalidateAll()

@@ -115,6 +115,7 @@ type teller struct {
 	err  error
 	n    int
 	then func()
+	own  sync.Mutex // several look-ups may tell at once
 }
 
 func (w *teller) Lookup(ctx context.Context, _ string) (context.Context, func(error)) {
@@ -122,6 +123,8 @@ func (w *teller) Lookup(ctx context.Context, _ string) (context.Context, func(er
 }
 
 func (w *teller) Routed(keys []string, snaps []*Snapshot, err error) {
+	w.own.Lock()
+	defer w.own.Unlock()
 	if w.mu != nil {
 		w.mu.Lock()
 		*w.told = append(*w.told, w.name)
@@ -517,4 +520,169 @@ func verify(rt *rapid.T, s *Snapshot, m map[string][]string) {
 			rt.Fatalf("group of %s: %v", g.Node, g.Users)
 		}
 	}
+}
+
+func TestReplacedSnapshotsThatNobodyHoldsAreGarbage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{}}
+		d := newDirectory(t, s)
+		var held, last *Snapshot
+		for i := range 100 {
+			s.set(func(s *source) { s.rooms["r"] = room(fmt.Sprintf("u%d@A", i)) })
+			last, _ = ask(t, d, "r")
+			switch i {
+			case 10: // an ordered push that stays in flight
+				held = d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, nil)
+			case 50:
+				if !last.fenced() {
+					t.Error("the one that is held is not behind the fence")
+				}
+				held.Release()
+			}
+			time.Sleep(2 * time.Second)
+		}
+		n := 0
+		for p := last.prev.Load(); p != nil; p = p.prev.Load() {
+			n++
+		}
+		if n > 1 {
+			t.Errorf("the latest snapshot keeps %d older ones", n)
+		}
+	})
+}
+
+func TestAnswersThatWereVouchedForServeWhileTheControllerIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.SetWatched(true)
+		ask(t, d, "r")
+		time.Sleep(time.Hour) // the change stream vouches for it all the time
+		s.set(func(s *source) { s.err = ErrUnavailable })
+		d.SetWatched(false)
+		time.Sleep(30 * time.Second)
+		if snap, err := ask(t, d, "r"); err != nil || snap.Users != 1 {
+			t.Errorf("got %+v, %v", snap, err)
+		}
+		time.Sleep(31 * time.Second)
+		if _, err := ask(t, d, "r"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("beyond the stale TTL: %v", err)
+		}
+	})
+}
+
+func TestQueriesWithoutOrderDoNotWaitForTheFence(t *testing.T) {
+	for name, change := range map[string]func(*Directory){
+		"when the answer is old":     func(*Directory) { time.Sleep(2 * time.Second) },
+		"when the answer is changed": func(d *Directory) { d.Invalidate([]string{"r"}, nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+				d := newDirectory(t, s)
+				ask(t, d, "r")
+				inFlight := d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, nil)
+				time.Sleep(2 * time.Second)
+				s.set(func(s *source) { s.rooms["r"] = room("u@B") })
+				var behind teller
+				d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, &behind)
+				synctest.Wait()
+				change(d)
+				s.set(func(s *source) { s.rooms["r"] = room("u@C") })
+				if snap, err := ask(t, d, "r"); err != nil || snap.Groups[0].Node != "C" {
+					t.Errorf("got %+v, %v", snap, err)
+				}
+				if behind.n != 0 {
+					t.Error("the fence has fallen")
+				}
+				inFlight.Release()
+				synctest.Wait()
+				if behind.n != 1 || behind.snap.Groups[0].Node != "C" {
+					t.Errorf("told %d, %+v", behind.n, behind.snap)
+				}
+			})
+		})
+	}
+}
+
+func TestRefreshTakesNoAnswerThatIsNotTheControllers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ask(t, d, "r")
+		time.Sleep(time.Millisecond)
+		s.set(func(s *source) { s.err = ErrUnavailable })
+		gate := make(chan struct{})
+		s.set(func(s *source) { s.gate = gate })
+		var first, second teller
+		d.RefreshRoom(0, "r", time.Now(), &first)
+		synctest.Wait()
+		d.RefreshRoom(0, "r", time.Now(), &second)
+		var push teller
+		d.Room(0, "r", now(), &push)
+		close(gate)
+		synctest.Wait()
+		for _, w := range []*teller{&first, &second} {
+			if w.n != 1 || !errors.Is(w.err, ErrUnavailable) {
+				t.Errorf("told %d: %+v, %v", w.n, w.snap, w.err)
+			}
+		}
+		if push.n != 1 || push.err != nil {
+			t.Errorf("a push is not served: %v", push.err)
+		}
+	})
+}
+
+func TestRefreshTakesNoAnswerThatHasChangedSince(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.SetWatched(true)
+		began := time.Now()
+		time.Sleep(time.Millisecond)
+		ask(t, d, "r")
+		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
+		d.Invalidate([]string{"r"}, nil)
+		var w teller
+		d.RefreshRoom(0, "r", began, &w)
+		synctest.Wait()
+		if w.n != 1 || w.snap.Groups[0].Node != "B" {
+			t.Errorf("told %d: %+v", w.n, w.snap)
+		}
+	})
+}
+
+func TestAllWhoWaitForTheSameUsersAreToldTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const users, asks = 10_000, 4
+		s := &source{users: map[string][]string{}, gate: make(chan struct{})}
+		var names []string
+		for i := range users {
+			u := fmt.Sprintf("u%05d", i)
+			names, s.users[u] = append(names, u), []string{"A"}
+		}
+		d := newDirectory(t, s)
+		var told [asks]teller
+		var calls [asks]int
+		for i := range told {
+			told[i].then = func() { calls[i]++ }
+			d.Users(0, names, make([]*Snapshot, users), now(), &told[i])
+		}
+		synctest.Wait()
+		d.Invalidate(nil, names) // whoever asks from now on wants a newer answer
+		var after teller
+		d.Users(0, names, make([]*Snapshot, users), now(), &after)
+		close(s.gate)
+		synctest.Wait()
+		for i := range told {
+			if told[i].n != users || calls[i] > 2*users/together {
+				t.Errorf("ask %d: told %d keys in %d calls", i, told[i].n, calls[i])
+			}
+		}
+		if n := s.count(); after.n != users || n > 2+users/together {
+			t.Errorf("after the change: told %d keys, %d look-ups", after.n, n)
+		}
+	})
 }

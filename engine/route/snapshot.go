@@ -60,7 +60,7 @@ func (s *Snapshot) Release() {
 }
 
 // tryHold marks s as in use by an ordered push. False means that s has been
-// replaced: the order of the two steps here and of those in table.publish
+// replaced: the order of the two steps here and of those in table.retireLocked
 // makes sure that a hold is seen by everybody who checks the fence afterwards.
 func (s *Snapshot) tryHold() bool {
 	s.held.Add(1)
@@ -79,6 +79,22 @@ func (s *Snapshot) fenced() bool {
 		}
 	}
 	return false
+}
+
+// inUse returns s, or the latest of its predecessors, that an ordered push still
+// uses, and unties the others: nobody comes back to a snapshot that is retired.
+func (s *Snapshot) inUse() *Snapshot {
+	for s != nil && s.held.Load() == 0 {
+		s = s.prev.Load()
+	}
+	for p := s; p != nil; p = p.prev.Load() {
+		next := p.prev.Load()
+		for next != nil && next.held.Load() == 0 {
+			next = next.prev.Load()
+		}
+		p.prev.Store(next)
+	}
+	return s
 }
 
 // builder gathers the members of a room into groups.

@@ -1,8 +1,10 @@
 package route
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -11,14 +13,19 @@ import (
 	"github.com/maypok86/otter/v2"
 )
 
+// together is how many lines are drained at once: enough that a query for many
+// users is not told one by one, few enough that the lock is held for a moment only.
+const together = 512
+
 var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
 
 // entry is one answer in the cache. Immutable.
 type entry struct {
 	snap       *Snapshot
 	fetched    time.Time // when the look-up began
-	freshUntil time.Time
-	watch      uint64 // the change stream that vouches for it, 0 for none
+	known      time.Time // up to when it was true for certain, its watch left aside
+	freshUntil time.Time // zero: it has changed, or could not be looked up again
+	watch      uint64    // the change stream that vouches for it, 0 for none
 }
 
 // table is the cache of rooms or of users, and the lines in front of it.
@@ -32,8 +39,10 @@ type table struct {
 
 // home is what one shard has of a table.
 type home struct {
-	mu    sync.Mutex
-	lines map[string]*line // guarded by mu
+	mu sync.Mutex
+	// Guarded by mu.
+	lines map[string]*line
+	turns uint64 // queries that have waited
 
 	hits, misses, lookups, lookupErrors, staleServed, refreshes, fences atomic.Uint64
 	waiting                                                             atomic.Int64
@@ -49,7 +58,8 @@ type line struct {
 	looking  bool      // a look-up is under way
 	draining bool      // somebody tells the waiters
 	dirty    bool      // the key changed while it was looked up
-	// The latest result, once there is one. Changes only while nobody drains.
+	// The latest result, once there is one: both if a stale answer serves because
+	// of an error. Changes only while nobody drains.
 	entry *entry
 	err   error
 }
@@ -58,6 +68,8 @@ type line struct {
 type waiting struct {
 	w       Waiter
 	ordered bool
+	turn    uint64    // of the query, which has the same in all lines it waits in
+	since   time.Time // of a refresh: an answer from before does not serve
 }
 
 func newTable(d *Directory, name string, weight int) (*table, error) {
@@ -88,6 +100,11 @@ func (t *table) hit(home int, key string, q Query) *Snapshot {
 	return e.snap
 }
 
+// after tells whether e is what the Controller said after since, as far as is known.
+func (e *entry) after(since time.Time) bool {
+	return e.fetched.After(since) && !e.freshUntil.IsZero()
+}
+
 func (t *table) fresh(e *entry, now time.Time) bool {
 	if w := t.dir.watch.Load(); w != 0 && e.watch == w {
 		return true
@@ -96,60 +113,88 @@ func (t *table) fresh(e *entry, now time.Time) bool {
 }
 
 // hitLocked is hit for somebody who holds the lock, with no line for the key: it
-// may end a fence that is not needed any more.
-func (t *table) hitLocked(key string, q Query) (s *Snapshot, fenced bool) {
+// may end a fence that is not needed any more. It returns the entry if only the
+// fence is in the way.
+func (t *table) hitLocked(key string, q Query) (s *Snapshot, fenced *entry) {
 	e, ok := t.cache.GetIfPresent(key)
 	if !ok || !t.fresh(e, q.Now) {
-		return nil, false
+		return nil, nil
 	}
 	if q.Ordered {
 		if e.snap.fenced() {
-			return nil, true
+			return nil, e
 		}
 		e.snap.prev.Store(nil)
 		e.snap.held.Add(1) // not retired: a successor would still have its line
 	}
-	return e.snap, false
+	return e.snap, nil
 }
 
 // join waits in the line of key, opening it if need be.
 func (t *table) join(home int, key string, q Query, w Waiter) *Snapshot {
 	h := &t.homes[home]
 	h.misses.Add(1)
-	fenced := false
+	var (
+		s      *Snapshot
+		fenced *entry
+		look   bool
+	)
 	h.mu.Lock()
 	l, open := h.lines[key]
+	if open {
+		s, look = t.askLocked(l, q)
+	} else {
+		s, fenced = t.hitLocked(key, q)
+		look = s == nil && fenced == nil
+	}
+	if s != nil {
+		h.mu.Unlock()
+		return s
+	}
+	key = strings.Clone(key) // it outlives the request that it was cut from
 	if !open {
-		var s *Snapshot
-		if s, fenced = t.hitLocked(key, q); s != nil {
-			h.mu.Unlock()
-			return s
-		}
-		key = strings.Clone(key) // it outlives the request that it was cut from
 		l = t.openLocked(h, key, fenced)
 	}
-	h.appendLocked(l, waiting{w, q.Ordered})
+	h.turns++
+	h.appendLocked(l, waiting{w: w, ordered: q.Ordered, turn: h.turns})
 	h.mu.Unlock()
-	switch {
-	case open:
-	case fenced:
+	if fenced != nil {
 		h.fences.Add(1)
 		t.unfence(key) // the last hold may have gone before the line stood
-	default:
+	}
+	if look {
 		t.submit(home, w, []string{key}, nil)
 	}
 	return nil
 }
 
-// openLocked puts up a line for a look-up, or for a fence alone.
-func (t *table) openLocked(h *home, key string, fenced bool) *line {
-	l := &line{looking: !fenced}
-	l.old, _ = t.cache.GetIfPresent(key)
-	if fenced {
-		l.entry = l.old
+// openLocked puts up a line for a look-up, or for a fence alone in front of an
+// answer.
+func (t *table) openLocked(h *home, key string, fenced *entry) *line {
+	l := &line{looking: fenced == nil, old: fenced, entry: fenced}
+	if fenced == nil {
+		l.old, _ = t.cache.GetIfPresent(key)
 	}
 	h.lines[key] = l
 	return l
+}
+
+// askLocked deals with a query for a key that has a line. A line that waits for
+// nothing but the fence is no reason to wait for a query that is not ordered: it
+// gets the line's answer while that is good. If it is not, look tells that the line
+// has turned to a new look-up.
+func (t *table) askLocked(l *line, q Query) (s *Snapshot, look bool) {
+	switch {
+	case l.looking || l.draining:
+		return nil, false
+	case l.dirty || !t.fresh(l.entry, q.Now):
+		l.nextLocked()
+		return nil, true
+	case q.Ordered:
+		return nil, false
+	default:
+		return l.entry.snap, false
+	}
 }
 
 // appendLocked puts w at the end of the line. Behind a change it waits for an
@@ -168,27 +213,39 @@ func (h *home) appendLocked(l *line, w waiting) {
 func (t *table) joinMany(home int, keys []string, q Query, w Waiter) {
 	h := &t.homes[home]
 	h.misses.Add(uint64(len(keys)))
-	var lookup, now, fences []string
+	var lookup, again, now, fences []string
 	var snaps []*Snapshot
 	h.mu.Lock()
+	h.turns++
+	me := waiting{w: w, ordered: q.Ordered, turn: h.turns}
 	for _, key := range keys {
-		if l, open := h.lines[key]; open {
-			h.appendLocked(l, waiting{w, q.Ordered})
-			continue
+		var s *Snapshot
+		var fenced *entry
+		look := false
+		l, open := h.lines[key]
+		if open {
+			s, look = t.askLocked(l, q)
+		} else {
+			s, fenced = t.hitLocked(key, q)
 		}
-		s, fenced := t.hitLocked(key, q)
 		if s != nil {
 			now, snaps = append(now, key), append(snaps, s)
 			continue
 		}
 		key = strings.Clone(key)
-		l := t.openLocked(h, key, fenced)
-		if fenced {
-			h.appendLocked(l, waiting{w, q.Ordered})
-			fences = append(fences, key)
-			continue
+		if !open {
+			l = t.openLocked(h, key, fenced)
 		}
-		lookup = append(lookup, key)
+		switch {
+		case fenced != nil:
+			fences = append(fences, key)
+		case look:
+			again = append(again, key)
+		case !open:
+			lookup = append(lookup, key)
+			continue // me is told first, see settle
+		}
+		h.appendLocked(l, me)
 	}
 	h.mu.Unlock()
 	if len(now) > 0 {
@@ -198,8 +255,11 @@ func (t *table) joinMany(home int, keys []string, q Query, w Waiter) {
 		h.fences.Add(1)
 		t.unfence(key)
 	}
+	if len(again) > 0 {
+		t.submit(home, w, again, nil)
+	}
 	if len(lookup) > 0 {
-		t.submit(home, w, lookup, &waiting{w, q.Ordered})
+		t.submit(home, w, lookup, &me)
 	}
 }
 
@@ -209,28 +269,31 @@ func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
 	var lookup, now []string
 	var snaps []*Snapshot
 	h.mu.Lock()
+	h.turns++
+	me := waiting{w: w, turn: h.turns, since: since}
 	for _, key := range keys {
 		l, open := h.lines[key]
 		switch {
-		case open && (l.looking || l.draining && l.newerThan(since)):
-			h.appendLocked(l, waiting{w: w})
+		case open && (l.looking || l.draining && l.after(since)):
+			h.appendLocked(l, me)
 			continue
 		case open && l.draining:
-			l.next = append(l.next, waiting{w: w})
+			l.next = append(l.next, me)
 			h.waiting.Add(1)
 			continue
-		case open && l.newerThan(since):
+		case open && l.after(since):
 			now, snaps = append(now, key), append(snaps, l.entry.snap)
 			continue
-		case open:
-			l.looking, l.old = true, l.entry
-		default:
-			if e, ok := t.cache.GetIfPresent(key); ok && e.fetched.After(since) {
-				now, snaps = append(now, key), append(snaps, e.snap)
-				continue
-			}
-			key = strings.Clone(key)
-			t.openLocked(h, key, false)
+		}
+		if e, ok := t.cache.GetIfPresent(key); !open && ok && e.after(since) {
+			now, snaps = append(now, key), append(snaps, e.snap)
+			continue
+		}
+		key = strings.Clone(key)
+		if open {
+			l.nextLocked()
+		} else {
+			t.openLocked(h, key, nil)
 		}
 		t.cache.Invalidate(key)
 		lookup = append(lookup, key)
@@ -241,11 +304,19 @@ func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
 		w.Routed(now, snaps, nil)
 	}
 	if len(lookup) > 0 {
-		t.submit(home, w, lookup, &waiting{w: w})
+		t.submit(home, w, lookup, &me)
 	}
 }
 
-func (l *line) newerThan(t time.Time) bool { return l.entry != nil && l.entry.fetched.After(t) }
+// after tells whether the line's result is what the Controller said after since.
+func (l *line) after(since time.Time) bool {
+	return l.entry != nil && !l.dirty && l.entry.after(since)
+}
+
+// serves tells whether the line's result is one for w.
+func (l *line) serves(w waiting) bool {
+	return l.entry != nil && (l.err == nil || w.since.IsZero() || l.entry.fetched.After(w.since))
+}
 
 // submit runs the look-up of keys, whose lines are open, in the pool of home. Of
 // first, if any, it is known that it waits for each of keys, in front of the line.
@@ -288,7 +359,7 @@ func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 
 // newEntry decides how long a fresh answer is good.
 func (t *table) newEntry(s *Snapshot, began time.Time, watch uint64, dirty bool) *entry {
-	e := &entry{snap: s, fetched: began, freshUntil: began.Add(t.dir.cfg.TTL), watch: watch}
+	e := &entry{snap: s, fetched: began, known: began, freshUntil: began.Add(t.dir.cfg.TTL), watch: watch}
 	if !s.Found {
 		e.freshUntil = began // absence is not cached, see package doc
 	}
@@ -301,11 +372,15 @@ func (t *table) newEntry(s *Snapshot, began time.Time, watch uint64, dirty bool)
 // fallback is what serves while the source fails: the old answer for another TTL,
 // or nothing.
 func (t *table) fallback(h *home, old *entry, now time.Time) *entry {
-	if old == nil || !old.snap.Found || now.Sub(old.fetched) > t.dir.cfg.StaleTTL {
+	if old == nil || !old.snap.Found {
+		return nil
+	}
+	known := t.dir.knownUntil(old, now)
+	if now.Sub(known) > t.dir.cfg.StaleTTL {
 		return nil
 	}
 	h.staleServed.Add(1)
-	return &entry{snap: old.snap, fetched: old.fetched, freshUntil: time.Now().Add(t.dir.cfg.TTL)}
+	return &entry{snap: old.snap, fetched: old.fetched, known: known, freshUntil: time.Now().Add(t.dir.cfg.TTL)}
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
@@ -322,12 +397,11 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 		l.looking, l.draining = false, true
 		l.entry, l.err = e, lerr
 		if e != nil {
-			l.err = nil
 			t.retireLocked(l.old, e, key)
 		}
 		switch {
 		case first == nil:
-		case e == nil:
+		case !l.serves(*first):
 			failed, err = append(failed, key), lerr
 		case first.ordered && e.snap.fenced():
 			l.waiters = append([]waiting{*first}, l.waiters...)
@@ -346,8 +420,8 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 	if len(failed) > 0 {
 		first.w.Routed(failed, nil, err)
 	}
-	for _, key := range keys {
-		t.drain(home, key)
+	for some := range slices.Chunk(keys, together) {
+		t.drain(home, some)
 	}
 }
 
@@ -358,76 +432,97 @@ func (t *table) retireLocked(old, e *entry, key string) {
 		e.snap.table, e.snap.key = t, key
 	}
 	if old != nil && old.snap != e.snap {
-		e.snap.prev.Store(old.snap)
+		// In this order: whoever holds the old one from here on lets go again.
 		old.snap.retired.Store(true)
+		e.snap.prev.Store(old.snap.inUse())
 	}
 }
 
-// drain tells the waiters of a line that has a result, in order, until the line is
-// empty; then the result becomes visible and the line goes. Ordered waiters stay
-// behind a fence, and so does the line: unfence comes back for them.
-func (t *table) drain(home int, key string) {
+// drain tells the waiters of lines that have a result, in the order of asking,
+// until the lines are empty; then the results become visible and the lines go.
+// Ordered waiters stay behind a fence, and so does the line: unfence comes back for
+// them.
+func (t *table) drain(home int, keys []string) {
 	h := &t.homes[home]
-	for {
+	for len(keys) > 0 {
 		h.mu.Lock()
-		l := h.lines[key]
-		if batch := h.takeLocked(l); len(batch) > 0 {
+		if batch := h.takeLocked(keys); len(batch) > 0 {
 			h.mu.Unlock()
-			l.tell(key, batch)
+			tell(batch)
 			continue
 		}
-		l.draining = false
-		again := len(l.next) > 0
+		var again, left []string
 		var first Waiter
-		if again {
-			first = l.next[0].w
-			l.nextLocked()
-		} else {
-			t.publishLocked(h, key, l)
+		for _, key := range keys {
+			l := h.lines[key]
+			l.draining = false
+			switch {
+			case len(l.next) > 0:
+				first = l.next[0].w
+				l.nextLocked()
+				again = append(again, key)
+			case t.publishLocked(h, key, l):
+				left = append(left, key)
+			}
 		}
 		h.mu.Unlock()
-		if again {
-			t.submit(home, first, []string{key}, nil)
-			return
+		if len(again) > 0 {
+			t.submit(home, first, again, nil)
 		}
-		if !t.resume(h, key, l) {
-			return
-		}
+		keys = h.resume(left)
 	}
 }
 
-// nextLocked turns the line to those who want a newer answer.
+// nextLocked turns the line to a new look-up, for those who want a newer answer
+// and all who still wait.
 func (l *line) nextLocked() {
 	l.waiters, l.next = append(l.waiters, l.next...), nil
-	l.looking, l.old, l.dirty = true, l.entry, false
+	l.looking, l.dirty = true, false
+	if l.entry != nil {
+		l.old = l.entry
+	}
 }
 
 // publishLocked makes the line's result visible, and ends the line unless somebody
-// in it waits for the fence.
-func (t *table) publishLocked(h *home, key string, l *line) {
+// in it waits for the fence: then it returns true.
+func (t *table) publishLocked(h *home, key string, l *line) (left bool) {
 	e := l.entry
 	if e == nil {
 		e = l.old // of a look-up that failed: kept for the next one
 	}
 	if e != nil {
 		if l.dirty || l.entry == nil {
-			e = &entry{snap: e.snap, fetched: e.fetched}
+			e = t.changed(e)
 		}
 		t.cache.Set(key, e)
 	}
 	if len(l.waiters) == 0 {
 		delete(h.lines, key)
-		return
+		return false
 	}
 	h.fences.Add(1)
+	return true
 }
 
-// resume claims the line again if the fence has fallen since the waiters were
+// changed is e once it is not to be trusted any more. It serves as a fallback and for
+// the comparison with the next answer.
+func (t *table) changed(e *entry) *entry {
+	return &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, time.Now())}
+}
+
+// resume claims those lines again whose fence has fallen since their waiters were
 // counted: the one who let it fall found the line busy.
-func (t *table) resume(h *home, key string, l *line) bool {
+func (h *home) resume(keys []string) []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.lines[key] != l || !l.readyLocked() {
+	return slices.DeleteFunc(keys, func(key string) bool { return !h.claimLocked(key) })
+}
+
+// claimLocked makes the caller the one who drains the line of key, if it waits for
+// nothing but the fence and that has fallen.
+func (h *home) claimLocked(key string) bool {
+	l := h.lines[key]
+	if l == nil || !l.readyLocked() {
 		return false
 	}
 	l.draining = true
@@ -445,49 +540,74 @@ func (t *table) unfence(key string) {
 	home := t.dir.cfg.Home(key)
 	h := &t.homes[home]
 	h.mu.Lock()
-	l := h.lines[key]
-	ready := l != nil && l.readyLocked()
-	if ready {
-		l.draining = true
-	}
+	ready := h.claimLocked(key)
 	h.mu.Unlock()
 	if ready {
-		t.drain(home, key)
+		t.drain(home, []string{key})
 	}
 }
 
-// takeLocked takes the waiters that may be told now.
-func (h *home) takeLocked(l *line) []waiting {
-	batch := l.waiters
-	l.waiters = nil
-	if l.entry != nil && l.entry.snap.fenced() {
-		var free []waiting
-		for _, w := range batch {
-			if w.ordered {
-				l.waiters = append(l.waiters, w)
+// place is a waiter that is told about one key.
+type place struct {
+	waiting
+	key  string
+	line *line
+}
+
+// takeLocked takes the waiters of lines that may be told now, in the order of
+// asking.
+func (h *home) takeLocked(keys []string) []place {
+	var batch []place
+	for _, key := range keys {
+		l := h.lines[key]
+		fenced := l.entry != nil && l.entry.snap.fenced()
+		var stay []waiting
+		for _, w := range l.waiters {
+			if fenced && w.ordered {
+				stay = append(stay, w)
 			} else {
-				free = append(free, w)
+				batch = append(batch, place{w, key, l})
 			}
 		}
-		batch = free
+		l.waiters = stay
+	}
+	if len(keys) > 1 {
+		slices.SortStableFunc(batch, func(a, b place) int { return cmp.Compare(a.turn, b.turn) })
 	}
 	h.waiting.Add(-int64(len(batch)))
 	return batch
 }
 
-// tell brings the line's result to waiters. Only the drainer calls it, and the
-// result does not change while somebody drains.
-func (l *line) tell(key string, batch []waiting) {
-	keys := []string{key}
-	for _, w := range batch {
-		if l.entry == nil {
-			w.w.Routed(keys, nil, l.err)
-			continue
+// tell brings waiters the results of their lines, all of one query together. Only
+// the drainer calls it, and the results do not change while somebody drains.
+func tell(batch []place) {
+	for len(batch) > 0 {
+		n := 1
+		for n < len(batch) && batch[n].turn == batch[0].turn {
+			n++
 		}
-		if w.ordered {
-			l.entry.snap.held.Add(1) // not retired: its successor would need this line
+		var told, failed []string
+		var snaps []*Snapshot
+		var err error
+		for _, p := range batch[:n] {
+			if !p.line.serves(p.waiting) {
+				failed, err = append(failed, p.key), p.line.err
+				continue
+			}
+			s := p.line.entry.snap
+			if p.ordered {
+				s.held.Add(1) // not retired: its successor would need this line
+			}
+			told, snaps = append(told, p.key), append(snaps, s)
 		}
-		w.w.Routed(keys, []*Snapshot{l.entry.snap}, nil)
+		w := batch[0].w
+		batch = batch[n:]
+		if len(told) > 0 {
+			w.Routed(told, snaps, nil)
+		}
+		if len(failed) > 0 {
+			w.Routed(failed, nil, err)
+		}
 	}
 }
 
@@ -502,11 +622,10 @@ func (t *table) invalidate(key string) {
 	t.expireLocked(key)
 }
 
-// expireLocked makes the cached answer for key stale. It stays as a fallback and
-// for the comparison with the next one.
+// expireLocked makes the cached answer for key stale.
 func (t *table) expireLocked(key string) {
 	if e, ok := t.cache.GetIfPresent(key); ok {
-		t.cache.Set(key, &entry{snap: e.snap, fetched: e.fetched})
+		t.cache.Set(key, t.changed(e))
 	}
 }
 
