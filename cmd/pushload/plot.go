@@ -297,7 +297,11 @@ func (rep *report) rates(b *strings.Builder) {
 	for i := range rep.Timeline {
 		pt := &rep.Timeline[i]
 		at, rate := pt.At+pt.Length/2, float64(pt.Answered)/pt.Length
-		high = math.Max(high, rate)
+		if pt.At >= rep.WindowSeconds {
+			rate = math.NaN() // the last answers are no rate
+		} else {
+			high = math.Max(high, rate)
+		}
 		answers = append(answers, [2]float64{at, rate})
 		errors = append(errors, [2]float64{at, float64(pt.Errors) / pt.Length})
 		high = math.Max(high, errors[i][1])

@@ -61,10 +61,12 @@ func (w *watch) look() {
 		w.cpuBegin, w.wallBegin = cpuTime(), now
 		w.schedBegin, w.schedBuckets = schedLatencies()
 	}
-	if now >= r.window.end.Load() {
+	over := now >= r.window.end.Load() && w.measuring && !w.measured
+	if over {
 		w.endWindow()
 	}
-	if now-w.from >= int64(intervalOf(r.cfg.Duration)) {
+	// The ticks are not quite even: half of one is not worth another interval.
+	if over || now-w.from >= int64(intervalOf(r.cfg.Duration)-housekeeping/2) {
 		w.endInterval(now)
 	}
 	if now-w.told >= int64(progressEvery) {
