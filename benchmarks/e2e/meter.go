@@ -1,0 +1,105 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// cpuTime is the CPU time of all threads of a process, user and system, as the
+// operating system accounts for it, to the nanosecond.
+func cpuTime(pid int) (time.Duration, error) {
+	// CPUCLOCK_SCHED of a process, as in <linux/posix-timers.h>.
+	clock := uint32(^int32(pid))<<3 | 2
+	var ts syscall.Timespec
+	if _, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, uintptr(clock), uintptr(unsafe.Pointer(&ts)), 0); errno != 0 { //nolint:gosec // the one way to call it
+		return 0, fmt.Errorf("CPU time of process %d: %w", pid, errno)
+	}
+	return time.Duration(ts.Nano()), nil
+}
+
+// written is how often and how much a process has written, sockets included.
+func written(pid int) (calls, bytes float64, err error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/io")
+	if err != nil {
+		return 0, 0, fmt.Errorf("writes of process %d: %w", pid, err)
+	}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		switch name {
+		case "syscw":
+			calls, err = strconv.ParseFloat(value, 64)
+		case "wchar":
+			bytes, err = strconv.ParseFloat(value, 64)
+		}
+		if err != nil {
+			return 0, 0, fmt.Errorf("writes of process %d: %w", pid, err)
+		}
+	}
+	return calls, bytes, nil
+}
+
+// resident is the memory that a process has now, in bytes.
+func resident(pid int) (float64, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/statm")
+	if err != nil {
+		return 0, fmt.Errorf("memory of process %d: %w", pid, err)
+	}
+	fields := bytes.Fields(text)
+	if len(fields) < 2 {
+		return 0, errors.New("statm makes no sense")
+	}
+	pages, err := strconv.ParseFloat(string(fields[1]), 64)
+	return pages * float64(os.Getpagesize()), err
+}
+
+// scrape reads all samples at an address, by name with labels.
+func scrape(ctx context.Context, client *http.Client, ops string) (map[string]float64, error) {
+	samples := map[string]float64{}
+	body, err := get(ctx, client, "http://"+ops+"/metrics")
+	if err != nil {
+		return nil, err
+	}
+	lines := bufio.NewScanner(bytes.NewReader(body))
+	for lines.Scan() {
+		at := strings.LastIndexByte(lines.Text(), ' ')
+		if at < 0 || strings.HasPrefix(lines.Text(), "#") {
+			continue
+		}
+		if v, err := strconv.ParseFloat(lines.Text()[at+1:], 64); err == nil {
+			samples[lines.Text()[:at]] = v
+		}
+	}
+	return samples, lines.Err()
+}
+
+// get reads what an HTTP address answers.
+func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", url, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: %s: %s", url, resp.Status, bytes.TrimSpace(body))
+	}
+	return body, nil
+}

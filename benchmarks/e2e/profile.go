@@ -1,0 +1,90 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// Profiles loads Push-Manager with each of user, stream, room and open, or those
+// named, and writes a CPU profile and one of its allocations meanwhile into dir. The
+// rivals echo and floor, when named, get the load of user.
+func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names []string) (files []string, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
+		return nil, err
+	}
+	nodes := 3
+	rooms := []Room{lobby(nodes), roomOf(100, nodes), roomOf(1000, nodes)}
+	w, err := b.World(ctx, nodes, rooms)
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close(context.WithoutCancel(ctx))
+	for _, load := range []struct {
+		name, rival string
+		Load
+	}{
+		{"user", "", b.closed(users())},
+		{"stream", "", b.streaming(users())},
+		{"room", "", b.closed(room(1000))},
+		{"open", "", b.open(Work{Users: "u", UserN: userN, Rooms: "of100", RoomN: 1, Mix: [3]int{80, 19, 1}, Payload: payload}, 10_000)},
+		{"echo", "echo", b.closed(users())},
+		{"floor", "floor", b.closed(users())},
+	} {
+		if !slices.Contains(names, load.name) && (len(names) > 0 || load.rival != "") {
+			continue
+		}
+		pm, err := w.profiled(ctx, load.rival)
+		if err != nil {
+			return files, err
+		}
+		if err := pm.Warm(ctx, load.Work); err != nil {
+			return files, err
+		}
+		load.Target = pm.Name
+		load.Duration = d + 2*time.Second
+		written, err := b.profile(ctx, pm, load.Load, filepath.Join(dir, load.name), d)
+		files = append(files, written...)
+		if err != nil {
+			return files, fmt.Errorf("profile %s: %w", load.name, err)
+		}
+	}
+	return files, nil
+}
+
+// profiled is a rival, or else a new Push-Manager, so that allocations are of one load.
+func (w *World) profiled(ctx context.Context, rival string) (*Server, error) {
+	if rival == "" {
+		return w.PushManager(ctx)
+	}
+	return w.Rival(ctx, rival, rivalEnv(rival)...)
+}
+
+func (b *Bench) profile(ctx context.Context, pm *Server, load Load, prefix string, d time.Duration) (files []string, err error) {
+	loaded := make(chan error, 1)
+	go func() { // ends with the load, whose time is bounded
+		_, err := b.run(ctx, load)
+		loaded <- err
+	}()
+	for _, p := range []struct{ file, path string }{
+		{prefix + ".cpu.pb.gz", "profile?seconds=" + strconv.Itoa(int(d.Seconds()))},
+		{prefix + ".allocs.pb.gz", "allocs"},
+	} {
+		var body []byte
+		if body, err = get(ctx, b.client, "http://"+pm.where.Ops+"/debug/pprof/"+p.path); err != nil {
+			break
+		}
+		if err = os.WriteFile(p.file, body, 0o644); err != nil { //nolint:gosec // results are for everybody
+			break
+		}
+		files = append(files, p.file)
+	}
+	if failed := <-loaded; err == nil {
+		err = failed
+	}
+	return files, err
+}

@@ -1,0 +1,275 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// grace is how long calls may go on after a run's time.
+const grace = 10 * time.Second
+
+// each runs f for each connection at once.
+func (r *run) each(ctx context.Context, t *target, f func(i int, w *wire, t *tally) error) error {
+	until := r.until.Add(grace)
+	if r.load.Duration == 0 {
+		until = r.began.Add(maxRun)
+	}
+	for i := range t.Conns {
+		w, err := t.wire(ctx, i)
+		if err != nil {
+			return err
+		}
+		if err := w.conn.SetDeadline(until); err != nil {
+			return err
+		}
+	}
+	var wg sync.WaitGroup
+	for i, w := range t.wires {
+		wg.Go(func() {
+			tally := r.tally()
+			err := f(i, w, tally)
+			w.last = time.Now()
+			if err != nil {
+				t.broken(i)
+				tally.done++
+				tally.failed++
+				tally.err = err
+			}
+		})
+	}
+	wg.Wait()
+	return nil
+}
+
+// wire is the i-th connection, made anew when it has been idle for long.
+func (t *target) wire(ctx context.Context, i int) (*wire, error) {
+	if w := t.wires[i]; w != nil && time.Since(w.last) < idleLimit {
+		return w, nil
+	}
+	t.broken(i)
+	w, err := dialWire(ctx, t.Addr)
+	t.wires[i] = w
+	return w, err
+}
+
+func (t *target) broken(i int) {
+	if w := t.wires[i]; w != nil {
+		_ = w.conn.Close() // it is of no use any more
+		t.wires[i] = nil
+	}
+}
+
+// rawCallers runs the modes in which a caller waits for its answer.
+func (r *run) rawCallers(ctx context.Context, t *target) error {
+	return r.each(ctx, t, func(i int, w *wire, tally *tally) error {
+		rng := rand.New(rand.NewPCG(uint64(i), uint64(r.began.UnixNano())))
+		// One clock reading for all replies of one read: they arrived together.
+		now := time.Now()
+		next := func() {
+			if c, m, more := r.request(rng, now); more {
+				w.ask(c, m, now)
+			}
+		}
+		ended := func(call *inflight) {
+			tally.add(call, now)
+			next()
+		}
+		callers := r.load.InFlight / t.Conns
+		if i < r.load.InFlight%t.Conns {
+			callers++
+		}
+		for range callers {
+			next()
+		}
+		for w.pending() > 0 {
+			if err := w.flush(); err != nil {
+				return err
+			}
+			if _, err := w.in.Peek(1); err != nil {
+				return err
+			}
+			now = time.Now()
+			if err := w.read(ended); err != nil {
+				return err
+			}
+		}
+		return w.flush()
+	})
+}
+
+func (t *tally) add(call *inflight, now time.Time) {
+	t.done++
+	if !call.ok {
+		t.failed++
+		t.err = errNoMessage
+	}
+	t.last = now
+	t.latency[call.c].Add(now.Sub(call.at))
+}
+
+var errNoMessage = errors.New("no reply with success")
+
+// request is the next one, if there is any.
+func (r *run) request(rng *rand.Rand, now time.Time) (class, *raw, bool) {
+	switch r.load.Mode {
+	case Sweep:
+		return r.all(int(r.next.Add(1)) - 1)
+	case Count:
+		if int(r.next.Add(1)) > r.load.Count {
+			return 0, nil, false
+		}
+	default:
+		if !now.Before(r.until) {
+			return 0, nil, false
+		}
+	}
+	c, m := r.pick(rng)
+	return c, m, true
+}
+
+// rawStreams keeps a PushStream call on each connection.
+func (r *run) rawStreams(ctx context.Context, t *target) error {
+	all := r.messages.forStream(2 * r.load.InFlight)
+	return r.each(ctx, t, func(_ int, w *wire, tally *tally) error {
+		s := &rawStream{
+			all: all, limit: r.load.InFlight, tally: tally, class: r.messages.streamClass(), at: make([]time.Time, len(all)),
+		}
+		id, call := w.open("/pubsub.PushManagerService/PushStream")
+		call.push, call.window = s, w.streamWindow
+		for !s.over {
+			s.fill(w, id, r.until)
+			if err := w.flush(); err != nil {
+				return err
+			}
+			if err := w.read(nil); err != nil {
+				return err
+			}
+		}
+		tally.last = time.Now()
+		if s.answered != s.sent {
+			return errors.New("a stream ended with pushes that have no reply")
+		}
+		return w.flush()
+	})
+}
+
+// paced is one connection of an open loop, whose reader is not its writer.
+type paced struct {
+	over chan struct{} // closed when nothing more is sent
+
+	mu   sync.Mutex
+	w    *wire // its reading side is the reader's
+	lost int   // requests that were not sent
+}
+
+// rawOpen sends at a fixed rate. The gaps are random (exponential), the latency counts
+// from the moment that a request was due.
+func (r *run) rawOpen(ctx context.Context, t *target) error {
+	conns := make([]*paced, t.Conns)
+	for i := range conns {
+		conns[i] = &paced{over: make(chan struct{})}
+	}
+	var pacing sync.WaitGroup
+	defer pacing.Wait()
+	var started sync.Once
+	var ready sync.WaitGroup
+	ready.Add(t.Conns)
+	return r.each(ctx, t, func(i int, w *wire, tally *tally) error {
+		p := conns[i]
+		p.w = w
+		ready.Done()
+		started.Do(func() {
+			pacing.Go(func() {
+				ready.Wait()
+				r.pace(ctx, conns)
+			})
+		})
+		return p.read(tally)
+	})
+}
+
+// pace sends until the time is over, and then something that is answered at once, so
+// that the readers look whether they are done.
+func (r *run) pace(ctx context.Context, conns []*paced) {
+	rng := rand.New(rand.NewPCG(1, uint64(r.began.UnixNano())))
+	runtime.LockOSThread() // to sleep for less than a millisecond
+	defer runtime.UnlockOSThread()
+	at := r.began
+	for n := 0; ctx.Err() == nil; n++ {
+		at = at.Add(time.Duration(rng.ExpFloat64() / r.load.Rate * float64(time.Second)))
+		if at.After(r.until) {
+			break
+		}
+		for wait := time.Until(at); wait > 0; wait = time.Until(at) {
+			ts := syscall.NsecToTimespec(int64(wait))
+			_ = syscall.Nanosleep(&ts, nil) // a signal wakes us early, and we look again
+		}
+		c, m := r.pick(rng)
+		conns[n%len(conns)].send(c, m, at)
+	}
+	for _, p := range conns {
+		p.mu.Lock()
+		close(p.over)
+		p.w.frame(framePing, 0, 0, 8)
+		p.w.out = append(p.w.out, make([]byte, 8)...)
+		_ = p.w.flush() // the reader sees that the connection is broken
+		p.mu.Unlock()
+	}
+}
+
+// send asks for one push. What cannot be sent any more is counted by the reader.
+func (p *paced) send(c class, m *raw, at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.w.pending() >= maxWaiting {
+		p.lost++
+		return
+	}
+	p.w.ask(c, m, at)
+	_ = p.w.flush() // the reader sees that the connection is broken
+}
+
+func (p *paced) read(tally *tally) error {
+	for {
+		if _, err := p.w.in.Peek(1); err != nil {
+			return err
+		}
+		if over, err := p.take(tally); over || err != nil {
+			return err
+		}
+	}
+}
+
+// take reads what is there, and tells whether all has been.
+func (p *paced) take(tally *tally) (over bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if err := p.w.read(func(call *inflight) { tally.add(call, now) }); err != nil {
+		return false, err
+	}
+	if err := p.w.flush(); err != nil {
+		return false, err
+	}
+	select {
+	case <-p.over:
+	default:
+		return false, nil
+	}
+	if p.w.pending() > 0 {
+		return false, nil
+	}
+	tally.done += p.lost
+	tally.failed += p.lost
+	if p.lost > 0 {
+		tally.err = errBehind
+	}
+	return true, nil
+}
+
+var errBehind = errors.New("too many requests are under way")

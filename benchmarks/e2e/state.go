@@ -1,0 +1,153 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"time"
+)
+
+// memorySuite fills the caches and keeps up the rate until the memory has settled.
+func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
+	nodes, userN, roomN, seconds := 100, 100_000, 10_000, 15
+	if b.opts.Short {
+		nodes, userN, roomN, seconds = 5, 1000, 100, 1
+	}
+	// Ten neighbours share a node, so that a room of 100 is on 10 or 11 nodes; each
+	// user is in ten rooms.
+	rooms := make([]Room, roomN)
+	for i := range rooms {
+		rooms[i] = Room{ID: RoomID("m", i), Prefix: "u", First: i * 10, Members: 100, Of: userN, Block: 10, Nodes: nodes}
+	}
+	w, err := b.World(ctx, nodes, rooms)
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close(context.WithoutCancel(ctx))
+	pm, err := w.PushManager(ctx)
+	if err != nil {
+		return nil, err
+	}
+	work := Work{Users: "u", UserN: userN, Rooms: "m", RoomN: roomN, Mix: [3]int{80, 19, 1}, Payload: payload}
+	if err := pm.Warm(ctx, work); err != nil {
+		return nil, err
+	}
+	var most float64
+	var s Series
+	slot := Slot{"memory", pm, Load{Mode: Open, Work: work, InFlight: 512, Rate: 10_000, Duration: time.Second}}
+	for range seconds {
+		turn, err := slot.Turn(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s = append(s, turn)
+		now, err := resident(pm.child.pid())
+		if err != nil {
+			return nil, err
+		}
+		most = max(most, now)
+	}
+	m, err := pm.metrics(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cached := func(what string) float64 { return m[`push_manager_route_cached{what="`+what+`"}`] }
+	r := result("memory", []Slot{slot}, Table{slot.Name: s})
+	mib := most / (1 << 20)
+	r.bar(Bar{
+		What:   fmt.Sprintf("resident MiB, %d nodes, %d users, %d rooms of 100, 10,000 req/s", nodes, userN, roomN),
+		Figure: Figure{mib, mib, mib}, Limit: 256, Kind: AtMost,
+		Note: fmt.Sprintf("cached: %.0f users, %.0f rooms, %.0f members", cached("users"), cached("rooms"), cached("members")),
+	}, s)
+	return r, nil
+}
+
+// changeSuite measures the bytes that a change of a large room takes. All are
+// counts: nothing else is under way.
+func changeSuite(ctx context.Context, b *Bench) (*Result, error) {
+	members, changes := 100_000, []int{1, 10, 100, 1000}
+	if b.opts.Short {
+		members, changes = 1000, changes[:2]
+	}
+	nodes := 3
+	w, err := b.World(ctx, nodes, []Room{roomOf(members, nodes)})
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close(context.WithoutCancel(ctx))
+	pm, err := w.PushManager(ctx, "LOOKUP_TIMEOUT=5s")
+	if err != nil {
+		return nil, err
+	}
+	work := room(members)
+	if err := pm.Warm(ctx, work); err != nil {
+		return nil, err
+	}
+	push := func() (float64, error) {
+		slot := Slot{"change", pm, Load{Mode: Count, Work: work, InFlight: 1, Count: 1}}
+		turn, err := slot.Turn(ctx)
+		if err != nil {
+			return 0, err
+		}
+		return turn.FrameBytes, Series{turn}.check()
+	}
+	plain, err := push()
+	if err != nil {
+		return nil, err
+	}
+	r := &Result{Suite: "change"}
+	id := float64(len(UserID("new", 0)))
+	for _, n := range changes {
+		for _, leave := range []bool{false, true} {
+			change := Change{Room: RoomID("of"+strconv.Itoa(members), 0), Prefix: "new", Count: n, Node: NodeID(0), Leave: leave}
+			before, err := pm.changes(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if err := w.controller.call(ctx, "change", change, nil); err != nil {
+				return nil, err
+			}
+			if err := pm.forgotten(ctx, before); err != nil {
+				return nil, err
+			}
+			bytes, err := push()
+			if err != nil {
+				return nil, err
+			}
+			per := (bytes - plain) / float64(n)
+			what := map[bool]string{false: "join", true: "leave"}[leave]
+			// An id, its tag and length, and for few of them the version; heartbeats may come between.
+			r.bar(Bar{
+				What:   fmt.Sprintf("%d of %d members %s: bytes more to a node, per change", n, members, what),
+				Figure: Figure{per, per, per}, Limit: id + 12, Kind: AtMost,
+			})
+		}
+	}
+	return r, nil
+}
+
+// forgotten waits until the change stream has brought what happened since before,
+// and brings no more.
+func (s *Server) forgotten(ctx context.Context, before float64) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	last := before
+	for {
+		if err := pause(ctx, 100*time.Millisecond); err != nil {
+			return fmt.Errorf("no change has come: %w", err)
+		}
+		now, err := s.changes(ctx)
+		if err != nil {
+			return err
+		}
+		if now > before && now == last {
+			return nil
+		}
+		last = now
+	}
+}
+
+func (s *Server) changes(ctx context.Context) (float64, error) {
+	m, err := s.metrics(ctx)
+	return m["push_manager_controller_changes_total"], err
+}

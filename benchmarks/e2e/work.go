@@ -1,0 +1,140 @@
+package e2e
+
+import (
+	"fmt"
+	"strconv"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// class is what a request asks for.
+type class int
+
+const (
+	toUser class = iota
+	toRoom
+	toAll
+	classes
+)
+
+// String is the name of the class in results.
+func (c class) String() string { return [...]string{"user", "room", "broadcast"}[c] }
+
+func (c class) method() string {
+	return "/pubsub.PushManagerService/" + [...]string{"PushToUser", "PushToRoom", "BroadcastMessage"}[c]
+}
+
+// Work is what is pushed to whom. Shares of users, rooms and broadcasts are
+// relative; one that is 0 does not come.
+type Work struct {
+	Users   string `json:"users"`   // prefix of the users, see UserID
+	UserN   int    `json:"user_n"`  // so many of them
+	Rooms   string `json:"rooms"`   // prefix of the rooms, see RoomID
+	RoomN   int    `json:"room_n"`  // so many of them
+	Mix     [3]int `json:"mix"`     // shares of users, rooms, broadcasts
+	Payload int    `json:"payload"` // bytes of data
+}
+
+// RoomID is the id of the i-th room of a kind.
+func RoomID(prefix string, i int) string { return "room-" + prefix + "-" + strconv.Itoa(i) }
+
+// messages is a Work, encoded.
+type messages struct {
+	unary  [classes][]raw
+	stream []raw // pushes of the one class that has a share, each with its place as id
+	mix    [3]int
+	sum    int
+}
+
+func (w Work) encode() (*messages, error) {
+	m := &messages{mix: w.Mix}
+	for _, n := range w.Mix {
+		m.sum += n
+	}
+	if m.sum == 0 || w.Mix[toUser] > 0 && w.UserN == 0 || w.Mix[toRoom] > 0 && w.RoomN == 0 {
+		return nil, fmt.Errorf("work without anything to do: %+v", w)
+	}
+	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: make([]byte, w.Payload), Timestamp: 1_700_000_000}
+	for i := range content.Data {
+		content.Data[i] = 'a' + byte(i%26)
+	}
+	add := func(c class, b []byte, err error) error {
+		m.unary[c] = append(m.unary[c], raw{b})
+		return err
+	}
+	for i := range w.UserN {
+		b, err := (&pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}).MarshalVT()
+		if err := add(toUser, b, err); err != nil {
+			return nil, err
+		}
+	}
+	for i := range w.RoomN {
+		b, err := (&pubsub.PushToRoomRequest{RoomId: RoomID(w.Rooms, i), Content: content}).MarshalVT()
+		if err := add(toRoom, b, err); err != nil {
+			return nil, err
+		}
+	}
+	b, err := (&pubsub.BroadcastMessageRequest{Content: content}).MarshalVT()
+	return m, add(toAll, b, err)
+}
+
+// forStream returns at least least pushes for a PushStream, whose ids are their
+// places. All are of the first class that has a share.
+func (m *messages) forStream(least int) []raw {
+	if len(m.stream) >= least {
+		return m.stream
+	}
+	field := protowire.Number(3)
+	if m.streamClass() == toRoom {
+		field = 2
+	}
+	from := m.unary[m.streamClass()]
+	m.stream = make([]raw, max(least, min(len(from), 1<<14)))
+	for i := range m.stream {
+		b := protowire.AppendTag(nil, 1, protowire.VarintType)
+		b = protowire.AppendVarint(b, uint64(i))
+		b = protowire.AppendTag(b, field, protowire.BytesType)
+		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b)
+	}
+	return m.stream
+}
+
+// streamClass is the one class of a PushStream.
+func (m *messages) streamClass() class {
+	if m.mix[toUser] == 0 {
+		return toRoom
+	}
+	return toUser
+}
+
+// fits tells whether all messages can be sent by a wire.
+func (m *messages) fits() bool {
+	for _, all := range m.unary {
+		if len(all) > 0 && len(all[0].b) > maxRaw/2 { // ids and the frame of a stream vary
+			return false
+		}
+	}
+	return true
+}
+
+// succeeded reads success from the reply of a unary call, where it stands first.
+func succeeded(reply []byte) bool { return len(reply) >= 2 && reply[0] == 1<<3 && reply[1] == 1 }
+
+// streamReply reads the id of a PushStreamResponse and whether its push succeeded.
+func streamReply(b []byte) (id int, ok bool) {
+	if len(b) > 0 && b[0] == 1<<3 {
+		v, n := protowire.ConsumeVarint(b[1:])
+		if n < 0 {
+			return 0, false
+		}
+		id, b = int(v), b[1+n:]
+	}
+	num, typ, n := protowire.ConsumeTag(b)
+	if n < 0 || typ != protowire.BytesType || num < 3 {
+		return id, false
+	}
+	reply, n := protowire.ConsumeBytes(b[n:])
+	return id, n > 0 && succeeded(reply)
+}

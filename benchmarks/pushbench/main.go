@@ -1,0 +1,168 @@
+// Pushbench measures Push-Manager end to end against rivals that run beside it. See
+// package e2e for how.
+//
+//	pushbench bars [SUITE]      runs all suites that have bars; exits with 1 if one falls short
+//	pushbench suites [SUITE]    runs suites and prints their tables
+//	pushbench profile [LOAD]    CPU and allocation profiles of Push-Manager under load
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/push-manager/push-manager/benchmarks/e2e"
+)
+
+// options are for all commands.
+type options struct {
+	Rounds         int           `default:"40"    help:"Turns of each server."`
+	Turn           time.Duration `default:"250ms" help:"Length of a turn."`
+	Conns          int           `default:"4"     help:"Connections from the load generator to each server."`
+	InFlight       int           `default:"128"   help:"Callers of a closed loop."`
+	StreamInFlight int           `default:"512"   help:"Unanswered pushes of each PushStream."`
+	Client         string        `help:"Client of the load generator: grpc for grpc-go's, else our own, which is cheaper."`
+	Binary         string        `help:"A push-manager to measure. Default: built from this module."  type:"existingfile"`
+	Base           string        `help:"Another push-manager to compare with, in the same rounds."    type:"existingfile"`
+	Env            []string      `help:"Environment of Push-Manager, as NAME=VALUE."                  short:"e"`
+	JSON           string        `help:"File that gets the results as JSON, one suite on a line."     type:"path"`
+}
+
+type barsCommand struct {
+	Names []string `arg:"" help:"Only these suites." optional:""`
+}
+
+type suitesCommand struct {
+	Names []string `arg:"" help:"Only these suites." optional:""`
+}
+
+type profileCommand struct {
+	Dir      string        `default:".tmp/profile" help:"Where the profiles go."        type:"path"`
+	Duration time.Duration `default:"6s"           help:"Length of each CPU profile."`
+	Names    []string      `arg:""                 help:"Only these loads."             optional:""`
+}
+
+var errShort = errors.New("a bar falls short")
+
+func main() {
+	e2e.Role()
+	var c struct {
+		options `embed:""`
+
+		Bars    barsCommand    `cmd:"" help:"Run all suites that have bars; exit with 1 if one falls short."`
+		Suites  suitesCommand  `cmd:"" help:"Run suites and print their tables."`
+		Profile profileCommand `cmd:"" help:"Profile Push-Manager under load."`
+	}
+	command := kong.Parse(&c, kong.Name("pushbench"), kong.Description("Measures Push-Manager against rivals."), kong.UsageOnError())
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	command.BindTo(ctx, (*context.Context)(nil))
+	command.Bind(&c.options)
+	err := command.Run()
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "pushbench:", err)
+		os.Exit(1)
+	}
+}
+
+// say prints a line.
+func say(line string) {
+	_, _ = fmt.Fprintln(os.Stdout, line) // nobody reads it when this fails
+}
+
+func (o *options) start(ctx context.Context) (*e2e.Bench, error) {
+	return e2e.Start(ctx, e2e.Options{
+		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight, Client: o.Client,
+		Binary: o.Binary, Base: o.Base, Env: o.Env, Progress: os.Stderr,
+	})
+}
+
+// Run implements a command of kong.
+func (c *barsCommand) Run(ctx context.Context, o *options) error {
+	results, err := o.suites(ctx, c.Names, true)
+	fine := true
+	for _, r := range results {
+		for _, bar := range r.Bars {
+			say(bar.String())
+			fine = fine && !bar.Short()
+		}
+	}
+	if err == nil && !fine {
+		return errShort
+	}
+	return err
+}
+
+// Run implements a command of kong.
+func (c *suitesCommand) Run(ctx context.Context, o *options) error {
+	results, err := o.suites(ctx, c.Names, false)
+	if err != nil {
+		return err
+	}
+	for _, r := range results {
+		for _, bar := range r.Bars {
+			say(bar.String())
+		}
+	}
+	return nil
+}
+
+// suites runs suites one after the other and prints their tables. One that fails does
+// not keep the others from running.
+func (o *options) suites(ctx context.Context, names []string, bars bool) (results []*e2e.Result, err error) {
+	var out io.Writer = io.Discard
+	if o.JSON != "" {
+		f, err := os.Create(o.JSON)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = f.Close() }()
+		out = f
+	}
+	b, err := o.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Close()
+	var failures []error
+	for _, s := range e2e.Suites() {
+		if len(names) > 0 && !slices.Contains(names, s.Name) || len(names) == 0 && bars && !s.Bars {
+			continue
+		}
+		r, err := s.Run(ctx, b)
+		if err != nil {
+			failures = append(failures, fmt.Errorf("suite %s: %w", s.Name, err))
+			continue
+		}
+		results = append(results, r)
+		if err := errors.Join(r.Write(os.Stdout), r.WriteJSON(out)); err != nil {
+			return nil, err
+		}
+	}
+	for _, err := range failures {
+		say("short  " + err.Error())
+	}
+	return results, errors.Join(failures...)
+}
+
+// Run implements a command of kong.
+func (c *profileCommand) Run(ctx context.Context, o *options) error {
+	b, err := o.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	files, err := b.Profiles(ctx, c.Dir, c.Duration, c.Names)
+	for _, f := range files {
+		say("go tool pprof -top " + f)
+	}
+	return err
+}
