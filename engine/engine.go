@@ -151,6 +151,7 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		p.finished(1)
 	}()
 	p.route()
+	p.guard()
 	return nil
 }
 
@@ -178,10 +179,14 @@ func (e *Engine) admit() error {
 
 func (e *Engine) leave() {
 	if e.inFlight.Add(-1) == 0 && e.draining.Load() {
-		select {
-		case e.idle <- struct{}{}:
-		default:
-		}
+		e.tellIdle()
+	}
+}
+
+func (e *Engine) tellIdle() {
+	select {
+	case e.idle <- struct{}{}:
+	default:
 	}
 }
 
@@ -195,6 +200,7 @@ func (e *Engine) Drain(ctx context.Context) error {
 	for e.inFlight.Load() > 0 {
 		select {
 		case <-e.idle:
+			e.tellIdle() // whoever else drains
 		case <-ctx.Done():
 			return fmt.Errorf("drain with %d pushes in flight: %w", e.inFlight.Load(), ctx.Err())
 		}

@@ -617,3 +617,106 @@ func TestPanicWhileRoutedEndsThePush(t *testing.T) {
 		}
 	})
 }
+
+// TestPushThatEndedEarlyHoldsNothing cancels an ordered push that waits in line and
+// lets the answer come afterwards: the fence must not stay up behind it.
+func TestPushThatEndedEarlyHoldsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.users["u"] = []string{"A"}
+		w.gate = make(chan struct{})
+		ordered := func(timeout time.Duration) *Push {
+			p := toUser("u")
+			p.Ordered, p.Timeout = true, timeout
+			return p
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		if _, err := e.Do(ctx, ordered(0)); !errors.Is(err, ErrDeadline) {
+			t.Errorf("got %v", err)
+		}
+		close(w.gate)
+		synctest.Wait()
+		time.Sleep(2 * time.Second)
+		w.mu.Lock()
+		w.users["u"] = []string{"B"}
+		w.mu.Unlock()
+		if r := do(t, e, ordered(0)); r.Delivered != 1 {
+			t.Errorf("behind a fence that nobody holds: %+v", r)
+		}
+	})
+}
+
+// TestPushBehindAFenceEndsAtItsDeadline leaves the push in front in flight.
+func TestPushBehindAFenceEndsAtItsDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.users["u"] = []string{"A"}
+		w.nodes["A"].keep = true
+		ordered := func(timeout time.Duration, c Completer) *Push {
+			p := toUser("u")
+			p.Ordered, p.Timeout = true, timeout
+			if err := e.Start(p, c); err != nil {
+				t.Fatal(err)
+			}
+			return p
+		}
+		var front, behind order
+		ordered(0, &front)
+		time.Sleep(2 * time.Second) // looked up and sent, the answer is old by now
+		w.mu.Lock()
+		w.users["u"] = []string{"B"}
+		w.mu.Unlock()
+		p := ordered(time.Second, &behind)
+		time.Sleep(time.Second + time.Millisecond)
+		synctest.Wait()
+		if behind.done != 1 {
+			t.Fatal("waits for ever behind the fence")
+		}
+		if _, err := p.Result(); !errors.Is(err, ErrDeadline) {
+			t.Errorf("got %v", err)
+		}
+		for _, d := range w.nodes["A"].kept {
+			d.Drop(DropStalled)
+		}
+		if n := e.Stats(); n.InFlight != 0 || n.Directory.Waiting != 0 || front.done != 1 {
+			t.Errorf("left behind: %+v", n)
+		}
+	})
+}
+
+func TestTwoWhoDrainAreBothTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.users["u"] = []string{"A"}
+		w.nodes["A"].keep = true
+		var o order
+		if err := e.Start(toUser("u"), &o); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		drained := 0
+		var both sync.WaitGroup
+		var mu sync.Mutex
+		for range 2 {
+			both.Go(func() {
+				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+				defer cancel()
+				if e.Drain(ctx) == nil {
+					mu.Lock()
+					drained++
+					mu.Unlock()
+				}
+			})
+		}
+		synctest.Wait()
+		w.nodes["A"].kept[0].Drop(DropStalled)
+		both.Wait()
+		if drained != 2 {
+			t.Errorf("%d of 2", drained)
+		}
+	})
+}

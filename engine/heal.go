@@ -22,7 +22,8 @@ func (h *healer) start() {
 	p, d := h.d.push, h.d
 	p.engine.heals.Add(1)
 	h.missing = slices.Sorted(slices.Values(h.missing)) // every list of users is sorted
-	if !time.Now().Before(p.deadline) {
+	// Expired while the ack was being booked: nobody else ends the heal then.
+	if p.ended() || !time.Now().Before(p.deadline) {
 		d.endHeal(DropExpired)
 		return
 	}
@@ -51,9 +52,19 @@ func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
 	}()
 	legs, last := h.stage(keys, snaps, err)
 	p.send(legs)
-	if last {
+	switch {
+	case p.ended():
+		h.d.endHeal(DropExpired) // the answer was not used, or not all of it
+	case last:
 		h.d.endHeal(Sent)
 	}
+}
+
+// ended tells whether the push was ended before its time.
+func (p *Push) ended() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.expired != nil
 }
 
 // stage makes and books the deliveries that the answers for keys call for, and

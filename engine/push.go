@@ -83,8 +83,9 @@ type Push struct {
 	done     Completer
 	began    time.Time
 	deadline time.Time
-	except   []string // Exclude, sorted, each once
-	targets  int      // users, except for everybody; known once routed
+	except   []string    // Exclude, sorted, each once
+	timer    *time.Timer // ends the push if it has to wait in line, else nil
+	targets  int         // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
@@ -143,7 +144,9 @@ func (p *Push) user(home int, user string, q route.Query, w route.Waiter) *route
 
 func (p *Push) routeOne(key string, q route.Query, ask func(int, string, route.Query, route.Waiter) *route.Snapshot) {
 	home := p.engine.shards.For(key).Index()
-	p.await(1)
+	if !p.await(1) {
+		return
+	}
 	if s := ask(home, key, q, p); s != nil {
 		p.Routed([]string{key}, []*route.Snapshot{s}, nil)
 	}
@@ -162,7 +165,9 @@ func (p *Push) routeUsers(q route.Query) {
 		if len(users) == 0 {
 			continue
 		}
-		p.await(len(users))
+		if !p.await(len(users)) {
+			return
+		}
 		snaps := make([]*route.Snapshot, len(users))
 		p.engine.directory.Users(home, users, snaps, q, p)
 		hit, known := users[:0:0], snaps[:0:0]
@@ -177,12 +182,27 @@ func (p *Push) routeUsers(q route.Query) {
 	}
 }
 
-// await accounts for n keys that Routed will bring.
-func (p *Push) await(n int) {
-	p.pending.Add(int32(n))
+// await accounts for n keys that Routed will bring. False means that the push was
+// ended before, by a fault of our own: it asks for nothing more.
+func (p *Push) await(n int) bool {
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.expired != nil {
+		return false
+	}
+	p.pending.Add(int32(n))
 	p.waiting += n
-	p.mu.Unlock()
+	return true
+}
+
+// guard bounds what may wait in line, behind a fence above all: two pushes to several
+// users may each wait for the other to finish.
+func (p *Push) guard() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.waiting > 0 {
+		p.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
+	}
 }
 
 // Routed implements route.Waiter: it stages and sends the deliveries for keys.
@@ -198,6 +218,9 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 	}()
 	legs, ok := p.stage(keys, snaps, err)
 	if !ok {
+		if p.Ordered {
+			release(snaps) // finish may have been there already
+		}
 		return
 	}
 	owed = len(keys)
@@ -209,11 +232,11 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.Ordered {
-		p.held = append(p.held, snaps...)
-	}
 	if p.expired != nil {
 		return nil, false
+	}
+	if p.Ordered {
+		p.held = append(p.held, snaps...)
 	}
 	switch {
 	case err != nil:
@@ -318,7 +341,7 @@ func (p *Push) addLocked(legs []*Delivery) {
 		p.legs = legs
 		return
 	}
-	p.legs = append(slices.Clip(p.legs), legs...)
+	p.legs = append(p.legs, legs...)
 }
 
 // send hands the deliveries to their links. What a link declines is dropped here.
@@ -357,11 +380,18 @@ func (p *Push) finished(n int) {
 // finish closes the books and tells the caller.
 func (p *Push) finish() {
 	p.result, p.err = p.account()
-	for _, s := range p.held {
-		s.Release()
+	if p.timer != nil {
+		p.timer.Stop()
 	}
+	release(p.held)
 	p.engine.leave()
 	p.done.Complete(p)
+}
+
+func release(snaps []*route.Snapshot) {
+	for _, s := range snaps {
+		s.Release()
+	}
 }
 
 // expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
