@@ -18,8 +18,9 @@
 //     node does not have, and deliveries that were never written because the node
 //     is gone. Once, after one fresh look-up, within the deadline.
 //   - Completer.Complete is called exactly once for each push that Start took.
-//   - Nothing waits without a bound: whoever holds a delivery or a place in line
-//     settles it by its deadline, so a push needs no timer of its own.
+//   - Nothing waits without a bound: whoever holds a delivery settles it by its
+//     deadline, so a push whose route is known needs no timer. One that has to wait
+//     in line has its own.
 //
 // Who holds what: the payload and the ids of a push are shared by all its
 // deliveries and never written to; they are garbage when the last reference goes.

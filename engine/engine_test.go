@@ -720,3 +720,36 @@ func TestTwoWhoDrainAreBothTold(t *testing.T) {
 		}
 	})
 }
+
+// TestHealAsksAfterTheNodesAnswer has the route looked up again while the push is in
+// flight, before the user moves: that answer is not the one to ask for.
+func TestHealAsksAfterTheNodesAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.users["u"] = []string{"A"}
+		w.nodes["A"].keep = true
+		var o order
+		p := toUser("u")
+		if err := e.Start(p, &o); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		if err := e.Start(toUser("u"), &o); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		time.Sleep(time.Millisecond)
+		w.mu.Lock()
+		w.users["u"] = []string{"B"}
+		w.mu.Unlock()
+		for _, d := range w.nodes["A"].kept {
+			d.TrySend()
+			_, _ = d.Ack(Ack{NotHere: []string{"u"}})
+		}
+		synctest.Wait()
+		if r, err := p.Result(); err != nil || r.Delivered != 1 {
+			t.Errorf("got %+v, %v", r, err)
+		}
+	})
+}

@@ -28,13 +28,14 @@ func (h *healer) start() {
 		return
 	}
 	home := p.home(d)
+	since := time.Now() // what was said before the node's answer is what it contradicts
 	if p.Kind == ToRoom {
 		h.waiting = 1
-		p.engine.directory.RefreshRoom(home, p.Room, p.began, h)
+		p.engine.directory.RefreshRoom(home, p.Room, since, h)
 		return
 	}
 	h.waiting = len(h.missing)
-	p.engine.directory.RefreshUsers(home, h.missing, p.began, h)
+	p.engine.directory.RefreshUsers(home, h.missing, since, h)
 }
 
 // Lookup implements route.Waiter.

@@ -11,7 +11,8 @@
 //   - A delivery that was taken is settled exactly once, by its deadline, by the
 //     queue's age limit or by the ack deadline, whichever comes first.
 //   - Deliveries taken by one link reach the node in the order of the Send calls.
-//     Over unary methods that holds for each room and each user.
+//     Over unary methods that holds for each room, and for each user among the
+//     deliveries to that user alone.
 //   - Send never blocks, and answers at once when nothing can come of it: the node
 //     is down, stalled, draining, or its queue is full.
 //   - Everything a node says is input: it is bounded, checked, counted, and three
