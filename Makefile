@@ -109,3 +109,5 @@ $(TOOLS)/buf: tools/buf/go.mod tools/buf/go.sum
 $(TOOLS)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
 	mkdir -p $(TOOLS)
 	$(GO) build -C tools/lint -o "$(CURDIR)/$@" github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+include benchmarks/bench.mk

@@ -18,7 +18,7 @@ func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names
 		return nil, err
 	}
 	nodes := 3
-	rooms := []Room{lobby(nodes), roomOf(100, nodes), roomOf(1000, nodes)}
+	rooms := []Room{b.lobby(nodes), roomOf(100, nodes), roomOf(1000, nodes)}
 	w, err := b.World(ctx, nodes, rooms)
 	if err != nil {
 		return nil, err
@@ -28,12 +28,12 @@ func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names
 		name, rival string
 		Load
 	}{
-		{"user", "", b.closed(users())},
-		{"stream", "", b.streaming(users())},
+		{"user", "", b.closed(b.users())},
+		{"stream", "", b.streaming(b.users())},
 		{"room", "", b.closed(room(1000))},
-		{"open", "", b.open(Work{Users: "u", UserN: userN, Rooms: "of100", RoomN: 1, Mix: [3]int{80, 19, 1}, Payload: payload}, 10_000)},
-		{"echo", "echo", b.closed(users())},
-		{"floor", "floor", b.closed(users())},
+		{"open", "", b.open(Work{Users: "u", UserN: b.userN(), Rooms: "of100", RoomN: 1, Mix: [3]int{80, 19, 1}, Payload: payload}, 10_000)},
+		{"echo", "echo", b.closed(b.users())},
+		{"floor", "floor", b.closed(b.users())},
 	} {
 		if !slices.Contains(names, load.name) && (len(names) > 0 || load.rival != "") {
 			continue

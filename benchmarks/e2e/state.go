@@ -5,13 +5,16 @@ import (
 	"fmt"
 	"strconv"
 	"time"
+
+	"github.com/push-manager/push-manager/benchmarks/micro"
+	"github.com/push-manager/push-manager/engine"
 )
 
 // memorySuite fills the caches and keeps up the rate until the memory has settled.
 func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
-	nodes, userN, roomN, seconds := 100, 100_000, 10_000, 15
+	nodes, userN, roomN, seconds, rate := 100, 100_000, 10_000, 15, 10_000.0
 	if b.opts.Short {
-		nodes, userN, roomN, seconds = 5, 1000, 100, 1
+		nodes, userN, roomN, seconds, rate = 5, 1000, 100, 1, 500.0
 	}
 	// Ten neighbours share a node, so that a room of 100 is on 10 or 11 nodes; each
 	// user is in ten rooms.
@@ -34,7 +37,7 @@ func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
 	}
 	var most float64
 	var s Series
-	slot := Slot{"memory", pm, Load{Mode: Open, Work: work, InFlight: 512, Rate: 10_000, Duration: time.Second}}
+	slot := Slot{"memory", pm, Load{Mode: Open, Work: work, InFlight: 512, Rate: rate, Duration: time.Second}}
 	for range seconds {
 		turn, err := slot.Turn(ctx)
 		if err != nil {
@@ -55,11 +58,37 @@ func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
 	r := result("memory", []Slot{slot}, Table{slot.Name: s})
 	mib := most / (1 << 20)
 	r.bar(Bar{
-		What:   fmt.Sprintf("resident MiB, %d nodes, %d users, %d rooms of 100, 10,000 req/s", nodes, userN, roomN),
+		What:   fmt.Sprintf("resident MiB, %d nodes, %d users, %d rooms of 100, %.0f req/s", nodes, userN, roomN, rate),
 		Figure: Figure{mib, mib, mib}, Limit: 256, Kind: AtMost,
 		Note: fmt.Sprintf("cached: %.0f users, %.0f rooms, %.0f members", cached("users"), cached("rooms"), cached("members")),
 	}, s)
 	return r, nil
+}
+
+// allocsSuite counts in this process, where nothing else runs: the engine with a
+// network that acknowledges at once.
+func allocsSuite(ctx context.Context, b *Bench) (*Result, error) {
+	n := 100_000
+	if b.opts.Short {
+		n = 1000
+	}
+	rig, err := micro.New()
+	if err != nil {
+		return nil, err
+	}
+	r := &Result{Suite: "allocs"}
+	for _, push := range []struct {
+		name string
+		kind engine.Kind
+	}{{"PushToUser", engine.ToUser}, {"PushToRoom", engine.ToRoom}} {
+		per, err := rig.Allocations(push.kind, n)
+		if err != nil {
+			return nil, err
+		}
+		per = float64(int(per*100+0.5)) / 100 // the runtime has a few of its own
+		r.bar(Bar{What: push.name + ": allocations on the warm path after decoding", Figure: Figure{per, per, per}, Kind: AtMost})
+	}
+	return r, rig.Close(ctx)
 }
 
 // changeSuite measures the bytes that a change of a large room takes. All are

@@ -27,6 +27,7 @@ func Suites() []Suite {
 		{"members", "bytes to the nodes per room push, 10 to 1,000,000 members on 100 nodes", true, membersSuite},
 		{"open10k", "10,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(10_000)},
 		{"open2k", "2,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(2_000)},
+		{"allocs", "allocations from the decoded push to its outcome, in this process", true, allocsSuite},
 		{"memory", "resident memory with 100 nodes, 100,000 users, 10,000 rooms of 100", true, memorySuite},
 		{"change", "bytes to a node when a room of 100,000 changes", true, changeSuite},
 		{"nodes", "PushToUser at 10,000/s over 3 to 100 nodes", true, nodesSuite},
@@ -39,8 +40,8 @@ func Suites() []Suite {
 
 // The users and rooms of a world.
 
-func users() Work {
-	return Work{Users: "u", UserN: userN, Mix: [3]int{1, 0, 0}, Payload: payload}
+func (b *Bench) users() Work {
+	return Work{Users: "u", UserN: b.userN(), Mix: [3]int{1, 0, 0}, Payload: payload}
 }
 
 func room(members int) Work {
@@ -48,11 +49,16 @@ func room(members int) Work {
 }
 
 // userN is how many users are pushed to in turn.
-const userN = 4096
+func (b *Bench) userN() int {
+	if b.opts.Short {
+		return 32
+	}
+	return 4096
+}
 
 // lobby has the users of users; they are in one room.
-func lobby(nodes int) Room {
-	return Room{ID: "lobby", Prefix: "u", Members: userN, Nodes: nodes}
+func (b *Bench) lobby(nodes int) Room {
+	return Room{ID: "lobby", Prefix: "u", Members: b.userN(), Nodes: nodes}
 }
 
 func roomOf(members int, nodes int) Room {
@@ -105,7 +111,7 @@ func (r *Result) control(name string, table Table) {
 
 func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{lobby(nodes)})
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +120,7 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	load := b.closed(users())
+	load := b.closed(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}}
 	for _, role := range []string{"echo", "floor", "naive", "channel"} {
 		s, err := w.Rival(ctx, role, rivalEnv(role)...)
@@ -184,7 +190,7 @@ func rivalEnv(role string) []string {
 
 func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{lobby(nodes)})
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
@@ -197,8 +203,8 @@ func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	load := b.streaming(users())
-	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}, {"echo", echo, b.closed(users())}}
+	load := b.streaming(b.users())
+	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}, {"echo", echo, b.closed(b.users())}}
 	if b.opts.Base != "" {
 		base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
 		if err != nil {
@@ -322,7 +328,7 @@ func membersSuite(ctx context.Context, b *Bench) (*Result, error) {
 func openSuite(rate float64) func(ctx context.Context, b *Bench) (*Result, error) {
 	return func(ctx context.Context, b *Bench) (*Result, error) {
 		nodes := 10
-		rooms := []Room{lobby(nodes)}
+		rooms := []Room{b.lobby(nodes)}
 		for i := range 100 {
 			rooms = append(rooms, Room{ID: RoomID("mix", i), Prefix: "mix" + strconv.Itoa(i), Members: 100, Nodes: nodes})
 		}
@@ -339,7 +345,7 @@ func openSuite(rate float64) func(ctx context.Context, b *Bench) (*Result, error
 		if err != nil {
 			return nil, err
 		}
-		load := b.open(Work{Users: "u", UserN: userN, Rooms: "mix", RoomN: 100, Mix: [3]int{80, 19, 1}, Payload: payload}, rate)
+		load := b.open(Work{Users: "u", UserN: b.userN(), Rooms: "mix", RoomN: 100, Mix: [3]int{80, 19, 1}, Payload: payload}, rate)
 		slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}, {"echo", echo, load}}
 		if b.opts.Base != "" {
 			base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
@@ -384,12 +390,12 @@ func (r *Result) openBars(rate float64, t Table) {
 
 func tracingSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{lobby(nodes)})
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	load := b.closed(users())
+	load := b.closed(b.users())
 	var slots []Slot
 	for _, kind := range []struct {
 		name string
@@ -423,7 +429,7 @@ func nodesSuite(ctx context.Context, b *Bench) (*Result, error) {
 	var slots []Slot
 	for _, n := range counts {
 		nodes := n
-		w, err := b.World(ctx, n, []Room{lobby(nodes)})
+		w, err := b.World(ctx, n, []Room{b.lobby(nodes)})
 		if err != nil {
 			return nil, err
 		}
@@ -432,7 +438,7 @@ func nodesSuite(ctx context.Context, b *Bench) (*Result, error) {
 		if err != nil {
 			return nil, err
 		}
-		slots = append(slots, Slot{strconv.Itoa(n) + " nodes", pm, b.open(users(), 10_000)})
+		slots = append(slots, Slot{strconv.Itoa(n) + " nodes", pm, b.open(b.users(), 10_000)})
 	}
 	slots = append(slots, Slot{slots[0].Name + " again", slots[0].Server, slots[0].Load})
 	r, t, err := b.measure(ctx, "nodes", slots)
@@ -449,7 +455,7 @@ func nodesSuite(ctx context.Context, b *Bench) (*Result, error) {
 
 func payloadSuite(ctx context.Context, b *Bench) (*Result, error) {
 	return b.curve(ctx, "payload", []int{128, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10}, func(n int, l *Load) []string {
-		l.Work.Payload, l.Work.UserN = n, 64 // the generator holds them all
+		l.Work.Payload, l.Work.UserN = n, min(l.Work.UserN, 64) // the generator holds them all
 		if n >= 16<<10 {
 			l.InFlight = 64
 		}
@@ -474,7 +480,7 @@ func inflightSuite(ctx context.Context, b *Bench) (*Result, error) {
 // environment that a Push-Manager of its own gets.
 func (b *Bench) curve(ctx context.Context, suite string, values []int, set func(int, *Load) []string) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{lobby(nodes)})
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
@@ -488,7 +494,7 @@ func (b *Bench) curve(ctx context.Context, suite string, values []int, set func(
 	}
 	var slots []Slot
 	for _, v := range values {
-		load, server := b.closed(users()), pm
+		load, server := b.closed(b.users()), pm
 		if env := set(v, &load); env != nil {
 			if server, err = w.PushManager(ctx, env...); err != nil {
 				return nil, err

@@ -238,6 +238,8 @@ func (s Series) quantile(class string, q float64, rounds []int) float64 {
 	return sum.Quantile(q).Seconds()
 }
 
+var errNothing = errors.New("nothing was done")
+
 // check says what is wrong with a series, if anything.
 func (s Series) check() error {
 	var done, failed float64
@@ -250,7 +252,7 @@ func (s Series) check() error {
 		}
 	}
 	if done == 0 {
-		return errors.New("nothing was done")
+		return errNothing
 	}
 	if failed > 0 {
 		return fmt.Errorf("%w: %.0f of %.0f: %s", errFailed, failed, done, first)

@@ -1,0 +1,45 @@
+# Measuring. Ratios, not absolutes: see benchmarks/e2e/doc.go for how, PERF.md for the figures.
+
+BENCHTIME ?= 200ms
+BENCHCOUNT ?= 6
+ROUNDS ?= 40
+BASE ?= HEAD
+BENCH_DIR := .tmp/bench
+MICRO := ./benchmarks/micro ./shard ./engine/... ./transport/...
+
+.PHONY: bench
+bench: $(BENCH_DIR)/pushbench ## Measure: each hot step, then a short run of each end-to-end suite
+	$(GO) test -run='^$$' -bench=. -benchmem -benchtime=$(BENCHTIME) $(MICRO)
+	$(BENCH_DIR)/pushbench --rounds=8 suites
+
+.PHONY: bench-bars
+bench-bars: $(BENCH_DIR)/pushbench ## Measure every bar: a line each, and a failure if one falls short
+	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) --json=$(BENCH_DIR)/bars.json bars
+
+.PHONY: bench-compare
+bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the commit BASE: each hot step with benchstat, then both programs side by side
+	rm -rf $(BENCH_DIR)/base
+	git worktree prune
+	git worktree add --detach $(BENCH_DIR)/base $(BASE)
+	trap 'git worktree remove --force $(BENCH_DIR)/base' EXIT; \
+	rm -f $(BENCH_DIR)/base.txt $(BENCH_DIR)/head.txt; \
+	for ((i = 0; i < $(BENCHCOUNT); i++)); do \
+		(cd $(BENCH_DIR)/base && $(GO) test -run='^$$' -bench=. -benchmem -benchtime=$(BENCHTIME) $$(ls -d benchmarks/micro 2> /dev/null | sed 's|^|./|') $(filter-out ./benchmarks/micro,$(MICRO))) >> $(BENCH_DIR)/base.txt; \
+		$(GO) test -run='^$$' -bench=. -benchmem -benchtime=$(BENCHTIME) $(MICRO) >> $(BENCH_DIR)/head.txt; \
+	done; \
+	$(TOOLS)/benchstat base=$(BENCH_DIR)/base.txt head=$(BENCH_DIR)/head.txt; \
+	(cd $(BENCH_DIR)/base && $(GO) build -trimpath -o ../push-manager.base ./cmd/push-manager); \
+	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) --base=$(BENCH_DIR)/push-manager.base suites user stream room open10k
+
+.PHONY: profile
+profile: $(BENCH_DIR)/pushbench ## Profile Push-Manager under load: CPU and allocations, into .tmp/profile
+	$(BENCH_DIR)/pushbench profile --dir=.tmp/profile
+
+.PHONY: $(BENCH_DIR)/pushbench
+$(BENCH_DIR)/pushbench:
+	mkdir -p $(BENCH_DIR)
+	$(GO) build -trimpath -o $@ ./benchmarks/pushbench
+
+$(TOOLS)/benchstat: tools/benchstat/go.mod tools/benchstat/go.sum
+	mkdir -p $(TOOLS)
+	$(GO) build -C tools/benchstat -o "$(CURDIR)/$@" golang.org/x/perf/cmd/benchstat

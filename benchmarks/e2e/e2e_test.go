@@ -1,0 +1,109 @@
+package e2e_test
+
+import (
+	"bytes"
+	"flag"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/push-manager/push-manager/benchmarks/e2e"
+)
+
+// rounds and turn are for the benchmarks: the defaults give an impression, the bars
+// are measured by pushbench.
+var (
+	rounds = flag.Int("rounds", 10, "turns of each server in a benchmark")
+	turn   = flag.Duration("turn", 250*time.Millisecond, "length of a turn in a benchmark")
+)
+
+func TestMain(m *testing.M) {
+	e2e.Role()
+	os.Exit(m.Run())
+}
+
+// TestSuitesRun keeps the harness from rotting: each suite with one short turn in a
+// small world. It says nothing about speed.
+func TestSuitesRun(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	for client, suites := range map[string][]string{
+		"":       {"user", "stream", "room", "members", "open2k", "allocs", "memory", "change", "payload"},
+		e2e.GRPC: {"user", "stream", "open2k"},
+	} {
+		t.Run("client="+client, func(t *testing.T) {
+			b, err := e2e.Start(t.Context(), e2e.Options{
+				Rounds: 1, Turn: 20 * time.Millisecond, InFlight: 8, StreamInFlight: 64, Short: true, Client: client,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Close()
+			for _, s := range e2e.Suites() {
+				if !slices.Contains(suites, s.Name) { // the others are like one of these
+					continue
+				}
+				begin := time.Now()
+				r, err := s.Run(t.Context(), b)
+				if err != nil {
+					t.Fatalf("%s: %v", s.Name, err)
+				}
+				t.Logf("%s: %.1f s", s.Name, time.Since(begin).Seconds())
+				if s.Bars != (len(r.Bars) > 0) {
+					t.Errorf("%s: %d bars, says %v", s.Name, len(r.Bars), s.Bars)
+				}
+				for _, bar := range r.Bars {
+					// On a busy machine a push may fail; that nothing is pushed means that the harness is broken.
+					if strings.Contains(bar.Failure, "nothing") {
+						t.Errorf("%s", bar)
+					}
+				}
+				var text bytes.Buffer
+				if err := r.Write(&text); err != nil || len(r.Rows) > 0 && !strings.Contains(text.String(), "p99.9-ms") {
+					t.Errorf("%s: %v\n%s", s.Name, err, &text)
+				}
+				if err := r.WriteJSON(&text); err != nil {
+					t.Errorf("%s: %v", s.Name, err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkSuites shows the tables as benchmarks. Each suite runs once, whatever b.N
+// says: its turns are the repetition.
+//
+//	go test -run '^$' -bench 'Suites/suite=user' ./benchmarks/e2e -rounds 40
+func BenchmarkSuites(b *testing.B) {
+	var bench *e2e.Bench
+	defer func() {
+		if bench != nil {
+			bench.Close()
+		}
+	}()
+	for _, s := range e2e.Suites() {
+		b.Run("suite="+s.Name, func(b *testing.B) {
+			if bench == nil {
+				var err error
+				if bench, err = e2e.Start(b.Context(), e2e.Options{Rounds: *rounds, Turn: *turn}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			r, err := s.Run(b.Context(), bench)
+			if err != nil {
+				b.Fatal(err)
+			}
+			for _, row := range r.Rows {
+				b.Run("server="+strings.ReplaceAll(row.Name, " ", "-"), func(b *testing.B) {
+					b.ReportMetric(0, "ns/op") // of no meaning here
+					for _, c := range row.Columns {
+						b.ReportMetric(c.Figure.Value, c.Name)
+					}
+				})
+			}
+		})
+	}
+}

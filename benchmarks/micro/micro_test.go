@@ -1,0 +1,94 @@
+package micro
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
+)
+
+func kinds() map[string]engine.Kind {
+	return map[string]engine.Kind{"user": engine.ToUser, "room": engine.ToRoom, "broadcast": engine.ToAll}
+}
+
+func newRig(tb testing.TB) *Rig {
+	tb.Helper()
+	r, err := New()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if err := r.Close(ctx); err != nil {
+			tb.Error(err)
+		}
+	})
+	return r
+}
+
+func TestPushesAreDelivered(t *testing.T) {
+	r := newRig(t)
+	for name, kind := range kinds() {
+		all := r.Pushes(kind, 10)
+		for i := range all {
+			if err := r.Push(&all[i]); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if n, err := r.Allocations(kind, 100); err != nil || n > 50 {
+			t.Errorf("%s: %v allocations, %v", name, n, err)
+		}
+	}
+}
+
+// BenchmarkShard is the way from a key to its shard.
+func BenchmarkShard(b *testing.B) {
+	r := newRig(b)
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		r.shards.For(r.users[i%users])
+	}
+}
+
+// BenchmarkRoute is a hit in the cache.
+func BenchmarkRoute(b *testing.B) {
+	r := newRig(b)
+	b.Run("key=user", func(b *testing.B) {
+		b.ReportAllocs()
+		q := route.Query{Now: time.Now()}
+		var snaps [1]*route.Snapshot
+		for i := 0; b.Loop(); i++ {
+			user := r.users[i%users : i%users+1]
+			r.directory.Users(r.shards.For(user[0]).Index(), user, snaps[:], q, nil)
+		}
+	})
+	b.Run("key=room", func(b *testing.B) {
+		b.ReportAllocs()
+		q, home := route.Query{Now: time.Now()}, r.shards.For(roomID).Index()
+		for b.Loop() {
+			r.directory.Room(home, roomID, q, nil)
+		}
+	})
+}
+
+// BenchmarkEngine is a push from validation to its outcome, the deliveries included.
+// Its allocations are those of the warm path after decoding.
+func BenchmarkEngine(b *testing.B) {
+	r := newRig(b)
+	for name, kind := range kinds() {
+		b.Run("push="+name, func(b *testing.B) {
+			all, d := r.Pushes(kind, b.N), new(done)
+			b.ReportAllocs()
+			b.ResetTimer()
+			for i := range all {
+				if err := r.Start(&all[i], d); err != nil {
+					b.Fatal(err)
+				}
+			}
+			d.wg.Wait()
+		})
+	}
+}
