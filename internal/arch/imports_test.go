@@ -40,7 +40,7 @@ var layers = []layer{
 	{dir: "transport/node", ours: []string{"proto", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
-	{dir: "benchmarks/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 }
 
 // TestImportsPointOneWay covers product files. Tests may import the real parts that they drive.
