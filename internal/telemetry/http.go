@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"github.com/klauspost/compress/gzhttp"
 )
 
 // HTTPConfig is what the HTTP side needs. The zero value of all but Address works.
@@ -59,16 +60,19 @@ func StartHTTP(cfg HTTPConfig) (*HTTP, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	compressed, err := gzhttp.NewWrapper(gzhttp.EnableZstd(false))
+	if err != nil {
+		return nil, fmt.Errorf("compress metrics: %w", err)
+	}
 	h := &HTTP{cfg: cfg, listener: cfg.Listener}
 	if h.listener == nil {
 		var lc net.ListenConfig
-		var err error
 		if h.listener, err = lc.Listen(context.Background(), "tcp", cfg.Address); err != nil {
 			return nil, fmt.Errorf("listen for metrics and health: %w", err)
 		}
 	}
 	h.server = &http.Server{
-		Handler:           h.mux(),
+		Handler:           h.mux(compressed),
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
@@ -98,10 +102,10 @@ func (h *HTTP) Close(ctx context.Context) error {
 	return errors.Join(err, h.err)
 }
 
-func (h *HTTP) mux() *http.ServeMux {
+func (h *HTTP) mux(compressed func(http.Handler) http.HandlerFunc) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", index)
-	mux.HandleFunc("GET /metrics", h.metrics)
+	mux.Handle("GET /metrics", compressed(http.HandlerFunc(h.metrics))) // for clients that accept gzip
 	mux.HandleFunc("GET /healthz", healthz)
 	mux.HandleFunc("GET /readyz", h.readyz)
 	mux.Handle("GET /debug/pprof/", h.local(pprof.Index))

@@ -1,6 +1,8 @@
 package telemetry_test
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"io"
 	"math/rand/v2"
@@ -72,6 +74,64 @@ func TestMetricsShowOursAndThoseOfGoAndTheProcess(t *testing.T) {
 		if !strings.Contains(body, want) {
 			t.Errorf("lacks %q", want)
 		}
+	}
+}
+
+func TestMetricsAreCompressedForClientsThatAcceptGzip(t *testing.T) {
+	set := metrics.NewSet()
+	for i := range 1000 {
+		set.NewCounter(`push_manager_test_total{n="` + strconv.Itoa(i) + `"}`).Set(uint64(i))
+	}
+	h, err := telemetry.StartHTTP(telemetry.HTTPConfig{Address: "127.0.0.1:0", Metrics: set})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = h.Close(context.Background()) }()
+	// Without this the client of net/http asks for gzip by itself, and unpacks.
+	client := &http.Client{Transport: &http.Transport{DisableCompression: true, DisableKeepAlives: true}}
+	scrape := func(accept, encoding string) (text string, size int) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.Addr().String()+"/metrics", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Accept-Encoding", accept)
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if got := resp.Header.Get("Content-Encoding"); got != encoding || resp.Header.Get("Content-Type") != "text/plain; version=0.0.4; charset=utf-8" {
+			t.Errorf("a client that accepts %q gets %q, %v", accept, got, resp.Header)
+		}
+		raw, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		plain := raw
+		if encoding == "gzip" {
+			r, err := gzip.NewReader(bytes.NewReader(raw))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if plain, err = io.ReadAll(r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// What goes before ours changes from one reading to the next.
+		_, text, _ = strings.Cut(string(plain), "push_manager_test_total")
+		return text, len(raw)
+	}
+	plain, full := scrape("identity", "")
+	packed, small := scrape("gzip", "gzip")
+	if strings.Count(plain, "\n") != 1000 || packed != plain {
+		t.Errorf("%d lines plain, and compressed the same: %v", strings.Count(plain, "\n"), packed == plain)
+	}
+	if small > full/4 {
+		t.Errorf("%d bytes of %d", small, full)
+	}
+	if both, _ := scrape("zstd, gzip;q=0.5", "gzip"); both != plain {
+		t.Error("a client that accepts zstd, too, gets another text")
 	}
 }
 
