@@ -403,6 +403,7 @@ func TestBadUsageExitsWith2AndOneLine(t *testing.T) {
 		"controller":         {[]string{"GRPC_PORT=x"}, "controller", nil, "GRPC_PORT"},
 		"connect-node":       {[]string{"NODE_ID=a/b"}, "connect-node", nil, "NODE_ID"},
 		"connect-node, open": {[]string{"LISTEN_ADDRESS=::"}, "connect-node", nil, "ALLOW_INSECURE"},
+		"its own name":       {nil, "connect-node", []string{"connect-node"}, "connect-node"},
 		"controller command": {[]string{"METRICS_PORT=-1"}, "push-manager", []string{"controller"}, "METRICS_PORT"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -411,6 +412,31 @@ func TestBadUsageExitsWith2AndOneLine(t *testing.T) {
 			text := strings.TrimSpace(p.stderr.String())
 			if !strings.Contains(text, tc.want) || strings.Contains(text, "\n") {
 				t.Errorf("says %q, want one line with %s", text, tc.want)
+			}
+		})
+	}
+}
+
+func TestHelpListsTheKeysOfAProgram(t *testing.T) {
+	for name, tc := range map[string]struct {
+		args []string
+		want []string
+	}{
+		"controller":   {[]string{"--help"}, []string{"Usage: controller [flags]", "--grpc-port=50051", "--metrics-port"}},
+		"connect-node": {[]string{"--help"}, []string{"Usage: connect-node [flags]", "--node-id=connect-node-1", "$ADVERTISE_ADDRESS"}},
+		"push-manager": {[]string{"serve", "--help"}, []string{"Usage: push-manager serve [flags]", "--manager-id", "$METRICS_PORT", "--config-file"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			out, err := exec.CommandContext(ctx, filepath.Join(binaries, name), tc.args...).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range tc.want {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("lacks %q in:\n%s", want, out)
+				}
 			}
 		})
 	}

@@ -36,8 +36,9 @@ type Settings interface {
 	Start(ctx context.Context, logger *slog.Logger) (Program, error)
 }
 
-// CommandLine is one executable. The first command is the one that runs when
-// none is named.
+// CommandLine is one executable. Of several commands the first is the one that runs
+// when none is named; a single one has no name to be called by, and its flags are
+// those of the executable.
 type CommandLine struct {
 	Name, Description string
 	Commands          []Command
@@ -97,11 +98,14 @@ func (c CommandLine) parse(args []string) (*parsed, error) {
 		p.settings.Bind(p.set)
 		settings[cmd.Name] = p
 		grammars[cmd.Name] = p.set.Grammar(cmd.File)
-		var tags []string
-		if i == 0 {
-			tags = []string{`default:"withargs"`}
+		switch {
+		case len(c.Commands) == 1:
+			options = append(options, kong.Embed(grammars[cmd.Name]))
+		case i == 0:
+			options = append(options, config.Command(cmd.Name, cmd.Help, grammars[cmd.Name], `default:"withargs"`))
+		default:
+			options = append(options, config.Command(cmd.Name, cmd.Help, grammars[cmd.Name]))
 		}
-		options = append(options, config.Command(cmd.Name, cmd.Help, grammars[cmd.Name], tags...))
 	}
 	parser, err := kong.New(&struct {
 		Version kong.VersionFlag `help:"Print the version and exit."`
@@ -113,7 +117,10 @@ func (c CommandLine) parse(args []string) (*parsed, error) {
 	if err != nil {
 		return nil, config.Usage(err)
 	}
-	name := ctx.Selected().Name
+	name := c.Commands[0].Name
+	if selected := ctx.Selected(); selected != nil {
+		name = selected.Name
+	}
 	p := settings[name]
 	o, printConfig := config.Flags(grammars[name])
 	for _, cmd := range c.Commands {
