@@ -15,7 +15,7 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// The limits of CONTRACT section 7.
+// The limits, which are those of the push API by default.
 const (
 	maxIDBytes         = 256
 	maxMetadataEntries = 32

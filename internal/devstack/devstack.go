@@ -72,7 +72,7 @@ type Stack struct {
 
 // Node is where one Connect-Node listens.
 type Node struct {
-	ID, GRPC, HTTP, Metrics string
+	ID, GRPC, HTTP string
 }
 
 // WebSocket is the address for clients.
@@ -229,24 +229,8 @@ func (s *Stack) Nodes() []Node {
 	nodes := make([]Node, len(s.nodes))
 	for i, n := range s.nodes {
 		nodes[i] = Node{ID: s.ids[i], GRPC: n.GRPCAddr().String(), HTTP: n.HTTPAddr().String()}
-		if a := n.MetricsAddr(); a != nil {
-			nodes[i].Metrics = a.String()
-		}
 	}
 	return nodes
-}
-
-// StopNode takes one node out of service, as its SIGTERM would.
-func (s *Stack) StopNode(ctx context.Context, id string) error {
-	for i, n := range s.nodes {
-		if s.ids[i] != id {
-			continue
-		}
-		s.nodes = append(s.nodes[:i:i], s.nodes[i+1:]...)
-		s.ids = append(s.ids[:i:i], s.ids[i+1:]...)
-		return n.Drain(ctx)
-	}
-	return fmt.Errorf("no node %q", id)
 }
 
 // ports are where everything listens.
