@@ -108,6 +108,16 @@ func (r *Result) Write(w io.Writer) error {
 		}
 		_, _ = fmt.Fprintln(t)
 	}
+	if err := t.Flush(); err != nil { // ratios are a table of their own
+		return err
+	}
+	for _, row := range r.Ratios {
+		_, _ = fmt.Fprintf(t, "%s\t", row.Name)
+		for _, c := range row.Columns {
+			_, _ = fmt.Fprintf(t, "%s %v\t", c.Name, c.Figure)
+		}
+		_, _ = fmt.Fprintln(t)
+	}
 	return t.Flush()
 }
 
