@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net"
+	"strconv"
 	"time"
 )
 
@@ -31,6 +33,7 @@ const (
 	flagAck        = 0x1
 	flagEndHeaders = 0x4
 
+	settingMaxStreams    = 0x3
 	settingInitialWindow = 0x4
 
 	frameHeader  = 9
@@ -61,9 +64,10 @@ type wire struct {
 
 	window       int64 // bytes of data that we may send
 	streamWindow int64 // the same for each new stream
+	maxCalls     int   // under way, as the server says
 	calls        map[uint32]*inflight
 	free         []*inflight
-	waiting      []queued // for the window
+	waiting      []queued // for the window, or for a call to end
 }
 
 // inflight is a call without its reply.
@@ -71,6 +75,8 @@ type inflight struct {
 	c  class
 	at time.Time
 	ok bool
+	// What a reply without success says.
+	said string
 	// Of a PushStream.
 	push    *rawStream
 	partial []byte // the beginning of a message that has not come in full
@@ -91,7 +97,7 @@ func dialWire(ctx context.Context, addr string) (*wire, error) {
 	}
 	w := &wire{
 		conn: conn, in: bufio.NewReaderSize(conn, 64<<10), nextID: 1, window: startWindow, streamWindow: startWindow,
-		calls: map[uint32]*inflight{}, headers: headerTable{authority: addr}, last: time.Now(),
+		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, headers: headerTable{authority: addr}, last: time.Now(),
 	}
 	w.out = append(w.out, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"...)
 	w.frame(frameSettings, 0, 0, 6)
@@ -141,13 +147,26 @@ func (w *wire) message(m *raw) {
 	w.out = append(w.out, m.b...)
 }
 
-// ask puts a unary call into the next write, or in line when the window is used up.
+// ask puts a unary call into the next write, or in line when the window is used up or
+// as many calls are under way as the server takes.
 func (w *wire) ask(c class, m *raw, at time.Time) {
-	if len(w.waiting) > 0 || w.window < int64(len(m.b)+prefix) {
+	if len(w.waiting) > 0 || !w.takes(m) {
 		w.waiting = append(w.waiting, queued{c, m, at})
 		return
 	}
 	w.send(c, m, at)
+}
+
+func (w *wire) takes(m *raw) bool {
+	return w.window >= int64(len(m.b)+prefix) && len(w.calls) < w.maxCalls
+}
+
+func (w *wire) sendWaiting() {
+	for len(w.waiting) > 0 && w.takes(w.waiting[0].m) {
+		q := w.waiting[0]
+		w.waiting = w.waiting[1:]
+		w.send(q.c, q.m, q.at)
+	}
 }
 
 func (w *wire) send(c class, m *raw, at time.Time) {
@@ -220,8 +239,12 @@ func (w *wire) take(kind, flags byte, id uint32, body []byte, ended func(*inflig
 
 func (w *wire) settings(body []byte) {
 	for ; len(body) >= 6; body = body[6:] {
-		if binary.BigEndian.Uint16(body) == settingInitialWindow {
-			window := int64(binary.BigEndian.Uint32(body[2:]))
+		value := binary.BigEndian.Uint32(body[2:])
+		switch binary.BigEndian.Uint16(body) {
+		case settingMaxStreams:
+			w.maxCalls = int(min(value, math.MaxInt32))
+		case settingInitialWindow:
+			window := int64(value)
 			for _, call := range w.calls {
 				call.window += window - w.streamWindow
 			}
@@ -238,11 +261,7 @@ func (w *wire) grow(id uint32, by int64) {
 		return
 	}
 	w.window += by
-	for len(w.waiting) > 0 && w.window >= int64(len(w.waiting[0].m.b)+prefix) {
-		q := w.waiting[0]
-		w.waiting = w.waiting[1:]
-		w.send(q.c, q.m, q.at)
-	}
+	w.sendWaiting()
 }
 
 func (w *wire) data(id uint32, flags byte, body []byte, ended func(*inflight)) error {
@@ -259,7 +278,9 @@ func (w *wire) data(id uint32, flags byte, body []byte, ended func(*inflight)) e
 			return err
 		}
 	case len(body) > prefix:
-		call.ok = succeeded(body[prefix:])
+		if call.ok = succeeded(body[prefix:]); !call.ok {
+			call.said = strconv.QuoteToASCII(string(body[prefix:]))
+		}
 	}
 	if flags&flagEndStream != 0 {
 		w.end(id, true, ended)
@@ -280,6 +301,7 @@ func (w *wire) end(id uint32, broken bool, ended func(*inflight)) {
 	call.ok = call.ok && !broken
 	ended(call)
 	w.free = append(w.free, call)
+	w.sendWaiting()
 }
 
 // headerTable encodes the headers of calls as HPACK (RFC 7541). What it has said once

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -106,13 +107,16 @@ func (t *tally) add(call *inflight, now time.Time) {
 	t.done++
 	if !call.ok {
 		t.failed++
-		t.err = errNoMessage
+		if t.err == nil {
+			t.err = fmt.Errorf("%w: %v %s", errNoSuccess, call.c, call.said)
+		}
 	}
 	t.last = now
 	t.latency[call.c].Add(now.Sub(call.at))
 }
 
-var errNoMessage = errors.New("no reply with success")
+// errNoSuccess comes without what the reply says when there was none: an error of gRPC.
+var errNoSuccess = errors.New("no success")
 
 // request is the next one, if there is any.
 func (r *run) request(rng *rand.Rand, now time.Time) (class, *raw, bool) {
