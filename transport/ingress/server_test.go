@@ -160,6 +160,9 @@ func TestMetricsMoveAsTheContractSays(t *testing.T) {
 	recv(t, st)
 	ok(t, st.CloseSend())
 	wantEnd(t, st, codes.OK, "", "")
+	w.network.nodes[0].lose = true
+	_, err = w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "d", Content: c}) // failed: 1 unknown
+	ok(t, err)
 	for series, want := range map[string]string{
 		`push_manager_api_requests_total{api="PushToRoom",status="success"}`:       "1",
 		`push_manager_api_requests_total{api="PushToRoom",status="partial"}`:       "1",
@@ -167,14 +170,15 @@ func TestMetricsMoveAsTheContractSays(t *testing.T) {
 		`push_manager_api_requests_total{api="PushToRoom",status="error"}`:         "1",
 		`push_manager_api_requests_total{api="BroadcastMessage",status="partial"}`: "1",
 		`push_manager_api_requests_total{api="PushToUser",status="success"}`:       "1",
+		`push_manager_api_requests_total{api="PushToUser",status="failed"}`:        "1",
 		`push_manager_api_requests_total{api="PushToUsers",status="success"}`:      "0",
 		`push_manager_api_duration_seconds_count{api="PushToRoom"}`:                "4",
 		`push_manager_api_latency_seconds_count{api="PushToRoom"}`:                 "4",
 		`push_manager_api_latency_seconds_bucket{api="PushToRoom",le="+Inf"}`:      "4",
-		"push_manager_push_total":         "10",
+		"push_manager_push_total":         "11",
 		"push_manager_push_success_total": "7",
 		"push_manager_push_failed_total":  "1",
-		"push_manager_push_unknown_total": "0",
+		"push_manager_push_unknown_total": "1",
 		"push_manager_push_offline_total": "2",
 		"push_manager_api_inflight":       "0",
 		"push_manager_api_streams":        "0",

@@ -218,13 +218,14 @@ func (n *network) ackAll() {
 	}
 }
 
-// node is a link that acks at once, unless it refuses or keeps.
+// node is a link that acks at once, unless it refuses, keeps or loses.
 type node struct {
 	id string
 
 	mu      sync.Mutex
 	refuse  engine.Reason
 	keep    bool
+	lose    bool // the stream breaks behind each delivery
 	forget  bool // payloads are not kept
 	kept    []*engine.Delivery
 	payload [][]byte
@@ -245,9 +246,14 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 		n.kept = append(n.kept, d)
 		return engine.Sent
 	}
+	lose := n.lose
 	n.mu.Unlock()
+	defer n.mu.Lock()
+	if lose && d.TrySend() {
+		d.Lose(engine.LostStream)
+		return engine.Sent
+	}
 	ack(d)
-	n.mu.Lock()
 	return engine.Sent
 }
 

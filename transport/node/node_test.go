@@ -5,8 +5,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,7 +18,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -564,4 +570,42 @@ func TestMetricsMove(t *testing.T) {
 			t.Errorf("no %q in\n%s", line, out.String())
 		}
 	}
+}
+
+// TestManagersWithKeepaliveStay: a manager's pings every ten seconds, on a connection
+// without a call, are no reason to cut it off.
+func TestManagersWithKeepaliveStay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := New(Config{NodeID: "node-1", Sessions: newGateway()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		gs := grpc.NewServer(ServerOptions()...)
+		s.Attach(gs)
+		lis := bufconn.Listen(1 << 20)
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = gs.Serve(lis) })
+		var dials atomic.Int32
+		conn, err := grpc.NewClient("passthrough:///node",
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				dials.Add(1)
+				return lis.DialContext(ctx)
+			}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Connect()
+		time.Sleep(5 * time.Minute)
+		conn.Connect() // a connection that was cut off is idle until somebody asks
+		synctest.Wait()
+		if n := dials.Load(); n != 1 {
+			t.Errorf("%d connections in five minutes, want 1", n)
+		}
+		_ = conn.Close()
+		gs.Stop()
+		serving.Wait()
+		s.Close()
+	})
 }
