@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -75,6 +76,7 @@ type Engine struct {
 	heals    atomic.Uint64
 	panics   atomic.Uint64
 	reasons  [reasons]atomic.Uint64
+	waiters  sync.Pool // of *waiter
 }
 
 // New makes an engine over parts that its owner starts before and stops after it.
@@ -102,8 +104,11 @@ func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		p.Timeout = max(time.Until(deadline), 1)
 	}
-	w := waiter{done: make(chan struct{})}
-	if err := e.Start(p, &w); err != nil {
+	w, _ := e.waiters.Get().(*waiter)
+	if w == nil {
+		w = &waiter{done: make(chan struct{}, 1)}
+	}
+	if err := e.Start(p, w); err != nil {
 		return Result{}, err
 	}
 	select {
@@ -112,6 +117,7 @@ func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {
 		p.expire(causeOf(ctx.Err()))
 		<-w.done
 	}
+	e.waiters.Put(w) // told, so nobody has it any more
 	return p.Result()
 }
 
@@ -125,7 +131,7 @@ func causeOf(err error) error {
 // waiter wakes the goroutine that waits in Do.
 type waiter struct{ done chan struct{} }
 
-func (w *waiter) Complete(*Push) { close(w.done) }
+func (w *waiter) Complete(*Push) { w.done <- struct{}{} }
 
 // Start pushes without waiting. An error means that the push was not taken:
 // nothing was written and c is not called. Otherwise c.Complete(p) is called

@@ -95,12 +95,16 @@ type Push struct {
 	legs    []*Delivery       // guarded by mu until finished, as is all below
 	waiting int               // keys in line
 	expired error             // why the push was ended before its time
+	over    bool              // it is finished: nothing here changes any more
 	lookup  error             // of the keys that were not found out
 	held    []*route.Snapshot // to be released at the end
 	shared  []string          // users with more than one delivery
 	offline int               // users without a node
 	dropped [reasons]int      // users that no delivery was made for, by reason
 	found   bool              // the room exists; there are nodes
+
+	one    Delivery // for a push with one delivery
+	oneLeg [1]*Delivery
 
 	result Result
 	err    error
@@ -124,7 +128,9 @@ func (p *Push) route() {
 	q := route.Query{Now: p.began, Ordered: p.Ordered}
 	switch p.Kind {
 	case ToRoom:
-		p.except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+		if len(p.Exclude) > 0 {
+			p.except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+		}
 		p.routeOne(p.Room, q, p.engine.directory.Room)
 	case ToUser:
 		p.targets = 1
@@ -299,6 +305,11 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) []*Delivery {
 
 func (p *Push) stageUser(s *route.Snapshot) []*Delivery {
 	p.countUser(s)
+	if len(s.Groups) == 1 && len(p.legs) == 0 { // most pushes: the push itself has room for it
+		p.one.node, p.one.users = s.Groups[0].Node, s.Groups[0].Users
+		p.oneLeg[0] = &p.one
+		return p.oneLeg[:]
+	}
 	legs := make([]*Delivery, len(s.Groups))
 	for i, g := range s.Groups {
 		legs[i] = &Delivery{node: g.Node, users: g.Users}
@@ -379,6 +390,9 @@ func (p *Push) finished(n int) {
 
 // finish closes the books and tells the caller.
 func (p *Push) finish() {
+	p.mu.Lock()
+	p.over = true // what expires from here on comes too late to be read or written
+	p.mu.Unlock()
 	p.result, p.err = p.account()
 	if p.timer != nil {
 		p.timer.Stop()
@@ -403,7 +417,7 @@ func (p *Push) expire(cause error) {
 		drop, lose = DropInternal, LostInternal
 	}
 	p.mu.Lock()
-	if p.expired != nil {
+	if p.over || p.expired != nil {
 		p.mu.Unlock()
 		return
 	}
