@@ -355,10 +355,14 @@ func (p *Push) addLocked(legs []*Delivery) {
 	p.legs = append(p.legs, legs...)
 }
 
-// send hands the deliveries to their links. What a link declines is dropped here.
+// send hands deliveries of one home to their links. What a link declines is dropped
+// here.
 func (p *Push) send(legs []*Delivery) {
+	if len(legs) == 0 {
+		return
+	}
+	home := p.home(legs[0])
 	for _, d := range legs {
-		home := p.home(d)
 		reason := DropUnknownNode
 		if l := p.engine.network.Link(home, d.node); l != nil {
 			reason = l.Send(d)
