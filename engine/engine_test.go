@@ -755,3 +755,34 @@ func TestHealAsksAfterTheNodesAnswer(t *testing.T) {
 		}
 	})
 }
+
+// TestExpiryThatMeetsTheLastAckChangesNothingAfterwards lets the end of a push and its
+// deadline race: one of them wins, and the loser touches nothing.
+func TestExpiryThatMeetsTheLastAckChangesNothingAfterwards(t *testing.T) {
+	w := newWorld()
+	e := w.engine(t)
+	w.users["u"] = []string{"A"}
+	do(t, e, toUser("u"))
+	w.nodes["A"].keep = true
+	for range 200 {
+		p, told := toUser("u"), waiter{done: make(chan struct{}, 1)}
+		if err := e.Start(p, &told); err != nil {
+			t.Fatal(err)
+		}
+		d := w.nodes["A"].kept[len(w.nodes["A"].kept)-1]
+		var both sync.WaitGroup
+		both.Go(func() {
+			if d.TrySend() {
+				_, _ = d.Ack(Ack{Delivered: 1})
+			}
+		})
+		both.Go(func() { p.expire(ErrDeadline) })
+		<-told.done
+		both.Wait()
+		if r, err := p.Result(); err == nil {
+			balance(t, p, r)
+		} else if !errors.Is(err, ErrDeadline) {
+			t.Fatal(err)
+		}
+	}
+}
