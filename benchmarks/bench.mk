@@ -29,7 +29,7 @@ bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the com
 	done; \
 	$(TOOLS)/benchstat base=$(BENCH_DIR)/base.txt head=$(BENCH_DIR)/head.txt; \
 	(cd $(BENCH_DIR)/base && $(GO) build -trimpath -o ../push-manager.base ./cmd/push-manager); \
-	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) --base=$(BENCH_DIR)/push-manager.base suites user stream room open10k
+	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
 .PHONY: profile
 profile: $(BENCH_DIR)/pushbench ## Profile Push-Manager under load: CPU and allocations, into .tmp/profile

@@ -40,8 +40,6 @@ type Options struct {
 	// Binary is a push-manager that is built already. Default: it is built from
 	// this module.
 	Binary string
-	// Base is another push-manager, which takes part as "base".
-	Base string
 	// Env is added to the environment of Push-Manager.
 	Env []string
 	// Dir gets profiles and results. Default: a temporary one.

@@ -17,24 +17,12 @@ func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
 		return nil, err
 	}
-	nodes := 3
-	rooms := []Room{b.lobby(nodes), roomOf(100, nodes), roomOf(1000, nodes)}
-	w, err := b.World(ctx, nodes, rooms)
+	w, err := b.usual(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	for _, load := range []struct {
-		name, rival string
-		Load
-	}{
-		{"user", "", b.closed(b.users())},
-		{"stream", "", b.streaming(b.users())},
-		{"room", "", b.closed(room(1000))},
-		{"open", "", b.open(Work{Users: "u", UserN: b.userN(), Rooms: "of100", RoomN: 1, Mix: [3]int{80, 19, 1}, Payload: payload}, 10_000)},
-		{"echo", "echo", b.closed(b.users())},
-		{"floor", "floor", b.closed(b.users())},
-	} {
+	for _, load := range b.usualLoads() {
 		if !slices.Contains(names, load.name) && (len(names) > 0 || load.rival != "") {
 			continue
 		}

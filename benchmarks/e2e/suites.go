@@ -132,13 +132,6 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 			slots = append(slots, Slot{"echo again", s, load})
 		}
 	}
-	if b.opts.Base != "" {
-		base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
-		if err != nil {
-			return nil, err
-		}
-		slots = append(slots, Slot{"base", base, load})
-	}
 	r, t, err := b.measure(ctx, "user", slots)
 	if err != nil {
 		return nil, err
@@ -152,7 +145,6 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	r.bar(Bar{What: "PushToUser: throughput / naive", Figure: Ratio(t["pm"], t["naive"], Rate), Limit: 5.5, Kind: AtLeast}, t["pm"], t["naive"])
 	r.bar(Bar{What: "PushToUser: CPU / naive", Figure: Ratio(t["pm"], t["naive"], CPUPerRequest), Limit: 0.22, Kind: AtMost}, t["pm"], t["naive"])
 	r.counts("PushToUser", t["pm"])
-	r.base(t)
 	return r, nil
 }
 
@@ -160,23 +152,6 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 func (r *Result) counts(what string, s Series) {
 	r.bar(Bar{What: what + ": pushes per frame, saturated", Figure: Median(s, PushesPerFrame), Limit: 5, Kind: AtLeast}, s)
 	r.bar(Bar{What: what + ": writes per push, saturated", Figure: Median(s, Writes), Limit: 0.3, Kind: AtMost}, s)
-}
-
-// base adds rows of what this program costs by the other one.
-func (r *Result) base(t Table) {
-	base := t["base"]
-	if base == nil {
-		return
-	}
-	var columns []Column
-	for _, m := range []struct {
-		name string
-		of   func(*Turn) float64
-	}{{"req/s", Rate}, {"CPU", CPUPerRequest}, {"allocs", Allocations}, {"writes", Writes}, {"pushes/frame", PushesPerFrame}} {
-		f := Ratio(t["pm"], base, m.of)
-		columns = append(columns, Column{m.name, f})
-	}
-	r.Ratios = append(r.Ratios, Row{"pm / base", columns})
 }
 
 // rivalEnv is the environment of a rival: the floor has Push-Manager's GOGC, the
@@ -205,13 +180,6 @@ func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	}
 	load := b.streaming(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}, {"echo", echo, b.closed(b.users())}}
-	if b.opts.Base != "" {
-		base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
-		if err != nil {
-			return nil, err
-		}
-		slots = append(slots, Slot{"base", base, load})
-	}
 	r, t, err := b.measure(ctx, "stream", slots)
 	if err != nil {
 		return nil, err
@@ -220,7 +188,6 @@ func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	r.bar(Bar{What: "PushStream: pushes/s / stock unary echo requests/s", Figure: Ratio(t["pm"], t["echo"], Rate), Limit: 10, Kind: AtLeast}, t["pm"], t["echo"])
 	r.bar(Bar{What: "PushStream: CPU us per push", Figure: Median(t["pm"], CPUPerRequest), Limit: 1.5, Kind: AtMost}, t["pm"])
 	r.counts("PushStream", t["pm"])
-	r.base(t)
 	return r, nil
 }
 
@@ -251,13 +218,6 @@ func roomSuite(ctx context.Context, b *Bench) (*Result, error) {
 	for _, n := range sizes[:3] {
 		slots = append(slots, Slot{"naive of " + strconv.Itoa(n), naive, b.closed(room(n))})
 	}
-	if b.opts.Base != "" {
-		base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
-		if err != nil {
-			return nil, err
-		}
-		slots = append(slots, Slot{"base", base, b.closed(room(100))})
-	}
 	r, t, err := b.measure(ctx, "room", slots)
 	if err != nil {
 		return nil, err
@@ -275,8 +235,6 @@ func roomSuite(ctx context.Context, b *Bench) (*Result, error) {
 		f := Ratio(a, ten, CPUPerRequest)
 		r.bar(Bar{What: "PushToRoom of " + n + ": CPU / of 10, at most", Figure: f, Limit: 1.1, Kind: AtMost}, a, ten)
 	}
-	t["pm"] = t["pm of 100"]
-	r.base(t)
 	return r, nil
 }
 
@@ -347,20 +305,12 @@ func openSuite(rate float64) func(ctx context.Context, b *Bench) (*Result, error
 		}
 		load := b.open(Work{Users: "u", UserN: b.userN(), Rooms: "mix", RoomN: 100, Mix: [3]int{80, 19, 1}, Payload: payload}, rate)
 		slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}, {"echo", echo, load}}
-		if b.opts.Base != "" {
-			base, err := w.pushManager(ctx, "base", b.opts.Base, nil)
-			if err != nil {
-				return nil, err
-			}
-			slots = append(slots, Slot{"base", base, load})
-		}
 		r, t, err := b.measure(ctx, fmt.Sprintf("open%.0fk", rate/1000), slots)
 		if err != nil {
 			return nil, err
 		}
 		r.control("pm", t)
 		r.openBars(rate, t)
-		r.base(t)
 		return r, nil
 	}
 }

@@ -3,6 +3,7 @@
 //
 //	pushbench bars [SUITE]      runs all suites that have bars; exits with 1 if one falls short
 //	pushbench suites [SUITE]    runs suites and prints their tables
+//	pushbench compare BASE [LOAD] holds Push-Manager against another build of it
 //	pushbench profile [LOAD]    CPU and allocation profiles of Push-Manager under load
 package main
 
@@ -31,7 +32,6 @@ type options struct {
 	StreamInFlight int           `default:"512"   help:"Unanswered pushes of each PushStream."`
 	Client         string        `help:"Client of the load generator: grpc for grpc-go's, else our own, which is cheaper."`
 	Binary         string        `help:"A push-manager to measure. Default: built from this module."  type:"existingfile"`
-	Base           string        `help:"Another push-manager to compare with, in the same rounds."    type:"existingfile"`
 	Env            []string      `help:"Environment of Push-Manager, as NAME=VALUE."                  short:"e"`
 	JSON           string        `help:"File that gets the results as JSON, one suite on a line."     type:"path"`
 }
@@ -42,6 +42,11 @@ type barsCommand struct {
 
 type suitesCommand struct {
 	Names []string `arg:"" help:"Only these suites." optional:""`
+}
+
+type compareCommand struct {
+	Base  string   `arg:"" help:"The other push-manager." type:"existingfile"`
+	Names []string `arg:"" help:"Only these loads."       optional:""`
 }
 
 type profileCommand struct {
@@ -59,6 +64,7 @@ func main() {
 
 		Bars    barsCommand    `cmd:"" help:"Run all suites that have bars; exit with 1 if one falls short."`
 		Suites  suitesCommand  `cmd:"" help:"Run suites and print their tables."`
+		Compare compareCommand `cmd:"" help:"Hold Push-Manager against another build of it, in the same rounds."`
 		Profile profileCommand `cmd:"" help:"Profile Push-Manager under load."`
 	}
 	command := kong.Parse(&c, kong.Name("pushbench"), kong.Description("Measures Push-Manager against rivals."), kong.UsageOnError())
@@ -81,7 +87,7 @@ func say(line string) {
 func (o *options) start(ctx context.Context) (*e2e.Bench, error) {
 	return e2e.Start(ctx, e2e.Options{
 		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight, Client: o.Client,
-		Binary: o.Binary, Base: o.Base, Env: o.Env, Progress: os.Stderr,
+		Binary: o.Binary, Env: o.Env, Progress: os.Stderr,
 	})
 }
 
@@ -151,6 +157,20 @@ func (o *options) suites(ctx context.Context, names []string, bars bool) (result
 		say("short  " + err.Error())
 	}
 	return results, errors.Join(failures...)
+}
+
+// Run implements a command of kong.
+func (c *compareCommand) Run(ctx context.Context, o *options) error {
+	b, err := o.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	results, err := b.Compare(ctx, c.Base, c.Names)
+	for _, r := range results {
+		err = errors.Join(err, r.Write(os.Stdout))
+	}
+	return err
 }
 
 // Run implements a command of kong.
