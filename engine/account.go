@@ -96,6 +96,10 @@ func (b *books) blame(o Outcome, node, reason string, n int) {
 
 // account closes the books of a push all of whose parts are settled.
 func (p *Push) account() (Result, error) {
+	if r, ok := p.simple(); ok {
+		p.plain = true
+		return r, nil
+	}
 	if err := p.unsent(); err != nil {
 		return Result{}, err
 	}
@@ -121,6 +125,29 @@ func (p *Push) account() (Result, error) {
 	return r, nil
 }
 
+// simple is the account of a push whose every delivery reached all whom it was for, in
+// one go: most pushes.
+func (p *Push) simple() (Result, bool) {
+	if p.expired != nil || p.lookup != nil || len(p.shared) > 0 || len(p.dropped) > 0 {
+		return Result{}, false
+	}
+	r := Result{Found: p.found, Offline: p.offline}
+	for _, d := range p.legs {
+		if d.outcome != Delivered || d.extra != nil {
+			return Result{}, false
+		}
+		r.Delivered += d.delivered
+	}
+	r.Targets = r.Delivered + r.Offline
+	if p.Kind == ToAll {
+		return r, true
+	}
+	if p.Kind != ToRoom {
+		r.Found = r.Delivered > 0
+	}
+	return r, r.Targets == p.targets
+}
+
 // bookAll books a node's part of a broadcast. A node that did not answer adds no
 // users, only its failure.
 func (d *Delivery) bookAll(b *books) {
@@ -129,15 +156,15 @@ func (d *Delivery) bookAll(b *books) {
 		return
 	}
 	b.add(Delivered, d.delivered)
-	b.fail(Failed, d.node, d.whyFailed(), d.failedUsers)
+	b.fail(Failed, d.node, d.whyFailed(), d.rest().failedUsers)
 }
 
 // bookUsers books all other pushes: delivery by delivery, except for the users
 // with more than one delivery, of whose outcomes the best counts.
 func (p *Push) bookUsers(b *books) {
 	b.add(Offline, p.offline)
-	for r, n := range p.dropped {
-		b.fail(Failed, "", Reason(r).String(), n)
+	for _, gone := range p.dropped {
+		b.fail(Failed, "", gone.why.String(), gone.users)
 	}
 	apart := p.apart()
 	for _, d := range p.legs {
@@ -167,7 +194,8 @@ type verdict struct {
 func (p *Push) apart() map[string]verdict {
 	n := len(p.shared)
 	for _, d := range p.legs {
-		n += len(d.resent) + len(d.gone)
+		r := d.rest()
+		n += len(r.resent) + len(r.gone)
 	}
 	if n == 0 {
 		return nil
@@ -177,10 +205,8 @@ func (p *Push) apart() map[string]verdict {
 		apart[user] = verdict{}
 	}
 	for _, d := range p.legs {
-		for _, user := range d.resent {
-			apart[user] = verdict{}
-		}
-		for _, user := range d.gone {
+		r := d.rest()
+		for _, user := range slices.Concat(r.resent, r.gone) {
 			apart[user] = verdict{}
 		}
 	}
@@ -192,23 +218,24 @@ func (p *Push) apart() map[string]verdict {
 func (d *Delivery) book(b *books, apart map[string]verdict) {
 	n := d.counts()
 	if len(apart) > 0 {
-		slices.Sort(d.resent)
-		slices.Sort(d.gone)
+		r := d.rest()
+		slices.Sort(r.resent)
+		slices.Sort(r.gone)
 		unnamed := 0
 		for user, best := range apart {
 			if !d.has(user) {
 				continue
 			}
 			o := d.outcomeOf(user)
-			if d.unexplained > 0 && o == Unknown {
+			if r.unexplained > 0 && o == Unknown {
 				unnamed++
 			} else {
 				n[o]--
 			}
-			if has(d.gone, user) {
+			if has(r.gone, user) {
 				o = Offline
 			}
-			if !has(d.resent, user) && o > best.outcome {
+			if !has(r.resent, user) && o > best.outcome {
 				apart[user] = verdict{o, d}
 			}
 		}
@@ -239,15 +266,16 @@ func (d *Delivery) counts() [Delivered + 1]int {
 		n[d.outcome] = d.Targets()
 		return n
 	}
-	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(d.failed), d.unexplained
-	n[d.missedAs()] += len(d.notHere)
+	r := d.rest()
+	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(r.failed), r.unexplained
+	n[d.missedAs()] += len(r.notHere)
 	return n
 }
 
 // missedAs is the outcome of users that the node does not have: offline once the
 // Controller has been asked again, else failed.
 func (d *Delivery) missedAs() Outcome {
-	if d.heal != Sent {
+	if d.rest().heal != Sent {
 		return Failed
 	}
 	return Offline
@@ -256,14 +284,15 @@ func (d *Delivery) missedAs() Outcome {
 // outcomeOf is how one user of the delivery ended, before heals. A user whom an
 // ack neither names nor accounts for is unknown.
 func (d *Delivery) outcomeOf(user string) Outcome {
+	r := d.rest()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome
-	case has(d.notHere, user):
+	case has(r.notHere, user):
 		return d.missedAs()
-	case has(d.failed, user):
+	case has(r.failed, user):
 		return Failed
-	case d.unexplained > 0:
+	case r.unexplained > 0:
 		return Unknown
 	default:
 		return Delivered
@@ -272,20 +301,21 @@ func (d *Delivery) outcomeOf(user string) Outcome {
 
 // why says in words why the delivery as a whole was not delivered.
 func (d *Delivery) why() string {
-	if d.text != "" {
-		return d.reason.String() + ": " + d.text
+	if text := d.rest().text; text != "" {
+		return d.reason.String() + ": " + text
 	}
 	return d.reason.String()
 }
 
 func (d *Delivery) whyFailed() string {
+	r := d.rest()
 	switch {
 	case d.outcome == Failed:
 		return d.why()
-	case d.heal != Sent && len(d.failed) == 0 && d.failedUsers == 0:
-		return d.heal.String()
-	case d.text != "":
-		return d.text
+	case r.heal != Sent && len(r.failed) == 0 && r.failedUsers == 0:
+		return r.heal.String()
+	case r.text != "":
+		return r.text
 	default:
 		return "not taken by the client's connection"
 	}

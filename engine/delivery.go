@@ -36,10 +36,16 @@ type Delivery struct {
 	state atomic.Uint32
 
 	// Written by whoever has claimed the delivery; read once the push is finished.
-	outcome     Outcome // of all users not named below
-	reason      Reason
-	text        string   // the node's own words beside reason
-	delivered   int      // users, when the outcome is Delivered
+	outcome   Outcome // of all users not named in rest
+	reason    Reason
+	delivered int // users, when the outcome is Delivered
+	extra     *rest
+}
+
+// rest is what there is to say of a delivery that did not simply reach everybody, or
+// not at all.
+type rest struct {
+	text        string   // the node's own words beside the reason
 	notHere     []string // sorted; offline, unless a heal says otherwise
 	failed      []string // sorted
 	failedUsers int      // of a broadcast
@@ -47,6 +53,22 @@ type Delivery struct {
 	resent      []string // users for whom another delivery answers
 	gone        []string // users that the Controller has nowhere any more
 	heal        Reason   // why notHere could not be looked up, Sent if it could
+}
+
+// rest reads what there is to say, mostly nothing.
+func (d *Delivery) rest() rest {
+	if d.extra == nil {
+		return rest{}
+	}
+	return *d.extra
+}
+
+// note is where there is something to say.
+func (d *Delivery) note() *rest {
+	if d.extra == nil {
+		d.extra = new(rest)
+	}
+	return d.extra
 }
 
 // Node is the id of the node it is for.
@@ -129,19 +151,32 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 	if !d.state.CompareAndSwap(written, claimed) {
 		return false, nil
 	}
+	d.outcome, d.delivered = Delivered, a.Delivered
+	if !a.plain() || !d.Everybody() && a.Delivered != d.Targets() {
+		d.take(a)
+	}
+	d.settle(a.NotHere)
+	return true, nil
+}
+
+// plain tells whether an ack is a number of users reached and nothing else.
+func (a *Ack) plain() bool {
+	return len(a.NotHere) == 0 && len(a.Failed) == 0 && a.FailedUsers == 0 && !a.Refused && a.Text == ""
+}
+
+// take notes an ack that does not say that everybody was reached.
+func (d *Delivery) take(a Ack) {
 	slices.Sort(a.NotHere)
 	slices.Sort(a.Failed)
-	d.outcome, d.text = Delivered, a.Text
-	d.delivered, d.notHere, d.failed, d.failedUsers = a.Delivered, a.NotHere, a.Failed, a.FailedUsers
+	r := d.note()
+	r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
 	switch {
 	case a.Refused:
 		d.outcome, d.reason = Failed, DropRefused
 	case d.Everybody():
 	default:
-		d.unexplained = d.Targets() - a.Delivered - len(a.NotHere) - len(a.Failed)
+		r.unexplained = d.Targets() - a.Delivered - len(a.NotHere) - len(a.Failed)
 	}
-	d.settle(d.notHere)
-	return true, nil
 }
 
 // Drop settles as failed a delivery that was certainly not written.
@@ -209,7 +244,7 @@ func (d *Delivery) expire(drop, lose Reason) {
 func (d *Delivery) endHeal(why Reason) {
 	if d.state.CompareAndSwap(healing, claimed) {
 		if why != Sent {
-			d.heal = why
+			d.note().heal = why
 		}
 		d.state.Store(settled)
 		d.push.finished(1)
@@ -284,12 +319,13 @@ func (d *Delivery) checkNamed(a *Ack) error {
 
 // describe is the outcome in a word or two, for traces.
 func (d *Delivery) describe() string {
+	r := d.rest()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome.String() + ": " + d.reason.String()
-	case len(d.failed) > 0 || d.failedUsers > 0 || d.unexplained > 0:
+	case len(r.failed) > 0 || r.failedUsers > 0 || r.unexplained > 0:
 		return "partial"
-	case len(d.notHere) > 0:
+	case len(r.notHere) > 0:
 		return "not here"
 	default:
 		return "delivered"

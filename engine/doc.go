@@ -22,8 +22,10 @@
 //     deadline, so a push whose route is known needs no timer. One that has to wait
 //     in line has its own.
 //
-// Who holds what: the payload and the ids of a push are shared by all its
-// deliveries and never written to; they are garbage when the last reference goes.
+// Who holds what: the payload and the ids of a push belong to its caller, are shared by
+// all its deliveries and never written to. A push that has gone the usual way leaves
+// nothing behind: its caller may use it and its bytes again (Push.Reset). Any other is
+// garbage when the last reference goes.
 //
 // Locks: Push.mu guards the list of deliveries of one push. It is a leaf.
 package engine

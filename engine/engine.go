@@ -101,8 +101,11 @@ func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {
 	if err := ctx.Err(); err != nil {
 		return Result{}, causeOf(err)
 	}
+	if p.Arrived.IsZero() {
+		p.Arrived = time.Now()
+	}
 	if deadline, ok := ctx.Deadline(); ok {
-		p.Timeout = max(time.Until(deadline), 1)
+		p.Timeout = max(deadline.Sub(p.Arrived), 1)
 	}
 	w, _ := e.waiters.Get().(*waiter)
 	if w == nil {
@@ -143,7 +146,10 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	if err := e.admit(); err != nil {
 		return err
 	}
-	p.engine, p.done, p.began = e, c, time.Now()
+	p.engine, p.done, p.began = e, c, p.Arrived
+	if p.began.IsZero() {
+		p.began = time.Now()
+	}
 	timeout := e.timeout
 	if p.Timeout > 0 {
 		timeout = min(timeout, p.Timeout)

@@ -27,7 +27,7 @@ func (h *healer) start() {
 		d.endHeal(DropExpired)
 		return
 	}
-	home := p.home(d)
+	home := p.homeOf(d)
 	since := time.Now() // what was said before the node's answer is what it contradicts
 	if p.Kind == ToRoom {
 		h.waiting = 1
@@ -78,10 +78,12 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 	switch {
 	case p.expired != nil: // expire settles the delivery
 	case err != nil:
-		d.heal = DropNoRoute
+		d.note().heal = DropNoRoute
 	default:
 		legs = h.stageLocked(keys, snaps)
-		p.addLocked(legs)
+		for _, leg := range legs {
+			p.add(leg)
+		}
 	}
 	return legs, h.waiting == 0
 }
@@ -89,7 +91,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,
 // those who are gone, and those of whom the answer says nothing new.
 func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
-	p, d := h.d.push, h.d
+	p, r := h.d.push, h.d.note()
 	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
 	if p.Kind != ToRoom {
 		users, snap = keys, func(i int) *route.Snapshot { return snaps[i] }
@@ -117,9 +119,9 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 		}
 		switch {
 		case sent:
-			d.resent = append(d.resent, user)
+			r.resent = append(r.resent, user)
 		case !placed:
-			d.gone = append(d.gone, user)
+			r.gone = append(r.gone, user)
 		}
 	}
 	slices.SortFunc(legs, func(a, b *Delivery) int { return strings.Compare(a.node, b.node) })

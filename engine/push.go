@@ -77,6 +77,8 @@ type Push struct {
 	Ordered bool
 	// Timeout bounds the push. 0, or more than the default, means the default.
 	Timeout time.Duration
+	// Arrived is when the push came in; the zero time means when it is started.
+	Arrived time.Time
 
 	// Static after start.
 	engine   *Engine
@@ -85,34 +87,62 @@ type Push struct {
 	deadline time.Time
 	except   []string    // Exclude, sorted, each once
 	timer    *time.Timer // ends the push if it has to wait in line, else nil
+	home     int         // the shard of Room or User
 	targets  int         // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
 	pending atomic.Int32
 
-	mu      sync.Mutex
-	legs    []*Delivery       // guarded by mu until finished, as is all below
+	mu sync.Mutex
+	// Guarded by mu once the push has waited for a look-up or a link has a delivery
+	// of it, until it is finished.
+	legs    []*Delivery
 	waiting int               // keys in line
+	lined   bool              // keys have been in line
 	expired error             // why the push was ended before its time
 	over    bool              // it is finished: nothing here changes any more
 	lookup  error             // of the keys that were not found out
 	held    []*route.Snapshot // to be released at the end
 	shared  []string          // users with more than one delivery
 	offline int               // users without a node
-	dropped [reasons]int      // users that no delivery was made for, by reason
+	dropped []dropped         // users that no delivery was made for
 	found   bool              // the room exists; there are nodes
 
-	one    Delivery // for a push with one delivery
-	oneLeg [1]*Delivery
+	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
+	// and block.
+	one   Delivery
+	hold  [1]*route.Snapshot
+	block []Delivery
 
 	result Result
 	err    error
+	plain  bool // everybody was reached, or known to be offline, at the first try
+}
+
+// dropped is a number of users that no delivery was made for.
+type dropped struct {
+	why   Reason
+	users int
 }
 
 // Result is the account of a push once it is finished. An error means that nothing
 // was written; the result is then zero.
 func (p *Push) Result() (Result, error) { return p.result, p.err }
+
+// Reset prepares a finished push for another use, whose fields the caller then sets.
+// False means that it must not be used again: something that went on beside the usual
+// way may still refer to it.
+func (p *Push) Reset() bool {
+	if !p.plain || p.lined || p.expired != nil || p.Trace != nil {
+		return false
+	}
+	legs, block := p.legs[:0], p.block
+	clear(p.legs)
+	clear(block)
+	*p = Push{legs: legs, block: block}
+	return true
+}
 
 // Lookup opens a span for a look-up on behalf of the push.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
@@ -126,15 +156,26 @@ func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(e
 // are not known come back through Routed.
 func (p *Push) route() {
 	q := route.Query{Now: p.began, Ordered: p.Ordered}
+	dir := p.engine.directory
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
 			p.except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
-		p.routeOne(p.Room, q, p.engine.directory.Room)
+		p.home = p.engine.shards.For(p.Room).Index()
+		if s := dir.CachedRoom(p.home, p.Room, q); s != nil {
+			p.sendNow(s)
+		} else if p.await(1) {
+			p.routed(p.Room, dir.Room(p.home, p.Room, q, p))
+		}
 	case ToUser:
 		p.targets = 1
-		p.routeOne(p.User, q, p.user)
+		p.home = p.engine.shards.For(p.User).Index()
+		if s := dir.CachedUser(p.home, p.User, q); s != nil {
+			p.sendNow(s)
+		} else if p.await(1) {
+			p.routed(p.User, dir.User(p.home, p.User, q, p))
+		}
 	case ToUsers:
 		p.routeUsers(q)
 	case ToAll:
@@ -142,18 +183,24 @@ func (p *Push) route() {
 	}
 }
 
-func (p *Push) user(home int, user string, q route.Query, w route.Waiter) *route.Snapshot {
-	var snaps [1]*route.Snapshot
-	p.engine.directory.Users(home, []string{user}, snaps[:], q, w)
-	return snaps[0]
+// sendNow stages and sends the one key of a push whose route is known. Nobody else has
+// the push yet, so there is nothing to lock.
+func (p *Push) sendNow(s *route.Snapshot) {
+	if p.Ordered {
+		p.hold[0] = s
+		p.held = p.hold[:]
+	}
+	if p.Kind == ToRoom {
+		p.stageRoom(s)
+	} else {
+		p.stageUser(s)
+	}
+	p.send(p.legs)
 }
 
-func (p *Push) routeOne(key string, q route.Query, ask func(int, string, route.Query, route.Waiter) *route.Snapshot) {
-	home := p.engine.shards.For(key).Index()
-	if !p.await(1) {
-		return
-	}
-	if s := ask(home, key, q, p); s != nil {
+// routed is Routed for one key that needed no look-up after all.
+func (p *Push) routed(key string, s *route.Snapshot) {
+	if s != nil {
 		p.Routed([]string{key}, []*route.Snapshot{s}, nil)
 	}
 }
@@ -198,12 +245,16 @@ func (p *Push) await(n int) bool {
 	}
 	p.pending.Add(int32(n))
 	p.waiting += n
+	p.lined = true
 	return true
 }
 
 // guard bounds what may wait in line, behind a fence above all: two pushes to several
 // users may each wait for the other to finish.
 func (p *Push) guard() {
+	if !p.lined {
+		return // set by this very goroutine
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.waiting > 0 {
@@ -244,22 +295,24 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	if p.Ordered {
 		p.held = append(p.held, snaps...)
 	}
+	had := len(p.legs)
 	switch {
 	case err != nil:
 		p.lookup = err
-		p.dropped[DropNoRoute] += len(keys)
+		p.dropped = append(p.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
-		legs = p.stageRoom(snaps[0])
+		p.stageRoom(snaps[0])
+	case p.Kind == ToUser:
+		p.stageUser(snaps[0])
 	default:
-		legs = p.stageUsers(keys, snaps)
+		p.stageUsers(keys, snaps)
 	}
 	p.waiting -= len(keys)
-	p.addLocked(legs)
-	return legs, true
+	return p.legs[had:], true
 }
 
 // stageRoom makes one delivery for each node with members of the room.
-func (p *Push) stageRoom(s *route.Snapshot) []*Delivery {
+func (p *Push) stageRoom(s *route.Snapshot) {
 	p.found = s.Found
 	p.targets = s.Users
 	for _, user := range p.except {
@@ -269,23 +322,41 @@ func (p *Push) stageRoom(s *route.Snapshot) []*Delivery {
 	}
 	p.offline = len(s.Unplaced) - len(intersect(p.except, s.Unplaced))
 	p.shared = s.Shared
-	block := make([]Delivery, len(s.Groups))
-	legs := make([]*Delivery, 0, len(s.Groups))
+	block := p.blank(len(s.Groups))
 	for i, g := range s.Groups {
 		d := &block[i]
 		d.node, d.group, d.except = g.Node, g, intersect(p.except, g.Users)
 		if d.Targets() > 0 {
-			legs = append(legs, d)
+			p.add(d)
 		}
 	}
-	return legs
+}
+
+// blank makes n deliveries that are to be addressed and added.
+func (p *Push) blank(n int) []Delivery {
+	if n > cap(p.block) {
+		p.block = make([]Delivery, n)
+	}
+	p.block = p.block[:n]
+	p.legs = slices.Grow(p.legs, n)
+	return p.block
+}
+
+// stageUser makes one delivery for each node that holds the user.
+func (p *Push) stageUser(s *route.Snapshot) {
+	p.countUser(s)
+	for i, g := range s.Groups {
+		d := &p.one // most users are on one node
+		if i > 0 {
+			d = new(Delivery)
+		}
+		d.node, d.users = g.Node, g.Users
+		p.add(d)
+	}
 }
 
 // stageUsers makes one delivery for each node that holds any of users.
-func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) []*Delivery {
-	if len(users) == 1 {
-		return p.stageUser(snaps[0])
-	}
+func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) {
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
@@ -300,21 +371,9 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) []*Delivery {
 			d.users = append(d.users, users[i])
 		}
 	}
-	return legs
-}
-
-func (p *Push) stageUser(s *route.Snapshot) []*Delivery {
-	p.countUser(s)
-	if len(s.Groups) == 1 && len(p.legs) == 0 { // most pushes: the push itself has room for it
-		p.one.node, p.one.users = s.Groups[0].Node, s.Groups[0].Users
-		p.oneLeg[0] = &p.one
-		return p.oneLeg[:]
+	for _, d := range legs {
+		p.add(d)
 	}
-	legs := make([]*Delivery, len(s.Groups))
-	for i, g := range s.Groups {
-		legs[i] = &Delivery{node: g.Node, users: g.Users}
-	}
-	return legs
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
@@ -328,31 +387,24 @@ func (p *Push) countUser(s *route.Snapshot) {
 // they keep their order.
 func (p *Push) stageAll() {
 	links := p.engine.network.Links(0)
-	legs := make([]*Delivery, len(links))
-	for i, l := range links {
-		legs[i] = &Delivery{node: l.Node()}
-	}
-	p.mu.Lock()
 	p.found = len(links) > 0
-	p.addLocked(legs)
-	p.mu.Unlock()
-	p.send(legs)
+	block := p.blank(len(links))
+	for i, l := range links {
+		block[i].node = l.Node()
+		p.add(&block[i])
+	}
+	p.send(p.legs)
 }
 
-// addLocked books legs as parts of the push.
-func (p *Push) addLocked(legs []*Delivery) {
-	p.pending.Add(int32(len(legs)))
-	for _, d := range legs {
-		d.push = p
-		if p.Trace != nil {
-			d.leg = p.Trace.Leg(d.node, d.Targets())
-		}
+// add books a delivery that is addressed as a part of the push. The lock is held where
+// there is one to hold.
+func (p *Push) add(d *Delivery) {
+	d.push = p
+	if p.Trace != nil {
+		d.leg = p.Trace.Leg(d.node, d.Targets())
 	}
-	if len(p.legs) == 0 {
-		p.legs = legs
-		return
-	}
-	p.legs = append(p.legs, legs...)
+	p.pending.Add(1)
+	p.legs = append(p.legs, d)
 }
 
 // send hands deliveries of one home to their links. What a link declines is dropped
@@ -361,7 +413,7 @@ func (p *Push) send(legs []*Delivery) {
 	if len(legs) == 0 {
 		return
 	}
-	home := p.home(legs[0])
+	home := p.homeOf(legs[0])
 	for _, d := range legs {
 		reason := DropUnknownNode
 		if l := p.engine.network.Link(home, d.node); l != nil {
@@ -373,16 +425,12 @@ func (p *Push) send(legs []*Delivery) {
 	}
 }
 
-// home is the shard on which a delivery keeps its order.
-func (p *Push) home(d *Delivery) int {
-	switch p.Kind {
-	case ToRoom:
-		return p.engine.shards.For(p.Room).Index()
-	case ToAll:
-		return 0
-	default:
+// homeOf is the shard on which a delivery keeps its order.
+func (p *Push) homeOf(d *Delivery) int {
+	if p.Kind == ToUsers {
 		return p.engine.shards.For(d.users[0]).Index() // all of one home, see routeUsers
 	}
+	return p.home
 }
 
 // finished takes n off what the push waits for.
@@ -428,7 +476,9 @@ func (p *Push) expire(cause error) {
 	p.expired = cause
 	waiting := p.waiting
 	p.waiting = 0
-	p.dropped[drop] += waiting
+	if waiting > 0 {
+		p.dropped = append(p.dropped, dropped{drop, waiting})
+	}
 	legs := p.legs
 	p.mu.Unlock()
 	for _, d := range legs {

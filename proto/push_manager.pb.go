@@ -507,7 +507,7 @@ func (x *PushToUsersResponse) GetSummary() *DeliverySummary {
 	return nil
 }
 
-// PushStreamRequest is one push of a stream.
+// PushStreamRequest is one push of a stream, or a batch of them.
 type PushStreamRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Chosen by the caller and echoed in the reply; need not be unique.
@@ -518,7 +518,13 @@ type PushStreamRequest struct {
 	//	*PushStreamRequest_ToUser
 	//	*PushStreamRequest_Broadcast
 	//	*PushStreamRequest_ToUsers
-	Push          isPushStreamRequest_Push `protobuf_oneof:"push"`
+	Push isPushStreamRequest_Push `protobuf_oneof:"push"`
+	// Several pushes in one message, at most 1,024, which costs several times less
+	// than a message for each. They are taken in order, as if each had come alone.
+	// A message with a batch has no id and no push of its own; one that has, or a
+	// larger batch, ends the stream with INVALID_ARGUMENT. A batch within a batch
+	// is answered with that.
+	Batch         []*PushStreamRequest `protobuf:"bytes,10,rep,name=batch,proto3" json:"batch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -603,6 +609,13 @@ func (x *PushStreamRequest) GetToUsers() *PushToUsersRequest {
 	return nil
 }
 
+func (x *PushStreamRequest) GetBatch() []*PushStreamRequest {
+	if x != nil {
+		return x.Batch
+	}
+	return nil
+}
+
 type isPushStreamRequest_Push interface {
 	isPushStreamRequest_Push()
 }
@@ -645,7 +658,11 @@ type PushStreamResponse struct {
 	//	*PushStreamResponse_ToUser
 	//	*PushStreamResponse_Broadcast
 	//	*PushStreamResponse_ToUsers
-	Result        isPushStreamResponse_Result `protobuf_oneof:"result"`
+	Result isPushStreamResponse_Result `protobuf_oneof:"result"`
+	// Several replies in one message, only on a stream on which the caller has sent
+	// a batch, and then for every push of the stream. They need not be those of one
+	// batch.
+	Batch         []*PushStreamResponse `protobuf:"bytes,10,rep,name=batch,proto3" json:"batch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -737,6 +754,13 @@ func (x *PushStreamResponse) GetToUsers() *PushToUsersResponse {
 	return nil
 }
 
+func (x *PushStreamResponse) GetBatch() []*PushStreamResponse {
+	if x != nil {
+		return x.Batch
+	}
+	return nil
+}
+
 type isPushStreamResponse_Result interface {
 	isPushStreamResponse_Result()
 }
@@ -804,21 +828,25 @@ const file_push_manager_proto_rawDesc = "" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x121\n" +
 	"\asummary\x18\n" +
-	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\x91\x02\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\xc2\x02\n" +
 	"\x11PushStreamRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x124\n" +
 	"\ato_room\x18\x02 \x01(\v2\x19.pubsub.PushToRoomRequestH\x00R\x06toRoom\x124\n" +
 	"\ato_user\x18\x03 \x01(\v2\x19.pubsub.PushToUserRequestH\x00R\x06toUser\x12?\n" +
 	"\tbroadcast\x18\x04 \x01(\v2\x1f.pubsub.BroadcastMessageRequestH\x00R\tbroadcast\x127\n" +
-	"\bto_users\x18\x05 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsersB\x06\n" +
-	"\x04push\"\xc2\x02\n" +
+	"\bto_users\x18\x05 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x12/\n" +
+	"\x05batch\x18\n" +
+	" \x03(\v2\x19.pubsub.PushStreamRequestR\x05batchB\x06\n" +
+	"\x04push\"\xf4\x02\n" +
 	"\x12PushStreamResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12(\n" +
 	"\x05error\x18\x02 \x01(\v2\x12.google.rpc.StatusR\x05error\x125\n" +
 	"\ato_room\x18\x03 \x01(\v2\x1a.pubsub.PushToRoomResponseH\x00R\x06toRoom\x125\n" +
 	"\ato_user\x18\x04 \x01(\v2\x1a.pubsub.PushToUserResponseH\x00R\x06toUser\x12@\n" +
 	"\tbroadcast\x18\x05 \x01(\v2 .pubsub.BroadcastMessageResponseH\x00R\tbroadcast\x128\n" +
-	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsersB\b\n" +
+	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsers\x120\n" +
+	"\x05batch\x18\n" +
+	" \x03(\v2\x1a.pubsub.PushStreamResponseR\x05batchB\b\n" +
 	"\x06result2\x86\x03\n" +
 	"\x12PushManagerService\x12C\n" +
 	"\n" +
@@ -871,26 +899,28 @@ var file_push_manager_proto_depIdxs = []int32{
 	2,  // 9: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
 	4,  // 10: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
 	6,  // 11: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
-	12, // 12: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
-	1,  // 13: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
-	3,  // 14: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
-	5,  // 15: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
-	7,  // 16: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
-	0,  // 17: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
-	2,  // 18: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
-	4,  // 19: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
-	6,  // 20: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
-	8,  // 21: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
-	1,  // 22: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
-	3,  // 23: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
-	5,  // 24: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
-	7,  // 25: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
-	9,  // 26: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	8,  // 12: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
+	12, // 13: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
+	1,  // 14: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
+	3,  // 15: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
+	5,  // 16: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
+	7,  // 17: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
+	9,  // 18: pubsub.PushStreamResponse.batch:type_name -> pubsub.PushStreamResponse
+	0,  // 19: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
+	2,  // 20: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
+	4,  // 21: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
+	6,  // 22: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
+	8,  // 23: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
+	1,  // 24: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
+	3,  // 25: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
+	5,  // 26: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
+	7,  // 27: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
+	9,  // 28: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
+	24, // [24:29] is the sub-list for method output_type
+	19, // [19:24] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_push_manager_proto_init() }

@@ -24,6 +24,7 @@ func (b *Bench) usualLoads() []named {
 	return []named{
 		{"user", "", b.closed(b.users())},
 		{"stream", "", b.streaming(b.users())},
+		{"batch", "", b.batching(b.users())},
 		{"room", "", b.closed(room(1000))},
 		{"open", "", b.open(mixed, 10_000)},
 		{"echo", "echo", b.closed(b.users())},

@@ -352,6 +352,7 @@ func (t *headerTable) field(b []byte, place byte, name, value string) []byte {
 // rawStream is a PushStream call under way.
 type rawStream struct {
 	all   []raw
+	batch int // pushes in a message, which all are parts of a batch then
 	limit int
 	tally *tally
 	class class
@@ -373,7 +374,7 @@ func (s *rawStream) replies(call *inflight, body []byte) error {
 		if len(body) < prefix+length {
 			break
 		}
-		if err := s.reply(body[prefix : prefix+length]); err != nil {
+		if err := eachReply(body[prefix:prefix+length], s.reply); err != nil {
 			return err
 		}
 		body = body[prefix+length:]
@@ -415,18 +416,12 @@ func (s *rawStream) fill(w *wire, id uint32, until time.Time) {
 		at := len(w.out)
 		w.frame(frameData, 0, id, 0)
 		length := 0
-		for s.sent-s.answered < s.limit {
-			i := s.sent % len(s.all)
-			n := len(s.all[i].b) + prefix
-			if length+n > maxFrame || int64(length+n) > min(w.window, call.window) {
+		for room := int(min(maxFrame, w.window, call.window)); s.sent-s.answered < s.limit; {
+			n := s.pack(w, room-length, now)
+			if n == 0 {
 				break
 			}
-			if s.sent%sampled == 0 {
-				s.at[i] = now
-			}
-			w.message(&s.all[i])
 			length += n
-			s.sent++
 		}
 		if length == 0 { // no window: it comes
 			w.out = w.out[:at]
@@ -436,4 +431,29 @@ func (s *rawStream) fill(w *wire, id uint32, until time.Time) {
 		w.window -= int64(length)
 		call.window -= int64(length)
 	}
+}
+
+// pack appends a message with as many pushes as it takes, as the room of so many bytes
+// allows. It returns its length, 0 when there is no room.
+func (s *rawStream) pack(w *wire, room int, now time.Time) int {
+	at := len(w.out)
+	w.out = append(w.out, make([]byte, prefix)...)
+	pushes := 0
+	for ; pushes < max(s.batch, 1) && s.sent-s.answered < s.limit; pushes++ {
+		i := s.sent % len(s.all)
+		if len(w.out)-at+len(s.all[i].b) > room {
+			break
+		}
+		if s.sent%sampled == 0 {
+			s.at[i] = now
+		}
+		w.out = append(w.out, s.all[i].b...)
+		s.sent++
+	}
+	if pushes == 0 {
+		w.out = w.out[:at]
+		return 0
+	}
+	binary.BigEndian.PutUint32(w.out[at+1:], uint32(len(w.out)-at-prefix))
+	return len(w.out) - at
 }

@@ -39,6 +39,7 @@ type Load struct {
 	Work     Work          `json:"work"`
 	InFlight int           `json:"in_flight"` // callers, or pushes on each stream
 	Streams  int           `json:"streams"`   // of Stream; each has a connection
+	Batch    int           `json:"batch"`     // of Stream: pushes in one message at most; 0 for a message each
 	Rate     float64       `json:"rate"`      // of Open, per second
 	Duration time.Duration `json:"duration"`  // of Closed, Stream and Open
 	Count    int           `json:"count"`     // of Count
@@ -116,6 +117,9 @@ func (g *generator) run(ctx context.Context, l Load) (*Loaded, error) {
 	t := g.targets[l.Target]
 	if t == nil {
 		return nil, fmt.Errorf("no target %q", l.Target)
+	}
+	if l.Client == GRPC && l.Batch > 0 {
+		return nil, errors.New("only our own client sends batches")
 	}
 	if l.Duration > maxRun || l.InFlight > maxInFlight || l.InFlight <= 0 {
 		return nil, errors.New("out of bounds")

@@ -139,9 +139,12 @@ func (r *run) request(rng *rand.Rand, now time.Time) (class, *raw, bool) {
 // rawStreams keeps a PushStream call on each connection.
 func (r *run) rawStreams(ctx context.Context, t *target) error {
 	all := r.messages.forStream(2 * r.load.InFlight)
+	if r.load.Batch > 0 {
+		all = r.messages.batch
+	}
 	return r.each(ctx, t, func(_ int, w *wire, tally *tally) error {
 		s := &rawStream{
-			all: all, limit: r.load.InFlight, tally: tally, class: r.messages.streamClass(), at: make([]time.Time, len(all)),
+			all: all, batch: r.load.Batch, limit: r.load.InFlight, tally: tally, class: r.messages.streamClass(), at: make([]time.Time, len(all)),
 		}
 		id, call := w.open("/pubsub.PushManagerService/PushStream")
 		call.push, call.window = s, w.streamWindow

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 
@@ -44,6 +45,7 @@ func RoomID(prefix string, i int) string { return "room-" + prefix + "-" + strco
 type messages struct {
 	unary  [classes][]raw
 	stream []raw // pushes of the one class that has a share, each with its place as id
+	batch  []raw // the same as parts of a batch
 	mix    [3]int
 	sum    int
 }
@@ -92,13 +94,36 @@ func (m *messages) forStream(least int) []raw {
 	}
 	from := m.unary[m.streamClass()]
 	m.stream = make([]raw, max(least, min(len(from), 1<<14)))
+	m.batch = make([]raw, len(m.stream))
 	for i := range m.stream {
 		b := protowire.AppendTag(nil, 1, protowire.VarintType)
 		b = protowire.AppendVarint(b, uint64(i))
 		b = protowire.AppendTag(b, field, protowire.BytesType)
 		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b)
+		m.batch[i].b = protowire.AppendBytes([]byte{batchTag}, m.stream[i].b)
 	}
 	return m.stream
+}
+
+// batchTag starts a part of a batch, in PushStreamRequest and PushStreamResponse alike.
+const batchTag = 10<<3 | byte(protowire.BytesType)
+
+// eachReply yields the replies in a message of a PushStream.
+func eachReply(b []byte, yield func(reply []byte) error) error {
+	if len(b) == 0 || b[0] != batchTag {
+		return yield(b)
+	}
+	for len(b) > 0 {
+		reply, n := protowire.ConsumeBytes(b[1:])
+		if n < 0 || b[0] != batchTag {
+			return errors.New("a broken batch")
+		}
+		if err := yield(reply); err != nil {
+			return err
+		}
+		b = b[1+n:]
+	}
+	return nil
 }
 
 // streamClass is the one class of a PushStream.

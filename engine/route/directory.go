@@ -117,6 +117,16 @@ type Query struct {
 	Ordered bool
 }
 
+// CachedRoom returns the snapshot of a room from memory, or nil.
+func (d *Directory) CachedRoom(home int, room string, q Query) *Snapshot {
+	return d.rooms.hit(home, room, q)
+}
+
+// CachedUser does the same for a user.
+func (d *Directory) CachedUser(home int, user string, q Query) *Snapshot {
+	return d.users.hit(home, user, q)
+}
+
 // Room returns the snapshot of a room, or nil: then w is told, possibly before
 // Room returns.
 func (d *Directory) Room(home int, room string, q Query, w Waiter) *Snapshot {
@@ -124,6 +134,14 @@ func (d *Directory) Room(home int, room string, q Query, w Waiter) *Snapshot {
 		return s
 	}
 	return d.rooms.join(home, room, q, w)
+}
+
+// User does the same for a user.
+func (d *Directory) User(home int, user string, q Query, w Waiter) *Snapshot {
+	if s := d.users.hit(home, user, q); s != nil {
+		return s
+	}
+	return d.users.join(home, user, q, w)
 }
 
 // Users sets snaps[i] to the snapshot of users[i], all of one home and none twice.
@@ -136,9 +154,7 @@ func (d *Directory) Users(home int, users []string, snaps []*Snapshot, q Query, 
 			missing = append(missing, user)
 		}
 	}
-	if len(missing) == 1 && len(users) == 1 {
-		snaps[0] = d.users.join(home, users[0], q, w)
-	} else if len(missing) > 0 {
+	if len(missing) > 0 {
 		d.users.joinMany(home, missing, q, w)
 	}
 }

@@ -42,9 +42,10 @@ func BenchmarkDecode(b *testing.B) {
 func BenchmarkReply(b *testing.B) {
 	p := &engine.Push{User: "user-000001"}
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	s := &Server{usual: newReply(toUser, nil, &res)}
 	b.ReportAllocs()
 	for b.Loop() {
-		newStreamReply(1<<30, toUser, p, &res)
+		s.newStreamReply(1<<30, toUser, p, &res)
 	}
 }
 
@@ -81,23 +82,35 @@ func BenchmarkPushToUser(b *testing.B) {
 			}
 		})
 	})
-	b.Run("way=stream", func(b *testing.B) {
-		b.ReportAllocs()
-		st := w.stream(b.Context())
-		go func() {
-			m := &pubsub.PushStreamRequest{Push: &pubsub.PushStreamRequest_ToUser{ToUser: req}}
-			for range b.N {
-				if st.Send(m) != nil {
-					return
-				}
-			}
-			_ = st.CloseSend()
-		}()
-		b.ResetTimer()
-		for range b.N {
-			if _, err := st.Recv(); err != nil {
-				b.Fatal(err)
+	push := &pubsub.PushStreamRequest{Push: &pubsub.PushStreamRequest_ToUser{ToUser: req}}
+	b.Run("way=stream", func(b *testing.B) { benchmarkStream(b, w, push, 1) })
+	batch := &pubsub.PushStreamRequest{}
+	for range 100 {
+		batch.Batch = append(batch.Batch, push)
+	}
+	b.Run("way=batch", func(b *testing.B) { benchmarkStream(b, w, batch, 100) })
+}
+
+// benchmarkStream sends messages of so many pushes.
+func benchmarkStream(b *testing.B, w *world, m *pubsub.PushStreamRequest, pushes int) {
+	b.Helper()
+	b.ReportAllocs()
+	st := w.stream(b.Context())
+	messages := (b.N + pushes - 1) / pushes
+	go func() {
+		for range messages {
+			if st.Send(m) != nil {
+				return
 			}
 		}
-	})
+		_ = st.CloseSend()
+	}()
+	b.ResetTimer()
+	for answered := 0; answered < messages*pushes; {
+		r, err := st.Recv()
+		if err != nil {
+			b.Fatal(err)
+		}
+		answered += max(len(r.Batch), 1)
+	}
 }

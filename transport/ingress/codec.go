@@ -21,23 +21,40 @@ func newCodec() codec { return codec{proto: encoding.GetCodecV2(proto.Name)} }
 // Name is that of protobuf, which is what is spoken.
 func (codec) Name() string { return proto.Name }
 
+// inbound is the bytes of one request, followed by nobody else's.
+type inbound struct{ wire []byte }
+
+// inboundKeep is the largest buffer that is kept for another request. Most requests are
+// small, and a rare large one must not pin its memory.
+const inboundKeep = 64 << 10
+
+// reuse tells whether the buffer is worth keeping.
+func (in *inbound) reuse() bool { return cap(in.wire) <= inboundKeep }
+
 // Marshal encodes v, or takes the bytes of a reply.
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if r, ok := v.(*reply); ok {
-		return r.slice[:], nil
+	switch v := v.(type) {
+	case *reply:
+		return v.slice[:], nil
+	case *replies:
+		return mem.BufferSlice{v.handOver()}, nil
+	default:
+		return c.proto.Marshal(v)
 	}
-	return c.proto.Marshal(v)
 }
 
-// Unmarshal decodes data into v, or copies it into a call: gRPC uses its buffers
+// Unmarshal decodes data into v, or copies it into an inbound: gRPC uses its buffers
 // again as soon as this returns.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	cl, ok := v.(*call)
+	in, ok := v.(*inbound)
 	if !ok {
 		return c.proto.Unmarshal(data, v)
 	}
 	n := data.Len()
-	cl.wire = make([]byte, n, n+stampRoom)
-	data.CopyTo(cl.wire)
+	if cap(in.wire) < n+stampRoom {
+		in.wire = make([]byte, n, n+stampRoom)
+	}
+	in.wire = in.wire[:n]
+	data.CopyTo(in.wire)
 	return nil
 }

@@ -286,7 +286,7 @@ func (w *walk) payload(wire []byte) []byte {
 	return slices.Clip(c)
 }
 
-// streamRequest is one message of a PushStream.
+// streamRequest is one push of a PushStream, or a batch of them.
 type streamRequest struct {
 	id    uint64
 	hasID bool // the id stood on the wire
@@ -294,6 +294,7 @@ type streamRequest struct {
 	asked bool
 	api   api
 	body  []byte // the request of api
+	batch int    // pushes in it, when it is one
 
 	merged bool // body came in several fields and has a buffer of its own
 }
@@ -315,6 +316,10 @@ func (d *decoder) stream(wire []byte) (streamRequest, error) {
 			if r.id, n = protowire.ConsumeVarint(b); n >= 0 {
 				r.hasID = true
 			}
+		case num == batchField && typ == protowire.BytesType:
+			if _, n = protowire.ConsumeBytes(b); n >= 0 {
+				r.batch++
+			}
 		case isPush && typ == protowire.BytesType:
 			var v []byte
 			if v, n = protowire.ConsumeBytes(b); n >= 0 && bad == nil {
@@ -329,7 +334,49 @@ func (d *decoder) stream(wire []byte) (streamRequest, error) {
 		b = b[n:]
 	}
 	r.whole = true
+	if r.batch > 0 {
+		return r, r.checkBatch()
+	}
 	return r, bad
+}
+
+// batchField is the field of PushStreamRequest and PushStreamResponse that holds several
+// of them, and batchMax how many.
+const (
+	batchField protowire.Number = 10
+	batchMax                    = 1024
+)
+
+// checkBatch refuses a batch that cannot be told apart.
+func (r *streamRequest) checkBatch() error {
+	invalid := func(code, description string) error {
+		return &engine.InvalidError{Field: "batch", Code: code, Description: description}
+	}
+	switch {
+	case r.asked || r.hasID:
+		return invalid(engine.CodeMalformed, "must stand alone: id and push belong to the pushes in it")
+	case r.batch > batchMax:
+		return invalid(engine.CodeTooMany, fmt.Sprintf("has %d pushes, more than %d", r.batch, batchMax))
+	}
+	return nil
+}
+
+// eachInBatch yields the pushes of a batch, which stream has found well-formed. What
+// stands behind a push, up to its capacity, is nobody else's.
+func eachInBatch(wire []byte, yield func(push []byte) bool) {
+	for b := wire; len(b) > 0; {
+		num, typ, n := tag(b)
+		b = b[n:]
+		if num != batchField || typ != protowire.BytesType {
+			b = b[protowire.ConsumeFieldValue(num, typ, b):]
+			continue
+		}
+		push, n := protowire.ConsumeBytes(b)
+		if !yield(slices.Clip(push)) {
+			return
+		}
+		b = b[n:]
+	}
 }
 
 // ask notes a member of the oneof. The same member again is merged, another one

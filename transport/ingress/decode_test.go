@@ -421,6 +421,12 @@ func fuzzStream(t *testing.T, d *decoder, b []byte) {
 	want := proto.Unmarshal(b, m)
 	p := new(engine.Push)
 	r, got := d.stream(roomy(b))
+	if r.batch > 0 {
+		if got == nil {
+			eachInBatch(b, func(push []byte) bool { fuzzStream(t, d, push); return true })
+		}
+		return
+	}
 	if got == nil && r.asked {
 		got = d.decode(r.api, r.body, p)
 	}

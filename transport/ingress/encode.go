@@ -39,25 +39,83 @@ func newReply(a api, p *engine.Push, res *engine.Result) *reply {
 	return r
 }
 
+// usual tells whether a push was one to a user that simply reached them, as most are:
+// the reply is then always the same.
+func usual(a api, res *engine.Result) bool {
+	return a == toUser && res.Found && res.Targets == 1 && res.Delivered == 1 && len(res.NodeFailures) == 0
+}
+
+// reply is the encoded reply of a unary call.
+func (s *Server) reply(a api, p *engine.Push, res *engine.Result) *reply {
+	if usual(a, res) {
+		return s.usual
+	}
+	return newReply(a, p, res)
+}
+
 // newStreamReply encodes a PushStreamResponse with a result.
-func newStreamReply(id uint64, a api, p *engine.Push, res *engine.Result) *reply {
+func (s *Server) newStreamReply(id uint64, a api, p *engine.Push, res *engine.Result) *reply {
 	r := new(reply)
+	r.set(s.appendStreamReply(r.small[:0], id, a, p, res))
+	return r
+}
+
+func (s *Server) appendStreamReply(b []byte, id uint64, a api, p *engine.Push, res *engine.Result) []byte {
+	b = appendUint(b, 1, id)
+	b = protowire.AppendTag(b, a.resultField(), protowire.BytesType)
+	if usual(a, res) {
+		return protowire.AppendBytes(b, s.usual.buffer)
+	}
 	var text [128]byte
 	msg := appendMessage(text[:0], a, p, res)
-	b := appendUint(r.small[:0], 1, id)
-	b = protowire.AppendTag(b, a.resultField(), protowire.BytesType)
 	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, res)))
-	r.set(appendResponse(b, a, msg, res))
-	return r
+	return appendResponse(b, a, msg, res)
+}
+
+// replies is a PushStreamResponse with a batch of others. Its memory is of gRPC's pool,
+// which gets it back once it is on the wire.
+type replies struct {
+	buf *[]byte
+	one []byte // scratch
+}
+
+// repliesBytes is where a batch ends: what fits into one frame of HTTP/2 with gRPC's
+// prefix.
+const repliesBytes = 16<<10 - 5
+
+func (r *replies) begin() {
+	r.buf = mem.DefaultBufferPool().Get(repliesBytes)
+	*r.buf = (*r.buf)[:0]
+}
+
+// fits tells whether there is room for one more reply of the usual size.
+func (r *replies) fits() bool { return len(*r.buf) < repliesBytes-128 }
+
+// add appends an encoded PushStreamResponse, and keeps its memory as scratch.
+func (r *replies) add(one []byte) {
+	b := protowire.AppendTag(*r.buf, batchField, protowire.BytesType)
+	*r.buf = protowire.AppendBytes(b, one)
+	r.one = one
+}
+
+// handOver gives the buffer away.
+func (r *replies) handOver() mem.Buffer {
+	b := mem.NewBuffer(r.buf, mem.DefaultBufferPool())
+	r.buf = nil
+	return b
 }
 
 // newStreamError encodes a PushStreamResponse with an encoded google.rpc.Status.
 func newStreamError(id uint64, status []byte) *reply {
 	r := new(reply)
-	b := appendUint(r.small[:0], 1, id)
-	b = protowire.AppendTag(b, 2, protowire.BytesType)
-	r.set(protowire.AppendBytes(b, status))
+	r.set(appendStreamError(r.small[:0], id, status))
 	return r
+}
+
+func appendStreamError(b []byte, id uint64, status []byte) []byte {
+	b = appendUint(b, 1, id)
+	b = protowire.AppendTag(b, 2, protowire.BytesType)
+	return protowire.AppendBytes(b, status)
 }
 
 // The responses of the four methods differ in two things: that of PushToUser has

@@ -47,6 +47,7 @@ func TestMessages(t *testing.T) {
 // The hand-written encoding is what generated code writes.
 func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 	p := &engine.Push{Room: "r", User: "u"}
+	server := &Server{usual: newReply(toUser, nil, &engine.Result{Found: true, Targets: 1, Delivered: 1})}
 	for _, res := range []engine.Result{
 		{},
 		{Found: true, Targets: 3, Delivered: 3},
@@ -55,10 +56,11 @@ func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 		{Found: true, Targets: math.MaxInt, Delivered: math.MaxInt, Failed: -1},
 		{Found: true, Targets: 1, Failed: 1, NodeFailures: []engine.NodeFailure{
 			{Node: "n\xff1", Reason: strings.Repeat("ы", 300), Users: 1 << 40}}},
+		{Found: true, Targets: 1, Delivered: 1},
 	} {
 		for a := range apis {
 			got := pubsub.PushStreamResponse{}
-			ok(t, proto.Unmarshal(newStreamReply(300, a, p, &res).buffer, &got))
+			ok(t, proto.Unmarshal(server.newStreamReply(300, a, p, &res).buffer, &got))
 			if want := generated(300, a, p, &res); !proto.Equal(&got, want) {
 				t.Errorf("stream reply\n%v, want\n%v", &got, want)
 			}
@@ -120,10 +122,14 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 func TestUsualReplyIsOneAllocation(t *testing.T) {
 	p := &engine.Push{User: "u"}
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
-	if n := testing.AllocsPerRun(100, func() { newReply(toUser, p, &res) }); n != 1 {
-		t.Errorf("unary: %v allocations", n)
+	s := &Server{usual: newReply(toUser, nil, &res)}
+	if n := testing.AllocsPerRun(100, func() { s.reply(toUser, p, &res) }); n != 0 {
+		t.Errorf("unary, to a user: %v allocations", n)
 	}
-	if n := testing.AllocsPerRun(100, func() { newStreamReply(1<<40, toUser, p, &res) }); n != 1 {
+	if n := testing.AllocsPerRun(100, func() { s.reply(toRoom, p, &res) }); n != 1 {
+		t.Errorf("unary, to a room: %v allocations", n)
+	}
+	if n := testing.AllocsPerRun(100, func() { s.newStreamReply(1<<40, toUser, p, &res) }); n != 1 {
 		t.Errorf("stream: %v allocations", n)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 
+	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -37,6 +38,9 @@ type Server struct {
 	metrics  *instruments
 	grpc     *grpc.Server
 	health   *health.Server
+	usual    *reply // of a PushToUser that was delivered
+
+	calls sync.Pool // of *call
 
 	// serving is what SetServing said last: while it is false, pushes are refused.
 	serving atomic.Bool
@@ -69,6 +73,7 @@ func New(cfg Config) (*Server, error) {
 		statuses: newStatuses(),
 		metrics:  newInstruments(cfg.Metrics),
 		health:   health.NewServer(),
+		usual:    newReply(toUser, nil, &engine.Result{Found: true, Targets: 1, Delivered: 1}),
 		drained:  make(chan struct{}),
 		idle:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),

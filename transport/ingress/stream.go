@@ -16,28 +16,46 @@ import (
 // streamed is the part of a call that came on a PushStream.
 type streamed struct {
 	// Owned by the reader until the push has finished, by the writer from then on.
-	stream *stream
-	id     uint64
-	known  bool // api is what the message asked for
-	began  time.Time
-	err    error // refused: the engine has not got it
-	end    func(engine.Result, error)
+	stream  *stream
+	message *message
+	id      uint64
+	known   bool  // api is what the message asked for
+	err     error // refused: the engine has not got it
+	end     func(engine.Result, error)
 
 	finished atomic.Bool // so that a panic cannot answer a push twice
-	next     *call       // in stream.done
+	next     *call       // in stream.done and stream.free
+}
+
+// message is one message of a PushStream: one push, or a batch of them.
+type message struct {
+	in inbound
+	// Set by the reader, owned by the writer once the first push has finished.
+	left  int      // pushes without an answer
+	inUse bool     // something may still refer to a push that is answered
+	next  *message // in stream.freeMessages
 }
 
 // stream is one PushStream. Its reader takes messages and starts their pushes,
 // whoever completes a push puts it on a list, and the writer, which is the handler's
-// goroutine, answers what is on the list.
+// goroutine, answers what is on the list. What is answered goes back to the reader, to
+// be used again.
 type stream struct {
 	// Static after its start.
-	srv   *Server
-	wake  chan struct{} // for the writer, one token: done, taken or read have changed
-	freed chan struct{} // for the reader, one token: answered has changed
+	srv      *Server
+	wake     chan struct{} // for the writer, one token: done, taken or read have changed
+	freed    chan struct{} // for the reader, one token: answered has changed
+	deadline time.Time     // of the stream, zero for none
 
 	// Owned by the reader.
 	takenBytes int64
+	calls      *call
+	messages   *message
+
+	// Owned by the writer.
+	replies replies
+
+	batched atomic.Bool // the client sends batches, and gets them
 
 	// What is taken and not answered is in flight. The writer stores stopped before
 	// it looks at taken, the reader adds to taken before it looks at stopped: a
@@ -49,6 +67,10 @@ type stream struct {
 	gone          atomic.Bool // the client is: what completes is only booked
 
 	done atomic.Pointer[call] // completed pushes, the last one first
+
+	// Answered, and free to be used again. Filled by the writer, emptied by the reader.
+	free         atomic.Pointer[call]
+	freeMessages atomic.Pointer[message]
 
 	// The reader writes readErr, then read: why it ended. io.EOF is a half-close, nil
 	// that it was stopped.
@@ -68,6 +90,7 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
 	st := &stream{srv: s, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
 			s.panicked("PushStream", v)
@@ -87,12 +110,13 @@ func (st *stream) readLoop(ctx context.Context, ss grpc.ServerStream) {
 		poke(st.wake)
 	}()
 	for st.hasRoom(ctx) {
-		c := new(call)
-		c.stream = st
-		if st.readErr = ss.RecvMsg(c); st.readErr != nil || !st.take(c) {
+		m := st.newMessage()
+		if st.readErr = ss.RecvMsg(&m.in); st.readErr != nil {
 			return
 		}
-		if st.readErr = st.start(ctx, c); st.readErr != nil {
+		st.takenBytes += int64(len(m.in.wire))
+		more, err := st.takeMessage(ctx, m)
+		if st.readErr = err; err != nil || !more {
 			return
 		}
 	}
@@ -113,21 +137,89 @@ func (st *stream) hasRoom(ctx context.Context) bool {
 	return true
 }
 
-func (st *stream) take(c *call) bool {
-	st.taken.Add(1)
+// takeMessage starts the pushes of a message. False means that the stream has been
+// stopped, an error that it ends: something does not even say which push it is.
+func (st *stream) takeMessage(ctx context.Context, m *message) (more bool, err error) {
+	r, err := st.srv.decoder.stream(m.in.wire)
+	if err != nil && (r.batch > 0 || !r.whole && !r.hasID) {
+		return false, st.unanswerable(err)
+	}
+	m.left = max(r.batch, 1)
+	if !st.take(m.left) {
+		return false, nil
+	}
+	now := time.Now()
+	if r.batch == 0 {
+		st.start(ctx, st.newCall(m, now), &r, err)
+		return true, nil
+	}
+	st.batched.Store(true)
+	left := r.batch
+	eachInBatch(m.in.wire, func(push []byte) bool {
+		var one streamRequest
+		if one, err = st.srv.decoder.stream(push); one.batch > 0 {
+			err = &engine.InvalidError{Field: "batch", Code: engine.CodeMalformed, Description: "must not hold another batch"}
+		}
+		if err != nil && !one.whole && !one.hasID {
+			st.taken.Add(int64(-left))
+			err = st.unanswerable(err)
+			return false
+		}
+		st.start(ctx, st.newCall(m, now), &one, err)
+		left, err = left-1, nil
+		return true
+	})
+	return err == nil, err
+}
+
+// unanswerable is the end of a stream.
+func (st *stream) unanswerable(err error) error {
+	st.srv.metrics.malformed.Inc()
+	return st.srv.refuse("PushStream", err).status.Err()
+}
+
+// take counts n pushes in, unless nothing more is taken.
+func (st *stream) take(n int) bool {
+	st.taken.Add(int64(n))
 	if st.stopped.Load() {
-		st.taken.Add(-1)
+		st.taken.Add(int64(-n))
 		poke(st.wake)
 		return false
 	}
-	st.takenBytes += int64(len(c.wire))
-	c.began = time.Now()
 	return true
 }
 
-// start hands the push to the engine. What is refused is completed at once. An
-// error ends the stream: the message does not even say which push it is.
-func (st *stream) start(ctx context.Context, c *call) error {
+// newMessage takes one that is free, or makes one.
+func (st *stream) newMessage() *message {
+	if st.messages == nil {
+		st.messages = st.freeMessages.Swap(nil)
+	}
+	m := st.messages
+	if m == nil {
+		return new(message)
+	}
+	st.messages, m.next = m.next, nil
+	return m
+}
+
+// newCall takes one that is free, or makes one.
+func (st *stream) newCall(m *message, now time.Time) *call {
+	if st.calls == nil {
+		st.calls = st.free.Swap(nil)
+	}
+	c := st.calls
+	if c == nil {
+		c = new(call)
+	} else {
+		st.calls, c.next = c.next, nil
+	}
+	c.stream, c.message, c.push.Arrived = st, m, now
+	return c
+}
+
+// start hands the push to the engine. What is refused is completed at once, as is a
+// push that came with an error.
+func (st *stream) start(ctx context.Context, c *call, r *streamRequest, err error) {
 	given := false
 	defer func() {
 		if v := recover(); v != nil {
@@ -136,12 +228,6 @@ func (st *stream) start(ctx context.Context, c *call) error {
 			st.complete(c)
 		}
 	}()
-	r, err := st.srv.decoder.stream(c.wire)
-	if err != nil && !r.whole && !r.hasID {
-		st.taken.Add(-1)
-		st.srv.metrics.malformed.Inc()
-		return st.srv.refuse("PushStream", err).status.Err()
-	}
 	c.id, c.api, c.known = r.id, r.api, r.asked
 	if err == nil && !r.asked {
 		err = &engine.InvalidError{Field: "push", Code: engine.CodeRequired, Description: "must say what to push to"}
@@ -157,7 +243,6 @@ func (st *stream) start(ctx context.Context, c *call) error {
 		c.err = err
 		st.complete(c)
 	}
-	return nil
 }
 
 func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
@@ -172,8 +257,8 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 		return err
 	}
 	c.push.Ordered = true
-	if deadline, ok := ctx.Deadline(); ok {
-		c.push.Timeout = max(time.Until(deadline), time.Nanosecond)
+	if !st.deadline.IsZero() {
+		c.push.Timeout = max(st.deadline.Sub(c.push.Arrived), time.Nanosecond)
 	}
 	return nil
 }
@@ -256,18 +341,115 @@ func (st *stream) over() (bool, error) {
 func (st *stream) answerDone(ss grpc.ServerStream) error {
 	now := time.Now()
 	for c := st.completed(); c != nil; {
-		next := c.next
-		res, err := st.book(c, now)
-		if err := ss.SendMsg(st.answer(c, &res, err)); err != nil {
-			st.bookList(next)
+		var err error
+		if st.batched.Load() {
+			c, err = st.answerBatch(ss, c, now)
+		} else {
+			c, err = st.answerOne(ss, c, now)
+		}
+		if err != nil {
+			st.bookList(c)
 			return err
 		}
-		st.answered.Add(1)
-		st.answeredBytes.Add(int64(len(c.wire)))
-		c = next
 	}
 	poke(st.freed)
 	return nil
+}
+
+// answerOne answers c in a message of its own and returns the one behind it.
+func (st *stream) answerOne(ss grpc.ServerStream, c *call, now time.Time) (next *call, err error) {
+	next = c.next
+	res, err := st.book(c, now)
+	var r *reply
+	if err != nil {
+		r = newStreamError(c.id, st.srv.refuse(c.api.String(), err).wire)
+	} else {
+		r = st.srv.newStreamReply(c.id, c.api, &c.push, &res)
+	}
+	if err := ss.SendMsg(r); err != nil {
+		return next, err
+	}
+	var free chain
+	st.release(c, &free)
+	st.giveBack(&free)
+	st.answered.Add(1)
+	return next, nil
+}
+
+// answerBatch answers c and those behind it in one message, and returns the first that
+// is not in it.
+func (st *stream) answerBatch(ss grpc.ServerStream, c *call, now time.Time) (next *call, err error) {
+	var free chain
+	n := 0
+	st.replies.begin()
+	for ; c != nil && st.replies.fits(); n++ {
+		next = c.next
+		st.answerInto(&st.replies, c, now)
+		st.release(c, &free)
+		c = next
+	}
+	err = ss.SendMsg(&st.replies)
+	st.giveBack(&free)
+	if err == nil {
+		st.answered.Add(int64(n))
+	}
+	return c, err
+}
+
+// answerInto books c and appends its reply to a batch.
+func (st *stream) answerInto(b *replies, c *call, now time.Time) {
+	res, err := st.book(c, now)
+	one := b.one[:0]
+	if err != nil {
+		one = appendStreamError(one, c.id, st.srv.refuse(c.api.String(), err).wire)
+	} else {
+		one = st.srv.appendStreamReply(one, c.id, c.api, &c.push, &res)
+	}
+	b.add(one)
+}
+
+// chain is a list of calls that are free.
+type chain struct{ first, last *call }
+
+// release ends the writer's use of an answered call, and puts it into free if it can be
+// used again.
+func (st *stream) release(c *call, free *chain) {
+	m := c.message
+	if c.push.Reset() {
+		c.streamed = streamed{next: free.first}
+		free.first = c
+		if free.last == nil {
+			free.last = c
+		}
+	} else {
+		m.inUse = true
+	}
+	if m.left--; m.left > 0 {
+		return
+	}
+	st.answeredBytes.Add(int64(len(m.in.wire)))
+	if m.inUse || !m.in.reuse() {
+		return
+	}
+	for {
+		m.next = st.freeMessages.Load()
+		if st.freeMessages.CompareAndSwap(m.next, m) {
+			return
+		}
+	}
+}
+
+// giveBack hands free calls to the reader.
+func (st *stream) giveBack(free *chain) {
+	if free.first == nil {
+		return
+	}
+	for {
+		free.last.next = st.free.Load()
+		if st.free.CompareAndSwap(free.last.next, free.first) {
+			return
+		}
+	}
 }
 
 // book counts a push that is done and ends its span.
@@ -281,18 +463,11 @@ func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 		c.end(res, err)
 	}
 	if c.known {
-		st.srv.metrics.record(c.api, &res, err, now.Sub(c.began))
+		st.srv.metrics.record(c.api, &res, err, now.Sub(c.push.Arrived))
 	} else {
 		st.srv.metrics.malformed.Inc()
 	}
 	return res, err
-}
-
-func (st *stream) answer(c *call, res *engine.Result, err error) *reply {
-	if err != nil {
-		return newStreamError(c.id, st.srv.refuse(c.api.String(), err).wire)
-	}
-	return newStreamReply(c.id, c.api, &c.push, res)
 }
 
 // abandon ends the writer's part: what is in flight is booked when it completes, on

@@ -365,3 +365,152 @@ func TestPushStreamPanicIsAnsweredAndTheStreamLives(t *testing.T) {
 		})
 	}
 }
+
+func batchOf(pushes ...*pubsub.PushStreamRequest) *pubsub.PushStreamRequest {
+	return &pubsub.PushStreamRequest{Batch: pushes}
+}
+
+// recvBatched gathers n replies, which all have to come in batches.
+func recvBatched(t *testing.T, st pushStream, n int) []*pubsub.PushStreamResponse {
+	t.Helper()
+	var all []*pubsub.PushStreamResponse
+	for len(all) < n {
+		r := recv(t, st)
+		if len(r.Batch) == 0 || r.Id != 0 || r.Result != nil || r.Error != nil {
+			t.Fatalf("not a batch alone: %v", r)
+		}
+		all = append(all, r.Batch...)
+	}
+	if len(all) > n {
+		t.Fatalf("%d replies, want %d", len(all), n)
+	}
+	return all
+}
+
+func TestPushStreamBatchIsManyPushesInOrder(t *testing.T) {
+	w := newWorld(t, nil)
+	n1 := w.network.nodes[0]
+	st := w.stream(w.context())
+	var sent []string
+	next := func() *pubsub.PushStreamRequest {
+		sent = append(sent, fmt.Sprint(len(sent)))
+		return userPush(uint64(len(sent)), "d", sent[len(sent)-1])
+	}
+	for range 5 { // what is answered is used again, so it has to be right more than once
+		var batch []*pubsub.PushStreamRequest
+		for range 300 {
+			batch = append(batch, next())
+		}
+		ok(t, st.Send(batchOf(batch...)))
+		ok(t, st.Send(next()))
+		ids := map[uint64]bool{}
+		for _, r := range recvBatched(t, st, 301) {
+			if !r.GetToUser().GetSuccess() || ids[r.Id] {
+				t.Fatalf("reply %v", r)
+			}
+			ids[r.Id] = true
+		}
+	}
+	ok(t, st.CloseSend())
+	wantEnd(t, st, codes.OK, "", "")
+	got := n1.payloads()
+	if len(got) != len(sent) {
+		t.Fatalf("%d pushes arrived, want %d", len(got), len(sent))
+	}
+	for i, p := range got {
+		c := new(pubsub.MessageContent)
+		ok(t, proto.Unmarshal(p, c))
+		if string(c.Data) != sent[i] || c.Timestamp == 0 {
+			t.Fatalf("push %d has %q, stamped %d", i, c.Data, c.Timestamp)
+		}
+	}
+	if n := w.metric(`push_manager_api_requests_total{api="PushToUser",status="success"}`); n != fmt.Sprint(len(sent)) {
+		t.Errorf("%s pushes counted", n)
+	}
+}
+
+func TestPushStreamBatchAnswersEachOfItsPushes(t *testing.T) {
+	w := newWorld(t, nil)
+	st := w.stream(w.context())
+	ok(t, st.Send(batchOf(
+		userPush(1, "d", "x"), userPush(2, "", "x"), &pubsub.PushStreamRequest{Id: 3},
+		&pubsub.PushStreamRequest{Id: 4, Batch: []*pubsub.PushStreamRequest{userPush(5, "d", "x")}},
+		userPush(6, "nobody", "x"),
+	)))
+	ok(t, st.CloseSend())
+	got := map[uint64]*pubsub.PushStreamResponse{}
+	for _, r := range recvBatched(t, st, 5) {
+		got[r.Id] = r
+	}
+	wantEnd(t, st, codes.OK, "", "")
+	if !got[1].GetToUser().GetSuccess() || got[6].GetToUser().GetSummary().GetOffline() != 1 {
+		t.Errorf("replies %v", got)
+	}
+	wantStatus(t, status.FromProto(got[2].GetError()), codes.InvalidArgument, "REQUIRED", "user_id")
+	wantStatus(t, status.FromProto(got[3].GetError()), codes.InvalidArgument, "REQUIRED", "push")
+	wantStatus(t, status.FromProto(got[4].GetError()), codes.InvalidArgument, "MALFORMED", "batch")
+}
+
+func TestPushStreamBatchThatCannotBeToldApartEndsTheStream(t *testing.T) {
+	push := userPush(0, "d", "x")
+	many := batchOf()
+	for range batchMax + 1 {
+		many.Batch = append(many.Batch, push)
+	}
+	for name, test := range map[string]struct {
+		m      *pubsub.PushStreamRequest
+		reason string
+	}{
+		"with an id":  {&pubsub.PushStreamRequest{Id: 1, Batch: []*pubsub.PushStreamRequest{push}}, "MALFORMED"},
+		"with a push": {&pubsub.PushStreamRequest{Push: push.Push, Batch: []*pubsub.PushStreamRequest{push}}, "MALFORMED"},
+		"too many":    {many, "TOO_MANY"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, nil)
+			st := w.stream(w.context())
+			ok(t, st.Send(test.m))
+			wantEnd(t, st, codes.InvalidArgument, test.reason, "batch")
+			if n := len(w.network.nodes[0].payloads()); n != 0 {
+				t.Errorf("%d pushes were sent", n)
+			}
+		})
+	}
+}
+
+func TestPushStreamAnswersWhatStoodBeforeGarbageInABatch(t *testing.T) {
+	w := newWorld(t, nil)
+	st, err := w.conn.NewStream(w.context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true},
+		"/pubsub.PushManagerService/PushStream", grpc.ForceCodecV2(rawCodec{}))
+	ok(t, err)
+	good := marshal(t, batchOf(userPush(1, "d", "x"), userPush(2, "d", "x")))
+	wire := append(slices.Clone(good), byte(batchField)<<3|2, 1, 0xff) // a push that is no message
+	wire = append(wire, good...)
+	ok(t, st.SendMsg(&wire))
+	for answered := 0; answered < 2; {
+		var reply []byte
+		ok(t, st.RecvMsg(&reply))
+		r := new(pubsub.PushStreamResponse)
+		ok(t, proto.Unmarshal(reply, r))
+		answered += len(r.Batch)
+	}
+	var reply []byte
+	wantError(t, st.RecvMsg(&reply), codes.InvalidArgument, "MALFORMED", "request")
+}
+
+// Replies go into a batch while they fit; a large one is a message of its own.
+func TestPushStreamBatchOfLargeReplies(t *testing.T) {
+	w := newWorld(t, nil)
+	st := w.stream(w.context())
+	b := batchOf()
+	for i := range 500 {
+		b.Batch = append(b.Batch, userPush(uint64(i), strings.Repeat("ы", 128), "x")) // its name stands in the reply
+	}
+	ok(t, st.Send(b))
+	ok(t, st.CloseSend())
+	for _, r := range recvBatched(t, st, 500) {
+		if !strings.Contains(r.GetToUser().GetMessage(), "is offline") {
+			t.Fatalf("reply %v", r)
+		}
+	}
+	wantEnd(t, st, codes.OK, "", "")
+}

@@ -9,14 +9,31 @@ import (
 	"github.com/push-manager/push-manager/engine"
 )
 
-// call is one push from its bytes to its outcome.
+// call is one push from its bytes to its outcome. It is used again for another one when
+// nothing can refer to it any more.
 type call struct {
-	wire []byte // the request, written by the codec and never again
+	in   inbound // of a unary call
 	push engine.Push
 	api  api
 
 	// Of a push that came on a PushStream; see there.
 	streamed
+}
+
+func (s *Server) takeCall(a api) *call {
+	c, _ := s.calls.Get().(*call)
+	if c == nil {
+		c = new(call)
+	}
+	c.api = a
+	return c
+}
+
+// releaseCall keeps the call of a push that is answered, if it can be used again.
+func (s *Server) releaseCall(c *call) {
+	if c.push.Reset() && c.in.reuse() {
+		s.calls.Put(c)
+	}
 }
 
 func (s *Server) unaryHandler(a api) grpc.MethodHandler {
@@ -38,18 +55,21 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 		s.metrics.record(a, nil, err, time.Since(began))
 		return nil, err
 	}
-	c := &call{api: a}
-	if err := read(c); err != nil {
+	c := s.takeCall(a)
+	if err := read(&c.in); err != nil {
 		// gRPC's own refusal, which it has answered already: too large, cancelled.
 		s.metrics.record(a, nil, err, time.Since(began))
 		return nil, err
 	}
+	c.push.Arrived = began
 	res, err := s.run(ctx, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
 		return nil, s.refuse(a.String(), err).status.Err()
 	}
-	return newReply(a, &c.push, &res), nil
+	r := s.reply(a, &c.push, &res)
+	s.releaseCall(c)
+	return r, nil
 }
 
 // run decodes the push and lets the engine do it. A panic becomes an error that
@@ -72,7 +92,7 @@ func (s *Server) run(ctx context.Context, c *call) (res engine.Result, err error
 	if s.cfg.Trace != nil {
 		c.push.Trace, end = s.cfg.Trace(ctx, c.api.String())
 	}
-	if err := s.decoder.decode(c.api, c.wire, &c.push); err != nil {
+	if err := s.decoder.decode(c.api, c.in.wire, &c.push); err != nil {
 		return engine.Result{}, err
 	}
 	taken = true

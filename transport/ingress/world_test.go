@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net"
@@ -240,7 +241,7 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 		return n.refuse
 	}
 	if !n.forget {
-		n.payload = append(n.payload, d.Payload())
+		n.payload = append(n.payload, bytes.Clone(d.Payload())) // a push that is answered is used again
 	}
 	if n.keep {
 		n.kept = append(n.kept, d)

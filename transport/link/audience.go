@@ -102,6 +102,7 @@ func (a *audiences) undo(room string, to *address) {
 // define makes room's audience known.
 func (a *audiences) define(room string, g *route.Group) audienceRef {
 	a.lastID++
+	room = strings.Clone(room) // it is a part of the request
 	aud := &audience{id: a.lastID, version: 1, room: room, group: g}
 	a.byRoom[room] = a.recent.PushFront(aud)
 	a.members += len(g.Users)
