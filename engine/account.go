@@ -128,7 +128,7 @@ func (p *Push) account() (Result, error) {
 // simple is the account of a push whose every delivery reached all whom it was for, in
 // one go: most pushes.
 func (p *Push) simple() (Result, bool) {
-	if p.expired != nil || p.lookup != nil || len(p.shared) > 0 || len(p.dropped) > 0 {
+	if p.aside != nil {
 		return Result{}, false
 	}
 	r := Result{Found: p.found, Offline: p.offline}
@@ -163,8 +163,10 @@ func (d *Delivery) bookAll(b *books) {
 // with more than one delivery, of whose outcomes the best counts.
 func (p *Push) bookUsers(b *books) {
 	b.add(Offline, p.offline)
-	for _, gone := range p.dropped {
-		b.fail(Failed, "", gone.why.String(), gone.users)
+	if p.aside != nil {
+		for _, gone := range p.aside.dropped {
+			b.fail(Failed, "", gone.why.String(), gone.users)
+		}
 	}
 	apart := p.apart()
 	for _, d := range p.legs {
@@ -192,7 +194,11 @@ type verdict struct {
 
 // apart lists the users that cannot be booked delivery by delivery.
 func (p *Push) apart() map[string]verdict {
-	n := len(p.shared)
+	var shared []string
+	if p.aside != nil {
+		shared = p.aside.shared
+	}
+	n := len(shared)
 	for _, d := range p.legs {
 		r := d.rest()
 		n += len(r.resent) + len(r.gone)
@@ -201,7 +207,7 @@ func (p *Push) apart() map[string]verdict {
 		return nil
 	}
 	apart := make(map[string]verdict, n)
-	for _, user := range p.shared {
+	for _, user := range shared {
 		apart[user] = verdict{}
 	}
 	for _, d := range p.legs {

@@ -146,15 +146,15 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	if err := e.admit(); err != nil {
 		return err
 	}
-	p.engine, p.done, p.began = e, c, p.Arrived
-	if p.began.IsZero() {
-		p.began = time.Now()
+	p.engine, p.done = e, c
+	if p.Arrived.IsZero() {
+		p.Arrived = time.Now()
 	}
 	timeout := e.timeout
 	if p.Timeout > 0 {
 		timeout = min(timeout, p.Timeout)
 	}
-	p.deadline = p.began.Add(timeout)
+	p.deadline = p.Arrived.Add(timeout)
 	p.pending.Store(1)
 	defer func() {
 		if v := recover(); v != nil {

@@ -65,7 +65,7 @@ func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
 func (p *Push) ended() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.expired != nil
+	return p.expiry() != nil
 }
 
 // stage makes and books the deliveries that the answers for keys call for, and
@@ -76,7 +76,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 	defer p.mu.Unlock()
 	h.waiting -= len(keys)
 	switch {
-	case p.expired != nil: // expire settles the delivery
+	case p.expiry() != nil: // expire settles the delivery
 	case err != nil:
 		d.note().heal = DropNoRoute
 	default:

@@ -77,47 +77,68 @@ type Push struct {
 	Ordered bool
 	// Timeout bounds the push. 0, or more than the default, means the default.
 	Timeout time.Duration
-	// Arrived is when the push came in; the zero time means when it is started.
+	// Arrived is when the push came in. The zero time means when it is started, and
+	// Start says here when that was.
 	Arrived time.Time
 
 	// Static after start.
 	engine   *Engine
 	done     Completer
-	began    time.Time
 	deadline time.Time
-	except   []string    // Exclude, sorted, each once
-	timer    *time.Timer // ends the push if it has to wait in line, else nil
-	home     int         // the shard of Room or User
-	targets  int         // users, except for everybody; known once routed
+	home     int // the shard of Room or User
+	targets  int // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
 	pending atomic.Int32
 
 	mu sync.Mutex
-	// Guarded by mu once the push has waited for a look-up or a link has a delivery
-	// of it, until it is finished.
+	// Guarded by mu once somebody else has the push, until it is finished.
+	over    bool // it is finished: nothing here changes any more
+	found   bool // the room exists; there are nodes
+	plain   bool // everybody was reached, or known to be offline, at the first try
+	offline int  // users without a node
 	legs    []*Delivery
-	waiting int               // keys in line
-	lined   bool              // keys have been in line
-	expired error             // why the push was ended before its time
-	over    bool              // it is finished: nothing here changes any more
-	lookup  error             // of the keys that were not found out
 	held    []*route.Snapshot // to be released at the end
-	shared  []string          // users with more than one delivery
-	offline int               // users without a node
-	dropped []dropped         // users that no delivery was made for
-	found   bool              // the room exists; there are nodes
+	aside   *aside            // nil while the push goes the usual way
+
+	result Result
+	err    error
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
 	// and block.
 	one   Delivery
+	user  [1]string
 	hold  [1]*route.Snapshot
 	block []Delivery
+}
 
-	result Result
-	err    error
-	plain  bool // everybody was reached, or known to be offline, at the first try
+// aside is what only a push has that does not go the usual way: its route was not
+// cached, it leaves somebody out, somebody gets it twice, it was ended before its time.
+type aside struct {
+	except  []string    // Exclude, sorted, each once
+	timer   *time.Timer // ends the push if it has to wait in line, else nil
+	waiting int         // keys in line
+	lookup  error       // of the keys that were not found out
+	expired error       // why the push was ended before its time
+	shared  []string    // users with more than one delivery
+	dropped []dropped   // users that no delivery was made for
+}
+
+// out is p.aside, of which there is one from then on.
+func (p *Push) out() *aside {
+	if p.aside == nil {
+		p.aside = new(aside)
+	}
+	return p.aside
+}
+
+// expiry is why the push was ended before its time, nil if it was not.
+func (p *Push) expiry() error {
+	if p.aside == nil {
+		return nil
+	}
+	return p.aside.expired
 }
 
 // dropped is a number of users that no delivery was made for.
@@ -134,7 +155,7 @@ func (p *Push) Result() (Result, error) { return p.result, p.err }
 // False means that it must not be used again: something that went on beside the usual
 // way may still refer to it.
 func (p *Push) Reset() bool {
-	if !p.plain || p.lined || p.expired != nil || p.Trace != nil {
+	if !p.plain || p.Trace != nil {
 		return false
 	}
 	legs, block := p.legs[:0], p.block
@@ -155,12 +176,12 @@ func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(e
 // route asks where the push goes and stages what is known at once. Keys that
 // are not known come back through Routed.
 func (p *Push) route() {
-	q := route.Query{Now: p.began, Ordered: p.Ordered}
+	q := route.Query{Now: p.Arrived, Ordered: p.Ordered}
 	dir := p.engine.directory
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
-			p.except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+			p.out().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
 		p.home = p.engine.shards.For(p.Room).Index()
 		if s := dir.CachedRoom(p.home, p.Room, q); s != nil {
@@ -240,25 +261,21 @@ func (p *Push) routeUsers(q route.Query) {
 func (p *Push) await(n int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.expired != nil {
+	if p.expiry() != nil {
 		return false
 	}
 	p.pending.Add(int32(n))
-	p.waiting += n
-	p.lined = true
+	p.out().waiting += n
 	return true
 }
 
 // guard bounds what may wait in line, behind a fence above all: two pushes to several
 // users may each wait for the other to finish.
 func (p *Push) guard() {
-	if !p.lined {
-		return // set by this very goroutine
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.waiting > 0 {
-		p.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
+	if p.aside != nil && p.aside.waiting > 0 {
+		p.aside.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
 	}
 }
 
@@ -289,7 +306,7 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.expired != nil {
+	if p.expiry() != nil {
 		return nil, false
 	}
 	if p.Ordered {
@@ -298,8 +315,8 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	had := len(p.legs)
 	switch {
 	case err != nil:
-		p.lookup = err
-		p.dropped = append(p.dropped, dropped{DropNoRoute, len(keys)})
+		p.out().lookup = err
+		p.aside.dropped = append(p.aside.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
 		p.stageRoom(snaps[0])
 	case p.Kind == ToUser:
@@ -307,7 +324,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	default:
 		p.stageUsers(keys, snaps)
 	}
-	p.waiting -= len(keys)
+	p.aside.waiting -= len(keys)
 	return p.legs[had:], true
 }
 
@@ -315,17 +332,23 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 func (p *Push) stageRoom(s *route.Snapshot) {
 	p.found = s.Found
 	p.targets = s.Users
-	for _, user := range p.except {
+	var except []string
+	if p.aside != nil {
+		except = p.aside.except
+	}
+	for _, user := range except {
 		if s.Has(user) {
 			p.targets--
 		}
 	}
-	p.offline = len(s.Unplaced) - len(intersect(p.except, s.Unplaced))
-	p.shared = s.Shared
+	p.offline = len(s.Unplaced) - len(intersect(except, s.Unplaced))
+	if len(s.Shared) > 0 {
+		p.out().shared = s.Shared
+	}
 	block := p.blank(len(s.Groups))
 	for i, g := range s.Groups {
 		d := &block[i]
-		d.node, d.group, d.except = g.Node, g, intersect(p.except, g.Users)
+		d.node, d.group, d.except = g.Node, g, intersect(except, g.Users)
 		if d.Targets() > 0 {
 			p.add(d)
 		}
@@ -350,7 +373,8 @@ func (p *Push) stageUser(s *route.Snapshot) {
 		if i > 0 {
 			d = new(Delivery)
 		}
-		d.node, d.users = g.Node, g.Users
+		p.user[0] = p.User
+		d.node, d.users = g.Node, p.user[:]
 		p.add(d)
 	}
 }
@@ -377,7 +401,9 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) {
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
-	p.shared = append(p.shared, s.Shared...)
+	if len(s.Shared) > 0 {
+		p.out().shared = append(p.aside.shared, s.Shared...)
+	}
 	if !s.Found {
 		p.offline++
 	}
@@ -446,8 +472,8 @@ func (p *Push) finish() {
 	p.over = true // what expires from here on comes too late to be read or written
 	p.mu.Unlock()
 	p.result, p.err = p.account()
-	if p.timer != nil {
-		p.timer.Stop()
+	if p.aside != nil && p.aside.timer != nil {
+		p.aside.timer.Stop()
 	}
 	release(p.held)
 	p.engine.leave()
@@ -469,15 +495,16 @@ func (p *Push) expire(cause error) {
 		drop, lose = DropInternal, LostInternal
 	}
 	p.mu.Lock()
-	if p.over || p.expired != nil {
+	if p.over || p.expiry() != nil {
 		p.mu.Unlock()
 		return
 	}
-	p.expired = cause
-	waiting := p.waiting
-	p.waiting = 0
+	a := p.out()
+	a.expired = cause
+	waiting := a.waiting
+	a.waiting = 0
 	if waiting > 0 {
-		p.dropped = append(p.dropped, dropped{drop, waiting})
+		a.dropped = append(a.dropped, dropped{drop, waiting})
 	}
 	legs := p.legs
 	p.mu.Unlock()
@@ -497,19 +524,18 @@ func (p *Push) unsent() error {
 			return nil
 		}
 	}
-	if len(p.legs) > 0 {
-		if p.expired == nil && !time.Now().Before(p.deadline) {
-			return ErrDeadline
-		}
-		return p.expired
+	expired := p.expiry()
+	if len(p.legs) > 0 && expired == nil && !time.Now().Before(p.deadline) {
+		return ErrDeadline
 	}
-	switch {
-	case p.expired != nil:
-		return p.expired
-	case errors.Is(p.lookup, route.ErrOverloaded):
-		return fmt.Errorf("%w: %w", ErrOverloaded, p.lookup)
-	case p.lookup != nil:
-		return fmt.Errorf("look up the route: %w", p.lookup)
+	if len(p.legs) > 0 || expired != nil || p.aside == nil {
+		return expired
+	}
+	switch err := p.aside.lookup; {
+	case errors.Is(err, route.ErrOverloaded):
+		return fmt.Errorf("%w: %w", ErrOverloaded, err)
+	case err != nil:
+		return fmt.Errorf("look up the route: %w", err)
 	}
 	return nil
 }

@@ -96,7 +96,7 @@ func floorRole(ctx context.Context, p *part) error {
 		grpc.MaxConcurrentStreams(256),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		grpc.NumStreamWorkers(64),
+		grpc.NumStreamWorkers(512),
 		grpc.StaticStreamWindowSize(256<<10),
 		grpc.StaticConnWindowSize(1<<20),
 	)

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"math"
 	"net/netip"
-	"runtime"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -68,7 +67,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
 	c.Log.Bind(s)
 
-	s.Auto(&c.Shards.Count, "shards", min(runtime.GOMAXPROCS(0), shard.MaxCount), shard.MaxCount, "Fixed lanes of work, each with a stream to every node. auto: one for each core.")
+	s.Auto(&c.Shards.Count, "shards", shard.DefaultCount(), shard.MaxCount, "Fixed lanes of work, each with a stream to every node. auto: one for every two cores.")
 	s.Int(&c.Shards.PoolSize, "pool_size", 256, 1, 1<<16, "Goroutines of each shard that may wait for a look-up or an old node.")
 	s.Duration(&c.Engine.Timeout, "push_timeout", 5*time.Second, time.Millisecond, "Longest time of a push, whatever its caller asks for.")
 	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused.")
@@ -129,7 +128,7 @@ func (c *Config) bindAPI(s *config.Set) {
 	s.Duration(&a.KeepaliveTime, "api.keepalive_time", 30*time.Second, time.Second, "Silence after which a client is asked whether it is there.")
 	s.Duration(&a.KeepaliveTimeout, "api.keepalive_timeout", 10*time.Second, time.Second, "How long its answer may take.")
 	s.Duration(&a.KeepaliveMinTime, "api.keepalive_min_time", 5*time.Second, time.Millisecond, "How often a client may ask the same.")
-	s.Int(&a.StreamWorkers, "api.stream_workers", 64, 1, 1<<16, "Goroutines kept for calls.")
+	s.Int(&a.StreamWorkers, "api.stream_workers", 512, 1, 1<<16, "Goroutines kept for calls.")
 	s.Int(&a.StreamInflight, "api.push_stream_in_flight", 1024, 1, 1<<20, "Pushes of one PushStream that are not answered; at the bound it is not read.")
 	s.Bytes(&a.StreamInflightBytes, "api.push_stream_bytes", 16<<20, 1<<10, 1<<30, "The same in bytes.")
 }

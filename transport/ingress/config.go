@@ -69,7 +69,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
-	setDefault(&c.StreamWorkers, 64)               // measured: an eighth of the CPU of a unary call
+	setDefault(&c.StreamWorkers, 512)              // as many calls as usually wait for an ack: a new goroutine has its stack to grow
 	setDefault(&c.StreamWindow, 256<<10)           // what a stream that is not read may hold
 	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
 	setDefault(&c.StreamInflight, 1024)
