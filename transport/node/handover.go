@@ -96,19 +96,33 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 	return m
 }
 
-func (o *handover) count(c *counters) {
-	c.deliveries.Inc()
+// sum is what has become of several deliveries.
+type sum struct{ deliveries, refused, delivered, notHere, failed int }
+
+func (s *sum) of(o *handover) {
+	s.deliveries++
 	if o.refused {
-		c.refused.Inc()
+		s.refused++
 		return
 	}
-	c.delivered.Add(o.delivered)
-	if o.notHere != nil {
-		c.notHere.Add(len(o.notHere))
-	}
-	if n := len(o.failed) + o.failedUsers; n > 0 {
-		c.failed.Add(n)
-	}
+	s.delivered += o.delivered
+	s.notHere += len(o.notHere)
+	s.failed += len(o.failed) + o.failedUsers
+}
+
+// add counts them.
+func (c *counters) add(s *sum) {
+	c.deliveries.Add(s.deliveries)
+	c.refused.Add(s.refused)
+	c.delivered.Add(s.delivered)
+	c.notHere.Add(s.notHere)
+	c.failed.Add(s.failed)
+}
+
+func (o *handover) count(c *counters) {
+	var s sum
+	s.of(o)
+	c.add(&s)
 }
 
 // trimMiss leaves out the ids that do not fit into any frame. The manager counts

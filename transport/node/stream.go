@@ -39,6 +39,22 @@ type stream struct {
 	counts   []uint32 // since the last hand-over to acks
 	misses   []*pubsub.Miss
 	users    int // handed over since then
+	messages []Message
+	sum      sum // not counted yet
+}
+
+// messagesMost is how many messages are made at once: few enough that a gateway that
+// keeps one does not keep many.
+const messagesMost = 64
+
+// message makes one. The gateway may keep it, so it is never used again.
+func (st *stream) message(left int) *Message {
+	if len(st.messages) == 0 {
+		st.messages = make([]Message, min(left, messagesMost))
+	}
+	m := &st.messages[0]
+	st.messages = st.messages[1:]
+	return m
 }
 
 // Deliver implements pubsub.ConnectNodeServiceServer.
@@ -211,8 +227,8 @@ func (st *stream) take(data []byte) error {
 }
 
 func (st *stream) deliverAll(deliveries [][]byte) error {
-	for _, b := range deliveries {
-		if err := st.deliver(b); err != nil {
+	for i, b := range deliveries {
+		if err := st.deliver(b, len(deliveries)-i); err != nil {
 			return fmt.Errorf("%w: delivery %d: %w", errBroken, st.next, err)
 		}
 		st.next++
@@ -234,19 +250,23 @@ func (st *stream) handAcks() error {
 	err := st.acks.add(st.counts, st.misses)
 	clear(st.misses)
 	st.counts, st.misses, st.users = st.counts[:0], st.misses[:0], 0
+	st.server.count.add(&st.sum)
+	st.sum = sum{}
 	if errors.Is(err, errTooManyUnacked) {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	return err
 }
 
-// deliver hands one delivery over and notes its ack. An error breaks the stream.
-func (st *stream) deliver(b []byte) error {
+// deliver hands one delivery over, of so many that are left in the frame, and notes its
+// ack. An error breaks the stream.
+func (st *stream) deliver(b []byte, left int) error {
 	d := &st.delivery
 	if err := d.parse(b); err != nil {
 		return err
 	}
-	m := &Message{RoomID: d.room, Traceparent: d.traceparent}
+	m := st.message(left)
+	m.RoomID, m.Traceparent = d.room, d.traceparent
 	if err := m.parseContent(d.content); err != nil {
 		return err
 	}
@@ -302,7 +322,7 @@ func (st *stream) note(o *handover) {
 	if miss := o.miss(st.next); miss != nil {
 		st.misses = append(st.misses, miss)
 	}
-	o.count(&st.server.count)
+	st.sum.of(o)
 }
 
 // countingStream counts frames and lets others run before each: what becomes

@@ -176,30 +176,47 @@ type field struct {
 // it has is an unknown field, as everywhere in protobuf.
 func walk(b []byte, visit func(field) error) error {
 	for len(b) > 0 {
-		num, typ, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		b = b[n:]
-		f := field{num: num, typ: typ}
-		switch typ {
-		case protowire.VarintType:
-			f.num64, n = protowire.ConsumeVarint(b)
-		case protowire.BytesType:
-			f.data, n = protowire.ConsumeBytes(b)
-			f.data = slices.Clip(f.data)
-		default:
-			n = protowire.ConsumeFieldValue(num, typ, b)
-		}
+		f, n := consume(b)
 		if n < 0 {
 			return protowire.ParseError(n)
 		}
 		b = b[n:]
 		if err := visit(f); err != nil {
-			return fmt.Errorf("field %d: %w", num, err)
+			return fmt.Errorf("field %d: %w", f.num, err)
 		}
 	}
 	return nil
+}
+
+// consume takes one field from b, which is not empty. It returns its length, negative
+// for a protowire error.
+func consume(b []byte) (f field, n int) {
+	// Most fields have a number below 16 and a length below 128.
+	if b[0] >= 1<<3 && b[0] < 0x80 && protowire.Type(b[0]&7) == protowire.BytesType && len(b) > 1 && b[1] < 0x80 {
+		end := 2 + int(b[1])
+		if end > len(b) {
+			return f, -1 // as protowire has it: the end came too early
+		}
+		return field{num: protowire.Number(b[0] >> 3), typ: protowire.BytesType, data: b[2:end:end]}, end
+	}
+	f.num, f.typ, n = protowire.ConsumeTag(b)
+	if n < 0 {
+		return f, n
+	}
+	var m int
+	switch f.typ {
+	case protowire.VarintType:
+		f.num64, m = protowire.ConsumeVarint(b[n:])
+	case protowire.BytesType:
+		f.data, m = protowire.ConsumeBytes(b[n:])
+		f.data = slices.Clip(f.data)
+	default:
+		m = protowire.ConsumeFieldValue(f.num, f.typ, b[n:])
+	}
+	if m < 0 {
+		return f, m
+	}
+	return f, n + m
 }
 
 func (f *field) is(num protowire.Number, typ protowire.Type) bool {
