@@ -108,6 +108,7 @@ type Push struct {
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
 	// and block.
 	one   Delivery
+	leg   [1]*Delivery
 	user  [1]string
 	hold  [1]*route.Snapshot
 	block []Delivery
@@ -161,7 +162,10 @@ func (p *Push) Reset() bool {
 	legs, block := p.legs[:0], p.block
 	clear(p.legs)
 	clear(block)
-	*p = Push{legs: legs, block: block}
+	*p = Push{block: block}
+	if cap(legs) > len(p.leg) { // not the push's own
+		p.legs = legs
+	}
 	return true
 }
 
@@ -430,6 +434,9 @@ func (p *Push) add(d *Delivery) {
 		d.leg = p.Trace.Leg(d.node, d.Targets())
 	}
 	p.pending.Add(1)
+	if p.legs == nil {
+		p.legs = p.leg[:0]
+	}
 	p.legs = append(p.legs, d)
 }
 

@@ -80,7 +80,7 @@ func allocsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	for _, push := range []struct {
 		name string
 		kind engine.Kind
-	}{{"PushToUser", engine.ToUser}, {"PushToRoom", engine.ToRoom}} {
+	}{{"PushToUser", engine.ToUser}, {"PushToRoom", engine.ToRoom}, {"BroadcastMessage", engine.ToAll}} {
 		per, err := rig.Allocations(push.kind, n)
 		if err != nil {
 			return nil, err

@@ -122,17 +122,37 @@ func (r *Rig) Start(p *engine.Push, d *done) error {
 	return r.engine.Start(p, d)
 }
 
+// warm is how many pushes are made anew before the others use their memory again.
+const warm = 16
+
+var errKept = errors.New("a finished push cannot be used again")
+
 // Allocations per push on the warm path, from the decoded push to its outcome, over n
-// pushes.
+// pushes. As in the push API, a push that is answered is used again.
 func (r *Rig) Allocations(kind engine.Kind, n int) (float64, error) {
-	all, d := r.Pushes(kind, n), new(done)
+	all, d := make([]engine.Push, warm), new(done)
+	push := func(i int) error {
+		r.fill(&all[i%warm], kind, i)
+		if err := r.Start(&all[i%warm], d); err != nil {
+			return fmt.Errorf("push %d: %w", i, err)
+		}
+		if !all[i%warm].Reset() {
+			return errKept
+		}
+		return nil
+	}
+	for i := range warm {
+		if err := push(i); err != nil {
+			return 0, err
+		}
+	}
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // nobody else allocates meanwhile
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	for i := range all {
-		if err := r.Start(&all[i], d); err != nil {
-			return 0, fmt.Errorf("push %d: %w", i, err)
+	for i := range n {
+		if err := push(i); err != nil {
+			return 0, err
 		}
 	}
 	d.wg.Wait()
