@@ -276,9 +276,12 @@ func (p *Push) await(n int) bool {
 // guard bounds what may wait in line, behind a fence above all: two pushes to several
 // users may each wait for the other to finish.
 func (p *Push) guard() {
+	if p.aside == nil {
+		return // a push that waits has one, and got it on this goroutine
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aside != nil && p.aside.waiting > 0 {
+	if p.aside.waiting > 0 {
 		p.aside.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
 	}
 }

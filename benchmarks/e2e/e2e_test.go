@@ -73,6 +73,34 @@ func TestSuitesRun(t *testing.T) {
 	}
 }
 
+// TestSaturatedPushesShareFramesAndWrites watches counts, which do not depend on the
+// speed of the machine.
+func TestSaturatedPushesShareFramesAndWrites(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	b, err := e2e.Start(t.Context(), e2e.Options{Rounds: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	for _, s := range e2e.Suites() {
+		if s.Name != "counts" {
+			continue
+		}
+		r, err := s.Run(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, bar := range r.Bars {
+			t.Log(bar)
+			if bar.Short() {
+				t.Errorf("%s", bar)
+			}
+		}
+	}
+}
+
 // BenchmarkSuites shows the tables as benchmarks. Each suite runs once, whatever b.N
 // says: its turns are the repetition.
 //

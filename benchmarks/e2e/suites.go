@@ -24,6 +24,7 @@ func Suites() []Suite {
 		{"user", "PushToUser, unary, saturated: Push-Manager and all rivals", true, userSuite},
 		{"stream", "PushStream, saturated, in batches and one by one, against unary echoes", true, streamSuite},
 		{"room", "PushToRoom, saturated, 10 to 10,000 members on 3 nodes, against the naive design", true, roomSuite},
+		{"counts", "pushes to a frame and writes per push, saturated", true, countsSuite},
 		{"members", "bytes to the nodes per room push, 10 to 1,000,000 members on 100 nodes", true, membersSuite},
 		{"open10k", "10,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(10_000)},
 		{"open2k", "2,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(2_000)},
@@ -77,7 +78,9 @@ func (b *Bench) streaming(work Work) Load {
 // batching is streaming with many pushes in a message.
 func (b *Bench) batching(work Work) Load {
 	l := b.streaming(work)
-	l.Batch = batchOf
+	if b.opts.Client != GRPC { // only our own client sends batches
+		l.Batch = batchOf
+	}
 	return l
 }
 
@@ -154,14 +157,35 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	r.bar(Bar{What: "PushToUser: CPU / tuned echo (the floor)", Figure: floor, Limit: 1.6, Kind: Stretch}, t["pm"], t["floor"])
 	r.bar(Bar{What: "PushToUser: throughput / naive", Figure: Ratio(t["pm"], t["naive"], Rate), Limit: 5.5, Kind: AtLeast}, t["pm"], t["naive"])
 	r.bar(Bar{What: "PushToUser: CPU / naive", Figure: Ratio(t["pm"], t["naive"], CPUPerRequest), Limit: 0.22, Kind: AtMost}, t["pm"], t["naive"])
-	r.counts("PushToUser", t["pm"])
 	return r, nil
 }
 
-// counts adds the bars on what repeats from run to run.
-func (r *Result) counts(what string, s Series) {
-	r.bar(Bar{What: what + ": pushes per frame, saturated", Figure: Median(s, PushesPerFrame), Limit: 5, Kind: AtLeast}, s)
-	r.bar(Bar{What: what + ": writes per push, saturated", Figure: Median(s, Writes), Limit: 0.3, Kind: AtMost}, s)
+// countsSuite measures what repeats from run to run where times do not.
+func countsSuite(ctx context.Context, b *Bench) (*Result, error) {
+	nodes := 3
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close(context.WithoutCancel(ctx))
+	pm, err := w.PushManager(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slots := []Slot{
+		{"PushToUser", pm, b.closed(b.users())}, {"PushStream", pm, b.streaming(b.users())},
+		{"PushStream, batches", pm, b.batching(b.users())},
+	}
+	r, t, err := b.measure(ctx, "counts", slots)
+	if err != nil {
+		return nil, err
+	}
+	for _, slot := range slots {
+		s := t[slot.Name]
+		r.bar(Bar{What: slot.Name + ": pushes per frame, saturated", Figure: Median(s, PushesPerFrame), Limit: 5, Kind: AtLeast}, s)
+		r.bar(Bar{What: slot.Name + ": writes per push, saturated", Figure: Median(s, Writes), Limit: 0.3, Kind: AtMost}, s)
+	}
+	return r, nil
 }
 
 // rivalEnv is the environment of a rival: the floor has Push-Manager's GOGC, the
@@ -200,7 +224,6 @@ func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	r.control("pm", t)
 	r.bar(Bar{What: "PushStream, batches: pushes/s / stock unary echo requests/s", Figure: Ratio(t["pm"], t["echo"], Rate), Limit: 10, Kind: AtLeast}, t["pm"], t["echo"])
 	r.bar(Bar{What: "PushStream, batches: CPU us per push", Figure: Median(t["pm"], CPUPerRequest), Limit: 1.5, Kind: AtMost}, t["pm"])
-	r.counts("PushStream", t["pm"])
 	return r, nil
 }
 
