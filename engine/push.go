@@ -152,6 +152,10 @@ type dropped struct {
 // was written; the result is then zero.
 func (p *Push) Result() (Result, error) { return p.result, p.err }
 
+// keepLegs is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
+// over more nodes must not make every push as large.
+const keepLegs = 64
+
 // Reset prepares a finished push for another use, whose fields the caller then sets.
 // False means that it must not be used again: something that went on beside the usual
 // way may still refer to it.
@@ -162,9 +166,9 @@ func (p *Push) Reset() bool {
 	legs, block := p.legs[:0], p.block
 	clear(p.legs)
 	clear(block)
-	*p = Push{block: block}
-	if cap(legs) > len(p.leg) { // not the push's own
-		p.legs = legs
+	*p = Push{}
+	if n := cap(legs); n > len(p.leg) && n <= keepLegs { // not the push's own
+		p.legs, p.block = legs, block
 	}
 	return true
 }
