@@ -30,7 +30,10 @@ func (r *request) hasMore() bool {
 func (r *request) parse(frame []byte) error {
 	clear(r.deliveries)
 	*r = request{deliveries: r.deliveries[:0], forget: r.forget[:0]}
-	return walk(frame, func(f field) (err error) {
+	var f field
+	var err error
+	all := fields{rest: frame}
+	for err == nil && all.next(&f) {
 		switch {
 		case f.is(1, protowire.BytesType):
 			r.hasHello = true
@@ -48,8 +51,11 @@ func (r *request) parse(frame []byte) error {
 		case f.is(6, protowire.VarintType):
 			r.drain = f.num64 != 0
 		}
-		return err
-	})
+	}
+	if err != nil {
+		return fmt.Errorf("field %d: %w", f.num, err)
+	}
+	return all.err
 }
 
 // delivery is one Delivery taken apart. Its strings are views into the frame;
@@ -72,7 +78,9 @@ type delivery struct {
 
 func (d *delivery) parse(b []byte) error {
 	*d = delivery{users: reuse(d.users), except: reuse(d.except), join: reuse(d.join), leave: reuse(d.leave)}
-	err := walk(b, func(f field) error {
+	var f field
+	all := fields{rest: b}
+	for all.next(&f) {
 		switch {
 		case f.is(1, protowire.BytesType):
 			d.content = merge(d.content, f.data)
@@ -90,16 +98,17 @@ func (d *delivery) parse(b []byte) error {
 		case f.is(7, protowire.BytesType):
 			d.traceparent = f.string()
 		}
-		return nil
-	})
-	if err != nil || !d.hasAudience {
-		return err
+	}
+	if all.err != nil || !d.hasAudience {
+		return all.err
 	}
 	return d.parseAudience()
 }
 
 func (d *delivery) parseAudience() error {
-	err := walk(d.audience, func(f field) error {
+	var f field
+	all := fields{rest: d.audience}
+	for all.next(&f) {
 		switch {
 		case f.is(1, protowire.VarintType):
 			d.id = f.uint32()
@@ -112,10 +121,9 @@ func (d *delivery) parseAudience() error {
 		case f.is(5, protowire.BytesType):
 			d.leave = append(d.leave, f.string())
 		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("audience: %w", err)
+	}
+	if all.err != nil {
+		return fmt.Errorf("audience: %w", all.err)
 	}
 	return nil
 }
@@ -123,7 +131,9 @@ func (d *delivery) parseAudience() error {
 // parseContent reads a MessageContent into m.
 func (m *Message) parseContent(b []byte) error {
 	m.Encoded = b
-	err := walk(b, func(f field) error {
+	var f field
+	all := fields{rest: b}
+	for all.next(&f) {
 		switch {
 		case f.is(1, protowire.VarintType):
 			m.Type = pubsub.MessageType(f.num64) // The low 32 bits, as in proto3.
@@ -132,29 +142,31 @@ func (m *Message) parseContent(b []byte) error {
 		case f.is(3, protowire.VarintType):
 			m.Timestamp = int64(f.num64)
 		case f.is(4, protowire.BytesType):
-			return m.parseEntry(f.data)
+			if err := m.parseEntry(f.data); err != nil {
+				return fmt.Errorf("content: %w", err)
+			}
 		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("content: %w", err)
+	}
+	if all.err != nil {
+		return fmt.Errorf("content: %w", all.err)
 	}
 	return nil
 }
 
 func (m *Message) parseEntry(b []byte) error {
 	var key, value string
-	err := walk(b, func(f field) error {
+	var f field
+	all := fields{rest: b}
+	for all.next(&f) {
 		switch {
 		case f.is(1, protowire.BytesType):
 			key = f.string()
 		case f.is(2, protowire.BytesType):
 			value = f.string()
 		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("metadata: %w", err)
+	}
+	if all.err != nil {
+		return fmt.Errorf("metadata: %w", all.err)
 	}
 	if m.Metadata == nil {
 		m.Metadata = make(map[string]string)
@@ -171,39 +183,45 @@ type field struct {
 	data  []byte // of a length-delimited field
 }
 
-// walk calls visit for each varint and each length-delimited field of b, in the
-// order of the wire, and skips the rest. A known number with another type than
-// it has is an unknown field, as everywhere in protobuf.
-func walk(b []byte, visit func(field) error) error {
-	for len(b) > 0 {
-		f, n := consume(b)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		b = b[n:]
-		if err := visit(f); err != nil {
-			return fmt.Errorf("field %d: %w", f.num, err)
-		}
-	}
-	return nil
+// fields are those of a message that are varints or length-delimited, in the order of
+// the wire; the rest is skipped. A known number with another type than it has is an
+// unknown field, as everywhere in protobuf.
+type fields struct {
+	rest []byte
+	err  error
 }
 
-// consume takes one field from b, which is not empty. It returns its length, negative
-// for a protowire error.
-func consume(b []byte) (f field, n int) {
+// next takes the next field. False means that there is none, or an error.
+func (s *fields) next(f *field) bool {
+	if len(s.rest) == 0 {
+		return false
+	}
+	n := f.consume(s.rest)
+	if n < 0 {
+		s.err = protowire.ParseError(n)
+		return false
+	}
+	s.rest = s.rest[n:]
+	return true
+}
+
+// consume reads the field that b, which is not empty, begins with. It returns its
+// length, negative for a protowire error.
+func (f *field) consume(b []byte) int {
 	// Most fields have a number below 16 and a length below 128.
 	if b[0] >= 1<<3 && b[0] < 0x80 && protowire.Type(b[0]&7) == protowire.BytesType && len(b) > 1 && b[1] < 0x80 {
 		end := 2 + int(b[1])
 		if end > len(b) {
-			return f, -1 // as protowire has it: the end came too early
+			return errTruncated
 		}
-		return field{num: protowire.Number(b[0] >> 3), typ: protowire.BytesType, data: b[2:end:end]}, end
+		f.num, f.typ, f.data = protowire.Number(b[0]>>3), protowire.BytesType, b[2:end:end]
+		return end
 	}
+	var n, m int
 	f.num, f.typ, n = protowire.ConsumeTag(b)
 	if n < 0 {
-		return f, n
+		return n
 	}
-	var m int
 	switch f.typ {
 	case protowire.VarintType:
 		f.num64, m = protowire.ConsumeVarint(b[n:])
@@ -214,10 +232,13 @@ func consume(b []byte) (f field, n int) {
 		m = protowire.ConsumeFieldValue(f.num, f.typ, b[n:])
 	}
 	if m < 0 {
-		return f, m
+		return m
 	}
-	return f, n + m
+	return n + m
 }
+
+// errTruncated is protowire's number for an end that comes too early.
+const errTruncated = -1
 
 func (f *field) is(num protowire.Number, typ protowire.Type) bool {
 	return f.num == num && f.typ == typ
