@@ -24,7 +24,7 @@
 //
 // Who holds what: the payload and the ids of a push belong to its caller, are shared by
 // all its deliveries and never written to. A push that has gone the usual way leaves
-// nothing behind: its caller may use it and its bytes again (Push.Reset). Any other is
+// nothing behind: its caller may use it and its bytes again (Push.Reusable). Any other is
 // garbage when the last reference goes.
 //
 // Locks: Push.mu guards the list of deliveries of one push. It is a leaf.

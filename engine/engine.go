@@ -61,22 +61,20 @@ func (c Config) Validate() error {
 // Engine takes pushes. It has no goroutines of its own.
 type Engine struct {
 	// Static after New.
-	shards      *shard.Set
-	directory   *route.Directory
-	network     Network
-	limits      Limits
-	timeout     time.Duration
-	maxInFlight int64
-	logger      *slog.Logger
-	idle        chan struct{} // has room for one; told when nothing is in flight
+	shards    *shard.Set
+	directory *route.Directory
+	network   Network
+	limits    Limits
+	timeout   time.Duration
+	logger    *slog.Logger
+	idle      chan struct{} // has room for one; told when nothing is in flight
 
 	// Safe for concurrent use.
-	inFlight atomic.Int64
-	draining atomic.Bool
-	heals    atomic.Uint64
-	panics   atomic.Uint64
-	reasons  [reasons]atomic.Uint64
-	waiters  sync.Pool // of *waiter
+	gate    gate
+	heals   atomic.Uint64
+	panics  atomic.Uint64
+	reasons [reasons]atomic.Uint64
+	waiters sync.Pool // of *waiter
 }
 
 // New makes an engine over parts that its owner starts before and stops after it.
@@ -87,7 +85,7 @@ func New(config Config) (*Engine, error) {
 	config = config.withDefaults()
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
-		limits: config.Limits, timeout: config.Timeout, maxInFlight: int64(config.MaxInFlight),
+		limits: config.Limits, timeout: config.Timeout, gate: gate{most: int64(config.MaxInFlight)},
 		logger: config.Logger, idle: make(chan struct{}, 1),
 	}, nil
 }
@@ -177,12 +175,12 @@ func (e *Engine) panicked(p *Push, v any) {
 
 // admit takes a place in flight, or says why there is none.
 func (e *Engine) admit() error {
-	n := e.inFlight.Add(1)
+	room := e.gate.enter() // before the look at closed: so Drain sees the push, or it sees that
 	switch {
-	case e.draining.Load():
+	case e.gate.closed.Load():
 		e.leave()
 		return ErrDraining
-	case n > e.maxInFlight:
+	case !room:
 		e.leave()
 		return ErrOverloaded
 	}
@@ -190,7 +188,7 @@ func (e *Engine) admit() error {
 }
 
 func (e *Engine) leave() {
-	if e.inFlight.Add(-1) == 0 && e.draining.Load() {
+	if last := e.gate.leave(); last {
 		e.tellIdle()
 	}
 }
@@ -208,13 +206,13 @@ func (e *Engine) count(d *Delivery) { e.reasons[d.reason].Add(1) }
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
 // finished or ctx ends.
 func (e *Engine) Drain(ctx context.Context) error {
-	e.draining.Store(true)
-	for e.inFlight.Load() > 0 {
+	e.gate.closed.Store(true)
+	for e.gate.inside() > 0 {
 		select {
 		case <-e.idle:
 			e.tellIdle() // whoever else drains
 		case <-ctx.Done():
-			return fmt.Errorf("drain with %d pushes in flight: %w", e.inFlight.Load(), ctx.Err())
+			return fmt.Errorf("drain with %d pushes in flight: %w", e.gate.inside(), ctx.Err())
 		}
 	}
 	return nil
@@ -236,7 +234,7 @@ type Stats struct {
 // Stats reads the counters of the engine and the parts below it.
 func (e *Engine) Stats() Stats {
 	s := Stats{
-		InFlight: e.inFlight.Load(), Heals: e.heals.Load(), Panics: e.panics.Load(),
+		InFlight: e.gate.inside(), Heals: e.heals.Load(), Panics: e.panics.Load(),
 		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
 	}
 	for r := range e.reasons {

@@ -156,13 +156,12 @@ func (p *Push) Result() (Result, error) { return p.result, p.err }
 // over more nodes must not make every push as large.
 const keepLegs = 64
 
-// Reset prepares a finished push for another use, whose fields the caller then sets.
-// False means that it must not be used again: something that went on beside the usual
-// way may still refer to it.
-func (p *Push) Reset() bool {
-	if !p.plain || p.Trace != nil {
-		return false
-	}
+// Reusable tells whether nobody refers to a finished push any more: it may be used again
+// after Reset. Of one that did not go the usual way that is not known.
+func (p *Push) Reusable() bool { return p.plain && p.Trace == nil }
+
+// Reset prepares a reusable push for another use, whose fields the caller then sets.
+func (p *Push) Reset() {
 	legs, block := p.legs[:0], p.block
 	clear(p.legs)
 	clear(block)
@@ -170,7 +169,6 @@ func (p *Push) Reset() bool {
 	if n := cap(legs); n > len(p.leg) && n <= keepLegs { // not the push's own
 		p.legs, p.block = legs, block
 	}
-	return true
 }
 
 // Lookup opens a span for a look-up on behalf of the push.

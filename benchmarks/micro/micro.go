@@ -136,9 +136,10 @@ func (r *Rig) Allocations(kind engine.Kind, n int) (float64, error) {
 		if err := r.Start(&all[i%warm], d); err != nil {
 			return fmt.Errorf("push %d: %w", i, err)
 		}
-		if !all[i%warm].Reset() {
+		if !all[i%warm].Reusable() {
 			return errKept
 		}
+		all[i%warm].Reset()
 		return nil
 	}
 	for i := range warm {

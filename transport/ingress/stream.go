@@ -211,7 +211,10 @@ func (st *stream) newCall(m *message, now time.Time) *call {
 	if c == nil {
 		c = new(call)
 	} else {
-		st.calls, c.next = c.next, nil
+		st.calls = c.next
+		// Here and not by the writer: most of it is still in this core's cache.
+		c.push.Reset()
+		c.streamed = streamed{}
 	}
 	c.stream, c.message, c.push.Arrived = st, m, now
 	return c
@@ -415,8 +418,8 @@ type chain struct{ first, last *call }
 // used again.
 func (st *stream) release(c *call, free *chain) {
 	m := c.message
-	if c.push.Reset() {
-		c.streamed = streamed{next: free.first}
+	if c.push.Reusable() {
+		c.next = free.first
 		free.first = c
 		if free.last == nil {
 			free.last = c

@@ -24,6 +24,8 @@ func (s *Server) takeCall(a api) *call {
 	c, _ := s.calls.Get().(*call)
 	if c == nil {
 		c = new(call)
+	} else {
+		c.push.Reset()
 	}
 	c.api = a
 	return c
@@ -31,7 +33,7 @@ func (s *Server) takeCall(a api) *call {
 
 // releaseCall keeps the call of a push that is answered, if it can be used again.
 func (s *Server) releaseCall(c *call) {
-	if c.push.Reset() && c.in.reuse() {
+	if c.push.Reusable() && c.in.reuse() {
 		s.calls.Put(c)
 	}
 }
