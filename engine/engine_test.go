@@ -70,7 +70,7 @@ func (n *testNode) Send(d *Delivery) Reason {
 	return Sent
 }
 
-func (w *world) Room(ctx context.Context, room string, add func(user, node string)) (bool, error) {
+func (w *world) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
 	if err := w.wait(ctx, room); err != nil {
 		return false, err
 	}
@@ -79,10 +79,10 @@ func (w *world) Room(ctx context.Context, room string, add func(user, node strin
 	members, ok := w.rooms[room]
 	for user, nodes := range members {
 		if len(nodes) == 0 {
-			add(user, "")
+			add([]byte(user), nil)
 		}
 		for _, node := range nodes {
-			add(user, node)
+			add([]byte(user), []byte(node))
 		}
 	}
 	return ok, nil

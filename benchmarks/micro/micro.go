@@ -165,9 +165,9 @@ func (r *Rig) Allocations(kind engine.Kind, n int) (float64, error) {
 type source struct{}
 
 // Room implements route.Source.
-func (source) Room(_ context.Context, _ string, add func(user, node string)) (bool, error) {
+func (source) Room(_ context.Context, _ string, add func(user, node []byte)) (bool, error) {
 	for i := range members {
-		add("member-"+strconv.Itoa(i), nodeID(i))
+		add([]byte("member-"+strconv.Itoa(i)), []byte(nodeID(i)))
 	}
 	return true, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -69,10 +70,13 @@ func (c Config) Validate() error {
 // Directory answers where rooms and users are. Its methods never block and are
 // safe for concurrent use.
 type Directory struct {
-	cfg   Config
-	seed  maphash.Seed
-	rooms *table
-	users *table
+	cfg      Config
+	seed     maphash.Seed
+	epoch    time.Time
+	names    *names
+	builders sync.Pool // of *builder
+	rooms    *table
+	users    *table
 	// The generation of the change stream whose word is good now, 0 for none.
 	watch       atomic.Uint64
 	generations atomic.Uint64
@@ -82,15 +86,24 @@ type Directory struct {
 // lapse is the end of a change stream's word.
 type lapse struct {
 	watch uint64
-	at    time.Time
+	at    moment
 }
+
+// moment is a point in time as nanoseconds since just before the directory was made: a
+// third of a time.Time, of which there would be three in each entry. The zero value
+// is before all that are.
+type moment int64
+
+func (d *Directory) moment(t time.Time) moment { return moment(t.Sub(d.epoch)) }
+
+func (d *Directory) now() moment { return d.moment(time.Now()) }
 
 // New makes a directory. Close ends it.
 func New(config Config) (*Directory, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
-	d := &Directory{cfg: config.withDefaults(), seed: maphash.MakeSeed()}
+	d := &Directory{cfg: config.withDefaults(), seed: maphash.MakeSeed(), epoch: time.Now().Add(-1), names: newNames()}
 	var err error
 	if d.rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
 		return nil, err
@@ -185,14 +198,14 @@ func (d *Directory) SetWatched(watched bool) {
 // vouch makes watch the change stream whose word is good.
 func (d *Directory) vouch(watch uint64) {
 	if was := d.watch.Load(); was != 0 {
-		d.lapse.Store(&lapse{was, time.Now()})
+		d.lapse.Store(&lapse{was, d.now()})
 	}
 	d.watch.Store(watch)
 }
 
 // knownUntil is up to when e was true for certain: what a change stream vouches for
 // is true now, and what one has vouched for was true until that ended.
-func (d *Directory) knownUntil(e *entry, now time.Time) time.Time {
+func (d *Directory) knownUntil(e *entry, now moment) moment {
 	if e.watch == 0 {
 		return e.known
 	}
@@ -267,20 +280,31 @@ func (d *Directory) lookup(t *table, w Waiter, keys []string, olds, snaps []*Sna
 	ctx, end := w.Lookup(ctx, t.name)
 	defer func() { end(err) }()
 	if t == d.rooms {
-		b := newBuilder(d.seed)
-		found, err := d.cfg.Source.Room(ctx, keys[0], b.add)
-		if err != nil {
-			return err
-		}
-		snaps[0] = b.snapshot(found, olds[0])
-		return nil
+		snaps[0], err = d.lookupRoom(ctx, keys[0], olds[0])
+		return err
 	}
 	nodes := make([][]string, len(keys))
 	if err := d.cfg.Source.Users(ctx, keys, nodes); err != nil {
 		return err
 	}
 	for i, user := range keys {
-		snaps[i] = userSnapshot(user, nodes[i], olds[i])
+		snaps[i] = d.names.userSnapshot(user, nodes[i], olds[i])
 	}
 	return nil
+}
+
+func (d *Directory) lookupRoom(ctx context.Context, room string, old *Snapshot) (*Snapshot, error) {
+	b, ok := d.builders.Get().(*builder)
+	if !ok {
+		b = newBuilder(d.seed, d.names)
+	}
+	found, err := d.cfg.Source.Room(ctx, room, b.add)
+	if err != nil {
+		return nil, err // and b goes with it: the source may have kept add
+	}
+	s := b.snapshot(found, old)
+	if b.reset() {
+		d.builders.Put(b)
+	}
+	return s, nil
 }

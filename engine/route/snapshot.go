@@ -13,8 +13,7 @@ type Group struct {
 	Node  string
 	Users []string // sorted, without duplicates, never empty
 
-	raw  int    // members as the Controller listed them, duplicates included
-	hash uint64 // order-independent fingerprint of the same
+	hash uint64 // order-independent fingerprint of the members as the Controller listed them
 }
 
 // Has tells whether user is in the group.
@@ -26,19 +25,20 @@ func (g *Group) Has(user string) bool {
 // Snapshot is what the Controller said about one room or user. It is immutable
 // but for the counters of the fence.
 type Snapshot struct {
-	Found    bool     // the room exists; the user has a connection
-	Groups   []*Group // ordered by node
-	Users    int      // members, each counted once; 1 for a user
-	Shared   []string // members on more than one node, sorted
-	Unplaced []string // members for whom the Controller names no node, sorted
+	Found bool // the room exists; the user has a connection
 
 	// The fence, see package doc. prev leads to snapshots of the same key that
 	// pushes may still be using.
+	retired atomic.Bool
+	held    atomic.Int32
+	prev    atomic.Pointer[Snapshot]
 	table   *table
 	key     string
-	held    atomic.Int64
-	retired atomic.Bool
-	prev    atomic.Pointer[Snapshot]
+
+	Users    int      // members, each counted once; 1 for a user
+	Groups   []*Group // ordered by node
+	Shared   []string // members on more than one node, sorted
+	Unplaced []string // members for whom the Controller names no node, sorted
 }
 
 // Has tells whether user is a member on any node or without one.
@@ -97,58 +97,135 @@ func (s *Snapshot) inUse() *Snapshot {
 	return s
 }
 
-// builder gathers the members of a room into groups.
+// builder gathers the members of a room into groups. It packs their ids into buffers
+// that serve for the next look-up again: only what is new in a snapshot is allocated,
+// in one piece for the ids of each group and no larger than they are.
 type builder struct {
-	seed     maphash.Seed
-	byNode   map[string]int
+	// Static after newBuilder.
+	seed  maphash.Seed
+	names *names
+
+	byNode  map[string]int // of parts
+	parts   []part
+	last    int      // members of one node tend to come together
+	members []member // in the order of their coming
+	ids     []byte   // theirs, one after another
+
+	// What it comes to.
 	groups   []*Group
-	last     int // members of one node tend to come together
 	unplaced []string
 }
 
-func newBuilder(seed maphash.Seed) *builder {
-	return &builder{seed: seed, byNode: make(map[string]int), last: -1}
+// part is what has come for one node, or for none.
+type part struct {
+	node  string
+	count int
+	bytes int // of the ids
+	hash  uint64
+
+	group *Group // of the old snapshot, if nothing has changed
+	block strings.Builder
+	users []string // parts of block
 }
 
-func (b *builder) add(user, node string) {
-	if node == "" {
-		b.unplaced = append(b.unplaced, user)
-		return
+// member is one member's place in the buffers.
+type member struct {
+	end  int // of its id
+	part int
+}
+
+const (
+	// builderKeep bounds what a builder keeps for the next look-up: the members of most
+	// rooms, and not those of the largest ever seen.
+	builderKeep = 16 << 10
+	idsKeep     = builderKeep * 32
+)
+
+func newBuilder(seed maphash.Seed, names *names) *builder {
+	return &builder{seed: seed, names: names, byNode: make(map[string]int), last: -1}
+}
+
+// reset makes b ready for another room. False means that it has grown too large to be
+// kept.
+func (b *builder) reset() bool {
+	if cap(b.members) > builderKeep || cap(b.ids) > idsKeep {
+		return false
 	}
-	if b.last < 0 || b.groups[b.last].Node != node {
-		i, ok := b.byNode[node]
+	clear(b.byNode)
+	clear(b.parts) // the snapshots have what is in them
+	b.parts, b.last = b.parts[:0], -1
+	b.members, b.ids = b.members[:0], b.ids[:0]
+	b.groups, b.unplaced = nil, nil
+	return true
+}
+
+func (b *builder) add(user, node []byte) {
+	if b.last < 0 || b.parts[b.last].node != string(node) {
+		i, ok := b.byNode[string(node)]
 		if !ok {
-			i = len(b.groups)
-			b.byNode[node] = i
-			b.groups = append(b.groups, &Group{Node: node})
+			i = len(b.parts)
+			name := b.names.of(node)
+			b.byNode[name] = i
+			b.parts = append(b.parts, part{node: name})
 		}
 		b.last = i
 	}
-	g := b.groups[b.last]
-	g.Users = append(g.Users, user)
-	g.raw++
-	g.hash += maphash.String(b.seed, user)
+	p := &b.parts[b.last]
+	p.count++
+	p.bytes += len(user)
+	p.hash += maphash.Bytes(b.seed, user)
+	b.ids = append(b.ids, user...)
+	b.members = append(b.members, member{end: len(b.ids), part: b.last})
+}
+
+// seal makes groups and unplaced of what was added. Groups of old that are
+// unchanged stay.
+func (b *builder) seal(old *Snapshot) {
+	for i := range b.parts {
+		p := &b.parts[i]
+		if known := old.group(p.node); known != nil && known.hash == p.hash {
+			p.group = known
+			continue
+		}
+		p.users = make([]string, 0, p.count)
+		p.block.Grow(p.bytes)
+	}
+	at := 0
+	for _, m := range b.members {
+		if p := &b.parts[m.part]; p.group == nil {
+			p.keep(b.ids[at:m.end])
+		}
+		at = m.end
+	}
+	b.groups = make([]*Group, 0, len(b.parts))
+	for i := range b.parts {
+		p := &b.parts[i]
+		slices.Sort(p.users)
+		switch users := slices.Compact(p.users); {
+		case p.node == "":
+			b.unplaced = users
+		case p.group == nil:
+			b.groups = append(b.groups, &Group{Node: p.node, Users: users, hash: p.hash})
+		default:
+			b.groups = append(b.groups, p.group)
+		}
+	}
+	slices.SortFunc(b.groups, func(x, y *Group) int { return strings.Compare(x.Node, y.Node) })
+	b.dropPlaced()
+}
+
+// keep appends a member to users. Its id is cut from block, which has room for all.
+func (p *part) keep(id []byte) {
+	from := p.block.Len()
+	p.block.Write(id)
+	p.users = append(p.users, p.block.String()[from:])
 }
 
 // snapshot seals what was added, reusing the groups of old that are unchanged and
 // old itself when all of it is.
 func (b *builder) snapshot(found bool, old *Snapshot) *Snapshot {
-	slices.SortFunc(b.groups, func(x, y *Group) int { return strings.Compare(x.Node, y.Node) })
-	slices.Sort(b.unplaced)
-	b.unplaced = slices.Compact(b.unplaced)
-	same := old != nil && old.Found == found && len(old.Groups) == len(b.groups)
-	for i, g := range b.groups {
-		if known := old.group(g.Node); known != nil && known.raw == g.raw && known.hash == g.hash {
-			b.groups[i] = known
-			same = same && old.Groups[i] == known
-			continue
-		}
-		same = false
-		slices.Sort(g.Users)
-		g.Users = slices.Compact(g.Users)
-	}
-	b.dropPlaced()
-	if same && slices.Equal(old.Unplaced, b.unplaced) {
+	b.seal(old)
+	if old != nil && old.Found == found && slices.Equal(old.Groups, b.groups) && slices.Equal(old.Unplaced, b.unplaced) {
 		return old
 	}
 	s := &Snapshot{Found: found, Groups: b.groups, Unplaced: b.unplaced, Shared: b.shared()}
@@ -223,23 +300,45 @@ func (s *Snapshot) group(node string) *Group {
 }
 
 // userSnapshot makes the snapshot of a user held by nodes, reusing old if equal.
-func userSnapshot(user string, nodes []string, old *Snapshot) *Snapshot {
-	sorted := slices.DeleteFunc(slices.Clone(nodes), func(n string) bool { return n == "" })
-	slices.Sort(sorted)
-	sorted = slices.Compact(sorted)
-	if old != nil && slices.EqualFunc(old.Groups, sorted, func(g *Group, n string) bool { return g.Node == n }) {
+func (n *names) userSnapshot(user string, nodes []string, old *Snapshot) *Snapshot {
+	if len(nodes) != 1 {
+		nodes = slices.Compact(slices.Sorted(slices.Values(nodes)))
+	}
+	if len(nodes) > 0 && nodes[0] == "" {
+		nodes = nodes[1:]
+	}
+	if old != nil && slices.EqualFunc(old.Groups, nodes, func(g *Group, node string) bool { return g.Node == node }) {
 		return old
 	}
-	s := &Snapshot{Found: len(sorted) > 0, Users: 1, Groups: make([]*Group, len(sorted))}
+	if len(nodes) == 1 {
+		return singleSnapshot(user, n.of([]byte(nodes[0])))
+	}
+	s := &Snapshot{Found: len(nodes) > 0, Users: 1}
 	users := []string{user}
-	for i, node := range sorted {
-		s.Groups[i] = &Group{Node: node, Users: users}
+	for _, node := range nodes {
+		s.Groups = append(s.Groups, &Group{Node: n.of([]byte(node)), Users: users})
 	}
-	if len(sorted) > 1 {
+	if s.Found {
 		s.Shared = users
-	}
-	if len(sorted) == 0 {
+	} else {
 		s.Unplaced = users
 	}
 	return s
+}
+
+// singleSnapshot is the snapshot of a user on one node. Nearly all are, and there is
+// one for each user: all that it consists of is one object.
+func singleSnapshot(user, node string) *Snapshot {
+	var s struct {
+		Snapshot
+
+		group  Group
+		groups [1]*Group
+		users  [1]string
+	}
+	s.users[0] = user
+	s.group = Group{Node: node, Users: s.users[:]}
+	s.groups[0] = &s.group
+	s.Found, s.Snapshot.Users, s.Groups = true, 1, s.groups[:]
+	return &s.Snapshot
 }

@@ -16,10 +16,10 @@ var ErrOverloaded = errors.New("too many look-ups")
 // ctx ends and are safe for concurrent use.
 type Source interface {
 	// Room calls add for each member and each node that holds it; a user on two
-	// nodes comes twice. A member without a node has node "". The strings must
-	// not alias memory that is used again. It returns false when there is no such
-	// room.
-	Room(ctx context.Context, room string, add func(user, node string)) (found bool, err error)
+	// nodes comes twice. A member without a node has an empty one. What add is given
+	// is copied; it is not called after Room has returned, nor by two goroutines at
+	// once. Room returns false when there is no such room.
+	Room(ctx context.Context, room string, add func(user, node []byte)) (found bool, err error)
 	// Users sets nodes[i] to the nodes of users[i], none for a user without a
 	// connection. The slices have the same length.
 	Users(ctx context.Context, users []string, nodes [][]string) error

@@ -22,10 +22,10 @@ var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
 // entry is one answer in the cache. Immutable.
 type entry struct {
 	snap       *Snapshot
-	fetched    time.Time // when the look-up began
-	known      time.Time // up to when it was true for certain, its watch left aside
-	freshUntil time.Time // zero: it has changed, or could not be looked up again
-	watch      uint64    // the change stream that vouches for it, 0 for none
+	fetched    moment // when the look-up began
+	known      moment // up to when it was true for certain, its watch left aside
+	freshUntil moment // zero: it has changed, or could not be looked up again
+	watch      uint64 // the change stream that vouches for it, 0 for none
 }
 
 // table is the cache of rooms or of users, and the lines in front of it.
@@ -68,8 +68,8 @@ type line struct {
 type waiting struct {
 	w       Waiter
 	ordered bool
-	turn    uint64    // of the query, which has the same in all lines it waits in
-	since   time.Time // of a refresh: an answer from before does not serve
+	turn    uint64 // of the query, which has the same in all lines it waits in
+	since   moment // of a refresh: an answer from before does not serve
 }
 
 func newTable(d *Directory, name string, weight int) (*table, error) {
@@ -101,15 +101,15 @@ func (t *table) hit(home int, key string, q Query) *Snapshot {
 }
 
 // after tells whether e is what the Controller said after since, as far as is known.
-func (e *entry) after(since time.Time) bool {
-	return e.fetched.After(since) && !e.freshUntil.IsZero()
+func (e *entry) after(since moment) bool {
+	return e.fetched > since && e.freshUntil != 0
 }
 
 func (t *table) fresh(e *entry, now time.Time) bool {
 	if w := t.dir.watch.Load(); w != 0 && e.watch == w {
 		return true
 	}
-	return now.Before(e.freshUntil)
+	return t.dir.moment(now) < e.freshUntil
 }
 
 // hitLocked is hit for somebody who holds the lock, with no line for the key: it
@@ -263,9 +263,9 @@ func (t *table) joinMany(home int, keys []string, q Query, w Waiter) {
 	}
 }
 
-// refresh gets w an answer that is newer than since.
-func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
-	h := &t.homes[home]
+// refresh gets w an answer that is newer than after.
+func (t *table) refresh(home int, keys []string, after time.Time, w Waiter) {
+	h, since := &t.homes[home], t.dir.moment(after)
 	var lookup, now []string
 	var snaps []*Snapshot
 	h.mu.Lock()
@@ -309,13 +309,13 @@ func (t *table) refresh(home int, keys []string, since time.Time, w Waiter) {
 }
 
 // after tells whether the line's result is what the Controller said after since.
-func (l *line) after(since time.Time) bool {
+func (l *line) after(since moment) bool {
 	return l.entry != nil && !l.dirty && l.entry.after(since)
 }
 
 // serves tells whether the line's result is one for w.
 func (l *line) serves(w waiting) bool {
-	return l.entry != nil && (l.err == nil || w.since.IsZero() || l.entry.fetched.After(w.since))
+	return l.entry != nil && (l.err == nil || w.since == 0 || l.entry.fetched > w.since)
 }
 
 // submit runs the look-up of keys, whose lines are open, in the pool of home. Of
@@ -331,7 +331,7 @@ func (t *table) submit(home int, w Waiter, keys []string, first *waiting) {
 // lookup asks the source for keys and tells everybody in their lines.
 func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 	h := &t.homes[home]
-	began, watch := time.Now(), t.dir.watch.Load()
+	began, watch := t.dir.now(), t.dir.watch.Load()
 	olds, snaps := make([]*Snapshot, len(keys)), make([]*Snapshot, len(keys))
 	h.mu.Lock()
 	for i, key := range keys {
@@ -358,8 +358,8 @@ func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 }
 
 // newEntry decides how long a fresh answer is good.
-func (t *table) newEntry(s *Snapshot, began time.Time, watch uint64, dirty bool) *entry {
-	e := &entry{snap: s, fetched: began, known: began, freshUntil: began.Add(t.dir.cfg.TTL), watch: watch}
+func (t *table) newEntry(s *Snapshot, began moment, watch uint64, dirty bool) *entry {
+	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + moment(t.dir.cfg.TTL), watch: watch}
 	if !s.Found {
 		e.freshUntil = began // absence is not cached, see package doc
 	}
@@ -371,16 +371,16 @@ func (t *table) newEntry(s *Snapshot, began time.Time, watch uint64, dirty bool)
 
 // fallback is what serves while the source fails: the old answer for another TTL,
 // or nothing.
-func (t *table) fallback(h *home, old *entry, now time.Time) *entry {
+func (t *table) fallback(h *home, old *entry, now moment) *entry {
 	if old == nil || !old.snap.Found {
 		return nil
 	}
 	known := t.dir.knownUntil(old, now)
-	if now.Sub(known) > t.dir.cfg.StaleTTL {
+	if now-known > moment(t.dir.cfg.StaleTTL) {
 		return nil
 	}
 	h.staleServed.Add(1)
-	return &entry{snap: old.snap, fetched: old.fetched, known: known, freshUntil: time.Now().Add(t.dir.cfg.TTL)}
+	return &entry{snap: old.snap, fetched: old.fetched, known: known, freshUntil: t.dir.now() + moment(t.dir.cfg.TTL)}
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
@@ -507,7 +507,7 @@ func (t *table) publishLocked(h *home, key string, l *line) (left bool) {
 // changed is e once it is not to be trusted any more. It serves as a fallback and for
 // the comparison with the next answer.
 func (t *table) changed(e *entry) *entry {
-	return &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, time.Now())}
+	return &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, t.dir.now())}
 }
 
 // resume claims those lines again whose fence has fallen since their waiters were

@@ -78,11 +78,11 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	perNode := map[string]int{}
-	found, err := c.Room(ctx, "large", func(_, node string) { perNode[node]++ })
+	found, err := c.Room(ctx, "large", func(_, node []byte) { perNode[string(node)]++ })
 	if err != nil || !found || perNode["n0"] != 33334 || perNode["n1"] != 33333 || perNode["n2"] != 33333 {
 		t.Fatal(found, perNode, err)
 	}
-	if found, err := c.Room(ctx, "unknown", func(string, string) {}); err != nil || found {
+	if found, err := c.Room(ctx, "unknown", func([]byte, []byte) {}); err != nil || found {
 		t.Fatal(found, err)
 	}
 	users := []string{"user0", "nobody", "user4"}
@@ -128,7 +128,7 @@ func BenchmarkLookupOfLargeRoom(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				n := 0
-				if _, err := c.Room(b.Context(), "r", func(string, string) { n++ }); err != nil || n != members {
+				if _, err := c.Room(b.Context(), "r", func([]byte, []byte) { n++ }); err != nil || n != members {
 					b.Fatal(n, err)
 				}
 			}

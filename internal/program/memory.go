@@ -6,34 +6,95 @@ import (
 	"math"
 	"os"
 	"path"
+	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 )
 
 const (
-	// gcPercent trades memory for CPU: an eighth of a push costs, as measured.
-	gcPercent = 400
+	// headroomLeast is what may always be allocated between two collections of garbage.
+	// It makes collections of a small heap rare: they cost next to nothing.
+	headroomLeast = 64 << 20
+	// headroomShare bounds what collections of a large heap cost: they come after a
+	// half of it has been allocated anew. At Go's own share, all of it, the garbage would
+	// be as large as what is of use; a collection takes about 0.7 ms of CPU for a MiB.
+	headroomShare = 2
+	// heapLeast is below what no heap counts for the runtime.
+	heapLeast = 4 << 20
+	// limitedPercent is for somebody who has said how much memory there is: it may be
+	// used to save collections.
+	limitedPercent = 400
 	// limitShare of a container's memory is left to the heap; the rest is for
 	// stacks, buffers of the kernel, and the moment between two collections.
 	limitShare = 0.9
 )
 
-// TuneMemory sets the garbage collector for a process that serves: GOGC=400
-// unless GOGC is set, and a memory limit of 90 % of the container's unless
-// GOMEMLIMIT is set. It is for main functions.
+// TuneMemory sets the garbage collector for a process that serves. It lets the
+// process allocate 64 MiB between two collections, or half of what is in use if that
+// is more, and keeps it below 90 % of its container's memory. GOGC and GOMEMLIMIT, where
+// they are set, are obeyed instead: with GOGC nothing follows the heap, with GOMEMLIMIT
+// alone four times of what is in use may be allocated, within the limit. It is for main
+// functions.
 func TuneMemory(logger *slog.Logger) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
-	if os.Getenv("GOMEMLIMIT") != "" {
-		return
-	}
-	if limit := containerLimit(os.ReadFile); limit > 0 {
+	limited, fixed := os.Getenv("GOMEMLIMIT") != "", os.Getenv("GOGC") != ""
+	if limit := containerLimit(os.ReadFile); limit > 0 && !limited {
 		share := int64(float64(limit) * limitShare)
 		debug.SetMemoryLimit(share)
 		logger.Debug("memory limit from the container", "bytes", share)
 	}
+	switch {
+	case fixed:
+	case limited:
+		debug.SetGCPercent(limitedPercent)
+	default:
+		t := newTuner()
+		t.adjust()
+		t.follow()
+	}
+}
+
+// tuner sets GOGC after each collection, so that the headroom is what it should be for
+// the heap that the collection has found to be in use.
+type tuner struct {
+	percent int
+	samples []metrics.Sample // live heap, stacks, globals
+}
+
+func newTuner() *tuner {
+	return &tuner{samples: []metrics.Sample{
+		{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/stack:bytes"}, {Name: "/gc/scan/globals:bytes"},
+	}}
+}
+
+// follow calls adjust after each collection from now on: what it leaves behind is
+// garbage, and the collector says so.
+func (t *tuner) follow() {
+	type mark struct{ of *tuner }
+	runtime.SetFinalizer(&mark{t}, func(m *mark) {
+		m.of.adjust()
+		m.of.follow()
+	})
+}
+
+func (t *tuner) adjust() {
+	metrics.Read(t.samples)
+	live, base := t.samples[0].Value.Uint64(), uint64(0)
+	for _, s := range t.samples {
+		base += s.Value.Uint64()
+	}
+	if percent := gcPercent(live, base); percent != t.percent {
+		t.percent = percent
+		debug.SetGCPercent(percent)
+	}
+}
+
+// gcPercent is the GOGC that gives a heap its headroom. The runtime takes it of base,
+// which is the live heap with stacks and globals, and of heapLeast at least.
+func gcPercent(live, base uint64) int {
+	headroom := max(headroomLeast, live/headroomShare)
+	return int(headroom * 100 / max(base, heapLeast))
 }
 
 // containerLimit is the memory limit of the process's cgroup or one above it, 0

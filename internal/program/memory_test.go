@@ -2,7 +2,12 @@ package program
 
 import (
 	"errors"
+	"math"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
 	"testing"
+	"time"
 )
 
 func TestContainerLimitIsTheLowestOnTheWayUp(t *testing.T) {
@@ -40,4 +45,54 @@ func TestContainerLimitIsTheLowestOnTheWayUp(t *testing.T) {
 			t.Errorf("%s: %d, want %d", name, got, tc.want)
 		}
 	}
+}
+
+func TestHeadroomOfTheHeap(t *testing.T) {
+	const mib = 1 << 20
+	for _, tc := range []struct{ live, others, want uint64 }{
+		{0, 0, 64 * mib}, // before the first collection
+		{2 * mib, mib, 64 * mib},
+		{3 * mib, mib, 64 * mib},
+		{20 * mib, 10 * mib, 64 * mib},
+		{100 * mib, 12 * mib, 64 * mib},
+		{128 * mib, 0, 64 * mib},
+		{500 * mib, 50 * mib, 250 * mib},
+		{8 << 30, 100 * mib, 4 << 30},
+		{1 << 40, 0, 1 << 39},
+	} {
+		base := tc.live + tc.others
+		percent := gcPercent(tc.live, base)
+		// As the runtime has it, to a percent.
+		base = max(base, heapLeast)
+		got := base * uint64(percent) / 100
+		if off := math.Abs(float64(got) - float64(tc.want)); off > float64(base)/100 {
+			t.Errorf("%d MiB in use: %d %%, which is %d MiB, want %d", tc.live/mib, percent, got/mib, tc.want/mib)
+		}
+	}
+}
+
+func TestTunerFollowsTheHeap(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	percent := func() uint64 {
+		s := []metrics.Sample{{Name: "/gc/gogc:percent"}}
+		metrics.Read(s)
+		return s[0].Value.Uint64()
+	}
+	newTuner().follow()
+	wait := func(what string, ok func() bool) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: GOGC is %d", what, percent())
+			}
+			runtime.GC()
+		}
+	}
+	wait("a small heap", func() bool { return percent() > 200 })
+	block := make([]byte, 200<<20)
+	wait("a large one", func() bool { return percent() <= 50 })
+	runtime.KeepAlive(block)
+	block = nil
+	wait("a small one again", func() bool { return percent() > 200 })
+	_ = block
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // Room implements route.Source.
-func (c *Controller) Room(ctx context.Context, room string, add func(user, node string)) (bool, error) {
+func (c *Controller) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
 	began := time.Now()
 	found, err := c.room(ctx, room, add)
 	if err != nil {
@@ -28,7 +28,7 @@ func (c *Controller) Room(ctx context.Context, room string, add func(user, node 
 	return found, nil
 }
 
-func (c *Controller) room(ctx context.Context, room string, add func(user, node string)) (bool, error) {
+func (c *Controller) room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
 	var reply rawReply
 	defer reply.release()
 	request := &pubsub.GetRoomInfoRequest{RoomId: room}

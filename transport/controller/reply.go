@@ -3,7 +3,6 @@ package controller
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"unicode"
 	"unicode/utf8"
 
@@ -52,41 +51,15 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	return nil
 }
 
-// walk reads the members out of a GetRoomInfoResponse.
+// walk reads the members out of a GetRoomInfoResponse. What add is given are parts of
+// the reply.
 type walk struct {
-	add        func(user, node string)
+	add        func(user, node []byte)
 	maxMembers int
 
 	found   bool
 	members int
 	skipped int // members or nodes with an id that no push could name
-	nodes   map[string]*arena
-	last    *arena
-}
-
-// arena stores the ids of one node's members, many to an allocation. One for each
-// node, because the directory keeps or drops the members of a node together.
-type arena struct {
-	node string
-	b    strings.Builder
-}
-
-const (
-	arenaMin = 64       // a few ids: most rooms are small
-	arenaMax = 16 << 10 // what one surviving id can keep alive
-)
-
-// keep returns a copy of id that lives on its own. A full builder is left to the
-// strings cut from it and followed by one of twice the size.
-func (a *arena) keep(id []byte) string {
-	if a.b.Cap()-a.b.Len() < len(id) {
-		size := max(arenaMin, min(2*a.b.Cap(), arenaMax), len(id))
-		a.b = strings.Builder{}
-		a.b.Grow(size)
-	}
-	from := a.b.Len()
-	a.b.Write(id)
-	return a.b.String()[from:]
 }
 
 // response walks the outermost message.
@@ -144,26 +117,8 @@ func (w *walk) member(b []byte) error {
 		w.skipped++
 		node = nil
 	}
-	a := w.arenaOf(node)
-	w.add(a.keep(user), a.node)
+	w.add(user, node)
 	return nil
-}
-
-// arenaOf finds the node's arena. Members mostly come in runs of one node.
-func (w *walk) arenaOf(node []byte) *arena {
-	if w.last != nil && w.last.node == string(node) {
-		return w.last
-	}
-	a := w.nodes[string(node)]
-	if a == nil {
-		if w.nodes == nil {
-			w.nodes = map[string]*arena{}
-		}
-		a = &arena{node: string(node)}
-		w.nodes[a.node] = a
-	}
-	w.last = a
-	return a
 }
 
 // fields calls visit for each length-delimited field of a message.

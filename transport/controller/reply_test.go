@@ -43,11 +43,10 @@ func TestWalkAgreesWithUnmarshal(t *testing.T) {
 				want = append(want, u.GetUserId()+"@"+node)
 			}
 		}
-		w := walk{maxMembers: 1000, add: func(user, node string) { got = append(got, user+"@"+node) }}
+		w := walk{maxMembers: 1000, add: func(user, node []byte) { got = append(got, string(user)+"@"+string(node)) }}
 		if err := w.response(b); err != nil {
 			t.Fatal(err)
 		}
-		clear(b) // what was added must not alias it
 		if !slices.Equal(got, want) || w.found != (reply.RoomInfo != nil) {
 			t.Fatalf("found %v, got %q, want %q", w.found, got, want)
 		}
@@ -58,28 +57,6 @@ func valid(id string) bool {
 	return id != "" && len(id) <= maxIDBytes && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
 }
 
-func TestIDsOfAWalkLiveOn(t *testing.T) {
-	reply := &pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{}}
-	for i := range 5000 {
-		reply.RoomInfo.Users = append(reply.RoomInfo.Users, &pubsub.UserInfo{UserId: fmt.Sprintf("user-%d", i), NodeId: fmt.Sprintf("node-%d", i%7)})
-	}
-	b, err := proto.Marshal(reply)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var users, nodes []string
-	w := walk{maxMembers: 5000, add: func(user, node string) { users, nodes = append(users, user), append(nodes, node) }}
-	if err := w.response(b); err != nil {
-		t.Fatal(err)
-	}
-	clear(b)
-	for i := range users {
-		if users[i] != fmt.Sprintf("user-%d", i) || nodes[i] != fmt.Sprintf("node-%d", i%7) {
-			t.Fatalf("member %d is %q on %q", i, users[i], nodes[i])
-		}
-	}
-}
-
 func TestWalkSkipsInvalidUTF8(t *testing.T) {
 	member := protowire.AppendTag(nil, fieldUserID, protowire.BytesType)
 	member = protowire.AppendBytes(member, []byte("\xff\xfe"))
@@ -87,7 +64,7 @@ func TestWalkSkipsInvalidUTF8(t *testing.T) {
 	room = protowire.AppendBytes(room, member)
 	b := protowire.AppendTag(nil, fieldRoomInfo, protowire.BytesType)
 	b = protowire.AppendBytes(b, room)
-	w := walk{maxMembers: 1, add: func(string, string) { t.Error("added") }}
+	w := walk{maxMembers: 1, add: func([]byte, []byte) { t.Error("added") }}
 	if err := w.response(b); err != nil || w.skipped != 1 || !w.found {
 		t.Fatalf("%v, %d skipped", err, w.skipped)
 	}
@@ -97,8 +74,8 @@ func FuzzWalk(f *testing.F) {
 	b, _ := proto.Marshal(&pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{Users: []*pubsub.UserInfo{{UserId: "u", NodeId: "n"}}}})
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		w := walk{maxMembers: 100, add: func(user, node string) {
-			if !valid(user) || (node != "" && !valid(node)) {
+		w := walk{maxMembers: 100, add: func(user, node []byte) {
+			if !valid(string(user)) || (len(node) > 0 && !valid(string(node))) {
 				t.Fatalf("added %q on %q", user, node)
 			}
 		}}
@@ -106,8 +83,8 @@ func FuzzWalk(f *testing.F) {
 	})
 }
 
-// A room of a million costs its ids: no tree of messages, and names and metadata
-// are not kept.
+// A room of a million costs nothing of its own: there is no tree of messages, and who
+// is told the ids copies them.
 func BenchmarkWalk(b *testing.B) {
 	for _, members := range []int{10, 1000, 1_000_000} {
 		b.Run(fmt.Sprintf("members=%d", members), func(b *testing.B) {
@@ -124,7 +101,7 @@ func BenchmarkWalk(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				n := 0
-				w := walk{maxMembers: members, add: func(string, string) { n++ }}
+				w := walk{maxMembers: members, add: func([]byte, []byte) { n++ }}
 				if err := w.response(wire); err != nil || n != members {
 					b.Fatal(n, err)
 				}

@@ -155,13 +155,13 @@ func (s *source) count() int {
 	return s.lookups
 }
 
-func (s *source) Room(ctx context.Context, room string, add func(user, node string)) (bool, error) {
+func (s *source) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
 	if err := s.ask(ctx); err != nil {
 		return false, err
 	}
 	members, found := s.rooms[room]
 	for _, m := range members {
-		add(m.user, m.node)
+		add([]byte(m.user), []byte(m.node))
 	}
 	return found, nil
 }

@@ -1,7 +1,6 @@
 package link
 
 import (
-	"container/list"
 	"math"
 	"strings"
 
@@ -20,24 +19,40 @@ type audiences struct {
 	members int // of all, those evicted in this frame included
 	evicted int // members of those that this frame forgets
 	lastID  uint32
-	byRoom  map[string]*list.Element // of *audience
-	recent  list.List                // most recently used first
-	forget  []uint32                 // ids that this frame forgets
-	join    []string                 // scratch of diff
+	byRoom  map[string]*audience
+	recent  audience     // its older is the one used last, its newer the one not used for longest
+	before  *route.Group // what the last change changed
+	forget  []uint32     // ids that this frame forgets
+	join    []string     // scratch of diff
 	leave   []string
 
 	meters *meters
 }
 
+// audience is what a node knows of one room. The members are those of the directory;
+// there is one for each node of each room, so it holds nothing else that is large.
 type audience struct {
-	id, version uint32
-	room        string
-	group       *route.Group
-	before      *route.Group // what the last change changed
+	id, version  uint32
+	room         string // its own copy: that of a delivery is a part of the request
+	group        *route.Group
+	newer, older *audience
 }
 
 func newAudiences(limit int, m *meters) *audiences {
-	return &audiences{limit: limit, byRoom: make(map[string]*list.Element), meters: m}
+	a := &audiences{limit: limit, byRoom: make(map[string]*audience), meters: m}
+	a.recent.newer, a.recent.older = &a.recent, &a.recent
+	return a
+}
+
+// use makes aud the one used last.
+func (a *audiences) use(aud *audience) {
+	aud.newer, aud.older = &a.recent, a.recent.older
+	aud.newer.older, aud.older.newer = aud, aud
+}
+
+// unlink takes aud out of the order of use.
+func (aud *audience) unlink() {
+	aud.newer.older, aud.older.newer = aud.older, aud.newer
 }
 
 // address decides how d is addressed and commits to it: what the answer defines or
@@ -61,17 +76,16 @@ func (a *audiences) addressGroup(room string, g *route.Group, except []string) a
 	if len(g.Users) == 1 || len(except) > len(g.Users)/2 {
 		return named // the list is the shorter way to say it
 	}
-	if e, ok := a.byRoom[room]; ok {
-		a.recent.MoveToFront(e)
-		aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
+	if aud, ok := a.byRoom[room]; ok {
+		aud.unlink()
+		a.use(aud)
 		if aud.group == g {
-			aud.before = nil // that change is sent
 			return address{audience: audienceRef{id: aud.id, version: aud.version}}
 		}
 		if ref, ok := a.change(aud, g); ok {
 			return address{audience: ref}
 		}
-		a.evict(e)
+		a.evict(aud)
 	}
 	if !a.room(len(g.Users)) {
 		a.meters.audListed.Inc()
@@ -87,27 +101,26 @@ func (a *audiences) undo(room string, to *address) {
 	if ref.id == 0 || len(ref.join) == 0 && len(ref.leave) == 0 {
 		return
 	}
-	e := a.byRoom[room]
-	aud := e.Value.(*audience) //nolint:forcetypeassert // nothing else is in the list
+	aud := a.byRoom[room]
 	a.members -= len(ref.join) - len(ref.leave)
 	if ref.version > 1 {
 		aud.version--
-		aud.group = aud.before
+		aud.group = a.before
 		return
 	}
-	a.recent.Remove(e)
+	aud.unlink()
 	delete(a.byRoom, room)
 }
 
 // define makes room's audience known.
 func (a *audiences) define(room string, g *route.Group) audienceRef {
 	a.lastID++
-	room = strings.Clone(room) // it is a part of the request
-	aud := &audience{id: a.lastID, version: 1, room: room, group: g}
-	a.byRoom[room] = a.recent.PushFront(aud)
+	aud := &audience{id: a.lastID, version: 1, room: strings.Clone(room), group: g}
+	a.byRoom[aud.room] = aud
+	a.use(aud)
 	a.members += len(g.Users)
 	a.meters.audDefined.Inc()
-	return audienceRef{id: aud.id, version: 1, room: room, join: g.Users}
+	return audienceRef{id: aud.id, version: 1, room: aud.room, join: g.Users}
 }
 
 // change brings aud to g by a delta. False means that a new definition is
@@ -125,7 +138,7 @@ func (a *audiences) change(aud *audience, g *route.Group) (audienceRef, bool) {
 	}
 	a.members += len(a.join) - len(a.leave)
 	aud.version++
-	aud.group, aud.before = g, aud.group
+	aud.group, a.before = g, aud.group
 	a.meters.audChanged.Inc()
 	return audienceRef{id: aud.id, version: aud.version, join: a.join, leave: a.leave}, true
 }
@@ -139,15 +152,15 @@ func (a *audiences) room(n int) bool {
 	if a.members+n <= a.limit {
 		return true
 	}
-	for e := a.recent.Back(); e != nil && a.members-a.evicted+n > a.limit; e = a.recent.Back() {
-		a.evict(e)
+	for aud := a.recent.newer; aud != &a.recent && a.members-a.evicted+n > a.limit; aud = a.recent.newer {
+		a.evict(aud)
 	}
 	return false
 }
 
 // evict forgets an audience with this frame.
-func (a *audiences) evict(e *list.Element) {
-	aud := a.recent.Remove(e).(*audience) //nolint:forcetypeassert // nothing else is in the list
+func (a *audiences) evict(aud *audience) {
+	aud.unlink()
 	delete(a.byRoom, aud.room)
 	a.evicted += len(aud.group.Users)
 	a.forget = append(a.forget, aud.id)
@@ -161,6 +174,10 @@ func (a *audiences) endFrame() []uint32 {
 	a.forget = a.forget[:0]
 	a.members -= a.evicted
 	a.evicted = 0
+	// An id keeps the ids of its whole group alive.
+	clear(a.join)
+	clear(a.leave)
+	a.before = nil
 	return ids
 }
 

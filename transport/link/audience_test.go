@@ -2,8 +2,11 @@ package link
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"runtime"
 	"slices"
+	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -245,4 +248,37 @@ func TestAudiencesAgreeWithAStrictNode(t *testing.T) {
 			t.Fatalf("breaches: %q", node.broken)
 		}
 	})
+}
+
+// heap is the memory that is in use, once nothing more of it turns out to be garbage.
+func heap() int {
+	var m runtime.MemStats
+	for last := uint64(math.MaxUint64); ; last = m.HeapAlloc {
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		if m.HeapAlloc >= last {
+			return int(m.HeapAlloc)
+		}
+	}
+}
+
+// TestMemoryOfAnAudience keeps the figures of PERF.md true. An audience has nothing of
+// its own but its entry: neither members nor, by way of the room's id, the request that
+// defined it.
+func TestMemoryOfAnAudience(t *testing.T) {
+	const count, most = 1000, 160
+	a := newAudiences(1<<20, newMeters(Config{}.withDefaults().Metrics))
+	group := &route.Group{Users: names("u", 10)}
+	before := heap()
+	for i := range count {
+		request := fmt.Sprint("room-", i, strings.Repeat("x", 10_000))
+		a.addressGroup(request[:len(fmt.Sprint("room-", i))], group, nil)
+	}
+	a.endFrame()
+	got := (heap() - before) / count
+	runtime.KeepAlive(a)
+	t.Logf("an audience costs %d bytes", got)
+	if got > most {
+		t.Errorf("an audience costs %d bytes, most are %d", got, most)
+	}
 }

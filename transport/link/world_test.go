@@ -112,12 +112,12 @@ func (w *world) dialed() int {
 	return w.conns
 }
 
-func (w *world) Room(_ context.Context, room string, add func(user, node string)) (bool, error) {
+func (w *world) Room(_ context.Context, room string, add func(user, node []byte)) (bool, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	members, ok := w.rooms[room]
 	for user, node := range members {
-		add(user, node)
+		add([]byte(user), []byte(node))
 	}
 	return ok, nil
 }
