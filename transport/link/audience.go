@@ -38,6 +38,10 @@ type audience struct {
 	newer, older *audience
 }
 
+// audienceWeight is as many members as an audience itself takes the memory of, here and
+// on the node. It bounds how many there may be of a few members each.
+const audienceWeight = 8
+
 func newAudiences(limit int, m *meters) *audiences {
 	a := &audiences{limit: limit, byRoom: make(map[string]*audience), meters: m}
 	a.recent.newer, a.recent.older = &a.recent, &a.recent
@@ -73,7 +77,7 @@ func (a *audiences) address(d *engine.Delivery) address {
 // addressGroup is address for the members of a room but except.
 func (a *audiences) addressGroup(room string, g *route.Group, except []string) address {
 	named := address{users: g.Users, minus: except}
-	if len(g.Users) == 1 || len(except) > len(g.Users)/2 {
+	if len(except) > len(g.Users)/2 {
 		return named // the list is the shorter way to say it
 	}
 	if aud, ok := a.byRoom[room]; ok {
@@ -148,6 +152,9 @@ func (a *audiences) change(aud *audience, g *route.Group) (audienceRef, bool) {
 func (a *audiences) room(n int) bool {
 	if n > a.limit || a.lastID == math.MaxUint32 {
 		return false
+	}
+	if len(a.byRoom) > a.limit/audienceWeight {
+		a.evict(a.recent.newer)
 	}
 	if a.members+n <= a.limit {
 		return true

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/VictoriaMetrics/metrics"
 	"pgregory.net/rapid"
 
 	"github.com/push-manager/push-manager/engine/route"
@@ -280,5 +281,26 @@ func TestMemoryOfAnAudience(t *testing.T) {
 	t.Logf("an audience costs %d bytes", got)
 	if got > most {
 		t.Errorf("an audience costs %d bytes, most are %d", got, most)
+	}
+}
+
+// Rooms with one member on a node cost the wire no more than others, and however many
+// there are, their audiences take a bounded memory on both sides.
+func TestSmallAudiencesAreNamedAndBounded(t *testing.T) {
+	const limit = 800
+	a := newAudiences(limit, newMeters(metrics.NewSet()))
+	forgotten := 0
+	for i := range limit {
+		room, g := fmt.Sprint("room-", i), &route.Group{Node: "A", Users: []string{"u"}}
+		if to := a.addressGroup(room, g, nil); to.audience.id == 0 || len(to.audience.join) != 1 {
+			t.Fatalf("%s is not defined: %+v", room, to)
+		}
+		if to := a.addressGroup(room, g, nil); to.audience.id == 0 || to.audience.size() > 6 {
+			t.Fatalf("%s is not named: %+v", room, to)
+		}
+		forgotten += len(a.endFrame())
+	}
+	if most := limit/audienceWeight + 1; len(a.byRoom) > most || forgotten != limit-len(a.byRoom) || a.members != len(a.byRoom) {
+		t.Errorf("%d audiences of %d members after %d were forgotten, want at most %d", len(a.byRoom), a.members, forgotten, most)
 	}
 }
