@@ -60,7 +60,9 @@ func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
 	r.bar(Bar{
 		What:   fmt.Sprintf("resident MiB, %d nodes, %d users, %d rooms of 100, %.0f req/s", nodes, userN, roomN, rate),
 		Figure: Figure{mib, mib, mib}, Limit: 256, Kind: AtMost,
-		Note: fmt.Sprintf("cached: %.0f users, %.0f rooms, %.0f members", cached("users"), cached("rooms"), cached("members")),
+		Note: fmt.Sprintf("cached: %.0f users, %.0f rooms, %.0f members; MiB: %.0f heap at most, %.0f stacks, %.0f of the program's file",
+			cached("users"), cached("rooms"), cached("members"), m["go_memstats_next_gc_bytes"]/(1<<20),
+			m["go_memstats_stack_inuse_bytes"]/(1<<20), m["process_resident_memory_file_bytes"]/(1<<20)),
 	}, s)
 	return r, nil
 }

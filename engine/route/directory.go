@@ -28,9 +28,9 @@ type Config struct {
 	// LookupTimeout bounds one look-up. 0 means 300 ms.
 	LookupTimeout time.Duration
 	// MaxMembers bounds the members of all cached rooms together. 0 means
-	// 4,000,000, some 200 MB of ids.
+	// 4,000,000, some 160 MB with ids of 14 bytes.
 	MaxMembers int
-	// MaxUsers bounds the cached users. 0 means 1,000,000.
+	// MaxUsers bounds the cached users. 0 means 1,000,000, some 370 MB.
 	MaxUsers int
 }
 
