@@ -49,7 +49,7 @@ func (w *World) profiled(ctx context.Context, rival string) (*Server, error) {
 	if rival == "" {
 		return w.PushManager(ctx)
 	}
-	return w.Rival(ctx, rival, rivalEnv(rival)...)
+	return w.Rival(ctx, rival)
 }
 
 func (b *Bench) profile(ctx context.Context, pm *Server, load Load, prefix string, d time.Duration) (files []string, err error) {

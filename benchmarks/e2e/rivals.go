@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -86,9 +88,11 @@ func echoRole(ctx context.Context, p *part) error {
 	return serveRival(ctx, p, srv)
 }
 
-// floorRole is the echo with the server settings of transport/ingress and a codec
-// that hands bytes through: what grpc-go costs at the least.
+// floorRole is the echo with the server settings of transport/ingress, Push-Manager's
+// garbage collection, and a codec that hands bytes through: what grpc-go costs at the
+// least.
 func floorRole(ctx context.Context, p *part) error {
+	program.TuneMemory(slog.New(slog.DiscardHandler))
 	srv := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.MaxRecvMsgSize(1<<20),

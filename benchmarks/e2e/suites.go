@@ -136,7 +136,7 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	load := b.closed(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}}
 	for _, role := range []string{"echo", "floor", "naive", "channel"} {
-		s, err := w.Rival(ctx, role, rivalEnv(role)...)
+		s, err := w.Rival(ctx, role)
 		if err != nil {
 			return nil, err
 		}
@@ -186,16 +186,6 @@ func countsSuite(ctx context.Context, b *Bench) (*Result, error) {
 		r.bar(Bar{What: slot.Name + ": writes per push, saturated", Figure: Median(s, Writes), Limit: 0.3, Kind: AtMost}, s)
 	}
 	return r, nil
-}
-
-// rivalEnv is the environment of a rival: the floor may allocate 64 MiB between two
-// collections, as Push-Manager may, which is this GOGC for a heap of 4 MiB and less. The
-// others are stock.
-func rivalEnv(role string) []string {
-	if role == "floor" {
-		return []string{"GOGC=1600"}
-	}
-	return nil
 }
 
 func streamSuite(ctx context.Context, b *Bench) (*Result, error) {

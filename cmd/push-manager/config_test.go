@@ -145,9 +145,9 @@ func TestExampleHoldsAllKeysWithTheirDefaults(t *testing.T) {
 # Each key is also a flag and an environment variable: etcd.dial_timeout is --etcd-dial-timeout and
 # ETCD_DIAL_TIMEOUT. Flags come before the environment, the environment before this file.
 # ${NAME:default} stands for an environment variable. An unknown key stops the start.
-# The OTEL_* variables of OpenTelemetry work. So do GOGC (unless set, 64 MiB may be allocated between two
-# collections of garbage, or half of what is in use if that is more) and GOMEMLIMIT (unless set, 90 % of the
-# container's memory).
+# The OTEL_* variables of OpenTelemetry work. So do GOGC (unless set, garbage is collected when the heap
+# has 160 MiB, or has grown by 64 MiB or half of what was in use, if that is more) and GOMEMLIMIT (unless set,
+# 90 % of the container's memory).
 
 `)
 	if err := s.Write(out, true); err != nil {

@@ -14,8 +14,10 @@ import (
 )
 
 const (
-	// headroomLeast is what may always be allocated between two collections of garbage.
-	// It makes collections of a small heap rare: they cost next to nothing.
+	// heapUsual is what the heap may grow to before garbage is collected, however little
+	// of it is in use: collections are then rare, and the process is not large yet.
+	heapUsual = 160 << 20
+	// headroomLeast is what may always be allocated between two collections.
 	headroomLeast = 64 << 20
 	// headroomShare bounds what collections of a large heap cost: they come after a
 	// half of it has been allocated anew. At Go's own share, all of it, the garbage would
@@ -31,9 +33,9 @@ const (
 	limitShare = 0.9
 )
 
-// TuneMemory sets the garbage collector for a process that serves. It lets the
-// process allocate 64 MiB between two collections, or half of what is in use if that
-// is more, and keeps it below 90 % of its container's memory. GOGC and GOMEMLIMIT, where
+// TuneMemory sets the garbage collector for a process that serves. It lets the heap grow
+// to 160 MiB before a collection, or else by 64 MiB or half of what is in use, if that is
+// more, and keeps it below 90 % of its container's memory. GOGC and GOMEMLIMIT, where
 // they are set, are obeyed instead: with GOGC nothing follows the heap, with GOMEMLIMIT
 // alone four times of what is in use may be allocated, within the limit. It is for main
 // functions.
@@ -93,7 +95,7 @@ func (t *tuner) adjust() {
 // gcPercent is the GOGC that gives a heap its headroom. The runtime takes it of base,
 // which is the live heap with stacks and globals, and of heapLeast at least.
 func gcPercent(live, base uint64) int {
-	headroom := max(headroomLeast, live/headroomShare)
+	headroom := max(headroomLeast, heapUsual-min(live, heapUsual), live/headroomShare)
 	return int(headroom * 100 / max(base, heapLeast))
 }
 
