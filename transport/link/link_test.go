@@ -1,8 +1,10 @@
 package link
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -485,7 +487,7 @@ func TestDeadNodeFailsAtOnceAndBacksOff(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 		time.Sleep(time.Minute)
-		if w.dialed() > 25 {
+		if w.dialed() > 100 { // the longest pause is 750 ms, give or take
 			t.Errorf("%d dials in a minute", w.dialed())
 		}
 		n := w.start("a:1", &fakeNode{id: "A"})
@@ -868,10 +870,38 @@ func TestNodeInACrashLoopStaysOnTheBackoffCurve(t *testing.T) {
 		w.start("a:1", n)
 		w.register("A", "a:1")
 		time.Sleep(time.Minute)
-		if n.opened() > 25 {
+		if n.opened() > 100 { // the longest pause is 750 ms, give or take
 			t.Errorf("%d streams in a minute", n.opened())
 		}
 	})
+}
+
+// However long a node was away: two seconds after it can be reached again it is.
+func TestNodeIsBackWithinTwoSecondsOfAnyOutage(t *testing.T) {
+	for name, away := range map[string]func(context.Context) error{
+		"refused":     func(context.Context) error { return errors.New("connection refused") },
+		"unreachable": func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		for _, outage := range []time.Duration{time.Second, 10 * time.Second, time.Minute, 10*time.Minute + 333*time.Millisecond} {
+			bubble(t, func(t *testing.T) {
+				var w *world
+				begun := time.Now()
+				w = newWorld(t, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
+					if time.Since(begun) < outage {
+						return nil, away(ctx)
+					}
+					return w.dialNode(ctx, addr)
+				}})
+				w.start("a:1", &fakeNode{id: "A"})
+				w.register("A", "a:1")
+				time.Sleep(outage)
+				w.until("back", func() bool { return w.set.Reachable() == 1 })
+				if took := time.Since(begun) - outage; took > 2*time.Second {
+					t.Errorf("%s for %v: back after %v", name, outage, took)
+				}
+			})
+		}
+	}
 }
 
 func TestFlappingLinkIsBackAtOnce(t *testing.T) {
