@@ -326,13 +326,13 @@ func (e event) name(c *city) string {
 	return fmt.Sprintf("%s%d: %s", f.part, e.target, f.name)
 }
 
-// plan draws the faults of a run: about one a second, of up to two seconds.
+// plan draws the faults of a run: about two a second, of up to two seconds.
 func (c *city) plan(duration time.Duration) []event {
 	r := rand.New(rand.NewPCG(c.seed, 2))
 	faults := c.faults()
 	var events []event
 	for at := time.Duration(0); ; {
-		at += time.Duration(100+r.IntN(1500)) * time.Millisecond
+		at += time.Duration(100+r.IntN(800)) * time.Millisecond
 		kind := r.IntN(len(faults))
 		e := event{at: at, lasts: time.Duration(50+r.IntN(1950)) * time.Millisecond, kind: kind, target: r.IntN(faults[kind].targets), seed: r.Uint64()}
 		if at+e.lasts > duration {
@@ -388,7 +388,7 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	}
 	for _, m := range c.managers {
 		m.atRest()
-		for _, part := range []string{`panics_total{part="engine"}`, `panics_total{part="ingress"}`, "link_panics_total", "discovery_panics_total"} {
+		for _, part := range []string{`panics_total{part="engine"}`, `panics_total{part="ingress"}`, "link_panics_total"} {
 			if n := m.metric(part); n != 0 {
 				c.t.Errorf("%s: %s is %v", m.id, part, n)
 			}
