@@ -32,10 +32,11 @@ func TestChaos(t *testing.T) {
 	for _, f := range plan {
 		t.Logf("%8v  %s for %v", f.at.Round(time.Millisecond), f.name(c), f.lasts.Round(time.Millisecond))
 	}
+	c.streams.Go(c.watchMachine)
 	c.traffic()
 	c.more(500)
 	calm := c.ledger.now()
-	if all := c.ledger.tally(0, calm, nil); all.success != all.pushes {
+	if all := c.ledger.tally(0, calm, nil); all.success != all.pushes && !c.starvedSince(0) {
 		t.Errorf("before the first fault: %v", all)
 	}
 	c.execute(plan)
@@ -136,6 +137,30 @@ func (c *city) traffic() {
 		})
 	}
 }
+
+// starved is how late a timer may be before the machine counts as one that lets nobody
+// run. A node that could not run is late with its acks through nobody's fault.
+const starved = 250 * time.Millisecond
+
+// watchMachine notes when it was.
+func (c *city) watchMachine() {
+	const pause = 20 * time.Millisecond
+	for {
+		select {
+		case <-c.stop:
+			return
+		default:
+		}
+		begun := c.ledger.now()
+		wait(pause)
+		if late := c.ledger.now() - begun - pause; late > starved {
+			c.ledger.noteAt(begun, starving+" begins")
+			c.ledger.note(starving + " is over")
+		}
+	}
+}
+
+const starving = "the machine lets nobody run"
 
 // any is a push of any kind.
 func (c *city) any(r *rand.Rand) request {
@@ -383,7 +408,7 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	for _, n := range c.nodes {
 		n.child.flush()
 	}
-	if all := c.ledger.tally(again, c.ledger.now(), nil); all.success*1000 < all.pushes*999 {
+	if all := c.ledger.tally(again, c.ledger.now(), nil); all.success*1000 < all.pushes*999 && !c.starvedSince(again-afterwards) {
 		c.t.Errorf("after everything has healed: %v", all)
 	}
 	for _, m := range c.managers {
@@ -394,6 +419,9 @@ func (c *city) settle(plan []event, calm time.Duration) {
 			}
 		}
 	}
+	if c.starvedSince(0) {
+		c.t.Log("the machine was so busy that it let nobody run for a while: the timings say little")
+	}
 	during := c.ledger.tally(calm, healed, nil)
 	c.t.Logf("%d faults: %v", len(plan), during)
 	c.t.Logf("unknown: %.2f %% of targets", 100*float64(during.unknown)/float64(max(during.targets, 1)))
@@ -401,6 +429,13 @@ func (c *city) settle(plan []event, calm time.Duration) {
 		c.t.Errorf("more than 2 %% of targets are unknown")
 	}
 	c.strayUnknowns()
+}
+
+// starvedSince tells whether the machine let nobody run, after a moment.
+func (c *city) starvedSince(since time.Duration) bool {
+	c.ledger.mu.Lock()
+	defer c.ledger.mu.Unlock()
+	return slices.ContainsFunc(c.ledger.notes, func(n note) bool { return n.at >= since && strings.HasPrefix(n.text, starving) })
 }
 
 // afterwards is how long a fault may have consequences: the silence timeout, and an
@@ -423,10 +458,14 @@ func (c *city) strayUnknowns() {
 	}
 	pushes := slices.Clone(c.ledger.pushes)
 	c.ledger.mu.Unlock()
+	strays := 0
 	for _, p := range pushes {
 		if p.summary.GetUnknown() == 0 || slices.ContainsFunc(spans, func(s [2]time.Duration) bool { return p.start <= s[1] && p.end >= s[0] }) {
 			continue
 		}
-		c.t.Errorf("unknown while nothing was wrong: %v\n%s", p, c.ledger.history(p))
+		if strays++; strays <= 3 {
+			c.t.Errorf("unknown while nothing was wrong: %v\n%s", p, c.ledger.history(p))
+		}
 	}
+	c.t.Logf("%d pushes were unknown while nothing was wrong", strays)
 }

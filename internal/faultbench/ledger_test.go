@@ -118,6 +118,13 @@ func (l *ledger) note(format string, args ...any) {
 	l.notes = append(l.notes, note{l.now(), fmt.Sprintf(format, args...)})
 }
 
+// noteAt is note for what began earlier.
+func (l *ledger) noteAt(at time.Duration, text string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.notes = append(l.notes, note{at, text})
+}
+
 // begin gives p an id and notes that it is about to be asked for.
 func (l *ledger) begin(p *push) {
 	l.mu.Lock()
