@@ -287,15 +287,7 @@ func (c *city) controllerFault(name string, harm func(*controller)) fault {
 func (c *city) restart(i int) {
 	n := c.nodes[i]
 	n.child = newChild(c.t, c.ledger, n.id, n.child.address, "")
-	c.world.mu.Lock()
-	var mine []string
-	for user, at := range c.world.users {
-		if at == n.id {
-			mine = append(mine, user)
-		}
-	}
-	c.world.mu.Unlock()
-	n.child.connect(mine...)
+	n.child.connect(c.world.at(n.id)...)
 }
 
 // move takes some users from one node to another, if no other fault has either.

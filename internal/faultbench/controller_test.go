@@ -47,6 +47,19 @@ func (w *world) join(room string, users ...string) {
 	w.rooms[room] = append(w.rooms[room], users...)
 }
 
+// at lists the users of a node.
+func (w *world) at(node string) []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var users []string
+	for user, at := range w.users {
+		if at == node {
+			users = append(users, user)
+		}
+	}
+	return users
+}
+
 // freeze returns a copy that does not change any more: what a Controller believes
 // that has missed the news.
 func (w *world) freeze() *world {

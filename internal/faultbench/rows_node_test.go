@@ -385,3 +385,109 @@ func TestAllNodesDownFailsEveryPushAtOnce(t *testing.T) {
 	}
 	m.atRest()
 }
+
+// Row 6, without priorities.
+func TestSlowNodeGetsWhatItManagesAndTheRestFails(t *testing.T) {
+	s := newStreet(t)
+	bad := s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	m := s.manage(2, prompt()...)
+	m.good(room("mixed"))
+	m.rest()
+	since := s.ledger.now()
+	bad.play(func(*answer) { wait(100 * time.Millisecond) }) // ten a second, on each of two streams
+	others := m.callers(4, s.someGood)
+	victims := m.callers(100, s.someBad)
+	m.until("link_stalls_total", func(v float64) bool { return v >= 2 })
+	learned := s.ledger.now() // what it can take
+	wait(2 * time.Second)
+	victims.halt()
+	victims.end()
+	others.more(volume / 5)
+	others.end()
+	s.noErrors(s.tallyBad(since))
+	all := s.tallyBad(learned)
+	if all.failed == 0 || all.unknown > all.targets/20 {
+		t.Errorf("what it cannot take fails, and is not unknown: %v", all)
+	}
+	s.unharmed(since)
+	bad.play(nil)
+	m.good(room("mixed"))
+	m.atRest()
+}
+
+// Row 8.
+func TestNodeInACrashLoopIsNoHotLoop(t *testing.T) {
+	s := newStreet(t)
+	bad := s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	m := s.manage(2)
+	m.good(room("mixed"))
+	m.rest()
+	since := s.ledger.now()
+	dials := m.metric("link_dials_total")
+	others := m.callers(4, s.someGood)
+	victims := m.callers(8, s.someBad)
+	for range 20 {
+		bad.stop()
+		wait(50 * time.Millisecond)
+		bad.start()
+		wait(100 * time.Millisecond)
+	}
+	victims.end()
+	others.more(volume / 5)
+	others.end()
+	lasted := s.ledger.now() - since
+	s.noErrors(s.tallyBad(since))
+	s.unharmed(since)
+	// Two links; the pauses double from 50 ms to 750 ms, and begin anew when a stream has
+	// lived for half a second.
+	if n := m.metric("link_dials_total") - dials; n > 2*(6+2*lasted.Seconds()) {
+		t.Errorf("%v attempts in %v", n, lasted)
+	}
+	m.good(room("mixed"))
+	m.atRest()
+}
+
+// Row 16.
+func TestRollingDeployOfAllNodesLosesNothing(t *testing.T) {
+	s := newStreet(t)
+	ids, users := names("n", 5), names("u", 25)
+	nodes := make([]*child, len(ids))
+	begin := func(i int) {
+		nodes[i] = newChild(t, s.ledger, ids[i], "127.0.0.1:0", s.etcd.Endpoint())
+		s.children = append(s.children, nodes[i])
+	}
+	for i := range nodes {
+		begin(i)
+		nodes[i].connect(users[5*i : 5*i+5]...)
+		s.world.place(ids[i], users[5*i:5*i+5]...)
+	}
+	s.world.join("all", users...)
+	m := s.manage(len(nodes))
+	m.good(room("all"))
+	m.rest()
+	since := s.ledger.now()
+	callers := m.callers(8, func(r *rand.Rand) request { return some(r, users, "all") })
+	for i := range nodes {
+		callers.more(volume / 5)
+		s.ledger.note("%s is replaced", ids[i])
+		mine, next := s.world.at(ids[i]), nodes[(i+1)%len(nodes)]
+		next.connect(mine...) // its users connect again elsewhere
+		s.world.place(next.id, mine...)
+		nodes[i].signal(sigterm)
+		<-nodes[i].done
+		begin(i)
+		m.reaches(len(nodes))
+	}
+	callers.more(volume / 5)
+	callers.end()
+	all := s.ledger.tally(since, s.ledger.now(), nil)
+	t.Log(all)
+	s.noErrors(all)
+	if all.unknown != 0 || all.success*1000 < all.pushes*999 {
+		t.Errorf("nothing is unknown, and nearly all arrive: %v", all)
+	}
+	m.good(room("all"))
+	m.atRest()
+}
