@@ -404,7 +404,7 @@ func (m *manager) callers(n int, next func(r *rand.Rand) request) *load {
 				default:
 					m.ask(context.Background(), api, next(r))
 					l.done.Add(1)
-					wait(time.Millisecond) // a refused caller must not take all of the CPU
+					wait(pace) // a refused caller must not take all of the CPU
 				}
 			}
 		})

@@ -2,7 +2,10 @@
 
 package faultbench
 
+import "time"
+
 const (
 	raceEnabled = false
-	volume      = 1000 // pushes in each fault window
+	volume      = 1000             // pushes in each fault window
+	pace        = time.Millisecond // between two pushes of one caller
 )
