@@ -111,3 +111,4 @@ $(TOOLS)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
 	$(GO) build -C tools/lint -o "$(CURDIR)/$@" github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 include benchmarks/bench.mk
+include internal/faultbench/chaos.mk

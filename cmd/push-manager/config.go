@@ -109,7 +109,7 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.Duration(&l.Heartbeat, "link.heartbeat", time.Second, least, "Pause between two heartbeats of a stream.")
 	s.Duration(&l.Silence, "link.silence", 3*time.Second, least, "How long a node may say nothing before its stream is closed.")
 	s.Duration(&l.BackoffMin, "link.backoff_min", 50*time.Millisecond, least, "First pause between two attempts to reach a node; it doubles.")
-	s.Duration(&l.BackoffMax, "link.backoff_max", 5*time.Second, least, "Longest pause between two attempts to reach a node.")
+	s.Duration(&l.BackoffMax, "link.backoff_max", 750*time.Millisecond, least, "Longest pause between two attempts to reach a node.")
 	s.Bytes(&l.QueueBytes, "link.queue_bytes", 8<<20, 1, math.MaxInt32, "Bytes that may wait for one stream to a node.")
 	s.Int(&l.QueueLen, "link.queue_length", 8192, 1, 1<<20, "Deliveries that may wait for one stream to a node.")
 	s.Duration(&l.QueueAge, "link.queue_age", time.Second, least, "How long a delivery may wait for its stream.")

@@ -100,6 +100,13 @@ func TestEncodedValueIsRead(t *testing.T) {
 func FuzzParseNode(f *testing.F) {
 	f.Add("/services/connect-node/a", []byte(`{"Op":0,"Addr":"192.168.1.10:50052","Metadata":{"node_id":"n"}}`))
 	f.Add("", []byte(`{"Addr":"[::1]:1","Metadata":[]}`))
+	for _, value := range []string{
+		"", "null", "[]", "{", `{"Addr":""}`, `{"Addr":1}`, `{"Addr":"h"}`, `{"Addr":"h:0"}`, `{"Addr":"h:65536"}`, `{"Addr":"file:///etc/passwd"}`,
+		`{"Addr":"unix:///x"}`, `{"Addr":"169.254.169.254:80"}`, `{"Addr":"h:1\n"}`, `{"Addr":"h:1","Metadata":{"node_id":""}}`,
+		`{"Addr":"h:1","Metadata":{"node_id":7}}`, `{"Addr":"h:1","Metadata":{"node_id":"\u0000"}}`, `{"Addr":"h:1","Addr":"i:2"}`, "\xff",
+	} {
+		f.Add("/services/connect-node/n", []byte(value))
+	}
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		node, err := parseNode(key, value, nil)
 		if err != nil {

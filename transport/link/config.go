@@ -35,7 +35,9 @@ type Config struct {
 	// three heartbeats. 0 means 3 s.
 	Silence time.Duration
 	// BackoffMin and BackoffMax bound the pause between two attempts, which doubles
-	// with each failure. 0 means 50 ms and 5 s.
+	// with each failure. 0 means 50 ms and 750 ms: a node that can be reached again is
+	// then pushed to within two seconds, even if an attempt has just begun in vain,
+	// and one that cannot costs little more than an attempt a second.
 	BackoffMin, BackoffMax time.Duration
 	// Quarantine is how long a link whose node has lied stays down. 0 means 60 s.
 	Quarantine time.Duration
@@ -92,7 +94,7 @@ func (c Config) withDefaults() Config {
 	orTime(&c.Heartbeat, time.Second)
 	orTime(&c.Silence, 3*time.Second)
 	orTime(&c.BackoffMin, 50*time.Millisecond)
-	orTime(&c.BackoffMax, 5*time.Second)
+	orTime(&c.BackoffMax, 750*time.Millisecond)
 	orTime(&c.Quarantine, time.Minute)
 	orInt(&c.QueueBytes, 8<<20)
 	orInt(&c.QueueLen, 8192)

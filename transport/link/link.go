@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/push-manager/push-manager/engine"
 )
@@ -146,18 +147,24 @@ func live(s state) int {
 }
 
 // close ends the link for good; why is what becomes of what is queued. It does not
-// wait for run.
+// wait for run. A link whose node drains is given the ack timeout first: the node has
+// said that it acknowledges what it has taken, and going is no reason to doubt it. A
+// second close ends that.
 func (l *Link) close(why engine.Reason) {
 	l.mu.Lock()
-	if l.closing != engine.Sent {
-		l.mu.Unlock()
-		return
+	first := l.closing == engine.Sent
+	if first {
+		l.closing = why
+		l.refreshLocked()
 	}
-	l.closing = why
-	l.refreshLocked()
 	cancel := l.cancel
+	patient := first && l.state == draining && why != engine.DropDraining
 	l.mu.Unlock()
-	if cancel != nil {
+	switch {
+	case cancel == nil:
+	case patient:
+		time.AfterFunc(l.set.cfg.AckTimeout, cancel) // the clock looks at the link no more
+	default:
 		cancel()
 	}
 	l.rouse()

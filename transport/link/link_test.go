@@ -1,8 +1,10 @@
 package link
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -485,7 +487,7 @@ func TestDeadNodeFailsAtOnceAndBacksOff(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 		time.Sleep(time.Minute)
-		if w.dialed() > 25 {
+		if w.dialed() > 100 { // the longest pause is 750 ms, give or take
 			t.Errorf("%d dials in a minute", w.dialed())
 		}
 		n := w.start("a:1", &fakeNode{id: "A"})
@@ -643,6 +645,98 @@ func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
 	})
 }
 
+// leavingNode says that it drains when it gets a delivery, and acknowledges it after a
+// while, if at all.
+func leavingNode(after time.Duration) *fakeNode {
+	n := &fakeNode{id: "A"}
+	n.deliver = func(st deliverStream) error {
+		if _, err := n.greet(st); err != nil {
+			return err
+		}
+		for {
+			f, err := st.Recv()
+			if err != nil {
+				return err
+			}
+			if len(f.GetDeliveries()) == 0 {
+				continue
+			}
+			if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
+				return err
+			}
+			if after == 0 {
+				continue
+			}
+			time.Sleep(after)
+			if err := st.Send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: []uint32{1}}}}); err != nil {
+				return err
+			}
+		}
+	}
+	return n
+}
+
+// A node leaves etcd, drains and acknowledges. Its removal may come between the last
+// two: what it has taken is still awaited, and nothing becomes unknown.
+func TestRemovedNodeThatDrainsIsAwaited(t *testing.T) {
+	for _, now := range []string{"removed", "moved"} {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{})
+			w.start("a:1", leavingNode(500*time.Millisecond))
+			w.start("a:2", &fakeNode{id: "A"})
+			w.register("A", "a:1")
+			w.up(1)
+			w.room("r", "A", "u1")
+			f := w.begin(w.toUser("u1", "x"))
+			synctest.Wait()
+			if now == "moved" {
+				w.register("A", "a:2")
+			} else {
+				w.register()
+			}
+			if r := w.end(f); r.Delivered != 1 {
+				t.Errorf("%s: %+v", now, r)
+			}
+			synctest.Wait()
+			if r := w.do(w.toUser("u1", "y")); (r.Delivered == 1) != (now == "moved") {
+				t.Errorf("%s, afterwards: %+v", now, r)
+			}
+		})
+	}
+}
+
+func TestRemovedNodeThatDrainsIsNotAwaitedForEver(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.start("a:1", leavingNode(0))
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		begun := time.Now()
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		w.register()
+		if r := w.end(f); r.Unknown != 1 || time.Since(begun) > 1100*time.Millisecond {
+			t.Errorf("after %v: %+v", time.Since(begun), r)
+		}
+	})
+	bubble(t, func(t *testing.T) { // and closing the set awaits nobody
+		w := newWorld(t, Config{AckTimeout: time.Minute})
+		w.start("a:1", leavingNode(0))
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		w.register()
+		begun := time.Now()
+		w.set.Close()
+		if r := w.end(f); r.Unknown != 1 || time.Since(begun) > time.Second {
+			t.Errorf("closed after %v: %+v", time.Since(begun), r)
+		}
+	})
+}
+
 func TestDrainOfTheSetFlushesAndWaits(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{Shards: 2})
@@ -776,10 +870,38 @@ func TestNodeInACrashLoopStaysOnTheBackoffCurve(t *testing.T) {
 		w.start("a:1", n)
 		w.register("A", "a:1")
 		time.Sleep(time.Minute)
-		if n.opened() > 25 {
+		if n.opened() > 100 { // the longest pause is 750 ms, give or take
 			t.Errorf("%d streams in a minute", n.opened())
 		}
 	})
+}
+
+// However long a node was away: two seconds after it can be reached again it is.
+func TestNodeIsBackWithinTwoSecondsOfAnyOutage(t *testing.T) {
+	for name, away := range map[string]func(context.Context) error{
+		"refused":     func(context.Context) error { return errors.New("connection refused") },
+		"unreachable": func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		for _, outage := range []time.Duration{time.Second, 10 * time.Second, time.Minute, 10*time.Minute + 333*time.Millisecond} {
+			bubble(t, func(t *testing.T) {
+				var w *world
+				begun := time.Now()
+				w = newWorld(t, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
+					if time.Since(begun) < outage {
+						return nil, away(ctx)
+					}
+					return w.dialNode(ctx, addr)
+				}})
+				w.start("a:1", &fakeNode{id: "A"})
+				w.register("A", "a:1")
+				time.Sleep(outage)
+				w.until("back", func() bool { return w.set.Reachable() == 1 })
+				if took := time.Since(begun) - outage; took > 2*time.Second {
+					t.Errorf("%s for %v: back after %v", name, outage, took)
+				}
+			})
+		}
+	}
 }
 
 func TestFlappingLinkIsBackAtOnce(t *testing.T) {

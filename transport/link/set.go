@@ -63,6 +63,7 @@ type Set struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	closed bool
+	gone   []*node // no longer registered, with links that may still await acks
 }
 
 // snapshot is the immutable set of nodes.
@@ -204,9 +205,13 @@ func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
 		id := n.id
 		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
 	}
+	s.gone = slices.DeleteFunc(s.gone, (*node).ended)
 	for _, n := range old.nodes {
 		if now.byID[n.id] == nil {
 			s.meters.set.UnregisterMetric(connections(n.id))
+		}
+		if now.byID[n.id] != n {
+			s.gone = append(s.gone, n)
 		}
 	}
 }
@@ -290,9 +295,9 @@ func (s *Set) Close() {
 		return
 	}
 	s.closed = true
-	t := s.snapshot.Load()
+	t, gone := s.snapshot.Load(), s.gone
 	s.mu.Unlock()
-	for _, n := range t.nodes {
+	for _, n := range slices.Concat(t.nodes, gone) {
 		n.close(engine.DropDraining)
 	}
 	s.runs.Wait()
@@ -415,6 +420,18 @@ func (n *node) close(why engine.Reason) {
 	for _, l := range n.links {
 		l.close(why)
 	}
+}
+
+// ended tells that none of the links runs any more.
+func (n *node) ended() bool {
+	for _, l := range n.links {
+		select {
+		case <-l.done:
+		default:
+			return false
+		}
+	}
+	return true
 }
 
 func (n *node) count(delta int) {

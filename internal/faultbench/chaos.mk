@@ -1,0 +1,14 @@
+# Breaking the deployment on purpose: see internal/faultbench/doc.go. SEED repeats a run, DURATION is how long faults
+# happen.
+
+SEED ?=
+DURATION ?= 30s
+FAULTBENCH := ./internal/faultbench
+
+.PHONY: chaos
+chaos: ## Random faults that overlap, for DURATION (30s); SEED=n repeats those of a run
+	SEED=$(SEED) CHAOS_DURATION=$(DURATION) $(GO) test -count=1 -timeout=0 -v -run='^TestChaos$$' $(FAULTBENCH)
+
+.PHONY: faults
+faults: ## Every row of the fault list, the slow ones included (half an hour)
+	SEED=$(SEED) SLOW_FAULTS=1 $(GO) test -count=1 -timeout=0 -v $(FAULTBENCH)

@@ -1,0 +1,34 @@
+// Package faultbench breaks the deployment around real Push-Managers and checks
+// that they keep their word. It has tests only.
+//
+// # The bench
+//
+// Push-Manager is the real program, built once, as a process of its own. Around it
+// stand Connect-Nodes by script (they speak Deliver frame by frame, so they can be
+// late, partial, silent, or lie) and real ones (transport/node in child processes of
+// the test binary, to be killed and stopped), a Controller by script, embedded etcd,
+// and a TCP proxy in front of any of them. True half-open connections need network
+// namespaces, and with them root; without it those tests are skipped.
+//
+// # The two ledgers
+//
+// What arrived is noted on the nodes' side, before the node acknowledges it; what the
+// callers were told is noted on theirs. The payload of a push is its id. The checker
+// compares both, for every push:
+//
+//   - I1: no success is claimed that did not happen, and what is said to be failed or
+//     offline has not arrived
+//   - I2: targets = delivered + offline + failed + unknown
+//   - I3: a push arrives at most once at each client
+//   - I4: an error with ErrorInfo means that nothing arrived
+//   - I7: every call returns by its deadline
+//   - I10: pushes with the same key arrive in the order in which they were made
+//
+// A push that breaks a promise is printed with all that happened to it and around it.
+//
+// # Running
+//
+// The fast rows of the fault list run with all other tests. `make faults` runs the
+// slow ones, too, and `make chaos` random faults that overlap, the same again for the
+// same SEED, for as long as DURATION says.
+package faultbench

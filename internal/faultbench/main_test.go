@@ -1,0 +1,120 @@
+package faultbench
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+// patience is how long a test waits for what must happen. It is long: only a failure
+// takes it.
+const patience = 20 * time.Second
+
+// slowEnv runs the slow rows, too.
+const slowEnv = "SLOW_FAULTS"
+
+func TestMain(m *testing.M) {
+	if spec := os.Getenv(childEnv); spec != "" {
+		os.Exit(serveChild(spec))
+	}
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f != nil && f.Value.String() == f.DefValue {
+		_ = f.Value.Set("4") // the tests mostly wait
+	}
+	// Lasting goroutines: ants keeps those of its default pool, from its
+	// initialisation on.
+	ignore := goleak.IgnoreCurrent()
+	code := m.Run()
+	if err := os.RemoveAll(binaries.dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	if code == 0 {
+		if err := goleak.Find(ignore); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// binaries are built once, with the race detector if the tests have it.
+var binaries struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// pushManager returns the path of the program.
+func pushManager(t testing.TB) string {
+	t.Helper()
+	if path := os.Getenv(binaryEnv); path != "" {
+		return path
+	}
+	binaries.once.Do(func() {
+		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
+		if binaries.dir, binaries.err = os.MkdirTemp("", "push-manager-faults-"); binaries.err != nil {
+			return
+		}
+		args := []string{"build", "-o", binaries.dir + "/"}
+		if raceEnabled {
+			args = append(args, "-race")
+		}
+		args = append(args, "./cmd/push-manager")
+		build := exec.Command("go", args...)
+		build.Dir = "../.."
+		if out, err := build.CombinedOutput(); err != nil {
+			binaries.err = fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+		}
+	})
+	if binaries.err != nil {
+		t.Fatal(binaries.err)
+	}
+	return filepath.Join(binaries.dir, "push-manager")
+}
+
+// slow skips a test that takes long, unless it was asked for.
+func slow(t *testing.T) {
+	t.Helper()
+	if os.Getenv(slowEnv) == "" {
+		t.Skipf("slow: set %s=1, or run make faults", slowEnv)
+	}
+}
+
+// eventually waits for ok, which says what is missing while it is not true, and
+// returns how long it took.
+func eventually(t testing.TB, what string, ok func() error) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ok()
+		if err == nil {
+			return time.Since(begin)
+		}
+		if time.Since(begin) > patience {
+			t.Fatalf("%s: %v", what, err)
+		}
+		<-tick.C
+	}
+}
+
+// lasts fails as soon as ok does, within d.
+func lasts(t testing.TB, d time.Duration, what string, ok func() error) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+		if err := ok(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}

@@ -1,0 +1,293 @@
+package faultbench
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// The rows of the fault list about the Controller.
+
+// retryInfo tells whether an error says when to try again.
+func retryInfo(err error) bool {
+	for _, detail := range status.Convert(err).Details() {
+		if r, ok := detail.(*errdetails.RetryInfo); ok && r.GetRetryDelay().AsDuration() > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// fresh makes pushes to users nobody has asked for before: each needs a look-up.
+func (s *street) fresh(n int) func(*rand.Rand) request {
+	var mu sync.Mutex
+	users := names("cold", n)
+	s.world.place("good", users...)
+	next := 0
+	return func(*rand.Rand) request {
+		mu.Lock()
+		defer mu.Unlock()
+		next++
+		return user(users[next%n])
+	}
+}
+
+// Row 28.
+func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
+	s := newStreet(t)
+	s.wire("good", s.good...)
+	m := s.manage(1)
+	m.good(room("good room"))
+	for _, id := range s.good {
+		m.good(user(id))
+	}
+	m.rest()
+	s.ledger.note("the Controller is gone")
+	s.controller.stop()
+	wait(1200 * time.Millisecond) // no route is fresh any more
+	since := s.ledger.now()
+	known, cold := m.callers(8, s.someGood), m.callers(8, s.fresh(5000))
+	known.more(volume)
+	cold.more(volume / 2)
+	known.end()
+	cold.end()
+	s.unharmed(since)
+	forCold := func(p *push) bool { return !forGood(p) }
+	all := s.ledger.tally(since, s.ledger.now(), forCold)
+	t.Logf("unknown routes: %v", all)
+	if all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
+		t.Errorf("all are refused, and it is said that nothing was sent: %v", all)
+	}
+	if all.slowest > 2*time.Second {
+		t.Errorf("a refusal took %v", all.slowest)
+	}
+	if p := m.push(user("nobody knows")); !retryInfo(p.err) || reasonOf(p.err) != "CONTROLLER_UNAVAILABLE" {
+		t.Errorf("%v %v", p.err, status.Convert(p.err).Details())
+	}
+	s.controller.start()
+	m.good(user("good1"))
+	eventually(t, "unknown routes are looked up again", func() error {
+		s.world.place("good") // nobody: cold users are offline, and that is an answer
+		if p := m.push(user("cold1")); p.err != nil {
+			return p.err
+		}
+		return nil
+	})
+	m.atRest()
+}
+
+// Row 29.
+func TestMuteControllerIsGivenUpAtTheLookupTimeout(t *testing.T) {
+	s := newStreet(t)
+	s.wire("good", s.good...)
+	m := s.manage(1, "LOOKUP_TIMEOUT=300ms")
+	m.good(room("good room"))
+	for _, id := range s.good {
+		m.good(user(id))
+	}
+	m.rest()
+	s.controller.change(func(c *controller) { c.mute = true })
+	since := s.ledger.now()
+	cold := m.callers(100, s.fresh(5000))
+	known := m.callers(8, s.someGood)
+	cold.more(volume)
+	known.more(volume / 5)
+	cold.end()
+	known.end()
+	s.unharmed(since)
+	all := s.ledger.tally(since, s.ledger.now(), func(p *push) bool { return !forGood(p) })
+	t.Logf("unknown routes: %v", all)
+	if all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
+		t.Errorf("all are refused, and it is said that nothing was sent: %v", all)
+	}
+	if all.slowest > 3*time.Second {
+		t.Errorf("a look-up was given up only after %v", all.slowest)
+	}
+	s.controller.change(func(c *controller) { c.mute = false })
+	m.good(user("good1"))
+	m.atRest()
+}
+
+// Row 30.
+func TestFailingControllerIsAskedAgainWithinABudget(t *testing.T) {
+	s := newStreet(t)
+	n := s.wire("good", s.good...)
+	cold := s.fresh(20_000)
+	s.connect(n, names("cold", 20_000)...)
+	m := s.manage(1, "LOOKUP_TIMEOUT=300ms")
+	m.good(room("good room"))
+	m.rest()
+	s.controller.change(func(c *controller) { c.errors = 0.5 })
+	since := s.ledger.now()
+	callers := m.callers(16, cold)
+	callers.more(2 * volume)
+	callers.end()
+	all := s.ledger.tally(since, s.ledger.now(), nil)
+	t.Log(all)
+	if all.success == 0 || all.errors[codes.Unavailable] == 0 || all.success+all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
+		t.Errorf("either delivered or refused: %v", all)
+	}
+	retries, lookups := m.metric("controller_retries_total"), float64(all.pushes)
+	t.Logf("%v look-ups, %v of them again", lookups, retries)
+	if retries > 0.1*lookups+20 || retries == 0 {
+		t.Errorf("%v retries for %v look-ups", retries, lookups)
+	}
+	s.controller.change(func(c *controller) { c.errors, c.delay = 0, 2*time.Second })
+	slowly := s.ledger.now()
+	callers = m.callers(50, cold)
+	callers.more(100)
+	callers.end()
+	if all := s.ledger.tally(slowly, s.ledger.now(), nil); all.errors[codes.Unavailable] != all.pushes || all.slowest > 3*time.Second {
+		t.Errorf("two seconds are longer than a look-up may take: %v", all)
+	}
+	s.controller.change(func(c *controller) { c.delay = 0 })
+	m.good(user("good1"))
+	m.atRest()
+}
+
+// Row 31.
+func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
+	s := newStreet(t)
+	bad := s.wire("bad", s.bad...)
+	good := s.wire("good", s.good...)
+	m := s.manage(2, "ROUTE_CACHE_TTL=1h")
+	m.good(room("mixed"))
+	for _, id := range s.bad {
+		m.good(user(id))
+	}
+	m.rest()
+	since := s.ledger.now()
+	callers := m.callers(16, s.someBad)
+	callers.more(volume / 2)
+	for _, id := range s.bad { // behind everybody's back
+		good.users.connect(id)
+		s.world.place("good", id)
+		bad.users.leave(id)
+	}
+	callers.more(volume)
+	callers.end()
+	all := s.tallyBad(since)
+	s.noErrors(all)
+	if all.success != all.pushes {
+		t.Errorf("all have moved and all are reached: %v", all)
+	}
+	if m.metric("heals_total") == 0 {
+		t.Error("nothing was looked up again")
+	}
+
+	// The Controller believes what is not true any more: then the user is offline.
+	s.controller.change(func(c *controller) { c.stale = s.world.freeze() })
+	for _, id := range s.bad {
+		good.users.leave(id)
+	}
+	since = s.ledger.now()
+	callers = m.callers(16, s.someBad)
+	callers.more(volume)
+	callers.end()
+	all = s.tallyBad(since)
+	s.noErrors(all)
+	if all.offline != all.targets {
+		t.Errorf("all are offline: %v", all)
+	}
+	s.controller.change(func(c *controller) { c.stale = nil })
+	m.atRest()
+}
+
+// Row 32.
+func TestStampedeForOneRoomIsOneLookup(t *testing.T) {
+	s := newStreet(t)
+	n := s.wire("good", s.good...)
+	m := s.manage(1, "API_PUSH_STREAM_IN_FLIGHT=20000", "LINK_QUEUE_LENGTH=20000", "LINK_QUEUE_AGE=10s", "LINK_ACK_TIMEOUT=10s", "LOOKUP_TIMEOUT=5s", "ROUTE_CACHE_TTL=1h")
+	m.good(user("good1"))
+	m.rest()
+	crowd := names("crowd", 50)
+	s.connect(n, crowd...)
+	s.world.join("cold room", crowd...)
+	s.controller.change(func(c *controller) { c.delay = 500 * time.Millisecond })
+	before := s.controller.lookups.Load()
+	requests := make([]request, 10*volume)
+	for i := range requests {
+		requests[i] = room("cold room")
+	}
+	since := s.ledger.now()
+	m.stream(requests)
+	if n := s.controller.lookups.Load() - before; n != 1 {
+		t.Errorf("%d look-ups", n)
+	}
+	all := s.ledger.tally(since, s.ledger.now(), nil)
+	t.Log(all)
+	if all.success != len(requests) || all.delivered != len(requests)*len(crowd) {
+		t.Errorf("all arrive: %v", all)
+	}
+	m.atRest()
+}
+
+// Row 33; a million members with make faults.
+func TestHugeRoomIsDeliveredOrRefused(t *testing.T) {
+	s := newStreet(t)
+	n := s.wire("good", s.good...)
+	size := 50_000
+	if raceEnabled {
+		size = 10_000
+	}
+	m := s.manage(1, "LOOKUP_TIMEOUT=10s", "GOMEMLIMIT=1GiB")
+	m.good(room("good room"))
+	m.rest()
+	members := names("member", size)
+	s.connect(n, members...)
+	s.world.join("huge", members...)
+	// The Controller names each twice: a user is a member once.
+	s.world.join("huge", members[:100]...)
+	r := room("huge")
+	r.deadline = 20 * time.Second
+	for range 3 {
+		p := m.push(r)
+		t.Log(p.code(), p.summary, p.took())
+		if p.summary.GetTargets() != int32(size) || !p.success {
+			t.Errorf("%v", p)
+		}
+	}
+	m.good(room("good room"))
+	t.Logf("memory: %.0f MiB, and %.0f before", m.resident()/(1<<20), m.baseline["process_resident_memory_bytes"]/(1<<20))
+}
+
+// resident is the memory that the process has.
+func (m *manager) resident() float64 {
+	m.b.t.Helper()
+	values, err := m.read()
+	if err != nil {
+		m.b.t.Fatal(err)
+	}
+	return values["process_resident_memory_bytes"]
+}
+
+// Row 33, in full.
+func TestRoomOfAMillionMembersStaysWithinMemory(t *testing.T) {
+	slow(t)
+	s := newStreet(t)
+	nodes := []*wireNode{s.wire("n0"), s.wire("n1"), s.wire("n2"), s.wire("n3")}
+	m := s.manage(4, "LOOKUP_TIMEOUT=20s", "PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=20s")
+	m.rest()
+	const size = 1_000_000
+	for i, n := range nodes {
+		members := names(fmt.Sprint("member", i, "/"), size/len(nodes))
+		s.connect(n, members...)
+		s.world.join("million", members...)
+	}
+	r := room("million")
+	r.deadline = 0
+	p := m.push(r)
+	t.Log(p.code(), p.summary, p.took())
+	if !p.success && p.code() != codes.ResourceExhausted && p.code() != codes.Unavailable {
+		t.Errorf("%v", p)
+	}
+	if now := m.resident(); now > 1<<30 {
+		t.Errorf("the process has %.0f MiB", now/(1<<20))
+	}
+}
