@@ -23,6 +23,10 @@
 //     finished before one gets the new snapshot. So a push that heals is not
 //     overtaken by the next one on the same stream.
 //
+// Memory: most of it is the members of rooms. The ids of a group are one block, of which
+// each string in Group.Users is a part: one that is kept keeps all of them. What a
+// look-up brings is copied only where it differs from what is known.
+//
 // Locks: one mutex for each home (shard) guards its lines. It is a leaf: no
 // callback, look-up or cache eviction runs under it.
 package route
