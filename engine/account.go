@@ -96,10 +96,6 @@ func (b *books) blame(o Outcome, node, reason string, n int) {
 
 // account closes the books of a push all of whose parts are settled.
 func (p *Push) account() (Result, error) {
-	if r, ok := p.simple(); ok {
-		p.plain = true
-		return r, nil
-	}
 	if err := p.unsent(); err != nil {
 		return Result{}, err
 	}

@@ -60,7 +60,10 @@ type Completer interface {
 // Push is one request to deliver a payload. The caller sets the exported fields
 // and leaves them alone until the push is finished. A Push is used once.
 type Push struct {
-	Kind    Kind
+	Kind Kind
+	// Ordered keeps the push behind those that were started before it, one after
+	// another, for the same room or user.
+	Ordered bool
 	Room    string
 	User    string
 	Users   []string
@@ -72,21 +75,34 @@ type Push struct {
 	Content Content
 	// Trace is nil unless the push is sampled.
 	Trace Trace
-	// Ordered keeps the push behind those that were started before it, one after
-	// another, for the same room or user.
-	Ordered bool
 	// Timeout bounds the push. 0, or more than the default, means the default.
 	Timeout time.Duration
 	// Arrived is when the push came in. The zero time means when it is started, and
 	// Start says here when that was.
 	Arrived time.Time
 
-	// Static after start.
+	// Static after start, or once routed.
 	engine   *Engine
 	done     Completer
 	deadline time.Time
 	home     int // the shard of Room or User
-	targets  int // users, except for everybody; known once routed
+
+	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
+	// and block.
+	leg   [1]*Delivery
+	user  [1]string
+	hold  [1]*route.Snapshot
+	block []Delivery
+
+	// Of a push that is not plain, once it is finished.
+	result Result
+	err    error
+
+	// From here on stands what changes while the push is under way. The cores that start
+	// a push, write it, read its ack and answer it are different ones: what they hand on
+	// to each other is kept close together.
+	one     Delivery
+	targets int // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
@@ -101,17 +117,6 @@ type Push struct {
 	legs    []*Delivery
 	held    []*route.Snapshot // to be released at the end
 	aside   *aside            // nil while the push goes the usual way
-
-	result Result
-	err    error
-
-	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
-	// and block.
-	one   Delivery
-	leg   [1]*Delivery
-	user  [1]string
-	hold  [1]*route.Snapshot
-	block []Delivery
 }
 
 // aside is what only a push has that does not go the usual way: its route was not
@@ -150,7 +155,13 @@ type dropped struct {
 
 // Result is the account of a push once it is finished. An error means that nothing
 // was written; the result is then zero.
-func (p *Push) Result() (Result, error) { return p.result, p.err }
+func (p *Push) Result() (Result, error) {
+	if p.plain {
+		r, _ := p.simple()
+		return r, nil
+	}
+	return p.result, p.err
+}
 
 // keepLegs is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
 // over more nodes must not make every push as large.
@@ -483,7 +494,9 @@ func (p *Push) finish() {
 	p.mu.Lock()
 	p.over = true // what expires from here on comes too late to be read or written
 	p.mu.Unlock()
-	p.result, p.err = p.account()
+	if _, p.plain = p.simple(); !p.plain {
+		p.result, p.err = p.account()
+	}
 	if p.aside != nil && p.aside.timer != nil {
 		p.aside.timer.Stop()
 	}

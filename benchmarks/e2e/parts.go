@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/push-manager/push-manager/internal/controller"
+	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -109,6 +111,7 @@ type Change struct {
 
 // controllerRole is the reference Controller with rooms from memory.
 func controllerRole(ctx context.Context, p *part) error {
+	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/controller does
 	memory := controller.NewMemory(0)
 	srv, err := controller.New(controller.Config{Store: memory})
 	if err != nil {
@@ -165,6 +168,7 @@ func NodeID(i int) string { return "connect-node-" + strconv.Itoa(i+1) }
 
 // nodesRole is several Connect-Nodes on transport/node.
 func nodesRole(ctx context.Context, p *part) error {
+	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/connect-node does
 	arg, err := roleArg[nodesArg]()
 	if err != nil {
 		return err
