@@ -21,6 +21,61 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Codec is a way to compress a frame.
+type Codec int32
+
+const (
+	// As it is.
+	Codec_NONE Codec = 0
+	// One block in the S2 format of github.com/klauspost/compress, which begins
+	// with the decompressed length and extends the block format of Snappy. Cheap.
+	Codec_S2 Codec = 1
+	// Zstandard (RFC 8878) without a dictionary. Smaller, for several times the
+	// CPU.
+	Codec_ZSTD Codec = 2
+)
+
+// Enum value maps for Codec.
+var (
+	Codec_name = map[int32]string{
+		0: "NONE",
+		1: "S2",
+		2: "ZSTD",
+	}
+	Codec_value = map[string]int32{
+		"NONE": 0,
+		"S2":   1,
+		"ZSTD": 2,
+	}
+)
+
+func (x Codec) Enum() *Codec {
+	p := new(Codec)
+	*p = x
+	return p
+}
+
+func (x Codec) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Codec) Descriptor() protoreflect.EnumDescriptor {
+	return file_connect_node_proto_enumTypes[0].Descriptor()
+}
+
+func (Codec) Type() protoreflect.EnumType {
+	return &file_connect_node_proto_enumTypes[0]
+}
+
+func (x Codec) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Codec.Descriptor instead.
+func (Codec) EnumDescriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{0}
+}
+
 type PushMessageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -385,7 +440,15 @@ type DeliverRequest struct {
 	Heartbeat uint64 `protobuf:"varint,5,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
 	// Push-Manager is going: no delivery follows. The node sends the acks it
 	// owes, then ends the stream.
-	Drain         bool `protobuf:"varint,6,opt,name=drain,proto3" json:"drain,omitempty"`
+	Drain bool `protobuf:"varint,6,opt,name=drain,proto3" json:"drain,omitempty"`
+	// The whole next frame, an encoded DeliverRequest, compressed with the codec
+	// that hello's reply has picked. Where this is set nothing else is, but for
+	// raw_bytes. The frame within has neither hello nor compressed. Without a
+	// picked codec, a broken stream.
+	Compressed []byte `protobuf:"bytes,7,opt,name=compressed,proto3" json:"compressed,omitempty"`
+	// The length of that frame once it is decompressed: exactly, and no more than
+	// any frame may have. A node checks it before it makes room.
+	RawBytes      uint32 `protobuf:"varint,8,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -460,6 +523,20 @@ func (x *DeliverRequest) GetDrain() bool {
 		return x.Drain
 	}
 	return false
+}
+
+func (x *DeliverRequest) GetCompressed() []byte {
+	if x != nil {
+		return x.Compressed
+	}
+	return nil
+}
+
+func (x *DeliverRequest) GetRawBytes() uint32 {
+	if x != nil {
+		return x.RawBytes
+	}
+	return 0
 }
 
 // DeliverResponse is one frame from the node. The first has hello and nothing
@@ -565,8 +642,11 @@ type Hello struct {
 	// Who calls, for logs and metrics.
 	ManagerId string `protobuf:"bytes,2,opt,name=manager_id,json=managerId,proto3" json:"manager_id,omitempty"`
 	// Which of its shards this stream belongs to, of how many.
-	Shard         uint32 `protobuf:"varint,3,opt,name=shard,proto3" json:"shard,omitempty"`
-	Shards        uint32 `protobuf:"varint,4,opt,name=shards,proto3" json:"shards,omitempty"`
+	Shard  uint32 `protobuf:"varint,3,opt,name=shard,proto3" json:"shard,omitempty"`
+	Shards uint32 `protobuf:"varint,4,opt,name=shards,proto3" json:"shards,omitempty"`
+	// With what the sender can compress frames, the best first. Empty: it does
+	// not.
+	Codecs        []Codec `protobuf:"varint,5,rep,packed,name=codecs,proto3,enum=pubsub.Codec" json:"codecs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -629,6 +709,13 @@ func (x *Hello) GetShards() uint32 {
 	return 0
 }
 
+func (x *Hello) GetCodecs() []Codec {
+	if x != nil {
+		return x.Codecs
+	}
+	return nil
+}
+
 // HelloReply accepts a stream.
 type HelloReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -649,7 +736,10 @@ type HelloReply struct {
 	// node's own.
 	MaxUnacked uint32 `protobuf:"varint,5,opt,name=max_unacked,json=maxUnacked,proto3" json:"max_unacked,omitempty"`
 	// Users with a live connection on the node now.
-	OnlineUsers   uint32 `protobuf:"varint,6,opt,name=online_users,json=onlineUsers,proto3" json:"online_users,omitempty"`
+	OnlineUsers uint32 `protobuf:"varint,6,opt,name=online_users,json=onlineUsers,proto3" json:"online_users,omitempty"`
+	// One of the codecs that hello offers: frames may come compressed with it.
+	// Unset: none do. Any other is an error, and nothing is sent.
+	Codec         Codec `protobuf:"varint,7,opt,name=codec,proto3,enum=pubsub.Codec" json:"codec,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -724,6 +814,13 @@ func (x *HelloReply) GetOnlineUsers() uint32 {
 		return x.OnlineUsers
 	}
 	return 0
+}
+
+func (x *HelloReply) GetCodec() Codec {
+	if x != nil {
+		return x.Codec
+	}
+	return Codec_NONE
 }
 
 // Delivery is one push for the users it names on this node.
@@ -1089,7 +1186,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x11BroadcastResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xe3\x01\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xa0\x02\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -1098,20 +1195,25 @@ const file_connect_node_proto_rawDesc = "" +
 	"deliveries\x12)\n" +
 	"\x10forget_audiences\x18\x04 \x03(\rR\x0fforgetAudiences\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\x04R\theartbeat\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xde\x01\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\x12\x1e\n" +
+	"\n" +
+	"compressed\x18\a \x01(\fR\n" +
+	"compressed\x12\x1b\n" +
+	"\traw_bytes\x18\b \x01(\rR\brawBytes\"\xde\x01\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
 	"\x06misses\x18\x03 \x03(\v2\f.pubsub.MissR\x06misses\x12\x1c\n" +
 	"\theartbeat\x18\x04 \x01(\x04R\theartbeat\x12!\n" +
 	"\fonline_users\x18\x05 \x01(\rR\vonlineUsers\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\x7f\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xa6\x01\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
 	"manager_id\x18\x02 \x01(\tR\tmanagerId\x12\x14\n" +
 	"\x05shard\x18\x03 \x01(\rR\x05shard\x12\x16\n" +
-	"\x06shards\x18\x04 \x01(\rR\x06shards\"\xdf\x01\n" +
+	"\x06shards\x18\x04 \x01(\rR\x06shards\x12%\n" +
+	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\"\x84\x02\n" +
 	"\n" +
 	"HelloReply\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x17\n" +
@@ -1120,7 +1222,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x14max_audience_members\x18\x04 \x01(\rR\x12maxAudienceMembers\x12\x1f\n" +
 	"\vmax_unacked\x18\x05 \x01(\rR\n" +
 	"maxUnacked\x12!\n" +
-	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\"\x86\x02\n" +
+	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
+	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\"\x86\x02\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -1144,7 +1247,11 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06failed\x18\x03 \x03(\tR\x06failed\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12!\n" +
 	"\ffailed_users\x18\x05 \x01(\rR\vfailedUsers\x12\x18\n" +
-	"\arefused\x18\x06 \x01(\bR\arefused2\xb5\x02\n" +
+	"\arefused\x18\x06 \x01(\bR\arefused*#\n" +
+	"\x05Codec\x12\b\n" +
+	"\x04NONE\x10\x00\x12\x06\n" +
+	"\x02S2\x10\x01\x12\b\n" +
+	"\x04ZSTD\x10\x022\xb5\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -1163,48 +1270,52 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 	return file_connect_node_proto_rawDescData
 }
 
+var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_connect_node_proto_goTypes = []any{
-	(*PushMessageRequest)(nil),       // 0: pubsub.PushMessageRequest
-	(*PushMessageResponse)(nil),      // 1: pubsub.PushMessageResponse
-	(*PushMessageBatchRequest)(nil),  // 2: pubsub.PushMessageBatchRequest
-	(*PushMessageBatchResponse)(nil), // 3: pubsub.PushMessageBatchResponse
-	(*BroadcastRequest)(nil),         // 4: pubsub.BroadcastRequest
-	(*BroadcastResponse)(nil),        // 5: pubsub.BroadcastResponse
-	(*DeliverRequest)(nil),           // 6: pubsub.DeliverRequest
-	(*DeliverResponse)(nil),          // 7: pubsub.DeliverResponse
-	(*Hello)(nil),                    // 8: pubsub.Hello
-	(*HelloReply)(nil),               // 9: pubsub.HelloReply
-	(*Delivery)(nil),                 // 10: pubsub.Delivery
-	(*Audience)(nil),                 // 11: pubsub.Audience
-	(*AckRange)(nil),                 // 12: pubsub.AckRange
-	(*Miss)(nil),                     // 13: pubsub.Miss
-	(*MessageContent)(nil),           // 14: pubsub.MessageContent
+	(Codec)(0),                       // 0: pubsub.Codec
+	(*PushMessageRequest)(nil),       // 1: pubsub.PushMessageRequest
+	(*PushMessageResponse)(nil),      // 2: pubsub.PushMessageResponse
+	(*PushMessageBatchRequest)(nil),  // 3: pubsub.PushMessageBatchRequest
+	(*PushMessageBatchResponse)(nil), // 4: pubsub.PushMessageBatchResponse
+	(*BroadcastRequest)(nil),         // 5: pubsub.BroadcastRequest
+	(*BroadcastResponse)(nil),        // 6: pubsub.BroadcastResponse
+	(*DeliverRequest)(nil),           // 7: pubsub.DeliverRequest
+	(*DeliverResponse)(nil),          // 8: pubsub.DeliverResponse
+	(*Hello)(nil),                    // 9: pubsub.Hello
+	(*HelloReply)(nil),               // 10: pubsub.HelloReply
+	(*Delivery)(nil),                 // 11: pubsub.Delivery
+	(*Audience)(nil),                 // 12: pubsub.Audience
+	(*AckRange)(nil),                 // 13: pubsub.AckRange
+	(*Miss)(nil),                     // 14: pubsub.Miss
+	(*MessageContent)(nil),           // 15: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	14, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	14, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	14, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	8,  // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	10, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	9,  // 5: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	12, // 6: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	13, // 7: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	14, // 8: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	11, // 9: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	0,  // 10: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	2,  // 11: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	4,  // 12: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	6,  // 13: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	1,  // 14: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	3,  // 15: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	5,  // 16: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	7,  // 17: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	15, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	15, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	15, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	9,  // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	11, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	10, // 5: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	13, // 6: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	14, // 7: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	0,  // 8: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	0,  // 9: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	15, // 10: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	12, // 11: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	1,  // 12: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	3,  // 13: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	5,  // 14: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	7,  // 15: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 16: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	4,  // 17: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	6,  // 18: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	8,  // 19: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	16, // [16:20] is the sub-list for method output_type
+	12, // [12:16] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -1218,13 +1329,14 @@ func file_connect_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_connect_node_proto_goTypes,
 		DependencyIndexes: file_connect_node_proto_depIdxs,
+		EnumInfos:         file_connect_node_proto_enumTypes,
 		MessageInfos:      file_connect_node_proto_msgTypes,
 	}.Build()
 	File_connect_node_proto = out.File

@@ -376,6 +376,18 @@ func (m *DeliverRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.RawBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.RawBytes))
+		i--
+		dAtA[i] = 0x40
+	}
+	if len(m.Compressed) > 0 {
+		i -= len(m.Compressed)
+		copy(dAtA[i:], m.Compressed)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Compressed)))
+		i--
+		dAtA[i] = 0x3a
+	}
 	if m.Drain {
 		i--
 		if m.Drain {
@@ -558,6 +570,27 @@ func (m *Hello) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if len(m.Codecs) > 0 {
+		var pksize2 int
+		for _, num := range m.Codecs {
+			pksize2 += protohelpers.SizeOfVarint(uint64(num))
+		}
+		i -= pksize2
+		j1 := i
+		for _, num1 := range m.Codecs {
+			num := uint64(num1)
+			for num >= 1<<7 {
+				dAtA[j1] = uint8(uint64(num)&0x7f | 0x80)
+				num >>= 7
+				j1++
+			}
+			dAtA[j1] = uint8(num)
+			j1++
+		}
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(pksize2))
+		i--
+		dAtA[i] = 0x2a
+	}
 	if m.Shards != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Shards))
 		i--
@@ -612,6 +645,11 @@ func (m *HelloReply) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Codec != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Codec))
+		i--
+		dAtA[i] = 0x38
 	}
 	if m.OnlineUsers != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.OnlineUsers))
@@ -1104,6 +1142,13 @@ func (m *DeliverRequest) SizeVT() (n int) {
 	if m.Drain {
 		n += 2
 	}
+	l = len(m.Compressed)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.RawBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.RawBytes))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -1162,6 +1207,13 @@ func (m *Hello) SizeVT() (n int) {
 	if m.Shards != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Shards))
 	}
+	if len(m.Codecs) > 0 {
+		l = 0
+		for _, e := range m.Codecs {
+			l += protohelpers.SizeOfVarint(uint64(e))
+		}
+		n += 1 + protohelpers.SizeOfVarint(uint64(l)) + l
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -1191,6 +1243,9 @@ func (m *HelloReply) SizeVT() (n int) {
 	}
 	if m.OnlineUsers != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.OnlineUsers))
+	}
+	if m.Codec != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Codec))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -2325,6 +2380,59 @@ func (m *DeliverRequest) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Drain = bool(v != 0)
+		case 7:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Compressed", wireType)
+			}
+			var byteLen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				byteLen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if byteLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + byteLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Compressed = append(m.Compressed[:0], dAtA[iNdEx:postIndex]...)
+			if m.Compressed == nil {
+				m.Compressed = []byte{}
+			}
+			iNdEx = postIndex
+		case 8:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field RawBytes", wireType)
+			}
+			m.RawBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.RawBytes |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -2678,6 +2786,75 @@ func (m *Hello) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 5:
+			if wireType == 0 {
+				var v Codec
+				for shift := uint(0); ; shift += 7 {
+					if shift >= 64 {
+						return protohelpers.ErrIntOverflow
+					}
+					if iNdEx >= l {
+						return io.ErrUnexpectedEOF
+					}
+					b := dAtA[iNdEx]
+					iNdEx++
+					v |= Codec(b&0x7F) << shift
+					if b < 0x80 {
+						break
+					}
+				}
+				m.Codecs = append(m.Codecs, v)
+			} else if wireType == 2 {
+				var packedLen int
+				for shift := uint(0); ; shift += 7 {
+					if shift >= 64 {
+						return protohelpers.ErrIntOverflow
+					}
+					if iNdEx >= l {
+						return io.ErrUnexpectedEOF
+					}
+					b := dAtA[iNdEx]
+					iNdEx++
+					packedLen |= int(b&0x7F) << shift
+					if b < 0x80 {
+						break
+					}
+				}
+				if packedLen < 0 {
+					return protohelpers.ErrInvalidLength
+				}
+				postIndex := iNdEx + packedLen
+				if postIndex < 0 {
+					return protohelpers.ErrInvalidLength
+				}
+				if postIndex > l {
+					return io.ErrUnexpectedEOF
+				}
+				var elementCount int
+				if elementCount != 0 && len(m.Codecs) == 0 {
+					m.Codecs = make([]Codec, 0, elementCount)
+				}
+				for iNdEx < postIndex {
+					var v Codec
+					for shift := uint(0); ; shift += 7 {
+						if shift >= 64 {
+							return protohelpers.ErrIntOverflow
+						}
+						if iNdEx >= l {
+							return io.ErrUnexpectedEOF
+						}
+						b := dAtA[iNdEx]
+						iNdEx++
+						v |= Codec(b&0x7F) << shift
+						if b < 0x80 {
+							break
+						}
+					}
+					m.Codecs = append(m.Codecs, v)
+				}
+			} else {
+				return fmt.Errorf("proto: wrong wireType = %d for field Codecs", wireType)
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -2865,6 +3042,25 @@ func (m *HelloReply) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.OnlineUsers |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Codec", wireType)
+			}
+			m.Codec = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Codec |= Codec(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

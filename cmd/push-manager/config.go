@@ -15,6 +15,7 @@ import (
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
+	"github.com/push-manager/push-manager/transport/compression"
 	"github.com/push-manager/push-manager/transport/controller"
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
@@ -116,6 +117,8 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.Int(&l.Window, "link.window", 8192, 1, 1<<20, "Deliveries of one stream that may be without acknowledgement.")
 	s.Bytes(&l.WindowBytes, "link.window_bytes", 8<<20, 1, math.MaxInt32, "The same in bytes.")
 	s.Bytes(&l.FrameBytes, "link.frame_bytes", 256<<10, 1, 16<<20, "Size at which a frame to a node is closed.")
+	s.List(&l.Compression, "link.compression", compression.Off, "Codecs for frames to nodes, the preferred one first: s2 (cheap), zstd (small). Each node picks one that it knows. off: none.")
+	s.Bytes(&l.CompressionMinBytes, "link.compression_min_bytes", 1<<10, 1, 16<<20, "Size from which on a frame is compressed.")
 	s.Int(&l.AudienceMembers, "link.audience_members", 1_000_000, 1, math.MaxInt32, "Members of all audiences that one stream names to its node.")
 	s.Int(&l.UnaryLanes, "link.unary_lanes", 16, 1, 1024, "Calls under way, for each shard, to a node without Deliver.")
 }
@@ -149,6 +152,9 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:
 		return s.Problem("limits.request_bytes", "%s cannot hold limits.data_bytes (%s) and limits.metadata_bytes (%s)",
 			config.FormatBytes(c.Ingress.MaxRecvBytes), config.FormatBytes(l.DataBytes), config.FormatBytes(l.MetadataBytes))
+	}
+	if _, err := compression.Parse(c.Links.Compression); err != nil {
+		return s.Problem("link.compression", "%v", err)
 	}
 	for _, text := range c.allowNets {
 		prefix, err := netip.ParsePrefix(text)

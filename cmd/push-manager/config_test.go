@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,9 +51,10 @@ func TestDefaultsAreThoseOfTheContract(t *testing.T) {
 		"ETCD_ENDPOINTS":     len(c.Etcd.Endpoints) == 1 && c.Etcd.Endpoints[0] == "localhost:2379",
 		"limits": l.IDBytes == 256 && l.DataBytes == 256<<10 && l.MetadataEntries == 32 && l.MetadataBytes == 8<<10 &&
 			l.Exclude == 10_000 && l.Users == 10_000 && c.Ingress.MaxRecvBytes == 1<<20,
-		"timeouts": c.Engine.Timeout.Seconds() == 5 && c.Routes.TTL.Seconds() == 1,
-		"shards":   c.Shards.Count == max(runtime.GOMAXPROCS(0)/2, 1),
-		"tracing":  !c.Tracing.Enabled,
+		"timeouts":         c.Engine.Timeout.Seconds() == 5 && c.Routes.TTL.Seconds() == 1,
+		"shards":           c.Shards.Count == max(runtime.GOMAXPROCS(0)/2, 1),
+		"tracing":          !c.Tracing.Enabled,
+		"LINK_COMPRESSION": slices.Equal(c.Links.Compression, []string{"off"}) && c.Links.CompressionMinBytes == 1<<10,
 	} {
 		if !ok {
 			t.Errorf("the default of %s is another", name)
@@ -80,6 +82,35 @@ func TestContractVariablesAndSectionsAreRead(t *testing.T) {
 	}
 }
 
+func TestCompressionIsSetInEachWay(t *testing.T) {
+	for name, tc := range map[string]struct {
+		flags, env map[string]string
+		yaml       string
+	}{
+		"flags":       {flags: map[string]string{"link-compression": "zstd,s2", "link-compression-min-bytes": "2KiB"}},
+		"environment": {env: map[string]string{"LINK_COMPRESSION": "zstd, s2", "LINK_COMPRESSION_MIN_BYTES": "2048"}},
+		"file":        {yaml: "link:\n  compression: zstd,s2\n  compression_min_bytes: 2KiB\n"},
+		"file, list":  {yaml: "link:\n  compression: [zstd, s2]\n  compression_min_bytes: 2KiB\n"},
+	} {
+		c, err := load(t, tc.flags, tc.env, tc.yaml)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if !slices.Equal(c.Links.Compression, []string{"zstd", "s2"}) || c.Links.CompressionMinBytes != 2<<10 {
+			t.Errorf("%s: %v from %d bytes on", name, c.Links.Compression, c.Links.CompressionMinBytes)
+		}
+		if err := c.Links.Validate(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Off is what some dialects of YAML take for a boolean.
+	c, err := load(t, nil, nil, "link:\n  compression: off\n")
+	if err != nil || !slices.Equal(c.Links.Compression, []string{"off"}) {
+		t.Errorf("off in the file: %v, %v", err, c)
+	}
+}
+
 func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 	notPEM := filepath.Join(t.TempDir(), "x.pem")
 	if err := os.WriteFile(notPEM, []byte("x"), 0o600); err != nil {
@@ -101,6 +132,9 @@ func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 		"no limit":           {yaml: "limits:\n  users: 0\n", want: "limits.users"},
 		"request too small":  {yaml: "limits:\n  data_bytes: 2MiB\n", want: "LIMITS_REQUEST_BYTES"},
 		"heartbeat":          {yaml: "link:\n  heartbeat: 4s\n", want: "LINK_SILENCE"},
+		"codec":              {env: map[string]string{"LINK_COMPRESSION": "s2,gzip"}, want: "LINK_COMPRESSION: \"gzip\" is none of off, s2, zstd"},
+		"codec in the file":  {yaml: "link:\n  compression: [s2, s2]\n", want: "link.compression"},
+		"compressed size":    {env: map[string]string{"LINK_COMPRESSION_MIN_BYTES": "17MiB"}, want: "LINK_COMPRESSION_MIN_BYTES"},
 		"backoff":            {yaml: "link:\n  backoff_max: 30ms\n", want: "link.backoff_max"},
 		"bad duration":       {env: map[string]string{"ROUTE_CACHE_TTL": "1"}, want: "ROUTE_CACHE_TTL"},
 		"unknown key":        {yaml: "redis: x\n", want: "redis"},

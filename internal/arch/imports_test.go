@@ -31,13 +31,14 @@ var layers = []layer{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
 	}},
 	{dir: "transport/ingress", ours: []string{"engine/...", "proto"}, others: []string{"*"}},
-	{dir: "transport/link", ours: []string{"engine/...", "proto"}, others: []string{"*"}},
+	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
+	{dir: "transport/link", ours: []string{"engine/...", "proto", "transport/compression"}, others: []string{"*"}},
 	{dir: "transport/discovery", others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
 		"google.golang.org/grpc",
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "proto"}, others: []string{"*"}},
-	{dir: "transport/node", ours: []string{"proto", "transport/discovery"}, others: []string{"*"}},
+	{dir: "transport/node", ours: []string{"proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
@@ -63,7 +64,7 @@ func TestImportsPointOneWay(t *testing.T) {
 }
 
 func TestLayerAllows(t *testing.T) {
-	engine, internal := layers[2], layers[9]
+	engine, internal := layers[2], layers[10]
 	for _, test := range []struct {
 		layer    layer
 		imported string

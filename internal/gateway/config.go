@@ -11,6 +11,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/transport/compression"
 )
 
 // Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
@@ -59,6 +61,10 @@ type Config struct {
 	// PingInterval is how long a client may be silent before it is pinged,
 	// IdleTimeout how long before it is cut off. Default 25 s and 60 s.
 	PingInterval, IdleTimeout time.Duration
+
+	// Compression names the codecs in which frames of managers may come, see
+	// [node.Config].
+	Compression []string
 
 	// ControllerTimeout bounds one call to the Controller. Default 2 s.
 	ControllerTimeout time.Duration
@@ -152,6 +158,9 @@ func (c Config) Validate() error {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))
 		}
+	}
+	if _, err := compression.Parse(c.Compression); err != nil {
+		errs = append(errs, fmt.Errorf("Compression: %w", err))
 	}
 	if c.SocketBuffer < 0 {
 		errs = append(errs, fmt.Errorf("SocketBuffer: %d is negative", c.SocketBuffer))

@@ -83,7 +83,7 @@ func New(cfg Config) (*Gateway, error) {
 	}
 	g.reports = newReports(g.cfg, g.cc, &g.count)
 	newCounters(g)
-	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
+	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {
 		return nil, errors.Join(err, g.cc.Close())
 	}

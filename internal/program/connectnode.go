@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -13,6 +14,7 @@ import (
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/gateway"
 	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/transport/compression"
 )
 
 // ConnectNodeConfig is the configuration of the reference Connect-Node.
@@ -46,6 +48,7 @@ func (c *ConnectNodeConfig) Bind(s *config.Set) {
 	s.Int(&g.MaxRooms, "max_rooms", 100, 1, 1<<16, "Rooms of one connection.")
 	s.Int(&g.QueueFrames, "queue_frames", 4096, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
 	s.Bytes(&g.QueueBytes, "queue_bytes", 1<<20, 1, math.MaxInt32, "The same in bytes.")
+	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
 	c.Etcd.Bind(s)
@@ -55,6 +58,9 @@ func (c *ConnectNodeConfig) Bind(s *config.Set) {
 func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool)) error {
 	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
+	}
+	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
+		return s.Problem("compression", "%v", err)
 	}
 	if err := c.Etcd.Settle(s); err != nil {
 		return err

@@ -11,6 +11,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+
+	"github.com/push-manager/push-manager/transport/compression"
 )
 
 // Config shapes a Set. The zero value works, but for Go where nodes without
@@ -59,6 +61,13 @@ type Config struct {
 	FrameLen int
 	// MaxFrameBytes is what no frame exceeds. 0 means 16 MiB.
 	MaxFrameBytes int
+	// Compression names the codecs that nodes are offered for frames, in order of
+	// preference: "s2", "zstd". Each node picks one of them or none. Empty, or "off":
+	// frames go as they are.
+	Compression []string
+	// CompressionMinBytes is the size of a frame from which on it is compressed. 0
+	// means 1 KiB: one JSON body of less than that holds too little that repeats.
+	CompressionMinBytes int
 	// AudienceMembers bounds the members that all audiences of one stream have
 	// together, beside the node's own limit. 0 means 1,000,000; -1 means none.
 	AudienceMembers int
@@ -104,6 +113,7 @@ func (c Config) withDefaults() Config {
 	orInt(&c.FrameBytes, 256<<10)
 	orInt(&c.FrameLen, 1024)
 	orInt(&c.MaxFrameBytes, 16<<20)
+	orInt(&c.CompressionMinBytes, 1<<10)
 	orInt(&c.AudienceMembers, 1_000_000)
 	orInt(&c.UnaryLanes, 16)
 	c.AudienceMembers = max(c.AudienceMembers, 0)
@@ -142,6 +152,7 @@ func (c Config) Validate() error {
 	between("FrameBytes", c.FrameBytes, 1, c.MaxFrameBytes)
 	between("FrameLen", c.FrameLen, 1, 1<<20)
 	between("MaxFrameBytes", c.MaxFrameBytes, 1<<10, math.MaxInt32)
+	between("CompressionMinBytes", c.CompressionMinBytes, 1, c.MaxFrameBytes)
 	between("AudienceMembers", c.AudienceMembers, 0, math.MaxInt32)
 	between("UnaryLanes", c.UnaryLanes, 1, 1024)
 	positive("DialTimeout", c.DialTimeout)
@@ -151,6 +162,9 @@ func (c Config) Validate() error {
 	positive("QueueAge", c.QueueAge)
 	positive("Quarantine", c.Quarantine)
 	positive("BackoffMin", c.BackoffMin)
+	if _, err := compression.Parse(c.Compression); err != nil {
+		errs = append(errs, fmt.Errorf("link: Compression: %w", err))
+	}
 	if c.Silence <= c.Heartbeat {
 		errs = append(errs, fmt.Errorf("link: Silence (%v) must be longer than Heartbeat (%v)", c.Silence, c.Heartbeat))
 	}

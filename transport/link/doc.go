@@ -62,6 +62,13 @@
 // audience therefore make room only in the next frame, and until then a delivery
 // that finds no room names its users itself.
 //
+// # Compression
+//
+// Where Config.Compression offers codecs and the node's hello picks one, the writer
+// compresses each frame of Config.CompressionMinBytes and more, last of all and as a
+// whole, unless less than an eighth would be saved. Bounds of queue, window and frame
+// count the bytes before it. Streams share the encoders, see transport/compression.
+//
 // # Limits
 //
 // A node must accept frames of up to Config.MaxFrameBytes (16 MiB): a frame

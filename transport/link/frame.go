@@ -4,17 +4,19 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // Field numbers of proto/connect_node.proto.
 const (
 	reqHello, reqFirstSeq, reqDeliveries, reqForget, reqHeartbeat, reqDrain = 1, 2, 3, 4, 5, 6
+	reqCompressed, reqRawBytes                                              = 7, 8
 
 	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent = 1, 2, 3, 4, 5, 6, 7
 
 	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
 
-	helloVersion, helloManager, helloShard, helloShards = 1, 2, 3, 4
+	helloVersion, helloManager, helloShard, helloShards, helloCodecs = 1, 2, 3, 4, 5
 
 	callUsers, callRoom, callContent = 1, 2, 3 // of PushMessage and PushMessageBatch
 	broadcastContent                 = 1
@@ -79,13 +81,23 @@ func appendStrings(b []byte, field protowire.Number, list []string) []byte {
 }
 
 // appendHello encodes the first frame of a stream.
-func appendHello(b []byte, manager string, shard, shards int) []byte {
+func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec) []byte {
 	n := sizeUint(protocolVersion) + sizeOptional(manager) + sizeUint(uint64(shard)) + sizeUint(uint64(shards))
+	if len(codecs) > 0 {
+		n += sizeString(len(codecs))
+	}
 	b = appendLen(b, reqHello, n)
 	b = appendUint(b, helloVersion, protocolVersion)
 	b = appendOptional(b, helloManager, manager)
 	b = appendUint(b, helloShard, uint64(shard))
-	return appendUint(b, helloShards, uint64(shards))
+	b = appendUint(b, helloShards, uint64(shards))
+	if len(codecs) > 0 {
+		b = appendLen(b, helloCodecs, len(codecs))
+	}
+	for _, c := range codecs {
+		b = append(b, byte(c)) // a varint: all are below 128
+	}
+	return b
 }
 
 // address says for whom a delivery is: exactly one of users, minus, audience and

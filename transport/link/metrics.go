@@ -16,6 +16,11 @@ type meters struct {
 	bytes      *metrics.Counter
 	perFrame   *metrics.PrometheusHistogram
 
+	compressed     *metrics.Counter // frames
+	compressedIn   *metrics.Counter // their bytes before
+	compressedOut  *metrics.Counter // and after
+	uncompressible *metrics.Counter // frames that were tried and sent as they are
+
 	acks     *metrics.Counter
 	lateAcks *metrics.Counter
 	strikes  *metrics.Counter
@@ -49,6 +54,11 @@ func newMeters(s *metrics.Set) *meters {
 		bytes:      c("bytes_total"),
 		perFrame: s.GetOrCreatePrometheusHistogramExt("push_manager_link_frame_deliveries",
 			[]float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024}),
+
+		compressed:     c("compressed_frames_total"),
+		compressedIn:   c("compressed_in_bytes_total"),
+		compressedOut:  c("compressed_out_bytes_total"),
+		uncompressible: c("uncompressible_frames_total"),
 
 		acks:     c("acks_total"),
 		lateAcks: c("late_acks_total"),
@@ -85,6 +95,7 @@ func (m *meters) register(s *Set) {
 	m.set.GetOrCreateGauge("push_manager_link_queue_bytes", sum(func(t Stats) int { return t.QueuedBytes }))
 	m.set.GetOrCreateGauge("push_manager_link_window_deliveries", sum(func(t Stats) int { return t.Unacked }))
 	m.set.GetOrCreateGauge("push_manager_link_window_bytes", sum(func(t Stats) int { return t.UnackedBytes }))
+	m.set.GetOrCreateGauge("push_manager_link_compressing", sum(func(t Stats) int { return t.Compressing }))
 	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
 }
 
@@ -93,7 +104,7 @@ func (m *meters) unregister() {
 		"push_manager_nodes",
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
-		"push_manager_link_stalled",
+		"push_manager_link_compressing", "push_manager_link_stalled",
 	} {
 		m.set.UnregisterMetric(name)
 	}

@@ -9,13 +9,15 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // Field numbers of proto/connect_node.proto.
 const (
 	respHello, respAcks, respMisses, respHeartbeat, respOnline, respDrain = 1, 2, 3, 4, 5, 6
 
-	replyVersion, replyNode, replyBoot, replyMembers, replyUnacked, replyOnline = 1, 2, 3, 4, 5, 6
+	replyVersion, replyNode, replyBoot, replyMembers, replyUnacked, replyOnline, replyCodec = 1, 2, 3, 4, 5, 6, 7
 
 	ackFirst, ackDelivered = 1, 2
 
@@ -47,6 +49,7 @@ type helloReply struct {
 	members uint32
 	unacked uint32
 	online  uint32
+	codec   pubsub.Codec
 }
 
 type ack struct {
@@ -171,6 +174,11 @@ func (h *helloReply) field(f field) error {
 		return f.uint32(&h.unacked)
 	case replyOnline:
 		return f.uint32(&h.online)
+	case replyCodec:
+		var n uint32
+		err := f.uint32(&n)
+		h.codec = pubsub.Codec(min(n, math.MaxInt32)) // none of ours, if it is large
+		return err
 	}
 	return nil
 }

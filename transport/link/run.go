@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -29,6 +30,7 @@ var (
 	errUnimplemented = errors.New("the node has no Deliver")
 	errWrongNode     = errors.New("the address belongs to another node")
 	errVersion       = errors.New("the node speaks another protocol version")
+	errCodec         = errors.New("the node wants a codec that was not offered")
 )
 
 // run keeps the link connected until it is closed.
@@ -198,7 +200,7 @@ func (l *Link) open(ctx context.Context, cancel context.CancelFunc, conn *grpc.C
 // greet sends hello and receives the reply.
 func (l *Link) greet(rpc grpc.ClientStream) (*helloReply, error) {
 	buf := l.set.buffers.take()
-	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards)
+	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs)
 	// An error of SendMsg says less than the status that RecvMsg then returns.
 	_ = rpc.SendMsg(&outFrame{mem.NewBuffer(buf, &l.set.buffers)})
 	var in inFrame
@@ -225,6 +227,9 @@ func (l *Link) check(h *helloReply) error {
 	}
 	if h.node != l.node.id {
 		return fmt.Errorf("%w: it says that it is %q", errWrongNode, cut(h.node))
+	}
+	if h.codec != pubsub.Codec_NONE && !slices.Contains(l.set.squeeze.codecs, h.codec) {
+		return fmt.Errorf("%w: %d", errCodec, h.codec)
 	}
 	if l.node.booted(h.boot) {
 		l.set.meters.restarts.Inc()

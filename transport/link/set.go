@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 var _ engine.Network = (*Set)(nil)
@@ -55,6 +56,7 @@ type Set struct {
 	call    []grpc.CallOption
 	stop    chan struct{}
 	buffers bufferPool
+	squeeze *squeeze
 
 	snapshot atomic.Pointer[snapshot]
 	clockEnd sync.WaitGroup
@@ -82,6 +84,10 @@ func New(cfg Config) (*Set, error) {
 	s := &Set{
 		cfg: cfg, log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
 		dial: dialOptions(&cfg), call: callOptions(&cfg), stop: make(chan struct{}),
+	}
+	var err error
+	if s.squeeze, err = newSqueeze(&cfg, &s.buffers, s.meters); err != nil {
+		return nil, err
 	}
 	s.snapshot.Store(newSnapshot(nil, cfg.Shards))
 	s.meters.register(s)
@@ -316,6 +322,7 @@ type Stats struct {
 	Links        int // shards x nodes
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
+	Compressing  int // links whose node has picked a codec
 	Stalled      int // links whose node owes an overdue ack
 	Queued       int // deliveries that wait to be written
 	QueuedBytes  int
@@ -351,6 +358,9 @@ func (l *Link) addTo(t *Stats) {
 	if s := l.stream; s != nil {
 		t.Unacked += s.win.live
 		t.UnackedBytes += s.win.bytes
+		if s.hello.codec != pubsub.Codec_NONE {
+			t.Compressing++
+		}
 	}
 	if l.lanes != nil {
 		t.Unary++
@@ -499,7 +509,7 @@ func (n *node) reachable(isUnary bool) {
 // unreachable logs why the node cannot be pushed to, once for each kind of cause.
 func (n *node) unreachable(err error) {
 	kind := cmp.Or(status.Code(err).String(), "none")
-	for _, known := range []error{errWrongNode, errVersion, errDialTimeout, errLies, errDrained, errSilent, errOwing, errWire} {
+	for _, known := range []error{errWrongNode, errVersion, errCodec, errDialTimeout, errLies, errDrained, errSilent, errOwing, errWire} {
 		if errors.Is(err, known) {
 			kind = known.Error()
 		}

@@ -175,8 +175,9 @@ func (s *stream) gather() bool {
 		return false
 	}
 	m := s.link.set.meters
+	buf = s.link.set.squeeze.frame(buf, s.hello.codec)
 	m.frames.Inc()
-	m.bytes.Add(len(b))
+	m.bytes.Add(len(*buf))
 	if n := len(s.w.kept); n > 0 {
 		m.deliveries.Add(n)
 		m.perFrame.Update(float64(n))

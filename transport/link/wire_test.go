@@ -13,7 +13,7 @@ import (
 
 func TestHelloIsWhatTheGeneratedCodeReads(t *testing.T) {
 	var got pubsub.DeliverRequest
-	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8), &got); err != nil {
+	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8, nil), &got); err != nil {
 		t.Fatal(err)
 	}
 	want := &pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm-1", Shard: 3, Shards: 8}}
@@ -75,7 +75,7 @@ func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
 		r.Hello = &pubsub.HelloReply{
 			ProtocolVersion: rapid.Uint32().Draw(t, "version"), NodeId: drawText(t, "node"), BootId: drawText(t, "boot"),
 			MaxAudienceMembers: rapid.Uint32().Draw(t, "members"), MaxUnacked: rapid.Uint32().Draw(t, "unacked"),
-			OnlineUsers: rapid.Uint32().Draw(t, "online"),
+			OnlineUsers: rapid.Uint32().Draw(t, "online"), Codec: pubsub.Codec(rapid.Int32Range(0, math.MaxInt32).Draw(t, "codec")),
 		}
 	}
 	for range rapid.IntRange(0, 4).Draw(t, "acks") {
@@ -117,7 +117,7 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		t.Fatalf("%+v of %v", r, want)
 	}
 	if h := want.GetHello(); h != nil {
-		got := helloReply{h.GetProtocolVersion(), h.GetNodeId(), h.GetBootId(), h.GetMaxAudienceMembers(), h.GetMaxUnacked(), h.GetOnlineUsers()}
+		got := helloReply{h.GetProtocolVersion(), h.GetNodeId(), h.GetBootId(), h.GetMaxAudienceMembers(), h.GetMaxUnacked(), h.GetOnlineUsers(), h.GetCodec()}
 		if r.hello == nil || *r.hello != got {
 			t.Fatalf("%+v of %v", r.hello, h)
 		}

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/transport/compression"
 )
 
 // Config says what a node is. NodeID and Sessions are required, everything else
@@ -28,6 +30,10 @@ type Config struct {
 	// be written. A manager that goes beyond it does not read: its stream is
 	// broken. Default 65,536.
 	MaxUnacked int
+	// Compression names the codecs in which frames may come, "s2" and "zstd";
+	// the manager's preference decides. Default: both. "off" alone refuses
+	// all.
+	Compression []string
 	// MaxStreams bounds the Deliver streams of all managers together. Default
 	// 4,096.
 	MaxStreams int
@@ -60,6 +66,9 @@ func (c Config) withDefaults() Config {
 	if c.MaxUnacked == 0 {
 		c.MaxUnacked = 64 << 10
 	}
+	if len(c.Compression) == 0 {
+		c.Compression = compression.Names()
+	}
 	if c.MaxStreams == 0 {
 		c.MaxStreams = 4 << 10
 	}
@@ -86,6 +95,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxUnacked < 0 {
 		errs = append(errs, fmt.Errorf("MaxUnacked: negative: %d", c.MaxUnacked))
+	}
+	if _, err := compression.Parse(c.Compression); err != nil {
+		errs = append(errs, fmt.Errorf("Compression: %w", err))
 	}
 	if c.MaxStreams < 0 {
 		errs = append(errs, fmt.Errorf("MaxStreams: negative: %d", c.MaxStreams))

@@ -40,6 +40,8 @@
 //     acks of what was handed over. The next stream starts with nothing.
 //   - A panic in Sessions settles the users of that delivery as failed, is counted
 //     and logged, and ends nothing.
+//   - A compressed frame is what it holds. It is unpacked into memory of its
+//     declared length, which is checked before and has the bound of all frames.
 //   - Frames are taken apart without copying: strings and Data of a [Message] are
 //     views into the frame, which nobody writes to and which lives as long as they
 //     do. Ids of audiences are copied.

@@ -40,6 +40,9 @@ func FuzzDeliverRequest(f *testing.F) {
 			toAudience("b", &pubsub.Audience{Id: 1, Version: 2, Join: []string{"x"}, Leave: []string{"u"}}),
 			{Content: text("c"), Everybody: true},
 		}, ForgetAudiences: []uint32{1, 300}, Heartbeat: 1 << 60, Drain: true},
+		{Hello: &pubsub.Hello{ProtocolVersion: 1, Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, 99}}},
+		{Compressed: []byte{1, 0, 7}, RawBytes: 1},
+		{Compressed: []byte{}, RawBytes: 1 << 31, FirstSeq: 1},
 	} {
 		b, err := proto.Marshal(r)
 		if err != nil {
@@ -83,7 +86,10 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 	if err := r.parse(b); err != nil {
 		t.Fatalf("protobuf decodes it: %v", err)
 	}
-	got := &pubsub.DeliverRequest{FirstSeq: r.firstSeq, ForgetAudiences: r.forget, Heartbeat: r.heartbeat, Drain: r.drain}
+	got := &pubsub.DeliverRequest{
+		FirstSeq: r.firstSeq, ForgetAudiences: r.forget, Heartbeat: r.heartbeat, Drain: r.drain,
+		Compressed: r.compressed, RawBytes: r.rawBytes,
+	}
 	if r.hasHello {
 		got.Hello = new(pubsub.Hello)
 		if err := proto.Unmarshal(r.hello, got.Hello); err != nil {

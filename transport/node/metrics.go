@@ -5,6 +5,7 @@ import "github.com/VictoriaMetrics/metrics"
 // counters are the node's metrics, made once.
 type counters struct {
 	frames     *metrics.Counter // DeliverRequests taken in
+	compressed *metrics.Counter // those that came compressed
 	ackFrames  *metrics.Counter // DeliverResponses written
 	deliveries *metrics.Counter // with their ack, refused ones included
 	refused    *metrics.Counter
@@ -21,6 +22,7 @@ func newCounters(set *metrics.Set, streams func() float64) counters {
 	set.NewGauge("connect_node_deliver_streams", streams)
 	return counters{
 		frames:     set.NewCounter("connect_node_deliver_frames_total"),
+		compressed: set.NewCounter("connect_node_deliver_compressed_frames_total"),
 		ackFrames:  set.NewCounter("connect_node_ack_frames_total"),
 		deliveries: set.NewCounter("connect_node_deliveries_total"),
 		refused:    set.NewCounter("connect_node_deliveries_refused_total"),

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/compression"
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
@@ -24,10 +25,12 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg    Config
-	bootID string
-	count  counters
-	plain  sync.Once // warns of a grpc.Server without ServerOptions
+	cfg     Config
+	bootID  string
+	codecs  []pubsub.Codec // in which frames may come
+	decoder *compression.Decoder
+	count   counters
+	plain   sync.Once // warns of a grpc.Server without ServerOptions
 
 	draining atomic.Bool
 	calls    sync.WaitGroup // streams and their senders; joined under mu unless draining
@@ -45,7 +48,15 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("node config: %w", err)
 	}
-	s := &Server{cfg: cfg, bootID: rand.Text(), streams: make(map[*stream]struct{})}
+	codecs, err := compression.Parse(cfg.Compression)
+	if err != nil {
+		return nil, fmt.Errorf("node config: %w", err)
+	}
+	decoder, err := compression.NewDecoder(maxFrameBytes)
+	if err != nil {
+		return nil, fmt.Errorf("node: %w", err)
+	}
+	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, streams: make(map[*stream]struct{})}
 	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
 	return s, nil
 }

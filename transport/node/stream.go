@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -30,6 +31,7 @@ type stream struct {
 	// Static.
 	server *Server
 	acks   *acks
+	codec  pubsub.Codec // in which frames may come
 
 	// Owned by the reader.
 	aud      audiences
@@ -71,12 +73,13 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		acks:   newAcks(s.cfg.MaxUnacked, s.online),
 		aud:    audiences{byID: make(map[uint32]*audience), maxMembers: s.cfg.MaxAudienceMembers},
 		next:   1,
+		codec:  s.pick(hello),
 	}
 	if err := s.enter(st); err != nil {
 		return err
 	}
 	defer s.leave(st)
-	if err := s.reply(call, hello); err != nil {
+	if err := s.reply(call, hello, st.codec); err != nil {
 		return err
 	}
 	s.calls.Go(func() {
@@ -126,7 +129,17 @@ func (s *Server) accept(call grpc.ServerStream) (*pubsub.Hello, error) {
 	return hello, nil
 }
 
-func (s *Server) reply(call grpc.ServerStream, hello *pubsub.Hello) error {
+// pick takes the best of the offered codecs that this node accepts.
+func (s *Server) pick(hello *pubsub.Hello) pubsub.Codec {
+	for _, c := range hello.GetCodecs() {
+		if slices.Contains(s.codecs, c) {
+			return c
+		}
+	}
+	return pubsub.Codec_NONE
+}
+
+func (s *Server) reply(call grpc.ServerStream, hello *pubsub.Hello, codec pubsub.Codec) error {
 	err := call.SendMsg(&pubsub.DeliverResponse{Hello: &pubsub.HelloReply{
 		ProtocolVersion:    version,
 		NodeId:             s.cfg.NodeID,
@@ -134,6 +147,7 @@ func (s *Server) reply(call grpc.ServerStream, hello *pubsub.Hello) error {
 		MaxAudienceMembers: clampUint32(s.cfg.MaxAudienceMembers),
 		MaxUnacked:         clampUint32(s.cfg.MaxUnacked),
 		OnlineUsers:        s.online(),
+		Codec:              codec,
 	}})
 	if err != nil {
 		return fmt.Errorf("reply to hello of %q: %w", hello.GetManagerId(), err)
@@ -200,6 +214,11 @@ func (st *stream) take(data []byte) error {
 	if err := r.parse(data); err != nil {
 		return fmt.Errorf("%w: frame: %w", errBroken, err)
 	}
+	if r.isPacked {
+		if err := st.unpack(r); err != nil {
+			return fmt.Errorf("%w: compressed frame: %w", errBroken, err)
+		}
+	}
 	if r.hasHello {
 		return fmt.Errorf("%w: a second hello", errBroken)
 	}
@@ -222,6 +241,29 @@ func (st *stream) take(data []byte) error {
 	}
 	if r.drain {
 		return errDrained
+	}
+	return nil
+}
+
+// unpack replaces r, which holds a compressed frame, by that frame.
+func (st *stream) unpack(r *request) error {
+	switch {
+	case st.codec == pubsub.Codec_NONE:
+		return errors.New("no codec was agreed on")
+	case r.hasHello || r.hasMore():
+		return errors.New("something else beside it")
+	}
+	// Not reused: strings and payloads of the deliveries point into it.
+	data, err := st.server.decoder.Decode(r.compressed, r.rawBytes, st.codec)
+	if err != nil {
+		return err //nolint:wrapcheck // take does.
+	}
+	st.server.count.compressed.Inc()
+	if err := r.parse(data); err != nil {
+		return err
+	}
+	if r.isPacked {
+		return errors.New("compressed twice")
 	}
 	return nil
 }

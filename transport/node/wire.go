@@ -20,6 +20,9 @@ type request struct {
 	forget     []uint32
 	heartbeat  uint64
 	drain      bool
+	compressed []byte // a frame
+	rawBytes   uint32 // its length
+	isPacked   bool   // compressed or rawBytes is there
 }
 
 // hasMore tells that there is something besides hello.
@@ -50,6 +53,10 @@ func (r *request) parse(frame []byte) error {
 			r.heartbeat = f.num64
 		case f.is(6, protowire.VarintType):
 			r.drain = f.num64 != 0
+		case f.is(7, protowire.BytesType):
+			r.compressed, r.isPacked = f.data, true
+		case f.is(8, protowire.VarintType):
+			r.rawBytes, r.isPacked = f.uint32(), true
 		}
 	}
 	if err != nil {
