@@ -341,11 +341,11 @@ func (d *decoder) stream(wire []byte) (streamRequest, error) {
 }
 
 // batchField is the field of PushStreamRequest and PushStreamResponse that holds several
-// of them, and batchMax how many.
-const (
-	batchField protowire.Number = 10
-	batchMax                    = 1024
-)
+// of them.
+const batchField protowire.Number = 10
+
+// batchMax is how many pushes a batch may have: as many as may be in flight on a stream.
+const batchMax = 1024
 
 // checkBatch refuses a batch that cannot be told apart.
 func (r *streamRequest) checkBatch() error {
