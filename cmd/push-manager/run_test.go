@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -321,6 +322,34 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 		t.Errorf("the push in flight: %s", got)
 	}
 	<-drained
+}
+
+func TestCompressionIsWiredToTheLinks(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	gateway := &counter{}
+	startNode(t, etcd.Client(), gateway)
+	m := startPushManager(t, map[string]string{
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer()),
+		"LINK_COMPRESSION": "zstd,s2", "LINK_COMPRESSION_MIN_BYTES": "3000",
+	})
+	defer drain(t, m, 8*time.Second)
+	metrics := func() string {
+		_, text := get(t, "http://"+m.HTTPAddr()+"/metrics")
+		return text
+	}
+	eventually(t, "both shards have a codec", func() bool {
+		return len(m.NotReady()) == 0 && strings.Contains(metrics(), "push_manager_link_compressing 2\n")
+	})
+	api := pubsub.NewPushManagerServiceClient(client(t, m.GRPCAddr()))
+	for _, n := range []int{2000, 4000} {
+		text := &pubsub.MessageContent{Data: bytes.Repeat([]byte("x"), n)}
+		if r, err := api.PushToUser(t.Context(), &pubsub.PushToUserRequest{UserId: "alice", Content: text}); !r.GetSuccess() {
+			t.Fatalf("%v, %v", r, err)
+		}
+	}
+	if text := metrics(); !strings.Contains(text, "push_manager_link_compressed_frames_total 1\n") {
+		t.Errorf("not one of two frames was compressed:\n%s", text)
+	}
 }
 
 func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {

@@ -115,15 +115,17 @@ func (d *Decoder) Decode(data []byte, size uint32, codec pubsub.Codec) ([]byte, 
 	if size == 0 || uint64(size) > uint64(d.max) {
 		return nil, fmt.Errorf("%w: %d bytes, must be from 1 to %d", ErrSize, size, d.max)
 	}
-	var (
-		frame []byte
-		err   error
-	)
+	return d.decode(make([]byte, 0, size), data, codec)
+}
+
+// decode fills dst, which is empty, to its capacity.
+func (d *Decoder) decode(dst, data []byte, codec pubsub.Codec) (frame []byte, err error) {
+	size := cap(dst)
 	switch codec {
 	case pubsub.Codec_S2:
-		frame, err = decodeS2(data, int(size))
+		frame, err = decodeS2(dst, data)
 	case pubsub.Codec_ZSTD:
-		frame, err = d.zstd.DecodeAll(data, make([]byte, 0, size))
+		frame, err = d.zstd.DecodeAll(data, dst)
 	default:
 		return nil, fmt.Errorf("%w: %d", ErrCodec, codec)
 	}
@@ -132,20 +134,20 @@ func (d *Decoder) Decode(data []byte, size uint32, codec pubsub.Codec) ([]byte, 
 		return nil, fmt.Errorf("%w: more than the %d bytes that were declared", ErrSize, size)
 	case err != nil:
 		return nil, fmt.Errorf("decompress: %w", err)
-	case len(frame) != int(size):
+	case len(frame) != size:
 		return nil, fmt.Errorf("%w: %d bytes, %d were declared", ErrSize, len(frame), size)
 	}
 	return frame, nil
 }
 
-// decodeS2 looks at the length in the block before anything is done for it.
-func decodeS2(data []byte, size int) ([]byte, error) {
+// decodeS2 looks at the length in the block first: s2 would make room for it.
+func decodeS2(dst, data []byte) ([]byte, error) {
 	n, err := s2.DecodedLen(data)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // Decode does.
+		return nil, err //nolint:wrapcheck // decode does.
 	}
-	if n != size {
-		return nil, fmt.Errorf("%w: the block has %d bytes, %d were declared", ErrSize, n, size)
+	if n != cap(dst) {
+		return nil, fmt.Errorf("%w: the block has %d bytes, %d were declared", ErrSize, n, cap(dst))
 	}
-	return s2.Decode(make([]byte, 0, size), data) //nolint:wrapcheck // Decode does.
+	return s2.Decode(dst, data) //nolint:wrapcheck // decode does.
 }
