@@ -30,7 +30,8 @@ type Options struct {
 	Conns int
 	// InFlight is the number of callers of a closed loop. Default 128.
 	InFlight int
-	// StreamInFlight is the number of unanswered pushes of each PushStream. Default 512.
+	// StreamInFlight is the number of unanswered pushes of each PushStream. Default 1000,
+	// a little less than Push-Manager takes.
 	StreamInFlight int
 	// Client is that of the load generator: GRPC for grpc-go's, or "" for our own,
 	// which leaves more of the machine to the servers.
@@ -53,7 +54,7 @@ func (o Options) withDefaults() Options {
 	o.Turn = orDefault(o.Turn, 250*time.Millisecond)
 	o.Conns = orDefault(o.Conns, 4)
 	o.InFlight = orDefault(o.InFlight, 128)
-	o.StreamInFlight = orDefault(o.StreamInFlight, 512)
+	o.StreamInFlight = orDefault(o.StreamInFlight, 1000)
 	if o.Progress == nil {
 		o.Progress = io.Discard
 	}

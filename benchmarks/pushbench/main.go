@@ -29,7 +29,7 @@ type options struct {
 	Turn           time.Duration `default:"250ms" help:"Length of a turn."`
 	Conns          int           `default:"4"     help:"Connections from the load generator to each server."`
 	InFlight       int           `default:"128"   help:"Callers of a closed loop."`
-	StreamInFlight int           `default:"512"   help:"Unanswered pushes of each PushStream."`
+	StreamInFlight int           `default:"1000"  help:"Unanswered pushes of each PushStream."`
 	Client         string        `help:"Client of the load generator: grpc for grpc-go's, else our own, which is cheaper."`
 	Binary         string        `help:"A push-manager to measure. Default: built from this module."  type:"existingfile"`
 	Env            []string      `help:"Environment of Push-Manager, as NAME=VALUE."                  short:"e"`
