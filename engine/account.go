@@ -121,15 +121,15 @@ func (p *Push) account() (Result, error) {
 	return r, nil
 }
 
-// simple is the account of a push whose every delivery reached all whom it was for, in
+// plainAccount is the account of a push whose every delivery reached all whom it was for, in
 // one go: most pushes.
-func (p *Push) simple() (Result, bool) {
+func (p *Push) plainAccount() (Result, bool) {
 	if p.aside != nil {
 		return Result{}, false
 	}
 	r := Result{Found: p.found, Offline: p.offline}
 	for _, d := range p.legs {
-		if d.outcome != Delivered || d.extra != nil {
+		if d.outcome != Delivered || d.short != nil {
 			return Result{}, false
 		}
 		r.Delivered += d.delivered
@@ -152,7 +152,7 @@ func (d *Delivery) bookAll(b *books) {
 		return
 	}
 	b.add(Delivered, d.delivered)
-	b.fail(Failed, d.node, d.whyFailed(), d.rest().failedUsers)
+	b.fail(Failed, d.node, d.whyFailed(), d.shortfall().failedUsers)
 }
 
 // bookUsers books all other pushes: delivery by delivery, except for the users
@@ -196,7 +196,7 @@ func (p *Push) apart() map[string]verdict {
 	}
 	n := len(shared)
 	for _, d := range p.legs {
-		r := d.rest()
+		r := d.shortfall()
 		n += len(r.resent) + len(r.gone)
 	}
 	if n == 0 {
@@ -207,7 +207,7 @@ func (p *Push) apart() map[string]verdict {
 		apart[user] = verdict{}
 	}
 	for _, d := range p.legs {
-		r := d.rest()
+		r := d.shortfall()
 		for _, user := range slices.Concat(r.resent, r.gone) {
 			apart[user] = verdict{}
 		}
@@ -220,7 +220,7 @@ func (p *Push) apart() map[string]verdict {
 func (d *Delivery) book(b *books, apart map[string]verdict) {
 	n := d.counts()
 	if len(apart) > 0 {
-		r := d.rest()
+		r := d.shortfall()
 		slices.Sort(r.resent)
 		slices.Sort(r.gone)
 		unnamed := 0
@@ -268,7 +268,7 @@ func (d *Delivery) counts() [Delivered + 1]int {
 		n[d.outcome] = d.Targets()
 		return n
 	}
-	r := d.rest()
+	r := d.shortfall()
 	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(r.failed), r.unexplained
 	n[d.missedAs()] += len(r.notHere)
 	return n
@@ -277,7 +277,7 @@ func (d *Delivery) counts() [Delivered + 1]int {
 // missedAs is the outcome of users that the node does not have: offline once the
 // Controller has been asked again, else failed.
 func (d *Delivery) missedAs() Outcome {
-	if d.rest().heal != Sent {
+	if d.shortfall().heal != Sent {
 		return Failed
 	}
 	return Offline
@@ -286,7 +286,7 @@ func (d *Delivery) missedAs() Outcome {
 // outcomeOf is how one user of the delivery ended, before heals. A user whom an
 // ack neither names nor accounts for is unknown.
 func (d *Delivery) outcomeOf(user string) Outcome {
-	r := d.rest()
+	r := d.shortfall()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome
@@ -303,14 +303,14 @@ func (d *Delivery) outcomeOf(user string) Outcome {
 
 // why says in words why the delivery as a whole was not delivered.
 func (d *Delivery) why() string {
-	if text := d.rest().text; text != "" {
+	if text := d.shortfall().text; text != "" {
 		return d.reason.String() + ": " + text
 	}
 	return d.reason.String()
 }
 
 func (d *Delivery) whyFailed() string {
-	r := d.rest()
+	r := d.shortfall()
 	switch {
 	case d.outcome == Failed:
 		return d.why()

@@ -36,15 +36,14 @@ type Delivery struct {
 	state atomic.Uint32
 
 	// Written by whoever has claimed the delivery; read once the push is finished.
-	outcome   Outcome // of all users not named in rest
+	outcome   Outcome // of all users not named in short
 	reason    Reason
 	delivered int // users, when the outcome is Delivered
-	extra     *rest
+	short     *shortfall
 }
 
-// rest is what there is to say of a delivery that did not simply reach everybody, or
-// not at all.
-type rest struct {
+// shortfall is what there is to say of a delivery that did not simply reach everybody.
+type shortfall struct {
 	text        string   // the node's own words beside the reason
 	notHere     []string // sorted; offline, unless a heal says otherwise
 	failed      []string // sorted
@@ -55,20 +54,20 @@ type rest struct {
 	heal        Reason   // why notHere could not be looked up, Sent if it could
 }
 
-// rest reads what there is to say, mostly nothing.
-func (d *Delivery) rest() rest {
-	if d.extra == nil {
-		return rest{}
+// shortfall reads it, mostly nothing.
+func (d *Delivery) shortfall() shortfall {
+	if d.short == nil {
+		return shortfall{}
 	}
-	return *d.extra
+	return *d.short
 }
 
-// note is where there is something to say.
-func (d *Delivery) note() *rest {
-	if d.extra == nil {
-		d.extra = new(rest)
+// fallShort is where to write it.
+func (d *Delivery) fallShort() *shortfall {
+	if d.short == nil {
+		d.short = new(shortfall)
 	}
-	return d.extra
+	return d.short
 }
 
 // Node is the id of the node it is for.
@@ -153,7 +152,7 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 	}
 	d.outcome, d.delivered = Delivered, a.Delivered
 	if !a.plain() || !d.Everybody() && a.Delivered != d.Targets() {
-		d.take(a)
+		d.explain(a)
 	}
 	d.settle(a.NotHere)
 	return true, nil
@@ -164,11 +163,11 @@ func (a *Ack) plain() bool {
 	return len(a.NotHere) == 0 && len(a.Failed) == 0 && a.FailedUsers == 0 && !a.Refused && a.Text == ""
 }
 
-// take notes an ack that does not say that everybody was reached.
-func (d *Delivery) take(a Ack) {
+// explain notes an ack that does not say that everybody was reached.
+func (d *Delivery) explain(a Ack) {
 	slices.Sort(a.NotHere)
 	slices.Sort(a.Failed)
-	r := d.note()
+	r := d.fallShort()
 	r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
 	switch {
 	case a.Refused:
@@ -244,7 +243,7 @@ func (d *Delivery) expire(drop, lose Reason) {
 func (d *Delivery) endHeal(why Reason) {
 	if d.state.CompareAndSwap(healing, claimed) {
 		if why != Sent {
-			d.note().heal = why
+			d.fallShort().heal = why
 		}
 		d.state.Store(settled)
 		d.push.finished(1)
@@ -319,7 +318,7 @@ func (d *Delivery) checkNamed(a *Ack) error {
 
 // describe is the outcome in a word or two, for traces.
 func (d *Delivery) describe() string {
-	r := d.rest()
+	r := d.shortfall()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome.String() + ": " + d.reason.String()

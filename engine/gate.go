@@ -6,7 +6,7 @@ import "sync/atomic"
 // others, so the two counts are apart: cores that meet at one would wait for each other
 // at every push.
 type gate struct {
-	most   int64 // may be in flight; static
+	most   int64 // may be in flight, and as many more as enter at the same moment; static
 	closed atomic.Bool
 
 	_       [64]byte

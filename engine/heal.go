@@ -78,7 +78,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 	switch {
 	case p.expiry() != nil: // expire settles the delivery
 	case err != nil:
-		d.note().heal = DropNoRoute
+		d.fallShort().heal = DropNoRoute
 	default:
 		legs = h.stageLocked(keys, snaps)
 		for _, leg := range legs {
@@ -91,7 +91,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,
 // those who are gone, and those of whom the answer says nothing new.
 func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
-	p, r := h.d.push, h.d.note()
+	p, r := h.d.push, h.d.fallShort()
 	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
 	if p.Kind != ToRoom {
 		users, snap = keys, func(i int) *route.Snapshot { return snaps[i] }

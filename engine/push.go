@@ -58,7 +58,8 @@ type Completer interface {
 }
 
 // Push is one request to deliver a payload. The caller sets the exported fields
-// and leaves them alone until the push is finished. A Push is used once.
+// and leaves them alone until the push is finished. A Push is used once, and again
+// after Reset if it is Reusable.
 type Push struct {
 	Kind Kind
 	// Ordered keeps the push behind those that were started before it, one after
@@ -69,8 +70,8 @@ type Push struct {
 	Users   []string
 	Exclude []string
 	// Payload is the encoded MessageContent as the clients' nodes shall get it,
-	// Content what validation needs to know about it. The bytes are never changed
-	// and may outlive the push.
+	// Content what validation needs to know about it. The bytes stay as they are until
+	// the push is finished, and for ever unless it is Reusable.
 	Payload []byte
 	Content Content
 	// Trace is nil unless the push is sampled.
@@ -85,7 +86,8 @@ type Push struct {
 	engine   *Engine
 	done     Completer
 	deadline time.Time
-	home     int // the shard of Room or User
+	home     int  // the shard of Room or User
+	waits    bool // keys may have been put in line; the starter's own
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
 	// and block.
@@ -101,7 +103,7 @@ type Push struct {
 	// From here on stands what changes while the push is under way. The cores that start
 	// a push, write it, read its ack and answer it are different ones: what they hand on
 	// to each other is kept close together.
-	one     Delivery
+	one     [1]Delivery
 	targets int // users, except for everybody; known once routed
 
 	// pending counts what the push still waits for: its own start, the keys in
@@ -131,8 +133,8 @@ type aside struct {
 	dropped []dropped   // users that no delivery was made for
 }
 
-// out is p.aside, of which there is one from then on.
-func (p *Push) out() *aside {
+// stepAside returns p.aside, of which there is one from then on.
+func (p *Push) stepAside() *aside {
 	if p.aside == nil {
 		p.aside = new(aside)
 	}
@@ -157,7 +159,7 @@ type dropped struct {
 // was written; the result is then zero.
 func (p *Push) Result() (Result, error) {
 	if p.plain {
-		r, _ := p.simple()
+		r, _ := p.plainAccount()
 		return r, nil
 	}
 	return p.result, p.err
@@ -198,7 +200,7 @@ func (p *Push) route() {
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
-			p.out().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
 		p.home = p.engine.shards.For(p.Room).Index()
 		if s := dir.CachedRoom(p.home, p.Room, q); s != nil {
@@ -222,7 +224,7 @@ func (p *Push) route() {
 }
 
 // sendNow stages and sends the one key of a push whose route is known. Nobody else has
-// the push yet, so there is nothing to lock.
+// the push before it is sent, so there is nothing to lock.
 func (p *Push) sendNow(s *route.Snapshot) {
 	if p.Ordered {
 		p.hold[0] = s
@@ -281,16 +283,17 @@ func (p *Push) await(n int) bool {
 	if p.expiry() != nil {
 		return false
 	}
+	p.waits = true
 	p.pending.Add(int32(n))
-	p.out().waiting += n
+	p.stepAside().waiting += n
 	return true
 }
 
 // guard bounds what may wait in line, behind a fence above all: two pushes to several
 // users may each wait for the other to finish.
 func (p *Push) guard() {
-	if p.aside == nil {
-		return // a push that waits has one, and got it on this goroutine
+	if !p.waits {
+		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -335,7 +338,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	had := len(p.legs)
 	switch {
 	case err != nil:
-		p.out().lookup = err
+		p.stepAside().lookup = err
 		p.aside.dropped = append(p.aside.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
 		p.stageRoom(snaps[0])
@@ -363,7 +366,7 @@ func (p *Push) stageRoom(s *route.Snapshot) {
 	}
 	p.offline = len(s.Unplaced) - len(intersect(except, s.Unplaced))
 	if len(s.Shared) > 0 {
-		p.out().shared = s.Shared
+		p.stepAside().shared = s.Shared
 	}
 	block := p.blank(len(s.Groups))
 	for i, g := range s.Groups {
@@ -377,6 +380,9 @@ func (p *Push) stageRoom(s *route.Snapshot) {
 
 // blank makes n deliveries that are to be addressed and added.
 func (p *Push) blank(n int) []Delivery {
+	if n == 1 {
+		return p.one[:]
+	}
 	if n > cap(p.block) {
 		p.block = make([]Delivery, n)
 	}
@@ -389,7 +395,7 @@ func (p *Push) blank(n int) []Delivery {
 func (p *Push) stageUser(s *route.Snapshot) {
 	p.countUser(s)
 	for i, g := range s.Groups {
-		d := &p.one // most users are on one node
+		d := &p.one[0] // most users are on one node
 		if i > 0 {
 			d = new(Delivery)
 		}
@@ -422,7 +428,7 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) {
 
 func (p *Push) countUser(s *route.Snapshot) {
 	if len(s.Shared) > 0 {
-		p.out().shared = append(p.aside.shared, s.Shared...)
+		p.stepAside().shared = append(p.aside.shared, s.Shared...)
 	}
 	if !s.Found {
 		p.offline++
@@ -494,7 +500,7 @@ func (p *Push) finish() {
 	p.mu.Lock()
 	p.over = true // what expires from here on comes too late to be read or written
 	p.mu.Unlock()
-	if _, p.plain = p.simple(); !p.plain {
+	if _, p.plain = p.plainAccount(); !p.plain {
 		p.result, p.err = p.account()
 	}
 	if p.aside != nil && p.aside.timer != nil {
@@ -524,7 +530,7 @@ func (p *Push) expire(cause error) {
 		p.mu.Unlock()
 		return
 	}
-	a := p.out()
+	a := p.stepAside()
 	a.expired = cause
 	waiting := a.waiting
 	a.waiting = 0

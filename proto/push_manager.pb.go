@@ -523,7 +523,8 @@ type PushStreamRequest struct {
 	// than a message for each. They are taken in order, as if each had come alone.
 	// A message with a batch has no id and no push of its own; one that has, or a
 	// larger batch, ends the stream with INVALID_ARGUMENT. A batch within a batch
-	// is answered with that.
+	// is answered with that. A push that cannot be decoded and has no id ends the
+	// stream, too; those before it are taken and answered.
 	Batch         []*PushStreamRequest `protobuf:"bytes,10,rep,name=batch,proto3" json:"batch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

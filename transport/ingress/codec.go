@@ -37,7 +37,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	case *reply:
 		return v.slice[:], nil
 	case *replies:
-		return mem.BufferSlice{v.handOver()}, nil
+		return mem.BufferSlice{v.copied()}, nil
 	default:
 		return c.proto.Marshal(v)
 	}

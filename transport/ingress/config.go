@@ -46,7 +46,8 @@ type Config struct {
 	StreamWindow int
 	ConnWindow   int
 	// StreamInflight and StreamInflightBytes bound the pushes of one PushStream
-	// that are taken and not yet answered. At the bound the stream is not read.
+	// that are taken and not yet answered. At the bound the stream is not read; the
+	// message that reaches it may exceed it, by a batch at most.
 	StreamInflight      int
 	StreamInflightBytes int
 	// DisableReflection switches the reflection service off.

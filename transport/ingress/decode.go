@@ -423,7 +423,7 @@ func tag(b []byte) (num protowire.Number, typ protowire.Type, n int) {
 	return num, typ, n
 }
 
-// str is a string over b, which is never written again.
+// str is a string over b, which is not written as long as the push is under way.
 func str(b []byte) string {
 	return unsafe.String(unsafe.SliceData(b), len(b)) //nolint:gosec // b is a part of a request, see the package's invariants
 }

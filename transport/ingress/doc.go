@@ -13,9 +13,9 @@
 //     MessageContent, unknown fields included. A timestamp of 0 is stamped by
 //     appending the field: of a scalar on the wire the last one wins.
 //   - The bytes of one request are copied once, out of gRPC's pooled buffers, into
-//     a buffer that is never written again nor reused. Ids and payload are parts of
-//     it: whoever keeps an id beyond the push (a cache) clones it, or it holds on to
-//     the whole request.
+//     a buffer that ids and payload are parts of. It is not written while the push is
+//     under way, and used for another request after that: whoever keeps an id or a
+//     payload beyond the push must clone it.
 //   - The goroutine that completes a push of a PushStream never waits for the
 //     stream's client.
 //

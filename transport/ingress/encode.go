@@ -72,38 +72,44 @@ func (s *Server) appendStreamReply(b []byte, id uint64, a api, p *engine.Push, r
 	return appendResponse(b, a, msg, res)
 }
 
-// replies is a PushStreamResponse with a batch of others. Its memory is of gRPC's pool,
-// which gets it back once it is on the wire.
+// replies is a PushStreamResponse with a batch of others. Its memory serves for the next
+// one.
 type replies struct {
-	buf *[]byte
+	all []byte
 	one []byte // scratch
 }
 
-// repliesBytes is where a batch ends: what fits into one frame of HTTP/2 with gRPC's
-// prefix.
-const repliesBytes = 16<<10 - 5
+const (
+	// repliesBytes is where a batch ends: what fits into one frame of HTTP/2 with gRPC's
+	// prefix.
+	repliesBytes = 16<<10 - 5
+	// replyRoom is left for one more of the usual size.
+	replyRoom = 128
+	// repliesKeep is the largest buffer that is kept: replies that name many failures
+	// are rare.
+	repliesKeep = 2 * repliesBytes
+)
 
 func (r *replies) begin() {
-	r.buf = mem.DefaultBufferPool().Get(repliesBytes)
-	*r.buf = (*r.buf)[:0]
+	if cap(r.all) > repliesKeep || cap(r.one) > repliesKeep {
+		*r = replies{}
+	}
+	r.all = r.all[:0]
 }
 
 // fits tells whether there is room for one more reply of the usual size.
-func (r *replies) fits() bool { return len(*r.buf) < repliesBytes-128 }
+func (r *replies) fits() bool { return len(r.all) < repliesBytes-replyRoom }
 
 // add appends an encoded PushStreamResponse, and keeps its memory as scratch.
 func (r *replies) add(one []byte) {
-	b := protowire.AppendTag(*r.buf, batchField, protowire.BytesType)
-	*r.buf = protowire.AppendBytes(b, one)
+	r.all = protowire.AppendTag(r.all, batchField, protowire.BytesType)
+	r.all = protowire.AppendBytes(r.all, one)
 	r.one = one
 }
 
-// handOver gives the buffer away.
-func (r *replies) handOver() mem.Buffer {
-	b := mem.NewBuffer(r.buf, mem.DefaultBufferPool())
-	r.buf = nil
-	return b
-}
+// copied is the message for gRPC, which keeps it until it is on the wire: no larger than
+// it has to be, since a client may be slow to read.
+func (r *replies) copied() mem.Buffer { return mem.Copy(r.all, mem.DefaultBufferPool()) }
 
 // newStreamError encodes a PushStreamResponse with an encoded google.rpc.Status.
 func newStreamError(id uint64, status []byte) *reply {

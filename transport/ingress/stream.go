@@ -68,9 +68,12 @@ type stream struct {
 
 	done atomic.Pointer[call] // completed pushes, the last one first
 
-	// Answered, and free to be used again. Filled by the writer, emptied by the reader.
+	// Answered, and free to be used again. Filled by the writer, emptied by the reader;
+	// how much it is, about.
 	free         atomic.Pointer[call]
 	freeMessages atomic.Pointer[message]
+	spareCalls   atomic.Int64
+	spareBytes   atomic.Int64
 
 	// The reader writes readErr, then read: why it ended. io.EOF is a half-close, nil
 	// that it was stopped.
@@ -192,6 +195,7 @@ func (st *stream) take(n int) bool {
 // newMessage takes one that is free, or makes one.
 func (st *stream) newMessage() *message {
 	if st.messages == nil {
+		st.spareBytes.Store(0)
 		st.messages = st.freeMessages.Swap(nil)
 	}
 	m := st.messages
@@ -205,6 +209,7 @@ func (st *stream) newMessage() *message {
 // newCall takes one that is free, or makes one.
 func (st *stream) newCall(m *message, now time.Time) *call {
 	if st.calls == nil {
+		st.spareCalls.Store(0)
 		st.calls = st.free.Swap(nil)
 	}
 	c := st.calls
@@ -412,18 +417,36 @@ func (st *stream) answerInto(b *replies, c *call, now time.Time) {
 }
 
 // chain is a list of calls that are free.
-type chain struct{ first, last *call }
+type chain struct {
+	first, last *call
+	n           int64
+}
+
+func (f *chain) add(c *call) {
+	c.next = f.first
+	f.first = c
+	if f.last == nil {
+		f.last = c
+	}
+	f.n++
+}
+
+// What is kept for use again, and as much once more in the reader's hands: a burst must
+// not leave its memory to a stream for life.
+const (
+	spareCallsMost = 512     // of 0.8 KiB
+	spareBytesMost = 1 << 20 // of messages
+)
 
 // release ends the writer's use of an answered call, and puts it into free if it can be
 // used again.
 func (st *stream) release(c *call, free *chain) {
 	m := c.message
 	if c.push.Reusable() {
-		c.next = free.first
-		free.first = c
-		if free.last == nil {
-			free.last = c
+		if c.api != toUser {
+			c.push.Reset() // the members of rooms are too much to hold on to
 		}
+		free.add(c)
 	} else {
 		m.inUse = true
 	}
@@ -431,9 +454,10 @@ func (st *stream) release(c *call, free *chain) {
 		return
 	}
 	st.answeredBytes.Add(int64(len(m.in.wire)))
-	if m.inUse || !m.in.reuse() {
+	if m.inUse || st.spareBytes.Load()+int64(cap(m.in.wire)) > spareBytesMost {
 		return
 	}
+	st.spareBytes.Add(int64(cap(m.in.wire)))
 	for {
 		m.next = st.freeMessages.Load()
 		if st.freeMessages.CompareAndSwap(m.next, m) {
@@ -444,9 +468,10 @@ func (st *stream) release(c *call, free *chain) {
 
 // giveBack hands free calls to the reader.
 func (st *stream) giveBack(free *chain) {
-	if free.first == nil {
+	if free.first == nil || st.spareCalls.Load()+free.n > spareCallsMost {
 		return
 	}
+	st.spareCalls.Add(free.n)
 	for {
 		free.last.next = st.free.Load()
 		if st.free.CompareAndSwap(free.last.next, free.first) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -497,7 +498,7 @@ func TestPushStreamAnswersWhatStoodBeforeGarbageInABatch(t *testing.T) {
 	wantError(t, st.RecvMsg(&reply), codes.InvalidArgument, "MALFORMED", "request")
 }
 
-// Replies go into a batch while they fit; a large one is a message of its own.
+// Replies go into a batch until it is full; the last of them may be a large one.
 func TestPushStreamBatchOfLargeReplies(t *testing.T) {
 	w := newWorld(t, nil)
 	st := w.stream(w.context())
@@ -513,4 +514,45 @@ func TestPushStreamBatchOfLargeReplies(t *testing.T) {
 		}
 	}
 	wantEnd(t, st, codes.OK, "", "")
+}
+
+// What a burst has needed is not kept for the life of the stream, however large the
+// pushes are that come after it.
+func TestPushStreamKeepsLittleOfABurst(t *testing.T) {
+	w := newWorld(t, nil)
+	w.network.discard()
+	n1 := w.network.nodes[0]
+	n1.setKeep(true)
+	st := w.stream(w.context())
+	const burst = 1000
+	for i := range burst {
+		ok(t, st.Send(userPush(uint64(i), "d", "x")))
+	}
+	for n1.len() < burst { // all are in flight at once
+		time.Sleep(time.Millisecond)
+	}
+	w.network.ackAll()
+	for range burst {
+		recv(t, st)
+	}
+	before := heap()
+	large := userPush(1, "d", strings.Repeat("x", 60<<10))
+	for range 2 * burst {
+		ok(t, st.Send(large))
+		recv(t, st)
+	}
+	if grown := heap() - before; grown > 8<<20 {
+		t.Errorf("the idle stream holds %d KiB more than before", grown>>10)
+	}
+	ok(t, st.CloseSend())
+	wantEnd(t, st, codes.OK, "", "")
+}
+
+// heap is what is in use, garbage left aside.
+func heap() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // what pools have kept through the first
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
 }

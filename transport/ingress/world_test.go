@@ -274,6 +274,13 @@ func (n *node) setKeep(keep bool) {
 	n.keep = keep
 }
 
+// len is how many deliveries are kept.
+func (n *node) len() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.kept)
+}
+
 // take returns what is kept, and keeps it no longer.
 func (n *node) take() []*engine.Delivery {
 	n.mu.Lock()

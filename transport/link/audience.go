@@ -182,8 +182,7 @@ func (a *audiences) endFrame() []uint32 {
 	a.members -= a.evicted
 	a.evicted = 0
 	// An id keeps the ids of its whole group alive.
-	clear(a.join)
-	clear(a.leave)
+	a.join, a.leave = letGo(a.join), letGo(a.leave)
 	a.before = nil
 	return ids
 }
@@ -218,4 +217,14 @@ func (a *audiences) diff(old, now []string, most int) bool {
 		}
 	}
 	return true
+}
+
+// letGo empties a scratch list with everything it has ever held since the last time. A
+// large one is rare, and given up.
+func letGo(list []string) []string {
+	if cap(list) > 1024 {
+		return nil
+	}
+	clear(list[:cap(list)])
+	return list[:0]
 }
