@@ -434,7 +434,7 @@ func (f *chain) add(c *call) {
 // What is kept for use again, and as much once more in the reader's hands: a burst must
 // not leave its memory to a stream for life.
 const (
-	spareCallsMost = 512     // of 0.8 KiB
+	spareCallsMost = 1024    // of 0.8 KiB
 	spareBytesMost = 1 << 20 // of messages
 )
 
