@@ -140,3 +140,34 @@ func benchmarkPush(b *testing.B, kind string, flight int) {
 		b.ReportMetric(float64(b.N)/float64(frames), "pushes/frame")
 	}
 }
+
+// BenchmarkAcks is a frame of 128 acks from its bytes to the window.
+func BenchmarkAcks(b *testing.B) {
+	const acks = 128
+	counts := make([]uint32, acks)
+	for i := range counts {
+		counts[i] = 1
+	}
+	frame, err := proto.Marshal(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: counts}}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var r response
+	win := newWindow(acks)
+	b.ReportAllocs()
+	for b.Loop() {
+		win.low, win.next, win.overdue = 1, 1, 1 // a new stream's, with the memory of the one before
+		for range acks {
+			win.push(entry{size: 256, deadline: noDeadline})
+		}
+		if err := r.decode(frame, acks); err != nil {
+			b.Fatal(err)
+		}
+		for _, a := range r.acks {
+			if _, ok := win.ack(a.seq); !ok {
+				b.Fatalf("seq %d is not owed", a.seq)
+			}
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/acks, "ns/ack")
+}
