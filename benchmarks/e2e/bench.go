@@ -229,6 +229,20 @@ func (w *World) PushManager(ctx context.Context, env ...string) (*Server, error)
 	return w.pushManager(ctx, "pm", w.bench.binary, env)
 }
 
+// pushManager starts a world with the product in it.
+func (b *Bench) pushManager(ctx context.Context, nodes int, rooms []Room, env ...string) (*World, *Server, error) {
+	w, err := b.World(ctx, nodes, rooms)
+	if err != nil {
+		return nil, nil, err
+	}
+	pm, err := w.PushManager(ctx, env...)
+	if err != nil {
+		w.Close(context.WithoutCancel(ctx))
+		return nil, nil, err
+	}
+	return w, pm, nil
+}
+
 func (w *World) pushManager(ctx context.Context, name, binary string, env []string) (*Server, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

@@ -22,15 +22,11 @@ func memorySuite(ctx context.Context, b *Bench) (*Result, error) {
 	for i := range rooms {
 		rooms[i] = Room{ID: RoomID("m", i), Prefix: "u", First: i * 10, Members: 100, Of: userN, Block: 10, Nodes: nodes}
 	}
-	w, err := b.World(ctx, nodes, rooms)
+	w, pm, err := b.pushManager(ctx, nodes, rooms)
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	work := Work{Users: "u", UserN: userN, Rooms: "m", RoomN: roomN, Mix: [3]int{80, 19, 1}, Payload: payload}
 	if err := pm.Warm(ctx, work); err != nil {
 		return nil, err
@@ -101,15 +97,11 @@ func changeSuite(ctx context.Context, b *Bench) (*Result, error) {
 		members, changes = 1000, changes[:2]
 	}
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{roomOf(members, nodes)})
+	w, pm, err := b.pushManager(ctx, nodes, []Room{roomOf(members, nodes)}, "LOOKUP_TIMEOUT=5s")
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx, "LOOKUP_TIMEOUT=5s")
-	if err != nil {
-		return nil, err
-	}
 	work := room(members)
 	if err := pm.Warm(ctx, work); err != nil {
 		return nil, err

@@ -124,15 +124,11 @@ func (r *Result) control(name string, table Table) {
 
 func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	w, pm, err := b.pushManager(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	load := b.closed(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}}
 	for _, role := range []string{"echo", "floor", "naive", "channel"} {
@@ -163,15 +159,11 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 // countsSuite measures what repeats from run to run where times do not.
 func countsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	w, pm, err := b.pushManager(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	slots := []Slot{
 		{"PushToUser", pm, b.closed(b.users())}, {"PushStream", pm, b.streaming(b.users())},
 		{"PushStream, batches", pm, b.batching(b.users())},
@@ -190,15 +182,11 @@ func countsSuite(ctx context.Context, b *Bench) (*Result, error) {
 
 func streamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	w, pm, err := b.pushManager(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	echo, err := w.Rival(ctx, "echo")
 	if err != nil {
 		return nil, err
@@ -227,15 +215,11 @@ func roomSuite(ctx context.Context, b *Bench) (*Result, error) {
 	for _, n := range sizes {
 		rooms = append(rooms, roomOf(n, nodes))
 	}
-	w, err := b.World(ctx, nodes, rooms)
+	w, pm, err := b.pushManager(ctx, nodes, rooms)
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	naive, err := w.Rival(ctx, "naive")
 	if err != nil {
 		return nil, err
@@ -284,15 +268,11 @@ func membersSuite(ctx context.Context, b *Bench) (*Result, error) {
 	for _, n := range sizes {
 		rooms = append(rooms, roomOf(n, nodes))
 	}
-	w, err := b.World(ctx, nodes, rooms)
+	w, pm, err := b.pushManager(ctx, nodes, rooms, "LOOKUP_TIMEOUT=20s", "PUSH_TIMEOUT=30s")
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx, "LOOKUP_TIMEOUT=20s", "PUSH_TIMEOUT=30s")
-	if err != nil {
-		return nil, err
-	}
 	r := &Result{Suite: "members"}
 	var per []float64
 	for _, n := range sizes {
@@ -466,15 +446,11 @@ func inflightSuite(ctx context.Context, b *Bench) (*Result, error) {
 // environment that a Push-Manager of its own gets.
 func (b *Bench) curve(ctx context.Context, suite string, values []int, set func(int, *Load) []string) (*Result, error) {
 	nodes := 3
-	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	w, pm, err := b.pushManager(ctx, nodes, []Room{b.lobby(nodes)})
 	if err != nil {
 		return nil, err
 	}
 	defer w.Close(context.WithoutCancel(ctx))
-	pm, err := w.PushManager(ctx)
-	if err != nil {
-		return nil, err
-	}
 	if b.opts.Short {
 		values = values[:2]
 	}
