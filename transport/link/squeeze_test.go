@@ -145,8 +145,14 @@ func TestCompressedFramesAreWhatTheGeneratedCodeWrites(t *testing.T) {
 		digits[[2]int{protowire.SizeVarint(uint64(len(frame))), protowire.SizeVarint(uint64(len(data)))}] = true
 	}
 	text, random := chatText(2_200_000), noise(1, 30_000)
-	check(t, []byte(text), pubsub.Codec_S2)
-	check(t, []byte(text+random[:17_000]), pubsub.Codec_S2)
+	for _, frame := range []string{
+		strings.Repeat("a", 200), text[:200] + random[:200], text[:17_000] + random[:1000],
+		text[:170_000] + random[:17_000], text, text + random[:17_000],
+	} {
+		for _, codec := range q.codecs {
+			check(t, []byte(frame), codec)
+		}
+	}
 	rapid.Check(t, func(t *rapid.T) {
 		n := rapid.SampledFrom([]int{0, 60, 200, 17_000}).Draw(t, "text")
 		m := rapid.SampledFrom([]int{60, 127, 128, 16_300, 17_000}).Draw(t, "noise") + rapid.IntRange(-20, 20).Draw(t, "more")
