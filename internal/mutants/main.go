@@ -47,7 +47,7 @@ func main() {
 }
 
 func run(ctx context.Context, out io.Writer, only string) error {
-	chosen := slices.DeleteFunc(slices.Clone(breakages), func(b breakage) bool { return only != "" && b.name != only })
+	chosen := slices.DeleteFunc(breakages(), func(b breakage) bool { return only != "" && b.name != only })
 	if len(chosen) == 0 {
 		return fmt.Errorf("there is no breakage %q", only)
 	}
@@ -56,17 +56,22 @@ func run(ctx context.Context, out io.Writer, only string) error {
 		return fmt.Errorf("make room for the copy: %w", err)
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // what is left of it harms nobody
-	tree := tree{root: filepath.Join(dir, "tree"), binary: filepath.Join(dir, "test")}
-	if err := copyTree(ctx, tree.root); err != nil {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("open the copy: %w", err)
+	}
+	defer root.Close() //nolint:errcheck // nothing is to be written any more
+	if err := copyTree(ctx, root); err != nil {
 		return err
 	}
+	tree := tree{root}
 	for _, b := range chosen {
 		if v := tree.try(ctx, b); v.err != nil || v.caught {
 			return fmt.Errorf("the code as it is: %s of %s: %s", b.test, b.dir, v)
 		}
 	}
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "breakage\tcaught by\tseconds")
+	_, _ = fmt.Fprintln(table, "breakage\tcaught by\tseconds") // Flush tells
 	var bad []error
 	for _, b := range chosen {
 		begin := time.Now()
@@ -74,7 +79,7 @@ func run(ctx context.Context, out io.Writer, only string) error {
 		if v.err != nil || !v.caught {
 			bad = append(bad, fmt.Errorf("%s: %s", b.name, v))
 		}
-		fmt.Fprintf(table, "%s\t%s\t%.1f\n", b.name, v, time.Since(begin).Seconds())
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%.1f\n", b.name, v, time.Since(begin).Seconds())
 	}
 	if err := table.Flush(); err != nil {
 		return fmt.Errorf("print the table: %w", err)
@@ -83,7 +88,7 @@ func run(ctx context.Context, out io.Writer, only string) error {
 }
 
 // copyTree copies what git knows or would take, as it stands in the working tree.
-func copyTree(ctx context.Context, to string) error {
+func copyTree(ctx context.Context, to *os.Root) error {
 	list, err := exec.CommandContext(ctx, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
 	if err != nil {
 		return fmt.Errorf("list the working tree: %w", err)
@@ -94,10 +99,10 @@ func copyTree(ctx context.Context, to string) error {
 			continue // deleted, and git has not been told
 		}
 		if err == nil {
-			err = os.MkdirAll(filepath.Dir(filepath.Join(to, name)), 0o700)
+			err = to.MkdirAll(filepath.Dir(name), 0o700)
 		}
 		if err == nil {
-			err = os.WriteFile(filepath.Join(to, name), text, 0o600)
+			err = to.WriteFile(name, text, 0o600)
 		}
 		if err != nil {
 			return fmt.Errorf("copy the working tree: %w", err)
@@ -106,8 +111,11 @@ func copyTree(ctx context.Context, to string) error {
 	return nil
 }
 
-// tree is the copy, and where test binaries go.
-type tree struct{ root, binary string }
+// tree is the copy.
+type tree struct{ *os.Root }
+
+// binary is the name of the test program in it, which no package has.
+const binary = "mutant.test"
 
 // verdict is what became of a test.
 type verdict struct {
@@ -129,8 +137,7 @@ func (v verdict) String() string {
 
 // tryBroken breaks the code, tries the test and mends the code.
 func (t tree) tryBroken(ctx context.Context, b breakage) verdict {
-	path := filepath.Join(t.root, b.file)
-	whole, err := os.ReadFile(path)
+	whole, err := t.ReadFile(b.file)
 	if err != nil {
 		return verdict{err: err}
 	}
@@ -138,28 +145,26 @@ func (t tree) tryBroken(ctx context.Context, b breakage) verdict {
 	if err != nil {
 		return verdict{err: err}
 	}
-	if err := os.WriteFile(path, []byte(broken), 0o600); err != nil {
+	if err := t.WriteFile(b.file, []byte(broken), 0o600); err != nil {
 		return verdict{err: err}
 	}
 	v := t.try(ctx, b)
-	return verdict{v.caught, v.by, errors.Join(v.err, os.WriteFile(path, whole, 0o600))}
+	return verdict{v.caught, v.by, errors.Join(v.err, t.WriteFile(b.file, whole, 0o600))}
 }
 
 // try compiles the tests of a package and runs the one of a breakage.
 func (t tree) try(ctx context.Context, b breakage) verdict {
-	args := []string{"test", "-c", "-vet=off", "-trimpath", "-o", t.binary}
-	if b.race {
-		args = append(args, "-race")
-	}
-	compile := exec.CommandContext(ctx, "go", append(args, "./"+b.dir)...)
-	compile.Dir = t.root
+	//nolint:gosec // the list of breakages says what is run, and nobody else
+	compile := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-trimpath", "-o", binary, "./"+b.dir)
+	compile.Dir = t.Name()
 	if printed, err := compile.CombinedOutput(); err != nil {
 		return verdict{err: fmt.Errorf("compile: %w\n%s", err, printed)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, killAfter)
 	defer cancel()
-	test := exec.CommandContext(ctx, t.binary, "-test.v", "-test.run=^"+b.test+"$", "-test.timeout="+testTimeout.String())
-	test.Dir = filepath.Join(t.root, b.dir)
+	//nolint:gosec // as above
+	test := exec.CommandContext(ctx, filepath.Join(t.Name(), binary), "-test.v", "-test.run=^"+b.test+"$", "-test.timeout="+testTimeout.String())
+	test.Dir = filepath.Join(t.Name(), b.dir)
 	printed, err := test.CombinedOutput()
 	return judge(b.test, printed, err)
 }
@@ -177,15 +182,13 @@ func judge(test string, printed []byte, err error) verdict {
 	exit := new(exec.ExitError)
 	switch {
 	case !ran:
-		return verdict{err: fmt.Errorf("the test did not run: %v\n%s", err, printed)}
+		return verdict{err: errors.Join(fmt.Errorf("the test did not run\n%s", printed), err)}
 	case err == nil:
 		return verdict{}
 	case !errors.As(err, &exit):
 		return verdict{err: err}
 	case timeout.Match(printed):
 		return verdict{caught: true, by: test + " (hangs)"}
-	case bytes.Contains(printed, []byte("WARNING: DATA RACE")):
-		return verdict{caught: true, by: test + " (data race)"}
 	case failed.Match(printed):
 		return verdict{caught: true, by: string(failed.FindSubmatch(printed)[1])}
 	case crashed.Match(printed):

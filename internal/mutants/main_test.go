@@ -14,7 +14,7 @@ import (
 func TestBreakagesApply(t *testing.T) {
 	const root = "../.."
 	names := map[string]bool{}
-	for _, b := range breakages {
+	for _, b := range breakages() {
 		if names[b.name] {
 			t.Errorf("two breakages are called %q", b.name)
 		}
@@ -45,8 +45,8 @@ func TestBreakagesApply(t *testing.T) {
 			t.Errorf("%s: %s has no %s", b.name, b.dir, b.test)
 		}
 	}
-	if len(breakages) != 10 {
-		t.Errorf("%d breakages", len(breakages))
+	if len(names) != 10 {
+		t.Errorf("%d breakages", len(names))
 	}
 }
 
@@ -78,7 +78,6 @@ func TestJudge(t *testing.T) {
 		{run + "panic: test timed out after 1m0s\n", exit, "TestX (hangs)"},
 		{run + "panic: close of closed channel\n", exit, "TestX (crashes)"},
 		{run + "fatal error: all goroutines are asleep\n", exit, "TestX (crashes)"},
-		{run + "WARNING: DATA RACE\n--- FAIL: TestX (0.00s)\n", exit, "TestX (data race)"},
 		{run + "PASS\ngoleak: Errors on successful test run: found unexpected goroutines\n", exit, "TestX (leaks goroutines)"},
 		{"testing: warning: no tests to run\nPASS\n", nil, "ERROR: the test did not run"},
 		{run, exit, "ERROR: the test ended strangely"},
