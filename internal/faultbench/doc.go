@@ -30,5 +30,6 @@
 //
 // The fast rows of the fault list run with all other tests. `make faults` runs the
 // slow ones, too, and `make chaos` random faults that overlap, the same again for the
-// same SEED, for as long as DURATION says.
+// same SEED, for as long as DURATION says. `make soak` looks for what grows: half of the
+// peak load for a long time while a node leaves and joins every five seconds.
 package faultbench

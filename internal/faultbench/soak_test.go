@@ -27,9 +27,11 @@ const (
 	soakCycle = 5 * time.Second
 	soakLook  = soakCycle - time.Second
 
-	// soakHold is how long a push stays in the ledger after its answer: whatever is still
-	// to happen to it has happened by then.
-	soakHold = 10 * time.Second
+	// soakHold is how long after its answer a push is checked: whatever is still to happen
+	// to it has happened by then. soakLap is for how much longer it stays in the ledger, for
+	// the order between it and the next ones.
+	soakHold = 5 * time.Second
+	soakLap  = time.Second
 
 	// A node that leaves has consequences from when its users begin to move until a
 	// while after its process has ended.
@@ -53,15 +55,15 @@ func TestSoak(t *testing.T) {
 	s := newSoak(t)
 	peak := s.peak(5 * time.Second)
 	t.Logf("peak: %.0f pushes/s with %d callers in a closed loop; the load is half of that", peak, soakCallers)
-	load := s.open(peak / 2)
+	s.load = s.open(peak / 2)
 	begun := s.ledger.now()
 	for cycle := 0; s.ledger.now()-begun < duration; cycle++ {
 		s.cycle(cycle)
 	}
-	s.stop(load)
+	s.load.stop()
 	took := s.ledger.now() - begun
 	s.settle(s.ledger.now() + time.Hour) // no arrival is under way any more
-	s.verdict(load, took, peak/2)
+	s.verdict(took, peak/2)
 	s.m.good(room("all"))
 	s.m.atRest()
 }
@@ -75,17 +77,19 @@ type soak struct {
 	connected []string // the guest's users, as long as there is one
 	apis      []pubsub.PushManagerServiceClient
 	users     []string
+	load      *openLoad
 
-	all    tally
-	leaves [][2]time.Duration // when a guest was about to leave, and when that was over
-	stray  []*push            // unknown or not a success, and no leave near
-	broken map[string]violation
-	series struct{ goroutines, files, connections, heap series }
+	all     tally
+	leaves  [][2]time.Duration // when a guest was about to leave, and when that was over
+	stray   []*push            // unknown or not a success, and no leave near
+	broken  map[string]violation
+	excused map[string]bool // ids of the same, while the machine let nobody run
+	series  struct{ goroutines, files, connections, heap series }
 }
 
 func newSoak(t *testing.T) *soak {
 	t.Helper()
-	s := &soak{bench: newBench(t), users: names("u", soakUsers), broken: map[string]violation{}}
+	s := &soak{bench: newBench(t), users: names("u", soakUsers), broken: map[string]violation{}, excused: map[string]bool{}}
 	s.all = s.ledger.tally(0, 0, nil)
 	s.series.goroutines = series{name: "goroutines", unit: 1, spare: 20}
 	s.series.files = series{name: "descriptors", unit: 1, spare: 10}
@@ -112,6 +116,9 @@ func newSoak(t *testing.T) *soak {
 	}
 	s.m.good(room("all"))
 	s.m.rest()
+	machine := &city{bench: s.bench, stop: make(chan struct{})}
+	machine.streams.Go(machine.watchMachine)
+	t.Cleanup(machine.end)
 	return s
 }
 
@@ -152,7 +159,9 @@ func (s *soak) cycle(n int) {
 	}
 	s.join(id)
 	wait(time.Until(begun.Add(soakLook)))
+	s.load.pause()
 	s.look()
+	s.load.resume()
 	s.settle(s.ledger.now() - soakHold)
 	wait(time.Until(begun.Add(soakCycle)))
 }
@@ -203,11 +212,15 @@ func (s *soak) peak(d time.Duration) float64 {
 
 // openLoad pushes at a rate, whatever the answers do.
 type openLoad struct {
-	wg   sync.WaitGroup
-	end  chan struct{}
-	due  chan struct{}
-	sent int64 // read once it has ended
-	held int64 // due while all callers were busy: they went out later
+	wg  sync.WaitGroup
+	end chan struct{}
+	due chan struct{}
+
+	mu     sync.Mutex // held while paused
+	paused time.Duration
+	begun  time.Time // of the pause
+	sent   int64
+	held   int64 // due while all callers were busy: they went out later
 }
 
 // open starts the load. Pushes that no caller is free for wait in a line that has a
@@ -232,21 +245,39 @@ func (s *soak) open(rate float64) *openLoad {
 			case <-l.end:
 				return
 			case <-tick.C:
-			}
-			for float64(l.sent) < rate*time.Since(begun).Seconds() {
-				if len(l.due) > 8*soakCallers {
-					l.held++
-				}
-				l.due <- struct{}{}
-				l.sent++
+				l.catchUp(rate, begun)
 			}
 		}
 	})
-	s.t.Cleanup(func() { s.stop(l) })
+	s.t.Cleanup(l.stop)
 	return l
 }
 
-func (s *soak) stop(l *openLoad) {
+// catchUp has callers ask for all that is due.
+func (l *openLoad) catchUp(rate float64, begun time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for float64(l.sent) < rate*(time.Since(begun)-l.paused).Seconds() {
+		if len(l.due) > 8*soakCallers {
+			l.held++
+		}
+		l.due <- struct{}{}
+		l.sent++
+	}
+}
+
+// pause stops the clock of the schedule, resume lets it go on.
+func (l *openLoad) pause() {
+	l.mu.Lock()
+	l.begun = time.Now()
+}
+
+func (l *openLoad) resume() {
+	l.paused += time.Since(l.begun)
+	l.mu.Unlock()
+}
+
+func (l *openLoad) stop() {
 	select {
 	case <-l.end:
 	default:
@@ -255,14 +286,16 @@ func (s *soak) stop(l *openLoad) {
 	l.wg.Wait()
 }
 
-// look notes what the Push-Manager holds. Under load each figure moves: of several
-// readings the middle one counts, and of the heap the smallest, since what is allocated
-// while the collector runs counts as alive.
+// look notes what the Push-Manager holds while it has no push in its hands. Of several
+// readings the smallest counts: the one that reads is a connection and goroutines itself,
+// and what is allocated while the collector runs counts as alive.
 func (s *soak) look() {
 	s.t.Helper()
+	s.m.until("pushes_in_flight", func(n float64) bool { return n == 0 })
 	at := s.ledger.now()
 	var goroutines, files, connections, heap []float64
 	for range 5 {
+		wait(20 * time.Millisecond)
 		values, err := s.m.read()
 		if err != nil {
 			s.t.Fatal(err)
@@ -270,20 +303,12 @@ func (s *soak) look() {
 		goroutines = append(goroutines, values["go_goroutines"])
 		files = append(files, values["process_open_fds"])
 		connections = append(connections, float64(established(s.t, s.m.cmd.Process.Pid)))
-		wait(20 * time.Millisecond)
-	}
-	for range 3 {
 		heap = append(heap, s.m.liveHeap())
 	}
-	s.series.goroutines.add(at, middle(goroutines))
-	s.series.files.add(at, middle(files))
-	s.series.connections.add(at, middle(connections))
+	s.series.goroutines.add(at, slices.Min(goroutines))
+	s.series.files.add(at, slices.Min(files))
+	s.series.connections.add(at, slices.Min(connections))
 	s.series.heap.add(at, slices.Min(heap))
-}
-
-func middle(values []float64) float64 {
-	slices.Sort(values)
-	return values[len(values)/2]
 }
 
 // liveHeap collects the garbage of the process and reads what is left.
@@ -341,75 +366,119 @@ func established(t testing.TB, pid int) int {
 // shortly before stays in the ledger for once more: the order of a push is that between
 // it and those around it.
 func (s *soak) settle(before time.Duration) {
-	done := s.ledger.takeOut(before, before-soakHold)
+	done := s.ledger.takeOut(before, before-soakLap)
+	starved := s.starved()
 	for _, v := range done.check(slackForCI) {
+		if v.rule == "I7" && within(v.push, starved) {
+			s.excused[v.push.id] = true
+			continue
+		}
 		s.broken[v.rule+" "+v.push.id] = v
 	}
 	for _, p := range done.pushes {
-		if p.end < before-soakHold {
-			s.book(p)
+		if p.end < before-soakLap {
+			s.book(p, starved)
 		}
 	}
 }
 
 // book sums a push up.
-func (s *soak) book(p *push) {
+func (s *soak) book(p *push, starved [][2]time.Duration) {
 	s.all.add(p)
-	near := slices.ContainsFunc(s.leaves, func(l [2]time.Duration) bool { return p.start <= l[1] && p.end >= l[0] })
-	if !p.success && !near {
+	switch {
+	case p.success || within(p, s.leaves):
+	case within(p, starved):
+		s.excused[p.id] = true
+	default:
 		s.stray = append(s.stray, p)
 	}
 }
 
+// within tells whether a push was under way in one of some spans of time.
+func within(p *push, spans [][2]time.Duration) bool {
+	return slices.ContainsFunc(spans, func(s [2]time.Duration) bool { return p.start <= s[1] && p.end >= s[0] })
+}
+
+// starved lists when the machine let nobody run, and what came of it.
+func (s *soak) starved() (spans [][2]time.Duration) {
+	s.ledger.mu.Lock()
+	defer s.ledger.mu.Unlock()
+	var begun time.Duration
+	for _, n := range s.ledger.notes {
+		switch n.text {
+		case starving + " begins":
+			begun = n.at
+		case starving + " is over":
+			spans = append(spans, [2]time.Duration{begun, n.at + afterwards})
+		}
+	}
+	return spans
+}
+
 // takeOut returns a ledger of the pushes that were answered before a moment, and of those
 // that arrived and were never made, and forgets what was answered before an earlier one.
+//
+// The ledger is locked for moments only: whoever pushes meanwhile would wait.
 func (l *ledger) takeOut(answered, forget time.Duration) *ledger {
+	out := newLedger()
+	var kept []*push
+	forgotten := map[string]bool{}
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	out, open, forgotten := newLedger(), map[string]bool{}, map[string]bool{}
-	kept := l.pushes[:0]
+	arrivals := l.arrivals
 	for _, p := range l.pushes {
-		if !p.done || p.end >= answered {
-			open[p.id] = true
-		} else {
+		if p.done && p.end < answered {
 			out.pushes = append(out.pushes, p)
 		}
-		if p.done && p.end < forget {
-			forgotten[p.id] = true
-		} else {
+		if !p.done || p.end >= forget {
 			kept = append(kept, p)
 		}
 	}
-	clear(l.pushes[len(kept):])
-	l.pushes = kept
-	arrivals := l.arrivals[:0]
-	for _, a := range l.arrivals {
+	l.pushes, l.arrivals = kept, nil
+	l.mu.Unlock()
+
+	open := make(map[string]bool, len(kept))
+	for _, p := range kept {
+		open[p.id] = true
+	}
+	for _, p := range out.pushes {
+		if !open[p.id] {
+			forgotten[p.id] = true
+		}
+		delete(open, p.id) // what is left of it is still to come
+	}
+	var rest []arrival
+	for _, a := range arrivals {
 		if !open[a.push] {
 			out.arrivals = append(out.arrivals, a)
 		}
 		if !forgotten[a.push] {
-			arrivals = append(arrivals, a)
+			rest = append(rest, a)
 		}
 	}
-	clear(l.arrivals[len(arrivals):])
-	l.arrivals = arrivals
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.arrivals = append(rest, l.arrivals...)
 	return out
 }
 
 // verdict prints all figures and fails on those that are no good.
-func (s *soak) verdict(l *openLoad, took time.Duration, rate float64) {
+func (s *soak) verdict(took time.Duration, rate float64) {
 	s.t.Helper()
+	l := s.load
 	s.t.Logf("%v with %d leaves: asked for %.0f pushes/s, %.0f answered, %d held back", took.Round(time.Second), len(s.leaves), rate,
-		float64(l.sent)/took.Seconds(), l.held)
+		float64(l.sent)/(took-l.paused).Seconds(), l.held)
 	s.t.Log(s.all)
 	unknown := 0
 	for _, p := range s.stray {
 		if p.err != nil && !p.safe() || p.summary.GetUnknown() > 0 {
-			unknown++
-			s.t.Errorf("unknown while no node left: %v", p)
+			if unknown++; unknown <= 5 {
+				s.t.Errorf("unknown while no node left: %v", p)
+			}
 		}
 	}
-	s.t.Logf("while no node left: %d unknown, %d failed otherwise", unknown, len(s.stray)-unknown)
+	s.t.Logf("while no node left: %d unknown, %d failed otherwise; besides, %d unknown, failed or late around the %d times when the machine let nobody run",
+		unknown, len(s.stray)-unknown, len(s.excused), len(s.starved()))
 	if len(s.stray)*1000 > s.all.pushes {
 		s.t.Errorf("more than 0.1 %% failed while no node left, such as %v", s.stray[0])
 	}
