@@ -305,9 +305,9 @@ func FuzzLoad(f *testing.F) {
 			f.Add("", uint8(i), value)
 		}
 	}
+	path := filepath.Join(f.TempDir(), "c.yaml") // one for all: inputs come one after the other
 	f.Fuzz(func(t *testing.T, text string, which uint8, value string) {
 		c, s := bind()
-		path := filepath.Join(t.TempDir(), "c.yaml")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
