@@ -62,7 +62,7 @@ type Server struct {
 	// Readers of streams, which end after their handlers.
 	readers sync.WaitGroup
 
-	lastRefusal atomic.Int64 // Unix nanoseconds of the last one that was logged
+	lastRefusal atomic.Pointer[time.Time] // the last one that was logged
 }
 
 // New makes a Server. Nothing runs before Serve.
