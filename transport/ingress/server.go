@@ -44,6 +44,10 @@ type Server struct {
 
 	// serving is what SetServing said last: while it is false, pushes are refused.
 	serving atomic.Bool
+	// healthy is what SetHealthy said last, and telling is held while health is told:
+	// what was said last is what it says.
+	healthy atomic.Bool
+	telling sync.Mutex
 
 	// The way down: draining refuses new pushes and ends PushStreams once they are
 	// answered, idle tells Drain that the last push may be done, closing ends the
@@ -58,7 +62,7 @@ type Server struct {
 	// Readers of streams, which end after their handlers.
 	readers sync.WaitGroup
 
-	lastRefusal atomic.Int64 // Unix nanoseconds of the last one that was logged
+	lastRefusal atomic.Pointer[time.Time] // the last one that was logged
 }
 
 // New makes a Server. Nothing runs before Serve.
@@ -81,6 +85,7 @@ func New(cfg Config) (*Server, error) {
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
+	s.healthy.Store(true)
 	s.SetServing(true)
 	if !cfg.DisableReflection {
 		reflection.RegisterV1(s.grpc)
@@ -90,12 +95,26 @@ func New(cfg Config) (*Server, error) {
 
 // SetServing says whether pushes can be routed. While they cannot, health says
 // NOT_SERVING and every push is refused with NOT_READY, those of open PushStreams
-// included. A new Server serves. One goroutine at a time may call it; a Server that
-// drains stays NOT_SERVING whatever is said here.
+// included. A new Server serves; one that drains stays NOT_SERVING whatever is said
+// here.
 func (s *Server) SetServing(serving bool) {
 	s.serving.Store(serving)
+	s.tellHealth()
+}
+
+// SetHealthy says whether pushes can be delivered. While they cannot, health says
+// NOT_SERVING, so that balancers turn to other instances, and pushes that come all the
+// same are answered with what becomes of them. A new Server is healthy.
+func (s *Server) SetHealthy(healthy bool) {
+	s.healthy.Store(healthy)
+	s.tellHealth()
+}
+
+func (s *Server) tellHealth() {
+	s.telling.Lock()
+	defer s.telling.Unlock()
 	status := healthpb.HealthCheckResponse_NOT_SERVING
-	if serving {
+	if s.serving.Load() && s.healthy.Load() {
 		status = healthpb.HealthCheckResponse_SERVING
 	}
 	s.health.SetServingStatus("", status)

@@ -990,10 +990,10 @@ func TestMetricsFollowTheNodes(t *testing.T) {
 }
 
 func TestConfigNamesWhatIsWrong(t *testing.T) {
-	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100}); err == nil {
+	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100, Canary: 1}); err == nil {
 		t.Error("accepted")
 	} else {
-		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes"} {
+		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes", "Canary"} {
 			if !strings.Contains(err.Error(), field) {
 				t.Errorf("%s is not named in %v", field, err)
 			}

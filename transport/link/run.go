@@ -239,6 +239,9 @@ func (l *Link) check(h *helloReply) error {
 
 // serve runs an open stream to its end.
 func (l *Link) serve(s *stream, cancel context.CancelFunc) error {
+	if l.set.cfg.Canary > 0 {
+		l.set.keepCanary(l.node)
+	}
 	l.mu.Lock()
 	l.stream = s
 	l.setLocked(up)
@@ -361,7 +364,11 @@ func (l *Link) watchLocked(s *stream, now, ran int64, out *due) error {
 	if l.stalled {
 		out.stalled = l.queue.popAll(out.stalled)
 	}
-	if ran-s.beatAt >= int64(cfg.Heartbeat) && !s.beatDue {
+	measure := s.canary.due(ran, cfg.Canary)
+	if measure {
+		s.canary.start(ran)
+	}
+	if (measure || ran-s.beatAt >= int64(cfg.Heartbeat)) && !s.beatDue {
 		s.beatDue = true
 		l.set.meters.heartbeats.Inc()
 	}
@@ -390,7 +397,7 @@ func (l *Link) nextLookLocked() int64 {
 	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent:
 		return 0
 	default:
-		return min(s.beatAt+int64(l.set.cfg.Heartbeat), s.inAt+int64(l.set.cfg.Silence))
+		return min(s.beatAt+int64(l.set.cfg.Heartbeat), s.inAt+int64(l.set.cfg.Silence), s.canary.next(l.set.cfg.Canary))
 	}
 }
 
