@@ -13,8 +13,8 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 GO ?= go
 TOOLS := .tmp/bin
 PROMTOOL ?= $(firstword $(wildcard $(TOOLS)/promtool) promtool)
-# Inputs and not seconds: a short time can be over before the corpus is through, which go test calls a failure.
-FUZZTIME ?= 3000x
+FUZZTIME ?= 60s
+FUZZJOBS ?= $(shell nproc)
 GO_FILES = $(shell git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')
 
 .PHONY: help
@@ -43,13 +43,12 @@ cover: ## Run all tests and show the coverage per function (.tmp/cover.html has 
 	$(GO) tool cover -func=.tmp/cover.own.out
 
 .PHONY: fuzz-short
-fuzz-short: ## Fuzz each target FUZZTIME long (3000x is so many inputs, 60s a time), starting from its corpus
-	@mapfile -t targets < <(grep -rnoE --exclude-dir='.?*' --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed -E 's|^\./||; s|/[^/]*:[0-9]+:func | |'); \
-	if (($${#targets[@]} == 0)); then echo "no fuzz targets"; exit 0; fi; \
-	for target in "$${targets[@]}"; do \
-		read -r dir name <<< "$$target"; \
-		$(GO) test -run='^$$' -fuzz="^$$name\$$" -fuzztime="$(FUZZTIME)" "./$$dir"; \
-	done
+fuzz-short: ## Fuzz each target for FUZZTIME (60s; 3000x is so many inputs), FUZZJOBS at a time, from its corpus
+	GO="$(GO)" FUZZTIME="$(FUZZTIME)" FUZZJOBS="$(FUZZJOBS)" bash .ci/fuzz
+
+.PHONY: mutants
+mutants: ## Break a copy of the code in ten ways, one by one, and see that a test notices each
+	$(GO) run ./internal/mutants
 
 .PHONY: lint
 lint: $(TOOLS)/golangci-lint $(TOOLS)/buf ## Run all linters over Go and proto files
@@ -111,3 +110,4 @@ $(TOOLS)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
 
 include benchmarks/bench.mk
 include internal/faultbench/chaos.mk
+include internal/faultbench/soak.mk

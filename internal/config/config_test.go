@@ -286,19 +286,55 @@ func TestLoopback(t *testing.T) {
 	}
 }
 
+// FuzzLoad reads any file and any value of one environment variable. What is refused is
+// refused in one line, and what is taken is within the bounds and reads back as it was.
 func FuzzLoad(f *testing.F) {
-	f.Add("etcd:\n  endpoints: [${A:b}, c]\nshards: 3\n")
-	f.Add("a: &x\n<<: *x\n? [1]\n: |\n  $${\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		_, s := bind()
+	vars := []string{"MANAGER_ID", "GRPC_PORT", "SHARDS", "MAX_DATA", "TRACING_SAMPLE_RATE", "ALLOW_INSECURE", "LOG_LEVEL", "ETCD_DIAL_TIMEOUT", "ETCD_ADDRS", "ADVERTISE_ADDRESS"}
+	for _, text := range []string{
+		"", "etcd:\n  endpoints: [${A:b}, c]\nshards: 3\n", "a: &x\n<<: *x\n? [1]\n: |\n  $${\n",
+		"manager_id: a\ngrpc_port: 0\nmax_data: 64KiB\ntracing: {sample_rate: 0.5}\nallow_insecure: true\nlog_level: debug\n",
+		"etcd:\n  dial_timeout: 1m30s\n  tls:\n    cert_file: \"x # y\"\nadvertise_address: \"[::1]:5\"\n",
+		"grpc_port: 65536\n", "grpc_port: -1\n", "shards: 0\n", "max_data: 1TiB\n", "tracing: {sample_rate: .nan}\n", "etcd: {dial_timeout: -1s}\n", "etcd: {dial_timeout: 0}\n",
+		"unknown_key: 1\n", "etcd: 5\n", "shards: {}\n", "shards: 1\nshards: 2\n", "- a\n", "{", "\x00", "\xff\xfe", "manager_id: ${A:${B:c}}\n", "manager_id: ${", "manager_id: !!binary aGk=\n",
+		"a: &a [*a]\n", "shards: 1e3\n", "--- \nshards: 1\n---\nshards: 2\n", "etcd:\n\tendpoints: a\n",
+	} {
+		f.Add(text, uint8(0), "")
+	}
+	for i := range vars {
+		for _, value := range []string{"x", "1", "0", "-1", "65536", "99999999999999999999", "NaN", "+Inf", "1s", "true", "info", "a,b", "a,,b", "h:1", "[::1]:1", "\n", "\xff", "${X:y}", "1KiB", " 1 "} {
+			f.Add("", uint8(i), value)
+		}
+	}
+	f.Fuzz(func(t *testing.T, text string, which uint8, value string) {
+		c, s := bind()
 		path := filepath.Join(t.TempDir(), "c.yaml")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		// It must not panic, and what it says must be one line.
-		none := func(string) (string, bool) { return "", false }
-		if err := s.Load(config.Options{File: path, LookupEnv: none}); err != nil && strings.Contains(err.Error(), "\n") {
-			t.Errorf("more than one line: %q", err)
+		env := func(name string) (string, bool) { return value, value != "" && name == vars[int(which)%len(vars)] }
+		if err := s.Load(config.Options{File: path, LookupEnv: env}); err != nil {
+			if strings.Contains(err.Error(), "\n") || !errors.Is(err, config.ErrUsage) {
+				t.Errorf("no line on wrong usage: %q", err)
+			}
+			return
+		}
+		if c.ID == "" || c.Port < 0 || c.Port > 65535 || c.Shards < 1 || c.Limit < 0 || c.Limit > 1<<20 || !(c.Rate >= 0 && c.Rate <= 1) ||
+			c.Level != "debug" && c.Level != "info" || c.Timeout <= 0 {
+			t.Errorf("taken: %+v", c)
+		}
+		var out bytes.Buffer
+		if err := s.Write(&out, false); err != nil {
+			t.Fatal(err)
+		}
+		again, s2 := bind()
+		if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := s2.Load(config.Options{File: path, LookupEnv: func(string) (string, bool) { return "", false }}); err != nil {
+			t.Fatalf("%v\n%s", err, out.String())
+		}
+		if diff := cmp.Diff(c, again); diff != "" {
+			t.Errorf("%s\n%s", diff, out.String())
 		}
 	})
 }

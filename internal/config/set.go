@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // ErrUsage is wrapped by every error that the person who starts the program can
@@ -102,8 +104,8 @@ func (s *Set) Text(p *string, name, def, help string) *Key {
 			if text == "" && def != "" {
 				return errors.New("must not be empty")
 			}
-			if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }); i >= 0 {
-				return fmt.Errorf("has a control character at byte %d", i)
+			if err := checkText(text); err != nil {
+				return err
 			}
 			*p = text
 			return nil
@@ -141,6 +143,17 @@ func (s *Set) Choice(p *string, name, def, help string, words ...string) *Key {
 	return k
 }
 
+// checkText refuses what could not be shown, or written to a file and read back.
+func checkText(text string) error {
+	if !utf8.ValidString(text) {
+		return errors.New("is not valid UTF-8")
+	}
+	if i := strings.IndexFunc(text, unicode.IsControl); i >= 0 {
+		return fmt.Errorf("has a control character at byte %d", i)
+	}
+	return nil
+}
+
 // List binds texts separated by commas, or a YAML list.
 func (s *Set) List(p *[]string, name, def, help string) *Key {
 	split := func(text string) []string {
@@ -160,6 +173,9 @@ func (s *Set) List(p *[]string, name, def, help string) *Key {
 			list := split(text)
 			if len(list) == 0 && def != "" {
 				return errors.New("must not be empty")
+			}
+			if err := checkText(text); err != nil {
+				return err
 			}
 			*p = list
 			return nil

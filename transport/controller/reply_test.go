@@ -71,8 +71,24 @@ func TestWalkSkipsInvalidUTF8(t *testing.T) {
 }
 
 func FuzzWalk(f *testing.F) {
-	b, _ := proto.Marshal(&pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{Users: []*pubsub.UserInfo{{UserId: "u", NodeId: "n"}}}})
-	f.Add(b)
+	for _, r := range []*pubsub.GetRoomInfoResponse{
+		{},
+		{RoomInfo: &pubsub.RoomInfo{}},
+		{RoomInfo: &pubsub.RoomInfo{Users: []*pubsub.UserInfo{{UserId: "u", NodeId: "n"}}}},
+		{RoomInfo: &pubsub.RoomInfo{RoomId: "r", CreatedAt: -1, Metadata: &pubsub.RoomMetadata{Name: "n"}, Users: []*pubsub.UserInfo{
+			{UserId: "u", NodeId: "n", UserName: "x", JoinedAt: 7, Metadata: map[string]string{"k": "v"}}, {UserId: "u"}, {NodeId: "n"}, {},
+			{UserId: "a\nb", NodeId: "\u0085"}, {UserId: strings.Repeat("x", 257)},
+		}}},
+	} {
+		b, err := proto.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+		f.Add(append(b, b...)) // a message that comes twice is merged
+		f.Add(b[:len(b)/2])
+	}
+	f.Add([]byte{1<<3 | 2, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		w := walk{maxMembers: 100, add: func(user, node []byte) {
 			if !valid(string(user)) || (len(node) > 0 && !valid(string(node))) {

@@ -577,7 +577,55 @@ func TestSameIDAtANewAddressIsReplacedAtOnce(t *testing.T) {
 		if st := w.set.Stats(); st.Live != 2 || st.Links != 2 {
 			t.Errorf("%+v", st)
 		}
+		if old.open() != 0 || fresh.open() != 2 {
+			t.Errorf("%d streams to the old address, %d to the new one", old.open(), fresh.open())
+		}
 	})
+}
+
+// TestFramesKeepTheirBytesUntilTheyAreOnTheWire has a node that reads nothing for a while:
+// gRPC holds frames that it could not write, while the next ones are made.
+func TestFramesKeepTheirBytesUntilTheyAreOnTheWire(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{FrameBytes: 16 << 10})
+		n, read := &fakeNode{id: "A"}, make(chan struct{})
+		n.deliver = func(st deliverStream) error { return n.serve(gated{st, read}) }
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		var started []*pending
+		var want []string
+		for i := range 40 {
+			text := strings.Repeat(string(rune('A'+i)), 40<<10)
+			started = append(started, w.begin(w.toUser("u1", text)))
+			want = append(want, "u1 "+text)
+			synctest.Wait() // each has its own frame
+		}
+		close(read)
+		for i, f := range started {
+			if r := w.end(f); r.Delivered != 1 {
+				t.Errorf("push %d: %+v", i, r)
+			}
+		}
+		for i, got := range n.received(t) {
+			if got != want[i] {
+				t.Errorf("push %d arrived as %.10q...%.10q", i, got, got[len(got)-10:])
+			}
+		}
+	})
+}
+
+// gated is a stream of which nothing is read behind the hello before the gate opens.
+type gated struct {
+	deliverStream
+	gate chan struct{}
+}
+
+func (g gated) Send(r *pubsub.DeliverResponse) error {
+	err := g.deliverStream.Send(r)
+	<-g.gate
+	return err
 }
 
 func TestRemovedNodeLosesItsWindow(t *testing.T) {

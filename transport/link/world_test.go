@@ -288,6 +288,7 @@ type fakeNode struct {
 	got     []string // "user text" for each user of each delivery, in order
 	broken  []string // breaches of the protocol
 	streams int
+	calls   int // of Deliver that have not ended
 }
 
 func (n *fakeNode) start() {
@@ -303,6 +304,8 @@ func (n *fakeNode) start() {
 func (n *fakeNode) kill() { n.srv.Stop() }
 
 func (n *fakeNode) Deliver(st deliverStream) error {
+	n.count(1)
+	defer n.count(-1)
 	if n.gate != nil {
 		select {
 		case <-n.gate:
@@ -491,6 +494,19 @@ func (n *fakeNode) received(t *testing.T) []string {
 		t.Errorf("protocol breach: %s", b)
 	}
 	return slices.Clone(n.got)
+}
+
+func (n *fakeNode) count(change int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.calls += change
+}
+
+// open is the number of streams that have not ended.
+func (n *fakeNode) open() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.calls
 }
 
 // opened is the number of streams that were opened.

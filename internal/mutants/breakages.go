@@ -1,0 +1,113 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+// breakage is a mistake, and the test that is to notice it.
+type breakage struct {
+	name  string
+	file  string
+	edits []edit
+	dir   string // the package of the test
+	test  string
+}
+
+// edit replaces text that stands in the file exactly once.
+type edit struct{ old, new string }
+
+// apply breaks the text of the file.
+func (b breakage) apply(text string) (string, error) {
+	for _, e := range b.edits {
+		if n := strings.Count(text, e.old); n != 1 {
+			return "", fmt.Errorf("%s has this %d times, not once:\n%s", b.file, n, e.old)
+		}
+		text = strings.Replace(text, e.old, e.new, 1)
+	}
+	return text, nil
+}
+
+// breakages are those that cost most where nobody notices them.
+func breakages() []breakage { //nolint:revive // a list, not a function
+	return []breakage{
+		{
+			name: "count a send without error as delivered",
+			file: "transport/link/stream.go",
+			edits: []edit{
+				{"\tclear(s.w.kept) // the window has them\n\ts.w.kept = s.w.kept[:0]\n\ts.w.out.buf", "\ts.w.out.buf"},
+				{
+					"\t\t\treturn\n\t\t}\n\t}\n}\n\n// wait returns true",
+					"\t\t\treturn\n\t\t}\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n\n// wait returns true",
+				},
+			},
+			dir: "transport/link", test: "TestRemovedNodeLosesItsWindow",
+		},
+		{
+			name: "never remove a dead node",
+			file: "transport/discovery/registry.go",
+			edits: []edit{{
+				"\tfor id := range r.held {\n\t\tnext[id] = r.current[id]\n\t}\n",
+				"\tfor id, node := range r.current {\n\t\tif _, ok := next[id]; !ok {\n\t\t\tnext[id] = node\n\t\t}\n\t}\n",
+			}},
+			dir: "transport/discovery", test: "TestDeadNodeGoesWithItsKey",
+		},
+		{
+			name: "drop the re-list after a compaction",
+			file: "transport/discovery/watcher.go",
+			edits: []edit{{
+				"\t\tl.m.breakCompacted.Inc()\n",
+				"\t\tl.m.breakCompacted.Inc()\n\t\tl.stopWatch()\n\t\tl.opening, l.events = nil, nil\n\t\treturn\n",
+			}},
+			dir: "transport/discovery", test: "TestCompactionWhileDisconnected",
+		},
+		{
+			name:  "swap unknown for failed",
+			file:  "engine/delivery.go",
+			edits: []edit{{"d.outcome, d.reason = Unknown, r\n", "d.outcome, d.reason = Failed, r\n"}},
+			dir:   "engine", test: "TestOutcomesOfEachKindOfPush",
+		},
+		{
+			name: "lose the bound of the queue",
+			file: "transport/link/link.go",
+			edits: []edit{{
+				"count < l.set.cfg.QueueLen && bytes <= l.set.cfg.QueueBytes",
+				"count < l.set.cfg.QueueLen || bytes <= l.set.cfg.QueueBytes",
+			}},
+			dir: "transport/link", test: "TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow",
+		},
+		{
+			name:  "answer before the ack",
+			file:  "engine/push.go",
+			edits: []edit{{"\tp.pending.Add(1)\n", ""}},
+			dir:   "engine", test: "TestDeadlineAfterWritingIsUnknown",
+		},
+		{
+			name: "share a buffer after its release",
+			file: "transport/link/stream.go",
+			edits: []edit{{
+				"\ts.w.out.buf = mem.NewBuffer(buf, pool)\n",
+				"\ts.w.out.buf = mem.NewBuffer(buf, pool)\n\tpool.Put(buf)\n",
+			}},
+			dir: "transport/link", test: "TestFramesKeepTheirBytesUntilTheyAreOnTheWire",
+		},
+		{
+			name:  `skip the re-look-up after "not here"`,
+			file:  "engine/delivery.go",
+			edits: []edit{{"len(missing) > 0 && !d.healed &&", "len(missing) > 0 && d.healed &&"}},
+			dir:   "engine", test: "TestStaleRoutesHealWithOneLookup",
+		},
+		{
+			name:  "reorder under the pool",
+			file:  "transport/link/unary.go",
+			edits: []edit{{"\tla.busy = true\n", ""}},
+			dir:   "transport/link", test: "TestUnaryCallsKeepTheOrderOfEachKey",
+		},
+		{
+			name:  "leak the link of a node that was replaced",
+			file:  "transport/link/set.go",
+			edits: []edit{{"\t\t\tn.close(engine.DropUnreachable)\n", ""}},
+			dir:   "transport/link", test: "TestSameIDAtANewAddressIsReplacedAtOnce",
+		},
+	}
+}
