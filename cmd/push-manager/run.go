@@ -121,9 +121,11 @@ type pushManager struct {
 	draining atomic.Bool
 }
 
-// Drain stops in the reverse order of the start.
+// Drain stops in the reverse order of the start. Readiness and health go off first, while
+// pushes are still taken.
 func (m *pushManager) Drain(ctx context.Context) error {
 	m.draining.Store(true)
+	m.ingress.Announce()
 	return m.parts.Stop(ctx)
 }
 
