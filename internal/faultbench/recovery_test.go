@@ -46,6 +46,7 @@ type outage struct {
 
 // repetition is what was measured of one outage.
 type repetition struct {
+	lasted   time.Duration // how long it was
 	inFlight int           // pushes to the node when it began
 	unknown  int           // of which are unknown
 	settled  time.Duration // until the last of them was
@@ -139,7 +140,9 @@ func (r *recovery) once(o outage, lasts time.Duration) repetition {
 	if watch := ended + backInService + 500*time.Millisecond - r.ledger.now(); r.judge && watch > 0 {
 		wait(watch)
 	}
-	return r.measure(before, began, ended)
+	x := r.measure(before, began, ended)
+	x.lasted = ended - before
+	return x
 }
 
 // measure reads one outage from the ledger.
@@ -187,6 +190,11 @@ func (r *recovery) report(o outage, list []repetition) {
 		inFlight, unknown = inFlight+x.inFlight, unknown+x.unknown
 	}
 	r.t.Logf("%s: %d times, %d of them while the machine let us run; %d pushes in flight, %d of them unknown", o.name, len(list), len(quiet), inFlight, unknown)
+	for i, x := range list {
+		if max(x.first, x.back) > backInService || x.settled > o.settled {
+			r.t.Logf("%s, time %d: %+v", o.name, i, x)
+		}
+	}
 	if inFlight == 0 {
 		r.t.Error("nothing was in flight: the outage proves nothing")
 	}
