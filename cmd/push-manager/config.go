@@ -71,6 +71,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
+	s.Duration(&c.Ingress.DrainNotice, "drain_notice", time.Second, 0, "How long pushes are still taken after readiness went off, so that balancers notice; no longer than half of drain_timeout.")
 	s.Duration(&c.Health.Patience, "not_ready_after", 2*time.Second, 0, "How long pushes must have been impossible to deliver for readiness to go off. It comes back at once.")
 	c.Log.Bind(s)
 
@@ -181,6 +182,7 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
 	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
+	c.Ingress.DrainNotice = min(c.Ingress.DrainNotice, c.DrainTimeout/2) // what is under way needs some time, too
 	c.Tracing.Service, c.Tracing.Instance = "push-manager", c.ManagerID
 	return nil
 }

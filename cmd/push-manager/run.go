@@ -125,9 +125,11 @@ type pushManager struct {
 	failed  chan error
 }
 
-// Drain stops in the reverse order of the start.
+// Drain stops in the reverse order of the start. Readiness and health go off first, while
+// pushes are still taken.
 func (m *pushManager) Drain(ctx context.Context) error {
 	m.health.Drain()
+	m.ingress.Announce()
 	return m.parts.Stop(ctx)
 }
 

@@ -50,6 +50,10 @@ type Config struct {
 	// message that reaches it may exceed it, by a batch at most.
 	StreamInflight      int
 	StreamInflightBytes int
+	// DrainNotice is how long Drain still takes pushes after health went NOT_SERVING: the
+	// time in which balancers notice. Then connections are told to go, in good order. 0:
+	// new pushes are refused at once.
+	DrainNotice time.Duration
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server, credentials for example.
@@ -113,5 +117,6 @@ func (c Config) Validate() error {
 	positive("KeepaliveTime", c.KeepaliveTime)
 	positive("KeepaliveTimeout", c.KeepaliveTimeout)
 	positive("KeepaliveMinTime", c.KeepaliveMinTime)
+	positive("DrainNotice", c.DrainNotice)
 	return errors.Join(errs...)
 }

@@ -60,7 +60,13 @@ func (l *Link) run() {
 				pause = l.set.cfg.BackoffMin
 			}
 			l.fail(err)
-			if l.sleep(jitter(pause)) {
+			wait := jitter(pause)
+			if !reached {
+				// An attempt that nobody answers has been a pause itself. A node that can be
+				// reached again just after its begin then waits for the dial timeout only.
+				wait = max(wait-time.Since(started), jitter(l.set.cfg.BackoffMin))
+			}
+			if l.sleep(wait) {
 				pause = l.set.cfg.BackoffMin // announced anew
 			} else {
 				pause = min(2*pause, l.set.cfg.BackoffMax)
