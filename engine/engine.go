@@ -177,7 +177,9 @@ func (e *Engine) panicked(p *Push, v any) {
 
 // Shed refuses pushes from now on as s says, with ErrMemory or ErrBusy. Those that were
 // admitted go on.
-func (e *Engine) Shed(s Shedding) { e.shed.Store(uint64(uint32(s.Memory))<<32 | uint64(uint32(s.Busy))) }
+func (e *Engine) Shed(s Shedding) {
+	e.shed.Store(uint64(uint32(s.Memory))<<32 | uint64(uint32(s.Busy)))
+}
 
 // Shedding is what Shed said last.
 func (e *Engine) Shedding() Shedding {
