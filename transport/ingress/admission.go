@@ -35,7 +35,7 @@ type entrance struct {
 // even awaited. A tap would refuse some steps earlier, but it cannot send the trailer that
 // tells clients when to come back.
 func (s *Server) entranceOf(ctx context.Context) (entrance, error) {
-	var e entrance
+	e := entrance{priority: min(engine.Normal, s.cfg.priorityMax)}
 	if values := metadata.ValueFromIncomingContext(ctx, priorityKey); values != nil {
 		p, ok := engine.ParsePriority(values[0])
 		if !ok || len(values) > 1 {
