@@ -13,6 +13,7 @@ import (
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
@@ -41,6 +42,7 @@ type Config struct {
 	Shards     shard.Config
 	Routes     route.Config
 	Engine     engine.Config
+	Pressure   pressure.Config
 	Links      link.Config
 	Ingress    ingress.Config
 	Controller controller.Config
@@ -78,7 +80,8 @@ func (c *Config) Bind(s *config.Set) {
 	s.Auto(&c.Shards.Count, "shards", shard.DefaultCount(), shard.MaxCount, "Fixed lanes of work, each with a stream to every node. auto: one for every two cores.")
 	s.Int(&c.Shards.PoolSize, "pool_size", 256, 1, 1<<16, "Goroutines of each shard that may wait for a look-up or an old node.")
 	s.Duration(&c.Engine.Timeout, "push_timeout", 5*time.Second, time.Millisecond, "Longest time of a push, whatever its caller asks for.")
-	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused.")
+	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused, low priorities from half of it on.")
+	c.bindOverload(s)
 	c.bindRoutes(s)
 	c.bindLimits(s)
 	c.bindLinks(s)
@@ -88,6 +91,16 @@ func (c *Config) Bind(s *config.Set) {
 	s.Int(&c.Discovery.MaxNodes, "discovery.max_nodes", 4096, 1, 1<<20, "Connect-Nodes taken notice of.")
 	s.List(&c.allowNets, "discovery.allow_networks", "", "Networks such as 10.0.0.0/8 that Connect-Nodes may be in. Empty: any.")
 	c.Tracing.Bind(s)
+}
+
+func (c *Config) bindOverload(s *config.Set) {
+	a := &c.Ingress
+	s.Choice(&a.PriorityMax, "priority_max", "critical", "Highest priority that a caller may claim with x-priority: low, normal, high or critical. A higher claim counts as this.",
+		"low", "normal", "high", "critical")
+	s.Duration(&c.Pressure.Wait, "overload_wait", 50*time.Millisecond, config.OrZero, "Median wait for a core from which on pushes are refused, the lowest priority first. 0: it does not matter.")
+	s.Int(&a.Rate, "rate_limit", 0, 0, 1<<30, "What one caller may spend in a second: 1 for a push and 1 for each node that it is sent to. 0: as much as it likes.")
+	s.Int(&a.RateBurst, "rate_burst", 0, 0, 1<<30, "How much of that may be saved up. 0: a second's.")
+	s.Int(&a.RateCallers, "rate_callers", 10_000, 1, 1<<24, "Callers told apart at a time, by the address that they call from.")
 }
 
 func (c *Config) bindRoutes(s *config.Set) {
@@ -213,6 +226,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
+	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set
 }

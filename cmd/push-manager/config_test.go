@@ -54,6 +54,7 @@ func TestDefaultsAreThoseOfTheContract(t *testing.T) {
 		"timeouts":         c.Engine.Timeout.Seconds() == 5 && c.Routes.TTL.Seconds() == 1,
 		"shards":           c.Shards.Count == max(runtime.GOMAXPROCS(0)/2, 1),
 		"tracing":          !c.Tracing.Enabled,
+		"overload":         c.Ingress.PriorityMax == "critical" && c.Ingress.Rate == 0 && c.Pressure.Wait.Milliseconds() == 50,
 		"LINK_COMPRESSION": slices.Equal(c.Links.Compression, []string{"off"}) && c.Links.CompressionMinBytes == 1<<10,
 	} {
 		if !ok {

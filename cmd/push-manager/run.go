@@ -12,6 +12,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
@@ -75,6 +76,9 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 		return nil, err
 	}
 	m.parts.Add("engine", m.engine.Drain)
+	if err = m.watch(cfg.Pressure); err != nil {
+		return nil, err
+	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
@@ -190,6 +194,16 @@ func (m *pushManager) alive(id string) bool {
 func (m *pushManager) stopLinks(ctx context.Context) error {
 	defer m.links.Close()
 	return m.links.Drain(ctx)
+}
+
+// watch lets the engine refuse pushes while memory or cores run out.
+func (m *pushManager) watch(cfg pressure.Config) error {
+	cfg.Shed, cfg.InFlight = m.engine.Shed, m.engine.InFlight
+	monitor, err := pressure.Start(cfg)
+	if err == nil {
+		m.parts.Add("overload", program.Closing(monitor.Close))
+	}
+	return err
 }
 
 func (m *pushManager) serve() {

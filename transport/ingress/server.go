@@ -43,7 +43,8 @@ type Server struct {
 	metrics  *instruments
 	grpc     *grpc.Server
 	health   *health.Server
-	usual    *reply // of a PushToUser that was delivered
+	callers  *callers // nil: nobody is limited
+	usual    *reply   // of a PushToUser that was delivered
 
 	calls sync.Pool // of *call
 
@@ -89,6 +90,11 @@ func New(cfg Config) (*Server, error) {
 		idle:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),
 	}
+	var err error
+	if s.callers, err = newCallers(&cfg); err != nil {
+		return nil, err
+	}
+	s.callers.show(cfg.Metrics)
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
