@@ -31,6 +31,10 @@ bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the com
 	(cd $(BENCH_DIR)/base && $(GO) build -trimpath -o ../push-manager.base ./cmd/push-manager); \
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
+.PHONY: overload
+overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (4 minutes; see docs/reliability.md)
+	$(BENCH_DIR)/pushbench overload
+
 .PHONY: profile
 profile: $(BENCH_DIR)/pushbench ## Profile Push-Manager under load: CPU and allocations, into .tmp/profile
 	$(BENCH_DIR)/pushbench profile --dir=.tmp/profile

@@ -76,6 +76,9 @@ func (d *Delivery) Node() string { return d.node }
 // Payload is the encoded MessageContent.
 func (d *Delivery) Payload() []byte { return d.push.Payload }
 
+// Priority is that of the push.
+func (d *Delivery) Priority() Priority { return d.push.Priority }
+
 // Room is the room that was pushed to, "" for a push to users or to everybody.
 func (d *Delivery) Room() string { return d.push.Room }
 

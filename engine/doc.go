@@ -22,6 +22,11 @@
 //     deadline, so a push whose route is known needs no timer. One that has to wait
 //     in line has its own.
 //
+// Overload: a push is admitted if its priority's share of the places in flight is not used
+// up (Config.MaxInFlight) and nobody has said to shed it (Shed). Admit tells beforehand, at
+// the cost of a few loads. What is admitted may still find a link's queue at its bound,
+// which low priorities reach first.
+//
 // Who holds what: the payload and the ids of a push belong to its caller, are shared by
 // all its deliveries and never written to. A push that has gone the usual way leaves
 // nothing behind: its caller may use it and its bytes again (Push.Reusable). Any other is

@@ -23,7 +23,8 @@ type Config struct {
 	// Timeout bounds every push, whatever its caller asks for. 0 means 5 s.
 	Timeout time.Duration
 	// MaxInFlight bounds the pushes that are not finished, and with them all that
-	// may wait for look-ups. 0 means 131,072.
+	// may wait for look-ups. 0 means 131,072. Priority.Share says how much of it is for
+	// pushes of a priority.
 	MaxInFlight int
 	// Logger gets faults of our own, never a payload. Nil discards.
 	Logger *slog.Logger
@@ -71,6 +72,7 @@ type Engine struct {
 
 	// Safe for concurrent use.
 	gate    gate
+	shed    atomic.Uint64 // a Shedding: Memory above Busy
 	heals   atomic.Uint64
 	panics  atomic.Uint64
 	reasons [reasons]atomic.Uint64
@@ -85,7 +87,7 @@ func New(config Config) (*Engine, error) {
 	config = config.withDefaults()
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
-		limits: config.Limits, timeout: config.Timeout, gate: gate{most: int64(config.MaxInFlight)},
+		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight)},
 		logger: config.Logger, idle: make(chan struct{}, 1),
 	}, nil
 }
@@ -141,7 +143,7 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	if err := e.limits.check(p); err != nil {
 		return err
 	}
-	if err := e.admit(); err != nil {
+	if err := e.admit(p.Priority); err != nil {
 		return err
 	}
 	p.engine, p.done = e, c
@@ -173,16 +175,46 @@ func (e *Engine) panicked(p *Push, v any) {
 	p.expire(ErrInternal)
 }
 
+// Shed refuses pushes from now on as s says, with ErrMemory or ErrBusy. Those that were
+// admitted go on.
+func (e *Engine) Shed(s Shedding) {
+	e.shed.Store(uint64(uint32(s.Memory))<<32 | uint64(uint32(s.Busy)))
+}
+
+// Shedding is what Shed said last.
+func (e *Engine) Shedding() Shedding {
+	s := e.shed.Load()
+	return Shedding{Memory: int(uint32(s >> 32)), Busy: int(uint32(s))}
+}
+
+// InFlight is the number of pushes that are not finished.
+func (e *Engine) InFlight() int64 { return e.gate.inside() }
+
+// Admit tells whether a push of priority p would be taken now. It is for those who have
+// something to save by knowing before they take a request apart; Start decides. The error
+// is an ErrOverloaded.
+func (e *Engine) Admit(p Priority) error {
+	if e.shed.Load() != 0 {
+		if err := e.Shedding().refuses(p); err != nil {
+			return err
+		}
+	}
+	if !e.gate.room(p) {
+		return ErrInFlight
+	}
+	return nil
+}
+
 // admit takes a place in flight, or says why there is none.
-func (e *Engine) admit() error {
-	room := e.gate.enter() // before the look at closed: so Drain sees the push, or it sees that
+func (e *Engine) admit(p Priority) error {
+	room := e.gate.enter(p) // before the look at closed: so Drain sees the push, or it sees that
 	switch {
 	case e.gate.closed.Load():
 		e.leave()
 		return ErrDraining
 	case !room:
 		e.leave()
-		return ErrOverloaded
+		return ErrInFlight
 	}
 	return nil
 }

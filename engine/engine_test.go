@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -764,6 +765,9 @@ func TestExpiryThatMeetsTheLastAckChangesNothingAfterwards(t *testing.T) {
 	w.users["u"] = []string{"A"}
 	e.directory.SetWatched(true) // the route stays cached, however slow the machine
 	do(t, e, toUser("u"))
+	for e.directory.CachedUser(e.shards.For("u").Index(), "u", route.Query{Now: time.Now()}) == nil {
+		runtime.Gosched() // who waited for the look-up is told before others see its answer
+	}
 	w.nodes["A"].keep = true
 	for range 200 {
 		p, told := toUser("u"), waiter{done: make(chan struct{}, 1)}

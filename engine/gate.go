@@ -6,7 +6,9 @@ import "sync/atomic"
 // others, so the two counts are apart: cores that meet at one would wait for each other
 // at every push.
 type gate struct {
-	most   int64 // may be in flight, and as many more as enter at the same moment; static
+	// Static: by rank, how many may be in flight for a push to be let in, and as many more
+	// as enter at the same moment.
+	most   [priorities]int64
 	closed atomic.Bool
 
 	_       [64]byte
@@ -18,15 +20,30 @@ type gate struct {
 	_    [64]byte
 }
 
-// enter counts a push in. False means that there are too many: it has to leave.
-func (g *gate) enter() bool {
-	n := g.entered.Add(1)
-	if n-g.seen.Load() <= g.most {
+// bounds are those of a gate for so many pushes in all.
+func bounds(pushes int) (most [priorities]int64) {
+	for _, p := range Priorities() {
+		most[p.Rank()] = int64(p.Share(pushes))
+	}
+	return most
+}
+
+// enter counts a push in. False means that there are too many for its priority: it has to
+// leave.
+func (g *gate) enter(p Priority) bool { return g.fits(g.entered.Add(1), p) }
+
+// room tells whether one more push would be let in. It counts nothing.
+func (g *gate) room(p Priority) bool { return g.fits(g.entered.Load()+1, p) }
+
+// fits tells whether the n-th push to enter is not one too many.
+func (g *gate) fits(n int64, p Priority) bool {
+	most := g.most[p.Rank()]
+	if n-g.seen.Load() <= most {
 		return true
 	}
 	left := g.left.Load()
 	g.seen.Store(left)
-	return n-left <= g.most
+	return n-left <= most
 }
 
 // leave counts a push out. Once the gate is closed, the last one is told so.

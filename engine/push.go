@@ -27,12 +27,27 @@ const (
 // Errors of a push for which nothing was written.
 var (
 	ErrDraining    = errors.New("push-manager is draining")
-	ErrOverloaded  = errors.New("too many pushes in flight")
+	ErrOverloaded  = errors.New("too much to do")
 	ErrDeadline    = errors.New("deadline passed before anything was sent")
 	ErrCanceled    = errors.New("canceled before anything was sent")
 	ErrInternal    = errors.New("internal error before anything was sent")
 	ErrUnavailable = route.ErrUnavailable
 )
+
+// What an ErrOverloaded is about.
+var (
+	ErrInFlight = fmt.Errorf("%w: too many pushes in flight", ErrOverloaded)
+	ErrMemory   = fmt.Errorf("%w: memory runs out", ErrOverloaded)
+	ErrBusy     = fmt.Errorf("%w: no core is free for long", ErrOverloaded)
+)
+
+// Budget is what its caller may spend on pushes.
+type Budget interface {
+	// Charge is told that the push goes to so many nodes, before anything is sent. It is
+	// called once for each look-up that the push needed, from any goroutine, and must not
+	// block. It cannot refuse the push: what it has no means for is a debt.
+	Charge(deliveries int)
+}
 
 // Trace is the engine's view of a sampled push's trace. Its methods are called
 // from several goroutines.
@@ -62,6 +77,8 @@ type Completer interface {
 // after Reset if it is Reusable.
 type Push struct {
 	Kind Kind
+	// Priority decides who is refused first when there is too much to do.
+	Priority Priority
 	// Ordered keeps the push behind those that were started before it, one after
 	// another, for the same room or user.
 	Ordered bool
@@ -76,6 +93,8 @@ type Push struct {
 	Content Content
 	// Trace is nil unless the push is sampled.
 	Trace Trace
+	// Budget is nil if nobody counts what the push costs.
+	Budget Budget
 	// Timeout bounds the push. 0, or more than the default, means the default.
 	Timeout time.Duration
 	// Arrived is when the push came in. The zero time means when it is started, and
@@ -467,6 +486,9 @@ func (p *Push) add(d *Delivery) {
 func (p *Push) send(legs []*Delivery) {
 	if len(legs) == 0 {
 		return
+	}
+	if p.Budget != nil {
+		p.Budget.Charge(len(legs))
 	}
 	home := p.homeOf(legs[0])
 	for _, d := range legs {

@@ -10,6 +10,8 @@ import (
 	"net"
 	"strconv"
 	"time"
+
+	"golang.org/x/net/http2/hpack"
 )
 
 // A gRPC client that does little but write and read: grpc-go's own takes as much CPU
@@ -68,6 +70,10 @@ type wire struct {
 	calls        map[uint32]*inflight
 	free         []*inflight
 	waiting      []queued // for the window, or for a call to end
+
+	// Of a client that listens, see there.
+	decoder  *hpack.Decoder
+	pushback *time.Duration
 }
 
 // inflight is a call without its reply.
@@ -77,6 +83,8 @@ type inflight struct {
 	ok bool
 	// What a reply without success says.
 	said string
+	// What a trailer asks for.
+	pushback time.Duration
 	// Of a PushStream.
 	push    *rawStream
 	partial []byte // the beginning of a message that has not come in full
@@ -216,6 +224,11 @@ func (w *wire) take(kind, flags byte, id uint32, body []byte, ended func(*inflig
 	case frameData:
 		return w.data(id, flags, body, ended)
 	case frameHeaders, frameReset:
+		if kind == frameHeaders {
+			if err := w.trailer(id, body); err != nil {
+				return err
+			}
+		}
 		if kind == frameReset || flags&flagEndStream != 0 {
 			w.end(id, kind == frameReset, ended)
 		}
@@ -308,6 +321,7 @@ func (w *wire) end(id uint32, broken bool, ended func(*inflight)) {
 // on a connection it only refers to, as all clients do.
 type headerTable struct {
 	authority string
+	priority  string // of all calls, "" for none
 	said      []string
 }
 
@@ -330,6 +344,9 @@ func (t *headerTable) append(b []byte, method string) []byte {
 	b = t.field(b, nameAuthority, "", t.authority)
 	b = t.field(b, nameType, "", "application/grpc")
 	b = t.field(b, nameUserAgent, "", "pushbench")
+	if t.priority != "" {
+		b = t.field(b, 0, "x-priority", t.priority)
+	}
 	return t.field(b, 0, "te", "trailers")
 }
 

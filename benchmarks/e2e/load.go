@@ -110,6 +110,7 @@ func loadRole(ctx context.Context, p *part) error {
 		return none{}, nil
 	})
 	handle(p, "run", g.run)
+	handle(p, "flood", g.flood)
 	return nil
 }
 
@@ -253,13 +254,15 @@ func (r *run) call(ctx context.Context, conn *grpc.ClientConn, c class, m, reply
 }
 
 // pick draws the next request.
-func (r *run) pick(rng *rand.Rand) (class, *raw) {
-	n, c := rng.IntN(r.messages.sum), toUser
-	for n >= r.messages.mix[c] {
-		n -= r.messages.mix[c]
+func (r *run) pick(rng *rand.Rand) (class, *raw) { return r.messages.pick(rng) }
+
+func (m *messages) pick(rng *rand.Rand) (class, *raw) {
+	n, c := rng.IntN(m.sum), toUser
+	for n >= m.mix[c] {
+		n -= m.mix[c]
 		c++
 	}
-	all := r.messages.unary[c]
+	all := m.unary[c]
 	return c, &all[rng.IntN(len(all))]
 }
 

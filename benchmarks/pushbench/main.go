@@ -4,6 +4,7 @@
 //	pushbench bars [SUITE]      runs all suites that have bars; exits with 1 if one falls short
 //	pushbench suites [SUITE]    runs suites and prints their tables
 //	pushbench compare BASE [LOAD] holds Push-Manager against another build of it
+//	pushbench overload          floods Push-Manager; exits with 1 if it does not stand it
 //	pushbench profile [LOAD]    CPU and allocation profiles of Push-Manager under load
 package main
 
@@ -49,6 +50,8 @@ type compareCommand struct {
 	Names []string `arg:"" help:"Only these loads."       optional:""`
 }
 
+type overloadCommand struct{}
+
 type profileCommand struct {
 	Dir      string        `default:".tmp/profile" help:"Where the profiles go."        type:"path"`
 	Duration time.Duration `default:"6s"           help:"Length of each CPU profile."`
@@ -62,10 +65,11 @@ func main() {
 	var c struct {
 		options `embed:""`
 
-		Bars    barsCommand    `cmd:"" help:"Run all suites that have bars; exit with 1 if one falls short."`
-		Suites  suitesCommand  `cmd:"" help:"Run suites and print their tables."`
-		Compare compareCommand `cmd:"" help:"Hold Push-Manager against another build of it, in the same rounds."`
-		Profile profileCommand `cmd:"" help:"Profile Push-Manager under load."`
+		Bars     barsCommand     `cmd:"" help:"Run all suites that have bars; exit with 1 if one falls short."`
+		Suites   suitesCommand   `cmd:"" help:"Run suites and print their tables."`
+		Compare  compareCommand  `cmd:"" help:"Hold Push-Manager against another build of it, in the same rounds."`
+		Overload overloadCommand `cmd:"" help:"Offer 2 and 5 times what it can do; exit with 1 if it does not stand that."`
+		Profile  profileCommand  `cmd:"" help:"Profile Push-Manager under load."`
 	}
 	command := kong.Parse(&c, kong.Name("pushbench"), kong.Description("Measures Push-Manager against rivals."), kong.UsageOnError())
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -171,6 +175,33 @@ func (c *compareCommand) Run(ctx context.Context, o *options) error {
 		err = errors.Join(err, r.Write(os.Stdout))
 	}
 	return err
+}
+
+// Run implements a command of kong.
+func (c *overloadCommand) Run(ctx context.Context, o *options) error {
+	b, err := o.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	all, err := b.Overload(ctx)
+	if err != nil {
+		return err
+	}
+	if err := e2e.WriteOverloads(os.Stdout, all); err != nil {
+		return err
+	}
+	fine := true
+	for _, one := range all {
+		for _, bar := range one.Bars() {
+			say(bar.String())
+			fine = fine && !bar.Short()
+		}
+	}
+	if !fine {
+		return errShort
+	}
+	return nil
 }
 
 // Run implements a command of kong.

@@ -20,6 +20,7 @@ func startIn(ctx context.Context, place devstack.Place) (devstack.PushManager, e
 	err := program.Fill(&c, map[string]string{
 		"GRPC_PORT": strconv.Itoa(place.GRPCPort), "METRICS_PORT": strconv.Itoa(place.MetricsPort),
 		"ETCD_ENDPOINTS": place.EtcdEndpoint, "CONTROLLER_ADDRESS": place.ControllerAddress,
+		"DRAIN_NOTICE": "0s", // there is no balancer
 	})
 	if err != nil {
 		return nil, err

@@ -12,6 +12,8 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
@@ -40,12 +42,14 @@ type Config struct {
 	Shards     shard.Config
 	Routes     route.Config
 	Engine     engine.Config
+	Pressure   pressure.Config
 	Links      link.Config
 	Ingress    ingress.Config
 	Controller controller.Config
 	Discovery  discovery.Config
 	Entry      discovery.RegistrationConfig
 	Etcd       program.EtcdConfig
+	Health     health.Config
 
 	allowNets []string
 }
@@ -53,6 +57,9 @@ type Config struct {
 // maxRequest bounds what limits.request_bytes may be: such a request is held in
 // memory for each call under way.
 const maxRequest = 64 << 20
+
+// leastLinkTime is as fine as the links' clock is.
+const leastLinkTime = 25 * time.Millisecond
 
 // Bind adds all keys. Settle must follow Load.
 func (c *Config) Bind(s *config.Set) {
@@ -66,12 +73,15 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
+	s.Duration(&c.Ingress.DrainNotice, "drain_notice", time.Second, 0, "How long pushes are still taken after readiness went off, so that balancers notice; no longer than half of drain_timeout.")
+	s.Duration(&c.Health.Patience, "not_ready_after", 2*time.Second, 0, "How long pushes must have been impossible to deliver for readiness to go off. It comes back at once.")
 	c.Log.Bind(s)
 
 	s.Auto(&c.Shards.Count, "shards", shard.DefaultCount(), shard.MaxCount, "Fixed lanes of work, each with a stream to every node. auto: one for every two cores.")
 	s.Int(&c.Shards.PoolSize, "pool_size", 256, 1, 1<<16, "Goroutines of each shard that may wait for a look-up or an old node.")
 	s.Duration(&c.Engine.Timeout, "push_timeout", 5*time.Second, time.Millisecond, "Longest time of a push, whatever its caller asks for.")
-	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused.")
+	s.Int(&c.Engine.MaxInFlight, "max_in_flight", 1<<17, 1, 1<<24, "Pushes that are not finished; more are refused, low priorities from half of it on.")
+	c.bindOverload(s)
 	c.bindRoutes(s)
 	c.bindLimits(s)
 	c.bindLinks(s)
@@ -81,6 +91,16 @@ func (c *Config) Bind(s *config.Set) {
 	s.Int(&c.Discovery.MaxNodes, "discovery.max_nodes", 4096, 1, 1<<20, "Connect-Nodes taken notice of.")
 	s.List(&c.allowNets, "discovery.allow_networks", "", "Networks such as 10.0.0.0/8 that Connect-Nodes may be in. Empty: any.")
 	c.Tracing.Bind(s)
+}
+
+func (c *Config) bindOverload(s *config.Set) {
+	a := &c.Ingress
+	s.Choice(&a.PriorityMax, "priority_max", "critical", "Highest priority that a caller may claim with x-priority: low, normal, high or critical. A higher claim counts as this.",
+		"low", "normal", "high", "critical")
+	s.Duration(&c.Pressure.Wait, "overload_wait", 50*time.Millisecond, config.OrZero, "Median wait for a core from which on pushes are refused, the lowest priority first. 0: it does not matter.")
+	s.Int(&a.Rate, "rate_limit", 0, 0, 1<<30, "What one caller may spend in a second: 1 for a push and 1 for each node that it is sent to. 0: as much as it likes.")
+	s.Int(&a.RateBurst, "rate_burst", 0, 0, 1<<30, "How much of that may be saved up. 0: a second's.")
+	s.Int(&a.RateCallers, "rate_callers", 10_000, 1, 1<<24, "Callers told apart at a time, by the address that they call from.")
 }
 
 func (c *Config) bindRoutes(s *config.Set) {
@@ -103,12 +123,13 @@ func (c *Config) bindLimits(s *config.Set) {
 }
 
 func (c *Config) bindLinks(s *config.Set) {
-	const least = 25 * time.Millisecond // the links' clock is no finer
+	const least = leastLinkTime
 	l := &c.Links
 	s.Duration(&l.AckTimeout, "link.ack_timeout", time.Second, least, "How long a node may owe an acknowledgement.")
 	s.Duration(&l.DialTimeout, "link.dial_timeout", time.Second, least, "Longest attempt to reach a node.")
 	s.Duration(&l.Heartbeat, "link.heartbeat", time.Second, least, "Pause between two heartbeats of a stream.")
 	s.Duration(&l.Silence, "link.silence", 3*time.Second, least, "How long a node may say nothing before its stream is closed.")
+	s.Duration(&l.Canary, "link.canary", 0, 0, "Pause between two heartbeats of a stream whose way to the node and back is measured. 0s: none is.")
 	s.Duration(&l.BackoffMin, "link.backoff_min", 50*time.Millisecond, least, "First pause between two attempts to reach a node; it doubles.")
 	s.Duration(&l.BackoffMax, "link.backoff_max", 750*time.Millisecond, least, "Longest pause between two attempts to reach a node.")
 	s.Bytes(&l.QueueBytes, "link.queue_bytes", 8<<20, 1, math.MaxInt32, "Bytes that may wait for one stream to a node.")
@@ -149,6 +170,8 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 		return s.Problem("link.silence", "%v must be longer than link.heartbeat (%v)", c.Links.Silence, c.Links.Heartbeat)
 	case c.Links.BackoffMax < c.Links.BackoffMin:
 		return s.Problem("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
+	case c.Links.Canary != 0 && c.Links.Canary < leastLinkTime:
+		return s.Problem("link.canary", "%v must be 0s or at least %v", c.Links.Canary, leastLinkTime)
 	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:
 		return s.Problem("limits.request_bytes", "%s cannot hold limits.data_bytes (%s) and limits.metadata_bytes (%s)",
 			config.FormatBytes(c.Ingress.MaxRecvBytes), config.FormatBytes(l.DataBytes), config.FormatBytes(l.MetadataBytes))
@@ -172,6 +195,7 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
 	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
+	c.Ingress.DrainNotice = min(c.Ingress.DrainNotice, c.DrainTimeout/2) // what is under way needs some time, too
 	c.Tracing.Service, c.Tracing.Instance = "push-manager", c.ManagerID
 	return nil
 }
@@ -201,6 +225,8 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Discovery.Logger, c.Discovery.Metrics = log, set
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
+	c.Health.Logger, c.Health.Metrics = log, set
+	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set
 }

@@ -250,6 +250,7 @@ func (b *blocked) GetRoomInfo(context.Context, *pubsub.GetRoomInfoRequest) (*pub
 func busy(t *testing.T, env ...string) (p *process, ops string) {
 	t.Helper()
 	etcd := etcdtest.Start(t)
+	startNode(t, etcd.Client(), &counter{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

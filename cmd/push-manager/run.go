@@ -5,13 +5,14 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
@@ -75,15 +76,22 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 		return nil, err
 	}
 	m.parts.Add("engine", m.engine.Drain)
+	if err = m.watch(cfg.Pressure); err != nil {
+		return nil, err
+	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
 	}
 	m.ingress.SetServing(false) // until etcd has said which nodes there are
+	m.ingress.SetHealthy(false) // until health has had a look
 	m.controller.Start(m.directory)
 	m.watcher.Start()
 	m.serve()
 	m.parts.Add("push API", m.stopServing)
+	if err = m.watchHealth(cfg); err != nil {
+		return nil, err
+	}
 
 	// Our own entry in etcd; metrics and health, which look at everything.
 	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, program.Advertised(cfg.AdvertiseAddress, m.api.Addr())
@@ -112,18 +120,20 @@ type pushManager struct {
 	watcher    *discovery.Watcher
 	engine     *engine.Engine
 	ingress    *ingress.Server
+	health     *health.Monitor
 	entry      *discovery.Registration
 	http       *telemetry.HTTP // nil until all the others run
 
-	parts    program.Parts
-	serving  sync.WaitGroup
-	failed   chan error
-	draining atomic.Bool
+	parts   program.Parts
+	serving sync.WaitGroup
+	failed  chan error
 }
 
-// Drain stops in the reverse order of the start.
+// Drain stops in the reverse order of the start. Readiness and health go off first, while
+// pushes are still taken.
 func (m *pushManager) Drain(ctx context.Context) error {
-	m.draining.Store(true)
+	m.health.Drain()
+	m.ingress.Announce()
 	return m.parts.Stop(ctx)
 }
 
@@ -137,18 +147,7 @@ func (m *pushManager) GRPCAddr() string { return m.api.Addr().String() }
 func (m *pushManager) HTTPAddr() string { return m.ops.Addr().String() }
 
 // NotReady says why pushes cannot be delivered now, nothing when they can.
-func (m *pushManager) NotReady() (reasons []string) {
-	if m.draining.Load() {
-		reasons = append(reasons, "draining")
-	}
-	if !m.ingress.Serving() {
-		reasons = append(reasons, "etcd has not answered yet: no Connect-Nodes are known")
-	}
-	if healthy, reason := m.controller.Healthy(); !healthy {
-		reasons = append(reasons, reason)
-	}
-	return reasons
-}
+func (m *pushManager) NotReady() []string { return m.health.NotReady() }
 
 // Reachable is the number of Connect-Nodes with a live stream.
 func (m *pushManager) Reachable() int { return m.links.Reachable() }
@@ -195,6 +194,16 @@ func (m *pushManager) alive(id string) bool {
 func (m *pushManager) stopLinks(ctx context.Context) error {
 	defer m.links.Close()
 	return m.links.Drain(ctx)
+}
+
+// watch lets the engine refuse pushes while memory or cores run out.
+func (m *pushManager) watch(cfg pressure.Config) error {
+	cfg.Shed, cfg.InFlight = m.engine.Shed, m.engine.InFlight
+	monitor, err := pressure.Start(cfg)
+	if err == nil {
+		m.parts.Add("overload", program.Closing(monitor.Close))
+	}
+	return err
 }
 
 func (m *pushManager) serve() {

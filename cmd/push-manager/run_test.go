@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -77,6 +78,42 @@ func serveGRPC(t *testing.T, addr string, s *grpc.Server) string {
 		<-done
 	})
 	return l.Addr().String()
+}
+
+// listenAgain listens at an address that may just have been given up.
+func listenAgain(t *testing.T, addr string) net.Listener {
+	t.Helper()
+	var l net.Listener
+	eventually(t, "listen at "+addr, func() bool {
+		var err error
+		l, err = net.Listen("tcp", addr)
+		return err == nil
+	})
+	return l
+}
+
+// serveController runs a Controller at addr until it is stopped or the test ends.
+func serveController(t *testing.T, addr string) (stop func()) {
+	t.Helper()
+	s, l, done := controllerServer(), listenAgain(t, addr), make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			s.Stop()
+			<-done
+		})
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// registerNode writes the entry of the node n1, for good.
+func registerNode(t *testing.T, etcd *clientv3.Client, addr string) {
+	t.Helper()
+	if _, err := etcd.Put(t.Context(), "/services/connect-node/n1", `{"Op":0,"Addr":"`+addr+`","Metadata":{"node_id":"n1"}}`); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
@@ -179,7 +216,8 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	conn := client(t, m.GRPCAddr())
 	api := pubsub.NewPushManagerServiceClient(conn)
 
-	if code, body := readyz(t, m); code != 503 || !strings.Contains(body, "etcd") || !strings.Contains(body, "controller") {
+	if code, body := readyz(t, m); code != 503 || !strings.Contains(body, "discovery: nodes not known yet") || !strings.Contains(body, "etcd") ||
+		!strings.Contains(body, "controller: has not answered yet") {
 		t.Errorf("readyz %d %q", code, body)
 	}
 	serveGRPC(t, controller, controllerServer())
@@ -195,13 +233,13 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 
 	etcd.Restart()
 	back := time.Now()
+	gateway := &counter{}
+	startNode(t, etcd.Client(), gateway)
 	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 })
 	if took := time.Since(back); took > 2*time.Second {
 		t.Errorf("ready %v after etcd was back", took)
 	}
 	wantHealth(t, health, grpc_health_v1.HealthCheckResponse_SERVING)
-	gateway := &counter{}
-	startNode(t, etcd.Client(), gateway)
 	eventually(t, "the node is reached", func() bool { return m.Reachable() == 1 })
 	r, err := api.PushToRoom(t.Context(), &pubsub.PushToRoomRequest{RoomId: "lobby", Content: hello()})
 	if err != nil || !r.GetSuccess() || r.GetDeliveredCount() != 1 || gateway.delivered.Load() != 1 {

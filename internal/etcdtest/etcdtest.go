@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 type Server struct {
 	tb                  testing.TB
 	front, client, peer string // host:port
-	dir                 string
+	dir, name           string
+	cluster             string // all members, "" for one alone
 	etcd                *embed.Etcd
 	// Clients come through here: etcd waits up to five seconds for its clients
 	// when it stops, unless their connections are gone already.
@@ -39,9 +41,37 @@ func Start(tb testing.TB) *Server {
 // Reserve gives an etcd that is not running yet; Restart starts it.
 func Reserve(tb testing.TB) *Server {
 	tb.Helper()
-	s := &Server{tb: tb, front: freeAddr(tb), client: freeAddr(tb), peer: freeAddr(tb), dir: tb.TempDir()}
+	s := &Server{tb: tb, front: freeAddr(tb), client: freeAddr(tb), peer: freeAddr(tb), dir: tb.TempDir(), name: "test"}
 	tb.Cleanup(s.Stop)
 	return s
+}
+
+// StartCluster runs n members of one etcd, which stop and restart each by itself.
+func StartCluster(tb testing.TB, n int) []*Server {
+	tb.Helper()
+	members, all := make([]*Server, n), make([]string, n)
+	for i := range members {
+		members[i] = Reserve(tb)
+		members[i].name = fmt.Sprint("test", i)
+		all[i] = members[i].name + "=http://" + members[i].peer
+	}
+	for _, s := range members {
+		s.cluster = strings.Join(all, ",")
+	}
+	RestartAll(members...)
+	return members
+}
+
+// RestartAll starts members together: none of them need be ready before the others are.
+func RestartAll(members ...*Server) {
+	for _, s := range members {
+		s.tb.Helper()
+		s.Stop()
+		s.launch()
+	}
+	for _, s := range members {
+		s.await()
+	}
 }
 
 // Endpoint is the host:port for clients.
@@ -76,7 +106,10 @@ func (s *Server) Stop() {
 	if s.etcd == nil {
 		return
 	}
-	s.proxy.close()
+	if s.proxy != nil { // it was ready
+		s.proxy.close()
+		s.proxy = nil
+	}
 	s.etcd.Close()
 	s.etcd = nil
 }
@@ -100,8 +133,15 @@ func (s *Server) Wipe() {
 
 func (s *Server) start() {
 	s.tb.Helper()
+	s.launch()
+	s.await()
+}
+
+// launch starts etcd; one of several members is ready only when most are there.
+func (s *Server) launch() {
+	s.tb.Helper()
 	cfg := embed.NewConfig()
-	cfg.Name = "test"
+	cfg.Name = s.name
 	cfg.Dir = s.dir
 	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: s.client}}
 	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
@@ -109,12 +149,22 @@ func (s *Server) start() {
 	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	cfg.TickMs, cfg.ElectionMs = 10, 100 // a leader in 0.1 s
+	if s.cluster != "" {
+		cfg.InitialCluster = s.cluster
+		cfg.TickMs, cfg.ElectionMs = 100, 1000 // a busy machine must not cost the leader its place
+	}
 	cfg.UnsafeNoFsync = true
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	etcd, err := embed.StartEtcd(cfg)
 	if err != nil {
 		s.tb.Fatalf("start etcd: %v", err)
 	}
+	s.etcd = etcd
+}
+
+func (s *Server) await() {
+	s.tb.Helper()
+	etcd := s.etcd
 	late := time.NewTimer(20 * time.Second)
 	defer late.Stop()
 	select {
@@ -122,10 +172,8 @@ func (s *Server) start() {
 	case err := <-etcd.Err():
 		s.tb.Fatalf("start etcd: %v", err)
 	case <-late.C:
-		etcd.Close()
 		s.tb.Fatal("etcd not ready after 20s")
 	}
-	s.etcd = etcd
 	s.proxy = listen(s.tb, s.front, s.client)
 }
 

@@ -46,7 +46,12 @@ const slackForCI = 3 * time.Second
 
 func newBench(t testing.TB) *bench {
 	t.Helper()
-	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcdtest.Start(t)}
+	return newBenchOf(t, etcdtest.Start(t))
+}
+
+func newBenchOf(t testing.TB, etcd *etcdtest.Server) *bench {
+	t.Helper()
+	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcd}
 	b.client = b.etcd.Client()
 	b.controller = newController(t, b.world)
 	t.Cleanup(b.finish) // before the parts end

@@ -32,7 +32,7 @@ func TestChaos(t *testing.T) {
 	for _, f := range plan {
 		t.Logf("%8v  %s for %v", f.at.Round(time.Millisecond), f.name(c), f.lasts.Round(time.Millisecond))
 	}
-	c.streams.Go(c.watchMachine)
+	c.streams.Go(func() { c.ledger.watchMachine(c.stop, starved) })
 	c.traffic()
 	c.more(500)
 	calm := c.ledger.now()
@@ -137,30 +137,6 @@ func (c *city) traffic() {
 		})
 	}
 }
-
-// starved is how late a timer may be before the machine counts as one that lets nobody
-// run. A node that could not run is late with its acks through nobody's fault.
-const starved = 250 * time.Millisecond
-
-// watchMachine notes when it was.
-func (c *city) watchMachine() {
-	const pause = 20 * time.Millisecond
-	for {
-		select {
-		case <-c.stop:
-			return
-		default:
-		}
-		begun := c.ledger.now()
-		wait(pause)
-		if late := c.ledger.now() - begun - pause; late > starved {
-			c.ledger.noteAt(begun, starving+" begins")
-			c.ledger.note(starving + " is over")
-		}
-	}
-}
-
-const starving = "the machine lets nobody run"
 
 // any is a push of any kind.
 func (c *city) any(r *rand.Rand) request {
@@ -420,15 +396,16 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	if during.unknown*50 > during.targets {
 		c.t.Errorf("more than 2 %% of targets are unknown")
 	}
+	unsure := c.ledger.tally(calm, healed, func(p *push) bool { return p.summary.GetUnknown() > 0 }).pushes
+	c.t.Logf("unknown in part or whole: %d of %d pushes, %.2f %%", unsure, during.pushes, 100*float64(unsure)/float64(max(during.pushes, 1)))
+	if unsure*50 > during.pushes {
+		c.t.Errorf("more than 2 %% of pushes are unknown in part or whole")
+	}
 	c.strayUnknowns()
 }
 
 // starvedSince tells whether the machine let nobody run, after a moment.
-func (c *city) starvedSince(since time.Duration) bool {
-	c.ledger.mu.Lock()
-	defer c.ledger.mu.Unlock()
-	return slices.ContainsFunc(c.ledger.notes, func(n note) bool { return n.at >= since && strings.HasPrefix(n.text, starving) })
-}
+func (c *city) starvedSince(since time.Duration) bool { return !c.ledger.calm(since, c.ledger.now()) }
 
 // afterwards is how long a fault may have consequences: the silence timeout, and an
 // ack that is awaited beyond it.

@@ -115,6 +115,14 @@ func TestCheckerFindsEachBrokenPromise(t *testing.T) {
 		}},
 		{"never answered", "I7", func(b book) { b.begin(user("m")) }},
 		{"answered too late", "I7", func(b book) { b.told(user("m"), 0, 1200, summary(0, 1, 0, 0), nil) }},
+		{"answered late, and the caller could not run for as long", "", func(b book) {
+			b.told(user("m"), 0, 5000, summary(0, 1, 0, 0), nil)
+			b.freeze(500*time.Millisecond, 4600*time.Millisecond)
+		}},
+		{"answered later than that", "I7", func(b book) {
+			b.told(user("m"), 0, 5000, summary(0, 1, 0, 0), nil)
+			b.freeze(1500*time.Millisecond, 9000*time.Millisecond)
+		}},
 		{"order kept", "", func(b book) { inOrder(b, "m", "m", summary(1, 0, 0, 0), 1, 2) }},
 		{"order broken", "I10", func(b book) { inOrder(b, "m", "m", summary(1, 0, 0, 0), 2, 1) }},
 		{"order broken over two managers", "I10", func(b book) { inOrder(b, "m1", "m2", summary(1, 0, 0, 0), 2, 1) }},

@@ -23,7 +23,8 @@ import (
 )
 
 // childEnv makes the test binary a Connect-Node: its id, the address to listen on,
-// and etcd's endpoint, empty where the test registers it.
+// etcd's endpoint, empty where the test registers it, and the users who are connected
+// from the beginning.
 const childEnv = "FAULTBENCH_NODE"
 
 // serveChild is a Connect-Node built on transport/node, as any gateway would be. Its
@@ -39,7 +40,7 @@ func serveChild(spec string) int {
 		defer mu.Unlock()
 		_, _ = fmt.Fprintf(os.Stdout, format+"\n", args...) // a parent that is gone kills us
 	}
-	users := newClients(id, func(id, user, _, _ string) { say("got %s %s", id, user) })
+	users := newClients(id, func(id, user, _, _ string) { say("got %s %s", id, user) }, strings.Fields(part[3])...)
 	srv, err := node.New(node.Config{NodeID: id, Sessions: users})
 	if err != nil {
 		return complain(err)
@@ -108,6 +109,13 @@ type child struct {
 // Through prefix it runs in a network namespace.
 func newChild(t testing.TB, l *ledger, id, addr, endpoint string, prefix ...string) *child {
 	t.Helper()
+	return newChildWith(t, l, id, addr, endpoint, nil, prefix...)
+}
+
+// newChildWith is newChild with users who are there before it listens, as those are
+// who wait for their gateway to come back.
+func newChildWith(t testing.TB, l *ledger, id, addr, endpoint string, users []string, prefix ...string) *child {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +133,7 @@ func newChild(t testing.TB, l *ledger, id, addr, endpoint string, prefix ...stri
 	}
 	cmd.Stdout = in
 	c := &child{id: id, commands: commands, read: make(chan struct{}), said: make(chan string, 16)}
-	c.process = run(t, "node "+id, cmd, []string{childEnv + "=" + strings.Join([]string{id, addr, endpoint}, ",")})
+	c.process = run(t, "node "+id, cmd, []string{childEnv + "=" + strings.Join([]string{id, addr, endpoint, strings.Join(users, " ")}, ",")})
 	_ = in.Close() // the child has it
 	go func() {
 		defer close(c.read)

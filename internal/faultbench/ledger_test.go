@@ -99,7 +99,16 @@ type ledger struct {
 	pushes   []*push
 	arrivals []arrival // in the order of each client
 	notes    []note    // what was done to the deployment
+	frozen   []span    // when we ourselves could not run
 	next     int
+}
+
+// span is a time from one moment to another.
+type span struct{ from, to time.Duration }
+
+// within is how much of the span lies between two moments.
+func (s span) within(from, to time.Duration) time.Duration {
+	return max(min(s.to, to)-max(s.from, from), 0)
 }
 
 type note struct {
@@ -123,6 +132,46 @@ func (l *ledger) noteAt(at time.Duration, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.notes = append(l.notes, note{at, text})
+}
+
+// freeze notes that this process could not run for a while: it was late to see the
+// answers that came meanwhile.
+func (l *ledger) freeze(from, to time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.frozen = append(l.frozen, span{from, to})
+}
+
+// starved is how late a timer may be before the machine counts as one that lets nobody
+// run. A node that could not run is late with its acks through nobody's fault.
+const starved = 250 * time.Millisecond
+
+const starving = "the machine lets nobody run"
+
+// watchMachine notes when a timer is late by more than that, until stop.
+func (l *ledger) watchMachine(stop <-chan struct{}, tolerated time.Duration) {
+	const pause = 20 * time.Millisecond
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		begun := l.now()
+		wait(pause)
+		if l.now()-begun-pause > tolerated {
+			l.noteAt(begun, starving+" begins")
+			l.note(starving + " is over")
+			l.freeze(begun, l.now())
+		}
+	}
+}
+
+// calm tells whether it did not happen between two moments.
+func (l *ledger) calm(from, to time.Duration) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !slices.ContainsFunc(l.frozen, func(f span) bool { return f.within(from, to) > 0 })
 }
 
 // begin gives p an id and notes that it is about to be asked for.
@@ -172,7 +221,7 @@ type violation struct {
 }
 
 // check compares what arrived with what was told. slack is what I7 grants beyond the
-// deadline.
+// deadline, and the time in which the callers could not run is not held against anybody.
 func (l *ledger) check(slack time.Duration) []violation {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,7 +233,11 @@ func (l *ledger) check(slack time.Duration) []violation {
 	known := make(map[string]*push, len(l.pushes))
 	for _, p := range l.pushes {
 		known[p.id] = p
-		for _, f := range p.check(byPush[p.id], slack) {
+		late := slack
+		for _, f := range l.frozen {
+			late += f.within(p.start, p.end)
+		}
+		for _, f := range p.check(byPush[p.id], late) {
 			f.push = p
 			found = append(found, f)
 		}

@@ -3,6 +3,8 @@ package faultbench
 import (
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -290,4 +292,64 @@ func TestRoomOfAMillionMembersStaysWithinMemory(t *testing.T) {
 	if now := m.resident(); now > 1<<30 {
 		t.Errorf("the process has %.0f MiB", now/(1<<20))
 	}
+}
+
+// Row 17; 100,000 users with make faults. The Controller has no change stream and routes
+// are trusted for long: each user's move is found by the push that comes too late.
+func TestUsersWhoMoveInMassesAreFoundWithOneLookupEach(t *testing.T) {
+	s := newStreet(t)
+	count, span := 10*volume, 2*time.Second
+	if os.Getenv(slowEnv) != "" {
+		count, span = 100_000, 10*time.Second
+	}
+	crowd := names("crowd", count)
+	old := s.wire("bad", crowd...)
+	next := s.wire("good", s.good...)
+	m := s.manage(2, "ROUTE_CACHE_TTL=1h", "LOOKUP_TIMEOUT=5s", "POOL_SIZE=4096") // as many look-ups as pushes on their way
+	requests := make([]request, count)
+	for i, id := range crowd {
+		requests[i] = user(id)
+	}
+	through := func(list []request) {
+		for part := range slices.Chunk(list, 2000) {
+			m.stream(part)
+		}
+	}
+	through(requests) // all routes are known
+	m.rest()
+	lookups := s.controller.lookups.Load()
+	if lookups > int64(count)+10 {
+		t.Errorf("%d look-ups for %d users", lookups, count)
+	}
+	since := s.ledger.now()
+	var movers sync.WaitGroup
+	movers.Go(func() {
+		const steps = 100
+		for part := range slices.Chunk(crowd, max(count/steps, 1)) {
+			for _, id := range part { // each is somewhere at any time
+				next.users.connect(id)
+				s.world.place("good", id)
+				old.users.leave(id)
+			}
+			wait(span / steps)
+		}
+	})
+	others := m.callers(4, s.someGood)
+	shuffled := slices.Clone(requests)
+	rand.New(rand.NewPCG(s.seed, 17)).Shuffle(count, func(i, k int) { shuffled[i], shuffled[k] = shuffled[k], shuffled[i] })
+	through(shuffled)
+	movers.Wait()
+	through(shuffled)
+	others.end()
+	s.unharmed(since)
+	all := s.ledger.tally(since, s.ledger.now(), func(p *push) bool { return !forGood(p) })
+	again := s.controller.lookups.Load() - lookups
+	t.Logf("%d users moved in %v: %d look-ups, %v heals; %v", count, span, again, m.metric("heals_total"), all)
+	if all.success*100 < all.pushes*99 || all.pushes != 2*count {
+		t.Errorf("nearly all arrive: %v", all)
+	}
+	if again > int64(count)+int64(len(s.good))+10 || again < int64(count)/2 {
+		t.Errorf("%d look-ups for %d users who moved once", again, count)
+	}
+	m.atRest()
 }

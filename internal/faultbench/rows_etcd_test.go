@@ -93,6 +93,60 @@ func TestEtcdOutageRemovesNoNode(t *testing.T) {
 	w.m.atRest()
 }
 
+// Row 36: the member that the watch hangs on is alone. What it says is old news, and
+// nothing but its own word tells.
+func TestEtcdMemberWithoutLeaderIsNotTrusted(t *testing.T) {
+	slow(t)
+	t.Parallel()
+	members := etcdtest.StartCluster(t, 3)
+	s := aloneInStreetOf(t, members[0])
+	w := s.run("ETCD_REQUEST_TIMEOUT=2s")
+	every := s.launch("pm-2", "ETCD_REQUEST_TIMEOUT=2s",
+		"ETCD_ENDPOINTS="+members[0].Endpoint()+","+members[1].Endpoint()+","+members[2].Endpoint())
+	every.reaches(2)
+	breaks := w.m.metric(`discovery_watch_breaks_total{reason="no_leader"}`)
+	s.ledger.note("two of three members of etcd are gone")
+	members[1].Stop()
+	members[2].Stop()
+	noticed := w.m.until(`discovery_watch_breaks_total{reason="no_leader"}`, func(v float64) bool { return v > breaks })
+	t.Logf("no leader: noticed after %v", noticed.Round(time.Millisecond))
+	w.m.until("discovery_stale_seconds", func(v float64) bool { return v > 1 })
+	for _, m := range []*manager{w.m, every} {
+		lasts(t, 2*time.Second, "both nodes stay", func() error {
+			if n := m.metric("nodes"); n != 2 {
+				return fmt.Errorf("%v nodes are known", n)
+			}
+			return nil
+		})
+	}
+	etcdtest.RestartAll(members[1], members[2])
+	back := w.m.until("discovery_stale_seconds", func(v float64) bool { return v == 0 })
+	t.Logf("etcd is heard again after %v", back.Round(time.Millisecond))
+	third := w.wire("third", "third1")
+	eventually(t, "a new node is found by both", func() error {
+		if third.open.Load() != 4 {
+			return errStill
+		}
+		return nil
+	})
+	s.ledger.note("the first member is gone, for good")
+	members[0].Stop()
+	s.client = members[1].Client()
+	fourth := w.wire("fourth", "fourth1")
+	elsewhere := eventually(t, "a new node is found through another member", func() error {
+		if fourth.open.Load() != 2 {
+			return errStill
+		}
+		return nil
+	})
+	t.Logf("watching elsewhere after %v", elsewhere.Round(time.Millisecond))
+	w.all.more(volume)
+	w.all.end()
+	if all := w.ledger.tally(w.since, w.ledger.now(), nil); all.success != all.pushes {
+		t.Errorf("pushes were harmed: %v", all)
+	}
+}
+
 // Row 37.
 func TestCompactionWhileCutOffIsCaughtUpOnce(t *testing.T) {
 	s := newStreet(t)

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
 // The rows of the fault list about Connect-Nodes. Each has a node "bad" that something
@@ -26,7 +28,13 @@ func newStreet(t *testing.T) *street {
 // aloneInStreet is the same for a test that shares something with others.
 func aloneInStreet(t *testing.T) *street {
 	t.Helper()
-	s := &street{bench: newBench(t), bad: names("bad", 10), good: names("good", 10)}
+	return aloneInStreetOf(t, etcdtest.Start(t))
+}
+
+// aloneInStreetOf is the same with an etcd that runs already.
+func aloneInStreetOf(t *testing.T, etcd *etcdtest.Server) *street {
+	t.Helper()
+	s := &street{bench: newBenchOf(t, etcd), bad: names("bad", 10), good: names("good", 10)}
 	s.world.join("mixed", append(s.bad, s.good...)...)
 	s.world.join("bad room", s.bad...)
 	s.world.join("good room", s.good...)

@@ -116,9 +116,10 @@ func newSoak(t *testing.T) *soak {
 	}
 	s.m.good(room("all"))
 	s.m.rest()
-	machine := &city{bench: s.bench, stop: make(chan struct{})}
-	machine.streams.Go(machine.watchMachine)
-	t.Cleanup(machine.end)
+	var watching sync.WaitGroup
+	stop := make(chan struct{})
+	watching.Go(func() { s.ledger.watchMachine(stop, starved) })
+	t.Cleanup(func() { close(stop); watching.Wait() })
 	return s
 }
 
@@ -367,9 +368,9 @@ func established(t testing.TB, pid int) int {
 // it and those around it.
 func (s *soak) settle(before time.Duration) {
 	done := s.ledger.takeOut(before, before-soakLap)
-	starved := s.starved()
+	excuses := s.starvations()
 	for _, v := range done.check(slackForCI) {
-		if v.rule == "I7" && within(v.push, starved) {
+		if v.rule == "I7" && within(v.push, excuses) {
 			s.excused[v.push.id] = true
 			continue
 		}
@@ -377,17 +378,17 @@ func (s *soak) settle(before time.Duration) {
 	}
 	for _, p := range done.pushes {
 		if p.end < before-soakLap {
-			s.book(p, starved)
+			s.book(p, excuses)
 		}
 	}
 }
 
 // book sums a push up.
-func (s *soak) book(p *push, starved [][2]time.Duration) {
+func (s *soak) book(p *push, excuses [][2]time.Duration) {
 	s.all.add(p)
 	switch {
 	case p.success || within(p, s.leaves):
-	case within(p, starved):
+	case within(p, excuses):
 		s.excused[p.id] = true
 	default:
 		s.stray = append(s.stray, p)
@@ -399,8 +400,8 @@ func within(p *push, spans [][2]time.Duration) bool {
 	return slices.ContainsFunc(spans, func(s [2]time.Duration) bool { return p.start <= s[1] && p.end >= s[0] })
 }
 
-// starved lists when the machine let nobody run, and what came of it.
-func (s *soak) starved() (spans [][2]time.Duration) {
+// starvations lists when the machine let nobody run, and what came of it.
+func (s *soak) starvations() (spans [][2]time.Duration) {
 	s.ledger.mu.Lock()
 	defer s.ledger.mu.Unlock()
 	var begun time.Duration
@@ -478,7 +479,7 @@ func (s *soak) verdict(took time.Duration, rate float64) {
 		}
 	}
 	s.t.Logf("while no node left: %d unknown, %d failed otherwise; besides, %d unknown, failed or late around the %d times when the machine let nobody run",
-		unknown, len(s.stray)-unknown, len(s.excused), len(s.starved()))
+		unknown, len(s.stray)-unknown, len(s.excused), len(s.starvations()))
 	if len(s.stray)*1000 > s.all.pushes {
 		s.t.Errorf("more than 0.1 %% failed while no node left, such as %v", s.stray[0])
 	}

@@ -71,8 +71,8 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			name: "lose the bound of the queue",
 			file: "transport/link/link.go",
 			edits: []edit{{
-				"count < l.set.cfg.QueueLen && bytes <= l.set.cfg.QueueBytes",
-				"count < l.set.cfg.QueueLen || bytes <= l.set.cfg.QueueBytes",
+				"count < p.Share(cfg.QueueLen) && bytes <= p.Share(cfg.QueueBytes)",
+				"count < p.Share(cfg.QueueLen) || bytes <= p.Share(cfg.QueueBytes)",
 			}},
 			dir: "transport/link", test: "TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow",
 		},

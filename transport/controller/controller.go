@@ -39,6 +39,7 @@ type Controller struct {
 	// Static after New.
 	cfg    Config
 	log    *slog.Logger
+	made   time.Time
 	m      *handles
 	conn   *grpc.ClientConn
 	client pubsub.ControllerServiceClient
@@ -71,6 +72,7 @@ func New(cfg Config) (*Controller, error) {
 	c := &Controller{
 		cfg:    cfg,
 		log:    cfg.Logger,
+		made:   time.Now(),
 		conn:   conn,
 		client: pubsub.NewControllerServiceClient(conn),
 		codec:  newCodec(),
@@ -120,6 +122,19 @@ func (c *Controller) Healthy() (healthy bool, reason string) {
 		return false, fmt.Sprintf("controller %s: silent for %s", c.cfg.Address, silent.Round(time.Second))
 	}
 	return true, ""
+}
+
+// Away is how long nothing has come from the Controller, 0 while it can be asked.
+// Before its first answer ever, contacted is false and the time is that since New.
+func (c *Controller) Away() (away time.Duration, contacted bool) {
+	last := c.contact.Load()
+	if last == nil {
+		return time.Since(c.made), false
+	}
+	if healthy, _ := c.Healthy(); healthy {
+		return 0, true
+	}
+	return time.Since(*last), true
 }
 
 // contactLoop keeps the connection up, probes anew what was UNIMPLEMENTED when it

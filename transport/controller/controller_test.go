@@ -495,6 +495,39 @@ func TestHealthFollowsTheController(t *testing.T) {
 	})
 }
 
+// TestAwayIsTheTimeSinceTheLastWord: a silent Controller is as far away as one that
+// refuses, and before the first word there is nothing that a cache could have.
+func TestAwayIsTheTimeSinceTheLastWord(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := serve(t, &script{})
+		v.down()
+		c := connect(t, v, Config{})
+		c.Start(nil)
+		away := func(least, most time.Duration, contacted bool) {
+			t.Helper()
+			synctest.Wait()
+			if d, ok := c.Away(); d < least || d > most || ok != contacted {
+				t.Errorf("away for %v, contacted before %v; want %v to %v, %v", d, ok, least, most, contacted)
+			}
+		}
+		time.Sleep(time.Minute)
+		away(time.Minute, time.Minute, false)
+		v.up()
+		time.Sleep(2 * time.Second)
+		away(0, 0, true)
+		time.Sleep(time.Hour)
+		away(0, 0, true)
+		v.down()
+		time.Sleep(75 * time.Second)
+		away(75*time.Second, 80*time.Second, true) // the last word was a ping of each 5 s
+		v.up()
+		time.Sleep(2 * time.Second)
+		away(0, 0, true)
+		_ = c.Close()
+		v.down()
+	})
+}
+
 func TestConfigNamesWhatIsWrong(t *testing.T) {
 	_, err := New(Config{Address: " , ", Parallel: -1, BatchUsers: 10_001})
 	for _, want := range []string{"Address", "Parallel", "BatchUsers"} {

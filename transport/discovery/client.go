@@ -74,8 +74,9 @@ func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 		Logger:          zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
 			// gRPC's own backoff grows to two minutes; an etcd that is back
-			// must be found within two seconds.
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			// must be found within two seconds, and a list may have to wait for one
+			// of its own (Config.MaxBackoff) after that.
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: cfg.DialTimeout,
 		})},
 	})

@@ -51,7 +51,9 @@ type Config struct {
 	ConfirmAfter time.Duration
 	// RequestTimeout bounds one request to etcd. Default 5 s.
 	RequestTimeout time.Duration
-	// MinBackoff and MaxBackoff bound the pause after a failure. Default 50 ms, 2 s.
+	// MinBackoff and MaxBackoff bound the pause after a failure. Default 50 ms, 1 s: with
+	// the half second of the client's connection, an etcd that is back is listed within
+	// two.
 	MinBackoff, MaxBackoff time.Duration
 	// MaxNodes is the number of keys taken notice of. Default 4096.
 	MaxNodes int
@@ -75,7 +77,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.ConfirmAfter, 10*time.Second)
 	defaultTo(&c.RequestTimeout, 5*time.Second)
 	defaultTo(&c.MinBackoff, 50*time.Millisecond)
-	defaultTo(&c.MaxBackoff, 2*time.Second)
+	defaultTo(&c.MaxBackoff, time.Second)
 	defaultTo(&c.MaxNodes, 4096)
 	defaultTo(&c.MetricsPrefix, defaultMetricsPrefix)
 	if c.Logger == nil {

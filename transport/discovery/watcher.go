@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/connectivity"
 )
 
 // pageSize is how many keys one request of a list asks for: at etcd's limit of
@@ -55,8 +56,25 @@ func (w *Watcher) Start() {
 		ctx, cancel := context.WithCancel(context.Background())
 		w.stop = cancel
 		w.since(time.Now())
-		w.wg.Go(func() { newWatching(w).loop(ctx) })
+		reconnected := make(chan struct{}, 1)
+		w.wg.Go(func() { newWatching(w).loop(ctx, reconnected) })
+		w.wg.Go(func() { w.follow(ctx, reconnected) })
 	})
+}
+
+// follow reports each time that the client has connected. A watch goes on over a new
+// connection by itself, and is silent when the etcd at its end has another history.
+func (w *Watcher) follow(ctx context.Context, reconnected chan<- struct{}) {
+	conn := w.cfg.Client.ActiveConnection()
+	for state := conn.GetState(); conn.WaitForStateChange(ctx, state); {
+		if state = conn.GetState(); state != connectivity.Ready {
+			continue
+		}
+		select {
+		case reconnected <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // Close stops watching and waits until OnChange cannot be called any more.
@@ -148,7 +166,7 @@ func newWatching(w *Watcher) *watching {
 	}
 }
 
-func (l *watching) loop(ctx context.Context) {
+func (l *watching) loop(ctx context.Context, reconnected <-chan struct{}) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	defer l.retry.Stop()
@@ -168,6 +186,9 @@ func (l *watching) loop(ctx context.Context) {
 		case got := <-l.probed:
 			l.onProbed(got)
 		case <-tick.C:
+			l.onTick(ctx)
+		case <-reconnected:
+			l.probeAt = time.Now() // is it still the etcd that we know?
 			l.onTick(ctx)
 		}
 		l.settle()

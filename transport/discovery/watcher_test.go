@@ -270,6 +270,32 @@ func TestWipedEtcdRemovesNothingUntilAListAgrees(t *testing.T) {
 	}
 }
 
+// TestWipedEtcdIsSeenWhenItIsBack: the watch goes on by itself and says nothing, since
+// what it waits for lies far in the future of the new history.
+func TestWipedEtcdIsSeenWhenItIsBack(t *testing.T) {
+	server := etcdtest.Start(t)
+	client := server.Client()
+	for range 50 {
+		put(t, client, "a", "h:1")
+	}
+	ours, err := NewClient(ClientConfig{Endpoints: []string{server.Endpoint()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ours.Close() })
+	w := watch(t, ours, func(c *Config) { c.ProbeInterval = time.Hour })
+	w.has(t, "a")
+	for range 3 {
+		back := w.m.listBack.Get()
+		server.Wipe()
+		eventually(t, "the wipe is seen", func() bool { return w.m.listBack.Get() > back })
+		for range 50 {
+			put(t, client, "a", "h:1")
+		}
+	}
+	w.neverLost(t, "a")
+}
+
 func TestRevokedLeaseIsBridgedWhileTheLinkLives(t *testing.T) {
 	client := etcdtest.Start(t).Client()
 	lease, err := client.Grant(t.Context(), 60)

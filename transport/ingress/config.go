@@ -50,10 +50,28 @@ type Config struct {
 	// message that reaches it may exceed it, by a batch at most.
 	StreamInflight      int
 	StreamInflightBytes int
+	// DrainNotice is how long Drain still takes pushes after health went NOT_SERVING: the
+	// time in which balancers notice. Then connections are told to go, in good order. 0:
+	// new pushes are refused at once.
+	DrainNotice time.Duration
+	// PriorityMax is the highest priority that a caller may claim: "low", "normal", "high"
+	// or "critical", which is the default. A claim above it counts as a claim to it.
+	PriorityMax string
+	// Rate is what one caller may spend in a second, with RateBurst saved up at most: 1 for a
+	// push and 1 for each node that it is sent to. 0, the default, limits nobody; RateBurst
+	// of 0 is as much as Rate. So many RateCallers are told apart at a time.
+	Rate        int
+	RateBurst   int
+	RateCallers int
+	// Caller names who calls, for Rate. nil: by the address of the connection's other end,
+	// without the port.
+	Caller func(ctx context.Context) string
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server, credentials for example.
 	Options []grpc.ServerOption
+
+	priorityMax engine.Priority
 }
 
 func (c Config) withDefaults() Config {
@@ -75,6 +93,15 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
 	setDefault(&c.StreamInflight, 1024)
 	setDefault(&c.StreamInflightBytes, 16*(1<<20)) // 16 of the largest requests
+	if c.PriorityMax == "" {
+		c.PriorityMax = engine.Critical.String()
+	}
+	c.priorityMax, _ = engine.ParsePriority(c.PriorityMax)
+	setDefault(&c.RateBurst, c.Rate)
+	setDefault(&c.RateCallers, 10_000) // of 150 bytes
+	if c.Caller == nil {
+		c.Caller = peerOf
+	}
 	return c
 }
 
@@ -104,6 +131,12 @@ func (c Config) Validate() error {
 	within("ConnWindow", c.ConnWindow, 64<<10, 1<<30)
 	within("StreamInflight", c.StreamInflight, 1, 1<<20)
 	within("StreamInflightBytes", c.StreamInflightBytes, 1<<10, 1<<30)
+	within("Rate", c.Rate, 0, 1<<30)
+	within("RateBurst", c.RateBurst, min(c.Rate, 1), 1<<30)
+	within("RateCallers", c.RateCallers, 1, 1<<24)
+	if _, ok := engine.ParsePriority(c.PriorityMax); !ok {
+		errs = append(errs, fmt.Errorf("ingress: PriorityMax %q is no priority", c.PriorityMax))
+	}
 	positive := func(name string, d time.Duration) {
 		if d < 0 {
 			errs = append(errs, fmt.Errorf("ingress: %s is %v, want more than 0", name, d))
@@ -113,5 +146,6 @@ func (c Config) Validate() error {
 	positive("KeepaliveTime", c.KeepaliveTime)
 	positive("KeepaliveTimeout", c.KeepaliveTimeout)
 	positive("KeepaliveMinTime", c.KeepaliveMinTime)
+	positive("DrainNotice", c.DrainNotice)
 	return errors.Join(errs...)
 }

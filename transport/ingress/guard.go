@@ -79,7 +79,6 @@ func (s *Server) refuse(api string, err error) *refusal {
 
 // mayLogRefusal allows one a second: callers decide how many refusals there are.
 func (s *Server) mayLogRefusal() bool {
-	now := time.Now().UnixNano()
-	last := s.lastRefusal.Load()
-	return now-last >= int64(time.Second) && s.lastRefusal.CompareAndSwap(last, now)
+	now, last := time.Now(), s.lastRefusal.Load()
+	return (last == nil || now.Sub(*last) >= time.Second) && s.lastRefusal.CompareAndSwap(last, &now)
 }

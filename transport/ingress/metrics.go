@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,18 @@ const (
 
 var resultNames = [results]string{"success", "partial", "failed", "error"}
 
+// Why a push was refused for load.
+const (
+	refusedInFlight uint8 = iota // its priority's share of the places in flight is used up
+	refusedBusy                  // goroutines wait too long for a core
+	refusedMemory                // memory runs out
+	refusedRate                  // the caller is over its rate
+	refusedLookups               // too many look-ups are under way
+	refusals                     // how many there are
+)
+
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "lookups"}
+
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
 	requests [results]*metrics.Counter
@@ -35,6 +48,8 @@ type instruments struct {
 
 	// Per target user; total is the sum of the others.
 	total, success, failed, unknown, offline *metrics.Counter
+
+	refused [4][refusals]*metrics.Counter // by rank of the priority, and why
 
 	panics    *metrics.Counter
 	malformed *metrics.Counter // messages of a PushStream that ask for no api
@@ -53,6 +68,11 @@ func newInstruments(set *metrics.Set) *instruments {
 		offline:   set.GetOrCreateCounter("push_manager_push_offline_total"),
 		panics:    set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
 		malformed: set.GetOrCreateCounter("push_manager_stream_malformed_total"),
+	}
+	for _, p := range engine.Priorities() {
+		for why, name := range refusalNames {
+			m.refused[p.Rank()][why] = set.GetOrCreateCounter(fmt.Sprintf("push_manager_refused_total{priority=%q,reason=%q}", p, name))
+		}
 	}
 	for a := range apis {
 		h := &m.apis[a]
@@ -84,6 +104,25 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 	add(m.failed, res.Failed)
 	add(m.unknown, res.Unknown)
 	add(m.offline, res.Offline)
+}
+
+// countRefusal books an error that is about load. Of others it takes no notice.
+func (m *instruments) countRefusal(p engine.Priority, err error) {
+	why := refusedLookups
+	switch {
+	case errors.Is(err, engine.ErrBusy):
+		why = refusedBusy
+	case errors.Is(err, engine.ErrInFlight):
+		why = refusedInFlight
+	case errors.Is(err, engine.ErrMemory):
+		why = refusedMemory
+	case errors.Is(err, errRate):
+		why = refusedRate
+	case !errors.Is(err, engine.ErrOverloaded):
+		return
+	default:
+	}
+	m.refused[p.Rank()][why].Inc()
 }
 
 func add(c *metrics.Counter, n int) {

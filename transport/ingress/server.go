@@ -25,6 +25,11 @@ const serviceName = "pubsub.PushManagerService"
 // the pushes are done; then its stream ends, which says the same.
 const lingerWatchers = 100 * time.Millisecond
 
+// goAwayBound is how long clients are given, once they are told to go, until what they
+// still send on an old connection is refused. It is for those who are far away: the
+// others are gone after a round trip.
+const goAwayBound = 250 * time.Millisecond
+
 // closeBound is how long handlers get to notice that their calls are cut off. They
 // wait for nothing but that.
 const closeBound = 2 * time.Second
@@ -38,27 +43,34 @@ type Server struct {
 	metrics  *instruments
 	grpc     *grpc.Server
 	health   *health.Server
-	usual    *reply // of a PushToUser that was delivered
+	callers  *callers // nil: nobody is limited
+	usual    *reply   // of a PushToUser that was delivered
 
 	calls sync.Pool // of *call
 
 	// serving is what SetServing said last: while it is false, pushes are refused.
 	serving atomic.Bool
+	// healthy is what SetHealthy said last, and telling is held while health is told:
+	// what was said last is what it says.
+	healthy atomic.Bool
+	telling sync.Mutex
 
-	// The way down: draining refuses new pushes and ends PushStreams once they are
-	// answered, idle tells Drain that the last push may be done, closing ends the
-	// streams of the other services.
-	draining  atomic.Bool
-	drainOnce sync.Once
-	drained   chan struct{} // closed when draining starts
-	idle      chan struct{} // one token
-	closeOnce sync.Once
-	closing   chan struct{} // closed when no push is under way any more
+	// The way down: announced is when health went NOT_SERVING, drained ends PushStreams
+	// once they are answered, draining refuses new pushes, idle tells Drain that the
+	// last push may be done, closing ends the streams of the other services.
+	announceOnce sync.Once
+	announced    time.Time // written by Announce, under its once
+	draining     atomic.Bool
+	drainOnce    sync.Once     // guards the closing of drained
+	drained      chan struct{} // closed when PushStreams are to end
+	idle         chan struct{} // one token
+	closeOnce    sync.Once
+	closing      chan struct{} // closed when no push is under way any more
 
 	// Readers of streams, which end after their handlers.
 	readers sync.WaitGroup
 
-	lastRefusal atomic.Int64 // Unix nanoseconds of the last one that was logged
+	lastRefusal atomic.Pointer[time.Time] // the last one that was logged
 }
 
 // New makes a Server. Nothing runs before Serve.
@@ -78,9 +90,15 @@ func New(cfg Config) (*Server, error) {
 		idle:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),
 	}
+	var err error
+	if s.callers, err = newCallers(&cfg); err != nil {
+		return nil, err
+	}
+	s.callers.show(cfg.Metrics)
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
+	s.healthy.Store(true)
 	s.SetServing(true)
 	if !cfg.DisableReflection {
 		reflection.RegisterV1(s.grpc)
@@ -90,12 +108,26 @@ func New(cfg Config) (*Server, error) {
 
 // SetServing says whether pushes can be routed. While they cannot, health says
 // NOT_SERVING and every push is refused with NOT_READY, those of open PushStreams
-// included. A new Server serves. One goroutine at a time may call it; a Server that
-// drains stays NOT_SERVING whatever is said here.
+// included. A new Server serves; one that drains stays NOT_SERVING whatever is said
+// here.
 func (s *Server) SetServing(serving bool) {
 	s.serving.Store(serving)
+	s.tellHealth()
+}
+
+// SetHealthy says whether pushes can be delivered. While they cannot, health says
+// NOT_SERVING, so that balancers turn to other instances, and pushes that come all the
+// same are answered with what becomes of them. A new Server is healthy.
+func (s *Server) SetHealthy(healthy bool) {
+	s.healthy.Store(healthy)
+	s.tellHealth()
+}
+
+func (s *Server) tellHealth() {
+	s.telling.Lock()
+	defer s.telling.Unlock()
 	status := healthpb.HealthCheckResponse_NOT_SERVING
-	if serving {
+	if s.serving.Load() && s.healthy.Load() {
 		status = healthpb.HealthCheckResponse_SERVING
 	}
 	s.health.SetServingStatus("", status)
@@ -153,20 +185,30 @@ func (s *Server) Serve(l net.Listener) error {
 	return nil
 }
 
-// Drain says NOT_SERVING, refuses new pushes and returns when those under way,
-// open PushStreams included, are answered. When ctx ends before, the rest is cut
-// off and the error says so.
+// Announce says NOT_SERVING and goes on as before, until Drain. It may be called
+// again.
+func (s *Server) Announce() {
+	s.announceOnce.Do(func() {
+		s.health.Shutdown()
+		s.announced = time.Now()
+	})
+}
+
+// Drain says NOT_SERVING, goes on for Config.DrainNotice since that was said, tells
+// clients to go elsewhere, refuses new pushes and returns when those under way, open
+// PushStreams included, are answered. When ctx ends before, the rest is cut off and
+// the error says so.
 func (s *Server) Drain(ctx context.Context) error {
+	var stopped <-chan struct{}
+	if s.cfg.DrainNotice > 0 {
+		stopped = s.sendAway(ctx)
+	}
 	s.startDraining()
 	s.waitIdle(ctx)
 	s.closeOnce.Do(func() { close(s.closing) })
-
-	stopped := make(chan struct{})
-	go func() { // ends with GracefulStop, which Close ends if ctx does
-		defer close(stopped)
-		s.grpc.GracefulStop()
-		s.readers.Wait()
-	}()
+	if stopped == nil {
+		stopped = s.stopGracefully()
+	}
 	select {
 	case <-stopped:
 		return nil
@@ -197,13 +239,49 @@ func (s *Server) Close() error {
 	}
 }
 
-func (s *Server) startDraining() {
-	s.drainOnce.Do(func() {
-		s.health.Shutdown()
-		s.draining.Store(true)
-		close(s.drained)
-	})
+// sendAway refuses nobody: it goes on for as long as balancers need to notice, and then
+// closes the listeners and every connection in HTTP/2's good order (GOAWAY). What a client
+// sends before it has heard of that is still taken, and what comes too late for that its
+// gRPC sends again on another connection, by itself.
+func (s *Server) sendAway(ctx context.Context) (stopped <-chan struct{}) {
+	s.Announce()
+	pause(ctx, nil, time.Until(s.announced.Add(s.cfg.DrainNotice)))
+	s.endStreams()
+	stopped = s.stopGracefully()
+	pause(ctx, stopped, goAwayBound)
+	return stopped
 }
+
+// stopGracefully closes the listeners, tells all clients to go and then closes stopped
+// when the last one is gone. Close ends it if they stay.
+func (s *Server) stopGracefully() <-chan struct{} {
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		s.grpc.GracefulStop()
+		s.readers.Wait()
+	}()
+	return stopped
+}
+
+// pause waits for d, but no longer than until ctx ends or over is closed.
+func pause(ctx context.Context, over <-chan struct{}, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-over:
+	case <-ctx.Done():
+	}
+}
+
+func (s *Server) startDraining() {
+	s.Announce()
+	s.draining.Store(true)
+	s.endStreams()
+}
+
+func (s *Server) endStreams() { s.drainOnce.Do(func() { close(s.drained) }) }
 
 func (s *Server) waitIdle(ctx context.Context) {
 	for s.metrics.inflight.Load() > 0 {

@@ -277,6 +277,33 @@ func TestNothingIsPushedUntilTheServerServes(t *testing.T) {
 	})
 }
 
+// TestPushesAreAnsweredWhileHealthSaysNotServing: health is advice for balancers. A
+// push that comes all the same is told what becomes of it.
+func TestPushesAreAnsweredWhileHealthSaysNotServing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		watch, err := healthpb.NewHealthClient(w.conn).Watch(w.context(), &healthpb.HealthCheckRequest{Service: "pubsub.PushManagerService"})
+		ok(t, err)
+		told := func(want healthpb.HealthCheckResponse_ServingStatus) {
+			t.Helper()
+			if r, err := watch.Recv(); err != nil || r.Status != want {
+				t.Errorf("health %v, %v, want %v", r.GetStatus(), err, want)
+			}
+		}
+		told(healthpb.HealthCheckResponse_SERVING)
+		w.server.SetHealthy(false)
+		told(healthpb.HealthCheckResponse_NOT_SERVING)
+		r, err := w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{RoomId: "r", Content: content("x")})
+		if err != nil || !r.Success {
+			t.Errorf("a push while not healthy: %v %v", r, err)
+		}
+		w.server.SetServing(false)
+		w.server.SetHealthy(true) // one of the two is not enough
+		w.server.SetServing(true)
+		told(healthpb.HealthCheckResponse_SERVING)
+	})
+}
+
 func TestWatcherIsToldEvenWhenNothingIsInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, nil)

@@ -2,10 +2,14 @@ package ingress
 
 import (
 	"errors"
+	"math/rand/v2"
+	"slices"
+	"strconv"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/protoadapt"
@@ -24,16 +28,24 @@ const (
 	retryUnavailable = 500 * time.Millisecond // a Controller that restarts
 )
 
+// pushbackKey is the trailer that gRPC clients with a retry policy obey.
+const pushbackKey = "grpc-retry-pushback-ms"
+
 // refusal is an error as callers see it: with ErrorInfo, so nothing was sent.
 type refusal struct {
 	status *status.Status
 	wire   []byte // the encoded google.rpc.Status
+
+	pushback metadata.MD // the trailer that says when to come back, nil for none
 }
 
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, notReady, overloaded, deadline, canceled, unavailable, internal *refusal
+	draining, notReady, deadline, canceled, unavailable, internal *refusal
+
+	// With different delays.
+	overloaded, rateLimited []*refusal
 
 	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
 	// engine had the push.
@@ -44,7 +56,8 @@ func newStatuses() *statuses {
 	return &statuses{
 		draining:    newRefusal(codes.Unavailable, "DRAINING", "this instance is shutting down", retryIn(retryDraining)),
 		notReady:    newRefusal(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryIn(retryNotReady)),
-		overloaded:  newRefusal(codes.ResourceExhausted, "OVERLOADED", "too much to do", retryIn(retryOverloaded)),
+		overloaded:  exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
+		rateLimited: exhausted("RATE_LIMITED", "you push faster than you may", rateDelays()),
 		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
 		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
 		unavailable: newRefusal(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryIn(retryUnavailable)),
@@ -65,15 +78,18 @@ var (
 // of is the refusal for an error of the walk or of the engine.
 func (t *statuses) of(err error) *refusal {
 	var invalid *engine.InvalidError
+	var over *rateError
 	switch {
+	case errors.Is(err, engine.ErrOverloaded): // the first, because it comes in masses
+		return t.overloaded[rand.IntN(len(t.overloaded))]
+	case errors.As(err, &over):
+		return late(t.rateLimited, rateDelays(), over.after)
 	case errors.As(err, &invalid):
 		return newInvalid(invalid)
 	case errors.Is(err, engine.ErrDraining):
 		return t.draining
 	case errors.Is(err, errNotReady):
 		return t.notReady
-	case errors.Is(err, engine.ErrOverloaded):
-		return t.overloaded
 	case errors.Is(err, engine.ErrDeadline):
 		return t.deadline
 	case errors.Is(err, engine.ErrCanceled):
@@ -110,6 +126,39 @@ func newRefusal(code codes.Code, reason, text string, details ...protoadapt.Mess
 		st = status.New(code, text)
 	}
 	return encoded(st)
+}
+
+// exhausted makes refusals for RESOURCE_EXHAUSTED, one for each delay.
+func exhausted(reason, text string, delays []time.Duration) []*refusal {
+	all := make([]*refusal, len(delays))
+	for i, d := range delays {
+		all[i] = newRefusal(codes.ResourceExhausted, reason, text, retryIn(d))
+		all[i].pushback = metadata.Pairs(pushbackKey, strconv.FormatInt(d.Milliseconds(), 10))
+	}
+	return all
+}
+
+// spread is a choice of delays from d to nearly three times of it: clients that are refused
+// together must not come back together.
+func spread(d time.Duration) []time.Duration {
+	all := make([]time.Duration, 8)
+	for i := range all {
+		all[i] = d + d*time.Duration(i)/4
+	}
+	return all
+}
+
+// rateDelays are the delays that a caller may be told who is over its rate. Few, so that
+// their refusals are made once.
+func rateDelays() []time.Duration {
+	const ms = time.Millisecond
+	return []time.Duration{10 * ms, 20 * ms, 50 * ms, 100 * ms, 200 * ms, 500 * ms, time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second}
+}
+
+// late is the refusal that asks for a delay of at least after, if there is one so long.
+func late(refusals []*refusal, delays []time.Duration, after time.Duration) *refusal {
+	i, _ := slices.BinarySearch(delays, after)
+	return refusals[min(i, len(refusals)-1)]
 }
 
 func encoded(st *status.Status) *refusal {

@@ -37,6 +37,7 @@ type stream struct {
 	wake     chan struct{} // for the writer, one token: done, taken or read have changed
 	freed    chan struct{} // for the reader, one token: answered has changed
 	deadline time.Time     // of the stream, zero for none
+	entrance entrance      // by which its pushes come in
 
 	// Owned by the reader.
 	takenBytes int64
@@ -81,9 +82,13 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	if name := compression(ctx); name != "" {
 		return unsupportedEncoding(name).status.Err()
 	}
+	e, err := s.entranceOf(ctx)
+	if err != nil {
+		return s.refuse("PushStream", err).status.Err()
+	}
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
-	st := &stream{srv: s, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	st := &stream{srv: s, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
@@ -215,6 +220,10 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
 	if !s.serving.Load() {
 		return errNotReady
+	}
+	st.entrance.allow(&c.push)
+	if err := s.admit(&st.entrance); err != nil {
+		return err
 	}
 	if s.cfg.Trace != nil {
 		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
@@ -383,6 +392,9 @@ func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 	}
 	if c.end != nil {
 		c.end(res, err)
+	}
+	if err != nil {
+		st.srv.metrics.countRefusal(c.push.Priority, err)
 	}
 	if c.known {
 		st.srv.metrics.record(c.api, &res, err, now.Sub(c.push.Arrived))

@@ -57,7 +57,15 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 		s.metrics.record(a, nil, err, time.Since(began))
 		return nil, err
 	}
+	e, err := s.entranceOf(ctx)
+	if err == nil {
+		err = s.admit(&e)
+	}
+	if err != nil {
+		return nil, s.turnAway(ctx, a, &e, err)
+	}
 	c := s.takeCall(a)
+	e.allow(&c.push)
 	if err := read(&c.in); err != nil {
 		// gRPC's own refusal, which it has answered already: too large, cancelled.
 		s.metrics.record(a, nil, err, time.Since(began))
@@ -67,7 +75,7 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	res, err := s.run(ctx, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
-		return nil, s.refuse(a.String(), err).status.Err()
+		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
 	}
 	r := s.reply(a, &c.push, &res)
 	s.releaseCall(c)

@@ -36,10 +36,14 @@ type Config struct {
 	// Silence is how long nothing may come from a node before its stream is closed:
 	// three heartbeats. 0 means 3 s.
 	Silence time.Duration
+	// Canary is the pause between two heartbeats of a stream whose way to the node and
+	// back is measured. 0: none is.
+	Canary time.Duration
 	// BackoffMin and BackoffMax bound the pause between two attempts, which doubles
-	// with each failure. 0 means 50 ms and 750 ms: a node that can be reached again is
-	// then pushed to within two seconds, even if an attempt has just begun in vain,
-	// and one that cannot costs little more than an attempt a second.
+	// with each failure; what an attempt without an answer has taken counts as part of
+	// it. 0 means 50 ms and 750 ms: a node that can be reached again is then pushed to
+	// in little more than a second, even if an attempt has just begun in vain, and one
+	// that cannot costs no more than an attempt a second.
 	BackoffMin, BackoffMax time.Duration
 	// Quarantine is how long a link whose node has lied stays down. 0 means 60 s.
 	Quarantine time.Duration
@@ -159,6 +163,9 @@ func (c Config) Validate() error {
 	positive("AckTimeout", c.AckTimeout)
 	positive("Heartbeat", c.Heartbeat)
 	positive("Silence", c.Silence)
+	if c.Canary != 0 {
+		positive("Canary", c.Canary)
+	}
 	positive("QueueAge", c.QueueAge)
 	positive("Quarantine", c.Quarantine)
 	positive("BackoffMin", c.BackoffMin)

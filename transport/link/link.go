@@ -80,7 +80,7 @@ func (l *Link) Send(d *engine.Delivery) engine.Reason {
 		}
 		return r
 	}
-	if !l.fitsLocked(l.queue.len, l.queue.bytes+e.size) {
+	if !l.fitsLocked(d.Priority(), l.queue.len, l.queue.bytes+e.size) {
 		l.mu.Unlock()
 		return engine.DropQueueFull
 	}
@@ -91,10 +91,11 @@ func (l *Link) Send(d *engine.Delivery) engine.Reason {
 	return engine.Sent
 }
 
-// fitsLocked tells whether one more delivery fits beside count others, with
+// fitsLocked tells whether one more delivery of priority p fits beside count others, with
 // bytes for all. An empty queue takes a delivery of any size.
-func (l *Link) fitsLocked(count, bytes int) bool {
-	return count == 0 || count < l.set.cfg.QueueLen && bytes <= l.set.cfg.QueueBytes
+func (l *Link) fitsLocked(p engine.Priority, count, bytes int) bool {
+	cfg := &l.set.cfg
+	return count == 0 || count < p.Share(cfg.QueueLen) && bytes <= p.Share(cfg.QueueBytes)
 }
 
 // lookLocked makes the clock look at the link with its next tick.

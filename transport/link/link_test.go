@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -952,6 +953,35 @@ func TestNodeIsBackWithinTwoSecondsOfAnyOutage(t *testing.T) {
 	}
 }
 
+// An address that answers nothing takes the dial timeout for each attempt. That is pause
+// enough: the next one follows within a tenth of a second, and no sooner.
+func TestUnansweredAttemptIsItsOwnPause(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var begins []time.Duration
+		var mu sync.Mutex
+		begun := time.Now()
+		w := newWorld(t, Config{Dialer: func(ctx context.Context, _ string) (net.Conn, error) {
+			mu.Lock()
+			begins = append(begins, time.Since(begun))
+			mu.Unlock()
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}})
+		w.register("A", "a:1")
+		time.Sleep(time.Minute)
+		mu.Lock()
+		defer mu.Unlock()
+		if len(begins) < 50 || len(begins) > 59 {
+			t.Errorf("%d attempts in a minute", len(begins))
+		}
+		for i := 1; i < len(begins); i++ {
+			if pause := begins[i] - begins[i-1]; pause < time.Second+30*time.Millisecond || pause > 1100*time.Millisecond {
+				t.Errorf("attempt %d begins %v after the one before", i, pause)
+			}
+		}
+	})
+}
+
 func TestFlappingLinkIsBackAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})
@@ -1038,10 +1068,10 @@ func TestMetricsFollowTheNodes(t *testing.T) {
 }
 
 func TestConfigNamesWhatIsWrong(t *testing.T) {
-	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100}); err == nil {
+	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100, Canary: 1}); err == nil {
 		t.Error("accepted")
 	} else {
-		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes"} {
+		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes", "Canary"} {
 			if !strings.Contains(err.Error(), field) {
 				t.Errorf("%s is not named in %v", field, err)
 			}

@@ -60,7 +60,13 @@ func (l *Link) run() {
 				pause = l.set.cfg.BackoffMin
 			}
 			l.fail(err)
-			if l.sleep(jitter(pause)) {
+			wait := jitter(pause)
+			if !reached {
+				// An attempt that nobody answers has been a pause itself. A node that can be
+				// reached again just after its begin then waits for the dial timeout only.
+				wait = max(wait-time.Since(started), jitter(l.set.cfg.BackoffMin))
+			}
+			if l.sleep(wait) {
 				pause = l.set.cfg.BackoffMin // announced anew
 			} else {
 				pause = min(2*pause, l.set.cfg.BackoffMax)
@@ -239,6 +245,9 @@ func (l *Link) check(h *helloReply) error {
 
 // serve runs an open stream to its end.
 func (l *Link) serve(s *stream, cancel context.CancelFunc) error {
+	if l.set.cfg.Canary > 0 {
+		l.set.keepCanary(l.node)
+	}
 	l.mu.Lock()
 	l.stream = s
 	l.setLocked(up)
@@ -361,7 +370,11 @@ func (l *Link) watchLocked(s *stream, now, ran int64, out *due) error {
 	if l.stalled {
 		out.stalled = l.queue.popAll(out.stalled)
 	}
-	if ran-s.beatAt >= int64(cfg.Heartbeat) && !s.beatDue {
+	measure := s.canary.due(ran, cfg.Canary)
+	if measure {
+		s.canary.start(ran)
+	}
+	if (measure || ran-s.beatAt >= int64(cfg.Heartbeat)) && !s.beatDue {
 		s.beatDue = true
 		l.set.meters.heartbeats.Inc()
 	}
@@ -390,7 +403,7 @@ func (l *Link) nextLookLocked() int64 {
 	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent:
 		return 0
 	default:
-		return min(s.beatAt+int64(l.set.cfg.Heartbeat), s.inAt+int64(l.set.cfg.Silence))
+		return min(s.beatAt+int64(l.set.cfg.Heartbeat), s.inAt+int64(l.set.cfg.Silence), s.canary.next(l.set.cfg.Canary))
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -217,6 +218,7 @@ func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
 			s.meters.set.UnregisterMetric(connections(n.id))
 		}
 		if now.byID[n.id] != n {
+			s.endCanary(n)
 			s.gone = append(s.gone, n)
 		}
 	}
@@ -311,6 +313,7 @@ func (s *Set) Close() {
 	s.clockEnd.Wait()
 	for _, n := range t.nodes {
 		s.meters.set.UnregisterMetric(connections(n.id))
+		s.endCanary(n)
 	}
 	s.meters.unregister()
 }
@@ -319,6 +322,7 @@ func (s *Set) Close() {
 type Stats struct {
 	Nodes        int // registered
 	Reachable    int // with at least one live link
+	Able         int // of those, with a link that takes deliveries: not stalled, not draining
 	Links        int // shards x nodes
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
@@ -338,14 +342,19 @@ func (s *Set) Stats() Stats {
 		if n.live.Load() > 0 {
 			t.Reachable++
 		}
+		able := false
 		for _, l := range n.links {
-			l.addTo(&t)
+			able = l.addTo(&t) || able
+		}
+		if able {
+			t.Able++
 		}
 	}
 	return t
 }
 
-func (l *Link) addTo(t *Stats) {
+// addTo counts the link and tells whether it is live and takes deliveries.
+func (l *Link) addTo(t *Stats) (able bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t.Links++
@@ -368,6 +377,7 @@ func (l *Link) addTo(t *Stats) {
 		t.QueuedBytes += l.lanes.bytes
 		t.Unacked += l.lanes.calls
 	}
+	return live(l.state) == 1 && l.refusal == engine.Sent
 }
 
 // Reachable is the number of nodes with at least one live link.
@@ -408,7 +418,8 @@ type node struct {
 	id, addr string
 	links    []*Link // by shard
 
-	live atomic.Int64 // links that are up
+	live   atomic.Int64                                // links that are up
+	canary atomic.Pointer[metrics.PrometheusHistogram] // set before the first canary leaves
 
 	mu sync.Mutex
 	// Guarded by mu.

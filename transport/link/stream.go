@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
@@ -47,6 +48,7 @@ type stream struct {
 	beatAt    int64 // running time of the last heartbeat
 	fresh     bool  // the last frame had a heartbeat for the broadcast that follows
 	answered  uint64
+	canary    canary
 	inAt      int64 // running time of the last frame from the node
 	ackAt     int64 // running time of the last ack, or of the start of a stall
 	drainSent bool
@@ -91,7 +93,7 @@ func newStream(l *Link, rpc grpc.ClientStream, hello helloReply) *stream {
 	return &stream{
 		link: l, rpc: rpc, hello: hello,
 		bell: make(chan struct{}, 1), written: make(chan struct{}),
-		win: newWindow(limit), inAt: ran, ackAt: ran, beatAt: ran,
+		win: newWindow(limit), inAt: ran, ackAt: ran, beatAt: ran, canary: canary{at: ran - int64(cfg.Canary)}, // the first at once
 		w: writing{auds: newAudiences(members, l.set.meters)},
 		r: reading{online: hello.online},
 	}
@@ -216,6 +218,7 @@ func (s *stream) pick() {
 		s.beat++
 		s.beatAt = l.set.clock.ran.Load()
 		s.w.control.beat = s.beat
+		s.canary.leave(s.beat)
 	}
 	s.w.control.drain = l.leaving && l.queue.len == 0 && !s.drainSent
 	s.drainSent = s.drainSent || s.w.control.drain
@@ -350,6 +353,7 @@ func (s *stream) receive() error {
 	r.markAcked()
 	var refused []*engine.Delivery
 	late, strikes, notice := 0, 0, false
+	var trip time.Duration
 	l.mu.Lock()
 	ran := l.set.clock.ran.Load()
 	s.inAt = ran
@@ -358,6 +362,7 @@ func (s *stream) receive() error {
 			strikes++
 		}
 		s.answered = max(s.answered, min(r.heartbeat, s.beat))
+		trip = s.canary.back(s.answered)
 	}
 	s.r.owed = s.r.owed[:0]
 	for _, a := range r.acks {
@@ -385,6 +390,9 @@ func (s *stream) receive() error {
 	drained := l.state == draining && s.win.live == 0
 	l.mu.Unlock()
 
+	if trip > 0 {
+		l.node.canary.Load().Update(trip.Seconds())
+	}
 	drop(refused, engine.DropDraining)
 	strikes += s.settle(&late)
 	return s.verdict(late, strikes, notice, drained)

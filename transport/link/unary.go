@@ -126,7 +126,7 @@ func (ls *lanes) release(la *lane) {
 // launched for it.
 func (l *Link) sendUnaryLocked(e entry) (*lane, engine.Reason) {
 	ls := l.lanes
-	if !l.fitsLocked(ls.count, ls.bytes+e.size) {
+	if !l.fitsLocked(e.d.Priority(), ls.count, ls.bytes+e.size) {
 		return nil, engine.DropQueueFull
 	}
 	la := ls.push(e)

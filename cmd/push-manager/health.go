@@ -1,0 +1,63 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/program"
+)
+
+// watchHealth begins to look whether pushes can be delivered. Nothing here refuses a
+// push: where all instances are not ready for one reason, a balancer that fails open
+// still gets its callers the true answer.
+func (m *pushManager) watchHealth(cfg Config) (err error) {
+	cfg.Health.OnChange = m.ingress.SetHealthy
+	cfg.Health.Checks = []health.Check{
+		{Name: "discovery", Why: m.nodesUnknown},
+		{Name: "nodes", Why: m.nodesUnreachable},
+		{Name: "controller", Why: func() string { return m.controllerAway(cfg.Routes.StaleTTL) }},
+	}
+	if m.health, err = health.New(cfg.Health); err != nil {
+		return err //nolint:wrapcheck // it says whose it is
+	}
+	m.health.Start()
+	m.parts.Add("readiness", program.Closing(m.health.Close))
+	return nil
+}
+
+// nodesUnknown: etcd that goes away later changes nothing, the nodes known stay.
+func (m *pushManager) nodesUnknown() string {
+	if m.ingress.Serving() {
+		return ""
+	}
+	return "discovery: nodes not known yet, etcd has not answered"
+}
+
+func (m *pushManager) nodesUnreachable() string {
+	if !m.ingress.Serving() {
+		return ""
+	}
+	s := m.links.Stats()
+	switch {
+	case s.Able > 0:
+		return ""
+	case s.Reachable > 0:
+		return fmt.Sprintf("no reachable node: %d registered, %d reachable, all of them stalled or draining", s.Nodes, s.Reachable)
+	default:
+		return fmt.Sprintf("no reachable node: %d registered, 0 reachable", s.Nodes)
+	}
+}
+
+// controllerAway: for a while, what is cached serves without the Controller.
+func (m *pushManager) controllerAway(served time.Duration) string {
+	away, contacted := m.controller.Away()
+	switch {
+	case !contacted:
+		return "controller: has not answered yet"
+	case away > served:
+		return fmt.Sprintf("controller: away for %v", away.Round(time.Second))
+	default:
+		return ""
+	}
+}

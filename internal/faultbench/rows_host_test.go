@@ -1,0 +1,143 @@
+package faultbench
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+)
+
+// The rows of the fault list about the machine that Push-Manager runs on.
+
+// calm checks that the nodes were thought to be there all the time: no stream was closed
+// for silence or opened again, and readiness has stayed.
+func (m *manager) calm() {
+	m.b.t.Helper()
+	for name, want := range map[string]float64{
+		"link_reconnects_total": 0, "link_heartbeat_timeouts_total": 0, "link_dials_total": 4, "nodes": 2, "ready": 1,
+	} {
+		if got := m.metric(name); got != want {
+			m.b.t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
+}
+
+// Row 46: others take the CPU, or all of it for a while. A process that did not run has
+// not heard its nodes, and that is no sign that they were silent.
+func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
+	s := newStreet(t)
+	s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	m := s.manage(2, prompt("PUSH_TIMEOUT=30s")...)
+	m.good(room("mixed"))
+	since := s.ledger.now()
+	slow := func(r *rand.Rand) request {
+		q := some(r, append(s.bad, s.good...), "mixed")
+		q.deadline = 30 * time.Second
+		return q
+	}
+	callers := m.callers(4, slow)
+	for range 3 {
+		callers.more(volume / 5)
+		s.ledger.note("Push-Manager is stopped for longer than nodes may be silent")
+		m.stop()
+		wait(3500 * time.Millisecond)
+		m.cont()
+	}
+	callers.more(volume / 5)
+	callers.end()
+	m.calm()
+	if quota(t, m.process, 0.25) {
+		s.ledger.note("a quarter of a core is left")
+		few := rand.New(rand.NewPCG(s.seed, 0))
+		for end := time.Now().Add(6 * time.Second); time.Now().Before(end); wait(100 * time.Millisecond) {
+			m.push(slow(few))
+		}
+		m.calm()
+	}
+	all := s.ledger.tally(since, s.ledger.now(), nil)
+	t.Logf("%v stalls; %v", m.metric("link_stalls_total"), all)
+	s.noErrors(all)
+	if all.success != all.pushes {
+		t.Errorf("slower, and no more than that: %v", all)
+	}
+}
+
+// quota leaves a process a share of one core. False: this machine does not let us.
+func quota(t *testing.T, p *process, share float64) bool {
+	t.Helper()
+	dir := filepath.Join("/sys/fs/cgroup/cpu", fmt.Sprintf("faults-%d", p.cmd.Process.Pid))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Logf("no quota of the CPU: %v", err)
+		return false
+	}
+	t.Cleanup(func() {
+		p.kill() // a group with a process in it stays
+		eventually(t, "the group goes", func() error { return os.Remove(dir) })
+	})
+	const period = 100_000 // in microseconds
+	for name, value := range map[string]int{"cpu.cfs_period_us": period, "cpu.cfs_quota_us": int(share * period)} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(strconv.Itoa(value)), 0o644); err != nil {
+			t.Logf("no quota of the CPU: %v", err)
+			return false
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.cmd.Process.Pid)), 0o644); err != nil {
+		t.Logf("no quota of the CPU: %v", err)
+		return false
+	}
+	return true
+}
+
+// Row 48: no more descriptors. What is connected works on, and what is not gets in when
+// there is room again.
+func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
+	w := newStreet(t).run("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon
+	const spare = 20
+	pid := strconv.Itoa(w.m.cmd.Process.Pid)
+	limit := fmt.Sprint(int(w.m.baseline["process_open_fds"]) + spare)
+	if out, err := exec.Command("prlimit", "--pid", pid, "--nofile="+limit+":"+limit).CombinedOutput(); err != nil {
+		t.Skipf("prlimit: %v %s", err, out)
+	}
+	w.ledger.note("%s descriptors and no more", limit)
+	var crowd []net.Conn
+	for range 10 * spare {
+		c, err := net.Dial("tcp", w.m.api) // the kernel takes it, for as long as its queue has room
+		if err != nil {
+			t.Fatal(err)
+		}
+		crowd = append(crowd, c)
+	}
+	t.Cleanup(func() {
+		for _, c := range crowd {
+			_ = c.Close()
+		}
+	})
+	eventually(t, "the descriptors are used up", func() error {
+		files, err := os.ReadDir("/proc/" + pid + "/fd")
+		if err == nil && len(files) < int(w.m.baseline["process_open_fds"])+spare {
+			err = fmt.Errorf("%d of %s are in use", len(files), limit)
+		}
+		return err
+	})
+	w.all.more(volume)
+	w.m.good(room("mixed")) // on the connection that is there
+	for _, c := range crowd {
+		_ = c.Close()
+	}
+	fresh := w.m.dial()
+	took := eventually(t, "a new connection gets in", func() error {
+		q := user("good1")
+		if p := w.m.ask(t.Context(), fresh, q); !p.success {
+			return fmt.Errorf("%v", p)
+		}
+		return nil
+	})
+	t.Logf("a new connection got in after %v", took.Round(time.Millisecond))
+	w.nothingLost()
+}

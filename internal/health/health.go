@@ -1,0 +1,212 @@
+package health
+
+import (
+	"errors"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+const (
+	// interval is the time between two looks: short beside what a probe waits for, and
+	// four of them cost little even with thousands of nodes.
+	interval = 250 * time.Millisecond
+	// stepMax is the most time that one look counts for. A longer pause means that we
+	// were not running, and could not have seen that all was well.
+	stepMax = 2 * interval
+)
+
+const (
+	starting = "starting"
+	draining = "draining"
+)
+
+// Check is one thing without which pushes cannot be delivered.
+type Check struct {
+	// Name is the label of its gauge.
+	Name string
+	// Why says in one line why pushes cannot be delivered, "" when they can. It is called
+	// from one goroutine at a time and must not block.
+	Why func() string
+}
+
+// Config is what a Monitor needs.
+type Config struct {
+	Checks []Check
+	// Patience is how long there must be a reason for readiness to end, in time that the
+	// process ran. 0: none, the first reason ends it.
+	Patience time.Duration
+	// OnChange gets every change, see the package's doc. nil: nobody is told.
+	OnChange func(ready bool)
+
+	// Logger, nil to discard.
+	Logger *slog.Logger
+	// Metrics, nil for none.
+	Metrics *metrics.Set
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Patience < 0 {
+		errs = append(errs, errors.New("health: Patience is negative"))
+	}
+	for _, check := range c.Checks {
+		if check.Name == "" || check.Why == nil {
+			errs = append(errs, errors.New("health: a check lacks its name or function"))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Monitor looks at the checks four times a second.
+type Monitor struct {
+	// Static after New.
+	cfg  Config
+	stop chan struct{}
+	once sync.Once
+	wg   sync.WaitGroup
+
+	// Written by looks, read by anybody.
+	found    atomic.Pointer[finding]
+	draining atomic.Bool
+
+	// Owned by Start, then by loop.
+	ready bool
+	doubt bool          // the last look found a reason
+	bad   time.Duration // how long there has been one
+}
+
+// finding is the outcome of a look: nothing while ready.
+type finding struct {
+	reasons []string
+	checks  []bool // whose they are
+}
+
+// New makes a Monitor that is not ready. Start begins to look.
+func New(cfg Config) (*Monitor, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.OnChange == nil {
+		cfg.OnChange = func(bool) {}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = metrics.NewSet()
+	}
+	m := &Monitor{cfg: cfg, stop: make(chan struct{})}
+	m.found.Store(&finding{reasons: []string{starting}, checks: make([]bool, len(cfg.Checks))})
+	m.register()
+	return m, nil
+}
+
+func (m *Monitor) register() {
+	gauge := func(name string, is func() bool) {
+		m.cfg.Metrics.GetOrCreateGauge(name, func() float64 {
+			if is() {
+				return 1
+			}
+			return 0
+		})
+	}
+	gauge("push_manager_ready", func() bool { return len(m.NotReady()) == 0 })
+	gauge(notReady(draining), m.draining.Load)
+	for i, c := range m.cfg.Checks {
+		gauge(notReady(c.Name), func() bool { return m.found.Load().checks[i] })
+	}
+}
+
+// notReady is the name of the gauge of one reason.
+func notReady(reason string) string {
+	return "push_manager_not_ready{reason=" + strconv.Quote(reason) + "}"
+}
+
+// Start looks for the first time, and from then on until Close.
+func (m *Monitor) Start() {
+	m.once.Do(func() {
+		m.look(0)
+		m.cfg.OnChange(m.ready)
+		m.wg.Go(m.loop)
+	})
+}
+
+// Close stops looking and waits until OnChange cannot be called any more.
+func (m *Monitor) Close() {
+	m.once.Do(func() {}) // never started
+	close(m.stop)
+	m.wg.Wait()
+}
+
+// Drain ends readiness for good, at once.
+func (m *Monitor) Drain() { m.draining.Store(true) }
+
+// NotReady says why pushes cannot be delivered, nothing when they can.
+func (m *Monitor) NotReady() []string {
+	reasons := m.found.Load().reasons
+	if m.draining.Load() {
+		return append([]string{draining}, reasons...)
+	}
+	return slices.Clone(reasons)
+}
+
+func (m *Monitor) loop() {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	last := time.Now()
+	for {
+		select {
+		case <-m.stop:
+			return
+		case <-tick.C:
+			now := time.Now()
+			if m.look(min(now.Sub(last), stepMax)) {
+				m.cfg.OnChange(m.ready)
+			}
+			last = now
+		}
+	}
+}
+
+// look asks all checks and tells whether readiness has changed; passed is the time
+// since the last look.
+func (m *Monitor) look(passed time.Duration) (changed bool) {
+	all, was := &finding{checks: make([]bool, len(m.cfg.Checks))}, m.ready
+	for i, c := range m.cfg.Checks {
+		if why := c.Why(); why != "" {
+			all.reasons = append(all.reasons, why)
+			all.checks[i] = true
+		}
+	}
+	switch {
+	case len(all.reasons) == 0:
+		m.ready, m.doubt, m.bad = true, false, 0
+	case m.ready:
+		if m.doubt {
+			m.bad += passed
+		}
+		m.doubt, m.ready = true, m.bad < m.cfg.Patience
+	}
+	if m.ready {
+		m.found.Store(&finding{checks: make([]bool, len(m.cfg.Checks))})
+	} else {
+		m.found.Store(all)
+	}
+	switch {
+	case m.ready == was:
+		return false
+	case m.ready:
+		m.cfg.Logger.Info("ready: pushes can be delivered")
+	default:
+		m.cfg.Logger.Warn("not ready: pushes cannot be delivered", "reasons", strings.Join(all.reasons, "; "))
+	}
+	return true
+}
