@@ -124,8 +124,8 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := aloneInStreet(t).run("GOGC=50") // what is in use is looked at, not what is left to collect
-			w.all.more(volume / 3)
+			w := aloneInStreet(t).unhurried("GOGC=50") // what is in use is looked at, not what is left to collect
+			w.all.more(volume / 10)
 			calm := w.ledger.tally(w.since, w.ledger.now(), nil)
 			w.ledger.note("a flood of %s", name)
 			since := w.ledger.now()
@@ -147,7 +147,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 					}
 				})
 			}
-			w.all.more(volume / 3)
+			w.all.more(volume / 10)
 			floods.Wait()
 			flooded := w.ledger.tally(since, w.ledger.now(), nil)
 			now := w.m.resident()
@@ -168,7 +168,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 // Input 34: connections that say too little, too slowly. Each ends with the handshake's
 // time, however alive it looks, and those who speak are served meanwhile.
 func TestConnectionsThatDawdleAreClosed(t *testing.T) {
-	w := newStreet(t).run("API_HANDSHAKE_TIMEOUT=2s")
+	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=2s")
 	const each = 50
 	var wg sync.WaitGroup
 	var ended atomic.Int64
@@ -208,7 +208,7 @@ func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 			})
 		}
 	}
-	w.all.more(volume)
+	w.all.more(volume / 5)
 	took := eventually(t, "all are closed", func() error {
 		if n := ended.Load(); n < 2*each {
 			return fmt.Errorf("%d of %d", n, 2*each)
@@ -216,6 +216,6 @@ func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 		return nil
 	})
 	wg.Wait()
-	t.Logf("the last was closed %v after %d pushes of others", took.Round(time.Millisecond), volume)
+	t.Logf("the last was closed %v after %d pushes of others", took.Round(time.Millisecond), volume/5)
 	w.undisturbed()
 }
