@@ -19,7 +19,7 @@ func (m *pushManager) watchHealth(cfg Config) (err error) {
 		{Name: "controller", Why: func() string { return m.controllerAway(cfg.Routes.StaleTTL) }},
 	}
 	if m.health, err = health.New(cfg.Health); err != nil {
-		return err //nolint:wrapcheck // it says whose it is
+		return err
 	}
 	m.health.Start()
 	m.parts.Add("readiness", program.Closing(m.health.Close))

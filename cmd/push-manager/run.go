@@ -94,12 +94,9 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	}
 
 	// Our own entry in etcd; metrics and health, which look at everything.
-	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, program.Advertised(cfg.AdvertiseAddress, m.api.Addr())
-	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
+	if err = m.register(cfg); err != nil {
 		return nil, err
 	}
-	m.entry.Start()
-	m.parts.Add("registration", program.Within(deregisterTimeout, m.entry.Close))
 	if m.http, err = telemetry.StartHTTP(m.operations(cfg, set)); err != nil {
 		return nil, err
 	}
@@ -151,6 +148,16 @@ func (m *pushManager) NotReady() []string { return m.health.NotReady() }
 
 // Reachable is the number of Connect-Nodes with a live stream.
 func (m *pushManager) Reachable() int { return m.links.Reachable() }
+
+func (m *pushManager) register(cfg Config) (err error) {
+	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, program.Advertised(cfg.AdvertiseAddress, m.api.Addr())
+	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
+		return err
+	}
+	m.entry.Start()
+	m.parts.Add("registration", program.Within(deregisterTimeout, m.entry.Close))
+	return nil
+}
 
 func (m *pushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
 	if api, err = m.parts.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {

@@ -68,10 +68,11 @@ func (c Config) Validate() error {
 // Monitor looks at the checks four times a second.
 type Monitor struct {
 	// Static after New.
-	cfg  Config
-	stop chan struct{}
-	once sync.Once
-	wg   sync.WaitGroup
+	cfg   Config
+	stop  chan struct{}
+	begin sync.Once
+	end   sync.Once
+	wg    sync.WaitGroup
 
 	// Written by looks, read by anybody.
 	found    atomic.Pointer[finding]
@@ -132,7 +133,7 @@ func notReady(reason string) string {
 
 // Start looks for the first time, and from then on until Close.
 func (m *Monitor) Start() {
-	m.once.Do(func() {
+	m.begin.Do(func() {
 		m.look(0)
 		m.cfg.OnChange(m.ready)
 		m.wg.Go(m.loop)
@@ -141,8 +142,8 @@ func (m *Monitor) Start() {
 
 // Close stops looking and waits until OnChange cannot be called any more.
 func (m *Monitor) Close() {
-	m.once.Do(func() {}) // never started
-	close(m.stop)
+	m.begin.Do(func() {}) // never started
+	m.end.Do(func() { close(m.stop) })
 	m.wg.Wait()
 }
 
