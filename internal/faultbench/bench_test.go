@@ -22,6 +22,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -329,6 +330,7 @@ type request struct {
 	users    []string
 	deadline time.Duration // 0: none
 	size     int           // of the payload, 0: as small as can be
+	priority string        // "": none is claimed
 }
 
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
@@ -349,6 +351,9 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, r.deadline)
 		defer cancel()
+	}
+	if r.priority != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, "x-priority", r.priority)
 	}
 	m.b.ledger.begin(p)
 	content := &pubsub.MessageContent{Data: payload(p.id, r.size)}
