@@ -331,6 +331,7 @@ type request struct {
 	deadline time.Duration // 0: none
 	size     int           // of the payload, 0: as small as can be
 	priority string        // "": none is claimed
+	patient  bool          // the manager's own deadline is not before this one
 }
 
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
@@ -348,6 +349,9 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 	p := &push{kind: r.kind, key: r.key, manager: m.id, limit: defaultDeadline}
 	if r.deadline > 0 {
 		p.limit = min(p.limit, r.deadline)
+		if r.patient {
+			p.limit = r.deadline
+		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, r.deadline)
 		defer cancel()

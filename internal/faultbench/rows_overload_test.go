@@ -3,12 +3,13 @@ package faultbench
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"sync"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc/codes"
+
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // The rows of the fault list about overload.
@@ -26,7 +27,7 @@ func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
 	bad.play(func(a *answer) { a.silent = true })
 	to := func(priority string) request {
 		q := user("bad1")
-		q.deadline, q.priority = 5*time.Minute, priority
+		q.deadline, q.patient, q.priority = 5*time.Minute, true, priority
 		return q
 	}
 	ctx, leave := context.WithCancel(t.Context())
@@ -77,23 +78,25 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	defer leave()
 	var callers sync.WaitGroup
 	refused := func(priority string) float64 { return m.metric(fmt.Sprintf("refused_total{priority=%q,reason=\"memory\"}", priority)) }
-	large := func() {
-		q := user(s.bad[rand.IntN(len(s.bad))])
-		q.size, q.deadline = 200<<10, 5*time.Minute
-		m.ask(ctx, m, q)
-	}
 	probe := func(priority string) *push {
 		q := user("good1")
 		q.priority = priority
 		return m.push(q)
 	}
-	eventually(t, "memory is used up", func() error {
-		for range 8 {
-			callers.Go(large)
+	const size = 200 << 10
+	var api pubsub.PushManagerServiceClient
+	for i := range 2 * limit / size { // more than there is room for
+		if i%100 == 0 {
+			api = m.dial()
 		}
-		m.until("pushes_in_flight", func(v float64) bool { return v > 0 })
-		wait(5 * time.Millisecond)
+		q := user(s.bad[i%len(s.bad)])
+		q.size, q.deadline, q.patient = size, 5*time.Minute, true
+		to := api
+		callers.Go(func() { m.ask(ctx, to, q) })
+	}
+	eventually(t, "memory is used up", func() error {
 		probe("low")
+		probe("normal")
 		if refused("normal") == 0 {
 			return errStill
 		}
