@@ -77,7 +77,9 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
 	var callers sync.WaitGroup
-	refused := func(priority string) float64 { return m.metric(fmt.Sprintf("refused_total{priority=%q,reason=\"memory\"}", priority)) }
+	refused := func(priority string) float64 {
+		return m.metric(fmt.Sprintf("refused_total{priority=%q,reason=\"memory\"}", priority))
+	}
 	probe := func(priority string) *push {
 		q := user("good1")
 		q.priority = priority

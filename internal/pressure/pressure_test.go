@@ -129,7 +129,9 @@ func TestMedianOfAHistogram(t *testing.T) {
 }
 
 // shed keeps what a Monitor said last.
-type shed struct{ last atomic.Pointer[engine.Shedding] }
+type shed struct {
+	last atomic.Pointer[engine.Shedding]
+}
 
 func (s *shed) set(now engine.Shedding) { s.last.Store(&now) }
 
