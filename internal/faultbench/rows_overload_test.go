@@ -46,7 +46,7 @@ func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
 			wait("link_queue_deliveries", queued+1, share.priority)
 		}
 		p := m.push(to(share.priority))
-		if p.summary.GetFailed() != 1 || p.summary.GetNodeFailures()[0].GetReason() != "queue full" {
+		if p.summary.GetFailed() != 1 || p.summary.GetNodeFailures()[0].GetReason() != "failed: queue full" {
 			t.Errorf("one more of %s: %v", share.priority, p)
 		}
 	}
