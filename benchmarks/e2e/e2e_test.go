@@ -73,6 +73,37 @@ func TestSuitesRun(t *testing.T) {
 	}
 }
 
+// TestOverloadRuns keeps the flood from rotting. It says nothing about speed: on a busy
+// machine nothing may be good.
+func TestOverloadRuns(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	b, err := e2e.Start(t.Context(), e2e.Options{Short: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	all, err := b.Overload(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range all {
+		for p, offered := range o.By.Offered {
+			if ended := o.By.Good[p] + o.By.Late[p] + o.By.Refused[p] + o.By.Failed[p] + o.By.GivenUp[p] + o.By.Held[p]; ended != offered {
+				t.Errorf("%s at %v: of %d offered %d have ended: %+v", o.What, o.Times, offered, ended, o.By)
+			}
+		}
+		if o.Offered == 0 || len(o.Bars()) < 2 {
+			t.Errorf("nothing was offered: %+v", o)
+		}
+	}
+	var text bytes.Buffer
+	if err := e2e.WriteOverloads(&text, all); err != nil || strings.Count(text.String(), "\n") != 1+len(all) {
+		t.Errorf("%v\n%s", err, &text)
+	}
+}
+
 // TestSaturatedPushesShareFramesAndWrites watches counts, which do not depend on the
 // speed of the machine.
 func TestSaturatedPushesShareFramesAndWrites(t *testing.T) {

@@ -29,6 +29,9 @@ var (
 const (
 	floodTick   = time.Millisecond
 	floodBucket = 100 * time.Millisecond
+	// floodLag is how late the generator may be. What it is later with it does not offer, so
+	// the rate that is reported is one that was offered.
+	floodLag = 50 * time.Millisecond
 	// floodPatience is how long a caller waits: an answer that comes later is of no use.
 	floodPatience = time.Second
 	// floodLine is how many pushes may wait in the client for their connection to have room.
@@ -145,6 +148,9 @@ func (f *flood) pace(ctx context.Context, hoses []*hose) {
 		due := 0.0
 		for at.Before(until) && ctx.Err() == nil {
 			at = at.Add(floodTick)
+			if behind := time.Since(at); behind > floodLag {
+				at = at.Add(behind)
+			}
 			time.Sleep(time.Until(at))
 			due += p.Rate * floodTick.Seconds()
 			orders := [len(floodPriorities)]int{}

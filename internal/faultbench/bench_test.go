@@ -22,6 +22,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -334,6 +335,8 @@ type request struct {
 	users    []string
 	deadline time.Duration // 0: none
 	size     int           // of the payload, 0: as small as can be
+	priority string        // "": none is claimed
+	patient  bool          // the manager's own deadline is not before this one
 }
 
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
@@ -351,9 +354,15 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 	p := &push{kind: r.kind, key: r.key, manager: m.id, limit: defaultDeadline}
 	if r.deadline > 0 {
 		p.limit = min(p.limit, r.deadline)
+		if r.patient {
+			p.limit = r.deadline
+		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, r.deadline)
 		defer cancel()
+	}
+	if r.priority != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, "x-priority", r.priority)
 	}
 	m.b.ledger.begin(p)
 	content := &pubsub.MessageContent{Data: payload(p.id, r.size)}

@@ -394,7 +394,7 @@ func TestAllNodesDownFailsEveryPushAtOnce(t *testing.T) {
 	m.atRest()
 }
 
-// Row 6, without priorities.
+// Row 6; its priorities are in rows_overload_test.go.
 func TestSlowNodeGetsWhatItManagesAndTheRestFails(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)

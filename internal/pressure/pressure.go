@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,6 +14,10 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 )
+
+// staleAfter is after how many readings without a collection one is asked for while pushes
+// are refused for memory.
+const staleAfter = 10
 
 // Config of a Monitor. Shed and InFlight are required; zero fields of the others mean the
 // defaults.
@@ -131,6 +136,11 @@ func (m *Monitor) look() {
 	m.wait.Store(int64(now.wait))
 	m.used.Store(math.Float64bits(now.memory))
 	last, next := *m.said.Load(), m.control.next(now)
+	if next.Memory > 0 && m.reader.since >= staleAfter {
+		// Who is refused allocates little, so the collector may not run for long by itself,
+		// and what it found last counts until it does.
+		runtime.GC()
+	}
 	if next == last {
 		return
 	}

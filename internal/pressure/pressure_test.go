@@ -129,7 +129,9 @@ func TestMedianOfAHistogram(t *testing.T) {
 }
 
 // shed keeps what a Monitor said last.
-type shed struct{ last atomic.Pointer[engine.Shedding] }
+type shed struct {
+	last atomic.Pointer[engine.Shedding]
+}
 
 func (s *shed) set(now engine.Shedding) { s.last.Store(&now) }
 
@@ -166,6 +168,24 @@ func TestMonitorSeesTheMemoryLimit(t *testing.T) {
 		t.Errorf("far below the limit: %+v", now)
 	}
 	debug.SetMemoryLimit(was)
+}
+
+// What was in use is garbage from one moment on, and nobody allocates anything: the collector
+// has to be asked.
+func TestMonitorSeesThatMemoryIsFreeAgain(t *testing.T) {
+	var s shed
+	m, err := Start(Config{Shed: s.set, InFlight: func() int64 { return 0 }, Interval: time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	ballast := make([]byte, 256<<20)
+	runtime.GC()
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(256 << 20))
+	s.until(t, "above the limit", func(s engine.Shedding) bool { return s.Memory > 0 })
+	runtime.KeepAlive(ballast)
+	ballast = nil
+	s.until(t, "what was in use is garbage", none)
 }
 
 // There are more goroutines than cores, and all of them always want one.

@@ -15,6 +15,7 @@ const (
 	objects
 	free
 	unused
+	cycles
 	latencies
 	readings
 )
@@ -23,6 +24,8 @@ const (
 type reader struct {
 	samples []metrics.Sample
 	counts  []uint64 // of latencies, when it was read last
+	cycle   uint64   // of the collector, at the last reading
+	since   int      // readings without another
 }
 
 func newReader() *reader {
@@ -35,6 +38,7 @@ func newReader() *reader {
 		objects:  "/memory/classes/heap/objects:bytes",
 		free:     "/memory/classes/heap/free:bytes",
 		unused:   "/memory/classes/heap/unused:bytes",
+		cycles:   "/gc/cycles/total:gc-cycles",
 		// Of all goroutines: how long they were ready to run and did not.
 		latencies: "/sched/latencies:seconds",
 	} {
@@ -46,6 +50,11 @@ func newReader() *reader {
 
 func (r *reader) read() reading {
 	metrics.Read(r.samples)
+	if c := r.samples[cycles].Value.Uint64(); c != r.cycle {
+		r.cycle, r.since = c, 0
+	} else {
+		r.since++
+	}
 	return reading{memory: r.memory(), wait: r.wait()}
 }
 

@@ -1,0 +1,124 @@
+package faultbench
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// The rows of the fault list about overload.
+
+// Row 6: of what a node does not take, low priority fails first, and the highest is queued up
+// to the cap.
+func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
+	s := newStreet(t)
+	bad := s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	m := s.manage(2, "LINK_WINDOW=1", "LINK_QUEUE_LENGTH=16", "LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m")
+	m.good(room("mixed"))
+	m.rest()
+	s.ledger.note("node bad acknowledges nothing")
+	bad.play(func(a *answer) { a.silent = true })
+	to := func(priority string) request {
+		q := user("bad1")
+		q.deadline, q.patient, q.priority = 5*time.Minute, true, priority
+		return q
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	var callers sync.WaitGroup
+	wait := func(metric string, n int, priority string) {
+		callers.Go(func() { m.ask(ctx, m, to(priority)) })
+		m.until(metric, func(v float64) bool { return v == float64(n) })
+	}
+	wait("link_window_deliveries", 1, "low") // so that all others are queued
+	queued := 0
+	for _, share := range []struct {
+		priority string
+		most     int
+	}{{"low", 8}, {"normal", 14}, {"high", 15}, {"critical", 16}} {
+		for ; queued < share.most; queued++ {
+			wait("link_queue_deliveries", queued+1, share.priority)
+		}
+		p := m.push(to(share.priority))
+		if p.summary.GetFailed() != 1 || p.summary.GetNodeFailures()[0].GetReason() != "failed: queue full" {
+			t.Errorf("one more of %s: %v", share.priority, p)
+		}
+	}
+	if n := m.metric("link_queue_deliveries"); n != 16 {
+		t.Errorf("%v are queued", n)
+	}
+	m.good(user("good1"))
+	leave() // nothing that was queued is written any more
+	callers.Wait()
+	m.until("pushes_in_flight", func(v float64) bool { return v == 0 })
+	bad.play(nil)
+}
+
+// Row 44: with most of the memory in use, low priority is refused and then all but critical,
+// and everything is taken again when it is free. A limit of the kernel is not set: nothing
+// comes near one if this holds.
+func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
+	s := newStreet(t)
+	bad := s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	const limit = 96 << 20
+	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit), "LINK_WINDOW_BYTES=1GiB", "LINK_QUEUE_BYTES=1GiB",
+		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m")
+	m.good(room("mixed"))
+	m.rest()
+	s.ledger.note("node bad acknowledges nothing")
+	bad.play(func(a *answer) { a.silent = true })
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var callers sync.WaitGroup
+	refused := func(priority string) float64 {
+		return m.metric(fmt.Sprintf("refused_total{priority=%q,reason=\"memory\"}", priority))
+	}
+	probe := func(priority string) *push {
+		q := user("good1")
+		q.priority = priority
+		return m.push(q)
+	}
+	const size = 200 << 10
+	var api pubsub.PushManagerServiceClient
+	for i := range 2 * limit / size { // more than there is room for
+		if i%100 == 0 {
+			api = m.dial()
+		}
+		q := user(s.bad[i%len(s.bad)])
+		q.size, q.deadline, q.patient = size, 5*time.Minute, true
+		to := api
+		callers.Go(func() { m.ask(ctx, to, q) })
+	}
+	eventually(t, "memory is used up", func() error {
+		probe("low")
+		probe("normal")
+		if refused("normal") == 0 {
+			return errStill
+		}
+		return nil
+	})
+	if refused("low") == 0 || refused("critical") > 0 {
+		t.Errorf("low is refused before normal, and critical never: %v and %v", refused("low"), refused("critical"))
+	}
+	for priority, want := range map[string]codes.Code{"low": codes.ResourceExhausted, "critical": codes.OK} {
+		if p := probe(priority); p.code() != want || want == codes.OK && !p.success {
+			t.Errorf("%s: %v", priority, p)
+		}
+	}
+	leave()
+	callers.Wait()
+	eventually(t, "low is taken again", func() error {
+		if p := probe("low"); !p.success {
+			return fmt.Errorf("%v", p)
+		}
+		return nil
+	})
+	bad.play(nil)
+}
