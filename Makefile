@@ -111,3 +111,4 @@ $(TOOLS)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
 include benchmarks/bench.mk
 include internal/faultbench/chaos.mk
 include internal/faultbench/soak.mk
+include internal/faultbench/recovery.mk

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -39,9 +40,14 @@ func TestChaos(t *testing.T) {
 	if all := c.ledger.tally(0, calm, nil); all.success != all.pushes && !c.starvedSince(0) {
 		t.Errorf("before the first fault: %v", all)
 	}
+	c.hurried.Store(true)
 	c.execute(plan)
 	c.settle(plan, calm)
 }
+
+// patientDeadline is what callers grant before the first fault, when every push has to
+// succeed: how fast the machine is is not the question.
+const patientDeadline = 3 * time.Second
 
 const (
 	cityManagers = 3
@@ -59,6 +65,7 @@ type city struct {
 	loads       []*load
 	streams     sync.WaitGroup
 	stop        chan struct{}
+	hurried     atomic.Bool // callers ask for deadlines that a loaded machine may miss
 
 	// locks are held by the fault that has a part in its hands.
 	locks map[string]*sync.Mutex
@@ -117,6 +124,9 @@ func (c *city) traffic() {
 			wait(time.Duration(1+r.IntN(8)) * time.Millisecond)
 			q := c.any(r)
 			q.deadline = time.Duration(200+r.IntN(3800)) * time.Millisecond
+			if !c.hurried.Load() {
+				q.deadline = max(q.deadline, patientDeadline)
+			}
 			return q
 		}))
 		c.streams.Go(func() {
@@ -398,7 +408,9 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	}
 	unsure := c.ledger.tally(calm, healed, func(p *push) bool { return p.summary.GetUnknown() > 0 }).pushes
 	c.t.Logf("unknown in part or whole: %d of %d pushes, %.2f %%", unsure, during.pushes, 100*float64(unsure)/float64(max(during.pushes, 1)))
-	if unsure*50 > during.pushes {
+	// A fault lasts as long on a machine that lets nobody run, but few pushes are made
+	// beside those that it hits.
+	if unsure*50 > during.pushes && !c.starvedSince(calm) {
 		c.t.Errorf("more than 2 %% of pushes are unknown in part or whole")
 	}
 	c.strayUnknowns()

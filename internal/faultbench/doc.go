@@ -31,5 +31,7 @@
 // The fast rows of the fault list run with all other tests. `make faults` runs the
 // slow ones, too, and `make chaos` random faults that overlap, the same again for the
 // same SEED, for as long as DURATION says. `make soak` looks for what grows: half of the
-// peak load for a long time while a node leaves and joins every five seconds.
+// peak load for a long time while a node leaves and joins every five seconds. `make
+// recovery` repeats outages and judges how soon all is well again, and `make rolling`
+// restarts everything behind a balancer; docs/reliability.md has what they have shown.
 package faultbench

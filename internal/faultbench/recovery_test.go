@@ -190,6 +190,9 @@ func (r *recovery) report(o outage, list []repetition) {
 		inFlight, unknown = inFlight+x.inFlight, unknown+x.unknown
 	}
 	r.t.Logf("%s: %d times, %d of them while the machine let us run; %d pushes in flight, %d of them unknown", o.name, len(list), len(quiet), inFlight, unknown)
+	if r.judge && len(quiet)*4 < len(list) {
+		r.t.Error("the machine was too busy for figures that say anything: run it again")
+	}
 	for i, x := range list {
 		if max(x.first, x.back) > backInService || x.settled > o.settled {
 			r.t.Logf("%s, time %d: %+v", o.name, i, x)

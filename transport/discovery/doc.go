@@ -10,7 +10,9 @@
 //
 //   - It lists, then watches from the next revision, and begins again with a
 //     list after any watch error, be it a compaction, a lost leader or a broken
-//     stream. It lists once a minute even when nothing seems wrong.
+//     stream. It lists once a minute even when nothing seems wrong, and asks etcd for a
+//     sign of life every few seconds and after each new connection: a watch that goes on
+//     over it is silent where history has gone back.
 //   - etcd out of reach removes nothing: the nodes known stay, and only
 //     push_manager_discovery_stale_seconds tells.
 //   - A value that is malformed is logged, counted and skipped. It never touches

@@ -18,6 +18,9 @@
 //     payload beyond the push must clone it.
 //   - The goroutine that completes a push of a PushStream never waits for the
 //     stream's client.
+//   - On the way down nobody is refused who could not know better: first health says
+//     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
+//     PushStreams end, and only what still comes after that is refused with DRAINING.
 //
 // Metadata entries are counted as they stand on the wire: a key that comes twice
 // counts twice, and its last value is the one that clients see.

@@ -44,6 +44,7 @@ type Link struct {
 	state   state
 	refusal engine.Reason      // what Send answers: Sent if it takes deliveries
 	stalled bool               // the node owes an overdue ack
+	sound   bool               // the last stream has worked for a while
 	leaving bool               // Drain has been called
 	closing engine.Reason      // why the link is closed, Sent while it is not
 	cancel  context.CancelFunc // ends the session that runs, nil between two

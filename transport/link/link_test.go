@@ -982,6 +982,86 @@ func TestUnansweredAttemptIsItsOwnPause(t *testing.T) {
 	})
 }
 
+// A node that works and then stands still, again and again, is tried again at once
+// each time: the backoff is for those who never worked.
+func TestSoundNodeIsTriedAtOnceAfterEachSilence(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		var mu sync.Mutex // of ended
+		ended := time.Now()
+		n.deliver = func(st deliverStream) error {
+			mu.Lock()
+			pause := time.Since(ended)
+			mu.Unlock()
+			if pause > 100*time.Millisecond {
+				t.Errorf("tried again after %v", pause)
+			}
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			defer func() {
+				mu.Lock()
+				defer mu.Unlock()
+				ended = time.Now()
+			}()
+			for still := time.Now().Add(2 * time.Second); ; {
+				f, err := st.Recv()
+				if err != nil {
+					return err
+				}
+				if f.GetHeartbeat() != 0 && time.Now().Before(still) {
+					if err := st.Send(&pubsub.DeliverResponse{Heartbeat: f.GetHeartbeat(), OnlineUsers: 3}); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		time.Sleep(time.Minute)
+		if n.opened() < 12 {
+			t.Errorf("%d streams in a minute", n.opened())
+		}
+	})
+}
+
+// And one that takes what it never acknowledges is not.
+func TestNodeThatNeverAcksIsTriedLessOften(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		var mu sync.Mutex // of last and longest
+		var last time.Time
+		var longest time.Duration
+		n := &fakeNode{id: "A", answer: func(uint64, []string, string, *pubsub.DeliverResponse) {}}
+		n.deliver = func(st deliverStream) error {
+			mu.Lock()
+			if !last.IsZero() {
+				longest = max(longest, time.Since(last))
+			}
+			mu.Unlock()
+			defer func() {
+				mu.Lock()
+				defer mu.Unlock()
+				last = time.Now()
+			}()
+			return n.serve(st)
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		for begun := time.Now(); time.Since(begun) < time.Minute; time.Sleep(100 * time.Millisecond) {
+			w.do(w.toUser("u1", "x"))
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if longest < 500*time.Millisecond {
+			t.Errorf("it was tried again after %v at most", longest)
+		}
+	})
+}
+
 func TestFlappingLinkIsBackAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})

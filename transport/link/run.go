@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -20,10 +21,6 @@ import (
 // stableAfter is how long a stream must have lived for its break to be answered
 // with an attempt at once: a node in a crash loop stays on the backoff curve.
 const stableAfter = 500 * time.Millisecond
-
-// soundAfter is how long a stream that the node let down must have lived for the
-// backoff to start again from its minimum.
-const soundAfter = 30 * time.Second
 
 var (
 	errDialTimeout   = errors.New("no answer within the dial timeout")
@@ -56,7 +53,7 @@ func (l *Link) run() {
 			first, pause = true, l.set.cfg.BackoffMin
 			l.set.meters.reconnects.Inc()
 		default:
-			if time.Since(started) >= soundAfter {
+			if l.wasSound() {
 				pause = l.set.cfg.BackoffMin
 			}
 			l.fail(err)
@@ -92,7 +89,17 @@ func (l *Link) begin(first bool) bool {
 	if first {
 		l.setLocked(connecting)
 	}
+	l.sound = false
 	return true
+}
+
+// wasSound tells whether the node did its part for a while, before it let the last
+// stream down. An outage of a node that works is over as soon as it can be; one that
+// takes streams and owes what they bring stays on the backoff curve.
+func (l *Link) wasSound() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sound
 }
 
 // fail makes the link refuse deliveries and drops what is queued.
@@ -156,7 +163,8 @@ func (l *Link) session() (reached bool, err error) {
 	}
 	defer l.own(nil)
 	l.set.meters.dials.Inc()
-	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, l.set.dial...)
+	wire := &wire{dial: l.set.cfg.Dialer}
+	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, append([]grpc.DialOption{grpc.WithContextDialer(wire.connect)}, l.set.dial...)...)
 	if err != nil {
 		l.set.meters.dialFailures.Inc()
 		return false, fmt.Errorf("dial: %w", err)
@@ -170,7 +178,11 @@ func (l *Link) session() (reached bool, err error) {
 		l.set.meters.dialFailures.Inc()
 		return false, err
 	}
-	return true, l.serve(s, cancel)
+	err = l.serve(s, cancel)
+	if !errors.Is(err, errDrained) && !errors.Is(err, io.EOF) {
+		wire.abort()
+	}
+	return true, err
 }
 
 // own makes cancel the way to end the session. False means that the link is

@@ -114,9 +114,6 @@ func dialOptions(cfg *Config) []grpc.DialOption {
 			MinConnectTimeout: cfg.DialTimeout,
 		}),
 	}
-	if cfg.Dialer != nil {
-		opts = append(opts, grpc.WithContextDialer(cfg.Dialer))
-	}
 	return append(opts, cfg.DialOptions...)
 }
 

@@ -49,6 +49,7 @@ type stream struct {
 	fresh     bool  // the last frame had a heartbeat for the broadcast that follows
 	answered  uint64
 	canary    canary
+	begun     int64 // running time of the start
 	inAt      int64 // running time of the last frame from the node
 	ackAt     int64 // running time of the last ack, or of the start of a stall
 	drainSent bool
@@ -93,7 +94,7 @@ func newStream(l *Link, rpc grpc.ClientStream, hello helloReply) *stream {
 	return &stream{
 		link: l, rpc: rpc, hello: hello,
 		bell: make(chan struct{}, 1), written: make(chan struct{}),
-		win: newWindow(limit), inAt: ran, ackAt: ran, beatAt: ran, canary: canary{at: ran - int64(cfg.Canary)}, // the first at once
+		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran, canary: canary{at: ran - int64(cfg.Canary)}, // the first at once
 		w: writing{auds: newAudiences(members, l.set.meters)},
 		r: reading{online: hello.online},
 	}
@@ -380,6 +381,9 @@ func (s *stream) receive() error {
 		s.ackAt = ran
 		s.win.quicken(len(r.acks))
 		l.unstallLocked()
+	}
+	if (len(r.acks) > 0 || s.win.live == 0) && !l.stalled && ran-s.begun >= int64(stableAfter) {
+		l.sound = true
 	}
 	if r.drain && l.state == up {
 		notice = true
