@@ -94,10 +94,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	}
 
 	// Our own entry in etcd; metrics and health, which look at everything.
-	if err = m.register(cfg); err != nil {
-		return nil, err
-	}
-	if m.http, err = telemetry.StartHTTP(m.operations(cfg, set)); err != nil {
+	if err = m.show(cfg, set); err != nil {
 		return nil, err
 	}
 	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
@@ -149,14 +146,15 @@ func (m *pushManager) NotReady() []string { return m.health.NotReady() }
 // Reachable is the number of Connect-Nodes with a live stream.
 func (m *pushManager) Reachable() int { return m.links.Reachable() }
 
-func (m *pushManager) register(cfg Config) (err error) {
+func (m *pushManager) show(cfg Config, set *metrics.Set) (err error) {
 	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, program.Advertised(cfg.AdvertiseAddress, m.api.Addr())
 	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
 		return err
 	}
 	m.entry.Start()
 	m.parts.Add("registration", program.Within(deregisterTimeout, m.entry.Close))
-	return nil
+	m.http, err = telemetry.StartHTTP(m.operations(cfg, set))
+	return err
 }
 
 func (m *pushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
