@@ -72,11 +72,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 
 	// The engine, and the push API in front of it.
 	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
-	if m.engine, err = engine.New(cfg.Engine); err != nil {
-		return nil, err
-	}
-	m.parts.Add("engine", m.engine.Drain)
-	if err = m.watch(cfg.Pressure); err != nil {
+	if err = m.startEngine(cfg.Engine, cfg.Pressure); err != nil {
 		return nil, err
 	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
@@ -201,14 +197,19 @@ func (m *pushManager) stopLinks(ctx context.Context) error {
 	return m.links.Drain(ctx)
 }
 
-// watch lets the engine refuse pushes while memory or cores run out.
-func (m *pushManager) watch(cfg pressure.Config) error {
-	cfg.Shed, cfg.InFlight = m.engine.Shed, m.engine.InFlight
-	monitor, err := pressure.Start(cfg)
-	if err == nil {
-		m.parts.Add("overload", program.Closing(monitor.Close))
+// startEngine makes the engine, and lets it refuse pushes while memory or cores run out.
+func (m *pushManager) startEngine(cfg engine.Config, watch pressure.Config) (err error) {
+	if m.engine, err = engine.New(cfg); err != nil {
+		return err
 	}
-	return err
+	m.parts.Add("engine", m.engine.Drain)
+	watch.Shed, watch.InFlight = m.engine.Shed, m.engine.InFlight
+	monitor, err := pressure.Start(watch)
+	if err != nil {
+		return err
+	}
+	m.parts.Add("overload", program.Closing(monitor.Close))
+	return nil
 }
 
 func (m *pushManager) serve() {

@@ -183,8 +183,7 @@ func TestMonitorSeesThatMemoryIsFreeAgain(t *testing.T) {
 	runtime.GC()
 	defer debug.SetMemoryLimit(debug.SetMemoryLimit(256 << 20))
 	s.until(t, "above the limit", func(s engine.Shedding) bool { return s.Memory > 0 })
-	runtime.KeepAlive(ballast)
-	ballast = nil
+	runtime.KeepAlive(ballast) // for the last time
 	s.until(t, "what was in use is garbage", none)
 }
 
