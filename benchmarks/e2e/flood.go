@@ -22,8 +22,8 @@ const floodCritical = len(floodPriorities) - 1
 // connections are theirs. Each connection has one priority: the calls under way on one are
 // bounded, so what is urgent must not stand in one line with what is not.
 var (
-	floodMix   = [...]int{15, 70, 10, 5}
-	floodConns = [...]int{2, 4, 2, 4}
+	floodMix   = [...]int{15, 70, 10, 5} //nolint:gochecknoglobals // a constant
+	floodConns = [...]int{2, 4, 2, 4}    //nolint:gochecknoglobals // a constant
 )
 
 const (
