@@ -203,6 +203,11 @@ func (p *Push) Reset() {
 	}
 }
 
+// Forget lets go of what belongs to the caller of a reusable push to one user, its id and
+// the payload. It is for those who keep pushes for later: Reset would do the same, and
+// touch all of the push.
+func (p *Push) Forget() { p.User, p.Payload, p.user[0] = "", nil, "" }
+
 // Lookup opens a span for a look-up on behalf of the push.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
 	if p.Trace == nil {

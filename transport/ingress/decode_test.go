@@ -292,13 +292,20 @@ func TestDecodeRefusesMillionsOfStringsWithoutMakingThem(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			best := time.Hour
-			allocs := testing.AllocsPerRun(10, func() {
+			refuse := func() {
 				began := time.Now()
 				if err := d.decode(test.api, test.wire, new(engine.Push)); err == nil {
 					t.Error("taken")
 				}
 				best = min(best, time.Since(began))
-			})
+			}
+			allocs := testing.AllocsPerRun(10, refuse)
+			for range 500 { // on a busy machine most are interrupted
+				if best <= 5*time.Millisecond {
+					break
+				}
+				refuse()
+			}
 			if best > 5*time.Millisecond {
 				t.Errorf("took %v, want 5 ms at most", best)
 			}

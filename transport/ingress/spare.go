@@ -74,9 +74,12 @@ const (
 func (st *stream) release(c *call, free *chain) {
 	m := c.message
 	if c.push.Reusable() {
-		if c.api != toUser {
-			c.push.Reset() // the members of rooms are too much to hold on to
+		if c.api == toUser {
+			c.push.Forget()
+		} else {
+			c.push.Reset() // the members of rooms are too much to hold on to, too
 		}
+		c.message = nil
 		free.add(c)
 	} else {
 		m.inUse = true
