@@ -175,8 +175,8 @@ func (e *Engine) panicked(p *Push, v any) {
 	p.expire(ErrInternal)
 }
 
-// Shed refuses pushes from now on as s says, with ErrMemory or ErrBusy. Those that were
-// admitted go on.
+// Shed makes Admit refuse pushes from now on as s says, with ErrMemory or ErrBusy. Those
+// that were admitted go on.
 func (e *Engine) Shed(s Shedding) {
 	e.shed.Store(uint64(uint32(s.Memory))<<32 | uint64(uint32(s.Busy)))
 }
@@ -190,9 +190,9 @@ func (e *Engine) Shedding() Shedding {
 // InFlight is the number of pushes that are not finished.
 func (e *Engine) InFlight() int64 { return e.gate.inside() }
 
-// Admit tells whether a push of priority p would be taken now. It is for those who have
-// something to save by knowing before they take a request apart; Start decides. The error
-// is an ErrOverloaded.
+// Admit tells whether a push of priority p is to be taken now: whoever takes requests asks
+// before it takes one apart. Of its reasons Start knows only the places in flight. The
+// error is an ErrOverloaded.
 func (e *Engine) Admit(p Priority) error {
 	if e.shed.Load() != 0 {
 		if err := e.Shedding().refuses(p); err != nil {

@@ -51,6 +51,9 @@ func (s *Server) entranceOf(ctx context.Context) (entrance, error) {
 
 // admit tells whether one more push may come in by an entrance.
 func (s *Server) admit(e *entrance) error {
+	if !s.serving.Load() {
+		return errNotReady
+	}
 	if err := s.cfg.Engine.Admit(e.priority); err != nil {
 		return err
 	}

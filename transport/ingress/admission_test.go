@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -354,6 +356,34 @@ func TestDebtsBeyondTheBurst(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 		ok(t, b.take())
+	})
+}
+
+// Refused pushes cost nothing, however many goroutines of a caller are refused at a time.
+func TestRefusedPushesCostNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const rate, seconds = 100, 3
+		table, err := newCallers(&Config{Rate: rate, RateBurst: 10, RateCallers: 1})
+		ok(t, err)
+		b := table.of("a")
+		for b.take() == nil { // the burst
+		}
+		var taken atomic.Int64
+		var all sync.WaitGroup
+		for range 8 {
+			all.Go(func() {
+				for range seconds * 1000 {
+					time.Sleep(time.Millisecond)
+					if b.take() == nil {
+						taken.Add(1)
+					}
+				}
+			})
+		}
+		all.Wait()
+		if n := taken.Load(); n < rate*seconds-1 || n > rate*seconds {
+			t.Errorf("%d pushes in %d s at %d a second", n, seconds, rate)
+		}
 	})
 }
 

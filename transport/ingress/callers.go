@@ -61,16 +61,15 @@ type budget struct{ limiter *rate.Limiter }
 
 var _ engine.Budget = (*budget)(nil)
 
-// take takes what a push costs when it comes in.
+// take takes what a push costs when it comes in. One that is refused changes nothing: a
+// reservation given back would, if others were made meanwhile.
 func (b *budget) take() error {
 	now := time.Now()
-	r := b.limiter.ReserveN(now, 1)
-	after := r.DelayFrom(now)
-	if after == 0 {
+	if b.limiter.AllowN(now, 1) {
 		return nil
 	}
-	r.CancelAt(now)
-	return &rateError{after: after}
+	missing := 1 - b.limiter.TokensAt(now)
+	return &rateError{after: max(time.Duration(missing/float64(b.limiter.Limit())*float64(time.Second)), 0)}
 }
 
 // Charge implements engine.Budget.
@@ -83,7 +82,7 @@ func (b *budget) Charge(deliveries int) {
 }
 
 // peerOf names a caller by its address, the port left aside: all connections of one machine
-// are one caller.
+// are one caller, and so are all callers behind a balancer that does not pass addresses on.
 func peerOf(ctx context.Context) string {
 	p, ok := peer.FromContext(ctx)
 	if !ok {

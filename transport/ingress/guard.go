@@ -79,6 +79,10 @@ func (s *Server) refuse(api string, err error) *refusal {
 
 // mayLogRefusal allows one a second: callers decide how many refusals there are.
 func (s *Server) mayLogRefusal() bool {
-	now, last := time.Now(), s.lastRefusal.Load()
-	return (last == nil || now.Sub(*last) >= time.Second) && s.lastRefusal.CompareAndSwap(last, &now)
+	last := s.lastRefusal.Load()
+	if last != nil && time.Since(*last) < time.Second {
+		return false
+	}
+	now := time.Now()
+	return s.lastRefusal.CompareAndSwap(last, &now)
 }

@@ -218,9 +218,6 @@ func (st *stream) start(ctx context.Context, c *call, r *streamRequest, err erro
 
 func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
-	if !s.serving.Load() {
-		return errNotReady
-	}
 	st.entrance.allow(&c.push)
 	if err := s.admit(&st.entrance); err != nil {
 		return err

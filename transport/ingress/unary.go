@@ -96,9 +96,6 @@ func (s *Server) run(ctx context.Context, c *call) (res engine.Result, err error
 			end(res, err)
 		}
 	}()
-	if !s.serving.Load() {
-		return engine.Result{}, errNotReady
-	}
 	if s.cfg.Trace != nil {
 		c.push.Trace, end = s.cfg.Trace(ctx, c.api.String())
 	}
