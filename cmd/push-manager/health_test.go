@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"net/http"
 	"strings"
 	"syscall"
@@ -72,7 +73,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	controller := "127.0.0.1:" + ports[2]
 	p := execute(t, []string{
 		"GRPC_PORT=" + ports[0], "METRICS_PORT=" + ports[1], "ETCD_ENDPOINTS=" + etcd.Endpoint(), "CONTROLLER_ADDRESS=" + controller,
-		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=300ms", "LINK_CANARY=100ms",
+		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=2s", "LINK_CANARY=100ms",
 	}, "push-manager")
 	o := ops("http://127.0.0.1:" + ports[1])
 	conn := client(t, "127.0.0.1:"+ports[0])
@@ -82,7 +83,9 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	if !strings.Contains(first, "controller: has not answered yet\n") || strings.Contains(first, "no reachable node") {
 		t.Errorf("alone in the world: %q", first)
 	}
-	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "pubsub.PushManagerService"})
+	watched, leave := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer leave()
+	watch, err := grpc_health_v1.NewHealthClient(conn).Watch(watched, &grpc_health_v1.HealthCheckRequest{Service: "pubsub.PushManagerService"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,12 +128,13 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_SERVING)
 
 	etcd.Stop() // the nodes known stay: pushes can be delivered
-	time.Sleep(time.Second)
+	time.Sleep(3 * time.Second)
 	o.until(t, 200, "ok\n")
 	p.signal(syscall.SIGTERM)
 	p.ends(20*time.Second, 0)
-	if strings.Count(p.stderr.String(), "not ready: pushes cannot be delivered") > 2 {
-		t.Errorf("logged more than once for each of two changes:\n%s", p.stderr)
+	// A machine that lets nobody run for as long as readiness is patient adds a change or two.
+	if strings.Count(p.stderr.String(), "not ready: pushes cannot be delivered") > 4 {
+		t.Errorf("logged again and again for two changes:\n%s", p.stderr)
 	}
 }
 

@@ -406,11 +406,14 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	if during.unknown*50 > during.targets {
 		c.t.Errorf("more than 2 %% of targets are unknown")
 	}
-	unsure := c.ledger.tally(calm, healed, func(p *push) bool { return p.summary.GetUnknown() > 0 }).pushes
-	c.t.Logf("unknown in part or whole: %d of %d pushes, %.2f %%", unsure, during.pushes, 100*float64(unsure)/float64(max(during.pushes, 1)))
 	// A fault lasts as long on a machine that lets nobody run, but few pushes are made
-	// beside those that it hits.
-	if unsure*50 > during.pushes && !c.starvedSince(calm) {
+	// beside those that it hits: neither counts.
+	judged := func(p *push) bool { return !c.ledger.nearFreezeLocked(p, besideFreeze) }
+	pushes := c.ledger.tally(calm, healed, judged).pushes
+	unsure := c.ledger.tally(calm, healed, func(p *push) bool { return judged(p) && p.summary.GetUnknown() > 0 }).pushes
+	c.t.Logf("unknown in part or whole: %d of %d pushes, %.2f %%; %d are left out: the machine did not let us run",
+		unsure, pushes, 100*float64(unsure)/float64(max(pushes, 1)), during.pushes-pushes)
+	if unsure*50 > pushes {
 		c.t.Errorf("more than 2 %% of pushes are unknown in part or whole")
 	}
 	c.strayUnknowns()
@@ -422,6 +425,10 @@ func (c *city) starvedSince(since time.Duration) bool { return !c.ledger.calm(si
 // afterwards is how long a fault may have consequences: the silence timeout, and an
 // ack that is awaited beyond it.
 const afterwards = 6 * time.Second
+
+// besideFreeze is how long before and after a time in which nobody could run pushes may be
+// late for that: twice the ack timeout.
+const besideFreeze = 2 * time.Second
 
 // strayUnknowns finds pushes that are unknown although nothing was wrong.
 func (c *city) strayUnknowns() {

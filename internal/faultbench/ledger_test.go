@@ -174,6 +174,12 @@ func (l *ledger) calm(from, to time.Duration) bool {
 	return !slices.ContainsFunc(l.frozen, func(f span) bool { return f.within(from, to) > 0 })
 }
 
+// nearFreezeLocked tells whether we could not run while p was under way, or within that time
+// of it. tally calls its pick under mu.
+func (l *ledger) nearFreezeLocked(p *push, of time.Duration) bool {
+	return slices.ContainsFunc(l.frozen, func(f span) bool { return f.within(p.start-of, p.end+of) > 0 })
+}
+
 // begin gives p an id and notes that it is about to be asked for.
 func (l *ledger) begin(p *push) {
 	l.mu.Lock()
@@ -422,7 +428,7 @@ type tally struct {
 }
 
 // tally sums up the answered pushes that were begun in a span of time and of which
-// pick says true.
+// pick, which is called under mu, says true.
 func (l *ledger) tally(from, to time.Duration, pick func(*push) bool) tally {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -55,7 +55,7 @@ func (l *ledger) latencies(from, to time.Duration, pick func(*push) bool) (took 
 		if !p.done || p.start < from || p.start > to || !pick(p) {
 			continue
 		}
-		if slices.ContainsFunc(l.frozen, func(f span) bool { return f.within(p.start-late, p.end+late) > 0 }) {
+		if l.nearFreezeLocked(p, late) {
 			left++
 			continue
 		}
@@ -113,12 +113,17 @@ func TestOneOfTenNodesReadsNothingForAMinute(t *testing.T) {
 	bad.pause()
 	during := m.lapOf(lasts, others)
 	t.Logf("during: %v", during)
+	loads[0].more(volume / 5)
 	for _, l := range loads {
 		l.end()
 	}
 	s.tallyBad(since)
 	t.Logf("p99 %.2f times that of before", float64(during.p99)/float64(before.p99))
-	if all := during.others; all.pushes == 0 || all.success*1000 < all.pushes*999 {
+	all, least := during.others, 999
+	if !long { // a node of ours that does not run for a second is much of two: do they get on at all?
+		all, least = s.ledger.tally(since, s.ledger.now(), others), 500
+	}
+	if all.pushes == 0 || all.success*1000 < all.pushes*least {
 		t.Errorf("the others suffered: %v", all)
 	}
 	if long && float64(during.p99) > 1.5*float64(before.p99) {

@@ -107,8 +107,16 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 		}
 		return nil
 	})
-	if refused("low") == 0 || refused("critical") > 0 {
-		t.Errorf("low is refused before normal, and critical never: %v and %v", refused("low"), refused("critical"))
+	// Memory that rises through both marks between two probes had no low push to refuse
+	// before; where normal is refused low is, without any more in use.
+	eventually(t, "low is refused, too", func() error {
+		if refused("low") == 0 {
+			return fmt.Errorf("%v", probe("low"))
+		}
+		return nil
+	})
+	if n := refused("critical"); n > 0 {
+		t.Errorf("critical is never refused, and was %v times", n)
 	}
 	for priority, want := range map[string]codes.Code{"low": codes.ResourceExhausted, "critical": codes.OK} {
 		if p := probe(priority); p.code() != want || want == codes.OK && !p.success {

@@ -127,6 +127,7 @@ type watching struct {
 	probed   chan probe  // answer of a probe under way
 	probing  bool
 	probeAt  time.Time // when to probe next
+	unproven bool      // connected again, and no probe has told since whether it is the same etcd
 
 	// The watch. opening delivers its channel once etcd has confirmed it; both
 	// are nil without one.
@@ -188,7 +189,7 @@ func (l *watching) loop(ctx context.Context, reconnected <-chan struct{}) {
 		case <-tick.C:
 			l.onTick(ctx)
 		case <-reconnected:
-			l.probeAt = time.Now() // is it still the etcd that we know?
+			l.probeAt, l.unproven = time.Now(), true // is it still the etcd that we know?
 			l.onTick(ctx)
 		}
 		l.settle()
@@ -385,8 +386,12 @@ func (l *watching) onProbed(got probe) {
 	if got.err != nil {
 		l.since(l.lastWord)
 		l.log.Debug("etcd does not answer", "err", got.err)
+		if l.unproven { // the watch may be silent for good: that must not last a whole interval
+			l.probeAt = time.Now().Add(l.cfg.MinBackoff)
+		}
 		return
 	}
+	l.unproven = false
 	if l.wentBack(got.rev, got.term, got.asked) {
 		l.retry.Reset(0) // the list finds the same and deals with it
 		return

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -32,8 +33,11 @@ func TestAbortedWireThrowsAwayWhatHasNotArrived(t *testing.T) {
 		_ = ours.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
 		n, err := ours.Write(piece)
 		written += n
-		if err != nil {
+		if err != nil && written > 1<<20 { // else we were late, and the buffers may have room
 			break
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
 		}
 	}
 	w.abort()
