@@ -425,6 +425,9 @@ func payloadSuite(ctx context.Context, b *Bench) (*Result, error) {
 		if n >= 16<<10 {
 			l.InFlight = 64
 		}
+		if n >= 256<<10 {
+			l.InFlight = 16 // all of them fit into the queue of one stream (LINK_QUEUE_BYTES)
+		}
 		return nil
 	})
 }
