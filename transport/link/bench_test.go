@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -170,4 +171,77 @@ func BenchmarkAcks(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/acks, "ns/ack")
+}
+
+// keeper is a link that keeps what it is sent, to all nodes.
+type keeper struct{ sent chan *engine.Delivery }
+
+func (k *keeper) Link(int, string) engine.Link { return k }
+func (k *keeper) Links(int) []engine.Link      { return []engine.Link{k} }
+func (k *keeper) Node() string                 { return "A" }
+
+func (k *keeper) Send(d *engine.Delivery) engine.Reason {
+	k.sent <- d
+	return engine.Sent
+}
+
+// keptDeliveries are deliveries of 128 bytes as a link gets them.
+func keptDeliveries(b *testing.B) map[string]*engine.Delivery {
+	b.Helper()
+	w, k := newWorld(b, Config{}), &keeper{make(chan *engine.Delivery, 1)}
+	w.room("r", "A", names("u", 100)...)
+	e, err := engine.New(engine.Config{Shards: w.shards, Directory: w.dir, Network: k})
+	if err != nil {
+		b.Fatal(err)
+	}
+	all, data := make(map[string]*engine.Delivery), string(make([]byte, 128))
+	for name, p := range map[string]*engine.Push{"user": w.toUser("u001", data), "room": w.toRoom("r", data), "all": w.toAll(data)} {
+		f := &pending{p: p, done: make(chan struct{})}
+		if err := e.Start(p, f); err != nil {
+			b.Fatal(err)
+		}
+		all[name] = <-k.sent
+		b.Cleanup(func() {
+			all[name].Drop(engine.DropUnreachable)
+			<-f.done
+		})
+	}
+	return all
+}
+
+// BenchmarkEnqueue is a delivery into a link's queue and out of it.
+func BenchmarkEnqueue(b *testing.B) {
+	const waiting = 100
+	var q queue
+	b.ReportAllocs()
+	for b.Loop() {
+		for range waiting {
+			q.push(entry{size: 256, deadline: noDeadline})
+		}
+		for range waiting {
+			q.pop()
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/waiting, "ns/delivery")
+}
+
+// BenchmarkFrameBuild is a delivery addressed, measured and encoded into a frame of 100.
+func BenchmarkFrameBuild(b *testing.B) {
+	const deliveries = 100
+	for name, d := range keptDeliveries(b) {
+		b.Run("push="+name, func(b *testing.B) {
+			auds := newAudiences(1<<20, newMeters(metrics.NewSet()))
+			var frame []byte
+			b.ReportAllocs()
+			for b.Loop() {
+				frame = frame[:0]
+				for range deliveries {
+					to := auds.address(d)
+					frame = appendDelivery(frame, d, &to, sizeDelivery(d, &to))
+				}
+				auds.endFrame()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/deliveries, "ns/delivery")
+		})
+	}
 }
