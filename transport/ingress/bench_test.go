@@ -40,12 +40,23 @@ func BenchmarkDecode(b *testing.B) {
 }
 
 func BenchmarkReply(b *testing.B) {
-	p := &engine.Push{User: "user-000001"}
-	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
-	s := &Server{usual: newReply(toUser, nil, &res)}
-	b.ReportAllocs()
-	for b.Loop() {
-		s.newStreamReply(1<<30, toUser, p, &res)
+	p := &engine.Push{User: "user-000001", Room: "room-1"}
+	usual := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	partial := engine.Result{Found: true, Targets: 100, Delivered: 98, Offline: 1, Failed: 1}
+	s := &Server{usual: newReply(toUser, nil, &usual)}
+	for name, reply := range map[string]func(){
+		"api=unary/user":  func() { s.reply(toUser, p, &usual) },
+		"api=unary/room":  func() { s.reply(toRoom, p, &partial) },
+		"api=stream/user": func() { s.newStreamReply(1<<30, toUser, p, &usual) },
+		"api=stream/room": func() { s.newStreamReply(1<<30, toRoom, p, &partial) },
+		"api=batch/user":  func() { s.appendStreamReply(make([]byte, 0, 128), 1<<30, toUser, p, &usual) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				reply()
+			}
+		})
 	}
 }
 
