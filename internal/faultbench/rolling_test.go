@@ -162,26 +162,23 @@ func TestRollingRestartOfEverythingFailsNoCall(t *testing.T) {
 
 	callers := s.crowd(16, front, func(r *rand.Rand) request { return some(r, users, "all") })
 	var slowest time.Duration
-	rounds := 1
-	for round := range rounds {
-		for i, m := range managers {
-			wait(pauseBetween)
-			slowest = max(slowest, s.restartManager(m))
+	for i, m := range managers {
+		wait(pauseBetween)
+		slowest = max(slowest, s.restartManager(m))
+		m.reaches(count)
+		t.Logf("%s is replaced", managers[i].id)
+	}
+	for i := range nodes {
+		wait(pauseBetween)
+		s.ledger.note("%s is replaced", ids[i])
+		mine, next := s.world.at(ids[i]), nodes[(i+1)%count]
+		next.connect(mine...) // its users connect again elsewhere
+		s.world.place(next.id, mine...)
+		nodes[i].signal(sigterm)
+		<-nodes[i].done
+		begin(i)
+		for _, m := range managers {
 			m.reaches(count)
-			t.Logf("round %d: %s is replaced", round, managers[i].id)
-		}
-		for i := range nodes {
-			wait(pauseBetween)
-			s.ledger.note("%s is replaced", ids[i])
-			mine, next := s.world.at(ids[i]), nodes[(i+1)%count]
-			next.connect(mine...) // its users connect again elsewhere
-			s.world.place(next.id, mine...)
-			nodes[i].signal(sigterm)
-			<-nodes[i].done
-			begin(i)
-			for _, m := range managers {
-				m.reaches(count)
-			}
 		}
 	}
 	wait(pauseBetween)

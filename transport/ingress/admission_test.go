@@ -125,7 +125,7 @@ func TestRefusedBeforeItIsDecoded(t *testing.T) {
 	}
 }
 
-// retryIn is what a status says about when to come back.
+// retryDelay is what a status says about when to come back.
 func retryDelay(t *testing.T, st *status.Status) time.Duration {
 	t.Helper()
 	for _, d := range st.Details() {

@@ -46,6 +46,7 @@ type statuses struct {
 
 	// With different delays.
 	overloaded, rateLimited []*refusal
+	rateDelays              []time.Duration // of rateLimited
 
 	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
 	// engine had the push.
@@ -53,11 +54,13 @@ type statuses struct {
 }
 
 func newStatuses() *statuses {
+	delays := rateDelays()
 	return &statuses{
 		draining:    newRefusal(codes.Unavailable, "DRAINING", "this instance is shutting down", retryIn(retryDraining)),
 		notReady:    newRefusal(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryIn(retryNotReady)),
 		overloaded:  exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
-		rateLimited: exhausted("RATE_LIMITED", "you push faster than you may", rateDelays()),
+		rateLimited: exhausted("RATE_LIMITED", "you push faster than you may", delays),
+		rateDelays:  delays,
 		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
 		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
 		unavailable: newRefusal(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryIn(retryUnavailable)),
@@ -83,7 +86,7 @@ func (t *statuses) of(err error) *refusal {
 	case errors.Is(err, engine.ErrOverloaded): // the first, because it comes in masses
 		return t.overloaded[rand.IntN(len(t.overloaded))]
 	case errors.As(err, &over):
-		return late(t.rateLimited, rateDelays(), over.after)
+		return t.late(over.after)
 	case errors.As(err, &invalid):
 		return newInvalid(invalid)
 	case errors.Is(err, engine.ErrDraining):
@@ -155,10 +158,11 @@ func rateDelays() []time.Duration {
 	return []time.Duration{10 * ms, 20 * ms, 50 * ms, 100 * ms, 200 * ms, 500 * ms, time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second}
 }
 
-// late is the refusal that asks for a delay of at least after, if there is one so long.
-func late(refusals []*refusal, delays []time.Duration, after time.Duration) *refusal {
-	i, _ := slices.BinarySearch(delays, after)
-	return refusals[min(i, len(refusals)-1)]
+// late is the refusal of a caller over its rate that asks for a delay of at least after, if
+// there is one so long.
+func (t *statuses) late(after time.Duration) *refusal {
+	i, _ := slices.BinarySearch(t.rateDelays, after)
+	return t.rateLimited[min(i, len(t.rateLimited)-1)]
 }
 
 func encoded(st *status.Status) *refusal {
