@@ -72,7 +72,7 @@ type Engine struct {
 
 	// Safe for concurrent use.
 	gate    gate
-	shed    atomic.Uint64 // a Shedding: Memory above Busy
+	shed    atomic.Int32 // priorities, from the lowest
 	heals   atomic.Uint64
 	panics  atomic.Uint64
 	reasons [reasons]atomic.Uint64
@@ -175,17 +175,9 @@ func (e *Engine) panicked(p *Push, v any) {
 	p.expire(ErrInternal)
 }
 
-// Shed makes Admit refuse pushes from now on as s says, with ErrMemory or ErrBusy. Those
-// that were admitted go on.
-func (e *Engine) Shed(s Shedding) {
-	e.shed.Store(uint64(uint32(s.Memory))<<32 | uint64(uint32(s.Busy)))
-}
-
-// Shedding is what Shed said last.
-func (e *Engine) Shedding() Shedding {
-	s := e.shed.Load()
-	return Shedding{Memory: int(uint32(s >> 32)), Busy: int(uint32(s))}
-}
+// Shed makes Admit refuse pushes of so many priorities, from the lowest, with ErrMemory
+// from now on. Those that were admitted go on.
+func (e *Engine) Shed(priorities int) { e.shed.Store(int32(priorities)) }
 
 // InFlight is the number of pushes that are not finished.
 func (e *Engine) InFlight() int64 { return e.gate.inside() }
@@ -194,10 +186,8 @@ func (e *Engine) InFlight() int64 { return e.gate.inside() }
 // before it takes one apart. Of its reasons Start knows only the places in flight. The
 // error is an ErrOverloaded.
 func (e *Engine) Admit(p Priority) error {
-	if e.shed.Load() != 0 {
-		if err := e.Shedding().refuses(p); err != nil {
-			return err
-		}
+	if p.Rank() < int(e.shed.Load()) {
+		return ErrMemory
 	}
 	if !e.gate.room(p) {
 		return ErrInFlight

@@ -1,7 +1,5 @@
 package engine
 
-import "math/rand/v2"
-
 // Priority says which pushes are given up first when there is too much to do: the
 // lowest. It does not change the order of what is sent.
 type Priority int8
@@ -68,33 +66,4 @@ func (p Priority) Share(bound int) int {
 	default:
 	}
 	return (bound*n + parts - 1) / parts
-}
-
-// Shedding says which pushes are refused although there is room for them. The zero value
-// refuses none.
-type Shedding struct {
-	// Memory is how many priorities, from the lowest, are refused because memory runs out.
-	Memory int
-	// Busy is how many are refused because goroutines wait too long for a core, in parts of
-	// BusyParts: that many and a half are all of some priorities and every second push of
-	// the next.
-	Busy int
-}
-
-// BusyParts is how finely Shedding.Busy divides a priority.
-const BusyParts = 64
-
-// refuses tells whether a push of priority p is refused, and why.
-func (s Shedding) refuses(p Priority) error {
-	if p.Rank() < s.Memory {
-		return ErrMemory
-	}
-	switch left := s.Busy - p.Rank()*BusyParts; {
-	case left <= 0:
-		return nil
-	case left >= BusyParts || rand.IntN(BusyParts) < left:
-		return ErrBusy
-	default:
-		return nil
-	}
 }

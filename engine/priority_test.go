@@ -71,47 +71,24 @@ func TestGateKeepsTheSharesOfPriorities(t *testing.T) {
 	})
 }
 
-func TestSheddingRefusesByPriority(t *testing.T) {
+func TestSheddingRefusesTheLowestPriorities(t *testing.T) {
 	e := &Engine{gate: gate{most: bounds(100)}}
-	for name, test := range map[string]struct {
-		shed Shedding
-		want [priorities]error
-	}{
-		"nothing":     {Shedding{}, [priorities]error{}},
-		"memory low":  {Shedding{Memory: 1}, [priorities]error{ErrMemory}},
-		"memory most": {Shedding{Memory: 3}, [priorities]error{ErrMemory, ErrMemory, ErrMemory}},
-		"busy low":    {Shedding{Busy: BusyParts}, [priorities]error{ErrBusy}},
-		"busy most":   {Shedding{Busy: 3 * BusyParts}, [priorities]error{ErrBusy, ErrBusy, ErrBusy}},
-		"both":        {Shedding{Memory: 1, Busy: 2 * BusyParts}, [priorities]error{ErrMemory, ErrBusy}},
-	} {
-		e.Shed(test.shed)
-		if got := e.Shedding(); got != test.shed {
-			t.Errorf("%s: it says %+v", name, got)
-		}
+	for n := range priorities {
+		e.Shed(n)
 		for _, p := range Priorities() {
-			got, want := e.Admit(p), test.want[p.Rank()]
-			if !errors.Is(got, want) || want != nil && !errors.Is(got, ErrOverloaded) {
-				t.Errorf("%s: %v: %v, want %v", name, p, got, want)
+			err := e.Admit(p)
+			if refused := errors.Is(err, ErrMemory) && errors.Is(err, ErrOverloaded); refused != (p.Rank() < n) {
+				t.Errorf("%d are shed, and %v: %v", n, p, err)
 			}
 		}
-	}
-	e.Shed(Shedding{Busy: BusyParts + BusyParts/2})
-	refused := 0
-	for range 10_000 {
-		if errors.Is(e.Admit(Normal), ErrBusy) {
-			refused++
-		}
-	}
-	if refused < 4000 || refused > 6000 { // 20 standard deviations
-		t.Errorf("of normal pushes %d in 10,000 are refused, want a half", refused)
 	}
 }
 
 // Admit is called for each request before it is decoded.
 func TestAdmitAllocatesNothing(t *testing.T) {
 	e := &Engine{gate: gate{most: bounds(100)}}
-	for name, s := range map[string]Shedding{"idle": {}, "busy": {Busy: BusyParts / 2}, "refusing": {Memory: 3}} {
-		e.Shed(s)
+	for name, n := range map[string]int{"idle": 0, "refusing": 3} {
+		e.Shed(n)
 		if n := testing.AllocsPerRun(1000, func() { _ = e.Admit(Low) }); n > 0 {
 			t.Errorf("%s: %v allocations", name, n)
 		}

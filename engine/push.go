@@ -38,7 +38,6 @@ var (
 var (
 	ErrInFlight = fmt.Errorf("%w: too many pushes in flight", ErrOverloaded)
 	ErrMemory   = fmt.Errorf("%w: memory runs out", ErrOverloaded)
-	ErrBusy     = fmt.Errorf("%w: no core is free for long", ErrOverloaded)
 )
 
 // Budget is what its caller may spend on pushes.

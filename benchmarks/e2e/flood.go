@@ -218,13 +218,14 @@ func (f *flood) send(h *hose, n int, due time.Time, rng *rand.Rand) {
 // read takes answers until all that was sent has one.
 func (f *flood) read(h *hose) error {
 	var ended []inflight
+	var expired []time.Time
 	for {
 		if _, err := h.w.in.Peek(1); err != nil {
 			return fmt.Errorf("a connection of the flood: %w", err)
 		}
 		now := time.Now()
 		h.mu.Lock()
-		ended = ended[:0]
+		ended, expired = ended[:0], h.w.expire(expired[:0], now.Add(-floodPatience))
 		err := h.w.read(func(call *inflight) {
 			ended = append(ended, *call)
 			if call.pushback > 0 {
@@ -236,7 +237,7 @@ func (f *flood) read(h *hose) error {
 		}
 		left := h.w.pending()
 		h.mu.Unlock()
-		f.count(h.priority, ended, now)
+		f.count(h.priority, ended, expired, now)
 		if err != nil {
 			return err
 		}
@@ -250,9 +251,12 @@ func (f *flood) read(h *hose) error {
 	}
 }
 
-func (f *flood) count(priority int, ended []inflight, now time.Time) {
+func (f *flood) count(priority int, ended []inflight, expired []time.Time, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	for _, due := range expired {
+		f.bucket(due).GivenUp[priority]++
+	}
 	for i := range ended {
 		call := &ended[i]
 		b := f.bucket(call.at)
@@ -267,6 +271,15 @@ func (f *flood) count(priority int, ended []inflight, now time.Time) {
 			b.Refused[priority]++
 		}
 	}
+}
+
+// expire takes those out of the line that were due before a time, which it returns.
+func (w *wire) expire(due []time.Time, before time.Time) []time.Time {
+	for len(w.waiting) > 0 && w.waiting[0].at.Before(before) {
+		due = append(due, w.waiting[0].at)
+		w.waiting = w.waiting[1:]
+	}
+	return due
 }
 
 // listen makes a connection read the trailers of its calls.

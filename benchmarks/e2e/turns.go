@@ -37,10 +37,25 @@ type Turn struct {
 	Latency           map[string]*Histogram
 }
 
+// cores is the CPU time that was used up to one moment.
+type cores struct{ server, load, nodes time.Duration }
+
+// cores is that of the server, and of those who made it work.
+func (s *Server) cores() (c cores, err error) {
+	for pid, cpu := range map[int]*time.Duration{
+		s.child.pid(): &c.server, s.bench.load.pid(): &c.load, s.world.nodesPart.pid(): &c.nodes,
+	} {
+		if *cpu, err = cpuTime(pid); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
 // account is what a process shows at one moment.
 type account struct {
-	cpu           time.Duration
-	load, nodes   time.Duration
+	cores
+
 	writes, bytes float64
 	metrics       map[string]float64
 }
@@ -54,12 +69,8 @@ func (s *Server) account(ctx context.Context, metricsFirst bool) (a account, err
 	if a.writes, a.bytes, err = written(s.child.pid()); err != nil {
 		return a, err
 	}
-	for pid, cpu := range map[int]*time.Duration{
-		s.child.pid(): &a.cpu, s.bench.load.pid(): &a.load, s.world.nodesPart.pid(): &a.nodes,
-	} {
-		if *cpu, err = cpuTime(pid); err != nil {
-			return a, err
-		}
+	if a.cores, err = s.cores(); err != nil {
+		return a, err
 	}
 	if !metricsFirst {
 		a.metrics, err = s.metrics(ctx)
@@ -89,7 +100,7 @@ func (s Slot) Turn(ctx context.Context) (*Turn, error) {
 	diff := func(name string) float64 { return after.metrics[name] - before.metrics[name] }
 	return &Turn{
 		Done: float64(out.Done), Failed: float64(out.Failed), Error: out.Error, Elapsed: out.Elapsed, Latency: out.Latency,
-		CPU: after.cpu - before.cpu, LoadCPU: after.load - before.load, NodesCPU: after.nodes - before.nodes,
+		CPU: after.server - before.server, LoadCPU: after.load - before.load, NodesCPU: after.nodes - before.nodes,
 		Writes: after.writes - before.writes, Bytes: after.bytes - before.bytes,
 		Mallocs: diff("go_memstats_mallocs_total"), Frames: diff("push_manager_link_frames_total"),
 		FrameBytes: diff("push_manager_link_bytes_total"), Deliveries: diff("push_manager_link_deliveries_total"),

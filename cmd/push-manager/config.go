@@ -97,7 +97,6 @@ func (c *Config) bindOverload(s *config.Set) {
 	a := &c.Ingress
 	s.Choice(&a.PriorityMax, "priority_max", "critical", "Highest priority that a caller may claim with x-priority: low, normal, high or critical. A higher claim counts as this.",
 		"low", "normal", "high", "critical")
-	s.Duration(&c.Pressure.Wait, "overload_wait", 50*time.Millisecond, config.OrZero, "Median wait for a core from which on pushes are refused, the lowest priority first. 0: it does not matter.")
 	s.Int(&a.Rate, "rate_limit", 0, 0, 1<<30, "What one caller may spend in a second: 1 for a push and 1 for each node that it is sent to. 0: as much as it likes.")
 	s.Int(&a.RateBurst, "rate_burst", 0, 0, 1<<30, "How much of that may be saved up. 0: a second's.")
 	s.Int(&a.RateCallers, "rate_callers", 10_000, 1, 1<<24, "Callers told apart at a time, by the address that they call from.")
@@ -148,6 +147,7 @@ func (c *Config) bindAPI(s *config.Set) {
 	a := &c.Ingress
 	s.Bytes(&a.MaxHeaderBytes, "api.header_bytes", 16<<10, 1<<10, 16<<20, "Largest headers of a call.")
 	s.Int(&a.MaxStreams, "api.streams", 256, 1, 1<<20, "Calls under way on one connection.")
+	s.Int(&a.Calls, "api.calls", 512, 1, 1<<20, "Unary calls worked on at a time for each core: younger than 50 ms and not answered. While there are more, connections are not read, the lowest priority first.")
 	s.Duration(&a.ConnectionTimeout, "api.handshake_timeout", 5*time.Second, time.Millisecond, "Longest handshake of a connection.")
 	s.Duration(&a.KeepaliveTime, "api.keepalive_time", 30*time.Second, time.Second, "Silence after which a client is asked whether it is there.")
 	s.Duration(&a.KeepaliveTimeout, "api.keepalive_timeout", 10*time.Second, time.Second, "How long its answer may take.")

@@ -197,13 +197,13 @@ func (m *pushManager) stopLinks(ctx context.Context) error {
 	return m.links.Drain(ctx)
 }
 
-// startEngine makes the engine, and lets it refuse pushes while memory or cores run out.
+// startEngine makes the engine, and lets it refuse pushes while memory runs out.
 func (m *pushManager) startEngine(cfg engine.Config, watch pressure.Config) (err error) {
 	if m.engine, err = engine.New(cfg); err != nil {
 		return err
 	}
 	m.parts.Add("engine", m.engine.Drain)
-	watch.Shed, watch.InFlight = m.engine.Shed, m.engine.InFlight
+	watch.Shed = m.engine.Shed
 	monitor, err := pressure.Start(watch)
 	if err != nil {
 		return err

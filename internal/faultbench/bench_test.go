@@ -21,6 +21,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
@@ -192,11 +193,16 @@ func (b *bench) launch(id string, env ...string) *manager {
 	return m
 }
 
+// redial is how soon a caller connects again. gRPC's own pauses grow to seconds, in which a
+// caller fails by itself although its Push-Manager is back.
+const redial = 20 * time.Millisecond
+
 // dial is a connection of its own, as each Biz-Server has: the calls under way on one
 // are bounded.
 func (m *manager) dial() pubsub.PushManagerServiceClient {
 	m.b.t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+m.api, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("passthrough:///"+m.api, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: redial, Multiplier: 1, MaxDelay: redial}, MinConnectTimeout: 20 * time.Second}))
 	if err != nil {
 		m.b.t.Fatal(err)
 	}

@@ -380,6 +380,7 @@ func (c *city) settle(plan []event, calm time.Duration) {
 	for _, m := range c.managers {
 		m.good(room("r1"))
 	}
+	wait(5 * redial) // the connections of the other callers
 	again := c.ledger.now()
 	c.more(500)
 	c.end()

@@ -11,25 +11,17 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
-
-	"github.com/push-manager/push-manager/engine"
 )
 
 // staleAfter is after how many readings without a collection one is asked for while pushes
 // are refused for memory.
 const staleAfter = 10
 
-// Config of a Monitor. Shed and InFlight are required; zero fields of the others mean the
-// defaults.
+// Config of a Monitor. Shed is required; zero fields of the others mean the defaults.
 type Config struct {
-	// Shed is told what to refuse, when that changes and when the Monitor ends.
-	Shed func(engine.Shedding)
-	// InFlight is the number of pushes that are not finished.
-	InFlight func() int64
-	// Wait is the median time that goroutines may wait for a core. 0: they may wait.
-	Wait time.Duration
-	// Few pushes in flight are not worth refusing some, however long they wait: 1,024.
-	Few int64
+	// Shed is told how many priorities to refuse, from the lowest, when that changes and
+	// when the Monitor ends.
+	Shed func(priorities int)
 	// Interval between two readings: 100 ms.
 	Interval time.Duration
 	Metrics  *metrics.Set // nil: a set of its own
@@ -37,9 +29,6 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	if c.Few == 0 {
-		c.Few = 1024 // those are answered in some 20 ms
-	}
 	if c.Interval == 0 {
 		c.Interval = 100 * time.Millisecond
 	}
@@ -55,11 +44,11 @@ func (c Config) withDefaults() Config {
 // Validate reports everything that is wrong with the configuration.
 func (c Config) Validate() error {
 	var errs []error
-	if c.Shed == nil || c.InFlight == nil {
-		errs = append(errs, errors.New("pressure: Shed and InFlight are required"))
+	if c.Shed == nil {
+		errs = append(errs, errors.New("pressure: Shed is required"))
 	}
-	if c.Wait < 0 || c.Interval < 0 || c.Few < 0 {
-		errs = append(errs, fmt.Errorf("pressure: Wait %v, Interval %v or Few %d is negative", c.Wait, c.Interval, c.Few))
+	if c.Interval < 0 {
+		errs = append(errs, fmt.Errorf("pressure: Interval %v is negative", c.Interval))
 	}
 	return errors.Join(errs...)
 }
@@ -73,13 +62,11 @@ type Monitor struct {
 	done sync.WaitGroup
 
 	// Owned by loop.
-	reader  *reader
-	control control
+	reader *reader
 
 	// Shown as gauges.
-	wait atomic.Int64  // nanoseconds
 	used atomic.Uint64 // the bits of a float: memory in use, of the limit
-	said atomic.Pointer[engine.Shedding]
+	said atomic.Int64  // priorities that are refused
 }
 
 // Start begins to watch. Close ends it.
@@ -88,25 +75,12 @@ func Start(cfg Config) (*Monitor, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Monitor{cfg: cfg, stop: make(chan struct{}), reader: newReader(), control: control{wait: cfg.Wait, few: cfg.Few}}
-	m.said.Store(new(engine.Shedding))
+	m := &Monitor{cfg: cfg, stop: make(chan struct{}), reader: newReader()}
 	set := cfg.Metrics
-	set.GetOrCreateGauge("push_manager_scheduling_wait_seconds", func() float64 { return time.Duration(m.wait.Load()).Seconds() })
 	set.GetOrCreateGauge("push_manager_memory_used_ratio", func() float64 { return math.Float64frombits(m.used.Load()) })
-	for _, p := range engine.Priorities() {
-		set.GetOrCreateGauge(fmt.Sprintf("push_manager_shed_ratio{priority=%q}", p), func() float64 { return share(*m.said.Load(), p) })
-	}
+	set.GetOrCreateGauge("push_manager_shed_priorities", func() float64 { return float64(m.said.Load()) })
 	m.done.Go(m.loop)
 	return m, nil
-}
-
-// share is the part of the pushes of a priority that is refused.
-func share(s engine.Shedding, p engine.Priority) float64 {
-	if p.Rank() < s.Memory {
-		return 1
-	}
-	busy := min(max(s.Busy-p.Rank()*engine.BusyParts, 0), engine.BusyParts)
-	return float64(busy) / engine.BusyParts
 }
 
 // Close ends the watch and what was refused for it.
@@ -118,7 +92,7 @@ func (m *Monitor) Close() {
 func (m *Monitor) loop() {
 	ticker := time.NewTicker(m.cfg.Interval)
 	defer ticker.Stop()
-	defer m.cfg.Shed(engine.Shedding{})
+	defer m.cfg.Shed(0)
 	for {
 		select {
 		case <-m.stop:
@@ -131,12 +105,11 @@ func (m *Monitor) loop() {
 
 // look takes one reading.
 func (m *Monitor) look() {
-	now := m.reader.read()
-	now.inFlight = m.cfg.InFlight()
-	m.wait.Store(int64(now.wait))
-	m.used.Store(math.Float64bits(now.memory))
-	last, next := *m.said.Load(), m.control.next(now)
-	if next.Memory > 0 && m.reader.since >= staleAfter {
+	used := m.reader.read()
+	m.used.Store(math.Float64bits(used))
+	last := int(m.said.Load())
+	next := shed(used, last)
+	if next > 0 && m.reader.since >= staleAfter {
 		// Who is refused allocates little, so the collector may not run for long by itself,
 		// and what it found last counts until it does.
 		runtime.GC()
@@ -144,14 +117,13 @@ func (m *Monitor) look() {
 	if next == last {
 		return
 	}
-	m.said.Store(&next)
+	m.said.Store(int64(next))
 	m.cfg.Shed(next)
-	switch none := (engine.Shedding{}); none {
-	case last:
-		m.cfg.Logger.Warn("overload: pushes are refused, the lowest priority first",
-			"in_flight", now.inFlight, "wait", now.wait, "memory", now.memory)
-	case next:
-		m.cfg.Logger.Info("the overload is over")
+	switch {
+	case last == 0:
+		m.cfg.Logger.Warn("memory runs out: pushes are refused, the lowest priority first", "used", used)
+	case next == 0:
+		m.cfg.Logger.Info("there is memory again")
 	default:
 	}
 }

@@ -104,7 +104,7 @@ func TestPriorityOfACall(t *testing.T) {
 // nothing of it has come.
 func TestRefusedBeforeItIsDecoded(t *testing.T) {
 	w := newWorld(t, nil)
-	w.engine.Shed(engine.Shedding{Memory: 3})
+	w.engine.Shed(3)
 	const method = "/pubsub.PushManagerService/PushToRoom"
 	garbage := make([]byte, 900<<10)
 	for i := range garbage {
@@ -117,7 +117,7 @@ func TestRefusedBeforeItIsDecoded(t *testing.T) {
 	ok(t, err)
 	wantError(t, st.RecvMsg(new(pubsub.PushToRoomResponse)), codes.ResourceExhausted, "OVERLOADED", "")
 
-	w.engine.Shed(engine.Shedding{})
+	w.engine.Shed(0)
 	_, err = w.raw(method, garbage)
 	wantError(t, err, codes.InvalidArgument, "MALFORMED", "request")
 	if n := w.metric(`push_manager_refused_total{priority="normal",reason="memory"}`); n != "2" {
@@ -139,14 +139,13 @@ func retryDelay(t *testing.T, st *status.Status) time.Duration {
 
 func TestRefusalsSayWhenToComeBack(t *testing.T) {
 	for name, test := range map[string]struct {
-		shed   engine.Shedding
+		shed   int
 		fill   bool
 		reason string
 		want   string
 	}{
-		"in flight": {engine.Shedding{}, true, "OVERLOADED", "in_flight"},
-		"busy":      {engine.Shedding{Busy: 3 * engine.BusyParts}, false, "OVERLOADED", "busy"},
-		"memory":    {engine.Shedding{Memory: 3}, false, "OVERLOADED", "memory"},
+		"in flight": {0, true, "OVERLOADED", "in_flight"},
+		"memory":    {3, false, "OVERLOADED", "memory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, func(_ *Config, e *engine.Config) { e.MaxInFlight = 1 })
@@ -181,7 +180,7 @@ func TestRefusalsSayWhenToComeBack(t *testing.T) {
 			if n := w.metric("push_manager_push_total"); n != "0" {
 				t.Errorf("%s targets are counted", n)
 			}
-			w.engine.Shed(engine.Shedding{})
+			w.engine.Shed(0)
 			_, err := w.client.PushToUser(claim(w.context(), "critical"), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
 			if !test.fill {
 				ok(t, err)
@@ -198,9 +197,9 @@ func TestClientsWithARetryPolicyObey(t *testing.T) {
 			"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.001s", "maxBackoff": "0.001s", "backoffMultiplier": 1,
 			"retryableStatusCodes": ["RESOURCE_EXHAUSTED"]}}]}`))
 		defer func() { _ = conn.Close() }()
-		w.engine.Shed(engine.Shedding{Memory: 3})
+		w.engine.Shed(3)
 		began := time.Now()
-		time.AfterFunc(retryOverloaded-time.Millisecond, func() { w.engine.Shed(engine.Shedding{}) })
+		time.AfterFunc(retryOverloaded-time.Millisecond, func() { w.engine.Shed(0) })
 		_, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
 		ok(t, err)
 		if took := time.Since(began); took < retryOverloaded {
@@ -215,7 +214,7 @@ func TestClientsWithARetryPolicyObey(t *testing.T) {
 // The pushes of an open PushStream are refused one by one, by its priority.
 func TestPushesOfAStreamAreRefusedAndAnswered(t *testing.T) {
 	w := newWorld(t, nil)
-	w.engine.Shed(engine.Shedding{Memory: 1})
+	w.engine.Shed(1)
 	for _, test := range []struct {
 		priority string
 		code     codes.Code

@@ -25,7 +25,7 @@ var resultNames = [results]string{"success", "partial", "failed", "error"}
 // Why a push was refused for load.
 const (
 	refusedInFlight uint8 = iota // its priority's share of the places in flight is used up
-	refusedBusy                  // goroutines wait too long for a core
+	refusedBusy                  // too many calls are worked on
 	refusedMemory                // memory runs out
 	refusedRate                  // the caller is over its rate
 	refusedLookups               // too many look-ups are under way
@@ -110,7 +110,7 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 func (m *instruments) countRefusal(p engine.Priority, err error) {
 	why := refusedLookups
 	switch {
-	case errors.Is(err, engine.ErrBusy):
+	case errors.Is(err, errBusy):
 		why = refusedBusy
 	case errors.Is(err, engine.ErrInFlight):
 		why = refusedInFlight

@@ -44,7 +44,8 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	callers  *callers // nil: nobody is limited
-	usual    *reply   // of a PushToUser that was delivered
+	limiter  *limiter
+	usual    *reply // of a PushToUser that was delivered
 
 	calls sync.Pool // of *call
 
@@ -95,6 +96,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s.callers.show(cfg.Metrics)
+	s.limiter = newLimiter(cfg.Calls, cfg.Metrics)
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -141,6 +143,7 @@ func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
+		grpc.Creds(insecureHeld(s.limiter)),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
 		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),
 		grpc.MaxConcurrentStreams(uint32(c.MaxStreams)),
@@ -278,6 +281,7 @@ func pause(ctx context.Context, over <-chan struct{}, d time.Duration) {
 func (s *Server) startDraining() {
 	s.Announce()
 	s.draining.Store(true)
+	s.limiter.close() // what is refused need not wait, and what ends has to be heard
 	s.endStreams()
 }
 

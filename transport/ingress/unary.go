@@ -61,9 +61,14 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	if err == nil {
 		err = s.admit(&e)
 	}
+	var shift *shift
+	if err == nil {
+		shift, err = s.limiter.enter(ctx, began, e.priority)
+	}
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
+	defer s.limiter.leave(shift)
 	c := s.takeCall(a)
 	e.allow(&c.push)
 	if err := read(&c.in); err != nil {

@@ -1,0 +1,339 @@
+package ingress
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"pgregory.net/rapid"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// limiterOf takes so many calls at a time.
+func limiterOf(calls int64) *limiter {
+	l := newLimiter(1, metrics.NewSet())
+	l.limit = calls
+	return l
+}
+
+// fillLimiter makes a limiter work on so many calls.
+func fillLimiter(t *testing.T, l *limiter, calls int) (empty func()) {
+	t.Helper()
+	var all []*shift
+	for range calls {
+		s, err := l.enter(t.Context(), time.Now(), engine.Critical)
+		ok(t, err)
+		all = append(all, s)
+	}
+	return func() {
+		for _, s := range all {
+			l.leave(s)
+		}
+	}
+}
+
+// heldConn is a connection with calls of a priority, and the side of its client.
+func heldConn(l *limiter, p engine.Priority) (c *conn, client net.Conn) {
+	client, server := net.Pipe()
+	c = newConn(server, l)
+	c.note(engine.Critical, 0)
+	c.note(p, forgetPriority+1)
+	return c, client
+}
+
+// reads tells when a connection has been read.
+func reads(c *conn, read chan<- *conn) {
+	var b [64]byte
+	if n, err := c.Read(b[:]); n > 0 && err == nil {
+		read <- c
+	}
+}
+
+func TestWaitingConnectionsAreReadInTheOrderOfTheirPriorities(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(1)
+		defer l.close()
+		empty := fillLimiter(t, l, 1)
+		read := make(chan *conn, 10)
+		for _, p := range []engine.Priority{engine.Low, engine.Normal, engine.High, engine.Critical, engine.Low, engine.High} {
+			c, client := heldConn(l, p)
+			go reads(c, read)
+			_, err := client.Write([]byte("call"))
+			ok(t, err)
+			synctest.Wait()
+		}
+		priorityOf := func(c *conn) engine.Priority { return engine.Priority(c.priority.Load()) }
+		critical := <-read
+		if priorityOf(critical) != engine.Critical || len(read) > 0 || l.waiting.Load() != 5 {
+			t.Fatalf("%v is read, and %d more, and %d wait", priorityOf(critical), len(read), l.waiting.Load())
+		}
+		ok(t, critical.Close())
+		empty()
+		// Each that is let in is expected to bring a call, until it is closed.
+		var order []engine.Priority
+		for range 5 {
+			synctest.Wait()
+			if len(read) != 1 {
+				t.Fatalf("%d are read at a time", len(read))
+			}
+			c := <-read
+			order = append(order, priorityOf(c))
+			ok(t, c.Close())
+		}
+		if want := []engine.Priority{engine.High, engine.High, engine.Normal, engine.Low, engine.Low}; !slices.Equal(order, want) {
+			t.Errorf("the order is %v, want %v", order, want)
+		}
+	})
+}
+
+// Of those for whom there is never room, one is read every 10 ms once it has waited for
+// 250 ms: it may have to say that it is alive.
+func TestConnectionThatWaitsLongIsReadAtLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		l.expected = 10 // and nobody ever settles that
+		read := make(chan *conn, 3)
+		for range 3 {
+			c, client := heldConn(l, engine.Low)
+			defer func() { _ = c.Close() }()
+			go reads(c, read)
+			go func() { _, _ = client.Write([]byte("ping")) }()
+		}
+		l.current.Load().calls.Add(2) // a crowd, for as long as its spell lasts
+		began := time.Now()
+		for i := range 3 {
+			<-read
+			if took := time.Since(began); took < patience+time.Duration(i)*sweep || took > patience+time.Duration(i+2)*sweep {
+				t.Errorf("number %d is read after %v", i, took)
+			}
+		}
+	})
+}
+
+// A call without an answer for long waits for a node, and keeps nobody out.
+func TestCallsThatWaitForANodeKeepNobodyOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		empty := fillLimiter(t, l, 2)
+		c, client := heldConn(l, engine.Low)
+		defer func() { _ = c.Close() }()
+		read := make(chan *conn, 1)
+		go reads(c, read)
+		_, err := client.Write([]byte("call"))
+		ok(t, err)
+		began := time.Now()
+		<-read
+		if took := time.Since(began); took < spell || took > 2*spell+sweep {
+			t.Errorf("it is read after %v", took)
+		}
+		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+			t.Errorf("%d calls are worked on", n)
+		}
+		empty()
+		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+			t.Errorf("%d calls are worked on after they have ended", n)
+		}
+	})
+}
+
+func TestTooManyCallsAtATimeAreRefusedByPriority(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		for worked := range 10 {
+			for _, p := range engine.Priorities() {
+				s, err := l.enter(t.Context(), time.Now(), p)
+				refused := p < engine.Critical && worked >= 2*(p.Rank()+2)
+				if errors.Is(err, errBusy) != refused || refused != errors.Is(err, engine.ErrOverloaded) {
+					t.Errorf("%v, when %d are worked on: %v", p, worked, err)
+				}
+				if err == nil {
+					l.leave(s)
+				}
+			}
+			fillLimiter(t, l, 1)
+		}
+	})
+}
+
+// A connection that is closed while it waits is let go, whoever waits behind it has its
+// turn, and nothing is expected of it.
+func TestClosedConnectionWaitsNoLonger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		empty := fillLimiter(t, l, 2)
+		read := make(chan *conn, 2)
+		gone, client := heldConn(l, engine.Normal)
+		go reads(gone, read)
+		_, err := client.Write([]byte("call"))
+		ok(t, err)
+		synctest.Wait()
+		next, client := heldConn(l, engine.Normal)
+		go reads(next, read)
+		_, err = client.Write([]byte("call"))
+		ok(t, err)
+		synctest.Wait()
+		ok(t, gone.Close())
+		ok(t, gone.Close()) // again
+		if got := <-read; got != gone {
+			t.Fatal("the one behind it is let in")
+		}
+		empty()
+		if got := <-read; got != next {
+			t.Fatal("the one that is gone is let in")
+		}
+		ok(t, next.Close())
+		if l.expected != 0 || l.waiting.Load() != 0 {
+			t.Errorf("%d calls are expected, %d connections wait", l.expected, l.waiting.Load())
+		}
+	})
+}
+
+// Whatever comes and goes in whichever order, nothing is left in the books, and everybody is
+// read in the end.
+func TestBooksOfTheLimiterBalance(t *testing.T) {
+	type client struct {
+		priority      engine.Priority
+		pause, answer time.Duration
+		writes, bytes int
+		leaves        bool // its connection is closed here, whether it is read or not
+	}
+	priorities := engine.Priorities()
+	clients := rapid.SliceOfN(rapid.Custom(func(r *rapid.T) client {
+		return client{
+			priority: rapid.SampledFrom(priorities[:]).Draw(r, "priority"),
+			pause:    time.Duration(rapid.IntRange(0, 60).Draw(r, "pause")) * time.Millisecond,
+			answer:   time.Duration(rapid.IntRange(0, 100).Draw(r, "answer")) * time.Millisecond,
+			writes:   rapid.IntRange(0, 10).Draw(r, "writes"),
+			bytes:    rapid.IntRange(1, 2*chunk).Draw(r, "bytes"),
+			leaves:   rapid.Bool().Draw(r, "leaves"),
+		}
+	}), 1, 8)
+	rapid.Check(t, func(r *rapid.T) {
+		limit, all := rapid.Int64Range(1, 8).Draw(r, "limit"), clients.Draw(r, "clients")
+		var wrong string
+		synctest.Test(t, func(*testing.T) {
+			l := limiterOf(limit)
+			var running sync.WaitGroup
+			for _, x := range all {
+				c, client := heldConn(l, x.priority)
+				running.Go(func() {
+					for range x.writes {
+						if _, err := client.Write(make([]byte, x.bytes)); err != nil {
+							break
+						}
+						time.Sleep(x.pause)
+					}
+					if x.leaves {
+						_ = c.Close()
+					}
+					_ = client.Close()
+				})
+				running.Go(func() {
+					for b := make([]byte, 32<<10); ; {
+						if _, err := c.Read(b); err != nil {
+							_ = c.Close()
+							return
+						}
+						running.Go(func() {
+							if s, err := l.enter(context.Background(), time.Now(), x.priority); err == nil {
+								time.Sleep(x.answer)
+								l.leave(s)
+							}
+						})
+					}
+				})
+			}
+			running.Wait()
+			if n := l.shift(time.Since(l.began)).worked(); n != 0 || l.expected != 0 || l.waiting.Load() != 0 {
+				wrong = fmt.Sprintf("%d calls are worked on, %d expected, %d connections wait", n, l.expected, l.waiting.Load())
+			}
+			l.close()
+		})
+		if wrong != "" {
+			r.Fatal(wrong)
+		}
+	})
+}
+
+// With a bound of a few, hundreds of calls on several connections are all answered, and a
+// PushStream beside them is.
+func TestAllCallsAreAnsweredWhileConnectionsWait(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *engine.Config) { c.Calls = 1 })
+	var calls sync.WaitGroup
+	for i := range 8 {
+		conn := w.connect()
+		defer func() { _ = conn.Close() }()
+		client := pubsub.NewPushManagerServiceClient(conn)
+		for range 50 {
+			calls.Go(func() {
+				// None is refused: low priority would be from twice the bound on.
+				_, err := client.PushToUser(claim(w.context(), "critical"), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
+				if err != nil {
+					t.Errorf("connection %d: %v", i, err)
+				}
+			})
+		}
+	}
+	st, err := w.client.PushStream(claim(w.context(), "low"))
+	ok(t, err)
+	for i := range 100 {
+		ok(t, st.Send(userPush(uint64(i), "b", "x")))
+		_, err := st.Recv()
+		ok(t, err)
+	}
+	calls.Wait()
+	for w.metric("push_manager_api_worked") != "0" || w.metric("push_manager_api_connections_waiting") != "0" {
+		time.Sleep(time.Millisecond) // go test has a timeout
+	}
+}
+
+// Calls of low priority beyond the bound are refused, with the reason, when their connection
+// has critical ones and is read for those.
+func TestBusyIsAReasonToRefuse(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *engine.Config) { c.Calls = 1 })
+	n := w.network.nodes[0]
+	n.setKeep(true)
+	bound := runtime.GOMAXPROCS(0)
+	var calls sync.WaitGroup
+	refused := 0
+	// Calls count for 25 ms at least, so on a slow machine it may take several attempts.
+	for end := time.Now().Add(time.Minute); refused == 0 && time.Now().Before(end); {
+		var mu sync.Mutex
+		for range 2*bound + 2 {
+			calls.Go(func() {
+				ctx, cancel := context.WithTimeout(w.context(), 20*time.Millisecond)
+				defer cancel()
+				_, _ = w.client.PushToUser(claim(ctx, "critical"), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			})
+			calls.Go(func() {
+				_, err := w.client.PushToUser(claim(w.context(), "low"), &pubsub.PushToUserRequest{UserId: "nobody", Content: content("x")})
+				if status.Code(err) == codes.ResourceExhausted {
+					wantError(t, err, codes.ResourceExhausted, "OVERLOADED", "")
+					mu.Lock()
+					defer mu.Unlock()
+					refused++
+				}
+			})
+		}
+		calls.Wait()
+	}
+	if got := w.metric(fmt.Sprintf("push_manager_refused_total{priority=%q,reason=%q}", "low", "busy")); refused == 0 || got != fmt.Sprint(refused) {
+		t.Errorf("%d are refused, %s counted", refused, got)
+	}
+}
