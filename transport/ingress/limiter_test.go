@@ -147,6 +147,11 @@ func TestCallsThatWaitForANodeKeepNobodyOut(t *testing.T) {
 		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
 			t.Errorf("%d calls are worked on after they have ended", n)
 		}
+		defer fillLimiter(t, l, 2)()
+		time.Sleep(10 * spell) // in which nobody comes
+		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+			t.Errorf("%d calls are worked on after a pause", n)
+		}
 	})
 }
 
