@@ -18,6 +18,9 @@
 //     payload beyond the push must clone it.
 //   - The goroutine that completes a push of a PushStream never waits for the
 //     stream's client.
+//   - Too many calls at a time are slower than some: while Config.Calls are worked on,
+//     connections are not read, the lowest priority first. Whatever waits for a node
+//     for long does not count, and nobody is left unread for good.
 //   - On the way down nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
 //     PushStreams end, and only what still comes after that is refused with DRAINING.
