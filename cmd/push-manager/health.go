@@ -51,13 +51,16 @@ func (m *pushManager) nodesUnreachable() string {
 
 // controllerAway: for a while, what is cached serves without the Controller.
 func (m *pushManager) controllerAway(served time.Duration) string {
-	away, contacted := m.controller.Away()
-	switch {
-	case !contacted:
-		return "controller: has not answered yet"
-	case away > served:
-		return fmt.Sprintf("controller: away for %v", away.Round(time.Second))
-	default:
+	away, contacted, trouble := m.controller.Away()
+	if contacted && away <= served {
 		return ""
 	}
+	why := "controller: has not answered yet"
+	if contacted {
+		why = fmt.Sprintf("controller: away for %v", away.Round(time.Second))
+	}
+	if trouble != "" {
+		why += ": " + trouble
+	}
+	return why
 }

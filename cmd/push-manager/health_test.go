@@ -79,8 +79,9 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	conn := client(t, "127.0.0.1:"+ports[0])
 	api := pubsub.NewPushManagerServiceClient(conn)
 
-	first := o.until(t, 503, "discovery: nodes not known yet")
-	if !strings.Contains(first, "controller: has not answered yet\n") || strings.Contains(first, "no reachable node") {
+	o.until(t, 503, "controller: has not answered yet: ")
+	first := o.until(t, 503, "connection refused")
+	if !strings.Contains(first, "discovery: nodes not known yet") || strings.Contains(first, "no reachable node") {
 		t.Errorf("alone in the world: %q", first)
 	}
 	watched, leave := context.WithTimeout(t.Context(), 3*time.Minute)
@@ -121,6 +122,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 
 	stop()
 	o.until(t, 503, "controller: away for ")
+	o.until(t, 503, "connection refused")
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 0`, `push_manager_not_ready{reason="controller"} 1`)
 	serveController(t, controller)

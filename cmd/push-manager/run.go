@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"sync"
@@ -83,7 +84,6 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	m.ingress.SetHealthy(false) // until health has had a look
 	m.controller.Start(m.directory)
 	m.watcher.Start()
-	m.serve()
 	m.parts.Add("push API", m.stopServing)
 	if err = m.watchHealth(cfg); err != nil {
 		return nil, err
@@ -93,6 +93,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	if err = m.show(cfg, set); err != nil {
 		return nil, err
 	}
+	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
 	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
 	return m, nil
 }
@@ -221,8 +222,11 @@ func (m *pushManager) serve() {
 }
 
 func (m *pushManager) stopServing(ctx context.Context) error {
-	defer m.serving.Wait()
-	return m.ingress.Drain(ctx)
+	err := m.ingress.Drain(ctx)
+	if !errors.Is(err, ingress.ErrStuck) { // or serve would wait for a handler that has been given up
+		m.serving.Wait()
+	}
+	return err
 }
 
 func (m *pushManager) operations(cfg Config, set *metrics.Set) telemetry.HTTPConfig {

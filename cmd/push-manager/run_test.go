@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/net/http2"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -25,6 +27,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/node"
 )
 
@@ -138,13 +141,18 @@ func startNode(t *testing.T, etcd *clientv3.Client, gateway *counter) {
 
 func startPushManager(t *testing.T, env map[string]string) *pushManager {
 	t.Helper()
+	return startLogging(t, env, slog.DiscardHandler)
+}
+
+func startLogging(t *testing.T, env map[string]string, log slog.Handler) *pushManager {
+	t.Helper()
 	all := map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2"}
 	maps.Copy(all, env)
 	c, err := load(t, nil, all, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := start(t.Context(), *c, slog.New(slog.DiscardHandler))
+	m, err := start(t.Context(), *c, slog.New(log))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -362,6 +370,87 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 	<-drained
 }
 
+// book is a log that many may write to.
+type book struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *book) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *book) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// TestPayloadsAndForgedLinesAppearNowhere: whatever becomes of a push, nothing that this
+// process shows or logs has its payload in it, and no id makes a line of its own.
+func TestPayloadsAndForgedLinesAppearNowhere(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	gateway := &counter{}
+	startNode(t, etcd.Client(), gateway)
+	var log book
+	m := startLogging(t, map[string]string{
+		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer()),
+	}, slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 && m.Reachable() == 1 })
+	conn := client(t, m.GRPCAddr())
+	api, ctx := pubsub.NewPushManagerServiceClient(conn), t.Context()
+
+	const secret = "what-nobody-shall-read"
+	content := func(repeat int) *pubsub.MessageContent {
+		return &pubsub.MessageContent{Data: bytes.Repeat([]byte(secret), repeat), Metadata: map[string]string{secret: secret}}
+	}
+	pushed := 0
+	for _, user := range []string{"alice", "bob", "", "eve\nlevel=ERROR msg=forged", "eve\x1b[31m"} {
+		for _, repeat := range []int{1, 20_000} { // the latter is too large
+			if _, err := api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: user, Content: content(repeat)}); err == nil {
+				pushed++
+			}
+		}
+		_, _ = api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: user, Content: content(1), ExcludeUserIds: []string{user}})
+		_, _ = api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: []string{user, "alice"}, Content: content(1)})
+	}
+	_, err := api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: "lobby", Content: content(1)})
+	if err != nil || pushed != 2 || gateway.delivered.Load() == 0 {
+		t.Fatalf("%d pushes to users were taken, the room: %v", pushed, err)
+	}
+	if _, err := api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: content(1)}); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := api.PushStream(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&pubsub.PushStreamRequest{Push: &pubsub.PushStreamRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: content(20_000)}}}); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := stream.Recv(); err != nil || r.GetError() == nil {
+		t.Fatal(r, err)
+	}
+	for _, path := range []string{"/", "/metrics", "/healthz", "/readyz", "/debug/pprof/", "/debug/pprof/cmdline", "/debug/pprof/goroutine?debug=2", "/debug/pprof/heap?debug=1"} {
+		code, text := get(t, "http://"+m.HTTPAddr()+path)
+		if code != http.StatusOK || strings.Contains(text, secret) || strings.Contains(text, "forged") {
+			t.Errorf("%s answers %d, with the payload or a forged line: %v", path, code, strings.Contains(text, secret))
+		}
+	}
+	drain(t, m, 8*time.Second)
+	text := log.String()
+	if strings.Contains(text, secret) || !strings.Contains(text, "push-manager runs") {
+		t.Errorf("the log has the payload, or nothing:\n%s", text)
+	}
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "time=") || strings.Contains(line, "\x1b") {
+			t.Errorf("a line that is none of ours: %q", line)
+		}
+	}
+}
+
 func TestCompressionIsWiredToTheLinks(t *testing.T) {
 	etcd := etcdtest.Start(t)
 	gateway := &counter{}
@@ -420,6 +509,104 @@ func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {
 		t.Errorf("drain with a bound of 0.5 s took %v", took)
 	}
 	<-answered
+}
+
+// TestDrainEndsWithAHandlerThatIsStuck: a call that does not end although it was cut off
+// costs its own time, and the other parts are stopped all the same.
+func TestDrainEndsWithAHandlerThatIsStuck(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": freeAddr(t)}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stuck, entered := make(chan struct{}), make(chan struct{}, 1)
+	c.Ingress.Options = append(c.Ingress.Options, grpc.ChainUnaryInterceptor(
+		func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+			entered <- struct{}{}
+			<-stuck
+			return nil, status.Error(codes.Internal, "stuck")
+		}))
+	m, err := start(t.Context(), *c, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.serving.Wait()
+	defer close(stuck)
+	health := grpc_health_v1.NewHealthClient(client(t, m.GRPCAddr()))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		_, _ = health.Check(context.Background(), &grpc_health_v1.HealthCheckRequest{}) // pushes pass by interceptors
+	}()
+	<-entered
+	drained := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		drained <- m.Drain(ctx)
+	}()
+	patient, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	select {
+	case err := <-drained:
+		if !errors.Is(err, ingress.ErrStuck) {
+			t.Errorf("drain: %v", err)
+		}
+	case <-patient.Done():
+		t.Fatal("drain does not end")
+	}
+	<-answered
+	if err := m.ops.Close(); !errors.Is(err, net.ErrClosed) { // the last part to be stopped
+		t.Errorf("metrics and health are still served: %v", err)
+	}
+}
+
+// TestStartThatFailsHasServedNobody: so there is nobody who would have to be told that it
+// stops, whatever the notice.
+func TestStartThatFailsHasServedNobody(t *testing.T) {
+	addr := freeAddr(t)
+	_, port, _ := net.SplitHostPort(addr)
+	c, err := load(t, nil, map[string]string{
+		"GRPC_PORT": port, "METRICS_PORT": "0", "ETCD_ENDPOINTS": freeAddr(t), "CONTROLLER_ADDRESS": freeAddr(t),
+		"ADVERTISE_ADDRESS": "169.254.0.1:50053", "DRAIN_NOTICE": "4s",
+	}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done, greeted := make(chan struct{}), make(chan bool, 1)
+	go func() { greeted <- isGreeted(addr, done) }()
+	_, err = start(t.Context(), *c, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), "link-local") {
+		t.Errorf("start: %v", err)
+	}
+	close(done)
+	if <-greeted {
+		t.Error("a client was served")
+	}
+}
+
+// isGreeted connects again and again until it is done, and tells whether a server of
+// HTTP/2 has ever answered.
+func isGreeted(addr string, done <-chan struct{}) bool {
+	for {
+		select {
+		case <-done:
+			return false
+		default:
+		}
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_, _ = conn.Write([]byte(http2.ClientPreface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00")) // and empty SETTINGS
+		n, _ := conn.Read(make([]byte, 1))
+		_ = conn.Close()
+		if n > 0 {
+			return true
+		}
+	}
 }
 
 func TestPortInUseStopsTheStartAndLeavesNothing(t *testing.T) {

@@ -70,10 +70,7 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 		server.Close()
 		<-served
 	}()
-	eventually(t, "in sync and healthy", func() bool {
-		healthy, _ := c.Healthy()
-		return healthy && d.has(true, "")
-	})
+	eventually(t, "in sync and healthy", func() bool { return c.Healthy() && d.has(true, "") })
 
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()

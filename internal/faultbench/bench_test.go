@@ -210,8 +210,8 @@ func (m *manager) dial() pubsub.PushManagerServiceClient {
 	return pubsub.NewPushManagerServiceClient(conn)
 }
 
-// prompt are the defaults of what tells a node that does not work, for the rows that
-// are about that.
+// prompt are the defaults of what tells a node that does not work, for the tests
+// that are about that.
 func prompt(env ...string) []string {
 	return append([]string{"LINK_ACK_TIMEOUT=1s", "LINK_QUEUE_AGE=1s", "LINK_SILENCE=3s"}, env...)
 }

@@ -40,6 +40,13 @@ func (w *world) place(node string, users ...string) {
 	}
 }
 
+// nameless makes a user connected to a node without an id.
+func (w *world) nameless(user string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.users[user] = ""
+}
+
 // join makes users members of a room.
 func (w *world) join(room string, users ...string) {
 	w.mu.Lock()
@@ -86,11 +93,12 @@ type controller struct {
 	errors  float64 // share of look-ups that fail
 	mute    bool    // never replies
 	stale   *world  // what it tells instead of the truth
+	trap    string  // the address that it tells of every node: only etcd says where one is
 }
 
 func newController(t testing.TB, w *world) *controller {
 	t.Helper()
-	c := &controller{t: t, world: w, address: "127.0.0.1:0"}
+	c := &controller{t: t, world: w, address: "127.0.0.1:0", trap: "127.0.0.1:1"}
 	c.start()
 	t.Cleanup(c.stop)
 	return c
@@ -177,8 +185,7 @@ func (c *controller) GetRoomInfo(ctx context.Context, r *pubsub.GetRoomInfoReque
 	return &pubsub.GetRoomInfoResponse{RoomInfo: info}, nil
 }
 
-// GetUserNode tells where a user is. The address is a trap: only etcd says where a
-// node is.
+// GetUserNode tells where a user is.
 func (c *controller) GetUserNode(ctx context.Context, r *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
 	w, err := c.begin(ctx)
 	if err != nil {
@@ -187,5 +194,7 @@ func (c *controller) GetUserNode(ctx context.Context, r *pubsub.GetUserNodeReque
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	id, ok := w.users[r.GetUserId()]
-	return &pubsub.GetUserNodeResponse{NodeId: id, NodeAddress: "127.0.0.1:1", Found: ok}, nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return &pubsub.GetUserNodeResponse{NodeId: id, NodeAddress: c.trap, Found: ok}, nil
 }

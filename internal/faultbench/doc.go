@@ -24,12 +24,18 @@
 //   - I7: every call returns by its deadline
 //   - I10: pushes with the same key arrive in the order in which they were made
 //
+// Tests of single faults also hold to these, each for its fault:
+//
+//   - I5: goroutines, descriptors and what waits are back where they were before
+//   - I8: pushes succeed again
+//   - I9: pushes to the other node did not suffer
+//
 // A push that breaks a promise is printed with all that happened to it and around it.
 //
 // # Running
 //
-// The fast rows of the fault list run with all other tests. `make faults` runs the
-// slow ones, too, and `make chaos` random faults that overlap, the same again for the
+// The faults are listed in docs/reliability.md, and the tests name its ids. The fast ones
+// run with all other tests. `make faults` runs the slow ones, too, and `make chaos` random faults that overlap, the same again for the
 // same SEED, for as long as DURATION says. `make soak` looks for what grows: half of the
 // peak load for a long time while a node leaves and joins every five seconds. `make
 // recovery` repeats outages and judges how soon all is well again, and `make rolling`

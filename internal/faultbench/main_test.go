@@ -18,7 +18,7 @@ import (
 // takes it.
 const patience = 20 * time.Second
 
-// slowEnv runs the slow rows, too.
+// slowEnv runs the slow tests, too.
 const slowEnv = "SLOW_FAULTS"
 
 func TestMain(m *testing.M) {

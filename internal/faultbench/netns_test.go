@@ -72,8 +72,7 @@ func TestHalfOpenLinks(t *testing.T) {
 	t.Logf("%s", out)
 }
 
-// TestInNamespace pulls the cable to a node: no FIN, no RST, no answer (rows 19 and
-// 20).
+// TestInNamespace pulls the cable to a node: no FIN, no RST, no answer (L2).
 func TestInNamespace(t *testing.T) {
 	theirs := os.Getenv(netnsEnv)
 	if theirs == "" {

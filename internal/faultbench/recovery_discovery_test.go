@@ -104,7 +104,7 @@ func (b *bench) judge(what string, took []time.Duration) {
 	}
 }
 
-// Rows 35, 37, 38 and 40, one after the other.
+// E2, E4, E5 and E7, one after the other.
 func TestRecoveryOfDiscovery(t *testing.T) {
 	s := newStreet(t)
 	front := etcdtest.NewProxy(t, s.etcd.Endpoint())
@@ -189,7 +189,7 @@ func (w *whole) compactBehind(front *etcdtest.Proxy) {
 	front.Mend()
 }
 
-// Row 10, again and again.
+// N10, again and again.
 func TestRecoveryOfANodeThatMovesOnAndOn(t *testing.T) {
 	w := newStreet(t).run()
 	keeper := w.m.keeps("bad", "good")

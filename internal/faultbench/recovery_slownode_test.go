@@ -65,7 +65,7 @@ func (l *ledger) latencies(from, to time.Duration, pick func(*push) bool) (took 
 	return took, left
 }
 
-// Rows 5 and 55 at length: one of ten nodes reads nothing for a minute. Its streams are
+// N5 and N18 at length: one of ten nodes reads nothing for a minute. Its streams are
 // closed and opened again all the while, and what is written to them is lost.
 func TestOneOfTenNodesReadsNothingForAMinute(t *testing.T) {
 	lasts := 2 * time.Second

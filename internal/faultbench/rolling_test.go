@@ -131,7 +131,7 @@ func (c *crowd) sum(of func(*client) *atomic.Int64) (n int64) {
 	return n
 }
 
-// Rows 16 and 42 as a deployment meets them: every process is restarted, one after the
+// P11: N16 and P1 as a deployment meets them. Every process is restarted, one after the
 // other, behind a balancer.
 func TestRollingRestartOfEverythingFailsNoCall(t *testing.T) {
 	slow(t)

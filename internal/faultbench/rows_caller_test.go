@@ -10,9 +10,9 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// The rows of the fault list about callers.
+// Faults of callers, by their ids in docs/reliability.md.
 
-// Row 49.
+// B1.
 func TestCallersWhoLeaveLeaveTheBooksBalanced(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -61,7 +61,7 @@ func TestCallersWhoLeaveLeaveTheBooksBalanced(t *testing.T) {
 	m.good(room("mixed"))
 }
 
-// Row 50.
+// B2.
 func TestNothingIsWrittenAfterTheDeadline(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -103,7 +103,7 @@ func TestNothingIsWrittenAfterTheDeadline(t *testing.T) {
 	m.atRest()
 }
 
-// Row 51.
+// B3.
 func TestCallWithoutADeadlineGetsTheDefault(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -129,8 +129,8 @@ func TestCallWithoutADeadlineGetsTheDefault(t *testing.T) {
 	}
 }
 
-// TestStreamKeepsTheOrderOfEachKey pushes through a stream while routes change and a
-// link breaks: the checker sees to the order (I10).
+// B4: pushes through a stream while routes change and a link breaks; the checker sees to
+// the order (I10).
 func TestStreamKeepsTheOrderOfEachKey(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)

@@ -3,9 +3,11 @@ package faultbench
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,7 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// The rows of the fault list about the Controller.
+// Faults of the Controller, by their ids in docs/reliability.md.
 
 // retryInfo tells whether an error says when to try again.
 func retryInfo(err error) bool {
@@ -40,7 +42,7 @@ func (s *street) fresh(n int) func(*rand.Rand) request {
 	}
 }
 
-// Row 28.
+// C1.
 func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 	s := newStreet(t)
 	s.wire("good", s.good...)
@@ -84,7 +86,7 @@ func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 	m.atRest()
 }
 
-// Row 29.
+// C2.
 func TestMuteControllerIsGivenUpAtTheLookupTimeout(t *testing.T) {
 	s := newStreet(t)
 	s.wire("good", s.good...)
@@ -116,7 +118,7 @@ func TestMuteControllerIsGivenUpAtTheLookupTimeout(t *testing.T) {
 	m.atRest()
 }
 
-// Row 30.
+// C3.
 func TestFailingControllerIsAskedAgainWithinABudget(t *testing.T) {
 	s := newStreet(t)
 	n := s.wire("good", s.good...)
@@ -153,7 +155,7 @@ func TestFailingControllerIsAskedAgainWithinABudget(t *testing.T) {
 	m.atRest()
 }
 
-// Row 31.
+// C4.
 func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -201,7 +203,7 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 	m.atRest()
 }
 
-// Row 32.
+// C5.
 func TestStampedeForOneRoomIsOneLookup(t *testing.T) {
 	s := newStreet(t)
 	n := s.wire("good", s.good...)
@@ -230,7 +232,7 @@ func TestStampedeForOneRoomIsOneLookup(t *testing.T) {
 	m.atRest()
 }
 
-// Row 33; a million members with make faults.
+// C6; a million members with make faults.
 func TestHugeRoomIsDeliveredOrRefused(t *testing.T) {
 	s := newStreet(t)
 	n := s.wire("good", s.good...)
@@ -259,6 +261,56 @@ func TestHugeRoomIsDeliveredOrRefused(t *testing.T) {
 	t.Logf("memory: %.0f MiB, and %.0f before", m.resident()/(1<<20), m.baseline["process_resident_memory_bytes"]/(1<<20))
 }
 
+// C7: the Controller names a node that etcd does not know, one without a name, and for
+// every node an address that is not its own.
+func TestOnlyEtcdSaysWhereANodeIs(t *testing.T) {
+	s := newStreet(t)
+	s.wire("good", s.good...)
+	trap, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var trapped atomic.Int64
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		for {
+			conn, err := trap.Accept()
+			if err != nil {
+				return
+			}
+			trapped.Add(1)
+			_ = conn.Close()
+		}
+	})
+	defer watch.Wait()
+	defer func() { _ = trap.Close() }()
+	s.controller.change(func(c *controller) { c.trap = trap.Addr().String() })
+	s.world.place("not registered", "lost")
+	s.world.nameless("homeless")
+	s.world.join("odd room", "lost", "homeless", "good1")
+	m := s.manage(1)
+
+	if p := m.push(user("good1")); !p.success {
+		t.Errorf("the address of a registered node does not matter: %v", p)
+	}
+	if p := m.push(user("homeless")); p.err != nil || p.summary.GetOffline() != 1 {
+		t.Errorf("a node without a name is none: %v", p)
+	}
+	for _, r := range []request{user("lost"), room("odd room")} {
+		p := m.push(r)
+		if p.err != nil || p.summary.GetFailed() != 1 || len(p.summary.GetNodeFailures()) != 1 || p.summary.GetNodeFailures()[0].GetReason() != "failed: node not registered" {
+			t.Errorf("a node that is not registered: %v", p)
+		}
+		if r.kind == toRoom && (p.summary.GetTargets() != 3 || p.summary.GetDelivered() != 1 || p.summary.GetOffline() != 1) {
+			t.Errorf("the others of the room: %v", p)
+		}
+	}
+	wait(time.Second) // for connections that must not come
+	if n := trapped.Load(); n != 0 || m.connections("not registered") != -1 {
+		t.Errorf("%d connections to where the Controller says", n)
+	}
+}
+
 // resident is the memory that the process has.
 func (m *manager) resident() float64 {
 	m.b.t.Helper()
@@ -269,7 +321,7 @@ func (m *manager) resident() float64 {
 	return values["process_resident_memory_bytes"]
 }
 
-// Row 33, in full.
+// C6, in full.
 func TestRoomOfAMillionMembersStaysWithinMemory(t *testing.T) {
 	slow(t)
 	s := newStreet(t)
@@ -294,7 +346,7 @@ func TestRoomOfAMillionMembersStaysWithinMemory(t *testing.T) {
 	}
 }
 
-// Row 17; 100,000 users with make faults. The Controller has no change stream and routes
+// N17; 100,000 users with make faults. The Controller has no change stream and routes
 // are trusted for long: each user's move is found by the push that comes too late.
 func TestUsersWhoMoveInMassesAreFoundWithOneLookupEach(t *testing.T) {
 	s := newStreet(t)

@@ -13,7 +13,8 @@ import (
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
-// The rows of the fault list about discovery. Pushes go on through all of them.
+// Faults of discovery, by their ids in docs/reliability.md. Pushes go on through all of
+// them.
 
 // whole is a street with both nodes, a Push-Manager and traffic to everybody.
 type whole struct {
@@ -54,7 +55,7 @@ func (w *whole) nothingLost() {
 	w.m.atRest()
 }
 
-// Row 35; five minutes with make faults.
+// E2; five minutes with make faults.
 func TestEtcdOutageRemovesNoNode(t *testing.T) {
 	w := newStreet(t).run("ETCD_REQUEST_TIMEOUT=1s")
 	outage := 3 * time.Second
@@ -93,7 +94,7 @@ func TestEtcdOutageRemovesNoNode(t *testing.T) {
 	w.m.atRest()
 }
 
-// Row 36: the member that the watch hangs on is alone. What it says is old news, and
+// E3: the member that the watch hangs on is alone. What it says is old news, and
 // nothing but its own word tells.
 func TestEtcdMemberWithoutLeaderIsNotTrusted(t *testing.T) {
 	slow(t)
@@ -147,7 +148,7 @@ func TestEtcdMemberWithoutLeaderIsNotTrusted(t *testing.T) {
 	}
 }
 
-// Row 37.
+// E4.
 func TestCompactionWhileCutOffIsCaughtUpOnce(t *testing.T) {
 	s := newStreet(t)
 	front := etcdtest.NewProxy(t, s.etcd.Endpoint())
@@ -197,7 +198,7 @@ func TestCompactionWhileCutOffIsCaughtUpOnce(t *testing.T) {
 	w.m.atRest()
 }
 
-// Row 38.
+// E5.
 func TestWipedEtcdRemovesNoNode(t *testing.T) {
 	w := newStreet(t).run("ETCD_REQUEST_TIMEOUT=1s")
 	w.ledger.note("etcd's data is gone")
@@ -215,7 +216,7 @@ func TestWipedEtcdRemovesNoNode(t *testing.T) {
 	w.nothingLost()
 }
 
-// Row 39.
+// E6.
 func TestDeletedPrefixKeepsNodesThatLive(t *testing.T) {
 	w := newStreet(t).run()
 	w.remove(nodeKeys, clientv3.WithPrefix())
@@ -234,7 +235,7 @@ func TestDeletedPrefixKeepsNodesThatLive(t *testing.T) {
 	w.nothingLost()
 }
 
-// Row 13.
+// N13.
 func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	s := newStreet(t)
 	w := s.run("DISCOVERY_GRACE=2s")
@@ -269,7 +270,7 @@ func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	w.m.good(user("good1"))
 }
 
-// Row 40.
+// E7.
 func TestGarbageInEtcdHarmsNobody(t *testing.T) {
 	w := newStreet(t).run()
 	garbage := []string{
@@ -304,7 +305,7 @@ func TestGarbageInEtcdHarmsNobody(t *testing.T) {
 	w.m.atRest()
 }
 
-// Row 41.
+// E8.
 func TestAllKeysPutAgainTouchNoStream(t *testing.T) {
 	w := newStreet(t).run()
 	for range 100 {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// The rows of the fault list about the machine that Push-Manager runs on.
+// Faults of the machine that Push-Manager runs on, by their ids in docs/reliability.md.
 
 // calm checks that, since rest, the nodes were thought to be there all the time: no stream
 // was closed for silence or opened again, and readiness has stayed.
@@ -61,7 +61,7 @@ func (w *whole) undisturbed() {
 	w.m.atRest()
 }
 
-// Row 46: others take the CPU, or all of it for a while. A process that did not run has
+// P7: others take the CPU, or all of it for a while. A process that did not run has
 // not heard its nodes, and that is no sign that they were silent.
 func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
 	s := newStreet(t)
@@ -141,7 +141,7 @@ func quota(t *testing.T, p *process, share float64) bool {
 	return true
 }
 
-// Row 48: no more descriptors. What is connected works on, and what is not gets in when
+// P9: no more descriptors. What is connected works on, and what is not gets in when
 // there is room again.
 func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
 	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// Hostile connections to the push API. What they send is bounded in count, and in time
+// Hostile connections to the push API, by their ids in docs/reliability.md. What they send is bounded in count, and in time
 // by floodTime.
 const (
 	floodFrames = 30 * volume
@@ -91,7 +91,7 @@ func (f *flood) send(one func(f *flood) error) (sent int, err error) {
 	return sent, nil
 }
 
-// Input 17: floods of HTTP/2 frames that cost their sender little. The connection is
+// B8: floods of HTTP/2 frames that cost their sender little. The connection is
 // closed or held back, and the calls of others go on.
 func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 	t.Parallel() // with other tests; one flood at a time is enough for a machine
@@ -165,7 +165,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 	}
 }
 
-// Input 34: connections that say too little, too slowly. Each ends with the handshake's
+// B9: connections that say too little, too slowly. Each ends with the handshake's
 // time, however alive it looks, and those who speak are served meanwhile.
 func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=2s")

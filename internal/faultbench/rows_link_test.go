@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// The rows of the fault list about what is between Push-Manager and a node. The bad
-// node is a sound one behind a proxy.
+// Faults of what is between Push-Manager and a node, by their ids in
+// docs/reliability.md. The bad node is a sound one behind a proxy.
 
 // behind starts a scripted node that is registered at a proxy in front of it.
 func (s *street) behind(id string, users ...string) (*wireNode, *proxy) {
@@ -23,7 +23,7 @@ func (s *street) behind(id string, users ...string) (*wireNode, *proxy) {
 	return n, p
 }
 
-// Row 18.
+// L1.
 func TestResetLinkIsBackAtOnce(t *testing.T) {
 	s := newStreet(t)
 	bad, link := s.behind("bad", s.bad...)
@@ -64,7 +64,7 @@ func TestResetLinkIsBackAtOnce(t *testing.T) {
 	m.atRest()
 }
 
-// Rows 21 and 22.
+// L3.
 func TestOneWayLossIsUnknownWhicheverWayIsLost(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -106,7 +106,7 @@ func TestOneWayLossIsUnknownWhicheverWayIsLost(t *testing.T) {
 	}
 }
 
-// Row 23.
+// L4.
 func TestSlowLinkDeliversWithoutFalseTimeouts(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
@@ -136,7 +136,7 @@ func TestSlowLinkDeliversWithoutFalseTimeouts(t *testing.T) {
 	m.atRest()
 }
 
-// Row 24.
+// L5.
 func TestNarrowLinkFailsInPartAndQueuesNoMoreThanItMay(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
@@ -175,7 +175,7 @@ func TestNarrowLinkFailsInPartAndQueuesNoMoreThanItMay(t *testing.T) {
 	m.atRest()
 }
 
-// Row 25.
+// L6.
 func TestSlicedBytesAreNoErrorAndCorruptedOnesAreNoDelivery(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
@@ -215,7 +215,7 @@ func TestSlicedBytesAreNoErrorAndCorruptedOnesAreNoDelivery(t *testing.T) {
 	m.atRest()
 }
 
-// Row 26; the whole minute with make faults.
+// L7; the whole minute with make faults.
 func TestFlappingLinkLeaksNothing(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
@@ -265,7 +265,7 @@ func wait(d time.Duration) {
 	<-t.C
 }
 
-// Row 10.
+// N10.
 func TestNodeWithANewAddressIsPushedToThere(t *testing.T) {
 	s := newStreet(t)
 	old := s.wire("bad", s.bad...)
@@ -311,7 +311,7 @@ func TestNodeWithANewAddressIsPushedToThere(t *testing.T) {
 	m.atRest()
 }
 
-// Row 11.
+// N11.
 func TestRestartedNodeAtTheSameAddressIsNoticed(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -348,7 +348,7 @@ func TestRestartedNodeAtTheSameAddressIsNoticed(t *testing.T) {
 	m.atRest()
 }
 
-// Row 12.
+// N12.
 func TestOfTwoNodesWithOneIDTheLaterWins(t *testing.T) {
 	s := newStreet(t)
 	first := s.wire("bad", s.bad...)
@@ -385,7 +385,7 @@ func TestOfTwoNodesWithOneIDTheLaterWins(t *testing.T) {
 	m.atRest()
 }
 
-// Row 14.
+// N14.
 func TestGhostCostsTheDialTimeoutOnceAndThenNothing(t *testing.T) {
 	s := newStreet(t)
 	s.wire("good", s.good...)

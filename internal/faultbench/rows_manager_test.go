@@ -9,9 +9,9 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// The rows of the fault list about Push-Manager itself.
+// Faults of Push-Manager itself, by their ids in docs/reliability.md.
 
-// Row 42, without the balancer.
+// P1, without the balancer.
 func TestPushManagerThatLeavesFinishesWhatItHasTaken(t *testing.T) {
 	s := newStreet(t)
 	for _, n := range []*wireNode{s.wire("bad", s.bad...), s.wire("good", s.good...)} {
@@ -51,7 +51,7 @@ func TestPushManagerThatLeavesFinishesWhatItHasTaken(t *testing.T) {
 	}
 }
 
-// Row 43.
+// P2.
 func TestKilledPushManagerLeavesNoStreamAndPushesNothingTwice(t *testing.T) {
 	s := newStreet(t)
 	nodes := []*wireNode{s.wire("bad", s.bad...), s.wire("good", s.good...)}
@@ -84,7 +84,7 @@ func TestKilledPushManagerLeavesNoStreamAndPushesNothingTwice(t *testing.T) {
 	}
 }
 
-// Row 27: a node whose server has gRPC's own keepalive policy, which ours do not have.
+// L8: a node whose server has gRPC's own keepalive policy, which ours do not have.
 func TestNodeWithoutOurKeepalivePolicyStaysConnected(t *testing.T) {
 	slow(t)
 	s := newStreet(t)

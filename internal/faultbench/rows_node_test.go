@@ -9,8 +9,8 @@ import (
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
-// The rows of the fault list about Connect-Nodes. Each has a node "bad" that something
-// happens to and a node "good" that must not suffer from it.
+// Faults of Connect-Nodes, by their ids in docs/reliability.md. Each has a node "bad"
+// that something happens to and a node "good" that must not suffer from it.
 
 // street is the usual deployment: ten users at each of the two nodes, and a room
 // "mixed" over both.
@@ -83,7 +83,7 @@ func (s *street) noErrors(all tally) {
 	}
 }
 
-// Row 1.
+// N1.
 func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	s := newStreet(t)
 	bad := s.child("bad", s.bad...)
@@ -125,7 +125,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	m.atRest()
 }
 
-// Row 2.
+// N2.
 func TestPushToADeadIdleNodeFailsAtOnce(t *testing.T) {
 	s := newStreet(t)
 	bad := s.child("bad", s.bad...)
@@ -159,7 +159,7 @@ func TestPushToADeadIdleNodeFailsAtOnce(t *testing.T) {
 	m.atRest()
 }
 
-// Row 3.
+// N3.
 func TestStoppedNodeIsUnknownOnceAndThenFailedAtOnce(t *testing.T) {
 	s := newStreet(t)
 	bad := s.child("bad", s.bad...)
@@ -203,7 +203,7 @@ func TestStoppedNodeIsUnknownOnceAndThenFailedAtOnce(t *testing.T) {
 	m.atRest()
 }
 
-// Row 4.
+// N4.
 func TestLateAcksChangeNothing(t *testing.T) {
 	s := newStreet(t)
 	bad := s.child("bad", s.bad...)
@@ -233,7 +233,7 @@ func TestLateAcksChangeNothing(t *testing.T) {
 	}
 }
 
-// Rows 5 and 55.
+// N5 and N18.
 func TestNodeThatNeverReadsHarmsOnlyItsOwnUsers(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -289,7 +289,7 @@ func TestNodeThatNeverReadsHarmsOnlyItsOwnUsers(t *testing.T) {
 	m.atRest()
 }
 
-// Row 7.
+// N7.
 func TestNodeThatNeverAcksEndsUnknown(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -326,7 +326,7 @@ func TestNodeThatNeverAcksEndsUnknown(t *testing.T) {
 	m.atRest()
 }
 
-// Row 9.
+// N9.
 func TestNodeThatLeavesLeavesNothingUnknown(t *testing.T) {
 	s := newStreet(t)
 	bad := newChild(t, s.ledger, "bad", "127.0.0.1:0", s.etcd.Endpoint())
@@ -359,7 +359,7 @@ func TestNodeThatLeavesLeavesNothingUnknown(t *testing.T) {
 	m.atRest()
 }
 
-// Row 15.
+// N15.
 func TestAllNodesDownFailsEveryPushAtOnce(t *testing.T) {
 	s := newStreet(t)
 	one, two := s.child("bad", s.bad...), s.child("good", s.good...)
@@ -394,7 +394,7 @@ func TestAllNodesDownFailsEveryPushAtOnce(t *testing.T) {
 	m.atRest()
 }
 
-// Row 6; its priorities are in rows_overload_test.go.
+// N6; its priorities are in rows_overload_test.go.
 func TestSlowNodeGetsWhatItManagesAndTheRestFails(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -424,7 +424,7 @@ func TestSlowNodeGetsWhatItManagesAndTheRestFails(t *testing.T) {
 	m.atRest()
 }
 
-// Row 8.
+// N8.
 func TestNodeInACrashLoopIsNoHotLoop(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -457,7 +457,7 @@ func TestNodeInACrashLoopIsNoHotLoop(t *testing.T) {
 	m.atRest()
 }
 
-// Row 16.
+// N16.
 func TestRollingDeployOfAllNodesLosesNothing(t *testing.T) {
 	s := newStreet(t)
 	ids, users := names("n", 5), names("u", 25)

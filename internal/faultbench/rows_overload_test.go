@@ -12,9 +12,9 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// The rows of the fault list about overload.
+// Overload, by the ids in docs/reliability.md.
 
-// Row 6: of what a node does not take, low priority fails first, and the highest is queued up
+// N6: of what a node does not take, low priority fails first, and the highest is queued up
 // to the cap.
 func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
 	s := newStreet(t)
@@ -60,7 +60,7 @@ func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
 	bad.play(nil)
 }
 
-// Row 44: with most of the memory in use, low priority is refused and then all but critical,
+// P10: with most of the memory in use, low priority is refused and then all but critical,
 // and everything is taken again when it is free. A limit of the kernel is not set: nothing
 // comes near one if this holds.
 func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {

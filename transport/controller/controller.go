@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
@@ -56,6 +58,8 @@ type Controller struct {
 	watched atomic.Bool
 	// When the Controller last answered anything; nil before the first time.
 	contact atomic.Pointer[time.Time]
+	// What went wrong since; nil for nothing.
+	trouble atomic.Pointer[string]
 }
 
 // New makes a Controller. Look-ups work at once; Start adds the change stream and
@@ -109,32 +113,28 @@ func (c *Controller) Close() error {
 // Watched tells whether the change stream vouches for answers now.
 func (c *Controller) Watched() bool { return c.watched.Load() }
 
-// Healthy tells whether the Controller can be asked, and why not.
-func (c *Controller) Healthy() (healthy bool, reason string) {
-	if state := c.conn.GetState(); state != connectivity.Ready {
-		return false, fmt.Sprintf("controller %s: connection is %s", c.cfg.Address, state)
-	}
+// Healthy tells whether the Controller can be asked: there is a connection, and a sign
+// of life not longer ago than three Config.ContactInterval.
+func (c *Controller) Healthy() bool {
 	last := c.contact.Load()
-	if last == nil {
-		return false, fmt.Sprintf("controller %s: has not answered yet", c.cfg.Address)
-	}
-	if silent := time.Since(*last); silent > 3*c.cfg.ContactInterval {
-		return false, fmt.Sprintf("controller %s: silent for %s", c.cfg.Address, silent.Round(time.Second))
-	}
-	return true, ""
+	return last != nil && c.conn.GetState() == connectivity.Ready && time.Since(*last) <= 3*c.cfg.ContactInterval
 }
 
-// Away is how long nothing has come from the Controller, 0 while it can be asked.
-// Before its first answer ever, contacted is false and the time is that since New.
-func (c *Controller) Away() (away time.Duration, contacted bool) {
+// Away is how long nothing has come from the Controller, 0 while it can be asked, and in
+// one line what went wrong last, "" while nothing has. Before its first answer ever,
+// contacted is false and the time is that since New.
+func (c *Controller) Away() (away time.Duration, contacted bool, trouble string) {
 	last := c.contact.Load()
+	if last != nil && c.Healthy() {
+		return 0, true, ""
+	}
+	if text := c.trouble.Load(); text != nil {
+		trouble = *text
+	}
 	if last == nil {
-		return time.Since(c.made), false
+		return time.Since(c.made), false, trouble
 	}
-	if healthy, _ := c.Healthy(); healthy {
-		return 0, true
-	}
-	return time.Since(*last), true
+	return time.Since(*last), true, trouble
 }
 
 // contactLoop keeps the connection up, probes anew what was UNIMPLEMENTED when it
@@ -152,6 +152,9 @@ func (c *Controller) contactLoop(ctx context.Context) {
 		if ready := state == connectivity.Ready; ready != up {
 			up = ready
 			c.onState(ctx, state)
+		}
+		if state == connectivity.TransientFailure {
+			c.ping(ctx) // it fails at once, and says why there is no connection
 		}
 		waitCtx, cancel := context.WithTimeout(ctx, c.cfg.ContactInterval)
 		changed := c.conn.WaitForStateChange(waitCtx, state)
@@ -186,14 +189,37 @@ func (c *Controller) ping(ctx context.Context) {
 	c.touch(err)
 }
 
-// touch notes that the Controller answered, if err says so.
+// touch notes that the Controller answered, if err says so, and else what went wrong.
 func (c *Controller) touch(err error) {
-	code := status.Code(err)
-	if code == codes.Unavailable || code == codes.DeadlineExceeded || code == codes.Canceled {
-		return // gRPC's own, in all likelihood
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded: // gRPC's own, in all likelihood
+		text := oneLine(status.Convert(err).Message())
+		c.trouble.Store(&text)
+	case codes.Canceled: // we did not wait
+	default:
+		c.heard()
 	}
+}
+
+// heard notes that the Controller has said something.
+func (c *Controller) heard() {
 	now := time.Now()
 	c.contact.Store(&now)
+	c.trouble.Store(nil)
+}
+
+// mostTrouble bounds what is kept of an error's text.
+const mostTrouble = 256
+
+// oneLine makes text fit for a line of a report: the Controller may have written it.
+func oneLine(text string) string {
+	text = strings.ToValidUTF8(text[:min(len(text), mostTrouble)], "")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, text)
 }
 
 // call runs one look-up with at most one retry.

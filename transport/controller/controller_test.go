@@ -240,8 +240,8 @@ func TestRefusedFailsAtOnce(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 	}
-	if ok, reason := c.Healthy(); ok || reason == "" {
-		t.Error("healthy")
+	if _, contacted, trouble := c.Away(); c.Healthy() || contacted || !strings.Contains(trouble, "connection refused") {
+		t.Errorf("healthy, or contacted (%v), or no word of what went wrong: %q", contacted, trouble)
 	}
 }
 
@@ -468,35 +468,31 @@ func TestHealthFollowsTheController(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := serve(t, &script{})
 		c := connect(t, v, Config{})
-		if ok, _ := c.Healthy(); ok {
-			t.Fatal("healthy before the start")
+		healthy := func(when string, want bool) {
+			t.Helper()
+			if c.Healthy() != want {
+				t.Fatalf("%s: healthy is %v", when, !want)
+			}
 		}
+		healthy("before the start", false)
 		c.Start(nil)
 		synctest.Wait()
-		if ok, reason := c.Healthy(); !ok {
-			t.Fatal(reason)
-		}
+		healthy("after the start", true)
 		time.Sleep(time.Hour)
-		if ok, reason := c.Healthy(); !ok {
-			t.Fatal(reason)
-		}
+		healthy("an hour later", true)
 		v.down()
 		synctest.Wait()
-		if ok, _ := c.Healthy(); ok {
-			t.Fatal("healthy without a Controller")
-		}
+		healthy("without a Controller", false)
 		v.up()
 		time.Sleep(2 * time.Second)
-		if ok, reason := c.Healthy(); !ok {
-			t.Fatal(reason)
-		}
+		healthy("when it is back", true)
 		_ = c.Close()
 		v.down()
 	})
 }
 
-// TestAwayIsTheTimeSinceTheLastWord: a silent Controller is as far away as one that
-// refuses, and before the first word there is nothing that a cache could have.
+// TestAwayIsTheTimeSinceTheLastWord: before the first word there is nothing that a cache
+// could have. What went wrong is known although nobody has looked anything up.
 func TestAwayIsTheTimeSinceTheLastWord(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := serve(t, &script{})
@@ -506,8 +502,12 @@ func TestAwayIsTheTimeSinceTheLastWord(t *testing.T) {
 		away := func(least, most time.Duration, contacted bool) {
 			t.Helper()
 			synctest.Wait()
-			if d, ok := c.Away(); d < least || d > most || ok != contacted {
+			d, ok, trouble := c.Away()
+			if d < least || d > most || ok != contacted {
 				t.Errorf("away for %v, contacted before %v; want %v to %v, %v", d, ok, least, most, contacted)
+			}
+			if strings.Contains(trouble, "refused") != (least > 0) {
+				t.Errorf("away for %v: %q", d, trouble)
 			}
 		}
 		time.Sleep(time.Minute)
@@ -526,6 +526,76 @@ func TestAwayIsTheTimeSinceTheLastWord(t *testing.T) {
 		_ = c.Close()
 		v.down()
 	})
+}
+
+// mute is a connection that brings nothing any more once it is told so.
+type mute struct {
+	net.Conn
+	silent *atomic.Bool
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (m *mute) Read(p []byte) (int, error) {
+	n, err := m.Conn.Read(p)
+	if m.silent.Load() {
+		<-m.closed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (m *mute) Close() error {
+	m.once.Do(func() { close(m.closed) })
+	return m.Conn.Close()
+}
+
+// TestSilentControllerIsAsFarAwayAsOneThatRefuses: it takes connections and says nothing.
+func TestSilentControllerIsAsFarAwayAsOneThatRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := serve(t, &script{})
+		var silent atomic.Bool
+		c := open(t, Config{Address: "passthrough:///memory", DialOptions: []grpc.DialOption{
+			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+				conn, err := v.dial(ctx, addr)
+				if err != nil {
+					return nil, err
+				}
+				return &mute{Conn: conn, silent: &silent, closed: make(chan struct{})}, nil
+			}),
+		}})
+		c.Start(nil)
+		time.Sleep(time.Minute)
+		if d, contacted, trouble := c.Away(); d != 0 || !contacted || trouble != "" {
+			t.Errorf("away for %v, contacted before %v, %q", d, contacted, trouble)
+		}
+		silent.Store(true)
+		time.Sleep(75 * time.Second)
+		if d, contacted, trouble := c.Away(); d < 75*time.Second || d > 80*time.Second || !contacted || trouble == "" {
+			t.Errorf("away for %v, contacted before %v, %q", d, contacted, trouble)
+		}
+		silent.Store(false)
+		time.Sleep(30 * time.Second) // what was muted is given up, and connected anew
+		if d, contacted, trouble := c.Away(); d != 0 || !contacted || trouble != "" {
+			t.Errorf("away for %v, contacted before %v, %q", d, contacted, trouble)
+		}
+		_ = c.Close()
+		v.down()
+	})
+}
+
+func TestTroubleIsOneLine(t *testing.T) {
+	for text, want := range map[string]string{
+		"connection refused":                          "connection refused",
+		"two\r\nlines\x1b[31m":                        "two  lines [31m",
+		strings.Repeat("x", 1<<20):                    strings.Repeat("x", mostTrouble),
+		strings.Repeat("x", mostTrouble-1) + "\u00e9": strings.Repeat("x", mostTrouble-1),
+		"not \xff UTF-8":                              "not  UTF-8",
+	} {
+		if got := oneLine(text); got != want {
+			t.Errorf("%.40q becomes %.300q, want %.300q", text, got, want)
+		}
+	}
 }
 
 func TestConfigNamesWhatIsWrong(t *testing.T) {

@@ -55,10 +55,7 @@ func newHandles(c *Controller, set *metrics.Set) *handles {
 		}
 	}
 	set.GetOrCreateGauge("push_manager_controller_watched", func() float64 { return oneIf(c.watched.Load()) })
-	set.GetOrCreateGauge("push_manager_controller_up", func() float64 {
-		up, _ := c.Healthy()
-		return oneIf(up)
-	})
+	set.GetOrCreateGauge("push_manager_controller_up", func() float64 { return oneIf(c.Healthy()) })
 	return h
 }
 

@@ -74,8 +74,7 @@ func (c *Controller) watch(ctx context.Context, changes Changes) error {
 		if err != nil {
 			return fmt.Errorf("watch routes: %w", err)
 		}
-		now := time.Now()
-		c.contact.Store(&now)
+		c.heard()
 		if !synced {
 			if !msg.GetSynced() {
 				return errors.New("watch routes: the first message has no synced")

@@ -30,7 +30,7 @@ func claim(ctx context.Context, claims ...string) context.Context {
 	return metadata.NewOutgoingContext(ctx, metadata.MD{"x-priority": claims})
 }
 
-// Row 13 of the input list: an unknown priority is refused, and never escalated.
+// TestPriorityOfACall: an unknown priority is refused, and never escalated.
 func TestPriorityOfACall(t *testing.T) {
 	for _, test := range []struct {
 		most   string

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,7 +31,8 @@ const (
 	methodAll   = "/pubsub.PushManagerService/BroadcastMessage"
 )
 
-// TestInput holds the API to the table of hostile input: each row by its number.
+// TestInput sends what no well-meaning client would, and what is just within the limits.
+// What is refused was never looked up.
 func TestInput(t *testing.T) {
 	w := newWorld(t, nil)
 	long, c := strings.Repeat("x", 257), content("hello")
@@ -61,53 +64,53 @@ func TestInput(t *testing.T) {
 		reason string
 		field  string
 	}{
-		{"1 empty room", methodRoom, room(""), codes.InvalidArgument, "REQUIRED", "room_id"},
-		{"1 empty user", methodUser, user(""), codes.InvalidArgument, "REQUIRED", "user_id"},
-		{"1 no users", methodUsers, &pubsub.PushToUsersRequest{Content: c}, codes.InvalidArgument, "REQUIRED", "user_ids"},
-		{"1 empty in users", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: []string{"a", "b", "c", ""}}, codes.InvalidArgument, "REQUIRED", "user_ids[3]"},
-		{"2 id at its limit", methodRoom, room(long[1:]), codes.OK, "", ""},
-		{"2 id past its limit", methodRoom, room(long), codes.InvalidArgument, "ID_TOO_LONG", "room_id"},
-		{"2 id of nearly 1 MiB", methodUser, user(strings.Repeat("x", 1<<20-64)), codes.InvalidArgument, "ID_TOO_LONG", "user_id"},
-		{"2 long in exclude", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{long}}, codes.InvalidArgument, "ID_TOO_LONG", "exclude_user_ids[0]"},
-		{"3 invalid UTF-8", methodRoom, []byte{1<<3 | 2, 2, 'r', 0xff}, codes.InvalidArgument, "ID_MALFORMED", "room_id"},
-		{"3 invalid UTF-8 in users", methodUsers, []byte{1<<3 | 2, 1, 'r', 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "ID_MALFORMED", "user_ids[1]"},
-		{"3 invalid UTF-8 in metadata", methodAll, []byte{1<<3 | 2, 5, 4<<3 | 2, 3, 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "MALFORMED", "content.metadata"},
-		{"4 truncated", methodRoom, marshal(t, room("r"))[:5], codes.InvalidArgument, "MALFORMED", "content"},
-		{"4 garbage", methodUser, []byte("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), codes.InvalidArgument, "MALFORMED", "request"},
-		{"5 NUL", methodRoom, room("a\x00b"), codes.InvalidArgument, "ID_MALFORMED", "room_id"},
-		{"5 newline", methodUser, user("a\nb"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
-		{"5 ANSI escape", methodUser, user("\x1b[31m"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
-		{"5 path", methodRoom, room("../../r"), codes.OK, "", ""},
-		{"5 homoglyph", methodRoom, room("аdmin"), codes.OK, "", ""},
-		{"6 no content", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r"}, codes.InvalidArgument, "REQUIRED", "content"},
-		{"6 no content for a user", methodUser, &pubsub.PushToUserRequest{UserId: "a"}, codes.InvalidArgument, "REQUIRED", "content"},
-		{"6 no content for users", methodUsers, &pubsub.PushToUsersRequest{UserIds: []string{"a"}}, codes.InvalidArgument, "REQUIRED", "content"},
-		{"6 nothing at all", methodAll, []byte{}, codes.InvalidArgument, "REQUIRED", "content"},
-		{"7 empty data", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(0)}, codes.OK, "", ""},
-		{"8 data at its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256 << 10)}, codes.OK, "", ""},
-		{"8 data past its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256<<10 + 1)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
-		{"8 data of nearly 1 MiB", methodAll, &pubsub.BroadcastMessageRequest{Content: data(1<<20 - 64)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
-		{"9 message of 1 MiB", methodRoom, make([]byte, 1<<20), codes.InvalidArgument, "MALFORMED", "request"},
-		{"9 message past 1 MiB", methodRoom, make([]byte, 1<<20+1), codes.ResourceExhausted, "", ""},
-		{"9 message of 5 MiB", methodRoom, make([]byte, 5<<20), codes.ResourceExhausted, "", ""},
-		{"9 and the connection lives", methodRoom, room("r"), codes.OK, "", ""},
-		{"10 exclude at its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_000)}, codes.OK, "", ""},
-		{"10 exclude past its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
-		{"10 users at their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_000)}, codes.OK, "", ""},
-		{"10 users past their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "user_ids"},
-		{"11 1 MiB of empty strings", methodRoom, bytes.Repeat([]byte{3<<3 | 2, 0}, 1<<19), codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
-		{"13 unknown enum", methodAll, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: 4711}}, codes.OK, "", ""},
-		{"14 negative timestamp", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: &pubsub.MessageContent{Timestamp: -1}}, codes.InvalidArgument, "OUT_OF_RANGE", "content.timestamp"},
-		{"15 metadata at its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 320)}, codes.OK, "", ""},
-		{"15 metadata past its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(33, 330)}, codes.InvalidArgument, "TOO_MANY", "content.metadata"},
-		{"15 metadata at its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10)}, codes.OK, "", ""},
-		{"15 metadata past its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10+32)}, codes.InvalidArgument, "METADATA_TOO_LARGE", "content.metadata"},
-		{"15 metadata of half a million", methodAll, entries(1<<19 - 16), codes.InvalidArgument, "TOO_MANY", "content.metadata"},
-		{"20 unknown method", "/pubsub.PushManagerService/Nothing", room("r"), codes.Unimplemented, "", ""},
-		{"20 unknown service", "/pubsub.Nothing/PushToRoom", room("r"), codes.Unimplemented, "", ""},
-		{"20 an empty segment", "//PushToRoom", room("r"), codes.Unimplemented, "", ""},
-		{"20 two slashes in front", "/" + methodRoom, room("r"), codes.Unimplemented, "", ""},
-		{"21 unknown fields", methodRoom, protowire.AppendString(append(marshal(t, room("r")), 20<<3&0x7f|2|0x80, 1), "options"), codes.OK, "", ""},
+		{"empty room", methodRoom, room(""), codes.InvalidArgument, "REQUIRED", "room_id"},
+		{"empty user", methodUser, user(""), codes.InvalidArgument, "REQUIRED", "user_id"},
+		{"no users", methodUsers, &pubsub.PushToUsersRequest{Content: c}, codes.InvalidArgument, "REQUIRED", "user_ids"},
+		{"empty in users", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: []string{"a", "b", "c", ""}}, codes.InvalidArgument, "REQUIRED", "user_ids[3]"},
+		{"id at its limit", methodRoom, room(long[1:]), codes.OK, "", ""},
+		{"id past its limit", methodRoom, room(long), codes.InvalidArgument, "ID_TOO_LONG", "room_id"},
+		{"id of nearly 1 MiB", methodUser, user(strings.Repeat("x", 1<<20-64)), codes.InvalidArgument, "ID_TOO_LONG", "user_id"},
+		{"long in exclude", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{long}}, codes.InvalidArgument, "ID_TOO_LONG", "exclude_user_ids[0]"},
+		{"invalid UTF-8", methodRoom, []byte{1<<3 | 2, 2, 'r', 0xff}, codes.InvalidArgument, "ID_MALFORMED", "room_id"},
+		{"invalid UTF-8 in users", methodUsers, []byte{1<<3 | 2, 1, 'r', 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "ID_MALFORMED", "user_ids[1]"},
+		{"invalid UTF-8 in metadata", methodAll, []byte{1<<3 | 2, 5, 4<<3 | 2, 3, 1<<3 | 2, 1, 0xff}, codes.InvalidArgument, "MALFORMED", "content.metadata"},
+		{"truncated", methodRoom, marshal(t, room("r"))[:5], codes.InvalidArgument, "MALFORMED", "content"},
+		{"garbage", methodUser, []byte("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), codes.InvalidArgument, "MALFORMED", "request"},
+		{"NUL", methodRoom, room("a\x00b"), codes.InvalidArgument, "ID_MALFORMED", "room_id"},
+		{"newline", methodUser, user("a\nb"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
+		{"ANSI escape", methodUser, user("\x1b[31m"), codes.InvalidArgument, "ID_MALFORMED", "user_id"},
+		{"path", methodRoom, room("../../r"), codes.OK, "", ""},
+		{"homoglyph", methodRoom, room("аdmin"), codes.OK, "", ""},
+		{"no content", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r"}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"no content for a user", methodUser, &pubsub.PushToUserRequest{UserId: "a"}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"no content for users", methodUsers, &pubsub.PushToUsersRequest{UserIds: []string{"a"}}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"nothing at all", methodAll, []byte{}, codes.InvalidArgument, "REQUIRED", "content"},
+		{"empty data", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(0)}, codes.OK, "", ""},
+		{"data at its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256 << 10)}, codes.OK, "", ""},
+		{"data past its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256<<10 + 1)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
+		{"data of nearly 1 MiB", methodAll, &pubsub.BroadcastMessageRequest{Content: data(1<<20 - 64)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
+		{"message of 1 MiB", methodRoom, make([]byte, 1<<20), codes.InvalidArgument, "MALFORMED", "request"},
+		{"message past 1 MiB", methodRoom, make([]byte, 1<<20+1), codes.ResourceExhausted, "", ""},
+		{"message of 5 MiB", methodRoom, make([]byte, 5<<20), codes.ResourceExhausted, "", ""},
+		{"and the connection lives", methodRoom, room("r"), codes.OK, "", ""},
+		{"exclude at its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_000)}, codes.OK, "", ""},
+		{"exclude past its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
+		{"users at their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_000)}, codes.OK, "", ""},
+		{"users past their limit", methodUsers, &pubsub.PushToUsersRequest{Content: c, UserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "user_ids"},
+		{"1 MiB of empty strings", methodRoom, bytes.Repeat([]byte{3<<3 | 2, 0}, 1<<19), codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
+		{"unknown enum", methodAll, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: 4711}}, codes.OK, "", ""},
+		{"negative timestamp", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: &pubsub.MessageContent{Timestamp: -1}}, codes.InvalidArgument, "OUT_OF_RANGE", "content.timestamp"},
+		{"metadata at its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 320)}, codes.OK, "", ""},
+		{"metadata past its count", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(33, 330)}, codes.InvalidArgument, "TOO_MANY", "content.metadata"},
+		{"metadata at its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10)}, codes.OK, "", ""},
+		{"metadata past its size", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: meta(32, 8<<10+32)}, codes.InvalidArgument, "METADATA_TOO_LARGE", "content.metadata"},
+		{"metadata of half a million", methodAll, entries(1<<19 - 16), codes.InvalidArgument, "TOO_MANY", "content.metadata"},
+		{"unknown method", "/pubsub.PushManagerService/Nothing", room("r"), codes.Unimplemented, "", ""},
+		{"unknown service", "/pubsub.Nothing/PushToRoom", room("r"), codes.Unimplemented, "", ""},
+		{"an empty segment", "//PushToRoom", room("r"), codes.Unimplemented, "", ""},
+		{"two slashes in front", "/" + methodRoom, room("r"), codes.Unimplemented, "", ""},
+		{"unknown fields", methodRoom, protowire.AppendString(append(marshal(t, room("r")), 20<<3&0x7f|2|0x80, 1), "options"), codes.OK, "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			wire, is := test.wire.([]byte)
@@ -124,7 +127,7 @@ func TestInput(t *testing.T) {
 	}
 }
 
-func TestInputRow12ExcludeDuplicatesUnknownAndEveryone(t *testing.T) {
+func TestEverybodyExcludedIsASuccessForNobody(t *testing.T) {
 	w := newWorld(t, nil)
 	r, err := w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{
 		RoomId: "r", Content: content("x"), ExcludeUserIds: []string{"a", "a", "nobody", "b", "c", "b"}})
@@ -137,7 +140,7 @@ func TestInputRow12ExcludeDuplicatesUnknownAndEveryone(t *testing.T) {
 	}
 }
 
-func TestInputRow13And14PayloadPassesThroughAndIsStamped(t *testing.T) {
+func TestPayloadPassesThroughAndIsStamped(t *testing.T) {
 	w := newWorld(t, nil)
 	in := &pubsub.MessageContent{Type: 4711, Data: []byte{0, 0xff}, Metadata: map[string]string{"k": "v"}}
 	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: in})
@@ -153,22 +156,51 @@ func TestInputRow13And14PayloadPassesThroughAndIsStamped(t *testing.T) {
 	}
 }
 
-func TestInputRow16HeadersOf1MiB(t *testing.T) {
+// TestLastOfEqualMetadataKeysCounts: the payload goes on as it came, and who reads it
+// finds what the caller said last.
+func TestLastOfEqualMetadataKeysCounts(t *testing.T) {
 	w := newWorld(t, nil)
-	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	var wire []byte
+	for _, value := range []string{"first", "second", "last"} {
+		wire = append(wire, marshal(t, &pubsub.MessageContent{Metadata: map[string]string{"k": value}})...)
+	}
+	_, err := w.raw(methodUser, protowire.AppendBytes(append(protowire.AppendString([]byte{1<<3 | 2}, "d"), 2<<3|2), wire))
+	ok(t, err)
+	got := new(pubsub.MessageContent)
+	ok(t, proto.Unmarshal(w.network.nodes[0].payloads()[0], got))
+	if len(got.Metadata) != 1 || got.Metadata["k"] != "last" {
+		t.Errorf("delivered %v", got)
+	}
+}
+
+func TestHeadersOf1MiBAreRefusedAndTheConnectionLives(t *testing.T) {
+	w := newWorld(t, nil)
+	var dials atomic.Int64
+	dial := w.dial
+	w.dial = func(ctx context.Context, address string) (net.Conn, error) {
+		dials.Add(1)
+		return dial(ctx, address)
+	}
+	conn := w.connect()
+	defer conn.Close()
+	client := pubsub.NewPushManagerServiceClient(conn)
+	_, err := client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
 	ok(t, err) // the client has the server's settings now
 	ctx := metadata.AppendToOutgoingContext(w.context(), "big", strings.Repeat("x", 1<<20))
-	_, err = w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	_, err = client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
 	wantError(t, err, codes.Internal, "", "")
 	ctx = metadata.AppendToOutgoingContext(w.context(), "small", strings.Repeat("x", 15<<10))
-	_, err = w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	_, err = client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
 	ok(t, err)
+	if n := dials.Load(); n != 1 {
+		t.Errorf("%d connections, want 1", n)
+	}
 	if n := w.metric(`push_manager_api_requests_total{api="PushToUser",status="success"}`); n != "2" {
 		t.Errorf("%s pushes arrived, want 2", n)
 	}
 }
 
-func TestInputRow19UnknownEncoding(t *testing.T) {
+func TestCompressedRequestsAreUnimplemented(t *testing.T) {
 	// gzip is registered in the program, as an OTLP exporter would; it is refused alike.
 	if encoding.GetCompressor(gzip.Name) == nil {
 		t.Fatal("no gzip")
@@ -186,7 +218,7 @@ func TestInputRow19UnknownEncoding(t *testing.T) {
 	}
 }
 
-func TestInputRow20MalformedPath(t *testing.T) {
+func TestMalformedPathIsUnimplemented(t *testing.T) {
 	w := newWorld(t, nil)
 	for _, path := range []string{"pubsub.PushManagerService/PushToUser", "//", "/", "PushToUser", "/pubsub.PushManagerService//PushToUser"} {
 		header := h2call(t, w, map[string]string{":path": path})

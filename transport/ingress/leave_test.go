@@ -68,6 +68,20 @@ func TestDrainTakesPushesWhileBalancersNotice(t *testing.T) {
 	})
 }
 
+// TestDrainOfAServerThatNeverServedIsOverAtOnce: nobody knows of it who could be told.
+func TestDrainOfAServerThatNeverServedIsOverAtOnce(t *testing.T) {
+	w := newWorld(t, nil)
+	synctest.Test(t, func(t *testing.T) {
+		s, err := New(Config{Engine: w.engine, DrainNotice: time.Hour})
+		ok(t, err)
+		begin := time.Now()
+		ok(t, s.Drain(t.Context()))
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("drained after %v", took)
+		}
+	})
+}
+
 // TestDrainIsOverOnceEverybodyHasGone: nobody waits for clients who left.
 func TestDrainIsOverOnceEverybodyHasGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

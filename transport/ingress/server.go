@@ -30,6 +30,11 @@ const lingerWatchers = 100 * time.Millisecond
 // others are gone after a round trip.
 const goAwayBound = 250 * time.Millisecond
 
+// ErrStuck says that a handler did not return although its call had ended, which is a
+// fault of our own and must not keep the process from its end. Serve waits for that
+// handler.
+var ErrStuck = errors.New("calls do not end")
+
 // closeBound is how long handlers get to notice that their calls are cut off. They
 // wait for nothing but that.
 const closeBound = 2 * time.Second
@@ -55,6 +60,8 @@ type Server struct {
 	// what was said last is what it says.
 	healthy atomic.Bool
 	telling sync.Mutex
+
+	begun atomic.Bool // Serve has been called
 
 	// The way down: announced is when health went NOT_SERVING, drained ends PushStreams
 	// once they are answered, draining refuses new pushes, idle tells Drain that the
@@ -182,6 +189,7 @@ func (s *Server) desc() *grpc.ServiceDesc {
 // Serve accepts connections until Drain or Close, and returns nil then. It may be
 // called for several listeners.
 func (s *Server) Serve(l net.Listener) error {
+	s.begun.Store(true)
 	if err := s.grpc.Serve(l); err != nil {
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	}
@@ -200,10 +208,11 @@ func (s *Server) Announce() {
 // Drain says NOT_SERVING, goes on for Config.DrainNotice since that was said, tells
 // clients to go elsewhere, refuses new pushes and returns when those under way, open
 // PushStreams included, are answered. When ctx ends before, the rest is cut off and
-// the error says so.
+// the error says so; it is ErrStuck, too, if Close says that. A Server that never served
+// has nobody to tell, and is drained at once.
 func (s *Server) Drain(ctx context.Context) error {
 	var stopped <-chan struct{}
-	if s.cfg.DrainNotice > 0 {
+	if s.cfg.DrainNotice > 0 && s.begun.Load() {
 		stopped = s.sendAway(ctx)
 	}
 	s.startDraining()
@@ -220,9 +229,8 @@ func (s *Server) Drain(ctx context.Context) error {
 	}
 }
 
-// Close cuts everything off and returns when nothing runs any more. The error says
-// that a handler did not return although its call had ended, which is a fault of
-// our own and must not keep the process from its end.
+// Close cuts everything off and returns when nothing runs any more, or after 2 s with
+// ErrStuck.
 func (s *Server) Close() error {
 	s.startDraining()
 	s.closeOnce.Do(func() { close(s.closing) })
@@ -238,7 +246,7 @@ func (s *Server) Close() error {
 	case <-stopped:
 		return nil
 	case <-bound.C:
-		return fmt.Errorf("close the push API: %d calls do not end", s.metrics.inflight.Load())
+		return fmt.Errorf("close the push API with %d pushes in flight: %w", s.metrics.inflight.Load(), ErrStuck)
 	}
 }
 

@@ -62,11 +62,13 @@ func canarySeconds(node string) string {
 	return "push_manager_link_canary_seconds{node_id=" + strconv.Quote(node) + "}"
 }
 
-// keepCanary adds the metrics of a node whose first stream is there. A node without
-// Deliver never gets here: it has no heartbeat to measure.
+// keepCanary adds the metrics of a node whose first stream is there, and leaveCanary must
+// follow when the stream has ended. A node without Deliver never gets here: it has no
+// heartbeat to measure.
 func (s *Set) keepCanary(n *node) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	n.streams++
 	if n.canary.Load() != nil {
 		return
 	}
@@ -82,6 +84,25 @@ func (s *Set) keepCanary(n *node) {
 		}
 		return 0
 	})
+}
+
+func (s *Set) leaveCanary(n *node) {
+	s.mu.Lock()
+	n.streams--
+	s.mu.Unlock()
+}
+
+// loseCanary removes the metrics of a node that turns out to have no Deliver any more.
+// While another shard has a stream to what the node was before they stay: that shard, too,
+// finds out when its stream ends.
+func (s *Set) loseCanary(n *node) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n.streams > 0 || s.closed || s.snapshot.Load().byID[n.id] != n { // gone: the metrics may be its successor's
+		return
+	}
+	s.endCanary(n)
+	n.canary.Store(nil)
 }
 
 // endCanary removes the metrics of a node that is gone. s.mu is held, or all links

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -121,6 +123,71 @@ func TestCanaryShowsOnlyNodesWithAStream(t *testing.T) {
 		if text := canaries(t, set); strings.Contains(text, "canary") {
 			t.Errorf("a node that is gone has a canary:\n%s", text)
 		}
+	})
+}
+
+// TestCanaryGoesWithDeliver: a node that comes back without Deliver has nothing to measure
+// any more, and a gauge at 0 would say that something is wrong with it. When it has
+// Deliver again, it is measured anew.
+func TestCanaryGoesWithDeliver(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		set := metrics.NewSet()
+		w := newWorld(t, Config{Shards: 3, Metrics: set, Canary: time.Second})
+		streaming := func() *fakeNode {
+			n := &lateNode{fakeNode: &fakeNode{id: "A"}}
+			n.deliver = n.serve
+			return n.fakeNode
+		}
+		swap := func(old, next *fakeNode, without int) {
+			t.Helper()
+			w.start("a:1", next)
+			old.kill()
+			w.until("all links are live on the new node", func() bool {
+				s := w.set.Stats()
+				return s.Live == 3 && s.Unary == without
+			})
+			time.Sleep(5500 * time.Millisecond)
+			synctest.Wait()
+		}
+		n := w.start("a:1", streaming())
+		w.register("A", "a:1")
+		w.up(3)
+		time.Sleep(time.Minute)
+		canaries(t, set, `push_manager_link_canary_up{node_id="A"} 1`)
+
+		old := unaryNode("A")
+		swap(n, old, 3)
+		if text := canaries(t, set, `push_manager_node_connections{node_id="A"} 3`); strings.Contains(text, "canary") {
+			t.Errorf("a node without Deliver has a canary:\n%s", text)
+		}
+		swap(old, streaming(), 0)
+		canaries(t, set, `push_manager_link_canary_up{node_id="A"} 1`, `push_manager_link_canary_seconds_count{node_id="A"} 18`)
+	})
+}
+
+// TestCanaryStaysWhileAShardHasAStream: one shard is told that there is no Deliver while
+// the others measure on.
+func TestCanaryStaysWhileAShardHasAStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		set := metrics.NewSet()
+		w := newWorld(t, Config{Shards: 2, Metrics: set, Canary: time.Second})
+		n := &lateNode{fakeNode: &fakeNode{id: "A"}}
+		var streams atomic.Int32
+		n.deliver = func(st deliverStream) error {
+			if streams.Add(1) > 1 {
+				return status.Error(codes.Unimplemented, "unknown method Deliver")
+			}
+			return n.serve(st)
+		}
+		w.start("a:1", n.fakeNode)
+		w.register("A", "a:1")
+		w.up(2)
+		time.Sleep(5500 * time.Millisecond)
+		synctest.Wait()
+		if s := w.set.Stats(); s.Unary != 1 {
+			t.Fatalf("%+v", s)
+		}
+		canaries(t, set, `push_manager_link_canary_seconds_count{node_id="A"} 6`)
 	})
 }
 

@@ -236,6 +236,75 @@ func TestAcksOfWhatIsNotOwedAreStrikes(t *testing.T) {
 	})
 }
 
+// TestFloodsFromANodeEndItsStream: a node that sends whatever it likes, as fast as it can,
+// costs its own users their pushes and nobody else.
+func TestFloodsFromANodeEndItsStream(t *testing.T) {
+	for name, test := range map[string]struct {
+		frame *pubsub.DeliverResponse
+		lies  bool // and costs the node its streams for a while
+	}{
+		"acks of what was never sent":    {&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1 << 40, Delivered: []uint32{1}}}}, true},
+		"misses without their acks":      {&pubsub.DeliverResponse{Misses: []*pubsub.Miss{{Seq: 1, NotHere: []string{"u1"}}}}, true},
+		"answers to heartbeats not sent": {&pubsub.DeliverResponse{Heartbeat: 1 << 40}, true},
+		"more acks than can be owed":     {&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: make([]uint32, 100_000)}}}, false},
+		"frames larger than may be":      {&pubsub.DeliverResponse{Misses: []*pubsub.Miss{{Seq: 1, Reason: strings.Repeat("x", receiveMax)}}}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := newWorld(t, Config{})
+				n := &fakeNode{id: "A"}
+				var floods atomic.Int32
+				stopped := make(chan struct{})
+				n.deliver = func(st deliverStream) error {
+					if floods.Add(1) > 1 {
+						return n.serve(st)
+					}
+					defer close(stopped)
+					if _, err := n.greet(st); err != nil {
+						return err
+					}
+					for {
+						f, err := st.Recv()
+						if err != nil {
+							return err
+						}
+						if len(f.GetDeliveries()) > 0 {
+							break
+						}
+					}
+					for {
+						if err := st.Send(test.frame); err != nil {
+							return err
+						}
+					}
+				}
+				w.start("a:1", n)
+				w.start("b:1", &fakeNode{id: "B"})
+				w.register("A", "a:1", "B", "b:1")
+				w.up(2)
+				w.room("r", "A", "u1")
+				w.room("s", "B", "v1")
+				if r := w.do(w.toUser("u1", "x")); r.Unknown != 1 {
+					t.Errorf("what the flood was about: %+v", r)
+				}
+				<-stopped
+				synctest.Wait()
+				if r := w.do(w.toUser("v1", "x")); r.Delivered != 1 {
+					t.Errorf("the other node's user: %+v", r)
+				}
+				quarantines := w.set.meters.quarantines.Get()
+				if (quarantines == 1) != test.lies {
+					t.Errorf("%d quarantines", quarantines)
+				}
+				time.Sleep(2 * time.Minute)
+				if r := w.do(w.toUser("u1", "x")); r.Delivered != 1 {
+					t.Errorf("once the node behaves: %+v", r)
+				}
+			})
+		})
+	}
+}
+
 func TestBroadcastIsClampedToTheUsersOnline(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})

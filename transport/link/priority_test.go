@@ -10,7 +10,7 @@ import (
 // pushSize is what a push of one byte to "u1" counts in a queue.
 const pushSize = 3 + 2 + 3 + 64
 
-// Row 6 of the fault list: of a node that takes nothing more the queue fills up; low
+// TestQueueIsSharedByPriority: of a node that takes nothing more the queue fills up; low
 // priority finds it full first, and the highest is let in up to the cap.
 func TestQueueIsSharedByPriority(t *testing.T) {
 	for name, cfg := range map[string]Config{

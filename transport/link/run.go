@@ -173,6 +173,7 @@ func (l *Link) session() (reached bool, err error) {
 	s, err := l.open(ctx, cancel, conn)
 	switch {
 	case errors.Is(err, errUnimplemented):
+		l.set.loseCanary(l.node)
 		return true, l.serveUnary(ctx, conn)
 	case err != nil:
 		l.set.meters.dialFailures.Inc()
@@ -259,6 +260,7 @@ func (l *Link) check(h *helloReply) error {
 func (l *Link) serve(s *stream, cancel context.CancelFunc) error {
 	if l.set.cfg.Canary > 0 {
 		l.set.keepCanary(l.node)
+		defer l.set.leaveCanary(l.node)
 	}
 	l.mu.Lock()
 	l.stream = s

@@ -416,7 +416,9 @@ type node struct {
 	links    []*Link // by shard
 
 	live   atomic.Int64                                // links that are up
-	canary atomic.Pointer[metrics.PrometheusHistogram] // set before the first canary leaves
+	canary atomic.Pointer[metrics.PrometheusHistogram] // there while a stream is that may measure
+
+	streams int // that may measure; guarded by set.mu
 
 	mu sync.Mutex
 	// Guarded by mu.
