@@ -77,10 +77,7 @@ func seedOf(t testing.TB) uint64 {
 // finish checks the ledgers. A test may call it itself, before it says more.
 func (b *bench) finish() {
 	b.t.Helper()
-	for _, c := range b.children {
-		c.cont()
-		c.flush()
-	}
+	b.flush()
 	found := b.ledger.check(slackForCI)
 	for i, v := range found {
 		if i == 5 {
@@ -91,6 +88,14 @@ func (b *bench) finish() {
 	}
 	all := b.ledger.tally(0, b.ledger.now(), nil)
 	b.t.Logf("in all: %v; latest answer %v after its deadline", all, max(all.overrun, 0).Round(time.Millisecond))
+}
+
+// flush waits until all that has arrived so far stands in the ledger.
+func (b *bench) flush() {
+	for _, c := range b.children {
+		c.cont()
+		c.flush()
+	}
 }
 
 // wire starts a scripted node with users and registers it.

@@ -62,7 +62,8 @@ func TestSoak(t *testing.T) {
 	}
 	s.load.stop()
 	took := s.ledger.now() - begun
-	s.settle(s.ledger.now() + time.Hour) // no arrival is under way any more
+	s.flush()
+	s.settle(s.ledger.now() + time.Hour)
 	s.verdict(took, peak/2)
 	s.m.good(room("all"))
 	s.m.atRest()
