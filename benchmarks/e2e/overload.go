@@ -170,10 +170,10 @@ func (b *Bench) storms(ctx context.Context, pm *Server, work Work, o *Overload) 
 	return nil
 }
 
-// peak is the better rate of two closed loops that keep the server busy.
+// peak is the best rate of three closed loops that keep the server busy.
 func (b *Bench) peak(ctx context.Context, pm *Server, work Work) (best float64, err error) {
-	for _, inFlight := range []int{512, 1024} {
-		out, err := b.run(ctx, Load{Target: pm.Name, Mode: Closed, Work: work, InFlight: inFlight, Duration: b.span(time.Second)})
+	for _, inFlight := range []int{256, 512, 1024} {
+		out, err := b.run(ctx, Load{Target: pm.Name, Mode: Closed, Work: work, InFlight: inFlight, Duration: b.span(700 * time.Millisecond)})
 		if err != nil {
 			return 0, err
 		}
@@ -236,15 +236,19 @@ func (b *Bench) watch(ctx context.Context, pm *Server, after, during time.Durati
 	return s, err
 }
 
-// recovery is how long it takes from an overload's end until everything is normal for so many
-// buckets.
+// recovery is how long it takes from an overload's end until everything is normal: for the
+// next so many buckets, and for all that follow.
 func recovery(buckets []Flooded, calm int) (after time.Duration, returned bool) {
-	for from := range len(buckets) - calm {
+	normal := func(buckets []Flooded) bool {
 		var all Flooded
-		for i := range calm {
-			all.add(&buckets[from+i])
+		for i := range buckets {
+			all.add(&buckets[i])
 		}
-		if float64(sum(all.Good)) >= calmSuccess*float64(sum(all.Offered)) {
+		offered := sum(all.Offered)
+		return offered > 0 && float64(sum(all.Good)) >= calmSuccess*float64(offered)
+	}
+	for from := range len(buckets) - calm {
+		if normal(buckets[from:from+calm]) && normal(buckets[from:]) {
 			return time.Duration(from) * floodBucket, true
 		}
 	}

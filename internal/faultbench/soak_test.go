@@ -83,6 +83,7 @@ type soak struct {
 	all     tally
 	leaves  [][2]time.Duration // when a guest was about to leave, and when that was over
 	stray   []*push            // unknown or not a success, and no leave near
+	unsure  []*push            // unknown beside a leave, the first few
 	broken  map[string]violation
 	excused map[string]bool // ids of the same, while the machine let nobody run
 	series  struct{ goroutines, files, connections, heap series }
@@ -389,6 +390,9 @@ func (s *soak) book(p *push, excuses [][2]time.Duration) {
 	s.all.add(p)
 	switch {
 	case p.success || within(p, s.leaves):
+		if p.summary.GetUnknown() > 0 && len(s.unsure) < 5 {
+			s.unsure = append(s.unsure, p)
+		}
 	case within(p, excuses):
 		s.excused[p.id] = true
 	default:
@@ -472,6 +476,9 @@ func (s *soak) verdict(took time.Duration, rate float64) {
 		float64(l.sent)/(took-l.paused).Seconds(), l.held)
 	s.t.Log(s.all)
 	unknown := 0
+	for _, p := range s.unsure {
+		s.t.Logf("while a node left, at %v: %v", p.start, p)
+	}
 	for _, p := range s.stray {
 		if p.err != nil && !p.safe() || p.summary.GetUnknown() > 0 {
 			if unknown++; unknown <= 5 {

@@ -49,18 +49,20 @@ func (s *Server) entranceOf(ctx context.Context) (entrance, error) {
 	return e, nil
 }
 
-// admit tells whether one more push may come in by an entrance.
+// admit tells whether one more push may come in by an entrance, if its caller can pay.
 func (s *Server) admit(e *entrance) error {
 	if !s.serving.Load() {
 		return errNotReady
 	}
-	if err := s.cfg.Engine.Admit(e.priority); err != nil {
-		return err
+	return s.cfg.Engine.Admit(e.priority)
+}
+
+// pay takes from the caller's budget what a push costs when it comes in.
+func (e *entrance) pay() error {
+	if e.budget == nil {
+		return nil
 	}
-	if e.budget != nil {
-		return e.budget.take()
-	}
-	return nil
+	return e.budget.take()
 }
 
 // allow sets what the engine has to know about who pushes.

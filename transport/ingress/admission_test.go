@@ -404,6 +404,7 @@ func BenchmarkEntrance(b *testing.B) {
 				e, err := w.server.entranceOf(ctx)
 				ok(b, err)
 				ok(b, w.server.admit(&e))
+				ok(b, e.pay())
 			}
 		})
 	}

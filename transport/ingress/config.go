@@ -73,7 +73,8 @@ type Config struct {
 	Caller func(ctx context.Context) string
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
-	// Options are added to those of the server, credentials for example.
+	// Options are added to those of the server. With other credentials connections are not
+	// held back.
 	Options []grpc.ServerOption
 
 	priorityMax engine.Priority

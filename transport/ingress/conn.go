@@ -5,6 +5,7 @@ import (
 	"net"
 	"runtime"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/credentials"
@@ -21,34 +22,65 @@ const forgetPriority = time.Second
 type conn struct {
 	net.Conn
 	limiter *limiter
-	let     chan struct{} // a token, when it may go on
+	socket  syscall.RawConn // nil: nobody knows what waits in there
+	let     chan struct{}   // a token, when it may go on
 
-	// The highest priority of its calls while there was a crowd, and when it was seen last.
-	// One that has made no call yet is as good as critical: it may ask for health.
+	// The highest priority of its calls lately, and when it was seen last. One that has made
+	// no call yet may ask for health: it counts as high.
 	priority atomic.Int32
 	noted    atomic.Int64
+	// lag is for how long, at the most, what was read last had waited. It is known while
+	// there is a crowd, else 0.
+	lag atomic.Int64
+	// expected is how many calls may be in what was read last, which have not shown up yet.
+	expected atomic.Int64
 
-	owes bool // owned by Read: what it brought in last may still be expected
+	// Owned by Read.
+	taken int64 // bytes
+	calls int64 // in what was read last, about
+	age   age
 
 	// Guarded by the limiter's lock.
-	expected int64 // calls in what was read last
-	counted  bool  // they are among those that the limiter expects
-	lined    bool
-	since    time.Duration
-	closed   bool
-	next     *conn
+	lined  bool
+	since  time.Duration
+	closed bool
+	next   *conn
+}
+
+// age bounds for how long bytes have been here. It remembers how many had come by one
+// moment: whatever is behind those came later.
+type age struct {
+	mark  int64         // so many had come
+	at    time.Duration // by then
+	after time.Duration // what is read now came after this
+}
+
+// read notes that, at a time, so many have been read and so many more are here.
+func (a *age) read(taken, here int64, at time.Duration) {
+	if taken >= a.mark {
+		a.after = max(a.after, a.at)
+		a.mark, a.at = taken+here, at
+	}
 }
 
 func newConn(raw net.Conn, l *limiter) *conn {
 	c := &conn{Conn: raw, limiter: l, let: make(chan struct{}, 1)}
-	c.priority.Store(int32(engine.Critical))
+	if s, ok := raw.(syscall.Conn); ok {
+		c.socket, _ = s.SyscallConn() // nobody knows, then
+	}
+	c.priority.Store(int32(engine.High))
+	c.noted.Store(-int64(forgetPriority) - 1)
 	return c
 }
 
 // note remembers the priority of a call.
 func (c *conn) note(p engine.Priority, at time.Duration) {
-	if int32(p) >= c.priority.Load() || at-time.Duration(c.noted.Load()) > forgetPriority {
+	known, since := engine.Priority(c.priority.Load()), at-time.Duration(c.noted.Load())
+	switch {
+	case p > known || since > forgetPriority:
 		c.priority.Store(int32(p))
+		c.noted.Store(int64(at))
+	case p == known && since > forgetPriority/8:
 		c.noted.Store(int64(at))
 	}
 }
@@ -57,65 +89,78 @@ func (c *conn) note(p engine.Priority, at time.Duration) {
 // one goroutine.
 func (c *conn) Read(b []byte) (int, error) {
 	l := c.limiter
-	if c.owes {
-		runtime.Gosched() // to the calls that it brought in: from then on they count themselves
-		c.owes = false
-		l.mu.Lock()
-		c.settle()
-		l.mu.Unlock()
+	fresh := true
+	if l.crowded(l.shift(l.now())) {
+		runtime.Gosched() // to the calls that came in last: from then on they count themselves
+		b = b[:min(len(b), chunk)]
+		fresh = pending(c.socket) == 0
 	}
-	if !l.crowded(l.shift(time.Since(l.began))) {
-		return c.Conn.Read(b)
-	}
-	n, err := c.Conn.Read(b[:min(len(b), chunk)])
+	c.settle()
+	n, err := c.Conn.Read(b)
 	if n > 0 {
-		c.wait(n)
+		c.take(n, fresh)
 	}
 	return n, err
 }
 
-// wait returns when there is room for the calls in n bytes.
-func (c *conn) wait(n int) {
+// take returns when there is room for the calls in n bytes. They are fresh if they have come
+// while they were waited for.
+func (c *conn) take(n int, fresh bool) {
 	l := c.limiter
-	at := time.Since(l.began)
-	p := engine.Priority(c.priority.Load())
+	at := l.now()
+	crowd := l.crowded(l.shift(at))
+	if fresh {
+		c.age.after = at
+	}
+	before := c.age.after
+	c.taken += int64(n)
+	here := int64(0)
+	if crowd {
+		here = int64(pending(c.socket))
+	}
+	c.age.read(c.taken, here, at)
+	c.calls = 1 + int64(n)/callBytes
+	if crowd && l.full(at) && engine.Priority(c.priority.Load()) < engine.Critical && c.lag.Load() <= int64(stale) {
+		c.wait(at)
+	} else {
+		c.count()
+	}
+	if !crowd {
+		c.lag.Store(0)
+	} else {
+		c.lag.Store(int64(l.now() - before))
+	}
+}
+
+// count makes the limiter expect the calls in what was read last.
+func (c *conn) count() {
+	c.expected.Store(c.calls)
+	c.limiter.expected.Add(c.calls)
+}
+
+// wait returns when it is this connection's turn.
+func (c *conn) wait(at time.Duration) {
+	l := c.limiter
 	l.mu.Lock()
 	if c.closed || l.closed {
 		l.mu.Unlock()
 		return
 	}
-	c.owes, c.expected = true, 1+int64(n)/callBytes
-	if p == engine.Critical {
-		c.count()
-		l.mu.Unlock()
-		return
-	}
 	c.lined, c.since = true, at
-	l.lines[p.Rank()].push(c)
+	l.lines[engine.Priority(c.priority.Load()).Rank()].push(c)
 	if l.waiting.Add(1) == 1 {
-		if l.timer == nil {
-			l.timer = time.AfterFunc(sweep, l.sweep)
-		} else {
-			l.timer.Reset(sweep)
-		}
+		l.arm()
 	}
 	l.letIn(at)
 	l.mu.Unlock()
 	<-c.let
 }
 
-// count lets the limiter expect what c has read. The lock is held.
-func (c *conn) count() {
-	c.counted = true
-	c.limiter.expected += c.expected
-}
-
-// settle takes back what the limiter expects of c. The lock is held.
+// settle takes back what the limiter expects of c.
 func (c *conn) settle() {
-	if c.counted {
-		c.counted = false
-		c.limiter.expected -= c.expected
-		c.limiter.letIn(time.Since(c.limiter.began))
+	if n := c.expected.Swap(0); n > 0 {
+		c.limiter.expected.Add(-n)
+		c.limiter.roomed()
 	}
 }
 
@@ -124,11 +169,13 @@ func (c *conn) Close() error {
 	err := c.Conn.Close()
 	l := c.limiter
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c.lined && !c.closed {
+	if c.lined {
+		c.lined = false // it stays in its line, and is passed over
+		l.waiting.Add(-1)
 		c.let <- struct{}{}
 	}
 	c.closed = true
+	l.mu.Unlock()
 	c.settle()
 	return err
 }
@@ -140,9 +187,20 @@ type heldCredentials struct {
 	limiter *limiter
 }
 
+// heldInfo is the information of the credentials, with the connection.
 type heldInfo struct {
 	credentials.AuthInfo
 	conn *conn
+}
+
+// GetCommonAuthInfo tells the level of security, which gRPC asks for by this method.
+func (i heldInfo) GetCommonAuthInfo() credentials.CommonAuthInfo {
+	if info, ok := i.AuthInfo.(interface {
+		GetCommonAuthInfo() credentials.CommonAuthInfo
+	}); ok {
+		return info.GetCommonAuthInfo()
+	}
+	return credentials.CommonAuthInfo{}
 }
 
 func insecureHeld(l *limiter) credentials.TransportCredentials {

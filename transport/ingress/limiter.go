@@ -21,15 +21,21 @@ const (
 	// answer after that waits for a node that is slow or far away, and must keep nobody
 	// out. Our own part takes as long only of a call that comes to a crowd of many.
 	spell = 25 * time.Millisecond
-	// sweep is how often one connection that has waited for longer than patience is read
-	// although there is no room: it may have more to say than calls.
-	sweep    = 10 * time.Millisecond
-	patience = 250 * time.Millisecond
+	// stale is for how long a call may have waited unread: after that it is refused, and its
+	// connection is read on without a pause until it has caught up. How long one has waited
+	// is known as a bound, about twice as long as it is.
+	stale = 2 * patience
+	// patience is for how long a connection waits at a time. Every sweep, one of those that
+	// wait for longer, and one of a hundred more, is read although there is no room.
+	patience   = 250 * time.Millisecond
+	sweep      = 10 * time.Millisecond
+	sweepShare = 100
 	// chunk is how much of a connection is read at a time while there is a crowd, so that
-	// its next calls can be kept waiting: some dozens of the usual size.
-	chunk = 4 << 10
-	// callBytes is what a small call takes on the wire, headers included.
-	callBytes = 128
+	// its next calls can be kept waiting: dozens of the usual size. With a half or twice of it
+	// the rate is the same.
+	chunk = 8 << 10
+	// callBytes is what the smallest call takes on the wire, headers included.
+	callBytes = 64
 )
 
 // limiter keeps the unary calls that are worked on at a time to some hundreds. More of them
@@ -37,25 +43,25 @@ const (
 // each other out of the caches, until a push costs half as much again. So a connection is
 // not read while there is no room for its calls. They stay in the buffers of the kernel, in
 // a few bytes, and its client, whose calls under way are bounded, keeps back what follows.
-// Nobody has to be refused for that. Of the connections that wait, those with the highest
-// priority are read first, and those with critical calls do not wait at all.
+// Of the connections that wait, those with the highest priority are read first, and those
+// with critical calls do not wait at all.
 //
-// What comes in over a connection with calls of several priorities is not held back by
-// that. Of it, calls are refused when there are several times too many, the lowest priority
-// first.
+// Refused is what has waited for too long, or for longer than its caller waits, and, when
+// there are too many all the same, the lowest priority first: connections with calls of
+// several priorities are not held back.
 type limiter struct {
 	// Static.
 	limit int64 // calls
 	began time.Time
 
-	current atomic.Pointer[shift]
-	waiting atomic.Int64 // connections
+	current  atomic.Pointer[shift]
+	expected atomic.Int64 // calls in bytes that were read and not yet looked at
+	waiting  atomic.Int64 // connections
 
-	mu       sync.Mutex // guards what follows, and that of the connections
-	expected int64      // calls in bytes that were read and not yet looked at
-	lines    [4]line    // by rank of the priority
-	timer    *time.Timer
-	closed   bool
+	mu     sync.Mutex // guards what follows, and that of the connections
+	lines  [4]line    // by rank of the priority
+	timer  *time.Timer
+	closed bool
 }
 
 // shift is the calls that began in one spell.
@@ -72,7 +78,7 @@ func (s *shift) worked() int64 { return s.calls.Load() + s.before.Load() }
 func newLimiter(calls int, set *metrics.Set) *limiter {
 	l := &limiter{limit: int64(calls) * int64(runtime.GOMAXPROCS(0)), began: time.Now()}
 	l.current.Store(&shift{ends: spell, calls: new(atomic.Int64), before: new(atomic.Int64)})
-	set.GetOrCreateGauge("push_manager_api_worked", func() float64 { return float64(l.shift(time.Since(l.began)).worked()) })
+	set.GetOrCreateGauge("push_manager_api_worked", func() float64 { return float64(l.shift(l.now()).worked()) })
 	set.GetOrCreateGauge("push_manager_api_connections_waiting", func() float64 { return float64(l.waiting.Load()) })
 	return l
 }
@@ -81,35 +87,56 @@ func newLimiter(calls int, set *metrics.Set) *limiter {
 func (l *limiter) enter(ctx context.Context, now time.Time, p engine.Priority) (*shift, error) {
 	at := now.Sub(l.began)
 	s := l.shift(at)
+	c := connOf(ctx)
+	if c != nil {
+		c.note(p, at)
+	}
 	if l.crowded(s) {
-		if c := connOf(ctx); c != nil {
-			c.note(p, at)
+		lag := time.Duration(0)
+		if c != nil {
+			lag = time.Duration(c.lag.Load())
 		}
-		// From twice the limit on low priority is refused, from four times on high.
-		if p < engine.Critical && s.worked() >= l.limit*int64(p.Rank()+2) {
+		if p < engine.Critical && (lag > stale || s.worked() >= most(l.limit, p)) {
 			return nil, errBusy
+		}
+		// gRPC counts the time that a caller grants from when it has read the call.
+		if d, bounded := ctx.Deadline(); bounded && d.Sub(now) < lag {
+			return nil, errBusy // the caller may be gone
 		}
 	}
 	s.calls.Add(1)
 	return s, nil
 }
 
-// leave counts a call out, which may make room for another connection.
+// most is from how many calls on one of priority p is refused: twice the limit for low, three
+// times for normal, four times for high. So many there are only when connections that are
+// read for critical calls bring others: who can wait does.
+func most(limit int64, p engine.Priority) int64 { return limit * int64(2+p.Rank()) }
+
+// leave counts a call out, which may make room for a connection.
 func (l *limiter) leave(s *shift) {
 	s.calls.Add(-1)
+	l.roomed()
+}
+
+// roomed lets in whoever waits, if there is room now.
+func (l *limiter) roomed() {
 	if l.waiting.Load() > 0 {
 		l.mu.Lock()
-		l.letIn(time.Since(l.began))
+		l.letIn(l.now())
 		l.mu.Unlock()
 	}
 }
+
+// now is the time since the limiter began.
+func (l *limiter) now() time.Duration { return time.Since(l.began) }
 
 // close lets everybody in, for good.
 func (l *limiter) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
-	l.letIn(time.Since(l.began))
+	l.letIn(l.now())
 	if l.timer != nil {
 		l.timer.Stop()
 	}
@@ -133,53 +160,62 @@ func (l *limiter) shift(at time.Duration) *shift {
 }
 
 // crowded tells whether it is worth while to look closer.
-func (l *limiter) crowded(s *shift) bool { return s.worked() >= l.limit/2 }
+func (l *limiter) crowded(s *shift) bool { return s.worked()+l.expected.Load() >= l.limit/2 }
 
-// full tells whether there is no room. The lock is held.
+// full tells whether there is no room.
 func (l *limiter) full(at time.Duration) bool {
-	return !l.closed && l.shift(at).worked()+l.expected >= l.limit
+	return l.shift(at).worked()+l.expected.Load() >= l.limit
 }
 
 // letIn lets in whom there is room for. The lock is held.
 func (l *limiter) letIn(at time.Duration) {
 	for rank := len(l.lines) - 1; rank >= 0; rank-- {
-		for q := &l.lines[rank]; q.first != nil; {
-			if l.full(at) {
+		for q := &l.lines[rank]; q.head() != nil; {
+			if l.full(at) && !l.closed {
 				return
 			}
-			l.admit(q.pop())
+			l.admit(q)
 		}
 	}
 }
 
-// admit lets one in. The lock is held.
-func (l *limiter) admit(c *conn) {
-	l.waiting.Add(-1)
-	if c.closed {
-		return // and let go by that
-	}
+// admit lets in the first of a line. The lock is held.
+func (l *limiter) admit(q *line) {
+	c := q.pop()
 	c.lined = false
+	l.waiting.Add(-1)
 	c.count()
 	c.let <- struct{}{}
 }
 
-// sweep lets in the one that waits longest, if that is too long.
+func (l *limiter) arm() {
+	if l.timer == nil {
+		l.timer = time.AfterFunc(sweep, l.sweep)
+		return
+	}
+	l.timer.Reset(sweep)
+}
+
+// sweep lets in those that wait longest, if that is too long.
 func (l *limiter) sweep() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	at := time.Since(l.began)
-	var longest *line
-	for i := range l.lines {
-		if q := &l.lines[i]; q.first != nil && (longest == nil || q.first.since < longest.first.since) {
-			longest = q
+	at := l.now()
+	for range 1 + l.waiting.Load()/sweepShare {
+		var longest *line
+		for i := range l.lines {
+			if q := &l.lines[i]; q.head() != nil && (longest == nil || q.first.since < longest.first.since) {
+				longest = q
+			}
 		}
-	}
-	if longest != nil && at-longest.first.since >= patience {
-		l.admit(longest.pop())
+		if longest == nil || at-longest.first.since < patience {
+			break
+		}
+		l.admit(longest)
 	}
 	l.letIn(at)
 	if l.waiting.Load() > 0 {
-		l.timer.Reset(sweep)
+		l.arm()
 	}
 }
 
@@ -193,6 +229,14 @@ func (q *line) push(c *conn) {
 	} else {
 		q.last.next, q.last = c, c
 	}
+}
+
+// head is the first that still waits, nil for none.
+func (q *line) head() *conn {
+	for q.first != nil && !q.first.lined {
+		q.pop() // closed meanwhile
+	}
+	return q.first
 }
 
 func (q *line) pop() *conn {

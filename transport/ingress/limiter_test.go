@@ -8,12 +8,14 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"pgregory.net/rapid"
 
@@ -48,8 +50,7 @@ func fillLimiter(t *testing.T, l *limiter, calls int) (empty func()) {
 func heldConn(l *limiter, p engine.Priority) (c *conn, client net.Conn) {
 	client, server := net.Pipe()
 	c = newConn(server, l)
-	c.note(engine.Critical, 0)
-	c.note(p, forgetPriority+1)
+	c.note(p, 0)
 	return c, client
 }
 
@@ -104,7 +105,7 @@ func TestConnectionThatWaitsLongIsReadAtLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limiterOf(2)
 		defer l.close()
-		l.expected = 10 // and nobody ever settles that
+		l.expected.Store(10) // and nobody ever settles that
 		read := make(chan *conn, 3)
 		for range 3 {
 			c, client := heldConn(l, engine.Low)
@@ -162,7 +163,7 @@ func TestTooManyCallsAtATimeAreRefusedByPriority(t *testing.T) {
 		for worked := range 10 {
 			for _, p := range engine.Priorities() {
 				s, err := l.enter(t.Context(), time.Now(), p)
-				refused := p < engine.Critical && worked >= 2*(p.Rank()+2)
+				refused := p < engine.Critical && worked >= 2*(2+p.Rank())
 				if errors.Is(err, errBusy) != refused || refused != errors.Is(err, engine.ErrOverloaded) {
 					t.Errorf("%v, when %d are worked on: %v", p, worked, err)
 				}
@@ -203,8 +204,8 @@ func TestClosedConnectionWaitsNoLonger(t *testing.T) {
 			t.Fatal("the one that is gone is let in")
 		}
 		ok(t, next.Close())
-		if l.expected != 0 || l.waiting.Load() != 0 {
-			t.Errorf("%d calls are expected, %d connections wait", l.expected, l.waiting.Load())
+		if l.expected.Load() != 0 || l.waiting.Load() != 0 {
+			t.Errorf("%d calls are expected, %d connections wait", l.expected.Load(), l.waiting.Load())
 		}
 	})
 }
@@ -265,8 +266,8 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 				})
 			}
 			running.Wait()
-			if n := l.shift(time.Since(l.began)).worked(); n != 0 || l.expected != 0 || l.waiting.Load() != 0 {
-				wrong = fmt.Sprintf("%d calls are worked on, %d expected, %d connections wait", n, l.expected, l.waiting.Load())
+			if n := l.shift(time.Since(l.began)).worked(); n != 0 || l.expected.Load() != 0 || l.waiting.Load() != 0 {
+				wrong = fmt.Sprintf("%d calls are worked on, %d expected, %d connections wait", n, l.expected.Load(), l.waiting.Load())
 			}
 			l.close()
 		})
@@ -276,35 +277,140 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 	})
 }
 
-// With a bound of a few, hundreds of calls on several connections are all answered, and a
-// PushStream beside them is.
-func TestAllCallsAreAnsweredWhileConnectionsWait(t *testing.T) {
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.Calls = 1 })
-	var calls sync.WaitGroup
-	for i := range 8 {
-		conn := w.connect()
-		defer func() { _ = conn.Close() }()
-		client := pubsub.NewPushManagerServiceClient(conn)
-		for range 50 {
-			calls.Go(func() {
-				// None is refused: low priority would be from twice the bound on.
-				_, err := client.PushToUser(claim(w.context(), "critical"), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
-				if err != nil {
-					t.Errorf("connection %d: %v", i, err)
-				}
-			})
+// More calls than are worked on at a time, over many connections, are all taken in the end.
+func TestAllCallsAreTakenWhileConnectionsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.server.limiter.limit = 64
+		n := w.network.nodes[1]
+		n.setKeep(true)
+		var calls sync.WaitGroup
+		for range 20 {
+			conn := w.connect()
+			defer func() { _ = conn.Close() }()
+			client := pubsub.NewPushManagerServiceClient(conn)
+			for range 20 {
+				calls.Go(func() {
+					res, err := client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
+					if err != nil || !res.GetSuccess() {
+						t.Errorf("%v, %v", res, err)
+					}
+				})
+			}
 		}
-	}
-	st, err := w.client.PushStream(claim(w.context(), "low"))
-	ok(t, err)
-	for i := range 100 {
-		ok(t, st.Send(userPush(uint64(i), "b", "x")))
-		_, err := st.Recv()
+		waited := int64(0)
+		done := make(chan struct{})
+		go func() { calls.Wait(); close(done) }()
+		for over := false; !over; {
+			select {
+			case <-done:
+				over = true
+			case <-time.After(time.Millisecond):
+			}
+			waited = max(waited, w.server.limiter.waiting.Load())
+			for _, d := range n.take() {
+				ack(d)
+			}
+		}
+		if waited < 10 {
+			t.Errorf("%d connections have waited", waited)
+		}
+		for _, p := range engine.Priorities() {
+			if n := w.metric(fmt.Sprintf("push_manager_refused_total{priority=%q,reason=%q}", p, "busy")); n != "0" {
+				t.Errorf("%s calls of %v priority are refused", n, p)
+			}
+		}
+	})
+}
+
+// A call that has waited unread for longer than its caller grants is not pushed, and neither is
+// any that has waited for half a second.
+func TestCallsThatHaveWaitedTooLongAreRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		c, client := heldConn(l, engine.Normal)
+		defer func() { _ = c.Close() }()
+		ctx := peer.NewContext(t.Context(), &peer.Peer{AuthInfo: heldInfo{conn: c}})
+		l.expected.Store(2) // and nobody ever settles that
+		read := make(chan *conn)
+		go reads(c, read)
+		_, err := client.Write([]byte("call"))
 		ok(t, err)
+		<-read
+		for _, test := range []struct {
+			grants  time.Duration // 0: any time
+			lag     time.Duration // 0: what it is
+			refused bool
+		}{{0, 0, false}, {time.Second, 0, false}, {patience - time.Millisecond, 0, true}, {0, stale, false}, {0, stale + 1, true}} {
+			ctx := ctx
+			if test.grants > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, test.grants)
+				defer cancel()
+			}
+			if test.lag > 0 {
+				c.lag.Store(int64(test.lag))
+			}
+			s, err := l.enter(ctx, time.Now(), engine.Normal)
+			if errors.Is(err, errBusy) != test.refused {
+				t.Errorf("%+v: %v", test, err)
+			}
+			if err == nil {
+				l.leave(s)
+			}
+		}
+		began := time.Now()
+		go reads(c, read) // it has to catch up: no pause any more
+		_, err = client.Write([]byte("call"))
+		ok(t, err)
+		if <-read; time.Since(began) > 0 {
+			t.Errorf("it is read after %v", time.Since(began))
+		}
+	})
+}
+
+// What is said to have come after a moment has.
+func TestAgeIsABound(t *testing.T) {
+	rapid.Check(t, func(r *rapid.T) {
+		var (
+			a     age
+			now   time.Duration
+			came  []time.Duration // of each byte
+			taken int
+		)
+		for range rapid.IntRange(1, 50).Draw(r, "steps") {
+			now += time.Duration(rapid.IntRange(0, 100).Draw(r, "pause"))
+			for range rapid.IntRange(0, 20).Draw(r, "came") {
+				came = append(came, now)
+			}
+			n := min(len(came)-taken, rapid.IntRange(0, 20).Draw(r, "read"))
+			if n == 0 {
+				continue
+			}
+			oldest := came[taken]
+			if after := a.after; oldest < after {
+				r.Fatalf("what came at %d is said to have come after %d", oldest, after)
+			}
+			taken += n
+			a.read(int64(taken), int64(len(came)-taken), now)
+		}
+	})
+}
+
+// A PushStream tells how important its connection is.
+func TestPushStreamSpeaksForItsConnection(t *testing.T) {
+	w := newWorld(t, nil)
+	var seen atomic.Pointer[conn]
+	w.server.cfg.Trace = func(ctx context.Context, _ string) (engine.Trace, func(engine.Result, error)) {
+		seen.Store(connOf(ctx))
+		return nil, nil
 	}
-	calls.Wait()
-	for w.metric("push_manager_api_worked") != "0" || w.metric("push_manager_api_connections_waiting") != "0" {
-		time.Sleep(time.Millisecond) // go test has a timeout
+	st := w.stream(claim(w.context(), "low"))
+	ok(t, st.Send(userPush(1, "b", "x")))
+	recv(t, st)
+	if c := seen.Load(); c == nil || engine.Priority(c.priority.Load()) != engine.Low {
+		t.Errorf("the connection is %+v", c)
 	}
 }
 

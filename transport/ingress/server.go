@@ -258,6 +258,7 @@ func (s *Server) sendAway(ctx context.Context) (stopped <-chan struct{}) {
 	s.Announce()
 	pause(ctx, nil, time.Until(s.announced.Add(s.cfg.DrainNotice)))
 	s.endStreams()
+	s.limiter.close() // what was sent before a client hears of it is read and taken
 	stopped = s.stopGracefully()
 	pause(ctx, stopped, goAwayBound)
 	return stopped

@@ -88,6 +88,9 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	}
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
+	if c := connOf(ctx); c != nil {
+		c.note(e.priority, s.limiter.now())
+	}
 	st := &stream{srv: s, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
@@ -220,6 +223,9 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
 	st.entrance.allow(&c.push)
 	if err := s.admit(&st.entrance); err != nil {
+		return err
+	}
+	if err := st.entrance.pay(); err != nil {
 		return err
 	}
 	if s.cfg.Trace != nil {

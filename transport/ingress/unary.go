@@ -61,14 +61,17 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	if err == nil {
 		err = s.admit(&e)
 	}
-	var shift *shift
-	if err == nil {
-		shift, err = s.limiter.enter(ctx, began, e.priority)
+	if err != nil {
+		return nil, s.turnAway(ctx, a, &e, err)
 	}
+	shift, err := s.limiter.enter(ctx, began, e.priority)
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
 	defer s.limiter.leave(shift)
+	if err := e.pay(); err != nil { // at last: what is refused costs its caller nothing
+		return nil, s.turnAway(ctx, a, &e, err)
+	}
 	c := s.takeCall(a)
 	e.allow(&c.push)
 	if err := read(&c.in); err != nil {
