@@ -301,11 +301,13 @@ func TestAllCallsAreTakenWhileConnectionsWait(t *testing.T) {
 		waited := int64(0)
 		done := make(chan struct{})
 		go func() { calls.Wait(); close(done) }()
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
 		for over := false; !over; {
 			select {
 			case <-done:
 				over = true
-			case <-time.After(time.Millisecond):
+			case <-tick.C:
 			}
 			waited = max(waited, w.server.limiter.waiting.Load())
 			for _, d := range n.take() {
