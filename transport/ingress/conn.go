@@ -29,6 +29,7 @@ type conn struct {
 	// no call yet may ask for health: it counts as high.
 	priority atomic.Int32
 	noted    atomic.Int64
+	made     atomic.Int64 // calls
 	// lag is for how long, at the most, what was read last had waited. It is known while
 	// there is a crowd, else 0.
 	lag atomic.Int64
@@ -75,6 +76,7 @@ func newConn(raw net.Conn, l *limiter) *conn {
 
 // note remembers the priority of a call.
 func (c *conn) note(p engine.Priority, at time.Duration) {
+	c.made.Add(1)
 	known, since := engine.Priority(c.priority.Load()), at-time.Duration(c.noted.Load())
 	switch {
 	case p > known || since > forgetPriority:
@@ -119,7 +121,7 @@ func (c *conn) take(n int, fresh bool) {
 		here = int64(pending(c.socket))
 	}
 	c.age.read(c.taken, here, at)
-	c.calls = 1 + int64(n)/callBytes
+	c.calls = 1 + int64(n)/max(c.taken/(1+c.made.Load()), callBytes)
 	if crowd && l.full(at) && engine.Priority(c.priority.Load()) < engine.Critical && c.lag.Load() <= int64(stale) {
 		c.wait(at)
 	} else {

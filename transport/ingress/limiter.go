@@ -34,7 +34,8 @@ const (
 	// its next calls can be kept waiting: dozens of the usual size. With a half or twice of it
 	// the rate is the same.
 	chunk = 8 << 10
-	// callBytes is what the smallest call takes on the wire, headers included.
+	// callBytes is what the smallest call takes on the wire, headers included. Those of a
+	// connection count as what its calls have taken on average, if that is more.
 	callBytes = 64
 )
 
