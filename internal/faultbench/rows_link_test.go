@@ -193,9 +193,9 @@ func TestSlicedBytesAreNoErrorAndCorruptedOnesAreNoDelivery(t *testing.T) {
 		t.Errorf("sliced: %v", all)
 	}
 
-	s.ledger.note("each thousandth byte is corrupted")
+	s.ledger.note("each two hundredth byte is corrupted")
 	link.set(requests, toxic{})
-	link.set(replies, toxic{flip: 1000}) // a payload is not ours to check, an ack is
+	link.set(replies, toxic{flip: 200}) // a payload is not ours to check, an ack is
 	since = s.ledger.now()
 	callers = m.callers(16, s.someBad)
 	callers.more(volume)
