@@ -115,13 +115,16 @@ func (c *conn) take(n int, fresh bool) {
 		c.age.after = at
 	}
 	before := c.age.after
+	// Those that were read last may not have shown up: without them, few calls would look
+	// like large ones.
+	usual := c.taken / max(c.made.Load()+c.calls, 1)
+	c.calls = 1 + int64(n)/max(usual, callBytes)
 	c.taken += int64(n)
 	here := int64(0)
 	if crowd {
 		here = int64(pending(c.socket))
 	}
 	c.age.read(c.taken, here, at)
-	c.calls = 1 + int64(n)/max(c.taken/(1+c.made.Load()), callBytes)
 	if crowd && l.full(at) && engine.Priority(c.priority.Load()) < engine.Critical && c.lag.Load() <= int64(stale) {
 		c.wait(at)
 	} else {
@@ -144,7 +147,7 @@ func (c *conn) count() {
 func (c *conn) wait(at time.Duration) {
 	l := c.limiter
 	l.mu.Lock()
-	if c.closed || l.closed {
+	if c.closed || l.closed.Load() {
 		l.mu.Unlock()
 		return
 	}

@@ -58,11 +58,11 @@ type limiter struct {
 	current  atomic.Pointer[shift]
 	expected atomic.Int64 // calls in bytes that were read and not yet looked at
 	waiting  atomic.Int64 // connections
+	closed   atomic.Bool  // written with the lock held
 
-	mu     sync.Mutex // guards what follows, and that of the connections
-	lines  [4]line    // by rank of the priority
-	timer  *time.Timer
-	closed bool
+	mu    sync.Mutex // guards what follows, and that of the connections
+	lines [4]line    // by rank of the priority
+	timer *time.Timer
 }
 
 // shift is the calls that began in one spell.
@@ -92,17 +92,16 @@ func (l *limiter) enter(ctx context.Context, now time.Time, p engine.Priority) (
 	if c != nil {
 		c.note(p, at)
 	}
-	if l.crowded(s) {
+	if p < engine.Critical && l.crowded(s) {
 		lag := time.Duration(0)
 		if c != nil {
 			lag = time.Duration(c.lag.Load())
 		}
-		if p < engine.Critical && (lag > stale || s.worked() >= most(l.limit, p)) {
+		// gRPC counts the time that a caller grants from when it has read the call: by now
+		// the caller may be gone.
+		d, bounded := ctx.Deadline()
+		if lag > stale || bounded && d.Sub(now) < lag || s.worked() >= most(l.limit, p) {
 			return nil, errBusy
-		}
-		// gRPC counts the time that a caller grants from when it has read the call.
-		if d, bounded := ctx.Deadline(); bounded && d.Sub(now) < lag {
-			return nil, errBusy // the caller may be gone
 		}
 	}
 	s.calls.Add(1)
@@ -132,11 +131,11 @@ func (l *limiter) roomed() {
 // now is the time since the limiter began.
 func (l *limiter) now() time.Duration { return time.Since(l.began) }
 
-// close lets everybody in, for good.
+// close lets everybody in and refuses nobody, for good.
 func (l *limiter) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.closed = true
+	l.closed.Store(true)
 	l.letIn(l.now())
 	if l.timer != nil {
 		l.timer.Stop()
@@ -161,7 +160,9 @@ func (l *limiter) shift(at time.Duration) *shift {
 }
 
 // crowded tells whether it is worth while to look closer.
-func (l *limiter) crowded(s *shift) bool { return s.worked()+l.expected.Load() >= l.limit/2 }
+func (l *limiter) crowded(s *shift) bool {
+	return s.worked()+l.expected.Load() >= l.limit/2 && !l.closed.Load()
+}
 
 // full tells whether there is no room.
 func (l *limiter) full(at time.Duration) bool {
@@ -172,7 +173,7 @@ func (l *limiter) full(at time.Duration) bool {
 func (l *limiter) letIn(at time.Duration) {
 	for rank := len(l.lines) - 1; rank >= 0; rank-- {
 		for q := &l.lines[rank]; q.head() != nil; {
-			if l.full(at) && !l.closed {
+			if l.full(at) && !l.closed.Load() {
 				return
 			}
 			l.admit(q)
@@ -242,6 +243,6 @@ func (q *line) head() *conn {
 
 func (q *line) pop() *conn {
 	c := q.first
-	q.first = c.next
+	q.first, c.next = c.next, nil // one that is closed holds no other
 	return c
 }

@@ -176,6 +176,37 @@ func TestTooManyCallsAtATimeAreRefusedByPriority(t *testing.T) {
 	})
 }
 
+// On the way down what was sent is taken: nobody waits, and nobody is refused for being one of
+// too many.
+func TestClosedLimiterKeepsNobodyBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer fillLimiter(t, l, 20)()
+		read := make(chan *conn, 2)
+		for _, late := range []bool{false, true} {
+			c, client := heldConn(l, engine.Low)
+			defer func() { _ = c.Close() }()
+			go reads(c, read)
+			_, err := client.Write([]byte("call"))
+			ok(t, err)
+			synctest.Wait()
+			if !late && len(read) > 0 {
+				t.Fatal("it does not wait")
+			}
+			l.close()
+		}
+		began := time.Now()
+		for range 2 {
+			if <-read; time.Since(began) > 0 {
+				t.Errorf("one has waited for %v", time.Since(began))
+			}
+		}
+		s, err := l.enter(t.Context(), time.Now(), engine.Low)
+		ok(t, err)
+		l.leave(s)
+	})
+}
+
 // A connection that is closed while it waits is let go, whoever waits behind it has its
 // turn, and nothing is expected of it.
 func TestClosedConnectionWaitsNoLonger(t *testing.T) {
@@ -398,6 +429,28 @@ func TestAgeIsABound(t *testing.T) {
 			a.read(int64(taken), int64(len(came)-taken), now)
 		}
 	})
+}
+
+// How many calls are in what was read is guessed: many at first, so that a burst is no
+// surprise, and as many as there are once the connection's calls are known to be large.
+func TestCallsInWhatWasReadAreGuessed(t *testing.T) {
+	c, _ := heldConn(limiterOf(1<<20), engine.Normal)
+	c.made.Store(0)
+	const small = 20
+	for range 2 { // and none of the first ones has shown up yet
+		if c.take(small*callBytes, true); c.calls < small {
+			t.Errorf("%d calls are expected of %d", c.calls, small)
+		}
+		c.settle()
+	}
+	for range 100 {
+		c.made.Add(1)
+		c.take(32<<10, true)
+		c.settle()
+	}
+	if c.calls > 3 {
+		t.Errorf("%d calls are expected of one", c.calls)
+	}
 }
 
 // A PushStream tells how important its connection is.
