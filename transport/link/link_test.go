@@ -763,6 +763,71 @@ func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
 	})
 }
 
+// What is not written when a node says that it goes is not written any more: the stream ends
+// with the acks of what was.
+func TestFrameThatIsBuiltWhenTheNoticeComesIsNotWritten(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		leaves := make(chan struct{})
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			f, err := st.Recv()
+			if err != nil {
+				return err
+			}
+			<-leaves
+			if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
+				return err
+			}
+			time.Sleep(500 * time.Millisecond)
+			out := &pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: []uint32{1}}}}
+			if err := st.Send(out); err != nil {
+				return err
+			}
+			f, err = st.Recv()
+			if err == nil {
+				t.Errorf("it gets %v", f)
+			}
+			return err
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1", "u2")
+		taken := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		l := w.set.snapshot.Load().byLink[0][0].(*Link) //nolint:forcetypeassert // or the test is wrong
+		l.mu.Lock()
+		s := l.stream
+		s.idle = false // the writer hears nothing: this is the writer now
+		l.mu.Unlock()
+		late := w.begin(w.toUser("u2", "y"))
+		synctest.Wait()
+		s.pick()
+		_, rest := s.encode(nil)
+		if len(s.w.kept) != 1 {
+			t.Fatalf("%d deliveries are in the frame", len(s.w.kept))
+		}
+		close(leaves)
+		synctest.Wait()
+		if s.commit(rest) {
+			t.Error("the frame is written")
+		}
+		l.mu.Lock()
+		s.idle = true
+		l.mu.Unlock()
+		if r := w.end(late); r.Failed != 1 || !strings.Contains(reasons(r), "draining") {
+			t.Errorf("what was late: %+v", r)
+		}
+		if r := w.end(taken); r.Delivered != 1 {
+			t.Errorf("what was taken: %+v", r)
+		}
+	})
+}
+
 // leavingNode says that it drains when it gets a delivery, and acknowledges it after a
 // while, if at all.
 func leavingNode(after time.Duration) *fakeNode {

@@ -283,15 +283,21 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 const frameSpare = 64
 
 // commit puts what was encoded into the window, just before it is written, and
-// the rest of the batch back into the queue. False means that the stream has died
-// in the meantime, and nothing is written.
+// the rest of the batch back into the queue. False means that nothing is written: the
+// stream has died in the meantime, or its node has said that it goes. It does so once the
+// window is empty, so what got into it now would be lost.
 func (s *stream) commit(rest int) bool {
 	l := s.link
 	l.mu.Lock()
-	if s.dead {
+	if s.dead || l.state != up && len(s.w.batch) > 0 {
+		why := engine.DropUnreachable
+		if !s.dead {
+			why = engine.DropDraining
+			s.drainSent = s.drainSent && !s.w.control.drain
+		}
 		l.mu.Unlock()
-		drop(deliveries(s.w.kept), engine.DropUnreachable)
-		drop(deliveries(s.w.batch[rest:]), engine.DropUnreachable)
+		drop(deliveries(s.w.kept), why)
+		drop(deliveries(s.w.batch[rest:]), why)
 		s.w.kept, s.w.batch = s.w.kept[:0], s.w.batch[:0]
 		return false
 	}
