@@ -22,24 +22,26 @@ const forgetPriority = time.Second
 type conn struct {
 	net.Conn
 	limiter *limiter
-	socket  syscall.RawConn // nil: nobody knows what waits in there
-	let     chan struct{}   // a token, when it may go on
+	unread  func() int    // bytes that have come and are not read, 0 where nobody knows
+	turn    chan struct{} // a token when it may go on, one for each time that it was lined
 
 	// The highest priority of its calls lately, and when it was seen last. One that has made
 	// no call yet may ask for health: it counts as high.
 	priority atomic.Int32
 	noted    atomic.Int64
-	made     atomic.Int64 // calls
+	made     atomic.Int64 // calls, and messages of PushStreams
 	// lag is for how long, at the most, what was read last had waited. It is known while
 	// there is a crowd, else 0.
 	lag atomic.Int64
-	// expected is how many calls may be in what was read last, which have not shown up yet.
+	// expected is how many calls may be in what was read last, which have not shown up yet;
+	// tally is where they count.
 	expected atomic.Int64
+	tally    atomic.Pointer[tally]
 
-	// Owned by Read.
-	taken int64 // bytes
-	calls int64 // in what was read last, about
+	// Owned by Read, and by whoever lets it in while it waits.
 	age   age
+	size  size
+	guess int64 // calls in what was read last
 
 	// Guarded by the limiter's lock.
 	lined  bool
@@ -51,31 +53,64 @@ type conn struct {
 // age bounds for how long bytes have been here. It remembers how many had come by one
 // moment: whatever is behind those came later.
 type age struct {
+	taken int64         // so many have been read
 	mark  int64         // so many had come
 	at    time.Duration // by then
-	after time.Duration // what is read now came after this
+	after time.Duration // what is read next came after this
 }
 
-// read notes that, at a time, so many have been read and so many more are here.
-func (a *age) read(taken, here int64, at time.Duration) {
-	if taken >= a.mark {
+// read notes that, at a time, n bytes have been read and so many more are here.
+func (a *age) read(n, here int, at time.Duration) {
+	a.taken += int64(n)
+	if a.taken >= a.mark {
 		a.after = max(a.after, a.at)
-		a.mark, a.at = taken+here, at
+		a.mark, a.at = a.taken+int64(here), at
 	}
+	if here == 0 {
+		a.after = at
+	}
+}
+
+// size is what a call of a connection takes. It counts about as many bytes as sizeBytes, so
+// that a connection whose calls change is soon known anew.
+type size struct {
+	bytes int64
+	made  int64 // when it began to count
+}
+
+const sizeBytes = 1 << 20
+
+// calls guesses how many calls are in n bytes, when so many have been made in all and so many
+// more may be in what was read before.
+func (s *size) calls(n int, made, before int64) int64 {
+	usual := s.bytes / max(made-s.made+before, 1)
+	if s.bytes += int64(n); s.bytes > sizeBytes {
+		s.bytes /= 2
+		s.made += (made - s.made) / 2
+	}
+	return 1 + int64(n)/max(usual, callBytes)
 }
 
 func newConn(raw net.Conn, l *limiter) *conn {
-	c := &conn{Conn: raw, limiter: l, let: make(chan struct{}, 1)}
+	c := &conn{Conn: raw, limiter: l, unread: func() int { return 0 }, turn: make(chan struct{}, 1)}
 	if s, ok := raw.(syscall.Conn); ok {
-		c.socket, _ = s.SyscallConn() // nobody knows, then
+		if socket, err := s.SyscallConn(); err == nil {
+			c.unread = func() int { return pending(socket) }
+		}
 	}
+	c.age.at = l.now()
+	c.age.after = c.age.at
 	c.priority.Store(int32(engine.High))
 	c.noted.Store(-int64(forgetPriority) - 1)
 	return c
 }
 
-// note remembers the priority of a call.
+// note remembers the priority of a call, or of a message of a PushStream. A call that came on
+// no connection of ours has a nil one.
 func (c *conn) note(p engine.Priority, at time.Duration) {
+	if c == nil {
+		return
+	}
 	c.made.Add(1)
 	known, since := engine.Priority(c.priority.Load()), at-time.Duration(c.noted.Load())
 	switch {
@@ -91,56 +126,66 @@ func (c *conn) note(p engine.Priority, at time.Duration) {
 // one goroutine.
 func (c *conn) Read(b []byte) (int, error) {
 	l := c.limiter
+	at := l.now()
 	fresh := true
-	if l.crowded(l.shift(l.now())) {
+	if l.crowded(l.shiftAt(at)) {
 		runtime.Gosched() // to the calls that came in last: from then on they count themselves
 		b = b[:min(len(b), chunk)]
-		fresh = pending(c.socket) == 0
+		// What is here came after age.after. To ask costs more than it tells if that was
+		// a moment ago.
+		fresh = at-c.age.after < spell || c.unread() == 0
 	}
 	c.settle()
 	n, err := c.Conn.Read(b)
 	if n > 0 {
-		c.take(n, fresh)
+		c.take(n, n == len(b), fresh)
 	}
 	return n, err
 }
 
-// take returns when there is room for the calls in n bytes. They are fresh if they have come
-// while they were waited for.
-func (c *conn) take(n int, fresh bool) {
+// take returns when there is room for the calls in n bytes. There may be more of them, and
+// they are fresh if they have come while they were waited for.
+func (c *conn) take(n int, more, fresh bool) {
 	l := c.limiter
 	at := l.now()
-	crowd := l.crowded(l.shift(at))
 	if fresh {
 		c.age.after = at
 	}
-	before := c.age.after
+	since := c.age.after
+	here := 0
+	if more {
+		here = c.unread()
+	}
+	c.age.read(n, here, at)
+	made := c.made.Load()
 	// Those that were read last may not have shown up: without them, few calls would look
 	// like large ones.
-	usual := c.taken / max(c.made.Load()+c.calls, 1)
-	c.calls = 1 + int64(n)/max(usual, callBytes)
-	c.taken += int64(n)
-	here := int64(0)
-	if crowd {
-		here = int64(pending(c.socket))
-	}
-	c.age.read(c.taken, here, at)
-	if crowd && l.full(at) && engine.Priority(c.priority.Load()) < engine.Critical && c.lag.Load() <= int64(stale) {
+	c.guess = min(c.size.calls(n, made, c.guess), l.each)
+	crowd := l.crowded(l.shiftAt(at))
+	if crowd && c.mayWait(at-since) && (l.full(at) || l.waiting.Load() > 0) {
 		c.wait(at)
 	} else {
-		c.count()
+		c.expect(at)
 	}
-	if !crowd {
-		c.lag.Store(0)
-	} else {
-		c.lag.Store(int64(l.now() - before))
+	lag := time.Duration(0)
+	if crowd {
+		lag = l.now() - since
 	}
+	c.lag.Store(int64(lag))
 }
 
-// count makes the limiter expect the calls in what was read last.
-func (c *conn) count() {
-	c.expected.Store(c.calls)
-	c.limiter.expected.Add(c.calls)
+// mayWait tells whether what was read, and has waited for as long as that, may wait.
+func (c *conn) mayWait(waited time.Duration) bool {
+	greets := c.made.Load() == 0 && c.age.taken <= greeting
+	return engine.Priority(c.priority.Load()) < engine.Critical && waited < stale && !greets
+}
+
+// expect counts the calls in what was read last, until the next Read or for a spell.
+func (c *conn) expect(at time.Duration) {
+	t := c.limiter.shiftAt(at).now
+	c.tally.Store(t)
+	t.expected.Add(c.guess)
+	c.expected.Store(c.guess)
 }
 
 // wait returns when it is this connection's turn.
@@ -154,18 +199,18 @@ func (c *conn) wait(at time.Duration) {
 	c.lined, c.since = true, at
 	l.lines[engine.Priority(c.priority.Load()).Rank()].push(c)
 	if l.waiting.Add(1) == 1 {
-		l.arm()
+		l.armLocked()
 	}
-	l.letIn(at)
+	l.letInLocked(at)
 	l.mu.Unlock()
-	<-c.let
+	<-c.turn
 }
 
 // settle takes back what the limiter expects of c.
 func (c *conn) settle() {
 	if n := c.expected.Swap(0); n > 0 {
-		c.limiter.expected.Add(-n)
-		c.limiter.roomed()
+		c.tally.Load().expected.Add(-n)
+		c.limiter.letIn()
 	}
 }
 
@@ -177,7 +222,7 @@ func (c *conn) Close() error {
 	if c.lined {
 		c.lined = false // it stays in its line, and is passed over
 		l.waiting.Add(-1)
-		c.let <- struct{}{}
+		c.turn <- struct{}{}
 	}
 	c.closed = true
 	l.mu.Unlock()

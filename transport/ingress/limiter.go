@@ -23,7 +23,8 @@ const (
 	spell = 25 * time.Millisecond
 	// stale is for how long a call may have waited unread: after that it is refused, and its
 	// connection is read on without a pause until it has caught up. How long one has waited
-	// is known as a bound, about twice as long as it is.
+	// is known as a bound. It is up to twice as long as it is: of what came while a
+	// connection waited for 250 ms is known that it was not there before, no more.
 	stale = 2 * patience
 	// patience is for how long a connection waits at a time. Every sweep, one of those that
 	// wait for longer, and one of a hundred more, is read although there is no room.
@@ -35,8 +36,11 @@ const (
 	// the rate is the same.
 	chunk = 8 << 10
 	// callBytes is what the smallest call takes on the wire, headers included. Those of a
-	// connection count as what its calls have taken on average, if that is more.
+	// connection count as what its calls have taken on average lately, if that is more.
 	callBytes = 64
+	// greeting is what a client sends at most before its first call: preface, settings and
+	// window. A new connection does not wait for that.
+	greeting = 128
 )
 
 // limiter keeps the unary calls that are worked on at a time to some hundreds. More of them
@@ -53,45 +57,50 @@ const (
 type limiter struct {
 	// Static.
 	limit int64 // calls
+	each  int64 // calls under way on one connection, at the most
 	began time.Time
 
-	current  atomic.Pointer[shift]
-	expected atomic.Int64 // calls in bytes that were read and not yet looked at
-	waiting  atomic.Int64 // connections
-	closed   atomic.Bool  // written with the lock held
+	current atomic.Pointer[shift]
+	waiting atomic.Int64 // connections
+	closed  atomic.Bool  // written with the lock held
 
 	mu    sync.Mutex // guards what follows, and that of the connections
 	lines [4]line    // by rank of the priority
 	timer *time.Timer
 }
 
-// shift is the calls that began in one spell.
+// shift is one spell, and what began in it and in the one before.
 type shift struct {
-	ends time.Duration // since the limiter began
-	// Calls without an answer, of this spell and of the one before.
-	calls, before *atomic.Int64
+	ends        time.Duration // since the limiter began
+	now, before *tally
 }
 
-// worked is how many calls are worked on.
-func (s *shift) worked() int64 { return s.calls.Load() + s.before.Load() }
+// tally counts the calls of one spell.
+type tally struct {
+	worked   atomic.Int64 // have begun, and have no answer
+	expected atomic.Int64 // are in bytes that were read, and have not shown up
+}
 
-// newLimiter makes a limiter of so many calls for each core.
-func newLimiter(calls int, set *metrics.Set) *limiter {
-	l := &limiter{limit: int64(calls) * int64(runtime.GOMAXPROCS(0)), began: time.Now()}
-	l.current.Store(&shift{ends: spell, calls: new(atomic.Int64), before: new(atomic.Int64)})
-	set.GetOrCreateGauge("push_manager_api_worked", func() float64 { return float64(l.shift(l.now()).worked()) })
+func (s *shift) worked() int64 { return s.now.worked.Load() + s.before.worked.Load() }
+
+// all is how many calls are worked on or are about to be.
+func (s *shift) all() int64 {
+	return s.worked() + s.now.expected.Load() + s.before.expected.Load()
+}
+
+// newLimiter makes a limiter of so many calls for each core, from connections with so many
+// calls under way at the most.
+func newLimiter(calls, each int, set *metrics.Set) *limiter {
+	l := &limiter{limit: int64(calls) * int64(runtime.GOMAXPROCS(0)), each: int64(each), began: time.Now()}
+	l.current.Store(&shift{ends: spell, now: new(tally), before: new(tally)})
+	set.GetOrCreateGauge("push_manager_api_worked", func() float64 { return float64(l.shiftAt(l.now()).worked()) })
 	set.GetOrCreateGauge("push_manager_api_connections_waiting", func() float64 { return float64(l.waiting.Load()) })
 	return l
 }
 
-// enter counts a call in. It returns the shift to leave, or errBusy.
-func (l *limiter) enter(ctx context.Context, now time.Time, p engine.Priority) (*shift, error) {
-	at := now.Sub(l.began)
-	s := l.shift(at)
-	c := connOf(ctx)
-	if c != nil {
-		c.note(p, at)
-	}
+// enter counts in a call that came on c. It returns the tally to leave, or errBusy.
+func (l *limiter) enter(ctx context.Context, c *conn, now time.Time, p engine.Priority) (*tally, error) {
+	s := l.shiftAt(l.at(now))
 	if p < engine.Critical && l.crowded(s) {
 		lag := time.Duration(0)
 		if c != nil {
@@ -104,8 +113,8 @@ func (l *limiter) enter(ctx context.Context, now time.Time, p engine.Priority) (
 			return nil, errBusy
 		}
 	}
-	s.calls.Add(1)
-	return s, nil
+	s.now.worked.Add(1)
+	return s.now, nil
 }
 
 // most is from how many calls on one of priority p is refused: twice the limit for low, three
@@ -114,16 +123,16 @@ func (l *limiter) enter(ctx context.Context, now time.Time, p engine.Priority) (
 func most(limit int64, p engine.Priority) int64 { return limit * int64(2+p.Rank()) }
 
 // leave counts a call out, which may make room for a connection.
-func (l *limiter) leave(s *shift) {
-	s.calls.Add(-1)
-	l.roomed()
+func (l *limiter) leave(t *tally) {
+	t.worked.Add(-1)
+	l.letIn()
 }
 
-// roomed lets in whoever waits, if there is room now.
-func (l *limiter) roomed() {
+// letIn lets in whoever waits, if there is room now.
+func (l *limiter) letIn() {
 	if l.waiting.Load() > 0 {
 		l.mu.Lock()
-		l.letIn(l.now())
+		l.letInLocked(l.now())
 		l.mu.Unlock()
 	}
 }
@@ -131,27 +140,30 @@ func (l *limiter) roomed() {
 // now is the time since the limiter began.
 func (l *limiter) now() time.Duration { return time.Since(l.began) }
 
+// at is that of another moment.
+func (l *limiter) at(t time.Time) time.Duration { return t.Sub(l.began) }
+
 // close lets everybody in and refuses nobody, for good.
 func (l *limiter) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed.Store(true)
-	l.letIn(l.now())
+	l.letInLocked(l.now())
 	if l.timer != nil {
 		l.timer.Stop()
 	}
 }
 
-// shift is that of a time.
-func (l *limiter) shift(at time.Duration) *shift {
+// shiftAt is that of a time.
+func (l *limiter) shiftAt(at time.Duration) *shift {
 	for {
 		s := l.current.Load()
 		if at < s.ends {
 			return s
 		}
-		next := &shift{ends: at + spell, calls: new(atomic.Int64), before: s.calls}
-		if at >= s.ends+spell {
-			next.before = new(atomic.Int64) // those of s are too old as well
+		next := &shift{ends: s.ends + spell, now: new(tally), before: s.now}
+		if at >= next.ends { // those of s are too old as well
+			next.ends, next.before = at+spell, new(tally)
 		}
 		if l.current.CompareAndSwap(s, next) {
 			return next
@@ -161,36 +173,34 @@ func (l *limiter) shift(at time.Duration) *shift {
 
 // crowded tells whether it is worth while to look closer.
 func (l *limiter) crowded(s *shift) bool {
-	return s.worked()+l.expected.Load() >= l.limit/2 && !l.closed.Load()
+	return s.all() >= l.limit/2 && !l.closed.Load()
 }
 
 // full tells whether there is no room.
-func (l *limiter) full(at time.Duration) bool {
-	return l.shift(at).worked()+l.expected.Load() >= l.limit
-}
+func (l *limiter) full(at time.Duration) bool { return l.shiftAt(at).all() >= l.limit }
 
-// letIn lets in whom there is room for. The lock is held.
-func (l *limiter) letIn(at time.Duration) {
+// letInLocked lets in whom there is room for.
+func (l *limiter) letInLocked(at time.Duration) {
 	for rank := len(l.lines) - 1; rank >= 0; rank-- {
 		for q := &l.lines[rank]; q.head() != nil; {
 			if l.full(at) && !l.closed.Load() {
 				return
 			}
-			l.admit(q)
+			l.letInFirstLocked(q, at)
 		}
 	}
 }
 
-// admit lets in the first of a line. The lock is held.
-func (l *limiter) admit(q *line) {
+// letInFirstLocked lets in the first of a line.
+func (l *limiter) letInFirstLocked(q *line, at time.Duration) {
 	c := q.pop()
 	c.lined = false
 	l.waiting.Add(-1)
-	c.count()
-	c.let <- struct{}{}
+	c.expect(at) // its reader waits, and lets us write what is the reader's
+	c.turn <- struct{}{}
 }
 
-func (l *limiter) arm() {
+func (l *limiter) armLocked() {
 	if l.timer == nil {
 		l.timer = time.AfterFunc(sweep, l.sweep)
 		return
@@ -203,7 +213,7 @@ func (l *limiter) sweep() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	at := l.now()
-	for range 1 + l.waiting.Load()/sweepShare {
+	for n := range 1 + l.waiting.Load()/sweepShare {
 		var longest *line
 		for i := range l.lines {
 			if q := &l.lines[i]; q.head() != nil && (longest == nil || q.first.since < longest.first.since) {
@@ -213,15 +223,19 @@ func (l *limiter) sweep() {
 		if longest == nil || at-longest.first.since < patience {
 			break
 		}
-		l.admit(longest)
+		if n > 0 && l.shiftAt(at).all() >= most(l.limit, engine.Low) {
+			break // to read more of them would be to refuse more
+		}
+		l.letInFirstLocked(longest, at)
 	}
-	l.letIn(at)
+	l.letInLocked(at)
 	if l.waiting.Load() > 0 {
-		l.arm()
+		l.armLocked()
 	}
 }
 
-// line is the connections of one priority that wait, the first of them first.
+// line is the connections of one priority that wait, the first of them first. It is guarded by
+// the limiter's lock.
 type line struct{ first, last *conn }
 
 func (q *line) push(c *conn) {
@@ -244,5 +258,8 @@ func (q *line) head() *conn {
 func (q *line) pop() *conn {
 	c := q.first
 	q.first, c.next = c.next, nil // one that is closed holds no other
+	if q.first == nil {
+		q.last = nil
+	}
 	return c
 }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"pgregory.net/rapid"
 
@@ -25,7 +24,7 @@ import (
 
 // limiterOf takes so many calls at a time.
 func limiterOf(calls int64) *limiter {
-	l := newLimiter(1, metrics.NewSet())
+	l := newLimiter(1, 256, metrics.NewSet())
 	l.limit = calls
 	return l
 }
@@ -33,16 +32,41 @@ func limiterOf(calls int64) *limiter {
 // fillLimiter makes a limiter work on so many calls.
 func fillLimiter(t *testing.T, l *limiter, calls int) (empty func()) {
 	t.Helper()
-	var all []*shift
+	var all []*tally
 	for range calls {
-		s, err := l.enter(t.Context(), time.Now(), engine.Critical)
+		began, err := l.enter(t.Context(), nil, time.Now(), engine.Critical)
 		ok(t, err)
-		all = append(all, s)
+		all = append(all, began)
 	}
 	return func() {
-		for _, s := range all {
-			l.leave(s)
+		for _, began := range all {
+			l.leave(began)
 		}
+	}
+}
+
+// keepFull makes a limiter work on so many calls at any time, or for a moment on twice as many.
+func keepFull(t *testing.T, l *limiter, calls int) (empty func()) {
+	t.Helper()
+	last := fillLimiter(t, l, calls)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				last()
+				return
+			case <-time.After(spell / 2):
+				next := fillLimiter(t, l, calls)
+				last()
+				last = next
+			}
+		}
+	}()
+	return func() {
+		close(stop)
+		<-stopped
 	}
 }
 
@@ -103,9 +127,8 @@ func TestWaitingConnectionsAreReadInTheOrderOfTheirPriorities(t *testing.T) {
 // 250 ms: it may have to say that it is alive.
 func TestConnectionThatWaitsLongIsReadAtLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limiterOf(2)
+		l := limiterOf(0)
 		defer l.close()
-		l.expected.Store(10) // and nobody ever settles that
 		read := make(chan *conn, 3)
 		for range 3 {
 			c, client := heldConn(l, engine.Low)
@@ -113,7 +136,6 @@ func TestConnectionThatWaitsLongIsReadAtLast(t *testing.T) {
 			go reads(c, read)
 			go func() { _, _ = client.Write([]byte("ping")) }()
 		}
-		l.current.Load().calls.Add(2) // a crowd, for as long as its spell lasts
 		began := time.Now()
 		for i := range 3 {
 			<-read
@@ -141,16 +163,16 @@ func TestCallsThatWaitForANodeKeepNobodyOut(t *testing.T) {
 		if took := time.Since(began); took < spell || took > 2*spell+sweep {
 			t.Errorf("it is read after %v", took)
 		}
-		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+		if n := l.shiftAt(l.now()).worked(); n != 0 {
 			t.Errorf("%d calls are worked on", n)
 		}
 		empty()
-		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+		if n := l.shiftAt(l.now()).worked(); n != 0 {
 			t.Errorf("%d calls are worked on after they have ended", n)
 		}
 		defer fillLimiter(t, l, 2)()
 		time.Sleep(10 * spell) // in which nobody comes
-		if n := l.shift(time.Since(l.began)).worked(); n != 0 {
+		if n := l.shiftAt(l.now()).worked(); n != 0 {
 			t.Errorf("%d calls are worked on after a pause", n)
 		}
 	})
@@ -162,7 +184,7 @@ func TestTooManyCallsAtATimeAreRefusedByPriority(t *testing.T) {
 		defer l.close()
 		for worked := range 10 {
 			for _, p := range engine.Priorities() {
-				s, err := l.enter(t.Context(), time.Now(), p)
+				s, err := l.enter(t.Context(), nil, time.Now(), p)
 				refused := p < engine.Critical && worked >= 2*(2+p.Rank())
 				if errors.Is(err, errBusy) != refused || refused != errors.Is(err, engine.ErrOverloaded) {
 					t.Errorf("%v, when %d are worked on: %v", p, worked, err)
@@ -201,7 +223,7 @@ func TestClosedLimiterKeepsNobodyBack(t *testing.T) {
 				t.Errorf("one has waited for %v", time.Since(began))
 			}
 		}
-		s, err := l.enter(t.Context(), time.Now(), engine.Low)
+		s, err := l.enter(t.Context(), nil, time.Now(), engine.Low)
 		ok(t, err)
 		l.leave(s)
 	})
@@ -235,8 +257,8 @@ func TestClosedConnectionWaitsNoLonger(t *testing.T) {
 			t.Fatal("the one that is gone is let in")
 		}
 		ok(t, next.Close())
-		if l.expected.Load() != 0 || l.waiting.Load() != 0 {
-			t.Errorf("%d calls are expected, %d connections wait", l.expected.Load(), l.waiting.Load())
+		if n := l.shiftAt(l.now()).all(); n != 0 || l.waiting.Load() != 0 {
+			t.Errorf("%d calls are expected, %d connections wait", n, l.waiting.Load())
 		}
 	})
 }
@@ -267,6 +289,8 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 		synctest.Test(t, func(*testing.T) {
 			l := limiterOf(limit)
 			var running sync.WaitGroup
+			var mu sync.Mutex
+			var tallies []*tally
 			for _, x := range all {
 				c, client := heldConn(l, x.priority)
 				running.Go(func() {
@@ -288,17 +312,26 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 							return
 						}
 						running.Go(func() {
-							if s, err := l.enter(context.Background(), time.Now(), x.priority); err == nil {
-								time.Sleep(x.answer)
-								l.leave(s)
+							c.note(x.priority, l.now())
+							began, err := l.enter(context.Background(), c, time.Now(), x.priority)
+							if err != nil {
+								return
 							}
+							mu.Lock()
+							tallies = append(tallies, began)
+							mu.Unlock()
+							time.Sleep(x.answer)
+							l.leave(began)
 						})
 					}
 				})
 			}
 			running.Wait()
-			if n := l.shift(time.Since(l.began)).worked(); n != 0 || l.expected.Load() != 0 || l.waiting.Load() != 0 {
-				wrong = fmt.Sprintf("%d calls are worked on, %d expected, %d connections wait", n, l.expected.Load(), l.waiting.Load())
+			tallies = append(tallies, l.shiftAt(l.now()).now)
+			for _, of := range tallies {
+				if worked, expected := of.worked.Load(), of.expected.Load(); worked != 0 || expected != 0 || l.waiting.Load() != 0 {
+					wrong = fmt.Sprintf("%d calls are worked on, %d expected, %d connections wait", worked, expected, l.waiting.Load())
+				}
 			}
 			l.close()
 		})
@@ -357,50 +390,230 @@ func TestAllCallsAreTakenWhileConnectionsWait(t *testing.T) {
 }
 
 // A call that has waited unread for longer than its caller grants is not pushed, and neither is
-// any that has waited for half a second.
+// any that has waited for half a second. What is critical is taken all the same.
 func TestCallsThatHaveWaitedTooLongAreRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limiterOf(2)
 		defer l.close()
 		c, client := heldConn(l, engine.Normal)
 		defer func() { _ = c.Close() }()
-		ctx := peer.NewContext(t.Context(), &peer.Peer{AuthInfo: heldInfo{conn: c}})
-		l.expected.Store(2) // and nobody ever settles that
+		defer keepFull(t, l, 2)()
 		read := make(chan *conn)
 		go reads(c, read)
 		_, err := client.Write([]byte("call"))
 		ok(t, err)
 		<-read
 		for _, test := range []struct {
-			grants  time.Duration // 0: any time
-			lag     time.Duration // 0: what it is
-			refused bool
-		}{{0, 0, false}, {time.Second, 0, false}, {patience - time.Millisecond, 0, true}, {0, stale, false}, {0, stale + 1, true}} {
-			ctx := ctx
+			priority engine.Priority
+			grants   time.Duration // 0: any time
+			lag      time.Duration // 0: what it is
+			refused  bool
+		}{
+			{engine.Normal, 0, 0, false},
+			{engine.Normal, time.Second, 0, false},
+			{engine.Normal, patience - time.Millisecond, 0, true},
+			{engine.Critical, patience - time.Millisecond, 0, false},
+			{engine.Normal, 0, stale, false},
+			{engine.Normal, 0, stale + 1, true},
+			{engine.Critical, 0, stale + 1, false},
+		} {
+			ctx, cancel := t.Context(), func() {}
 			if test.grants > 0 {
-				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, test.grants)
-				defer cancel()
 			}
 			if test.lag > 0 {
 				c.lag.Store(int64(test.lag))
 			}
-			s, err := l.enter(ctx, time.Now(), engine.Normal)
+			began, err := l.enter(ctx, c, time.Now(), test.priority)
 			if errors.Is(err, errBusy) != test.refused {
 				t.Errorf("%+v: %v", test, err)
 			}
 			if err == nil {
-				l.leave(s)
+				l.leave(began)
 			}
-		}
-		began := time.Now()
-		go reads(c, read) // it has to catch up: no pause any more
-		_, err = client.Write([]byte("call"))
-		ok(t, err)
-		if <-read; time.Since(began) > 0 {
-			t.Errorf("it is read after %v", time.Since(began))
+			cancel()
 		}
 	})
+}
+
+// counted counts the bytes that are read.
+type counted struct {
+	net.Conn
+	read int
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.read += n
+	return n, err //nolint:wrapcheck // it is the connection
+}
+
+// A connection whose bytes have waited for too long catches up without a pause. What comes
+// later waits again.
+func TestConnectionCatchesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		c, client := heldConn(l, engine.Normal)
+		defer func() { _ = c.Close() }()
+		socket := &counted{Conn: c.Conn}
+		c.Conn = socket
+		c.unread = func() int { return max(5*64-socket.read, 0) } // what is read last comes later
+		defer keepFull(t, l, 2)()
+		go func() {
+			for range 6 {
+				_, _ = client.Write(make([]byte, 64))
+			}
+		}()
+		read := make(chan *conn)
+		for i, want := range []bool{true, true, false, false, false, true} {
+			began := time.Now()
+			go reads(c, read)
+			<-read
+			if waited := time.Since(began); (waited > 0) != want || waited > patience+sweep {
+				t.Errorf("read %d waits for %v", i, waited)
+			}
+		}
+	})
+}
+
+// What a new connection brings is new, however long the server has run; and it need not wait
+// to say hello.
+func TestNewConnectionIsGreetedAtOnceAndThenWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(2)
+		defer l.close()
+		time.Sleep(time.Hour)
+		defer keepFull(t, l, 2)()
+		client, server := net.Pipe()
+		c := newConn(server, l)
+		defer func() { _ = c.Close() }()
+		c.unread = func() int { return 1000 } // its reader is late
+		go func() {
+			for range greeting/64 + 2 {
+				_, _ = client.Write(make([]byte, 64))
+			}
+		}()
+		read := make(chan *conn)
+		began := time.Now()
+		for range greeting / 64 {
+			go reads(c, read)
+			<-read
+			if waited, lag := time.Since(began), time.Duration(c.lag.Load()); waited > 0 || lag > 0 {
+				t.Errorf("the greeting waits for %v, and is said to have waited for %v", waited, lag)
+			}
+		}
+		go reads(c, read)
+		if <-read; time.Since(began) < patience {
+			t.Errorf("the burst behind it waits for %v", time.Since(began))
+		}
+	})
+}
+
+// Whoever comes does not overtake those who wait.
+func TestRoomIsForThoseWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(1)
+		defer l.close()
+		defer fillLimiter(t, l, 1)()
+		read := make(chan *conn, 2)
+		waits, client := heldConn(l, engine.High)
+		defer func() { _ = waits.Close() }()
+		go reads(waits, read)
+		_, err := client.Write([]byte("call"))
+		ok(t, err)
+		time.Sleep(2*spell - time.Millisecond)
+		late, client := heldConn(l, engine.Low)
+		defer func() { _ = late.Close() }()
+		if len(read) > 0 {
+			t.Fatal("there is room too early")
+		}
+		l.mu.Lock()
+		l.timer.Stop() // or it would find the room before the late one does
+		l.mu.Unlock()
+		time.Sleep(2 * time.Millisecond) // the call counts no more
+		go reads(late, read)
+		_, err = client.Write([]byte("call"))
+		ok(t, err)
+		if first := <-read; first != waits {
+			t.Error("the late one is read first")
+		}
+	})
+}
+
+// Of a hundred that have waited for too long one more is read, unless too much is read already.
+func TestMoreAreReadAtLastWhereManyWait(t *testing.T) {
+	for _, test := range []struct{ limit, filled, want int }{{300, 300, 3}, {100, 200, 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			l := limiterOf(int64(test.limit))
+			defer l.close()
+			defer keepFull(t, l, test.filled)()
+			time.Sleep(time.Millisecond) // sweeps must not be when all its calls begin anew
+			read := make(chan *conn, 250)
+			for range 250 {
+				c, client := heldConn(l, engine.Low)
+				defer func() { _ = c.Close() }()
+				go reads(c, read)
+				go func() { _, _ = client.Write([]byte("call")) }()
+			}
+			time.Sleep(patience + sweep/2)
+			if got := len(read); got != test.want {
+				t.Errorf("%d are read of those beyond %d calls, with %d under way: want %d", got, test.limit, test.filled, test.want)
+			}
+		})
+	}
+}
+
+// What a connection has brought counts for a short time, even if it is not looked at: else
+// one that says much and listens to nothing would keep the others out.
+func TestWhatIsExpectedDoesNotCountForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(100)
+		defer l.close()
+		c, client := heldConn(l, engine.Critical)
+		defer func() { _ = c.Close() }()
+		read := make(chan *conn)
+		go func() {
+			b := make([]byte, 1<<20)
+			_, err := c.Read(b)
+			ok(t, err)
+			read <- c
+		}()
+		_, err := client.Write(make([]byte, 1<<20))
+		ok(t, err)
+		<-read
+		if n := l.shiftAt(l.now()).all(); n != l.each {
+			t.Errorf("%d calls are expected of a connection with %d under way at the most", n, l.each)
+		}
+		time.Sleep(2 * spell)
+		if n := l.shiftAt(l.now()).all(); n != 0 {
+			t.Errorf("%d calls are expected", n)
+		}
+	})
+}
+
+// A connection counts for what it was told lately.
+func TestPriorityOfAConnectionIsForgotten(t *testing.T) {
+	c, _ := heldConn(limiterOf(1), engine.Critical)
+	at := time.Duration(0)
+	for _, test := range []struct {
+		pause    time.Duration
+		p        engine.Priority
+		priority engine.Priority // then
+	}{
+		{forgetPriority, engine.Low, engine.Critical},
+		{1, engine.Low, engine.Low},
+		{0, engine.Normal, engine.Normal},
+		{forgetPriority / 2, engine.Normal, engine.Normal},
+		{forgetPriority, engine.Low, engine.Normal}, // which was noted again
+		{1, engine.Low, engine.Low},
+	} {
+		at += test.pause
+		c.note(test.p, at)
+		if got := engine.Priority(c.priority.Load()); got != test.priority {
+			t.Errorf("after %v more and a call of %v priority it is %v, want %v", test.pause, test.p, got, test.priority)
+		}
+	}
 }
 
 // What is said to have come after a moment has.
@@ -426,7 +639,7 @@ func TestAgeIsABound(t *testing.T) {
 				r.Fatalf("what came at %d is said to have come after %d", oldest, after)
 			}
 			taken += n
-			a.read(int64(taken), int64(len(came)-taken), now)
+			a.read(n, len(came)-taken, now)
 		}
 	})
 }
@@ -436,37 +649,61 @@ func TestAgeIsABound(t *testing.T) {
 func TestCallsInWhatWasReadAreGuessed(t *testing.T) {
 	c, _ := heldConn(limiterOf(1<<20), engine.Normal)
 	c.made.Store(0)
+	take := func(n int) int64 {
+		c.take(n, false, true)
+		c.settle()
+		return c.guess
+	}
 	const small = 20
 	for range 2 { // and none of the first ones has shown up yet
-		if c.take(small*callBytes, true); c.calls < small {
-			t.Errorf("%d calls are expected of %d", c.calls, small)
+		if calls := take(small * callBytes); calls < small {
+			t.Errorf("%d calls are expected of %d", calls, small)
 		}
-		c.settle()
 	}
 	for range 100 {
 		c.made.Add(1)
-		c.take(32<<10, true)
-		c.settle()
+		take(32 << 10)
 	}
-	if c.calls > 3 {
-		t.Errorf("%d calls are expected of one", c.calls)
+	if calls := take(32 << 10); calls > 3 {
+		t.Errorf("%d calls are expected of one", calls)
+	}
+	for range 20_000 {
+		c.made.Add(small)
+		take(small * 100)
+	}
+	if calls := take(small * 100); calls < small*3/4 || calls > small*3/2 {
+		t.Errorf("%d calls are expected of %d, now that they are small", calls, small)
+	}
+	for range 200 {
+		c.made.Add(1)
+		take(32 << 10)
+	}
+	if calls := take(32 << 10); calls > 3 {
+		t.Errorf("%d calls are expected of one, now that they are large again", calls)
 	}
 }
 
-// A PushStream tells how important its connection is.
+// A PushStream tells how important its connection is, with each message.
 func TestPushStreamSpeaksForItsConnection(t *testing.T) {
-	w := newWorld(t, nil)
-	var seen atomic.Pointer[conn]
-	w.server.cfg.Trace = func(ctx context.Context, _ string) (engine.Trace, func(engine.Result, error)) {
-		seen.Store(connOf(ctx))
-		return nil, nil
-	}
-	st := w.stream(claim(w.context(), "low"))
-	ok(t, st.Send(userPush(1, "b", "x")))
-	recv(t, st)
-	if c := seen.Load(); c == nil || engine.Priority(c.priority.Load()) != engine.Low {
-		t.Errorf("the connection is %+v", c)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		var seen atomic.Pointer[conn]
+		w.server.cfg.Trace = func(ctx context.Context, _ string) (engine.Trace, func(engine.Result, error)) {
+			seen.Store(connOf(ctx))
+			return nil, nil
+		}
+		st := w.stream(claim(w.context(), "critical"))
+		for i := range uint64(3) {
+			ok(t, st.Send(userPush(i+1, "b", "x")))
+			recv(t, st)
+			_, err := w.client.PushToUser(claim(w.context(), "low"), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
+			ok(t, err)
+			if c := seen.Load(); c == nil || engine.Priority(c.priority.Load()) != engine.Critical {
+				t.Fatalf("the connection is %+v", c)
+			}
+			time.Sleep(forgetPriority * 3 / 4)
+		}
+	})
 }
 
 // Calls of low priority beyond the bound are refused, with the reason, when their connection

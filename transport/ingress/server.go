@@ -103,7 +103,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s.callers.show(cfg.Metrics)
-	s.limiter = newLimiter(cfg.Calls, cfg.Metrics)
+	s.limiter = newLimiter(cfg.Calls, cfg.MaxStreams, cfg.Metrics)
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)

@@ -38,6 +38,7 @@ type stream struct {
 	freed    chan struct{} // for the reader, one token: answered has changed
 	deadline time.Time     // of the stream, zero for none
 	entrance entrance      // by which its pushes come in
+	conn     *conn
 
 	// Owned by the reader.
 	takenBytes int64
@@ -88,10 +89,9 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	}
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
-	if c := connOf(ctx); c != nil {
-		c.note(e.priority, s.limiter.now())
-	}
-	st := &stream{srv: s, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	conn := connOf(ctx)
+	conn.note(e.priority, s.limiter.now())
+	st := &stream{srv: s, conn: conn, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
@@ -151,6 +151,7 @@ func (st *stream) takeMessage(ctx context.Context, m *message) (more bool, err e
 		return false, nil
 	}
 	now := time.Now()
+	st.conn.note(st.entrance.priority, st.srv.limiter.at(now))
 	if r.batch == 0 {
 		st.start(ctx, st.newCall(m, now), &r, err)
 		return true, nil

@@ -58,17 +58,19 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 		return nil, err
 	}
 	e, err := s.entranceOf(ctx)
+	conn := connOf(ctx)
 	if err == nil {
+		conn.note(e.priority, s.limiter.at(began))
 		err = s.admit(&e)
 	}
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
-	shift, err := s.limiter.enter(ctx, began, e.priority)
+	tally, err := s.limiter.enter(ctx, conn, began, e.priority)
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
-	defer s.limiter.leave(shift)
+	defer s.limiter.leave(tally)
 	if err := e.pay(); err != nil { // at last: what is refused costs its caller nothing
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
