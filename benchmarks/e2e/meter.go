@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // cpuTime is the CPU time of all threads of a process, user and system, as the
@@ -102,4 +104,51 @@ func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %s: %s", url, resp.Status, bytes.TrimSpace(body))
 	}
 	return body, nil
+}
+
+// alone gives the server the first core, and those who make it work the others. With one core
+// there is nothing to give.
+func (s *Server) alone() error {
+	var all unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		return fmt.Errorf("cores: %w", err)
+	}
+	if all.Count() < 2 {
+		return nil
+	}
+	var first unix.CPUSet
+	for cpu := 0; first.Count() == 0; cpu++ {
+		if all.IsSet(cpu) {
+			first.Set(cpu)
+			all.Clear(cpu)
+		}
+	}
+	return errors.Join(confine(s.child.pid(), &first), confine(s.bench.load.pid(), &all), confine(s.world.nodesPart.pid(), &all))
+}
+
+// confine keeps the threads of a process on some cores. Those that it starts later are where
+// the one is that starts them.
+func confine(pid int, cpus *unix.CPUSet) error {
+	confined := map[string]bool{}
+	for again := true; again; {
+		again = false
+		threads, err := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/task")
+		if err != nil {
+			return fmt.Errorf("threads of process %d: %w", pid, err)
+		}
+		for _, thread := range threads {
+			if confined[thread.Name()] {
+				continue
+			}
+			tid, err := strconv.Atoi(thread.Name())
+			if err == nil {
+				err = unix.SchedSetaffinity(tid, cpus)
+			}
+			if err != nil && !errors.Is(err, unix.ESRCH) { // it has ended
+				return fmt.Errorf("cores of process %d: %w", pid, err)
+			}
+			confined[thread.Name()], again = true, true
+		}
+	}
+	return nil
 }

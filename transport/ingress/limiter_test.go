@@ -52,12 +52,14 @@ func keepFull(t *testing.T, l *limiter, calls int) (empty func()) {
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
+		tick := time.NewTicker(spell / 2)
+		defer tick.Stop()
 		for {
 			select {
 			case <-stop:
 				last()
 				return
-			case <-time.After(spell / 2):
+			case <-tick.C:
 				next := fillLimiter(t, l, calls)
 				last()
 				last = next
@@ -640,6 +642,9 @@ func TestAgeIsABound(t *testing.T) {
 			}
 			taken += n
 			a.read(n, len(came)-taken, now)
+			if taken == len(came) && a.after != now {
+				r.Fatalf("all that has come is read at %d, and what comes is said to come after %d", now, a.after)
+			}
 		}
 	})
 }
