@@ -24,7 +24,7 @@ help: ## Show this list
 .PHONY: build
 build: ## Build all commands into bin/
 	mkdir -p bin
-	$(GO) build -trimpath -o bin/ ./cmd/...
+	$(GO) build -o bin/ ./cmd/...
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)

@@ -96,7 +96,7 @@ func Start(ctx context.Context, opts Options) (_ *Bench, err error) {
 	}
 	if b.binary = b.opts.Binary; b.binary == "" {
 		b.binary = filepath.Join(b.dir, "push-manager")
-		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", b.binary, "github.com/push-manager/push-manager/cmd/push-manager") //nolint:gosec // our own program
+		build := exec.CommandContext(ctx, "go", "build", "-o", b.binary, "github.com/push-manager/push-manager/cmd/push-manager") //nolint:gosec // our own program
 		if out, err := build.CombinedOutput(); err != nil {
 			return nil, fmt.Errorf("build push-manager: %w\n%s", err, out)
 		}
