@@ -32,7 +32,7 @@ bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the com
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
 .PHONY: overload
-overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (9 minutes; see docs/reliability.md)
+overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/reliability.md)
 	$(BENCH_DIR)/pushbench overload
 
 .PHONY: profile

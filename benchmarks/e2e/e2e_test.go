@@ -94,7 +94,7 @@ func TestOverloadRuns(t *testing.T) {
 				t.Errorf("%s at %v: of %d offered %d have ended: %+v", o.What, o.Times, offered, ended, o.By)
 			}
 		}
-		if len(o.Rounds) != 1 || o.Rounds[0].Offered == 0 || len(o.Bars()) < 2 {
+		if len(o.Turns) != 1 || len(o.Floods) != 1 || o.Turns[0].Offered == 0 || len(o.Bars()) < 2 {
 			t.Errorf("nothing was offered: %+v", o)
 		}
 	}

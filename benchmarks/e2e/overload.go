@@ -25,33 +25,39 @@ const (
 	calmFor     = time.Second
 )
 
-// A flood is short, and between two of them peak is measured anew: the machine is not always
-// equally fast.
+// Goodput is that of the middle of a turn: so much is offered before and after it, too, that
+// what is left undone at its begin is made up for by what is left at its end. Turns are short,
+// and between two of them peak is measured anew: the machine is not always equally fast.
+// Floods have all of it, from calm to calm.
 const (
-	floodRounds = 5
-	floodPeak   = 1500 * time.Millisecond
-	floodCalm   = time.Second
-	floodStorm  = 3 * time.Second
-	floodWatch  = 4 * time.Second
+	overTurns  = 12
+	turnPeak   = 600 * time.Millisecond
+	turnEdge   = 300 * time.Millisecond
+	turnStorm  = 1200 * time.Millisecond
+	overFloods = 3
+	floodCalm  = time.Second
+	floodStorm = 3 * time.Second
+	floodWatch = 4 * time.Second
 )
 
-// evenFlood is what the peak after a flood is of the one before, at the least, or the other way
-// round. If it is less, another tenant of the machine has come or gone meanwhile: half of the
-// one may be too much for the other. Such a flood is repeated, but not more of them than are
+// evenPeak is what the peak after a turn or a flood is of the one before, at the least, or the
+// other way round. If it is less, another tenant of the machine has come or gone meanwhile: half
+// of the one may be too much for the other. It is repeated then, but not more of them than are
 // asked for: then it is not the machine.
-const evenFlood = 0.65
+const evenPeak = 0.65
 
 // Overload is what came of floods of one kind.
 type Overload struct {
 	What   string
 	Times  float64 // of peak
 	Honest bool
-	Rounds []Storm
-	Uneven int     // floods that were repeated
+	Turns  []Storm
+	Floods []Storm
+	Uneven int     // turns and floods that were repeated
 	By     Flooded // all that was offered while there was too much
 }
 
-// Storm is one flood. Rates are in pushes a second.
+// Storm is one turn or flood. Rates are in pushes a second.
 type Storm struct {
 	Peak     float64 // mean of right before and right after
 	Offered  float64
@@ -91,10 +97,10 @@ func (o *Overload) goodput() Figure {
 }
 
 func (o *Overload) median(of func(*Storm) float64) Figure {
-	return bootstrap(len(o.Rounds), func(rounds []int) float64 {
-		values := make([]float64, len(rounds))
-		for i, r := range rounds {
-			values[i] = of(&o.Rounds[r])
+	return bootstrap(len(o.Turns), func(turns []int) float64 {
+		values := make([]float64, len(turns))
+		for i, t := range turns {
+			values[i] = of(&o.Turns[t])
 		}
 		return median(values)
 	})
@@ -103,9 +109,9 @@ func (o *Overload) median(of func(*Storm) float64) Figure {
 // recovery is the longest.
 func (o *Overload) recovery() (after time.Duration, returned bool) {
 	returned = true
-	for i := range o.Rounds {
-		after = max(after, o.Rounds[i].Recovery)
-		returned = returned && o.Rounds[i].Returned
+	for i := range o.Floods {
+		after = max(after, o.Floods[i].Recovery)
+		returned = returned && o.Floods[i].Returned
 	}
 	return after, returned
 }
@@ -161,9 +167,9 @@ func (b *Bench) fullLoad(ctx context.Context, pm *Server, work Work) (best Load,
 	inFlight := []int{256, 384, 512, 768, 1024}
 	rates := make([][]float64, len(inFlight))
 	full := func(i int) Load {
-		return Load{Target: pm.Name, Mode: Closed, Work: work, InFlight: inFlight[i], Duration: b.span(floodPeak)}
+		return Load{Target: pm.Name, Mode: Closed, Work: work, InFlight: inFlight[i], Duration: b.span(turnPeak)}
 	}
-	for range floodRounds {
+	for range overTurns / 2 {
 		for i := range inFlight {
 			rate, err := b.peak(ctx, full(i))
 			if err != nil {
@@ -195,37 +201,48 @@ func (b *Bench) peak(ctx context.Context, full Load) (float64, error) {
 }
 
 func (b *Bench) storms(ctx context.Context, pm *Server, full Load, o *Overload) error {
-	rounds := floodRounds
-	if b.opts.Short {
-		rounds = 1
-	}
 	peak, err := b.peak(ctx, full)
 	if err != nil {
 		return err
 	}
-	for len(o.Rounds) < rounds {
-		b.progress("# %s: peak %.0f pushes/s, %.0fx of it follows", o.What, peak, o.Times)
-		var by Flooded
-		s, err := b.storm(ctx, pm, Flood{Target: pm.Name, Work: full.Work, Honest: o.Honest, Phases: []Phase{
-			{Rate: calmRate * peak, Duration: b.span(floodCalm)},
-			{Rate: o.Times * peak, Duration: b.span(floodStorm)},
-			{Rate: calmRate * peak, Duration: b.span(floodWatch)},
-		}}, &by)
-		if err != nil {
-			return err
+	for _, kind := range []struct {
+		many                int
+		outside             float64 // of peak, before and after
+		before, over, after time.Duration
+		storms              *[]Storm
+	}{
+		{overTurns, o.Times, turnEdge, turnStorm, turnEdge, &o.Turns},
+		{overFloods, calmRate, floodCalm, floodStorm, floodWatch, &o.Floods},
+	} {
+		many, uneven := kind.many, 0
+		if b.opts.Short {
+			many = 1
 		}
-		after, err := b.peak(ctx, full)
-		if err != nil {
-			return err
+		for len(*kind.storms) < many {
+			b.progress("# %s: peak %.0f pushes/s, %.0fx of it follows", o.What, peak, o.Times)
+			var by Flooded
+			s, err := b.storm(ctx, pm, Flood{Target: pm.Name, Work: full.Work, Honest: o.Honest, Phases: []Phase{
+				{Rate: kind.outside * peak, Duration: b.span(kind.before)},
+				{Rate: o.Times * peak, Duration: b.span(kind.over)},
+				{Rate: kind.outside * peak, Duration: b.span(kind.after)},
+			}}, &by)
+			if err != nil {
+				return err
+			}
+			after, err := b.peak(ctx, full)
+			if err != nil {
+				return err
+			}
+			s.Peak = (peak + after) / 2
+			if min(peak, after) >= evenPeak*max(peak, after) || uneven == many || b.opts.Short {
+				*kind.storms = append(*kind.storms, s)
+				o.By.add(&by)
+			} else {
+				uneven++
+			}
+			peak = after
 		}
-		s.Peak = (peak + after) / 2
-		if even := min(peak, after)/max(peak, after) >= evenFlood; even || o.Uneven == rounds || b.opts.Short {
-			o.Rounds = append(o.Rounds, s)
-			o.By.add(&by)
-		} else {
-			o.Uneven++
-		}
-		peak = after
+		o.Uneven += uneven
 	}
 	return nil
 }
@@ -238,7 +255,7 @@ func (b *Bench) span(d time.Duration) time.Duration {
 	return d
 }
 
-// storm runs one flood, and adds what was offered in its middle phase.
+// storm offers what it is told to, and adds what was offered in the middle phase.
 func (b *Bench) storm(ctx context.Context, pm *Server, f Flood, by *Flooded) (s Storm, err error) {
 	ctx, cancel := context.WithTimeout(ctx, maxRun+startTimeout)
 	defer cancel()
