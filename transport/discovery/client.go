@@ -59,15 +59,24 @@ func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints:            cfg.Endpoints,
-		DialTimeout:          cfg.DialTimeout,
+	client, err := clientv3.New(cfg.etcd())
+	if err != nil {
+		return nil, fmt.Errorf("etcd client: %w", err)
+	}
+	return client, nil
+}
+
+// etcd is c as etcd's client wants it.
+func (c ClientConfig) etcd() clientv3.Config {
+	return clientv3.Config{
+		Endpoints:            c.Endpoints,
+		DialTimeout:          c.DialTimeout,
 		DialKeepAliveTime:    10 * time.Second, // etcd's own floor is 5 s
 		DialKeepAliveTimeout: 3 * time.Second,
 		MaxCallRecvMsgSize:   maxReplyBytes,
-		Username:             cfg.Username,
-		Password:             cfg.Password,
-		TLS:                  cfg.TLS,
+		Username:             c.Username,
+		Password:             c.Password,
+		TLS:                  c.TLS,
 		// Retries are ours, with a backoff of ours; the client's default is 100
 		// in a row.
 		MaxUnaryRetries: 2,
@@ -77,11 +86,7 @@ func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 			// must be found within two seconds, and a list may have to wait for one
 			// of its own (Config.MaxBackoff) after that.
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
-			MinConnectTimeout: cfg.DialTimeout,
+			MinConnectTimeout: c.DialTimeout,
 		})},
-	})
-	if err != nil {
-		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	return client, nil
 }
