@@ -21,7 +21,7 @@ type EtcdConfig struct {
 // Bind adds the section to a program's keys. Settle must follow Load.
 func (c *EtcdConfig) Bind(s *config.Set) {
 	s.List(&c.Endpoints, "etcd.endpoints", "localhost:2379", "etcd, as HOST:PORT or URLs separated by commas.")
-	s.Duration(&c.DialTimeout, "etcd.dial_timeout", 5*time.Second, time.Millisecond, "Longest attempt to connect to etcd.")
+	s.Duration(&c.DialTimeout, "etcd.dial_timeout", time.Second, time.Millisecond, "Longest attempt to connect to etcd.")
 	s.Duration(&c.RequestTimeout, "etcd.request_timeout", 3*time.Second, time.Millisecond, "Longest request to etcd.")
 	s.Text(&c.Username, "etcd.username", "", "User at etcd, where it asks for one.")
 	s.Text(&c.Password, "etcd.password", "", "Password at etcd.").Secret()

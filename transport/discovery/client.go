@@ -15,11 +15,18 @@ import (
 // maxReplyBytes bounds one page of a list: 128 values of etcd's largest size.
 const maxReplyBytes = 256 << 20
 
+// firstAnswer is how long etcd's client waits at least for a token, which takes a check of a
+// password, and for the first answer about a lease. It calls that DialTimeout, and does not dial
+// with it.
+const firstAnswer = 5 * time.Second
+
 // ClientConfig says how etcd is reached.
 type ClientConfig struct {
 	// Endpoints are host:port or URLs. At least one.
 	Endpoints []string
-	// DialTimeout bounds one attempt to connect. Default 5 s.
+	// DialTimeout bounds one attempt to connect. Default 1 s: an attempt that nobody
+	// answers has to end, and a pause of up to 0.6 s to pass, before an etcd that is back is
+	// found; that shall be within two seconds.
 	DialTimeout time.Duration
 	// Username and Password, where etcd asks for them.
 	Username, Password string
@@ -29,7 +36,7 @@ type ClientConfig struct {
 
 func (c ClientConfig) withDefaults() ClientConfig {
 	if c.DialTimeout == 0 {
-		c.DialTimeout = 5 * time.Second
+		c.DialTimeout = time.Second
 	}
 	return c
 }
@@ -59,29 +66,33 @@ func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints:            cfg.Endpoints,
-		DialTimeout:          cfg.DialTimeout,
+	client, err := clientv3.New(cfg.etcd())
+	if err != nil {
+		return nil, fmt.Errorf("etcd client: %w", err)
+	}
+	return client, nil
+}
+
+// etcd is c as etcd's client wants it.
+func (c ClientConfig) etcd() clientv3.Config {
+	return clientv3.Config{
+		Endpoints:            c.Endpoints,
+		DialTimeout:          max(c.DialTimeout, firstAnswer),
 		DialKeepAliveTime:    10 * time.Second, // etcd's own floor is 5 s
 		DialKeepAliveTimeout: 3 * time.Second,
 		MaxCallRecvMsgSize:   maxReplyBytes,
-		Username:             cfg.Username,
-		Password:             cfg.Password,
-		TLS:                  cfg.TLS,
+		Username:             c.Username,
+		Password:             c.Password,
+		TLS:                  c.TLS,
 		// Retries are ours, with a backoff of ours; the client's default is 100
 		// in a row.
 		MaxUnaryRetries: 2,
 		Logger:          zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
-			// gRPC's own backoff grows to two minutes; an etcd that is back
-			// must be found within two seconds, and a list may have to wait for one
-			// of its own (Config.MaxBackoff) after that.
+			// gRPC's own backoff grows to two minutes, after each attempt of up to
+			// MinConnectTimeout; an etcd that is back must be found within two seconds.
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
-			MinConnectTimeout: cfg.DialTimeout,
+			MinConnectTimeout: c.DialTimeout,
 		})},
-	})
-	if err != nil {
-		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	return client, nil
 }

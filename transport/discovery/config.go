@@ -51,9 +51,8 @@ type Config struct {
 	ConfirmAfter time.Duration
 	// RequestTimeout bounds one request to etcd. Default 5 s.
 	RequestTimeout time.Duration
-	// MinBackoff and MaxBackoff bound the pause after a failure. Default 50 ms, 1 s: with
-	// the half second of the client's connection, an etcd that is back is listed within
-	// two.
+	// MinBackoff and MaxBackoff bound the pause after a failure, counted from the beginning
+	// of what failed. Default 50 ms, 1 s: an etcd that answers again is listed within two.
 	MinBackoff, MaxBackoff time.Duration
 	// MaxNodes is the number of keys taken notice of. Default 4096.
 	MaxNodes int

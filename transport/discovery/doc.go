@@ -14,7 +14,8 @@
 //     sign of life every few seconds and after each new connection: a watch that goes on
 //     over it is silent where history has gone back.
 //   - etcd out of reach removes nothing: the nodes known stay, and only
-//     push_manager_discovery_stale_seconds tells.
+//     push_manager_discovery_stale_seconds tells. However long it was away, with the
+//     default times all is known two seconds after its return.
 //   - A value that is malformed is logged, counted and skipped. It never touches
 //     another key's node, nor the node that the same key named before.
 //   - History that goes back (a wiped or restored etcd) removes nothing until a
@@ -30,7 +31,8 @@
 // # What the Registration promises
 //
 //   - The key is there while the process can reach etcd: after a lost lease, a
-//     wiped etcd or a deleted key it is written again under a new lease.
+//     wiped etcd or a deleted key it is written again under a new lease, with the
+//     default times two seconds after etcd's return.
 //   - A key that another process has taken over with another value stays theirs:
 //     who registers last is the node. It is claimed again when it is free.
 //   - Close deletes the key at once by revoking the lease, so that nobody waits

@@ -7,7 +7,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	valCtxCh = nil // see there
+	goleak.VerifyTestMain(m)
+}
 
 // eventually waits until ok holds.
 func eventually(t *testing.T, what string, ok func() bool) {

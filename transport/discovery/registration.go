@@ -38,7 +38,8 @@ type RegistrationConfig struct {
 	CheckInterval time.Duration
 	// RequestTimeout bounds one request to etcd. Default 3 s.
 	RequestTimeout time.Duration
-	// MinBackoff and MaxBackoff bound the pause after a failure. Default 50 ms, 2 s.
+	// MinBackoff and MaxBackoff bound the pause after a failure, counted from the beginning
+	// of what failed. Default 50 ms, 1 s: an etcd that answers again has the key within two.
 	MinBackoff, MaxBackoff time.Duration
 
 	// Logger, nil to discard.
@@ -55,7 +56,7 @@ func (c RegistrationConfig) withDefaults() RegistrationConfig {
 	defaultTo(&c.CheckInterval, 3*time.Second)
 	defaultTo(&c.RequestTimeout, 3*time.Second)
 	defaultTo(&c.MinBackoff, 50*time.Millisecond)
-	defaultTo(&c.MaxBackoff, 2*time.Second)
+	defaultTo(&c.MaxBackoff, time.Second)
 	defaultTo(&c.MetricsPrefix, defaultMetricsPrefix)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -219,14 +220,10 @@ func (r *Registration) loop(ctx context.Context) {
 		if failures == 0 {
 			r.cfg.Logger.Warn("not registered in etcd, trying again", "key", r.key, "err", err)
 		}
-		pause := r.cfg.MaxBackoff
-		if failures < 16 {
-			pause = min(pause, r.cfg.MinBackoff<<failures)
-		}
-		failures++
-		if !sleep(ctx, jitter(pause)) {
+		if !sleep(ctx, pause(began, failures, r.cfg.MinBackoff, r.cfg.MaxBackoff)) {
 			return
 		}
+		failures++
 	}
 }
 
@@ -267,12 +264,31 @@ func (r *Registration) stint(ctx context.Context, claim bool) error {
 				return errLeaseLost
 			}
 		case <-check.C:
-			err := r.check(ctx, lease, false)
+			// While etcd is away a check lasts until the next one is due, and select would
+			// pick it as often as the end of the keep-alive.
+			err := ended(alive)
+			if err == nil {
+				err = r.check(ctx, lease, false)
+			}
 			if errors.Is(err, errLeaseLost) {
 				r.lost.Inc()
 				return err
 			}
 			// Any other error: etcd is out of reach, and the keep-alive decides.
+		}
+	}
+}
+
+// ended is errLeaseLost when nothing keeps the lease alive any more.
+func ended(alive <-chan *clientv3.LeaseKeepAliveResponse) error {
+	for {
+		select {
+		case _, ok := <-alive:
+			if !ok {
+				return errLeaseLost
+			}
+		default:
+			return nil
 		}
 	}
 }

@@ -144,6 +144,7 @@ type listing struct {
 	rev     int64
 	term    uint64
 	asked   int64 // seenRev when the list was asked for
+	began   time.Time
 }
 
 // probe is a sign of life, or why there is none.
@@ -217,10 +218,10 @@ func (l *watching) list(ctx context.Context) {
 		return
 	}
 	l.listing = true
-	asked := l.seenRev
+	asked, began := l.seenRev, time.Now()
 	l.wg.Go(func() {
 		got := l.listAll(ctx)
-		got.asked = asked
+		got.asked, got.began = asked, began
 		l.listed <- got
 	})
 }
@@ -258,7 +259,7 @@ func (l *watching) onListed(ctx context.Context, got listing) {
 	l.unlisted = got.err != nil
 	if l.unlisted {
 		l.m.listError.Inc()
-		l.failed(fmt.Errorf("list: %w", got.err))
+		l.failed(got.began, fmt.Errorf("list: %w", got.err))
 		return
 	}
 	back := l.wentBack(got.rev, got.term, got.asked)
@@ -353,7 +354,7 @@ func (l *watching) onBroken(err error) {
 	if time.Since(l.opened) >= settledAfter {
 		l.failures = 0
 	}
-	l.failed(fmt.Errorf("watch: %w", err))
+	l.failed(time.Now(), fmt.Errorf("watch: %w", err))
 }
 
 // onTick asks etcd for a sign of life when it is time to. The once-a-second
@@ -409,18 +410,28 @@ func (l *watching) answered(rev int64, term uint64) {
 	}
 }
 
-// failed plans the next list after a failure, later with each one in a row.
-func (l *watching) failed(err error) {
+// failed plans the next list after an attempt that began then, later with each failure
+// in a row.
+func (l *watching) failed(began time.Time, err error) {
 	if l.failures == 0 {
 		l.log.Warn("discovery is interrupted, the nodes known stay", "err", err)
 	}
-	pause := l.cfg.MaxBackoff
-	if l.failures < 16 {
-		pause = min(pause, l.cfg.MinBackoff<<l.failures)
-	}
-	l.failures++
 	l.since(l.lastWord)
-	l.retry.Reset(jitter(pause))
+	l.retry.Reset(pause(began, l.failures, l.cfg.MinBackoff, l.cfg.MaxBackoff))
+	l.failures++
+}
+
+// pause is how long to wait for the next attempt, after one that failed and failures
+// before it. It counts from the beginning of the failed one: a request waits for a
+// connection as long as it may, and when that was longer than the pause, the next one
+// takes its place at once. So one is there to go out with the connection, and nothing is
+// added to the time until that is back.
+func pause(began time.Time, failures int, shortest, longest time.Duration) time.Duration {
+	d := longest
+	if failures < 16 {
+		d = min(d, shortest<<failures)
+	}
+	return max(0, jitter(d)-time.Since(began))
 }
 
 // jitter spreads d over its upper half, so that a fleet does not move in step.
