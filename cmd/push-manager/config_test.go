@@ -54,7 +54,7 @@ func TestDefaultsAreThoseOfTheContract(t *testing.T) {
 		"timeouts":         c.Engine.Timeout.Seconds() == 5 && c.Routes.TTL.Seconds() == 1,
 		"shards":           c.Shards.Count == max(runtime.GOMAXPROCS(0)/2, 1),
 		"tracing":          !c.Tracing.Enabled,
-		"overload":         c.Ingress.PriorityMax == "critical" && c.Ingress.Rate == 0 && c.Ingress.Calls == 512,
+		"overload":         c.Ingress.PriorityMax == "critical" && c.Ingress.Rate == 0 && c.Ingress.Calls == 384,
 		"LINK_COMPRESSION": slices.Equal(c.Links.Compression, []string{"off"}) && c.Links.CompressionMinBytes == 1<<10,
 	} {
 		if !ok {

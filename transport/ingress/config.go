@@ -33,7 +33,7 @@ type Config struct {
 	MaxStreams int
 	// Calls bounds the unary calls that are worked on at a time, for each core: what has
 	// come in during the last 25 to 50 ms and is not answered. While there is no room,
-	// connections are not read, the lowest priority first. 512 keep a core busy with all
+	// connections are not read, the lowest priority first. 384 keep a core busy with all
 	// nodes nearby; so many for each 25 ms are what nodes far away can get.
 	Calls int
 	// ConnectionTimeout bounds the handshake of a connection.
@@ -90,7 +90,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxRecvBytes, 1<<20)              // four times the largest payload
 	setDefault(&c.MaxHeaderBytes, 16<<10)           // gRPC's own default is 16 MiB
 	setDefault(&c.MaxStreams, 256)                  // per connection
-	setDefault(&c.Calls, 512)                       // twice as many cost a third more each
+	setDefault(&c.Calls, 384)                       // with 512 a call costs a twelfth more in an overload, with 2,048 half as much again
 	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
