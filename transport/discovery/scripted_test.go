@@ -497,7 +497,7 @@ func (e *scriptedEtcd) LeaseKeepAlive(st etcdserverpb.Lease_LeaseKeepAliveServer
 	for {
 		r, err := st.Recv()
 		if err != nil {
-			return nil // the client is gone
+			return err // the client is gone
 		}
 		if _, err := e.news(); err != nil {
 			return err
