@@ -59,7 +59,9 @@ type Flood struct {
 // Flooded is what came of the pushes that were due in a tenth of a second, by priority.
 type Flooded struct {
 	Offered [len(floodPriorities)]int `json:"offered"`
-	Good    [len(floodPriorities)]int `json:"good"`    // delivered in time
+	Good    [len(floodPriorities)]int `json:"good"` // delivered in time
+	// Done is those that were delivered in time, too, but in this tenth of a second.
+	Done    [len(floodPriorities)]int `json:"done"`
 	Late    [len(floodPriorities)]int `json:"late"`    // delivered, too late
 	Refused [len(floodPriorities)]int `json:"refused"` // an error of gRPC
 	Failed  [len(floodPriorities)]int `json:"failed"`  // answered, not delivered to all
@@ -263,6 +265,7 @@ func (f *flood) count(priority int, ended []inflight, expired []time.Time, now t
 		switch {
 		case call.ok && now.Sub(call.at) <= floodPatience:
 			b.Good[priority]++
+			f.bucket(now).Done[priority]++
 		case call.ok:
 			b.Late[priority]++
 		case call.said != "":

@@ -25,13 +25,13 @@ const (
 	calmFor     = time.Second
 )
 
-// Goodput is that of the middle of a turn: so much is offered before and after it, too, that
-// what is left undone at its begin is made up for by what is left at its end. Turns are short,
-// and between two of them peak is measured anew: the machine is not always equally fast.
-// Floods have all of it, from calm to calm.
+// Goodput is what is done in the middle of a turn: as much is offered before and after it.
+// Turns are short, and between two of them peak is measured anew, after a rest: the machine is
+// not always equally fast. Floods have all of it, from calm to calm.
 const (
-	overTurns  = 12
-	turnPeak   = 600 * time.Millisecond
+	overTurns  = 10
+	turnRest   = 300 * time.Millisecond
+	turnPeak   = time.Second
 	turnEdge   = 300 * time.Millisecond
 	turnStorm  = 1200 * time.Millisecond
 	overFloods = 3
@@ -41,9 +41,10 @@ const (
 )
 
 // evenPeak is what the peak after a turn or a flood is of the one before, at the least, or the
-// other way round. If it is less, another tenant of the machine has come or gone meanwhile: half
-// of the one may be too much for the other. It is repeated then, but not more of them than are
-// asked for: then it is not the machine.
+// other way round. If it is less, something else has begun or ceased to use the machine: half of
+// the one may be too much for the other. It is repeated then, but not more of them than are
+// asked for: then it is not the machine. What became of its pushes counts all the same, and of
+// floods it is told how many did not end in time.
 const evenPeak = 0.65
 
 // Overload is what came of floods of one kind.
@@ -53,7 +54,9 @@ type Overload struct {
 	Honest bool
 	Turns  []Storm
 	Floods []Storm
+	Best   float64 // the peak before all of them
 	Uneven int     // turns and floods that were repeated
+	Never  int     // of those, the floods after which not all was normal while it was watched
 	By     Flooded // all that was offered while there was too much
 }
 
@@ -61,7 +64,7 @@ type Overload struct {
 type Storm struct {
 	Peak     float64 // mean of right before and right after
 	Offered  float64
-	Goodput  float64 // delivered within a second
+	Goodput  float64 // answered in that time, and delivered within a second
 	Recovery time.Duration
 	Returned bool // to normal, while it was watched
 	// Cores at work: of Push-Manager, the generator and the nodes.
@@ -141,13 +144,13 @@ func (b *Bench) Overload(ctx context.Context) ([]*Overload, error) {
 		if err := pm.Warm(ctx, test.work); err != nil {
 			return nil, err
 		}
-		full, err := b.fullLoad(ctx, pm, test.work)
+		full, best, err := b.fullLoad(ctx, pm, test.work)
 		if err != nil {
 			return nil, err
 		}
 		for _, honest := range []bool{false, true} {
 			for _, times := range []float64{2, 5} {
-				o := &Overload{What: test.what, Times: times, Honest: honest}
+				o := &Overload{What: test.what, Times: times, Honest: honest, Best: best}
 				if err := b.storms(ctx, pm, full, o); err != nil {
 					return nil, err
 				}
@@ -163,17 +166,17 @@ func (b *Bench) Overload(ctx context.Context) ([]*Overload, error) {
 
 // fullLoad is the closed loop that gets most out of a server, by the median of several turns:
 // the best of single readings would be the one in which the machine was fastest.
-func (b *Bench) fullLoad(ctx context.Context, pm *Server, work Work) (best Load, err error) {
+func (b *Bench) fullLoad(ctx context.Context, pm *Server, work Work) (best Load, most float64, err error) {
 	inFlight := []int{256, 384, 512, 768, 1024}
 	rates := make([][]float64, len(inFlight))
 	full := func(i int) Load {
 		return Load{Target: pm.Name, Mode: Closed, Work: work, InFlight: inFlight[i], Duration: b.span(turnPeak)}
 	}
-	for range overTurns / 2 {
+	for range overTurns/2 - 1 {
 		for i := range inFlight {
 			rate, err := b.peak(ctx, full(i))
 			if err != nil {
-				return best, err
+				return best, 0, err
 			}
 			rates[i] = append(rates[i], rate)
 		}
@@ -181,18 +184,20 @@ func (b *Bench) fullLoad(ctx context.Context, pm *Server, work Work) (best Load,
 			break
 		}
 	}
-	most := 0.0
 	for i := range inFlight {
 		if rate := median(rates[i]); rate > most {
 			most, best = rate, full(i)
 		}
 	}
 	b.progress("# peak is that of %d pushes under way: %.0f pushes/s", best.InFlight, most)
-	return best, nil
+	return best, most, nil
 }
 
-// peak is the rate of a closed loop.
+// peak is the rate of a closed loop, after a rest.
 func (b *Bench) peak(ctx context.Context, full Load) (float64, error) {
+	if err := pause(ctx, b.span(turnRest)); err != nil {
+		return 0, err
+	}
 	out, err := b.run(ctx, full)
 	if err != nil {
 		return 0, err
@@ -220,12 +225,11 @@ func (b *Bench) storms(ctx context.Context, pm *Server, full Load, o *Overload) 
 		}
 		for len(*kind.storms) < many {
 			b.progress("# %s: peak %.0f pushes/s, %.0fx of it follows", o.What, peak, o.Times)
-			var by Flooded
 			s, err := b.storm(ctx, pm, Flood{Target: pm.Name, Work: full.Work, Honest: o.Honest, Phases: []Phase{
 				{Rate: kind.outside * peak, Duration: b.span(kind.before)},
 				{Rate: o.Times * peak, Duration: b.span(kind.over)},
 				{Rate: kind.outside * peak, Duration: b.span(kind.after)},
-			}}, &by)
+			}}, &o.By)
 			if err != nil {
 				return err
 			}
@@ -236,9 +240,11 @@ func (b *Bench) storms(ctx context.Context, pm *Server, full Load, o *Overload) 
 			s.Peak = (peak + after) / 2
 			if min(peak, after) >= evenPeak*max(peak, after) || uneven == many || b.opts.Short {
 				*kind.storms = append(*kind.storms, s)
-				o.By.add(&by)
 			} else {
 				uneven++
+				if kind.storms == &o.Floods && !s.Returned {
+					o.Never++
+				}
 			}
 			peak = after
 		}
@@ -278,7 +284,7 @@ func (b *Bench) storm(ctx context.Context, pm *Server, f Flood, by *Flooded) (s 
 		all.add(&buckets[i])
 	}
 	by.add(&all)
-	s.Offered, s.Goodput = float64(sum(all.Offered))/storm.Seconds(), float64(sum(all.Good))/storm.Seconds()
+	s.Offered, s.Goodput = float64(sum(all.Offered))/storm.Seconds(), float64(sum(all.Done))/storm.Seconds()
 	s.Recovery, s.Returned = recovery(buckets[to:], int(b.span(calmFor)/floodBucket))
 	return s, nil
 }
@@ -324,6 +330,7 @@ func (f *Flooded) add(o *Flooded) {
 	for p := range floodPriorities {
 		f.Offered[p] += o.Offered[p]
 		f.Good[p] += o.Good[p]
+		f.Done[p] += o.Done[p]
 		f.Late[p] += o.Late[p]
 		f.Refused[p] += o.Refused[p]
 		f.Failed[p] += o.Failed[p]
@@ -343,7 +350,7 @@ func sum(all [len(floodPriorities)]int) (n int) {
 func WriteOverloads(out io.Writer, all []*Overload) error {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	line := func(format string, args ...any) { _, _ = fmt.Fprintf(t, format+"\t\n", args...) } // Flush tells
-	line("pushes to\toffered\tclients\tpeak/s\toffered/s\tgoodput/s\tgoodput/peak\tlow\tnormal\thigh\tcritical\trefused\tgiven up\theld\tlate\tfailed\tnormal after\trepeated\tcores: push-manager\tgenerator\tnodes")
+	line("pushes to\toffered\tclients\tbest/s\tpeak/s\toffered/s\tgoodput/s\tgoodput/peak\tlow\tnormal\thigh\tcritical\trefused\tgiven up\theld\tlate\tfailed\tnormal after\trepeated\tnever\tcores: push-manager\tgenerator\tnodes")
 	for _, o := range all {
 		clients := "raw"
 		if o.Honest {
@@ -362,10 +369,10 @@ func WriteOverloads(out io.Writer, all []*Overload) error {
 		}
 		mid := func(of func(*Storm) float64) float64 { return o.median(of).Value }
 		b := &o.By
-		line("%s\t%.0fx\t%s\t%.0f\t%.0f\t%.0f\t%s\t%.1f%%\t%.1f%%\t%.1f%%\t%.2f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%s\t%d\t%.2f\t%.2f\t%.2f",
-			o.What, o.Times, clients, mid(func(s *Storm) float64 { return s.Peak }), mid(func(s *Storm) float64 { return s.Offered }),
+		line("%s\t%.0fx\t%s\t%.0f\t%.0f\t%.0f\t%.0f\t%s\t%.1f%%\t%.1f%%\t%.1f%%\t%.2f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%.1f%%\t%s\t%d\t%d\t%.2f\t%.2f\t%.2f",
+			o.What, o.Times, clients, o.Best, mid(func(s *Storm) float64 { return s.Peak }), mid(func(s *Storm) float64 { return s.Offered }),
 			mid(func(s *Storm) float64 { return s.Goodput }), o.goodput(), good[0], good[1], good[2], good[3],
-			of(b.Refused), of(b.GivenUp), of(b.Held), of(b.Late), of(b.Failed), after, o.Uneven,
+			of(b.Refused), of(b.GivenUp), of(b.Held), of(b.Late), of(b.Failed), after, o.Uneven, o.Never,
 			mid(func(s *Storm) float64 { return s.Server }), mid(func(s *Storm) float64 { return s.Generator }), mid(func(s *Storm) float64 { return s.Nodes }))
 	}
 	return t.Flush()

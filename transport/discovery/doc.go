@@ -15,7 +15,8 @@
 //     over it is silent where history has gone back.
 //   - etcd out of reach removes nothing: the nodes known stay, and only
 //     push_manager_discovery_stale_seconds tells. However long it was away, with the
-//     default times all is known two seconds after its return.
+//     default times it is listed two seconds after its return. Where connections are
+//     dead that nobody has ended, they are noticed within 13 s first.
 //   - A value that is malformed is logged, counted and skipped. It never touches
 //     another key's node, nor the node that the same key named before.
 //   - History that goes back (a wiped or restored etcd) removes nothing until a
@@ -31,8 +32,9 @@
 // # What the Registration promises
 //
 //   - The key is there while the process can reach etcd: after a lost lease, a
-//     wiped etcd or a deleted key it is written again under a new lease, with the
-//     default times two seconds after etcd's return.
+//     wiped etcd or a deleted key it is written again, with the default times two
+//     seconds after etcd's return from an outage that the lease has not outlived, and
+//     four seconds after a wipe or a deletion.
 //   - A key that another process has taken over with another value stays theirs:
 //     who registers last is the node. It is claimed again when it is free.
 //   - Close deletes the key at once by revoking the lease, so that nobody waits

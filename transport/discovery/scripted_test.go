@@ -25,7 +25,8 @@ import (
 // valCtxCh is the Done of a context that never ends, below each watch of etcd's client.
 // It is made when that package is loaded, outside of all bubbles, and the goroutine that
 // waits on it keeps a bubble's clock from going on. TestMain makes it nil: nobody waits
-// for a context without Done, which never ends either.
+// for a context without Done, which never ends either. A version of the client that has
+// another name for it makes the tests of this file hang.
 //
 //go:linkname valCtxCh go.etcd.io/etcd/client/v3.valCtxCh
 var valCtxCh chan struct{}

@@ -425,7 +425,8 @@ func (l *watching) failed(began time.Time, err error) {
 // before it. It counts from the beginning of the failed one: a request waits for a
 // connection as long as it may, and when that was longer than the pause, the next one
 // takes its place at once. So one is there to go out with the connection, and nothing is
-// added to the time until that is back.
+// added to the time until that is back. A fleet is in step then, at one request each in that
+// time.
 func pause(began time.Time, failures int, shortest, longest time.Duration) time.Duration {
 	d := longest
 	if failures < 16 {

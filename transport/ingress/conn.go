@@ -131,9 +131,9 @@ func (c *conn) Read(b []byte) (int, error) {
 	if l.crowded(l.shiftAt(at)) {
 		runtime.Gosched() // to the calls that came in last: from then on they count themselves
 		b = b[:min(len(b), chunk)]
-		// What is here came after age.after. To ask costs more than it tells if that was
-		// a moment ago.
-		fresh = at-c.age.after < spell || c.unread() == 0
+		// If all that had come by the mark is read, what is here came after age.after. To
+		// ask whether anything is costs more than it tells if that was a moment ago.
+		fresh = c.age.taken >= c.age.mark && (at-c.age.after < spell || c.unread() == 0)
 	}
 	c.settle()
 	n, err := c.Conn.Read(b)
@@ -162,7 +162,7 @@ func (c *conn) take(n int, more, fresh bool) {
 	// like large ones.
 	c.guess = min(c.size.calls(n, made, c.guess), l.each)
 	crowd := l.crowded(l.shiftAt(at))
-	if crowd && c.mayWait(at-since) && (l.full(at) || l.waiting.Load() > 0) {
+	if c.mayWait(at-since) && (l.waiting.Load() > 0 || crowd && l.full(at)) {
 		c.wait(at)
 	} else {
 		c.expect(at)

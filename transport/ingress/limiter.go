@@ -28,7 +28,10 @@ const (
 	stale = 2 * patience
 	// patience is for how long a connection waits at a time. Every sweep, one of those that
 	// wait for longer, and one of a hundred more, is read although there is no room.
-	patience   = 250 * time.Millisecond
+	patience = 250 * time.Millisecond
+	// forsaken is how long one waits at most before it is read whatever is refused then: the
+	// keepalive of either side must not take it for dead.
+	forsaken   = 4 * patience
 	sweep      = 10 * time.Millisecond
 	sweepShare = 100
 	// chunk is how much of a connection is read at a time while there is a crowd, so that
@@ -223,7 +226,7 @@ func (l *limiter) sweep() {
 		if longest == nil || at-longest.first.since < patience {
 			break
 		}
-		if n > 0 && l.shiftAt(at).all() >= most(l.limit, engine.Low) {
+		if n > 0 && at-longest.first.since < forsaken && l.shiftAt(at).all() >= most(l.limit, engine.Low) {
 			break // to read more of them would be to refuse more
 		}
 		l.letInFirstLocked(longest, at)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"pgregory.net/rapid"
@@ -479,6 +480,37 @@ func TestConnectionCatchesUp(t *testing.T) {
 	})
 }
 
+// What had come long ago is not taken for new, however often a connection is read meanwhile.
+func TestOldBytesStayOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(4)
+		defer l.close()
+		c, client := heldConn(l, engine.Normal)
+		defer func() { _ = c.Close() }()
+		const all, pause = 40, 20 * time.Millisecond
+		socket := &counted{Conn: c.Conn}
+		c.Conn = socket
+		c.unread = func() int { return all*64 - socket.read }
+		defer keepFull(t, l, 2)() // a crowd, but there is room
+		go func() {
+			for range all {
+				_, _ = client.Write(make([]byte, 64))
+			}
+		}()
+		began := time.Now()
+		read := make(chan *conn)
+		for i := range all {
+			go reads(c, read)
+			<-read
+			age := time.Since(began)
+			if lag := time.Duration(c.lag.Load()); lag < age-spell {
+				t.Errorf("read %d: what has waited for %v is said to have waited for %v", i, age, lag)
+			}
+			time.Sleep(pause)
+		}
+	})
+}
+
 // What a new connection brings is new, however long the server has run; and it need not wait
 // to say hello.
 func TestNewConnectionIsGreetedAtOnceAndThenWaits(t *testing.T) {
@@ -515,14 +547,14 @@ func TestNewConnectionIsGreetedAtOnceAndThenWaits(t *testing.T) {
 // Whoever comes does not overtake those who wait.
 func TestRoomIsForThoseWhoWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limiterOf(1)
+		l := limiterOf(2)
 		defer l.close()
-		defer fillLimiter(t, l, 1)()
+		defer fillLimiter(t, l, 2)()
 		read := make(chan *conn, 2)
 		waits, client := heldConn(l, engine.High)
 		defer func() { _ = waits.Close() }()
 		go reads(waits, read)
-		_, err := client.Write([]byte("call"))
+		_, err := client.Write(make([]byte, callBytes)) // two calls, it may be: all that there is room for
 		ok(t, err)
 		time.Sleep(2*spell - time.Millisecond)
 		late, client := heldConn(l, engine.Low)
@@ -544,8 +576,13 @@ func TestRoomIsForThoseWhoWait(t *testing.T) {
 }
 
 // Of a hundred that have waited for too long one more is read, unless too much is read already.
+// Who has waited for a second is read whatever that means.
 func TestMoreAreReadAtLastWhereManyWait(t *testing.T) {
-	for _, test := range []struct{ limit, filled, want int }{{300, 300, 3}, {100, 200, 1}} {
+	for _, test := range []struct {
+		limit, filled int
+		after         time.Duration
+		want          int
+	}{{300, 300, patience, 3}, {100, 200, patience, 1}, {100, 200, forsaken, int((forsaken-patience)/sweep) + 2}} {
 		synctest.Test(t, func(t *testing.T) {
 			l := limiterOf(int64(test.limit))
 			defer l.close()
@@ -558,9 +595,9 @@ func TestMoreAreReadAtLastWhereManyWait(t *testing.T) {
 				go reads(c, read)
 				go func() { _, _ = client.Write([]byte("call")) }()
 			}
-			time.Sleep(patience + sweep/2)
+			time.Sleep(test.after + sweep/2)
 			if got := len(read); got != test.want {
-				t.Errorf("%d are read of those beyond %d calls, with %d under way: want %d", got, test.limit, test.filled, test.want)
+				t.Errorf("after %v %d are read, with %d calls of %d under way: want %d", test.after, got, test.filled, test.limit, test.want)
 			}
 		})
 	}
@@ -691,13 +728,22 @@ func TestCallsInWhatWasReadAreGuessed(t *testing.T) {
 // A PushStream tells how important its connection is, with each message.
 func TestPushStreamSpeaksForItsConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, nil)
-		var seen atomic.Pointer[conn]
+		var opened, seen atomic.Pointer[conn]
+		w := newWorld(t, func(c *Config, _ *engine.Config) {
+			c.Options = append(c.Options, grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+				opened.Store(connOf(ss.Context()))
+				return handler(srv, ss)
+			}))
+		})
 		w.server.cfg.Trace = func(ctx context.Context, _ string) (engine.Trace, func(engine.Result, error)) {
 			seen.Store(connOf(ctx))
 			return nil, nil
 		}
 		st := w.stream(claim(w.context(), "critical"))
+		synctest.Wait()
+		if c := opened.Load(); c == nil || engine.Priority(c.priority.Load()) != engine.Critical {
+			t.Fatalf("before the first message the connection is %+v", c)
+		}
 		for i := range uint64(3) {
 			ok(t, st.Send(userPush(i+1, "b", "x")))
 			recv(t, st)

@@ -89,7 +89,9 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	}
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
-	st := &stream{srv: s, conn: connOf(ctx), entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	conn := connOf(ctx)
+	conn.note(e.priority, s.limiter.now())
+	st := &stream{srv: s, conn: conn, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {

@@ -284,8 +284,8 @@ const frameSpare = 64
 
 // commit puts what was encoded into the window, just before it is written, and
 // the rest of the batch back into the queue. False means that nothing is written: the
-// stream has died in the meantime, or its node has said that it goes. It does so once the
-// window is empty, so what got into it now would be lost.
+// stream has died in the meantime, or its node has said that it goes. The stream ends once
+// the window is empty, so what got into it now would be lost.
 func (s *stream) commit(rest int) bool {
 	l := s.link
 	l.mu.Lock()
@@ -294,6 +294,7 @@ func (s *stream) commit(rest int) bool {
 		if !s.dead {
 			why = engine.DropDraining
 			s.drainSent = s.drainSent && !s.w.control.drain
+			s.beatDue = s.beatDue || s.w.control.beat != 0
 		}
 		l.mu.Unlock()
 		drop(deliveries(s.w.kept), why)
