@@ -551,8 +551,9 @@ type DeliverResponse struct {
 	Misses []*Miss `protobuf:"bytes,3,rep,name=misses,proto3" json:"misses,omitempty"`
 	// The number of the heartbeat that this frame answers.
 	Heartbeat uint64 `protobuf:"varint,4,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
-	// Users with a live connection on the node now. Sent with hello's reply and
-	// each heartbeat; bounds what a broadcast may claim.
+	// Users with a live connection on the node now. Sent with hello's reply, with
+	// each heartbeat and, as it was then, with the ack of a broadcast; bounds what a
+	// broadcast may claim.
 	OnlineUsers uint32 `protobuf:"varint,5,opt,name=online_users,json=onlineUsers,proto3" json:"online_users,omitempty"`
 	// The node is going: it takes no further delivery, acks what it has taken,
 	// and waits for Push-Manager to close the stream. A delivery that crosses

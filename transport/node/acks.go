@@ -32,6 +32,7 @@ type acks struct {
 	counts    []uint32
 	misses    []*pubsub.Miss
 	missBytes int
+	reached   uint32 // users of the largest broadcast among counts
 	heartbeat uint64
 	behind    uint64 // heartbeat follows the acks below this seq
 	notice    bool   // the drain notice is owed
@@ -54,7 +55,8 @@ func newAcks(maxUnacked int, online func() uint32) *acks {
 // add takes over what the deliveries since the last call have become. It waits
 // only while a manager that does not read leaves more than pendingMissBytes
 // here: then it is the manager's own stream that stands.
-func (a *acks) add(counts []uint32, misses []*pubsub.Miss) error {
+// reached is to how many users the largest broadcast among them was handed over, or failed.
+func (a *acks) add(counts []uint32, misses []*pubsub.Miss, reached uint32) error {
 	size := 0
 	for _, m := range misses {
 		size += missSize(m)
@@ -73,6 +75,7 @@ func (a *acks) add(counts []uint32, misses []*pubsub.Miss) error {
 	a.counts = append(a.counts, counts...)
 	a.misses = append(a.misses, misses...)
 	a.missBytes += size
+	a.reached = max(a.reached, reached)
 	a.signal()
 	return nil
 }
@@ -148,18 +151,21 @@ type outgoing struct {
 	acks     pubsub.AckRange
 	ranges   [1]*pubsub.AckRange
 	misses   []*pubsub.Miss
+	reached  uint32
 }
 
 // take moves what is owed into o, up to a frame full. False means that nothing
 // is owed.
 func (a *acks) take(o *outgoing) bool {
 	o.response.Acks, o.response.Misses = nil, nil
-	o.response.Heartbeat, o.response.OnlineUsers, o.response.Drain = 0, 0, false
+	o.response.Heartbeat, o.response.OnlineUsers, o.response.Drain, o.reached = 0, 0, false, 0
 	if !a.takeLocking(o) {
 		return false
 	}
-	if o.response.Heartbeat != 0 {
-		o.response.OnlineUsers = a.online() // The gateway's code: not under the lock.
+	// Of a broadcast's users some have come since the last heartbeat, and some are gone by
+	// now: they must not be taken for a claim that is too large.
+	if o.response.Heartbeat != 0 || o.reached > 0 {
+		o.response.OnlineUsers = max(a.online(), o.reached) // The gateway's code: not under the lock.
 	}
 	return true
 }
@@ -183,6 +189,10 @@ func (a *acks) takeLocking(o *outgoing) bool {
 		clear(a.misses[left:])
 		a.misses = a.misses[:left]
 		a.missBytes -= size
+		o.reached = a.reached
+		if len(a.counts) == 0 {
+			a.reached = 0
+		}
 		a.room.Broadcast()
 	}
 	if a.heartbeat != 0 && a.first >= a.behind {

@@ -32,6 +32,7 @@ type gateway struct {
 	got      map[string][]*Message
 	prepared int
 	online   int
+	leaving  int // so many go right after a broadcast
 }
 
 func newGateway() *gateway {
@@ -64,7 +65,9 @@ func (g *gateway) Broadcast(m *Message) (delivered, failed int) {
 		panic("boom: everybody")
 	}
 	g.got["*"] = append(g.got["*"], m)
-	return g.online, len(g.full)
+	online := g.online
+	g.online -= g.leaving
+	return online, len(g.full)
 }
 
 func (g *gateway) Online() int {

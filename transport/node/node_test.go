@@ -113,6 +113,27 @@ func TestBroadcastCountsUsers(t *testing.T) {
 	}
 }
 
+// A user who comes between a heartbeat and a broadcast, and one who goes right after it, are in
+// the number that bounds the broadcast's claim.
+func TestBroadcastIsAckedWithTheUsersWhoWereThere(t *testing.T) {
+	g := newGateway()
+	m := serve(t, Config{Sessions: g}).mustOpen(t)
+	for i, online := range []int{7, 3, 9} {
+		g.mu.Lock()
+		g.online, g.leaving = online, i
+		g.mu.Unlock()
+		m.send(&pubsub.DeliverRequest{FirstSeq: uint64(2*i + 1), Deliveries: []*pubsub.Delivery{{Content: text("all"), Everybody: true}}})
+		r := m.recv()
+		if len(r.GetAcks()) != 1 || int(r.GetAcks()[0].GetDelivered()[0]) != online || int(r.GetOnlineUsers()) != online {
+			t.Errorf("%d users were there: %v", online, r)
+		}
+		m.send(&pubsub.DeliverRequest{FirstSeq: uint64(2*i + 2), Deliveries: []*pubsub.Delivery{toUsers("x", "u")}})
+		if r := m.recv(); len(r.GetAcks()) != 1 || r.GetOnlineUsers() != 0 {
+			t.Errorf("an ack of no broadcast: %v", r)
+		}
+	}
+}
+
 func TestAudienceIsDefinedChangedAndForgotten(t *testing.T) {
 	g := newGateway()
 	b := serve(t, Config{Sessions: g, MaxAudienceMembers: 4})

@@ -40,7 +40,8 @@ type stream struct {
 	delivery delivery
 	counts   []uint32 // since the last hand-over to acks
 	misses   []*pubsub.Miss
-	users    int // handed over since then
+	users    int    // handed over since then
+	reached  uint32 // users of the largest broadcast since then
 	messages []Message
 	sum      sum // not counted yet
 }
@@ -289,9 +290,9 @@ func (st *stream) handAcks() error {
 	if len(st.counts) == 0 {
 		return nil
 	}
-	err := st.acks.add(st.counts, st.misses)
+	err := st.acks.add(st.counts, st.misses, st.reached)
 	clear(st.misses)
-	st.counts, st.misses, st.users = st.counts[:0], st.misses[:0], 0
+	st.counts, st.misses, st.users, st.reached = st.counts[:0], st.misses[:0], 0, 0
 	st.server.count.add(&st.sum)
 	st.sum = sum{}
 	if errors.Is(err, errTooManyUnacked) {
@@ -322,6 +323,7 @@ func (st *stream) deliver(b []byte, left int) error {
 		o.refused = true
 	case d.everybody:
 		st.server.broadcast(m, &o)
+		st.reached = max(st.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
 	}
