@@ -14,7 +14,7 @@ GO ?= go
 TOOLS := .tmp/bin
 PROMTOOL ?= $(firstword $(wildcard $(TOOLS)/promtool) promtool)
 FUZZTIME ?= 60s
-FUZZJOBS ?= $(shell echo $$((2 * $$(nproc))))
+FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
 GO_FILES = $(shell git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')
 
 .PHONY: help
