@@ -342,6 +342,24 @@ func TestBroadcastIsJudgedByAFreshCountOfUsers(t *testing.T) {
 	})
 }
 
+// Who has come between the fresh count and the broadcast is in the count that comes with the ack.
+func TestBroadcastIsJudgedByTheCountOfItsAck(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.answer = func(seq uint64, _ []string, _ string, r *pubsub.DeliverResponse) {
+			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{4}})
+			r.OnlineUsers = 4
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		if r := w.do(w.toAll("x")); r.Delivered != 4 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
 func TestNodeThatNeverAcksIsStalledAndRecovers(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})
@@ -803,6 +821,7 @@ func TestFrameThatIsBuiltWhenTheNoticeComesIsNotWritten(t *testing.T) {
 		l.mu.Lock()
 		s := l.stream
 		s.idle = false // the writer hears nothing: this is the writer now
+		s.beatDue = true
 		l.mu.Unlock()
 		late := w.begin(w.toUser("u2", "y"))
 		synctest.Wait()
@@ -817,7 +836,10 @@ func TestFrameThatIsBuiltWhenTheNoticeComesIsNotWritten(t *testing.T) {
 			t.Error("the frame is written")
 		}
 		l.mu.Lock()
-		s.idle = true
+		if !s.beatDue {
+			t.Error("the heartbeat of the frame is forgotten")
+		}
+		s.beatDue, s.idle = false, true
 		l.mu.Unlock()
 		if r := w.end(late); r.Failed != 1 || !strings.Contains(reasons(r), "draining") {
 			t.Errorf("what was late: %+v", r)
