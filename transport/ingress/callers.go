@@ -3,7 +3,6 @@ package ingress
 import (
 	"context"
 	"fmt"
-	"net"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -88,9 +87,5 @@ func peerOf(ctx context.Context) string {
 	if !ok {
 		return ""
 	}
-	addr := p.Addr.String()
-	if host, _, err := net.SplitHostPort(addr); err == nil {
-		return host
-	}
-	return addr
+	return hostOf(p.Addr)
 }

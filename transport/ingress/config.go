@@ -38,6 +38,9 @@ type Config struct {
 	Calls int
 	// ConnectionTimeout bounds the handshake of a connection.
 	ConnectionTimeout time.Duration
+	// Handshakes bounds the connections of one address that have not made theirs. One more is
+	// closed at once.
+	Handshakes int
 	// KeepaliveTime of silence makes the server ask whether the client is there,
 	// KeepaliveTimeout is how long it waits for the answer.
 	KeepaliveTime    time.Duration
@@ -74,7 +77,7 @@ type Config struct {
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server. With other credentials connections are not
-	// held back.
+	// held back, and their handshakes are not counted.
 	Options []grpc.ServerOption
 
 	priorityMax engine.Priority
@@ -92,6 +95,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxStreams, 256)                  // per connection
 	setDefault(&c.Calls, 384)                       // with 512 a call costs a twelfth more in an overload, with 2,048 half as much again
 	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
+	setDefault(&c.Handshakes, 1024)                 // some MiB; a balancer is one address, and its clients may all come at once
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
@@ -134,6 +138,7 @@ func (c Config) Validate() error {
 	within("MaxHeaderBytes", c.MaxHeaderBytes, 1<<10, 16<<20)
 	within("MaxStreams", c.MaxStreams, 1, 1<<20)
 	within("Calls", c.Calls, 1, 1<<20)
+	within("Handshakes", c.Handshakes, 1, 1<<20)
 	within("StreamWorkers", c.StreamWorkers, 1, 1<<16)
 	within("StreamWindow", c.StreamWindow, 64<<10, 1<<30)
 	within("ConnWindow", c.ConnWindow, 64<<10, 1<<30)

@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"math"
 	"net"
 	"runtime"
 	"sync/atomic"
@@ -38,10 +39,15 @@ type conn struct {
 	expected atomic.Int64
 	tally    atomic.Pointer[tally]
 
+	// Static once the credentials are exchanged.
+	handshake *handshake
+	hello     int64 // so many bytes have been read when that is over
+
 	// Owned by Read, and by whoever lets it in while it waits.
-	age   age
-	size  size
-	guess int64 // calls in what was read last
+	greeted bool
+	age     age
+	size    size
+	guess   int64 // calls in what was read last
 
 	// Guarded by the limiter's lock.
 	lined  bool
@@ -157,6 +163,10 @@ func (c *conn) take(n int, more, fresh bool) {
 		here = c.unread()
 	}
 	c.age.read(n, here, at)
+	if !c.greeted && c.age.taken >= c.hello {
+		c.greeted = true
+		c.handshake.end()
+	}
 	made := c.made.Load()
 	// Those that were read last may not have shown up: without them, few calls would look
 	// like large ones.
@@ -227,6 +237,7 @@ func (c *conn) Close() error {
 	c.closed = true
 	l.mu.Unlock()
 	c.settle()
+	c.handshake.end()
 	return err
 }
 
@@ -234,7 +245,8 @@ func (c *conn) Close() error {
 // by connOf.
 type heldCredentials struct {
 	credentials.TransportCredentials
-	limiter *limiter
+	limiter    *limiter
+	handshakes *handshakes
 }
 
 // heldInfo is the information of the credentials, with the connection.
@@ -253,21 +265,27 @@ func (i heldInfo) GetCommonAuthInfo() credentials.CommonAuthInfo {
 	return credentials.CommonAuthInfo{}
 }
 
-func insecureHeld(l *limiter) credentials.TransportCredentials {
-	return heldCredentials{insecure.NewCredentials(), l}
+func insecureHeld(l *limiter, h *handshakes) credentials.TransportCredentials {
+	return heldCredentials{insecure.NewCredentials(), l, h}
 }
 
 // ServerHandshake implements credentials.TransportCredentials. gRPC keeps the raw connection
 // for the options of the socket.
 func (h heldCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	begun, err := h.handshakes.begin(raw.RemoteAddr())
+	if err != nil {
+		return nil, nil, err
+	}
 	c := newConn(raw, h.limiter)
+	c.handshake, c.hello = begun, math.MaxInt64
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
+	c.hello = c.age.taken + helloBytes
 	return secured, heldInfo{info, c}, err
 }
 
 // Clone implements credentials.TransportCredentials.
 func (h heldCredentials) Clone() credentials.TransportCredentials {
-	return heldCredentials{h.TransportCredentials.Clone(), h.limiter}
+	return heldCredentials{h.TransportCredentials.Clone(), h.limiter, h.handshakes}
 }
 
 // connOf is the connection that a call came on, nil if it is none of ours.

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -496,14 +497,14 @@ func (b *syncBuffer) String() string {
 }
 
 func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
-	for name, hello := range map[string]string{"no bytes": "", "half a preface": "PRI * HTTP/2.0\r\n"} {
+	for name, said := range map[string]string{"no bytes": "", "half a preface": "PRI * HTTP/2.0\r\n"} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, nil)
 				conn, err := w.dial(w.context(), "")
 				ok(t, err)
 				defer conn.Close()
-				_, err = conn.Write([]byte(hello))
+				_, err = conn.Write([]byte(said))
 				ok(t, err)
 				began := time.Now()
 				_, _ = io.Copy(io.Discard, conn) // until the server closes
@@ -515,16 +516,120 @@ func TestConnectionThatSaysNothingIsClosed(t *testing.T) {
 	}
 }
 
+// hello says what a client says first.
+func hello(t *testing.T, conn net.Conn) *http2.Framer {
+	t.Helper()
+	_, err := conn.Write([]byte(http2.ClientPreface))
+	ok(t, err)
+	framer := http2.NewFramer(conn, conn)
+	ok(t, framer.WriteSettings())
+	return framer
+}
+
+func TestConnectionsWithoutHandshakeAreBoundedByAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.Handshakes = 3 })
+		const gauge, counter = "push_manager_api_handshakes", "push_manager_api_connections_refused_total"
+		expect := func(when, handshakes, refused string) {
+			t.Helper()
+			synctest.Wait()
+			if h, r := w.metric(gauge), w.metric(counter); h != handshakes || r != refused {
+				t.Errorf("%s: %s without a handshake and %s refused, want %s and %s", when, h, r, handshakes, refused)
+			}
+		}
+		dial := func() net.Conn {
+			t.Helper()
+			conn, err := w.dial(w.context(), "")
+			ok(t, err)
+			t.Cleanup(func() { _ = conn.Close() })
+			return conn
+		}
+		call := func() {
+			t.Helper()
+			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+			ok(t, err)
+		}
+		began := time.Now()
+		call()
+		expect("one that calls", "0", "0")
+		mute, half, speaks := dial(), dial(), dial()
+		_, err := half.Write([]byte(http2.ClientPreface))
+		ok(t, err)
+		expect("three that have not said all", "3", "0")
+		_, _ = io.Copy(io.Discard, dial())
+		expect("one more", "3", "1")
+		call()
+
+		hello(t, speaks)
+		expect("one has said hello", "2", "1")
+		ok(t, mute.Close())
+		expect("one has gone", "1", "1")
+		if took := time.Since(began); took != 0 {
+			t.Errorf("all of this waited for %v", took)
+		}
+		dial()
+		dial()
+		expect("two more", "3", "1")
+		time.Sleep(5 * time.Second)
+		expect("their time is over", "0", "1")
+		call()
+	})
+}
+
+func TestAddressesCountTheirHandshakesApart(t *testing.T) {
+	h := newHandshakes(1, time.Hour, metrics.NewSet())
+	from := func(ip string, port int) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
+	first, err := h.begin(from("192.0.2.1", 1))
+	ok(t, err)
+	if _, err := h.begin(from("192.0.2.1", 2)); !errors.Is(err, errHandshakes) {
+		t.Errorf("the same address with another port: %v", err)
+	}
+	other, err := h.begin(from("2001:db8::1", 1))
+	ok(t, err)
+	first.end()
+	first.end()
+	again, err := h.begin(from("192.0.2.1", 3))
+	ok(t, err)
+	again.end()
+	other.end()
+	if len(h.of) != 0 || h.all != 0 {
+		t.Errorf("%d of %v are left", h.all, h.of)
+	}
+}
+
+// Behind the handshake keepalive asks, and the answer would have to come behind what is
+// still missing of the frame.
+func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.KeepaliveTime, c.KeepaliveTimeout = 10*time.Second, 5*time.Second })
+		conn, err := w.dial(w.context(), "")
+		ok(t, err)
+		hello(t, conn)
+		began := time.Now()
+		var dawdler sync.WaitGroup
+		dawdler.Go(func() {
+			const headers = "\x00\x04\x00\x01\x04\x00\x00\x00\x01" // of 1 KiB for stream 1
+			_, err := conn.Write([]byte(headers))
+			for err == nil {
+				_, err = conn.Write([]byte{0x82}) // :method GET
+				time.Sleep(time.Second)
+			}
+		})
+		_, _ = io.Copy(io.Discard, conn) // until the server closes
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("open for %v", took)
+		}
+		ok(t, conn.Close())
+		dawdler.Wait()
+	})
+}
+
 func TestLimitsAreAnnounced(t *testing.T) {
 	w := newWorld(t, nil)
 	conn, err := w.dial(w.context(), "")
 	ok(t, err)
 	defer conn.Close()
-	_, err = conn.Write([]byte(http2.ClientPreface))
-	ok(t, err)
-	framer := http2.NewFramer(conn, conn)
-	ok(t, framer.WriteSettings())
-	f, err := framer.ReadFrame()
+	f, err := hello(t, conn).ReadFrame()
 	ok(t, err)
 	settings := f.(*http2.SettingsFrame)
 	for id, want := range map[http2.SettingID]uint32{
