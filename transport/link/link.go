@@ -148,11 +148,8 @@ func live(s state) int {
 	return 0
 }
 
-// close ends the link for good; why is what becomes of what is queued. It does not
-// wait for run. A link whose node drains is given the ack timeout first: the node has
-// said that it acknowledges what it has taken, and going is no reason to doubt it. A
-// second close ends that.
-func (l *Link) close(why engine.Reason) {
+// close ends the link for good, see node.close.
+func (l *Link) close(why engine.Reason, patient bool) {
 	l.mu.Lock()
 	first := l.closing == engine.Sent
 	if first {
@@ -160,7 +157,7 @@ func (l *Link) close(why engine.Reason) {
 		l.refreshLocked()
 	}
 	cancel := l.cancel
-	patient := first && l.state == draining && why != engine.DropDraining
+	patient = patient && first && (l.state == up || l.state == draining)
 	l.mu.Unlock()
 	switch {
 	case cancel == nil:

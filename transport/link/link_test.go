@@ -910,6 +910,61 @@ func TestRemovedNodeThatDrainsIsAwaited(t *testing.T) {
 	}
 }
 
+// The notice of a node that leaves comes on one stream before it comes on another.
+func TestRemovedNodeIsAwaitedOnStreamsWithoutANoticeYet(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		n := &fakeNode{id: "A"}
+		var told atomic.Bool
+		n.deliver = func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			for {
+				f, err := st.Recv()
+				if err != nil {
+					return err
+				}
+				if len(f.GetDeliveries()) == 0 {
+					continue
+				}
+				if told.CompareAndSwap(false, true) {
+					if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
+						return err
+					}
+				}
+				time.Sleep(100 * time.Millisecond) // eight of them are within the ack timeout
+				acks := &pubsub.AckRange{First: f.GetFirstSeq(), Delivered: slices.Repeat([]uint32{1}, len(f.GetDeliveries()))}
+				if err := st.Send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{acks}}); err != nil {
+					return err
+				}
+			}
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(2)
+		users := []string{"u0", "u1", "u2", "u3", "u4", "u5", "u6", "u7"} // of both shards
+		w.room("r", "A", users...)
+		var pushes []*pending
+		for _, user := range users {
+			pushes = append(pushes, w.begin(w.toUser(user, "x")))
+			synctest.Wait() // from the first one on its shard refuses
+		}
+		w.register()
+		delivered := 0
+		for i, f := range pushes {
+			r := w.end(f)
+			if r.Unknown != 0 {
+				t.Errorf("%s: %+v", users[i], r)
+			}
+			delivered += r.Delivered
+		}
+		if delivered < 2 {
+			t.Errorf("%d delivered: nothing was under way on the other stream", delivered)
+		}
+	})
+}
+
 func TestRemovedNodeThatDrainsIsNotAwaitedForEver(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})

@@ -436,9 +436,14 @@ func newNode(s *Set, n Node) *node {
 	return fresh
 }
 
+// close ends the links for good; why is what becomes of what is queued. It does not wait
+// for them. If the node has said on one stream that it drains, they are given the ack
+// timeout first, those too on which this is still to come: it acknowledges what it has
+// taken, and going is no reason to doubt that. A second close ends that.
 func (n *node) close(why engine.Reason) {
+	patient := why != engine.DropDraining && n.status().Draining
 	for _, l := range n.links {
-		l.close(why)
+		l.close(why, patient)
 	}
 }
 
