@@ -162,7 +162,7 @@ func (l *Link) close(why engine.Reason, patient bool) {
 	switch {
 	case cancel == nil:
 	case patient:
-		time.AfterFunc(l.set.cfg.AckTimeout, cancel) // the clock looks at the link no more
+		time.AfterFunc(l.set.cfg.AckTimeout, cancel) // the node may say nothing more
 	default:
 		cancel()
 	}

@@ -739,30 +739,7 @@ func TestRemovedNodeLosesItsWindow(t *testing.T) {
 func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})
-		n := &fakeNode{id: "A"}
-		n.deliver = func(st deliverStream) error {
-			if _, err := n.greet(st); err != nil {
-				return err
-			}
-			for {
-				f, err := st.Recv()
-				if err != nil {
-					return err
-				}
-				if len(f.GetDeliveries()) == 0 {
-					continue
-				}
-				if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
-					return err
-				}
-				time.Sleep(500 * time.Millisecond)
-				out := &pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: []uint32{1}}}}
-				if err := st.Send(out); err != nil {
-					return err
-				}
-			}
-		}
-		w.start("a:1", n)
+		w.start("a:1", leavingNode(500*time.Millisecond))
 		w.register("A", "a:1")
 		w.up(1)
 		w.room("r", "A", "u1", "u2")
@@ -855,30 +832,40 @@ func TestFrameThatIsBuiltWhenTheNoticeComesIsNotWritten(t *testing.T) {
 func leavingNode(after time.Duration) *fakeNode {
 	n := &fakeNode{id: "A"}
 	n.deliver = func(st deliverStream) error {
-		if _, err := n.greet(st); err != nil {
-			return err
-		}
-		for {
-			f, err := st.Recv()
-			if err != nil {
+		return n.eachDelivery(st, func(f *pubsub.DeliverRequest) error {
+			if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil || after == 0 {
 				return err
-			}
-			if len(f.GetDeliveries()) == 0 {
-				continue
-			}
-			if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
-				return err
-			}
-			if after == 0 {
-				continue
 			}
 			time.Sleep(after)
-			if err := st.Send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: []uint32{1}}}}); err != nil {
-				return err
-			}
-		}
+			return ackOf(st, f)
+		})
 	}
 	return n
+}
+
+// eachDelivery says hello and takes frames; on gets those with deliveries.
+func (n *fakeNode) eachDelivery(st deliverStream, on func(*pubsub.DeliverRequest) error) error {
+	if _, err := n.greet(st); err != nil {
+		return err
+	}
+	for {
+		f, err := st.Recv()
+		if err != nil {
+			return err
+		}
+		if len(f.GetDeliveries()) == 0 {
+			continue
+		}
+		if err := on(f); err != nil {
+			return err
+		}
+	}
+}
+
+// ackOf acknowledges each delivery of a frame for one user.
+func ackOf(st deliverStream, f *pubsub.DeliverRequest) error {
+	delivered := slices.Repeat([]uint32{1}, len(f.GetDeliveries()))
+	return st.Send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: f.GetFirstSeq(), Delivered: delivered}}})
 }
 
 // A node leaves etcd, drains and acknowledges. Its removal may come between the last
@@ -910,59 +897,55 @@ func TestRemovedNodeThatDrainsIsAwaited(t *testing.T) {
 	}
 }
 
-// The notice of a node that leaves comes on one stream before it comes on another.
+// The notice of a node that leaves comes on one stream before it comes on another, which
+// may be when the first one has ended.
 func TestRemovedNodeIsAwaitedOnStreamsWithoutANoticeYet(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		w := newWorld(t, Config{Shards: 2})
-		n := &fakeNode{id: "A"}
-		var told atomic.Bool
-		n.deliver = func(st deliverStream) error {
-			if _, err := n.greet(st); err != nil {
-				return err
-			}
-			for {
-				f, err := st.Recv()
-				if err != nil {
-					return err
-				}
-				if len(f.GetDeliveries()) == 0 {
-					continue
-				}
-				if told.CompareAndSwap(false, true) {
-					if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
-						return err
-					}
-				}
-				time.Sleep(100 * time.Millisecond) // eight of them are within the ack timeout
-				acks := &pubsub.AckRange{First: f.GetFirstSeq(), Delivered: slices.Repeat([]uint32{1}, len(f.GetDeliveries()))}
-				if err := st.Send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{acks}}); err != nil {
+	for _, after := range []time.Duration{0, 150 * time.Millisecond} {
+		bubble(t, func(t *testing.T) { removedBetweenNotices(t, after) })
+	}
+}
+
+func removedBetweenNotices(t *testing.T, after time.Duration) {
+	t.Helper()
+	w := newWorld(t, Config{Shards: 2})
+	n := &fakeNode{id: "A"}
+	var told atomic.Bool
+	n.deliver = func(st deliverStream) error {
+		if told.Load() {
+			return errors.New("node is draining")
+		}
+		return n.eachDelivery(st, func(f *pubsub.DeliverRequest) error {
+			if told.CompareAndSwap(false, true) {
+				if err := st.Send(&pubsub.DeliverResponse{Drain: true}); err != nil {
 					return err
 				}
 			}
+			time.Sleep(100 * time.Millisecond)
+			return ackOf(st, f)
+		})
+	}
+	w.start("a:1", n)
+	w.register("A", "a:1")
+	w.up(2)
+	users := []string{"u"} // one of one shard, and three of the other one
+	for i := 0; len(users) < 4; i++ {
+		if user := fmt.Sprint("u", i); w.shards.For(user) != w.shards.For("u") {
+			users = append(users, user)
 		}
-		w.start("a:1", n)
-		w.register("A", "a:1")
-		w.up(2)
-		users := []string{"u0", "u1", "u2", "u3", "u4", "u5", "u6", "u7"} // of both shards
-		w.room("r", "A", users...)
-		var pushes []*pending
-		for _, user := range users {
-			pushes = append(pushes, w.begin(w.toUser(user, "x")))
-			synctest.Wait() // from the first one on its shard refuses
+	}
+	w.room("r", "A", users...)
+	var pushes []*pending
+	for _, user := range users {
+		pushes = append(pushes, w.begin(w.toUser(user, "x")))
+		synctest.Wait() // the first one brings the notice
+	}
+	time.Sleep(after)
+	w.register()
+	for i, f := range pushes {
+		if r := w.end(f); r.Delivered != 1 {
+			t.Errorf("removed after %v: %s: %+v", after, users[i], r)
 		}
-		w.register()
-		delivered := 0
-		for i, f := range pushes {
-			r := w.end(f)
-			if r.Unknown != 0 {
-				t.Errorf("%s: %+v", users[i], r)
-			}
-			delivered += r.Delivered
-		}
-		if delivered < 2 {
-			t.Errorf("%d delivered: nothing was under way on the other stream", delivered)
-		}
-	})
+	}
 }
 
 func TestRemovedNodeThatDrainsIsNotAwaitedForEver(t *testing.T) {
@@ -994,6 +977,35 @@ func TestRemovedNodeThatDrainsIsNotAwaitedForEver(t *testing.T) {
 		if r := w.end(f); r.Unknown != 1 || time.Since(begun) > time.Second {
 			t.Errorf("closed after %v: %+v", time.Since(begun), r)
 		}
+	})
+}
+
+// While a node that is gone is awaited, its deliveries are held to their own deadlines. A
+// push whose route is known has no other clock than the link's.
+func TestRemovedNodeIsAwaitedNoLongerThanTheDeadline(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := w.start("a:1", &fakeNode{id: "A", answer: func(seq uint64, _ []string, text string, r *pubsub.DeliverResponse) {
+			if text == "first" {
+				r.Acks = []*pubsub.AckRange{{First: seq, Delivered: []uint32{1}}}
+			} else {
+				r.Drain = true
+			}
+		}})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		w.do(w.toUser("u1", "first"))
+		begun := time.Now()
+		p := w.toUser("u1", "last")
+		p.Timeout = 100 * time.Millisecond
+		f := w.begin(p)
+		synctest.Wait()
+		w.register()
+		if r := w.end(f); r.Unknown != 1 || time.Since(begun) > 150*time.Millisecond {
+			t.Errorf("after %v: %+v", time.Since(begun), r)
+		}
+		n.received(t)
 	})
 }
 

@@ -66,7 +66,6 @@ type Set struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	closed bool
-	gone   []*node // no longer registered, with links that may still await acks
 }
 
 // snapshot is the immutable set of nodes.
@@ -74,6 +73,7 @@ type snapshot struct {
 	nodes  []*node // ordered by id
 	byID   map[string]*node
 	byLink [][]engine.Link // by shard, ordered by node id
+	gone   []*node         // no longer registered, with links that may still await acks
 }
 
 // New makes a Set without nodes. Close ends it.
@@ -138,6 +138,18 @@ func newSnapshot(nodes []*node, shards int) *snapshot {
 	return t
 }
 
+// left lists the nodes of old that are not in now any more, and of those that were gone
+// before the ones whose links have not ended.
+func (old *snapshot) left(now *snapshot) []*node {
+	gone := slices.DeleteFunc(slices.Clone(old.gone), (*node).ended)
+	for _, n := range old.nodes {
+		if now.byID[n.id] != n {
+			gone = append(gone, n)
+		}
+	}
+	return gone
+}
+
 // Link returns the link of a shard to a node, nil when no such node is registered.
 func (s *Set) Link(shard int, node string) engine.Link {
 	n, ok := s.snapshot.Load().byID[node]
@@ -180,6 +192,7 @@ func (s *Set) Update(nodes []Node) error {
 		next = append(next, fresh)
 	}
 	t := newSnapshot(next, s.cfg.Shards)
+	t.gone = old.left(t)
 	s.snapshot.Store(t)
 	s.adoptLocked(old, t, started)
 	s.mu.Unlock()
@@ -209,14 +222,12 @@ func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
 		id := n.id
 		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
 	}
-	s.gone = slices.DeleteFunc(s.gone, (*node).ended)
 	for _, n := range old.nodes {
 		if now.byID[n.id] == nil {
 			s.meters.set.UnregisterMetric(connections(n.id))
 		}
 		if now.byID[n.id] != n {
 			s.endCanary(n)
-			s.gone = append(s.gone, n)
 		}
 	}
 }
@@ -241,12 +252,18 @@ func (s *Set) loop() {
 		case <-t.C:
 			s.clock.advance()
 			now, ran := s.clock.real.Load(), s.clock.ran.Load()
-			for _, n := range s.snapshot.Load().nodes {
-				for _, l := range n.links {
-					if l.look.Load() <= ran {
-						s.look(l, now, ran, &scratch)
-					}
-				}
+			t := s.snapshot.Load()
+			s.lookAt(t.nodes, now, ran, &scratch)
+			s.lookAt(t.gone, now, ran, &scratch) // what they owe has its deadline, too
+		}
+	}
+}
+
+func (s *Set) lookAt(nodes []*node, now, ran int64, scratch *due) {
+	for _, n := range nodes {
+		for _, l := range n.links {
+			if l.look.Load() <= ran {
+				s.look(l, now, ran, scratch)
 			}
 		}
 	}
@@ -300,9 +317,9 @@ func (s *Set) Close() {
 		return
 	}
 	s.closed = true
-	t, gone := s.snapshot.Load(), s.gone
+	t := s.snapshot.Load()
 	s.mu.Unlock()
-	for _, n := range slices.Concat(t.nodes, gone) {
+	for _, n := range slices.Concat(t.nodes, t.gone) {
 		n.close(engine.DropDraining)
 	}
 	s.runs.Wait()
@@ -416,6 +433,7 @@ type node struct {
 	links    []*Link // by shard
 
 	live   atomic.Int64                                // links that are up
+	leaves atomic.Bool                                 // it has said so once, on some stream
 	canary atomic.Pointer[metrics.PrometheusHistogram] // there while a stream is that may measure
 
 	streams int // that may measure; guarded by set.mu
@@ -441,7 +459,7 @@ func newNode(s *Set, n Node) *node {
 // timeout first, those too on which this is still to come: it acknowledges what it has
 // taken, and going is no reason to doubt that. A second close ends that.
 func (n *node) close(why engine.Reason) {
-	patient := why != engine.DropDraining && n.status().Draining
+	patient := why != engine.DropDraining && n.leaves.Load()
 	for _, l := range n.links {
 		l.close(why, patient)
 	}

@@ -395,6 +395,7 @@ func (s *stream) receive() error {
 	if r.drain && l.state == up {
 		notice = true
 		l.setLocked(draining)
+		l.node.leaves.Store(true)
 		refused = l.queue.popAll(nil)
 	}
 	l.ringLocked()
