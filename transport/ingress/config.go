@@ -95,7 +95,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxStreams, 256)                  // per connection
 	setDefault(&c.Calls, 384)                       // with 512 a call costs a twelfth more in an overload, with 2,048 half as much again
 	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
-	setDefault(&c.Handshakes, 1024)                 // some MiB; a balancer is one address, and its clients may all come at once
+	setDefault(&c.Handshakes, 1024)                 // of 41 KB; a balancer is one address, and its clients may all come at once
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay

@@ -2,7 +2,6 @@ package ingress
 
 import (
 	"context"
-	"math"
 	"net"
 	"runtime"
 	"sync/atomic"
@@ -25,6 +24,8 @@ type conn struct {
 	limiter *limiter
 	unread  func() int    // bytes that have come and are not read, 0 where nobody knows
 	turn    chan struct{} // a token when it may go on, one for each time that it was lined
+	// handshake is set before the first Read.
+	handshake *handshake
 
 	// The highest priority of its calls lately, and when it was seen last. One that has made
 	// no call yet may ask for health: it counts as high.
@@ -38,10 +39,6 @@ type conn struct {
 	// tally is where they count.
 	expected atomic.Int64
 	tally    atomic.Pointer[tally]
-
-	// Static once the credentials are exchanged.
-	handshake *handshake
-	hello     int64 // so many bytes have been read when that is over
 
 	// Owned by Read, and by whoever lets it in while it waits.
 	greeted bool
@@ -163,7 +160,7 @@ func (c *conn) take(n int, more, fresh bool) {
 		here = c.unread()
 	}
 	c.age.read(n, here, at)
-	if !c.greeted && c.age.taken >= c.hello {
+	if !c.greeted && c.age.taken >= helloBytes {
 		c.greeted = true
 		c.handshake.end()
 	}
@@ -277,9 +274,8 @@ func (h heldCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 		return nil, nil, err
 	}
 	c := newConn(raw, h.limiter)
-	c.handshake, c.hello = begun, math.MaxInt64
+	c.handshake = begun
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
-	c.hello = c.age.taken + helloBytes
 	return secured, heldInfo{info, c}, err
 }
 

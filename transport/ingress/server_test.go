@@ -597,6 +597,21 @@ func TestAddressesCountTheirHandshakesApart(t *testing.T) {
 	}
 }
 
+// gRPC may close the connection without a word to us.
+func TestHandshakeThatNobodyEndsIsOverWithItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHandshakes(1, time.Second, metrics.NewSet())
+		from := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}
+		_, err := h.begin(from)
+		ok(t, err)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		again, err := h.begin(from)
+		ok(t, err)
+		again.end()
+	})
+}
+
 // Behind the handshake keepalive asks, and the answer would have to come behind what is
 // still missing of the frame.
 func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
