@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -165,14 +166,21 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 	}
 }
 
-// B9: connections that say too little, too slowly. Each ends with the handshake's
-// time, however alive it looks, and those who speak are served meanwhile.
+// B9: connections that say too little, too slowly, before their handshake or behind it. Each
+// ends in time, however alive it looks, and those who speak are served meanwhile.
 func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=2s")
 	const each = 50
 	var wg sync.WaitGroup
 	var ended atomic.Int64
-	for name, pause := range map[string]time.Duration{"mute": 0, "one byte at a time": 200 * time.Millisecond} {
+	for name, say := range map[string]struct{ once, slowly string }{
+		"mute":               {},
+		"one byte at a time": {"", http2.ClientPreface},
+		"headers one byte at a time": {
+			http2.ClientPreface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00" + "\x00\x04\x00\x01\x04\x00\x00\x00\x01", // settings, and headers of 1 KiB
+			strings.Repeat("\x82", 1<<10),
+		},
+	} {
 		for range each {
 			conn, err := net.Dial("tcp", w.m.api)
 			if err != nil {
@@ -182,20 +190,17 @@ func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 				t.Fatal(err)
 			}
 			gone := make(chan struct{})
-			if pause > 0 { // 24 bytes, of which the handshake's time lets ten through
-				wg.Go(func() {
-					for i := range http2.ClientPreface {
-						if _, err := conn.Write([]byte{http2.ClientPreface[i]}); err != nil {
-							return
-						}
-						select {
-						case <-gone:
-							return
-						case <-time.After(pause): //nolint:forbidigo // 24 times at most
-						}
+			wg.Go(func() {
+				_, err := io.WriteString(conn, say.once)
+				for i := 0; err == nil && i < len(say.slowly); i++ {
+					_, err = conn.Write([]byte{say.slowly[i]})
+					select {
+					case <-gone:
+						return
+					case <-time.After(200 * time.Millisecond): //nolint:forbidigo // until gone
 					}
-				})
-			}
+				}
+			})
 			wg.Go(func() {
 				defer close(gone)
 				defer func() { _ = conn.Close() }()
@@ -210,8 +215,8 @@ func TestConnectionsThatDawdleAreClosed(t *testing.T) {
 	}
 	w.all.more(volume / 5)
 	took := eventually(t, "all are closed", func() error {
-		if n := ended.Load(); n < 2*each {
-			return fmt.Errorf("%d of %d", n, 2*each)
+		if n := ended.Load(); n < 3*each {
+			return fmt.Errorf("%d of %d", n, 3*each)
 		}
 		return nil
 	})

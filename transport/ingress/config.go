@@ -36,7 +36,8 @@ type Config struct {
 	// connections are not read, the lowest priority first. 384 keep a core busy with all
 	// nodes nearby; so many for each 25 ms are what nodes far away can get.
 	Calls int
-	// ConnectionTimeout bounds the handshake of a connection.
+	// ConnectionTimeout bounds the handshake of a connection, and for how long headers are
+	// awaited that have begun.
 	ConnectionTimeout time.Duration
 	// Handshakes bounds the connections of one address that have not made theirs. One more is
 	// closed at once.

@@ -42,6 +42,7 @@ type conn struct {
 
 	// Owned by Read, and by whoever lets it in while it waits.
 	greeted bool
+	headers headers
 	age     age
 	size    size
 	guess   int64 // calls in what was read last
@@ -94,8 +95,9 @@ func (s *size) calls(n int, made, before int64) int64 {
 	return 1 + int64(n)/max(usual, callBytes)
 }
 
-func newConn(raw net.Conn, l *limiter) *conn {
-	c := &conn{Conn: raw, limiter: l, unread: func() int { return 0 }, turn: make(chan struct{}, 1)}
+// newConn makes a connection that awaits headers that have begun for no longer than that.
+func newConn(raw net.Conn, l *limiter, patience time.Duration) *conn {
+	c := &conn{Conn: raw, limiter: l, unread: func() int { return 0 }, turn: make(chan struct{}, 1), headers: newHeaders(patience)}
 	if s, ok := raw.(syscall.Conn); ok {
 		if socket, err := s.SyscallConn(); err == nil {
 			c.unread = func() int { return pending(socket) }
@@ -139,7 +141,7 @@ func (c *conn) Read(b []byte) (int, error) {
 		fresh = c.age.taken >= c.age.mark && (at-c.age.after < spell || c.unread() == 0)
 	}
 	c.settle()
-	n, err := c.Conn.Read(b)
+	n, err := c.headers.read(c.Conn, b, c.unread)
 	if n > 0 {
 		c.take(n, n == len(b), fresh)
 	}
@@ -273,7 +275,7 @@ func (h heldCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	if err != nil {
 		return nil, nil, err
 	}
-	c := newConn(raw, h.limiter)
+	c := newConn(raw, h.limiter, h.handshakes.timeout)
 	c.handshake = begun
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
 	return secured, heldInfo{info, c}, err

@@ -21,6 +21,8 @@
 //   - Too many calls at a time are slower than some: while Config.Calls are worked on,
 //     connections are not read, the lowest priority first. Whatever waits for a node
 //     for long does not count, and nobody is left unread for good.
+//   - What a client has begun to say, and has to end before anybody can be asked for it,
+//     ends within Config.ConnectionTimeout: its handshake, and the headers of each call.
 //   - On the way down nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
 //     PushStreams end, and only what still comes after that is refused with DRAINING.

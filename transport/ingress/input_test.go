@@ -238,10 +238,20 @@ func h2call(t *testing.T, w *world, headers map[string]string) map[string]string
 	ok(t, err)
 	defer conn.Close()
 	ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
-	_, err = conn.Write([]byte(http2.ClientPreface))
-	ok(t, err)
-	framer := http2.NewFramer(conn, conn)
-	ok(t, framer.WriteSettings())
+	framer := hello(t, conn)
+	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, headers), EndHeaders: true}))
+	body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	compressed := byte(0)
+	if headers["grpc-encoding"] != "" {
+		compressed = 1
+	}
+	ok(t, framer.WriteData(1, true, append([]byte{compressed, 0, 0, 0, byte(len(body))}, body...)))
+	return h2read(t, framer)
+}
+
+// headersOf encodes the headers of a call, these and those that every call has.
+func headersOf(t *testing.T, headers map[string]string) []byte {
+	t.Helper()
 	var block bytes.Buffer
 	enc := hpack.NewEncoder(&block)
 	for _, name := range []string{":method", ":scheme", ":path", ":authority", "content-type", "te", "grpc-encoding"} {
@@ -253,16 +263,10 @@ func h2call(t *testing.T, w *world, headers map[string]string) map[string]string
 			ok(t, enc.WriteField(hpack.HeaderField{Name: name, Value: value}))
 		}
 	}
-	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true}))
-	body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
-	compressed := byte(0)
-	if headers["grpc-encoding"] != "" {
-		compressed = 1
-	}
-	ok(t, framer.WriteData(1, true, append([]byte{compressed, 0, 0, 0, byte(len(body))}, body...)))
-	return h2read(t, framer)
+	return block.Bytes()
 }
 
+// h2read returns the headers and trailers of the one answer.
 func h2read(t *testing.T, framer *http2.Framer) map[string]string {
 	t.Helper()
 	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)

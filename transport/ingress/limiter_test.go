@@ -76,7 +76,7 @@ func keepFull(t *testing.T, l *limiter, calls int) (empty func()) {
 // heldConn is a connection with calls of a priority, and the side of its client.
 func heldConn(l *limiter, p engine.Priority) (c *conn, client net.Conn) {
 	client, server := net.Pipe()
-	c = newConn(server, l)
+	c = newConn(server, l, time.Hour)
 	c.note(p, 0)
 	return c, client
 }
@@ -520,7 +520,7 @@ func TestNewConnectionIsGreetedAtOnceAndThenWaits(t *testing.T) {
 		time.Sleep(time.Hour)
 		defer keepFull(t, l, 2)()
 		client, server := net.Pipe()
-		c := newConn(server, l)
+		c := newConn(server, l, time.Hour)
 		defer func() { _ = c.Close() }()
 		c.unread = func() int { return 1000 } // its reader is late
 		go func() {

@@ -612,33 +612,6 @@ func TestHandshakeThatNobodyEndsIsOverWithItsTime(t *testing.T) {
 	})
 }
 
-// Behind the handshake keepalive asks, and the answer would have to come behind what is
-// still missing of the frame.
-func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, func(c *Config, _ *engine.Config) { c.KeepaliveTime, c.KeepaliveTimeout = 10*time.Second, 5*time.Second })
-		conn, err := w.dial(w.context(), "")
-		ok(t, err)
-		hello(t, conn)
-		began := time.Now()
-		var dawdler sync.WaitGroup
-		dawdler.Go(func() {
-			const headers = "\x00\x04\x00\x01\x04\x00\x00\x00\x01" // of 1 KiB for stream 1
-			_, err := conn.Write([]byte(headers))
-			for err == nil {
-				_, err = conn.Write([]byte{0x82}) // :method GET
-				time.Sleep(time.Second)
-			}
-		})
-		_, _ = io.Copy(io.Discard, conn) // until the server closes
-		if took := time.Since(began); took > 20*time.Second {
-			t.Errorf("open for %v", took)
-		}
-		ok(t, conn.Close())
-		dawdler.Wait()
-	})
-}
-
 func TestLimitsAreAnnounced(t *testing.T) {
 	w := newWorld(t, nil)
 	conn, err := w.dial(w.context(), "")

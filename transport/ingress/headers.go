@@ -1,0 +1,101 @@
+package ingress
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// frameHead is the size of what each frame of HTTP/2 begins with (RFC 9113, section 4.1).
+const frameHead = 9
+
+// headers follows the frames of a connection, and bounds how long a block of headers, or the
+// head of a frame, is awaited once it has begun: a client that never ends one would keep the
+// connection and what there is of its call, however alive it looks. Other payloads may take
+// their time. They are messages, which may be large, and the client far away.
+type headers struct {
+	// Static.
+	timeout time.Duration
+
+	// Owned by Read.
+	head   [frameHead]byte
+	have   int           // bytes of the head that have come
+	left   int           // bytes until the next head
+	first  bool          // the head is that of the first frame, which is a part of the handshake
+	block  bool          // the frame is of a block of headers
+	more   bool          // the block has not said that it ends
+	waited time.Duration // for what has begun
+}
+
+func newHeaders(timeout time.Duration) headers {
+	return headers{timeout: timeout, left: len(http2.ClientPreface), first: true}
+}
+
+// begun tells whether something has begun that must end in time. For the handshake gRPC
+// sees to that.
+func (h *headers) begun() bool {
+	return !h.first && (h.have > 0 || h.more || h.block && h.left > 0)
+}
+
+// pass follows the frames through what was read.
+func (h *headers) pass(b []byte) {
+	for len(b) > 0 {
+		if h.left > 0 {
+			n := min(h.left, len(b))
+			h.left -= n
+			b = b[n:]
+		} else {
+			n := copy(h.head[h.have:], b)
+			b = b[n:]
+			if h.have += n; h.have == frameHead {
+				h.frame()
+			}
+		}
+		if !h.begun() {
+			h.waited = 0
+		}
+	}
+}
+
+// frame takes the head of a frame apart.
+func (h *headers) frame() {
+	h.have, h.first = 0, false
+	h.left = int(binary.BigEndian.Uint32(h.head[:]) >> 8)
+	kind, flags := http2.FrameType(h.head[3]), http2.Flags(h.head[4])
+	h.block = kind == http2.FrameHeaders || kind == http2.FrameContinuation
+	if h.block {
+		h.more = !flags.Has(http2.FlagHeadersEndHeaders) // it is the same of a CONTINUATION
+	}
+}
+
+// read reads from a connection of which so many bytes have come and are not read.
+func (h *headers) read(from net.Conn, b []byte, unread func() int) (n int, err error) {
+	if !h.begun() {
+		n, err = from.Read(b)
+		h.pass(b[:n])
+		return n, err
+	}
+	began := time.Now()
+	n, err = readUntil(from, b, began.Add(h.timeout-h.waited))
+	if errors.Is(err, os.ErrDeadlineExceeded) && unread() > 0 {
+		n, err = readUntil(from, b, time.Now().Add(h.timeout)) // it was us who were late
+	}
+	h.waited += time.Since(began)
+	h.pass(b[:n])
+	return n, err
+}
+
+func readUntil(from net.Conn, b []byte, end time.Time) (int, error) {
+	if err := from.SetReadDeadline(end); err != nil {
+		return 0, err
+	}
+	n, err := from.Read(b)
+	if err != nil {
+		return n, err // the very error: gRPC asks whether it is io.EOF
+	}
+	return n, from.SetReadDeadline(time.Time{})
+}

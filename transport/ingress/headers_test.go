@@ -1,0 +1,181 @@
+package ingress
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
+	"pgregory.net/rapid"
+
+	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
+	const get = 0x82 // :method GET, a block of headers of one byte
+	for _, c := range []struct {
+		name string
+		once string // what is said at once
+		then func(i int) []byte
+	}{
+		{"a frame of 1 KiB, a byte at a time", "\x00\x04\x00\x01\x04\x00\x00\x00\x01", func(int) []byte { return []byte{get} }},
+		{"the head of a frame, a byte at a time", "", func(i int) []byte { return []byte("\x00\x00\x08\x06\x00\x00\x00\x00\x00")[i : i+1] }},
+		{"a block without an end, a frame at a time", "\x00\x00\x01\x01\x00\x00\x00\x00\x01\x82", func(int) []byte { return []byte("\x00\x00\x01\x09\x00\x00\x00\x00\x01\x82") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				conn, err := w.dial(w.context(), "")
+				ok(t, err)
+				hello(t, conn)
+				synctest.Wait()
+				began := time.Now()
+				var dawdler sync.WaitGroup
+				dawdler.Go(func() {
+					_, err := io.WriteString(conn, c.once)
+					for i := 0; err == nil; i++ {
+						_, err = conn.Write(c.then(i))
+						time.Sleep(900 * time.Millisecond)
+					}
+				})
+				_, _ = io.Copy(io.Discard, conn) // until the server closes
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("open for %v", took)
+				}
+				ok(t, conn.Close())
+				dawdler.Wait()
+			})
+		})
+	}
+}
+
+// slowly writes in two halves, and pauses in between.
+type slowly struct {
+	net.Conn
+	pause time.Duration
+}
+
+func (c slowly) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b[:len(b)/2])
+	if err != nil {
+		return n, err
+	}
+	time.Sleep(c.pause)
+	m, err := c.Conn.Write(b[len(b)/2:])
+	return n + m, err
+}
+
+// Each part of what a client says comes in time, and all of it takes much longer than one
+// part may.
+func TestSlowClientIsServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.ConnectionTimeout = 10 * time.Second })
+		dial, dials := w.dial, 0
+		w.dial = func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			dials++
+			return slowly{conn, 2 * time.Second}, err
+		}
+		conn := w.connect()
+		defer conn.Close()
+		client := pubsub.NewPushManagerServiceClient(conn)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		for range 10 {
+			_, err := client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+			ok(t, err)
+			time.Sleep(time.Minute) // no deadline is left behind
+		}
+		if dials != 1 {
+			t.Errorf("%d connections, want 1", dials)
+		}
+	})
+}
+
+// A message may be large, and its client far away.
+func TestMessageThatComesSlowlyIsNoHeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(_ *Config, e *engine.Config) { e.Timeout = time.Minute })
+		conn, err := w.dial(w.context(), "")
+		ok(t, err)
+		defer conn.Close()
+		framer := hello(t, conn)
+		ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, map[string]string{":path": methodUser}), EndHeaders: true}))
+		body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+		message := append([]byte{0, 0, 0, 0, byte(len(body))}, body...)
+		_, err = conn.Write([]byte{0, 0, byte(len(message)), byte(http2.FrameData), byte(http2.FlagDataEndStream), 0, 0, 0, 1})
+		ok(t, err)
+		for _, b := range message {
+			_, err = conn.Write([]byte{b})
+			ok(t, err)
+			time.Sleep(time.Second)
+		}
+		if header := h2read(t, framer); header["grpc-status"] != "0" {
+			t.Errorf("answered %v", header)
+		}
+	})
+}
+
+// However the bytes are cut, what has begun is known after each of them.
+func TestHeadersAreFollowedHoweverTheyAreCut(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var wire bytes.Buffer
+		wire.WriteString(http2.ClientPreface)
+		framer := http2.NewFramer(&wire, nil)
+		framer.AllowIllegalWrites = true
+		var begun []bool // after each byte, as the frames were meant
+		frame := func(open, ends bool, write func() error) {
+			from := wire.Len()
+			if err := write(); err != nil {
+				t.Fatal(err)
+			}
+			for at := from + 1; at <= wire.Len(); at++ {
+				switch {
+				case at == wire.Len():
+					begun = append(begun, open && !ends)
+				default:
+					begun = append(begun, open || at-from < frameHead)
+				}
+			}
+		}
+		begun = make([]bool, wire.Len())
+		frame(false, true, func() error { return framer.WriteSettings() })
+		for i := len(http2.ClientPreface); i < len(begun); i++ {
+			begun[i] = false // the handshake's
+		}
+		payload := rapid.SliceOfN(rapid.Byte(), 0, 40)
+		for range rapid.IntRange(1, 8).Draw(t, "frames") {
+			switch rapid.IntRange(0, 2).Draw(t, "kind") {
+			case 0:
+				frame(false, true, func() error { return framer.WriteData(1, rapid.Bool().Draw(t, "last"), payload.Draw(t, "data")) })
+			case 1:
+				frame(false, true, func() error { return framer.WritePing(false, [8]byte{}) })
+			default:
+				more := rapid.IntRange(0, 3).Draw(t, "continuations")
+				frame(true, more == 0, func() error {
+					return framer.WriteHeaders(http2.HeadersFrameParam{
+						StreamID: 1, BlockFragment: payload.Draw(t, "headers"), EndHeaders: more == 0, EndStream: rapid.Bool().Draw(t, "end"),
+						PadLength: uint8(rapid.IntRange(0, 5).Draw(t, "padding")),
+					})
+				})
+				for ; more > 0; more-- {
+					frame(true, more == 1, func() error { return framer.WriteContinuation(1, more == 1, payload.Draw(t, "continuation")) })
+				}
+			}
+		}
+		h := newHeaders(time.Second)
+		for b, at := wire.Bytes(), 0; at < len(b); {
+			n := rapid.IntRange(1, len(b)-at).Draw(t, "cut")
+			h.pass(b[at : at+n])
+			if at += n; h.begun() != begun[at-1] {
+				t.Fatalf("after %d of %x: begun %v", at, b, h.begun())
+			}
+		}
+	})
+}
