@@ -41,7 +41,7 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 					"\t\t\treturn\n\t\t}\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n\n// wait returns true",
 				},
 			},
-			dir: "transport/link", test: "TestRemovedNodeLosesItsWindow",
+			dir: "transport/link", test: "TestRemovedNodeThatNeverAcksEndsUnknown",
 		},
 		{
 			name: "never remove a dead node",

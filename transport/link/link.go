@@ -4,7 +4,6 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/push-manager/push-manager/engine"
 )
@@ -148,25 +147,32 @@ func live(s state) int {
 	return 0
 }
 
-// close ends the link for good, see node.close.
-func (l *Link) close(why engine.Reason, patient bool) {
+// close ends the link for good, see node.close. What is queued is dropped at once.
+func (l *Link) close(why engine.Reason) {
 	l.mu.Lock()
-	first := l.closing == engine.Sent
-	if first {
-		l.closing = why
+	cancel := l.cancel
+	if l.closing == engine.Sent {
+		if l.closing = why; l.owedLocked(why) {
+			cancel = nil // the stream ends when it has its acks, or with their deadlines
+			l.setLocked(draining)
+		}
 		l.refreshLocked()
 	}
-	cancel := l.cancel
-	patient = patient && first && (l.state == up || l.state == draining)
+	list := l.queue.popAll(nil)
 	l.mu.Unlock()
-	switch {
-	case cancel == nil:
-	case patient:
-		time.AfterFunc(l.set.cfg.AckTimeout, cancel) // the node may say nothing more
-	default:
+	drop(list, why)
+	if cancel != nil {
 		cancel()
 	}
 	l.rouse()
+}
+
+// owedLocked tells whether a link that is closed awaits what it has written. A node that is
+// no longer registered acknowledges what it has taken if it lives, and going is no reason to
+// doubt that. One that is elsewhere now does if it has said that it drains.
+func (l *Link) owedLocked(why engine.Reason) bool {
+	ends := why == engine.DropUnknownNode && l.state == up || why != engine.DropDraining && l.state == draining
+	return ends && l.stream.win.live > 0
 }
 
 // leave starts the link's drain: what is queued is still sent, then the node is

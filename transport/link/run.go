@@ -398,12 +398,10 @@ func (l *Link) watchLocked(s *stream, now, ran int64, out *due) error {
 		return errSilent
 	case l.stalled && ran-s.ackAt >= int64(cfg.Silence):
 		return errOwing
-	case l.state == draining && s.win.live == 0:
-		return errDrained
 	case s.drainSent && s.win.live == 0 && ran-max(s.inAt, s.ackAt) >= int64(cfg.AckTimeout):
 		return errDrained
 	}
-	return nil
+	return s.drainedLocked()
 }
 
 // nextLookLocked is the running time at which the clock must look again.

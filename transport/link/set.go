@@ -73,7 +73,7 @@ type snapshot struct {
 	nodes  []*node // ordered by id
 	byID   map[string]*node
 	byLink [][]engine.Link // by shard, ordered by node id
-	gone   []*node         // no longer registered, with links that may still await acks
+	gone   []*node         // no longer registered, with links that still await acks
 }
 
 // New makes a Set without nodes. Close ends it.
@@ -138,10 +138,9 @@ func newSnapshot(nodes []*node, shards int) *snapshot {
 	return t
 }
 
-// left lists the nodes of old that are not in now any more, and of those that were gone
-// before the ones whose links have not ended.
+// left lists the nodes of old that are not in now any more, and those that were gone before.
 func (old *snapshot) left(now *snapshot) []*node {
-	gone := slices.DeleteFunc(slices.Clone(old.gone), (*node).ended)
+	gone := slices.Clone(old.gone)
 	for _, n := range old.nodes {
 		if now.byID[n.id] != n {
 			gone = append(gone, n)
@@ -164,7 +163,8 @@ func (s *Set) Link(shard int, node string) engine.Link {
 func (s *Set) Links(shard int) []engine.Link { return s.snapshot.Load().byLink[shard] }
 
 // Update makes nodes the complete set of registered nodes. A node with a new
-// address gets new links at once, one that is gone loses its links, and one that
+// address gets new links at once and loses the old ones, but for those on which it
+// drains. One that is gone gets nothing more, and what it has got is awaited. One that
 // is down is tried without delay.
 func (s *Set) Update(nodes []Node) error {
 	s.mu.Lock()
@@ -197,6 +197,11 @@ func (s *Set) Update(nodes []Node) error {
 	s.adoptLocked(old, t, started)
 	s.mu.Unlock()
 
+	for _, n := range old.gone {
+		if slices.ContainsFunc(started, func(fresh *node) bool { return fresh.addr == n.addr }) {
+			n.close(engine.DropUnreachable) // or the new links might overtake the old ones
+		}
+	}
 	for _, n := range old.nodes {
 		switch now := t.byID[n.id]; {
 		case now == nil:
@@ -255,8 +260,20 @@ func (s *Set) loop() {
 			t := s.snapshot.Load()
 			s.lookAt(t.nodes, now, ran, &scratch)
 			s.lookAt(t.gone, now, ran, &scratch) // what they owe has its deadline, too
+			if slices.ContainsFunc(t.gone, (*node).ended) {
+				s.forget()
+			}
 		}
 	}
+}
+
+// forget lets go of the nodes that are gone and whose links have ended.
+func (s *Set) forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := *s.snapshot.Load()
+	t.gone = slices.DeleteFunc(slices.Clone(t.gone), (*node).ended)
+	s.snapshot.Store(&t)
 }
 
 func (s *Set) lookAt(nodes []*node, now, ran int64, scratch *due) {
@@ -289,7 +306,8 @@ func (s *Set) panicked(where string, what any) {
 // Drain stops intake, sends what is queued, tells the nodes, and waits until they
 // have acknowledged everything or ctx ends. Close must follow.
 func (s *Set) Drain(ctx context.Context) error {
-	nodes := s.snapshot.Load().nodes
+	t := s.snapshot.Load()
+	nodes := slices.Concat(t.nodes, t.gone)
 	for _, n := range nodes {
 		for _, l := range n.links {
 			l.leave()
@@ -433,7 +451,6 @@ type node struct {
 	links    []*Link // by shard
 
 	live   atomic.Int64                                // links that are up
-	leaves atomic.Bool                                 // it has said so once, on some stream
 	canary atomic.Pointer[metrics.PrometheusHistogram] // there while a stream is that may measure
 
 	streams int // that may measure; guarded by set.mu
@@ -455,13 +472,10 @@ func newNode(s *Set, n Node) *node {
 }
 
 // close ends the links for good; why is what becomes of what is queued. It does not wait
-// for them. If the node has said on one stream that it drains, they are given the ack
-// timeout first, those too on which this is still to come: it acknowledges what it has
-// taken, and going is no reason to doubt that. A second close ends that.
+// for them. A second close ends at once.
 func (n *node) close(why engine.Reason) {
-	patient := why != engine.DropDraining && n.leaves.Load()
 	for _, l := range n.links {
-		l.close(why, patient)
+		l.close(why)
 	}
 }
 

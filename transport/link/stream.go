@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -284,15 +285,15 @@ const frameSpare = 64
 
 // commit puts what was encoded into the window, just before it is written, and
 // the rest of the batch back into the queue. False means that nothing is written: the
-// stream has died in the meantime, or its node has said that it goes. The stream ends once
-// the window is empty, so what got into it now would be lost.
+// stream has died in the meantime, or its node goes. The stream ends once the window is
+// empty, so what got into it now would be lost.
 func (s *stream) commit(rest int) bool {
 	l := s.link
 	l.mu.Lock()
-	if s.dead || l.state != up && len(s.w.batch) > 0 {
+	if s.dead || (l.state != up || l.closing != engine.Sent) && len(s.w.batch) > 0 {
 		why := engine.DropUnreachable
 		if !s.dead {
-			why = engine.DropDraining
+			why = l.refusal
 			s.drainSent = s.drainSent && !s.w.control.drain
 			s.beatDue = s.beatDue || s.w.control.beat != 0
 		}
@@ -395,11 +396,10 @@ func (s *stream) receive() error {
 	if r.drain && l.state == up {
 		notice = true
 		l.setLocked(draining)
-		l.node.leaves.Store(true)
 		refused = l.queue.popAll(nil)
 	}
 	l.ringLocked()
-	drained := l.state == draining && s.win.live == 0
+	ended := s.drainedLocked()
 	l.mu.Unlock()
 
 	if trip > 0 {
@@ -407,7 +407,20 @@ func (s *stream) receive() error {
 	}
 	drop(refused, engine.DropDraining)
 	strikes += s.settle(&late)
-	return s.verdict(late, strikes, notice, drained)
+	return cmp.Or(s.verdict(late, strikes, notice), ended)
+}
+
+// drainedLocked tells why a stream ends on which nothing is awaited any more, nil while
+// something is or more may be written.
+func (s *stream) drainedLocked() error {
+	switch {
+	case s.link.state != draining || s.win.live > 0:
+		return nil
+	case !s.win.empty():
+		return errOwing
+	default:
+		return errDrained
+	}
 }
 
 // settle settles what the frame acknowledged and returns the number of lies.
@@ -446,7 +459,7 @@ func (s *stream) clamp(a *engine.Ack) {
 }
 
 // verdict counts what came and tells whether the stream goes on.
-func (s *stream) verdict(late, strikes int, notice, drained bool) error {
+func (s *stream) verdict(late, strikes int, notice bool) error {
 	l, m := s.link, s.link.set.meters
 	for i := range s.r.resp.misses {
 		if !s.r.resp.misses[i].acked {
@@ -474,9 +487,6 @@ func (s *stream) verdict(late, strikes int, notice, drained bool) error {
 		if s.r.strikes >= strikesMax {
 			return errLies
 		}
-	}
-	if drained {
-		return errDrained
 	}
 	return nil
 }
