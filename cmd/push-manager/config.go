@@ -149,7 +149,7 @@ func (c *Config) bindAPI(s *config.Set) {
 	s.Int(&a.MaxStreams, "api.streams", 256, 1, 1<<20, "Calls under way on one connection.")
 	s.Int(&a.Calls, "api.calls", 384, 1, 1<<20, "Unary calls worked on at a time for each core: younger than 50 ms and not answered. While there are more, connections are not read, the lowest priority first.")
 	s.Duration(&a.ConnectionTimeout, "api.handshake_timeout", 5*time.Second, time.Millisecond, "Longest handshake of a connection, and longest wait for the rest of headers that have begun.")
-	s.Int(&a.Handshakes, "api.handshakes", 1024, 1, 1<<20, "Connections of one address that have not made their handshake; one more is closed at once.")
+	s.Int(&a.Handshakes, "api.handshakes", 1024, 1, 1<<20, "Connections of one address (IPv6: of one /64) that have not made their handshake; one more costs the oldest its place.")
 	s.Duration(&a.KeepaliveTime, "api.keepalive_time", 30*time.Second, time.Second, "Silence after which a client is asked whether it is there.")
 	s.Duration(&a.KeepaliveTimeout, "api.keepalive_timeout", 10*time.Second, time.Second, "How long its answer may take.")
 	s.Duration(&a.KeepaliveMinTime, "api.keepalive_min_time", 5*time.Second, time.Millisecond, "How often a client may ask the same.")

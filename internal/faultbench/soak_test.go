@@ -82,8 +82,7 @@ type soak struct {
 
 	all     tally
 	leaves  [][2]time.Duration // when a guest was about to leave, and when that was over
-	stray   []*push            // unknown or not a success, and no leave near
-	unsure  []*push            // unknown beside a leave, the first few
+	stray   []*push            // unknown, or not a success and no leave near
 	broken  map[string]violation
 	excused map[string]bool // ids of the same, while the machine let nobody run
 	series  struct{ goroutines, files, connections, heap series }
@@ -389,10 +388,7 @@ func (s *soak) settle(before time.Duration) {
 func (s *soak) book(p *push, excuses [][2]time.Duration) {
 	s.all.add(p)
 	switch {
-	case p.success || within(p, s.leaves):
-		if p.summary.GetUnknown() > 0 && len(s.unsure) < 5 {
-			s.unsure = append(s.unsure, p)
-		}
+	case p.success || within(p, s.leaves) && p.summary.GetUnknown() == 0 && (p.err == nil || p.safe()):
 	case within(p, excuses):
 		s.excused[p.id] = true
 	default:
@@ -476,17 +472,14 @@ func (s *soak) verdict(took time.Duration, rate float64) {
 		float64(l.sent)/(took-l.paused).Seconds(), l.held)
 	s.t.Log(s.all)
 	unknown := 0
-	for _, p := range s.unsure {
-		s.t.Logf("while a node left, at %v: %v", p.start, p)
-	}
 	for _, p := range s.stray {
 		if p.err != nil && !p.safe() || p.summary.GetUnknown() > 0 {
 			if unknown++; unknown <= 5 {
-				s.t.Errorf("unknown while no node left: %v", p)
+				s.t.Errorf("unknown, though all nodes leave in good order: at %v: %v", p.start, p)
 			}
 		}
 	}
-	s.t.Logf("while no node left: %d unknown, %d failed otherwise; besides, %d unknown, failed or late around the %d times when the machine let nobody run",
+	s.t.Logf("%d unknown, and %d failed otherwise while no node left; besides, %d unknown, failed or late around the %d times when the machine let nobody run",
 		unknown, len(s.stray)-unknown, len(s.excused), len(s.starvations()))
 	if len(s.stray)*1000 > s.all.pushes {
 		s.t.Errorf("more than 0.1 %% failed while no node left, such as %v", s.stray[0])

@@ -39,8 +39,8 @@ type Config struct {
 	// ConnectionTimeout bounds the handshake of a connection, and for how long headers are
 	// awaited that have begun.
 	ConnectionTimeout time.Duration
-	// Handshakes bounds the connections of one address that have not made theirs. One more is
-	// closed at once.
+	// Handshakes bounds the connections of one address, or of one /64 of IPv6, that have not
+	// made theirs. One more costs the oldest its place.
 	Handshakes int
 	// KeepaliveTime of silence makes the server ask whether the client is there,
 	// KeepaliveTimeout is how long it waits for the answer.

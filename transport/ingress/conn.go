@@ -162,7 +162,7 @@ func (c *conn) take(n int, more, fresh bool) {
 		here = c.unread()
 	}
 	c.age.read(n, here, at)
-	if !c.greeted && c.age.taken >= helloBytes {
+	if !c.greeted && c.headers.greeted() {
 		c.greeted = true
 		c.handshake.end()
 	}
@@ -271,12 +271,8 @@ func insecureHeld(l *limiter, h *handshakes) credentials.TransportCredentials {
 // ServerHandshake implements credentials.TransportCredentials. gRPC keeps the raw connection
 // for the options of the socket.
 func (h heldCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	begun, err := h.handshakes.begin(raw.RemoteAddr())
-	if err != nil {
-		return nil, nil, err
-	}
 	c := newConn(raw, h.limiter, h.handshakes.timeout)
-	c.handshake = begun
+	c.handshake = h.handshakes.begin(raw.RemoteAddr(), raw)
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
 	return secured, heldInfo{info, c}, err
 }

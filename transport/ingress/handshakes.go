@@ -1,43 +1,47 @@
 package ingress
 
 import (
-	"errors"
+	"container/list"
+	"io"
+	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
-	"golang.org/x/net/http2"
+	"golang.org/x/time/rate"
 )
 
-// errHandshakes ends a connection that would be one of too many without a handshake.
-var errHandshakes = errors.New("too many connections of this address without a handshake")
-
-// helloBytes is what every client says first: the preface of HTTP/2, and a frame of settings
-// that may be empty (RFC 9113, section 3.4).
-const helloBytes = int64(len(http2.ClientPreface) + 9)
-
-// handshakes bounds the connections of each address that have not said hello. Such a one has
-// a goroutine and buffers for Config.ConnectionTimeout, whoever opened it.
+// handshakes bounds the connections of each network that have not said hello, which is the
+// preface of HTTP/2 and a frame of settings (RFC 9113, section 3.4). Such a one has a goroutine
+// and buffers for Config.ConnectionTimeout, whoever opened it. One more costs the oldest its
+// place: who means to speak does so at once, also where many share an address with somebody
+// who does not.
 type handshakes struct {
 	// Static.
 	limit   int
 	timeout time.Duration
-	refused *metrics.Counter
+	evicted *metrics.Counter
+	log     *slog.Logger
+
+	warn rate.Sometimes
 
 	mu  sync.Mutex
-	of  map[string]int // by address, of those that have some
+	of  map[string]*list.List // of *handshake, by network, the oldest first; none is empty
 	all int
 }
 
-func newHandshakes(limit int, timeout time.Duration, set *metrics.Set) *handshakes {
+func newHandshakes(c *Config) *handshakes {
 	h := &handshakes{
-		limit:   limit,
-		timeout: timeout,
-		refused: set.GetOrCreateCounter("push_manager_api_connections_refused_total"),
-		of:      make(map[string]int),
+		limit:   c.Handshakes,
+		timeout: c.ConnectionTimeout,
+		evicted: c.Metrics.GetOrCreateCounter("push_manager_api_handshakes_evicted_total"),
+		log:     c.Logger,
+		warn:    rate.Sometimes{Interval: time.Second},
+		of:      make(map[string]*list.List),
 	}
-	set.GetOrCreateGauge("push_manager_api_handshakes", func() float64 {
+	c.Metrics.GetOrCreateGauge("push_manager_api_handshakes", func() float64 {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		return float64(h.all)
@@ -46,31 +50,60 @@ func newHandshakes(limit int, timeout time.Duration, set *metrics.Set) *handshak
 }
 
 // begin counts a connection from there, until the handshake ends or its time is over.
-func (h *handshakes) begin(from net.Addr) (*handshake, error) {
-	address := hostOf(from)
+func (h *handshakes) begin(from net.Addr, conn io.Closer) *handshake {
+	one := &handshake{all: h, network: networkOf(from), conn: conn}
+	var oldest *handshake
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.of[address] >= h.limit {
-		h.refused.Inc()
-		return nil, errHandshakes
+	line := h.of[one.network]
+	if line != nil && line.Len() >= h.limit {
+		oldest, _ = line.Front().Value.(*handshake)
+		h.endLocked(oldest)
+		line = h.of[one.network]
 	}
-	h.of[address]++
+	if line == nil {
+		line = list.New()
+		h.of[one.network] = line
+	}
+	one.place = line.PushBack(one)
 	h.all++
-	one := &handshake{all: h, address: address}
 	// gRPC closes what has not said hello by then, and not always by the net.Conn that it
 	// got from us.
 	one.bound = time.AfterFunc(h.timeout, one.end)
-	return one, nil
+	h.mu.Unlock()
+	if oldest != nil {
+		_ = oldest.conn.Close() // it may be closed already
+		h.evicted.Inc()
+		h.warn.Do(func() {
+			h.log.Warn("too many connections without a handshake: the oldest are closed", "network", one.network, "limit", h.limit)
+		})
+	}
+	return one
+}
+
+// endLocked may be called again.
+func (h *handshakes) endLocked(s *handshake) {
+	if s.place == nil {
+		return
+	}
+	line := h.of[s.network]
+	line.Remove(s.place)
+	if line.Len() == 0 {
+		delete(h.of, s.network)
+	}
+	s.place = nil
+	s.bound.Stop()
+	h.all--
 }
 
 // handshake is that of one connection. One that nobody counts is nil.
 type handshake struct {
 	// Static after begin.
 	all     *handshakes
-	address string
+	network string
+	conn    io.Closer
 	bound   *time.Timer
 
-	over bool // guarded by all.mu
+	place *list.Element // in its line, nil when it is over; guarded by all.mu
 }
 
 // end may be called again.
@@ -78,18 +111,27 @@ func (s *handshake) end() {
 	if s == nil {
 		return
 	}
-	h := s.all
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if s.over {
-		return
+	s.all.mu.Lock()
+	defer s.all.mu.Unlock()
+	s.all.endLocked(s)
+}
+
+// networkBits is what a customer has of IPv6 addresses at least (RFC 6177, section 2).
+const networkBits = 64
+
+// networkOf is what an address belongs to, for a bound that more addresses must not get
+// round: of IPv6 the first half.
+func networkOf(a net.Addr) string {
+	host := hostOf(a)
+	ip, err := netip.ParseAddr(host)
+	if err != nil || ip.Unmap().Is4() {
+		return host
 	}
-	s.over = true
-	s.bound.Stop()
-	h.all--
-	if h.of[s.address]--; h.of[s.address] == 0 {
-		delete(h.of, s.address)
+	network, err := ip.WithZone("").Prefix(networkBits)
+	if err != nil {
+		return host
 	}
+	return network.String()
 }
 
 // hostOf is an address without its port.

@@ -25,20 +25,25 @@ type headers struct {
 	head   [frameHead]byte
 	have   int           // bytes of the head that have come
 	left   int           // bytes until the next head
-	first  bool          // the head is that of the first frame, which is a part of the handshake
+	frames int           // heads that have come; the first one is of the handshake
 	block  bool          // the frame is of a block of headers
 	more   bool          // the block has not said that it ends
 	waited time.Duration // for what has begun
 }
 
 func newHeaders(timeout time.Duration) headers {
-	return headers{timeout: timeout, left: len(http2.ClientPreface), first: true}
+	return headers{timeout: timeout, left: len(http2.ClientPreface)}
 }
 
 // begun tells whether something has begun that must end in time. For the handshake gRPC
 // sees to that.
 func (h *headers) begun() bool {
-	return !h.first && (h.have > 0 || h.more || h.block && h.left > 0)
+	return h.frames > 0 && (h.have > 0 || h.more || h.block && h.left > 0)
+}
+
+// greeted tells whether the client has said hello: the first frame is whole.
+func (h *headers) greeted() bool {
+	return h.frames > 1 || h.frames == 1 && h.left == 0
 }
 
 // pass follows the frames through what was read.
@@ -63,7 +68,8 @@ func (h *headers) pass(b []byte) {
 
 // frame takes the head of a frame apart.
 func (h *headers) frame() {
-	h.have, h.first = 0, false
+	h.have = 0
+	h.frames++
 	h.left = int(binary.BigEndian.Uint32(h.head[:]) >> 8)
 	kind, flags := http2.FrameType(h.head[3]), http2.Flags(h.head[4])
 	h.block = kind == http2.FrameHeaders || kind == http2.FrameContinuation

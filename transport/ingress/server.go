@@ -150,7 +150,7 @@ func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.Creds(insecureHeld(s.limiter, newHandshakes(c.Handshakes, c.ConnectionTimeout, c.Metrics))),
+		grpc.Creds(insecureHeld(s.limiter, newHandshakes(c))),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
 		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),
 		grpc.MaxConcurrentStreams(uint32(c.MaxStreams)),

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -529,12 +530,12 @@ func hello(t *testing.T, conn net.Conn) *http2.Framer {
 func TestConnectionsWithoutHandshakeAreBoundedByAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, func(c *Config, _ *engine.Config) { c.Handshakes = 3 })
-		const gauge, counter = "push_manager_api_handshakes", "push_manager_api_connections_refused_total"
-		expect := func(when, handshakes, refused string) {
+		const gauge, counter = "push_manager_api_handshakes", "push_manager_api_handshakes_evicted_total"
+		expect := func(when, handshakes, evicted string) {
 			t.Helper()
 			synctest.Wait()
-			if h, r := w.metric(gauge), w.metric(counter); h != handshakes || r != refused {
-				t.Errorf("%s: %s without a handshake and %s refused, want %s and %s", when, h, r, handshakes, refused)
+			if h, e := w.metric(gauge), w.metric(counter); h != handshakes || e != evicted {
+				t.Errorf("%s: %s without a handshake and %s evicted, want %s and %s", when, h, e, handshakes, evicted)
 			}
 		}
 		dial := func() net.Conn {
@@ -542,27 +543,23 @@ func TestConnectionsWithoutHandshakeAreBoundedByAddress(t *testing.T) {
 			conn, err := w.dial(w.context(), "")
 			ok(t, err)
 			t.Cleanup(func() { _ = conn.Close() })
+			synctest.Wait() // the order of the handshakes is that of the calls
 			return conn
 		}
-		call := func() {
-			t.Helper()
-			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
-			ok(t, err)
-		}
 		began := time.Now()
-		call()
-		expect("one that calls", "0", "0")
 		mute, half, speaks := dial(), dial(), dial()
-		_, err := half.Write([]byte(http2.ClientPreface))
+		_, err := half.Write([]byte(http2.ClientPreface + "\x00\x00\x06\x04\x00\x00\x00\x00\x00")) // all but the settings
 		ok(t, err)
 		expect("three that have not said all", "3", "0")
-		_, _ = io.Copy(io.Discard, dial())
+		_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+		ok(t, err)
+		expect("one that calls", "2", "1")
+		_, _ = io.Copy(io.Discard, mute) // the oldest is closed
+		last := dial()
 		expect("one more", "3", "1")
-		call()
-
 		hello(t, speaks)
 		expect("one has said hello", "2", "1")
-		ok(t, mute.Close())
+		ok(t, last.Close())
 		expect("one has gone", "1", "1")
 		if took := time.Since(began); took != 0 {
 			t.Errorf("all of this waited for %v", took)
@@ -572,26 +569,43 @@ func TestConnectionsWithoutHandshakeAreBoundedByAddress(t *testing.T) {
 		expect("two more", "3", "1")
 		time.Sleep(5 * time.Second)
 		expect("their time is over", "0", "1")
-		call()
 	})
 }
 
-func TestAddressesCountTheirHandshakesApart(t *testing.T) {
-	h := newHandshakes(1, time.Hour, metrics.NewSet())
-	from := func(ip string, port int) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
-	first, err := h.begin(from("192.0.2.1", 1))
-	ok(t, err)
-	if _, err := h.begin(from("192.0.2.1", 2)); !errors.Is(err, errHandshakes) {
-		t.Errorf("the same address with another port: %v", err)
+// closing tells that it was closed.
+type closing struct{ closed bool }
+
+func (c *closing) Close() error {
+	c.closed = true
+	return nil
+}
+
+func TestNetworksCountTheirHandshakesApart(t *testing.T) {
+	h := newHandshakes(&Config{Handshakes: 1, ConnectionTimeout: time.Hour, Metrics: metrics.NewSet(), Logger: slog.New(slog.DiscardHandler)})
+	began, conns := make(map[string]*handshake), make(map[string]*closing)
+	for _, c := range []struct{ from, evicts string }{
+		{"192.0.2.1:1", ""},
+		{"192.0.2.2:1", ""},
+		{"192.0.2.1:2", "192.0.2.1:1"},
+		{"[2001:db8::1]:1", ""},
+		{"[2001:db8:0:1::1]:1", ""},
+		{"[2001:db8::2:1]:1", "[2001:db8::1]:1"},
+		{"[::ffff:192.0.2.2]:2", "192.0.2.2:1"},
+		{"192.0.2.3:1", ""},
+	} {
+		conns[c.from] = new(closing)
+		began[c.from] = h.begin(net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.from)), conns[c.from])
+		for from, conn := range conns {
+			if conn.closed != (from == c.evicts) {
+				t.Errorf("one more from %s: that from %s is closed: %v", c.from, from, conn.closed)
+			}
+		}
+		delete(conns, c.evicts)
 	}
-	other, err := h.begin(from("2001:db8::1", 1))
-	ok(t, err)
-	first.end()
-	first.end()
-	again, err := h.begin(from("192.0.2.1", 3))
-	ok(t, err)
-	again.end()
-	other.end()
+	for _, one := range began {
+		one.end()
+		one.end()
+	}
 	if len(h.of) != 0 || h.all != 0 {
 		t.Errorf("%d of %v are left", h.all, h.of)
 	}
@@ -600,15 +614,15 @@ func TestAddressesCountTheirHandshakesApart(t *testing.T) {
 // gRPC may close the connection without a word to us.
 func TestHandshakeThatNobodyEndsIsOverWithItsTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHandshakes(1, time.Second, metrics.NewSet())
-		from := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}
-		_, err := h.begin(from)
-		ok(t, err)
+		h := newHandshakes(&Config{Handshakes: 1, ConnectionTimeout: time.Second, Metrics: metrics.NewSet(), Logger: slog.New(slog.DiscardHandler)})
+		first := new(closing)
+		h.begin(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}, first)
 		time.Sleep(time.Second)
 		synctest.Wait()
-		again, err := h.begin(from)
-		ok(t, err)
-		again.end()
+		h.begin(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 2}, new(closing)).end()
+		if first.closed {
+			t.Error("its place was not free")
+		}
 	})
 }
 

@@ -41,9 +41,16 @@
 // answers heartbeats and still owes the ack is not recovered, and a stall without
 // any ack for the silence timeout breaks the stream.
 //
+// A node that is no longer registered may live, and only lose its registration, or leave
+// in good order. Its links are closed for Send, what is queued is dropped, and the streams
+// stay, as if the node had said that it drains, until what was written is acknowledged
+// or overdue. Those of a node that is at another address now end at once, but for those on
+// which it has said so itself.
+//
 // What a node claims about a broadcast is cut to the users that it has online, as
 // it said last. So that this is not old, the frame before a broadcast carries a
-// heartbeat, whose answer comes before the broadcast's ack or with it.
+// heartbeat, whose answer comes before the broadcast's ack or with it. That holds
+// contradictions back, and no node that lies in both.
 //
 // A stream's window starts with 64 deliveries and grows while the node keeps up.
 // After a stall it falls to half of what the node has managed in the ack timeout:

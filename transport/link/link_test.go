@@ -849,6 +849,51 @@ func TestNodeThatHasDrainedBeforeMovesAtOnce(t *testing.T) {
 	})
 }
 
+// Streams are one for each shard, and one may stand while another works.
+func TestStreamThatStandsHarmsOnlyItsOwnShard(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		n, gate := &fakeNode{id: "A"}, make(chan struct{})
+		defer close(gate)
+		var streams atomic.Int64
+		n.deliver = func(st deliverStream) error {
+			if streams.Add(1) == 1 {
+				st = gated{st, gate}
+			}
+			return n.serve(st)
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(2)
+		users := append(w.ofShard(0, 1), w.ofShard(1, 1)...)
+		w.room("r", "A", users...)
+		standing := ""
+		begun := time.Now()
+		first := []*pending{w.begin(w.toUser(users[0], "x")), w.begin(w.toUser(users[1], "x"))}
+		for i, f := range first {
+			if r := w.end(f); r.Unknown == 1 {
+				standing += users[i]
+			} else if r.Delivered != 1 {
+				t.Errorf("%+v", r)
+			}
+		}
+		if took := time.Since(begun); took > 1100*time.Millisecond {
+			t.Errorf("what the stream owes ended after %v", took)
+		}
+		begun = time.Now()
+		for range 100 {
+			for _, user := range users {
+				if r := w.do(w.toUser(user, "y")); (r.Failed == 1) != (user == standing) || r.Unknown != 0 {
+					t.Fatalf("%q stands, %s: %+v", standing, user, r)
+				}
+			}
+		}
+		if took := time.Since(begun); took != 0 {
+			t.Errorf("the others waited for %v", took)
+		}
+	})
+}
+
 func TestDrainNoticeRefusesAndAwaitsTheAcks(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{})
@@ -1040,12 +1085,7 @@ func removedBetweenNotices(t *testing.T, after time.Duration) {
 	w.start("a:1", n)
 	w.register("A", "a:1")
 	w.up(2)
-	users := []string{"u"} // one of one shard, and three of the other one
-	for i := 0; len(users) < 4; i++ {
-		if user := fmt.Sprint("u", i); w.shards.For(user) != w.shards.For("u") {
-			users = append(users, user)
-		}
-	}
+	users := append(w.ofShard(0, 1), w.ofShard(1, 3)...)
 	w.room("r", "A", users...)
 	var pushes []*pending
 	for _, user := range users {

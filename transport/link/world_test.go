@@ -146,6 +146,16 @@ func (w *world) room(room, node string, users ...string) {
 	w.dir.Invalidate([]string{room}, users)
 }
 
+// ofShard makes up so many users of a shard.
+func (w *world) ofShard(shard, count int) (users []string) {
+	for i := 0; len(users) < count; i++ {
+		if user := fmt.Sprint("u", i); w.shards.For(user).Index() == shard {
+			users = append(users, user)
+		}
+	}
+	return users
+}
+
 // start runs a node at addr. The nodes that run are then registered.
 func (w *world) start(addr string, n *fakeNode) *fakeNode {
 	w.t.Helper()
