@@ -10,6 +10,13 @@ import (
 	"golang.org/x/net/http2"
 )
 
+// blockFrames is how many frames the headers of a call may have. They may be large enough for
+// two or three (Config.MaxHeaderBytes; a frame has 16 KiB at least), and empty ones cost
+// nothing but our time.
+const blockFrames = 64
+
+var errBlock = errors.New("a block of headers in too many frames")
+
 // frameHead is the size of what each frame of HTTP/2 begins with (RFC 9113, section 4.1).
 const frameHead = 9
 
@@ -22,13 +29,16 @@ type headers struct {
 	timeout time.Duration
 
 	// Owned by Read.
-	head   [frameHead]byte
-	have   int           // bytes of the head that have come
-	left   int           // bytes until the next head
-	frames int           // heads that have come; the first one is of the handshake
-	block  bool          // the frame is of a block of headers
-	more   bool          // the block has not said that it ends
-	waited time.Duration // for what has begun
+	head     [frameHead]byte
+	have     int           // bytes of the head that have come
+	left     int           // bytes until the next head
+	frames   int           // heads that have come; the first one is of the handshake
+	settings bool          // as it must be: else gRPC gives the connection up
+	block    bool          // the frame is of a block of headers
+	more     bool          // the block has not said that it ends
+	parts    int           // frames of the block
+	waited   time.Duration // for what has begun
+	forgiven bool          // that it was late, once
 }
 
 func newHeaders(timeout time.Duration) headers {
@@ -43,7 +53,7 @@ func (h *headers) begun() bool {
 
 // greeted tells whether the client has said hello: the first frame is whole.
 func (h *headers) greeted() bool {
-	return h.frames > 1 || h.frames == 1 && h.left == 0
+	return h.settings && (h.frames > 1 || h.left == 0)
 }
 
 // pass follows the frames through what was read.
@@ -61,7 +71,7 @@ func (h *headers) pass(b []byte) {
 			}
 		}
 		if !h.begun() {
-			h.waited = 0
+			h.waited, h.forgiven = 0, false
 		}
 	}
 }
@@ -72,8 +82,15 @@ func (h *headers) frame() {
 	h.frames++
 	h.left = int(binary.BigEndian.Uint32(h.head[:]) >> 8)
 	kind, flags := http2.FrameType(h.head[3]), http2.Flags(h.head[4])
-	h.block = kind == http2.FrameHeaders || kind == http2.FrameContinuation
-	if h.block {
+	if h.frames == 1 {
+		h.settings = kind == http2.FrameSettings
+		return
+	}
+	if !h.more {
+		h.parts = 0
+	}
+	if h.block = kind == http2.FrameHeaders || kind == http2.FrameContinuation; h.block {
+		h.parts++
 		h.more = !flags.Has(http2.FlagHeadersEndHeaders) // it is the same of a CONTINUATION
 	}
 }
@@ -87,11 +104,16 @@ func (h *headers) read(from net.Conn, b []byte, unread func() int) (n int, err e
 	}
 	began := time.Now()
 	n, err = readUntil(from, b, began.Add(h.timeout-h.waited))
-	if errors.Is(err, os.ErrDeadlineExceeded) && unread() > 0 {
-		n, err = readUntil(from, b, time.Now().Add(h.timeout)) // it was us who were late
+	if errors.Is(err, os.ErrDeadlineExceeded) && !h.forgiven && unread() > 0 {
+		h.forgiven = true // it was us who were late
+		h.waited, began = 0, time.Now()
+		n, err = readUntil(from, b, began.Add(h.timeout))
 	}
 	h.waited += time.Since(began)
 	h.pass(b[:n])
+	if h.parts > blockFrames {
+		return 0, errBlock
+	}
 	return n, err
 }
 

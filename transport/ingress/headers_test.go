@@ -55,6 +55,29 @@ func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
 	}
 }
 
+// Frames that are empty add nothing to the headers, whose size is bounded.
+func TestBlockOfTooManyFramesEndsTheConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		conn, err := w.dial(w.context(), "")
+		ok(t, err)
+		framer := hello(t, conn)
+		ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}}))
+		var flood sync.WaitGroup
+		flood.Go(func() {
+			for framer.WriteContinuation(1, false, nil) == nil {
+				synctest.Wait() // each is read by itself
+			}
+		})
+		began := time.Now()
+		_, _ = io.Copy(io.Discard, conn) // until the server closes
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("open for %v", took)
+		}
+		flood.Wait()
+	})
+}
+
 // slowly writes in two halves, and pauses in between.
 type slowly struct {
 	net.Conn

@@ -44,8 +44,8 @@
 // A node that is no longer registered may live, and only lose its registration, or leave
 // in good order. Its links are closed for Send, what is queued is dropped, and the streams
 // stay, as if the node had said that it drains, until what was written is acknowledged
-// or overdue. Those of a node that is at another address now end at once, but for those on
-// which it has said so itself.
+// or overdue. They end at once when their address is registered again. So do those of a
+// node that has moved to another address, but for those on which it drains.
 //
 // What a node claims about a broadcast is cut to the users that it has online, as
 // it said last. So that this is not old, the frame before a broadcast carries a

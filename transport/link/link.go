@@ -133,7 +133,7 @@ func (l *Link) refreshLocked() {
 func (l *Link) setLocked(to state) {
 	was := l.state
 	l.state = to
-	l.stalled = false
+	l.stalled = l.stalled && to == draining
 	l.refreshLocked()
 	l.lookLocked()
 	l.node.count(live(to) - live(was))
@@ -152,13 +152,23 @@ func (l *Link) close(why engine.Reason) {
 	l.mu.Lock()
 	cancel := l.cancel
 	if l.closing == engine.Sent {
-		if l.closing = why; l.owedLocked(why) {
-			cancel = nil // the stream ends when it has its acks, or with their deadlines
-			l.setLocked(draining)
+		l.closing = why
+		s := l.stream
+		switch {
+		case l.owedLocked(why):
+			cancel = nil // the session ends when it has its acks, or with their deadlines
+			if s != nil {
+				l.setLocked(draining)
+			}
+		case s != nil && s.win.empty() && s.cause == nil:
+			s.cause = errDrained
 		}
 		l.refreshLocked()
 	}
 	list := l.queue.popAll(nil)
+	if l.lanes != nil {
+		list = l.lanes.popAll(list)
+	}
 	l.mu.Unlock()
 	drop(list, why)
 	if cancel != nil {
@@ -171,9 +181,19 @@ func (l *Link) close(why engine.Reason) {
 // no longer registered acknowledges what it has taken if it lives, and going is no reason to
 // doubt that. One that is elsewhere now does if it has said that it drains.
 func (l *Link) owedLocked(why engine.Reason) bool {
-	ends := why == engine.DropUnknownNode && l.state == up || why != engine.DropDraining && l.state == draining
-	return ends && l.stream.win.live > 0
+	switch l.state { //nolint:exhaustive // the others have written nothing
+	case up:
+		return why == engine.DropUnknownNode && l.stream.win.live > 0
+	case draining:
+		return why != engine.DropDraining && l.stream.win.live > 0
+	case unary:
+		return why == engine.DropUnknownNode && l.lanes.calls > 0
+	}
+	return false
 }
+
+// endsLocked tells that the link's session is the last one.
+func (l *Link) endsLocked() bool { return l.closing != engine.Sent || l.leaving }
 
 // leave starts the link's drain: what is queued is still sent, then the node is
 // told, and the link ends when the node has acknowledged everything.
@@ -209,7 +229,7 @@ func (l *Link) rouse() {
 func (l *Link) over() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.closing != engine.Sent || l.leaving
+	return l.endsLocked()
 }
 
 func drop(list []*engine.Delivery, why engine.Reason) {

@@ -849,6 +849,57 @@ func TestNodeThatHasDrainedBeforeMovesAtOnce(t *testing.T) {
 	})
 }
 
+// jammed is a connection to a node that reads nothing, with all buffers full.
+type jammed struct {
+	net.Conn
+	jam  *atomic.Bool
+	gone chan struct{}
+	once *sync.Once
+}
+
+func (c jammed) Write(b []byte) (int, error) {
+	if c.jam.Load() {
+		<-c.gone
+		return 0, net.ErrClosed
+	}
+	return c.Conn.Write(b)
+}
+
+func (c jammed) Close() error {
+	c.once.Do(func() { close(c.gone) })
+	return c.Conn.Close()
+}
+
+func (c jammed) SetLinger(int) error { return nil }
+
+// gRPC would wait for its last words to be written.
+func TestSessionOnAJammedConnectionEndsAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var jam atomic.Bool
+		var w *world
+		w = newWorld(t, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
+			conn, err := w.dialNode(ctx, addr)
+			return jammed{conn, &jam, make(chan struct{}), new(sync.Once)}, err
+		}})
+		w.start("a:1", &fakeNode{id: "A"})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		jam.Store(true)
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		begun := time.Now()
+		w.register()
+		if r := w.end(f); r.Unknown != 1 {
+			t.Errorf("%+v", r)
+		}
+		w.set.Close()
+		if took := time.Since(begun); took > 1100*time.Millisecond {
+			t.Errorf("its end took %v", took)
+		}
+	})
+}
+
 // Streams are one for each shard, and one may stand while another works.
 func TestStreamThatStandsHarmsOnlyItsOwnShard(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -83,7 +83,7 @@ func atFault(err error) bool {
 func (l *Link) begin(first bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closing != engine.Sent || l.leaving {
+	if l.endsLocked() {
 		return false
 	}
 	if first {
@@ -273,7 +273,7 @@ func (l *Link) serve(s *stream, cancel context.CancelFunc) error {
 	cancel()
 	<-s.written
 	l.mu.Lock()
-	if s.cause != nil {
+	if s.cause != nil && !errors.Is(err, errDrained) {
 		err = s.cause
 	}
 	l.mu.Unlock()
@@ -345,7 +345,7 @@ func (l *Link) tick(now, ran int64, scratch *due) {
 		scratch.expired = lanes.expire(scratch.expired, now)
 		l.unstallLanesLocked(ran)
 		scratch.launch = lanes.waiting(scratch.launch)
-		if l.leaving && l.lanesIdleLocked() {
+		if l.endsLocked() && l.lanesIdleLocked() {
 			left = l.cancel
 		}
 	}

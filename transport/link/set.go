@@ -197,11 +197,6 @@ func (s *Set) Update(nodes []Node) error {
 	s.adoptLocked(old, t, started)
 	s.mu.Unlock()
 
-	for _, n := range old.gone {
-		if slices.ContainsFunc(started, func(fresh *node) bool { return fresh.addr == n.addr }) {
-			n.close(engine.DropUnreachable) // or the new links might overtake the old ones
-		}
-	}
 	for _, n := range old.nodes {
 		switch now := t.byID[n.id]; {
 		case now == nil:
@@ -210,6 +205,11 @@ func (s *Set) Update(nodes []Node) error {
 		case now != n:
 			n.close(engine.DropUnreachable)
 			s.log.Info("node moved", "node", n.id, "from", n.addr, "to", now.addr)
+		}
+	}
+	for _, n := range t.gone {
+		if slices.ContainsFunc(started, func(fresh *node) bool { return fresh.addr == n.addr }) {
+			n.close(engine.DropUnreachable) // or the new links might overtake the old ones
 		}
 	}
 	for _, n := range kept {

@@ -416,11 +416,13 @@ func (s *stream) drainedLocked() error {
 	switch {
 	case s.link.state != draining || s.win.live > 0:
 		return nil
-	case !s.win.empty():
-		return errOwing
-	default:
+	case s.win.empty():
 		return errDrained
+	case s.win.stalled():
+		return errOwing
 	}
+	return nil // nobody waits any more, but it may still come
+
 }
 
 // settle settles what the frame acknowledged and returns the number of lies.

@@ -205,11 +205,11 @@ func (l *Link) deliver(ls *lanes, e entry) {
 	l.answered(ls, err != nil)
 }
 
-// callEnded counts a call out. The last one of a link that leaves ends its session.
+// callEnded counts a call out. The last one of a link that ends, ends its session.
 func (l *Link) callEnded(ls *lanes) {
 	l.mu.Lock()
 	ls.calls--
-	last := l.leaving && l.lanes == ls && l.lanesIdleLocked()
+	last := l.endsLocked() && l.lanes == ls && l.lanesIdleLocked()
 	cancel := l.cancel
 	l.mu.Unlock()
 	if last && cancel != nil {

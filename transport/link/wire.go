@@ -12,7 +12,13 @@ type wire struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
-	conn *net.TCPConn // nil: none yet, or it is not TCP
+	conn lingerer // nil: none yet, or it is not TCP
+}
+
+// lingerer is a *net.TCPConn.
+type lingerer interface {
+	net.Conn
+	SetLinger(seconds int) error
 }
 
 // connect dials for gRPC, which gets the connection as it is.
@@ -25,7 +31,7 @@ func (w *wire) connect(ctx context.Context, addr string) (net.Conn, error) {
 		}
 	}
 	conn, err := dial(ctx, addr)
-	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
+	if tcp, ok := conn.(lingerer); ok && err == nil {
 		w.mu.Lock()
 		w.conn = tcp
 		w.mu.Unlock()
@@ -33,14 +39,16 @@ func (w *wire) connect(ctx context.Context, addr string) (net.Conn, error) {
 	return conn, err
 }
 
-// abort makes the close that follows throw away what was written and has not reached
+// abort closes the connection and throws away what was written and has not reached
 // the node. The kernel would go on to send it for minutes: what the callers know as
 // unknown since long ago would overtake, on a path that heals, what they have pushed
-// since over the next stream.
+// since over the next stream. And gRPC would wait, for seconds, until a node that reads
+// nothing has read its goodbye.
 func (w *wire) abort() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.conn != nil {
-		_ = w.conn.SetLinger(0) // it fails on a connection that is closed already
+		_ = w.conn.SetLinger(0) // both fail on a connection that is closed already
+		_ = w.conn.Close()
 	}
 }
