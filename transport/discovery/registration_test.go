@@ -125,6 +125,7 @@ func TestRegisterGivesUpWithItsContext(t *testing.T) {
 }
 
 func TestLaterRegistrationHasTheID(t *testing.T) {
+	t.Parallel() // it waits for the keep-alive
 	client := etcdtest.Start(t).Client()
 	older := register(t, client, "n1", "127.0.0.1:1")
 	newer := register(t, client, "n1", "127.0.0.1:2")
