@@ -32,7 +32,7 @@ run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, 
 
 .PHONY: test
 test: ## Run all tests with the race detector, in random order
-	$(GO) test -race -shuffle=on ./...
+	$(GO) test -race -shuffle=on -timeout=1h ./...
 
 .PHONY: cover
 cover: ## Run all tests and show the coverage per function (.tmp/cover.html has the lines)

@@ -135,10 +135,10 @@ func (g *generator) run(ctx context.Context, l Load) (*Loaded, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, maxRun)
 	defer cancel()
-	run := &run{load: l, conns: t.conns, messages: m, began: time.Now()}
-	run.until = run.began.Add(l.Duration)
+	run := &run{load: l, conns: t.conns, messages: m}
 	var err error
 	if l.Client == GRPC || !m.fits() {
+		run.start()
 		err = run.grpc(ctx)
 	} else {
 		err = run.raw(ctx, t)
@@ -147,6 +147,12 @@ func (g *generator) run(ctx context.Context, l Load) (*Loaded, error) {
 		return nil, err
 	}
 	return run.result(), nil
+}
+
+// start begins the time of the run.
+func (r *run) start() {
+	r.began = time.Now()
+	r.until = r.began.Add(r.load.Duration)
 }
 
 func (r *run) raw(ctx context.Context, t *target) error {

@@ -14,17 +14,19 @@ import (
 // grace is how long calls may go on after a run's time.
 const grace = 10 * time.Second
 
-// each runs f for each connection at once.
+// each connects, begins the run, and runs f for each connection at once.
 func (r *run) each(ctx context.Context, t *target, f func(i int, w *wire, t *tally) error) error {
+	for i := range t.Conns {
+		if _, err := t.wire(ctx, i); err != nil {
+			return err
+		}
+	}
+	r.start() // to connect is no part of a turn, which may be shorter than that
 	until := r.until.Add(grace)
 	if r.load.Duration == 0 {
 		until = r.began.Add(maxRun)
 	}
-	for i := range t.Conns {
-		w, err := t.wire(ctx, i)
-		if err != nil {
-			return err
-		}
+	for _, w := range t.wires {
 		if err := w.conn.SetDeadline(until); err != nil {
 			return err
 		}

@@ -73,7 +73,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	controller := "127.0.0.1:" + ports[2]
 	p := execute(t, []string{
 		"GRPC_PORT=" + ports[0], "METRICS_PORT=" + ports[1], "ETCD_ENDPOINTS=" + etcd.Endpoint(), "CONTROLLER_ADDRESS=" + controller,
-		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=2s", "LINK_CANARY=100ms",
+		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=2s", "LINK_CANARY=100ms", "LOOKUP_TIMEOUT=5s",
 	}, "push-manager")
 	o := ops("http://127.0.0.1:" + ports[1])
 	conn := client(t, "127.0.0.1:"+ports[0])

@@ -146,7 +146,11 @@ func startPushManager(t *testing.T, env map[string]string) *pushManager {
 
 func startLogging(t *testing.T, env map[string]string, log slog.Handler) *pushManager {
 	t.Helper()
-	all := map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2"}
+	// The timeouts are such that a push which is to succeed does, however busy the machine is.
+	all := map[string]string{
+		"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2", "LOOKUP_TIMEOUT": "5s", "LINK_ACK_TIMEOUT": "20s", "LINK_QUEUE_AGE": "20s",
+		"LINK_SILENCE": "30s", "PUSH_TIMEOUT": "30s",
+	}
 	maps.Copy(all, env)
 	c, err := load(t, nil, all, "")
 	if err != nil {
@@ -178,13 +182,13 @@ func client(t *testing.T, addr string) *grpc.ClientConn {
 	return conn
 }
 
-// eventually polls until ok or fails after five seconds.
+// eventually polls until ok or fails after a minute.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 5s: %s", what)
+			t.Fatalf("not within 1m: %s", what)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -244,7 +248,7 @@ func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	gateway := &counter{}
 	startNode(t, etcd.Client(), gateway)
 	eventually(t, "ready", func() bool { return len(m.NotReady()) == 0 })
-	if took := time.Since(back); took > 2*time.Second {
+	if took := time.Since(back); took > 10*time.Second { // a node was started and registered, too
 		t.Errorf("ready %v after etcd was back", took)
 	}
 	wantHealth(t, health, grpc_health_v1.HealthCheckResponse_SERVING)
@@ -350,7 +354,7 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 	drained := make(chan struct{})
 	go func() {
 		defer close(drained)
-		drain(t, m, 8*time.Second)
+		drain(t, m, time.Minute)
 	}()
 	eventually(t, "not ready, out of etcd", func() bool {
 		code, body := readyz(t, m)
@@ -358,7 +362,7 @@ func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
 		return code == 503 && strings.Contains(body, "draining") && err == nil && len(got.Kvs) == 0
 	})
 	eventually(t, "new pushes are refused", func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond) // one that is still taken waits for the node
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // one that is still taken waits for the node
 		defer cancel()
 		_, err := pubsub.NewPushManagerServiceClient(conn).PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "alice", Content: hello()})
 		return status.Code(err) == codes.Unavailable

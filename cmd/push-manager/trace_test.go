@@ -74,7 +74,7 @@ func connect(t *testing.T, address string) *listener {
 
 func (l *listener) want(t *testing.T, part string) {
 	t.Helper()
-	late := time.NewTimer(5 * time.Second)
+	late := time.NewTimer(time.Minute)
 	defer late.Stop()
 	select {
 	case frame := <-l.frames:

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -30,9 +31,15 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // server delivers pushes to users and fails all others.
 type server struct {
 	pubsub.UnimplementedPushManagerServiceServer
+
+	users  atomic.Int64 // pushes to users
+	twenty func()       // called at the 20th of them; nil for nothing
 }
 
-func (*server) PushToUser(context.Context, *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
+func (s *server) PushToUser(context.Context, *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
+	if s.users.Add(1) == 20 && s.twenty != nil {
+		s.twenty()
+	}
 	return &pubsub.PushToUserResponse{Success: true, Summary: &pubsub.DeliverySummary{Targets: 1, Delivered: 1}}, nil
 }
 
@@ -42,12 +49,17 @@ func (*server) PushToRoom(context.Context, *pubsub.PushToRoomRequest) (*pubsub.P
 
 func serve(t *testing.T) string {
 	t.Helper()
+	return (&server{}).serve(t)
+}
+
+func (s *server) serve(t *testing.T) string {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	g := grpc.NewServer()
-	pubsub.RegisterPushManagerServiceServer(g, &server{})
+	pubsub.RegisterPushManagerServiceServer(g, s)
 	done := make(chan error, 1)
 	go func() { done <- g.Serve(l) }()
 	t.Cleanup(func() {
@@ -208,9 +220,7 @@ func TestExitCodes(t *testing.T) {
 func TestAnInterruptedRunHasResults(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	timer := time.AfterFunc(700*time.Millisecond, cancel)
-	defer timer.Stop()
-	code, out, errOut := pushload(ctx, "--address", serve(t), "--duration=1h", "--warmup=0s", "--rate=100", "--mix=user=1")
+	code, out, errOut := pushload(ctx, "--address", (&server{twenty: cancel}).serve(t), "--duration=1h", "--warmup=0s", "--rate=100", "--mix=user=1")
 	if code > exitFailed || !strings.Contains(out, "(stopped)") || !strings.Contains(out, "delivered") {
 		t.Errorf("exit %d, %s, %s", code, out, errOut)
 	}

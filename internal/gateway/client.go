@@ -137,8 +137,9 @@ func (g *Gateway) sweep() {
 			silent := now - time.Duration(c.heard.Load())
 			switch {
 			case silent >= g.cfg.IdleTimeout:
-				g.count.dead.Inc()
-				c.shut()
+				if c.shut() { // its reader may take longer than until the next sweep to end
+					g.count.dead.Inc()
+				}
 			case silent >= g.cfg.PingInterval && !c.pinged.Swap(true):
 				c.sendFrame(wsFrame(gws.OpcodePing, nil))
 			}

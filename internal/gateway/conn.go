@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"errors"
 	"maps"
 	"net"
 	"sync"
@@ -198,13 +199,14 @@ func (c *conn) write(buf *buffer, code uint16) bool {
 	return true
 }
 
-// shut closes the connection without a word, which ends its reader and writer.
-func (c *conn) shut() {
+// shut closes the connection without a word, which ends its reader and writer. It tells
+// whether nobody had done so before.
+func (c *conn) shut() (first bool) {
 	c.mu.Lock()
 	c.closed = true
 	c.queue = nil
 	c.mu.Unlock()
-	_ = c.net.Close() // Nothing is left to be done about an error.
+	return !errors.Is(c.net.Close(), net.ErrClosed) // Nothing is left to be done about other errors.
 }
 
 // buffers keeps the memory that writers gather frames in.

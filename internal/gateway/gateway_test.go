@@ -395,7 +395,7 @@ func TestSlowDeviceDoesNotFailTheUser(t *testing.T) {
 }
 
 func TestSilentClientsArePingedAndDeadOnesCutOff(t *testing.T) {
-	g, _ := start(t, newController(t), func(c *Config) { c.PingInterval, c.IdleTimeout = 50*time.Millisecond, 400*time.Millisecond })
+	g, _ := start(t, newController(t), func(c *Config) { c.PingInterval, c.IdleTimeout = 200*time.Millisecond, 4*time.Second })
 	well := connect(t, g, "well", "") // Answers pings.
 	_ = rawClient(t, g, "dead")
 	eventually(t, "the dead client is cut off", func() bool { return g.count.dead.Get() == 1 })
@@ -626,7 +626,7 @@ func TestDrainIsBoundedWithStuckPeers(t *testing.T) {
 		t.Error("drained with stuck peers")
 	}
 	g.Close()
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > 8*time.Second { // WriteTimeout is 10 s
 		t.Errorf("took %v", took)
 	}
 }

@@ -23,7 +23,7 @@ func register(t *testing.T, client *clientv3.Client, id, addr string) *Registrat
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	r, err := Register(ctx, RegistrationConfig{
-		Client: client, ID: id, Addr: addr, TTL: 2 * time.Second, CheckInterval: 100 * time.Millisecond,
+		Client: client, ID: id, Addr: addr, TTL: 10 * time.Second, CheckInterval: 100 * time.Millisecond,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +43,7 @@ func closeRegistration(t *testing.T, r *Registration) {
 
 // valueOf is the key's value, empty when there is no key.
 func valueOf(client *clientv3.Client, key string) string {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()
 	got, err := client.Get(ctx, key)
 	if err != nil || len(got.Kvs) == 0 {
@@ -125,6 +125,7 @@ func TestRegisterGivesUpWithItsContext(t *testing.T) {
 }
 
 func TestLaterRegistrationHasTheID(t *testing.T) {
+	t.Parallel() // it waits for the keep-alive
 	client := etcdtest.Start(t).Client()
 	older := register(t, client, "n1", "127.0.0.1:1")
 	newer := register(t, client, "n1", "127.0.0.1:2")
