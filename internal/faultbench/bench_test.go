@@ -40,6 +40,7 @@ type bench struct {
 	client     *clientv3.Client
 	controller *controller
 	children   []*child
+	unwatch    func() // ends the watch of the machine and waits for its end
 }
 
 // slackForCI is what a loaded machine may take beyond a deadline. The real figure is
@@ -53,11 +54,23 @@ func newBench(t testing.TB) *bench {
 
 func newBenchOf(t testing.TB, etcd *etcdtest.Server) *bench {
 	t.Helper()
-	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcd}
+	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcd, unwatch: func() {}}
+	b.watch(starved)
+	t.Cleanup(func() { b.unwatch() })
 	b.client = b.etcd.Client()
 	b.controller = newController(t, b.world)
 	t.Cleanup(b.finish) // before the parts end
 	return b
+}
+
+// watch notes from now on when the machine lets nobody run for longer than is tolerated. It
+// takes the place of the watch before: what two of them see would count twice.
+func (b *bench) watch(tolerated time.Duration) {
+	b.unwatch()
+	stop := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() { b.ledger.watchMachine(stop, tolerated) })
+	b.unwatch = func() { close(stop); watching.Wait() }
 }
 
 // seedOf is the seed of a run: SEED, or one of its own.

@@ -92,11 +92,7 @@ func steady(next func(*rand.Rand) request) func(*rand.Rand) request {
 // repeat makes the outage happen again and again, and reports.
 func (r *recovery) repeat(o outage) {
 	r.t.Helper()
-	stop := make(chan struct{})
-	var watching sync.WaitGroup
-	watching.Go(func() { r.ledger.watchMachine(stop, late) })
-	defer watching.Wait()
-	defer close(stop)
+	r.watch(late)
 	since := r.ledger.now()
 	loads := []*load{r.m.callers(12, steady(r.someBad)), r.m.callers(4, steady(r.someGood))}
 	random := rand.New(rand.NewPCG(r.seed, 3))
@@ -112,12 +108,22 @@ func (r *recovery) repeat(o outage) {
 	}
 	r.m.good(room("mixed"))
 	if r.judge {
-		r.unharmed(since)
+		r.unharmedAtAll(since)
 	} else {
 		r.unharmedInQuiet(list)
 	}
 	r.m.atRest()
 	r.report(o, list)
+}
+
+// unharmedAtAll is unharmed of all pushes, whether the machine let us run or not.
+func (r *recovery) unharmedAtAll(since time.Duration) {
+	r.t.Helper()
+	all := r.ledger.tally(since, r.ledger.now(), forGood)
+	r.t.Logf("I9: to the other node: %v", all)
+	if all.pushes == 0 || all.success*1000 < all.pushes*999 {
+		r.t.Errorf("the other node suffered: %v", all)
+	}
 }
 
 // unharmedInQuiet is unharmed of the repetitions in which the machine let us run. One push

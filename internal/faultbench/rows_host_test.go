@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"testing"
 	"time"
 )
@@ -70,11 +69,7 @@ func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
 	// The margins are for our own nodes and callers, which a loaded machine may not let run.
 	const silence = 5 * time.Second
 	m := s.manage(2, "PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", fmt.Sprint("LINK_SILENCE=", silence), "LOOKUP_TIMEOUT=10s")
-	stop := make(chan struct{})
-	var watching sync.WaitGroup
-	watching.Go(func() { s.ledger.watchMachine(stop, time.Second) })
-	defer watching.Wait()
-	defer close(stop)
+	s.watch(time.Second)
 	m.good(room("mixed"))
 	m.rest()
 	since := s.ledger.now()
