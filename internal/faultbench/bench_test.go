@@ -234,6 +234,12 @@ func prompt(env ...string) []string {
 	return append([]string{"LINK_ACK_TIMEOUT=1s", "LINK_QUEUE_AGE=1s", "LINK_SILENCE=3s"}, env...)
 }
 
+// lenient are settings that grant a loaded machine all it may take, for callers who ask
+// patiently.
+func lenient(env ...string) []string {
+	return append([]string{"PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=1m", "LOOKUP_TIMEOUT=10s"}, env...)
+}
+
 // boot starts the process, for the first time or again.
 func (m *manager) boot() {
 	m.process = run(m.b.t, m.id, exec.Command(pushManager(m.b.t)), m.env)
@@ -366,6 +372,14 @@ type request struct {
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
 func room(id string) request { return request{kind: toRoom, key: id, deadline: 4 * time.Second} }
 func everybody() request     { return request{kind: toAll, deadline: 4 * time.Second} }
+
+// patiently asks for the same with time for a machine that has other work: what is in
+// question is whether it is served, and not whether this machine is fast. It is for a
+// Push-Manager that grants as much: PUSH_TIMEOUT=30s, as lenient has it.
+func patiently(r request) request {
+	r.deadline, r.patient = 30*time.Second, true
+	return r
+}
 
 // defaultDeadline is what a call without one gets.
 const defaultDeadline = 5 * time.Second

@@ -25,12 +25,9 @@ func (m *manager) calm() {
 	}
 }
 
-// someone makes a push for anybody, with time for a machine that has other work. It is for
-// a Push-Manager that grants as much: PUSH_TIMEOUT=30s.
+// someone makes a push for anybody, patiently.
 func (s *street) someone(r *rand.Rand) request {
-	q := some(r, append(s.bad, s.good...), "mixed")
-	q.deadline, q.patient = 30*time.Second, true
-	return q
+	return patiently(some(r, append(s.bad, s.good...), "mixed"))
 }
 
 // unhurried is run with callers who have time: what is in question is whether they are
@@ -168,9 +165,7 @@ func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
 		return err
 	})
 	w.all.more(volume / 5)
-	there := room("mixed")
-	there.deadline, there.patient = 30*time.Second, true
-	w.m.good(there) // on the connection that is there
+	w.m.good(patiently(room("mixed"))) // on the connection that is there
 	for _, c := range crowd {
 		_ = c.Close()
 	}

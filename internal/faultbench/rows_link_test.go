@@ -110,14 +110,15 @@ func TestOneWayLossIsUnknownWhicheverWayIsLost(t *testing.T) {
 func TestSlowLinkDeliversWithoutFalseTimeouts(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
-	m := s.manage(1, prompt()...)
+	// The defaults, four times as long: so is what a loaded machine may add to it.
+	m := s.manage(1, "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", "LINK_SILENCE=12s", "PUSH_TIMEOUT=30s")
 	m.good(room("bad room"))
 	m.rest()
-	late := toxic{delay: 100 * time.Millisecond, jitter: 50 * time.Millisecond} // and the same on the way back
+	late := toxic{delay: 400 * time.Millisecond, jitter: 200 * time.Millisecond} // and the same on the way back
 	link.set(requests, late)
 	link.set(replies, late)
 	since := s.ledger.now()
-	callers := m.callers(50, s.someBad)
+	callers := m.callers(150, func(r *rand.Rand) request { return patiently(s.someBad(r)) })
 	callers.more(3 * volume / 2)
 	callers.end()
 	all := s.tallyBad(since)
