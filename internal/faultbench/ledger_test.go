@@ -423,7 +423,7 @@ type tally struct {
 	targets, delivered, offline, failed, unknown  int
 	errors                                        map[codes.Code]int
 	bare                                          int // errors that do not say that nothing was sent
-	slowest, overrun                              time.Duration
+	median, slowest, overrun                      time.Duration // median: of those that ledger.tally sums up
 	firstUnknown, lastUnknown, lastFailed, lastOK time.Duration
 }
 
@@ -433,11 +433,17 @@ func (l *ledger) tally(from, to time.Duration, pick func(*push) bool) tally {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t := tally{errors: map[codes.Code]int{}}
+	var took []time.Duration
 	for _, p := range l.pushes {
 		if !p.done || p.start < from || p.start > to || pick != nil && !pick(p) {
 			continue
 		}
 		t.add(p)
+		took = append(took, p.took())
+	}
+	if len(took) > 0 {
+		slices.Sort(took)
+		t.median = took[len(took)/2]
 	}
 	return t
 }
@@ -475,6 +481,6 @@ func (t *tally) add(p *push) {
 }
 
 func (t tally) String() string {
-	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered, %d offline, %d failed, %d unknown; errors %v, %d bare; slowest %v",
-		t.pushes, t.success, t.targets, t.delivered, t.offline, t.failed, t.unknown, t.errors, t.bare, t.slowest.Round(time.Millisecond))
+	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered, %d offline, %d failed, %d unknown; errors %v, %d bare; median %v, slowest %v",
+		t.pushes, t.success, t.targets, t.delivered, t.offline, t.failed, t.unknown, t.errors, t.bare, t.median.Round(time.Millisecond), t.slowest.Round(time.Millisecond))
 }

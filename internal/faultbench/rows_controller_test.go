@@ -68,8 +68,8 @@ func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 	if all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
 		t.Errorf("all are refused, and it is said that nothing was sent: %v", all)
 	}
-	if all.slowest > 2*time.Second {
-		t.Errorf("a refusal took %v", all.slowest)
+	if all.median > time.Second { // a program that waits lets all of them wait
+		t.Errorf("half of the refusals took %v", all.median)
 	}
 	if p := m.push(user("nobody knows")); !retryInfo(p.err) || reasonOf(p.err) != "CONTROLLER_UNAVAILABLE" {
 		t.Errorf("%v %v", p.err, status.Convert(p.err).Details())

