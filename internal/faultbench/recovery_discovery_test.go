@@ -213,7 +213,7 @@ func TestRecoveryOfANodeThatMovesOnAndOn(t *testing.T) {
 			return nil
 		})
 		took[i] = time.Since(begin)
-		if p := w.m.push(user("bad1")); !p.success {
+		if p := w.m.push(patiently(user("bad1"))); !p.success {
 			t.Errorf("at the new address: %v", p)
 		}
 		old.stop()

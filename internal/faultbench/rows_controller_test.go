@@ -160,14 +160,15 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
 	good := s.wire("good", s.good...)
-	m := s.manage(2, "ROUTE_CACHE_TTL=1h")
+	m := s.manage(2, lenient("ROUTE_CACHE_TTL=1h")...)
 	m.good(room("mixed"))
 	for _, id := range s.bad {
 		m.good(user(id))
 	}
 	m.rest()
 	since := s.ledger.now()
-	callers := m.callers(16, s.someBad)
+	someBad := func(r *rand.Rand) request { return patiently(s.someBad(r)) }
+	callers := m.callers(16, someBad)
 	callers.more(volume / 2)
 	for _, id := range s.bad { // behind everybody's back
 		good.users.connect(id)
@@ -191,7 +192,7 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 		good.users.leave(id)
 	}
 	since = s.ledger.now()
-	callers = m.callers(16, s.someBad)
+	callers = m.callers(16, someBad)
 	callers.more(volume)
 	callers.end()
 	all = s.tallyBad(since)

@@ -3,6 +3,7 @@ package faultbench
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
@@ -25,14 +26,20 @@ type whole struct {
 	all   *load
 }
 
+// run starts traffic to the good node, by callers who have time.
 func (s *street) run(env ...string) *whole {
 	s.t.Helper()
+	return s.runFor(func(r *rand.Rand) request { return patiently(s.someGood(r)) }, env...)
+}
+
+func (s *street) runFor(next func(*rand.Rand) request, env ...string) *whole {
+	s.t.Helper()
 	w := &whole{street: s, nodes: map[string]*wireNode{"bad": s.wire("bad", s.bad...), "good": s.wire("good", s.good...)}}
-	w.m = s.manage(2, env...)
+	w.m = s.manage(2, lenient(env...)...)
 	w.m.good(room("mixed"))
 	w.m.rest()
 	w.since = s.ledger.now()
-	w.all = w.m.callers(4, s.someGood)
+	w.all = w.m.callers(4, next)
 	return w
 }
 
@@ -242,7 +249,7 @@ func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	w.ledger.note("bad's lease is revoked")
 	w.m.until("discovery_held_nodes", func(v float64) bool { return v == 1 })
 	lasts(t, time.Second, "it stays", func() error {
-		if p := w.m.push(user("bad1")); !p.success {
+		if p := w.m.push(patiently(user("bad1"))); !p.success {
 			return fmt.Errorf("%v", p)
 		}
 		return nil

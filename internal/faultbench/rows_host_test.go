@@ -30,15 +30,11 @@ func (s *street) someone(r *rand.Rand) request {
 	return patiently(some(r, append(s.bad, s.good...), "mixed"))
 }
 
-// unhurried is run with callers who have time: what is in question is whether they are
-// served, and not whether this machine is fast.
-func (s *street) unhurried(env ...string) *whole {
+// everywhere is run with traffic to both nodes. Its callers are connected when it returns.
+func (s *street) everywhere(env ...string) *whole {
 	s.t.Helper()
-	w := s.run(append(env, "PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=1m", "LOOKUP_TIMEOUT=10s")...)
-	w.all.end()
-	w.since = s.ledger.now()
-	w.all = w.m.callers(4, s.someone)
-	w.all.more(1) // they are connected
+	w := s.runFor(s.someone, env...)
+	w.all.more(1)
 	return w
 }
 
@@ -136,7 +132,7 @@ func quota(t *testing.T, p *process, share float64) bool {
 // P9: no more descriptors. What is connected works on, and what is not gets in when
 // there is room again.
 func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
-	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon
+	w := newStreet(t).everywhere("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon
 	const spare = 20
 	pid := strconv.Itoa(w.m.cmd.Process.Pid)
 	limit := fmt.Sprint(int(w.m.baseline["process_open_fds"]) + spare)

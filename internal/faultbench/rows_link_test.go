@@ -271,11 +271,11 @@ func TestNodeWithANewAddressIsPushedToThere(t *testing.T) {
 	s := newStreet(t)
 	old := s.wire("bad", s.bad...)
 	s.wire("good", s.good...)
-	m := s.manage(2)
+	m := s.manage(2, lenient()...)
 	m.good(room("mixed"))
 	m.rest()
 	since := s.ledger.now()
-	callers := m.callers(8, s.someBad)
+	callers := m.callers(8, func(r *rand.Rand) request { return patiently(s.someBad(r)) })
 	callers.more(volume / 5)
 	fresh := newWireNode(t, s.ledger, "bad", wireConfig{})
 	fresh.users.node = "bad, elsewhere"
@@ -353,7 +353,7 @@ func TestRestartedNodeAtTheSameAddressIsNoticed(t *testing.T) {
 func TestOfTwoNodesWithOneIDTheLaterWins(t *testing.T) {
 	s := newStreet(t)
 	first := s.wire("bad", s.bad...)
-	m := s.manage(1)
+	m := s.manage(1, lenient()...)
 	m.good(user("bad1"))
 	m.rest()
 	second := newWireNode(t, s.ledger, "bad", wireConfig{})
@@ -370,7 +370,7 @@ func TestOfTwoNodesWithOneIDTheLaterWins(t *testing.T) {
 		return nil
 	})
 	since := s.ledger.now()
-	callers := m.callers(8, s.someBad)
+	callers := m.callers(8, func(r *rand.Rand) request { return patiently(s.someBad(r)) })
 	callers.more(volume)
 	callers.end()
 	all := s.tallyBad(since)
