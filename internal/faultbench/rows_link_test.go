@@ -181,13 +181,16 @@ func TestSlicedBytesAreNoErrorAndCorruptedOnesAreNoDelivery(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
 	s.wire("good", s.good...)
-	m := s.manage(2, prompt()...)
+	// One write for each byte is slow on a busy machine. Acks that are lost must be given up
+	// before the callers do.
+	m := s.manage(2, "LINK_ACK_TIMEOUT=5s", "LINK_QUEUE_AGE=5s", "LINK_SILENCE=15s", "PUSH_TIMEOUT=30s")
 	m.good(room("mixed"))
 	m.rest()
+	someBad := func(r *rand.Rand) request { return patiently(s.someBad(r)) }
 	link.set(requests, toxic{slice: 1})
 	link.set(replies, toxic{slice: 1})
 	since := s.ledger.now()
-	callers := m.callers(16, s.someBad)
+	callers := m.callers(16, someBad)
 	callers.more(volume / 2)
 	callers.end()
 	if all := s.tallyBad(since); all.success != all.pushes {
@@ -198,7 +201,7 @@ func TestSlicedBytesAreNoErrorAndCorruptedOnesAreNoDelivery(t *testing.T) {
 	link.set(requests, toxic{})
 	link.set(replies, toxic{flip: 200}) // a payload is not ours to check, an ack is
 	since = s.ledger.now()
-	callers = m.callers(16, s.someBad)
+	callers = m.callers(16, someBad)
 	callers.more(volume)
 	callers.end()
 	all := s.tallyBad(since)
