@@ -108,7 +108,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	took := s.ledger.now() - killed
 	all := s.tallyBad(since)
 	t.Logf("resolved after %v", took.Round(time.Millisecond))
-	if took > 3*time.Second {
+	if took > 10*time.Second { // their own deadline is the next that would
 		t.Errorf("resolved only after %v", took)
 	}
 	if all.unknown < 100 || all.failed < 50 || all.delivered > 0 {
@@ -118,7 +118,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	if m.connections("bad") != 0 {
 		t.Error("the dead node still has connections")
 	}
-	if p := m.push(user(s.bad[0])); p.summary.GetFailed() != 1 || p.took() > time.Second {
+	if p := m.push(patiently(user(s.bad[0]))); p.summary.GetFailed() != 1 || p.took() > 10*time.Second {
 		t.Errorf("a push to the dead node: %v", p)
 	}
 	others.more(volume)
@@ -184,7 +184,7 @@ func TestStoppedNodeIsUnknownOnceAndThenFailedAtOnce(t *testing.T) {
 	victims.halt()
 	victims.end()
 	t.Logf("suspect after %v, closed after %v", suspect.Round(time.Millisecond), closed.Round(time.Millisecond))
-	if closed > 7*time.Second {
+	if closed > 7*time.Second+slackForCI {
 		t.Errorf("closed only after %v", closed)
 	}
 	others.more(volume)
