@@ -331,7 +331,7 @@ func (m *manager) read() (map[string]float64, error) {
 	return values, nil
 }
 
-var httpClient = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+var httpClient = &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
 
 func get(url string) (int, string, error) {
 	resp, err := httpClient.Get(url)
