@@ -422,8 +422,8 @@ type tally struct {
 	pushes, success                               int
 	targets, delivered, offline, failed, unknown  int
 	errors                                        map[codes.Code]int
-	bare                                          int // errors that do not say that nothing was sent
-	late                                          int // calls that expired near a time in which we could not run
+	bare                                          int           // errors that do not say that nothing was sent
+	late                                          int           // calls that expired near a time in which we could not run
 	median, slowest, overrun                      time.Duration // median: of those that ledger.tally sums up
 	firstUnknown, lastUnknown, lastFailed, lastOK time.Duration
 }

@@ -110,7 +110,8 @@ func TestOneWayLossIsUnknownWhicheverWayIsLost(t *testing.T) {
 func TestSlowLinkDeliversWithoutFalseTimeouts(t *testing.T) {
 	s := newStreet(t)
 	_, link := s.behind("bad", s.bad...)
-	// The defaults, four times as long: so is what a loaded machine may add to it.
+	// The defaults, four times as long, as the delay is: so is what a busy machine may add. In
+	// virtual time transport/link holds the defaults themselves.
 	m := s.manage(1, "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", "LINK_SILENCE=12s", "PUSH_TIMEOUT=30s")
 	m.good(room("bad room"))
 	m.rest()
