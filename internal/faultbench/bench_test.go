@@ -40,6 +40,7 @@ type bench struct {
 	client     *clientv3.Client
 	controller *controller
 	children   []*child
+	unwatch    func() // ends the watch of the machine and waits for its end
 }
 
 // slackForCI is what a loaded machine may take beyond a deadline. The real figure is
@@ -53,11 +54,23 @@ func newBench(t testing.TB) *bench {
 
 func newBenchOf(t testing.TB, etcd *etcdtest.Server) *bench {
 	t.Helper()
-	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcd}
+	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcd, unwatch: func() {}}
+	b.watch(starved)
+	t.Cleanup(func() { b.unwatch() })
 	b.client = b.etcd.Client()
 	b.controller = newController(t, b.world)
 	t.Cleanup(b.finish) // before the parts end
 	return b
+}
+
+// watch notes from now on when the machine lets nobody run for longer than is tolerated. It
+// takes the place of the watch before: what two of them see would count twice.
+func (b *bench) watch(tolerated time.Duration) {
+	b.unwatch()
+	stop := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() { b.ledger.watchMachine(stop, tolerated) })
+	b.unwatch = func() { close(stop); watching.Wait() }
 }
 
 // seedOf is the seed of a run: SEED, or one of its own.
@@ -221,6 +234,12 @@ func prompt(env ...string) []string {
 	return append([]string{"LINK_ACK_TIMEOUT=1s", "LINK_QUEUE_AGE=1s", "LINK_SILENCE=3s"}, env...)
 }
 
+// lenient are settings that grant a loaded machine all it may take, for callers who ask
+// patiently.
+func lenient(env ...string) []string {
+	return append([]string{"PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=1m", "LOOKUP_TIMEOUT=10s"}, env...)
+}
+
 // boot starts the process, for the first time or again.
 func (m *manager) boot() {
 	m.process = run(m.b.t, m.id, exec.Command(pushManager(m.b.t)), m.env)
@@ -312,7 +331,7 @@ func (m *manager) read() (map[string]float64, error) {
 	return values, nil
 }
 
-var httpClient = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+var httpClient = &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
 
 func get(url string) (int, string, error) {
 	resp, err := httpClient.Get(url)
@@ -353,6 +372,14 @@ type request struct {
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
 func room(id string) request { return request{kind: toRoom, key: id, deadline: 4 * time.Second} }
 func everybody() request     { return request{kind: toAll, deadline: 4 * time.Second} }
+
+// patiently asks for the same with time for a machine that has other work: what is in
+// question is whether it is served, and not whether this machine is fast. It is for a
+// Push-Manager that grants as much: PUSH_TIMEOUT=30s, as lenient has it.
+func patiently(r request) request {
+	r.deadline, r.patient = 30*time.Second, true
+	return r
+}
 
 // defaultDeadline is what a call without one gets.
 const defaultDeadline = 5 * time.Second

@@ -33,11 +33,11 @@ func TestChaos(t *testing.T) {
 	for _, f := range plan {
 		t.Logf("%8v  %s for %v", f.at.Round(time.Millisecond), f.name(c), f.lasts.Round(time.Millisecond))
 	}
-	c.streams.Go(func() { c.ledger.watchMachine(c.stop, starved) })
+	begun := c.ledger.now()
 	c.traffic()
 	c.more(500)
 	calm := c.ledger.now()
-	if all := c.ledger.tally(0, calm, nil); all.success != all.pushes && !c.starvedSince(0) {
+	if all := c.ledger.tally(0, calm, nil); all.success != all.pushes && !c.starvedSince(begun) {
 		t.Errorf("before the first fault: %v", all)
 	}
 	c.hurried.Store(true)

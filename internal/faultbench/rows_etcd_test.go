@@ -3,6 +3,7 @@ package faultbench
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
@@ -25,34 +26,28 @@ type whole struct {
 	all   *load
 }
 
+// run starts traffic to the good node, by callers who have time.
 func (s *street) run(env ...string) *whole {
 	s.t.Helper()
+	return s.runFor(func(r *rand.Rand) request { return patiently(s.someGood(r)) }, env...)
+}
+
+func (s *street) runFor(next func(*rand.Rand) request, env ...string) *whole {
+	s.t.Helper()
 	w := &whole{street: s, nodes: map[string]*wireNode{"bad": s.wire("bad", s.bad...), "good": s.wire("good", s.good...)}}
-	w.m = s.manage(2, env...)
+	w.m = s.manage(2, lenient(env...)...)
 	w.m.good(room("mixed"))
 	w.m.rest()
 	w.since = s.ledger.now()
-	w.all = w.m.callers(4, s.someGood)
+	w.all = w.m.callers(4, next)
 	return w
 }
 
-// nothingLost checks that no push noticed, and no stream was touched.
+// nothingLost is undisturbed with as many pushes as a fault has to meet.
 func (w *whole) nothingLost() {
 	w.t.Helper()
 	w.all.more(volume)
-	w.all.end()
-	all := w.ledger.tally(w.since, w.ledger.now(), nil)
-	w.t.Log(all)
-	if all.success != all.pushes {
-		w.t.Errorf("pushes were harmed: %v", all)
-	}
-	if n := w.m.metric("link_reconnects_total"); n != 0 {
-		w.t.Errorf("%v streams were opened again", n)
-	}
-	if n := w.m.metric("link_dials_total"); n != 4 {
-		w.t.Errorf("%v connections for two nodes and two shards", n)
-	}
-	w.m.atRest()
+	w.undisturbed()
 }
 
 // E2; five minutes with make faults.
@@ -238,7 +233,8 @@ func TestDeletedPrefixKeepsNodesThatLive(t *testing.T) {
 // N13.
 func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	s := newStreet(t)
-	w := s.run("DISCOVERY_GRACE=2s")
+	const grace = 8 * time.Second // much longer than it has to stay: a busy machine notices late
+	w := s.run(fmt.Sprint("DISCOVERY_GRACE=", grace))
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	lease, err := w.client.Grant(ctx, 60)
@@ -253,7 +249,7 @@ func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	w.ledger.note("bad's lease is revoked")
 	w.m.until("discovery_held_nodes", func(v float64) bool { return v == 1 })
 	lasts(t, time.Second, "it stays", func() error {
-		if p := w.m.push(user("bad1")); !p.success {
+		if p := w.m.push(patiently(user("bad1"))); !p.success {
 			return fmt.Errorf("%v", p)
 		}
 		return nil
@@ -261,10 +257,12 @@ func TestRevokedLeaseOfALivingNodeIsBridged(t *testing.T) {
 	w.register("bad", bad.address) // it has noticed
 	w.m.until("discovery_held_nodes", func(v float64) bool { return v == 0 })
 	w.nothingLost()
+	removed := w.ledger.now()
 	w.remove(nodeKeys + "bad") // and now for good
-	took := w.m.until("nodes", func(v float64) bool { return v == 1 })
+	w.m.until("nodes", func(v float64) bool { return v == 1 })
+	took := w.ledger.now() - removed
 	t.Logf("removed after %v", took.Round(time.Millisecond))
-	if took < time.Second {
+	if took < grace {
 		t.Error("the grace was not granted")
 	}
 	w.m.good(user("good1"))

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"testing"
 	"time"
 )
@@ -26,23 +25,16 @@ func (m *manager) calm() {
 	}
 }
 
-// someone makes a push for anybody, with time for a machine that has other work. It is for
-// a Push-Manager that grants as much: PUSH_TIMEOUT=30s.
+// someone makes a push for anybody, patiently.
 func (s *street) someone(r *rand.Rand) request {
-	q := some(r, append(s.bad, s.good...), "mixed")
-	q.deadline, q.patient = 30*time.Second, true
-	return q
+	return patiently(some(r, append(s.bad, s.good...), "mixed"))
 }
 
-// unhurried is run with callers who have time: what is in question is whether they are
-// served, and not whether this machine is fast.
-func (s *street) unhurried(env ...string) *whole {
+// everywhere is run with traffic to both nodes. Its callers are connected when it returns.
+func (s *street) everywhere(env ...string) *whole {
 	s.t.Helper()
-	w := s.run(append(env, "PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=1m", "LOOKUP_TIMEOUT=10s")...)
-	w.all.end()
-	w.since = s.ledger.now()
-	w.all = w.m.callers(4, s.someone)
-	w.all.more(1) // they are connected
+	w := s.runFor(s.someone, env...)
+	w.all.more(1)
 	return w
 }
 
@@ -70,11 +62,7 @@ func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
 	// The margins are for our own nodes and callers, which a loaded machine may not let run.
 	const silence = 5 * time.Second
 	m := s.manage(2, "PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", fmt.Sprint("LINK_SILENCE=", silence), "LOOKUP_TIMEOUT=10s")
-	stop := make(chan struct{})
-	var watching sync.WaitGroup
-	watching.Go(func() { s.ledger.watchMachine(stop, time.Second) })
-	defer watching.Wait()
-	defer close(stop)
+	s.watch(time.Second)
 	m.good(room("mixed"))
 	m.rest()
 	since := s.ledger.now()
@@ -144,7 +132,7 @@ func quota(t *testing.T, p *process, share float64) bool {
 // P9: no more descriptors. What is connected works on, and what is not gets in when
 // there is room again.
 func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
-	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon
+	w := newStreet(t).everywhere("API_HANDSHAKE_TIMEOUT=5m") // or the crowd is gone again soon
 	const spare = 20
 	pid := strconv.Itoa(w.m.cmd.Process.Pid)
 	limit := fmt.Sprint(int(w.m.baseline["process_open_fds"]) + spare)
@@ -173,9 +161,7 @@ func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
 		return err
 	})
 	w.all.more(volume / 5)
-	there := room("mixed")
-	there.deadline, there.patient = 30*time.Second, true
-	w.m.good(there) // on the connection that is there
+	w.m.good(patiently(room("mixed"))) // on the connection that is there
 	for _, c := range crowd {
 		_ = c.Close()
 	}

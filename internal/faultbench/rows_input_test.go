@@ -125,7 +125,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := aloneInStreet(t).unhurried("GOGC=50") // what is in use is looked at, not what is left to collect
+			w := aloneInStreet(t).everywhere("GOGC=50") // what is in use is looked at, not what is left to collect
 			w.all.more(volume / 10)
 			calm := w.ledger.tally(w.since, w.ledger.now(), nil)
 			w.ledger.note("a flood of %s", name)
@@ -169,7 +169,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 // B9: connections that say too little, too slowly, before their handshake or behind it. Each
 // ends in time, however alive it looks, and those who speak are served meanwhile.
 func TestConnectionsThatDawdleAreClosed(t *testing.T) {
-	w := newStreet(t).unhurried("API_HANDSHAKE_TIMEOUT=2s")
+	w := newStreet(t).everywhere("API_HANDSHAKE_TIMEOUT=2s")
 	const each = 50
 	var wg sync.WaitGroup
 	var ended atomic.Int64

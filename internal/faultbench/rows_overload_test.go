@@ -69,7 +69,7 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	s.wire("good", s.good...)
 	const limit = 96 << 20
 	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit), "LINK_WINDOW_BYTES=1GiB", "LINK_QUEUE_BYTES=1GiB",
-		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m")
+		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m", "LOOKUP_TIMEOUT=1m")
 	m.good(room("mixed"))
 	m.rest()
 	s.ledger.note("node bad acknowledges nothing")
@@ -81,8 +81,8 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 		return m.metric(fmt.Sprintf("refused_total{priority=%q,reason=\"memory\"}", priority))
 	}
 	probe := func(priority string) *push {
-		q := user("good1")
-		q.priority = priority
+		q := user("good1") // a process near its limit is slow, and that is not in question
+		q.deadline, q.patient, q.priority = time.Minute, true, priority
 		return m.push(q)
 	}
 	const size = 200 << 10

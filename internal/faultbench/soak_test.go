@@ -117,10 +117,6 @@ func newSoak(t *testing.T) *soak {
 	}
 	s.m.good(room("all"))
 	s.m.rest()
-	var watching sync.WaitGroup
-	stop := make(chan struct{})
-	watching.Go(func() { s.ledger.watchMachine(stop, starved) })
-	t.Cleanup(func() { close(stop); watching.Wait() })
 	return s
 }
 

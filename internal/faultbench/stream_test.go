@@ -21,6 +21,9 @@ func (m *manager) stream(requests []request) []*push {
 	pushes := make([]*push, len(requests))
 	for i, r := range requests {
 		pushes[i] = &push{kind: r.kind, key: r.key, manager: m.id, stream: name, place: i + 1, limit: defaultDeadline}
+		if r.patient { // the stream itself has all patience
+			pushes[i].limit = r.deadline
+		}
 	}
 	s, err := m.PushStream(ctx, grpc.WaitForReady(true))
 	if err != nil {
