@@ -106,24 +106,31 @@ func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
 // quota leaves a process a share of one core. False: this machine does not let us.
 func quota(t *testing.T, p *process, share float64) bool {
 	t.Helper()
-	dir := filepath.Join("/sys/fs/cgroup/cpu", fmt.Sprintf("faults-%d", p.cmd.Process.Pid))
+	const period = 100_000 // in microseconds
+	return confine(t, p, "cpu", map[string]int{"cpu.cfs_period_us": period, "cpu.cfs_quota_us": int(share * period)})
+}
+
+// confine gives a process a control group of its own (version 1 of them). False: this machine
+// does not let us.
+func confine(t *testing.T, p *process, controller string, settings map[string]int) bool {
+	t.Helper()
+	dir := filepath.Join("/sys/fs/cgroup", controller, fmt.Sprintf("faults-%d", p.cmd.Process.Pid))
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Logf("no quota of the CPU: %v", err)
+		t.Logf("the process is not confined: %v", err)
 		return false
 	}
 	t.Cleanup(func() {
 		p.kill() // a group with a process in it stays
 		eventually(t, "the group goes", func() error { return os.Remove(dir) })
 	})
-	const period = 100_000 // in microseconds
-	for name, value := range map[string]int{"cpu.cfs_period_us": period, "cpu.cfs_quota_us": int(share * period)} {
+	for name, value := range settings {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(strconv.Itoa(value)), 0o644); err != nil {
-			t.Logf("no quota of the CPU: %v", err)
+			t.Logf("the process is not confined: %v", err)
 			return false
 		}
 	}
 	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.cmd.Process.Pid)), 0o644); err != nil {
-		t.Logf("no quota of the CPU: %v", err)
+		t.Logf("the process is not confined: %v", err)
 		return false
 	}
 	return true

@@ -61,8 +61,8 @@ func TestQueueOfASlowNodeIsSharedByPriority(t *testing.T) {
 }
 
 // P10: with most of the memory in use, low priority is refused and then all but critical,
-// and everything is taken again when it is free. A limit of the kernel is not set: nothing
-// comes near one if this holds.
+// and everything is taken again when it is free. Where root may confine it, and without the
+// race detector, which takes memory of its own, the kernel would kill it at 256 MiB.
 func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	s := newStreet(t)
 	bad := s.wire("bad", s.bad...)
@@ -70,6 +70,9 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	const limit = 96 << 20
 	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit), "LINK_WINDOW_BYTES=1GiB", "LINK_QUEUE_BYTES=1GiB",
 		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m", "LOOKUP_TIMEOUT=1m")
+	if !raceEnabled {
+		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": 256 << 20})
+	}
 	m.good(room("mixed"))
 	m.rest()
 	s.ledger.note("node bad acknowledges nothing")
