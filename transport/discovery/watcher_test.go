@@ -196,7 +196,7 @@ func TestCompactionWhileDisconnected(t *testing.T) {
 	put(t, direct, "b", "h:1")
 	w := watch(t, etcdtest.NewClient(t, proxy.Addr()), func(c *Config) {
 		// Only the watch itself may notice.
-		c.MinBackoff, c.MaxBackoff = 50*time.Millisecond, 100*time.Millisecond
+		c.MinBackoff, c.MaxBackoff, c.ResyncInterval = 50*time.Millisecond, 100*time.Millisecond, time.Hour
 	})
 	w.has(t, "a", "b")
 	eventually(t, "the watch is open", func() bool { return w.m.listOK.Get() == 1 })
