@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -201,4 +202,49 @@ func TestHeadersAreFollowedHoweverTheyAreCut(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Whatever the frames are and however they are cut, where they end is where the library finds
+// it.
+func FuzzHeaders(f *testing.F) {
+	const settings, open, ends = "\x00\x00\x00\x04\x00\x00\x00\x00\x00", "\x00\x00\x01\x01\x00\x00\x00\x00\x01\x82", "\x00\x00\x00\x09\x04\x00\x00\x00\x01"
+	for _, b := range []string{"", settings, settings[:5], settings + open, settings + open + ends, settings + open + ends[:3], open + ends, settings + settings + ends + open} {
+		f.Add([]byte(b), uint8(3))
+	}
+	f.Fuzz(func(t *testing.T, b []byte, cut uint8) {
+		h := newHeaders(time.Second)
+		for piece := range slices.Chunk(append([]byte(http2.ClientPreface), b...), int(cut)+1) {
+			h.pass(piece)
+		}
+		begun, greeted := whereFramesEnd(t, b)
+		if h.begun() != begun || h.greeted() != greeted {
+			t.Errorf("%x: begun %v, greeted %v", b, h.begun(), h.greeted())
+		}
+	})
+}
+
+// whereFramesEnd tells what headers does, of frames that are all there.
+func whereFramesEnd(t *testing.T, b []byte) (begun, greeted bool) {
+	t.Helper()
+	more := false
+	for i := 0; len(b) > 0; i++ {
+		if len(b) < frameHead {
+			return i > 0, greeted
+		}
+		frame, err := http2.ReadFrameHeader(bytes.NewReader(b))
+		ok(t, err)
+		whole := len(b) >= frameHead+int(frame.Length)
+		block := i > 0 && (frame.Type == http2.FrameHeaders || frame.Type == http2.FrameContinuation)
+		if block {
+			more = !frame.Flags.Has(http2.FlagHeadersEndHeaders)
+		}
+		if i == 0 {
+			greeted = whole && frame.Type == http2.FrameSettings
+		}
+		if !whole {
+			return more || block, greeted
+		}
+		b = b[frameHead+int(frame.Length):]
+	}
+	return more, greeted
 }
