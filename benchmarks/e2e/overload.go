@@ -37,7 +37,7 @@ const (
 	overFloods = 3
 	floodCalm  = time.Second
 	floodStorm = 3 * time.Second
-	floodWatch = 4 * time.Second
+	floodWatch = mostRecovery + calmFor
 )
 
 // evenPeak is what the peak after a turn or a flood is of the one before, at the least, or the
