@@ -744,42 +744,58 @@ func TestRemovedNodeThatNeverAcksEndsUnknown(t *testing.T) {
 // A node may live on when its registration ends. What it has been sent is delivered, and
 // what it has not been sent yet is not sent any more, nor kept.
 func TestRemovedNodeIsAwaitedForWhatItHasAndGetsNothingMore(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		w := newWorld(t, Config{Window: 1})
-		n := &fakeNode{id: "A"}
-		var got atomic.Int64
-		n.deliver = func(st deliverStream) error {
-			return n.eachDelivery(st, func(f *pubsub.DeliverRequest) error {
-				got.Add(int64(len(f.GetDeliveries())))
-				time.Sleep(500 * time.Millisecond)
-				return ackOf(st, f)
-			})
-		}
-		w.start("a:1", n)
-		w.register("A", "a:1")
-		w.up(1)
-		w.room("r", "A", "u1", "u2")
-		begun := time.Now()
-		written := w.begin(w.toUser("u1", "x"))
-		synctest.Wait()
-		queued := w.begin(w.toUser("u2", "y"))
-		synctest.Wait()
-		w.register()
-		if r := w.end(queued); r.Failed != 1 || time.Since(begun) != 0 {
-			t.Errorf("queued, after %v: %+v", time.Since(begun), r)
-		}
-		if r := w.end(written); r.Delivered != 1 || time.Since(begun) != 500*time.Millisecond {
-			t.Errorf("written, after %v: %+v", time.Since(begun), r)
-		}
-		synctest.Wait()
-		if got.Load() != 1 || n.open() != 0 {
-			t.Errorf("the node has got %d deliveries, and %d streams are open", got.Load(), n.open())
-		}
-		time.Sleep(2 * tick)
-		if gone := w.set.snapshot.Load().gone; len(gone) != 0 {
-			t.Errorf("%d nodes are remembered", len(gone))
-		}
-	})
+	const needs = 500 * time.Millisecond
+	for name, node := range map[string]func(got *atomic.Int64) *fakeNode{
+		"with Deliver": func(got *atomic.Int64) *fakeNode {
+			n := &fakeNode{id: "A"}
+			n.deliver = func(st deliverStream) error {
+				return n.eachDelivery(st, func(f *pubsub.DeliverRequest) error {
+					got.Add(int64(len(f.GetDeliveries())))
+					time.Sleep(needs)
+					return ackOf(st, f)
+				})
+			}
+			return n
+		},
+		"without it": func(got *atomic.Int64) *fakeNode {
+			n := unaryNode("A")
+			n.message = func(*pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
+				got.Add(1)
+				time.Sleep(needs)
+				return &pubsub.PushMessageResponse{Success: true}, nil
+			}
+			return n
+		},
+	} {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{Window: 1, UnaryLanes: 1})
+			var got atomic.Int64
+			n := w.start("a:1", node(&got))
+			w.register("A", "a:1")
+			w.up(1)
+			w.room("r", "A", "u1", "u2")
+			begun := time.Now()
+			sent := w.begin(w.toUser("u1", "x"))
+			synctest.Wait()
+			queued := w.begin(w.toUser("u2", "y"))
+			synctest.Wait()
+			w.register()
+			if r := w.end(queued); r.Failed != 1 || time.Since(begun) != 0 {
+				t.Errorf("%s: queued, after %v: %+v", name, time.Since(begun), r)
+			}
+			if r := w.end(sent); r.Delivered != 1 || time.Since(begun) != needs {
+				t.Errorf("%s: sent, after %v: %+v", name, time.Since(begun), r)
+			}
+			synctest.Wait()
+			if got.Load() != 1 || n.open() != 0 {
+				t.Errorf("%s: the node has got %d deliveries, and %d streams are open", name, got.Load(), n.open())
+			}
+			time.Sleep(2 * tick)
+			if gone := w.set.snapshot.Load().gone; len(gone) != 0 {
+				t.Errorf("%s: %d nodes are remembered", name, len(gone))
+			}
+		})
+	}
 }
 
 // It is the same process that is back at the address: what is sent to it now must not arrive

@@ -318,38 +318,3 @@ func TestUnaryNodeThatStopsGracefullyAnswersItsCalls(t *testing.T) {
 		}
 	})
 }
-
-// A node without Deliver is awaited as one with it is.
-func TestRemovedUnaryNodeIsAwaitedForWhatItHasAndGetsNothingMore(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		w := newWorld(t, Config{UnaryLanes: 1})
-		n := unaryNode("A")
-		n.message = func(*pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
-			time.Sleep(500 * time.Millisecond)
-			return &pubsub.PushMessageResponse{Success: true}, nil
-		}
-		w.start("a:1", n)
-		w.register("A", "a:1")
-		w.up(1)
-		w.room("r", "A", "u1", "u2")
-		begun := time.Now()
-		called := w.begin(w.toUser("u1", "x"))
-		synctest.Wait()
-		queued := w.begin(w.toUser("u2", "y"))
-		synctest.Wait()
-		w.register()
-		if r := w.end(queued); r.Failed != 1 || time.Since(begun) != 0 {
-			t.Errorf("queued, after %v: %+v", time.Since(begun), r)
-		}
-		if r := w.end(called); r.Delivered != 1 || time.Since(begun) != 500*time.Millisecond {
-			t.Errorf("called, after %v: %+v", time.Since(begun), r)
-		}
-		time.Sleep(2 * tick)
-		if gone := w.set.snapshot.Load().gone; len(gone) != 0 {
-			t.Errorf("%d nodes are remembered", len(gone))
-		}
-		if got := n.received(t); !slices.Equal(got, []string{"u1 x"}) {
-			t.Errorf("the node has got %q", got)
-		}
-	})
-}
