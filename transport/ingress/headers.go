@@ -36,7 +36,7 @@ type headers struct {
 	settings bool          // as it must be: else gRPC gives the connection up
 	block    bool          // the frame is of a block of headers
 	more     bool          // the block has not said that it ends
-	parts    int           // frames of the block
+	parts    int           // frames of the block, or of one that had too many
 	waited   time.Duration // for what has begun
 	forgiven bool          // that it was late, once
 }
@@ -86,7 +86,7 @@ func (h *headers) frame() {
 		h.settings = kind == http2.FrameSettings
 		return
 	}
-	if !h.more {
+	if !h.more && h.parts <= blockFrames {
 		h.parts = 0
 	}
 	if h.block = kind == http2.FrameHeaders || kind == http2.FrameContinuation; h.block {
@@ -97,11 +97,19 @@ func (h *headers) frame() {
 
 // read reads from a connection of which so many bytes have come and are not read.
 func (h *headers) read(from net.Conn, b []byte, unread func() int) (n int, err error) {
-	if !h.begun() {
+	if h.begun() {
+		n, err = h.await(from, b, unread)
+	} else {
 		n, err = from.Read(b)
-		h.pass(b[:n])
-		return n, err
 	}
+	if h.pass(b[:n]); h.parts > blockFrames {
+		return 0, errBlock
+	}
+	return n, err
+}
+
+// await reads for as long as there is still time for what has begun.
+func (h *headers) await(from net.Conn, b []byte, unread func() int) (n int, err error) {
 	began := time.Now()
 	n, err = readUntil(from, b, began.Add(h.timeout-h.waited))
 	if errors.Is(err, os.ErrDeadlineExceeded) && !h.forgiven && unread() > 0 {
@@ -110,10 +118,6 @@ func (h *headers) read(from net.Conn, b []byte, unread func() int) (n int, err e
 		n, err = readUntil(from, b, began.Add(h.timeout))
 	}
 	h.waited += time.Since(began)
-	h.pass(b[:n])
-	if h.parts > blockFrames {
-		return 0, errBlock
-	}
 	return n, err
 }
 

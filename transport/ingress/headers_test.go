@@ -3,6 +3,7 @@ package ingress
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"slices"
@@ -56,27 +57,48 @@ func TestConnectionThatDawdlesWithItsHeadersIsClosed(t *testing.T) {
 	}
 }
 
-// Frames that are empty add nothing to the headers, whose size is bounded.
+// Frames that are empty add nothing to the headers, whose size is bounded. It is the same
+// whether they come one by one or all at once, and with an end.
 func TestBlockOfTooManyFramesEndsTheConnection(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, nil)
-		conn, err := w.dial(w.context(), "")
-		ok(t, err)
-		framer := hello(t, conn)
-		ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}}))
-		var flood sync.WaitGroup
-		flood.Go(func() {
-			for framer.WriteContinuation(1, false, nil) == nil {
-				synctest.Wait() // each is read by itself
+	for name, flood := range map[string]func(conn net.Conn, framer *http2.Framer) error{
+		"one by one, without an end": func(_ net.Conn, framer *http2.Framer) error {
+			synctest.Wait() // each is read by itself
+			return framer.WriteContinuation(1, false, nil)
+		},
+		"at once, with an end": func(conn net.Conn, _ *http2.Framer) error {
+			var b bytes.Buffer
+			framer := http2.NewFramer(&b, nil)
+			for range blockFrames {
+				_ = framer.WriteContinuation(1, false, nil)
 			}
+			_ = framer.WriteContinuation(1, true, nil)
+			_ = framer.WritePing(false, [8]byte{})
+			_, err := conn.Write(b.Bytes())
+			return errors.Join(err, io.EOF) // once
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				conn, err := w.dial(w.context(), "")
+				ok(t, err)
+				framer := hello(t, conn)
+				// Of too few fields: gRPC would refuse the call, and keep the connection.
+				ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}}))
+				var client sync.WaitGroup
+				client.Go(func() {
+					for flood(conn, framer) == nil {
+					}
+				})
+				began := time.Now()
+				_, _ = io.Copy(io.Discard, conn) // until the server closes
+				if took := time.Since(began); took > time.Second {
+					t.Errorf("open for %v", took)
+				}
+				client.Wait()
+			})
 		})
-		began := time.Now()
-		_, _ = io.Copy(io.Discard, conn) // until the server closes
-		if took := time.Since(began); took > time.Second {
-			t.Errorf("open for %v", took)
-		}
-		flood.Wait()
-	})
+	}
 }
 
 // slowly writes in two halves, and pauses in between.

@@ -868,9 +868,10 @@ func TestNodeThatHasDrainedBeforeMovesAtOnce(t *testing.T) {
 // jammed is a connection to a node that reads nothing, with all buffers full.
 type jammed struct {
 	net.Conn
-	jam  *atomic.Bool
-	gone chan struct{}
-	once *sync.Once
+	jam    *atomic.Bool
+	resets *atomic.Int64
+	gone   chan struct{}
+	once   *sync.Once
 }
 
 func (c jammed) Write(b []byte) (int, error) {
@@ -886,21 +887,47 @@ func (c jammed) Close() error {
 	return c.Conn.Close()
 }
 
-func (c jammed) SetLinger(int) error { return nil }
+func (c jammed) SetLinger(int) error {
+	c.resets.Add(1)
+	return nil
+}
+
+// jammedWorld has node A, whose connections jam when that is set. Those that are thrown away
+// count as resets.
+func jammedWorld(t *testing.T) (w *world, jam *atomic.Bool, resets *atomic.Int64) {
+	t.Helper()
+	jam, resets = new(atomic.Bool), new(atomic.Int64)
+	w = newWorld(t, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
+		conn, err := w.dialNode(ctx, addr)
+		return jammed{conn, jam, resets, make(chan struct{}), new(sync.Once)}, err
+	}})
+	w.start("a:1", &fakeNode{id: "A"})
+	w.register("A", "a:1")
+	w.up(1)
+	w.room("r", "A", "u1")
+	return w, jam, resets
+}
+
+// A node that leaves in good order sees its streams end in good order.
+func TestRemovedNodeThatOwesNothingIsNotReset(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, _, resets := jammedWorld(t)
+		if r := w.do(w.toUser("u1", "x")); r.Delivered != 1 {
+			t.Errorf("%+v", r)
+		}
+		n := w.nodes["a:1"]
+		w.register()
+		synctest.Wait()
+		if resets.Load() != 0 || n.open() != 0 {
+			t.Errorf("%d resets, %d streams", resets.Load(), n.open())
+		}
+	})
+}
 
 // gRPC would wait for its last words to be written.
 func TestSessionOnAJammedConnectionEndsAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		var jam atomic.Bool
-		var w *world
-		w = newWorld(t, Config{Dialer: func(ctx context.Context, addr string) (net.Conn, error) {
-			conn, err := w.dialNode(ctx, addr)
-			return jammed{conn, &jam, make(chan struct{}), new(sync.Once)}, err
-		}})
-		w.start("a:1", &fakeNode{id: "A"})
-		w.register("A", "a:1")
-		w.up(1)
-		w.room("r", "A", "u1")
+		w, jam, resets := jammedWorld(t)
 		jam.Store(true)
 		f := w.begin(w.toUser("u1", "x"))
 		synctest.Wait()
@@ -910,8 +937,8 @@ func TestSessionOnAJammedConnectionEndsAtOnce(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		w.set.Close()
-		if took := time.Since(begun); took > 1100*time.Millisecond {
-			t.Errorf("its end took %v", took)
+		if took := time.Since(begun); took > 1100*time.Millisecond || resets.Load() != 1 {
+			t.Errorf("its end took %v; %d resets", took, resets.Load())
 		}
 	})
 }
@@ -1226,6 +1253,77 @@ func TestRemovedNodeIsAwaitedNoLongerThanTheDeadline(t *testing.T) {
 			t.Errorf("after %v: %+v", time.Since(begun), r)
 		}
 		n.received(t)
+	})
+}
+
+// A caller may have no time left, and the node still does what it was asked for.
+func TestLateAckOnADrainingStreamIsTaken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.start("a:1", leavingNode(300*time.Millisecond))
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		p := w.toUser("u1", "x")
+		p.Timeout = 100 * time.Millisecond
+		if r := w.do(p); r.Unknown != 1 {
+			t.Errorf("%+v", r)
+		}
+		time.Sleep(300 * time.Millisecond)
+		synctest.Wait()
+		if late := w.set.meters.lateAcks.Get(); late != 1 {
+			t.Errorf("%d late acks", late)
+		}
+	})
+}
+
+// A node that is behind and then says that it drains has stalled once.
+func TestStallOfANodeThatDrainsCountsOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			return n.eachDelivery(st, func(*pubsub.DeliverRequest) error {
+				time.Sleep(1200 * time.Millisecond)
+				return st.Send(&pubsub.DeliverResponse{Drain: true})
+			})
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		first := w.begin(w.toUser("u1", "x"))
+		time.Sleep(900 * time.Millisecond)
+		second := w.begin(w.toUser("u1", "y"))
+		for _, f := range []*pending{first, second} {
+			if r := w.end(f); r.Unknown != 1 {
+				t.Errorf("%+v", r)
+			}
+		}
+		if n := w.set.meters.stalls.Get(); n != 1 {
+			t.Errorf("%d stalls", n)
+		}
+	})
+}
+
+func TestDrainOfTheSetAwaitsNodesThatAreGone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.start("a:1", leavingNode(500*time.Millisecond))
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u1")
+		begun := time.Now()
+		f := w.begin(w.toUser("u1", "x"))
+		synctest.Wait()
+		w.register()
+		if err := w.set.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		w.set.Close()
+		if r := w.end(f); r.Delivered != 1 || time.Since(begun) != 500*time.Millisecond {
+			t.Errorf("after %v: %+v", time.Since(begun), r)
+		}
 	})
 }
 
