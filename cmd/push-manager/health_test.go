@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -69,7 +70,7 @@ func (o ops) until(t *testing.T, status int, text string) string {
 // the same gets the true answer.
 func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	etcd := etcdtest.Reserve(t)
-	ports := freePorts(t, 3)
+	ports := freeport.Take(t, 3)
 	controller := "127.0.0.1:" + ports[2]
 	p := execute(t, []string{
 		"GRPC_PORT=" + ports[0], "METRICS_PORT=" + ports[1], "ETCD_ENDPOINTS=" + etcd.Endpoint(), "CONTROLLER_ADDRESS=" + controller,
@@ -93,7 +94,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	etcd.Restart()
 	o.until(t, 503, "no reachable node: 0 registered, 0 reachable\n")
-	n := &standIn{t: t, addr: "127.0.0.1:0", gateway: &counter{}}
+	n := &standIn{t: t, addr: freeport.Addr(t), gateway: &counter{}}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	registerNode(t, etcd.Client(), n.addr)

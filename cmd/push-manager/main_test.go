@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -135,25 +136,6 @@ func answers(t *testing.T, url string, status int) string {
 	}
 }
 
-// freePorts returns ports that nobody listens on just now.
-func freePorts(t *testing.T, n int) []string {
-	t.Helper()
-	var ports []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = l.Close() }()
-		_, port, err := net.SplitHostPort(l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		ports = append(ports, port)
-	}
-	return ports
-}
-
 // stuck takes connections and never says a word.
 func stuck(t *testing.T) string {
 	t.Helper()
@@ -196,7 +178,7 @@ func servers(t *testing.T) map[string]server {
 	t.Helper()
 	peer, all := stuck(t), map[string]server{}
 	for _, name := range []string{"push-manager", "controller", "connect-node"} {
-		p := freePorts(t, 3)
+		p := freeport.Take(t, 3)
 		all[name] = server{
 			env: []string{
 				"ETCD_ENDPOINTS=" + peer, "CONTROLLER_ADDRESS=" + peer, "GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "HTTP_PORT=" + p[2],
@@ -264,7 +246,7 @@ func busy(t *testing.T, env ...string) (p *process, ops string) {
 		controller.Stop()
 		<-served
 	})
-	ports := freePorts(t, 2)
+	ports := freeport.Take(t, 2)
 	p = execute(t, append(env,
 		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+l.Addr().String(),
 		"LOOKUP_TIMEOUT=1m", "PUSH_TIMEOUT=1m",

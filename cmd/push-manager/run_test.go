@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/node"
@@ -222,7 +223,7 @@ func hello() *pubsub.MessageContent { return &pubsub.MessageContent{Data: []byte
 
 func TestStartsWithoutPeersAndIsReadyOnceTheyAreThere(t *testing.T) {
 	etcd := etcdtest.Reserve(t)
-	controller := freeAddr(t)
+	controller := freeport.Addr(t)
 	m := startPushManager(t, map[string]string{"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": controller, "MANAGER_ID": "pm-7"})
 	defer drain(t, m, 8*time.Second)
 	conn := client(t, m.GRPCAddr())
@@ -320,16 +321,6 @@ func wantNotReady(t *testing.T, api pubsub.PushManagerServiceClient) {
 			t.Errorf("%s while etcd is away: %v %v", kind, s, s.Details())
 		}
 	}
-}
-
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().String()
 }
 
 func TestDrainFinishesWhatIsInFlightAndLeavesEtcd(t *testing.T) {
@@ -519,7 +510,7 @@ func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {
 // costs its own time, and the other parts are stopped all the same.
 func TestDrainEndsWithAHandlerThatIsStuck(t *testing.T) {
 	etcd := etcdtest.Start(t)
-	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": freeAddr(t)}, "")
+	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": freeport.Addr(t)}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -568,10 +559,10 @@ func TestDrainEndsWithAHandlerThatIsStuck(t *testing.T) {
 // TestStartThatFailsHasServedNobody: so there is nobody who would have to be told that it
 // stops, whatever the notice.
 func TestStartThatFailsHasServedNobody(t *testing.T) {
-	addr := freeAddr(t)
+	addr := freeport.Addr(t)
 	_, port, _ := net.SplitHostPort(addr)
 	c, err := load(t, nil, map[string]string{
-		"GRPC_PORT": port, "METRICS_PORT": "0", "ETCD_ENDPOINTS": freeAddr(t), "CONTROLLER_ADDRESS": freeAddr(t),
+		"GRPC_PORT": port, "METRICS_PORT": "0", "ETCD_ENDPOINTS": freeport.Addr(t), "CONTROLLER_ADDRESS": freeport.Addr(t),
 		"ADVERTISE_ADDRESS": "169.254.0.1:50053", "DRAIN_NOTICE": "4s",
 	}, "")
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"go.etcd.io/etcd/server/v3/embed"
+
+	"github.com/push-manager/push-manager/internal/freeport"
 )
 
 // etcdEnv makes the test binary an etcd process: data directory, client port, peer
@@ -41,7 +43,7 @@ func serveEtcd(spec string) int {
 // startEtcd runs etcd as a process of its own and returns its endpoint.
 func startEtcd(t *testing.T) string {
 	t.Helper()
-	p := ports(t, 2)
+	p := freeport.Take(t, 2)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -49,7 +50,7 @@ func TestDevProgramServesRealClients(t *testing.T) {
 // Push-Manager, each as a process of its own.
 func TestProgramsRunOneByOne(t *testing.T) {
 	etcd := startEtcd(t)
-	p := ports(t, 2+3*3)
+	p := freeport.Take(t, 2+3*3)
 	controller := "127.0.0.1:" + p[0]
 	all := []*process{start(t, binary(t, "controller"), []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + etcd})}
 	ready(t, p[1])

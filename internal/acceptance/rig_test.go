@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -21,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -184,22 +184,6 @@ func eventually(t *testing.T, what string, ok func() error) {
 	}
 }
 
-// ports reserves n free ports of the loopback interface, for programs that are told
-// their ports.
-func ports(t *testing.T, n int) []string {
-	t.Helper()
-	list := make([]string, n)
-	for i := range list {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close() // all are held until all are known
-		list[i] = strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
-	}
-	return list
-}
-
 var httpClient = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 
 // get fetches a page of a program's HTTP side.
@@ -237,7 +221,7 @@ type manager struct {
 // nodes.
 func startManager(t *testing.T, etcd, controller string, nodes int, env ...string) *manager {
 	t.Helper()
-	p := ports(t, 2)
+	p := freeport.Take(t, 2)
 	// What these tests promise is not how fast a machine is, so no push may run out of time on a busy one.
 	env = append([]string{"LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
 	env = append(env, "MANAGER_ID=pm-under-test", "GRPC_PORT="+p[0], "METRICS_PORT="+p[1],

@@ -2,7 +2,6 @@ package etcdtest
 
 import (
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -14,6 +13,8 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+
+	"github.com/push-manager/push-manager/internal/freeport"
 )
 
 // Server is one etcd member on loopback ports that stay the same over restarts.
@@ -41,7 +42,7 @@ func Start(tb testing.TB) *Server {
 // Reserve gives an etcd that is not running yet; Restart starts it.
 func Reserve(tb testing.TB) *Server {
 	tb.Helper()
-	s := &Server{tb: tb, front: freeAddr(tb), client: freeAddr(tb), peer: freeAddr(tb), dir: tb.TempDir(), name: "test"}
+	s := &Server{tb: tb, front: freeport.Addr(tb), client: freeport.Addr(tb), peer: freeport.Addr(tb), dir: tb.TempDir(), name: "test"}
 	tb.Cleanup(s.Stop)
 	return s
 }
@@ -175,15 +176,4 @@ func (s *Server) await() {
 		s.tb.Fatal("etcd not ready after 20s")
 	}
 	s.proxy = listen(s.tb, s.front, s.client)
-}
-
-// freeAddr is a loopback address that nobody listens on just now.
-func freeAddr(tb testing.TB) string {
-	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatalf("free port: %v", err)
-	}
-	defer func() { _ = l.Close() }()
-	return fmt.Sprint(l.Addr())
 }

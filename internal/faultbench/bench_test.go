@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -26,6 +25,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -131,7 +131,7 @@ func (b *bench) connect(n *wireNode, users ...string) {
 // child starts a real node as a process with users and registers it.
 func (b *bench) child(id string, users ...string) *child {
 	b.t.Helper()
-	c := newChild(b.t, b.ledger, id, "127.0.0.1:0", "")
+	c := newChild(b.t, b.ledger, id, freeport.Addr(b.t), "")
 	b.children = append(b.children, c)
 	b.register(id, c.address)
 	c.connect(users...)
@@ -196,7 +196,7 @@ func (b *bench) manage(nodes int, env ...string) *manager {
 // launch starts a Push-Manager and waits until it is ready.
 func (b *bench) launch(id string, env ...string) *manager {
 	b.t.Helper()
-	p := freePorts(b.t, 2)
+	p := freeport.Take(b.t, 2)
 	m := &manager{b: b, id: id, metrics: "http://127.0.0.1:" + p[1], api: "127.0.0.1:" + p[0]}
 	m.env = append([]string{
 		// On a loaded machine our own nodes and Controllers are late, too. Where that is
@@ -341,21 +341,6 @@ func get(url string) (int, string, error) {
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(resp.Body)
 	return resp.StatusCode, string(body), err
-}
-
-// freePorts finds free ports of the loopback interface.
-func freePorts(t testing.TB, n int) []string {
-	t.Helper()
-	list := make([]string, n)
-	for i := range list {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = l.Close() }() // all are held until all are known
-		list[i] = strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
-	}
-	return list
 }
 
 // request is what a caller asks for.

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/freeport"
 )
 
 // chaosEnv is how long the faults last; without it the run is skipped.
@@ -86,7 +88,7 @@ func newCity(t *testing.T) *city {
 	for i := range cityNodes {
 		n := &citizen{id: fmt.Sprint("n", i)}
 		mine := users[i*len(users)/cityNodes : (i+1)*len(users)/cityNodes]
-		n.child = newChild(t, c.ledger, n.id, "127.0.0.1:0", "")
+		n.child = newChild(t, c.ledger, n.id, freeport.Addr(t), "")
 		n.child.connect(mine...)
 		c.world.place(n.id, mine...)
 		n.proxy = newProxy(t, n.child.address)

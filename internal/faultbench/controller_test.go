@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -98,7 +99,7 @@ type controller struct {
 
 func newController(t testing.TB, w *world) *controller {
 	t.Helper()
-	c := &controller{t: t, world: w, address: "127.0.0.1:0", trap: "127.0.0.1:1"}
+	c := &controller{t: t, world: w, address: freeport.Addr(t), trap: "127.0.0.1:1"}
 	c.start()
 	t.Cleanup(c.stop)
 	return c

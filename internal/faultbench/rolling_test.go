@@ -17,6 +17,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -39,7 +40,7 @@ func (b *bench) balance(managers []*manager) *manager {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	front := &manager{b: b, id: "haproxy", api: "127.0.0.1:" + freePorts(b.t, 1)[0]}
+	front := &manager{b: b, id: "haproxy", api: freeport.Addr(b.t)}
 	env := []string{"PUSH_API_BIND=" + front.api}
 	for i, m := range managers {
 		_, port, err := net.SplitHostPort(strings.TrimPrefix(m.metrics, "http://"))

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -74,7 +75,7 @@ type wireConfig struct {
 
 func newWireNode(t testing.TB, l *ledger, id string, conf wireConfig) *wireNode {
 	t.Helper()
-	n := &wireNode{t: t, id: id, users: newClients(id, l.arrive), conf: conf, address: "127.0.0.1:0", gate: make(chan struct{})}
+	n := &wireNode{t: t, id: id, users: newClients(id, l.arrive), conf: conf, address: freeport.Addr(t), gate: make(chan struct{})}
 	close(n.gate)
 	n.start()
 	t.Cleanup(func() {

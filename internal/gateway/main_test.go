@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -47,7 +48,7 @@ type controller struct {
 func newController(t testing.TB) *controller {
 	t.Helper()
 	c := &controller{}
-	c.start(t, "127.0.0.1:0")
+	c.start(t, freeport.Addr(t))
 	t.Cleanup(c.stop)
 	return c
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -19,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -380,11 +380,7 @@ func TestRequestsAreWhatTheySeem(t *testing.T) {
 }
 
 func TestNobodyThere(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	ok(t, err)
-	address := l.Addr().String()
-	ok(t, l.Close())
-	cfg := Config{Addresses: []string{address}, Rate: 1, Mix: Mix{ToAll: 1}, DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}}
+	cfg := Config{Addresses: []string{freeport.Addr(t)}, Rate: 1, Mix: Mix{ToAll: 1}, DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}}
 	if _, err := Run(t.Context(), cfg); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("got %v", err)
 	}

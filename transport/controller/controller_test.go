@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -222,17 +223,12 @@ func TestOneFailedUserFailsTheLookup(t *testing.T) {
 }
 
 func TestRefusedFailsAtOnce(t *testing.T) {
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := lis.Addr().String()
-	_ = lis.Close()
+	addr := freeport.Addr(t)
 	c := open(t, Config{Address: addr + "," + addr})
 	c.Start(nil)
 	for range 3 {
 		began := time.Now()
-		_, _, err = members(t, c, "r")
+		_, _, err := members(t, c, "r")
 		if !errors.Is(err, route.ErrUnavailable) {
 			t.Fatal(err)
 		}

@@ -1,0 +1,119 @@
+package freeport
+
+import (
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func number(t *testing.T, port string) int {
+	t.Helper()
+	n, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestPortsAreNeverThoseOfOutgoingConnections: which the kernel picks as it picks ":0".
+func TestPortsAreNeverThoseOfOutgoingConnections(t *testing.T) {
+	var picked []int
+	for range 200 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = l.Close() }()
+		picked = append(picked, l.Addr().(*net.TCPAddr).Port)
+	}
+	for _, port := range Take(t, 200) {
+		if n := number(t, port); slices.Min(picked) <= n && n <= slices.Max(picked) {
+			t.Errorf("%s is among what the kernel picks: %d to %d and more", port, slices.Min(picked), slices.Max(picked))
+		}
+	}
+}
+
+func TestPortsBelongToOneTestUntilItEnds(t *testing.T) {
+	ports := Take(t, 150) // more than a block
+	t.Run("while it runs", func(t *testing.T) {
+		for _, port := range Take(t, 150) {
+			if slices.Contains(ports, port) {
+				t.Errorf("%s was given twice", port)
+			}
+		}
+	})
+	before := len(taken.locks)
+	for range 10 {
+		t.Run("each gives its own back", func(t *testing.T) { Take(t, 150) })
+	}
+	if n := len(taken.locks); n != before {
+		t.Errorf("%d blocks more", n-before)
+	}
+}
+
+func TestPortOfSomebodyElseIsLeftAlone(t *testing.T) {
+	Take(t, 1)
+	next := taken.free[0]
+	l, err := listen(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	if port := Take(t, 1)[0]; port == strconv.Itoa(next) {
+		t.Errorf("%s is in use", port)
+	}
+}
+
+// TestProcessesHaveDifferentPorts: the packages of a test run are processes of their own.
+func TestProcessesHaveDifferentPorts(t *testing.T) {
+	const child = "FREEPORT_CHILD"
+	if os.Getenv(child) != "" {
+		if _, err := os.Stdout.WriteString(strings.Join(Take(t, 150), " ") + "\n"); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = os.Stdin.Read(make([]byte, 1)) // until the parent ends it
+		return
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := map[string]int{}
+	for i := range 5 {
+		cmd := exec.CommandContext(t.Context(), self, "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), child+"=1")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := cmd.StdinPipe(); err != nil { // what the child waits at
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Wait() }) // the context of the test has ended it
+		line := make([]byte, 0, 2000)
+		for !strings.HasSuffix(string(line), "\n") {
+			n, err := out.Read(line[len(line):cap(line)])
+			if err != nil {
+				t.Fatalf("child %d: %v after %q", i, err, line)
+			}
+			line = line[:len(line)+n]
+		}
+		ports := strings.Fields(string(line))
+		if len(ports) != 150 {
+			t.Fatalf("child %d: %q", i, line)
+		}
+		for _, port := range ports {
+			if other, taken := owner[port]; taken {
+				t.Errorf("%s belongs to %d and to %d", port, other, i)
+			}
+			owner[port] = i
+		}
+	}
+}
