@@ -820,6 +820,7 @@ func TestNodeThatIsBackIsNotAwaitedOnItsOldStreams(t *testing.T) {
 			t.Errorf("after %v: %+v", time.Since(begun), r)
 		}
 		w.up(1)
+		synctest.Wait() // the node notices the end of the old stream by itself
 		if n.open() != 1 {
 			t.Errorf("%d streams are open", n.open())
 		}
