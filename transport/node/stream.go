@@ -290,11 +290,11 @@ func (st *stream) handAcks() error {
 	if len(st.counts) == 0 {
 		return nil
 	}
+	st.server.count.add(&st.sum) // before anybody is told
+	st.sum = sum{}
 	err := st.acks.add(st.counts, st.misses, st.reached)
 	clear(st.misses)
 	st.counts, st.misses, st.users, st.reached = st.counts[:0], st.misses[:0], 0, 0
-	st.server.count.add(&st.sum)
-	st.sum = sum{}
 	if errors.Is(err, errTooManyUnacked) {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
