@@ -21,8 +21,10 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	"github.com/push-manager/push-manager/internal/freeport"
@@ -418,6 +420,7 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 // stopped.
 type load struct {
 	m    *manager
+	apis []pubsub.PushManagerServiceClient
 	done atomic.Int64 // pushes answered
 	stop chan struct{}
 	wg   sync.WaitGroup
@@ -426,12 +429,11 @@ type load struct {
 // callers starts n of them; each asks for what next says.
 func (m *manager) callers(n int, next func(r *rand.Rand) request) *load {
 	l := &load{m: m, stop: make(chan struct{})}
-	var conns []pubsub.PushManagerServiceClient
 	for i := range n {
 		if i%100 == 0 {
-			conns = append(conns, m.dial())
+			l.apis = append(l.apis, m.dial())
 		}
-		api := conns[i/100]
+		api := l.apis[i/100]
 		l.wg.Go(func() {
 			r := rand.New(rand.NewPCG(m.b.seed, uint64(i)))
 			for {
@@ -463,6 +465,25 @@ func (l *load) halt() {
 func (l *load) end() {
 	l.halt()
 	l.wg.Wait()
+}
+
+// settle ends them and waits until the Push-Manager is done with all that they have asked
+// for. Those whose deadline has passed did not wait for it, and on a busy machine it reads
+// their last calls later than that.
+func (l *load) settle() {
+	l.m.b.t.Helper()
+	l.end()
+	for _, api := range l.apis {
+		eventually(l.m.b.t, "all calls are read", func() error {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			if _, err := api.PushToUser(ctx, &pubsub.PushToUserRequest{}); status.Code(err) != codes.InvalidArgument {
+				return fmt.Errorf("a push to nobody: %w", err)
+			}
+			return nil
+		})
+	}
+	l.m.until("pushes_in_flight", func(v float64) bool { return v == 0 })
 }
 
 // more waits until n more pushes have been answered.
