@@ -9,7 +9,6 @@
 package freeport
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -76,12 +75,13 @@ func Addr(tb testing.TB) string {
 
 // takeBlock adds the ports of a block that no other process has to the free ones.
 func takeBlock() error {
-	blocks := blocks()
-	if len(blocks) == 0 {
-		return errors.New("the kernel picks from all ports: none is left for servers of tests")
+	from, to := pickedFrom, pickedTo
+	if text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+		_, _ = fmt.Sscan(string(text), &from, &to)
 	}
-	for _, at := range rand.Perm(len(blocks)) {
-		first := blocks[at]
+	list := blocks(from, to)
+	for _, at := range rand.Perm(len(list)) {
+		first := list[at]
 		lock, err := listen(first)
 		if err != nil {
 			continue
@@ -92,22 +92,23 @@ func takeBlock() error {
 		}
 		return nil
 	}
-	return fmt.Errorf("all %d blocks of ports are taken", len(blocks))
+	return fmt.Errorf("all %d blocks of ports are taken", len(list))
 }
 
 // blocks are the first ports of all blocks outside of the range that the kernel picks from.
-func blocks() []int {
-	from, to := pickedFrom, pickedTo
-	if text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
-		_, _ = fmt.Sscan(string(text), &from, &to)
-	}
-	var list []int
+// Where it picks from all, they are all blocks: it then takes a port of ours now and then.
+func blocks(from, to int) []int {
+	var all, outside []int
 	for first := lowest; first+blockSize-1 <= highest; first += blockSize {
+		all = append(all, first)
 		if first > to || first+blockSize <= from {
-			list = append(list, first)
+			outside = append(outside, first)
 		}
 	}
-	return list
+	if len(outside) == 0 {
+		return all
+	}
+	return outside
 }
 
 func listen(port int) (net.Listener, error) {

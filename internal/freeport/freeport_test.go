@@ -37,6 +37,22 @@ func TestPortsAreNeverThoseOfOutgoingConnections(t *testing.T) {
 	}
 }
 
+func TestBlocksAreOutsideOfTheRange(t *testing.T) {
+	for _, test := range []struct{ from, to, first, last, n int }{
+		{32768, 60999, 10000, 65400, 227 + 45},
+		{49152, 65535, 10000, 49000, 391},
+		{1024, 32767, 32800, 65400, 327},
+		{10099, 65500, 10000, 65400, 555}, // the last port of the first is the kernel's, so none is left
+		{10100, 65499, 10000, 10000, 1},
+		{1024, 65535, 10000, 65400, 555}, // nothing is better than these
+	} {
+		list := blocks(test.from, test.to)
+		if len(list) != test.n || list[0] != test.first || list[len(list)-1] != test.last {
+			t.Errorf("%d to %d: %d blocks from %d to %d", test.from, test.to, len(list), list[0], list[len(list)-1])
+		}
+	}
+}
+
 func TestPortsBelongToOneTestUntilItEnds(t *testing.T) {
 	ports := Take(t, 150) // more than a block
 	t.Run("while it runs", func(t *testing.T) {
