@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/internal/devstack"
+	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -19,6 +20,7 @@ func startStack(t *testing.T, cfg devstack.Config) *devstack.Stack {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	cfg.PushManager = startIn
+	cfg.BasePort = freeport.Row(t, 16) // etcd listens later than a port 0 is resolved
 	s, err := devstack.Start(ctx, cfg)
 	if err != nil {
 		t.Fatal(err)

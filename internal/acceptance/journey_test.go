@@ -2,7 +2,6 @@ package acceptance
 
 import (
 	"fmt"
-	"net"
 	"regexp"
 	"slices"
 	"strconv"
@@ -25,7 +24,7 @@ type deployment struct {
 
 // TestDevProgramServesRealClients runs what the README's first command runs.
 func TestDevProgramServesRealClients(t *testing.T) {
-	base := freeBlock(t, 16)
+	base := freeport.Row(t, 16)
 	dev := start(t, binary(t, "push-manager"), nil, "dev", "--base-port", strconv.Itoa(base), "--data-dir", t.TempDir())
 	var d deployment
 	eventually(t, "dev says that it is ready", func() error {
@@ -154,22 +153,4 @@ func printedAddress(t *testing.T, printed, before string) string {
 		t.Fatalf("no address behind %q in:\n%s", before, printed)
 	}
 	return m[1]
-}
-
-// freeBlock finds n free ports in a row and returns the first.
-func freeBlock(t *testing.T, n int) int {
-	t.Helper()
-search:
-	for base := 21000; base < 32000; base += n { // below the ports that systems give out
-		for i := range n {
-			l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(base+i))
-			if err != nil {
-				continue search
-			}
-			_ = l.Close()
-		}
-		return base
-	}
-	t.Fatal("no free ports")
-	return 0
 }

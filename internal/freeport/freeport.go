@@ -2,7 +2,7 @@
 // or that listen again at the same one: child processes, etcd, whatever is restarted.
 //
 // A port that the kernel picked (":0") and that was closed again is no such port: the kernel
-// gives it to the next outgoing connection that asks. These ports come from outside of the
+// may give it to the next socket that asks for any. These ports come from outside of the
 // range that the kernel picks from, and no two processes that use this package have the same
 // ones at a time, as the packages of one test run would otherwise: a process listens on the
 // first port of each block that it has taken, for as long as it runs.
@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
@@ -22,10 +23,10 @@ const (
 	lowest    = 10000 // well-known servers are mostly below
 	highest   = 65535
 	blockSize = 100
-	// The range that Linux picks from unless it is told otherwise, which other systems'
-	// ranges are within:
+	// Where Linux does not say what it picks from: from where it does unless it is told
+	// otherwise, to the end, as other systems pick from there, too.
 	// https://docs.kernel.org/networking/ip-sysctl.html, ip_local_port_range.
-	pickedFrom, pickedTo = 32768, 60999
+	pickedFrom, pickedTo = 32768, highest
 )
 
 // taken is what this process has taken.
@@ -44,27 +45,52 @@ func Take(tb testing.TB, n int) []string {
 	var ports []int
 	for len(ports) < n {
 		if len(taken.free) == 0 {
-			if err := takeBlock(); err != nil {
+			block, err := takeBlock()
+			if err != nil {
 				tb.Fatal(err)
 			}
+			taken.free = append(taken.free, block...)
 		}
 		port := taken.free[0]
 		taken.free = taken.free[1:]
-		if l, err := listen(port); err == nil { // otherwise a stranger has it, and is welcome to it
-			_ = l.Close()
+		if !inUse(port) { // otherwise a stranger has it, and is welcome to it
 			ports = append(ports, port)
 		}
 	}
-	tb.Cleanup(func() {
-		taken.mu.Lock()
-		defer taken.mu.Unlock()
-		taken.free = append(taken.free, ports...)
-	})
+	giveBack(tb, ports)
 	list := make([]string, n)
 	for i, port := range ports {
 		list[i] = strconv.Itoa(port)
 	}
 	return list
+}
+
+// Row returns the first of n such ports in a row, at most 99.
+func Row(tb testing.TB, n int) int {
+	tb.Helper()
+	taken.mu.Lock()
+	defer taken.mu.Unlock()
+	for {
+		block, err := takeBlock()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		row, rest := block[:n], block[n:]
+		taken.free = append(taken.free, rest...)
+		if !slices.ContainsFunc(row, inUse) {
+			giveBack(tb, row)
+			return row[0]
+		}
+	}
+}
+
+func giveBack(tb testing.TB, ports []int) {
+	tb.Helper()
+	tb.Cleanup(func() {
+		taken.mu.Lock()
+		defer taken.mu.Unlock()
+		taken.free = append(taken.free, ports...)
+	})
 }
 
 // Addr returns host:port of one such port.
@@ -73,13 +99,18 @@ func Addr(tb testing.TB) string {
 	return net.JoinHostPort("127.0.0.1", Take(tb, 1)[0])
 }
 
-// takeBlock adds the ports of a block that no other process has to the free ones.
-func takeBlock() error {
-	from, to := pickedFrom, pickedTo
+// picked is the range that the kernel picks from.
+func picked() (from, to int) {
+	from, to = pickedFrom, pickedTo
 	if text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
 		_, _ = fmt.Sscan(string(text), &from, &to)
 	}
-	list := blocks(from, to)
+	return from, to
+}
+
+// takeBlock returns the ports of a block that no other process has.
+func takeBlock() ([]int, error) {
+	list := blocks(picked())
 	for _, at := range rand.Perm(len(list)) {
 		first := list[at]
 		lock, err := listen(first)
@@ -87,12 +118,13 @@ func takeBlock() error {
 			continue
 		}
 		taken.locks = append(taken.locks, lock)
-		for port := first + 1; port < first+blockSize; port++ {
-			taken.free = append(taken.free, port)
+		ports := make([]int, blockSize-1)
+		for i := range ports {
+			ports[i] = first + 1 + i
 		}
-		return nil
+		return ports, nil
 	}
-	return fmt.Errorf("all %d blocks of ports are taken", len(list))
+	return nil, fmt.Errorf("all %d blocks of ports are taken", len(list))
 }
 
 // blocks are the first ports of all blocks outside of the range that the kernel picks from.
@@ -109,6 +141,14 @@ func blocks(from, to int) []int {
 		return all
 	}
 	return outside
+}
+
+func inUse(port int) bool {
+	l, err := listen(port)
+	if err == nil {
+		_ = l.Close()
+	}
+	return err != nil
 }
 
 func listen(port int) (net.Listener, error) {

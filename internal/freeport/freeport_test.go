@@ -1,7 +1,6 @@
 package freeport
 
 import (
-	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -19,21 +18,29 @@ func number(t *testing.T, port string) int {
 	return n
 }
 
-// TestPortsAreNeverThoseOfOutgoingConnections: which the kernel picks as it picks ":0".
-func TestPortsAreNeverThoseOfOutgoingConnections(t *testing.T) {
-	var picked []int
-	for range 200 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = l.Close() }()
-		picked = append(picked, l.Addr().(*net.TCPAddr).Port)
+// The kernel picks the ports of outgoing connections as it picks those of ":0".
+func TestPortsAreNeverThoseThatTheKernelPicks(t *testing.T) {
+	from, to := picked()
+	if first := blocks(from, to)[0]; first <= to && first+blockSize > from {
+		t.Skipf("the kernel picks from all ports, %d to %d", from, to)
 	}
 	for _, port := range Take(t, 200) {
-		if n := number(t, port); slices.Min(picked) <= n && n <= slices.Max(picked) {
-			t.Errorf("%s is among what the kernel picks: %d to %d and more", port, slices.Min(picked), slices.Max(picked))
+		if n := number(t, port); from <= n && n <= to {
+			t.Errorf("%s is among what the kernel picks, %d to %d", port, from, to)
 		}
+	}
+}
+
+func TestRowIsOfOneBlockAndOfNoOtherTest(t *testing.T) {
+	first := Row(t, 16)
+	others := Take(t, 300)
+	for port := first; port < first+16; port++ {
+		if inUse(port) || slices.Contains(others, strconv.Itoa(port)) {
+			t.Errorf("%d is somebody else's", port)
+		}
+	}
+	if again := Row(t, 16); again/blockSize == first/blockSize {
+		t.Errorf("rows from %d and from %d", first, again)
 	}
 }
 
@@ -130,6 +137,9 @@ func TestProcessesHaveDifferentPorts(t *testing.T) {
 				t.Errorf("%s belongs to %d and to %d", port, other, i)
 			}
 			owner[port] = i
+			if n := number(t, port); !inUse(n - n%blockSize) {
+				t.Errorf("the block of %s is not locked", port)
+			}
 		}
 	}
 }
