@@ -474,16 +474,22 @@ func (l *load) settle() {
 	l.m.b.t.Helper()
 	l.end()
 	for _, api := range l.apis {
-		eventually(l.m.b.t, "all calls are read", func() error {
-			ctx, cancel := context.WithTimeout(context.Background(), patience)
-			defer cancel()
-			if _, err := api.PushToUser(ctx, &pubsub.PushToUserRequest{}); status.Code(err) != codes.InvalidArgument {
-				return fmt.Errorf("a push to nobody: %w", err)
-			}
-			return nil
-		})
+		l.m.hears(api)
 	}
 	l.m.until("pushes_in_flight", func(v float64) bool { return v == 0 })
+}
+
+// hears waits until all calls that came over a connection have been read.
+func (m *manager) hears(api pubsub.PushManagerServiceClient) {
+	m.b.t.Helper()
+	eventually(m.b.t, "all calls are read", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := api.PushToUser(ctx, &pubsub.PushToUserRequest{}); status.Code(err) != codes.InvalidArgument {
+			return fmt.Errorf("a push to nobody: %w", err)
+		}
+		return nil
+	})
 }
 
 // more waits until n more pushes have been answered.

@@ -38,12 +38,17 @@ func TestCallersWhoLeaveLeaveTheBooksBalanced(t *testing.T) {
 	if all.errors[codes.Canceled] == 0 || all.errors[codes.DeadlineExceeded] == 0 || all.success == 0 {
 		t.Errorf("some leave and some do not: %v", all)
 	}
+	m.hears(api)
 	m.atRest()
+	counted, err := m.read()
+	if err != nil {
+		t.Fatal(err)
+	}
 	sum := 0.0
 	for _, outcome := range []string{"success", "failed", "unknown", "offline"} {
-		sum += m.metric("push_" + outcome + "_total")
+		sum += counted["push_manager_push_"+outcome+"_total"]
 	}
-	if total := m.metric("push_total"); total != sum || total == 0 {
+	if total := counted["push_manager_push_total"]; total != sum || total == 0 {
 		t.Errorf("%v targets were counted, their outcomes are %v", total, sum)
 	}
 	bad.play(nil)

@@ -96,7 +96,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	bad := s.child("bad", s.bad...)
 	s.child("good", s.good...)
 	// Nothing but the broken connection can settle the pushes in time.
-	m := s.manage(2, "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=60s", "PUSH_TIMEOUT=30s")
+	m := s.manage(2, "LINK_WINDOW=32", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=60s", "PUSH_TIMEOUT=30s")
 	m.good(room("mixed"))
 	m.rest()
 	others := m.callers(8, s.someGood)
@@ -104,7 +104,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	since := s.ledger.now()
 	long := func(r *rand.Rand) request { q := user(pick(r, s.bad)); q.deadline = 20 * time.Second; return q }
 	victims := m.callers(300, long)
-	m.until("link_queue_deliveries", func(v float64) bool { return v >= 50 })
+	m.until("link_queue_deliveries", func(v float64) bool { return v >= 100 }) // the good node has 8 at most
 	victims.halt()
 	s.ledger.note("node bad killed")
 	killed := s.ledger.now()
@@ -116,7 +116,7 @@ func TestKilledNodeLeavesInFlightUnknownAndQueuedFailed(t *testing.T) {
 	if took > 10*time.Second { // their own deadline is the next that would
 		t.Errorf("resolved only after %v", took)
 	}
-	if all.unknown == 0 || all.failed == 0 || all.unknown+all.failed != all.targets {
+	if all.unknown == 0 || all.unknown > 2*32 || all.failed < 50 || all.unknown+all.failed != all.targets {
 		t.Errorf("in flight is unknown and queued is failed: %v", all)
 	}
 	s.noErrors(all)
