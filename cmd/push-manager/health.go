@@ -31,7 +31,11 @@ func (m *pushManager) nodesUnknown() string {
 	if m.ingress.Serving() {
 		return ""
 	}
-	return "discovery: nodes not known yet, etcd has not answered"
+	why := "discovery: nodes not known yet, etcd has not answered"
+	if cause := m.watcher.Why(); cause != "" {
+		why += ": " + cause
+	}
+	return why
 }
 
 func (m *pushManager) nodesUnreachable() string {

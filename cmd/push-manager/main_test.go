@@ -452,7 +452,7 @@ func TestPrintedConfigurationNamesSources(t *testing.T) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(binaries, "push-manager"), "--print-config", "--manager-id=a")
 	cmd.Dir = t.TempDir()
-	cmd.Env = []string{"SHARDS=3", "ETCD_PASSWORD=hidden"}
+	cmd.Env = []string{"SHARDS=3", "ETCD_USERNAME=u", "ETCD_PASSWORD=hidden"}
 	if err := os.WriteFile(filepath.Join(cmd.Dir, "config.yaml"), []byte("log_level: debug\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

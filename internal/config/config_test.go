@@ -3,10 +3,13 @@ package config_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -300,6 +303,9 @@ func FuzzLoad(f *testing.F) {
 	} {
 		f.Add(text, uint8(0), "")
 	}
+	for _, text := range hostile() {
+		f.Add(text[:min(len(text), 4<<10)], uint8(0), "")
+	}
 	for i := range vars {
 		for _, value := range []string{"x", "1", "0", "-1", "65536", "99999999999999999999", "NaN", "+Inf", "1s", "true", "info", "a,b", "a,,b", "h:1", "[::1]:1", "\n", "\xff", "${X:y}", "1KiB", " 1 "} {
 			f.Add("", uint8(i), value)
@@ -312,7 +318,12 @@ func FuzzLoad(f *testing.F) {
 			t.Fatal(err)
 		}
 		env := func(name string) (string, bool) { return value, value != "" && name == vars[int(which)%len(vars)] }
-		if err := s.Load(config.Options{File: path, LookupEnv: env}); err != nil {
+		var err error
+		n, _ := allocated(func() { err = s.Load(config.Options{File: path, LookupEnv: env}) })
+		if n > mostAllocated/8+uint64(len(text))<<10 {
+			t.Errorf("%d MiB were allocated for %d bytes", n>>20, len(text))
+		}
+		if err != nil {
 			if strings.Contains(err.Error(), "\n") || !errors.Is(err, config.ErrUsage) {
 				t.Errorf("no line on wrong usage: %q", err)
 			}
@@ -337,4 +348,131 @@ func FuzzLoad(f *testing.F) {
 			t.Errorf("%s\n%s", diff, out.String())
 		}
 	})
+}
+
+// hostile are texts that cost some YAML readers gigabytes or minutes: each repeats a few bytes as often as a file may hold.
+func hostile() map[string]string {
+	const size = 256<<10 - 64
+	fill := func(text string) string { return strings.Repeat(text, size/len(text)) }
+	return map[string]string{
+		"lists":          fill("["),
+		"lists of a key": "a: " + fill("["),
+		"closed lists":   "a: " + strings.Repeat("[", size/2-8) + strings.Repeat("]", size/2-8),
+		"maps":           fill("{"),
+		"maps with keys": fill("{a: "),
+		"dashes":         fill("- "),
+		"question marks": fill("? "),
+		"colons":         fill(": "),
+		"anchors":        fill("&a "),
+		"aliases":        "a: &a 1\nb: [" + fill("*a,") + "]",
+		"tags":           fill("!!a "),
+		"quotes":         fill(`"`),
+		"comments":       fill("#\n"),
+		"empty lines":    fill("\n"),
+		"documents":      fill("---\n"),
+		"deep sections":  stairs(700),
+		"keys":           names(30_000, "k%d:\n"),
+		"one long key":   fill("k") + ": 1",
+		"one long value": "manager_id: " + fill("v"),
+		"variables":      "manager_id: " + fill("${A:b}"),
+		"open variables": fill("${"),
+		"folded text":    "a: >\n" + fill(" x\n"),
+		"tabs":           fill("\t"),
+		"not UTF-8":      fill("\xff"),
+	}
+}
+
+func stairs(depth int) string {
+	var b strings.Builder
+	for i := range depth {
+		b.WriteString(strings.Repeat(" ", i) + "a:\n")
+	}
+	return b.String()
+}
+
+func names(n int, format string) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, format, i)
+	}
+	return b.String()
+}
+
+// allocated runs f and returns the bytes that were allocated meanwhile, and how long it took.
+func allocated(f func()) (bytes uint64, took time.Duration) {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	began := time.Now()
+	f()
+	took = time.Since(began)
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc, took
+}
+
+// mostAllocated is a few hundred times the largest file, and far below any machine's memory.
+const mostAllocated = 256 << 20
+
+func TestHostileFilesCostLittle(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.yaml")
+	for name, text := range hostile() {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		n, took := allocated(func() {
+			_, s := bind()
+			err = s.Load(config.Options{File: path, LookupEnv: func(string) (string, bool) { return "", false }})
+		})
+		t.Logf("%s: %d KiB in %v: %.80v", name, n>>10, took, err)
+		if n > mostAllocated {
+			t.Errorf("%s: %d MiB were allocated for a file of %d KiB", name, n>>20, len(text)>>10)
+		}
+		if err != nil && (strings.Contains(err.Error(), "\n") || len(err.Error()) > 16<<10 || !errors.Is(err, config.ErrUsage)) {
+			t.Errorf("%s: refused with %d bytes: %.200q", name, len(err.Error()), err)
+		}
+	}
+}
+
+// TestOnlyRegularFilesOfASizeAreRead: /dev/zero has no end, a pipe without a writer waits for ever, and a large file is
+// not read to be refused.
+func TestOnlyRegularFilesOfASizeAreRead(t *testing.T) {
+	dir := t.TempDir()
+	pipe, large, link := filepath.Join(dir, "pipe"), filepath.Join(dir, "large"), filepath.Join(dir, "link")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Skip("no named pipes here: ", err)
+	}
+	if err := os.WriteFile(large, make([]byte, 300<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(large, 8<<30); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		"/dev/zero": "is no regular file",
+		pipe:        "is no regular file",
+		dir:         "is no regular file",
+		large:       "larger than 256KiB",
+	} {
+		n, _ := allocated(func() {
+			_, s := bind()
+			err := s.Load(config.Options{File: path})
+			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path) || !errors.Is(err, config.ErrUsage) {
+				t.Errorf("%s: %v, want %s", path, err, want)
+			}
+		})
+		if n > 8<<20 {
+			t.Errorf("%s: %d MiB were allocated", path, n>>20)
+		}
+	}
+	good := filepath.Join(dir, "good")
+	if err := os.WriteFile(good, []byte("shards: 3\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(good, link); err != nil { // as a mounted ConfigMap is
+		t.Fatal(err)
+	}
+	c, s := bind()
+	if err := s.Load(config.Options{File: link}); err != nil || c.Shards != 3 {
+		t.Errorf("a link to a file: %v, shards %d", err, c.Shards)
+	}
 }

@@ -3,10 +3,15 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"strings"
+	"syscall"
 )
+
+// maxProblems bounds the line that says what is wrong.
+const maxProblems = 20
 
 // DefaultFile is read when it exists and no other file was named.
 const DefaultFile = "config.yaml"
@@ -36,9 +41,15 @@ func (s *Set) Load(o Options) error {
 		}
 	}
 	for _, v := range file.values {
+		if len(problems) > 2*maxProblems { // enough for "and more": a hint costs time
+			break
+		}
 		if err := s.known(v); err != nil {
 			problems = append(problems, fmt.Sprintf("%s: %s", v.where(file.path), err))
 		}
+	}
+	if n := len(problems) - maxProblems; n > 0 {
+		problems = append(problems[:maxProblems], fmt.Sprintf("and %d more", n))
 	}
 	if len(problems) > 0 {
 		return usageError(strings.Join(problems, "; "))
@@ -117,6 +128,9 @@ func (s *Set) Problem(name, format string, args ...any) error {
 // hint names the key that was probably meant.
 func (s *Set) hint(name string) string {
 	best, distance := "", 3
+	if len(name) > maxKey {
+		return ""
+	}
 	for _, k := range s.keys {
 		if d := editDistance(k.name, name); d < distance {
 			best, distance = k.name, d
@@ -163,7 +177,7 @@ func readFile(o *Options) (*document, error) {
 	if o.NoFile {
 		return &document{}, nil
 	}
-	text, err := os.ReadFile(path)
+	text, err := ReadFile(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) && !must {
 		return &document{}, nil
 	}
@@ -171,4 +185,26 @@ func readFile(o *Options) (*document, error) {
 		return nil, fmt.Errorf("CONFIG_FILE: %w", err)
 	}
 	return parse(path, text, o.LookupEnv)
+}
+
+// ReadFile reads a regular file of at most limit bytes. A device would have no end, and a pipe
+// would wait for whoever may never write to it.
+func ReadFile(path string, limit int) (text []byte, err error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the open of a pipe waits
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = file.Close() }() // nothing was written
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: is no regular file", path)
+	}
+	text, err = io.ReadAll(io.LimitReader(file, int64(limit)+1))
+	if err == nil && len(text) > limit {
+		err = fmt.Errorf("%s: larger than %s", path, FormatBytes(limit))
+	}
+	return text, err
 }

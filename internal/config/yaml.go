@@ -3,16 +3,16 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"strconv"
 	"strings"
 
-	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/parser"
+	"go.yaml.in/yaml/v3"
 )
 
-// maxFile bounds a configuration file.
-const maxFile = 1 << 20
+// maxFile bounds a configuration file: all keys with their help have 20 KB.
+const maxFile = 256 << 10
 
 // value is one leaf of a file, or an empty section.
 type value struct {
@@ -28,129 +28,143 @@ func (v *value) where(path string) string { return path + ":" + strconv.Itoa(v.l
 type document struct {
 	path   string
 	values []value
+	byName map[string]int // where they stand
 }
 
 // lookup finds a leaf. Of a section that stands where a leaf is expected it
 // returns the first key.
 func (d *document) lookup(name string) (value, bool) {
-	for _, v := range d.values {
-		if v.name == name {
-			return v, true
-		}
+	i, ok := d.byName[name]
+	if !ok {
+		return value{}, false
 	}
-	return value{}, false
+	return d.values[i], true
 }
+
+func (d *document) add(v value) {
+	if _, ok := d.byName[v.name]; !ok {
+		d.byName[v.name] = len(d.values)
+	}
+	d.values = append(d.values, v)
+}
+
+// maxDepth bounds sections in sections: no key is that deep.
+const maxDepth = 16
 
 // parse reads a YAML file. Variables are cut out of the text before and put
 // into the values after YAML has been read: they may stand where YAML would not
 // allow their braces, and what they hold is never read as YAML.
-func parse(path string, text []byte, lookupEnv func(string) (string, bool)) (*document, error) {
-	if len(text) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %s", path, FormatBytes(maxFile))
-	}
+func parse(path string, text []byte, lookupEnv func(string) (string, bool)) (d *document, err error) {
+	defer func() {
+		if e := recover(); e != nil { // of the library, on a text that nobody has thought of
+			d, err = nil, fmt.Errorf("%s: is not understood: %.100s", path, oneLine(fmt.Sprint(e)))
+		}
+	}()
 	vars := &variables{lookupEnv: lookupEnv}
-	file, err := parser.ParseBytes([]byte(vars.cut(string(text))), 0)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %s", path, oneLine(vars.restore(err.Error())))
-	}
-	d := &document{path: path}
-	docs := 0
-	for _, doc := range file.Docs {
-		if doc.Body == nil {
+	decoder := yaml.NewDecoder(strings.NewReader(vars.cut(string(text))))
+	d = &document{path: path, byName: map[string]int{}}
+	for docs := 0; ; {
+		var doc yaml.Node
+		switch err := decoder.Decode(&doc); {
+		case errors.Is(err, io.EOF):
+			return d, nil
+		case err != nil:
+			text := strings.TrimPrefix(vars.restore(err.Error()), "yaml: ")
+			return nil, fmt.Errorf("%s: %.300s", path, oneLine(text))
+		}
+		if len(doc.Content) == 0 || null(doc.Content[0]) {
 			continue
 		}
 		if docs++; docs > 1 {
 			return nil, fmt.Errorf("%s: more than one YAML document", path)
 		}
-		if err := d.walk(doc.Body, "", vars); err != nil {
+		if err := d.walk(doc.Content[0], "", 0, vars); err != nil {
 			return nil, fmt.Errorf("%s:%w", path, err)
 		}
 	}
-	return d, nil
 }
 
 // walk collects the leaves below node. Its errors start with the line.
-func (d *document) walk(node ast.Node, name string, vars *variables) error {
-	switch n := node.(type) {
-	case *ast.MappingNode:
-		if len(n.Values) == 0 && name != "" {
-			d.values = append(d.values, value{name: name, line: lineOf(n), section: true})
+func (d *document) walk(node *yaml.Node, name string, depth int, vars *variables) error {
+	if depth > maxDepth {
+		return fmt.Errorf("%d: nested too deeply", node.Line)
+	}
+	if node.Kind != yaml.MappingNode || node.Anchor != "" {
+		if name == "" {
+			return fmt.Errorf("%d: must hold keys and values", node.Line)
 		}
-		for _, entry := range n.Values {
-			if err := d.entry(entry, name, vars); err != nil {
-				return err
-			}
+		text, err := scalar(node, vars)
+		if err != nil {
+			return fmt.Errorf("%d: %s: %w", node.Line, name, err)
 		}
-		return nil
-	case *ast.MappingValueNode:
-		return d.entry(n, name, vars)
-	case *ast.CommentGroupNode:
+		d.add(value{name: name, text: text, line: node.Line})
 		return nil
 	}
-	if name == "" {
-		return fmt.Errorf("%d: must hold keys and values", lineOf(node))
+	if len(node.Content) == 0 && name != "" {
+		d.add(value{name: name, line: node.Line, section: true})
 	}
-	text, err := scalar(node, vars)
-	if err != nil {
-		return fmt.Errorf("%d: %s: %w", lineOf(node), name, err)
+	for i := 0; i+1 < len(node.Content); i += 2 {
+		keyNode, below := node.Content[i], node.Content[i+1]
+		if keyNode.Kind != yaml.ScalarNode || len(keyNode.Value) > maxKey {
+			return fmt.Errorf("%d: a key is no name", keyNode.Line)
+		}
+		key := vars.restore(keyNode.Value)
+		if name != "" {
+			key = name + "." + key
+		}
+		if _, dup := d.lookup(key); dup {
+			return fmt.Errorf("%d: %s is set twice", keyNode.Line, key)
+		}
+		if null(below) {
+			// An empty section is none at all; an empty value is a mistake, which the
+			// line below shows when the key turns out to be no section.
+			d.add(value{name: key, line: keyNode.Line, section: true})
+			continue
+		}
+		if err := d.walk(below, key, depth+1, vars); err != nil {
+			return err
+		}
 	}
-	d.values = append(d.values, value{name: name, text: text, line: lineOf(node)})
 	return nil
 }
 
-func (d *document) entry(entry *ast.MappingValueNode, name string, vars *variables) error {
-	key := vars.restore(entry.Key.GetToken().Value)
-	if name != "" {
-		key = name + "." + key
-	}
-	if _, dup := d.lookup(key); dup {
-		return fmt.Errorf("%d: %s is set twice", lineOf(entry.Key), key)
-	}
-	if _, empty := entry.Value.(*ast.NullNode); empty {
-		// An empty section is none at all; an empty value is a mistake, which the
-		// line below shows when the key turns out to be no section.
-		d.values = append(d.values, value{name: key, line: lineOf(entry.Key), section: true})
-		return nil
-	}
-	return d.walk(entry.Value, key, vars)
+// maxKey bounds the name of a key in its section.
+const maxKey = 256
+
+// null tells whether nothing stands there, or the word for it.
+func null(node *yaml.Node) bool {
+	return node.Kind == yaml.ScalarNode && node.Tag == "!!null" && node.Anchor == ""
 }
 
 // scalar is the text of a value; a list becomes its texts with commas between.
-func scalar(node ast.Node, vars *variables) (string, error) {
-	switch n := node.(type) {
-	case *ast.StringNode:
-		return vars.fill(n.Value)
-	case *ast.LiteralNode:
-		return vars.fill(n.Value.Value)
-	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
-		return n.GetToken().Value, nil
-	case *ast.SequenceNode:
-		texts := make([]string, 0, len(n.Values))
-		for _, v := range n.Values {
-			if _, nested := v.(*ast.SequenceNode); nested {
-				return "", errors.New("a list in a list is not understood")
-			}
-			text, err := scalar(v, vars)
-			if err != nil {
-				return "", err
-			}
-			texts = append(texts, text)
-		}
-		return strings.Join(texts, ","), nil
-	case *ast.NullNode:
+func scalar(node *yaml.Node, vars *variables) (string, error) {
+	switch {
+	case node.Anchor != "" || node.Kind == yaml.AliasNode:
+		return "", errors.New("YAML anchors are not understood")
+	case node.Style&yaml.TaggedStyle != 0:
+		return "", errors.New("YAML tags are not understood")
+	case null(node):
 		return "", errors.New("has no value")
+	case node.Kind == yaml.ScalarNode:
+		return vars.fill(node.Value)
+	case node.Kind != yaml.SequenceNode:
+		return "", errors.New("a section is not understood here")
 	}
-	return "", fmt.Errorf("a YAML %s is not understood here", strings.ToLower(node.Type().String()))
+	texts := make([]string, 0, len(node.Content))
+	for _, v := range node.Content {
+		if v.Kind == yaml.SequenceNode {
+			return "", errors.New("a list in a list is not understood")
+		}
+		text, err := scalar(v, vars)
+		if err != nil {
+			return "", err
+		}
+		texts = append(texts, text)
+	}
+	return strings.Join(texts, ","), nil
 }
 
-func lineOf(node ast.Node) int {
-	if t := node.GetToken(); t != nil && t.Position != nil {
-		return t.Position.Line
-	}
-	return 0
-}
-
-// oneLine shortens the parser's drawing of the place to its message.
+// oneLine shortens the parser's error to its message.
 func oneLine(text string) string {
 	line, _, _ := strings.Cut(text, "\n")
 	return line
@@ -183,9 +197,10 @@ func (v *variables) restore(text string) string {
 	})
 }
 
+// written is the variable that a mark stands for, or the mark, where the file has it itself.
 func (v *variables) written(mark string) string {
-	m := markPattern.FindStringSubmatch(mark)
-	i, err := strconv.Atoi(m[1])
+	number := strings.TrimSuffix(strings.TrimPrefix(mark, "\uE000"), "\uE001")
+	i, err := strconv.Atoi(number)
 	if err != nil || i >= len(v.texts) {
 		return mark
 	}
@@ -197,20 +212,21 @@ func (v *variables) fill(text string) (string, error) {
 	var missing error
 	text = markPattern.ReplaceAllStringFunc(text, func(mark string) string {
 		written := v.written(mark)
-		if written == "$${" {
+		inner, isVariable := strings.CutPrefix(written, "${")
+		switch {
+		case written == "$${":
 			return "${"
-		}
-		m := variablePattern.FindStringSubmatch(written)
-		if m == nil {
+		case !isVariable:
 			return mark
 		}
-		if held, ok := v.lookupEnv(m[1]); ok && held != "" {
+		name, fallback, hasFallback := strings.Cut(strings.TrimSuffix(inner, "}"), ":")
+		if held, ok := v.lookupEnv(name); ok && held != "" {
 			return held
 		}
-		if !strings.Contains(written, ":") {
+		if !hasFallback {
 			missing = fmt.Errorf("%s is not set and has no default", written)
 		}
-		return m[2]
+		return fallback
 	})
 	return text, missing
 }

@@ -1,6 +1,7 @@
 package etcdtest
 
 import (
+	"context"
 	"fmt"
 	"net/url"
 	"os"
@@ -23,26 +24,46 @@ type Server struct {
 	front, client, peer string // host:port
 	dir, name           string
 	cluster             string // all members, "" for one alone
+	certFile, keyFile   string // "": plain text
+	clientCA            string
+	tokenTTL            time.Duration // 0: etcd's own
 	etcd                *embed.Etcd
 	// Clients come through here: etcd waits up to five seconds for its clients
 	// when it stops, unless their connections are gone already.
 	proxy *Proxy
 }
 
+// Option is something that an etcd does not do by itself.
+type Option func(*Server)
+
+// WithTLS has clients speak TLS. clientCA, where it is not empty, is a PEM file of the
+// authorities that the client certificates must be from; without it none is asked for.
+func WithTLS(certFile, keyFile, clientCA string) Option {
+	return func(s *Server) {
+		s.certFile, s.keyFile, s.clientCA = certFile, keyFile, clientCA
+	}
+}
+
+// WithTokenTTL lets tokens of users expire that are not used for so long, in whole seconds.
+func WithTokenTTL(ttl time.Duration) Option { return func(s *Server) { s.tokenTTL = ttl } }
+
 // Start runs etcd on an empty data directory until the test ends. Clients are to
 // be closed before it: those of Client are, and so is what registers its cleanup
 // after this call.
-func Start(tb testing.TB) *Server {
+func Start(tb testing.TB, opts ...Option) *Server {
 	tb.Helper()
-	s := Reserve(tb)
+	s := Reserve(tb, opts...)
 	s.start()
 	return s
 }
 
 // Reserve gives an etcd that is not running yet; Restart starts it.
-func Reserve(tb testing.TB) *Server {
+func Reserve(tb testing.TB, opts ...Option) *Server {
 	tb.Helper()
 	s := &Server{tb: tb, front: freeport.Addr(tb), client: freeport.Addr(tb), peer: freeport.Addr(tb), dir: tb.TempDir(), name: "test"}
+	for _, opt := range opts {
+		opt(s)
+	}
 	tb.Cleanup(s.Stop)
 	return s
 }
@@ -82,6 +103,32 @@ func (s *Server) Endpoint() string { return s.front }
 func (s *Server) Client() *clientv3.Client {
 	s.tb.Helper()
 	return NewClient(s.tb, s.front)
+}
+
+// EnableAuth makes a user who may read and write all below prefix, and asks everybody for a name
+// and password from then on.
+func (s *Server) EnableAuth(user, password, prefix string) {
+	s.tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	client := s.Client()
+	end := clientv3.GetPrefixRangeEnd(prefix)
+	for _, step := range []func() error{
+		func() error { _, err := client.UserAdd(ctx, "root", "root"); return err },
+		func() error { _, err := client.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := client.RoleAdd(ctx, "programs"); return err },
+		func() error {
+			_, err := client.RoleGrantPermission(ctx, "programs", prefix, end, clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := client.UserAdd(ctx, user, password); return err },
+		func() error { _, err := client.UserGrantRole(ctx, user, "programs"); return err },
+		func() error { _, err := client.AuthEnable(ctx); return err },
+	} {
+		if err := step(); err != nil {
+			s.tb.Fatalf("enable authentication: %v", err)
+		}
+	}
 }
 
 // NewClient connects to any endpoint and is closed when the test ends.
@@ -154,6 +201,15 @@ func (s *Server) launch() {
 		cfg.InitialCluster = s.cluster
 		cfg.TickMs, cfg.ElectionMs = 100, 1000 // a busy machine must not cost the leader its place
 	}
+	if s.certFile != "" {
+		cfg.ListenClientUrls[0].Scheme = "https"
+		tls := &cfg.ClientTLSInfo
+		tls.CertFile, tls.KeyFile, tls.TrustedCAFile, tls.ClientCertAuth = s.certFile, s.keyFile, s.clientCA, s.clientCA != ""
+	}
+	if s.tokenTTL != 0 {
+		cfg.AuthTokenTTL = uint(s.tokenTTL / time.Second)
+	}
+	cfg.BcryptCost = 4 // the least: a test need not make guessing slow
 	cfg.UnsafeNoFsync = true
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	etcd, err := embed.StartEtcd(cfg)

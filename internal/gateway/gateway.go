@@ -225,7 +225,7 @@ func (g *Gateway) MetricsAddr() net.Addr {
 	return g.metricsLis.Addr()
 }
 
-// Ready tells why the gateway should not get clients, nil when it should.
+// Ready tells why the gateway should not get clients, one reason a line, nil when it should.
 func (g *Gateway) Ready() error {
 	g.mu.Lock()
 	started := g.started
@@ -235,12 +235,19 @@ func (g *Gateway) Ready() error {
 		return errNotStarted
 	case g.draining.Load():
 		return errGoing
-	case !g.reports.isReady():
-		return errController
-	case g.cfg.Etcd != nil && !g.node.Registered():
-		return errNotRegistered
 	}
-	return nil
+	var reasons []error
+	if !g.reports.isReady() {
+		reasons = append(reasons, errController)
+	}
+	if g.cfg.Etcd != nil && !g.node.Registered() {
+		err := errNotRegistered
+		if why := g.node.Unregistered(); why != "" {
+			err = fmt.Errorf("%w: %s", err, why)
+		}
+		reasons = append(reasons, err)
+	}
+	return errors.Join(reasons...)
 }
 
 // admit counts a client in, before its handshake.

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -66,9 +67,10 @@ func (c *ControllerConfig) Start(ctx context.Context, logger *slog.Logger) (Prog
 // Controller is a running reference Controller.
 type Controller struct {
 	// Static after StartController.
-	api    net.Listener
-	http   *telemetry.HTTP
-	server *controller.Server
+	api  net.Listener
+	http *telemetry.HTTP
+
+	server atomic.Pointer[controller.Server] // metrics and health are served before it is there
 
 	parts    Parts
 	serving  sync.WaitGroup
@@ -100,12 +102,14 @@ func StartController(ctx context.Context, cfg ControllerConfig, logger *slog.Log
 	}
 	own := cfg.Controller
 	own.Client, own.Logger, own.Metrics = etcd, logger, set
-	if c.server, err = controller.New(own); err != nil {
+	server, err := controller.New(own)
+	if err != nil {
 		return nil, err
 	}
+	c.server.Store(server)
 	c.parts.Add("API", c.stopServing)
 	c.serving.Go(func() {
-		if err := c.server.Serve(c.api); err != nil {
+		if err := server.Serve(c.api); err != nil {
 			c.failed <- fmt.Errorf("controller: %w", err)
 		}
 	})
@@ -121,18 +125,22 @@ func (c *Controller) Drain(ctx context.Context) error {
 
 func (c *Controller) stopServing(ctx context.Context) error {
 	defer c.serving.Wait()
-	defer c.server.Close()
-	return c.server.Drain(ctx)
+	server := c.server.Load()
+	defer server.Close()
+	return server.Drain(ctx)
 }
 
-// NotReady says why the Controller should not be asked: only that it stops.
+// NotReady says why the Controller should not be asked, nothing when it may.
 func (c *Controller) NotReady() []string {
 	select {
 	case <-c.draining:
 		return []string{"draining"}
 	default:
-		return nil
 	}
+	if server := c.server.Load(); server != nil {
+		return server.NotReady()
+	}
+	return []string{"starting"}
 }
 
 // Failed implements Program.

@@ -3,7 +3,6 @@ package program
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"os"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/config"
@@ -30,14 +29,30 @@ func (c *EtcdConfig) Bind(s *config.Set) {
 	s.Text(&c.KeyFile, "etcd.tls.key_file", "", "PEM file of its key.")
 }
 
-// Settle reads the files.
+// Settle reads the files and checks the rest.
 func (c *EtcdConfig) Settle(s *config.Set) error {
+	if err := c.settleTLS(s); err != nil {
+		return err
+	}
+	if err := c.CheckEndpoints(); err != nil {
+		return s.Problem("etcd.endpoints", "%v", err)
+	}
+	switch {
+	case c.Username != "" && c.Password == "":
+		return s.Problem("etcd.password", "missing, while etcd.username is set")
+	case c.Username == "" && c.Password != "":
+		return s.Problem("etcd.username", "missing, while etcd.password is set")
+	}
+	return nil
+}
+
+func (c *EtcdConfig) settleTLS(s *config.Set) error {
 	if c.CAFile == "" && c.CertFile == "" && c.KeyFile == "" {
 		return nil
 	}
 	c.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
+		pem, err := config.ReadFile(c.CAFile, maxPEM)
 		if err != nil {
 			return s.Problem("etcd.tls.ca_file", "%v", err)
 		}
@@ -54,14 +69,34 @@ func (c *EtcdConfig) Settle(s *config.Set) error {
 	case c.KeyFile == "":
 		return s.Problem("etcd.tls.key_file", "missing, while etcd.tls.cert_file is set")
 	}
-	if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil {
+	for key, file := range map[string]string{"etcd.tls.cert_file": c.CertFile, "etcd.tls.key_file": c.KeyFile} {
+		if _, err := config.ReadFile(file, maxPEM); err != nil {
+			return s.Problem(key, "%v", err)
+		}
+	}
+	if _, err := keyPair(c.CertFile, c.KeyFile); err != nil {
 		return s.Problem("etcd.tls.cert_file", "%v", err)
 	}
 	// Read again for each handshake: certificates are renewed while we run.
 	cert, key := c.CertFile, c.KeyFile
 	c.TLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		pair, err := tls.LoadX509KeyPair(cert, key)
+		pair, err := keyPair(cert, key)
 		return &pair, err
 	}
 	return nil
+}
+
+// maxPEM bounds a file of certificates or keys. All authorities that a system trusts have 300 KB.
+const maxPEM = 1 << 20
+
+func keyPair(certFile, keyFile string) (tls.Certificate, error) {
+	cert, err := config.ReadFile(certFile, maxPEM)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	key, err := config.ReadFile(keyFile, maxPEM)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.X509KeyPair(cert, key)
 }

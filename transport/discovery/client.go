@@ -1,11 +1,19 @@
 package discovery
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
 	"time"
+	"unicode"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -22,13 +30,14 @@ const firstAnswer = 5 * time.Second
 
 // ClientConfig says how etcd is reached.
 type ClientConfig struct {
-	// Endpoints are host:port or URLs. At least one.
+	// Endpoints are host:port or URLs. At least one. https:// asks for TLS even without TLS
+	// below, http:// for none: all of them must agree with each other and with TLS.
 	Endpoints []string
 	// DialTimeout bounds one attempt to connect. Default 1 s: an attempt that nobody
 	// answers has to end, and a pause of up to 0.6 s to pass, before an etcd that is back is
 	// found; that shall be within two seconds.
 	DialTimeout time.Duration
-	// Username and Password, where etcd asks for them.
+	// Username and Password, where etcd asks for them: both or neither.
 	Username, Password string
 	// TLS is nil for plain connections.
 	TLS *tls.Config
@@ -47,10 +56,11 @@ func (c ClientConfig) Validate() error {
 	if len(c.Endpoints) == 0 {
 		errs = append(errs, errors.New("Endpoints is empty"))
 	}
-	for _, e := range c.Endpoints {
-		if e == "" {
-			errs = append(errs, errors.New("Endpoints holds an empty one"))
-		}
+	if err := c.CheckEndpoints(); err != nil {
+		errs = append(errs, fmt.Errorf("Endpoints: %w", err))
+	}
+	if (c.Username == "") != (c.Password == "") {
+		errs = append(errs, errors.New("Username and Password: one of them is missing"))
 	}
 	if c.DialTimeout < 0 {
 		errs = append(errs, errors.New("DialTimeout is negative"))
@@ -58,9 +68,44 @@ func (c ClientConfig) Validate() error {
 	return errors.Join(errs...)
 }
 
+// CheckEndpoints tells what is wrong with Endpoints. It finds what etcd's client would take for something else without a word: it
+// looks at the scheme of the first endpoint only, and dials what it cannot parse as it is.
+func (c ClientConfig) CheckEndpoints() error {
+	secure := map[bool]string{}
+	for _, e := range c.Endpoints {
+		address := e
+		if scheme, rest, found := strings.Cut(e, "://"); found {
+			u, err := url.Parse(e)
+			switch {
+			case scheme != "http" && scheme != "https":
+				return fmt.Errorf("%q: the scheme is neither http nor https", e)
+			case err != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.User != nil:
+				return fmt.Errorf("%q is no URL of an etcd", e)
+			case scheme == "http" && c.TLS != nil:
+				return fmt.Errorf("%q is plain text, while TLS is configured", e)
+			}
+			secure[scheme == "https"] = e
+			address = strings.TrimSuffix(rest, "/")
+		} else {
+			secure[c.TLS != nil] = e
+		}
+		host, port, err := net.SplitHostPort(address)
+		if err != nil || host == "" || strings.ContainsFunc(address, unicode.IsSpace) {
+			return fmt.Errorf("%q is not host:port", e)
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("%q: port is not in 1..65535", e)
+		}
+	}
+	if len(secure) == 2 {
+		return fmt.Errorf("%q is plain text and %q is not", secure[false], secure[true])
+	}
+	return nil
+}
+
 // NewClient makes an etcd client for a Watcher and Registrations. It does not
-// wait for etcd: one that is down at the start is found when it comes up. The
-// caller closes it after everything that uses it.
+// wait for etcd, nor does it log in: one that is down at the start is found when it comes up.
+// The caller closes it after everything that uses it.
 func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 	cfg = cfg.withDefaults()
 	if err := cfg.Validate(); err != nil {
@@ -88,11 +133,25 @@ func (c ClientConfig) etcd() clientv3.Config {
 		// in a row.
 		MaxUnaryRetries: 2,
 		Logger:          zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(laterLogin(), keepRequestError), grpc.WithConnectParams(grpc.ConnectParams{
 			// gRPC's own backoff grows to two minutes, after each attempt of up to
 			// MinConnectTimeout; an etcd that is back must be found within two seconds.
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: c.DialTimeout,
 		})},
+	}
+}
+
+// laterLogin lets etcd's client be made while etcd is away. clientv3.New logs in before it
+// returns, and fails where that fails. So the first login is answered here, with no token. The
+// client asks for a token before each stream, and when etcd refuses a request for the lack of a
+// valid one: that is how it comes to the first, too.
+func laterLogin() grpc.UnaryClientInterceptor {
+	var made atomic.Bool
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if method == etcdserverpb.Auth_Authenticate_FullMethodName && made.CompareAndSwap(false, true) {
+			return nil
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
 	}
 }

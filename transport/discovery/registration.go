@@ -108,6 +108,7 @@ type Registration struct {
 	grants     *metrics.Counter
 	lost       *metrics.Counter
 	wg         sync.WaitGroup
+	out        absence // owned by loop
 
 	// Written by Start, under once.
 	once sync.Once
@@ -138,6 +139,7 @@ func NewRegistration(cfg RegistrationConfig) (*Registration, error) {
 		grants: cfg.Metrics.GetOrCreateCounter(name("push_manager_registration_leases_total")),
 		lost:   cfg.Metrics.GetOrCreateCounter(name("push_manager_registration_lost_total")),
 		ready:  make(chan struct{}),
+		out:    absence{log: cfg.Logger, message: "not registered in etcd, trying again"},
 	}
 	cfg.Metrics.GetOrCreateGauge(name("push_manager_registration_up"), func() float64 {
 		if r.Registered() {
@@ -182,6 +184,10 @@ func (r *Registration) Ready() <-chan struct{} { return r.ready }
 // Registered tells whether the key is there, as far as we know.
 func (r *Registration) Registered() bool { return r.registered.Load() }
 
+// Why says in a line why the key is not there: that etcd cannot be reached, and for what reason,
+// or that another process has it. It is "" while Registered.
+func (r *Registration) Why() string { return r.out.Why() }
+
 // Key is the key that is kept.
 func (r *Registration) Key() string { return r.key }
 
@@ -216,10 +222,9 @@ func (r *Registration) loop(ctx context.Context) {
 		}
 		if time.Since(began) >= settledAfter {
 			failures = 0
+			r.out.forget()
 		}
-		if failures == 0 {
-			r.cfg.Logger.Warn("not registered in etcd, trying again", "key", r.key, "err", err)
-		}
+		r.out.goesOn(err, "key", r.key)
 		if !sleep(ctx, pause(began, failures, r.cfg.MinBackoff, r.cfg.MaxBackoff)) {
 			return
 		}
@@ -296,9 +301,10 @@ func ended(alive <-chan *clientv3.LeaseKeepAliveResponse) error {
 func (r *Registration) grant(ctx context.Context) (clientv3.LeaseID, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.RequestTimeout)
 	defer cancel()
+	ctx, below := withRequestError(ctx)
 	granted, err := r.cfg.Client.Grant(ctx, int64(r.cfg.TTL/time.Second))
 	if err != nil {
-		return 0, fmt.Errorf("grant lease: %w", err)
+		return 0, fmt.Errorf("grant lease: %w", below.explain(err))
 	}
 	r.grants.Inc()
 	r.lease.Store(int64(granted.ID))
@@ -311,17 +317,18 @@ func (r *Registration) grant(ctx context.Context) (clientv3.LeaseID, error) {
 func (r *Registration) check(ctx context.Context, lease clientv3.LeaseID, claim bool) error {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.RequestTimeout)
 	defer cancel()
+	ctx, below := withRequestError(ctx)
 	put := clientv3.OpPut(r.key, r.value, clientv3.WithLease(lease))
 	if claim {
 		if _, err := r.cfg.Client.Do(ctx, put); err != nil {
-			return fmt.Errorf("write %s: %w", r.key, leaseError(err))
+			return fmt.Errorf("write %s: %w", r.key, leaseError(below.explain(err)))
 		}
 		r.setRegistered(true)
 		return nil
 	}
 	got, err := r.cfg.Client.Get(ctx, r.key)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", r.key, err)
+		return fmt.Errorf("read %s: %w", r.key, below.explain(err))
 	}
 	unchanged := clientv3.Compare(clientv3.ModRevision(r.key), "=", 0)
 	if len(got.Kvs) == 1 {
@@ -339,7 +346,7 @@ func (r *Registration) check(ctx context.Context, lease clientv3.LeaseID, claim 
 	}
 	txn, err := r.cfg.Client.Txn(ctx).If(unchanged).Then(put).Commit()
 	if err != nil {
-		return fmt.Errorf("write %s: %w", r.key, leaseError(err))
+		return fmt.Errorf("write %s: %w", r.key, leaseError(below.explain(err)))
 	}
 	if txn.Succeeded {
 		r.lost.Inc()
@@ -351,6 +358,11 @@ func (r *Registration) check(ctx context.Context, lease clientv3.LeaseID, claim 
 
 // setRegistered notes whether the key is ours and logs when that changes.
 func (r *Registration) setRegistered(ours bool) {
+	if ours {
+		r.out.ends()
+	} else {
+		r.out.because("another process has registered under this id")
+	}
 	if r.registered.Swap(ours) == ours {
 		return
 	}

@@ -32,6 +32,7 @@ type Watcher struct {
 	cfg Config
 	m   *watcherMetrics
 	wg  sync.WaitGroup
+	out absence // owned by the loop
 
 	// Written by Start, under once.
 	once sync.Once
@@ -47,7 +48,10 @@ func New(cfg Config) (*Watcher, error) {
 		return nil, fmt.Errorf("discovery: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	return &Watcher{cfg: cfg, m: newWatcherMetrics(cfg.Metrics, cfg.MetricsPrefix)}, nil
+	return &Watcher{
+		cfg: cfg, m: newWatcherMetrics(cfg.Metrics, cfg.MetricsPrefix),
+		out: absence{log: cfg.Logger, message: "discovery is interrupted, the nodes known stay"},
+	}, nil
 }
 
 // Start begins to watch. etcd does not have to be there yet.
@@ -89,6 +93,10 @@ func (w *Watcher) Synced() bool { return w.nodes.Load() != nil }
 
 // Stale is how long etcd has been out of reach, 0 while it is not.
 func (w *Watcher) Stale() time.Duration { return w.m.stale() }
+
+// Why says in a line why etcd is out of reach: a certificate, a password, a port that refuses.
+// It is "" while etcd answers.
+func (w *Watcher) Why() string { return w.out.Why() }
 
 // Nodes is the set as last reported, ordered by id.
 func (w *Watcher) Nodes() []Node {
@@ -233,10 +241,11 @@ func (w *Watcher) listAll(ctx context.Context) listing {
 	for {
 		opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(got.rev)}
 		pageCtx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), w.cfg.RequestTimeout)
+		pageCtx, below := withRequestError(pageCtx)
 		resp, err := w.cfg.Client.Get(pageCtx, from, opts...)
 		cancel()
 		if err != nil {
-			return listing{err: fmt.Errorf("prefix %s: %w", w.cfg.Prefix, err)}
+			return listing{err: fmt.Errorf("prefix %s: %w", w.cfg.Prefix, below.explain(err))}
 		}
 		if got.rev == 0 {
 			got.rev, got.term = resp.Header.GetRevision(), resp.Header.GetRaftTerm()
@@ -353,6 +362,7 @@ func (l *watching) onBroken(err error) {
 	l.opening, l.events = nil, nil
 	if time.Since(l.opened) >= settledAfter {
 		l.failures = 0
+		l.out.forget()
 	}
 	l.failed(time.Now(), fmt.Errorf("watch: %w", err))
 }
@@ -363,6 +373,7 @@ func (l *watching) onTick(ctx context.Context) {
 	now := time.Now()
 	if !l.unlisted && l.events != nil && now.Sub(l.opened) >= settledAfter {
 		l.failures = 0
+		l.out.forget()
 	}
 	if l.probing || now.Before(l.probeAt) {
 		return
@@ -373,7 +384,9 @@ func (l *watching) onTick(ctx context.Context) {
 	l.wg.Go(func() {
 		reqCtx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), l.cfg.RequestTimeout)
 		defer cancel()
+		reqCtx, below := withRequestError(reqCtx)
 		resp, err := l.cfg.Client.Get(reqCtx, l.cfg.Prefix, clientv3.WithPrefix(), clientv3.WithCountOnly())
+		err = below.explain(err)
 		var header *etcdserverpb.ResponseHeader
 		if err == nil {
 			header = resp.Header
@@ -386,7 +399,7 @@ func (l *watching) onProbed(got probe) {
 	l.probing = false
 	if got.err != nil {
 		l.since(l.lastWord)
-		l.log.Debug("etcd does not answer", "err", got.err)
+		l.out.goesOn(got.err)
 		if l.unproven { // the watch may be silent for good: that must not last a whole interval
 			l.probeAt = time.Now().Add(l.cfg.MinBackoff)
 		}
@@ -405,6 +418,7 @@ func (l *watching) answered(rev int64, term uint64) {
 	l.lastWord = time.Now()
 	l.seenRev = max(l.seenRev, rev)
 	l.seenTerm = max(l.seenTerm, term)
+	l.out.ends()
 	if since := l.m.staleSince.Swap(nil); since != nil && l.nodes.Load() != nil {
 		l.log.Info("etcd answers again", "after", time.Since(*since).Round(time.Millisecond))
 	}
@@ -413,9 +427,7 @@ func (l *watching) answered(rev int64, term uint64) {
 // failed plans the next list after an attempt that began then, later with each failure
 // in a row.
 func (l *watching) failed(began time.Time, err error) {
-	if l.failures == 0 {
-		l.log.Warn("discovery is interrupted, the nodes known stay", "err", err)
-	}
+	l.out.goesOn(err)
 	l.since(l.lastWord)
 	l.retry.Reset(pause(began, l.failures, l.cfg.MinBackoff, l.cfg.MaxBackoff))
 	l.failures++

@@ -47,6 +47,17 @@ func (s *Server) Registered() bool {
 	return s.registration != nil && s.registration.Registered()
 }
 
+// Unregistered says in a line why the node does not stand in etcd, as far as it is known: that
+// etcd cannot be reached, and for what reason, or that another process has its key.
+func (s *Server) Unregistered() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.registration == nil {
+		return ""
+	}
+	return s.registration.Why()
+}
+
 // Deregister takes the node out of etcd: the first step of leaving. When etcd
 // cannot be told within ctx, the entry ends with its lease, 10 s later.
 func (s *Server) Deregister(ctx context.Context) error {

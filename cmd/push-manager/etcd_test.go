@@ -1,0 +1,66 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/push-manager/push-manager/internal/etcdtest"
+)
+
+// TestProgramsStartWithoutEtcdAndSayWhy: whatever keeps them from etcd, they run, /readyz and the log name it, and they
+// are ready when it is mended.
+func TestProgramsStartWithoutEtcdAndSayWhy(t *testing.T) {
+	etcd := etcdtest.Reserve(t)
+	ca, other := etcdtest.NewCA(t), etcdtest.NewCA(t)
+	cert, key := ca.Issue("127.0.0.1")
+	secure := etcdtest.Start(t, etcdtest.WithTLS(cert, key, ""))
+
+	started := map[string]*process{}
+	programs := servers(t)
+	for name, prog := range programs {
+		started[name] = execute(t, append(prog.env, "ETCD_ENDPOINTS="+etcd.Endpoint(), "ETCD_USERNAME=pm", "ETCD_PASSWORD=secret"), prog.name)
+	}
+	for name, prog := range programs {
+		ready := strings.Replace(prog.health, "healthz", "readyz", 1)
+		until(t, name+": the reason in /readyz", func() bool {
+			return strings.Contains(answers(t, ready, http.StatusServiceUnavailable), "connection refused")
+		})
+	}
+	etcd.Restart()
+	etcd.EnableAuth("pm", "secret", "/services/")
+	for name, prog := range programs {
+		ready := strings.Replace(prog.health, "healthz", "readyz", 1)
+		until(t, name+": etcd is no reason any more", func() bool {
+			if name == "controller" {
+				return answers(t, ready, http.StatusOK) == "ok\n"
+			}
+			return !strings.Contains(answers(t, ready, http.StatusServiceUnavailable), "etcd") // their Controller is stuck
+		})
+		p := started[name]
+		p.signal(syscall.SIGTERM)
+		p.ends(10*time.Second, 0)
+		if n := strings.Count(p.stderr.String(), "connection refused"); n == 0 || n > 2 {
+			t.Errorf("%s: the cause is logged %d times, once by each part that needs etcd is right:\n%s", name, n, p.stderr)
+		}
+	}
+
+	for name, prog := range servers(t) {
+		execute(t, append(prog.env, "ETCD_ENDPOINTS="+secure.Endpoint(), "ETCD_TLS_CA_FILE="+other.File), prog.name)
+		ready := strings.Replace(prog.health, "healthz", "readyz", 1)
+		until(t, name+": the certificate in /readyz", func() bool {
+			return strings.Contains(answers(t, ready, http.StatusServiceUnavailable), "certificate signed by unknown authority")
+		})
+	}
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within a minute", what)
+		}
+	}
+}
