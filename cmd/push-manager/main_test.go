@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	if binaries, err = os.MkdirTemp("", "push-manager-test-"); err != nil {
 		panic(err)
 	}
-	build := exec.Command("go", "build", "-o", binaries+"/", "../push-manager", "../controller", "../connect-node")
+	build := exec.Command("go", "build", "-o", binaries+"/", "../push-manager", "../controller", "../connect-node", "../pushctl", "../pushload")
 	if out, err := build.CombinedOutput(); err != nil {
 		panic(string(out))
 	}

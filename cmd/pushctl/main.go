@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
+
+	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
 )
 
 // The exit codes.

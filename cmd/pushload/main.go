@@ -12,6 +12,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/push-manager/push-manager/internal/load"
+	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
 )
 
 // The exit codes.

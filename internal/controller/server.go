@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/label"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -171,7 +172,7 @@ func newHandles(set *metrics.Set) handles {
 	add := func(method string) {
 		var c [3]*metrics.Counter
 		for i, result := range []string{"ok", "invalid", "error"} {
-			c[i] = set.GetOrCreateCounter(fmt.Sprintf("controller_requests_total{method=%q,result=%q}", method, result))
+			c[i] = set.GetOrCreateCounter(label.Name("controller_requests_total", "method", method, "result", result))
 		}
 		h["/"+desc.ServiceName+"/"+method] = &c
 	}

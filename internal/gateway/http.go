@@ -14,8 +14,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
 	"github.com/lxzan/gws"
+
+	"github.com/push-manager/push-manager/internal/exposition"
 )
 
 //go:embed page.html
@@ -44,10 +45,8 @@ func (g *Gateway) clientHandler() http.Handler {
 func (g *Gateway) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		g.cfg.Metrics.WritePrometheus(w)
-		metrics.WriteProcessMetrics(w)
-		metrics.WriteFDMetrics(w)
+		w.Header().Set("Content-Type", exposition.ContentType)
+		_ = exposition.Write(w, g.cfg.Metrics) // whoever asked has gone if it fails
 	})
 	g.healthHandlers(mux)
 	return mux

@@ -4,13 +4,14 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 const (
@@ -128,7 +129,7 @@ func (m *Monitor) register() {
 
 // notReady is the name of the gauge of one reason.
 func notReady(reason string) string {
-	return "push_manager_not_ready{reason=" + strconv.Quote(reason) + "}"
+	return label.Name("push_manager_not_ready", "reason", reason)
 }
 
 // Start looks for the first time, and from then on until Close.

@@ -10,6 +10,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/stdlog"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
@@ -69,6 +70,7 @@ func Main(c CommandLine, args []string) (code int) {
 	if err != nil {
 		return complain(c.Name, err)
 	}
+	stdlog.To(logger)
 	TuneMemory(logger)
 	return Run(logger, p.settings.Timeout(), func(ctx context.Context) (Program, error) {
 		return p.settings.Start(ctx, logger)

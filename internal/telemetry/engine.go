@@ -7,6 +7,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // EngineMetrics shows the counters of the engine and the parts below it, which
@@ -112,7 +113,7 @@ func BuildInfo(set *metrics.Set) {
 	if !ok {
 		return
 	}
-	set.GetOrCreateGauge(`push_manager_build_info{version=`+strconv.Quote(Version())+`,go=`+strconv.Quote(info.GoVersion)+`}`,
+	set.GetOrCreateGauge(label.Name("push_manager_build_info", "version", Version(), "go", info.GoVersion),
 		func() float64 { return 1 })
 }
 

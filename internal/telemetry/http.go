@@ -16,6 +16,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/klauspost/compress/gzhttp"
+
+	"github.com/push-manager/push-manager/internal/exposition"
 )
 
 // HTTPConfig is what the HTTP side needs. The zero value of all but Address works.
@@ -138,15 +140,11 @@ func (h *HTTP) readyz(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (h *HTTP) metrics(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	metrics.WriteProcessMetrics(w)
-	metrics.WriteFDMetrics(w)
+	w.Header().Set("Content-Type", exposition.ContentType)
 	if h.cfg.Collect != nil {
 		h.cfg.Collect()
 	}
-	if h.cfg.Metrics != nil {
-		h.cfg.Metrics.WritePrometheus(w)
-	}
+	_ = exposition.Write(w, h.cfg.Metrics) // whoever asked has gone if it fails
 }
 
 // local answers clients on this machine only. A request that a proxy on this

@@ -1,10 +1,11 @@
 package controller
 
 import (
-	"fmt"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // kind is what a look-up is for.
@@ -49,9 +50,9 @@ func newHandles(c *Controller, set *metrics.Set) *handles {
 		breaks:  set.GetOrCreateCounter("push_manager_controller_watch_breaks_total"),
 	}
 	for k := range kinds {
-		h.seconds[k] = set.GetOrCreateSummaryExt(fmt.Sprintf(`push_manager_controller_lookup_seconds{kind=%q}`, k), time.Minute, []float64{0.5, 0.9, 0.99})
+		h.seconds[k] = set.GetOrCreateSummaryExt(label.Name("push_manager_controller_lookup_seconds", "kind", k.String()), time.Minute, []float64{0.5, 0.9, 0.99})
 		for r := range results {
-			h.lookups[k][r] = set.GetOrCreateCounter(fmt.Sprintf(`push_manager_controller_lookups_total{kind=%q,result=%q}`, k, r))
+			h.lookups[k][r] = set.GetOrCreateCounter(label.Name("push_manager_controller_lookups_total", "kind", k.String(), "result", r.String()))
 		}
 	}
 	set.GetOrCreateGauge("push_manager_controller_watched", func() float64 { return oneIf(c.watched.Load()) })

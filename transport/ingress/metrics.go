@@ -2,13 +2,13 @@ package ingress
 
 import (
 	"errors"
-	"fmt"
 	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // The words of the status label.
@@ -71,17 +71,17 @@ func newInstruments(set *metrics.Set) *instruments {
 	}
 	for _, p := range engine.Priorities() {
 		for why, name := range refusalNames {
-			m.refused[p.Rank()][why] = set.GetOrCreateCounter(fmt.Sprintf("push_manager_refused_total{priority=%q,reason=%q}", p, name))
+			m.refused[p.Rank()][why] = set.GetOrCreateCounter(label.Name("push_manager_refused_total", "priority", p.String(), "reason", name))
 		}
 	}
 	for a := range apis {
 		h := &m.apis[a]
 		for r, name := range resultNames {
-			h.requests[r] = set.GetOrCreateCounter(fmt.Sprintf("push_manager_api_requests_total{api=%q,status=%q}", a, name))
+			h.requests[r] = set.GetOrCreateCounter(label.Name("push_manager_api_requests_total", "api", a.String(), "status", name))
 		}
-		h.duration = set.GetOrCreateSummaryExt(fmt.Sprintf("push_manager_api_duration_seconds{api=%q}", a),
+		h.duration = set.GetOrCreateSummaryExt(label.Name("push_manager_api_duration_seconds", "api", a.String()),
 			5*time.Minute, []float64{0.5, 0.9, 0.99, 0.999})
-		h.latency = set.GetOrCreatePrometheusHistogramExt(fmt.Sprintf("push_manager_api_latency_seconds{api=%q}", a),
+		h.latency = set.GetOrCreatePrometheusHistogramExt(label.Name("push_manager_api_latency_seconds", "api", a.String()),
 			[]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
 	}
 	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })

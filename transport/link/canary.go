@@ -1,10 +1,11 @@
 package link
 
 import (
-	"strconv"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // canary measures one heartbeat at a time, from the moment when it is due to its
@@ -55,11 +56,11 @@ func (c *canary) up(patience time.Duration) bool {
 
 // The names of a node's metrics.
 func canaryUp(node string) string {
-	return "push_manager_link_canary_up{node_id=" + strconv.Quote(node) + "}"
+	return label.Name("push_manager_link_canary_up", "node_id", node)
 }
 
 func canarySeconds(node string) string {
-	return "push_manager_link_canary_seconds{node_id=" + strconv.Quote(node) + "}"
+	return label.Name("push_manager_link_canary_seconds", "node_id", node)
 }
 
 // keepCanary adds the metrics of a node whose first stream is there, and leaveCanary must

@@ -1,9 +1,9 @@
 package link
 
 import (
-	"strconv"
-
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // meters are the counters of a set. They move once per frame, call or event,
@@ -112,5 +112,5 @@ func (m *meters) unregister() {
 
 // connections is the name of the gauge of one node.
 func connections(node string) string {
-	return "push_manager_node_connections{node_id=" + strconv.Quote(node) + "}"
+	return label.Name("push_manager_node_connections", "node_id", node)
 }

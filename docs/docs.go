@@ -1,0 +1,9 @@
+// Package docs holds the documentation that programs carry in themselves.
+package docs
+
+import _ "embed" // for the files below
+
+// Metrics is metrics.md. Its tables are where the HELP and TYPE of each metric stand.
+//
+//go:embed metrics.md
+var Metrics string
