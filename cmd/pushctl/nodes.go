@@ -72,6 +72,9 @@ func list(ctx context.Context, cfg discovery.Config) ([]discovery.Node, error) {
 	case nodes := <-got:
 		return nodes, nil
 	case <-ctx.Done():
+		if why := w.Why(); why != "" {
+			return nil, errors.New(why)
+		}
 		return nil, context.Cause(ctx)
 	}
 }

@@ -25,7 +25,10 @@
 //     held for Config.Grace. When more than half of all nodes are held like that,
 //     etcd is the likelier liar: none of them expires until etcd knows the
 //     majority again or their links end.
-//   - Of two keys that claim one id, the one created later wins.
+//   - A node is a key with one segment below the prefix. Deeper keys are counted, logged once
+//     and ignored.
+//   - Of two keys that claim one id by Metadata.node_id, the one created later wins, the same one
+//     for every Watcher. push_manager_discovery_contested_ids is above 0 as long as both are there.
 //   - Config.OnChange is called from one goroutine, in order, never with the same
 //     set twice in a row.
 //

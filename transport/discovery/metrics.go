@@ -11,6 +11,7 @@ import (
 // watcherMetrics holds the handles of a Watcher.
 type watcherMetrics struct {
 	badValues *metrics.Counter
+	foreign   *metrics.Counter
 	conflicts *metrics.Counter
 	overLimit *metrics.Counter
 	panics    *metrics.Counter
@@ -26,7 +27,7 @@ type watcherMetrics struct {
 	breakOther     *metrics.Counter
 
 	// Read by gauges.
-	nodes, held, panicking atomic.Int64
+	nodes, held, contested, panicking atomic.Int64
 	// The last word from etcd while it is out of reach; nil while all is well.
 	staleSince atomic.Pointer[time.Time]
 }
@@ -35,6 +36,7 @@ func newWatcherMetrics(set *metrics.Set, prefix string) *watcherMetrics {
 	name := func(full string) string { return renamed(full, prefix) }
 	m := &watcherMetrics{
 		badValues: set.GetOrCreateCounter(name("push_manager_discovery_bad_value_total")),
+		foreign:   set.GetOrCreateCounter(name("push_manager_discovery_foreign_keys_total")),
 		conflicts: set.GetOrCreateCounter(name("push_manager_discovery_conflicts_total")),
 		overLimit: set.GetOrCreateCounter(name("push_manager_discovery_over_limit_total")),
 		panics:    set.GetOrCreateCounter(name("push_manager_discovery_panics_total")),
@@ -52,6 +54,7 @@ func newWatcherMetrics(set *metrics.Set, prefix string) *watcherMetrics {
 	gauge := func(v *atomic.Int64) func() float64 { return func() float64 { return float64(v.Load()) } }
 	set.GetOrCreateGauge(name("push_manager_discovery_nodes"), gauge(&m.nodes))
 	set.GetOrCreateGauge(name("push_manager_discovery_held_nodes"), gauge(&m.held))
+	set.GetOrCreateGauge(name("push_manager_discovery_contested_ids"), gauge(&m.contested))
 	set.GetOrCreateGauge(name("push_manager_discovery_panic"), gauge(&m.panicking))
 	set.GetOrCreateGauge(name("push_manager_discovery_stale_seconds"), func() float64 { return m.stale().Seconds() })
 	return m

@@ -22,6 +22,8 @@ type registry struct {
 	records map[string]record
 	// Malformed values already counted: key to modification revision.
 	bad map[string]int64
+	// Keys that are no node's, already counted.
+	foreign map[string]bool
 	// Nodes without a key that are kept, by id: since when.
 	held map[string]time.Time
 	// More than half of all nodes are held.
@@ -45,6 +47,7 @@ type record struct {
 type entry struct {
 	key               string
 	node              Node
+	foreign           bool  // not a node's key, whatever it holds
 	bad               error // not nil: malformed
 	created, modified int64
 }
@@ -58,6 +61,7 @@ func newRegistry(cfg Config, m *watcherMetrics) *registry {
 		alive:     cfg.Alive,
 		records:   map[string]record{},
 		bad:       map[string]int64{},
+		foreign:   map[string]bool{},
 		held:      map[string]time.Time{},
 		contested: map[string]bool{},
 		current:   map[string]Node{},
@@ -75,6 +79,7 @@ func (r *registry) replace(now time.Time, list []entry, keepMissing bool) {
 		before := len(r.records)
 		maps.DeleteFunc(r.records, func(key string, _ record) bool { return !present[key] })
 		maps.DeleteFunc(r.bad, func(key string, _ int64) bool { return !present[key] })
+		maps.DeleteFunc(r.foreign, func(key string, _ bool) bool { return !present[key] })
 		r.dirty = r.dirty || len(r.records) < before
 	}
 	for _, e := range list {
@@ -84,7 +89,11 @@ func (r *registry) replace(now time.Time, list []entry, keepMissing bool) {
 
 // put takes over one key.
 func (r *registry) put(now time.Time, e entry) {
-	if e.bad != nil {
+	switch {
+	case e.foreign:
+		r.putForeign(now, e.key)
+		return
+	case e.bad != nil:
 		r.putBad(now, e)
 		return
 	}
@@ -118,6 +127,21 @@ func (r *registry) putBad(now time.Time, e entry) {
 	}
 }
 
+// putForeign notes a key that is no node's once, however often it is written: to its owner it
+// may be in order.
+func (r *registry) putForeign(now time.Time, key string) {
+	if r.foreign[key] {
+		return
+	}
+	if len(r.foreign) < r.maxNodes {
+		r.foreign[key] = true
+	}
+	r.m.foreign.Inc()
+	if n, ok := r.quiet.say(now); ok {
+		r.log.Warn("a key below the prefix of the nodes is no node's and is ignored: nodes stand right below it", "key", cut(key), "unreported", n)
+	}
+}
+
 // remove takes over a deleted key.
 func (r *registry) remove(key string) {
 	if _, known := r.records[key]; known {
@@ -125,6 +149,7 @@ func (r *registry) remove(key string) {
 		r.dirty = true
 	}
 	delete(r.bad, key)
+	delete(r.foreign, key)
 }
 
 // settle draws the conclusions: it returns the new set when it differs from the
@@ -184,6 +209,7 @@ func (r *registry) noteContested(contested map[string]bool, winners map[string]s
 		}
 	}
 	r.contested = contested
+	r.m.contested.Store(int64(len(contested)))
 }
 
 // hold decides about the nodes that were known and have no key now: those whose

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -234,4 +235,51 @@ func TestDoubtfulListRemovesNothing(t *testing.T) {
 	b.r.replace(b.now, []entry{b.entry("c", "c", "c:1")}, false)
 	b.settle()
 	b.want("c")
+}
+
+func TestForeignKeysAreIgnoredAndCountedOnce(t *testing.T) {
+	var log logText
+	b := newBench(t, 10)
+	b.r.log = slog.New(slog.NewTextHandler(&log, nil))
+	b.put("a")
+	for range 5 { // its owner writes it again and again
+		b.rev++
+		b.r.put(b.now, entry{key: "zone/a", foreign: true, created: 2, modified: b.rev})
+		b.after(time.Minute)
+	}
+	b.want("a")
+	if n := b.r.m.foreign.Get(); n != 1 {
+		t.Errorf("counted %d times, want 1", n)
+	}
+	if n := strings.Count(log.String(), "zone/a"); n != 1 {
+		t.Errorf("logged %d times, want 1:\n%s", n, &log)
+	}
+	b.remove("zone/a")
+	b.r.put(b.now, entry{key: "zone/a", foreign: true, created: 9, modified: 9})
+	if n := b.r.m.foreign.Get(); n != 2 {
+		t.Errorf("a key that came again is counted %d times in all, want 2", n)
+	}
+	for i := range 100 {
+		b.r.put(b.now, entry{key: fmt.Sprintf("zone/%d", i), foreign: true, created: 10, modified: 10})
+	}
+	if n := len(b.r.foreign); n > 10 {
+		t.Errorf("%d foreign keys are kept, the bound is 10", n)
+	}
+}
+
+func TestContestedIDsAreShownWhileTheyLast(t *testing.T) {
+	b := newBench(t, 10)
+	b.r.put(b.now, b.entry("x", "n", "old:1"))
+	b.r.put(b.now, b.entry("y", "n", "new:1"))
+	b.settle()
+	if b.set[0].Addr != "new:1" {
+		t.Errorf("the node is at %s, the key created last says new:1", b.set[0].Addr)
+	}
+	if n := b.r.m.contested.Load(); n != 1 {
+		t.Errorf("%d ids are contested, want 1", n)
+	}
+	b.remove("y")
+	if n := b.r.m.contested.Load(); n != 0 || b.set[0].Addr != "old:1" {
+		t.Errorf("after the winner has gone %d ids are contested and the node is at %s, want 0 and old:1", n, b.set[0].Addr)
+	}
 }

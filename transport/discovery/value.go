@@ -57,6 +57,13 @@ func encodeValue(id, addr string, metadata map[string]string) (string, error) {
 // reach out of the prefix; ordinary ids stay as they are.
 func keyOf(prefix, id string) string { return prefix + url.PathEscape(id) }
 
+// ofNode tells whether a key is one of a node: the prefix and one segment more. What stands
+// deeper is somebody else's, even where its last segment is the id of a node.
+func ofNode(prefix, key string) bool {
+	segment, below := strings.CutPrefix(key, prefix)
+	return below && segment != "" && !strings.Contains(segment, "/")
+}
+
 // parseNode reads the node that a key's value describes.
 func parseNode(key string, value []byte, nets []netip.Prefix) (Node, error) {
 	if len(value) > maxValueBytes {

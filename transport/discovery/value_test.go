@@ -117,3 +117,21 @@ func FuzzParseNode(f *testing.F) {
 		}
 	})
 }
+
+func TestOnlyKeysRightBelowThePrefixAreNodes(t *testing.T) {
+	for key, want := range map[string]bool{
+		"/services/connect-node/node-1":        true,
+		"/services/connect-node/a%2Fb":         true, // how a slash in an id is written
+		"/services/connect-node/":              false,
+		"/services/connect-node/zone-a/node-1": false,
+		"/services/connect-node/node-1/":       false,
+		"/services/connect-node//node-1":       false,
+		"/services/connect-node":               false,
+		"/services/connect-node-2/node-1":      false,
+		"/services/push-manager/node-1":        false,
+	} {
+		if got := ofNode(ConnectNodePrefix, key); got != want {
+			t.Errorf("%s: a node's key %v, want %v", key, got, want)
+		}
+	}
+}

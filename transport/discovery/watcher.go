@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
@@ -251,16 +252,22 @@ func (w *Watcher) listAll(ctx context.Context) listing {
 			got.rev, got.term = resp.Header.GetRevision(), resp.Header.GetRaftTerm()
 		}
 		for _, kv := range resp.Kvs {
-			node, err := parseNode(string(kv.Key), kv.Value, w.cfg.AllowNets)
-			got.entries = append(got.entries, entry{
-				key: string(kv.Key), node: node, bad: err, created: kv.CreateRevision, modified: kv.ModRevision,
-			})
+			got.entries = append(got.entries, w.entryOf(kv))
 		}
 		if !resp.More || len(resp.Kvs) == 0 {
 			return got
 		}
 		from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
 	}
+}
+
+// entryOf reads one key.
+func (w *Watcher) entryOf(kv *mvccpb.KeyValue) entry {
+	e := entry{key: string(kv.Key), created: kv.CreateRevision, modified: kv.ModRevision}
+	if e.foreign = !ofNode(w.cfg.Prefix, e.key); !e.foreign {
+		e.node, e.bad = parseNode(e.key, kv.Value, w.cfg.AllowNets)
+	}
+	return e
 }
 
 func (l *watching) onListed(ctx context.Context, got listing) {
@@ -342,8 +349,7 @@ func (l *watching) onEvents(resp clientv3.WatchResponse, ok bool) {
 			l.reg.remove(key)
 			continue
 		}
-		node, err := parseNode(key, ev.Kv.Value, l.cfg.AllowNets)
-		l.reg.put(now, entry{key: key, node: node, bad: err, created: ev.Kv.CreateRevision, modified: ev.Kv.ModRevision})
+		l.reg.put(now, l.entryOf(ev.Kv))
 	}
 	l.rev = rev
 }

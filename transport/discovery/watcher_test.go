@@ -358,3 +358,30 @@ func TestConfigNamesWhatIsWrong(t *testing.T) {
 		}
 	}
 }
+
+// TestKeysBelowANodesKeyAreNoNodes, neither in a list nor in a watch: one that ends in the id of a node does not take it over.
+func TestKeysBelowANodesKeyAreNoNodes(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	client := etcd.Client()
+	put := func(key, addr string) {
+		t.Helper()
+		if _, err := client.Put(t.Context(), key, `{"Op":0,"Addr":"`+addr+`"}`); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(ConnectNodePrefix+"node-1", "127.0.0.1:1")
+	put(ConnectNodePrefix+"zone-a/node-1", "127.0.0.1:2") // created later
+	put("/services/connect-node-2/node-9", "127.0.0.1:9")
+	w := watch(t, client, nil)
+	w.has(t, "node-1")
+	put(ConnectNodePrefix+"zone-b/node-1", "127.0.0.1:3")
+	put(ConnectNodePrefix+"zone-b/node-2", "127.0.0.1:4")
+	put(ConnectNodePrefix+"node-3", "127.0.0.1:5") // comes after them
+	w.has(t, "node-1", "node-3")
+	if got := w.Nodes()[0].Addr; got != "127.0.0.1:1" {
+		t.Errorf("node-1 is at %s, want 127.0.0.1:1", got)
+	}
+	if n := w.m.foreign.Get(); n != 3 {
+		t.Errorf("%d foreign keys are counted, want 3", n)
+	}
+}
