@@ -1,0 +1,229 @@
+package conformance
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/node"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
+
+// patience is how long a sound node may take: a busy machine is no fault of it.
+const patience = 20 * time.Second
+
+// try runs all checks and tells what failed and what was skipped, with what was got.
+func try(t *testing.T, cfg Config) (failed, skips map[string]string) {
+	t.Helper()
+	failed, skips = map[string]string{}, map[string]string{}
+	n, err := Run(t.Context(), cfg, func(r Result) {
+		switch r.Outcome {
+		case Fail:
+			failed[r.Check] = r.Got
+		case Skip:
+			skips[r.Check] = r.Got
+		case OK:
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if n != len(failed) {
+		t.Errorf("says that %d failed, reported %d", n, len(failed))
+	}
+	return failed, skips
+}
+
+func names(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
+
+// gateway is what a node of transport/node asks for.
+type gateway struct {
+	mu    sync.Mutex
+	users map[string]func(string)
+}
+
+func (g *gateway) client(ctx context.Context, user string, got func(string)) error {
+	g.mu.Lock()
+	g.users[user] = got
+	g.mu.Unlock()
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (g *gateway) Deliver(user string, m *node.Message) node.Outcome {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	got, here := g.users[user]
+	if !here {
+		return node.NotHere
+	}
+	got(string(m.Data))
+	return node.Delivered
+}
+
+func (g *gateway) Broadcast(m *node.Message) (delivered, failed int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, got := range g.users {
+		got(string(m.Data))
+	}
+	return len(g.users), 0
+}
+
+func (g *gateway) Online() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.users)
+}
+
+func TestOurNodeConforms(t *testing.T) {
+	for name, unaryOnly := range map[string]bool{"deliver": false, "unary": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := &gateway{users: make(map[string]func(string))}
+			srv, err := node.New(node.Config{NodeID: "ours", Sessions: g, UnaryOnly: unaryOnly})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(srv.Close)
+			addr := serve(t, true, srv.Attach, node.ServerOptions()...)
+			var drained sync.WaitGroup
+			defer drained.Wait()
+			failed, skips := try(t, Config{
+				Address: addr, NodeID: "ours", Users: []string{"alice", "bob", "carol"}, Client: g.client, Within: patience,
+				Drain: func(context.Context) error {
+					drained.Go(func() { _ = srv.Drain(context.Background()) }) // until the managers have gone
+					return nil
+				},
+			})
+			for check, got := range failed {
+				t.Errorf("%s: %s", check, got)
+			}
+			for check, why := range skips {
+				if !unaryOnly || why != "the node has no Deliver stream" {
+					t.Errorf("%s was skipped: %s", check, why)
+				}
+			}
+		})
+	}
+}
+
+func TestANodeWrittenAfterTheDocumentAloneConforms(t *testing.T) {
+	for name, set := range map[string]func(*plain){
+		"deliver and unary": func(*plain) {},
+		"unary":             func(p *plain) { p.unaryOnly = true },
+		"bare deliver":      func(p *plain) { p.bare = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPlain("")
+			set(p)
+			failed, skips := try(t, p.config(t, patience))
+			for check, got := range failed {
+				t.Errorf("%s: %s", check, got)
+			}
+			if name == "deliver and unary" && len(skips) > 0 {
+				t.Errorf("skipped %v", skips)
+			}
+		})
+	}
+}
+
+// config is a run against p with everything that a check can ask for.
+func (p *plain) config(t *testing.T, within time.Duration) Config {
+	t.Helper()
+	attach := func(gs grpc.ServiceRegistrar) { pubsub.RegisterConnectNodeServiceServer(gs, p) }
+	limit := grpc.MaxRecvMsgSize(16 << 20)
+	if p.fault == "frames of 4 MiB" {
+		limit = grpc.MaxRecvMsgSize(4 << 20)
+	}
+	return Config{
+		Address: serve(t, p.fault == "too_many_pings", attach, limit), NodeID: "plain", Users: []string{"alice", "bob"},
+		Client: p.client, Drain: p.drain, Within: within, PingEvery: 10 * time.Millisecond,
+	}
+}
+
+// TestEachCheckCanFail runs the checks against nodes with one fault each. Which checks
+// must notice it stands beside it; others may, too.
+func TestEachCheckCanFail(t *testing.T) {
+	faults := map[string][]string{
+		"another id":                        {"hello/reply"},
+		"a boot id for each stream":         {"hello/reply"},
+		"a codec unasked":                   {"hello/reply"},
+		"hello takes long":                  {"connect"},
+		"any version will do":               {"hello/version"},
+		"any first frame will do":           {"hello/first"},
+		"unknown fields are an error":       {"hello/unknown-fields"},
+		"shows nothing":                     {"users"},
+		"absent users count as delivered":   {"users"},
+		"absent users are not named":        {"users"},
+		"acks of absent users are left out": {"users"},
+		"not_here in another frame":         {"users"},
+		"hands over twice":                  {"deliver/order", "unary/order"},
+		"the last comes first":              {"deliver/order", "unary/order"},
+		"a delivery is for one":             {"deliver/users"},
+		"one of many is named":              {"deliver/nobody-here"},
+		"a batch names nobody":              {"unary/batch"},
+		"acks come twice":                   {"deliver/acks"},
+		"everybody is nobody":               {"deliver/everybody", "unary/broadcast"},
+		"online_users is 0":                 {"deliver/everybody", "deliver/heartbeat"},
+		"an empty list is everybody":        {"deliver/no-target", "unary/empty"},
+		"the first target counts":           {"deliver/two-targets"},
+		"a gap is accepted":                 {"deliver/gap"},
+		"what was handed over is lost":      {"deliver/no-target", "deliver/two-targets"},
+		"heartbeats are not answered":       {"deliver/heartbeat"},
+		"heartbeats are counted":            {"deliver/heartbeat"},
+		"drain is an error":                 {"deliver/drain"},
+		"drain is ignored":                  {"deliver/drain"},
+		"nobody ever leaves":                {"audience/life"},
+		"nobody is excepted":                {"audience/life", "audience/except"},
+		"nothing is forgotten":              {"audience/disagreement"},
+		"audiences are not checked":         {"audience/disagreement"},
+		"one state for all streams":         {"stream/shards", "stream/anew"},
+		"reads after it has written":        {"stream/reads-on"},
+		"frames of 4 MiB":                   {"size/16-MiB"},
+		"frames of any size":                {"size/misses"},
+		"few acks at a time":                {"size/max-unacked"},
+		"lengths are not checked":           {"size/compression"},
+		"absent users are an error":         {"unary/user"},
+		"nobody is an unknown error":        {"unary/empty"},
+		"too_many_pings":                    {"keepalive"},
+		"leaves without a word":             {"leaving"},
+		"delivers while it leaves":          {"leaving"},
+	}
+	var mu sync.Mutex
+	noticed := map[string]bool{}
+	t.Run("each", func(t *testing.T) {
+		for fault, want := range faults {
+			t.Run(fault, func(t *testing.T) {
+				t.Parallel()
+				cfg := newPlain(fault).config(t, 250*time.Millisecond)
+				cfg.Only = want
+				failed, _ := try(t, cfg)
+				for _, check := range want {
+					if failed[check] == "" {
+						t.Errorf("%s has not noticed; failed: %v", check, names(failed))
+					}
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				for _, check := range want {
+					noticed[check] = true
+				}
+			})
+		}
+	})
+	for _, c := range Checks() {
+		if !noticed[c.Check] {
+			t.Errorf("no fault is there for %s", c.Check)
+		}
+	}
+}
