@@ -1,6 +1,8 @@
 // Pushctl is a person's client of Push-Manager: it pushes, lists what is
-// registered, and shows pushes as a user would get them.
+// registered, shows pushes as a user would get them, and tries a Connect-Node of
+// one's own.
 //
-// It exits with 0 when everything it was asked for happened, with 1 when it did
-// not (a push that reached nobody included), and with 2 when it was called wrongly.
+// It exits with what became of a push, the worst first: 5 when it is unknown whether
+// somebody got it, 4 when it failed for somebody, 3 when nobody was there to get it,
+// 0 otherwise. Anything else that went wrong is 1, a wrong command line 2.
 package main

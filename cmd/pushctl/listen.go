@@ -7,8 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"slices"
@@ -16,6 +19,8 @@ import (
 	"time"
 
 	"github.com/lxzan/gws"
+
+	"github.com/push-manager/push-manager/internal/invoke"
 )
 
 type listenCmd struct {
@@ -34,13 +39,57 @@ const (
 	silence          = 3 * pingInterval // a connection that gives no sign of life for so long is dead
 )
 
-// Run prints pushes until it is interrupted.
+// The pauses between attempts to connect again: twice as long each time, and each
+// drawn from the upper half, so that those who were cut off together do not come back
+// together. They begin anew after a connection that held for steady.
+const (
+	againFirst = 250 * time.Millisecond
+	againMost  = 15 * time.Second
+	steady     = 10 * time.Second
+)
+
+// Run prints pushes until it is interrupted. A connection that is lost comes back, in
+// the same rooms; one that was never there is an error.
 func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 	address, err := c.address()
 	if err != nil {
 		return err
 	}
-	l := &listener{t: t, count: c.Count, done: make(chan error, 1)}
+	l := &listener{t: t, count: c.Count}
+	pause := againFirst
+	for first := true; ; first = false {
+		opened := time.Now()
+		joined, err := c.connected(ctx, l, address)
+		var final *finalError
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return nil
+		case first && !joined:
+			return c.explain(err)
+		case errors.As(err, &final):
+			return err
+		}
+		if joined && time.Since(opened) > steady {
+			pause = againFirst
+		}
+		wait := pause/2 + rand.N(pause/2)
+		_, _ = fmt.Fprintf(t.err, "%v; connecting again in %v\n", err, wait.Round(10*time.Millisecond))
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+		pause = min(2*pause, againMost)
+	}
+}
+
+// finalError is an end that would come again.
+type finalError struct{ error }
+
+// connected is one connection, from its handshake to its end. It tells whether there
+// was one, and why it ended: nil when enough was seen.
+func (c *listenCmd) connected(ctx context.Context, l *listener, address string) (joined bool, err error) {
+	l.done = make(chan error, 1)
 	conn, resp, err := gws.NewClient(l, &gws.ClientOption{
 		Addr: address, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
 		PermessageDeflate: gws.PermessageDeflate{},
@@ -49,11 +98,17 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 		defer func() { _ = resp.Body.Close() }()
 	}
 	if err != nil {
-		return c.explain(err)
+		return false, refusal(resp, err)
 	}
 	var readDone = make(chan struct{})
 	go func() {
 		defer close(readDone)
+		defer func() {
+			// What a node sends must not end this process, whatever it is.
+			if e := recover(); e != nil {
+				l.end(fmt.Errorf("the Connect-Node sent what cannot be read: %v", e))
+			}
+		}()
 		conn.ReadLoop()
 	}()
 	defer func() {
@@ -64,18 +119,47 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 	for _, room := range c.Room[min(1, len(c.Room)):] {
 		join, err := json.Marshal(map[string]string{"type": "join", "room_id": room})
 		if err != nil {
-			return fmt.Errorf("join %q: %w", room, err)
+			return true, &finalError{fmt.Errorf("join %q: %w", room, err)}
 		}
 		if err := conn.WriteMessage(gws.OpcodeText, join); err != nil {
-			return fmt.Errorf("join %q: %w", room, err)
+			return true, fmt.Errorf("join %q: %w", room, err)
 		}
 	}
 	where := "no room"
 	if len(c.Room) > 0 {
 		where = "room " + strings.Join(c.Room, ", ")
 	}
-	_, _ = fmt.Fprintf(t.err, "listening as %q in %s at %s (Ctrl-C ends)\n", c.User, where, c.URL)
-	return l.wait(ctx, conn)
+	_, _ = fmt.Fprintf(l.t.err, "listening as %q in %s at %s (Ctrl-C ends)\n", c.User, where, c.URL)
+	return true, l.wait(ctx, conn)
+}
+
+// refusal is why a handshake failed. What the node says of the request itself, it will
+// say again.
+func refusal(resp *http.Response, err error) error {
+	if resp == nil || resp.StatusCode < 400 || resp.StatusCode > 499 ||
+		resp.StatusCode == http.StatusRequestTimeout || resp.StatusCode == http.StatusTooManyRequests {
+		return fmt.Errorf("no connection: %w", err)
+	}
+	text := ""
+	if resp.Body != nil {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 256)) // what there is of it
+		text = ": " + clean(strings.TrimSpace(string(b)))
+	}
+	return &finalError{fmt.Errorf("the Connect-Node refuses the connection with %d%s", resp.StatusCode, text)}
+}
+
+// ended is why a connection ended, as the other side has put it.
+func ended(err error) error {
+	var said *gws.CloseError
+	if !errors.As(err, &said) {
+		return fmt.Errorf("the connection was lost: %w", err)
+	}
+	lost := fmt.Errorf("the Connect-Node closed the connection (%d %s)", said.Code, clean(string(said.Reason)))
+	// In the range of applications: 4408 and 4429 pass, a client that is not wanted stays so.
+	if said.Code >= 4400 && said.Code < 4500 && said.Code != 4408 && said.Code != 4429 {
+		return &finalError{lost}
+	}
+	return lost
 }
 
 // address builds the WebSocket's address and fills in who is missing.
@@ -100,19 +184,22 @@ func (c *listenCmd) address() (string, error) {
 
 func (c *listenCmd) explain(err error) error {
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
-		return fmt.Errorf("no Connect-Node answers at %s; start everything on this machine with: push-manager dev", c.URL)
+		return fmt.Errorf("no Connect-Node answers at %s; start everything on this machine with: %s dev", c.URL, invoke.As("push-manager"))
 	}
-	return fmt.Errorf("connect to %s: %w", c.URL, err)
+	return fmt.Errorf("%s: %w", c.URL, err)
 }
 
-// listener prints what arrives. gws calls it from one goroutine.
+// listener prints what arrives. gws calls it from one goroutine, one for each connection,
+// one connection after the other.
 type listener struct {
 	gws.BuiltinEventHandler
 
-	// Static after Run.
+	// Static.
 	t     *terminal
 	count int
-	done  chan error // the end, once
+
+	// Static while there is a connection.
+	done chan error // its end, once
 
 	// Owned by the reader.
 	seen int
@@ -157,7 +244,7 @@ func (l *listener) OnPing(conn *gws.Conn, payload []byte) {
 
 // OnClose implements gws.Event.
 func (l *listener) OnClose(_ *gws.Conn, err error) {
-	l.end(fmt.Errorf("the Connect-Node closed the connection: %w", err))
+	l.end(ended(err))
 }
 
 // OnMessage implements gws.Event.
@@ -176,7 +263,7 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 		line = l.t.paint(grey, f.control(line))
 	}
 	if _, err := fmt.Fprintln(l.t.out, line); err != nil {
-		l.end(fmt.Errorf("print: %w", err))
+		l.end(&finalError{fmt.Errorf("print: %w", err)})
 		return
 	}
 	if !isPush {

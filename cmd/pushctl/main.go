@@ -17,13 +17,22 @@ import (
 
 // The exit codes.
 const (
-	exitOK     = 0
-	exitFailed = 1
-	exitUsage  = 2
+	exitOK      = 0
+	exitError   = 1
+	exitUsage   = 2
+	exitOffline = 3 // nobody was there
+	exitFailed  = 4
+	exitUnknown = 5 // it may have been delivered
 )
 
-// errNotDelivered ends a push whose outcome has been printed and is no success.
-var errNotDelivered = errors.New("not delivered")
+// outcome ends a push that did not succeed with its exit code. Without a text, what
+// became of it has been printed.
+type outcome struct {
+	code int
+	text string
+}
+
+func (o *outcome) Error() string { return o.text }
 
 // usageError is a mistake on the command line that kong cannot see.
 type usageError struct{ text string }
@@ -38,7 +47,10 @@ type grammar struct {
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
-	JSON bool `name:"json" help:"Print JSON, one object a line."`
+	Conformance conformanceCmd `cmd:"" help:"Try a Connect-Node of your own: play Push-Manager, and tell what the node does otherwise than its protocol says."`
+
+	Output string `short:"o" default:"table" enum:"table,json" help:"How to print: table, for people, or json, one object a line."`
+	JSON   bool   `name:"json" help:"The same as -o json."`
 }
 
 // terminal is where a command reads and writes.
@@ -79,24 +91,27 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 		kong.UsageOnError(),
 	)
 	if err != nil {
-		return t.fail(err, exitFailed)
+		return t.fail(err, exitError)
 	}
 	parsed, err := parser.Parse(args)
 	if err != nil {
 		return t.fail(fmt.Errorf("%w (pushctl --help shows how)", err), exitUsage)
 	}
-	t.json = cli.JSON
+	t.json = cli.JSON || cli.Output == "json"
 	err = parsed.Run()
 	var usage *usageError
+	var ended *outcome
 	switch {
 	case err == nil:
 		return exitOK
-	case errors.Is(err, errNotDelivered):
-		return exitFailed
+	case errors.As(err, &ended) && ended.text == "":
+		return ended.code
+	case errors.As(err, &ended):
+		return t.fail(err, ended.code)
 	case errors.As(err, &usage):
 		return t.fail(err, exitUsage)
 	}
-	return t.fail(err, exitFailed)
+	return t.fail(err, exitError)
 }
 
 // fail prints the one line that says why, and returns code.

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -29,8 +30,18 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
+// asPushctl in the environment makes the test's binary the program itself.
+const asPushctl = "BE_PUSHCTL"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(asPushctl) != "" {
+		main()
+	}
 	goleak.VerifyTestMain(m,
+		goleak.Cleanup(func(code int) {
+			_ = os.RemoveAll(built.dir)
+			os.Exit(code)
+		}),
 		// The pool library keeps two goroutines of a pool of its own from the start on,
 		goleak.IgnoreCurrent(),
 		// and the metrics library one for each window of its summaries.
@@ -45,6 +56,7 @@ type server struct {
 	success bool
 	message string
 	err     error
+	wait    bool // answers when the caller has left
 
 	mu  sync.Mutex
 	got proto.Message
@@ -61,7 +73,8 @@ func (s *server) PushToRoom(_ context.Context, r *pubsub.PushToRoomRequest) (*pu
 	return &pubsub.PushToRoomResponse{Success: s.success, Message: s.message, DeliveredCount: s.summary.GetDelivered(), Summary: s.summary}, s.keep(r)
 }
 
-func (s *server) PushToUser(_ context.Context, r *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
+func (s *server) PushToUser(ctx context.Context, r *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
+	s.hang(ctx)
 	return &pubsub.PushToUserResponse{Success: s.success, Message: s.message, Summary: s.summary}, s.keep(r)
 }
 
@@ -157,17 +170,17 @@ func TestOutcomeIsToldHonestly(t *testing.T) {
 					{NodeId: "n2", Reason: "failed: queue full", Users: 2}, {NodeId: "n3\x1b[31m", Reason: "unknown: stream broke", Users: 1},
 				}},
 			},
-			1,
+			exitUnknown,
 			[]string{"delivered to 5 of 9", "1 offline, 2 failed, 1 unknown: may have arrived", "n2: failed: queue full (2 users)", `n3\x1b[31m: unknown: stream broke (1 user)`},
 			nil, "\x1b",
 		},
 		"offline": {
 			&server{message: `user "bob" is offline`, summary: &pubsub.DeliverySummary{Targets: 1, Offline: 1}},
-			1, []string{`not delivered (1 offline): user "bob" is offline`}, nil, "",
+			exitOffline, []string{`not delivered (1 offline): user "bob" is offline`}, nil, "",
 		},
 		"refused": {&server{err: info(codes.InvalidArgument, "user_id: must not be empty", "REQUIRED")}, 1, nil, []string{"invalid, nothing was sent: user_id: must not be empty [REQUIRED]"}, ""},
 		"away":    {&server{err: info(codes.Unavailable, "controller not reachable", "CONTROLLER_UNAVAILABLE")}, 1, nil, []string{"unavailable, nothing was sent"}, "push-manager dev"},
-		"broken":  {&server{err: status.Error(codes.Internal, "oops")}, 1, nil, []string{"may have been delivered: oops"}, ""},
+		"broken":  {&server{err: status.Error(codes.Internal, "oops")}, exitUnknown, nil, []string{"may have been delivered: oops"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, out, errOut := pushctl(t, "", "user", "bob", "x", "--address", serve(t, tc.server))
@@ -249,14 +262,30 @@ func (l lines) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// dev is a push-manager dev with two nodes: where its parts listen, by their names.
-func dev(t *testing.T) (address map[string]string, webSocket string) {
+// built is where push-manager is, alone, built once.
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// dev is a push-manager dev with two nodes: where its parts listen, by their names, and
+// the lines to copy.
+func dev(t *testing.T) (address map[string]string, webSocket string, lines []string) {
 	t.Helper()
-	binary := filepath.Join(t.TempDir(), "push-manager")
-	if out, err := exec.Command("go", "build", "-o", binary, "../push-manager").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	built.once.Do(func() {
+		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
+		if built.dir, built.err = os.MkdirTemp("", "pushctl-test-"); built.err != nil {
+			return
+		}
+		if out, err := exec.Command("go", "build", "-o", built.dir+"/", "../push-manager").CombinedOutput(); err != nil {
+			built.err = fmt.Errorf("%w\n%s", err, out)
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
 	}
-	cmd := exec.Command(binary, "dev", "--base-port=0", "--nodes=2")
+	cmd := exec.Command(filepath.Join(built.dir, "push-manager"), "dev", "--base-port=0", "--nodes=2")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -273,10 +302,18 @@ func dev(t *testing.T) (address map[string]string, webSocket string) {
 		}
 	})
 	address = map[string]string{}
+	ready := false
 	for printed := bufio.NewScanner(out); printed.Scan(); {
 		line := printed.Text()
-		if strings.HasPrefix(line, "Ready") {
-			return address, webSocket
+		switch {
+		case strings.HasPrefix(line, "Ready"):
+			ready = true
+			continue
+		case strings.HasPrefix(line, "Ctrl-C"):
+			return address, webSocket, lines
+		case ready && line != "":
+			lines = append(lines, strings.TrimSpace(line))
+			continue
 		}
 		if fields := strings.Fields(line); len(fields) > 1 {
 			address[fields[0]] = fields[1]
@@ -286,11 +323,51 @@ func dev(t *testing.T) (address map[string]string, webSocket string) {
 		}
 	}
 	t.Fatal("push-manager dev did not get ready")
-	return nil, ""
+	return nil, "", nil
+}
+
+// TestTheLinesThatDevPrintsRunInAnyFolder runs them as they are printed to somebody who
+// has a clone and has installed nothing.
+func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
+	_, _, commands := dev(t)
+	if len(commands) != 3 {
+		t.Fatalf("printed %q", commands)
+	}
+	elsewhere := t.TempDir()
+	line := func(command string) *exec.Cmd {
+		cmd := exec.Command("sh", "-c", command)
+		cmd.Dir = elsewhere
+		return cmd
+	}
+	listen := line(commands[0] + " --count 2")
+	out, err := listen.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := listen.Start(); err != nil {
+		t.Fatal(err)
+	}
+	arrived := bufio.NewScanner(out)
+	if !arrived.Scan() || arrived.Text() != "joined lobby" {
+		t.Errorf("%s\nprinted %q", commands[0], arrived.Text())
+	}
+	for i, want := range []string{"Hello", "Hello, Alice"} {
+		if got, err := line(commands[i+1]).CombinedOutput(); err != nil {
+			t.Errorf("%s\n%v: %s", commands[i+1], err, got)
+			_ = listen.Process.Kill()
+			break
+		}
+		if !arrived.Scan() || !strings.HasSuffix(arrived.Text(), want) {
+			t.Errorf("arrived %q, want %q", arrived.Text(), want)
+		}
+	}
+	if err := listen.Wait(); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
-	address, webSocket := dev(t)
+	address, webSocket, _ := dev(t)
 	start, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 

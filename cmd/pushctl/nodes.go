@@ -3,12 +3,12 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
@@ -90,7 +90,7 @@ func (t *terminal) list(entries []entry) error {
 		return nil
 	}
 	if len(entries) == 0 {
-		return errors.New("nothing is registered; start everything on this machine with: push-manager dev")
+		return fmt.Errorf("nothing is registered; start everything on this machine with: %s dev", invoke.As("push-manager"))
 	}
 	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 	for _, e := range entries {

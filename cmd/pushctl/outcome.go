@@ -3,14 +3,17 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/push-manager/push-manager/internal/invoke"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // show prints the account of a push.
@@ -27,11 +30,18 @@ func (t *terminal) show(what string, r reply) error {
 	s := r.GetSummary()
 	var b strings.Builder
 	b.WriteString(what + ": ")
-	switch {
-	case r.GetSuccess():
-		b.WriteString(t.paint(green, fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets())))
+	reached := fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets())
+	switch code := exitCode(r); {
+	case code == exitOK && s.GetDelivered() > 0:
+		b.WriteString(t.paint(green, reached))
+	case code == exitOK:
+		b.WriteString(t.paint(yellow, "nobody to deliver to"))
 	case s.GetDelivered() > 0:
-		b.WriteString(t.paint(yellow, fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets())))
+		b.WriteString(t.paint(yellow, reached))
+	case code == exitUnknown:
+		b.WriteString(t.paint(yellow, "unknown whether delivered"))
+	case r.GetSuccess():
+		b.WriteString(t.paint(red, "delivered to nobody"))
 	default:
 		b.WriteString(t.paint(red, "not delivered"))
 	}
@@ -51,6 +61,31 @@ func (t *terminal) show(what string, r reply) error {
 	}
 	_, err := fmt.Fprint(t.out, b.String())
 	return err
+}
+
+// exitCode is what became of a push, the worst first. success alone does not tell:
+// it is true for a room all of whose members are offline, too.
+func exitCode(r reply) int {
+	s := r.GetSummary()
+	unknown := func(f *pubsub.NodeFailure) bool { return strings.HasPrefix(f.GetReason(), "unknown") }
+	switch {
+	case s.GetUnknown() > 0 || slices.ContainsFunc(s.GetNodeFailures(), unknown):
+		return exitUnknown
+	case s.GetFailed() > 0 || len(s.GetNodeFailures()) > 0:
+		return exitFailed
+	case s.GetDelivered() == 0 && s.GetOffline() > 0:
+		return exitOffline
+	case r.GetSuccess():
+		return exitOK
+	case s.GetTargets() == 0 && isRoom(r):
+		return exitOffline // the room is not known
+	}
+	return exitFailed // nobody knows a Connect-Node
+}
+
+func isRoom(r reply) bool {
+	_, ok := r.(*pubsub.PushToRoomResponse)
+	return ok
 }
 
 func counts(offline, failed, unknown int32) string {
@@ -73,8 +108,10 @@ func plural(n int32, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// explain turns the error of a call into a line for people.
-func (t *terminal) explain(err error, address string) error {
+// explain turns the error of a call into a line for people, and says whether
+// anything can have been delivered: not where the server says so, not where the call
+// never left this process, and not where the server does not have the method.
+func explain(err error, address string, sent bool) error {
 	s := status.Convert(err)
 	for _, detail := range s.Details() {
 		// With it, the server says that nothing was sent.
@@ -82,19 +119,36 @@ func (t *terminal) explain(err error, address string) error {
 			return fmt.Errorf("%s, nothing was sent: %s [%s]", words(s.Code()), clean(s.Message()), clean(info.GetReason()))
 		}
 	}
-	if s.Code() == codes.Unavailable && neverConnected(err, s.Message()) {
-		return fmt.Errorf("nobody answers at %s; start everything on this machine with: push-manager dev", address)
+	switch {
+	case s.Code() == codes.Unimplemented:
+		return fmt.Errorf("what answers at %s is no Push-Manager, nothing was sent: %s", clean(address), clean(s.Message()))
+	case sent && s.Code() == codes.Canceled:
+		return &outcome{exitUnknown, "interrupted: the push may have been delivered"}
+	case sent:
+		return &outcome{exitUnknown, fmt.Sprintf("%s, the push may have been delivered: %s", words(s.Code()), clean(s.Message()))}
+	case s.Code() == codes.Canceled:
+		return errors.New("interrupted: nothing was sent")
 	}
-	if s.Code() == codes.Canceled {
-		return errors.New("interrupted: the push may have been delivered")
-	}
-	return fmt.Errorf("%s, the push may have been delivered: %s", words(s.Code()), clean(s.Message()))
+	return unreachable(s.Message(), address)
 }
 
-// neverConnected tells a refused connection from one that broke.
-func neverConnected(err error, message string) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || strings.Contains(message, "while dialing") ||
-		strings.Contains(message, "name resolver error") || strings.Contains(message, "produced zero addresses")
+// unreachable says why a call never left. What it was is told apart by gRPC's words,
+// that nothing was sent is not.
+func unreachable(message, address string) error {
+	has := func(words ...string) bool {
+		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(message, w) })
+	}
+	why := clean(message)
+	address = clean(address)
+	switch {
+	case has("no such host", "produced zero addresses", "name resolver error"):
+		return fmt.Errorf("no address is known for %s, nothing was sent: %s", address, why)
+	case has("connection refused", "actively refused"):
+		return fmt.Errorf("nobody answers at %s, nothing was sent; start everything on this machine with: %s dev", address, invoke.As("push-manager"))
+	case has("looked like an HTTP/1.1 header", "looked like a TLS", "server preface", "EOF", "connection reset"):
+		return fmt.Errorf("what answers at %s does not speak gRPC without TLS, nothing was sent: %s", address, why)
+	}
+	return fmt.Errorf("nobody answers at %s, nothing was sent: %s", address, why)
 }
 
 func words(c codes.Code) string {

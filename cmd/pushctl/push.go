@@ -8,11 +8,13 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -107,7 +109,8 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	if f.Timeout <= 0 || f.Timeout > maxTimeout {
 		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", f.Timeout, maxTimeout)}
 	}
-	conn, err := grpc.NewClient(f.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	var sent sending
+	conn, err := grpc.NewClient(f.Address, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStatsHandler(&sent))
 	if err != nil {
 		return &usageError{fmt.Sprintf("--address: %v", err)}
 	}
@@ -116,16 +119,32 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	defer cancel()
 	r, err := do(ctx, pubsub.NewPushManagerServiceClient(conn), content)
 	if err != nil {
-		return t.explain(err, f.Address)
+		return explain(err, f.Address, sent.begun.Load())
 	}
 	if err := t.show(what, r); err != nil {
 		return err
 	}
-	if !r.GetSuccess() {
-		return errNotDelivered
+	if code := exitCode(r); code != exitOK {
+		return &outcome{code: code}
 	}
 	return nil
 }
+
+// sending notes whether a call has left this process. Before its header goes out,
+// whatever is wrong has happened here.
+type sending struct{ begun atomic.Bool }
+
+// HandleRPC implements stats.Handler.
+func (s *sending) HandleRPC(_ context.Context, e stats.RPCStats) {
+	if _, ok := e.(*stats.OutHeader); ok {
+		s.begun.Store(true)
+	}
+}
+
+// TagRPC, TagConn and HandleConn implement stats.Handler.
+func (*sending) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
+func (*sending) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (*sending) HandleConn(context.Context, stats.ConnStats)                       {}
 
 func (f *messageFlags) content(text string, in io.Reader) (*pubsub.MessageContent, error) {
 	kind, err := messageType(f.Type)

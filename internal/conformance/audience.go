@@ -31,14 +31,14 @@ func audienceLife(ctx context.Context, t *tester) error {
 		here     int
 		notHere  []string
 	}{
-		{"defined", &pubsub.Audience{Id: 7, Version: 1, RoomId: "conformance", Join: []string{u0, absent}}, nil, 0, 1, []string{absent}},
+		{"defined", &pubsub.Audience{Id: 7, Version: 1, RoomId: t.cfg.Room, Join: []string{u0, absent}}, nil, 0, 1, []string{absent}},
 		{"used", &pubsub.Audience{Id: 7, Version: 1}, nil, 0, 1, []string{absent}},
 		{"used without one", &pubsub.Audience{Id: 7, Version: 1}, []string{absent}, 0, 1, nil},
 		{"used as before", &pubsub.Audience{Id: 7, Version: 1}, nil, 0, 1, []string{absent}},
 		{"with one more", &pubsub.Audience{Id: 7, Version: 2, Join: []string{u1}}, nil, 0, 2, []string{absent}},
 		{"changed, used without one who has just joined", &pubsub.Audience{Id: 7, Version: 3, Leave: []string{u0, absent}, Join: []string{other}}, []string{other}, 0, 1, nil},
 		{"used after the change", &pubsub.Audience{Id: 7, Version: 3}, nil, 0, 1, []string{other}},
-		{"another one beside it", &pubsub.Audience{Id: 8, Version: 1, RoomId: "conformance-2", Join: []string{u0, u1}}, nil, 0, 2, nil},
+		{"another one beside it", &pubsub.Audience{Id: 8, Version: 1, RoomId: t.cfg.Room, Join: []string{u0, u1}}, nil, 0, 2, nil},
 		{"used in the frame that forgets it", &pubsub.Audience{Id: 8, Version: 1}, []string{u0}, 8, 1, nil},
 		{"nobody left", &pubsub.Audience{Id: 7, Version: 4, Leave: []string{u1, other}}, nil, 0, 0, nil},
 		{"one is back", &pubsub.Audience{Id: 7, Version: 5, Join: []string{u0}}, nil, 0, 1, nil},
@@ -71,7 +71,7 @@ func audienceExcept(ctx context.Context, t *tester) error {
 	defer l.close()
 	in, out := t.cfg.Users[0], t.cfg.Users[1]
 	content, token := t.content()
-	d := &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: "conformance", Join: []string{in, out}}, ExceptUserIds: []string{out}}
+	d := &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: t.cfg.Room, Join: []string{in, out}}, ExceptUserIds: []string{out}}
 	f := l.frame(d)
 	l.members(f.GetFirstSeq(), 1)
 	if err := l.write(f); err != nil {
@@ -96,7 +96,7 @@ func audienceDisagreement(ctx context.Context, t *tester) error {
 		{"a change of one that was never defined", &pubsub.Audience{Id: 2, Version: 2, Join: []string{absent}}, nil},
 		{"two versions on", &pubsub.Audience{Id: 1, Version: 3, Join: []string{other}}, nil},
 		{"a version back", &pubsub.Audience{Id: 1, Version: 0}, nil},
-		{"defined again", &pubsub.Audience{Id: 1, Version: 1, RoomId: "conformance", Join: []string{absent}}, nil},
+		{"defined again", &pubsub.Audience{Id: 1, Version: 1, RoomId: t.cfg.Room, Join: []string{absent}}, nil},
 		{"who joins is a member", &pubsub.Audience{Id: 1, Version: 2, Join: []string{absent}}, nil},
 		{"who leaves is no member", &pubsub.Audience{Id: 1, Version: 2, Leave: []string{other}}, nil},
 		{"who is excepted is no member", &pubsub.Audience{Id: 1, Version: 1}, []string{other}},
@@ -109,8 +109,8 @@ func audienceDisagreement(ctx context.Context, t *tester) error {
 		defer l.close()
 		a, _ := t.content()
 		f := l.frame(
-			&pubsub.Delivery{Content: a, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: "conformance", Join: []string{absent}}},
-			&pubsub.Delivery{Content: a, Audience: &pubsub.Audience{Id: 3, Version: 1, RoomId: "conformance-2", Join: []string{absent}}})
+			&pubsub.Delivery{Content: a, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: t.cfg.Room, Join: []string{absent}}},
+			&pubsub.Delivery{Content: a, Audience: &pubsub.Audience{Id: 3, Version: 1, RoomId: t.cfg.Room, Join: []string{absent}}})
 		l.members(1, 1)
 		l.members(2, 1)
 		f.ForgetAudiences = []uint32{3}

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -25,9 +26,11 @@ type Config struct {
 	Address string
 	// NodeID is the id under which the node is registered. Empty: any is right.
 	NodeID string
-	// Users are connected to the node for as long as Run runs. Two or more let
-	// every check run.
+	// Users are connected to the node, and in Room, for as long as Run runs. Two
+	// or more let every check run.
 	Users []string
+	// Room is the room that pushes to rooms are for. Default: conformance.
+	Room string
 	// Absent is a user who is not connected. Default: conformance-absent.
 	Absent string
 	// Client connects one of Users and shows what reaches it. Nil: the users are
@@ -111,24 +114,40 @@ func Checks() []Result {
 func everyCheck() []check {
 	return slices.Concat(
 		[]check{{name: "connect", expect: "the port answers, with the Deliver stream or with the unary methods", run: connect},
-			{name: "users", expect: "every user given is connected, and the absent one is not", users: 1, run: usersAreHere}},
+			{name: "users", expect: "every user given is connected and in the room, and the absent one is not", users: 1, run: usersAreHere}},
 		helloChecks, deliverChecks, audienceChecks, streamChecks, sizeChecks, unaryChecks,
 		[]check{{name: "keepalive", expect: "a ping every 5 s, without a call, does not end the connection", run: nil},
 			{name: "leaving", expect: "a node that leaves says drain on every stream, acks what it took and does nothing with what comes later", run: leaving}},
 	)
 }
 
+// Validate reports what is wrong with c.
+func (c *Config) Validate() error {
+	var errs []error
+	if _, _, err := net.SplitHostPort(c.Address); err != nil {
+		errs = append(errs, fmt.Errorf("address %q is not HOST:PORT", c.Address))
+	}
+	for _, name := range slices.Concat(c.Only, c.Skip) {
+		if !slices.ContainsFunc(everyCheck(), func(c check) bool { return c.is(name) }) {
+			errs = append(errs, fmt.Errorf("no check is called %q", name))
+		}
+	}
+	if slices.Contains(c.Users, c.Absent) {
+		errs = append(errs, fmt.Errorf("user %q cannot be both connected and absent", c.Absent))
+	}
+	return errors.Join(errs...)
+}
+
 // Run plays a Push-Manager against the node and reports each check as it ends. It
-// returns how many failed. An error means that the run could not begin.
+// returns how many failed. An error means that the run could not begin, or was
+// interrupted.
 func Run(ctx context.Context, cfg Config, report func(Result)) (failed int, err error) {
 	cfg.Within = cmp.Or(cfg.Within, time.Second)
 	cfg.PingEvery = cmp.Or(cfg.PingEvery, 5100*time.Millisecond)
+	cfg.Room = cmp.Or(cfg.Room, "conformance")
 	cfg.Absent = cmp.Or(cfg.Absent, "conformance-absent")
-	checks := everyCheck()
-	for _, name := range slices.Concat(cfg.Only, cfg.Skip) {
-		if !slices.ContainsFunc(checks, func(c check) bool { return c.is(name) }) {
-			return 0, fmt.Errorf("no check is called %q", name)
-		}
+	if err := cfg.Validate(); err != nil {
+		return 0, err
 	}
 	conn, err := grpc.NewClient(cfg.Address, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxNodeFrame), grpc.MaxCallSendMsgSize(maxManagerFrame)))
@@ -154,7 +173,7 @@ func Run(ctx context.Context, cfg Config, report func(Result)) (failed int, err 
 	}
 
 	stop := ""
-	for _, c := range checks {
+	for _, c := range everyCheck() {
 		if !t.wants(c) && c.name != "connect" && c.name != "users" {
 			continue // those two find out what the others need
 		}
@@ -257,7 +276,7 @@ func usersAreHere(ctx context.Context, t *tester) error {
 			case err := <-t.arrived.ended:
 				return fmt.Errorf("the client of %w", err)
 			case <-ctx.Done():
-				return fmt.Errorf("user %q is not connected to the node", user)
+				return fmt.Errorf("user %q is not connected to the node, or not in room %q", user, t.cfg.Room)
 			}
 		}
 		if t.cfg.Client != nil {
@@ -273,11 +292,11 @@ func usersAreHere(ctx context.Context, t *tester) error {
 	return err
 }
 
-// isHere pushes to a user, in whichever way the node has.
+// isHere pushes to the room for one user, in whichever way the node has.
 func (t *tester) isHere(ctx context.Context, user string) (here bool, token string, err error) {
 	content, token := t.content()
 	if !t.streaming {
-		r, err := t.api.PushMessage(ctx, &pubsub.PushMessageRequest{UserId: user, Content: content})
+		r, err := t.api.PushMessage(ctx, &pubsub.PushMessageRequest{UserId: user, RoomId: t.cfg.Room, Content: content})
 		return r.GetSuccess(), token, err
 	}
 	l, err := t.open(ctx, nil)
@@ -285,7 +304,7 @@ func (t *tester) isHere(ctx context.Context, user string) (here bool, token stri
 		return false, token, err
 	}
 	defer l.close()
-	r, err := l.ask(ctx, &pubsub.Delivery{Content: content, UserIds: []string{user}})
+	r, err := l.ask(ctx, &pubsub.Delivery{Content: content, RoomId: t.cfg.Room, UserIds: []string{user}})
 	return r.delivered == 1, token, err
 }
 

@@ -35,9 +35,17 @@ func (o outcome) is(delivered int, notHere ...string) error {
 	slices.Sort(o.notHere)
 	slices.Sort(notHere)
 	if o.refused || int(o.delivered) != delivered || len(o.failed) > 0 || !slices.Equal(o.notHere, notHere) {
-		return fmt.Errorf("delivered to %d and not_here %.3q, failed %.3q, refused %t, instead of %d and not_here %.3q", o.delivered, o.notHere, o.failed, o.refused, delivered, notHere)
+		return fmt.Errorf("delivered to %d and not_here %s, failed %s, refused %t, instead of %d and not_here %s", o.delivered, some(o.notHere), some(o.failed), o.refused, delivered, some(notHere))
 	}
 	return nil
+}
+
+// some writes the first of many users.
+func some(users []string) string {
+	if len(users) > 3 {
+		return fmt.Sprintf("%q and %d more", users[:3], len(users)-3)
+	}
+	return fmt.Sprintf("%q", users)
 }
 
 func deliverUsers(ctx context.Context, t *tester) error {
@@ -211,7 +219,7 @@ func deliverNoTarget(ctx context.Context, t *tester) error {
 }
 
 func deliverTwoTargets(ctx context.Context, t *tester) error {
-	audience := &pubsub.Audience{Id: 1, Version: 1, RoomId: "conformance", Join: []string{t.cfg.Absent}}
+	audience := &pubsub.Audience{Id: 1, Version: 1, RoomId: t.cfg.Room, Join: []string{t.cfg.Absent}}
 	for what, bad := range map[string]*pubsub.Delivery{
 		"user_ids and everybody": {UserIds: []string{t.cfg.Absent}, Everybody: true},
 		"user_ids and audience":  {UserIds: []string{t.cfg.Absent}, Audience: audience},

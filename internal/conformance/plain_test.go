@@ -178,7 +178,7 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 		reply.Codec = pubsub.Codec_ZSTD
 	}
 	if p.fault == "hello takes long" {
-		time.Sleep(500 * time.Millisecond)
+		time.Sleep(1500 * time.Millisecond)
 	}
 	if err := call.Send(&pubsub.DeliverResponse{Hello: reply}); err != nil {
 		return err

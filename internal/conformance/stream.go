@@ -39,7 +39,7 @@ func twoShards(ctx context.Context, t *tester) error {
 			if t.audiences > 0 {
 				d = &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1}}
 				if round == 0 {
-					d.Audience.RoomId, d.Audience.Join = fmt.Sprintf("conformance-%d", i), want
+					d.Audience.RoomId, d.Audience.Join = t.cfg.Room, want
 				}
 			}
 			f := l.frame(d)
@@ -69,7 +69,7 @@ func anew(ctx context.Context, t *tester) error {
 		content, _ := t.content()
 		d := &pubsub.Delivery{Content: content, UserIds: []string{t.cfg.Absent}}
 		if t.audiences > 0 {
-			d = &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: "conformance", Join: []string{t.cfg.Absent}}}
+			d = &pubsub.Delivery{Content: content, Audience: &pubsub.Audience{Id: 1, Version: 1, RoomId: t.cfg.Room, Join: []string{t.cfg.Absent}}}
 		}
 		f := l.frame(d)
 		l.members(1, 1)

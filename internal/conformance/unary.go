@@ -44,7 +44,7 @@ func unaryUser(ctx context.Context, t *tester) error {
 	defer cancel()
 	for _, user := range append([]string{t.cfg.Absent}, t.cfg.Users...) {
 		content, token := t.content()
-		r, err := t.api.PushMessage(ctx, &pubsub.PushMessageRequest{UserId: user, RoomId: "conformance", Content: content})
+		r, err := t.api.PushMessage(ctx, &pubsub.PushMessageRequest{UserId: user, RoomId: t.cfg.Room, Content: content})
 		if err != nil {
 			return t.unary(err)
 		}
@@ -69,7 +69,7 @@ func unaryBatch(ctx context.Context, t *tester) error {
 			continue
 		}
 		content, _ := t.content()
-		r, err := t.api.PushMessageBatch(ctx, &pubsub.PushMessageBatchRequest{UserIds: users, RoomId: "conformance", Content: content})
+		r, err := t.api.PushMessageBatch(ctx, &pubsub.PushMessageBatchRequest{UserIds: users, RoomId: t.cfg.Room, Content: content})
 		if err != nil {
 			return t.unary(err)
 		}
@@ -84,7 +84,7 @@ func unaryBatch(ctx context.Context, t *tester) error {
 		failed := slices.Sorted(slices.Values(r.GetFailedUserIds()))
 		slices.Sort(missing)
 		if int(r.GetDeliveredCount()) != here || !slices.Equal(failed, missing) {
-			return fmt.Errorf("to %d users, %d of them here: delivered_count is %d, failed_user_ids are %.3q", len(users), here, r.GetDeliveredCount(), failed)
+			return fmt.Errorf("to %d users, %d of them here: delivered_count is %d, failed_user_ids are %s", len(users), here, r.GetDeliveredCount(), some(failed))
 		}
 	}
 	return nil

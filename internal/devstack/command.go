@@ -7,13 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
@@ -106,7 +104,7 @@ func (s *Stack) describe(out io.Writer, dataDir string) error {
 	}
 	line("etcd", local(s.EtcdEndpoint()), "data in "+data)
 
-	pushctl := pushctl()
+	pushctl := invoke.As("pushctl")
 	listen, room, user := pushctl+" listen --user alice --room lobby", pushctl+` room lobby "Hello"`, pushctl+` user alice "Hello, Alice"`
 	if ws := "ws://" + local(s.Nodes()[0].HTTP) + "/ws"; ws != "ws://localhost:8080/ws" {
 		listen += " --url " + ws
@@ -128,24 +126,4 @@ func local(address string) string {
 		return address
 	}
 	return net.JoinHostPort("localhost", port)
-}
-
-// pushctl is how pushctl is called here: a binary beside ours, one in the path,
-// or the source.
-func pushctl() string {
-	if self, err := os.Executable(); err == nil {
-		beside := filepath.Join(filepath.Dir(self), "pushctl")
-		if info, err := os.Stat(beside); err == nil && info.Mode().IsRegular() {
-			if wd, err := os.Getwd(); err == nil {
-				if rel, err := filepath.Rel(wd, beside); err == nil && !strings.HasPrefix(rel, "..") {
-					return "./" + rel
-				}
-			}
-			return beside
-		}
-	}
-	if _, err := exec.LookPath("pushctl"); err == nil {
-		return "pushctl"
-	}
-	return "go run ./cmd/pushctl"
 }

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+)
+
+// TestConformanceTriesANodeThroughClientsOfItsAuthor is the command as an author of a
+// gateway calls it: clients are programs that print what they get.
+func TestConformanceTriesANodeThroughClientsOfItsAuthor(t *testing.T) {
+	address, webSocket, _ := dev(t) // of the second node
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := asPushctl + `=1 exec '` + self + `' --json listen --user "$USER_ID" --room "$ROOM_ID" --url ` + webSocket
+	args := []string{"conformance", address["connect-node-2"], "--node-id=connect-node-2", "--client", client, "--within=20s", "--skip=keepalive"}
+	code, out, errOut := pushctl(t, "", args...)
+	if code != exitOK || errOut != "" {
+		t.Errorf("exit %d, %q", code, errOut)
+	}
+	if strings.Contains(out, "\nFAIL") || strings.Count(out, "ok ") < 25 || strings.Count(out, "skip") != 1 {
+		t.Errorf("printed\n%s", out)
+	}
+
+	code, out, errOut = pushctl(t, "", "conformance", address["connect-node-2"], "-o", "json", "--only=hello", "--user=nobody-1", "--within=200ms")
+	if code != exitError || !strings.Contains(errOut, "the node fails 1 check") {
+		t.Errorf("exit %d, %q", code, errOut)
+	}
+	outcomes := map[string]string{}
+	for line := range strings.Lines(out) {
+		var r struct{ Check, Outcome, Expect, Got string }
+		if err := json.Unmarshal([]byte(line), &r); err != nil || r.Expect == "" {
+			t.Errorf("%v: %s", err, line)
+		}
+		outcomes[r.Check] = r.Outcome
+	}
+	if outcomes["connect"] != "ok" || outcomes["users"] != "FAIL" || outcomes["hello/reply"] != "skip" {
+		t.Errorf("%v", outcomes)
+	}
+}
+
+func TestConformanceOfNobodyAndOfNothing(t *testing.T) {
+	for name, tc := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"nobody there":      {[]string{"127.0.0.1:1"}, exitError, "the node fails"},
+		"no such check":     {[]string{"127.0.0.1:1", "--only=everything"}, exitUsage, `no check is called "everything"`},
+		"no time":           {[]string{"127.0.0.1:1", "--within=0s"}, exitUsage, "--within"},
+		"client that fails": {[]string{"127.0.0.1:1", "--client=exit 3"}, exitError, "the node fails"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			code, out, errOut := pushctl(t, "", append([]string{"conformance", "--skip=keepalive"}, tc.args...)...)
+			if code != tc.code || !strings.Contains(errOut, tc.want) {
+				t.Errorf("exit %d, %q, %s", code, errOut, out)
+			}
+		})
+	}
+	code, out, _ := pushctl(t, "", "conformance", "--list", "127.0.0.1:1")
+	if code != exitOK || !strings.Contains(out, "audience/disagreement") {
+		t.Errorf("exit %d, %s", code, out)
+	}
+}

@@ -1,0 +1,8 @@
+//go:build !unix
+
+package main
+
+import "os/exec"
+
+// endWithAll leaves it at the command itself: there are no process groups to end.
+func endWithAll(*exec.Cmd) {}
