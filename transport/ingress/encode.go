@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -254,8 +255,6 @@ func appendMessage(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 		return append(b, " not found"...)
 	case a == toAll:
 		return append(b, "no connect-node is available"...)
-	case res.Failed+res.Unknown > 0:
-		return appendCounts(b, a, res)
 	default:
 		return append(b, "none of the users is online"...)
 	}
@@ -283,30 +282,50 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 	return b
 }
 
-// appendCounts is "delivered to 3 of 5 users: 1 failed, 1 unknown".
+// appendCounts is "delivered to 3 of 5 users: 1 failed, 1 unknown". Where nobody got it,
+// no number of those who did stands first: that reads like a success.
 func appendCounts(b []byte, a api, res *engine.Result) []byte {
-	if res.Targets == 0 && len(res.NodeFailures) == 0 && a == toRoom {
-		return append(b, "nobody to deliver to"...)
-	}
-	b = append(b, "delivered to "...)
-	b = strconv.AppendUint(b, int32Of(res.Delivered), 10)
-	if res.Delivered != res.Targets {
-		b = append(b, " of "...)
-		b = strconv.AppendUint(b, int32Of(res.Targets), 10)
-	}
-	if res.Targets == 1 {
-		b = append(b, " user"...)
-	} else {
-		b = append(b, " users"...)
+	switch {
+	case res.Delivered > 0:
+		b = append(b, "delivered to "...)
+		b = strconv.AppendUint(b, int32Of(res.Delivered), 10)
+		if res.Delivered != res.Targets {
+			b = append(b, " of "...)
+			b = strconv.AppendUint(b, int32Of(res.Targets), 10)
+		}
+		if res.Targets == 1 {
+			b = append(b, " user"...)
+		} else {
+			b = append(b, " users"...)
+		}
+	case res.Unknown > 0 || slices.ContainsFunc(res.NodeFailures, mayHaveArrived):
+		b = append(b, "unknown whether delivered"...)
+	case res.Failed > 0 || len(res.NodeFailures) > 0:
+		b = append(b, "not delivered"...)
+	case res.Offline > 0:
+		b = append(b, "delivered to nobody"...)
+	case a == toAll:
+		b = append(b, "nobody is connected"...)
+	default:
+		b = append(b, "nobody to deliver to"...)
 	}
 	sep := ": "
 	b, sep = appendCount(b, sep, res.Offline, " offline")
 	b, sep = appendCount(b, sep, res.Failed, " failed")
 	b, sep = appendCount(b, sep, res.Unknown, " unknown")
-	if a == toAll {
-		b, _ = appendCount(b, sep, len(res.NodeFailures), " node(s) with failures")
+	switch {
+	case a != toAll:
+	case len(res.NodeFailures) == 1:
+		b, _ = appendCount(b, sep, 1, " node with failures")
+	default:
+		b, _ = appendCount(b, sep, len(res.NodeFailures), " nodes with failures")
 	}
 	return b
+}
+
+// mayHaveArrived: in a broadcast a node that has not answered counts no users.
+func mayHaveArrived(f engine.NodeFailure) bool {
+	return strings.HasPrefix(f.Reason, engine.Unknown.String()+": ")
 }
 
 func appendCount(b []byte, sep string, n int, what string) ([]byte, string) {

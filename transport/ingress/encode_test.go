@@ -33,10 +33,15 @@ func TestMessages(t *testing.T) {
 		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, NodeFailures: failures},
 			"delivered, but not on every node: failed: queue full"},
 		{toUsers, engine.Result{Targets: 3, Offline: 3}, "none of the users is online"},
-		{toUsers, engine.Result{Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "delivered to 0 of 3 users: 1 offline, 2 failed"},
+		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "not delivered: 1 offline, 2 failed"},
+		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 1, Unknown: 1, NodeFailures: failures}, "unknown whether delivered: 1 offline, 1 failed, 1 unknown"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2}, "delivered to nobody: 2 offline"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Failed: 2, NodeFailures: failures}, "not delivered: 2 failed"},
 		{toAll, engine.Result{}, "no connect-node is available"},
-		{toAll, engine.Result{Found: true}, "delivered to 0 users"},
-		{toAll, engine.Result{Found: true, Targets: 9, Delivered: 9, NodeFailures: failures}, "delivered to 9 users: 1 node(s) with failures"},
+		{toAll, engine.Result{Found: true}, "nobody is connected"},
+		{toAll, engine.Result{Found: true, NodeFailures: failures}, "not delivered: 1 node with failures"},
+		{toAll, engine.Result{Found: true, NodeFailures: append([]engine.NodeFailure{{Node: "n2", Reason: "unknown: no ack"}}, failures...)}, "unknown whether delivered: 2 nodes with failures"},
+		{toAll, engine.Result{Found: true, Targets: 9, Delivered: 9, NodeFailures: failures}, "delivered to 9 users: 1 node with failures"},
 	} {
 		if got := string(appendMessage(nil, test.api, p, &test.res)); got != test.want {
 			t.Errorf("%v %+v: %q, want %q", test.api, test.res, got, test.want)
