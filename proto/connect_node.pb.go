@@ -252,11 +252,14 @@ type PushMessageBatchResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Success bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	// Users, not connections.
-	DeliveredCount int32    `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
-	FailedUserIds  []string `protobuf:"bytes,3,rep,name=failed_user_ids,json=failedUserIds,proto3" json:"failed_user_ids,omitempty"`
-	Message        string   `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	DeliveredCount int32 `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
+	// Users without a connection here. Push-Manager looks them up again.
+	FailedUserIds []string `protobuf:"bytes,3,rep,name=failed_user_ids,json=failedUserIds,proto3" json:"failed_user_ids,omitempty"`
+	Message       string   `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	// Users that are here, and none of whose connections took the message.
+	UnreachedUserIds []string `protobuf:"bytes,5,rep,name=unreached_user_ids,json=unreachedUserIds,proto3" json:"unreached_user_ids,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *PushMessageBatchResponse) Reset() {
@@ -317,6 +320,13 @@ func (x *PushMessageBatchResponse) GetMessage() string {
 	return ""
 }
 
+func (x *PushMessageBatchResponse) GetUnreachedUserIds() []string {
+	if x != nil {
+		return x.UnreachedUserIds
+	}
+	return nil
+}
+
 type BroadcastRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Content       *MessageContent        `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
@@ -367,6 +377,8 @@ type BroadcastResponse struct {
 	// Users, not connections.
 	DeliveredCount int32  `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
 	Message        string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// Users that are here, and none of whose connections took the message.
+	UnreachedCount int32 `protobuf:"varint,4,opt,name=unreached_count,json=unreachedCount,proto3" json:"unreached_count,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -420,6 +432,13 @@ func (x *BroadcastResponse) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *BroadcastResponse) GetUnreachedCount() int32 {
+	if x != nil {
+		return x.UnreachedCount
+	}
+	return 0
 }
 
 // DeliverRequest is one frame from Push-Manager. The first frame of a stream
@@ -647,7 +666,16 @@ type Hello struct {
 	Shards uint32 `protobuf:"varint,4,opt,name=shards,proto3" json:"shards,omitempty"`
 	// With what the sender can compress frames, the best first. Empty: it does
 	// not.
-	Codecs        []Codec `protobuf:"varint,5,rep,packed,name=codecs,proto3,enum=pubsub.Codec" json:"codecs,omitempty"`
+	Codecs []Codec `protobuf:"varint,5,rep,packed,name=codecs,proto3,enum=pubsub.Codec" json:"codecs,omitempty"` // 6 is kept for features.
+	// Chosen at random when the sender's process starts, at most 64 bytes: with
+	// shard it names the one stream that the process has for this shard. A hello
+	// for the same two supersedes the stream before it, from which nothing is
+	// handed over any more. Empty: an old sender, whose streams supersede nothing.
+	InstanceId string `protobuf:"bytes,7,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// Counts the streams that the sender opens to this node for this shard, from
+	// 1. A hello that comes late, with a lower number than one before it, is
+	// refused. 0: not counted.
+	Attempt       uint64 `protobuf:"varint,8,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -717,6 +745,20 @@ func (x *Hello) GetCodecs() []Codec {
 	return nil
 }
 
+func (x *Hello) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *Hello) GetAttempt() uint64 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
 // HelloReply accepts a stream.
 type HelloReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -740,7 +782,7 @@ type HelloReply struct {
 	OnlineUsers uint32 `protobuf:"varint,6,opt,name=online_users,json=onlineUsers,proto3" json:"online_users,omitempty"`
 	// One of the codecs that hello offers: frames may come compressed with it.
 	// Unset: none do. Any other is an error, and nothing is sent.
-	Codec         Codec `protobuf:"varint,7,opt,name=codec,proto3,enum=pubsub.Codec" json:"codec,omitempty"`
+	Codec         Codec `protobuf:"varint,7,opt,name=codec,proto3,enum=pubsub.Codec" json:"codec,omitempty"` // 8 is kept for features.
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1176,18 +1218,20 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x17PushMessageBatchRequest\x12\x19\n" +
 	"\buser_ids\x18\x01 \x03(\tR\auserIds\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x120\n" +
-	"\acontent\x18\x03 \x01(\v2\x16.pubsub.MessageContentR\acontent\"\x9f\x01\n" +
+	"\acontent\x18\x03 \x01(\v2\x16.pubsub.MessageContentR\acontent\"\xcd\x01\n" +
 	"\x18PushMessageBatchResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12&\n" +
 	"\x0ffailed_user_ids\x18\x03 \x03(\tR\rfailedUserIds\x12\x18\n" +
-	"\amessage\x18\x04 \x01(\tR\amessage\"D\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x12,\n" +
+	"\x12unreached_user_ids\x18\x05 \x03(\tR\x10unreachedUserIds\"D\n" +
 	"\x10BroadcastRequest\x120\n" +
-	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\"p\n" +
+	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\"\x99\x01\n" +
 	"\x11BroadcastResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xa0\x02\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xa0\x02\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -1207,14 +1251,17 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06misses\x18\x03 \x03(\v2\f.pubsub.MissR\x06misses\x12\x1c\n" +
 	"\theartbeat\x18\x04 \x01(\x04R\theartbeat\x12!\n" +
 	"\fonline_users\x18\x05 \x01(\rR\vonlineUsers\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xa6\x01\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xe1\x01\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
 	"manager_id\x18\x02 \x01(\tR\tmanagerId\x12\x14\n" +
 	"\x05shard\x18\x03 \x01(\rR\x05shard\x12\x16\n" +
 	"\x06shards\x18\x04 \x01(\rR\x06shards\x12%\n" +
-	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\"\x84\x02\n" +
+	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\x12\x1f\n" +
+	"\vinstance_id\x18\a \x01(\tR\n" +
+	"instanceId\x12\x18\n" +
+	"\aattempt\x18\b \x01(\x04R\aattempt\"\x84\x02\n" +
 	"\n" +
 	"HelloReply\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x17\n" +

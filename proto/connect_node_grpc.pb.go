@@ -35,14 +35,17 @@ const (
 // README.md beside this file tells how to write a node in any language.
 type ConnectNodeServiceClient interface {
 	// Hands a message to every connection of one user. success=false means that
-	// the user has no connection here.
+	// the user has no connection here. A user who is here and whose connections did
+	// not take it is the error RESOURCE_EXHAUSTED.
 	PushMessage(ctx context.Context, in *PushMessageRequest, opts ...grpc.CallOption) (*PushMessageResponse, error)
 	// The same for several users. failed_user_ids names those that have no
-	// connection here. An empty user_ids is an error, never "everybody".
+	// connection here, unreached_user_ids those that are here and whose connections
+	// did not take it. An empty user_ids is an error, never "everybody".
 	PushMessageBatch(ctx context.Context, in *PushMessageBatchRequest, opts ...grpc.CallOption) (*PushMessageBatchResponse, error)
 	// Hands a message to every connection of every user.
 	Broadcast(ctx context.Context, in *BroadcastRequest, opts ...grpc.CallOption) (*BroadcastResponse, error)
-	// The long-lived link. Push-Manager keeps one for each of its shards.
+	// The long-lived link. Push-Manager keeps one for each of its shards. A node
+	// that drains answers a new one with UNAVAILABLE before hello's reply.
 	Deliver(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[DeliverRequest, DeliverResponse], error)
 }
 
@@ -107,14 +110,17 @@ type ConnectNodeService_DeliverClient = grpc.BidiStreamingClient[DeliverRequest,
 // README.md beside this file tells how to write a node in any language.
 type ConnectNodeServiceServer interface {
 	// Hands a message to every connection of one user. success=false means that
-	// the user has no connection here.
+	// the user has no connection here. A user who is here and whose connections did
+	// not take it is the error RESOURCE_EXHAUSTED.
 	PushMessage(context.Context, *PushMessageRequest) (*PushMessageResponse, error)
 	// The same for several users. failed_user_ids names those that have no
-	// connection here. An empty user_ids is an error, never "everybody".
+	// connection here, unreached_user_ids those that are here and whose connections
+	// did not take it. An empty user_ids is an error, never "everybody".
 	PushMessageBatch(context.Context, *PushMessageBatchRequest) (*PushMessageBatchResponse, error)
 	// Hands a message to every connection of every user.
 	Broadcast(context.Context, *BroadcastRequest) (*BroadcastResponse, error)
-	// The long-lived link. Push-Manager keeps one for each of its shards.
+	// The long-lived link. Push-Manager keeps one for each of its shards. A node
+	// that drains answers a new one with UNAVAILABLE before hello's reply.
 	Deliver(grpc.BidiStreamingServer[DeliverRequest, DeliverResponse]) error
 	mustEmbedUnimplementedConnectNodeServiceServer()
 }

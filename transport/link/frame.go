@@ -16,7 +16,7 @@ const (
 
 	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
 
-	helloVersion, helloManager, helloShard, helloShards, helloCodecs = 1, 2, 3, 4, 5
+	helloVersion, helloManager, helloShard, helloShards, helloCodecs, helloInstance, helloAttempt = 1, 2, 3, 4, 5, 7, 8
 
 	callUsers, callRoom, callContent = 1, 2, 3 // of PushMessage and PushMessageBatch
 	broadcastContent                 = 1
@@ -81,8 +81,9 @@ func appendStrings(b []byte, field protowire.Number, list []string) []byte {
 }
 
 // appendHello encodes the first frame of a stream.
-func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec) []byte {
-	n := sizeUint(protocolVersion) + sizeOptional(manager) + sizeUint(uint64(shard)) + sizeUint(uint64(shards))
+func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec, instance string, attempt uint64) []byte {
+	n := sizeUint(protocolVersion) + sizeOptional(manager) + sizeUint(uint64(shard)) + sizeUint(uint64(shards)) +
+		sizeOptional(instance) + sizeUint(attempt)
 	if len(codecs) > 0 {
 		n += sizeString(len(codecs))
 	}
@@ -97,7 +98,8 @@ func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Co
 	for _, c := range codecs {
 		b = append(b, byte(c)) // a varint: all are below 128
 	}
-	return b
+	b = appendOptional(b, helloInstance, instance)
+	return appendUint(b, helloAttempt, attempt)
 }
 
 // address says for whom a delivery is: exactly one of users, minus, audience and

@@ -219,7 +219,7 @@ func (l *Link) open(ctx context.Context, cancel context.CancelFunc, conn *grpc.C
 // greet sends hello and receives the reply.
 func (l *Link) greet(rpc grpc.ClientStream) (*helloReply, error) {
 	buf := l.set.buffers.take()
-	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs)
+	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs, l.set.instance, l.set.hellos.Add(1))
 	// An error of SendMsg says less than the status that RecvMsg then returns.
 	_ = rpc.SendMsg(&outFrame{mem.NewBuffer(buf, &l.set.buffers)})
 	var in inFrame

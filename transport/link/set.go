@@ -3,6 +3,7 @@ package link
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -49,16 +50,18 @@ type Node struct{ ID, Addr string }
 // concurrent use.
 type Set struct {
 	// Static after New.
-	cfg     Config
-	log     *slog.Logger
-	meters  *meters
-	clock   *clock
-	dial    []grpc.DialOption
-	call    []grpc.CallOption
-	stop    chan struct{}
-	buffers bufferPool
-	squeeze *squeeze
+	cfg      Config
+	instance string // tells this process from all others
+	log      *slog.Logger
+	meters   *meters
+	clock    *clock
+	dial     []grpc.DialOption
+	call     []grpc.CallOption
+	stop     chan struct{}
+	buffers  bufferPool
+	squeeze  *squeeze
 
+	hellos   atomic.Uint64 // sent so far: a node tells a late one by its number
 	snapshot atomic.Pointer[snapshot]
 	clockEnd sync.WaitGroup
 	runs     sync.WaitGroup // of all links, old ones included
@@ -83,7 +86,7 @@ func New(cfg Config) (*Set, error) {
 	}
 	cfg = cfg.withDefaults()
 	s := &Set{
-		cfg: cfg, log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
+		cfg: cfg, instance: rand.Text(), log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
 		dial: dialOptions(&cfg), call: callOptions(&cfg), stop: make(chan struct{}),
 	}
 	var err error

@@ -54,7 +54,9 @@ func (c *crowd) texts(user string) []string {
 func (w *world) startReal(addr string, cfg connectnode.Config) *crowd {
 	w.t.Helper()
 	c := &crowd{got: map[string][]string{}}
-	cfg.Sessions = c
+	if cfg.Sessions == nil {
+		cfg.Sessions = c
+	}
 	s, err := connectnode.New(cfg)
 	if err != nil {
 		w.t.Fatal(err)
@@ -108,8 +110,8 @@ func TestHelloOffersTheCodecs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := appendHello(nil, "pm", 1, 2, codecs)
-		want, err := proto.Marshal(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm", Shard: 1, Shards: 2, Codecs: codecs}})
+		b := appendHello(nil, "pm", 1, 2, codecs, "an instance", 300)
+		want, err := proto.Marshal(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm", Shard: 1, Shards: 2, Codecs: codecs, InstanceId: "an instance", Attempt: 300}})
 		if err != nil || !bytes.Equal(b, want) {
 			t.Errorf("%v: %x, generated code writes %x", names, b, want)
 		}

@@ -37,6 +37,7 @@ type acks struct {
 	behind    uint64 // heartbeat follows the acks below this seq
 	notice    bool   // the drain notice is owed
 	finished  bool   // nothing will be added
+	hasty     bool   // add does not wait for misses to be written
 	dead      bool   // the sender has ended
 }
 
@@ -63,7 +64,7 @@ func (a *acks) add(counts []uint32, misses []*pubsub.Miss, reached uint32) error
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for size > 0 && a.missBytes > pendingMissBytes && !a.dead {
+	for size > 0 && a.missBytes > pendingMissBytes && !a.hasty && !a.dead {
 		a.room.Wait()
 	}
 	if a.dead {
@@ -95,6 +96,14 @@ func (a *acks) drain() {
 	defer a.mu.Unlock()
 	a.notice = true
 	a.signal()
+}
+
+// hurry ends the waiting of add, for a stream that has little more to add.
+func (a *acks) hurry() {
+	a.mu.Lock()
+	a.hasty = true
+	a.mu.Unlock()
+	a.room.Broadcast()
 }
 
 // finish ends the sender once all that is owed has been written.

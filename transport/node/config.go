@@ -37,6 +37,11 @@ type Config struct {
 	// MaxStreams bounds the Deliver streams of all managers together. Default
 	// 4,096.
 	MaxStreams int
+	// TakeoverTimeout bounds how long a new stream waits for the delivery that the
+	// stream before it, of the same process and shard of a manager, has in its hands.
+	// Then it is refused and comes again, so keep it below the manager's dial timeout
+	// (1 s). Default 500 ms.
+	TakeoverTimeout time.Duration
 	// FlushTimeout bounds how long a stream that ends waits for its last acks
 	// to be written. Default 1 s.
 	FlushTimeout time.Duration
@@ -72,6 +77,9 @@ func (c Config) withDefaults() Config {
 	if c.MaxStreams == 0 {
 		c.MaxStreams = 4 << 10
 	}
+	if c.TakeoverTimeout == 0 {
+		c.TakeoverTimeout = 500 * time.Millisecond
+	}
 	if c.FlushTimeout == 0 {
 		c.FlushTimeout = time.Second
 	}
@@ -101,6 +109,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxStreams < 0 {
 		errs = append(errs, fmt.Errorf("MaxStreams: negative: %d", c.MaxStreams))
+	}
+	if c.TakeoverTimeout < 0 {
+		errs = append(errs, fmt.Errorf("TakeoverTimeout: negative: %v", c.TakeoverTimeout))
 	}
 	if c.FlushTimeout < 0 {
 		errs = append(errs, fmt.Errorf("FlushTimeout: negative: %v", c.FlushTimeout))

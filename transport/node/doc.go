@@ -26,7 +26,11 @@
 //     messages over, and the sender of acks. The sender belongs to the Server: it
 //     ends with its call, and Close waits for it.
 //   - Deliveries of a stream reach Sessions in the order of their seq, one after
-//     the other. Streams know nothing of each other.
+//     the other. Streams know nothing of each other, but for those of one shard of one
+//     process of a manager: a newer one supersedes the older, which hands nothing over
+//     but the delivery in its hands, and begins when that is done. While Sessions hangs
+//     in it for longer than Config.TakeoverTimeout the newer one is refused, and the
+//     manager comes again.
 //   - A delivery is acked after Sessions has answered for each of its users, once.
 //     delivered + not_here + failed = the users it named. Where more ids were
 //     missed than fit into a frame of 1 MiB, the delivery is refused if nobody

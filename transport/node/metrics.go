@@ -13,6 +13,7 @@ type counters struct {
 	notHere    *metrics.Counter
 	failed     *metrics.Counter
 	broken     *metrics.Counter // streams ended with FAILED_PRECONDITION
+	superseded *metrics.Counter // streams that a newer one has replaced
 	panics     *metrics.Counter
 	unary      *metrics.Counter // unary calls
 	members    *metrics.Gauge
@@ -30,6 +31,7 @@ func newCounters(set *metrics.Set, streams func() float64) counters {
 		notHere:    set.NewCounter(`connect_node_users_total{outcome="not_here"}`),
 		failed:     set.NewCounter(`connect_node_users_total{outcome="failed"}`),
 		broken:     set.NewCounter("connect_node_deliver_streams_broken_total"),
+		superseded: set.NewCounter("connect_node_deliver_streams_superseded_total"),
 		panics:     set.NewCounter("connect_node_sessions_panics_total"),
 		unary:      set.NewCounter("connect_node_unary_calls_total"),
 		members:    set.NewGauge("connect_node_audience_members", nil),

@@ -38,6 +38,7 @@ type Server struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	streams      map[*stream]struct{}
+	seats        map[seatKey]*seat
 	emptied      chan struct{}           // closed when the last stream ends while draining; nil before Drain
 	registration *discovery.Registration // nil: not registered
 }
@@ -56,7 +57,8 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
-	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, streams: make(map[*stream]struct{})}
+	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder}
+	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
 	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
 	return s, nil
 }
@@ -133,7 +135,7 @@ func (s *Server) Close() {
 }
 
 // enter admits a stream.
-func (s *Server) enter(st *stream) error {
+func (s *Server) enter(st *stream, hello *pubsub.Hello) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// Under the lock: a stream is either told by Drain or refused here.
@@ -142,6 +144,9 @@ func (s *Server) enter(st *stream) error {
 	}
 	if len(s.streams) >= s.cfg.MaxStreams {
 		return status.Errorf(codes.ResourceExhausted, "more than %d streams", s.cfg.MaxStreams)
+	}
+	if err := s.sitLocked(st, hello); err != nil {
+		return err
 	}
 	s.streams[st] = struct{}{}
 	s.calls.Add(1)
@@ -153,6 +158,7 @@ func (s *Server) leave(st *stream) {
 	defer s.mu.Unlock()
 	defer s.calls.Done()
 	delete(s.streams, st)
+	s.riseLocked(st)
 	if len(s.streams) == 0 && s.emptied != nil {
 		close(s.emptied) // Nobody enters any more: this is the last one.
 	}

@@ -33,6 +33,12 @@ type stream struct {
 	acks   *acks
 	codec  pubsub.Codec // in which frames may come
 
+	// Static after enter.
+	key        seatKey
+	attempt    uint64
+	seat       *seat         // nil: the manager has no instance id
+	superseded chan struct{} // closed when a newer stream has taken the seat
+
 	// Owned by the reader.
 	aud      audiences
 	next     uint64 // seq of the next delivery
@@ -76,10 +82,13 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		next:   1,
 		codec:  s.pick(hello),
 	}
-	if err := s.enter(st); err != nil {
+	if err := s.enter(st, hello); err != nil {
 		return err
 	}
 	defer s.leave(st)
+	if err := st.awaitHands(call.Context(), s.cfg.TakeoverTimeout); err != nil {
+		return err
+	}
 	if err := s.reply(call, hello, st.codec); err != nil {
 		return err
 	}
@@ -122,6 +131,9 @@ func (s *Server) accept(call grpc.ServerStream) (*pubsub.Hello, error) {
 	}
 	if err := hello.UnmarshalVT(r.hello); err != nil {
 		return hello, fmt.Errorf("%w: hello: %w", errBroken, err)
+	}
+	if n := len(hello.GetInstanceId()); n > maxInstanceBytes {
+		return hello, fmt.Errorf("%w: %w: %d bytes", errBroken, errInstance, n)
 	}
 	// A manager speaks the version it offers and the one before it.
 	if v := hello.GetProtocolVersion(); v != version && v != version+1 {
@@ -211,6 +223,9 @@ func (st *stream) readLoop(call grpc.ServerStream) error {
 // take applies one frame: deliveries in order, then forgotten audiences, then
 // the rest.
 func (st *stream) take(data []byte) error {
+	if st.isSuperseded() {
+		return errSuperseded
+	}
 	r := &st.request
 	if err := r.parse(data); err != nil {
 		return fmt.Errorf("%w: frame: %w", errBroken, err)
@@ -270,7 +285,18 @@ func (st *stream) unpack(r *request) error {
 }
 
 func (st *stream) deliverAll(deliveries [][]byte) error {
+	if st.seat != nil && len(deliveries) > 0 {
+		select {
+		case st.seat.hands <- struct{}{}:
+			defer func() { <-st.seat.hands }()
+		case <-st.superseded:
+			return errSuperseded
+		}
+	}
 	for i, b := range deliveries {
+		if st.isSuperseded() {
+			return errSuperseded // nobody waits for the rest
+		}
 		if err := st.deliver(b, len(deliveries)-i); err != nil {
 			return fmt.Errorf("%w: delivery %d: %w", errBroken, st.next, err)
 		}
