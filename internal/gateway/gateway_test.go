@@ -366,10 +366,10 @@ func TestSlowClientIsCutOffAndSlowsNobody(t *testing.T) {
 			t.Fatal("a client that reads nothing is not cut off")
 		}
 		r := pushTo(t, n, "", text, "slow", "well")
-		if slices.Contains(r.GetFailedUserIds(), "well") {
+		if slices.Contains(r.GetUnreachedUserIds(), "well") {
 			t.Fatal("the other client missed a push")
 		}
-		failed += len(r.GetFailedUserIds())
+		failed += len(r.GetUnreachedUserIds())
 		well.want(textFrame("", "well", text))
 	}
 	if failed == 0 || g.count.slow.Get() != 1 {

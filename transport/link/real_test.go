@@ -8,6 +8,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/push-manager/push-manager/engine"
 	connectnode "github.com/push-manager/push-manager/transport/node"
 )
 
@@ -82,5 +85,88 @@ func TestReplacedStreamKeepsTheOrderOfAUser(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The same node, once with Deliver and once without: callers see the same.
+func TestBothWaysToANodeHaveTheSameResults(t *testing.T) {
+	type outcome struct {
+		engine.Result
+		Success bool
+	}
+	outcomes := func(unaryOnly bool) (all map[string]outcome) {
+		all = map[string]outcome{}
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{Shards: 2})
+			here := 3
+			home := func(user, _ string) connectnode.Outcome {
+				switch {
+				case strings.HasPrefix(user, "gone"), strings.HasPrefix(user, "moved"):
+					return connectnode.NotHere
+				case strings.HasPrefix(user, "full"):
+					return connectnode.Failed
+				case strings.HasPrefix(user, "boom"):
+					panic("a bug of the gateway")
+				}
+				return connectnode.Delivered
+			}
+			var failing int
+			g := &gatewayThat{deliver: home, online: 9, broadcast: func() (int, int) {
+				if failing < 0 {
+					panic("a bug of the gateway")
+				}
+				return here, failing
+			}}
+			w.startReal("a:1", connectnode.Config{NodeID: "A", Sessions: g, UnaryOnly: unaryOnly})
+			w.start("b:1", &fakeNode{id: "B"})
+			w.register("A", "a:1")
+			w.up(2)
+			for room, users := range map[string][]string{
+				"all here": {"a1", "u1", "u2"}, "all gone": {"gone1", "gone2"}, "all full": {"full1", "full2"},
+				"of all kinds": {"u1", "full1", "gone1", "u2"}, "boom": {"boom1", "boom2"},
+				"one": {"u1"}, "one full": {"full1"}, "one gone": {"gone1"}, "one boom": {"boom1"},
+			} {
+				w.room(room, "A", users...)
+				all["room "+room] = outcome{Result: w.do(w.toRoom(room, "x"))}
+				all["room without its first "+room] = outcome{Result: w.do(w.toRoom(room, "x", users[0]))}
+			}
+			for _, user := range []string{"u1", "gone1", "full1", "boom1"} {
+				all["user "+user] = outcome{Result: w.do(w.toUser(user, "x"))}
+				all["users with "+user] = outcome{Result: w.do(w.push(&engine.Push{Kind: engine.ToUsers, Users: []string{"a1", user}}, "x"))}
+			}
+			all["broadcast"] = outcome{Result: w.do(w.toAll("x"))}
+			failing = 2
+			all["broadcast that does not reach all"] = outcome{Result: w.do(w.toAll("x"))}
+			here = 0
+			all["broadcast that reaches nobody"] = outcome{Result: w.do(w.toAll("x"))}
+			failing = 0
+			all["broadcast to nobody"] = outcome{Result: w.do(w.toAll("x"))}
+			failing = -1
+			all["broadcast that panics"] = outcome{Result: w.do(w.toAll("x"))}
+			// Routes that are old: the node says so, and the user is found elsewhere.
+			w.room("moving", "A", "u1", "moved1")
+			w.do(w.toUser("u1", "x"))
+			w.register("A", "a:1", "B", "b:1")
+			w.up(4)
+			w.mu.Lock()
+			w.users["moved1"], w.rooms["moving"]["moved1"] = "B", "B"
+			w.mu.Unlock()
+			all["user that has moved"] = outcome{Result: w.do(w.toUser("moved1", "x"))}
+			all["room of which one has moved"] = outcome{Result: w.do(w.toRoom("moving", "x"))}
+		})
+		for what, o := range all {
+			o.Success = o.Result.Success()
+			all[what] = o
+		}
+		return all
+	}
+	streamed, called := outcomes(false), outcomes(true)
+	for what, want := range streamed {
+		if diff := cmp.Diff(want, called[what]); diff != "" {
+			t.Errorf("%s: over Deliver (-) and over the unary methods (+):\n%s", what, diff)
+		}
+	}
+	if o := streamed["user full1"]; o.Failed != 1 || o.Success {
+		t.Errorf("a user who is there and is not reached: %+v", o)
 	}
 }

@@ -270,6 +270,11 @@ func (l *Link) call(ls *lanes, e entry) (a engine.Ack, sent bool, err error) {
 	)
 	opts := append(slices.Clone(l.set.call), grpc.Peer(&to))
 	if err := ls.conn.Invoke(ctx, method, &outFrame{mem.NewBuffer(buf, &l.set.buffers)}, &in, opts...); err != nil {
+		st, _ := status.FromError(err)
+		if !e.d.Everybody() && e.d.Targets() == 1 && st.Code() == codes.ResourceExhausted && refusal(st) {
+			// What PushMessage has no field for: the user is there.
+			return engine.Ack{Failed: theUser(e.d), Text: cut(st.Message())}, true, nil
+		}
 		return a, to.Addr != nil, err //nolint:wrapcheck // failCall reads its status
 	}
 	a, err = decode(in.b, e.d)
@@ -424,7 +429,7 @@ func ackOfBatch(b []byte, _ *engine.Delivery) (engine.Ack, error) {
 		return engine.Ack{}, fmt.Errorf("%w: %w", errReply, err)
 	}
 	return engine.Ack{
-		Delivered: int(r.GetDeliveredCount()), NotHere: r.GetFailedUserIds(), Text: cut(r.GetMessage()),
+		Delivered: int(r.GetDeliveredCount()), NotHere: r.GetFailedUserIds(), Failed: r.GetUnreachedUserIds(), Text: cut(r.GetMessage()),
 	}, nil
 }
 
@@ -433,8 +438,10 @@ func ackOfBroadcast(b []byte, _ *engine.Delivery) (engine.Ack, error) {
 	if err := r.UnmarshalVT(b); err != nil {
 		return engine.Ack{}, fmt.Errorf("%w: %w", errReply, err)
 	}
-	n := int(r.GetDeliveredCount())
-	return engine.Ack{Delivered: n, Refused: !r.GetSuccess() && n == 0, Text: cut(r.GetMessage())}, nil
+	n, unreached := int(r.GetDeliveredCount()), int(r.GetUnreachedCount())
+	return engine.Ack{
+		Delivered: n, FailedUsers: unreached, Refused: !r.GetSuccess() && n == 0 && unreached == 0, Text: cut(r.GetMessage()),
+	}, nil
 }
 
 // theUser is the one user that d is for.

@@ -138,7 +138,7 @@ func TestUnaryErrorsTellWhatIsKnown(t *testing.T) {
 		codes.InvalidArgument:    "failed: refused by the node",
 		codes.PermissionDenied:   "failed: refused by the node",
 		codes.FailedPrecondition: "failed: refused by the node",
-		codes.ResourceExhausted:  "failed: refused by the node",
+		codes.ResourceExhausted:  "failed: no", // the user is there, and was not reached
 		codes.Unimplemented:      "failed: refused by the node",
 		codes.Internal:           "unknown: stream broke before the acknowledgement",
 		codes.Unavailable:        "unknown: stream broke before the acknowledgement",

@@ -18,7 +18,10 @@ type handover struct {
 	next int // the user being handed over, for the case of a panic
 }
 
-const reasonPanic = "internal error of the node"
+const (
+	reasonPanic    = "internal error of the node"
+	reasonNotTaken = "no connection took it"
+)
 
 // handOver offers m to each user but those at the places in skip, which ascend.
 func (s *Server) handOver(users []string, skip []int32, m *Message, o *handover) {
@@ -82,7 +85,7 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 	}
 	m := &pubsub.Miss{Seq: seq, NotHere: o.notHere, Failed: o.failed, FailedUsers: clampUint32(o.failedUsers), Reason: o.reason}
 	if m.Reason == "" && (len(o.failed) > 0 || o.failedUsers > 0) {
-		m.Reason = "no connection took it"
+		m.Reason = reasonNotTaken
 	}
 	if missSize(m) <= maxMissBytes {
 		return m

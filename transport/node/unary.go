@@ -1,9 +1,10 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"strconv"
+	"math"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -12,8 +13,8 @@ import (
 )
 
 // PushMessage implements pubsub.ConnectNodeServiceServer. A user who is here and
-// whose connections all refused is RESOURCE_EXHAUSTED: success=false says that
-// there is no connection.
+// was not reached is RESOURCE_EXHAUSTED: success=false says that there is no
+// connection.
 func (s *Server) PushMessage(_ context.Context, r *pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
 	if r.GetUserId() == "" {
 		return nil, status.Error(codes.InvalidArgument, "user_id: required")
@@ -27,19 +28,15 @@ func (s *Server) PushMessage(_ context.Context, r *pubsub.PushMessageRequest) (*
 	s.handOver(users[:], nil, m, &o)
 	o.count(&s.count)
 	switch {
-	case o.reason != "":
-		return nil, status.Error(codes.Internal, o.reason)
 	case len(o.failed) > 0:
-		return nil, status.Error(codes.ResourceExhausted, "no connection of the user took the message")
+		return nil, status.Error(codes.ResourceExhausted, cmp.Or(o.reason, reasonNotTaken))
 	case len(o.notHere) > 0:
 		return &pubsub.PushMessageResponse{Message: fmt.Sprintf("user %q is not here", r.GetUserId())}, nil
 	}
 	return &pubsub.PushMessageResponse{Success: true}, nil
 }
 
-// PushMessageBatch implements pubsub.ConnectNodeServiceServer. failed_user_ids
-// has room for one kind of failure: users that are here and whose connections
-// all refused stand there, too, and message counts them.
+// PushMessageBatch implements pubsub.ConnectNodeServiceServer.
 func (s *Server) PushMessageBatch(_ context.Context, r *pubsub.PushMessageBatchRequest) (*pubsub.PushMessageBatchResponse, error) {
 	if len(r.GetUserIds()) == 0 {
 		return nil, status.Error(codes.InvalidArgument, "user_ids: required, empty is not everybody")
@@ -52,17 +49,13 @@ func (s *Server) PushMessageBatch(_ context.Context, r *pubsub.PushMessageBatchR
 	s.handOver(r.GetUserIds(), nil, m, &o)
 	o.count(&s.count)
 	reply := &pubsub.PushMessageBatchResponse{
-		Success:        len(o.notHere)+len(o.failed) == 0,
-		DeliveredCount: clampInt32(o.delivered),
-		FailedUserIds:  append(o.notHere, o.failed...),
+		Success:          len(o.notHere)+len(o.failed) == 0,
+		DeliveredCount:   clampInt32(o.delivered),
+		FailedUserIds:    o.notHere,
+		UnreachedUserIds: o.failed,
 	}
-	switch {
-	case o.reason != "":
-		reply.Message = o.reason
-	case len(o.failed) > 0:
-		reply.Message = strconv.Itoa(len(o.failed)) + " users are here and no connection took the message"
-	case len(o.notHere) > 0:
-		reply.Message = strconv.Itoa(len(o.notHere)) + " users are not here"
+	if len(o.failed) > 0 {
+		reply.Message = cmp.Or(o.reason, reasonNotTaken)
 	}
 	return reply, nil
 }
@@ -76,9 +69,13 @@ func (s *Server) Broadcast(_ context.Context, r *pubsub.BroadcastRequest) (*pubs
 	var o handover
 	s.broadcast(m, &o)
 	o.count(&s.count)
-	reply := &pubsub.BroadcastResponse{Success: o.failedUsers == 0 && o.reason == "", DeliveredCount: clampInt32(o.delivered), Message: o.reason}
-	if o.failedUsers > 0 && o.reason == "" {
-		reply.Message = strconv.Itoa(o.failedUsers) + " users were not reached"
+	reply := &pubsub.BroadcastResponse{
+		Success:        o.failedUsers == 0,
+		DeliveredCount: clampInt32(o.delivered),
+		UnreachedCount: clampInt32(o.failedUsers),
+	}
+	if o.failedUsers > 0 {
+		reply.Message = cmp.Or(o.reason, reasonNotTaken)
 	}
 	return reply, nil
 }
@@ -109,5 +106,5 @@ func (s *Server) unaryMessage(c *pubsub.MessageContent, room string) (*Message, 
 }
 
 func clampInt32(n int) int32 {
-	return int32(min(n, 1<<31-1))
+	return int32(min(n, math.MaxInt32))
 }
