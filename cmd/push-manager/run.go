@@ -65,7 +65,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	if cfg.Discovery.Client, err = m.parts.Etcd(cfg.Etcd); err != nil {
 		return nil, err
 	}
-	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.alive
+	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.links.Alive
 	if m.watcher, err = discovery.New(cfg.Discovery); err != nil {
 		return nil, err
 	}
@@ -181,16 +181,6 @@ func (m *pushManager) update(nodes []discovery.Node) {
 	if !m.ingress.Serving() {
 		m.ingress.SetServing(true)
 	}
-}
-
-// alive vouches for a node that is gone from etcd while its streams live.
-func (m *pushManager) alive(id string) bool {
-	for _, n := range m.links.Nodes() {
-		if n.ID == id {
-			return n.Connections > 0 && !n.Draining
-		}
-	}
-	return false
 }
 
 func (m *pushManager) stopLinks(ctx context.Context) error {

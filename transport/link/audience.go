@@ -12,21 +12,27 @@ import (
 // writer.
 //
 // The node applies a frame's deliveries first and its forget list afterwards. So
-// the members of what is evicted count until the frame has ended, and an audience
-// that has been evicted is not named again in the same frame.
+// the members of what is evicted count until a frame that forgets it has ended, and an
+// audience that has been evicted is not named again.
 type audiences struct {
 	limit   int // members of all audiences together, as the node sees them
-	members int // of all, those evicted in this frame included
-	evicted int // members of those that this frame forgets
+	members int // of all, those evicted and not forgotten yet included
+	evicted int // members of those
 	lastID  uint32
 	byRoom  map[string]*audience
 	recent  audience     // its older is the one used last, its newer the one not used for longest
 	before  *route.Group // what the last change changed
-	forget  []uint32     // ids that this frame forgets
+	forget  []forgotten  // evicted: this frame forgets them, or one of the next
 	join    []string     // scratch of diff
 	leave   []string
 
 	meters *meters
+}
+
+// forgotten is what is left of an audience that was evicted.
+type forgotten struct {
+	id      uint32
+	members int
 }
 
 // audience is what a node knows of one room. The members are those of the directory;
@@ -165,26 +171,33 @@ func (a *audiences) room(n int) bool {
 	return false
 }
 
-// evict forgets an audience with this frame.
+// evict forgets an audience with the frames that come.
 func (a *audiences) evict(aud *audience) {
 	aud.unlink()
 	delete(a.byRoom, aud.room)
 	a.evicted += len(aud.group.Users)
-	a.forget = append(a.forget, aud.id)
+	a.forget = append(a.forget, forgotten{aud.id, len(aud.group.Users)})
 	a.meters.audForgotten.Inc()
 }
 
-// endFrame returns the ids that the frame forgets and counts their members as
-// gone. The slice is valid until the next call of address.
-func (a *audiences) endFrame() []uint32 {
-	ids := a.forget
-	a.forget = a.forget[:0]
-	a.members -= a.evicted
-	a.evicted = 0
+// endFrame appends to a frame the ids that it forgets, as far as it has room for them
+// below most bytes, and counts their members as gone.
+func (a *audiences) endFrame(b []byte, most int) []byte {
+	sent := 0
+	for _, f := range a.forget {
+		if len(b)+sizeUint(uint64(f.id)) > most {
+			break
+		}
+		b = appendUint(b, reqForget, uint64(f.id))
+		a.members -= f.members
+		a.evicted -= f.members
+		sent++
+	}
+	a.forget = a.forget[:copy(a.forget, a.forget[sent:])]
 	// An id keeps the ids of its whole group alive.
 	a.join, a.leave = letGo(a.join), letGo(a.leave)
 	a.before = nil
-	return ids
+	return b
 }
 
 // diff fills join and leave with what leads from the sorted old to the sorted

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"pgregory.net/rapid"
@@ -234,7 +235,9 @@ func TestAudiencesAgreeWithAStrictNode(t *testing.T) {
 					t.Fatalf("%d members, limit %d", members, limit)
 				}
 			}
-			for _, id := range a.endFrame() {
+			most := rapid.SampledFrom([]int{0, 3, 7, 1 << 10}).Draw(t, "bytes left")
+			forget := forgets(t, a.endFrame(nil, most), most)
+			for _, id := range forget {
 				if rooms[id] == nil {
 					continue // its definition was undone
 				}
@@ -249,6 +252,15 @@ func TestAudiencesAgreeWithAStrictNode(t *testing.T) {
 			t.Fatalf("breaches: %q", node.broken)
 		}
 	})
+}
+
+// forgets reads the end of a frame.
+func forgets(t fataler, b []byte, most int) []uint32 {
+	var f pubsub.DeliverRequest
+	if err := f.UnmarshalVT(b); err != nil || len(b) > most {
+		t.Fatalf("%d bytes of %d: %v", len(b), most, err)
+	}
+	return f.GetForgetAudiences()
 }
 
 // heap is the memory that is in use, once nothing more of it turns out to be garbage.
@@ -275,12 +287,46 @@ func TestMemoryOfAnAudience(t *testing.T) {
 		request := fmt.Sprint("room-", i, strings.Repeat("x", 10_000))
 		a.addressGroup(request[:len(fmt.Sprint("room-", i))], group, nil)
 	}
-	a.endFrame()
+	a.endFrame(nil, 0)
 	got := (heap() - before) / count
 	runtime.KeepAlive(a)
 	t.Logf("an audience costs %d bytes", got)
 	if got > most {
 		t.Errorf("an audience costs %d bytes, most are %d", got, most)
+	}
+}
+
+// The ids that a frame forgets count against its bound, and go with later frames where
+// they find no room: a frame beyond it would cost the stream.
+func TestForgetListKeepsTheBoundOfAFrame(t *testing.T) {
+	const rooms, members = 120, 8
+	for size := 14400; size < 15000; size += 50 {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{MaxFrameBytes: size, FrameBytes: size, CompressionMinBytes: size, AudienceMembers: 1000})
+			n := w.start("a:1", &fakeNode{id: "A"})
+			w.register("A", "a:1")
+			w.up(1)
+			for i := range rooms {
+				w.room(fmt.Sprint("r", i), "A", names(fmt.Sprintf("u%d-", i), members)...)
+				w.do(w.toRoom(fmt.Sprint("r", i), "x"))
+			}
+			w.room("big", "A", names("user-number", 900)...)
+			if r := w.do(w.toRoom("big", "x")); r.Unknown > 0 {
+				t.Errorf("a frame of at most %d bytes: %+v", size, r)
+			}
+			time.Sleep(2 * time.Second) // the heartbeats bring what is left
+			told := 0
+			for _, f := range n.all() {
+				if f.SizeVT() > size {
+					t.Errorf("a frame of %d bytes, most are %d", f.SizeVT(), size)
+				}
+				told += len(f.GetForgetAudiences())
+			}
+			if w.set.meters.audForgotten.Get() != uint64(told) || told == 0 {
+				t.Errorf("%d audiences are forgotten, the node was told of %d", w.set.meters.audForgotten.Get(), told)
+			}
+			_ = n.received(t)
+		})
 	}
 }
 
@@ -298,7 +344,7 @@ func TestSmallAudiencesAreNamedAndBounded(t *testing.T) {
 		if to := a.addressGroup(room, g, nil); to.audience.id == 0 || to.audience.size() > 6 {
 			t.Fatalf("%s is not named: %+v", room, to)
 		}
-		forgotten += len(a.endFrame())
+		forgotten += len(forgets(t, a.endFrame(nil, 1<<10), 1<<10))
 	}
 	if most := limit/audienceWeight + 1; len(a.byRoom) > most || forgotten != limit-len(a.byRoom) || a.members != len(a.byRoom) {
 		t.Errorf("%d audiences of %d members after %d were forgotten, want at most %d", len(a.byRoom), a.members, forgotten, most)

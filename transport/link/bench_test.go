@@ -239,7 +239,7 @@ func BenchmarkFrameBuild(b *testing.B) {
 					to := auds.address(d)
 					frame = appendDelivery(frame, d, &to, sizeDelivery(d, &to))
 				}
-				auds.endFrame()
+				frame = auds.endFrame(frame, 16<<20)
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/deliveries, "ns/delivery")
 		})

@@ -1658,6 +1658,55 @@ func TestPanicOfACallbackCostsItsStreamOnly(t *testing.T) {
 	})
 }
 
+// A node that is gone from etcd is kept while Alive vouches for it.
+func TestAliveNodesHaveALiveLinkAndDoNotDrain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		a := w.start("a:1", &fakeNode{id: "A"})
+		n := w.start("b:1", &fakeNode{id: "B", deliver: func(st deliverStream) error {
+			if _, err := (&fakeNode{id: "B"}).greet(st); err != nil {
+				return err
+			}
+			_ = st.Send(&pubsub.DeliverResponse{Drain: true})
+			<-st.Context().Done()
+			return nil
+		}})
+		_ = n
+		w.register("A", "a:1", "B", "b:1", "C", "c:1")
+		w.until("A is up, and B has had its say", func() bool { return w.set.Nodes()[0].Connections == 2 && w.set.Stats().Live >= 2 })
+		time.Sleep(time.Second)
+		for _, st := range w.set.Nodes() {
+			if want := st.Connections > 0 && !st.Draining; w.set.Alive(st.ID) != want || want != (st.ID == "A") {
+				t.Errorf("%+v is alive: %v", st, w.set.Alive(st.ID))
+			}
+		}
+		if w.set.Alive("D") {
+			t.Error("a node that nobody knows is alive")
+		}
+		a.kill()
+		w.until("A is not alive", func() bool { return !w.set.Alive("A") })
+	})
+}
+
+// Whoever holds nodes that are gone asks for each of them, each second: what that costs must
+// not grow with the number of nodes.
+func TestAliveDoesNotWalkTheNodes(t *testing.T) {
+	cost := func(nodes int) float64 {
+		s := &Set{cfg: Config{Shards: 2}}
+		var list []*node
+		for i := range nodes {
+			n := newNode(s, Node{ID: fmt.Sprint(i)})
+			n.live.Store(1)
+			list = append(list, n)
+		}
+		s.snapshot.Store(newSnapshot(list, 2))
+		return testing.AllocsPerRun(10, func() { s.Alive("0") })
+	}
+	if few, many := cost(1), cost(2000); many > few || many > 0 {
+		t.Errorf("%v allocations for one node, %v for 2000", few, many)
+	}
+}
+
 func TestMetricsFollowTheNodes(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		ms := metrics.NewSet()

@@ -426,6 +426,13 @@ func (s *Set) Reachable() int {
 	return count
 }
 
+// Alive tells whether a node has a live link and does not drain: it vouches for a node
+// that is gone from etcd.
+func (s *Set) Alive(id string) bool {
+	n, ok := s.snapshot.Load().byID[id]
+	return ok && n.live.Load() > 0 && !n.status().Draining
+}
+
 // NodeStatus describes one node.
 type NodeStatus struct {
 	Node

@@ -270,9 +270,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 	if len(s.w.kept) == 0 {
 		b = b[:0]
 	}
-	for _, id := range s.w.auds.endFrame() {
-		b = appendUint(b, reqForget, uint64(id))
-	}
+	b = s.w.auds.endFrame(b, cfg.MaxFrameBytes-controlBytes)
 	b = appendUint(b, reqHeartbeat, s.w.control.beat)
 	if s.w.control.drain && rest == len(s.w.batch) {
 		b = appendUint(b, reqDrain, 1)
@@ -280,8 +278,13 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 	return b, rest
 }
 
-// frameSpare is room in a frame for what stands beside the deliveries.
-const frameSpare = 64
+const (
+	// frameSpare is room in a frame for what stands beside the deliveries: some
+	// forgotten audiences at least, and controls.
+	frameSpare = 64
+	// controlBytes is the most that a heartbeat and a drain take.
+	controlBytes = 16
+)
 
 // commit puts what was encoded into the window, just before it is written, and
 // the rest of the batch back into the queue. False means that nothing is written: the
