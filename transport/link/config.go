@@ -75,6 +75,10 @@ type Config struct {
 	// AudienceMembers bounds the members that all audiences of one stream have
 	// together, beside the node's own limit. 0 means 1,000,000; -1 means none.
 	AudienceMembers int
+	// NodeUsers is how many users a node may claim to have. What it claims is the only
+	// bound of what it may say a broadcast has reached; more than this is a lie. 0 means
+	// 10,000,000.
+	NodeUsers int
 	// UnaryLanes is the number of calls that one link has in flight to a node
 	// without Deliver. 0 means 16.
 	UnaryLanes int
@@ -119,6 +123,7 @@ func (c Config) withDefaults() Config {
 	orInt(&c.MaxFrameBytes, 16<<20)
 	orInt(&c.CompressionMinBytes, 1<<10)
 	orInt(&c.AudienceMembers, 1_000_000)
+	orInt(&c.NodeUsers, 10_000_000)
 	orInt(&c.UnaryLanes, 16)
 	c.AudienceMembers = max(c.AudienceMembers, 0)
 	if c.Go == nil {
@@ -158,6 +163,7 @@ func (c Config) Validate() error {
 	between("MaxFrameBytes", c.MaxFrameBytes, 1<<10, math.MaxInt32)
 	between("CompressionMinBytes", c.CompressionMinBytes, 1, c.MaxFrameBytes)
 	between("AudienceMembers", c.AudienceMembers, 0, math.MaxInt32)
+	between("NodeUsers", c.NodeUsers, 1, math.MaxInt32)
 	between("UnaryLanes", c.UnaryLanes, 1, 1024)
 	positive("DialTimeout", c.DialTimeout)
 	positive("AckTimeout", c.AckTimeout)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -318,6 +319,64 @@ func TestBroadcastIsClampedToTheUsersOnline(t *testing.T) {
 		if r := w.do(w.toAll("x")); r.Delivered != 3 {
 			t.Errorf("%+v", r)
 		}
+	})
+}
+
+// What bounds a broadcast's claim is the node's own word, so that has a bound as well.
+func TestNodeCannotClaimAnyNumberOfUsers(t *testing.T) {
+	serve := func(n *fakeNode, greeting, later uint32) func(deliverStream) error {
+		n.hello = &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", BootId: "b", OnlineUsers: greeting}
+		return func(st deliverStream) error {
+			if _, err := n.greet(st); err != nil {
+				return err
+			}
+			for {
+				f, err := st.Recv()
+				if err != nil {
+					return err
+				}
+				r := &pubsub.DeliverResponse{Heartbeat: f.GetHeartbeat(), OnlineUsers: later}
+				for i := range f.GetDeliveries() {
+					r.Acks = append(r.Acks, &pubsub.AckRange{First: f.GetFirstSeq() + uint64(i), Delivered: []uint32{math.MaxUint32}})
+				}
+				if err := st.Send(r); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	t.Run("in its hello", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{})
+			n := &fakeNode{id: "A"}
+			n.deliver = serve(n, math.MaxUint32, math.MaxUint32)
+			w.start("a:1", n)
+			w.register("A", "a:1")
+			time.Sleep(time.Second)
+			if r := w.do(w.toAll("x")); r.Delivered != 0 || r.Success() {
+				t.Errorf("%+v", r)
+			}
+			if time.Sleep(58 * time.Second); w.dialed() != 1 {
+				t.Errorf("dialed %d times within a minute", w.dialed())
+			}
+		})
+	})
+	t.Run("with heartbeats", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, Config{})
+			n := &fakeNode{id: "A"}
+			n.deliver = serve(n, 3, math.MaxUint32)
+			w.start("a:1", n)
+			w.register("A", "a:1")
+			w.up(1)
+			if r := w.do(w.toAll("x")); r.Delivered > 3 {
+				t.Errorf("%+v", r)
+			}
+			time.Sleep(4 * time.Second)
+			if w.set.Reachable() != 0 || w.set.meters.quarantines.Get() != 1 {
+				t.Errorf("%d nodes reachable, %d quarantined", w.set.Reachable(), w.set.meters.quarantines.Get())
+			}
+		})
 	})
 }
 

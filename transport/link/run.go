@@ -250,6 +250,10 @@ func (l *Link) check(h *helloReply) error {
 	if h.codec != pubsub.Codec_NONE && !slices.Contains(l.set.squeeze.codecs, h.codec) {
 		return fmt.Errorf("%w: %d", errCodec, h.codec)
 	}
+	if int(h.online) > l.set.cfg.NodeUsers {
+		l.set.meters.strikes.Inc()
+		return fmt.Errorf("%w: %d users, link.node_users is %d", errLies, h.online, l.set.cfg.NodeUsers)
+	}
 	if l.node.booted(h.boot) {
 		l.set.meters.restarts.Inc()
 	}

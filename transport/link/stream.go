@@ -24,7 +24,7 @@ const strikesMax = 3
 var (
 	errSilent  = errors.New("nothing came from the node")
 	errOwing   = errors.New("the node does not acknowledge")
-	errLies    = errors.New("the node's acks claim what cannot be")
+	errLies    = errors.New("the node claims what cannot be")
 	errDrained = errors.New("the node has drained")
 	errPanic   = errors.New("internal error")
 )
@@ -359,12 +359,15 @@ func (s *stream) receive() error {
 	if r.hello != nil {
 		return fmt.Errorf("%w: a second hello", errWire)
 	}
-	if r.heartbeat != 0 || r.online != 0 {
+	var refused []*engine.Delivery
+	late, strikes, notice := 0, 0, false
+	switch {
+	case int(r.online) > l.set.cfg.NodeUsers:
+		strikes++
+	case r.heartbeat != 0 || r.online != 0:
 		s.r.online = r.online
 	}
 	r.markAcked()
-	var refused []*engine.Delivery
-	late, strikes, notice := 0, 0, false
 	var trip time.Duration
 	l.mu.Lock()
 	ran := l.set.clock.ran.Load()

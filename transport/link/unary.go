@@ -27,9 +27,13 @@ import (
 // in the pool.
 const laneTurn = 64
 
+// deliverAgain is how often a node that has had no Deliver is asked for it.
+const deliverAgain = time.Minute
+
 var (
 	errLostConn = errors.New("the connection to the node broke")
-	errReply    = errors.New("bytes that are no reply")
+	errUpgraded = errors.New("the node has Deliver now")
+	errReply    = errors.New("a reply that cannot be")
 )
 
 // lanes serve a node without Deliver over one connection. A key always has the
@@ -39,11 +43,12 @@ type lanes struct {
 	conn    *grpc.ClientConn
 	seed    maphash.Seed
 	lanes   []lane
-	count   int   // deliveries that wait
-	bytes   int   // of those
-	calls   int   // in flight
-	retry   int64 // running time at which a stalled link is tried again
-	cause   error // why the session must end
+	count   int    // deliveries that wait
+	bytes   int    // of those
+	calls   int    // in flight
+	retry   int64  // running time at which a stalled link is tried again
+	cause   error  // why the session must end
+	doubt   func() // makes the link try Deliver again soon
 	strikes int
 	tasks   sync.WaitGroup // of lanes that are busy
 }
@@ -54,7 +59,7 @@ type lane struct {
 }
 
 func newLanes(conn *grpc.ClientConn, count int) *lanes {
-	return &lanes{conn: conn, seed: maphash.MakeSeed(), lanes: make([]lane, count)}
+	return &lanes{conn: conn, seed: maphash.MakeSeed(), lanes: make([]lane, count), doubt: func() {}}
 }
 
 // of finds the lane of a delivery. Broadcasts have the first.
@@ -278,12 +283,21 @@ func (l *Link) call(ls *lanes, e entry) (a engine.Ack, sent bool, err error) {
 		return a, to.Addr != nil, err //nolint:wrapcheck // failCall reads its status
 	}
 	a, err = decode(in.b, e.d)
+	if err == nil && e.d.Everybody() && a.Delivered+a.FailedUsers > l.set.cfg.NodeUsers {
+		err = fmt.Errorf("%w: %d users", errReply, a.Delivered+a.FailedUsers)
+	}
 	return a, true, err
 }
 
 // failCall settles a delivery whose call has failed.
 func (l *Link) failCall(ls *lanes, e entry, sent bool, err error) {
 	st, _ := status.FromError(err)
+	if st.Code() == codes.Unimplemented {
+		l.mu.Lock()
+		doubt := ls.doubt
+		l.mu.Unlock()
+		doubt()
+	}
 	switch {
 	case !sent:
 		e.d.Drop(engine.DropUnreachable)
@@ -342,9 +356,10 @@ func (l *Link) unstallLanesLocked(ran int64) {
 	}
 }
 
-// serveUnary serves the node over conn until that breaks.
+// serveUnary serves the node over conn until that breaks or the node has Deliver.
 func (l *Link) serveUnary(ctx context.Context, conn *grpc.ClientConn) error {
 	ls := newLanes(conn, l.set.cfg.UnaryLanes)
+	tried := time.Now()
 	l.mu.Lock()
 	l.lanes = ls
 	l.setLocked(unary)
@@ -355,10 +370,18 @@ func (l *Link) serveUnary(ctx context.Context, conn *grpc.ClientConn) error {
 	idle := l.leaving && l.lanesIdleLocked()
 	l.mu.Unlock()
 	l.node.reachable(true)
-	for !idle && conn.GetState() == connectivity.Ready {
-		if !conn.WaitForStateChange(ctx, connectivity.Ready) {
-			break // closed
+	upgraded := false
+	for !idle && !upgraded && ctx.Err() == nil && conn.GetState() == connectivity.Ready {
+		wait, doubt := context.WithDeadline(ctx, tried.Add(deliverAgain))
+		l.mu.Lock()
+		ls.doubt = doubt
+		l.mu.Unlock()
+		if !conn.WaitForStateChange(wait, connectivity.Ready) {
+			pause(ctx, time.Until(tried.Add(l.set.cfg.BackoffMax)))
+			upgraded = l.hasDeliver(ctx, conn)
+			tried = time.Now()
 		}
+		doubt()
 	}
 	l.mu.Lock()
 	l.lanes = nil
@@ -371,10 +394,32 @@ func (l *Link) serveUnary(ctx context.Context, conn *grpc.ClientConn) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	ls.tasks.Wait()
 	stop()
-	if err == nil {
-		err = errLostConn
+	switch {
+	case err != nil:
+		return err
+	case upgraded:
+		return errUpgraded
 	}
-	return err
+	return errLostConn
+}
+
+// hasDeliver tries whether the node has Deliver by now. It may run behind the same
+// connection, a proxy's, or have been told to.
+func (l *Link) hasDeliver(ctx context.Context, conn *grpc.ClientConn) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	_, err := l.open(ctx, cancel, conn)
+	return err == nil
+}
+
+// pause waits for d, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // push queues e in its lane.

@@ -318,3 +318,67 @@ func TestUnaryNodeThatStopsGracefullyAnswersItsCalls(t *testing.T) {
 		}
 	})
 }
+
+// A node may have Deliver again behind a connection that has not broken: a proxy's, say.
+// It is asked now and then, and soon after it has refused the unary methods.
+func TestUnaryNodeIsAskedForDeliverAgain(t *testing.T) {
+	for _, refuses := range []bool{true, false} {
+		t.Run(fmt.Sprint("refuses calls: ", refuses), func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := newWorld(t, Config{})
+				var upgraded atomic.Bool
+				var asked atomic.Int32
+				n := &fakeNode{id: "A"}
+				n.deliver = func(st deliverStream) error {
+					asked.Add(1)
+					if !upgraded.Load() {
+						return status.Error(codes.Unimplemented, "unknown method Deliver")
+					}
+					return n.serve(st)
+				}
+				n.message = func(*pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
+					if refuses {
+						return nil, status.Error(codes.Unimplemented, "unknown method PushMessage")
+					}
+					return &pubsub.PushMessageResponse{Success: true}, nil
+				}
+				w.start("a:1", n)
+				w.register("A", "a:1")
+				w.up(1)
+				w.room("r", "A", "u1")
+				for range 100 { // refused or not, it has neither for 5 s
+					w.do(w.toUser("u1", "x"))
+					time.Sleep(50 * time.Millisecond)
+				}
+				if n := asked.Load(); refuses && n < 5 || n > 8 {
+					t.Errorf("asked for Deliver %d times in 5 s", n)
+				}
+				upgraded.Store(true)
+				patience := 2 * time.Minute
+				if refuses {
+					w.do(w.toUser("u1", "y"))
+					patience = time.Second
+				}
+				time.Sleep(patience)
+				if r := w.do(w.toUser("u1", "z")); r.Delivered != 1 || w.set.Nodes()[0].Unary {
+					t.Errorf("%v after the upgrade: %+v, unary %v", patience, r, w.set.Nodes()[0].Unary)
+				}
+			})
+		})
+	}
+}
+
+func TestUnaryBroadcastCannotClaimMoreThanANodeHas(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{NodeUsers: 4}) // the node says 5
+		w.start("a:1", unaryNode("A"))
+		w.register("A", "a:1")
+		w.up(1)
+		for range 3 {
+			if r := w.do(w.toAll("x")); r.Delivered != 0 || r.Success() || reasons(r) != "unknown: acknowledgement does not add up" {
+				t.Errorf("%+v", r)
+			}
+		}
+		w.until("the node is left alone", func() bool { return w.set.Reachable() == 0 })
+	})
+}
