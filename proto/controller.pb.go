@@ -22,12 +22,20 @@ const (
 )
 
 type JoinRoomRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
-	RoomId        string                 `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
-	UserName      string                 `protobuf:"bytes,3,opt,name=user_name,json=userName,proto3" json:"user_name,omitempty"`
-	NodeId        string                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	Metadata      map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	UserId   string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	RoomId   string                 `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	UserName string                 `protobuf:"bytes,3,opt,name=user_name,json=userName,proto3" json:"user_name,omitempty"`
+	NodeId   string                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Metadata map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The number of this report, higher than that of every report that the process
+	// has sent before, of whatever kind. A report with a lower number than one that
+	// was executed for the same user and room changes nothing. 0: not numbered.
+	Seq uint64 `protobuf:"varint,6,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The process of the node that reports: HelloReply.boot_id. Without it seq
+	// means nothing. A report of another process than the node's current one is
+	// refused.
+	BootId        string `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -97,6 +105,20 @@ func (x *JoinRoomRequest) GetMetadata() map[string]string {
 	return nil
 }
 
+func (x *JoinRoomRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *JoinRoomRequest) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
 type JoinRoomResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
@@ -163,7 +185,14 @@ type LeaveRoomRequest struct {
 	RoomId string                 `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
 	// Which node's membership ends. Empty: the user leaves the room on all nodes,
 	// which is what callers from before this field mean.
-	NodeId        string `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	//
+	// With node_id and neither user_id nor room_id everything ends that was
+	// reported of this node before: what has a lower seq, and what another boot_id
+	// has reported.
+	NodeId string `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// As in JoinRoomRequest.
+	Seq           uint64 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	BootId        string `protobuf:"bytes,5,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -215,6 +244,20 @@ func (x *LeaveRoomRequest) GetRoomId() string {
 func (x *LeaveRoomRequest) GetNodeId() string {
 	if x != nil {
 		return x.NodeId
+	}
+	return ""
+}
+
+func (x *LeaveRoomRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *LeaveRoomRequest) GetBootId() string {
+	if x != nil {
+		return x.BootId
 	}
 	return ""
 }
@@ -772,6 +815,278 @@ func (x *WatchRoutesResponse) GetAll() bool {
 	return false
 }
 
+// SyncNodeRequest is what a node says of all its memberships. A membership is in
+// one of 1,024 slots: with h, the first 8 bytes of SHA-256(user_id, a zero byte,
+// room_id) as a big-endian number, it is in slot h mod 1024.
+type SyncNodeRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// As in JoinRoomRequest.
+	BootId string `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// Empty, or one for each slot: the sum of h over its memberships, mod 2^64.
+	Digests []uint64 `protobuf:"fixed64,3,rep,packed,name=digests,proto3" json:"digests,omitempty"`
+	// Slots that are to become equal to what stands here. Taken before digests are
+	// compared.
+	Slots []*NodeSlot `protobuf:"bytes,4,rep,name=slots,proto3" json:"slots,omitempty"`
+	// The store_id of the store that the node has told all its memberships. A
+	// Controller that has just started believes itself once all nodes say so.
+	ReportedTo    string `protobuf:"bytes,5,opt,name=reported_to,json=reportedTo,proto3" json:"reported_to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncNodeRequest) Reset() {
+	*x = SyncNodeRequest{}
+	mi := &file_controller_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncNodeRequest) ProtoMessage() {}
+
+func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncNodeRequest.ProtoReflect.Descriptor instead.
+func (*SyncNodeRequest) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *SyncNodeRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *SyncNodeRequest) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *SyncNodeRequest) GetDigests() []uint64 {
+	if x != nil {
+		return x.Digests
+	}
+	return nil
+}
+
+func (x *SyncNodeRequest) GetSlots() []*NodeSlot {
+	if x != nil {
+		return x.Slots
+	}
+	return nil
+}
+
+func (x *SyncNodeRequest) GetReportedTo() string {
+	if x != nil {
+		return x.ReportedTo
+	}
+	return ""
+}
+
+type SyncNodeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Another one than before: a Controller that knows nothing of what was
+	// reported until now.
+	StoreId string `protobuf:"bytes,1,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
+	// Slots whose digests differ, and slots of the request that were not taken
+	// because a report with a higher seq came first.
+	Differing     []uint32 `protobuf:"varint,2,rep,packed,name=differing,proto3" json:"differing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncNodeResponse) Reset() {
+	*x = SyncNodeResponse{}
+	mi := &file_controller_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncNodeResponse) ProtoMessage() {}
+
+func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncNodeResponse.ProtoReflect.Descriptor instead.
+func (*SyncNodeResponse) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SyncNodeResponse) GetStoreId() string {
+	if x != nil {
+		return x.StoreId
+	}
+	return ""
+}
+
+func (x *SyncNodeResponse) GetDiffering() []uint32 {
+	if x != nil {
+		return x.Differing
+	}
+	return nil
+}
+
+// NodeSlot is all memberships of a node that are in one slot.
+type NodeSlot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Slot  uint32                 `protobuf:"varint,1,opt,name=slot,proto3" json:"slot,omitempty"`
+	// As in JoinRoomRequest. Memberships that are not listed end, unless a report
+	// with a higher seq has made them.
+	Seq           uint64            `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	Memberships   []*NodeMembership `protobuf:"bytes,3,rep,name=memberships,proto3" json:"memberships,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeSlot) Reset() {
+	*x = NodeSlot{}
+	mi := &file_controller_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeSlot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeSlot) ProtoMessage() {}
+
+func (x *NodeSlot) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeSlot.ProtoReflect.Descriptor instead.
+func (*NodeSlot) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *NodeSlot) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *NodeSlot) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *NodeSlot) GetMemberships() []*NodeMembership {
+	if x != nil {
+		return x.Memberships
+	}
+	return nil
+}
+
+type NodeMembership struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	RoomId        string                 `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	UserName      string                 `protobuf:"bytes,3,opt,name=user_name,json=userName,proto3" json:"user_name,omitempty"`
+	Metadata      map[string]string      `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeMembership) Reset() {
+	*x = NodeMembership{}
+	mi := &file_controller_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeMembership) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeMembership) ProtoMessage() {}
+
+func (x *NodeMembership) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeMembership.ProtoReflect.Descriptor instead.
+func (*NodeMembership) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *NodeMembership) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *NodeMembership) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *NodeMembership) GetUserName() string {
+	if x != nil {
+		return x.UserName
+	}
+	return ""
+}
+
+func (x *NodeMembership) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
 // RoomInfo is a room and its members. A user on two nodes stands in users
 // twice, once for each node.
 type RoomInfo struct {
@@ -789,7 +1104,7 @@ type RoomInfo struct {
 
 func (x *RoomInfo) Reset() {
 	*x = RoomInfo{}
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -801,7 +1116,7 @@ func (x *RoomInfo) String() string {
 func (*RoomInfo) ProtoMessage() {}
 
 func (x *RoomInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -814,7 +1129,7 @@ func (x *RoomInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomInfo.ProtoReflect.Descriptor instead.
 func (*RoomInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{14}
+	return file_controller_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RoomInfo) GetRoomId() string {
@@ -866,7 +1181,7 @@ type UserInfo struct {
 
 func (x *UserInfo) Reset() {
 	*x = UserInfo{}
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +1193,7 @@ func (x *UserInfo) String() string {
 func (*UserInfo) ProtoMessage() {}
 
 func (x *UserInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +1206,7 @@ func (x *UserInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserInfo.ProtoReflect.Descriptor instead.
 func (*UserInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{15}
+	return file_controller_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *UserInfo) GetUserId() string {
@@ -940,7 +1255,7 @@ type RoomMetadata struct {
 
 func (x *RoomMetadata) Reset() {
 	*x = RoomMetadata{}
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1267,7 @@ func (x *RoomMetadata) String() string {
 func (*RoomMetadata) ProtoMessage() {}
 
 func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1280,7 @@ func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomMetadata.ProtoReflect.Descriptor instead.
 func (*RoomMetadata) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{16}
+	return file_controller_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RoomMetadata) GetName() string {
@@ -1001,7 +1316,7 @@ type RoomStats struct {
 
 func (x *RoomStats) Reset() {
 	*x = RoomStats{}
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1328,7 @@ func (x *RoomStats) String() string {
 func (*RoomStats) ProtoMessage() {}
 
 func (x *RoomStats) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1341,7 @@ func (x *RoomStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomStats.ProtoReflect.Descriptor instead.
 func (*RoomStats) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{17}
+	return file_controller_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RoomStats) GetRoomId() string {
@@ -1054,24 +1369,28 @@ var File_controller_proto protoreflect.FileDescriptor
 
 const file_controller_proto_rawDesc = "" +
 	"\n" +
-	"\x10controller.proto\x12\x06pubsub\"\xf9\x01\n" +
+	"\x10controller.proto\x12\x06pubsub\"\xa4\x02\n" +
 	"\x0fJoinRoomRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x1b\n" +
 	"\tuser_name\x18\x03 \x01(\tR\buserName\x12\x17\n" +
 	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12A\n" +
-	"\bmetadata\x18\x05 \x03(\v2%.pubsub.JoinRoomRequest.MetadataEntryR\bmetadata\x1a;\n" +
+	"\bmetadata\x18\x05 \x03(\v2%.pubsub.JoinRoomRequest.MetadataEntryR\bmetadata\x12\x10\n" +
+	"\x03seq\x18\x06 \x01(\x04R\x03seq\x12\x17\n" +
+	"\aboot_id\x18\a \x01(\tR\x06bootId\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
 	"\x10JoinRoomResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12-\n" +
-	"\troom_info\x18\x03 \x01(\v2\x10.pubsub.RoomInfoR\broomInfo\"]\n" +
+	"\troom_info\x18\x03 \x01(\v2\x10.pubsub.RoomInfoR\broomInfo\"\x88\x01\n" +
 	"\x10LeaveRoomRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x17\n" +
-	"\anode_id\x18\x03 \x01(\tR\x06nodeId\"G\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x17\n" +
+	"\aboot_id\x18\x05 \x01(\tR\x06bootId\"G\n" +
 	"\x11LeaveRoomResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"-\n" +
@@ -1103,7 +1422,29 @@ const file_controller_proto_rawDesc = "" +
 	"\x06synced\x18\x01 \x01(\bR\x06synced\x12\x19\n" +
 	"\broom_ids\x18\x02 \x03(\tR\aroomIds\x12\x19\n" +
 	"\buser_ids\x18\x03 \x03(\tR\auserIds\x12\x10\n" +
-	"\x03all\x18\x04 \x01(\bR\x03all\"\xbb\x01\n" +
+	"\x03all\x18\x04 \x01(\bR\x03all\"\xa6\x01\n" +
+	"\x0fSyncNodeRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x17\n" +
+	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
+	"\adigests\x18\x03 \x03(\x06R\adigests\x12&\n" +
+	"\x05slots\x18\x04 \x03(\v2\x10.pubsub.NodeSlotR\x05slots\x12\x1f\n" +
+	"\vreported_to\x18\x05 \x01(\tR\n" +
+	"reportedTo\"K\n" +
+	"\x10SyncNodeResponse\x12\x19\n" +
+	"\bstore_id\x18\x01 \x01(\tR\astoreId\x12\x1c\n" +
+	"\tdiffering\x18\x02 \x03(\rR\tdiffering\"j\n" +
+	"\bNodeSlot\x12\x12\n" +
+	"\x04slot\x18\x01 \x01(\rR\x04slot\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x128\n" +
+	"\vmemberships\x18\x03 \x03(\v2\x16.pubsub.NodeMembershipR\vmemberships\"\xde\x01\n" +
+	"\x0eNodeMembership\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
+	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x1b\n" +
+	"\tuser_name\x18\x03 \x01(\tR\buserName\x12@\n" +
+	"\bmetadata\x18\x04 \x03(\v2$.pubsub.NodeMembership.MetadataEntryR\bmetadata\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbb\x01\n" +
 	"\bRoomInfo\x12\x17\n" +
 	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12&\n" +
 	"\x05users\x18\x02 \x03(\v2\x10.pubsub.UserInfoR\x05users\x120\n" +
@@ -1130,7 +1471,7 @@ const file_controller_proto_rawDesc = "" +
 	"\n" +
 	"user_count\x18\x02 \x01(\x05R\tuserCount\x12\x1d\n" +
 	"\n" +
-	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\x84\x04\n" +
+	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\xc3\x04\n" +
 	"\x11ControllerService\x12=\n" +
 	"\bJoinRoom\x12\x17.pubsub.JoinRoomRequest\x1a\x18.pubsub.JoinRoomResponse\x12@\n" +
 	"\tLeaveRoom\x12\x18.pubsub.LeaveRoomRequest\x1a\x19.pubsub.LeaveRoomResponse\x12F\n" +
@@ -1138,7 +1479,8 @@ const file_controller_proto_rawDesc = "" +
 	"\vGetUserNode\x12\x1a.pubsub.GetUserNodeRequest\x1a\x1b.pubsub.GetUserNodeResponse\x12I\n" +
 	"\fGetRoomStats\x12\x1b.pubsub.GetRoomStatsRequest\x1a\x1c.pubsub.GetRoomStatsResponse\x12I\n" +
 	"\fGetUserNodes\x12\x1b.pubsub.GetUserNodesRequest\x1a\x1c.pubsub.GetUserNodesResponse\x12H\n" +
-	"\vWatchRoutes\x12\x1a.pubsub.WatchRoutesRequest\x1a\x1b.pubsub.WatchRoutesResponse0\x01B3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"\vWatchRoutes\x12\x1a.pubsub.WatchRoutesRequest\x1a\x1b.pubsub.WatchRoutesResponse0\x01\x12=\n" +
+	"\bSyncNode\x12\x17.pubsub.SyncNodeRequest\x1a\x18.pubsub.SyncNodeResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_controller_proto_rawDescOnce sync.Once
@@ -1152,7 +1494,7 @@ func file_controller_proto_rawDescGZIP() []byte {
 	return file_controller_proto_rawDescData
 }
 
-var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_controller_proto_goTypes = []any{
 	(*JoinRoomRequest)(nil),      // 0: pubsub.JoinRoomRequest
 	(*JoinRoomResponse)(nil),     // 1: pubsub.JoinRoomResponse
@@ -1168,41 +1510,51 @@ var file_controller_proto_goTypes = []any{
 	(*GetUserNodesResponse)(nil), // 11: pubsub.GetUserNodesResponse
 	(*WatchRoutesRequest)(nil),   // 12: pubsub.WatchRoutesRequest
 	(*WatchRoutesResponse)(nil),  // 13: pubsub.WatchRoutesResponse
-	(*RoomInfo)(nil),             // 14: pubsub.RoomInfo
-	(*UserInfo)(nil),             // 15: pubsub.UserInfo
-	(*RoomMetadata)(nil),         // 16: pubsub.RoomMetadata
-	(*RoomStats)(nil),            // 17: pubsub.RoomStats
-	nil,                          // 18: pubsub.JoinRoomRequest.MetadataEntry
-	nil,                          // 19: pubsub.UserInfo.MetadataEntry
+	(*SyncNodeRequest)(nil),      // 14: pubsub.SyncNodeRequest
+	(*SyncNodeResponse)(nil),     // 15: pubsub.SyncNodeResponse
+	(*NodeSlot)(nil),             // 16: pubsub.NodeSlot
+	(*NodeMembership)(nil),       // 17: pubsub.NodeMembership
+	(*RoomInfo)(nil),             // 18: pubsub.RoomInfo
+	(*UserInfo)(nil),             // 19: pubsub.UserInfo
+	(*RoomMetadata)(nil),         // 20: pubsub.RoomMetadata
+	(*RoomStats)(nil),            // 21: pubsub.RoomStats
+	nil,                          // 22: pubsub.JoinRoomRequest.MetadataEntry
+	nil,                          // 23: pubsub.NodeMembership.MetadataEntry
+	nil,                          // 24: pubsub.UserInfo.MetadataEntry
 }
 var file_controller_proto_depIdxs = []int32{
-	18, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
-	14, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
-	14, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
-	17, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
+	22, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
+	18, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
+	18, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
+	21, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
 	7,  // 4: pubsub.GetUserNodesResponse.users:type_name -> pubsub.GetUserNodeResponse
-	15, // 5: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
-	16, // 6: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
-	19, // 7: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
-	0,  // 8: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
-	2,  // 9: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
-	4,  // 10: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
-	6,  // 11: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
-	8,  // 12: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
-	10, // 13: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
-	12, // 14: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
-	1,  // 15: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
-	3,  // 16: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
-	5,  // 17: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
-	7,  // 18: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
-	9,  // 19: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
-	11, // 20: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
-	13, // 21: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
-	15, // [15:22] is the sub-list for method output_type
-	8,  // [8:15] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	16, // 5: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
+	17, // 6: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
+	23, // 7: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
+	19, // 8: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
+	20, // 9: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
+	24, // 10: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
+	0,  // 11: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
+	2,  // 12: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
+	4,  // 13: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
+	6,  // 14: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
+	8,  // 15: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
+	10, // 16: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
+	12, // 17: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
+	14, // 18: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
+	1,  // 19: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
+	3,  // 20: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
+	5,  // 21: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
+	7,  // 22: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
+	9,  // 23: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
+	11, // 24: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
+	13, // 25: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
+	15, // 26: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
+	19, // [19:27] is the sub-list for method output_type
+	11, // [11:19] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_controller_proto_init() }
@@ -1216,7 +1568,7 @@ func file_controller_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_proto_rawDesc), len(file_controller_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	ControllerService_GetRoomStats_FullMethodName = "/pubsub.ControllerService/GetRoomStats"
 	ControllerService_GetUserNodes_FullMethodName = "/pubsub.ControllerService/GetUserNodes"
 	ControllerService_WatchRoutes_FullMethodName  = "/pubsub.ControllerService/WatchRoutes"
+	ControllerService_SyncNode_FullMethodName     = "/pubsub.ControllerService/SyncNode"
 )
 
 // ControllerServiceClient is the client API for ControllerService service.
@@ -58,6 +59,12 @@ type ControllerServiceClient interface {
 	// certain to be sent. While the stream lives, a caller may keep answers until
 	// they are named; when it breaks, answers are good for a TTL only.
 	WatchRoutes(ctx context.Context, in *WatchRoutesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRoutesResponse], error)
+	// Optional. Called by a Connect-Node when it has connected and every few
+	// seconds from then on: compares the memberships that the Controller has of
+	// the node with those that the node has, and makes them equal. README.md
+	// beside this file tells how. UNIMPLEMENTED means that the node reports
+	// everything again with JoinRoom after each new connection.
+	SyncNode(ctx context.Context, in *SyncNodeRequest, opts ...grpc.CallOption) (*SyncNodeResponse, error)
 }
 
 type controllerServiceClient struct {
@@ -147,6 +154,16 @@ func (c *controllerServiceClient) WatchRoutes(ctx context.Context, in *WatchRout
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_WatchRoutesClient = grpc.ServerStreamingClient[WatchRoutesResponse]
 
+func (c *controllerServiceClient) SyncNode(ctx context.Context, in *SyncNodeRequest, opts ...grpc.CallOption) (*SyncNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SyncNodeResponse)
+	err := c.cc.Invoke(ctx, ControllerService_SyncNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControllerServiceServer is the server API for ControllerService service.
 // All implementations must embed UnimplementedControllerServiceServer
 // for forward compatibility.
@@ -177,6 +194,12 @@ type ControllerServiceServer interface {
 	// certain to be sent. While the stream lives, a caller may keep answers until
 	// they are named; when it breaks, answers are good for a TTL only.
 	WatchRoutes(*WatchRoutesRequest, grpc.ServerStreamingServer[WatchRoutesResponse]) error
+	// Optional. Called by a Connect-Node when it has connected and every few
+	// seconds from then on: compares the memberships that the Controller has of
+	// the node with those that the node has, and makes them equal. README.md
+	// beside this file tells how. UNIMPLEMENTED means that the node reports
+	// everything again with JoinRoom after each new connection.
+	SyncNode(context.Context, *SyncNodeRequest) (*SyncNodeResponse, error)
 	mustEmbedUnimplementedControllerServiceServer()
 }
 
@@ -207,6 +230,9 @@ func (UnimplementedControllerServiceServer) GetUserNodes(context.Context, *GetUs
 }
 func (UnimplementedControllerServiceServer) WatchRoutes(*WatchRoutesRequest, grpc.ServerStreamingServer[WatchRoutesResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchRoutes not implemented")
+}
+func (UnimplementedControllerServiceServer) SyncNode(context.Context, *SyncNodeRequest) (*SyncNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SyncNode not implemented")
 }
 func (UnimplementedControllerServiceServer) mustEmbedUnimplementedControllerServiceServer() {}
 func (UnimplementedControllerServiceServer) testEmbeddedByValue()                           {}
@@ -348,6 +374,24 @@ func _ControllerService_WatchRoutes_Handler(srv interface{}, stream grpc.ServerS
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_WatchRoutesServer = grpc.ServerStreamingServer[WatchRoutesResponse]
 
+func _ControllerService_SyncNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SyncNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControllerServiceServer).SyncNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControllerService_SyncNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControllerServiceServer).SyncNode(ctx, req.(*SyncNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControllerService_ServiceDesc is the grpc.ServiceDesc for ControllerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -378,6 +422,10 @@ var ControllerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetUserNodes",
 			Handler:    _ControllerService_GetUserNodes_Handler,
+		},
+		{
+			MethodName: "SyncNode",
+			Handler:    _ControllerService_SyncNode_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

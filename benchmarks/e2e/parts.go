@@ -129,7 +129,7 @@ func controllerRole(ctx context.Context, p *part) error {
 		for _, r := range rooms {
 			for i := range r.Members {
 				user, node := r.member(i)
-				join := controller.Join{User: user, Room: r.ID, Node: node, Name: "somebody"}
+				join := controller.Join{User: user, Room: r.ID, Name: "somebody", Reporter: controller.Reporter{Node: node}}
 				if _, err := memory.Join(ctx, join); err != nil {
 					return none{}, err
 				}
@@ -142,9 +142,9 @@ func controllerRole(ctx context.Context, p *part) error {
 			user := UserID(c.Prefix, c.First+i)
 			var err error
 			if c.Leave {
-				_, err = memory.Leave(ctx, user, c.Room, c.Node)
+				_, err = memory.Leave(ctx, controller.Leave{User: user, Room: c.Room, Reporter: controller.Reporter{Node: c.Node}})
 			} else {
-				_, err = memory.Join(ctx, controller.Join{User: user, Room: c.Room, Node: c.Node})
+				_, err = memory.Join(ctx, controller.Join{User: user, Room: c.Room, Reporter: controller.Reporter{Node: c.Node}})
 			}
 			if err != nil {
 				return none{}, err

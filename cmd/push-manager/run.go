@@ -173,7 +173,7 @@ func (m *pushManager) goOn(shard int, task func()) error { return m.shards.At(sh
 func (m *pushManager) update(nodes []discovery.Node) {
 	next := make([]link.Node, len(nodes))
 	for i, n := range nodes {
-		next[i] = link.Node(n)
+		next[i] = link.Node{ID: n.ID, Addr: n.Addr}
 	}
 	if err := m.links.Update(next); err != nil {
 		m.log.Error("some nodes cannot be used", "error", err)

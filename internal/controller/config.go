@@ -24,8 +24,13 @@ type Config struct {
 	Client *clientv3.Client
 	// NodePrefix is where nodes register. Default discovery.ConnectNodePrefix.
 	NodePrefix string
-	// NodeGrace is how long a node with memberships may be unregistered. Default 15 s.
+	// NodeGrace is how long a node with memberships may be unregistered while it
+	// still reports, or if it does not call SyncNode at all. Default 15 s.
 	NodeGrace time.Duration
+	// Warmup is how long look-ups fail after the start while registered nodes have
+	// not reported all their users. Nodes that are reporting are waited for four
+	// times as long. 0: look-ups are answered at once.
+	Warmup time.Duration
 
 	// WatchPending is how many names may wait for a slow change stream before they
 	// become one all=true. Default 10,000.
@@ -72,6 +77,9 @@ func (c Config) Validate() error {
 	}
 	if c.NodeGrace < 0 {
 		errs = append(errs, errors.New("NodeGrace is negative"))
+	}
+	if c.Warmup < 0 {
+		errs = append(errs, errors.New("Warmup is negative"))
 	}
 	if c.WatchPending < 0 {
 		errs = append(errs, errors.New("WatchPending is negative"))

@@ -54,7 +54,7 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 	store := server.svc.store.(*Memory)
 	const many = 100_000
 	for i := range many {
-		store.join(Join{User: fmt.Sprint("user", i), Room: "large", Node: fmt.Sprint("n", i%3), Name: "somebody"}, 1)
+		_, _, _ = store.join(Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprint("user", i), Room: "large", Name: "somebody"}, time.Unix(1, 0))
 	}
 
 	var d told
@@ -87,7 +87,7 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 	if err := c.Users(ctx, users, nodes); err != nil || fmt.Sprint(nodes) != "[[n0] [] [n1]]" {
 		t.Fatal(nodes, err)
 	}
-	if _, err := store.Join(ctx, Join{User: "u", Room: "r", Node: "n"}); err != nil {
+	if _, err := store.Join(ctx, Join{Reporter: Reporter{Node: "n"}, User: "u", Room: "r"}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the change is told", func() bool { return d.has(true, "r") })
@@ -116,7 +116,7 @@ func BenchmarkLookupOfLargeRoom(b *testing.B) {
 			served := make(chan error, 1)
 			go func() { served <- server.Serve(lis) }()
 			for i := range members {
-				server.svc.store.(*Memory).join(Join{User: fmt.Sprintf("user-%07d", i), Room: "r", Node: fmt.Sprint("n", i%3)}, 1)
+				_, _, _ = server.svc.store.(*Memory).join(Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprintf("user-%07d", i), Room: "r"}, time.Unix(1, 0))
 			}
 			c, err := asker.New(asker.Config{Address: lis.Addr().String()})
 			if err != nil {

@@ -3,11 +3,13 @@ package controller
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -17,20 +19,24 @@ const (
 	listMax = 1000
 	// dropChunk is how many memberships of a dead node end in one hold of the lock.
 	dropChunk = 1000
+	// nodeMemory is how long the numbers of a node without memberships are kept: no
+	// report is under way for longer.
+	nodeMemory = 10 * time.Minute
 )
 
 // Memory is a Store in this process: what it knows ends with it.
 type Memory struct {
 	// Static after Notify.
+	id       string
 	maxUsers int
 	tell     func(Change)
 
 	mu sync.RWMutex
-	// Guarded by mu. No room, user or node is without a membership.
+	// Guarded by mu. No room or user is without a membership.
 	rooms map[string]*room
 	users map[string]*user
 	nodes map[string]*node
-	seq   uint64 // of the latest join
+	clock uint64 // of the latest join
 	count int    // memberships
 }
 
@@ -39,9 +45,14 @@ type membership struct {
 	room *room
 	user *user
 	node *node
-	// Where it stands in room.members and node.members.
-	inRoom, inNode int
-	seq            uint64
+	hash uint64
+	// Where it stands in room.members and in the members of its slot.
+	inRoom, inSlot int
+	clock          uint64 // when it was joined last
+	// The number of the report that confirmed it last. It means nothing in another
+	// era of the node.
+	seq uint64
+	era uint64
 }
 
 type room struct {
@@ -57,15 +68,36 @@ type user struct {
 	members []*membership // the latest join last
 }
 
+// node is a Connect-Node. It is kept while it has memberships or reports.
 type node struct {
-	id      string
-	members []*membership
+	id    string
+	count int // memberships
+	slots [slots.Count]slot
+
+	// The process that reports, empty for one that does not number its reports. A
+	// new process begins a new era.
+	boot  string
+	era   uint64
+	floor uint64    // every report below is old
+	spoke time.Time // when it last reported with numbers
 }
+
+// slot is the memberships of a node that have their hashes in common.
+type slot struct {
+	members []*membership
+	digest  uint64
+	// The highest number of a report that has ended something here. A join below it
+	// may be older than that: one number instead of one for each that has left.
+	floor uint64
+}
+
+func (n *node) slotOf(hash uint64) *slot { return &n.slots[slots.Of(hash)] }
 
 // NewMemory makes an empty store. maxUsers limits the users of each room, 0 for
 // no limit.
 func NewMemory(maxUsers int) *Memory {
 	return &Memory{
+		id:       rand.Text(),
 		maxUsers: maxUsers,
 		tell:     func(Change) {},
 		rooms:    map[string]*room{},
@@ -77,33 +109,89 @@ func NewMemory(maxUsers int) *Memory {
 // Notify implements Store.
 func (s *Memory) Notify(tell func(Change)) { s.tell = tell }
 
+// ID implements Store.
+func (s *Memory) ID() string { return s.id }
+
 // Join implements Store.
 func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
-	joined, changed := s.join(j, time.Now().Unix())
+	joined, changed, err := s.join(j, time.Now())
 	if changed {
 		s.tell(Change{Rooms: []string{j.Room}, Users: []string{j.User}})
 	}
-	return joined, nil
+	return joined, err
 }
 
-func (s *Memory) join(j Join, now int64) (joined Joined, changed bool) {
+func (s *Memory) join(j Join, now time.Time) (joined Joined, changed bool, err error) {
+	hash := slots.Hash(j.User, j.Room)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	n, err := s.reporterLocked(j.Reporter, now)
+	if err != nil {
+		return Joined{}, false, err
+	}
 	r, u := s.rooms[j.Room], s.users[j.User]
 	m, here := u.find(j.Room, j.Node)
-	if !here && r != nil && s.maxUsers > 0 && r.users >= s.maxUsers {
-		return Joined{Full: true, Room: s.infoLocked(r, false)}, false
-	}
-	if m == nil {
-		m = s.addLocked(j, r, u, now, here)
+	switch {
+	case m == nil && j.Boot != "" && j.Seq <= max(n.floor, n.slotOf(hash).floor):
+		return Joined{}, false, ErrOld
+	case m != nil && j.Boot != "" && m.era == n.era && j.Seq < m.seq:
+		return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, false, nil
+	case m == nil && !here && r != nil && s.maxUsers > 0 && r.users >= s.maxUsers:
+		return Joined{Full: true, Room: s.infoLocked(r, false)}, false, nil
+	case m == nil:
+		m = s.addLocked(j, hash, now.Unix(), here)
 		changed = true
-	} else {
+	default:
 		changed = s.renewLocked(m, j)
 	}
-	if changed {
-		m.room.updated = now
+	if j.Boot != "" {
+		m.era, m.seq = n.era, j.Seq
 	}
-	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, changed
+	if changed {
+		m.room.updated = now.Unix()
+	}
+	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, changed, nil
+}
+
+// reporterLocked is the node that reports, nil when it is not known and does not
+// number its reports.
+func (s *Memory) reporterLocked(by Reporter, now time.Time) (*node, error) {
+	n := s.nodes[by.Node]
+	if by.Boot == "" {
+		return n, nil
+	}
+	if n == nil {
+		n = s.newNodeLocked(by.Node, now)
+	}
+	if n.boot == "" {
+		n.begin(by.Boot)
+	}
+	if n.boot != by.Boot {
+		return nil, ErrOtherBoot
+	}
+	n.spoke = now
+	return n, nil
+}
+
+func (s *Memory) newNodeLocked(id string, now time.Time) *node {
+	for id, n := range s.nodes { // rare enough, and there are few
+		if n.count == 0 && now.Sub(n.spoke) > nodeMemory {
+			delete(s.nodes, id)
+		}
+	}
+	n := &node{id: id}
+	s.nodes[id] = n
+	return n
+}
+
+// begin starts a new era of the node. What was reported in the one before is
+// still there, and its numbers mean nothing any more.
+func (n *node) begin(boot string) {
+	n.boot, n.floor = boot, 0
+	n.era++
+	for i := range n.slots {
+		n.slots[i].floor = 0
+	}
 }
 
 // find is the membership of a room on a node, nil when there is none. here tells
@@ -124,7 +212,8 @@ func (u *user) find(room, node string) (m *membership, here bool) {
 	return nil, here
 }
 
-func (s *Memory) addLocked(j Join, r *room, u *user, now int64, here bool) *membership {
+func (s *Memory) addLocked(j Join, hash uint64, now int64, here bool) *membership {
+	r, u, n := s.rooms[j.Room], s.users[j.User], s.nodes[j.Node]
 	if r == nil {
 		r = &room{id: j.Room, created: now}
 		s.rooms[r.id] = r
@@ -133,19 +222,20 @@ func (s *Memory) addLocked(j Join, r *room, u *user, now int64, here bool) *memb
 		u = &user{id: j.User}
 		s.users[u.id] = u
 	}
-	n := s.nodes[j.Node]
 	if n == nil {
-		n = &node{id: j.Node}
-		s.nodes[n.id] = n
+		n = s.newNodeLocked(j.Node, time.Unix(now, 0))
 	}
-	s.seq++
-	m := &membership{room: r, user: u, node: n, inRoom: len(r.members), inNode: len(n.members), seq: s.seq}
+	at := n.slotOf(hash)
+	s.clock++
+	m := &membership{room: r, user: u, node: n, hash: hash, inRoom: len(r.members), inSlot: len(at.members), clock: s.clock}
 	r.members = append(r.members, m)
 	r.infos = append(r.infos, &pubsub.UserInfo{
 		UserId: u.id, UserName: j.Name, NodeId: n.id, Metadata: maps.Clone(j.Metadata), JoinedAt: now,
 	})
 	u.members = append(u.members, m)
-	n.members = append(n.members, m)
+	at.members = append(at.members, m)
+	at.digest += hash
+	n.count++
 	if !here {
 		r.users++
 	}
@@ -160,42 +250,59 @@ func (s *Memory) renewLocked(m *membership, j Join) (changed bool) {
 		m.user.members = append(slices.Delete(m.user.members, i, i+1), m)
 		changed = true
 	}
-	s.seq++
-	m.seq = s.seq
+	s.clock++
+	m.clock = s.clock
+	return s.renameLocked(m, j) || changed
+}
+
+// renameLocked takes over name and metadata.
+func (s *Memory) renameLocked(m *membership, j Join) (changed bool) {
 	old := m.room.infos[m.inRoom]
-	if old.GetUserName() != j.Name || !maps.Equal(old.GetMetadata(), j.Metadata) {
-		m.room.infos[m.inRoom] = &pubsub.UserInfo{
-			UserId: old.GetUserId(), UserName: j.Name, NodeId: old.GetNodeId(), Metadata: maps.Clone(j.Metadata), JoinedAt: old.GetJoinedAt(),
-		}
-		changed = true
+	if old.GetUserName() == j.Name && maps.Equal(old.GetMetadata(), j.Metadata) {
+		return false
 	}
-	return changed
+	m.room.infos[m.inRoom] = &pubsub.UserInfo{
+		UserId: old.GetUserId(), UserName: j.Name, NodeId: old.GetNodeId(), Metadata: maps.Clone(j.Metadata), JoinedAt: old.GetJoinedAt(),
+	}
+	return true
 }
 
 // Leave implements Store.
-func (s *Memory) Leave(_ context.Context, userID, roomID, nodeID string) (bool, error) {
-	if !s.leave(userID, roomID, nodeID, time.Now().Unix()) {
-		return false, nil
+func (s *Memory) Leave(_ context.Context, l Leave) (bool, error) {
+	left, err := s.leave(l, time.Now())
+	if left {
+		s.tell(Change{Rooms: []string{l.Room}, Users: []string{l.User}})
 	}
-	s.tell(Change{Rooms: []string{roomID}, Users: []string{userID}})
-	return true, nil
+	return left, err
 }
 
-func (s *Memory) leave(userID, roomID, nodeID string, now int64) bool {
+func (s *Memory) leave(l Leave, now time.Time) (left bool, err error) {
+	hash := slots.Hash(l.User, l.Room)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	u := s.users[userID]
+	n, err := s.reporterLocked(l.Reporter, now)
+	if err != nil {
+		return false, err
+	}
+	if l.Boot != "" {
+		at := n.slotOf(hash)
+		at.floor = max(at.floor, l.Seq) // A join from before this leave may still come.
+	}
+	u := s.users[l.User]
 	if u == nil {
-		return false
+		return false, nil
 	}
-	found := false
 	for _, m := range slices.Clone(u.members) {
-		if m.room.id == roomID && (nodeID == "" || m.node.id == nodeID) {
-			s.endLocked(m, now)
-			found = true
+		if m.room.id != l.Room || l.Node != "" && m.node.id != l.Node {
+			continue
 		}
+		if l.Boot != "" && m.era == n.era && m.seq > l.Seq {
+			return false, ErrOld
+		}
+		s.endLocked(m, now.Unix())
+		left = true
 	}
-	return found
+	return left, nil
 }
 
 // endLocked takes m out of its three lists, and those that are empty then out of
@@ -220,27 +327,58 @@ func (s *Memory) endLocked(m *membership, now int64) {
 		delete(s.rooms, r.id)
 	}
 
-	last = len(n.members) - 1
-	n.members[m.inNode] = n.members[last]
-	n.members[m.inNode].inNode = m.inNode
-	n.members[last] = nil
-	n.members = n.members[:last]
-	if last == 0 {
+	at := n.slotOf(m.hash)
+	last = len(at.members) - 1
+	at.members[m.inSlot] = at.members[last]
+	at.members[m.inSlot].inSlot = m.inSlot
+	at.members[last] = nil
+	at.members = at.members[:last]
+	at.digest -= m.hash
+	if n.count--; n.count == 0 && n.boot == "" {
 		delete(s.nodes, n.id)
 	}
 	s.count--
 }
 
+// Begin implements Store.
+func (s *Memory) Begin(ctx context.Context, by Reporter) (int, error) {
+	now := time.Now()
+	s.mu.Lock()
+	n := s.nodes[by.Node]
+	if n == nil {
+		n = s.newNodeLocked(by.Node, now)
+	}
+	fresh := n.boot != by.Boot
+	if fresh {
+		n.begin(by.Boot)
+	}
+	n.floor, n.spoke = max(n.floor, by.Seq), now
+	era := n.era
+	s.mu.Unlock()
+	if !fresh && by.Boot != "" && by.Seq == 0 {
+		return 0, nil // Nothing can be below.
+	}
+	return s.drop(ctx, by.Node, func(m *membership) bool {
+		return by.Boot == "" || m.era != era || m.seq < by.Seq
+	})
+}
+
 // DropNode implements Store.
 func (s *Memory) DropNode(ctx context.Context, nodeID string) (int, error) {
+	return s.drop(ctx, nodeID, func(*membership) bool { return true })
+}
+
+// drop ends memberships of a node, little by little, as far as they exist now:
+// what is joined later is the node's new life.
+func (s *Memory) drop(ctx context.Context, nodeID string, which func(*membership) bool) (int, error) {
 	s.mu.RLock()
-	until := s.seq // joins after the call are the node's new life
+	until := s.clock
 	s.mu.RUnlock()
 	total := 0
 	for {
 		// Between two holds of the lock a leave may put a membership behind the
 		// position reached, so passes follow until one finds nothing.
-		n, err := s.dropPass(ctx, nodeID, until)
+		n, err := s.dropPass(ctx, nodeID, func(m *membership) bool { return m.clock <= until && which(m) })
 		total += n
 		if n == 0 || err != nil {
 			return total, err
@@ -248,11 +386,11 @@ func (s *Memory) DropNode(ctx context.Context, nodeID string) (int, error) {
 	}
 }
 
-func (s *Memory) dropPass(ctx context.Context, nodeID string, until uint64) (int, error) {
+func (s *Memory) dropPass(ctx context.Context, nodeID string, which func(*membership) bool) (int, error) {
 	dropped := 0
-	for at := 0; at >= 0; {
+	for at := (position{}); at.slot < slots.Count; {
 		var change Change
-		change, at = s.dropSome(nodeID, at, until, time.Now().Unix())
+		change, at = s.dropSome(nodeID, at, time.Now().Unix(), which)
 		if len(change.Users) > 0 {
 			dropped += len(change.Users)
 			s.tell(change)
@@ -264,20 +402,29 @@ func (s *Memory) dropPass(ctx context.Context, nodeID string, until uint64) (int
 	return dropped, nil
 }
 
-// dropSome ends some of a node's memberships, from the one at a position on. It
-// returns the position to go on from, -1 when the end is reached.
-func (s *Memory) dropSome(nodeID string, at int, until uint64, now int64) (Change, int) {
+// position is one among the memberships of a node.
+type position struct{ slot, index int }
+
+// dropSome looks at some of a node's memberships, from a position on, and ends
+// some of them. It returns the position to go on from.
+func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*membership) bool) (Change, position) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var change Change
 	n := s.nodes[nodeID]
-	for range dropChunk {
-		if n == nil || at >= len(n.members) {
-			return change, -1
+	if n == nil {
+		return change, position{slot: slots.Count}
+	}
+	for looked := 0; looked < dropChunk && at.slot < slots.Count; {
+		members := n.slots[at.slot].members
+		if at.index >= len(members) {
+			at = position{slot: at.slot + 1}
+			continue
 		}
-		m := n.members[at]
-		if m.seq > until {
-			at++
+		looked++
+		m := members[at.index]
+		if !which(m) {
+			at.index++
 			continue
 		}
 		change.Rooms = append(change.Rooms, m.room.id)
@@ -285,6 +432,83 @@ func (s *Memory) dropSome(nodeID string, at int, until uint64, now int64) (Chang
 		s.endLocked(m, now) // puts another one at this position
 	}
 	return change, at
+}
+
+// SetSlot implements Store.
+func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Join) error {
+	change, err := s.setSlot(by, slot, members, time.Now())
+	if len(change.Users) > 0 {
+		s.tell(change)
+	}
+	return err
+}
+
+func (s *Memory) setSlot(by Reporter, slot int, members []Join, now time.Time) (change Change, err error) {
+	type key struct{ user, room string }
+	listed := make(map[key]int, len(members))
+	for i, j := range members {
+		listed[key{j.User, j.Room}] = i
+	}
+	note := func(room, user string) {
+		change.Rooms = append(change.Rooms, room)
+		change.Users = append(change.Users, user)
+	}
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.reporterLocked(by, now)
+	if err != nil {
+		return change, err
+	}
+	at := &n.slots[slot]
+	if by.Seq <= max(n.floor, at.floor) {
+		return change, ErrOld
+	}
+	at.floor = by.Seq
+	for _, m := range slices.Clone(at.members) {
+		k := key{m.user.id, m.room.id}
+		i, ok := listed[k]
+		delete(listed, k)
+		switch {
+		case m.era == n.era && m.seq > by.Seq: // A later report has made it.
+		case !ok:
+			s.endLocked(m, now.Unix())
+			note(k.room, k.user)
+		default:
+			m.era, m.seq = n.era, by.Seq
+			if s.renameLocked(m, members[i]) {
+				m.room.updated = now.Unix()
+				note(k.room, k.user)
+			}
+		}
+	}
+	for k, i := range listed {
+		j := members[i]
+		j.Node = by.Node
+		_, here := s.users[k.user].find(k.room, by.Node)
+		m := s.addLocked(j, slots.Hash(k.user, k.room), now.Unix(), here)
+		m.era, m.seq = n.era, by.Seq
+		m.room.updated = now.Unix()
+		note(k.room, k.user)
+	}
+	return change, nil
+}
+
+// Differing implements Store.
+func (s *Memory) Differing(_ context.Context, by Reporter, digests []uint64) ([]uint32, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.reporterLocked(by, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	var differing []uint32
+	for i, d := range digests {
+		if n.slots[i].digest != d {
+			differing = append(differing, uint32(i))
+		}
+	}
+	return differing, nil
 }
 
 // Room implements Store.
@@ -349,10 +573,16 @@ func (s *Memory) roomStats() []*pubsub.RoomStats {
 }
 
 // Nodes implements Store.
-func (s *Memory) Nodes(context.Context) ([]string, error) {
+func (s *Memory) Nodes(context.Context) (map[string]string, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return slices.Collect(maps.Keys(s.nodes)), nil
+	nodes := make(map[string]string, len(s.nodes))
+	for id, n := range s.nodes {
+		if n.count > 0 {
+			nodes[id] = n.boot
+		}
+	}
+	return nodes, nil
 }
 
 // Counts implements Store.

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -123,7 +124,7 @@ func TestMemoryAgreesWithItsModel(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"join": func(t *rapid.T) {
 				k, name := draw(), rapid.SampledFrom([]string{"", "name"}).Draw(t, "name")
-				if _, err := s.Join(ctx, Join{User: k.user, Room: k.room, Node: k.node, Name: name}); err != nil {
+				if _, err := s.Join(ctx, Join{Reporter: Reporter{Node: k.node}, User: k.user, Room: k.room, Name: name}); err != nil {
 					t.Fatal(err)
 				}
 				m.clock++
@@ -132,7 +133,7 @@ func TestMemoryAgreesWithItsModel(t *testing.T) {
 			"leave": func(t *rapid.T) {
 				k := draw()
 				_, want := m.joined[k]
-				got, err := s.Leave(ctx, k.user, k.room, k.node)
+				got, err := s.Leave(ctx, Leave{Reporter: Reporter{Node: k.node}, User: k.user, Room: k.room})
 				if err != nil || got != want {
 					t.Fatal(got, err)
 				}
@@ -142,7 +143,7 @@ func TestMemoryAgreesWithItsModel(t *testing.T) {
 				k := draw()
 				count := len(m.joined)
 				maps.DeleteFunc(m.joined, func(o member, _ int) bool { return o.user == k.user && o.room == k.room })
-				got, err := s.Leave(ctx, k.user, k.room, "")
+				got, err := s.Leave(ctx, Leave{User: k.user, Room: k.room})
 				if err != nil || got != (len(m.joined) < count) {
 					t.Fatal(got, err)
 				}
@@ -203,7 +204,7 @@ func checkCounts(t *rapid.T, s *Memory, m *model) {
 		}
 	}
 	for _, n := range s.nodes {
-		if len(n.members) == 0 {
+		if n.count == 0 {
 			t.Fatalf("node %q is kept without members", n.id)
 		}
 	}
@@ -213,15 +214,15 @@ func TestDropNodeSparesJoinsAfterTheCall(t *testing.T) {
 	s := NewMemory(0)
 	const many = 5*dropChunk + 7
 	for i := range many {
-		if _, err := s.Join(t.Context(), Join{User: fmt.Sprint("old", i), Room: "r", Node: "n"}); err != nil {
+		if _, err := s.Join(t.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("old", i), Room: "r"}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	later := 0
 	s.Notify(func(Change) { // called in the middle of the drop
 		later++
-		s.join(Join{User: fmt.Sprint("new", later), Room: "r", Node: "n"}, 1)
-		s.leave(fmt.Sprint("old", many-later), "r", "n", 1)
+		_, _, _ = s.join(Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("new", later), Room: "r"}, time.Unix(1, 0))
+		_, _ = s.leave(Leave{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("old", many-later), Room: "r"}, time.Unix(1, 0))
 	})
 	n, err := s.DropNode(t.Context(), "n")
 	if err != nil || n < many-later || later < 5 {
@@ -240,11 +241,11 @@ func TestMemoryConcurrently(t *testing.T) {
 			node := fmt.Sprint("n", w)
 			for i := range 500 {
 				user, room := fmt.Sprint("u", i%50), fmt.Sprint("r", i%7)
-				_, _ = s.Join(t.Context(), Join{User: user, Room: room, Node: node})
+				_, _ = s.Join(t.Context(), Join{Reporter: Reporter{Node: node}, User: user, Room: room})
 				_, _ = s.Room(t.Context(), room)
 				_, _ = s.Users(t.Context(), []string{user})
 				if i%3 == 0 {
-					_, _ = s.Leave(t.Context(), user, room, node)
+					_, _ = s.Leave(t.Context(), Leave{Reporter: Reporter{Node: node}, User: user, Room: room})
 				}
 			}
 			_, _ = s.DropNode(t.Context(), node)
@@ -261,7 +262,7 @@ func BenchmarkJoin(b *testing.B) {
 	b.ReportAllocs()
 	i := 0
 	for b.Loop() {
-		_, _ = s.Join(b.Context(), Join{User: fmt.Sprint("u", i%1_000_000), Room: fmt.Sprint("r", i%10_000), Node: "n"})
+		_, _ = s.Join(b.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("u", i%1_000_000), Room: fmt.Sprint("r", i%10_000)})
 		i++
 	}
 }

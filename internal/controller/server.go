@@ -33,7 +33,7 @@ type Server struct {
 	grpc   *grpc.Server
 	health *health.Server
 	svc    *service
-	reaper *reaper // nil without etcd
+	roster *roster
 	m      handles
 	wg     sync.WaitGroup
 
@@ -57,17 +57,14 @@ func New(cfg Config) (*Server, error) {
 			changes:   cfg.Metrics.GetOrCreateCounter("controller_changes_total"),
 			watchers:  map[*watcher]struct{}{},
 		},
-		address:  func(string) string { return "" },
 		draining: make(chan struct{}),
 	}
 	cfg.Store.Notify(s.svc.hub.tell)
-	if cfg.Client != nil {
-		var err error
-		if s.reaper, err = newReaper(cfg); err != nil {
-			return nil, fmt.Errorf("controller: %w", err)
-		}
-		s.svc.address = s.reaper.address
+	var err error
+	if s.roster, err = newRoster(cfg); err != nil {
+		return nil, fmt.Errorf("controller: %w", err)
 	}
+	s.svc.roster = s.roster
 	s.gauges(cfg.Metrics, cfg.Store)
 	s.grpc = grpc.NewServer(s.options()...)
 	pubsub.RegisterControllerServiceServer(s.grpc, s.svc)
@@ -103,23 +100,38 @@ func (s *Server) gauges(set *metrics.Set, store Store) {
 	gauge("controller_users", func() int { return store.Counts().Users })
 	gauge("controller_memberships", func() int { return store.Counts().Memberships })
 	gauge("controller_watchers", s.svc.hub.len)
+	gauge("controller_warming_up", func() int {
+		if s.roster.isWarm() {
+			return 0
+		}
+		return 1
+	})
+	gauge("controller_nodes_awaited", func() int { return len(*s.roster.awaited.Load()) })
 }
 
 // Serve answers on lis until Drain or Close. It owns lis.
 func (s *Server) Serve(lis net.Listener) error {
 	s.startOnce.Do(func() {
-		if s.reaper == nil {
-			return
-		}
 		ctx, cancel := context.WithCancel(context.Background())
 		s.stop = cancel
-		s.reaper.watcher.Start()
-		s.wg.Go(func() { s.reaper.loop(ctx) })
+		if s.roster.watcher != nil {
+			s.roster.watcher.Start()
+		}
+		s.wg.Go(func() { s.roster.loop(ctx) })
 	})
 	if err := s.grpc.Serve(lis); err != nil {
 		return fmt.Errorf("serve: %w", err)
 	}
 	return nil
+}
+
+// WarmingUp says why look-ups are not answered yet, "" when they are. Reports are
+// taken all the same.
+func (s *Server) WarmingUp() string {
+	if s.roster.isWarm() {
+		return ""
+	}
+	return s.roster.waiting()
 }
 
 // Drain refuses new calls, ends the change streams and waits for the calls under
@@ -150,8 +162,8 @@ func (s *Server) Close() {
 		s.grpc.Stop()
 		s.startOnce.Do(func() {}) // Serve after Close starts nothing
 		s.stop()
-		if s.reaper != nil {
-			s.reaper.watcher.Close()
+		if s.roster.watcher != nil {
+			s.roster.watcher.Close()
 		}
 	})
 	s.wg.Wait()

@@ -200,7 +200,7 @@ func TestRoomAtItsLimit(t *testing.T) {
 func TestJoinListsOnlyFewMembers(t *testing.T) {
 	b := start(t, Config{})
 	for i := range listMax {
-		b.server.svc.store.(*Memory).join(Join{User: fmt.Sprint(i), Room: "r", Node: "n"}, 1)
+		_, _, _ = b.server.svc.store.(*Memory).join(Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint(i), Room: "r"}, time.Unix(1, 0))
 	}
 	if out := b.join("one more", "r", "n"); !out.GetSuccess() || len(out.GetRoomInfo().GetUsers()) != 0 {
 		t.Fatalf("%d users listed", len(out.GetRoomInfo().GetUsers()))
@@ -327,7 +327,7 @@ func TestWatcherThatDoesNotReadHoldsNobodyUp(t *testing.T) {
 	store := b.server.svc.store
 	room := strings.Repeat("r", 200)
 	for i := range 5000 { // far beyond the stream's window
-		if _, err := store.Join(t.Context(), Join{User: fmt.Sprintf("%0250d", i), Room: fmt.Sprint(room, i), Node: "n"}); err != nil {
+		if _, err := store.Join(t.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprintf("%0250d", i), Room: fmt.Sprint(room, i)}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -429,7 +429,7 @@ func TestMembershipsOfADeadNodeEnd(t *testing.T) {
 	register("lives")
 	dies := register("dies")
 	eventually(t, "both known", func() bool {
-		known := b.server.reaper.nodes.Load()
+		known := b.server.roster.registered.Load()
 		return known != nil && len(*known) == 2
 	})
 	b.join("u", "r", "lives")
@@ -454,8 +454,8 @@ func TestMembershipsOfADeadNodeEnd(t *testing.T) {
 func TestSilentEtcdEndsNoMemberships(t *testing.T) {
 	server := etcdtest.Start(t)
 	b := start(t, Config{Client: server.Client(), NodeGrace: time.Second})
-	r := b.server.reaper
-	eventually(t, "etcd listed", func() bool { return r.nodes.Load() != nil })
+	r := b.server.roster
+	eventually(t, "etcd listed", func() bool { return r.registered.Load() != nil })
 	server.Stop()
 	eventually(t, "etcd noticed to be away", func() bool { return r.watcher.Stale() > 0 })
 	b.join("u", "r", "unseen")

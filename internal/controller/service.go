@@ -2,8 +2,11 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -12,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -26,10 +30,9 @@ const (
 // service answers ControllerService from a Store.
 type service struct {
 	pubsub.UnimplementedControllerServiceServer
-	store Store
-	hub   *hub
-	// address is the node's address, for information.
-	address func(node string) string
+	store  Store
+	hub    *hub
+	roster *roster
 	// Closed when the server drains.
 	draining chan struct{}
 }
@@ -41,8 +44,12 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 	if err != nil {
 		return nil, err
 	}
+	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId(), Seq: in.GetSeq()}
+	if err := s.checkReporter(by); err != nil {
+		return nil, err
+	}
 	joined, err := s.store.Join(ctx, Join{
-		User: in.GetUserId(), Room: in.GetRoomId(), Node: in.GetNodeId(), Name: in.GetUserName(), Metadata: in.GetMetadata(),
+		Reporter: by, User: in.GetUserId(), Room: in.GetRoomId(), Name: in.GetUserName(), Metadata: in.GetMetadata(),
 	})
 	if err != nil {
 		return nil, storeError("join", err)
@@ -56,22 +63,25 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 // LeaveRoom implements ControllerService. With a node and nothing else all
 // memberships of that node end: a node that starts forgets its predecessor.
 func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
-	if in.GetNodeId() != "" {
-		if err := checkID("node_id", in.GetNodeId()); err != nil {
+	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId(), Seq: in.GetSeq()}
+	if by.Node != "" {
+		if err := firstOf(checkID("node_id", by.Node), s.checkReporter(by)); err != nil {
 			return nil, err
 		}
 		if in.GetUserId() == "" && in.GetRoomId() == "" {
-			n, err := s.store.DropNode(ctx, in.GetNodeId())
+			n, err := s.store.Begin(ctx, by)
 			if err != nil {
 				return nil, storeError("leave", err)
 			}
-			return &pubsub.LeaveRoomResponse{Success: true, Message: fmt.Sprintf("%d memberships of node %q ended", n, in.GetNodeId())}, nil
+			return &pubsub.LeaveRoomResponse{Success: true, Message: fmt.Sprintf("%d memberships of node %q ended", n, by.Node)}, nil
 		}
+	} else {
+		by = Reporter{} // On all nodes: the numbers of one mean nothing there.
 	}
 	if err := firstOf(checkID("user_id", in.GetUserId()), checkID("room_id", in.GetRoomId())); err != nil {
 		return nil, err
 	}
-	left, err := s.store.Leave(ctx, in.GetUserId(), in.GetRoomId(), in.GetNodeId())
+	left, err := s.store.Leave(ctx, Leave{Reporter: by, User: in.GetUserId(), Room: in.GetRoomId()})
 	if err != nil {
 		return nil, storeError("leave", err)
 	}
@@ -81,9 +91,86 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 	return &pubsub.LeaveRoomResponse{Success: true}, nil
 }
 
+// SyncNode implements ControllerService.
+func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pubsub.SyncNodeResponse, error) {
+	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId()}
+	if err := firstOf(checkID("node_id", by.Node), checkID("boot_id", by.Boot), checkSlots(in), s.checkReporter(by)); err != nil {
+		return nil, err
+	}
+	if _, err := s.store.Begin(ctx, by); err != nil {
+		return nil, storeError("sync", err)
+	}
+	out := &pubsub.SyncNodeResponse{StoreId: s.store.ID()}
+	for _, slot := range in.GetSlots() {
+		members := make([]Join, len(slot.GetMemberships()))
+		for i, m := range slot.GetMemberships() {
+			members[i] = Join{User: m.GetUserId(), Room: m.GetRoomId(), Name: m.GetUserName(), Metadata: m.GetMetadata()}
+		}
+		by.Seq = slot.GetSeq()
+		switch err := s.store.SetSlot(ctx, by, int(slot.GetSlot()), members); {
+		case errors.Is(err, ErrOld):
+			out.Differing = append(out.Differing, slot.GetSlot())
+		case err != nil:
+			return nil, storeError("sync", err)
+		}
+	}
+	differing, err := s.store.Differing(ctx, by, in.GetDigests())
+	if err != nil {
+		return nil, storeError("sync", err)
+	}
+	for _, slot := range differing {
+		if !slices.Contains(out.Differing, slot) {
+			out.Differing = append(out.Differing, slot)
+		}
+	}
+	s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now())
+	return out, nil
+}
+
+// checkSlots refuses what does not keep to the rules of SyncNode.
+func checkSlots(in *pubsub.SyncNodeRequest) error {
+	if n := len(in.GetDigests()); n != 0 && n != slots.Count {
+		return invalid("digests", fmt.Sprintf("has %d, not %d", n, slots.Count))
+	}
+	if n := len(in.GetSlots()); n > slots.Count {
+		return invalid("slots", fmt.Sprintf("has %d, there are %d", n, slots.Count))
+	}
+	for _, slot := range in.GetSlots() {
+		if slot.GetSlot() >= slots.Count {
+			return invalid("slots.slot", fmt.Sprintf("is %d, there are %d", slot.GetSlot(), slots.Count))
+		}
+		for _, m := range slot.GetMemberships() {
+			err := firstOf(checkID("slots.memberships.user_id", m.GetUserId()), checkID("slots.memberships.room_id", m.GetRoomId()),
+				checkName(m.GetUserName()), checkMetadata(m.GetMetadata()))
+			if err != nil {
+				return err
+			}
+			if slots.Of(slots.Hash(m.GetUserId(), m.GetRoomId())) != int(slot.GetSlot()) {
+				return invalid("slots.memberships", fmt.Sprintf("has one in slot %d that belongs into another", slot.GetSlot()))
+			}
+		}
+	}
+	return nil
+}
+
+// checkReporter refuses a report of a process that is not the one registered: one
+// that has come late, or a second process with the same id.
+func (s *service) checkReporter(by Reporter) error {
+	if by.Boot == "" {
+		return nil
+	}
+	if err := checkID("boot_id", by.Boot); err != nil {
+		return err
+	}
+	if boot := s.roster.boot(by.Node); boot != "" && boot != by.Boot {
+		return status.Errorf(codes.Aborted, "node %q is registered in etcd with another boot_id", by.Node)
+	}
+	return nil
+}
+
 // GetRoomInfo implements ControllerService.
 func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error) {
-	if err := checkID("room_id", in.GetRoomId()); err != nil {
+	if err := firstOf(checkID("room_id", in.GetRoomId()), s.roster.believed()); err != nil {
 		return nil, err
 	}
 	info, err := s.store.Room(ctx, in.GetRoomId())
@@ -95,7 +182,7 @@ func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest
 
 // GetUserNode implements ControllerService.
 func (s *service) GetUserNode(ctx context.Context, in *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
-	if err := checkID("user_id", in.GetUserId()); err != nil {
+	if err := firstOf(checkID("user_id", in.GetUserId()), s.roster.believed()); err != nil {
 		return nil, err
 	}
 	presences, err := s.store.Users(ctx, []string{in.GetUserId()})
@@ -115,6 +202,9 @@ func (s *service) GetUserNodes(ctx context.Context, in *pubsub.GetUserNodesReque
 			return nil, err
 		}
 	}
+	if err := s.roster.believed(); err != nil {
+		return nil, err
+	}
 	presences, err := s.store.Users(ctx, in.GetUserIds())
 	if err != nil {
 		return nil, storeError("get users", err)
@@ -131,12 +221,15 @@ func (s *service) presence(p Presence) *pubsub.GetUserNodeResponse {
 		return &pubsub.GetUserNodeResponse{}
 	}
 	return &pubsub.GetUserNodeResponse{
-		Found: true, NodeId: p.Nodes[0], NodeIds: p.Nodes, NodeAddress: s.address(p.Nodes[0]), RoomId: p.Room,
+		Found: true, NodeId: p.Nodes[0], NodeIds: p.Nodes, NodeAddress: s.roster.address(p.Nodes[0]), RoomId: p.Room,
 	}
 }
 
 // GetRoomStats implements ControllerService.
 func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsRequest) (*pubsub.GetRoomStatsResponse, error) {
+	if err := s.roster.believed(); err != nil {
+		return nil, err
+	}
 	rooms, err := s.store.Rooms(ctx)
 	if err != nil {
 		return nil, storeError("get stats", err)
@@ -147,6 +240,14 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 
 // WatchRoutes implements ControllerService.
 func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
+	// Who is in sync forgets the routes it has: not before there are better ones.
+	select {
+	case <-s.roster.warm:
+	case <-s.draining:
+		return status.Error(codes.Unavailable, "the controller is going")
+	case <-stream.Context().Done():
+		return status.FromContextError(stream.Context().Err()).Err()
+	}
 	w := s.hub.join()
 	defer s.hub.leave(w)
 	if err := stream.Send(&pubsub.WatchRoutesResponse{Synced: true}); err != nil {
@@ -170,6 +271,9 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 
 // storeError is for a Store that cannot answer; Memory always can.
 func storeError(doing string, err error) error {
+	if errors.Is(err, ErrOld) || errors.Is(err, ErrOtherBoot) {
+		return status.Error(codes.Aborted, err.Error())
+	}
 	return status.Error(codes.Unavailable, fmt.Sprintf("%s: %v", doing, err))
 }
 

@@ -70,9 +70,12 @@ type Config struct {
 	ControllerTimeout time.Duration
 	// ReportWorkers bounds the calls to the Controller at once. Default 32.
 	ReportWorkers int
-	// RejoinPerSecond paces the memberships that are reported again after the
-	// Controller was away. Default 5,000.
+	// RejoinPerSecond paces the memberships that are reported again, one by one, to a
+	// Controller without SyncNode that was away. Default 5,000.
 	RejoinPerSecond int
+	// SyncInterval is how often memberships are compared with a Controller that has
+	// SyncNode; by that it also knows that the node lives. Default 2 s.
+	SyncInterval time.Duration
 	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
 	// 3 s.
 	LeaveTimeout time.Duration
@@ -99,6 +102,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.ControllerTimeout, 2*time.Second)
 	defaultTo(&c.ReportWorkers, 32)
 	defaultTo(&c.RejoinPerSecond, 5000)
+	defaultTo(&c.SyncInterval, 2*time.Second)
 	defaultTo(&c.LeaveTimeout, 3*time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -153,7 +157,7 @@ func (c Config) Validate() error {
 		}
 	}
 	for field, d := range map[string]time.Duration{
-		"WriteTimeout": c.WriteTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "LeaveTimeout": c.LeaveTimeout,
+		"WriteTimeout": c.WriteTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "SyncInterval": c.SyncInterval, "LeaveTimeout": c.LeaveTimeout,
 	} {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))

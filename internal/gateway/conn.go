@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"errors"
-	"maps"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -35,40 +34,16 @@ type conn struct {
 	writing bool // a writer lives
 	closed  bool // nothing is taken any more
 
-	// Written under the lock of reports, read without: the rooms the client is in.
-	// The map is never changed, only replaced.
-	rooms atomic.Pointer[map[string]struct{}]
+	rooms rooms
 }
 
 // in tells whether the client is in a room.
-func (c *conn) in(room string) bool {
-	_, ok := c.allRooms()[room]
-	return ok
-}
+func (c *conn) in(room string) bool { return c.rooms.has(room) }
 
-func (c *conn) allRooms() map[string]struct{} {
-	if rooms := c.rooms.Load(); rooms != nil {
-		return *rooms
-	}
-	return nil
-}
+// identity implements holder, as roomSet, joined, left and refused do.
+func (c *conn) identity() (user, name string) { return c.user, c.name }
 
-// enterLocked puts the client into a room, exitLocked takes it out.
-func (c *conn) enterLocked(room string) {
-	if c.in(room) {
-		return
-	}
-	rooms := make(map[string]struct{}, len(c.allRooms())+1)
-	maps.Copy(rooms, c.allRooms())
-	rooms[room] = struct{}{}
-	c.rooms.Store(&rooms)
-}
-
-func (c *conn) exitLocked(room string) {
-	rooms := maps.Clone(c.allRooms())
-	delete(rooms, room)
-	c.rooms.Store(&rooms)
-}
+func (c *conn) roomSet() *rooms { return &c.rooms }
 
 // outgoing is one frame for a client: a push, a frame as it stands, or the last
 // one with its close code.

@@ -81,12 +81,12 @@ func New(cfg Config) (*Gateway, error) {
 	if err != nil {
 		return nil, fmt.Errorf("controller address: %w", err)
 	}
-	g.reports = newReports(g.cfg, g.cc, &g.count)
-	newCounters(g)
 	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {
 		return nil, errors.Join(err, g.cc.Close())
 	}
+	g.reports = newReports(g.cfg, g.node.BootID(), g.cc, &g.count)
+	newCounters(g)
 	g.grpc = grpc.NewServer(node.ServerOptions()...)
 	g.node.Attach(g.grpc)
 	healthpb.RegisterHealthServer(g.grpc, g.health)
@@ -121,6 +121,7 @@ func (g *Gateway) Start() error {
 
 	g.loops.Go(func() { g.reports.watchLoop(ctx) })
 	g.loops.Go(func() { g.reports.clockLoop(ctx) })
+	g.loops.Go(func() { g.reports.syncLoop(ctx) })
 	for range g.cfg.ReportWorkers {
 		g.loops.Go(g.reports.workLoop)
 	}
@@ -187,7 +188,7 @@ func (g *Gateway) sweepLoop(ctx context.Context) {
 			g.sweep()
 			if seen.regained(g.node.Registered()) {
 				// A Controller that watches etcd may have given this node up.
-				g.reports.again()
+				g.reports.lost()
 			}
 		}
 	}

@@ -504,7 +504,7 @@ func TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd(t *testing.T) {
 			t.Errorf("step %d: regained %v", i, got)
 		}
 	}
-	g.reports.again()
+	g.reports.lost()
 	eventually(t, "known again", func() bool { return c.has("u", "r") && c.has("u", "@node:node-1") })
 }
 
@@ -740,7 +740,7 @@ func FuzzClientMessage(f *testing.F) {
 		if err != nil && !strings.Contains(err.Error(), ":") {
 			t.Errorf("%v names no field", err)
 		}
-		for room := range c.allRooms() {
+		for room := range c.rooms.all {
 			if checkRoom(room) != nil {
 				t.Errorf("in room %q", room)
 			}

@@ -15,6 +15,7 @@ type counters struct {
 	joins       reportCounters
 	leaves      reportCounters
 	rejoins     *metrics.Counter
+	slots       *metrics.Counter
 }
 
 // reportCounters count calls to the Controller of one kind.
@@ -81,5 +82,6 @@ func newCounters(g *Gateway) {
 			failed:  set.NewCounter(`connect_node_reports_total{kind="leave",outcome="failed"}`),
 		},
 		rejoins: set.NewCounter("connect_node_rejoins_total"),
+		slots:   set.NewCounter("connect_node_slots_reported_total"),
 	}
 }

@@ -15,12 +15,25 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// presencePrefix begins the room in which a node keeps all its users, so that a
-// user without a room is found by the Controller, too. Clients do not see it.
-const presencePrefix = "@node:"
+const (
+	// presencePrefix begins the room in which a node keeps all its users, so that a
+	// user without a room is found by the Controller, too. Clients do not see it.
+	presencePrefix = "@node:"
+
+	// leaveShare is how many joins may go before a leave that waits: who comes
+	// waits for the answer, who goes does not, and must not wait for ever.
+	leaveShare = 8
+
+	// A call that was not answered may be executed yet. A Controller without
+	// SyncNode cannot tell: the report after it is repeated, firstRepeat later and
+	// then four times as long each, as often as repeats says.
+	repeats     = 3
+	firstRepeat = 2 * time.Second
+)
 
 var (
 	errTooManyRooms = errors.New("room_id: too many rooms on this connection")
@@ -28,18 +41,31 @@ var (
 	errGoing        = errors.New("node is going")
 )
 
+// holder is a connection, as far as its memberships go. Its last three methods
+// tell the client, do not wait and are called without a lock.
+type holder interface {
+	identity() (user, name string)
+	roomSet() *rooms
+	joined(room string)
+	left(room string)
+	refused(room, why string)
+}
+
 // reports keeps the Controller's picture of this node's memberships equal to the
 // truth. It does not queue events: for each user and room it knows what is and
 // what the Controller has been told, and works on the difference, one call at a
 // time for each. So its size is bounded by what the connections may hold, however
-// long the Controller is away.
+// long the Controller is away. Beside that it compares the whole with a Controller
+// that can (see sync.go), and reports everything again to one that cannot.
 type reports struct {
 	// Static after newReports.
 	cfg      Config
+	boot     string
 	presence string
 	count    *counters
 	cc       *grpc.ClientConn
 	client   pubsub.ControllerServiceClient
+	compare  chan struct{} // holds a token when a comparison is due at once
 
 	mu   sync.Mutex
 	work sync.Cond // there may be something to do
@@ -47,14 +73,19 @@ type reports struct {
 	// Guarded by mu.
 	all     map[membershipID]*membership
 	rooms   map[string]int // memberships in each
-	todo    []*membership  // to be looked at, oldest first
+	slots   []slot         // slots.Count
+	joins   turns          // to be looked at: somebody is in the room
+	leaves  turns          // to be looked at: nobody is
+	taken   int            // joins taken since the last leave
 	retry   []*membership  // to be looked at after their pause
 	rejoin  []*membership  // to be reported again, paced
-	epoch   uint64         // grows each time the Controller is reached anew; 0: never yet
+	seq     uint64         // of the latest report
+	reaches int            // how often the Controller was reached anew
 	ready   bool           // the Controller is reachable
 	leaving bool           // nobody joins any more
 	closed  bool
 	empty   chan struct{} // closed when all is empty while leaving
+	syncing syncState
 }
 
 type membershipID struct{ user, room string }
@@ -63,34 +94,55 @@ type membershipID struct{ user, room string }
 type membership struct {
 	membershipID
 
-	name     string
-	holders  []*conn // connections that are in the room
-	joiners  []*conn // to be told when the Controller knows
-	leavers  []*conn // to be told when the Controller has forgotten
-	told     bool    // the Controller may believe it
-	epoch    uint64  // in which the Controller confirmed it
-	busy     bool    // a worker has it
-	listed   bool    // it stands in todo or retry
-	failures int
-	due      time.Time // when in retry
+	hash    uint64
+	at      int // in its slot
+	name    string
+	holders []holder // connections that are in the room
+	joiners []holder // to be told when the Controller knows
+	leavers []holder // to be told when the Controller has forgotten
+
+	told      bool // the Controller may believe it
+	confirmed bool // the Controller has said so
+	again     bool // the Controller is to be told again, whatever it has said
+	counted   bool // it is in its slot's digest
+	busy      bool // a worker has it
+	inJoins   bool // it stands in joins
+	inLeaves  bool // it stands in leaves
+	inRetry   bool // it stands in retry
+	paused    bool // nothing is to be done for it before it is due
+	failures  int
+	repeats   int       // how often the last report is still to be repeated
+	due       time.Time // when in retry
 }
 
-func newReports(cfg Config, cc *grpc.ClientConn, count *counters) *reports {
+// slot is the memberships whose hashes have a remainder in common.
+type slot struct {
+	members []*membership
+	digest  uint64 // over those that are confirmed and held
+	busy    int    // calls under way for them
+}
+
+func newReports(cfg Config, boot string, cc *grpc.ClientConn, count *counters) *reports {
 	r := &reports{
 		cfg:      cfg,
+		boot:     boot,
 		presence: presencePrefix + cfg.NodeID,
 		count:    count,
 		cc:       cc,
 		client:   pubsub.NewControllerServiceClient(cc),
+		compare:  make(chan struct{}, 1),
 		all:      make(map[membershipID]*membership),
 		rooms:    make(map[string]int),
+		slots:    make([]slot, slots.Count),
 	}
 	r.work.L = &r.mu
 	return r
 }
 
+func (r *reports) slotOf(m *membership) *slot { return &r.slots[slots.Of(m.hash)] }
+
 // join puts c into the room. c is told when the Controller knows.
-func (r *reports) join(c *conn, room string) error {
+func (r *reports) join(c holder, room string) error {
 	r.mu.Lock()
 	m, known, err := r.joinLocked(c, room)
 	r.mu.Unlock()
@@ -101,26 +153,32 @@ func (r *reports) join(c *conn, room string) error {
 }
 
 // joinLocked returns known=true when the Controller knows already.
-func (r *reports) joinLocked(c *conn, room string) (m *membership, known bool, err error) {
+func (r *reports) joinLocked(c holder, room string) (m *membership, known bool, err error) {
 	if r.leaving {
 		return nil, false, errGoing
 	}
-	if !c.in(room) && room != r.presence && len(c.allRooms()) > r.cfg.MaxRooms { // Presence is one of them.
+	in := c.roomSet()
+	if room != r.presence && !in.has(room) && in.len() > r.cfg.MaxRooms { // Presence is one of them.
 		return nil, false, errTooManyRooms
 	}
-	id := membershipID{c.user, room}
+	user, name := c.identity()
+	id := membershipID{user, room}
 	m = r.all[id]
 	if m == nil {
-		m = &membership{membershipID: id}
+		m = &membership{membershipID: id, hash: slots.Hash(user, room)}
+		s := r.slotOf(m)
+		m.at = len(s.members)
+		s.members = append(s.members, m)
 		r.all[id] = m
 		r.rooms[room]++
 	}
-	c.enterLocked(room)
+	in.enter(room)
 	if !slices.Contains(m.holders, c) {
 		m.holders = append(m.holders, c)
 	}
-	m.name = c.name
-	if !m.busy && !m.listed && r.doneLocked(m) {
+	m.name = name
+	r.countLocked(m)
+	if !m.busy && r.doneLocked(m) {
 		return m, true, nil
 	}
 	if !slices.Contains(m.joiners, c) {
@@ -131,14 +189,15 @@ func (r *reports) joinLocked(c *conn, room string) (m *membership, known bool, e
 }
 
 // leave takes c out of the room. c is told when the Controller knows.
-func (r *reports) leave(c *conn, room string) error {
+func (r *reports) leave(c holder, room string) error {
 	r.mu.Lock()
-	if !c.in(room) {
+	if !c.roomSet().has(room) {
 		r.mu.Unlock()
 		return errNotInRoom
 	}
+	c.roomSet().exit(room)
 	m := r.dropLocked(c, room)
-	if m != nil && len(m.holders) == 0 && r.all[m.membershipID] == m {
+	if m != nil && len(m.holders) == 0 && r.all[m.membershipID] == m && (m.busy || !r.doneLocked(m)) {
 		m.leavers = append(m.leavers, c)
 		r.mu.Unlock()
 		return nil
@@ -150,26 +209,28 @@ func (r *reports) leave(c *conn, room string) error {
 }
 
 // drop takes c, which has ended, out of all its rooms.
-func (r *reports) drop(c *conn) {
+func (r *reports) drop(c holder) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for room := range c.allRooms() {
+	for room := range c.roomSet().exitAll() {
 		r.dropLocked(c, room)
 	}
 }
 
-func (r *reports) dropLocked(c *conn, room string) *membership {
-	c.exitLocked(room)
-	m := r.all[membershipID{c.user, room}]
+// dropLocked notes that c is out of the room.
+func (r *reports) dropLocked(c holder, room string) *membership {
+	user, _ := c.identity()
+	m := r.all[membershipID{user, room}]
 	if m == nil {
 		return nil
 	}
 	m.holders = remove(m.holders, c)
 	m.joiners = remove(m.joiners, c)
+	r.countLocked(m)
 	if len(m.holders) > 0 {
 		return m
 	}
-	if !m.busy && !m.told {
+	if !m.busy && !m.told && m.repeats == 0 {
 		r.deleteLocked(m)
 		return m
 	}
@@ -177,11 +238,11 @@ func (r *reports) dropLocked(c *conn, room string) *membership {
 	return m
 }
 
-func remove(conns []*conn, c *conn) []*conn {
-	if i := slices.Index(conns, c); i >= 0 {
-		return slices.Delete(conns, i, i+1)
+func remove(holders []holder, c holder) []holder {
+	if i := slices.Index(holders, c); i >= 0 {
+		return slices.Delete(holders, i, i+1)
 	}
-	return conns
+	return holders
 }
 
 // deleteLocked forgets m. A list that still has it skips it: it is done.
@@ -190,6 +251,11 @@ func (r *reports) deleteLocked(m *membership) {
 		return
 	}
 	delete(r.all, m.membershipID)
+	s := r.slotOf(m)
+	last := s.members[len(s.members)-1]
+	s.members[m.at], last.at = last, m.at
+	s.members[len(s.members)-1] = nil
+	s.members = s.members[:len(s.members)-1]
 	if r.rooms[m.room]--; r.rooms[m.room] <= 0 {
 		delete(r.rooms, m.room)
 	}
@@ -199,21 +265,39 @@ func (r *reports) deleteLocked(m *membership) {
 	}
 }
 
+// countLocked keeps the digest of m's slot: what the Controller should have.
+func (r *reports) countLocked(m *membership) {
+	counts := m.confirmed && len(m.holders) > 0
+	switch {
+	case counts == m.counted:
+	case counts:
+		r.slotOf(m).digest += m.hash
+	default:
+		r.slotOf(m).digest -= m.hash
+	}
+	m.counted = counts
+}
+
 // doneLocked tells that the Controller's picture of m is the truth.
 func (r *reports) doneLocked(m *membership) bool {
 	if len(m.holders) == 0 {
 		return !m.told
 	}
-	return m.told && m.epoch == r.epoch
+	return m.told && m.confirmed && !m.again
 }
 
-// listLocked makes a worker look at m.
+// listLocked makes a worker look at m: in the line of what is to be done for it.
 func (r *reports) listLocked(m *membership) {
-	if m.busy || m.listed { // Whoever has it looks again.
+	switch joins := len(m.holders) > 0; {
+	case m.busy || m.paused: // Whoever has it looks again.
 		return
+	case joins && !m.inJoins:
+		m.inJoins = true
+		r.joins.push(m)
+	case !joins && !m.inLeaves:
+		m.inLeaves = true
+		r.leaves.push(m)
 	}
-	m.listed = true
-	r.todo = append(r.todo, m)
 	r.work.Signal()
 }
 
@@ -228,51 +312,69 @@ func (r *reports) workLoop() {
 	}
 }
 
-// next waits for the Controller and for something to tell it.
+// next waits for the Controller and for something to tell it. Joins go first.
 func (r *reports) next() *membership {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for !r.closed && (!r.ready || len(r.todo) == 0) {
-		r.work.Wait()
+	for {
+		for !r.closed && (!r.ready || r.joins.n+r.leaves.n == 0) {
+			r.work.Wait()
+		}
+		if r.closed {
+			return nil
+		}
+		var m *membership
+		if r.joins.n == 0 || r.leaves.n > 0 && r.taken >= leaveShare {
+			r.taken = 0
+			m = r.leaves.pop()
+			m.inLeaves = false
+		} else {
+			r.taken++
+			m = r.joins.pop()
+			m.inJoins = false
+		}
+		if m.busy || m.paused || m.inJoins || m.inLeaves {
+			continue // Somebody looks at it, or it has changed its line.
+		}
+		m.busy = true
+		r.slotOf(m).busy++
+		return m
 	}
-	if r.closed {
-		return nil
-	}
-	m := r.todo[0]
-	r.todo[0] = nil
-	r.todo = r.todo[1:]
-	m.listed, m.busy = false, true
-	return m
 }
 
 // report makes at most one call for m and says to whom it matters what came of it.
 func (r *reports) report(m *membership) {
 	r.mu.Lock()
-	joins, epoch, name, done := len(m.holders) > 0, r.epoch, m.name, r.doneLocked(m)
-	if joins && !done {
-		m.told = true // From here on the Controller may believe it.
+	joins, name, call := len(m.holders) > 0, m.name, !r.doneLocked(m) || m.repeats > 0
+	if call {
+		r.seq++
+		m.told = m.told || joins // From here on the Controller may believe it.
+		m.again = false
 	}
+	seq := r.seq
 	r.mu.Unlock()
 
 	var refused string
 	var err error
-	if !done {
-		refused, err = r.call(m.membershipID, name, joins)
+	if call {
+		refused, err = r.call(m.membershipID, name, joins, seq)
 	}
 
 	r.mu.Lock()
 	m.busy = false
+	r.slotOf(m).busy--
 	var news []func()
 	switch {
 	case err != nil:
-		r.pauseLocked(m)
+		r.failLocked(m, err)
 	case refused != "":
-		m.told = false
+		m.told, m.confirmed, m.repeats = false, false, 0
 		news = r.refuseLocked(m, refused)
-	case !done:
+	case call:
 		m.failures = 0
-		m.told, m.epoch = joins, epoch
+		m.told, m.confirmed = joins, joins
 	}
+	r.countLocked(m)
 	if err == nil {
 		news = append(news, r.settleLocked(m)...)
 	}
@@ -280,6 +382,25 @@ func (r *reports) report(m *membership) {
 	for _, tell := range news {
 		tell()
 	}
+}
+
+// failLocked is for a call that did not succeed, and may have been executed.
+func (r *reports) failLocked(m *membership, err error) {
+	m.again = true
+	m.failures++
+	if status.Code(err) == codes.Aborted {
+		// Not executed. Another number may do at once; if not, another process of this
+		// node reports, and a comparison settles which of them does.
+		if m.failures < 3 {
+			r.listLocked(m)
+			return
+		}
+		r.compareNow()
+	} else if !r.syncing.can && !r.leaving {
+		m.repeats = repeats + 1
+	}
+	m.paused = true
+	r.retryLocked(m, min(50*time.Millisecond<<min(m.failures, 10), 5*time.Second))
 }
 
 // settleLocked looks at m after a call: it is done, or there is more to do.
@@ -295,6 +416,15 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 		news = append(news, func() { c.joined(m.room) })
 	}
 	m.leavers, m.joiners = nil, nil
+	if r.syncing.can || r.leaving {
+		m.repeats = 0
+	}
+	if m.repeats > 0 {
+		if m.repeats--; m.repeats > 0 {
+			r.retryLocked(m, firstRepeat<<(2*(repeats-m.repeats)))
+			return news
+		}
+	}
 	if len(m.holders) == 0 {
 		r.deleteLocked(m)
 	}
@@ -305,36 +435,36 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 // user into.
 func (r *reports) refuseLocked(m *membership, why string) (news []func()) {
 	for _, c := range m.holders {
-		c.exitLocked(m.room)
+		c.roomSet().exit(m.room)
 		news = append(news, func() { c.refused(m.room, why) })
 	}
 	m.holders, m.joiners = nil, nil
 	return news
 }
 
-// pauseLocked puts m aside after a failure that may pass.
-func (r *reports) pauseLocked(m *membership) {
-	if m.listed {
-		return
+// retryLocked looks at m again after a while.
+func (r *reports) retryLocked(m *membership, d time.Duration) {
+	m.due = time.Now().Add(d)
+	if !m.inRetry {
+		m.inRetry = true
+		r.retry = append(r.retry, m)
 	}
-	m.due = time.Now().Add(min(100*time.Millisecond<<min(m.failures, 10), 5*time.Second))
-	m.failures++
-	m.listed = true
-	r.retry = append(r.retry, m)
 }
 
 // call tells the Controller. refused is its own final no; an error may pass.
-func (r *reports) call(id membershipID, name string, joins bool) (refused string, err error) {
+func (r *reports) call(id membershipID, name string, joins bool, seq uint64) (refused string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), r.cfg.ControllerTimeout)
 	defer cancel()
 	var message string
 	ok := true
 	if joins {
-		reply, callErr := r.client.JoinRoom(ctx, &pubsub.JoinRoomRequest{UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID})
+		reply, callErr := r.client.JoinRoom(ctx, &pubsub.JoinRoomRequest{
+			UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.boot,
+		})
 		ok, message, err = reply.GetSuccess(), reply.GetMessage(), callErr
 	} else {
 		// success=false says that the user was not there: just as well.
-		_, err = r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: id.user, RoomId: id.room, NodeId: r.cfg.NodeID})
+		_, err = r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: id.user, RoomId: id.room, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.boot})
 	}
 	r.count.report(joins, ok, err)
 	switch status.Code(err) { //nolint:exhaustive // What is not listed may pass.
@@ -374,7 +504,7 @@ func (r *reports) tick(now time.Time) {
 	r.retry = slices.DeleteFunc(r.retry, func(m *membership) bool {
 		due := !m.due.After(now)
 		if due {
-			m.listed = false
+			m.inRetry, m.paused = false, false
 			r.listLocked(m)
 		}
 		return due
@@ -394,9 +524,9 @@ func (r *reports) tick(now time.Time) {
 	}
 }
 
-// watchLoop follows the connection to the Controller. Each time it is there anew
-// the Controller may be a new one that knows nothing. The first time it may know
-// what a process before this one has left behind.
+// watchLoop follows the connection to the Controller. The first time that it is
+// there the Controller may know what a process before this one has left behind;
+// each time it may be a new one that knows nothing.
 func (r *reports) watchLoop(ctx context.Context) {
 	cleared := false
 	for {
@@ -404,26 +534,35 @@ func (r *reports) watchLoop(ctx context.Context) {
 		if state == connectivity.Idle {
 			r.cc.Connect()
 		}
-		if state == connectivity.Ready && !cleared {
-			if cleared = r.clear(ctx); !cleared && pause(ctx, 100*time.Millisecond) {
+		if state == connectivity.Ready {
+			cleared = cleared || r.clear(ctx)
+			if !cleared || r.greet(ctx) != nil {
+				if !pause(ctx, 100*time.Millisecond) {
+					return
+				}
 				continue
 			}
 		}
-		r.reached(state == connectivity.Ready && cleared)
+		r.reached(state == connectivity.Ready)
 		if !r.cc.WaitForStateChange(ctx, state) {
 			return
 		}
 	}
 }
 
-// clear ends all memberships of this node id in one call. A Controller that does
-// not understand it has said so, and that is an answer, too.
+// clear ends all memberships that were reported of this node id before, in one
+// call. A Controller that does not understand it has said so, and that is an
+// answer, too.
 func (r *reports) clear(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.ControllerTimeout)
 	defer cancel()
-	_, err := r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{NodeId: r.cfg.NodeID})
+	r.mu.Lock()
+	r.seq++
+	request := &pubsub.LeaveRoomRequest{NodeId: r.cfg.NodeID, Seq: r.seq, BootId: r.boot}
+	r.mu.Unlock()
+	_, err := r.client.LeaveRoom(ctx, request)
 	switch status.Code(err) {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Aborted:
 		return false
 	default:
 		return true
@@ -450,30 +589,47 @@ func (r *reports) reached(ready bool) {
 		r.cfg.Logger.Info("controller connection", slog.Bool("ready", ready))
 	}
 	r.ready = ready
-	if ready {
-		r.againLocked()
+	if !ready {
+		return
 	}
+	r.reaches++
+	for _, m := range r.retry {
+		if m.again {
+			m.due = time.Time{} // It failed because the Controller was away.
+		}
+	}
+	if r.syncing.can {
+		r.compareNow()
+	} else {
+		r.againLocked()
+		if r.reaches > 1 {
+			r.count.rejoins.Inc()
+		}
+	}
+	r.work.Broadcast()
 }
 
-// again reports all memberships again.
-func (r *reports) again() {
+// lost is called when the Controller may have given this node up.
+func (r *reports) lost() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.syncing.can {
+		r.compareNow()
+		return
+	}
 	r.againLocked()
+	r.count.rejoins.Inc()
 }
 
+// againLocked reports all memberships again.
 func (r *reports) againLocked() {
-	r.epoch++
 	r.rejoin = r.rejoin[:0]
 	for _, m := range r.all {
-		if m.told && !r.doneLocked(m) {
+		if m.told && len(m.holders) > 0 {
+			m.again = true
 			r.rejoin = append(r.rejoin, m)
 		}
 	}
-	if r.epoch > 1 {
-		r.count.rejoins.Inc()
-	}
-	r.work.Broadcast()
 }
 
 // leaveAll takes everybody out of everything and waits until the Controller has
@@ -482,16 +638,20 @@ func (r *reports) leaveAll(ctx context.Context) error {
 	empty := make(chan struct{})
 	r.mu.Lock()
 	r.leaving = true
+	atOnce := r.ready && r.syncing.can
 	for _, m := range r.all {
 		for _, c := range m.holders {
-			c.exitLocked(m.room)
+			c.roomSet().exit(m.room)
 		}
-		m.holders, m.joiners, m.leavers = nil, nil, nil
+		m.holders, m.joiners, m.leavers, m.repeats = nil, nil, nil, 0
+		r.countLocked(m)
 		if !m.busy && !m.told {
 			r.deleteLocked(m)
 			continue
 		}
-		r.listLocked(m)
+		if !atOnce {
+			r.listLocked(m)
+		}
 	}
 	left := len(r.all)
 	r.empty = empty
@@ -500,6 +660,24 @@ func (r *reports) leaveAll(ctx context.Context) error {
 		close(empty)
 	}
 	r.mu.Unlock()
+	// A Controller that knows numbers ends all in one call, and what comes late
+	// changes nothing any more.
+	if atOnce {
+		cleared := r.clear(ctx)
+		r.mu.Lock()
+		for _, m := range r.all {
+			switch {
+			case !cleared:
+				r.listLocked(m)
+			case !m.busy:
+				r.deleteLocked(m)
+			}
+		}
+		r.mu.Unlock()
+		if cleared {
+			return nil
+		}
+	}
 	select {
 	case <-empty:
 		return nil
@@ -540,7 +718,7 @@ func (r *reports) roomCount() int {
 func (r *reports) pending() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.todo) + len(r.retry) + len(r.rejoin)
+	return r.joins.n + r.leaves.n + len(r.retry) + len(r.rejoin)
 }
 
 func (r *reports) isReady() bool {

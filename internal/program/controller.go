@@ -40,6 +40,7 @@ func (c *ControllerConfig) Bind(s *config.Set) {
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Int(&c.Controller.MaxUsers, "max_users", 0, 0, math.MaxInt32, "Users in one room; 0 for any number.")
 	s.Duration(&c.Controller.NodeGrace, "node_grace", 15*time.Second, time.Millisecond, "How long a Connect-Node may be gone from etcd before its users are.")
+	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start while registered Connect-Nodes have not reported their users. 0: not at all.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
 	c.Log.Bind(s)
 	c.Etcd.Bind(s)
@@ -91,7 +92,7 @@ func StartController(ctx context.Context, cfg ControllerConfig, logger *slog.Log
 	}
 	set := metrics.NewSet()
 	if c.http, err = telemetry.StartHTTP(telemetry.HTTPConfig{
-		Listener: ops, Metrics: set, NotReady: c.NotReady, PprofRemote: cfg.PprofRemote, Logger: logger,
+		Listener: ops, Metrics: set, NotReady: c.NotReady, Notes: c.notes, PprofRemote: cfg.PprofRemote, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
@@ -141,6 +142,15 @@ func (c *Controller) NotReady() []string {
 		return server.NotReady()
 	}
 	return []string{"starting"}
+}
+
+// notes is what an operator may want to know although the Controller is ready: it
+// has to be reached by the nodes whose reports it waits for.
+func (c *Controller) notes() []string {
+	if why := c.server.WarmingUp(); why != "" {
+		return []string{"warming up: " + why}
+	}
+	return nil
 }
 
 // Failed implements Program.

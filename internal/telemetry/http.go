@@ -32,6 +32,8 @@ type HTTPConfig struct {
 	// NotReady returns why the process must get no traffic, nothing when it may.
 	// nil: always ready.
 	NotReady func() []string
+	// Notes are added to the answer that the process is ready. nil: none.
+	Notes func() []string
 	// PprofRemote lets clients of other machines read profiles.
 	PprofRemote bool
 	Logger      *slog.Logger
@@ -136,7 +138,11 @@ func (h *HTTP) readyz(w http.ResponseWriter, _ *http.Request) {
 		plain(w, http.StatusServiceUnavailable, strings.Join(reasons, "\n")+"\n")
 		return
 	}
-	plain(w, http.StatusOK, "ok\n")
+	lines := []string{"ok"}
+	if h.cfg.Notes != nil {
+		lines = append(lines, h.cfg.Notes()...)
+	}
+	plain(w, http.StatusOK, strings.Join(lines, "\n")+"\n")
 }
 
 func (h *HTTP) metrics(w http.ResponseWriter, _ *http.Request) {

@@ -42,7 +42,7 @@ func (b *bench) settle() {
 
 func (b *bench) entry(key, id, addr string) entry {
 	b.rev++
-	return entry{key: key, node: Node{id, addr}, created: b.rev, modified: b.rev}
+	return entry{key: key, node: Node{ID: id, Addr: addr}, created: b.rev, modified: b.rev}
 }
 
 func (b *bench) put(ids ...string) {
@@ -124,7 +124,7 @@ func TestNewAddressIsToldAtOnce(t *testing.T) {
 	b.alive["a"] = true
 	b.r.put(b.now, b.entry("a", "a", "elsewhere:2"))
 	b.settle()
-	if want := (Node{"a", "elsewhere:2"}); b.set[0] != want || len(b.set) != 2 {
+	if want := (Node{ID: "a", Addr: "elsewhere:2"}); b.set[0] != want || len(b.set) != 2 {
 		t.Fatalf("got %v", b.set)
 	}
 }

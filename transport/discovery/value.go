@@ -25,7 +25,11 @@ const (
 )
 
 // Node is a registered node: who it is and where it is dialled.
-type Node struct{ ID, Addr string }
+type Node struct {
+	ID, Addr string
+	// BootID tells its process from an earlier one, empty when it does not say.
+	BootID string
+}
 
 // endpoint is a value as etcd's naming/endpoints package writes it.
 type endpoint struct {
@@ -76,7 +80,7 @@ func parseNode(key string, value []byte, nets []netip.Prefix) (Node, error) {
 	if in.Op != nil && *in.Op != 0 {
 		return Node{}, fmt.Errorf("value: Op is %d, not 0 (add)", *in.Op)
 	}
-	id, err := metadataID(in.Metadata)
+	id, boot, err := metadataIDs(in.Metadata)
 	if err != nil {
 		return Node{}, err
 	}
@@ -89,25 +93,27 @@ func parseNode(key string, value []byte, nets []netip.Prefix) (Node, error) {
 	if err := checkAddr(in.Addr, nets); err != nil {
 		return Node{}, err
 	}
-	return Node{ID: id, Addr: in.Addr}, nil
+	if checkID(boot) != nil {
+		boot = "" // Nobody needs it to reach the node.
+	}
+	return Node{ID: id, Addr: in.Addr, BootID: boot}, nil
 }
 
-// metadataID is Metadata.node_id, empty when there is none. Metadata that is no
-// object belongs to somebody else and says nothing about the id.
-func metadataID(raw json.RawMessage) (string, error) {
+// metadataIDs are Metadata.node_id and Metadata.boot_id, empty when there are none.
+// Metadata that is no object belongs to somebody else and says nothing about them.
+func metadataIDs(raw json.RawMessage) (node, boot string, err error) {
 	if len(raw) == 0 || raw[0] != '{' {
-		return "", nil
+		return "", "", nil
 	}
 	var metadata struct {
-		NodeID *string `json:"node_id"`
+		NodeID string          `json:"node_id"`
+		BootID json.RawMessage `json:"boot_id"`
 	}
 	if err := json.Unmarshal(raw, &metadata); err != nil {
-		return "", fmt.Errorf("metadata: %w", err)
+		return "", "", fmt.Errorf("metadata: %w", err)
 	}
-	if metadata.NodeID == nil {
-		return "", nil
-	}
-	return *metadata.NodeID, nil
+	_ = json.Unmarshal(metadata.BootID, &boot) // What is no text is somebody else's.
+	return metadata.NodeID, boot, nil
 }
 
 // checkID applies the limits of ids.

@@ -16,16 +16,18 @@ func TestParseNode(t *testing.T) {
 		want       Node
 		bad        string
 	}{
-		"contract":           {value: `{"Op":0,"Addr":"192.168.1.10:50052","Metadata":{"node_id":"connect-node-1"}}`, want: Node{"connect-node-1", "192.168.1.10:50052"}},
-		"no metadata":        {value: `{"Addr":"h:1"}`, want: Node{"key-1", "h:1"}},
-		"null metadata":      {value: `{"Op":0,"Addr":"h:1","Metadata":null}`, want: Node{"key-1", "h:1"}},
-		"foreign metadata":   {value: `{"Addr":"h:1","Metadata":7}`, want: Node{"key-1", "h:1"}},
-		"other metadata":     {value: `{"Addr":"h:1","Metadata":{"zone":3}}`, want: Node{"key-1", "h:1"}},
-		"empty node_id":      {value: `{"Addr":"h:1","Metadata":{"node_id":""}}`, want: Node{"key-1", "h:1"}},
-		"deeper key":         {key: ConnectNodePrefix + "a/b", value: `{"Addr":"h:1"}`, want: Node{"b", "h:1"}},
-		"ipv6":               {value: `{"Addr":"[2001:db8::1]:65535"}`, want: Node{"key-1", "[2001:db8::1]:65535"}},
-		"loopback":           {value: `{"Addr":"127.0.0.1:1"}`, want: Node{"key-1", "127.0.0.1:1"}},
-		"allowed network":    {value: `{"Addr":"10.1.2.3:1"}`, nets: lan, want: Node{"key-1", "10.1.2.3:1"}},
+		"contract":           {value: `{"Op":0,"Addr":"192.168.1.10:50052","Metadata":{"node_id":"connect-node-1"}}`, want: Node{ID: "connect-node-1", Addr: "192.168.1.10:50052"}},
+		"boot id":            {value: `{"Addr":"h:1","Metadata":{"node_id":"n","boot_id":"b"}}`, want: Node{ID: "n", Addr: "h:1", BootID: "b"}},
+		"foreign boot id":    {value: `{"Addr":"h:1","Metadata":{"boot_id":7}}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"no metadata":        {value: `{"Addr":"h:1"}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"null metadata":      {value: `{"Op":0,"Addr":"h:1","Metadata":null}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"foreign metadata":   {value: `{"Addr":"h:1","Metadata":7}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"other metadata":     {value: `{"Addr":"h:1","Metadata":{"zone":3}}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"empty node_id":      {value: `{"Addr":"h:1","Metadata":{"node_id":""}}`, want: Node{ID: "key-1", Addr: "h:1"}},
+		"deeper key":         {key: ConnectNodePrefix + "a/b", value: `{"Addr":"h:1"}`, want: Node{ID: "b", Addr: "h:1"}},
+		"ipv6":               {value: `{"Addr":"[2001:db8::1]:65535"}`, want: Node{ID: "key-1", Addr: "[2001:db8::1]:65535"}},
+		"loopback":           {value: `{"Addr":"127.0.0.1:1"}`, want: Node{ID: "key-1", Addr: "127.0.0.1:1"}},
+		"allowed network":    {value: `{"Addr":"10.1.2.3:1"}`, nets: lan, want: Node{ID: "key-1", Addr: "10.1.2.3:1"}},
 		"not json":           {value: `hello`, bad: "value:"},
 		"empty":              {value: ``, bad: "value:"},
 		"array":              {value: `[]`, bad: "value:"},
@@ -89,7 +91,7 @@ func TestEncodedValueIsRead(t *testing.T) {
 		t.Fatalf("the id reached out of its segment: %q", key)
 	}
 	got, err := parseNode(key, []byte(value), nil)
-	if want := (Node{"a/b", "h:1"}); err != nil || got != want {
+	if want := (Node{ID: "a/b", Addr: "h:1"}); err != nil || got != want {
 		t.Fatalf("got %v, %v; want %v", got, err, want)
 	}
 	if want := `{"Op":0,"Addr":"h:1","Metadata":{"node_id":"a/b","zone":"z"}}`; value != want {

@@ -28,6 +28,7 @@ func (s *Server) Register(etcd *clientv3.Client, addr string) error {
 		Client:        etcd,
 		ID:            s.cfg.NodeID,
 		Addr:          addr,
+		Metadata:      map[string]string{"boot_id": s.bootID}, // A Controller ends what another boot has reported.
 		Logger:        s.cfg.Logger,
 		Metrics:       s.cfg.Metrics,
 		MetricsPrefix: "connect_node",
