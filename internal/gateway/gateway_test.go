@@ -491,23 +491,6 @@ func TestWhatAKilledPredecessorLeftBehindIsEnded(t *testing.T) {
 	}
 }
 
-func TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd(t *testing.T) {
-	c := newController(t)
-	g, _ := start(t, c, nil)
-	connect(t, g, "u", "r")
-	c.mu.Lock()
-	c.members = map[string]string{} // The Controller has given the node up.
-	c.mu.Unlock()
-	var seen registrationState
-	for i, step := range []struct{ up, want bool }{{false, false}, {true, false}, {true, false}, {false, false}, {false, false}, {true, true}, {true, false}} {
-		if got := seen.regained(step.up); got != step.want {
-			t.Errorf("step %d: regained %v", i, got)
-		}
-	}
-	g.reports.lost()
-	eventually(t, "known again", func() bool { return c.has("u", "r") && c.has("u", "@node:node-1") })
-}
-
 func TestReportsAreRetried(t *testing.T) {
 	c := newController(t)
 	g, _ := start(t, c, nil)

@@ -80,6 +80,8 @@ type reports struct {
 	retry   []*membership  // to be looked at after their pause
 	rejoin  []*membership  // to be reported again, paced
 	seq     uint64         // of the latest report
+	doubts  int            // how often everything is still to be reported again
+	doubted time.Time      // when, next
 	reaches int            // how often the Controller was reached anew
 	ready   bool           // the Controller is reachable
 	leaving bool           // nobody joins any more
@@ -112,6 +114,7 @@ type membership struct {
 	paused    bool // nothing is to be done for it before it is due
 	failures  int
 	repeats   int       // how often the last report is still to be repeated
+	repeat    bool      // now
 	due       time.Time // when in retry
 }
 
@@ -245,12 +248,20 @@ func remove(holders []holder, c holder) []holder {
 	return holders
 }
 
-// deleteLocked forgets m. A list that still has it skips it: it is done.
+// deleteLocked forgets m. retry may still have it, and skips it: it is done.
 func (r *reports) deleteLocked(m *membership) {
 	if r.all[m.membershipID] != m {
 		return
 	}
 	delete(r.all, m.membershipID)
+	if m.inJoins {
+		m.inJoins = false
+		r.joins.remove(m)
+	}
+	if m.inLeaves {
+		m.inLeaves = false
+		r.leaves.remove(m)
+	}
 	s := r.slotOf(m)
 	last := s.members[len(s.members)-1]
 	s.members[m.at], last.at = last, m.at
@@ -345,7 +356,9 @@ func (r *reports) next() *membership {
 // report makes at most one call for m and says to whom it matters what came of it.
 func (r *reports) report(m *membership) {
 	r.mu.Lock()
-	joins, name, call := len(m.holders) > 0, m.name, !r.doneLocked(m) || m.repeats > 0
+	joins, name, repeat := len(m.holders) > 0, m.name, m.repeat
+	call := repeat || !r.doneLocked(m)
+	m.repeat = false
 	if call {
 		r.seq++
 		m.told = m.told || joins // From here on the Controller may believe it.
@@ -368,11 +381,14 @@ func (r *reports) report(m *membership) {
 	case err != nil:
 		r.failLocked(m, err)
 	case refused != "":
-		m.told, m.confirmed, m.repeats = false, false, 0
+		m.told, m.confirmed = false, false
 		news = r.refuseLocked(m, refused)
 	case call:
 		m.failures = 0
 		m.told, m.confirmed = joins, joins
+		if repeat && m.repeats > 0 {
+			m.repeats--
+		}
 	}
 	r.countLocked(m)
 	if err == nil {
@@ -397,7 +413,7 @@ func (r *reports) failLocked(m *membership, err error) {
 		}
 		r.compareNow()
 	} else if !r.syncing.can && !r.leaving {
-		m.repeats = repeats + 1
+		m.repeats = repeats
 	}
 	m.paused = true
 	r.retryLocked(m, min(50*time.Millisecond<<min(m.failures, 10), 5*time.Second))
@@ -419,13 +435,10 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 	if r.syncing.can || r.leaving {
 		m.repeats = 0
 	}
-	if m.repeats > 0 {
-		if m.repeats--; m.repeats > 0 {
-			r.retryLocked(m, firstRepeat<<(2*(repeats-m.repeats)))
-			return news
-		}
-	}
-	if len(m.holders) == 0 {
+	switch {
+	case m.repeats > 0 && !m.inRetry:
+		r.retryLocked(m, firstRepeat<<(2*(repeats-m.repeats)))
+	case m.repeats == 0 && len(m.holders) == 0:
 		r.deleteLocked(m)
 	}
 	return news
@@ -504,6 +517,7 @@ func (r *reports) tick(now time.Time) {
 	r.retry = slices.DeleteFunc(r.retry, func(m *membership) bool {
 		due := !m.due.After(now)
 		if due {
+			m.repeat = m.repeats > 0 && !m.paused
 			m.inRetry, m.paused = false, false
 			r.listLocked(m)
 		}
@@ -511,6 +525,14 @@ func (r *reports) tick(now time.Time) {
 	})
 	if len(r.retry) == 0 {
 		r.retry = nil
+	}
+	if r.syncing.can || r.leaving {
+		r.doubts = 0
+	}
+	if r.doubts > 0 && now.After(r.doubted) {
+		r.doubts--
+		r.doubted = now.Add(firstRepeat << (2 * (repeats - r.doubts)))
+		r.againLocked()
 	}
 	if !r.ready {
 		return
@@ -563,6 +585,10 @@ func (r *reports) clear(ctx context.Context) bool {
 	_, err := r.client.LeaveRoom(ctx, request)
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Aborted:
+		// It may be executed yet, and end what is reported meanwhile.
+		r.mu.Lock()
+		r.doubts, r.doubted = repeats, time.Now().Add(firstRepeat)
+		r.mu.Unlock()
 		return false
 	default:
 		return true

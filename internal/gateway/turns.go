@@ -1,48 +1,64 @@
 package gateway
 
+import (
+	"container/list"
+	"slices"
+)
+
 // turns is a queue in which users take turns: one with a thousand memberships to
 // report delays another by one of them. Guarded by reports.mu.
 type turns struct {
-	users map[string]*turn
-	ring  []*turn // in the order of their turns
-	n     int     // memberships
+	users map[string]*list.Element
+	ring  list.List // of *turn, in the order of their turns
+	n     int       // memberships
 }
 
-// turn is what waits for one user, oldest first.
+// turn is what waits for one user, oldest first. Never empty.
 type turn struct {
-	user string
-	list []*membership
+	user    string
+	waiting []*membership
 }
 
 func (q *turns) push(m *membership) {
-	t := q.users[m.user]
-	if t == nil {
-		if q.users == nil {
-			q.users = make(map[string]*turn)
-		}
-		t = &turn{user: m.user}
-		q.users[m.user] = t
-		q.ring = append(q.ring, t)
-	}
-	t.list = append(t.list, m)
 	q.n++
+	if e := q.users[m.user]; e != nil {
+		t := e.Value.(*turn)
+		t.waiting = append(t.waiting, m)
+		return
+	}
+	if q.users == nil {
+		q.users = make(map[string]*list.Element)
+	}
+	q.users[m.user] = q.ring.PushBack(&turn{user: m.user, waiting: []*membership{m}})
 }
 
-// pop takes the next one; nil when there is none.
+// pop takes the next one. There must be one.
 func (q *turns) pop() *membership {
-	if q.n == 0 {
-		return nil
-	}
-	q.n--
-	t := q.ring[0]
-	q.ring[0] = nil
-	q.ring = q.ring[1:]
-	m := t.list[0]
-	t.list[0] = nil
-	if t.list = t.list[1:]; len(t.list) == 0 {
-		delete(q.users, t.user)
-	} else {
-		q.ring = append(q.ring, t)
-	}
+	e := q.ring.Front()
+	m := e.Value.(*turn).waiting[0]
+	q.ring.MoveToBack(e)
+	q.take(e, 0)
 	return m
+}
+
+// remove takes out m, which waits.
+func (q *turns) remove(m *membership) {
+	e := q.users[m.user]
+	q.take(e, slices.Index(e.Value.(*turn).waiting, m))
+}
+
+func (q *turns) take(e *list.Element, i int) {
+	q.n--
+	t := e.Value.(*turn)
+	if len(t.waiting) == 1 {
+		q.ring.Remove(e)
+		delete(q.users, t.user)
+		return
+	}
+	if i == 0 {
+		t.waiting[0] = nil
+		t.waiting = t.waiting[1:]
+		return
+	}
+	t.waiting = slices.Delete(t.waiting, i, i+1)
 }
