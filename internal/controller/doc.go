@@ -16,19 +16,40 @@
 //   - LeaveRoom without a node_id ends the user's memberships of that room on all
 //     nodes.
 //
+// # Reports
+//
+// Reports that have a boot id and a number take effect as if they came in the
+// order of their numbers. A membership keeps the number of the report that
+// confirmed it last. What has ended keeps no number of its own: each of the 1,024
+// slots of a node has the highest number that has ended something there, and a join
+// below it is ErrOld, to be made again with another number. So the memory for it is
+// constant, and no time has to be guessed after which nothing comes late. SyncNode
+// compares a digest of each slot and sets whole slots; proto/README.md describes it.
+//
+// # The start
+//
+// A store that is empty because the process has just started must not be believed.
+// With Config.Warmup look-ups are UNAVAILABLE, and change streams wait for their
+// synced, until each node that is registered in etcd has said by SyncNode that it
+// has told this store everything. A node that says nothing is waited for until
+// Warmup has passed, one that is reporting four times as long. Without etcd nobody
+// knows which nodes there are, and it lasts for Warmup. An etcd that has lost its
+// data together with the Controller looks like a first start. Health and readiness
+// stay good: nodes must reach the Controller for the warm-up to end.
+//
 // # Nodes that die
 //
 // With Config.Client the Controller watches the nodes registered in etcd. A node
-// that has memberships and is not registered for Config.NodeGrace loses them.
-// While etcd cannot be reached nothing is dropped.
+// that has memberships, is not registered and calls SyncNode no more loses them at
+// once. One that still calls it was lost in etcd and lives: it loses them after
+// Config.NodeGrace, and so does one that never calls it. While etcd cannot be
+// reached nothing is dropped.
 //
-// A node that is restarted under its old id within the grace would inherit what
-// its predecessor left behind. It therefore begins with LeaveRoom{node_id: itself}
-// without a user and a room, which ends all memberships of that node. One that
-// does not is still served right: it answers "not here" for users it does not
-// have, and Push-Manager counts them offline. A node that was given up while it
-// lived (etcd did not hear of it for longer than TTL and grace) has to join its
-// users again.
+// A node that is registered with another boot id than that of its memberships has
+// been restarted, and what the process before has reported goes in the same way. A
+// node begins with LeaveRoom{node_id: itself} without a user and a room, which ends
+// all that was reported before. One that does not is still served right: it answers
+// "not here" for users it does not have, and Push-Manager counts them offline.
 //
 // # Invariants
 //
@@ -39,5 +60,5 @@
 //   - What a look-up returns is immutable; replies are encoded outside of the lock.
 //
 // Locks: Memory.mu and hub.mu are never held together; hub.mu is taken before
-// watcher.mu.
+// watcher.mu. roster.mu is a leaf.
 package controller

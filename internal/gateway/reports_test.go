@@ -557,7 +557,8 @@ func TestRestartedControllerNeverAnswersInPart(t *testing.T) {
 type lateController struct {
 	*controller
 
-	late chan struct{}
+	mute bool          // SyncNode
+	late chan struct{} // closed when joins of the room are executed
 }
 
 func (c *lateController) JoinRoom(ctx context.Context, r *pubsub.JoinRoomRequest) (*pubsub.JoinRoomResponse, error) {
@@ -567,8 +568,18 @@ func (c *lateController) JoinRoom(ctx context.Context, r *pubsub.JoinRoomRequest
 	return c.controller.JoinRoom(ctx, r)
 }
 
-func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
-	c := &lateController{controller: &controller{members: map[string]string{}}, late: make(chan struct{})}
+// SyncNode does not answer, as a proxy may do that does not know it.
+func (c *lateController) SyncNode(ctx context.Context, _ *pubsub.SyncNodeRequest) (*pubsub.SyncNodeResponse, error) {
+	if !c.mute {
+		return nil, status.Error(codes.Unimplemented, "no such method")
+	}
+	<-ctx.Done()
+	return nil, status.FromContextError(ctx.Err()).Err()
+}
+
+func startLateController(t *testing.T, mute bool) *lateController {
+	t.Helper()
+	c := &lateController{controller: &controller{members: map[string]string{}}, mute: mute, late: make(chan struct{})}
 	lis, err := net.Listen("tcp", freeport.Addr(t))
 	if err != nil {
 		t.Fatal(err)
@@ -579,6 +590,11 @@ func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = gs.Serve(lis) })
 	t.Cleanup(func() { gs.Stop(); wg.Wait() })
+	return c
+}
+
+func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
+	c := startLateController(t, false)
 	g, _ := start(t, c.controller, func(c *Config) { c.ControllerTimeout = 50 * time.Millisecond })
 	eventually(t, "ready", func() bool { return g.Ready() == nil })
 	m := newMember("u")
@@ -591,6 +607,16 @@ func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 	close(c.late)
 	eventually(t, "the join is executed", func() bool { return slices.Contains(c.calls("u", "late"), "join") })
 	eventually(t, "the ghost has gone", func() bool { return !c.has("u", "late") })
+}
+
+func TestControllerThatDoesNotAnswerComparisonsIsToldAllTheSame(t *testing.T) {
+	c := startLateController(t, true)
+	g, _ := start(t, c.controller, func(c *Config) { c.ControllerTimeout = 50 * time.Millisecond })
+	eventually(t, "ready", func() bool { return g.Ready() == nil })
+	connect(t, g, "u", "r")
+	if !c.has("u", "r") {
+		t.Error("the controller does not know")
+	}
 }
 
 func TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd(t *testing.T) {

@@ -29,6 +29,7 @@ var errOtherStore = errors.New("the controller has forgotten meanwhile")
 // reports.mu.
 type syncState struct {
 	can      bool   // it has
+	absent   bool   // it has not, and said so
 	store    string // its store, once it has been told
 	unsent   map[uint32]struct{}
 	complete bool // store has been told everything
@@ -71,14 +72,15 @@ func (r *reports) compareNow() {
 // Controller can compare, and whether it is the one from before.
 func (r *reports) greet(ctx context.Context) error {
 	err := r.ask(ctx)
+	code := status.Code(err)
 	r.mu.Lock()
-	r.syncing.can = err == nil
+	r.syncing.can, r.syncing.absent = err == nil, code == codes.Unimplemented
 	r.mu.Unlock()
-	switch status.Code(err) {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Aborted:
+	switch code {
+	case codes.Unavailable, codes.Canceled, codes.Aborted:
 		return err
 	default:
-		return nil
+		return nil // One that does not answer may be a Controller that does not know it.
 	}
 }
 
@@ -86,12 +88,16 @@ func (r *reports) greet(ctx context.Context) error {
 // again soon.
 func (r *reports) sync(ctx context.Context) (more bool, err error) {
 	r.mu.Lock()
-	can, completed := r.syncing.can, r.syncing.complete
+	absent, completed := r.syncing.absent, r.syncing.complete
 	r.mu.Unlock()
-	if !can {
+	if absent {
 		return false, nil
 	}
-	err = r.ask(ctx)
+	if err = r.ask(ctx); err == nil {
+		r.mu.Lock()
+		r.syncing.can = true
+		r.mu.Unlock()
+	}
 	for sent := true; sent && err == nil; {
 		sent, err = r.send(ctx)
 	}

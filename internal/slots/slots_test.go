@@ -8,11 +8,11 @@ import (
 
 // The figures stand in proto/README.md, for authors in other languages.
 func TestHashIsAsDocumented(t *testing.T) {
-	h := slots.Hash("alice", "lobby")
-	if got, want := h, uint64(17282378313406953472); got != want {
+	h := slots.Hash("alice", "room-1")
+	if got, want := h, uint64(6995902236231864671); got != want {
 		t.Errorf("hash %d, want %d", got, want)
 	}
-	if got, want := slots.Of(h), 0; got != want {
+	if got, want := slots.Of(h), 351; got != want {
 		t.Errorf("slot %d, want %d", got, want)
 	}
 }
