@@ -112,3 +112,4 @@ include benchmarks/bench.mk
 include internal/faultbench/chaos.mk
 include internal/faultbench/soak.mk
 include internal/faultbench/recovery.mk
+include internal/faultbench/honesty.mk

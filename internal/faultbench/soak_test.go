@@ -419,6 +419,7 @@ func (s *soak) starvations() (spans [][2]time.Duration) {
 // The ledger is locked for moments only: whoever pushes meanwhile would wait.
 func (l *ledger) takeOut(answered, forget time.Duration) *ledger {
 	out := newLedger()
+	out.clientsLeave = l.clientsLeave
 	var kept []*push
 	forgotten := map[string]bool{}
 	l.mu.Lock()

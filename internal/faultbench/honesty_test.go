@@ -1,0 +1,281 @@
+package faultbench
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/push-manager/push-manager/internal/etcdtest"
+	"github.com/push-manager/push-manager/internal/freeport"
+)
+
+// honestyEnv is how long people come and go; without it the run is skipped.
+const honestyEnv = "HONESTY_DURATION"
+
+// What the town does, in a second.
+const (
+	townActs   = 200  // people who connect, move, leave, or change rooms
+	townPushes = 2000 // half of them in PushStreams
+)
+
+const (
+	townPeople = 300
+	townRooms  = 30
+
+	// townHold is how long after its answer a push is judged: longer than any node is
+	// stopped, and whatever is still to arrive has arrived. townLap is as in soak.
+	townHold = 8 * time.Second
+	townLap  = 2 * time.Second
+)
+
+// TestHonesty runs the programs as they ship, and real WebSocket clients that come, move and
+// go, while gateways are killed, stopped and drained and the Controller is restarted. What
+// callers are told is held against what clients got:
+//
+//   - who stayed connected for 200 ms, and until after the answer, misses nothing that says
+//     delivered, and is never said to be offline
+//   - nothing arrives that was said to be failed or offline
+//   - nothing arrives twice at one connection, or in another order than promised
+//   - a room's push reaches connections that are in the room, and no others
+func TestHonesty(t *testing.T) {
+	text := os.Getenv(honestyEnv)
+	if text == "" {
+		t.Skipf("long: set %s=5m, or run make honesty", honestyEnv)
+	}
+	duration, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatalf("%s: %v", honestyEnv, err)
+	}
+	town := newTown(t)
+	begun := town.ledger.now()
+	town.populate()
+	pushed := town.push()
+	var all tally
+	all.errors = town.ledger.tally(0, 0, nil).errors
+	judge := func(until time.Duration) {
+		done := town.ledger.takeOut(until, until-townLap)
+		for _, v := range done.check(slackForCI) {
+			town.broken("%s: %s\n    %v", v.rule, v.text, v.push)
+		}
+		var old []*push
+		for _, p := range done.pushes {
+			if p.end < until-townLap {
+				old = append(old, p)
+				all.add(p)
+			}
+		}
+		town.owed(old, done.arrivals)
+		town.forget(until - 2*townLap - defaultDeadline - slackForCI)
+	}
+	faults := 0
+	for end, r := begun+duration, rand.New(rand.NewPCG(town.seed, 7)); town.ledger.now() < end; faults++ {
+		if elapsed := town.ledger.now() - begun; faults > 0 && elapsed > duration/2 && town.controllerLives == 1 {
+			town.restartController()
+		} else {
+			town.harm(r)
+		}
+		for range 2 {
+			wait(2 * time.Second)
+			judge(town.ledger.now() - townHold)
+		}
+	}
+	took := town.ledger.now() - begun
+	close(town.stop)
+	town.callers.Wait()
+	town.people.Wait()
+	town.readers.Wait()
+	judge(town.ledger.now() + time.Hour)
+
+	t.Logf("%v with %d faults: %.0f acts/s, %.0f pushes/s, %d refusals to clients, %d times when the machine let nobody run", took.Round(time.Second), faults,
+		float64(town.acts.Load())/took.Seconds(), float64(pushed.Load())/took.Seconds(), town.refused.Load(), len(town.ledger.frozen))
+	t.Log(all)
+	t.Logf("%d promises broken", len(town.wrong))
+	for i, w := range town.wrong {
+		if i == 20 {
+			break
+		}
+		t.Error(w)
+	}
+	if len(town.wrong) > 0 {
+		for _, n := range town.ledger.notes {
+			t.Logf("%12v  %s", n.at.Round(time.Millisecond), n.text)
+		}
+	}
+	if all.delivered < int(took.Seconds())*100 {
+		t.Errorf("%d deliveries prove nothing", all.delivered)
+	}
+}
+
+// gate is a gateway over several lives of its process.
+type gate struct {
+	*process
+
+	id      string
+	http    string // where clients connect
+	metrics string
+	env     []string
+
+	leaving bool // it takes nobody now; guarded by town.mu
+}
+
+func newTown(t *testing.T) *town {
+	t.Helper()
+	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcdtest.Start(t), unwatch: func() {}}
+	b.ledger.clientsLeave = true
+	b.watch(starved)
+	t.Cleanup(func() { b.unwatch() })
+	b.client = b.etcd.Client()
+	p := freeport.Take(t, 2)
+	address := "127.0.0.1:" + p[0]
+	b.controller = &controller{address: address} // for those who ask where it is; ours is a process
+	c := &town{bench: b, stop: make(chan struct{}), rooms: names("r", townRooms), users: names("u", townPeople), byUser: map[string][]*visit{}}
+	c.controllerEnv = []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}
+	c.bootController()
+	for i := range 3 {
+		p := freeport.Take(t, 3)
+		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], metrics: "http://127.0.0.1:" + p[2]}
+		g.env = []string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
+			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}
+		c.bootGate(g)
+		c.gates = append(c.gates, g)
+	}
+	for i := range 2 {
+		m := c.launch(fmt.Sprint("pm-", i), prompt("LOOKUP_TIMEOUT=300ms", "CONTROLLER_ADDRESS="+address)...)
+		m.reaches(len(c.gates))
+		c.managers = append(c.managers, m)
+	}
+	return c
+}
+
+func (t *town) bootController() {
+	t.controller = run(t.t, "controller", exec.Command(pushManager(t.t), "controller"), t.controllerEnv)
+	t.controllerLives++
+}
+
+func (t *town) bootGate(g *gate) {
+	t.t.Helper()
+	g.process = run(t.t, g.id, exec.Command(pushManager(t.t), "connect-node"), g.env)
+	eventually(t.t, g.id+" is ready", func() error {
+		code, body, err := get(g.metrics + "/readyz")
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("%d %s", code, body)
+		}
+		return err
+	})
+}
+
+// populate starts the people.
+func (t *town) populate() {
+	for i, name := range t.users {
+		p := &person{t: t, name: name, r: rand.New(rand.NewPCG(t.seed, uint64(1000+i)))}
+		t.people.Go(func() { p.live(time.Second * townPeople / townActs) })
+	}
+	wait(2 * time.Second)
+}
+
+// push starts the callers: half of the pushes one by one, half in PushStreams.
+func (t *town) push() *atomic.Int64 {
+	var count atomic.Int64
+	const callers, batch = 16, 25
+	any := func(r *rand.Rand) request {
+		if r.IntN(4) == 0 {
+			return room(t.anyRoom(r))
+		}
+		return user(pick(r, t.users))
+	}
+	every := func(pause time.Duration, do func()) {
+		ticker := time.NewTicker(pause)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-t.stop:
+				return
+			case <-ticker.C:
+				do()
+			}
+		}
+	}
+	for i := range callers {
+		m := t.managers[i%len(t.managers)]
+		r := rand.New(rand.NewPCG(t.seed, uint64(100+i)))
+		t.callers.Go(func() {
+			every(time.Second*callers/(townPushes/2), func() {
+				m.ask(context.Background(), m, any(r))
+				count.Add(1)
+			})
+		})
+	}
+	for i, m := range t.managers {
+		r := rand.New(rand.NewPCG(t.seed, uint64(200+i)))
+		t.callers.Go(func() {
+			every(time.Second*batch*2/(townPushes/2), func() {
+				requests := make([]request, batch)
+				for i := range requests {
+					requests[i] = any(r)
+				}
+				count.Add(int64(len(m.stream(requests))))
+			})
+		})
+	}
+	return &count
+}
+
+// harm does something to a gateway and waits until it is there again.
+func (t *town) harm(r *rand.Rand) {
+	g := t.gates[r.IntN(len(t.gates))]
+	pause := time.Duration(500+r.IntN(3000)) * time.Millisecond
+	switch r.IntN(3) {
+	case 0:
+		t.ledger.note("%s is killed", g.id)
+		t.close(g)
+		g.kill()
+		wait(pause)
+		t.bootGate(g)
+	case 1:
+		t.ledger.note("%s is stopped for %v", g.id, pause)
+		g.stop()
+		wait(pause)
+		g.cont()
+	default:
+		t.ledger.note("%s is drained", g.id)
+		t.close(g)
+		g.signal(syscall.SIGTERM)
+		<-g.done
+		t.bootGate(g)
+	}
+	t.mu.Lock()
+	g.leaving = false
+	t.mu.Unlock()
+	t.ledger.note("%s is there", g.id)
+}
+
+// close notes that a gateway goes: nothing is owed to its connections from here on.
+func (t *town) close(g *gate) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g.leaving = true
+	now := t.ledger.now()
+	for _, visits := range t.byUser {
+		for _, v := range visits {
+			if v.gate == g && v.closed == 0 {
+				v.closed = now
+			}
+		}
+	}
+}
+
+// restartController kills the Controller, whose memory is all it has, and starts another.
+func (t *town) restartController() {
+	t.ledger.note("the controller is killed")
+	t.controller.kill()
+	wait(500 * time.Millisecond)
+	t.bootController()
+	t.ledger.note("another controller")
+}
