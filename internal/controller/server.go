@@ -134,6 +134,18 @@ func (s *Server) WarmingUp() string {
 	return s.roster.waiting()
 }
 
+// Etcd says why it is not known which nodes are registered, "" when it is, or without etcd.
+func (s *Server) Etcd() string {
+	w := s.roster.watcher
+	if w == nil || w.Synced() {
+		return ""
+	}
+	if why := w.Why(); why != "" {
+		return "has not answered yet: " + why
+	}
+	return "has not answered yet"
+}
+
 // Drain refuses new calls, ends the change streams and waits for the calls under
 // way, at most until ctx ends. Close follows.
 func (s *Server) Drain(ctx context.Context) error {

@@ -138,19 +138,26 @@ func (c *Controller) NotReady() []string {
 		return []string{"draining"}
 	default:
 	}
-	if server := c.server.Load(); server != nil {
-		return server.NotReady()
+	if c.server.Load() == nil {
+		return []string{"starting"}
 	}
-	return []string{"starting"}
+	return nil
 }
 
 // notes is what an operator may want to know although the Controller is ready: it
 // has to be reached by the nodes whose reports it waits for.
-func (c *Controller) notes() []string {
-	if why := c.server.WarmingUp(); why != "" {
-		return []string{"warming up: " + why}
+func (c *Controller) notes() (notes []string) {
+	server := c.server.Load()
+	if server == nil {
+		return nil
 	}
-	return nil
+	if why := server.WarmingUp(); why != "" {
+		notes = append(notes, "warming up: "+why)
+	}
+	if why := server.Etcd(); why != "" {
+		notes = append(notes, "etcd: "+why)
+	}
+	return notes
 }
 
 // Failed implements Program.
