@@ -80,6 +80,14 @@ func (g *gateway) Online() int {
 	return len(g.users)
 }
 
+// superseding is what a node cannot do whose hello has no instance_id.
+func superseding() []string {
+	if new(pubsub.Hello).ProtoReflect().Descriptor().Fields().ByName("instance_id") == nil {
+		return []string{"stream/superseded"}
+	}
+	return nil
+}
+
 func TestOurNodeConforms(t *testing.T) {
 	for name, unaryOnly := range map[string]bool{"deliver": false, "unary": true} {
 		t.Run(name, func(t *testing.T) {
@@ -94,7 +102,7 @@ func TestOurNodeConforms(t *testing.T) {
 			var drained sync.WaitGroup
 			defer drained.Wait()
 			failed, skips := try(t, Config{
-				Address: addr, NodeID: "ours", Users: []string{"alice", "bob", "carol"}, Client: g.client, Within: patience,
+				Skip: superseding(), Address: addr, NodeID: "ours", Users: []string{"alice", "bob", "carol"}, Client: g.client, Within: patience,
 				Drain: func(context.Context) error {
 					drained.Go(func() { _ = srv.Drain(context.Background()) }) // until the managers have gone
 					return nil
@@ -151,49 +159,52 @@ func (p *plain) config(t *testing.T, within time.Duration) Config {
 // must notice it stands beside it; others may, too.
 func TestEachCheckCanFail(t *testing.T) {
 	faults := map[string][]string{
-		"another id":                        {"hello/reply"},
-		"a boot id for each stream":         {"hello/reply"},
-		"a codec unasked":                   {"hello/reply"},
-		"hello takes long":                  {"connect"},
-		"any version will do":               {"hello/version"},
-		"any first frame will do":           {"hello/first"},
-		"unknown fields are an error":       {"hello/unknown-fields"},
-		"shows nothing":                     {"users"},
-		"absent users count as delivered":   {"users"},
-		"absent users are not named":        {"users"},
-		"acks of absent users are left out": {"users"},
-		"not_here in another frame":         {"users"},
-		"hands over twice":                  {"deliver/order", "unary/order"},
-		"the last comes first":              {"deliver/order", "unary/order"},
-		"a delivery is for one":             {"deliver/users"},
-		"one of many is named":              {"deliver/nobody-here"},
-		"a batch names nobody":              {"unary/batch"},
-		"acks come twice":                   {"deliver/acks"},
-		"everybody is nobody":               {"deliver/everybody", "unary/broadcast"},
-		"online_users is 0":                 {"deliver/everybody", "deliver/heartbeat"},
-		"an empty list is everybody":        {"deliver/no-target", "unary/empty"},
-		"the first target counts":           {"deliver/two-targets"},
-		"a gap is accepted":                 {"deliver/gap"},
-		"what was handed over is lost":      {"deliver/no-target", "deliver/two-targets"},
-		"heartbeats are not answered":       {"deliver/heartbeat"},
-		"heartbeats are counted":            {"deliver/heartbeat"},
-		"drain is an error":                 {"deliver/drain"},
-		"drain is ignored":                  {"deliver/drain"},
-		"nobody ever leaves":                {"audience/life"},
-		"nobody is excepted":                {"audience/life", "audience/except"},
-		"nothing is forgotten":              {"audience/disagreement"},
-		"audiences are not checked":         {"audience/disagreement"},
-		"one state for all streams":         {"stream/shards", "stream/anew"},
-		"reads after it has written":        {"stream/reads-on"},
-		"frames of 4 MiB":                   {"size/16-MiB"},
-		"frames of any size":                {"size/misses"},
-		"few acks at a time":                {"size/max-unacked"},
-		"lengths are not checked":           {"size/compression"},
-		"absent users are an error":         {"unary/user"},
-		"nobody is an unknown error":        {"unary/empty"},
-		"too_many_pings":                    {"keepalive"},
-		"leaves without a word":             {"leaving"},
-		"delivers while it leaves":          {"leaving"},
+		"another id":                         {"hello/reply"},
+		"a boot id for each stream":          {"hello/reply"},
+		"a codec unasked":                    {"hello/reply"},
+		"hello takes long":                   {"connect"},
+		"any version will do":                {"hello/version"},
+		"any first frame will do":            {"hello/first"},
+		"unknown fields are an error":        {"hello/unknown-fields"},
+		"shows nothing":                      {"users"},
+		"absent users count as delivered":    {"users"},
+		"absent users are not named":         {"users"},
+		"acks of absent users are left out":  {"users"},
+		"not_here in another frame":          {"users"},
+		"hands over twice":                   {"deliver/order", "unary/order"},
+		"the last comes first":               {"deliver/order", "unary/order"},
+		"a delivery is for one":              {"deliver/users"},
+		"one of many is named":               {"deliver/nobody-here"},
+		"a batch names nobody":               {"unary/batch"},
+		"acks come twice":                    {"deliver/acks"},
+		"everybody is nobody":                {"deliver/everybody", "unary/broadcast"},
+		"online_users is 0":                  {"deliver/everybody", "deliver/heartbeat"},
+		"an empty list is everybody":         {"deliver/no-target", "unary/empty"},
+		"the first target counts":            {"deliver/two-targets"},
+		"a gap is accepted":                  {"deliver/gap"},
+		"what was handed over is lost":       {"deliver/no-target", "deliver/two-targets"},
+		"heartbeats are not answered":        {"deliver/heartbeat"},
+		"heartbeats are counted":             {"deliver/heartbeat"},
+		"drain is an error":                  {"deliver/drain"},
+		"drain is ignored":                   {"deliver/drain"},
+		"nobody ever leaves":                 {"audience/life"},
+		"nobody is excepted":                 {"audience/life", "audience/except"},
+		"nothing is forgotten":               {"audience/disagreement"},
+		"audiences are not checked":          {"audience/disagreement"},
+		"one state for all streams":          {"stream/shards", "stream/anew"},
+		"streams live side by side":          {"stream/superseded"},
+		"late hellos supersede":              {"stream/superseded"},
+		"streams are known by their manager": {"stream/beside"},
+		"reads after it has written":         {"stream/reads-on"},
+		"frames of 4 MiB":                    {"size/16-MiB"},
+		"frames of any size":                 {"size/misses"},
+		"few acks at a time":                 {"size/max-unacked"},
+		"lengths are not checked":            {"size/compression"},
+		"absent users are an error":          {"unary/user"},
+		"nobody is an unknown error":         {"unary/empty"},
+		"too_many_pings":                     {"keepalive"},
+		"leaves without a word":              {"leaving"},
+		"delivers while it leaves":           {"leaving"},
 	}
 	noticed := map[string]bool{}
 	var tries sync.WaitGroup

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -32,7 +33,7 @@ type plain struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	users    map[string]func(string) // connected, and how their clients get texts
-	streams  map[string]*plainStream // by manager and shard
+	streams  map[string]*plainStream // by instance and shard, and by themselves
 	draining bool
 	boots    int
 	calls    int
@@ -97,6 +98,7 @@ type plainStream struct {
 	next     uint64
 	audience map[uint32]*plainAudience
 	key      string
+	attempt  uint64
 	late     string // held back
 
 	mu sync.Mutex // guards what follows, and Send
@@ -110,6 +112,22 @@ type plainAudience struct {
 	version uint32
 	members map[string]bool
 	order   []string
+}
+
+// processOf reads instance_id and attempt of a hello.
+func processOf(h *pubsub.Hello) (instance string, attempt uint64) {
+	b, _ := proto.Marshal(h)
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		switch b = b[n:]; {
+		case num == 7 && typ == protowire.BytesType:
+			instance, _ = protowire.ConsumeString(b)
+		case num == 8 && typ == protowire.VarintType:
+			attempt, _ = protowire.ConsumeVarint(b)
+		}
+		b = b[protowire.ConsumeFieldValue(num, typ, b):]
+	}
+	return instance, attempt
 }
 
 func broken(format string, args ...any) error {
@@ -149,13 +167,24 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 		p.mu.Unlock()
 		return status.Error(codes.Unavailable, "leaving")
 	}
-	st.key = fmt.Sprintf("%s/%d", h.GetManagerId(), h.GetShard())
-	if old := p.streams[st.key]; old != nil && p.fault != "streams live side by side" {
+	instance, attempt := processOf(h)
+	st.key, st.attempt = fmt.Sprintf("%s/%d", instance, h.GetShard()), attempt
+	if p.fault == "streams are known by their manager" {
+		st.key = fmt.Sprintf("manager/%d", h.GetShard())
+	}
+	if old := p.streams[st.key]; old != nil && (instance != "" || p.fault == "streams are known by their manager") && p.fault != "streams live side by side" {
+		if attempt < old.attempt && p.fault != "late hellos supersede" {
+			p.mu.Unlock()
+			return status.Error(codes.Aborted, "late")
+		}
 		old.mu.Lock()
 		old.over = true
 		old.mu.Unlock()
 	}
-	p.streams[st.key] = st
+	if instance != "" {
+		p.streams[st.key] = st
+	}
+	p.streams[fmt.Sprintf("%p", st)] = st
 	p.boots++
 	boot := "boot"
 	if p.fault == "a boot id for each stream" {
@@ -381,10 +410,13 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 	st.mu.Lock()
 	over := st.over
 	st.mu.Unlock()
+	if over {
+		return 0, nil, status.Error(codes.Aborted, "superseded")
+	}
 	st.p.mu.Lock()
 	draining := st.p.draining && st.p.fault != "delivers while it leaves"
 	st.p.mu.Unlock()
-	if over || draining {
+	if draining {
 		return 0, &pubsub.Miss{Refused: true, Reason: "not any more"}, nil
 	}
 	if everybody {

@@ -2,17 +2,23 @@ package conformance
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 var streamChecks = []check{
 	{name: "stream/shards", expect: "two streams of one manager have sequence numbers and audiences of their own", run: twoShards},
+	{name: "stream/superseded", expect: "once a newer stream of the same instance_id and shard is open, the older one ends with ABORTED and hands over nothing more; a hello that comes late ends with ABORTED", users: 1, run: superseded},
+	{name: "stream/beside", expect: "streams of other instances, of other shards and without an instance_id go on side by side", run: sideBySide},
 	{name: "stream/anew", expect: "a stream that broke leaves nothing behind: the next one starts with seq 1 and no audiences", run: anew},
 	{name: "stream/reads-on", expect: "the node reads frames while the manager reads no acks", run: readsOn},
 }
@@ -54,6 +60,92 @@ func twoShards(ctx context.Context, t *tester) error {
 			if err != nil {
 				return fmt.Errorf("shard %d: %w", i, err)
 			}
+		}
+	}
+	return nil
+}
+
+// hellos are the hellos of one process for one shard, one after the other.
+func (t *tester) hellos(instance string, shard uint32) func(attempt uint64) *pubsub.Hello {
+	return func(attempt uint64) *pubsub.Hello {
+		hello := t.helloOf()
+		hello.Shard, hello.Shards = shard, shard+1
+		b := protowire.AppendString(protowire.AppendTag(nil, 7, protowire.BytesType), instance)
+		hello.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(b, 8, protowire.VarintType), attempt))
+		return hello
+	}
+}
+
+func superseded(ctx context.Context, t *tester) error {
+	hello := t.hellos(rand.Text(), 0)
+	user := t.cfg.Users[0]
+	old, err := t.open(ctx, hello(2))
+	if err != nil {
+		return err
+	}
+	defer old.close()
+	d, _ := t.to(user)
+	if _, err := old.ask(ctx, d); err != nil {
+		return err
+	}
+	young, err := t.open(ctx, hello(3))
+	if err != nil {
+		return fmt.Errorf("the newer stream: %w", err)
+	}
+	defer young.close()
+	d, token := t.to(user)
+	seq, err := old.deliver(d)
+	if err != nil {
+		return err
+	}
+	err = old.ends(ctx, codes.Aborted)
+	old.mu.Lock()
+	delivered := old.acked[seq].delivered
+	old.mu.Unlock()
+	switch {
+	case delivered > 0:
+		return errors.New("it says that it has delivered what came on the older stream")
+	case err != nil:
+		return fmt.Errorf("the older stream: %w", err)
+	}
+	if late, err := t.open(ctx, hello(1)); status.Code(err) != codes.Aborted {
+		if err == nil {
+			late.close()
+			err = errors.New("it is answered")
+		}
+		return fmt.Errorf("a hello with a lower attempt: %w", err)
+	}
+	d, _ = t.to(user)
+	o, err := young.ask(ctx, d)
+	if err == nil {
+		err = o.is(1)
+	}
+	if err != nil {
+		return fmt.Errorf("the newer stream: %w", err)
+	}
+	return t.nobody(ctx, token, user)
+}
+
+func sideBySide(ctx context.Context, t *tester) error {
+	one := rand.Text()
+	bare := t.helloOf()
+	var links []*link
+	for _, hello := range []*pubsub.Hello{t.hellos(one, 0)(1), t.hellos(one, 1)(1), t.hellos(rand.Text(), 0)(1), bare, bare} {
+		l, err := t.open(ctx, hello)
+		if err != nil {
+			return err
+		}
+		defer l.close()
+		links = append(links, l)
+	}
+	for _, l := range links {
+		d, _ := t.to(t.cfg.Absent)
+		o, err := l.ask(ctx, d)
+		if err == nil {
+			err = o.is(0, t.cfg.Absent)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
