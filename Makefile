@@ -28,6 +28,7 @@ build: ## Build all commands into bin/
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
+	@echo 'Building. The first time everything is compiled, etcd and gRPC too: a minute or two on two cores.'
 	$(GO) run ./cmd/push-manager dev
 
 .PHONY: test
