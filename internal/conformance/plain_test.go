@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -114,22 +113,6 @@ type plainAudience struct {
 	order   []string
 }
 
-// processOf reads instance_id and attempt of a hello.
-func processOf(h *pubsub.Hello) (instance string, attempt uint64) {
-	b, _ := proto.Marshal(h)
-	for len(b) > 0 {
-		num, typ, n := protowire.ConsumeTag(b)
-		switch b = b[n:]; {
-		case num == 7 && typ == protowire.BytesType:
-			instance, _ = protowire.ConsumeString(b)
-		case num == 8 && typ == protowire.VarintType:
-			attempt, _ = protowire.ConsumeVarint(b)
-		}
-		b = b[protowire.ConsumeFieldValue(num, typ, b):]
-	}
-	return instance, attempt
-}
-
 func broken(format string, args ...any) error {
 	return status.Errorf(codes.FailedPrecondition, format, args...)
 }
@@ -167,7 +150,7 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 		p.mu.Unlock()
 		return status.Error(codes.Unavailable, "leaving")
 	}
-	instance, attempt := processOf(h)
+	instance, attempt := h.GetInstanceId(), h.GetAttempt()
 	st.key, st.attempt = fmt.Sprintf("%s/%d", instance, h.GetShard()), attempt
 	if p.fault == "streams are known by their manager" {
 		st.key = fmt.Sprintf("manager/%d", h.GetShard())

@@ -10,7 +10,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protowire"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -70,8 +69,7 @@ func (t *tester) hellos(instance string, shard uint32) func(attempt uint64) *pub
 	return func(attempt uint64) *pubsub.Hello {
 		hello := t.helloOf()
 		hello.Shard, hello.Shards = shard, shard+1
-		b := protowire.AppendString(protowire.AppendTag(nil, 7, protowire.BytesType), instance)
-		hello.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(b, 8, protowire.VarintType), attempt))
+		hello.InstanceId, hello.Attempt = instance, attempt
 		return hello
 	}
 }

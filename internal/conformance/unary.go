@@ -83,8 +83,9 @@ func unaryBatch(ctx context.Context, t *tester) error {
 		}
 		failed := slices.Sorted(slices.Values(r.GetFailedUserIds()))
 		slices.Sort(missing)
-		if int(r.GetDeliveredCount()) != here || !slices.Equal(failed, missing) {
-			return fmt.Errorf("to %d users, %d of them here: delivered_count is %d, failed_user_ids are %s", len(users), here, r.GetDeliveredCount(), some(failed))
+		if int(r.GetDeliveredCount()) != here || !slices.Equal(failed, missing) || len(r.GetUnreachedUserIds()) > 0 {
+			return fmt.Errorf("to %d users, %d of them here: delivered_count is %d, failed_user_ids are %s, unreached_user_ids %s",
+				len(users), here, r.GetDeliveredCount(), some(failed), some(r.GetUnreachedUserIds()))
 		}
 	}
 	return nil
