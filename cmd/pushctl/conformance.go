@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/conformance"
@@ -37,7 +38,7 @@ func (c *conformanceCmd) Run(ctx context.Context, t *terminal) error {
 		Address: c.Node, NodeID: c.NodeID, Users: c.User, Room: c.Room, Absent: c.Absent, Within: c.Within, Only: c.Only, Skip: c.Skip,
 	}
 	if c.Client != "" {
-		cfg.Client = c.client(t)
+		cfg.Client = c.client()
 		if len(cfg.Users) == 0 {
 			cfg.Users = []string{"conformance-1", "conformance-2", "conformance-3"}
 		}
@@ -46,21 +47,21 @@ func (c *conformanceCmd) Run(ctx context.Context, t *terminal) error {
 		cfg.Drain = func(ctx context.Context) error { return shell(ctx, c.Drain).Run() }
 	}
 	var printed error
-	print := func(r conformance.Result) {
+	report := func(r conformance.Result) {
 		if err := t.result(r); printed == nil {
 			printed = err
 		}
 	}
 	if c.List {
 		for _, r := range conformance.Checks() {
-			print(r)
+			report(r)
 		}
 		return printed
 	}
 	if err := cfg.Validate(); err != nil {
 		return &usageError{err.Error()}
 	}
-	failed, err := conformance.Run(ctx, cfg, print)
+	failed, err := conformance.Run(ctx, cfg, report)
 	switch {
 	case err != nil:
 		return err
@@ -90,13 +91,15 @@ func (t *terminal) result(r conformance.Result) error {
 }
 
 // client runs the command that connects a user.
-func (c *conformanceCmd) client(t *terminal) conformance.Client {
+func (c *conformanceCmd) client() conformance.Client {
 	return func(ctx context.Context, user string, got func(string)) error {
 		cmd := shell(ctx, c.Client, "USER_ID="+user, "ROOM_ID="+c.Room)
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			return err
 		}
+		var last tail
+		cmd.Stderr = &last
 		if err := cmd.Start(); err != nil {
 			return err
 		}
@@ -106,16 +109,30 @@ func (c *conformanceCmd) client(t *terminal) conformance.Client {
 			got(lines.Text())
 		}
 		_, _ = io.Copy(io.Discard, out) // after a line that is too long
-		if err := cmd.Wait(); err != nil {
-			return err
+		err = cmd.Wait()
+		if err == nil {
+			err = errors.New("its command has ended")
 		}
-		return errors.New("its command has ended")
+		if said := strings.TrimSpace(string(last)); said != "" {
+			err = fmt.Errorf("%w: %s", err, said)
+		}
+		return err
 	}
+}
+
+// tail is the end of what a command has complained about.
+type tail []byte
+
+// Write implements io.Writer.
+func (t *tail) Write(p []byte) (int, error) {
+	all := append(*t, p...)
+	*t = all[max(0, len(all)-256):]
+	return len(p), nil
 }
 
 // shell is a command of whoever calls us.
 func shell(ctx context.Context, line string, env ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "sh", "-c", line)
+	cmd := exec.CommandContext(ctx, "sh", "-c", line) //nolint:gosec // It is theirs, to be run.
 	cmd.Env = append(os.Environ(), env...)
 	cmd.WaitDelay = 5 * time.Second
 	endWithAll(cmd)

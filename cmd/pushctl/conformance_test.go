@@ -2,9 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"net"
 	"os"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc"
+
+	"github.com/push-manager/push-manager/transport/node"
 )
 
 // TestConformanceTriesANodeThroughClientsOfItsAuthor is the command as an author of a
@@ -48,10 +53,9 @@ func TestConformanceOfNobodyAndOfNothing(t *testing.T) {
 		code int
 		want string
 	}{
-		"nobody there":      {[]string{"127.0.0.1:1"}, exitError, "the node fails"},
-		"no such check":     {[]string{"127.0.0.1:1", "--only=everything"}, exitUsage, `no check is called "everything"`},
-		"no time":           {[]string{"127.0.0.1:1", "--within=0s"}, exitUsage, "--within"},
-		"client that fails": {[]string{"127.0.0.1:1", "--client=exit 3"}, exitError, "the node fails"},
+		"nobody there":  {[]string{"127.0.0.1:1"}, exitError, "the node fails"},
+		"no such check": {[]string{"127.0.0.1:1", "--only=everything"}, exitUsage, `no check is called "everything"`},
+		"no time":       {[]string{"127.0.0.1:1", "--within=0s"}, exitUsage, "--within"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, out, errOut := pushctl(t, "", append([]string{"conformance", "--skip=keepalive"}, tc.args...)...)
@@ -60,8 +64,41 @@ func TestConformanceOfNobodyAndOfNothing(t *testing.T) {
 			}
 		})
 	}
-	code, out, _ := pushctl(t, "", "conformance", "--list", "127.0.0.1:1")
+	code, out, _ := pushctl(t, "", "conformance", serveNode(t), "--client=echo no such host >&2; exit 3", "--only=users")
+	if code != exitError || !strings.Contains(out, "exit status 3: no such host") {
+		t.Errorf("exit %d, %s", code, out)
+	}
+	code, out, _ = pushctl(t, "", "conformance", "--list", "127.0.0.1:1")
 	if code != exitOK || !strings.Contains(out, "audience/disagreement") {
 		t.Errorf("exit %d, %s", code, out)
 	}
 }
+
+// serveNode serves a node on which nobody is connected.
+func serveNode(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv, err := node.New(node.Config{NodeID: "n", Sessions: empty{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gs := grpc.NewServer(node.ServerOptions()...)
+	srv.Attach(gs)
+	done := make(chan error, 1)
+	go func() { done <- gs.Serve(l) }()
+	t.Cleanup(func() {
+		gs.Stop()
+		<-done
+		srv.Close()
+	})
+	return l.Addr().String()
+}
+
+type empty struct{}
+
+func (empty) Deliver(string, *node.Message) node.Outcome { return node.NotHere }
+func (empty) Broadcast(*node.Message) (int, int)         { return 0, 0 }
+func (empty) Online() int                                { return 0 }

@@ -63,7 +63,7 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 		var final *finalError
 		switch {
 		case err == nil || ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // Whoever interrupts it has seen enough.
 		case first && !joined:
 			return c.explain(err)
 		case errors.As(err, &final):
@@ -74,9 +74,11 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 		}
 		wait := pause/2 + rand.N(pause/2)
 		_, _ = fmt.Fprintf(t.err, "%v; connecting again in %v\n", err, wait.Round(10*time.Millisecond))
+		timer := time.NewTimer(wait)
 		select {
-		case <-time.After(wait):
+		case <-timer.C:
 		case <-ctx.Done():
+			timer.Stop()
 			return nil
 		}
 		pause = min(2*pause, againMost)

@@ -3,6 +3,7 @@ package acceptance
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -179,6 +180,6 @@ func (f *transcriber) next(want string) error {
 		}
 		return nil
 	case <-time.After(patience):
-		return fmt.Errorf("nothing came")
+		return errors.New("nothing came")
 	}
 }

@@ -9,10 +9,12 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-var audienceChecks = []check{
-	{name: "audience/life", expect: "an audience is defined, used, changed, used without some and forgotten, and each time the members of then are meant", users: 2, audiences: true, run: audienceLife},
-	{name: "audience/except", expect: "who is left out gets nothing", users: 2, clients: true, audiences: true, run: audienceExcept},
-	{name: "audience/disagreement", expect: "an audience that the two sides see differently ends the stream with FAILED_PRECONDITION", audiences: true, run: audienceDisagreement},
+func audienceChecks() []check {
+	return []check{
+		{name: "audience/life", expect: "an audience is defined, used, changed, used without some and forgotten, and each time the members of then are meant", users: 2, audiences: true, run: audienceLife},
+		{name: "audience/except", expect: "who is left out gets nothing", users: 2, clients: true, audiences: true, run: audienceExcept},
+		{name: "audience/disagreement", expect: "an audience that the two sides see differently ends the stream with FAILED_PRECONDITION", audiences: true, run: audienceDisagreement},
+	}
 }
 
 func audienceLife(ctx context.Context, t *tester) error {

@@ -115,7 +115,7 @@ func everyCheck() []check {
 	return slices.Concat(
 		[]check{{name: "connect", expect: "the port answers, with the Deliver stream or with the unary methods", run: connect},
 			{name: "users", expect: "every user given is connected and in the room, and the absent one is not", users: 1, run: usersAreHere}},
-		helloChecks, deliverChecks, audienceChecks, streamChecks, sizeChecks, unaryChecks,
+		helloChecks(), deliverChecks(), audienceChecks(), streamChecks(), sizeChecks(), unaryChecks(),
 		[]check{{name: "keepalive", expect: "a ping every 5 s, without a call, does not end the connection", run: nil},
 			{name: "leaving", expect: "a node that leaves says drain on every stream, acks what it took and does nothing with what comes later", run: leaving}},
 	)
@@ -261,23 +261,21 @@ func connect(ctx context.Context, t *tester) error {
 func usersAreHere(ctx context.Context, t *tester) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second+t.cfg.Within)
 	defer cancel()
+	look := time.NewTicker(50 * time.Millisecond)
+	defer look.Stop()
 	for _, user := range t.cfg.Users {
-		token := ""
-		for {
-			here, text, err := t.isHere(ctx, user)
-			if err != nil {
-				return fmt.Errorf("user %q: %w", user, err)
-			}
-			if token = text; here {
-				break
-			}
+		here, token, err := t.isHere(ctx, user)
+		for ; err == nil && !here; here, token, err = t.isHere(ctx, user) {
 			select {
-			case <-time.After(50 * time.Millisecond):
+			case <-look.C:
 			case err := <-t.arrived.ended:
 				return fmt.Errorf("the client of %w", err)
 			case <-ctx.Done():
 				return fmt.Errorf("user %q is not connected to the node, or not in room %q", user, t.cfg.Room)
 			}
+		}
+		if err != nil {
+			return fmt.Errorf("user %q: %w", user, err)
 		}
 		if t.cfg.Client != nil {
 			if err := t.arrived.until(ctx, user, token); err != nil {

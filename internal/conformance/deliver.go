@@ -11,17 +11,19 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-var deliverChecks = []check{
-	{name: "deliver/users", expect: "users who are here are counted, the others are named as not_here in the frame of the ack", users: 2, run: deliverUsers},
-	{name: "deliver/nobody-here", expect: "a delivery for users who are not here is acknowledged with 0 and all of them as not_here", run: deliverNobody},
-	{name: "deliver/acks", expect: "each of 1,000 deliveries is acknowledged once, and the sums add up", run: deliverAcks},
-	{name: "deliver/order", expect: "deliveries reach a user once each and in their order", users: 1, clients: true, run: deliverOrder},
-	{name: "deliver/everybody", expect: "a delivery to everybody reaches every user here, and counts no more than are online", users: 1, run: deliverEverybody},
-	{name: "deliver/no-target", expect: "a delivery that says for nobody ends the stream with FAILED_PRECONDITION, and is never for everybody", run: deliverNoTarget},
-	{name: "deliver/two-targets", expect: "a delivery that says twice for whom ends the stream with FAILED_PRECONDITION", run: deliverTwoTargets},
-	{name: "deliver/gap", expect: "a first_seq that is not the next one ends the stream with FAILED_PRECONDITION, after the acks owed", run: deliverGap},
-	{name: "deliver/heartbeat", expect: "each heartbeat is answered in time, with its number and the users online", run: heartbeats},
-	{name: "deliver/drain", expect: "a manager's drain is answered with the acks owed and the end of the stream with OK", run: managerDrains},
+func deliverChecks() []check {
+	return []check{
+		{name: "deliver/users", expect: "users who are here are counted, the others are named as not_here in the frame of the ack", users: 2, run: deliverUsers},
+		{name: "deliver/nobody-here", expect: "a delivery for users who are not here is acknowledged with 0 and all of them as not_here", run: deliverNobody},
+		{name: "deliver/acks", expect: "each of 1,000 deliveries is acknowledged once, and the sums add up", run: deliverAcks},
+		{name: "deliver/order", expect: "deliveries reach a user once each and in their order", users: 1, clients: true, run: deliverOrder},
+		{name: "deliver/everybody", expect: "a delivery to everybody reaches every user here, and counts no more than are online", users: 1, run: deliverEverybody},
+		{name: "deliver/no-target", expect: "a delivery that says for nobody ends the stream with FAILED_PRECONDITION, and is never for everybody", run: deliverNoTarget},
+		{name: "deliver/two-targets", expect: "a delivery that says twice for whom ends the stream with FAILED_PRECONDITION", run: deliverTwoTargets},
+		{name: "deliver/gap", expect: "a first_seq that is not the next one ends the stream with FAILED_PRECONDITION, after the acks owed", run: deliverGap},
+		{name: "deliver/heartbeat", expect: "each heartbeat is answered in time, with its number and the users online", run: heartbeats},
+		{name: "deliver/drain", expect: "a manager's drain is answered with the acks owed and the end of the stream with OK", run: managerDrains},
+	}
 }
 
 // to is a delivery of a new message to users.

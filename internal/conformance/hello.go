@@ -13,11 +13,13 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-var helloChecks = []check{
-	{name: "hello/reply", expect: "hello is answered in time with version 1, the node's id, a boot id that stays, no codec unasked", run: helloReply},
-	{name: "hello/version", expect: "a newer manager gets a version that both speak; one that speaks neither gets FAILED_PRECONDITION", run: helloVersion},
-	{name: "hello/first", expect: "a first frame that is not hello alone, and a second hello, end the stream with FAILED_PRECONDITION", run: helloFirst},
-	{name: "hello/unknown-fields", expect: "fields of later versions are ignored, wherever they stand", run: unknownFields},
+func helloChecks() []check {
+	return []check{
+		{name: "hello/reply", expect: "hello is answered in time with version 1, the node's id, a boot id that stays, no codec unasked", run: helloReply},
+		{name: "hello/version", expect: "a newer manager gets a version that both speak; one that speaks neither gets FAILED_PRECONDITION", run: helloVersion},
+		{name: "hello/first", expect: "a first frame that is not hello alone, and a second hello, end the stream with FAILED_PRECONDITION", run: helloFirst},
+		{name: "hello/unknown-fields", expect: "fields of later versions are ignored, wherever they stand", run: unknownFields},
+	}
 }
 
 func helloReply(ctx context.Context, t *tester) error {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -67,9 +66,11 @@ func ping(ctx context.Context, address string, pause time.Duration) error {
 		if i > pings {
 			return nil
 		}
+		timer := time.NewTimer(pause)
 		select {
-		case <-time.After(pause):
+		case <-timer.C:
 		case <-ctx.Done():
+			timer.Stop()
 			return context.Cause(ctx)
 		}
 	}
@@ -142,7 +143,7 @@ func (t *tester) leavesUnary(ctx context.Context) error {
 			time.Sleep(5 * time.Millisecond)
 			continue
 		}
-		if slices.Contains(refusals, status.Code(err)) || refused(t.cfg.Address) {
+		if refuses(status.Code(err)) || isClosed(ctx, t.cfg.Address) {
 			return nil
 		}
 		return fmt.Errorf("a call after the notice ends with %w, which does not say that nothing was done", err)
@@ -150,9 +151,10 @@ func (t *tester) leavesUnary(ctx context.Context) error {
 	return errors.New("it goes on as before")
 }
 
-// refused tells whether the port is closed: a call to it reaches nobody.
-func refused(address string) bool {
-	conn, err := net.DialTimeout("tcp", address, time.Second)
+// isClosed tells whether nobody listens at the port: a call to it reaches nobody.
+func isClosed(ctx context.Context, address string) bool {
+	d := net.Dialer{Timeout: time.Second}
+	conn, err := d.DialContext(ctx, "tcp", address)
 	if err == nil {
 		_ = conn.Close()
 	}

@@ -110,7 +110,6 @@ type plainStream struct {
 type plainAudience struct {
 	version uint32
 	members map[string]bool
-	order   []string
 }
 
 func broken(format string, args ...any) error {

@@ -11,11 +11,13 @@ import (
 	"github.com/push-manager/push-manager/transport/compression"
 )
 
-var sizeChecks = []check{
-	{name: "size/16-MiB", expect: "a frame of nearly 16 MiB is taken", run: largeFrame},
-	{name: "size/misses", expect: "misses that do not fit into a frame of 1 MiB are split by delivery, and one that does not fit alone is refused", run: largeMisses},
-	{name: "size/max-unacked", expect: "as many deliveries as max_unacked allows, 10,000 at most here, may be on their way", run: manyUnacked},
-	{name: "size/compression", expect: "frames compressed with the codec that was picked are what they hold; a wrong length or no codec ends the stream with FAILED_PRECONDITION", run: compressed},
+func sizeChecks() []check {
+	return []check{
+		{name: "size/16-MiB", expect: "a frame of nearly 16 MiB is taken", run: largeFrame},
+		{name: "size/misses", expect: "misses that do not fit into a frame of 1 MiB are split by delivery, and one that does not fit alone is refused", run: largeMisses},
+		{name: "size/max-unacked", expect: "as many deliveries as max_unacked allows, 10,000 at most here, may be on their way", run: manyUnacked},
+		{name: "size/compression", expect: "frames compressed with the codec that was picked are what they hold; a wrong length or no codec ends the stream with FAILED_PRECONDITION", run: compressed},
+	}
 }
 
 func largeFrame(ctx context.Context, t *tester) error {

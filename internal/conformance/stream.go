@@ -14,12 +14,14 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-var streamChecks = []check{
-	{name: "stream/shards", expect: "two streams of one manager have sequence numbers and audiences of their own", run: twoShards},
-	{name: "stream/superseded", expect: "once a newer stream of the same instance_id and shard is open, the older one ends with ABORTED and hands over nothing more; a hello that comes late ends with ABORTED", users: 1, run: superseded},
-	{name: "stream/beside", expect: "streams of other instances, of other shards and without an instance_id go on side by side", run: sideBySide},
-	{name: "stream/anew", expect: "a stream that broke leaves nothing behind: the next one starts with seq 1 and no audiences", run: anew},
-	{name: "stream/reads-on", expect: "the node reads frames while the manager reads no acks", run: readsOn},
+func streamChecks() []check {
+	return []check{
+		{name: "stream/shards", expect: "two streams of one manager have sequence numbers and audiences of their own", run: twoShards},
+		{name: "stream/superseded", expect: "once a newer stream of the same instance_id and shard is open, the older one ends with ABORTED and hands over nothing more; a hello that comes late ends with ABORTED", users: 1, run: superseded},
+		{name: "stream/beside", expect: "streams of other instances, of other shards and without an instance_id go on side by side", run: sideBySide},
+		{name: "stream/anew", expect: "a stream that broke leaves nothing behind: the next one starts with seq 1 and no audiences", run: anew},
+		{name: "stream/reads-on", expect: "the node reads frames while the manager reads no acks", run: readsOn},
+	}
 }
 
 func twoShards(ctx context.Context, t *tester) error {
