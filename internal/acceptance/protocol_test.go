@@ -164,6 +164,8 @@ func (f *transcriber) OnMessage(_ *gws.Conn, m *gws.Message) {
 
 // next compares the next message with JSON, or with the name of a type alone.
 func (f *transcriber) next(want string) error {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
 	select {
 	case got := <-f.ch:
 		var g, w map[string]any
@@ -179,7 +181,7 @@ func (f *transcriber) next(want string) error {
 			return fmt.Errorf("got %s", got)
 		}
 		return nil
-	case <-time.After(patience):
+	case <-timer.C:
 		return errors.New("nothing came")
 	}
 }
