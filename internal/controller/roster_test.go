@@ -278,9 +278,9 @@ func TestReportOfAProcessThatIsNotRegisteredIsRefused(t *testing.T) {
 	registerNode(t, b, etcd, "n", "new")
 	ctx := t.Context()
 	_, join := b.JoinRoom(ctx, &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n", BootId: "old", Seq: 7})
-	_, clear := b.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{NodeId: "n", BootId: "old", Seq: 1})
+	_, begin := b.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{NodeId: "n", BootId: "old", Seq: 1})
 	_, sync := b.SyncNode(ctx, &pubsub.SyncNodeRequest{NodeId: "n", BootId: "old"})
-	for what, err := range map[string]error{"join": join, "clear": clear, "sync": sync} {
+	for what, err := range map[string]error{"join": join, "begin": begin, "sync": sync} {
 		if status.Code(err) != codes.Aborted {
 			t.Errorf("%s: %v", what, err)
 		}

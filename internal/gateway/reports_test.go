@@ -21,6 +21,7 @@ import (
 	controllerserver "github.com/push-manager/push-manager/internal/controller"
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	"github.com/push-manager/push-manager/internal/freeport"
+	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/discovery"
 )
@@ -89,7 +90,7 @@ type unreliable struct {
 	wg   sync.WaitGroup
 }
 
-func serve[In, Out any](u *unreliable, ctx context.Context, in In, call func(context.Context, In, ...grpc.CallOption) (Out, error)) (out Out, err error) {
+func serve[In, Out any](ctx context.Context, u *unreliable, in In, call func(context.Context, In, ...grpc.CallOption) (Out, error)) (out Out, err error) {
 	u.mu.Lock()
 	delay, fate := time.Duration(0), 9
 	if !u.calm {
@@ -128,21 +129,21 @@ func (f *front) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pubs
 	if !f.sync {
 		in.Seq, in.BootId = 0, ""
 	}
-	return serve(f.unreliable, ctx, in, f.ControllerServiceClient.JoinRoom)
+	return serve(ctx, f.unreliable, in, f.ControllerServiceClient.JoinRoom)
 }
 
 func (f *front) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
 	if !f.sync {
 		in.Seq, in.BootId = 0, ""
 	}
-	return serve(f.unreliable, ctx, in, f.ControllerServiceClient.LeaveRoom)
+	return serve(ctx, f.unreliable, in, f.ControllerServiceClient.LeaveRoom)
 }
 
 func (f *front) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pubsub.SyncNodeResponse, error) {
 	if !f.sync {
 		return nil, status.Error(codes.Unimplemented, "no such method")
 	}
-	return serve(f.unreliable, ctx, in, f.ControllerServiceClient.SyncNode)
+	return serve(ctx, f.unreliable, in, f.ControllerServiceClient.SyncNode)
 }
 
 func (f *front) GetRoomInfo(context.Context, *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error) {
@@ -435,6 +436,30 @@ func TestLeavingManyRoomsCostsEachOnce(t *testing.T) {
 	}
 	if few, many := perRoom(100), perRoom(5000); many > 3*few {
 		t.Errorf("%.0f allocations a room with 5,000 rooms, %.0f with 100", many, few)
+	}
+}
+
+// What is not listed ends: a slot is not sent while it is open whether the
+// Controller has executed a join there.
+func TestSlotWithACallUnderWayIsNotSent(t *testing.T) {
+	r := quietReports(t)
+	if err := r.join(newMember("u"), "r"); err != nil {
+		t.Fatal(err)
+	}
+	m := r.next()
+	slot := uint32(slots.Of(m.hash))
+	r.unsentLocked(slot)
+	if sent, err := r.send(t.Context()); sent || err != nil {
+		t.Errorf("sent %v, %v", sent, err)
+	}
+	if _, waits := r.syncing.unsent[slot]; !waits {
+		t.Error("the slot is forgotten")
+	}
+	r.done(m)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := r.send(ctx); err == nil { // There is no Controller.
+		t.Error("the slot is not sent when the call has ended")
 	}
 }
 
