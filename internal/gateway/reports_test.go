@@ -486,6 +486,46 @@ func startController(t *testing.T, addr string, cfg controllerserver.Config) (*c
 	return server, lis.Addr().String()
 }
 
+// Only who has sent all that differs says that the Controller has been told
+// everything: it would be believed.
+func TestNodeThatHasNotSentEverythingDoesNotSaySo(t *testing.T) {
+	store := controllerserver.NewMemory(0)
+	_, addr := startController(t, freeport.Addr(t), controllerserver.Config{Store: store})
+	cc, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cc.Close() })
+	r := quietReports(t)
+	r.client = pubsub.NewControllerServiceClient(cc)
+	for _, user := range []string{"u", "v"} { // Another store was told of both.
+		if err := r.join(newMember(user), "r"); err != nil {
+			t.Fatal(err)
+		}
+		r.done(r.next())
+	}
+	waits := r.slotOf(r.all[membershipID{"v", "r"}])
+	for _, step := range []struct {
+		busy, memberships int
+		complete          bool
+	}{{1, 1, false}, {1, 1, false}, {0, 2, true}} {
+		waits.busy = step.busy
+		more, err := r.sync(t.Context())
+		if !more || err != nil {
+			t.Errorf("more %v, %v", more, err)
+		}
+		if n := store.Counts().Memberships; n != step.memberships {
+			t.Errorf("%d memberships, want %d", n, step.memberships)
+		}
+		if r.syncing.complete != step.complete {
+			t.Errorf("complete %v with %d memberships", r.syncing.complete, step.memberships)
+		}
+	}
+	if more, err := r.sync(t.Context()); more || err != nil {
+		t.Errorf("in the end: more %v, %v", more, err)
+	}
+}
+
 func TestWhatTheControllerHasWrongIsRepaired(t *testing.T) {
 	store := controllerserver.NewMemory(0)
 	_, addr := startController(t, freeport.Addr(t), controllerserver.Config{Store: store})
