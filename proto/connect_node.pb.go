@@ -675,7 +675,10 @@ type Hello struct {
 	// Counts the streams that the sender opens to this node for this shard, from
 	// 1. A hello that comes late, with a lower number than one before it, is
 	// refused. 0: not counted.
-	Attempt       uint64 `protobuf:"varint,8,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Attempt uint64 `protobuf:"varint,8,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// Whom the sender takes this node for. A node with another id says so in its
+	// reply, and supersedes nothing. Empty: the sender does not say.
+	NodeId        string `protobuf:"bytes,9,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -757,6 +760,13 @@ func (x *Hello) GetAttempt() uint64 {
 		return x.Attempt
 	}
 	return 0
+}
+
+func (x *Hello) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
 }
 
 // HelloReply accepts a stream.
@@ -1251,7 +1261,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06misses\x18\x03 \x03(\v2\f.pubsub.MissR\x06misses\x12\x1c\n" +
 	"\theartbeat\x18\x04 \x01(\x04R\theartbeat\x12!\n" +
 	"\fonline_users\x18\x05 \x01(\rR\vonlineUsers\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xe1\x01\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xfa\x01\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
@@ -1261,7 +1271,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\x12\x1f\n" +
 	"\vinstance_id\x18\a \x01(\tR\n" +
 	"instanceId\x12\x18\n" +
-	"\aattempt\x18\b \x01(\x04R\aattempt\"\x84\x02\n" +
+	"\aattempt\x18\b \x01(\x04R\aattempt\x12\x17\n" +
+	"\anode_id\x18\t \x01(\tR\x06nodeId\"\x84\x02\n" +
 	"\n" +
 	"HelloReply\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x17\n" +

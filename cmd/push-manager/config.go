@@ -131,6 +131,8 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.Duration(&l.Canary, "link.canary", 0, config.OrZero, "Pause between two heartbeats of a stream whose way to the node and back is measured. 0s: none is.")
 	s.Duration(&l.BackoffMin, "link.backoff_min", 50*time.Millisecond, least, "First pause between two attempts to reach a node; it doubles.")
 	s.Duration(&l.BackoffMax, "link.backoff_max", 750*time.Millisecond, least, "Longest pause between two attempts to reach a node.")
+	s.Int(&l.Dials, "link.dials", 256, 2, 1<<16, "Attempts to reach nodes that are under way at a time. Nodes that keep failing come last, with half of it at most.")
+	s.Int(&l.DialRate, "link.dial_rate", 1000, 2, 1<<20, "Attempts to reach nodes that begin in a second. The same holds.")
 	s.Bytes(&l.QueueBytes, "link.queue_bytes", 8<<20, 1, math.MaxInt32, "Bytes that may wait for one stream to a node.")
 	s.Int(&l.QueueLen, "link.queue_length", 8192, 1, 1<<20, "Deliveries that may wait for one stream to a node.")
 	s.Duration(&l.QueueAge, "link.queue_age", time.Second, least, "How long a delivery may wait for its stream.")

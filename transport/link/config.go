@@ -45,6 +45,10 @@ type Config struct {
 	// in little more than a second, even if an attempt has just begun in vain, and one
 	// that cannot costs no more than an attempt a second.
 	BackoffMin, BackoffMax time.Duration
+	// Dials and DialRate bound the attempts of all links together: those under way, and
+	// those begun in a second. Links whose last attempt has failed come after the others
+	// and get half of it at most. 0 means 256 and 1000.
+	Dials, DialRate int
 	// Quarantine is how long a link whose node has lied stays down. 0 means 60 s.
 	Quarantine time.Duration
 
@@ -112,6 +116,8 @@ func (c Config) withDefaults() Config {
 	orTime(&c.Silence, 3*time.Second)
 	orTime(&c.BackoffMin, 50*time.Millisecond)
 	orTime(&c.BackoffMax, 750*time.Millisecond)
+	orInt(&c.Dials, 256)
+	orInt(&c.DialRate, 1000)
 	orTime(&c.Quarantine, time.Minute)
 	orInt(&c.QueueBytes, 8<<20)
 	orInt(&c.QueueLen, 8192)
@@ -156,6 +162,8 @@ func (c Config) Validate() error {
 	between("Shards", c.Shards, 1, 256)
 	between("QueueBytes", c.QueueBytes, 1, math.MaxInt32)
 	between("QueueLen", c.QueueLen, 1, 1<<20)
+	between("Dials", c.Dials, 2, 1<<16)
+	between("DialRate", c.DialRate, 2, 1<<20)
 	between("Window", c.Window, 1, 1<<20)
 	between("WindowBytes", c.WindowBytes, 1, math.MaxInt32)
 	between("FrameBytes", c.FrameBytes, 1, c.MaxFrameBytes)

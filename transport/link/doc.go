@@ -62,6 +62,19 @@
 // starved, the time in which it could not have read an ack is not held against
 // the node. Deadlines of callers are held to the real clock.
 //
+// # Dials
+//
+// A link dials when it has its turn. All links together have at most Config.Dials attempts
+// under way and begin at most Config.DialRate in a second. Links whose last attempt has
+// failed come after all others, with half of that at most: nodes that are gone are not in
+// the way of one that is new or back.
+//
+// An address is one suspicion, however many ids and shards want to go there. One link
+// leads, and the others wait for what it finds: nobody, and all are down; another node, and
+// all are down but the links of that one; theirs, and they follow. The pause between two
+// attempts belongs to the address. It doubles up to Config.BackoffMax, and where more
+// addresses fail than the budget allows for, it is the time that their line takes.
+//
 // # Audiences
 //
 // The stream's writer owns the audiences: which rooms the node knows at which

@@ -16,7 +16,7 @@ const (
 
 	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
 
-	helloVersion, helloManager, helloShard, helloShards, helloCodecs, helloInstance, helloAttempt = 1, 2, 3, 4, 5, 7, 8
+	helloVersion, helloManager, helloShard, helloShards, helloCodecs, helloInstance, helloAttempt, helloNode = 1, 2, 3, 4, 5, 7, 8, 9
 
 	callUsers, callRoom, callContent = 1, 2, 3 // of PushMessage and PushMessageBatch
 	broadcastContent                 = 1
@@ -81,9 +81,9 @@ func appendStrings(b []byte, field protowire.Number, list []string) []byte {
 }
 
 // appendHello encodes the first frame of a stream.
-func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec, instance string, attempt uint64) []byte {
+func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec, instance string, attempt uint64, node string) []byte {
 	n := sizeUint(protocolVersion) + sizeOptional(manager) + sizeUint(uint64(shard)) + sizeUint(uint64(shards)) +
-		sizeOptional(instance) + sizeUint(attempt)
+		sizeOptional(instance) + sizeUint(attempt) + sizeOptional(node)
 	if len(codecs) > 0 {
 		n += sizeString(len(codecs))
 	}
@@ -99,7 +99,8 @@ func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Co
 		b = append(b, byte(c)) // a varint: all are below 128
 	}
 	b = appendOptional(b, helloInstance, instance)
-	return appendUint(b, helloAttempt, attempt)
+	b = appendUint(b, helloAttempt, attempt)
+	return appendOptional(b, helloNode, node)
 }
 
 // address says for whom a delivery is: exactly one of users, minus, audience and

@@ -96,6 +96,7 @@ func (m *meters) register(s *Set) {
 	m.set.GetOrCreateGauge("push_manager_link_window_deliveries", sum(func(t Stats) int { return t.Unacked }))
 	m.set.GetOrCreateGauge("push_manager_link_window_bytes", sum(func(t Stats) int { return t.UnackedBytes }))
 	m.set.GetOrCreateGauge("push_manager_link_compressing", sum(func(t Stats) int { return t.Compressing }))
+	m.set.GetOrCreateGauge("push_manager_link_dials_waiting", func() float64 { return float64(s.dials.waiting()) })
 	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
 }
 
@@ -104,7 +105,7 @@ func (m *meters) unregister() {
 		"push_manager_nodes",
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
-		"push_manager_link_compressing", "push_manager_link_stalled",
+		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled",
 	} {
 		m.set.UnregisterMetric(name)
 	}

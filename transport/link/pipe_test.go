@@ -19,9 +19,15 @@ func TestAbortedWireThrowsAwayWhatHasNotArrived(t *testing.T) {
 	}
 	defer func() { _ = l.Close() }()
 	w := &wire{}
-	ours, err := w.connect(t.Context(), l.Addr().String())
+	if err := w.connect(t.Context(), l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	ours, err := w.take(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
+	}
+	if _, err := w.take(t.Context(), ""); err == nil {
+		t.Error("gRPC may connect a second time, without its turn")
 	}
 	theirs, err := l.Accept()
 	if err != nil {

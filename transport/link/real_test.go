@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/push-manager/push-manager/engine"
@@ -169,4 +170,23 @@ func TestBothWaysToANodeHaveTheSameResults(t *testing.T) {
 	if o := streamed["user full1"]; o.Failed != 1 || o.Success {
 		t.Errorf("a user who is there and is not reached: %+v", o)
 	}
+}
+
+// Others that are registered at a node's address cost its streams nothing.
+func TestWrongRegistrationsDoNotSupersedeStreams(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2})
+		set := metrics.NewSet()
+		w.startReal("a:1", connectnode.Config{NodeID: "A", Metrics: set})
+		w.register("A", "a:1")
+		w.up(2)
+		w.register(append(many(20, at("a:1")), "A", "a:1")...)
+		time.Sleep(time.Minute)
+		if n := w.set.meters.reconnects.Get(); n != 0 {
+			t.Errorf("the node's own links have reconnected %d times", n)
+		}
+		if n := set.GetOrCreateCounter("connect_node_deliver_streams_superseded_total").Get(); n != 0 {
+			t.Errorf("%d streams were superseded", n)
+		}
+	})
 }

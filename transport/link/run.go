@@ -23,12 +23,21 @@ import (
 const stableAfter = 500 * time.Millisecond
 
 var (
-	errDialTimeout   = errors.New("no answer within the dial timeout")
+	errNobody        = errors.New("nobody answers")
+	errDialTimeout   = fmt.Errorf("%w within the dial timeout", errNobody)
 	errUnimplemented = errors.New("the node has no Deliver")
 	errWrongNode     = errors.New("the address belongs to another node")
 	errVersion       = errors.New("the node speaks another protocol version")
 	errCodec         = errors.New("the node wants a codec that was not offered")
 )
+
+// wrongNodeError is errWrongNode with what the node there says that it is.
+type wrongNodeError struct{ said string }
+
+func (e *wrongNodeError) Error() string {
+	return fmt.Sprintf("%v: it says that it is %q", errWrongNode, cut(e.said))
+}
+func (*wrongNodeError) Unwrap() error { return errWrongNode }
 
 // run keeps the link connected until it is closed.
 func (l *Link) run() {
@@ -37,13 +46,24 @@ func (l *Link) run() {
 	var (
 		pause = l.set.cfg.BackoffMin
 		first = true // the queue takes deliveries while this attempt runs
+		fresh = true // the last attempt has not failed
 	)
 	for l.begin(first) {
+		t, err := l.await(!fresh)
+		switch {
+		case t == nil && err == nil:
+			return
+		case err != nil:
+			l.fail(err)
+			first, fresh = false, false
+			continue
+		}
 		started := time.Now()
-		reached, err := l.session()
+		reached, err := l.session(t)
 		if l.over() {
 			return
 		}
+		fresh = reached
 		switch {
 		case errors.Is(err, errLies):
 			l.fail(err)
@@ -52,18 +72,15 @@ func (l *Link) run() {
 		case reached && time.Since(started) >= stableAfter && !atFault(err):
 			first, pause = true, l.set.cfg.BackoffMin
 			l.set.meters.reconnects.Inc()
+		case !reached:
+			l.fail(err)
+			first = false // its address has the pause
 		default:
 			if l.wasSound() {
 				pause = l.set.cfg.BackoffMin
 			}
 			l.fail(err)
-			wait := jitter(pause)
-			if !reached {
-				// An attempt that nobody answers has been a pause itself. A node that can be
-				// reached again just after its begin then waits for the dial timeout only.
-				wait = max(wait-time.Since(started), jitter(l.set.cfg.BackoffMin))
-			}
-			if l.sleep(wait) {
+			if l.sleep(jitter(pause)) {
 				pause = l.set.cfg.BackoffMin // announced anew
 			} else {
 				pause = min(2*pause, l.set.cfg.BackoffMax)
@@ -71,6 +88,46 @@ func (l *Link) run() {
 			first = false
 		}
 	}
+}
+
+// await waits for the link's turn to dial. An error is what another link has found at the
+// same address. Without either the link is over.
+func (l *Link) await(failing bool) (*turn, error) {
+	d := l.set.dials
+	t := d.join(l, failing)
+	patience := time.NewTimer(l.set.cfg.DialTimeout)
+	defer patience.Stop()
+	for {
+		select {
+		case err := <-t.verdict:
+			if err != nil {
+				return nil, err
+			}
+			return t, nil
+		case <-l.kick:
+			if l.needless() {
+				d.leave(t)
+				return nil, nil //nolint:nilnil // See above.
+			}
+			d.hurry(t)
+		case <-patience.C:
+			if !failing {
+				l.fail(errNoTurn) // callers do not wait for longer than for a dial
+			}
+			if l.needless() {
+				d.leave(t)
+				return nil, nil //nolint:nilnil // See above.
+			}
+		}
+	}
+}
+
+// needless tells that a link without a stream need not dial any more: it is closed, or
+// leaves and has nothing to send.
+func (l *Link) needless() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closing != engine.Sent || l.leaving && l.queue.len == 0
 }
 
 // atFault tells whether a stream has ended in a way that an attempt at once would
@@ -153,24 +210,25 @@ func jitter(d time.Duration) time.Duration {
 }
 
 // session is one connection from dial to end. It tells whether the node was
-// reached and why the connection has ended.
-func (l *Link) session() (reached bool, err error) {
+// reached and why the connection has ended. It ends the turn that it has been given.
+func (l *Link) session(t *turn) (reached bool, err error) {
 	// The stream outlives every caller: its life ends with close or leave.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	if !l.own(cancel) {
+		l.set.dials.leave(t)
 		return false, context.Canceled
 	}
 	defer l.own(nil)
 	l.set.meters.dials.Inc()
 	wire := &wire{dial: l.set.cfg.Dialer}
-	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, append([]grpc.DialOption{grpc.WithContextDialer(wire.connect)}, l.set.dial...)...)
-	if err != nil {
-		l.set.meters.dialFailures.Inc()
-		return false, fmt.Errorf("dial: %w", err)
+	defer wire.close()
+	began := time.Now()
+	conn, s, err := l.connect(ctx, cancel, wire)
+	l.set.dials.done(t, time.Since(began), err)
+	if conn != nil {
+		defer conn.Close() //nolint:errcheck // it is gone either way
 	}
-	defer conn.Close() //nolint:errcheck // it is gone either way
-	s, err := l.open(ctx, cancel, conn)
 	switch {
 	case errors.Is(err, errUnimplemented):
 		l.set.loseCanary(l.node)
@@ -186,6 +244,24 @@ func (l *Link) session() (reached bool, err error) {
 	return true, err
 }
 
+// connect dials the node and opens a stream.
+func (l *Link) connect(ctx context.Context, cancel context.CancelFunc, wire *wire) (*grpc.ClientConn, *stream, error) {
+	timer := time.AfterFunc(l.set.cfg.DialTimeout, cancel)
+	defer timer.Stop()
+	if err := wire.connect(ctx, l.node.addr); err != nil {
+		if !timer.Stop() {
+			return nil, nil, errDialTimeout
+		}
+		return nil, nil, fmt.Errorf("%w: dial: %w", errNobody, err)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, append([]grpc.DialOption{grpc.WithContextDialer(wire.take)}, l.set.dial...)...)
+	if err != nil {
+		return nil, nil, fmt.Errorf("dial: %w", err)
+	}
+	s, err := l.open(ctx, timer, conn)
+	return conn, s, err
+}
+
 // own makes cancel the way to end the session. False means that the link is
 // closed already.
 func (l *Link) own(cancel context.CancelFunc) bool {
@@ -195,9 +271,8 @@ func (l *Link) own(cancel context.CancelFunc) bool {
 	return l.closing == engine.Sent
 }
 
-// open says hello on a new stream.
-func (l *Link) open(ctx context.Context, cancel context.CancelFunc, conn *grpc.ClientConn) (*stream, error) {
-	timer := time.AfterFunc(l.set.cfg.DialTimeout, cancel)
+// open says hello on a new stream. The timer ends ctx.
+func (l *Link) open(ctx context.Context, timer *time.Timer, conn *grpc.ClientConn) (*stream, error) {
 	rpc, err := conn.NewStream(ctx, &pubsub.ConnectNodeService_ServiceDesc.Streams[0],
 		pubsub.ConnectNodeService_Deliver_FullMethodName, l.set.call...)
 	var hello *helloReply
@@ -219,7 +294,7 @@ func (l *Link) open(ctx context.Context, cancel context.CancelFunc, conn *grpc.C
 // greet sends hello and receives the reply.
 func (l *Link) greet(rpc grpc.ClientStream) (*helloReply, error) {
 	buf := l.set.buffers.take()
-	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs, l.set.instance, l.set.hellos.Add(1))
+	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs, l.set.instance, l.set.hellos.Add(1), l.node.id)
 	// An error of SendMsg says less than the status that RecvMsg then returns.
 	_ = rpc.SendMsg(&outFrame{mem.NewBuffer(buf, &l.set.buffers)})
 	var in inFrame
@@ -245,7 +320,7 @@ func (l *Link) check(h *helloReply) error {
 		return fmt.Errorf("%w: %d", errVersion, h.version)
 	}
 	if h.node != l.node.id {
-		return fmt.Errorf("%w: it says that it is %q", errWrongNode, cut(h.node))
+		return &wrongNodeError{said: h.node}
 	}
 	if h.codec != pubsub.Codec_NONE && !slices.Contains(l.set.squeeze.codecs, h.codec) {
 		return fmt.Errorf("%w: %d", errCodec, h.codec)

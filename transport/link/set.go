@@ -60,6 +60,7 @@ type Set struct {
 	stop     chan struct{}
 	buffers  bufferPool
 	squeeze  *squeeze
+	dials    *dials
 
 	hellos   atomic.Uint64 // sent so far: a node tells a late one by its number
 	snapshot atomic.Pointer[snapshot]
@@ -93,6 +94,7 @@ func New(cfg Config) (*Set, error) {
 	if s.squeeze, err = newSqueeze(&cfg, &s.buffers, s.meters); err != nil {
 		return nil, err
 	}
+	s.dials = newDials(&cfg)
 	s.snapshot.Store(newSnapshot(nil, cfg.Shards))
 	s.meters.register(s)
 	s.clockEnd.Go(s.loop)
@@ -197,6 +199,7 @@ func (s *Set) Update(nodes []Node) error {
 	t := newSnapshot(next, s.cfg.Shards)
 	t.gone = old.left(t)
 	s.snapshot.Store(t)
+	s.dials.keep(slices.Concat(t.nodes, t.gone))
 	s.adoptLocked(old, t, started)
 	s.mu.Unlock()
 
@@ -458,6 +461,7 @@ type node struct {
 	// Static after newNode.
 	set      *Set
 	id, addr string
+	place    *place
 	links    []*Link // by shard
 
 	live   atomic.Int64                                // links that are up
@@ -474,7 +478,7 @@ type node struct {
 }
 
 func newNode(s *Set, n Node) *node {
-	fresh := &node{set: s, id: n.ID, addr: n.Addr, links: make([]*Link, s.cfg.Shards)}
+	fresh := &node{set: s, id: n.ID, addr: n.Addr, place: s.dials.place(n.Addr), links: make([]*Link, s.cfg.Shards)}
 	for shard := range fresh.links {
 		fresh.links[shard] = newLink(s, fresh, shard)
 	}
@@ -566,7 +570,7 @@ func (n *node) reachable(isUnary bool) {
 // unreachable logs why the node cannot be pushed to, once for each kind of cause.
 func (n *node) unreachable(err error) {
 	kind := cmp.Or(status.Code(err).String(), "none")
-	for _, known := range []error{errWrongNode, errVersion, errCodec, errDialTimeout, errLies, errDrained, errSilent, errOwing, errWire} {
+	for _, known := range []error{errWrongNode, errVersion, errCodec, errNobody, errDialTimeout, errNoTurn, errLies, errDrained, errSilent, errOwing, errWire} {
 		if errors.Is(err, known) {
 			kind = known.Error()
 		}

@@ -110,8 +110,8 @@ func TestHelloOffersTheCodecs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := appendHello(nil, "pm", 1, 2, codecs, "an instance", 300)
-		want, err := proto.Marshal(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm", Shard: 1, Shards: 2, Codecs: codecs, InstanceId: "an instance", Attempt: 300}})
+		b := appendHello(nil, "pm", 1, 2, codecs, "an instance", 300, "node")
+		want, err := proto.Marshal(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm", Shard: 1, Shards: 2, Codecs: codecs, InstanceId: "an instance", Attempt: 300, NodeId: "node"}})
 		if err != nil || !bytes.Equal(b, want) {
 			t.Errorf("%v: %x, generated code writes %x", names, b, want)
 		}

@@ -408,7 +408,7 @@ func (l *Link) serveUnary(ctx context.Context, conn *grpc.ClientConn) error {
 func (l *Link) hasDeliver(ctx context.Context, conn *grpc.ClientConn) bool {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	_, err := l.open(ctx, cancel, conn)
+	_, err := l.open(ctx, time.AfterFunc(l.set.cfg.DialTimeout, cancel), conn)
 	return err == nil
 }
 

@@ -2,18 +2,23 @@ package link
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 )
 
-// wire is the TCP connection below a stream, for its end.
+// wire is the connection below a stream: made before gRPC is, since most of what an
+// attempt at a dead node costs is gRPC's, and kept for its end.
 type wire struct {
 	dial func(ctx context.Context, addr string) (net.Conn, error) // nil: TCP
 
 	mu sync.Mutex
 	// Guarded by mu.
-	conn lingerer // nil: none yet, or it is not TCP
+	fresh net.Conn // that gRPC has not taken
+	conn  lingerer // nil: none yet, or it is not TCP
 }
+
+var errOneConn = errors.New("a session has one connection")
 
 // lingerer is a *net.TCPConn.
 type lingerer interface {
@@ -21,8 +26,8 @@ type lingerer interface {
 	SetLinger(seconds int) error
 }
 
-// connect dials for gRPC, which gets the connection as it is.
-func (w *wire) connect(ctx context.Context, addr string) (net.Conn, error) {
+// connect makes the connection.
+func (w *wire) connect(ctx context.Context, addr string) error {
 	dial := w.dial
 	if dial == nil {
 		dial = func(ctx context.Context, addr string) (net.Conn, error) {
@@ -31,12 +36,36 @@ func (w *wire) connect(ctx context.Context, addr string) (net.Conn, error) {
 		}
 	}
 	conn, err := dial(ctx, addr)
-	if tcp, ok := conn.(lingerer); ok && err == nil {
-		w.mu.Lock()
-		w.conn = tcp
-		w.mu.Unlock()
+	if err != nil {
+		return err
 	}
-	return conn, err
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fresh = conn
+	w.conn, _ = conn.(lingerer)
+	return nil
+}
+
+// take hands the connection over to gRPC. There is no second one: who dials again waits
+// for its turn.
+func (w *wire) take(context.Context, string) (net.Conn, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	conn := w.fresh
+	w.fresh = nil
+	if conn == nil {
+		return nil, errOneConn
+	}
+	return conn, nil
+}
+
+// close ends a connection that gRPC has not taken.
+func (w *wire) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.fresh != nil {
+		_ = w.fresh.Close()
+	}
 }
 
 // abort closes the connection and throws away what was written and has not reached

@@ -13,10 +13,10 @@ import (
 
 func TestHelloIsWhatTheGeneratedCodeReads(t *testing.T) {
 	var got pubsub.DeliverRequest
-	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8, nil, "i", 9), &got); err != nil {
+	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8, nil, "i", 9, "n"), &got); err != nil {
 		t.Fatal(err)
 	}
-	want := &pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm-1", Shard: 3, Shards: 8, InstanceId: "i", Attempt: 9}}
+	want := &pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm-1", Shard: 3, Shards: 8, InstanceId: "i", Attempt: 9, NodeId: "n"}}
 	if !proto.Equal(&got, want) {
 		t.Errorf("%v", &got)
 	}

@@ -43,8 +43,8 @@ type seat struct {
 
 // sitLocked makes st the newest stream of its seat. The one before is superseded.
 func (s *Server) sitLocked(st *stream, hello *pubsub.Hello) error {
-	if hello.GetInstanceId() == "" {
-		return nil
+	if hello.GetInstanceId() == "" || hello.GetNodeId() != "" && hello.GetNodeId() != s.cfg.NodeID {
+		return nil // the latter hangs up when it hears who we are
 	}
 	st.key, st.attempt = seatKey{hello.GetInstanceId(), hello.GetShard()}, hello.GetAttempt()
 	at := s.seats[st.key]

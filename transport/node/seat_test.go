@@ -171,7 +171,9 @@ func TestStreamsOfOthersAreNotSuperseded(t *testing.T) {
 	hellos := []*pubsub.Hello{
 		hello("i", 0, 1), hello("i", 1, 2), hello("j", 0, 1), // two processes that both call themselves pm
 		hello("", 0, 0), hello("", 0, 0), // old ones: their name alone says too little
+		hello("i", 0, 9), // a process that looks for another node here
 	}
+	hellos[len(hellos)-1].NodeId = "node-2"
 	var all []*manager
 	for _, h := range hellos {
 		all = append(all, b.mustHello(t, h))
