@@ -4,19 +4,16 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
-	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // Field numbers of proto/connect_node.proto.
 const (
-	reqHello, reqFirstSeq, reqDeliveries, reqForget, reqHeartbeat, reqDrain = 1, 2, 3, 4, 5, 6
-	reqCompressed, reqRawBytes                                              = 7, 8
+	reqFirstSeq, reqDeliveries, reqForget, reqHeartbeat, reqDrain = 2, 3, 4, 5, 6
+	reqCompressed, reqRawBytes                                    = 7, 8
 
 	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent = 1, 2, 3, 4, 5, 6, 7
 
 	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
-
-	helloVersion, helloManager, helloShard, helloShards, helloCodecs, helloInstance, helloAttempt, helloNode = 1, 2, 3, 4, 5, 7, 8, 9
 
 	callUsers, callRoom, callContent = 1, 2, 3 // of PushMessage and PushMessageBatch
 	broadcastContent                 = 1
@@ -78,29 +75,6 @@ func appendStrings(b []byte, field protowire.Number, list []string) []byte {
 		b = appendString(b, field, s)
 	}
 	return b
-}
-
-// appendHello encodes the first frame of a stream.
-func appendHello(b []byte, manager string, shard, shards int, codecs []pubsub.Codec, instance string, attempt uint64, node string) []byte {
-	n := sizeUint(protocolVersion) + sizeOptional(manager) + sizeUint(uint64(shard)) + sizeUint(uint64(shards)) +
-		sizeOptional(instance) + sizeUint(attempt) + sizeOptional(node)
-	if len(codecs) > 0 {
-		n += sizeString(len(codecs))
-	}
-	b = appendLen(b, reqHello, n)
-	b = appendUint(b, helloVersion, protocolVersion)
-	b = appendOptional(b, helloManager, manager)
-	b = appendUint(b, helloShard, uint64(shard))
-	b = appendUint(b, helloShards, uint64(shards))
-	if len(codecs) > 0 {
-		b = appendLen(b, helloCodecs, len(codecs))
-	}
-	for _, c := range codecs {
-		b = append(b, byte(c)) // a varint: all are below 128
-	}
-	b = appendOptional(b, helloInstance, instance)
-	b = appendUint(b, helloAttempt, attempt)
-	return appendOptional(b, helloNode, node)
 }
 
 // address says for whom a delivery is: exactly one of users, minus, audience and

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -10,8 +11,10 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
 	connectnode "github.com/push-manager/push-manager/transport/node"
 )
 
@@ -187,6 +190,57 @@ func TestWrongRegistrationsDoNotSupersedeStreams(t *testing.T) {
 		}
 		if n := set.GetOrCreateCounter("connect_node_deliver_streams_superseded_total").Get(); n != 0 {
 			t.Errorf("%d streams were superseded", n)
+		}
+	})
+}
+
+// Streams of one process have one instance id, their hellos rising numbers; each names the
+// node that it looks for and offers the codecs.
+func TestHelloNamesTheStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{Shards: 2, Compression: []string{"zstd", "s2"}})
+		hellos := make(chan *pubsub.Hello, 64)
+		w.start("a:1", &fakeNode{id: "A", deliver: func(st deliverStream) error {
+			f, err := st.Recv()
+			if err == nil {
+				hellos <- f.GetHello()
+			}
+			return errors.New("no")
+		}})
+		w.register("A", "a:1")
+		time.Sleep(5 * time.Second)
+		w.set.Close()
+		close(hellos)
+		shards, last, instance := map[uint32]uint64{}, uint64(0), ""
+		for h := range hellos {
+			if instance == "" {
+				instance = h.GetInstanceId()
+			}
+			if h.GetInstanceId() != instance || len(instance) < 16 || len(instance) > 64 {
+				t.Errorf("instance %q after %q", h.GetInstanceId(), instance)
+			}
+			if h.GetAttempt() <= shards[h.GetShard()] {
+				t.Errorf("attempt %d of shard %d after %d", h.GetAttempt(), h.GetShard(), shards[h.GetShard()])
+			}
+			shards[h.GetShard()], last = h.GetAttempt(), max(last, h.GetAttempt())
+			want := &pubsub.Hello{
+				ProtocolVersion: 1, ManagerId: "pm", Shard: h.GetShard(), Shards: 2, NodeId: "A",
+				InstanceId: instance, Attempt: h.GetAttempt(), Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, pubsub.Codec_S2},
+			}
+			if !proto.Equal(h, want) {
+				t.Errorf("hello %v, want %v", h, want)
+			}
+		}
+		if len(shards) != 2 || last < 4 {
+			t.Errorf("%d shards said hello, %d times", len(shards), last)
+		}
+		other, err := New(Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		if other.instance == instance {
+			t.Error("two processes have the same instance id")
 		}
 	})
 }

@@ -293,8 +293,21 @@ func (l *Link) open(ctx context.Context, timer *time.Timer, conn *grpc.ClientCon
 
 // greet sends hello and receives the reply.
 func (l *Link) greet(rpc grpc.ClientStream) (*helloReply, error) {
+	hello, err := (&pubsub.DeliverRequest{Hello: &pubsub.Hello{
+		ProtocolVersion: protocolVersion,
+		ManagerId:       l.set.cfg.ManagerID,
+		InstanceId:      l.set.instance,
+		Attempt:         l.set.hellos.Add(1),
+		Shard:           uint32(l.shard),
+		Shards:          uint32(l.set.cfg.Shards),
+		NodeId:          l.node.id,
+		Codecs:          l.set.squeeze.codecs,
+	}}).MarshalVT()
+	if err != nil {
+		return nil, fmt.Errorf("hello: %w", err)
+	}
 	buf := l.set.buffers.take()
-	*buf = appendHello(*buf, l.set.cfg.ManagerID, l.shard, l.set.cfg.Shards, l.set.squeeze.codecs, l.set.instance, l.set.hellos.Add(1), l.node.id)
+	*buf = append(*buf, hello...)
 	// An error of SendMsg says less than the status that RecvMsg then returns.
 	_ = rpc.SendMsg(&outFrame{mem.NewBuffer(buf, &l.set.buffers)})
 	var in inFrame

@@ -104,20 +104,6 @@ func newTestSqueeze(t testing.TB, limit int) *squeeze {
 	return q
 }
 
-func TestHelloOffersTheCodecs(t *testing.T) {
-	for _, names := range [][]string{nil, {"off"}, {"zstd"}, {"zstd", "s2"}} {
-		codecs, err := compression.Parse(names)
-		if err != nil {
-			t.Fatal(err)
-		}
-		b := appendHello(nil, "pm", 1, 2, codecs, "an instance", 300, "node")
-		want, err := proto.Marshal(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm", Shard: 1, Shards: 2, Codecs: codecs, InstanceId: "an instance", Attempt: 300, NodeId: "node"}})
-		if err != nil || !bytes.Equal(b, want) {
-			t.Errorf("%v: %x, generated code writes %x", names, b, want)
-		}
-	}
-}
-
 // TestCompressedFramesAreWhatTheGeneratedCodeWrites goes through lengths on both sides of
 // those at which a length needs another digit.
 func TestCompressedFramesAreWhatTheGeneratedCodeWrites(t *testing.T) {

@@ -11,17 +11,6 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-func TestHelloIsWhatTheGeneratedCodeReads(t *testing.T) {
-	var got pubsub.DeliverRequest
-	if err := proto.Unmarshal(appendHello(nil, "pm-1", 3, 8, nil, "i", 9, "n"), &got); err != nil {
-		t.Fatal(err)
-	}
-	want := &pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1, ManagerId: "pm-1", Shard: 3, Shards: 8, InstanceId: "i", Attempt: 9, NodeId: "n"}}
-	if !proto.Equal(&got, want) {
-		t.Errorf("%v", &got)
-	}
-}
-
 // drawText is a string of which some are long enough for lengths of two bytes.
 func drawText(t *rapid.T, label string) string {
 	return rapid.OneOf(rapid.StringN(1, 8, 32), rapid.StringN(60, 80, 300)).Draw(t, label)

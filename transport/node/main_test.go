@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -238,12 +237,6 @@ func toUsers(s string, users ...string) *pubsub.Delivery {
 
 func toAudience(s string, a *pubsub.Audience, except ...string) *pubsub.Delivery {
 	return &pubsub.Delivery{Content: text(s), Audience: a, ExceptUserIds: except}
-}
-
-func sorted(s []string) []string {
-	s = slices.Clone(s)
-	slices.Sort(s)
-	return s
 }
 
 // eventually polls what another goroutine brings about.
