@@ -1,79 +1,183 @@
 package gateway
 
 import (
+	"bufio"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"fmt"
+	"io"
+	"math"
 	"strings"
 	"time"
+	"unicode/utf8"
 
-	"github.com/lxzan/gws"
+	"github.com/gobwas/ws"
 )
 
 var (
-	errNotText = errors.New("type: only text messages are understood")
-	errNoType  = errors.New("type: required")
+	errNotText   = errors.New("type: only text messages are understood")
+	errNoType    = errors.New("type: required")
+	errType      = errors.New("type: must be join, leave or ping")
+	errNotJSON   = errors.New("message: not valid JSON")
+	errNotObject = errors.New("message: must be a JSON object")
+	errReserved  = errors.New("room_id: names that begin with " + presencePrefix + " are reserved")
 )
 
-// events is the gateway as gws sees it. Its methods run on a connection's reader.
-type events struct{ g *Gateway }
+// readBytes is what a connection keeps for reading: clients say little.
+const readBytes = 512
 
-const connKey = "conn"
-
-// connOf finds our side of a connection.
-func connOf(ws *gws.Conn) *conn {
-	v, _ := ws.Session().Load(connKey)
-	c, _ := v.(*conn)
-	return c
+// reader reads the frames of one client. Nothing is kept for what a client announces,
+// only for what it has sent.
+type reader struct {
+	c       *conn
+	br      *bufio.Reader
+	header  [ws.MaxHeaderSize]byte
+	control [ws.MaxControlFramePayloadSize]byte
+	message []byte // so far
+	op      ws.OpCode
+	due     time.Duration // since the gateway's start: see pace
 }
 
-// OnOpen implements gws.Event. The connection was opened before its reader began.
-func (events) OnOpen(*gws.Conn) {}
-
-// OnClose implements gws.Event.
-func (e events) OnClose(ws *gws.Conn, _ error) { e.g.end(connOf(ws)) }
-
-// OnPing implements gws.Event.
-func (e events) OnPing(ws *gws.Conn, payload []byte) {
-	c := connOf(ws)
-	e.g.hear(c)
-	c.sendFrame(wsFrame(gws.OpcodePong, payload))
+func newReader(c *conn, from io.Reader) *reader {
+	return &reader{c: c, br: bufio.NewReaderSize(from, readBytes), due: math.MinInt64}
 }
 
-// OnPong implements gws.Event.
-func (e events) OnPong(ws *gws.Conn, _ []byte) { e.g.hear(connOf(ws)) }
+// loop reads until the connection's end, and returns the close code that the client is
+// to get; 0 when it is not there to get one.
+func (r *reader) loop() (code uint16) {
+	defer r.c.g.caught("reader", func() { code = closeOurFault })
+	state := ws.StateServerSide
+	for {
+		h, err := ws.ReadHeaderBuffer(r.br, r.header[:])
+		switch {
+		case errors.Is(err, ws.ErrHeaderLengthMSB):
+			return closeProtocol
+		case err != nil:
+			return 0
+		case ws.CheckHeader(h, state) != nil:
+			return closeProtocol
+		}
+		r.pace()
+		if h.OpCode.IsControl() {
+			payload, err := r.payload(r.control[:0], h)
+			if err != nil {
+				return 0
+			}
+			if h.OpCode == ws.OpClose {
+				return closeAnswer(payload)
+			}
+			if h.OpCode == ws.OpPing {
+				r.c.tell(&frame{op: ws.OpPong, head: append([]byte(nil), payload...)})
+			}
+			continue
+		}
+		if h.Length > int64(r.c.g.cfg.MaxMessageBytes-len(r.message)) {
+			return closeTooLarge
+		}
+		if r.message, err = r.payload(r.message, h); err != nil {
+			return 0
+		}
+		if h.OpCode != ws.OpContinuation {
+			r.op = h.OpCode
+		}
+		if !h.Fin {
+			state = state.Set(ws.StateFragmented)
+			continue
+		}
+		state = state.Clear(ws.StateFragmented)
+		if r.op == ws.OpText && !utf8.Valid(r.message) {
+			return closeNotUTF8
+		}
+		r.c.take(r.op, r.message)
+		if r.message = r.message[:0]; cap(r.message) > readBytes {
+			r.message = nil
+		}
+	}
+}
 
-// OnMessage implements gws.Event.
-func (e events) OnMessage(ws *gws.Conn, message *gws.Message) {
-	c := connOf(ws)
-	e.g.hear(c)
-	e.g.count.messages.Inc()
+// payload appends the payload of a frame, as it comes.
+func (r *reader) payload(b []byte, h ws.Header) ([]byte, error) {
+	start := len(b)
+	for left := int(h.Length); left > 0; {
+		n := min(left, readBytes)
+		at := len(b)
+		b = append(b, make([]byte, n)...)
+		if _, err := io.ReadFull(r.br, b[at:]); err != nil {
+			return nil, err //nolint:wrapcheck // The client has gone.
+		}
+		left -= n
+	}
+	ws.Cipher(b[start:], h.Mask, 0)
+	r.c.g.hear(r.c)
+	return b, nil
+}
+
+// closeAnswer is the code that answers a close frame.
+func closeAnswer(payload []byte) uint16 {
+	if len(payload) == 0 {
+		return closeNormal
+	}
+	if len(payload) == 1 {
+		return closeProtocol
+	}
+	code := binary.BigEndian.Uint16(payload)
+	if ws.CheckCloseFrameData(ws.StatusCode(code), string(payload[2:])) != nil {
+		return closeProtocol
+	}
+	return code
+}
+
+// pace holds the client to its rate of frames. One that sends more is read later: its
+// messages wait in its own socket, and nothing is lost. Who has been quiet may send what
+// rejoining all rooms takes at once.
+func (r *reader) pace() {
+	cfg := &r.c.g.cfg
+	interval := time.Second / time.Duration(cfg.MessageRate)
+	burst := interval * time.Duration(cfg.MaxRooms+2*cfg.MessageRate)
+	now := time.Since(r.c.g.began)
+	r.due = max(r.due, now-burst) + interval
+	if r.due > now {
+		r.c.g.count.paced.Inc()
+		time.Sleep(r.due - now) // an interval at most: a second
+	}
+}
+
+// take handles a message of the client.
+func (c *conn) take(op ws.OpCode, message []byte) {
+	c.g.count.messages.Inc()
 	err := errNotText
-	if message.Opcode == gws.OpcodeText {
-		err = c.obey(message.Bytes())
+	if op == ws.OpText {
+		err = c.obey(message)
 	}
-	_ = message.Close() // Gives the buffer back; it has no error.
 	if err != nil {
-		e.g.count.badMessages.Inc()
-		c.sendFrame(control("error", "message", err.Error()))
+		c.g.count.badMessages.Inc()
+		c.tell(control("error", "message", err.Error()))
 	}
 }
 
-// obey does what a client's message asks for. The error names the field.
+// obey does what a client's message asks for. The error is for the client: it names the
+// field, in words that need no knowledge of Go.
 func (c *conn) obey(b []byte) error {
 	var m struct {
 		Type   *string `json:"type"`
 		RoomID *string `json:"room_id"`
 	}
 	if err := json.Unmarshal(b, &m); err != nil {
-		return fmt.Errorf("message: %w", err)
+		var wrong *json.UnmarshalTypeError
+		switch {
+		case !errors.As(err, &wrong):
+			return errNotJSON
+		case wrong.Field == "":
+			return errNotObject
+		}
+		return errors.New(wrong.Field + ": must be a string")
 	}
 	if m.Type == nil {
 		return errNoType
 	}
 	switch *m.Type {
 	case "ping":
-		c.sendFrame(control("pong"))
+		c.tell(control("pong"))
 		return nil
 	case "join", "leave":
 		room := ""
@@ -83,12 +187,13 @@ func (c *conn) obey(b []byte) error {
 		if err := checkRoom(room); err != nil {
 			return err
 		}
+		c.ownRooms.Store(true)
 		if *m.Type == "join" {
 			return c.g.reports.join(c, room)
 		}
 		return c.g.reports.leave(c, room)
 	}
-	return fmt.Errorf("type: %.40q is not join, leave or ping", *m.Type)
+	return errType
 }
 
 // checkRoom applies the rule for rooms that a client may name.
@@ -97,7 +202,7 @@ func checkRoom(room string) error {
 		return err
 	}
 	if strings.HasPrefix(room, presencePrefix) {
-		return fmt.Errorf("room_id: %q is reserved", presencePrefix)
+		return errReserved
 	}
 	return nil
 }
@@ -107,20 +212,20 @@ func checkRoom(room string) error {
 func (c *conn) joined(room string) {
 	switch {
 	case room != c.g.reports.presence:
-		c.sendFrame(control("joined", "room_id", room))
+		c.tell(control("joined", "room_id", room))
 	case c.room == "":
-		c.sendFrame(control("ready", "user_id", c.user, "node_id", c.g.cfg.NodeID))
+		c.tell(control("ready", "user_id", c.user, "node_id", c.g.cfg.NodeID))
 	}
 }
 
-func (c *conn) left(room string) { c.sendFrame(control("left", "room_id", room)) }
+func (c *conn) left(room string) { c.tell(control("left", "room_id", room)) }
 
 func (c *conn) refused(room, why string) {
 	if room == c.g.reports.presence {
-		c.sendFrame(control("error", "message", "user_id: "+why))
+		c.tell(control("error", "message", "user_id: "+why))
 		return
 	}
-	c.sendFrame(control("error", "message", "room_id: "+why, "room_id", room))
+	c.tell(control("error", "message", "room_id: "+why, "room_id", room))
 }
 
 // hear notes that the client lives.
@@ -141,7 +246,7 @@ func (g *Gateway) sweep() {
 					g.count.dead.Inc()
 				}
 			case silent >= g.cfg.PingInterval && !c.pinged.Swap(true):
-				c.sendFrame(wsFrame(gws.OpcodePing, nil))
+				c.tell(&frame{op: ws.OpPing})
 			}
 		}
 	})

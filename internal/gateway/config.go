@@ -39,8 +39,10 @@ type Config struct {
 	PushManagerAddress string
 
 	// AllowedOrigins are the Origin headers, such as "https://app.example.com",
-	// that browsers may connect with; "*" allows all. Loopback origins, and
-	// pages that the gateway itself has served under an IP address, always may.
+	// that browsers may connect with; "*" allows all. Loopback origins always may,
+	// and pages from the host that they connect to: under its IP address, and under
+	// a name unless the connection comes over loopback, as behind a proxy on the
+	// same machine.
 	AllowedOrigins []string
 	// MaxConnections bounds the clients connected at once. Default 100,000.
 	MaxConnections int
@@ -48,16 +50,27 @@ type Config struct {
 	MaxRooms int
 	// MaxMessageBytes bounds one message of a client. Default 16 KiB.
 	MaxMessageBytes int
+	// MessageRate bounds the frames a second that are read from one client, which may
+	// send MaxRooms and two seconds' worth more at once. What is beyond waits in
+	// its socket. Default 50.
+	MessageRate int
 	// QueueFrames and QueueBytes bound what waits for one client: one that is
 	// behind by more is cut off. Default 4,096 and 1 MiB: a burst of some thousand
 	// pushes to one client takes less time to arrive here than a writer takes to
 	// wake up. A single frame may be larger.
 	QueueFrames, QueueBytes int
+	// QueueTotalBytes bounds what waits for all clients together, where what waits for
+	// many counts once. From half of it on a client that has more than an equal share
+	// of that half waiting is cut off. Default 256 MiB.
+	QueueTotalBytes int
 	// SocketBuffer bounds what the kernel keeps for one client on top of that.
 	// Default: what the kernel chooses.
 	SocketBuffer int
 	// WriteTimeout bounds one write to a client. Default 10 s.
 	WriteTimeout time.Duration
+	// CloseTimeout bounds the end of a connection: the write of a close frame that
+	// must be soon, and then the time that the client has to answer it. Default 2 s.
+	CloseTimeout time.Duration
 	// PingInterval is how long a client may be silent before it is pinged,
 	// IdleTimeout how long before it is cut off. Default 25 s and 60 s.
 	PingInterval, IdleTimeout time.Duration
@@ -96,7 +109,10 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.MaxMessageBytes, 16<<10)
 	defaultTo(&c.QueueFrames, 4096)
 	defaultTo(&c.QueueBytes, 1<<20)
+	defaultTo(&c.QueueTotalBytes, 256<<20)
+	defaultTo(&c.MessageRate, 50)
 	defaultTo(&c.WriteTimeout, 10*time.Second)
+	defaultTo(&c.CloseTimeout, 2*time.Second)
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
 	defaultTo(&c.ControllerTimeout, 2*time.Second)
@@ -150,14 +166,15 @@ func (c Config) Validate() error {
 	}
 	for field, n := range map[string]int{
 		"MaxConnections": c.MaxConnections, "MaxRooms": c.MaxRooms, "MaxMessageBytes": c.MaxMessageBytes,
-		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "ReportWorkers": c.ReportWorkers, "RejoinPerSecond": c.RejoinPerSecond,
+		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
+		"ReportWorkers": c.ReportWorkers, "RejoinPerSecond": c.RejoinPerSecond,
 	} {
 		if n < 1 {
 			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))
 		}
 	}
 	for field, d := range map[string]time.Duration{
-		"WriteTimeout": c.WriteTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "SyncInterval": c.SyncInterval, "LeaveTimeout": c.LeaveTimeout,
+		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "SyncInterval": c.SyncInterval, "LeaveTimeout": c.LeaveTimeout,
 	} {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))

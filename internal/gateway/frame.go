@@ -7,21 +7,53 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"unicode/utf8"
 
-	"github.com/lxzan/gws"
+	"github.com/gobwas/ws"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
 
-// push is the text message of one push, encoded once. The recipient's id, the
-// only part that differs between recipients, goes between head and tail.
-type push struct {
+// frame is one message to clients, encoded once and shared by all queues in which it
+// waits. A push has a gap: the recipient's id, the only part that differs between
+// recipients, goes between head and tail.
+type frame struct {
 	head, tail []byte
+	op         ws.OpCode
+	gap        bool
+
+	holders atomic.Int32 // queues and writers
 }
 
-func newPush(m *node.Message) *push {
+// bytes is what is shared.
+func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail)) }
+
+// size is the length of the payload for one recipient, whose id is given as a JSON string.
+func (f *frame) size(user []byte) int {
+	n := len(f.head) + len(f.tail)
+	if f.gap {
+		n += len(user)
+	}
+	return n
+}
+
+// appendTo appends the WebSocket frame for one recipient, but for a long tail, which it
+// returns.
+func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
+	b = appendHeader(b, f.op, f.size(user))
+	b = append(b, f.head...)
+	if f.gap {
+		b = append(b, user...)
+	}
+	if len(f.tail) > copyBytes {
+		return b, f.tail
+	}
+	return append(b, f.tail...), nil
+}
+
+func newPush(m *node.Message) *frame {
 	// Both parts come from one buffer; escapes may make it grow.
 	b := make([]byte, 0, 160+len(m.RoomID)+len(m.Data)+len(m.Data)/8)
 	b = append(b, `{"type":`...)
@@ -51,16 +83,7 @@ func newPush(m *node.Message) *push {
 		b = appendString(b, m.Metadata[key])
 	}
 	b = append(b, "}}"...)
-	return &push{head: b[:split:split], tail: b[split:]}
-}
-
-// appendFrame appends the WebSocket frame for one recipient, whose id is given as
-// a JSON string.
-func (p *push) appendFrame(b, user []byte) []byte {
-	b = appendHeader(b, gws.OpcodeText, len(p.head)+len(user)+len(p.tail))
-	b = append(b, p.head...)
-	b = append(b, user...)
-	return append(b, p.tail...)
+	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], gap: true}
 }
 
 // appendType writes the lower-case name of the type, or the number as a string
@@ -75,9 +98,8 @@ func appendType(b []byte, t pubsub.MessageType) []byte {
 	return append(b, '"')
 }
 
-// control is a whole WebSocket frame of a text message that the gateway itself
-// sends: pairs are keys and values.
-func control(kind string, pairs ...string) []byte {
+// control is a text message that the gateway itself sends: pairs are keys and values.
+func control(kind string, pairs ...string) *frame {
 	b := append([]byte(nil), `{"type":`...)
 	b = appendString(b, kind)
 	for i := 0; i+1 < len(pairs); i += 2 {
@@ -86,18 +108,38 @@ func control(kind string, pairs ...string) []byte {
 		b = append(b, ':')
 		b = appendString(b, pairs[i+1])
 	}
-	return wsFrame(gws.OpcodeText, append(b, '}'))
+	return &frame{op: ws.OpText, head: append(b, '}')}
 }
 
-// wsFrame is a whole WebSocket frame.
-func wsFrame(op gws.Opcode, payload []byte) []byte {
-	b := make([]byte, 0, len(payload)+10)
-	return append(appendHeader(b, op, len(payload)), payload...)
+// The close codes that the gateway uses: those of RFC 6455, and 4429 for a client that
+// is too slow.
+const (
+	closeNormal    = 1000
+	closeGoingAway = 1001
+	closeProtocol  = 1002
+	closeNotUTF8   = 1007
+	closeTooLarge  = 1009
+	closeOurFault  = 1011
+	closeSlow      = 4429
+)
+
+var closeReasons = map[uint16]string{
+	closeGoingAway: "node is going",
+	closeProtocol:  "not WebSocket as in RFC 6455",
+	closeNotUTF8:   "text is not UTF-8",
+	closeTooLarge:  "message is too large",
+	closeOurFault:  "internal error of the node",
+	closeSlow:      "too slow: too much waits to be read",
+}
+
+func closeFrame(code uint16) []byte {
+	payload := append(binary.BigEndian.AppendUint16(nil, code), closeReasons[code]...)
+	return append(appendHeader(nil, ws.OpClose, len(payload)), payload...)
 }
 
 // appendHeader writes the header of an unfragmented frame from the server, which
 // is not masked (RFC 6455, 5.2).
-func appendHeader(b []byte, op gws.Opcode, n int) []byte {
+func appendHeader(b []byte, op ws.OpCode, n int) []byte {
 	b = append(b, 0x80|byte(op))
 	switch {
 	case n < 126:

@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/lxzan/gws"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -22,8 +21,6 @@ import (
 
 	"github.com/push-manager/push-manager/transport/node"
 )
-
-const closeGoingAway = 1001
 
 var (
 	errNotRegistered = errors.New("not registered in etcd")
@@ -42,13 +39,16 @@ type Gateway struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	cc       *grpc.ClientConn
-	upgrader *gws.Upgrader
 	count    counters
 	buffers  buffers
 
-	draining atomic.Bool
-	clients  sync.WaitGroup // readers and writers; entered through admit
-	loops    sync.WaitGroup
+	held    atomic.Int64 // bytes of the frames in all queues, each counted once
+	writers atomic.Int64 // clients for whom something waits
+
+	panicLogged atomic.Int64 // when, in ns since began
+	draining    atomic.Bool
+	clients     sync.WaitGroup // readers and writers; entered through admit
+	loops       sync.WaitGroup
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -91,20 +91,7 @@ func New(cfg Config) (*Gateway, error) {
 	g.node.Attach(g.grpc)
 	healthpb.RegisterHealthServer(g.grpc, g.health)
 	reflection.Register(g.grpc)
-	g.upgrader = gws.NewUpgrader(events{g}, &gws.ServerOption{
-		ReadMaxPayloadSize: g.cfg.MaxMessageBytes,
-		CheckUtf8Enabled:   true,
-		HandshakeTimeout:   5 * time.Second,
-		Logger:             gwsLogger{g.cfg.Logger},
-	})
 	return g, nil
-}
-
-// gwsLogger takes what gws says about single connections.
-type gwsLogger struct{ logger *slog.Logger }
-
-func (l gwsLogger) Error(v ...any) {
-	l.logger.Debug("websocket", slog.String("error", fmt.Sprint(v...)))
 }
 
 // Start listens, serves and registers. The Controller and etcd need not be there
@@ -313,7 +300,7 @@ func halfOf(ctx context.Context) (context.Context, context.CancelFunc) {
 func (g *Gateway) closeClients(ctx context.Context) error {
 	g.registry.each(func(conns []*conn) {
 		for _, c := range conns {
-			c.send(outgoing{close: closeGoingAway})
+			c.bye(closeGoingAway, false)
 		}
 	})
 	g.mu.Lock()

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -11,10 +10,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"github.com/gobwas/ws"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -92,7 +93,12 @@ func TestAllDevicesGetAPushAndTheUserCountsOnce(t *testing.T) {
 		t.Error(r)
 	}
 	phone.want(textFrame("r", "u", "hi"))
-	laptop.want(textFrame("r", "u", "hi"))
+	laptop.wantNothing() // It is not in the room.
+	if r := pushTo(t, n, "", "both", "u"); r.GetDeliveredCount() != 1 {
+		t.Error(r)
+	}
+	phone.want(textFrame("", "u", "both"))
+	laptop.want(textFrame("", "u", "both"))
 	all, err := n.Broadcast(t.Context(), &pubsub.BroadcastRequest{Content: &pubsub.MessageContent{Data: []byte("all"), Timestamp: 1}})
 	if err != nil || all.GetDeliveredCount() != 1 {
 		t.Error(all, err)
@@ -222,22 +228,94 @@ func TestRoomIsLeftWithTheLastConnection(t *testing.T) {
 	eventually(t, "a connected user without a room is known", func() bool { return c.has("u", "@node:node-1") })
 }
 
-func TestPushToARoomIsForItsMembersOnly(t *testing.T) {
+func TestPushToARoomIsForTheConnectionsInIt(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	inA, inB, inNone := connect(t, g, "u", "A"), connect(t, g, "u", "B"), connect(t, g, "u", "")
+	push := func(text string, delivered bool) {
+		t.Helper()
+		r := pushTo(t, n, "A", text, "u")
+		if got := r.GetDeliveredCount() == 1; got != delivered || got == slices.Contains(r.GetFailedUserIds(), "u") {
+			t.Errorf("%s: %v, want delivered: %v", text, r, delivered)
+		}
+	}
+	push("1", true)
+	inA.want(textFrame("A", "u", "1"))
+	inB.wantNothing()
+	inNone.wantNothing()
+
+	inNone.say(`{"type":"join","room_id":"A"}`)
+	inNone.want(`{"type":"joined","room_id":"A"}`)
+	push("2", true)
+	inA.want(textFrame("A", "u", "2"))
+	inNone.want(textFrame("A", "u", "2"))
+
+	inA.say(`{"type":"leave","room_id":"A"}`)
+	inA.want(`{"type":"left","room_id":"A"}`)
+	push("3", true)
+	inNone.want(textFrame("A", "u", "3"))
+	inA.wantNothing() // Told left, nothing more of the room comes.
+
+	inNone.ws.NetConn().Close()
+	eventually(t, "it is forgotten", func() bool { return g.registry.conns.Load() == 2 })
+	push("4", false) // A route that is out of date.
+	inA.wantNothing()
+	inB.wantNothing()
+}
+
+func TestRoomsOfAUserWhoNamesNoneAreTheControllers(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	a, b := connect(t, g, "u", ""), connect(t, g, "u", "")
+	r := pushTo(t, n, "filled by the Controller", "1", "u")
+	if r.GetDeliveredCount() != 1 {
+		t.Error(r)
+	}
+	a.want(textFrame("filled by the Controller", "u", "1"))
+	b.want(textFrame("filled by the Controller", "u", "1"))
+
+	// From the first room that one of them names, rooms are what they have joined.
+	a.say(`{"type":"join","room_id":"r"}`)
+	a.want(`{"type":"joined","room_id":"r"}`)
+	if r := pushTo(t, n, "filled by the Controller", "2", "u"); !slices.Equal(r.GetFailedUserIds(), []string{"u"}) {
+		t.Error(r)
+	}
+	a.ws.NetConn().Close()
+	eventually(t, "one is left", func() bool { return g.registry.conns.Load() == 1 })
+	if r := pushTo(t, n, "r", "3", "u"); !slices.Equal(r.GetFailedUserIds(), []string{"u"}) {
+		t.Error("a connection that never joined gets what is late for one that has gone", r)
+	}
+	b.wantNothing()
+}
+
+// TestNothingOfARoomComesAfterLeft: whatever races with the leave, left is the last word.
+func TestNothingOfARoomComesAfterLeft(t *testing.T) {
 	g, _ := start(t, newController(t), nil)
-	phone, laptop := connect(t, g, "u", "r"), connect(t, g, "u", "r2")
-	to := sessions{g}
-	if got := to.Deliver("u", &node.Message{RoomID: "r"}); got != node.Delivered {
-		t.Errorf("a member: %v", got)
-	}
-	phone.say(`{"type":"leave","room_id":"r"}`)
-	phone.want(`{"type":"text","room_id":"r","user_id":"u","timestamp":0,"data":{"content":""},"metadata":{}}`)
-	phone.want(`{"type":"left","room_id":"r"}`)
-	laptop.want(`{"type":"text","room_id":"r","user_id":"u","timestamp":0,"data":{"content":""},"metadata":{}}`)
-	if got := to.Deliver("u", &node.Message{RoomID: "r"}); got != node.NotHere {
-		t.Errorf("who has left: %v", got)
-	}
-	if got := to.Deliver("u", &node.Message{}); got != node.Delivered {
-		t.Errorf("the user: %v", got)
+	stays, leaves := connect(t, g, "u", "r"), connect(t, g, "u", "")
+	for range 20 {
+		leaves.say(`{"type":"join","room_id":"r"}`)
+		leaves.want(`{"type":"joined","room_id":"r"}`)
+		var wg sync.WaitGroup
+		stop := make(chan struct{})
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+					if i < 2000 { // not more than the clients' queues
+						sessions{g}.Deliver("u", &node.Message{RoomID: "r"})
+					}
+				}
+			}
+		})
+		leaves.say(`{"type":"leave","room_id":"r"}`)
+		for leaves.next() != `{"type":"left","room_id":"r"}` {
+		}
+		close(stop)
+		wg.Wait()
+		leaves.wantNothing()
+		for len(stays.frames) > 0 {
+			<-stays.frames
+		}
 	}
 }
 
@@ -247,7 +325,9 @@ func TestBadClientMessagesNameTheField(t *testing.T) {
 	for _, test := range []struct{ say, field string }{
 		{`{`, "message"},
 		{`[]`, "message"},
-		{`{"type":1}`, "message"},
+		{`"join"`, "message"},
+		{`{"type":1}`, "type"},
+		{`{"type":"join","room_id":{"a":1}}`, "room_id"},
 		{`{}`, "type"},
 		{`{"type":"push"}`, "type"},
 		{`{"type":"join"}`, "room_id"},
@@ -337,28 +417,10 @@ func TestBadHandshakes(t *testing.T) {
 	})
 }
 
-// rawClient shakes hands and then reads nothing.
-func rawClient(t *testing.T, g *Gateway, user string) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", g.HTTPAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close() })
-	_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-	fmt.Fprintf(conn, "GET /ws?user_id=%s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", user)
-	resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 16), nil)
-	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
-		t.Fatal(resp, err)
-	}
-	eventually(t, "raw client is known", func() bool { return len(g.registry.of(user)) > 0 })
-	return conn
-}
-
 func TestSlowClientIsCutOffAndSlowsNobody(t *testing.T) {
 	g, n := start(t, newController(t), func(c *Config) { c.QueueFrames, c.SocketBuffer = 16, 4<<10 })
 	well := connect(t, g, "well", "")
-	_ = rawClient(t, g, "slow")
+	_ = deaf(t, g, "slow")
 	text := strings.Repeat("x", 8<<10)
 	failed := 0
 	for i := 0; g.registry.conns.Load() > 1; i++ {
@@ -383,7 +445,7 @@ func TestSlowClientIsCutOffAndSlowsNobody(t *testing.T) {
 func TestSlowDeviceDoesNotFailTheUser(t *testing.T) {
 	g, n := start(t, newController(t), func(c *Config) { c.QueueFrames, c.SocketBuffer = 4, 4<<10 })
 	well := connect(t, g, "u", "")
-	_ = rawClient(t, g, "u")
+	_ = deaf(t, g, "u")
 	eventually(t, "both are known", func() bool { return g.registry.conns.Load() == 2 })
 	text := strings.Repeat("x", 32<<10)
 	for g.registry.conns.Load() > 1 {
@@ -397,7 +459,7 @@ func TestSlowDeviceDoesNotFailTheUser(t *testing.T) {
 func TestSilentClientsArePingedAndDeadOnesCutOff(t *testing.T) {
 	g, _ := start(t, newController(t), func(c *Config) { c.PingInterval, c.IdleTimeout = 200*time.Millisecond, 4*time.Second })
 	well := connect(t, g, "well", "") // Answers pings.
-	_ = rawClient(t, g, "dead")
+	_ = deaf(t, g, "dead")
 	eventually(t, "the dead client is cut off", func() bool { return g.count.dead.Get() == 1 })
 	eventually(t, "it is forgotten", func() bool { return len(g.registry.of("dead")) == 0 })
 	well.wantNothing()
@@ -586,7 +648,7 @@ func TestDrainSaysGoodbye(t *testing.T) {
 func TestDrainIsBoundedWithStuckPeers(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, func(c *Config) { c.QueueFrames, c.SocketBuffer, c.QueueBytes = 10000, 4<<10, 64<<20 })
-	_ = rawClient(t, g, "stuck")
+	_ = deaf(t, g, "stuck")
 	text := strings.Repeat("x", 64<<10)
 	for range 100 { // 6 MB: more than the kernels take.
 		pushTo(t, n, "", text, "stuck")
@@ -710,7 +772,7 @@ func FuzzClientMessage(f *testing.F) {
 	}
 	f.Cleanup(g.Close)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c := &conn{g: g, user: "u", closed: true}
+		c := &conn{g: g, user: "u", ownRooms: new(atomic.Bool), closed: true}
 		err := c.obey(b)
 		var m struct {
 			Type   string
@@ -741,8 +803,12 @@ func FuzzFrame(f *testing.F) {
 	f.Add("\"\\", "\u2028\x00", []byte{0xff}, "\x7f", "\xff", int32(-3), int64(-1))
 	f.Fuzz(func(t *testing.T, room, user string, data []byte, key, value string, kind int32, timestamp int64) {
 		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}})
-		frame := p.appendFrame(nil, appendString(nil, user))
-		text := frame[len(appendHeader(nil, 1, len(p.head)+len(p.tail)+len(appendString(nil, user)))):]
+		id := appendString(nil, user)
+		frame, tail := p.appendTo(nil, id)
+		text := append(frame, tail...)[len(appendHeader(nil, ws.OpText, p.size(id))):]
+		if len(text) != p.size(id) {
+			t.Errorf("%d bytes, the header says %d", len(text), p.size(id))
+		}
 		var got struct {
 			Type      string `json:"type"`
 			RoomID    string `json:"room_id"`
@@ -775,7 +841,7 @@ func BenchmarkPushToRoom(b *testing.B) {
 	for _, users := range []int{1, 100, 1000} {
 		b.Run(fmt.Sprintf("users=%d", users), func(b *testing.B) {
 			g := &Gateway{registry: newRegistry()}
-			g.cfg = Config{NodeID: "n", QueueFrames: 1 << 30, QueueBytes: 1 << 40}
+			g.cfg = Config{NodeID: "n", QueueFrames: 1 << 30, QueueBytes: 1 << 40, QueueTotalBytes: 1 << 40}
 			g.cfg.Metrics = metrics.NewSet()
 			newCounters(g)
 			var ids []string
@@ -796,7 +862,7 @@ func BenchmarkPushToRoom(b *testing.B) {
 					s.Deliver(id, m)
 				}
 				b.StopTimer()
-				g.registry.each(func(conns []*conn) { conns[0].queue = conns[0].queue[:0] })
+				g.registry.each(func(conns []*conn) { conns[0].queue, conns[0].bytes = conns[0].queue[:0], 0 })
 				b.StartTimer()
 			}
 		})

@@ -1,10 +1,13 @@
 package gateway
 
 import (
+	"bufio"
+	"bytes"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -14,9 +17,14 @@ import (
 	"strings"
 	"time"
 
-	"github.com/lxzan/gws"
+	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/internal/exposition"
+)
+
+var (
+	errOrigin = errors.New("origin: not allowed here, see ALLOWED_ORIGINS")
+	errQuery  = errors.New("query: not encoded as in a URL")
 )
 
 //go:embed page.html
@@ -75,7 +83,7 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusServiceUnavailable, refusedDraining, errGoing)
 		return
 	case !g.originAllowed(r):
-		refuse(http.StatusForbidden, refusedOrigin, fmt.Errorf("origin %.100q is not allowed", r.Header.Get("Origin")))
+		refuse(http.StatusForbidden, refusedOrigin, errOrigin)
 		return
 	case err != nil:
 		refuse(http.StatusBadRequest, refusedBad, err)
@@ -90,20 +98,37 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.g = g
-	ws, err := g.upgrader.Upgrade(w, r)
+	netConn, rw, _, err := upgrader.Upgrade(r, w)
 	if err != nil {
 		g.count.refused[refusedBad].Inc()
+		if netConn != nil { // It has been answered.
+			_ = netConn.Close()
+		}
 		g.release()
-		return // gws has answered.
+		return
 	}
-	g.begin(c, ws)
+	c.net = netConn
+	g.begin(c, unread(rw.Reader))
+}
+
+// upgrader accepts the one subprotocol there is. A client that asks for others is served
+// without.
+var upgrader = ws.HTTPUpgrader{
+	Timeout:  5 * time.Second,
+	Protocol: func(name string) bool { return name == "pm.v1" },
+}
+
+// unread is what the client has sent behind its handshake already: 4 KiB at most.
+func unread(br *bufio.Reader) []byte {
+	b, _ := br.Peek(br.Buffered()) // No error: it is there.
+	return bytes.Clone(b)
 }
 
 // clientOf reads who wants to connect. The error names the field.
 func clientOf(r *http.Request) (*conn, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, fmt.Errorf("query: %w", err)
+		return nil, errQuery
 	}
 	for _, field := range []string{"user_id", "user_name", "room_id"} {
 		if len(query[field]) > 1 {
@@ -129,7 +154,10 @@ func clientOf(r *http.Request) (*conn, error) {
 }
 
 // originAllowed guards against pages of strangers that use a visitor's network: a
-// browser says where a page came from, other clients say nothing.
+// browser says where a page came from, other clients say nothing. A page that comes from
+// the host it connects to is allowed, unless that is a name and the connection comes over
+// loopback: a stranger's name can be made to point there, and what listens on loopback
+// relies on nobody else getting there.
 func (g *Gateway) originAllowed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	if origin == "" || slices.Contains(g.cfg.AllowedOrigins, origin) || slices.Contains(g.cfg.AllowedOrigins, "*") {
@@ -142,42 +170,61 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 	if u.Hostname() == "localhost" {
 		return true
 	}
-	ip, err := netip.ParseAddr(u.Hostname())
-	if err != nil {
-		return false // A name can be made to point anywhere: it must be listed.
+	sameHost := strings.EqualFold(u.Host, r.Host)
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil {
+		return ip.IsLoopback() || sameHost
 	}
-	return ip.IsLoopback() || u.Host == r.Host
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return sameHost && ok && !local.IP.IsLoopback()
 }
 
 // begin starts a connection that has been admitted.
-func (g *Gateway) begin(c *conn, ws *gws.Conn) {
-	c.ws, c.net = ws, ws.NetConn()
-	ws.Session().Store(connKey, c)
+func (g *Gateway) begin(c *conn, sent []byte) {
 	if tcp, ok := c.net.(*net.TCPConn); ok && g.cfg.SocketBuffer > 0 {
 		_ = tcp.SetWriteBuffer(g.cfg.SocketBuffer) // The kernel's choice is good, too.
 	}
+	var from io.Reader = c.net
+	if len(sent) > 0 {
+		from = io.MultiReader(bytes.NewReader(sent), c.net)
+	}
+	r := newReader(c, from)
 	g.hear(c)
 	g.count.opened.Inc()
 	g.registry.add(c)
-	if g.draining.Load() {
-		// Whoever closes the clients may have passed before this one was listed.
-		c.send(outgoing{close: closeGoingAway})
+	// Whoever closes the clients may have passed before this one was listed.
+	g.mu.Lock()
+	closed := g.closed
+	g.mu.Unlock()
+	switch {
+	case closed:
+		c.shut()
+	case g.draining.Load():
+		c.bye(closeGoingAway, false)
 	}
 	// The handler's goroutine must end: it holds the request's memory.
 	g.clients.Go(func() {
+		defer g.release()
+		defer g.caught("reader", func() {})
+		defer g.end(c)
 		g.enterRooms(c)
-		ws.ReadLoop()
-		g.release()
+		if code := r.loop(); code != 0 {
+			c.bye(code, true)
+			var err error
+			for err == nil { // until the client has closed, or its time is over
+				_, err = r.br.Discard(readBytes)
+			}
+		}
 	})
 }
 
 func (g *Gateway) enterRooms(c *conn) {
+	defer g.caught("reader", func() { c.bye(closeOurFault, true) })
 	for _, room := range []string{g.reports.presence, c.room} {
 		if room == "" {
 			continue
 		}
 		if err := g.reports.join(c, room); err != nil {
-			c.sendFrame(control("error", "message", err.Error()))
+			c.tell(control("error", "message", err.Error()))
 		}
 	}
 }

@@ -148,7 +148,12 @@ func start(t testing.TB, c *controller, change func(*Config)) (*Gateway, pubsub.
 	if err := g.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(g.Close)
+	t.Cleanup(func() {
+		g.Close()
+		if held, writers := g.held.Load(), g.writers.Load(); held != 0 || writers != 0 {
+			t.Errorf("%d bytes and %d writers on the books of a closed gateway", held, writers)
+		}
+	})
 	conn, err := grpc.NewClient(g.GRPCAddr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -243,6 +248,11 @@ func (d *device) wantError(field string) {
 	got := d.next()
 	if err := json.Unmarshal([]byte(got), &m); err != nil || m.Type != "error" || !strings.HasPrefix(m.Message, field+":") {
 		d.t.Fatalf("got %s, want an error about %s", got, field)
+	}
+	for _, word := range []string{"Go ", "json:", "struct", "unmarshal", "gws", "EOF", "\\x"} {
+		if strings.Contains(m.Message, word) {
+			d.t.Errorf("%q is for those who know Go: %q", m.Message, word)
+		}
 	}
 }
 

@@ -9,9 +9,12 @@ type counters struct {
 	pushFrames  *metrics.Counter
 	bytesSent   *metrics.Counter
 	slow        *metrics.Counter
+	crowded     *metrics.Counter
 	dead        *metrics.Counter
 	messages    *metrics.Counter
 	badMessages *metrics.Counter
+	paced       *metrics.Counter
+	panics      *metrics.Counter
 	joins       reportCounters
 	leaves      reportCounters
 	rejoins     *metrics.Counter
@@ -51,6 +54,7 @@ func newCounters(g *Gateway) {
 	set.NewGauge("connect_node_rooms", func() float64 { return float64(g.reports.roomCount()) })
 	set.NewGauge("connect_node_memberships", func() float64 { return float64(g.reports.memberships()) })
 	set.NewGauge("connect_node_reports_pending", func() float64 { return float64(g.reports.pending()) })
+	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
 	set.NewGauge("connect_node_controller_up", func() float64 {
 		if g.reports.isReady() {
 			return 1
@@ -68,9 +72,12 @@ func newCounters(g *Gateway) {
 		pushFrames:  set.NewCounter("connect_node_push_frames_total"),
 		bytesSent:   set.NewCounter("connect_node_sent_bytes_total"),
 		slow:        set.NewCounter("connect_node_slow_clients_total"),
+		crowded:     set.NewCounter("connect_node_crowded_clients_total"),
 		dead:        set.NewCounter("connect_node_dead_clients_total"),
 		messages:    set.NewCounter("connect_node_client_messages_total"),
 		badMessages: set.NewCounter("connect_node_client_errors_total"),
+		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
+		panics:      set.NewCounter("connect_node_client_panics_total"),
 		joins: reportCounters{
 			ok:      set.NewCounter(`connect_node_reports_total{kind="join",outcome="ok"}`),
 			refused: set.NewCounter(`connect_node_reports_total{kind="join",outcome="refused"}`),

@@ -40,11 +40,17 @@ func (r *registry) add(c *conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	before := p.users[c.user]
-	p.users[c.user] = append(slices.Clip(before), c)
-	r.conns.Add(1)
 	if len(before) == 0 {
 		r.online.Add(1)
+		c.ownRooms = new(atomic.Bool)
+	} else {
+		c.ownRooms = before[0].ownRooms
 	}
+	if c.room != "" {
+		c.ownRooms.Store(true)
+	}
+	p.users[c.user] = append(slices.Clip(before), c)
+	r.conns.Add(1)
 }
 
 func (r *registry) remove(c *conn) {
@@ -94,30 +100,33 @@ type sessions struct{ *Gateway }
 
 var _ node.Sessions = sessions{}
 
-// Deliver implements node.Sessions.
+// Deliver implements node.Sessions. A push to a room is for the connections that are in
+// it, which are those that have joined it and not left. A user none of whose connections
+// has named a room since the first of them came leaves rooms to the Controller: then all
+// of them are in the rooms that routes name the user for. A route that is out of date
+// may name a user who has left: all connections are as good as not here.
 func (s sessions) Deliver(user string, m *node.Message) node.Outcome {
 	conns := s.registry.of(user)
-	// A room's push is for its members. A route that is out of date may name a user
-	// who has left: then all devices of the user are as good as not here.
-	if m.RoomID != "" && !slices.ContainsFunc(conns, func(c *conn) bool { return c.in(m.RoomID) }) {
-		return node.NotHere
-	}
 	if len(conns) == 0 {
 		return node.NotHere
 	}
-	return s.deliver(conns, m)
+	room := m.RoomID
+	if !conns[0].ownRooms.Load() {
+		room = ""
+	}
+	return s.deliver(conns, m, room)
 }
 
-// deliver hands m to all connections of one user.
-func (g *Gateway) deliver(conns []*conn, m *node.Message) node.Outcome {
-	p, ok := m.Prepared.(*push)
+// deliver hands m to the connections of one user that are in the room, or to all.
+func (g *Gateway) deliver(conns []*conn, m *node.Message, room string) node.Outcome {
+	f, ok := m.Prepared.(*frame)
 	if !ok {
-		p = newPush(m)
-		m.Prepared = p
+		f = newPush(m)
+		m.Prepared = f
 	}
-	outcome, frames := node.NotHere, 0 // All of them may just be closing.
+	outcome, frames := node.NotHere, 0 // None may be in the room, all may just be closing.
 	for _, c := range conns {
-		switch c.sendPush(p) {
+		switch c.send(f, room) {
 		case queued:
 			outcome = node.Delivered
 			frames++
@@ -125,7 +134,7 @@ func (g *Gateway) deliver(conns []*conn, m *node.Message) node.Outcome {
 			if outcome == node.NotHere {
 				outcome = node.Failed
 			}
-		case gone:
+		case gone, elsewhere:
 		}
 	}
 	g.count.pushFrames.Add(frames)
@@ -135,7 +144,7 @@ func (g *Gateway) deliver(conns []*conn, m *node.Message) node.Outcome {
 // Broadcast implements node.Sessions.
 func (s sessions) Broadcast(m *node.Message) (delivered, failed int) {
 	s.registry.each(func(conns []*conn) {
-		switch s.deliver(conns, m) {
+		switch s.deliver(conns, m, "") {
 		case node.Delivered:
 			delivered++
 		case node.Failed:
