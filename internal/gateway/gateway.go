@@ -87,7 +87,7 @@ func New(cfg Config) (*Gateway, error) {
 	}
 	g.reports = newReports(g.cfg, g.node.BootID(), g.cc, &g.count)
 	newCounters(g)
-	g.grpc = grpc.NewServer(node.ServerOptions()...)
+	g.grpc = grpc.NewServer(append(node.ServerOptions(), grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
 	g.node.Attach(g.grpc)
 	healthpb.RegisterHealthServer(g.grpc, g.health)
 	reflection.Register(g.grpc)
@@ -106,11 +106,11 @@ func (g *Gateway) Start() error {
 		return err
 	}
 
-	g.loops.Go(func() { g.reports.watchLoop(ctx) })
-	g.loops.Go(func() { g.reports.clockLoop(ctx) })
-	g.loops.Go(func() { g.reports.syncLoop(ctx) })
+	g.keep(ctx, "controller watch", func() { g.reports.watchLoop(ctx) })
+	g.keep(ctx, "reports clock", func() { g.reports.clockLoop(ctx) })
+	g.keep(ctx, "reports comparison", func() { g.reports.syncLoop(ctx) })
 	for range g.cfg.ReportWorkers {
-		g.loops.Go(g.reports.workLoop)
+		g.keep(ctx, "reports", g.reports.workLoop)
 	}
 	g.loops.Go(func() { g.sweepLoop(ctx) })
 	g.serveHTTP(g.httpLis, g.clientHandler())

@@ -104,7 +104,9 @@ func masked(first byte, payload string) string {
 }
 
 // topBit is a frame that says its length has the top bit set.
-func topBit(first byte) string { return string([]byte{first, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}) }
+func topBit(first byte) string {
+	return string([]byte{first, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+}
 
 var hostile = []struct {
 	name, bytes string
@@ -222,7 +224,7 @@ func TestPanicForAClientEndsItsConnectionOnly(t *testing.T) {
 			if g.held.Load() != 0 {
 				t.Errorf("%d bytes are held for nobody", g.held.Load())
 			}
-			if text := log.String(); strings.Count(text, "panic for a client") == 0 || !strings.Contains(text, `"goroutine":"`+test.goroutine) || len(text) > 20<<10 {
+			if text := log.String(); strings.Count(text, "panic caught") == 0 || !strings.Contains(text, `"goroutine":"`+test.goroutine) || len(text) > 20<<10 {
 				t.Errorf("log: %d bytes: %.300s", len(text), text)
 			}
 		})

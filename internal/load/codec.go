@@ -75,8 +75,14 @@ func (codec) Marshal(v any) (mem.BufferSlice, error) {
 	return r.slice[:], nil
 }
 
-// Unmarshal reads data into a reply and keeps nothing of it.
-func (codec) Unmarshal(data mem.BufferSlice, v any) error {
+// Unmarshal reads data into a reply and keeps nothing of it. Whatever a server sends is
+// an error at worst.
+func (codec) Unmarshal(data mem.BufferSlice, v any) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("decode a reply: panic: %v", p)
+		}
+	}()
 	wire := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer wire.Free()
 	switch r := v.(type) {

@@ -141,9 +141,14 @@ func (c *Controller) eachUser(ctx context.Context, users []string, nodes [][]str
 	return context.Cause(ctx)
 }
 
-func (c *Controller) user(ctx context.Context, user string) ([]string, error) {
+func (c *Controller) user(ctx context.Context, user string) (_ []string, err error) {
+	defer func() { // It runs on goroutines of its own, and works on what the Controller says.
+		if v := recover(); v != nil {
+			err = fmt.Errorf("look up a user: panic: %v", v)
+		}
+	}()
 	var reply *pubsub.GetUserNodeResponse
-	err := c.call(ctx, func(ctx context.Context) (err error) {
+	err = c.call(ctx, func(ctx context.Context) (err error) {
 		reply, err = c.client.GetUserNode(ctx, &pubsub.GetUserNodeRequest{UserId: user})
 		return err
 	})

@@ -68,8 +68,14 @@ func ofNode(prefix, key string) bool {
 	return below && segment != "" && !strings.Contains(segment, "/")
 }
 
-// parseNode reads the node that a key's value describes.
-func parseNode(key string, value []byte, nets []netip.Prefix) (Node, error) {
+// parseNode reads the node that a key's value describes. Anybody with access to etcd may
+// have written it: one that makes this code panic is as malformed as any other.
+func parseNode(key string, value []byte, nets []netip.Prefix) (_ Node, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("value: panic: %v", v)
+		}
+	}()
 	if len(value) > maxValueBytes {
 		return Node{}, fmt.Errorf("value has %d bytes, the limit is %d", len(value), maxValueBytes)
 	}

@@ -82,7 +82,7 @@ func ServerOptions() []grpc.ServerOption {
 
 // Attach registers the service. gs should have been made with ServerOptions.
 func (s *Server) Attach(gs grpc.ServiceRegistrar) {
-	pubsub.RegisterConnectNodeServiceServer(gs, s)
+	pubsub.RegisterConnectNodeServiceServer(gs, guarded{s})
 }
 
 // NodeID is the id under which the node is registered.

@@ -93,9 +93,12 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		return err
 	}
 	s.calls.Go(func() {
+		var panicked error // Nobody is told: the manager misses its acks and breaks off.
+		defer guarded{s}.caught("acks", &panicked)
 		// The error is that of the stream, which the reader gets, too.
 		_ = st.acks.sendLoop(countingStream{call, s})
 	})
+	defer st.acks.finish() // Also when the reader panics.
 	err = st.readLoop(call)
 	s.count.members.Add(float64(-st.aud.members))
 	st.acks.finish()
