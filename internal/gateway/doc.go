@@ -12,7 +12,8 @@
 // type is the lower-case name of the MessageType, or its number as a string when
 // this version has no name for it. room_id is empty unless a room was pushed to.
 // user_id is the recipient. data that is not UTF-8 comes as content_base64. All
-// keys are always there; metadata is sorted by key.
+// these keys are always there; metadata is sorted by key. A push to everybody also has
+// "broadcast":true.
 //
 // A client may send, as text messages:
 //
@@ -24,7 +25,25 @@
 // left come once the Controller knows, so a push after joined arrives. The room
 // of the query is confirmed by joined, too; a connection that is opened without
 // one gets {"type":"ready","user_id":"u","node_id":"n"} once pushes to the user
-// reach it. Clients should ignore types that they do not know.
+// reach it. Clients should ignore types that they do not know. The subprotocol pm.v1 is
+// accepted; who asks for others is served without.
+//
+// Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
+// so nothing is lost and nobody else is held. The close codes are 1001 (the node goes),
+// 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
+// large), and 1011 (a mistake of the gateway). Slow is who has more waiting than
+// Config.QueueFrames or QueueBytes, or than its share of QueueTotalBytes when all
+// clients together have half of that waiting. What it missed was said to have failed.
+//
+// # Who is in a room
+//
+// A push to a room goes to the connections that are in it: those that have joined it, by
+// room_id or a message, and not left. Nothing of the room comes after left. A user none
+// of whose connections here has named a room, since the first of them came, leaves rooms
+// to the Controller: all its connections are in the rooms in which the Controller has the
+// user on this node. So a Controller may fill rooms by itself, for clients that never
+// join; a client that does is asked for every room of its user from then on. A user who
+// is here and not in the room is not here for the push: offline in the account.
 //
 // # Users without a room
 //
@@ -35,11 +54,15 @@
 // # What holds
 //
 //   - Nothing waits for a client. What is sent to one goes into its queue, bounded
-//     by frames and bytes; a client whose queue is full is cut off and counted.
-//   - All connections of a user get a push, and the user counts once. It is
-//     delivered when one of them has taken it.
+//     by frames and bytes; a client whose queue is full is cut off, told so, and counted.
+//   - All connections of a user get a push to the user or to everybody, those in the
+//     room one to a room, and the user counts once. It is delivered when one of them has
+//     taken it.
 //   - Pushes to a connection leave in the order in which they were delivered.
-//   - A push is encoded once. Only the recipient's id is put in for each.
+//   - A push is encoded once, and held once by all queues. Only the recipient's id is
+//     put in for each.
+//   - What a client sends ends its own connection at worst: it is bounded before memory
+//     is made for it, and the goroutines that work for a client recover.
 //   - The Controller is told the difference between what is and what it was told,
 //     one call at a time for each user and room, again and again until it answers.
 //     Joins go before leaves, and users take turns. What both sides have is compared

@@ -53,7 +53,7 @@ func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
 	return append(b, f.tail...), nil
 }
 
-func newPush(m *node.Message) *frame {
+func newPush(m *node.Message, broadcast bool) *frame {
 	// Both parts come from one buffer; escapes may make it grow.
 	b := make([]byte, 0, 160+len(m.RoomID)+len(m.Data)+len(m.Data)/8)
 	b = append(b, `{"type":`...)
@@ -82,7 +82,11 @@ func newPush(m *node.Message) *frame {
 		b = append(b, ':')
 		b = appendString(b, m.Metadata[key])
 	}
-	b = append(b, "}}"...)
+	b = append(b, '}')
+	if broadcast {
+		b = append(b, `,"broadcast":true`...)
+	}
+	b = append(b, '}')
 	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], gap: true}
 }
 

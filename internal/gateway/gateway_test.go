@@ -81,8 +81,8 @@ func TestEachRecipientFindsItsOwnId(t *testing.T) {
 	if _, err := n.Broadcast(t.Context(), &pubsub.BroadcastRequest{Content: &pubsub.MessageContent{Data: []byte("all"), Timestamp: 1}}); err != nil {
 		t.Fatal(err)
 	}
-	a.want(textFrame("", "a", "all"))
-	b.want(textFrame("", `b"\`, "all"))
+	a.want(broadcastFrame("a", "all"))
+	b.want(broadcastFrame(`b"\`, "all"))
 }
 
 func TestAllDevicesGetAPushAndTheUserCountsOnce(t *testing.T) {
@@ -103,8 +103,8 @@ func TestAllDevicesGetAPushAndTheUserCountsOnce(t *testing.T) {
 	if err != nil || all.GetDeliveredCount() != 1 {
 		t.Error(all, err)
 	}
-	phone.want(textFrame("", "u", "all"))
-	laptop.want(textFrame("", "u", "all"))
+	phone.want(broadcastFrame("u", "all"))
+	laptop.want(broadcastFrame("u", "all"))
 	phone.ws.NetConn().Close()
 	eventually(t, "one connection left", func() bool { return g.registry.conns.Load() == 1 })
 	if r := pushTo(t, n, "", "2", "u"); r.GetDeliveredCount() != 1 {
@@ -802,7 +802,7 @@ func FuzzFrame(f *testing.F) {
 	f.Add("r", "u", []byte("Hello"), "k", "v", int32(0), int64(1))
 	f.Add("\"\\", "\u2028\x00", []byte{0xff}, "\x7f", "\xff", int32(-3), int64(-1))
 	f.Fuzz(func(t *testing.T, room, user string, data []byte, key, value string, kind int32, timestamp int64) {
-		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}})
+		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}}, false)
 		id := appendString(nil, user)
 		frame, tail := p.appendTo(nil, id)
 		text := append(frame, tail...)[len(appendHeader(nil, ws.OpText, p.size(id))):]

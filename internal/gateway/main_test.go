@@ -298,6 +298,10 @@ func textFrame(room, user, text string) string {
 	return fmt.Sprintf(`{"type":"text","room_id":%q,"user_id":%q,"timestamp":1,"data":{"content":%q},"metadata":{}}`, room, user, text)
 }
 
+func broadcastFrame(user, text string) string {
+	return strings.TrimSuffix(textFrame("", user, text), "}") + `,"broadcast":true}`
+}
+
 // eventually polls what other goroutines bring about.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()

@@ -114,14 +114,14 @@ func (s sessions) Deliver(user string, m *node.Message) node.Outcome {
 	if !conns[0].ownRooms.Load() {
 		room = ""
 	}
-	return s.deliver(conns, m, room)
+	return s.deliver(conns, m, room, false)
 }
 
 // deliver hands m to the connections of one user that are in the room, or to all.
-func (g *Gateway) deliver(conns []*conn, m *node.Message, room string) node.Outcome {
+func (g *Gateway) deliver(conns []*conn, m *node.Message, room string, broadcast bool) node.Outcome {
 	f, ok := m.Prepared.(*frame)
 	if !ok {
-		f = newPush(m)
+		f = newPush(m, broadcast)
 		m.Prepared = f
 	}
 	outcome, frames := node.NotHere, 0 // None may be in the room, all may just be closing.
@@ -144,7 +144,7 @@ func (g *Gateway) deliver(conns []*conn, m *node.Message, room string) node.Outc
 // Broadcast implements node.Sessions.
 func (s sessions) Broadcast(m *node.Message) (delivered, failed int) {
 	s.registry.each(func(conns []*conn) {
-		switch s.deliver(conns, m, "") {
+		switch s.deliver(conns, m, "", true) {
 		case node.Delivered:
 			delivered++
 		case node.Failed:
