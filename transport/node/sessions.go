@@ -9,8 +9,15 @@ import pubsub "github.com/push-manager/push-manager/proto"
 // or it is not, and a client that does not read is the gateway's to cut off.
 // What a call for one user waits, every user behind it waits.
 type Sessions interface {
-	// Deliver hands m to every connection of the user that is here. It is
-	// called once for each user of a push, with the same m, from one goroutine:
+	// Deliver hands m to every connection of the user that is here; with a RoomID,
+	// to those that are in the room, which are the ones that have joined it and not
+	// left. A user who has connections and none in the room is NotHere: then nobody
+	// got it, and the Controller is asked whether the route was out of date. If rooms
+	// are filled by the Controller and clients never join, all connections of the
+	// user are in them. Once a client was told that it has left, nothing more of the
+	// room may come to it.
+	//
+	// It is called once for each user of a push, with the same m, from one goroutine:
 	// whatever is the same for all of them (the encoded frame) is made at the
 	// first call and kept in m.Prepared. Of two pushes to a user on one stream
 	// the first is handed over first.
@@ -31,8 +38,9 @@ const (
 	_ Outcome = iota
 	// Delivered: at least one live connection of the user has taken it.
 	Delivered
-	// NotHere: the user has no connection on this node. Push-Manager looks the
-	// user up again and sends it to the right node.
+	// NotHere: the user has no connection on this node, or none in the room. Push-Manager
+	// looks the user up again and sends it to the right node. When it is told this
+	// node again, the user is offline.
 	NotHere
 	// Failed: the user is here, and no connection took it.
 	Failed
