@@ -168,7 +168,7 @@ func NodeID(i int) string { return "connect-node-" + strconv.Itoa(i+1) }
 
 // nodesRole is several Connect-Nodes on transport/node.
 func nodesRole(ctx context.Context, p *part) error {
-	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/connect-node does
+	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/push-manager does
 	arg, err := roleArg[nodesArg]()
 	if err != nil {
 		return err

@@ -137,6 +137,13 @@ func frame(user, room, content string) map[string]any {
 	}
 }
 
+// broadcast is the frame of a text push to everybody.
+func broadcast(user, content string) map[string]any {
+	f := frame(user, "", content)
+	f["broadcast"] = true
+	return f
+}
+
 // expect waits for frames and checks that they are all that has come, in order.
 func (c *client) expect(want ...map[string]any) {
 	c.t.Helper()

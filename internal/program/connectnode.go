@@ -81,6 +81,10 @@ func (c *ConnectNodeConfig) LogConfig() telemetry.LogConfig { return c.Log }
 // Timeout implements Settings.
 func (c *ConnectNodeConfig) Timeout() time.Duration { return c.DrainTimeout }
 
+// GarbageShare is asked by Main. A push is encoded once, so what a gateway throws away is
+// little beside what its connections hold: rare collections are not worth the memory.
+func (c *ConnectNodeConfig) GarbageShare() int { return 4 }
+
 // Start implements Settings.
 func (c *ConnectNodeConfig) Start(ctx context.Context, logger *slog.Logger) (Program, error) {
 	return StartConnectNode(ctx, *c, logger)

@@ -1,6 +1,7 @@
 package program
 
 import (
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -34,5 +35,36 @@ func TestConnectNodeSaysWhichCodecsItAccepts(t *testing.T) {
 		case err != nil || !slices.Equal(c.Gateway.Compression, want.codecs):
 			t.Errorf("%q: %v, %v", value, c.Gateway.Compression, err)
 		}
+	}
+}
+
+func TestConnectNodeSettingsReachTheGateway(t *testing.T) {
+	var c ConnectNodeConfig
+	s := config.New()
+	c.Bind(s)
+	env := map[string]string{"QUEUE_TOTAL_BYTES": "3MiB", "MESSAGE_RATE": "7", "QUEUE_BYTES": "2KiB", "QUEUE_FRAMES": "5"}
+	if err := s.Load(config.Options{NoFile: true, LookupEnv: func(name string) (string, bool) { v, ok := env[name]; return v, ok }}); err != nil {
+		t.Fatal(err)
+	}
+	g := c.Gateway
+	if g.QueueTotalBytes != 3<<20 || g.MessageRate != 7 || g.QueueBytes != 2<<10 || g.QueueFrames != 5 {
+		t.Errorf("queue_total_bytes %d, message_rate %d, queue_bytes %d, queue_frames %d", g.QueueTotalBytes, g.MessageRate, g.QueueBytes, g.QueueFrames)
+	}
+}
+
+// TestGarbageShareLeavesAsMuchAsIsInUse: a quarter of the room, and never less than Go's own.
+func TestGarbageShareLeavesAsMuchAsIsInUse(t *testing.T) {
+	for _, share := range []int{1, 4} {
+		tuner := newTuner()
+		tuner.share = share
+		defer debug.SetGCPercent(debug.SetGCPercent(100))
+		tuner.adjust()
+		all := gcPercent(tuner.samples[0].Value.Uint64(), tuner.samples[0].Value.Uint64()+tuner.samples[1].Value.Uint64()+tuner.samples[2].Value.Uint64())
+		if want := max(all/share, min(all, 100)); tuner.percent != want {
+			t.Errorf("share %d: GOGC %d, want %d", share, tuner.percent, want)
+		}
+	}
+	if got := new(ConnectNodeConfig).GarbageShare(); got <= 1 {
+		t.Errorf("a Connect-Node keeps as much garbage as a Push-Manager: %d", got)
 	}
 }

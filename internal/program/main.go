@@ -71,7 +71,11 @@ func Main(c CommandLine, args []string) (code int) {
 		return complain(c.Name, err)
 	}
 	stdlog.To(logger)
-	TuneMemory(logger)
+	garbage := 1
+	if light, ok := p.settings.(interface{ GarbageShare() int }); ok {
+		garbage = light.GarbageShare()
+	}
+	TuneMemoryShare(logger, garbage)
 	return Run(logger, p.settings.Timeout(), func(ctx context.Context) (Program, error) {
 		return p.settings.Start(ctx, logger)
 	})

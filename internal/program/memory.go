@@ -39,7 +39,11 @@ const (
 // they are set, are obeyed instead: with GOGC nothing follows the heap, with GOMEMLIMIT
 // alone four times of what is in use may be allocated, within the limit. It is for main
 // functions.
-func TuneMemory(logger *slog.Logger) {
+func TuneMemory(logger *slog.Logger) { TuneMemoryShare(logger, 1) }
+
+// TuneMemoryShare is TuneMemory that leaves one part in so many of the room to garbage, and as much
+// as is in use at least: for programs that make little of it.
+func TuneMemoryShare(logger *slog.Logger, share int) {
 	limited, fixed := os.Getenv("GOMEMLIMIT") != "", os.Getenv("GOGC") != ""
 	if limit := containerLimit(os.ReadFile); limit > 0 && !limited {
 		share := int64(float64(limit) * limitShare)
@@ -52,6 +56,7 @@ func TuneMemory(logger *slog.Logger) {
 		debug.SetGCPercent(limitedPercent)
 	default:
 		t := newTuner()
+		t.share = share
 		t.adjust()
 		t.follow()
 	}
@@ -60,12 +65,13 @@ func TuneMemory(logger *slog.Logger) {
 // tuner sets GOGC after each collection, so that the headroom is what it should be for
 // the heap that the collection has found to be in use.
 type tuner struct {
+	share   int
 	percent int
 	samples []metrics.Sample // live heap, stacks, globals
 }
 
 func newTuner() *tuner {
-	return &tuner{samples: []metrics.Sample{
+	return &tuner{share: 1, samples: []metrics.Sample{
 		{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/stack:bytes"}, {Name: "/gc/scan/globals:bytes"},
 	}}
 }
@@ -86,7 +92,8 @@ func (t *tuner) adjust() {
 	for _, s := range t.samples {
 		base += s.Value.Uint64()
 	}
-	if percent := gcPercent(live, base); percent != t.percent {
+	percent := gcPercent(live, base)
+	if percent = max(percent/t.share, min(percent, 100)); percent != t.percent {
 		t.percent = percent
 		debug.SetGCPercent(percent)
 	}
