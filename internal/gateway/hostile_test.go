@@ -323,7 +323,7 @@ func TestFloodOfAClientIsReadAtItsRate(t *testing.T) {
 
 // TestCloseEndsAConnectionThatIsJustBeginning: it comes after Close has looked at all.
 func TestCloseEndsAConnectionThatIsJustBeginning(t *testing.T) {
-	g, _ := start(t, newController(t), func(c *Config) { c.IdleTimeout = time.Hour })
+	g, _ := start(t, newController(t), func(c *Config) { c.IdleTimeout, c.WriteTimeout, c.CloseTimeout = time.Hour, time.Hour, time.Hour })
 	if !g.admit() {
 		t.Fatal("not admitted")
 	}
