@@ -763,7 +763,7 @@ func TestExpiryThatMeetsTheLastAckChangesNothingAfterwards(t *testing.T) {
 	w := newWorld()
 	e := w.engine(t)
 	w.users["u"] = []string{"A"}
-	e.directory.SetWatched(true) // the route stays cached, however slow the machine
+	e.directory.Vouch(time.Now().Add(1000 * time.Hour)) // the route stays cached, however slow the machine
 	do(t, e, toUser("u"))
 	for e.directory.CachedUser(e.shards.For("u").Index(), "u", route.Query{Now: time.Now()}) == nil {
 		runtime.Gosched() // who waited for the look-up is told before others see its answer

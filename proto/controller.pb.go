@@ -815,6 +815,134 @@ func (x *WatchRoutesResponse) GetAll() bool {
 	return false
 }
 
+type FollowRoutesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message. 1 to 10,000; Push-Manager has 3,000 and sends a mark
+	// each second.
+	LeaseMs uint32 `protobuf:"varint,1,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"`
+	// The message with this seq is applied, and all before it.
+	Through uint64 `protobuf:"varint,2,opt,name=through,proto3" json:"through,omitempty"`
+	// Higher than the mark before.
+	Mark          uint64 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowRoutesRequest) Reset() {
+	*x = FollowRoutesRequest{}
+	mi := &file_controller_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowRoutesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowRoutesRequest) ProtoMessage() {}
+
+func (x *FollowRoutesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowRoutesRequest.ProtoReflect.Descriptor instead.
+func (*FollowRoutesRequest) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FollowRoutesRequest) GetLeaseMs() uint32 {
+	if x != nil {
+		return x.LeaseMs
+	}
+	return 0
+}
+
+func (x *FollowRoutesRequest) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
+func (x *FollowRoutesRequest) GetMark() uint64 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+type FollowRoutesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in WatchRoutes. Absent: nothing has changed.
+	Changes *WatchRoutesResponse `protobuf:"bytes,1,opt,name=changes,proto3" json:"changes,omitempty"`
+	// Higher than the seq before: this message is to be acknowledged. 0: it is not,
+	// or a later one is that stands for it.
+	Seq uint64 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	// A mark of the caller's. It is behind the changes of this message.
+	Mark          uint64 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowRoutesResponse) Reset() {
+	*x = FollowRoutesResponse{}
+	mi := &file_controller_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowRoutesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowRoutesResponse) ProtoMessage() {}
+
+func (x *FollowRoutesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowRoutesResponse.ProtoReflect.Descriptor instead.
+func (*FollowRoutesResponse) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *FollowRoutesResponse) GetChanges() *WatchRoutesResponse {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+func (x *FollowRoutesResponse) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *FollowRoutesResponse) GetMark() uint64 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
 // SyncNodeRequest is what a node says of all its memberships. A membership is in
 // one of 1,024 slots: with h, the first 8 bytes of SHA-256(user_id, a zero byte,
 // room_id) as a big-endian number, it is in slot h mod 1024.
@@ -837,7 +965,7 @@ type SyncNodeRequest struct {
 
 func (x *SyncNodeRequest) Reset() {
 	*x = SyncNodeRequest{}
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +977,7 @@ func (x *SyncNodeRequest) String() string {
 func (*SyncNodeRequest) ProtoMessage() {}
 
 func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +990,7 @@ func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeRequest.ProtoReflect.Descriptor instead.
 func (*SyncNodeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{14}
+	return file_controller_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SyncNodeRequest) GetNodeId() string {
@@ -914,7 +1042,7 @@ type SyncNodeResponse struct {
 
 func (x *SyncNodeResponse) Reset() {
 	*x = SyncNodeResponse{}
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -926,7 +1054,7 @@ func (x *SyncNodeResponse) String() string {
 func (*SyncNodeResponse) ProtoMessage() {}
 
 func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -939,7 +1067,7 @@ func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeResponse.ProtoReflect.Descriptor instead.
 func (*SyncNodeResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{15}
+	return file_controller_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SyncNodeResponse) GetStoreId() string {
@@ -970,7 +1098,7 @@ type NodeSlot struct {
 
 func (x *NodeSlot) Reset() {
 	*x = NodeSlot{}
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +1110,7 @@ func (x *NodeSlot) String() string {
 func (*NodeSlot) ProtoMessage() {}
 
 func (x *NodeSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +1123,7 @@ func (x *NodeSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSlot.ProtoReflect.Descriptor instead.
 func (*NodeSlot) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{16}
+	return file_controller_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NodeSlot) GetSlot() uint32 {
@@ -1031,7 +1159,7 @@ type NodeMembership struct {
 
 func (x *NodeMembership) Reset() {
 	*x = NodeMembership{}
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1171,7 @@ func (x *NodeMembership) String() string {
 func (*NodeMembership) ProtoMessage() {}
 
 func (x *NodeMembership) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1184,7 @@ func (x *NodeMembership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeMembership.ProtoReflect.Descriptor instead.
 func (*NodeMembership) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{17}
+	return file_controller_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeMembership) GetUserId() string {
@@ -1104,7 +1232,7 @@ type RoomInfo struct {
 
 func (x *RoomInfo) Reset() {
 	*x = RoomInfo{}
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1244,7 @@ func (x *RoomInfo) String() string {
 func (*RoomInfo) ProtoMessage() {}
 
 func (x *RoomInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1257,7 @@ func (x *RoomInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomInfo.ProtoReflect.Descriptor instead.
 func (*RoomInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{18}
+	return file_controller_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RoomInfo) GetRoomId() string {
@@ -1181,7 +1309,7 @@ type UserInfo struct {
 
 func (x *UserInfo) Reset() {
 	*x = UserInfo{}
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1321,7 @@ func (x *UserInfo) String() string {
 func (*UserInfo) ProtoMessage() {}
 
 func (x *UserInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1334,7 @@ func (x *UserInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserInfo.ProtoReflect.Descriptor instead.
 func (*UserInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{19}
+	return file_controller_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UserInfo) GetUserId() string {
@@ -1255,7 +1383,7 @@ type RoomMetadata struct {
 
 func (x *RoomMetadata) Reset() {
 	*x = RoomMetadata{}
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1267,7 +1395,7 @@ func (x *RoomMetadata) String() string {
 func (*RoomMetadata) ProtoMessage() {}
 
 func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1280,7 +1408,7 @@ func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomMetadata.ProtoReflect.Descriptor instead.
 func (*RoomMetadata) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{20}
+	return file_controller_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RoomMetadata) GetName() string {
@@ -1316,7 +1444,7 @@ type RoomStats struct {
 
 func (x *RoomStats) Reset() {
 	*x = RoomStats{}
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1328,7 +1456,7 @@ func (x *RoomStats) String() string {
 func (*RoomStats) ProtoMessage() {}
 
 func (x *RoomStats) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1341,7 +1469,7 @@ func (x *RoomStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomStats.ProtoReflect.Descriptor instead.
 func (*RoomStats) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{21}
+	return file_controller_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RoomStats) GetRoomId() string {
@@ -1422,7 +1550,15 @@ const file_controller_proto_rawDesc = "" +
 	"\x06synced\x18\x01 \x01(\bR\x06synced\x12\x19\n" +
 	"\broom_ids\x18\x02 \x03(\tR\aroomIds\x12\x19\n" +
 	"\buser_ids\x18\x03 \x03(\tR\auserIds\x12\x10\n" +
-	"\x03all\x18\x04 \x01(\bR\x03all\"\xa6\x01\n" +
+	"\x03all\x18\x04 \x01(\bR\x03all\"^\n" +
+	"\x13FollowRoutesRequest\x12\x19\n" +
+	"\blease_ms\x18\x01 \x01(\rR\aleaseMs\x12\x18\n" +
+	"\athrough\x18\x02 \x01(\x04R\athrough\x12\x12\n" +
+	"\x04mark\x18\x03 \x01(\x04R\x04mark\"s\n" +
+	"\x14FollowRoutesResponse\x125\n" +
+	"\achanges\x18\x01 \x01(\v2\x1b.pubsub.WatchRoutesResponseR\achanges\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04mark\x18\x03 \x01(\x04R\x04mark\"\xa6\x01\n" +
 	"\x0fSyncNodeRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
@@ -1471,7 +1607,7 @@ const file_controller_proto_rawDesc = "" +
 	"\n" +
 	"user_count\x18\x02 \x01(\x05R\tuserCount\x12\x1d\n" +
 	"\n" +
-	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\xc3\x04\n" +
+	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\x92\x05\n" +
 	"\x11ControllerService\x12=\n" +
 	"\bJoinRoom\x12\x17.pubsub.JoinRoomRequest\x1a\x18.pubsub.JoinRoomResponse\x12@\n" +
 	"\tLeaveRoom\x12\x18.pubsub.LeaveRoomRequest\x1a\x19.pubsub.LeaveRoomResponse\x12F\n" +
@@ -1479,7 +1615,8 @@ const file_controller_proto_rawDesc = "" +
 	"\vGetUserNode\x12\x1a.pubsub.GetUserNodeRequest\x1a\x1b.pubsub.GetUserNodeResponse\x12I\n" +
 	"\fGetRoomStats\x12\x1b.pubsub.GetRoomStatsRequest\x1a\x1c.pubsub.GetRoomStatsResponse\x12I\n" +
 	"\fGetUserNodes\x12\x1b.pubsub.GetUserNodesRequest\x1a\x1c.pubsub.GetUserNodesResponse\x12H\n" +
-	"\vWatchRoutes\x12\x1a.pubsub.WatchRoutesRequest\x1a\x1b.pubsub.WatchRoutesResponse0\x01\x12=\n" +
+	"\vWatchRoutes\x12\x1a.pubsub.WatchRoutesRequest\x1a\x1b.pubsub.WatchRoutesResponse0\x01\x12M\n" +
+	"\fFollowRoutes\x12\x1b.pubsub.FollowRoutesRequest\x1a\x1c.pubsub.FollowRoutesResponse(\x010\x01\x12=\n" +
 	"\bSyncNode\x12\x17.pubsub.SyncNodeRequest\x1a\x18.pubsub.SyncNodeResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
@@ -1494,7 +1631,7 @@ func file_controller_proto_rawDescGZIP() []byte {
 	return file_controller_proto_rawDescData
 }
 
-var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_controller_proto_goTypes = []any{
 	(*JoinRoomRequest)(nil),      // 0: pubsub.JoinRoomRequest
 	(*JoinRoomResponse)(nil),     // 1: pubsub.JoinRoomResponse
@@ -1510,51 +1647,56 @@ var file_controller_proto_goTypes = []any{
 	(*GetUserNodesResponse)(nil), // 11: pubsub.GetUserNodesResponse
 	(*WatchRoutesRequest)(nil),   // 12: pubsub.WatchRoutesRequest
 	(*WatchRoutesResponse)(nil),  // 13: pubsub.WatchRoutesResponse
-	(*SyncNodeRequest)(nil),      // 14: pubsub.SyncNodeRequest
-	(*SyncNodeResponse)(nil),     // 15: pubsub.SyncNodeResponse
-	(*NodeSlot)(nil),             // 16: pubsub.NodeSlot
-	(*NodeMembership)(nil),       // 17: pubsub.NodeMembership
-	(*RoomInfo)(nil),             // 18: pubsub.RoomInfo
-	(*UserInfo)(nil),             // 19: pubsub.UserInfo
-	(*RoomMetadata)(nil),         // 20: pubsub.RoomMetadata
-	(*RoomStats)(nil),            // 21: pubsub.RoomStats
-	nil,                          // 22: pubsub.JoinRoomRequest.MetadataEntry
-	nil,                          // 23: pubsub.NodeMembership.MetadataEntry
-	nil,                          // 24: pubsub.UserInfo.MetadataEntry
+	(*FollowRoutesRequest)(nil),  // 14: pubsub.FollowRoutesRequest
+	(*FollowRoutesResponse)(nil), // 15: pubsub.FollowRoutesResponse
+	(*SyncNodeRequest)(nil),      // 16: pubsub.SyncNodeRequest
+	(*SyncNodeResponse)(nil),     // 17: pubsub.SyncNodeResponse
+	(*NodeSlot)(nil),             // 18: pubsub.NodeSlot
+	(*NodeMembership)(nil),       // 19: pubsub.NodeMembership
+	(*RoomInfo)(nil),             // 20: pubsub.RoomInfo
+	(*UserInfo)(nil),             // 21: pubsub.UserInfo
+	(*RoomMetadata)(nil),         // 22: pubsub.RoomMetadata
+	(*RoomStats)(nil),            // 23: pubsub.RoomStats
+	nil,                          // 24: pubsub.JoinRoomRequest.MetadataEntry
+	nil,                          // 25: pubsub.NodeMembership.MetadataEntry
+	nil,                          // 26: pubsub.UserInfo.MetadataEntry
 }
 var file_controller_proto_depIdxs = []int32{
-	22, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
-	18, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
-	18, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
-	21, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
+	24, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
+	20, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
+	20, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
+	23, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
 	7,  // 4: pubsub.GetUserNodesResponse.users:type_name -> pubsub.GetUserNodeResponse
-	16, // 5: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
-	17, // 6: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
-	23, // 7: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
-	19, // 8: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
-	20, // 9: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
-	24, // 10: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
-	0,  // 11: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
-	2,  // 12: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
-	4,  // 13: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
-	6,  // 14: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
-	8,  // 15: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
-	10, // 16: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
-	12, // 17: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
-	14, // 18: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
-	1,  // 19: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
-	3,  // 20: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
-	5,  // 21: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
-	7,  // 22: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
-	9,  // 23: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
-	11, // 24: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
-	13, // 25: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
-	15, // 26: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
-	19, // [19:27] is the sub-list for method output_type
-	11, // [11:19] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	13, // 5: pubsub.FollowRoutesResponse.changes:type_name -> pubsub.WatchRoutesResponse
+	18, // 6: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
+	19, // 7: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
+	25, // 8: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
+	21, // 9: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
+	22, // 10: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
+	26, // 11: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
+	0,  // 12: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
+	2,  // 13: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
+	4,  // 14: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
+	6,  // 15: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
+	8,  // 16: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
+	10, // 17: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
+	12, // 18: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
+	14, // 19: pubsub.ControllerService.FollowRoutes:input_type -> pubsub.FollowRoutesRequest
+	16, // 20: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
+	1,  // 21: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
+	3,  // 22: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
+	5,  // 23: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
+	7,  // 24: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
+	9,  // 25: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
+	11, // 26: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
+	13, // 27: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
+	15, // 28: pubsub.ControllerService.FollowRoutes:output_type -> pubsub.FollowRoutesResponse
+	17, // 29: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
+	21, // [21:30] is the sub-list for method output_type
+	12, // [12:21] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_controller_proto_init() }
@@ -1568,7 +1710,7 @@ func file_controller_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_proto_rawDesc), len(file_controller_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

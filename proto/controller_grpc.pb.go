@@ -26,6 +26,7 @@ const (
 	ControllerService_GetRoomStats_FullMethodName = "/pubsub.ControllerService/GetRoomStats"
 	ControllerService_GetUserNodes_FullMethodName = "/pubsub.ControllerService/GetUserNodes"
 	ControllerService_WatchRoutes_FullMethodName  = "/pubsub.ControllerService/WatchRoutes"
+	ControllerService_FollowRoutes_FullMethodName = "/pubsub.ControllerService/FollowRoutes"
 	ControllerService_SyncNode_FullMethodName     = "/pubsub.ControllerService/SyncNode"
 )
 
@@ -57,8 +58,31 @@ type ControllerServiceClient interface {
 	// GetRoomInfo or GetUserNode has changed, after the change is visible there.
 	// The first message has synced=true and comes once every later change is
 	// certain to be sent. While the stream lives, a caller may keep answers until
-	// they are named; when it breaks, answers are good for a TTL only.
+	// they are named; when it breaks, answers are good for a TTL only. A message has
+	// at most 16 MiB.
 	WatchRoutes(ctx context.Context, in *WatchRoutesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRoutesResponse], error)
+	// Optional, and instead of WatchRoutes where it is there. A change stream whose
+	// caller says what it has applied and for how long it trusts it:
+	//
+	//   - The caller's first message has lease_ms. Later ones have through, mark or
+	//     both.
+	//   - A mark is sent back behind every change that was visible when it came. One
+	//     that is overtaken by a later mark may be left out.
+	//   - The caller trusts answers that it keeps until lease_ms after it sent the
+	//     last mark that has come back; its first message counts as one that came
+	//     back with synced. So whatever is lost, or stands still, ends the trust.
+	//   - JoinRoom and LeaveRoom are answered once each follower has acknowledged
+	//     the change, or lease_ms have passed since the last mark came that was sent
+	//     back to it, or its stream has ended. So "joined" means that no caller
+	//     trusts an answer from before it.
+	//   - While a change has been waiting for a follower's acknowledgement for a
+	//     second, no mark is sent back to that follower. So JoinRoom takes at most
+	//     lease_ms and a second. No report waits again for a follower that let its
+	//     lease run out so, until it has caught up.
+	//
+	// A Controller that cannot promise this has WatchRoutes alone, and a push that
+	// follows "joined" at once may miss the new member.
+	FollowRoutes(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse], error)
 	// Optional. Called by a Connect-Node when it has connected and every few
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
@@ -154,6 +178,19 @@ func (c *controllerServiceClient) WatchRoutes(ctx context.Context, in *WatchRout
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_WatchRoutesClient = grpc.ServerStreamingClient[WatchRoutesResponse]
 
+func (c *controllerServiceClient) FollowRoutes(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ControllerService_ServiceDesc.Streams[1], ControllerService_FollowRoutes_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FollowRoutesRequest, FollowRoutesResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControllerService_FollowRoutesClient = grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse]
+
 func (c *controllerServiceClient) SyncNode(ctx context.Context, in *SyncNodeRequest, opts ...grpc.CallOption) (*SyncNodeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SyncNodeResponse)
@@ -192,8 +229,31 @@ type ControllerServiceServer interface {
 	// GetRoomInfo or GetUserNode has changed, after the change is visible there.
 	// The first message has synced=true and comes once every later change is
 	// certain to be sent. While the stream lives, a caller may keep answers until
-	// they are named; when it breaks, answers are good for a TTL only.
+	// they are named; when it breaks, answers are good for a TTL only. A message has
+	// at most 16 MiB.
 	WatchRoutes(*WatchRoutesRequest, grpc.ServerStreamingServer[WatchRoutesResponse]) error
+	// Optional, and instead of WatchRoutes where it is there. A change stream whose
+	// caller says what it has applied and for how long it trusts it:
+	//
+	//   - The caller's first message has lease_ms. Later ones have through, mark or
+	//     both.
+	//   - A mark is sent back behind every change that was visible when it came. One
+	//     that is overtaken by a later mark may be left out.
+	//   - The caller trusts answers that it keeps until lease_ms after it sent the
+	//     last mark that has come back; its first message counts as one that came
+	//     back with synced. So whatever is lost, or stands still, ends the trust.
+	//   - JoinRoom and LeaveRoom are answered once each follower has acknowledged
+	//     the change, or lease_ms have passed since the last mark came that was sent
+	//     back to it, or its stream has ended. So "joined" means that no caller
+	//     trusts an answer from before it.
+	//   - While a change has been waiting for a follower's acknowledgement for a
+	//     second, no mark is sent back to that follower. So JoinRoom takes at most
+	//     lease_ms and a second. No report waits again for a follower that let its
+	//     lease run out so, until it has caught up.
+	//
+	// A Controller that cannot promise this has WatchRoutes alone, and a push that
+	// follows "joined" at once may miss the new member.
+	FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error
 	// Optional. Called by a Connect-Node when it has connected and every few
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
@@ -230,6 +290,9 @@ func (UnimplementedControllerServiceServer) GetUserNodes(context.Context, *GetUs
 }
 func (UnimplementedControllerServiceServer) WatchRoutes(*WatchRoutesRequest, grpc.ServerStreamingServer[WatchRoutesResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchRoutes not implemented")
+}
+func (UnimplementedControllerServiceServer) FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error {
+	return status.Error(codes.Unimplemented, "method FollowRoutes not implemented")
 }
 func (UnimplementedControllerServiceServer) SyncNode(context.Context, *SyncNodeRequest) (*SyncNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SyncNode not implemented")
@@ -374,6 +437,13 @@ func _ControllerService_WatchRoutes_Handler(srv interface{}, stream grpc.ServerS
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_WatchRoutesServer = grpc.ServerStreamingServer[WatchRoutesResponse]
 
+func _ControllerService_FollowRoutes_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ControllerServiceServer).FollowRoutes(&grpc.GenericServerStream[FollowRoutesRequest, FollowRoutesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControllerService_FollowRoutesServer = grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]
+
 func _ControllerService_SyncNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(SyncNodeRequest)
 	if err := dec(in); err != nil {
@@ -433,6 +503,12 @@ var ControllerService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "WatchRoutes",
 			Handler:       _ControllerService_WatchRoutes_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "FollowRoutes",
+			Handler:       _ControllerService_FollowRoutes_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "controller.proto",

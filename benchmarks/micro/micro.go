@@ -48,7 +48,7 @@ func New() (*Rig, error) {
 	}); err != nil {
 		return nil, err
 	}
-	r.directory.SetWatched(true)
+	r.directory.Vouch(time.Now().Add(1000 * time.Hour))
 	if r.engine, err = engine.New(engine.Config{Shards: r.shards, Directory: r.directory, Network: newNetwork()}); err != nil {
 		return nil, err
 	}

@@ -77,16 +77,17 @@ type Directory struct {
 	builders sync.Pool // of *builder
 	rooms    *table
 	users    *table
-	// The generation of the change stream whose word is good now, 0 for none.
-	watch       atomic.Uint64
-	generations atomic.Uint64
-	lapse       atomic.Pointer[lapse] // of the last one whose word ended
+	// Answers of earlier generations are not good for anybody.
+	generation atomic.Uint64
+	// Up to this moment the change stream vouches for the answers of the generation.
+	vouched atomic.Int64
+	lapse   atomic.Pointer[lapse] // of the generation before
 }
 
-// lapse is the end of a change stream's word.
+// lapse is up to when answers of a generation were vouched for.
 type lapse struct {
-	watch uint64
-	at    moment
+	generation uint64
+	at         moment
 }
 
 // moment is a point in time as nanoseconds since just before the directory was made: a
@@ -104,6 +105,7 @@ func New(config Config) (*Directory, error) {
 		return nil, err
 	}
 	d := &Directory{cfg: config.withDefaults(), seed: maphash.MakeSeed(), epoch: time.Now().Add(-1), names: newNames()}
+	d.generation.Store(1)
 	var err error
 	if d.rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
 		return nil, err
@@ -184,36 +186,26 @@ func (d *Directory) RefreshUsers(home int, users []string, since time.Time, w Wa
 	d.users.refresh(home, users, since, w)
 }
 
-// SetWatched tells whether a change stream vouches for answers from now on. Call
-// it with true once the stream is in sync and all that was cached before has been
-// invalidated; with false when it breaks: answers are then good for TTL only.
-func (d *Directory) SetWatched(watched bool) {
-	if watched {
-		d.vouch(d.generations.Add(1))
-	} else {
-		d.vouch(0)
-	}
+// Vouch tells until when the change stream vouches for what was looked up since the
+// last InvalidateAll, as long as Invalidate does not name it. A query with a later
+// Query.Now finds answers good for TTL only, and takes no absence from the cache.
+// time.Now ends it at once. The next call goes on where this one ends: whoever may have
+// missed a change calls InvalidateAll before it.
+func (d *Directory) Vouch(until time.Time) {
+	d.vouched.Store(int64(d.moment(until)))
 }
 
-// vouch makes watch the change stream whose word is good.
-func (d *Directory) vouch(watch uint64) {
-	if was := d.watch.Load(); was != 0 {
-		d.lapse.Store(&lapse{was, d.now()})
-	}
-	d.watch.Store(watch)
-}
-
-// knownUntil is up to when e was true for certain: what a change stream vouches for
-// is true now, and what one has vouched for was true until that ended.
+// knownUntil is up to when e was true for certain: what the change stream vouches for
+// is true now, and what it has vouched for was true until that ended.
 func (d *Directory) knownUntil(e *entry, now moment) moment {
-	if e.watch == 0 {
+	if e.fallback {
 		return e.known
 	}
-	if e.watch == d.watch.Load() {
-		return now
+	if e.generation == d.generation.Load() {
+		return max(e.known, min(now, moment(d.vouched.Load())))
 	}
-	if l := d.lapse.Load(); l != nil && l.watch == e.watch {
-		return l.at
+	if l := d.lapse.Load(); l != nil && l.generation == e.generation {
+		return max(e.known, l.at)
 	}
 	return e.known
 }
@@ -228,11 +220,11 @@ func (d *Directory) Invalidate(rooms, users []string) {
 	}
 }
 
-// InvalidateAll forgets all answers.
+// InvalidateAll forgets all answers. It costs no more with many of them. Calls of it
+// and of Vouch are not concurrent.
 func (d *Directory) InvalidateAll() {
-	if d.watch.Load() != 0 {
-		d.vouch(d.generations.Add(1))
-	}
+	d.lapse.Store(&lapse{d.generation.Load(), min(d.now(), moment(d.vouched.Load()))})
+	d.generation.Add(1)
 	d.rooms.invalidateAll()
 	d.users.invalidateAll()
 }
@@ -255,7 +247,7 @@ type Stats struct {
 func (d *Directory) Stats() Stats {
 	s := Stats{
 		Rooms: d.rooms.cache.EstimatedSize(), Users: d.users.cache.EstimatedSize(),
-		Members: d.rooms.cache.WeightedSize(), Watched: d.watch.Load() != 0,
+		Members: d.rooms.cache.WeightedSize(), Watched: d.now() < moment(d.vouched.Load()),
 	}
 	for _, t := range []*table{d.rooms, d.users} {
 		for i := range t.homes {

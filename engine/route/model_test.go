@@ -120,11 +120,11 @@ func interleave(t *testing.T, rng *rand.Rand) {
 			})
 		case 3:
 			if watched = !watched; !watched {
-				d.SetWatched(false)
+				d.Vouch(time.Now())
 				break
 			}
 			d.InvalidateAll()
-			d.SetWatched(true)
+			d.Vouch(time.Now().Add(1000 * time.Hour))
 			m.Lock()
 			maps.Copy(m.changed, m.version)
 			m.Unlock()

@@ -223,7 +223,7 @@ func TestAbsenceIsNotCachedUnlessWatched(t *testing.T) {
 			t.Errorf("%d look-ups", n)
 		}
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		ask(t, d, "r")
 		ask(t, d, "r")
 		if n := s.count(); n != 4 {
@@ -242,20 +242,20 @@ func TestWatchedAnswersLiveUntilChangedOrTheStreamBreaks(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
 		d := newDirectory(t, s)
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		ask(t, d, "r")
 		time.Sleep(time.Hour)
 		ask(t, d, "r")
 		if n := s.count(); n != 1 {
 			t.Errorf("%d look-ups", n)
 		}
-		d.SetWatched(false)
+		d.Vouch(time.Now())
 		ask(t, d, "r")
 		if n := s.count(); n != 2 {
 			t.Errorf("%d look-ups after the stream broke", n)
 		}
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		ask(t, d, "r")
 		if n := s.count(); n != 3 {
 			t.Errorf("%d look-ups after it came back", n)
@@ -269,7 +269,7 @@ func TestAskAfterAChangeNeverGetsTheAnswerFromBefore(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}, gate: gate}
 		d := newDirectory(t, s)
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		var before, after teller
 		d.Room(0, "r", now(), &before)
 		synctest.Wait() // the old answer is on its way
@@ -556,11 +556,11 @@ func TestAnswersThatWereVouchedForServeWhileTheControllerIsAway(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
 		d := newDirectory(t, s)
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		ask(t, d, "r")
 		time.Sleep(time.Hour) // the change stream vouches for it all the time
 		s.set(func(s *source) { s.err = ErrUnavailable })
-		d.SetWatched(false)
+		d.Vouch(time.Now())
 		time.Sleep(30 * time.Second)
 		if snap, err := ask(t, d, "r"); err != nil || snap.Users != 1 {
 			t.Errorf("got %+v, %v", snap, err)
@@ -639,7 +639,7 @@ func TestRefreshTakesNoAnswerThatHasChangedSince(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
 		d := newDirectory(t, s)
 		d.InvalidateAll()
-		d.SetWatched(true)
+		d.Vouch(time.Now().Add(1000 * time.Hour))
 		began := time.Now()
 		time.Sleep(time.Millisecond)
 		ask(t, d, "r")

@@ -23,9 +23,10 @@ var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
 type entry struct {
 	snap       *Snapshot
 	fetched    moment // when the look-up began
-	known      moment // up to when it was true for certain, its watch left aside
+	known      moment // up to when it was true for certain, the change stream left aside
 	freshUntil moment // zero: it has changed, or could not be looked up again
-	watch      uint64 // the change stream that vouches for it, 0 for none
+	generation uint64 // of the directory when the look-up began, 0 for none that is good
+	fallback   bool   // serves while the source fails: no change stream vouches for it
 }
 
 // table is the cache of rooms or of users, and the lines in front of it.
@@ -106,10 +107,14 @@ func (e *entry) after(since moment) bool {
 }
 
 func (t *table) fresh(e *entry, now time.Time) bool {
-	if w := t.dir.watch.Load(); w != 0 && e.watch == w {
-		return true
+	at := t.dir.moment(now)
+	// Read before the generation, which is written before: a new stream's word is not
+	// taken for an old answer.
+	vouched := at < moment(t.dir.vouched.Load())
+	if e.generation != t.dir.generation.Load() {
+		return false
 	}
-	return t.dir.moment(now) < e.freshUntil
+	return vouched && !e.fallback || at < e.freshUntil
 }
 
 // hitLocked is hit for somebody who holds the lock, with no line for the key: it
@@ -265,7 +270,7 @@ func (t *table) joinMany(home int, keys []string, q Query, w Waiter) {
 
 // refresh gets w an answer that is newer than after.
 func (t *table) refresh(home int, keys []string, after time.Time, w Waiter) {
-	h, since := &t.homes[home], t.dir.moment(after)
+	h, since, generation := &t.homes[home], t.dir.moment(after), t.dir.generation.Load()
 	var lookup, now []string
 	var snaps []*Snapshot
 	h.mu.Lock()
@@ -285,7 +290,7 @@ func (t *table) refresh(home int, keys []string, after time.Time, w Waiter) {
 			now, snaps = append(now, key), append(snaps, l.entry.snap)
 			continue
 		}
-		if e, ok := t.cache.GetIfPresent(key); !open && ok && e.after(since) {
+		if e, ok := t.cache.GetIfPresent(key); !open && ok && e.generation == generation && e.after(since) {
 			now, snaps = append(now, key), append(snaps, e.snap)
 			continue
 		}
@@ -331,7 +336,7 @@ func (t *table) submit(home int, w Waiter, keys []string, first *waiting) {
 // lookup asks the source for keys and tells everybody in their lines.
 func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 	h := &t.homes[home]
-	began, watch := t.dir.now(), t.dir.watch.Load()
+	began, generation := t.dir.now(), t.dir.generation.Load()
 	olds, snaps := make([]*Snapshot, len(keys)), make([]*Snapshot, len(keys))
 	h.mu.Lock()
 	for i, key := range keys {
@@ -350,7 +355,7 @@ func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 			if err != nil {
 				return t.fallback(h, l.old, began), err
 			}
-			return t.newEntry(snaps[i], began, watch, l.dirty), nil
+			return t.newEntry(snaps[i], began, generation, l.dirty), nil
 		})
 	}()
 	h.lookups.Add(1)
@@ -358,13 +363,13 @@ func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 }
 
 // newEntry decides how long a fresh answer is good.
-func (t *table) newEntry(s *Snapshot, began moment, watch uint64, dirty bool) *entry {
-	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + moment(t.dir.cfg.TTL), watch: watch}
+func (t *table) newEntry(s *Snapshot, began moment, generation uint64, dirty bool) *entry {
+	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + moment(t.dir.cfg.TTL), generation: generation}
 	if !s.Found {
 		e.freshUntil = began // absence is not cached, see package doc
 	}
-	if dirty || watch != t.dir.watch.Load() {
-		e.freshUntil, e.watch = began, 0
+	if dirty || generation != t.dir.generation.Load() {
+		e.freshUntil, e.generation = began, 0
 	}
 	return e
 }
@@ -380,7 +385,10 @@ func (t *table) fallback(h *home, old *entry, now moment) *entry {
 		return nil
 	}
 	h.staleServed.Add(1)
-	return &entry{snap: old.snap, fetched: old.fetched, known: known, freshUntil: t.dir.now() + moment(t.dir.cfg.TTL)}
+	return &entry{
+		snap: old.snap, fetched: old.fetched, known: known, fallback: true,
+		freshUntil: t.dir.now() + moment(t.dir.cfg.TTL), generation: t.dir.generation.Load(),
+	}
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
@@ -619,16 +627,13 @@ func (t *table) invalidate(key string) {
 	if l := h.lines[key]; l != nil {
 		l.dirty = true
 	}
-	t.expireLocked(key)
-}
-
-// expireLocked makes the cached answer for key stale.
-func (t *table) expireLocked(key string) {
 	if e, ok := t.cache.GetIfPresent(key); ok {
 		t.cache.Set(key, t.changed(e))
 	}
 }
 
+// invalidateAll makes whoever comes behind a look-up under way wait for a newer answer.
+// What is in the cache is of an old generation.
 func (t *table) invalidateAll() {
 	for i := range t.homes {
 		h := &t.homes[i]
@@ -636,12 +641,6 @@ func (t *table) invalidateAll() {
 		for _, l := range h.lines {
 			l.dirty = true
 		}
-		h.mu.Unlock()
-	}
-	for key := range t.cache.Keys() {
-		h := &t.homes[t.dir.cfg.Home(key)]
-		h.mu.Lock()
-		t.expireLocked(key)
 		h.mu.Unlock()
 	}
 }

@@ -27,10 +27,10 @@ func (d *told) Invalidate(rooms, _ []string) {
 
 func (d *told) InvalidateAll() {}
 
-func (d *told) SetWatched(watched bool) {
+func (d *told) Vouch(until time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.watched = watched
+	d.watched = time.Now().Before(until)
 }
 
 func (d *told) has(watched bool, room string) bool {

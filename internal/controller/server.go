@@ -55,9 +55,11 @@ func New(cfg Config) (*Server, error) {
 			most:      cfg.WatchPending,
 			overflows: cfg.Metrics.GetOrCreateCounter("controller_watch_overflows_total"),
 			changes:   cfg.Metrics.GetOrCreateCounter("controller_changes_total"),
+			lapses:    cfg.Metrics.GetOrCreateCounter("controller_watch_lapses_total"),
 			watchers:  map[*watcher]struct{}{},
 		},
 		draining: make(chan struct{}),
+		panicked: s.panicked,
 	}
 	cfg.Store.Notify(s.svc.hub.tell)
 	var err error
@@ -83,6 +85,7 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.MaxConcurrentStreams(1024),
 		grpc.MaxHeaderListSize(16 << 10),
 		grpc.ConnectionTimeout(5 * time.Second),
+		grpc.WaitForHandlers(true), // Close owns what they have started
 		// Push-Manager pings each 10 s while it watches; gRPC's default would cut
 		// it off for that.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -100,6 +103,7 @@ func (s *Server) gauges(set *metrics.Set, store Store) {
 	gauge("controller_users", func() int { return store.Counts().Users })
 	gauge("controller_memberships", func() int { return store.Counts().Memberships })
 	gauge("controller_watchers", s.svc.hub.len)
+	gauge("controller_watch_waiting", s.svc.hub.waiting)
 	gauge("controller_warming_up", func() int {
 		if s.roster.isWarm() {
 			return 0
@@ -178,6 +182,7 @@ func (s *Server) Close() {
 			s.roster.watcher.Close()
 		}
 	})
+	s.svc.readers.Wait()
 	s.wg.Wait()
 }
 

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -25,6 +27,7 @@ const (
 	maxMetadataEntries = 32
 	maxMetadataBytes   = 8 << 10
 	maxBatch           = 10_000
+	maxLeaseMs         = 10_000
 )
 
 // service answers ControllerService from a Store.
@@ -35,6 +38,10 @@ type service struct {
 	roster *roster
 	// Closed when the server drains.
 	draining chan struct{}
+	// panicked turns a panic into an error.
+	panicked func(method string, p any) error
+	// Those who hear followers; waited for by the Server.
+	readers sync.WaitGroup
 }
 
 // JoinRoom implements ControllerService.
@@ -52,6 +59,9 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 		Reporter: by, User: in.GetUserId(), Room: in.GetRoomId(), Name: in.GetUserName(), Metadata: in.GetMetadata(),
 	})
 	if err != nil {
+		return nil, storeError("join", err)
+	}
+	if err := s.hub.settle(ctx); err != nil {
 		return nil, storeError("join", err)
 	}
 	if joined.Full {
@@ -73,6 +83,9 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 			if err != nil {
 				return nil, storeError("leave", err)
 			}
+			if err := s.hub.settle(ctx); err != nil {
+				return nil, storeError("leave", err)
+			}
 			return &pubsub.LeaveRoomResponse{Success: true, Message: fmt.Sprintf("%d memberships of node %q ended", n, by.Node)}, nil
 		}
 	} else {
@@ -83,6 +96,9 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 	}
 	left, err := s.store.Leave(ctx, Leave{Reporter: by, User: in.GetUserId(), Room: in.GetRoomId()})
 	if err != nil {
+		return nil, storeError("leave", err)
+	}
+	if err := s.hub.settle(ctx); err != nil {
 		return nil, storeError("leave", err)
 	}
 	if !left {
@@ -124,6 +140,11 @@ func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pu
 		}
 	}
 	s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now())
+	if len(in.GetSlots()) > 0 {
+		if err := s.hub.settle(ctx); err != nil {
+			return nil, storeError("sync", err)
+		}
+	}
 	return out, nil
 }
 
@@ -238,17 +259,25 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil
 }
 
-// WatchRoutes implements ControllerService.
-func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
-	// Who is in sync forgets the routes it has: not before there are better ones.
+// warm waits until look-ups are answered: who is in sync forgets the routes it has, and
+// not before there are better ones.
+func (s *service) warm(ctx context.Context) error {
 	select {
 	case <-s.roster.warm:
+		return nil
 	case <-s.draining:
 		return status.Error(codes.Unavailable, "the controller is going")
-	case <-stream.Context().Done():
-		return status.FromContextError(stream.Context().Err()).Err()
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
 	}
-	w := s.hub.join()
+}
+
+// WatchRoutes implements ControllerService.
+func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
+	if err := s.warm(stream.Context()); err != nil {
+		return err
+	}
+	w := s.hub.join(0)
 	defer s.hub.leave(w)
 	if err := stream.Send(&pubsub.WatchRoutesResponse{Synced: true}); err != nil {
 		return err
@@ -265,6 +294,63 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 					return err
 				}
 			}
+		}
+	}
+}
+
+// FollowRoutes implements ControllerService.
+func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.FollowRoutesResponse]) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if ms := first.GetLeaseMs(); ms == 0 || ms > maxLeaseMs {
+		return invalid("lease_ms", fmt.Sprintf("is %d, and has to be 1 to %d", ms, maxLeaseMs))
+	}
+	if err := s.warm(stream.Context()); err != nil {
+		return err
+	}
+	w := s.hub.join(time.Duration(first.GetLeaseMs()) * time.Millisecond)
+	defer s.hub.leave(w)
+	// The stream's end, which this method's return is at the latest, ends the reader.
+	ended := make(chan error, 1)
+	s.readers.Go(func() { ended <- s.readFollower(stream, w) })
+	if err := stream.Send(&pubsub.FollowRoutesResponse{Changes: &pubsub.WatchRoutesResponse{Synced: true}}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-s.draining:
+			return status.Error(codes.Unavailable, "the controller is going")
+		case err := <-ended:
+			return err
+		case <-w.wake:
+			for _, frame := range w.follow(time.Now()) {
+				if err := stream.Send(frame); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// readFollower hears a follower to the end.
+func (s *service) readFollower(stream grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.FollowRoutesResponse], w *watcher) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.panicked(pubsub.ControllerService_FollowRoutes_FullMethodName, p)
+		}
+	}()
+	for {
+		in, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		}
+		if err := w.hear(in, time.Now()); err != nil {
+			return err
 		}
 	}
 }

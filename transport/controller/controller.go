@@ -28,7 +28,7 @@ import (
 type Changes interface {
 	Invalidate(rooms, users []string)
 	InvalidateAll()
-	SetWatched(watched bool)
+	Vouch(until time.Time)
 }
 
 var (
@@ -53,9 +53,12 @@ type Controller struct {
 	once sync.Once
 	stop context.CancelFunc
 
-	noBatch optional // GetUserNodes
-	noWatch optional // WatchRoutes
-	watched atomic.Bool
+	noBatch  optional // GetUserNodes
+	noFollow optional // FollowRoutes
+	noWatch  optional // WatchRoutes
+	// In nanoseconds since made: until when the change stream vouches for answers, and
+	// up to when each change is known to have been applied, 0 before it is.
+	vouched, proved atomic.Int64
 	// When the Controller last answered anything; nil before the first time.
 	contact atomic.Pointer[time.Time]
 	// What went wrong since; nil for nothing.
@@ -111,7 +114,17 @@ func (c *Controller) Close() error {
 }
 
 // Watched tells whether the change stream vouches for answers now.
-func (c *Controller) Watched() bool { return c.watched.Load() }
+func (c *Controller) Watched() bool { return int64(time.Since(c.made)) < c.vouched.Load() }
+
+// watchAge is how long ago every change was known to have been applied, 0 with a
+// Controller that has no FollowRoutes.
+func (c *Controller) watchAge() time.Duration {
+	proved := c.proved.Load()
+	if proved == 0 || c.noFollow.missing() {
+		return 0
+	}
+	return time.Since(c.made) - time.Duration(proved)
+}
 
 // Healthy tells whether the Controller can be asked: there is a connection, and a sign
 // of life not longer ago than three Config.ContactInterval.
@@ -172,6 +185,7 @@ func (c *Controller) onState(ctx context.Context, state connectivity.State) {
 		return
 	}
 	c.noBatch.forget()
+	c.noFollow.forget()
 	c.noWatch.forget()
 	c.log.Info("connected to the controller", "address", c.cfg.Address)
 	c.ping(ctx)

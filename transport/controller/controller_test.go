@@ -319,8 +319,12 @@ func TestTraceGoesOnWhenSampled(t *testing.T) {
 
 // ledger is a Changes that writes down what it is told.
 type ledger struct {
-	mu    sync.Mutex
-	lines []string
+	mu      sync.Mutex
+	lines   []string
+	vouched bool
+	until   time.Time
+	stall   time.Duration // the next Vouch takes so long
+	panics  bool          // the next InvalidateAll
 }
 
 func (l *ledger) write(line string) {
@@ -331,8 +335,37 @@ func (l *ledger) write(line string) {
 func (l *ledger) Invalidate(rooms, users []string) {
 	l.write(fmt.Sprint("rooms", rooms, " users", users))
 }
-func (l *ledger) InvalidateAll()          { l.write("all") }
-func (l *ledger) SetWatched(watched bool) { l.write(fmt.Sprint("watched ", watched)) }
+func (l *ledger) InvalidateAll() {
+	l.mu.Lock()
+	panics := l.panics
+	l.panics = false
+	l.mu.Unlock()
+	if panics {
+		panic("ledger")
+	}
+	l.write("all")
+}
+
+func (l *ledger) Vouch(until time.Time) {
+	l.mu.Lock()
+	stall := l.stall
+	l.stall = 0
+	defer time.Sleep(stall)
+	defer l.mu.Unlock()
+	l.until = until
+	if vouched := time.Now().Before(until); vouched != l.vouched {
+		l.vouched = vouched
+		l.lines = append(l.lines, fmt.Sprint("watched ", vouched))
+	}
+}
+
+// trusts tells whether a query at this moment would trust what is kept.
+func (l *ledger) trusts() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Now().Before(l.until)
+}
+
 func (l *ledger) is(want ...string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -365,6 +398,7 @@ func TestChangeStream(t *testing.T) {
 			t.Fatalf("told before synced: %q", l.lines)
 		}
 		send <- &pubsub.WatchRoutesResponse{Synced: true}
+		synctest.Wait()
 		send <- &pubsub.WatchRoutesResponse{RoomIds: []string{"r"}, UserIds: []string{"u", "v"}}
 		send <- &pubsub.WatchRoutesResponse{All: true}
 		send <- &pubsub.WatchRoutesResponse{}

@@ -37,6 +37,8 @@ type script struct {
 	user  func(context.Context, *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error)
 	users func(context.Context, *pubsub.GetUserNodesRequest) (*pubsub.GetUserNodesResponse, error)
 	watch func(grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error
+	// follow is FollowRoutes after the caller's first message.
+	follow func(grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.FollowRoutesResponse]) error
 }
 
 var errNone = status.Error(codes.Unimplemented, "not here")
@@ -67,6 +69,16 @@ func (s *script) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStr
 		return errNone
 	}
 	return s.watch(stream)
+}
+
+func (s *script) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.FollowRoutesResponse]) error {
+	if s.follow == nil {
+		return errNone
+	}
+	if first, err := stream.Recv(); err != nil || first.GetLeaseMs() != 3000 {
+		return status.Errorf(codes.InvalidArgument, "lease_ms is %d (%v)", first.GetLeaseMs(), err)
+	}
+	return s.follow(stream)
 }
 
 // serving is a script behind a listener in memory that can go down and come back.
