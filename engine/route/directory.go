@@ -19,7 +19,7 @@ type Config struct {
 	Home  func(key string) int
 	Go    func(home int, task func()) error
 
-	// TTL is how long an answer is good when the Controller has no change stream.
+	// TTL is how long an answer is good that came while no change stream vouched.
 	// 0 means 1 s.
 	TTL time.Duration
 	// StaleTTL is how long an answer may still serve while the Controller cannot
@@ -187,10 +187,9 @@ func (d *Directory) RefreshUsers(home int, users []string, since time.Time, w Wa
 }
 
 // Vouch tells until when the change stream vouches for what was looked up since the
-// last InvalidateAll, as long as Invalidate does not name it. A query with a later
-// Query.Now finds answers good for TTL only, and takes no absence from the cache.
-// time.Now ends it at once. The next call goes on where this one ends: whoever may have
-// missed a change calls InvalidateAll before it.
+// last InvalidateAll, as long as Invalidate does not name it. For a query with a later
+// Query.Now it is looked up again. time.Now ends it at once. The next call goes on where
+// this one ends: whoever may have missed a change calls InvalidateAll before it.
 func (d *Directory) Vouch(until time.Time) {
 	d.vouched.Store(int64(d.moment(until)))
 }

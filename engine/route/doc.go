@@ -14,9 +14,9 @@
 //     so nobody overtakes.
 //   - Snapshots and their groups are immutable. Equal answers of the Controller
 //     yield the same pointers, so "unchanged" is a pointer comparison.
-//   - Unless a change stream vouches for them (Vouch), answers are good for
-//     Config.TTL. That a user has no connection or a room does not exist is never
-//     taken from a cache that nobody vouches for.
+//   - An answer that comes while a change stream vouches (Vouch) is good as long as
+//     that lasts, every other one for Config.TTL. That a user has no connection or a
+//     room does not exist is never taken from a cache that nobody vouches for.
 //   - A Controller that cannot be reached does not take away what is known: a
 //     stale answer serves for at most Config.StaleTTL.
 //   - Fence: pushes with Query.Ordered that got the old snapshot of a key are

@@ -365,8 +365,10 @@ func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 // newEntry decides how long a fresh answer is good.
 func (t *table) newEntry(s *Snapshot, began moment, generation uint64, dirty bool) *entry {
 	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + moment(t.dir.cfg.TTL), generation: generation}
-	if !s.Found {
-		e.freshUntil = began // absence is not cached, see package doc
+	// Absence is not cached, see package doc. And what is vouched for is good as long as
+	// that holds: whoever tells of a change does not wait for us once it does not.
+	if !s.Found || began < moment(t.dir.vouched.Load()) {
+		e.freshUntil = began
 	}
 	if dirty || generation != t.dir.generation.Load() {
 		e.freshUntil, e.generation = began, 0

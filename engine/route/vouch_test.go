@@ -50,6 +50,28 @@ func TestWordThatHasRunOutIsNotTaken(t *testing.T) {
 	})
 }
 
+// A change is not told to a Push-Manager whose stream has ended: what it looked up a
+// moment before may be from before that change.
+func TestAnswerThatWasVouchedForHasNoTTLAfterThat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.Vouch(time.Now().Add(time.Hour))
+		ask(t, d, "r")
+		time.Sleep(time.Millisecond)
+		d.Vouch(time.Now())
+		s.set(func(s *source) { s.rooms["r"] = room("u@A", "v@B") })
+		if snap, _ := ask(t, d, "r"); snap.Users != 2 {
+			t.Errorf("%d users, 2 are there", snap.Users)
+		}
+		ask(t, d, "r")
+		if n := s.count(); n != 2 {
+			t.Errorf("%d look-ups, want one after the end and a TTL for its answer", n)
+		}
+	})
+}
+
 // What a stream vouched for was true up to its end, and serves that much longer while
 // the Controller is away; later streams add nothing to it.
 func TestStaleAnswersAgeFromTheEndOfTheirStream(t *testing.T) {

@@ -54,9 +54,12 @@
 // # Invariants
 //
 //   - A change is told to the watchers after it is visible to look-ups.
+//   - A report (JoinRoom, LeaveRoom) is answered when each follower (FollowRoutes) has
+//     acknowledged every change from before the answer, does not trust what it had from
+//     before it, or is gone. That takes a lease and a second at most.
 //   - Each watcher gets synced first; every later change is sent to it, named or,
 //     when it is too slow for names, as all=true.
-//   - No watcher can make a join wait: it has a bounded set of pending names.
+//   - No watcher can make the store wait: it has a bounded set of pending names.
 //   - What a look-up returns is immutable; replies are encoded outside of the lock.
 //
 // Locks: Memory.mu and hub.mu are never held together; hub.mu is taken before

@@ -2,9 +2,10 @@
 // a route.Source over gRPC, and the change stream that tells the directory what
 // to forget.
 //
-// The Controller needs GetRoomInfo and GetUserNode. GetUserNodes and WatchRoutes
-// are probed: UNIMPLEMENTED means "do without" until the connection is made anew
-// or Config.ProbeAgainAfter has passed, and is logged once.
+// The Controller needs GetRoomInfo and GetUserNode. GetUserNodes, FollowRoutes and
+// WatchRoutes, where there is no FollowRoutes, are probed: UNIMPLEMENTED means "do
+// without" until the connection is made anew or Config.ProbeAgainAfter has passed,
+// and is logged once.
 //
 // # Promises
 //
@@ -16,8 +17,11 @@
 //   - A reply is walked by hand and never becomes a tree of messages: a room of a
 //     million members costs its ids and little more. Ids that no push could name
 //     are skipped and counted.
-//   - SetWatched(true) is called only after the stream's synced and InvalidateAll;
-//     SetWatched(false) whenever the stream ends.
+//   - Vouch is called only after the stream's synced and InvalidateAll, for half a
+//     second at a time, and no further than 3 s after the moment before which every
+//     change is known to be applied. A pause of this process ends it by itself; only
+//     a mark that was sent after the pause renews it.
+//   - What the Controller sends ends the stream at most, never the process.
 //
 // # Several replicas
 //
