@@ -71,10 +71,10 @@ type ControllerServiceClient interface {
 	//   - The caller trusts answers that it keeps until lease_ms after it sent the
 	//     last mark that has come back; its first message counts as one that came
 	//     back with synced. So whatever is lost, or stands still, ends the trust.
-	//   - JoinRoom and LeaveRoom are answered once each follower has acknowledged
-	//     the change, or lease_ms have passed since the last mark came that was sent
-	//     back to it, or its stream has ended. So "joined" means that no caller
-	//     trusts an answer from before it.
+	//   - JoinRoom, LeaveRoom and a SyncNode that has slots are answered once each
+	//     follower has acknowledged the change, or lease_ms have passed since the
+	//     last mark came that was sent back to it, or its stream has ended. So
+	//     "joined" means that no caller trusts an answer from before it.
 	//   - While a change has been waiting for a follower's acknowledgement for a
 	//     second, no mark is sent back to that follower. So JoinRoom takes at most
 	//     lease_ms and a second. No report waits again for a follower that let its
@@ -242,10 +242,10 @@ type ControllerServiceServer interface {
 	//   - The caller trusts answers that it keeps until lease_ms after it sent the
 	//     last mark that has come back; its first message counts as one that came
 	//     back with synced. So whatever is lost, or stands still, ends the trust.
-	//   - JoinRoom and LeaveRoom are answered once each follower has acknowledged
-	//     the change, or lease_ms have passed since the last mark came that was sent
-	//     back to it, or its stream has ended. So "joined" means that no caller
-	//     trusts an answer from before it.
+	//   - JoinRoom, LeaveRoom and a SyncNode that has slots are answered once each
+	//     follower has acknowledged the change, or lease_ms have passed since the
+	//     last mark came that was sent back to it, or its stream has ended. So
+	//     "joined" means that no caller trusts an answer from before it.
 	//   - While a change has been waiting for a follower's acknowledgement for a
 	//     second, no mark is sent back to that follower. So JoinRoom takes at most
 	//     lease_ms and a second. No report waits again for a follower that let its
