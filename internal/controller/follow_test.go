@@ -157,11 +157,13 @@ func TestLeaseOfOneThatDoesNotAcknowledgeIsNotRenewed(t *testing.T) {
 		w := h.join(3 * time.Second)
 		stop := make(chan struct{})
 		go func() {
+			tick := time.NewTicker(99 * time.Millisecond)
+			defer tick.Stop()
 			for mark := uint64(1); ; mark++ {
 				select {
 				case <-stop:
 					return
-				case <-time.After(99 * time.Millisecond):
+				case <-tick.C:
 				}
 				_ = w.hear(&pubsub.FollowRoutesRequest{Mark: mark}, time.Now())
 				w.follow(time.Now())
