@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Outcome is what became of one user, in the order in which one outcome beats
@@ -43,11 +44,18 @@ type Result struct {
 	Found                                        bool
 	Targets, Delivered, Offline, Failed, Unknown int
 	NodeFailures                                 []NodeFailure
+
+	// Stale is set where the Controller could not confirm the route: how long before the
+	// push it was last known to be true. It may be true still.
+	Stale time.Duration
+	// Changed: the Controller had announced that the route is true no more. Whom it
+	// would name now did not get the push, so it is no success.
+	Changed bool
 }
 
 // Success tells whether the push reached what it was for.
 func (r *Result) Success() bool {
-	return r.Found && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
+	return !r.Changed && r.Found && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
 }
 
 // NodeFailure is a node where users failed or are unknown, and why. Node is ""
@@ -112,6 +120,13 @@ func (p *Push) account() (Result, error) {
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 	}
 	r.Targets = b.total()
+	if p.aside != nil && p.aside.stale.is {
+		r.Stale, r.Changed = max(p.Arrived.Sub(p.aside.stale.known), 1), p.aside.stale.changed
+		p.engine.stale.Add(1) // in this order, see Stats
+		if r.Changed {
+			p.engine.changed.Add(1)
+		}
+	}
 	if p.Kind == ToUser || p.Kind == ToUsers {
 		r.Found = r.Offline < r.Targets // whatever the Controller said at first
 	}

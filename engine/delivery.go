@@ -222,8 +222,7 @@ func (d *Delivery) settle(missing []string) {
 		(&healer{d: d, missing: missing}).start()
 		return
 	}
-	d.state.Store(settled)
-	p.finished(1)
+	d.close()
 }
 
 // expire settles whatever the delivery still waits for: with drop what was not
@@ -248,8 +247,7 @@ func (d *Delivery) endHeal(why Reason) {
 		if why != Sent {
 			d.fallShort().heal = why
 		}
-		d.state.Store(settled)
-		d.push.finished(1)
+		d.close()
 	}
 }
 

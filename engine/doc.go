@@ -17,6 +17,9 @@
 //   - Sent again is only what is known not to have been delivered: users that a
 //     node does not have, and deliveries that were never written because the node
 //     is gone. Once, after one fresh look-up, within the deadline.
+//   - Pushes of one Order reach a connection in the order of their start, for each
+//     room and user: see fence.go.
+//   - A push by a route that is known to have changed is no success.
 //   - Completer.Complete is called exactly once for each push that Start took.
 //   - Nothing waits without a bound: whoever holds a delivery settles it by its
 //     deadline, so a push whose route is known needs no timer. One that has to wait
@@ -32,5 +35,6 @@
 // nothing behind: its caller may use it and its bytes again (Push.Reusable). Any other is
 // garbage when the last reference goes.
 //
-// Locks: Push.mu guards the list of deliveries of one push. It is a leaf.
+// Locks: Push.mu guards the list of deliveries of one push. It is a leaf. Order.mu comes
+// before the Push.mu of earlier pushes of that Order.
 package engine

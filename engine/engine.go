@@ -74,6 +74,10 @@ type Engine struct {
 	gate    gate
 	shed    atomic.Int32 // priorities, from the lowest
 	heals   atomic.Uint64
+	fences  atomic.Uint64 // deliveries that were held back
+	fenced  atomic.Int64  // that are
+	stale   atomic.Uint64 // pushes by a stale answer
+	changed atomic.Uint64 // by one known to have changed
 	panics  atomic.Uint64
 	reasons [reasons]atomic.Uint64
 	waiters sync.Pool // of *waiter
@@ -112,6 +116,7 @@ func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {
 		w = &waiter{done: make(chan struct{}, 1)}
 	}
 	if err := e.Start(p, w); err != nil {
+		e.waiters.Put(w)
 		return Result{}, err
 	}
 	select {
@@ -246,6 +251,13 @@ type Stats struct {
 	Panics   uint64
 	// Heals counts deliveries whose users were looked up again.
 	Heals uint64
+	// Fences counts deliveries that were held back to keep the order of an Order,
+	// Fenced is how many are.
+	Fences uint64
+	Fenced int64
+	// Stale counts pushes by an answer that the Controller could not confirm, Changed
+	// those of them where it was known to be true no more.
+	Stale, Changed uint64
 	// Deliveries counts ended deliveries by the text of their reason; "sent" are
 	// those that were acknowledged.
 	Deliveries map[string]uint64
@@ -256,7 +268,8 @@ type Stats struct {
 // Stats reads the counters of the engine and the parts below it.
 func (e *Engine) Stats() Stats {
 	s := Stats{
-		InFlight: e.gate.inside(), Heals: e.heals.Load(), Panics: e.panics.Load(),
+		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
+		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
 		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
 	}
 	for r := range e.reasons {

@@ -31,6 +31,7 @@ type world struct {
 	nodes   map[string]*testNode
 
 	linksPanic bool
+	tune       func(*route.Config) // before build, if not nil
 }
 
 // testNode is an engine.Link that answers by its script, on the caller's goroutine
@@ -44,6 +45,8 @@ type testNode struct {
 	got  []*Delivery
 	kept []*Delivery
 	keep bool // take deliveries and leave them queued
+
+	quiet bool // note nothing
 }
 
 func (n *testNode) Node() string { return n.id }
@@ -51,6 +54,11 @@ func (n *testNode) Node() string { return n.id }
 func (n *testNode) Send(d *Delivery) Reason {
 	if n.decline != Sent {
 		return n.decline
+	}
+	if n.quiet {
+		d.TrySend()
+		_, _ = d.Ack(Ack{Delivered: d.Targets()})
+		return Sent
 	}
 	n.mu.Lock()
 	if n.keep {
@@ -162,11 +170,15 @@ func (w *world) build() (*Engine, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	directory, err := route.New(route.Config{
+	config := route.Config{
 		Source: w, Homes: shards.Len(),
 		Home: func(key string) int { return shards.For(key).Index() },
 		Go:   func(home int, task func()) error { return shards.At(home).Go(task) },
-	})
+	}
+	if w.tune != nil {
+		w.tune(&config)
+	}
+	directory, err := route.New(config)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -629,9 +641,10 @@ func TestPushThatEndedEarlyHoldsNothing(t *testing.T) {
 		e := w.engine(t)
 		w.users["u"] = []string{"A"}
 		w.gate = make(chan struct{})
+		var stream Order
 		ordered := func(timeout time.Duration) *Push {
 			p := toUser("u")
-			p.Ordered, p.Timeout = true, timeout
+			p.Order, p.Timeout = &stream, timeout
 			return p
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
@@ -658,9 +671,10 @@ func TestPushBehindAFenceEndsAtItsDeadline(t *testing.T) {
 		e := w.engine(t)
 		w.users["u"] = []string{"A"}
 		w.nodes["A"].keep = true
+		var stream Order
 		ordered := func(timeout time.Duration, c Completer) *Push {
 			p := toUser("u")
-			p.Ordered, p.Timeout = true, timeout
+			p.Order, p.Timeout = &stream, timeout
 			if err := e.Start(p, c); err != nil {
 				t.Fatal(err)
 			}

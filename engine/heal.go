@@ -28,14 +28,18 @@ func (h *healer) start() {
 		return
 	}
 	home := p.homeOf(d)
-	since := time.Now() // what was said before the node's answer is what it contradicts
+	// What was said before the node's answer is what it contradicts.
+	m := route.Missing{Node: d.node, Users: h.missing, Since: time.Now()}
+	if d.outcome == Failed {
+		m.Users = nil // it has taken nothing, for nobody
+	}
 	if p.Kind == ToRoom {
 		h.waiting = 1
-		p.engine.directory.RefreshRoom(home, p.Room, since, h)
+		p.engine.directory.RefreshRoom(home, p.Room, m, h)
 		return
 	}
 	h.waiting = len(h.missing)
-	p.engine.directory.RefreshUsers(home, h.missing, since, h)
+	p.engine.directory.RefreshUsers(home, h.missing, m, h)
 }
 
 // Lookup implements route.Waiter.

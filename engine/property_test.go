@@ -223,8 +223,9 @@ func streamOrder(t *testing.T, rng *rand.Rand) {
 	}
 	const pushes = 200
 	var o order
+	var stream Order
 	for i := range pushes {
-		p := &Push{Kind: ToUser, User: "u", Ordered: true, Payload: []byte{byte(i)}, Content: Content{Present: true}}
+		p := &Push{Kind: ToUser, User: "u", Order: &stream, Payload: []byte{byte(i)}, Content: Content{Present: true}}
 		if rng.IntN(4) == 0 {
 			p.Kind, p.User, p.Users = ToUsers, "", []string{"u", "v"}
 		}

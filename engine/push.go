@@ -78,9 +78,9 @@ type Push struct {
 	Kind Kind
 	// Priority decides who is refused first when there is too much to do.
 	Priority Priority
-	// Ordered keeps the push behind those that were started before it, one after
-	// another, for the same room or user.
-	Ordered bool
+	// Order keeps the push behind those of the same Order that were started before it,
+	// for the same room or user. Nil: it is like any other.
+	Order   *Order
 	Room    string
 	User    string
 	Users   []string
@@ -104,14 +104,14 @@ type Push struct {
 	engine   *Engine
 	done     Completer
 	deadline time.Time
-	home     int  // the shard of Room or User
-	waits    bool // keys may have been put in line; the starter's own
+	home     int    // the shard of Room or User
+	key      uint64 // of Room or User, for the Order
+	waits    bool   // keys may have been put in line, deliveries held back; the starter's own
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
 	// and block.
 	leg   [1]*Delivery
 	user  [1]string
-	hold  [1]*route.Snapshot
 	block []Delivery
 
 	// Of a push that is not plain, once it is finished.
@@ -127,6 +127,8 @@ type Push struct {
 	// pending counts what the push still waits for: its own start, the keys in
 	// line, the deliveries. Who brings it to 0 finishes the push.
 	pending atomic.Int32
+	warded  atomic.Bool // there may be wards: somebody else's deliveries wait for ours
+	ticket  *ticket     // of Order; written before others have the push
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
@@ -135,8 +137,7 @@ type Push struct {
 	plain   bool // everybody was reached, or known to be offline, at the first try
 	offline int  // users without a node
 	legs    []*Delivery
-	held    []*route.Snapshot // to be released at the end
-	aside   *aside            // nil while the push goes the usual way
+	aside   *aside // nil while the push goes the usual way
 }
 
 // aside is what only a push has that does not go the usual way: its route was not
@@ -145,10 +146,14 @@ type aside struct {
 	except  []string    // Exclude, sorted, each once
 	timer   *time.Timer // ends the push if it has to wait in line, else nil
 	waiting int         // keys in line
+	holds   bool        // some of its deliveries are behind a fence, or were
 	lookup  error       // of the keys that were not found out
 	expired error       // why the push was ended before its time
 	shared  []string    // users with more than one delivery
 	dropped []dropped   // users that no delivery was made for
+	later   []ward      // deliveries that are held back, until they are in the queues
+	wards   []ward      // who waits for a delivery of this push
+	stale   staleness   // of the answers that were used
 }
 
 // stepAside returns p.aside, of which there is one from then on.
@@ -215,29 +220,36 @@ func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(e
 	return p.Trace.Lookup(ctx, what)
 }
 
+// isRoom tells the two kinds of key apart.
+func isRoom(key uint64) bool { return key&1 == 1 }
+
+func (e *Engine) userKey(user string) uint64 { return e.shards.Hash(user) << 1 }
+
 // route asks where the push goes and stages what is known at once. Keys that
 // are not known come back through Routed.
 func (p *Push) route() {
-	q := route.Query{Now: p.Arrived, Ordered: p.Ordered}
-	dir := p.engine.directory
+	q := route.Query{Now: p.Arrived}
+	e := p.engine
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
 			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
-		p.home = p.engine.shards.For(p.Room).Index()
-		if s := dir.CachedRoom(p.home, p.Room, q); s != nil {
+		hash := e.shards.Hash(p.Room)
+		p.home, p.key = e.shards.Home(hash), hash<<1|1
+		if s := e.directory.CachedRoom(p.home, p.Room, q); s != nil {
 			p.sendNow(s)
 		} else if p.await(1) {
-			p.routed(p.Room, dir.Room(p.home, p.Room, q, p))
+			e.directory.Room(p.home, p.Room, q, p)
 		}
 	case ToUser:
 		p.targets = 1
-		p.home = p.engine.shards.For(p.User).Index()
-		if s := dir.CachedUser(p.home, p.User, q); s != nil {
+		hash := e.shards.Hash(p.User)
+		p.home, p.key = e.shards.Home(hash), hash<<1
+		if s := e.directory.CachedUser(p.home, p.User, q); s != nil {
 			p.sendNow(s)
 		} else if p.await(1) {
-			p.routed(p.User, dir.User(p.home, p.User, q, p))
+			e.directory.User(p.home, p.User, q, p)
 		}
 	case ToUsers:
 		p.routeUsers(q)
@@ -249,29 +261,37 @@ func (p *Push) route() {
 // sendNow stages and sends the one key of a push whose route is known. Nobody else has
 // the push before it is sent, so there is nothing to lock.
 func (p *Push) sendNow(s *route.Snapshot) {
-	if p.Ordered {
-		p.hold[0] = s
-		p.held = p.hold[:]
+	var inWay []*fence
+	if p.Order != nil {
+		inWay = p.Order.pass(p, s)
 	}
 	if p.Kind == ToRoom {
-		p.stageRoom(s)
+		p.stageRoom(s, inWay)
 	} else {
-		p.stageUser(s)
+		p.stageUser(s, inWay)
 	}
-	p.send(p.legs)
+	if inWay == nil || p.aside == nil {
+		p.send(p.legs)
+		return
+	}
+	p.waits = true
+	p.send(hold(p.legs, p.takeLater()))
 }
 
-// routed is Routed for one key that needed no look-up after all.
-func (p *Push) routed(key string, s *route.Snapshot) {
-	if s != nil {
-		p.Routed([]string{key}, []*route.Snapshot{s}, nil)
-	}
+// takeLater takes what has been staged to be held back.
+func (p *Push) takeLater() []ward {
+	later := p.aside.later
+	p.aside.later = nil
+	return later
 }
 
 // routeUsers asks for the users of each shard together.
 func (p *Push) routeUsers(q route.Query) {
 	users := slices.Compact(slices.Sorted(slices.Values(p.Users)))
 	p.targets = len(users)
+	if p.Order != nil {
+		p.Order.enter(p)
+	}
 	homes := make([][]string, p.engine.shards.Len())
 	for _, user := range users {
 		home := p.engine.shards.For(user).Index()
@@ -301,6 +321,9 @@ func (p *Push) routeUsers(q route.Query) {
 // await accounts for n keys that Routed will bring. False means that the push was
 // ended before, by a fault of our own: it asks for nothing more.
 func (p *Push) await(n int) bool {
+	if p.Order != nil && p.ticket == nil {
+		p.Order.enter(p)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.expiry() != nil {
@@ -312,15 +335,14 @@ func (p *Push) await(n int) bool {
 	return true
 }
 
-// guard bounds what may wait in line, behind a fence above all: two pushes to several
-// users may each wait for the other to finish.
+// guard bounds what may wait in line, and behind a fence.
 func (p *Push) guard() {
 	if !p.waits {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aside.waiting > 0 {
+	if p.aside.waiting > 0 || p.aside.holds {
 		p.aside.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
 	}
 }
@@ -336,27 +358,30 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 			p.finished(owed)
 		}
 	}()
-	legs, ok := p.stage(keys, snaps, err)
+	legs, later, ok := p.stage(keys, snaps, err)
 	if !ok {
-		if p.Ordered {
-			release(snaps) // finish may have been there already
-		}
 		return
 	}
 	owed = len(keys)
-	p.send(legs)
+	p.send(hold(legs, later))
 }
 
-// stage makes the deliveries for keys and books them. False means that the push
-// was ended before and waits for nothing.
-func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, ok bool) {
+// stage makes the deliveries for keys and books them; later are those of legs that a
+// fence holds back. False means that the push was ended before and waits for nothing.
+func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, later []ward, ok bool) {
+	var inWay []*fence
+	var byUser map[string][]*fence
+	if p.Order != nil && err == nil {
+		if p.Kind == ToUsers {
+			byUser = p.Order.passUsers(p, keys, snaps)
+		} else {
+			inWay = p.Order.pass(p, snaps[0])
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.expiry() != nil {
-		return nil, false
-	}
-	if p.Ordered {
-		p.held = append(p.held, snaps...)
+		return nil, nil, false
 	}
 	had := len(p.legs)
 	switch {
@@ -364,20 +389,22 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 		p.stepAside().lookup = err
 		p.aside.dropped = append(p.aside.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
-		p.stageRoom(snaps[0])
+		p.stageRoom(snaps[0], inWay)
 	case p.Kind == ToUser:
-		p.stageUser(snaps[0])
+		p.stageUser(snaps[0], inWay)
 	default:
-		p.stageUsers(keys, snaps)
+		p.stageUsers(keys, snaps, byUser)
 	}
 	p.aside.waiting -= len(keys)
-	return p.legs[had:], true
+	return p.legs[had:], p.takeLater(), true
 }
 
-// stageRoom makes one delivery for each node with members of the room.
-func (p *Push) stageRoom(s *route.Snapshot) {
+// stageRoom makes one delivery for each node with members of the room, and one more
+// for those of them who have to wait.
+func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	p.found = s.Found
 	p.targets = s.Users
+	p.note(s)
 	var except []string
 	if p.aside != nil {
 		except = p.aside.except
@@ -395,7 +422,21 @@ func (p *Push) stageRoom(s *route.Snapshot) {
 	for i, g := range s.Groups {
 		d := &block[i]
 		d.node, d.group, d.except = g.Node, g, intersect(except, g.Users)
-		if d.Targets() > 0 {
+		var whole *fence
+		for _, f := range inWay {
+			users, waits := f.held[g.Node]
+			if waits && users == nil {
+				whole = f
+			} else if users = without(users, d.except); len(users) > 0 {
+				d.except = union(d.except, users)
+				p.addLater(&Delivery{node: g.Node, users: users}, f)
+			}
+		}
+		switch {
+		case d.Targets() == 0:
+		case whole != nil:
+			p.addLater(d, whole)
+		default:
 			p.add(d)
 		}
 	}
@@ -415,7 +456,7 @@ func (p *Push) blank(n int) []Delivery {
 }
 
 // stageUser makes one delivery for each node that holds the user.
-func (p *Push) stageUser(s *route.Snapshot) {
+func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
 	p.countUser(s)
 	for i, g := range s.Groups {
 		d := &p.one[0] // most users are on one node
@@ -424,17 +465,36 @@ func (p *Push) stageUser(s *route.Snapshot) {
 		}
 		p.user[0] = p.User
 		d.node, d.users = g.Node, p.user[:]
-		p.add(d)
+		if f := at(inWay, g.Node); f != nil {
+			p.addLater(d, f)
+		} else {
+			p.add(d)
+		}
 	}
 }
 
-// stageUsers makes one delivery for each node that holds any of users.
-func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) {
+// at returns the fence of a user that holds back what is for a node, nil for none.
+func at(inWay []*fence, node string) *fence {
+	for _, f := range inWay {
+		if _, waits := f.held[node]; waits {
+			return f
+		}
+	}
+	return nil
+}
+
+// stageUsers makes one delivery for each node that holds any of users, and one for each
+// user who has to wait.
+func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay map[string][]*fence) {
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
 		p.countUser(s)
 		for _, g := range s.Groups {
+			if f := at(inWay[users[i]], g.Node); f != nil {
+				p.addLater(&Delivery{node: g.Node, users: []string{users[i]}}, f)
+				continue
+			}
 			d := byNode[g.Node]
 			if d == nil {
 				d = &Delivery{node: g.Node}
@@ -450,12 +510,33 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot) {
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
+	p.note(s)
 	if len(s.Shared) > 0 {
-		p.stepAside().shared = append(p.aside.shared, s.Shared...)
+		a := p.stepAside()
+		a.shared = append(a.shared, s.Shared...)
 	}
 	if !s.Found {
 		p.offline++
 	}
+}
+
+// note books that s is a stale answer, if it is.
+func (p *Push) note(s *route.Snapshot) {
+	if s.Stale == nil {
+		return
+	}
+	st := &p.stepAside().stale
+	if !st.is || s.Stale.Known.Before(st.known) {
+		st.known = s.Stale.Known
+	}
+	st.is, st.changed = true, st.changed || s.Stale.Changed
+}
+
+// staleness is whether a push went by an answer that the Controller could not confirm.
+type staleness struct {
+	is      bool
+	known   time.Time // the oldest moment up to which one was true for certain
+	changed bool      // one is known to have changed
 }
 
 // stageAll makes one delivery for each node. Broadcasts have one home, so that
@@ -483,6 +564,13 @@ func (p *Push) add(d *Delivery) {
 		p.legs = p.leg[:0]
 	}
 	p.legs = append(p.legs, d)
+}
+
+// addLater adds a delivery that f holds back.
+func (p *Push) addLater(d *Delivery, f *fence) {
+	p.add(d)
+	a := p.stepAside()
+	a.later, a.holds = append(a.later, ward{d, f}), true
 }
 
 // send hands deliveries of one home to their links. What a link declines is dropped
@@ -532,15 +620,11 @@ func (p *Push) finish() {
 	if p.aside != nil && p.aside.timer != nil {
 		p.aside.timer.Stop()
 	}
-	release(p.held)
+	if p.ticket != nil {
+		p.Order.leave(p.ticket)
+	}
 	p.engine.leave()
 	p.done.Complete(p)
-}
-
-func release(snaps []*route.Snapshot) {
-	for _, s := range snaps {
-		s.Release()
-	}
 }
 
 // expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
@@ -595,6 +679,14 @@ func (p *Push) unsent() error {
 		return fmt.Errorf("look up the route: %w", err)
 	}
 	return nil
+}
+
+// without returns the members of some that are not in others; both are sorted.
+func without(some, others []string) []string {
+	if len(intersect(some, others)) == 0 {
+		return some
+	}
+	return slices.DeleteFunc(slices.Clone(some), func(user string) bool { return has(others, user) })
 }
 
 // intersect returns the members of some that are in all; both are sorted.

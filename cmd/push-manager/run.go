@@ -51,6 +51,7 @@ func start(ctx context.Context, cfg Config, log *slog.Logger) (_ *pushManager, e
 	}
 	m.parts.Add("controller", func(context.Context) error { return m.controller.Close() })
 	cfg.Routes.Source, cfg.Routes.Homes, cfg.Routes.Home, cfg.Routes.Go = m.controller, m.shards.Len(), m.homeOf, m.goOn
+	cfg.Routes.Places = m.shards.At(0).Stats().Limit
 	if m.directory, err = route.New(cfg.Routes); err != nil {
 		return nil, err
 	}

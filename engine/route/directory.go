@@ -27,6 +27,10 @@ type Config struct {
 	StaleTTL time.Duration
 	// LookupTimeout bounds one look-up. 0 means 300 ms.
 	LookupTimeout time.Duration
+	// Places is how many look-ups Go runs at a time in one shard. The fewer are left,
+	// the less time a look-up gets: those that nobody answers leave places to others.
+	// 0 means 256.
+	Places int
 	// MaxMembers bounds the members of all cached rooms together. 0 means
 	// 4,000,000, some 160 MB with ids of 14 bytes.
 	MaxMembers int
@@ -38,6 +42,7 @@ func (c Config) withDefaults() Config {
 	c.TTL = orDefault(c.TTL, time.Second)
 	c.StaleTTL = orDefault(c.StaleTTL, time.Minute)
 	c.LookupTimeout = orDefault(c.LookupTimeout, 300*time.Millisecond)
+	c.Places = orDefault(c.Places, 256)
 	c.MaxMembers = orDefault(c.MaxMembers, 4_000_000)
 	c.MaxUsers = orDefault(c.MaxUsers, 1_000_000)
 	return c
@@ -57,7 +62,7 @@ func (c Config) Validate() error {
 		errs = append(errs, errors.New("route config needs Source, Homes, Home and Go"))
 	}
 	for name, v := range map[string]int64{
-		"TTL": int64(c.TTL), "StaleTTL": int64(c.StaleTTL), "LookupTimeout": int64(c.LookupTimeout),
+		"TTL": int64(c.TTL), "StaleTTL": int64(c.StaleTTL), "LookupTimeout": int64(c.LookupTimeout), "Places": int64(c.Places),
 		"MaxMembers": int64(c.MaxMembers), "MaxUsers": int64(c.MaxUsers),
 	} {
 		if v < 0 {
@@ -71,6 +76,7 @@ func (c Config) Validate() error {
 // safe for concurrent use.
 type Directory struct {
 	cfg      Config
+	renewed  func() time.Time // see Renewed; nil if the source does not tell
 	seed     maphash.Seed
 	epoch    time.Time
 	names    *names
@@ -106,6 +112,9 @@ func New(config Config) (*Directory, error) {
 	}
 	d := &Directory{cfg: config.withDefaults(), seed: maphash.MakeSeed(), epoch: time.Now().Add(-1), names: newNames()}
 	d.generation.Store(1)
+	if r, ok := config.Source.(Renewed); ok {
+		d.renewed = r.Renewed
+	}
 	var err error
 	if d.rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
 		return nil, err
@@ -127,9 +136,14 @@ func (d *Directory) Close() {
 type Query struct {
 	// Now decides what is fresh.
 	Now time.Time
-	// Ordered puts the query under the fence. The caller owes a Release for each
-	// snapshot it gets, at once or by Routed without an error.
-	Ordered bool
+}
+
+// Missing is what a node says against an answer: that it does not have some users, or
+// has taken nothing.
+type Missing struct {
+	Node  string
+	Users []string  // nil for all that the answer has on the node
+	Since time.Time // when it said so
 }
 
 // CachedRoom returns the snapshot of a room from memory, or nil.
@@ -142,21 +156,9 @@ func (d *Directory) CachedUser(home int, user string, q Query) *Snapshot {
 	return d.users.hit(home, user, q)
 }
 
-// Room returns the snapshot of a room, or nil: then w is told, possibly before
-// Room returns.
-func (d *Directory) Room(home int, room string, q Query, w Waiter) *Snapshot {
-	if s := d.rooms.hit(home, room, q); s != nil {
-		return s
-	}
-	return d.rooms.join(home, room, q, w)
-}
-
-// User does the same for a user.
-func (d *Directory) User(home int, user string, q Query, w Waiter) *Snapshot {
-	if s := d.users.hit(home, user, q); s != nil {
-		return s
-	}
-	return d.users.join(home, user, q, w)
+// Room has w told the snapshot of a room, possibly before it returns.
+func (d *Directory) Room(home int, room string, q Query, w Waiter) {
+	d.rooms.ask(home, []string{room}, q, w)
 }
 
 // Users sets snaps[i] to the snapshot of users[i], all of one home and none twice.
@@ -170,20 +172,26 @@ func (d *Directory) Users(home int, users []string, snaps []*Snapshot, q Query, 
 		}
 	}
 	if len(missing) > 0 {
-		d.users.joinMany(home, missing, q, w)
+		d.users.ask(home, missing, q, w)
 	}
 }
 
-// RefreshRoom tells w what the Controller says about a room, with a new look-up
-// unless there has been one after since or one is under way. A stale answer does not
-// serve: then w is told the error.
-func (d *Directory) RefreshRoom(home int, room string, since time.Time, w Waiter) {
-	d.rooms.refresh(home, []string{room}, since, w)
+// User has w told the snapshot of a user, possibly before it returns.
+func (d *Directory) User(home int, user string, q Query, w Waiter) {
+	d.users.ask(home, []string{user}, q, w)
 }
 
-// RefreshUsers does the same for users of one home.
-func (d *Directory) RefreshUsers(home int, users []string, since time.Time, w Waiter) {
-	d.users.refresh(home, users, since, w)
+// RefreshRoom has w told what the Controller says about a room, with a new look-up
+// unless there has been one since, or one is under way, or the Controller has stayed
+// with its answer within the last TTL although the node had said the same before. A
+// stale answer does not serve: then w is told the error.
+func (d *Directory) RefreshRoom(home int, room string, m Missing, w Waiter) {
+	d.rooms.refresh(home, []string{room}, m, w)
+}
+
+// RefreshUsers does the same for users of one home, all of which are missing.
+func (d *Directory) RefreshUsers(home int, users []string, m Missing, w Waiter) {
+	d.users.refresh(home, users, m, w)
 }
 
 // Vouch tells until when the change stream vouches for what was looked up since the
@@ -207,6 +215,39 @@ func (d *Directory) knownUntil(e *entry, now moment) moment {
 		return max(e.known, l.at)
 	}
 	return e.known
+}
+
+// Moment is t on the clock of Snapshot.Published.
+func (d *Directory) Moment(t time.Time) int64 { return int64(d.moment(t)) }
+
+// patience is how long a look-up may take that is one of so many under way in its
+// shard: all of the time in an empty pool, a quarter of it when half of the places are
+// taken, less and less. So look-ups that hang do not fill the pool, however many come,
+// and others find places.
+func (d *Directory) patience(running int64) time.Duration {
+	full := d.cfg.LookupTimeout
+	left := float64(max(int64(d.cfg.Places)-running+1, 0)) / float64(d.cfg.Places)
+	return max(time.Duration(float64(full)*left*left), full/32)
+}
+
+// doubtFor is how long after a new connection to the Controller it may be that it has
+// just started, and does not know all yet.
+const doubtFor = 5 * time.Second
+
+// doubtUntil is until when the answer s is not believed in place of old, 0 if it is.
+// For doubtFor after the connection to the Controller was made anew, an answer that
+// takes away a user, or more than half of a room, may be that of a Controller which has
+// just started: the older answer serves as a stale one, and the Controller is asked
+// again when the time is over.
+func (d *Directory) doubtUntil(old *entry, s *Snapshot) moment {
+	if d.renewed == nil || old == nil || !old.snap.Found || 2*s.placed() >= old.snap.placed() && s.Found {
+		return 0
+	}
+	now, until := d.now(), d.moment(d.renewed().Add(doubtFor))
+	if now >= until || now-d.knownUntil(old, now) > moment(d.cfg.StaleTTL) {
+		return 0
+	}
+	return until
 }
 
 // Invalidate forgets the answers for rooms and users, which have changed.
@@ -235,7 +276,8 @@ type Stats struct {
 	LookupErrors uint64
 	StaleServed  uint64 // look-ups that failed where a stale answer served
 	Refreshes    uint64 // keys looked up again because a node knew better
-	Fences       uint64 // ordered pushes that waited for the ones before a change
+	Confirmed    uint64 // keys not looked up again because the Controller had stayed with its answer
+	Doubted      uint64 // answers that were not believed at first, see Renewed
 	Waiting      int64  // queries in line now
 	Rooms, Users int    // entries cached, about
 	Members      uint64 // members of the cached rooms, about
@@ -257,7 +299,8 @@ func (d *Directory) Stats() Stats {
 			s.LookupErrors += h.lookupErrors.Load()
 			s.StaleServed += h.staleServed.Load()
 			s.Refreshes += h.refreshes.Load()
-			s.Fences += h.fences.Load()
+			s.Confirmed += h.confirmed.Load()
+			s.Doubted += h.doubted.Load()
 			s.Waiting += h.waiting.Load()
 		}
 	}
@@ -265,8 +308,8 @@ func (d *Directory) Stats() Stats {
 }
 
 // lookup fills snaps for keys from the source.
-func (d *Directory) lookup(t *table, w Waiter, keys []string, olds, snaps []*Snapshot) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), d.cfg.LookupTimeout)
+func (d *Directory) lookup(t *table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	ctx, end := w.Lookup(ctx, t.name)
 	defer func() { end(err) }()

@@ -15,13 +15,25 @@
 //   - Snapshots and their groups are immutable. Equal answers of the Controller
 //     yield the same pointers, so "unchanged" is a pointer comparison.
 //   - An answer that comes while a change stream vouches (Vouch) is good as long as
-//     that lasts, every other one for Config.TTL. That a user has no connection or a
-//     room does not exist is never taken from a cache that nobody vouches for.
-//   - A Controller that cannot be reached does not take away what is known: a
-//     stale answer serves for at most Config.StaleTTL.
-//   - Fence: pushes with Query.Ordered that got the old snapshot of a key are
-//     finished before one gets the new snapshot. So a push that heals is not
-//     overtaken by the next one on the same stream.
+//     that lasts, every other one for Config.TTL; a hit in the last quarter of that has
+//     it looked up again, and is answered all the same. That a user has no connection or
+//     a room does not exist is never taken from a cache that nobody vouches for.
+//   - What a node contradicts is looked up again, once in a TTL: if the Controller
+//     stays with its answer, the node is believed for so long. The answer serves
+//     meanwhile, for all whom it is right about.
+//
+// When a look-up fails:
+//
+//   - An answer that may still be true serves as a stale one (Snapshot.Stale), for at
+//     most Config.StaleTTL from when it was known to be true, whatever the error:
+//     the Controller is away, slow, or says that it is not available yet.
+//   - An answer that the Controller has announced to have changed (Invalidate) serves
+//     only while the Controller is away (ErrAway), marked as changed. If it is there
+//     and did not answer in time, the query gets the error. InvalidateAll announces
+//     nothing about a key: it says that nothing is vouched for.
+//   - An answer that takes away a user, or more than half of a room, within 5 s of a
+//     new connection (Renewed) counts as a failed look-up once: the Controller may
+//     just have started. When the 5 s are over it is asked again, and believed.
 //
 // Memory: most of it is the members of rooms. The ids of a group are one block, of which
 // each string in Group.Users is a part: one that is kept keeps all of them. What a

@@ -29,7 +29,6 @@ type model struct {
 	version map[string]int
 	changed map[string]int      // the version that the last Invalidate told of
 	order   map[string][]*asked // ordered queries, in order of asking
-	held    []*Snapshot
 }
 
 func (m *model) lookup(version int) string { return fmt.Sprintf("%06d", version) }
@@ -52,9 +51,6 @@ func (q *asked) answer(key string, s *Snapshot, err error) {
 	}
 	if got := s.Groups[0].Node; got < m.lookup(q.least[key]) {
 		m.t.Errorf("query %d (ordered %v, refresh %v) got version %s of %s, older than %d", q.n, q.ordered, q.refresh, got, key, q.least[key])
-	}
-	if q.ordered {
-		m.held = append(m.held, s)
 	}
 }
 
@@ -86,7 +82,7 @@ func interleave(t *testing.T, rng *rand.Rand) {
 	var all []*asked
 	for n := range 200 {
 		u := modelUsers[rng.IntN(len(modelUsers))]
-		switch rng.IntN(14) {
+		switch rng.IntN(12) {
 		case 0:
 			m.Lock()
 			change(u)
@@ -130,19 +126,7 @@ func interleave(t *testing.T, rng *rand.Rand) {
 			m.Unlock()
 		case 4:
 			time.Sleep(time.Duration(rng.IntN(1500)) * time.Millisecond)
-		case 5, 6:
-			m.Lock()
-			var s *Snapshot
-			if len(m.held) > 0 {
-				i := rng.IntN(len(m.held))
-				s = m.held[i]
-				m.held = slices.Delete(m.held, i, i+1)
-			}
-			m.Unlock()
-			if s != nil {
-				s.Release()
-			}
-		case 7:
+		case 5:
 			synctest.Wait()
 		default:
 			all = append(all, m.ask(d, rng, n, watched && !faults))
@@ -157,8 +141,8 @@ func (m *model) ask(d *Directory, rng *rand.Rand, n int, promised bool) *asked {
 	if rng.IntN(2) == 0 {
 		users = users[:1]
 	}
-	q := &asked{m: m, n: n, ordered: rng.IntN(2) == 0, refresh: rng.IntN(4) == 0, least: map[string]int{}, told: map[string]bool{}}
-	q.ordered = q.ordered && !q.refresh
+	q := &asked{m: m, n: n, refresh: rng.IntN(4) == 0, least: map[string]int{}, told: map[string]bool{}}
+	q.ordered = !q.refresh
 	m.Lock()
 	for _, u := range users {
 		q.told[u] = false
@@ -172,11 +156,11 @@ func (m *model) ask(d *Directory, rng *rand.Rand, n int, promised bool) *asked {
 	m.Unlock()
 	w := &modelWaiter{asked: q}
 	if q.refresh {
-		d.RefreshUsers(0, users, time.Now(), w)
+		d.RefreshUsers(0, users, Missing{Node: m.lookup(0), Users: users, Since: time.Now()}, w)
 		return q
 	}
 	snaps := make([]*Snapshot, len(users))
-	d.Users(0, users, snaps, Query{Now: time.Now(), Ordered: q.ordered}, w)
+	d.Users(0, users, snaps, Query{Now: time.Now()}, w)
 	for i, s := range snaps {
 		if s != nil {
 			m.Lock()
@@ -193,13 +177,6 @@ func (m *model) end(d *Directory, s *source, all []*asked) {
 	for range 300 { // more than there are queries: each may wait for the one before
 		time.Sleep(time.Second)
 		synctest.Wait()
-		m.Lock()
-		held := m.held
-		m.held = nil
-		m.Unlock()
-		for _, s := range held {
-			s.Release()
-		}
 	}
 	m.Lock()
 	defer m.Unlock()

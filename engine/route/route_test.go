@@ -142,13 +142,19 @@ func (w *teller) Routed(keys []string, snaps []*Snapshot, err error) {
 
 func now() Query { return Query{Now: time.Now()} }
 
+// missing is that A does not have u.
+func missing(since time.Time) Missing {
+	return Missing{Node: "A", Users: []string{"u"}, Since: since}
+}
+
 // ask waits for the snapshot of a room.
 func ask(t *testing.T, d *Directory, room string) (*Snapshot, error) {
 	t.Helper()
-	w := &teller{}
-	if s := d.Room(0, room, now(), w); s != nil {
+	if s := d.CachedRoom(0, room, now()); s != nil {
 		return s, nil
 	}
+	w := &teller{}
+	d.Room(0, room, now(), w)
 	synctest.Wait()
 	if w.n != 1 {
 		t.Fatalf("told %d times", w.n)
@@ -175,9 +181,7 @@ func TestManyAsksOneLookupAnswersInOrder(t *testing.T) {
 		for i := range 10_000 {
 			name := fmt.Sprint(i)
 			want = append(want, name)
-			if d.Room(0, "r", Query{Now: time.Now(), Ordered: i%2 == 0}, &teller{name: name, told: &told, mu: &mu}) != nil {
-				t.Fatal("answered before the look-up")
-			}
+			d.Room(0, "r", now(), &teller{name: name, told: &told, mu: &mu})
 		}
 		synctest.Wait()
 		close(s.gate)
@@ -188,7 +192,7 @@ func TestManyAsksOneLookupAnswersInOrder(t *testing.T) {
 		if !slices.Equal(told, want) {
 			t.Errorf("told out of order")
 		}
-		if d.Room(0, "r", now(), nil) == nil {
+		if d.CachedRoom(0, "r", now()) == nil {
 			t.Error("not in the cache afterwards")
 		}
 	})
@@ -199,11 +203,11 @@ func TestAnswersAreGoodForTheTTL(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
 		d := newDirectory(t, s)
 		first, _ := ask(t, d, "r")
-		time.Sleep(999 * time.Millisecond)
+		time.Sleep(749 * time.Millisecond)
 		if again, _ := ask(t, d, "r"); again != first || s.count() != 1 {
 			t.Errorf("looked up again within the TTL")
 		}
-		time.Sleep(time.Millisecond)
+		time.Sleep(251 * time.Millisecond)
 		if again, _ := ask(t, d, "r"); again != first || s.count() != 2 {
 			t.Errorf("%d look-ups; an equal answer must be the same snapshot", s.count())
 		}
@@ -386,11 +390,11 @@ func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
 		since := time.Now()
 		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
 		var a, b, c teller
-		d.RefreshRoom(0, "r", since, &a)
-		d.RefreshRoom(0, "r", since, &b)
+		d.RefreshRoom(0, "r", missing(since), &a)
+		d.RefreshRoom(0, "r", missing(since), &b)
 		synctest.Wait()
 		time.Sleep(time.Millisecond)
-		d.RefreshRoom(0, "r", used, &c) // the answer is newer than what c used
+		d.RefreshRoom(0, "r", missing(used), &c) // the answer is newer than what c used
 		if s.count() != 2 {
 			t.Errorf("%d look-ups", s.count())
 		}
@@ -398,49 +402,6 @@ func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
 			if w.n != 1 || w.snap.Groups[0].Node != "B" {
 				t.Errorf("told %d, %+v", w.n, w.snap)
 			}
-		}
-	})
-}
-
-func TestFenceHoldsOrderedQueriesUntilTheOldSnapshotIsReleased(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
-		d := newDirectory(t, s)
-		ordered := func(w Waiter) *Snapshot { return d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, w) }
-		ask(t, d, "r")
-		inFlight := ordered(nil)
-		time.Sleep(2 * time.Second)
-		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
-		var told []string
-		var mu sync.Mutex
-		mk := func(name string) *teller { return &teller{name: name, told: &told, mu: &mu} }
-		first, second := mk("first"), mk("second")
-		if ordered(first) != nil {
-			t.Fatal("stale answer")
-		}
-		synctest.Wait()
-		if ordered(second) != nil || len(told) != 0 {
-			t.Fatalf("overtook the push in flight: %v", told)
-		}
-		var heal teller
-		d.RefreshRoom(0, "r", time.Now().Add(-time.Second), &heal)
-		synctest.Wait()
-		if heal.n != 1 || heal.snap.Groups[0].Node != "B" {
-			t.Error("the push in flight cannot heal behind its own fence")
-		}
-		if s := d.Room(0, "r", now(), nil); s == nil || s.Groups[0].Node != "B" {
-			t.Error("queries without order wait for the fence")
-		}
-		inFlight.Release()
-		synctest.Wait()
-		if !slices.Equal(told, []string{"first", "second"}) {
-			t.Errorf("told %v", told)
-		}
-		if s := ordered(nil); s != first.snap {
-			t.Error("the fence stays up")
-		}
-		if n := d.Stats().Waiting; n != 0 {
-			t.Errorf("%d still waiting", n)
 		}
 	})
 }
@@ -482,7 +443,7 @@ func TestSnapshotsSayWhatTheControllerSaid(t *testing.T) {
 		next := build(second, s)
 		verify(rt, next, second)
 		for _, g := range next.Groups {
-			if old := s.group(g.Node); old != nil && slices.Equal(old.Users, g.Users) && old != g && old.hash == g.hash {
+			if old := s.Group(g.Node); old != nil && slices.Equal(old.Users, g.Users) && old != g && old.hash == g.hash {
 				rt.Fatalf("unchanged group of %s is another pointer", g.Node)
 			}
 		}
@@ -500,7 +461,7 @@ func verify(rt *rapid.T, s *Snapshot, m map[string][]string) {
 			}
 		}
 		for _, id := range []string{"A", "B", "C"} {
-			g := s.group(id)
+			g := s.Group(id)
 			if (g != nil && g.Has(user)) != on[id] {
 				rt.Fatalf("%s on %s: want %v in %+v", user, id, on[id], s)
 			}
@@ -520,35 +481,6 @@ func verify(rt *rapid.T, s *Snapshot, m map[string][]string) {
 			rt.Fatalf("group of %s: %v", g.Node, g.Users)
 		}
 	}
-}
-
-func TestReplacedSnapshotsThatNobodyHoldsAreGarbage(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &source{rooms: map[string][][2]string{}}
-		d := newDirectory(t, s)
-		var held, last *Snapshot
-		for i := range 100 {
-			s.set(func(s *source) { s.rooms["r"] = room(fmt.Sprintf("u%d@A", i)) })
-			last, _ = ask(t, d, "r")
-			switch i {
-			case 10: // an ordered push that stays in flight
-				held = d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, nil)
-			case 50:
-				if !last.fenced() {
-					t.Error("the one that is held is not behind the fence")
-				}
-				held.Release()
-			}
-			time.Sleep(2 * time.Second)
-		}
-		n := 0
-		for p := last.prev.Load(); p != nil; p = p.prev.Load() {
-			n++
-		}
-		if n > 1 {
-			t.Errorf("the latest snapshot keeps %d older ones", n)
-		}
-	})
 }
 
 func TestAnswersThatWereVouchedForServeWhileTheControllerIsAway(t *testing.T) {
@@ -572,40 +504,6 @@ func TestAnswersThatWereVouchedForServeWhileTheControllerIsAway(t *testing.T) {
 	})
 }
 
-func TestQueriesWithoutOrderDoNotWaitForTheFence(t *testing.T) {
-	for name, change := range map[string]func(*Directory){
-		"when the answer is old":     func(*Directory) { time.Sleep(2 * time.Second) },
-		"when the answer is changed": func(d *Directory) { d.Invalidate([]string{"r"}, nil) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
-				d := newDirectory(t, s)
-				ask(t, d, "r")
-				inFlight := d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, nil)
-				time.Sleep(2 * time.Second)
-				s.set(func(s *source) { s.rooms["r"] = room("u@B") })
-				var behind teller
-				d.Room(0, "r", Query{Now: time.Now(), Ordered: true}, &behind)
-				synctest.Wait()
-				change(d)
-				s.set(func(s *source) { s.rooms["r"] = room("u@C") })
-				if snap, err := ask(t, d, "r"); err != nil || snap.Groups[0].Node != "C" {
-					t.Errorf("got %+v, %v", snap, err)
-				}
-				if behind.n != 0 {
-					t.Error("the fence has fallen")
-				}
-				inFlight.Release()
-				synctest.Wait()
-				if behind.n != 1 || behind.snap.Groups[0].Node != "C" {
-					t.Errorf("told %d, %+v", behind.n, behind.snap)
-				}
-			})
-		})
-	}
-}
-
 func TestRefreshTakesNoAnswerThatIsNotTheControllers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
@@ -616,9 +514,9 @@ func TestRefreshTakesNoAnswerThatIsNotTheControllers(t *testing.T) {
 		gate := make(chan struct{})
 		s.set(func(s *source) { s.gate = gate })
 		var first, second teller
-		d.RefreshRoom(0, "r", time.Now(), &first)
+		d.RefreshRoom(0, "r", missing(time.Now()), &first)
 		synctest.Wait()
-		d.RefreshRoom(0, "r", time.Now(), &second)
+		d.RefreshRoom(0, "r", missing(time.Now()), &second)
 		var push teller
 		d.Room(0, "r", now(), &push)
 		close(gate)
@@ -646,7 +544,7 @@ func TestRefreshTakesNoAnswerThatHasChangedSince(t *testing.T) {
 		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
 		d.Invalidate([]string{"r"}, nil)
 		var w teller
-		d.RefreshRoom(0, "r", began, &w)
+		d.RefreshRoom(0, "r", missing(began), &w)
 		synctest.Wait()
 		if w.n != 1 || w.snap.Groups[0].Node != "B" {
 			t.Errorf("told %d: %+v", w.n, w.snap)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 )
 
 // Group is the part of a snapshot that one node holds. It is immutable: the same
@@ -22,23 +23,67 @@ func (g *Group) Has(user string) bool {
 	return ok
 }
 
-// Snapshot is what the Controller said about one room or user. It is immutable
-// but for the counters of the fence.
+// Snapshot is what the Controller said about one room or user. What it exports is
+// immutable.
 type Snapshot struct {
 	Found bool // the room exists; the user has a connection
 
-	// The fence, see package doc. prev leads to snapshots of the same key that
-	// pushes may still be using.
-	retired atomic.Bool
-	held    atomic.Int32
-	prev    atomic.Pointer[Snapshot]
-	table   *table
-	key     string
+	// When the cache began to answer with it, 0 before.
+	published atomic.Int64
 
 	Users    int      // members, each counted once; 1 for a user
 	Groups   []*Group // ordered by node
 	Shared   []string // members on more than one node, sorted
 	Unplaced []string // members for whom the Controller names no node, sorted
+	Stale    *Stale   // nil but for an answer that serves in place of a newer one
+}
+
+// Stale is said of an answer that serves although the Controller could not confirm it.
+type Stale struct {
+	Known   time.Time // up to when it was true for certain
+	Changed bool      // the Controller has announced that it is not true any more
+
+	of *Snapshot // the answer, as it was told
+}
+
+// stale is s as an answer that was true until known.
+func (s *Snapshot) stale(known time.Time, changed bool) *Snapshot {
+	return &Snapshot{
+		Found: s.Found, Users: s.Users, Groups: s.Groups, Shared: s.Shared, Unplaced: s.Unplaced,
+		Stale: &Stale{Known: known, Changed: changed, of: s},
+	}
+}
+
+// told is the answer that s serves again, s itself unless it is stale.
+func (s *Snapshot) told() *Snapshot {
+	if s.Stale != nil {
+		return s.Stale.of
+	}
+	return s
+}
+
+// placed is how many members are on a node.
+func (s *Snapshot) placed() int { return s.Users - len(s.Unplaced) }
+
+// Published is when the cache began to answer with s, on the clock of
+// Directory.Moment: a query from that moment on gets s, or a newer one.
+func (s *Snapshot) Published() int64 {
+	if at := s.published.Load(); at != 0 {
+		return at
+	}
+	return never
+}
+
+// Group returns the group of a node, nil when there is none or s is nil.
+func (s *Snapshot) Group(node string) *Group {
+	if s == nil {
+		return nil
+	}
+	i, ok := slices.BinarySearchFunc(s.Groups, node, func(g *Group, n string) int { return strings.Compare(g.Node, n) })
+	if !ok {
+		return nil
+	}
+	return s.Groups[i]
 }
 
 // Has tells whether user is a member on any node or without one.
@@ -50,51 +95,6 @@ func (s *Snapshot) Has(user string) bool {
 	}
 	_, ok := slices.BinarySearch(s.Unplaced, user)
 	return ok
-}
-
-// Release ends the hold that an ordered query has on s: its push is finished.
-func (s *Snapshot) Release() {
-	if s.held.Add(-1) == 0 && s.retired.Load() {
-		s.table.unfence(s.key)
-	}
-}
-
-// tryHold marks s as in use by an ordered push. False means that s has been
-// replaced: the order of the two steps here and of those in table.retireLocked
-// makes sure that a hold is seen by everybody who checks the fence afterwards.
-func (s *Snapshot) tryHold() bool {
-	s.held.Add(1)
-	if !s.retired.Load() {
-		return true
-	}
-	s.Release()
-	return false
-}
-
-// fenced tells whether an ordered push still uses a predecessor of s.
-func (s *Snapshot) fenced() bool {
-	for p := s.prev.Load(); p != nil; p = p.prev.Load() {
-		if p.held.Load() > 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// inUse returns s, or the latest of its predecessors, that an ordered push still
-// uses, and unties the others: nobody comes back to a snapshot that is retired.
-func (s *Snapshot) inUse() *Snapshot {
-	for s != nil && s.held.Load() == 0 {
-		s = s.prev.Load()
-	}
-	for p := s; p != nil; p = p.prev.Load() {
-		next := p.prev.Load()
-		for next != nil && next.held.Load() == 0 {
-			next = next.prev.Load()
-		}
-		p.prev.Store(next)
-	}
-	return s
 }
 
 // builder gathers the members of a room into groups. It packs their ids into buffers
@@ -183,7 +183,7 @@ func (b *builder) add(user, node []byte) {
 func (b *builder) seal(old *Snapshot) {
 	for i := range b.parts {
 		p := &b.parts[i]
-		if known := old.group(p.node); known != nil && known.hash == p.hash {
+		if known := old.Group(p.node); known != nil && known.hash == p.hash {
 			p.group = known
 			continue
 		}
@@ -285,18 +285,6 @@ func (b *builder) holders(user string) int {
 		}
 	}
 	return n
-}
-
-// group returns the group of a node, nil when there is none or s is nil.
-func (s *Snapshot) group(node string) *Group {
-	if s == nil {
-		return nil
-	}
-	i, ok := slices.BinarySearchFunc(s.Groups, node, func(g *Group, n string) int { return strings.Compare(g.Node, n) })
-	if !ok {
-		return nil
-	}
-	return s.Groups[i]
 }
 
 // userSnapshot makes the snapshot of a user held by nodes, reusing old if equal.

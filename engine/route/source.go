@@ -3,11 +3,18 @@ package route
 import (
 	"context"
 	"errors"
+	"fmt"
+	"time"
 )
 
 // ErrUnavailable means that the Controller could not be reached, or did not
 // answer in time, and nothing usable is known. Every error of a Source wraps it.
 var ErrUnavailable = errors.New("controller is not available")
+
+// ErrAway is an ErrUnavailable of a Controller that cannot be asked at all: there is no
+// connection, or it says of itself that it is not available. One that is asked and does
+// not answer in time is not away.
+var ErrAway = fmt.Errorf("%w: away", ErrUnavailable)
 
 // ErrOverloaded means that a look-up could not be started: the pool is full.
 var ErrOverloaded = errors.New("too many look-ups")
@@ -23,6 +30,13 @@ type Source interface {
 	// Users sets nodes[i] to the nodes of users[i], none for a user without a
 	// connection. The slices have the same length.
 	Users(ctx context.Context, users []string, nodes [][]string) error
+}
+
+// Renewed is a Source that knows when it last began anew to hear from the Controller,
+// with a connection or a change stream: it may then be another one, or not know all yet.
+type Renewed interface {
+	// Renewed is the zero time before the first time.
+	Renewed() time.Time
 }
 
 // Waiter is told what an earlier query could not be answered at once. Its

@@ -2,8 +2,11 @@ package route
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -19,15 +22,25 @@ const together = 512
 
 var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
 
-// entry is one answer in the cache. Immutable.
+// entry is one answer in the cache.
 type entry struct {
+	// Immutable.
 	snap       *Snapshot
 	fetched    moment // when the look-up began
 	known      moment // up to when it was true for certain, the change stream left aside
 	freshUntil moment // zero: it has changed, or could not be looked up again
 	generation uint64 // of the directory when the look-up began, 0 for none that is good
 	fallback   bool   // serves while the source fails: no change stream vouches for it
+	announced  bool   // it is known to have changed
+
+	// When the next hit has it looked up again, though it is still good; never for one
+	// that a change stream vouches for, and once somebody has.
+	renewAt atomic.Int64
+
+	absent absent // guarded by the mu of the key's home
 }
+
+const never = math.MaxInt64
 
 // table is the cache of rooms or of users, and the lines in front of it.
 type table struct {
@@ -45,32 +58,33 @@ type home struct {
 	lines map[string]*line
 	turns uint64 // queries that have waited
 
-	hits, misses, lookups, lookupErrors, staleServed, refreshes, fences atomic.Uint64
-	waiting                                                             atomic.Int64
+	running                                                     atomic.Int64 // look-ups
+	hits, misses, lookups, lookupErrors, staleServed, refreshes atomic.Uint64
+	confirmed, doubted                                          atomic.Uint64
+	waiting                                                     atomic.Int64
 
 	_ [64]byte // shards do not share a cache line
 }
 
 // line is whoever waits for one key, in order. Guarded by its home's mu.
 type line struct {
-	waiters  []waiting
-	next     []waiting // behind the waiters, for an answer newer than theirs
-	old      *entry    // what was known before, for reuse and as a fallback
-	looking  bool      // a look-up is under way
-	draining bool      // somebody tells the waiters
-	dirty    bool      // the key changed while it was looked up
+	waiters   []waiting
+	next      []waiting // behind the waiters, for an answer newer than theirs
+	old       *entry    // what was known before, for reuse and as a fallback
+	looking   bool      // a look-up is under way; else somebody tells the waiters
+	dirty     bool      // the key may have changed while it was looked up
+	announced bool      // it has
 	// The latest result, once there is one: both if a stale answer serves because
-	// of an error. Changes only while nobody drains.
+	// of an error.
 	entry *entry
 	err   error
 }
 
 // waiting is one place in a line.
 type waiting struct {
-	w       Waiter
-	ordered bool
-	turn    uint64 // of the query, which has the same in all lines it waits in
-	since   moment // of a refresh: an answer from before does not serve
+	w     Waiter
+	turn  uint64 // of the query, which has the same in all lines it waits in
+	since moment // of a refresh: an answer from before does not serve
 }
 
 func newTable(d *Directory, name string, weight int) (*table, error) {
@@ -88,22 +102,18 @@ func newTable(d *Directory, name string, weight int) (*table, error) {
 	return t, nil
 }
 
-// hit answers from memory alone, nil if it cannot.
+// hit answers from memory alone, nil if it cannot. The first hit on an answer that is
+// soon too old has it looked up, and is answered all the same.
 func (t *table) hit(home int, key string, q Query) *Snapshot {
 	e, ok := t.cache.GetIfPresent(key)
 	if !ok || !t.fresh(e, q.Now) {
 		return nil
 	}
-	if q.Ordered && (e.snap.prev.Load() != nil || !e.snap.tryHold()) {
-		return nil
+	if at := e.renewAt.Load(); at != never && int64(t.dir.moment(q.Now)) >= at && e.renewAt.CompareAndSwap(at, never) {
+		t.renew(home, strings.Clone(key))
 	}
 	t.homes[home].hits.Add(1)
 	return e.snap
-}
-
-// after tells whether e is what the Controller said after since, as far as is known.
-func (e *entry) after(since moment) bool {
-	return e.fetched > since && e.freshUntil != 0
 }
 
 func (t *table) fresh(e *entry, now time.Time) bool {
@@ -117,95 +127,107 @@ func (t *table) fresh(e *entry, now time.Time) bool {
 	return vouched && !e.fallback || at < e.freshUntil
 }
 
-// hitLocked is hit for somebody who holds the lock, with no line for the key: it
-// may end a fence that is not needed any more. It returns the entry if only the
-// fence is in the way.
-func (t *table) hitLocked(key string, q Query) (s *Snapshot, fenced *entry) {
-	e, ok := t.cache.GetIfPresent(key)
-	if !ok || !t.fresh(e, q.Now) {
-		return nil, nil
-	}
-	if q.Ordered {
-		if e.snap.fenced() {
-			return nil, e
-		}
-		e.snap.prev.Store(nil)
-		e.snap.held.Add(1) // not retired: a successor would still have its line
-	}
-	return e.snap, nil
+// after tells whether e is what the Controller said after since, as far as is known.
+func (e *entry) after(since moment) bool {
+	return e.fetched > since && e.freshUntil != 0
 }
 
-// join waits in the line of key, opening it if need be.
-func (t *table) join(home int, key string, q Query, w Waiter) *Snapshot {
+// ask has w told about keys: at once what is fresh after all, the rest by the line of
+// its key, which is opened if need be. Keys without a line share one look-up, and of
+// them w is told together.
+func (t *table) ask(home int, keys []string, q Query, w Waiter) {
 	h := &t.homes[home]
-	h.misses.Add(1)
-	var (
-		s      *Snapshot
-		fenced *entry
-		look   bool
-	)
+	h.misses.Add(uint64(len(keys)))
+	t.queue(home, keys, waiting{w: w}, func(key string, l *line) *entry {
+		e, ok := t.cache.GetIfPresent(key)
+		if l == nil && ok && t.fresh(e, q.Now) {
+			return e
+		}
+		if ok && e.generation != 0 && !e.fallback {
+			// With the next mark of the change stream it would be good again while w waits, and
+			// who asks then would overtake.
+			t.cache.Set(key, t.changed(e, e.announced))
+		}
+		return nil
+	})
+}
+
+// refresh has w told what the Controller says about keys since a node contradicted it.
+func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
+	h, since, generation := &t.homes[home], t.dir.moment(m.Since), t.dir.generation.Load()
+	looked := t.queue(home, keys, waiting{w: w, since: since}, func(key string, l *line) *entry {
+		e, _ := t.cache.GetIfPresent(key)
+		if l != nil {
+			e = l.old
+		}
+		if e == nil {
+			return nil
+		}
+		users := m.Users
+		if t == t.dir.users {
+			users = []string{key}
+		}
+		confirmed := e.note(m.Node, users, since, moment(t.dir.cfg.TTL))
+		switch {
+		case l != nil:
+			return nil
+		case e.generation == generation && e.after(since):
+			return e
+		case confirmed && t.fresh(e, m.Since):
+			h.confirmed.Add(1)
+			return e
+		default:
+			return nil
+		}
+	})
+	h.refreshes.Add(uint64(looked))
+}
+
+// queue puts me into the line of each key, opening those that do not exist, unless
+// known has an answer for it. It is called under the lock, with the key's line or nil.
+// queue returns how many keys it had looked up.
+func (t *table) queue(home int, keys []string, me waiting, known func(key string, l *line) *entry) int {
+	h := &t.homes[home]
+	var lookup, now []string
+	var snaps []*Snapshot
 	h.mu.Lock()
-	l, open := h.lines[key]
-	if open {
-		s, look = t.askLocked(l, q)
-	} else {
-		s, fenced = t.hitLocked(key, q)
-		look = s == nil && fenced == nil
-	}
-	if s != nil {
-		h.mu.Unlock()
-		return s
-	}
-	key = strings.Clone(key) // it outlives the request that it was cut from
-	if !open {
-		l = t.openLocked(h, key, fenced)
-	}
 	h.turns++
-	h.appendLocked(l, waiting{w: w, ordered: q.Ordered, turn: h.turns})
+	me.turn = h.turns
+	for _, key := range keys {
+		l := h.lines[key]
+		if e := known(key, l); e != nil {
+			now, snaps = append(now, key), append(snaps, e.snap)
+			continue
+		}
+		if l != nil {
+			h.appendLocked(l, me)
+			continue
+		}
+		key = strings.Clone(key) // it outlives the request that it was cut from
+		t.openLocked(h, key)
+		lookup = append(lookup, key) // me is told first, see settle
+	}
 	h.mu.Unlock()
-	if fenced != nil {
-		h.fences.Add(1)
-		t.unfence(key) // the last hold may have gone before the line stood
+	if len(now) > 0 {
+		me.w.Routed(now, snaps, nil)
 	}
-	if look {
-		t.submit(home, w, []string{key}, nil)
+	if len(lookup) > 0 {
+		t.submit(home, me.w, lookup, &me)
 	}
-	return nil
+	return len(lookup)
 }
 
-// openLocked puts up a line for a look-up, or for a fence alone in front of an
-// answer.
-func (t *table) openLocked(h *home, key string, fenced *entry) *line {
-	l := &line{looking: fenced == nil, old: fenced, entry: fenced}
-	if fenced == nil {
-		l.old, _ = t.cache.GetIfPresent(key)
-	}
+// openLocked puts up a line for a look-up.
+func (t *table) openLocked(h *home, key string) {
+	l := &line{looking: true}
+	l.old, _ = t.cache.GetIfPresent(key)
 	h.lines[key] = l
-	return l
 }
 
-// askLocked deals with a query for a key that has a line. A line that waits for
-// nothing but the fence is no reason to wait for a query that is not ordered: it
-// gets the line's answer while that is good. If it is not, look tells that the line
-// has turned to a new look-up.
-func (t *table) askLocked(l *line, q Query) (s *Snapshot, look bool) {
-	switch {
-	case l.looking || l.draining:
-		return nil, false
-	case l.dirty || !t.fresh(l.entry, q.Now):
-		l.nextLocked()
-		return nil, true
-	case q.Ordered:
-		return nil, false
-	default:
-		return l.entry.snap, false
-	}
-}
-
-// appendLocked puts w at the end of the line. Behind a change it waits for an
-// answer from after it.
+// appendLocked puts w at the end of the line. Behind a change it waits for an answer
+// from after it; so does who asks again, if what is being told is too old for it.
 func (h *home) appendLocked(l *line, w waiting) {
-	if l.dirty {
+	if l.dirty || !l.looking && w.since != 0 && !(l.entry != nil && l.entry.after(w.since)) {
 		l.next = append(l.next, w)
 	} else {
 		l.waiters = append(l.waiters, w)
@@ -213,109 +235,26 @@ func (h *home) appendLocked(l *line, w waiting) {
 	h.waiting.Add(1)
 }
 
-// joinMany is join for several users at once: those without a line share one
-// look-up and are told together.
-func (t *table) joinMany(home int, keys []string, q Query, w Waiter) {
+// nobody waits for what is looked up ahead of time.
+type nobody struct{}
+
+func (nobody) Lookup(ctx context.Context, _ string) (context.Context, func(error)) {
+	return ctx, func(error) {}
+}
+func (nobody) Routed([]string, []*Snapshot, error) {}
+
+// renew looks key up though there is an answer that is good for a while.
+func (t *table) renew(home int, key string) {
 	h := &t.homes[home]
-	h.misses.Add(uint64(len(keys)))
-	var lookup, again, now, fences []string
-	var snaps []*Snapshot
 	h.mu.Lock()
-	h.turns++
-	me := waiting{w: w, ordered: q.Ordered, turn: h.turns}
-	for _, key := range keys {
-		var s *Snapshot
-		var fenced *entry
-		look := false
-		l, open := h.lines[key]
-		if open {
-			s, look = t.askLocked(l, q)
-		} else {
-			s, fenced = t.hitLocked(key, q)
-		}
-		if s != nil {
-			now, snaps = append(now, key), append(snaps, s)
-			continue
-		}
-		key = strings.Clone(key)
-		if !open {
-			l = t.openLocked(h, key, fenced)
-		}
-		switch {
-		case fenced != nil:
-			fences = append(fences, key)
-		case look:
-			again = append(again, key)
-		case !open:
-			lookup = append(lookup, key)
-			continue // me is told first, see settle
-		}
-		h.appendLocked(l, me)
+	_, open := h.lines[key]
+	if !open {
+		t.openLocked(h, key)
 	}
 	h.mu.Unlock()
-	if len(now) > 0 {
-		w.Routed(now, snaps, nil)
+	if !open {
+		t.submit(home, nobody{}, []string{key}, nil)
 	}
-	for _, key := range fences {
-		h.fences.Add(1)
-		t.unfence(key)
-	}
-	if len(again) > 0 {
-		t.submit(home, w, again, nil)
-	}
-	if len(lookup) > 0 {
-		t.submit(home, w, lookup, &me)
-	}
-}
-
-// refresh gets w an answer that is newer than after.
-func (t *table) refresh(home int, keys []string, after time.Time, w Waiter) {
-	h, since, generation := &t.homes[home], t.dir.moment(after), t.dir.generation.Load()
-	var lookup, now []string
-	var snaps []*Snapshot
-	h.mu.Lock()
-	h.turns++
-	me := waiting{w: w, turn: h.turns, since: since}
-	for _, key := range keys {
-		l, open := h.lines[key]
-		switch {
-		case open && (l.looking || l.draining && l.after(since)):
-			h.appendLocked(l, me)
-			continue
-		case open && l.draining:
-			l.next = append(l.next, me)
-			h.waiting.Add(1)
-			continue
-		case open && l.after(since):
-			now, snaps = append(now, key), append(snaps, l.entry.snap)
-			continue
-		}
-		if e, ok := t.cache.GetIfPresent(key); !open && ok && e.generation == generation && e.after(since) {
-			now, snaps = append(now, key), append(snaps, e.snap)
-			continue
-		}
-		key = strings.Clone(key)
-		if open {
-			l.nextLocked()
-		} else {
-			t.openLocked(h, key, nil)
-		}
-		t.cache.Invalidate(key)
-		lookup = append(lookup, key)
-	}
-	h.mu.Unlock()
-	h.refreshes.Add(uint64(len(lookup)))
-	if len(now) > 0 {
-		w.Routed(now, snaps, nil)
-	}
-	if len(lookup) > 0 {
-		t.submit(home, w, lookup, &me)
-	}
-}
-
-// after tells whether the line's result is what the Controller said after since.
-func (l *line) after(since moment) bool {
-	return l.entry != nil && !l.dirty && l.entry.after(since)
 }
 
 // serves tells whether the line's result is one for w.
@@ -329,68 +268,106 @@ func (t *table) submit(home int, w Waiter, keys []string, first *waiting) {
 	err := t.dir.cfg.Go(home, func() { t.lookup(home, w, keys, first) })
 	if err != nil {
 		err = errors.Join(ErrOverloaded, err)
-		t.settle(home, keys, first, func(*line, int) (*entry, error) { return nil, err })
+		t.settle(home, keys, first, func(l *line, _ int) (*entry, error) {
+			return t.fallback(&t.homes[home], l, err), err
+		})
 	}
 }
 
 // lookup asks the source for keys and tells everybody in their lines.
 func (t *table) lookup(home int, w Waiter, keys []string, first *waiting) {
 	h := &t.homes[home]
+	timeout := t.dir.patience(h.running.Add(1))
 	began, generation := t.dir.now(), t.dir.generation.Load()
 	olds, snaps := make([]*Snapshot, len(keys)), make([]*Snapshot, len(keys))
 	h.mu.Lock()
 	for i, key := range keys {
 		if old := h.lines[key].old; old != nil {
-			olds[i] = old.snap
+			olds[i] = old.snap.told()
 		}
 	}
 	h.mu.Unlock()
 	err := errPanicked
 	defer func() {
 		// Runs on a panic of the source, too: nobody is left waiting.
+		h.running.Add(-1)
 		if err != nil {
 			h.lookupErrors.Add(1)
 		}
 		t.settle(home, keys, first, func(l *line, i int) (*entry, error) {
 			if err != nil {
-				return t.fallback(h, l.old, began), err
+				return t.fallback(h, l, err), err
 			}
-			return t.newEntry(snaps[i], began, generation, l.dirty), nil
+			return t.newEntry(h, l, snaps[i], began, generation), nil
 		})
 	}()
 	h.lookups.Add(1)
-	err = t.dir.lookup(t, w, keys, olds, snaps)
+	err = t.dir.lookup(t, w, timeout, keys, olds, snaps)
 }
 
-// newEntry decides how long a fresh answer is good.
-func (t *table) newEntry(s *Snapshot, began moment, generation uint64, dirty bool) *entry {
-	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + moment(t.dir.cfg.TTL), generation: generation}
-	// Absence is not cached, see package doc. And what is vouched for is good as long as
-	// that holds: whoever tells of a change does not wait for us once it does not.
-	if !s.Found || began < moment(t.dir.vouched.Load()) {
-		e.freshUntil = began
+// newEntry decides how long an answer of the Controller is good. Called under the lock.
+func (t *table) newEntry(h *home, l *line, s *Snapshot, began moment, generation uint64) *entry {
+	if until := t.dir.doubtUntil(l.old, s); until != 0 {
+		h.doubted.Add(1)
+		e := t.stale(l.old, l.old.announced || l.announced, until)
+		e.fetched = began
+		return e
 	}
-	if dirty || generation != t.dir.generation.Load() {
-		e.freshUntil, e.generation = began, 0
+	ttl := moment(t.dir.cfg.TTL)
+	e := &entry{snap: s, fetched: began, known: began, freshUntil: began + ttl, generation: generation}
+	e.renewAt.Store(never)
+	switch {
+	case l.dirty || generation != t.dir.generation.Load():
+		e.freshUntil, e.generation, e.announced = began, 0, l.announced
+	case !s.Found || began < moment(t.dir.vouched.Load()):
+		// Absence is not cached, see package doc. And what is vouched for is good as long as
+		// that holds: whoever tells of a change does not wait for us once it does not.
+		e.freshUntil = began
+	default:
+		// Keys that came together do not stay together.
+		e.renewAt.Store(int64(began + ttl*3/4 + rand.N(ttl/8+1)))
+	}
+	if l.old != nil && !l.old.announced {
+		e.absent = l.old.absent
+		if old := l.old.snap.told(); s != old {
+			e.absent.keep(s, old)
+		}
 	}
 	return e
 }
 
-// fallback is what serves while the source fails: the old answer for another TTL,
-// or nothing.
-func (t *table) fallback(h *home, old *entry, now moment) *entry {
+// fallback is what serves after a look-up that failed, nil for nothing: the old answer
+// while it is good, and as a stale one for another TTL. What is known to have changed
+// serves only while the Controller is away. Called under the lock.
+func (t *table) fallback(h *home, l *line, err error) *entry {
+	old, now := l.old, t.dir.now()
 	if old == nil || !old.snap.Found {
 		return nil
 	}
-	known := t.dir.knownUntil(old, now)
-	if now-known > moment(t.dir.cfg.StaleTTL) {
+	announced := old.announced || l.announced
+	switch {
+	case !l.dirty && t.fresh(old, time.Now()):
+		return old
+	case announced && !errors.Is(err, ErrAway):
+		return nil
+	case now-t.dir.knownUntil(old, now) > moment(t.dir.cfg.StaleTTL):
 		return nil
 	}
 	h.staleServed.Add(1)
-	return &entry{
-		snap: old.snap, fetched: old.fetched, known: known, fallback: true,
-		freshUntil: t.dir.now() + moment(t.dir.cfg.TTL), generation: t.dir.generation.Load(),
+	return t.stale(old, announced, now+moment(t.dir.cfg.TTL))
+}
+
+// stale makes an entry of an old answer that serves until then, and says that it is
+// stale.
+func (t *table) stale(old *entry, announced bool, until moment) *entry {
+	known := t.dir.knownUntil(old, t.dir.now())
+	e := &entry{
+		snap:    old.snap.told().stale(t.dir.epoch.Add(time.Duration(known)), announced),
+		fetched: old.fetched, known: known, freshUntil: until, fallback: true, generation: t.dir.generation.Load(),
+		announced: announced, absent: old.absent,
 	}
+	e.renewAt.Store(never)
+	return e
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
@@ -403,24 +380,14 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 	h.mu.Lock()
 	for i, key := range keys {
 		l := h.lines[key]
-		e, lerr := result(l, i)
-		l.looking, l.draining = false, true
-		l.entry, l.err = e, lerr
-		if e != nil {
-			t.retireLocked(l.old, e, key)
-		}
+		l.entry, l.err = result(l, i)
+		l.looking = false
 		switch {
 		case first == nil:
 		case !l.serves(*first):
-			failed, err = append(failed, key), lerr
-		case first.ordered && e.snap.fenced():
-			l.waiters = append([]waiting{*first}, l.waiters...)
-			h.waiting.Add(1)
+			failed, err = append(failed, key), l.err
 		default:
-			if first.ordered {
-				e.snap.held.Add(1)
-			}
-			told, snaps = append(told, key), append(snaps, e.snap)
+			told, snaps = append(told, key), append(snaps, l.entry.snap)
 		}
 	}
 	h.mu.Unlock()
@@ -435,126 +402,69 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 	}
 }
 
-// retireLocked makes e's snapshot the successor of old's: from here on nobody new
-// holds the old one.
-func (t *table) retireLocked(old, e *entry, key string) {
-	if e.snap.table == nil {
-		e.snap.table, e.snap.key = t, key
-	}
-	if old != nil && old.snap != e.snap {
-		// In this order: whoever holds the old one from here on lets go again.
-		old.snap.retired.Store(true)
-		e.snap.prev.Store(old.snap.inUse())
-	}
-}
-
 // drain tells the waiters of lines that have a result, in the order of asking,
 // until the lines are empty; then the results become visible and the lines go.
-// Ordered waiters stay behind a fence, and so does the line: unfence comes back for
-// them.
 func (t *table) drain(home int, keys []string) {
 	h := &t.homes[home]
-	for len(keys) > 0 {
+	for {
 		h.mu.Lock()
 		if batch := h.takeLocked(keys); len(batch) > 0 {
 			h.mu.Unlock()
 			tell(batch)
 			continue
 		}
-		var again, left []string
+		var again []string
 		var first Waiter
 		for _, key := range keys {
 			l := h.lines[key]
-			l.draining = false
-			switch {
-			case len(l.next) > 0:
+			if len(l.next) > 0 {
 				first = l.next[0].w
 				l.nextLocked()
 				again = append(again, key)
-			case t.publishLocked(h, key, l):
-				left = append(left, key)
+				continue
 			}
+			t.publishLocked(key, l)
+			delete(h.lines, key)
 		}
 		h.mu.Unlock()
 		if len(again) > 0 {
 			t.submit(home, first, again, nil)
 		}
-		keys = h.resume(left)
+		return
 	}
 }
 
-// nextLocked turns the line to a new look-up, for those who want a newer answer
-// and all who still wait.
+// nextLocked turns the line to a new look-up, for those who want a newer answer.
 func (l *line) nextLocked() {
-	l.waiters, l.next = append(l.waiters, l.next...), nil
-	l.looking, l.dirty = true, false
+	l.waiters, l.next = l.next, nil
+	l.looking, l.dirty, l.announced = true, false, false
 	if l.entry != nil {
 		l.old = l.entry
 	}
 }
 
-// publishLocked makes the line's result visible, and ends the line unless somebody
-// in it waits for the fence: then it returns true.
-func (t *table) publishLocked(h *home, key string, l *line) (left bool) {
+// publishLocked makes the line's result visible.
+func (t *table) publishLocked(key string, l *line) {
 	e := l.entry
 	if e == nil {
 		e = l.old // of a look-up that failed: kept for the next one
 	}
-	if e != nil {
-		if l.dirty || l.entry == nil {
-			e = t.changed(e)
-		}
-		t.cache.Set(key, e)
+	if e == nil {
+		return
 	}
-	if len(l.waiters) == 0 {
-		delete(h.lines, key)
-		return false
+	if l.dirty || l.entry == nil {
+		e = t.changed(e, e.announced || l.announced)
 	}
-	h.fences.Add(1)
-	return true
+	t.cache.Set(key, e)
+	e.snap.published.CompareAndSwap(0, int64(t.dir.now())) // now that nobody finds another
 }
 
 // changed is e once it is not to be trusted any more. It serves as a fallback and for
 // the comparison with the next answer.
-func (t *table) changed(e *entry) *entry {
-	return &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, t.dir.now())}
-}
-
-// resume claims those lines again whose fence has fallen since their waiters were
-// counted: the one who let it fall found the line busy.
-func (h *home) resume(keys []string) []string {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.DeleteFunc(keys, func(key string) bool { return !h.claimLocked(key) })
-}
-
-// claimLocked makes the caller the one who drains the line of key, if it waits for
-// nothing but the fence and that has fallen.
-func (h *home) claimLocked(key string) bool {
-	l := h.lines[key]
-	if l == nil || !l.readyLocked() {
-		return false
-	}
-	l.draining = true
-	return true
-}
-
-// readyLocked tells whether the line has a result, nobody who tells it, and no
-// fence in front.
-func (l *line) readyLocked() bool {
-	return !l.looking && !l.draining && (l.entry == nil || !l.entry.snap.fenced())
-}
-
-// unfence drains the line of key if it waits for nothing but the fence.
-func (t *table) unfence(key string) {
-	home := t.dir.cfg.Home(key)
-	h := &t.homes[home]
-	h.mu.Lock()
-	ready := h.claimLocked(key)
-	h.mu.Unlock()
-	if ready {
-		t.drain(home, []string{key})
-	}
+func (t *table) changed(e *entry, announced bool) *entry {
+	gone := &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, t.dir.now()), announced: announced, absent: e.absent}
+	gone.renewAt.Store(never)
+	return gone
 }
 
 // place is a waiter that is told about one key.
@@ -564,22 +474,15 @@ type place struct {
 	line *line
 }
 
-// takeLocked takes the waiters of lines that may be told now, in the order of
-// asking.
+// takeLocked takes the waiters of lines, in the order of asking.
 func (h *home) takeLocked(keys []string) []place {
 	var batch []place
 	for _, key := range keys {
 		l := h.lines[key]
-		fenced := l.entry != nil && l.entry.snap.fenced()
-		var stay []waiting
 		for _, w := range l.waiters {
-			if fenced && w.ordered {
-				stay = append(stay, w)
-			} else {
-				batch = append(batch, place{w, key, l})
-			}
+			batch = append(batch, place{w, key, l})
 		}
-		l.waiters = stay
+		l.waiters = nil
 	}
 	if len(keys) > 1 {
 		slices.SortStableFunc(batch, func(a, b place) int { return cmp.Compare(a.turn, b.turn) })
@@ -604,11 +507,7 @@ func tell(batch []place) {
 				failed, err = append(failed, p.key), p.line.err
 				continue
 			}
-			s := p.line.entry.snap
-			if p.ordered {
-				s.held.Add(1) // not retired: its successor would need this line
-			}
-			told, snaps = append(told, p.key), append(snaps, s)
+			told, snaps = append(told, p.key), append(snaps, p.line.entry.snap)
 		}
 		w := batch[0].w
 		batch = batch[n:]
@@ -621,16 +520,16 @@ func tell(batch []place) {
 	}
 }
 
-// invalidate forgets the answer for key.
+// invalidate forgets the answer for key, which has changed.
 func (t *table) invalidate(key string) {
 	h := &t.homes[t.dir.cfg.Home(key)]
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if l := h.lines[key]; l != nil {
-		l.dirty = true
+		l.dirty, l.announced = true, true
 	}
 	if e, ok := t.cache.GetIfPresent(key); ok {
-		t.cache.Set(key, t.changed(e))
+		t.cache.Set(key, t.changed(e, true))
 	}
 }
 

@@ -152,3 +152,31 @@ func TestForgettingEverythingCostsTheSameHoweverMuchIsKnown(t *testing.T) {
 		}
 	})
 }
+
+// While somebody waits for a look-up, nobody gets the answer from before it: not even when
+// the word of the change stream is good again meanwhile.
+func TestWordThatIsGoodAgainLetsNobodyOvertake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		d.InvalidateAll()
+		d.Vouch(time.Now().Add(time.Second))
+		ask(t, d, "r")
+		time.Sleep(2 * time.Second)
+		gate := make(chan struct{})
+		s.set(func(s *source) { s.gate = gate })
+		var first, second teller
+		d.Room(0, "r", now(), &first)
+		synctest.Wait()
+		d.Vouch(time.Now().Add(time.Hour))
+		if d.CachedRoom(0, "r", now()) != nil {
+			t.Error("a later query was answered before the one that waits")
+		}
+		d.Room(0, "r", now(), &second)
+		close(gate)
+		synctest.Wait()
+		if d.CachedRoom(0, "r", now()) == nil {
+			t.Error("the new answer is not good")
+		}
+	})
+}

@@ -18,10 +18,11 @@ type EngineMetrics struct {
 	set    *metrics.Set
 	shards []shardMetrics
 
-	inFlight, waiting, watched                 *metrics.Gauge
+	inFlight, waiting, watched, fenced         *metrics.Gauge
 	cachedRooms, cachedUsers, cachedMembers    *metrics.Gauge
 	heals, hits, misses, lookups, lookupErrors *metrics.Counter
-	staleServed, refreshes, fences, rejected   *metrics.Counter
+	staleServed, refreshes, confirmed, doubted *metrics.Counter
+	fences, stale, changed, rejected           *metrics.Counter
 	panics, poolPanics                         *metrics.Counter
 }
 
@@ -37,6 +38,7 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		inFlight:      gauge("push_manager_pushes_in_flight"),
 		waiting:       gauge("push_manager_route_waiting"),
 		watched:       gauge("push_manager_route_watched"),
+		fenced:        gauge("push_manager_route_fenced"),
 		cachedRooms:   gauge(`push_manager_route_cached{what="rooms"}`),
 		cachedUsers:   gauge(`push_manager_route_cached{what="users"}`),
 		cachedMembers: gauge(`push_manager_route_cached{what="members"}`),
@@ -47,6 +49,10 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		lookupErrors:  set.NewCounter("push_manager_route_lookup_errors_total"),
 		staleServed:   set.NewCounter("push_manager_route_stale_served_total"),
 		refreshes:     set.NewCounter("push_manager_route_refreshes_total"),
+		confirmed:     set.NewCounter("push_manager_route_confirmed_total"),
+		doubted:       set.NewCounter("push_manager_route_doubted_total"),
+		stale:         set.NewCounter(`push_manager_route_stale_pushes_total{route="unconfirmed"}`),
+		changed:       set.NewCounter(`push_manager_route_stale_pushes_total{route="changed"}`),
 		fences:        set.NewCounter("push_manager_route_fences_total"),
 		rejected:      set.NewCounter("push_manager_pool_rejected_total"),
 		panics:        set.NewCounter(`push_manager_panics_total{part="engine"}`),
@@ -85,7 +91,12 @@ func (m *EngineMetrics) Collect() {
 	m.lookupErrors.Set(d.LookupErrors)
 	m.staleServed.Set(d.StaleServed)
 	m.refreshes.Set(d.Refreshes)
-	m.fences.Set(d.Fences)
+	m.confirmed.Set(d.Confirmed)
+	m.doubted.Set(d.Doubted)
+	m.fences.Set(s.Fences)
+	m.fenced.Set(float64(s.Fenced))
+	m.stale.Set(s.Stale - s.Changed)
+	m.changed.Set(s.Changed)
 	// The reasons are a fixed set of texts of the engine's own.
 	for reason, n := range s.Deliveries {
 		m.set.GetOrCreateCounter(`push_manager_deliveries_total{reason="` + reason + `"}`).Set(n)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc/mem"
@@ -43,7 +44,7 @@ func newReply(a api, p *engine.Push, res *engine.Result) *reply {
 // usual tells whether a push was one to a user that simply reached them, as most are:
 // the reply is then always the same.
 func usual(a api, res *engine.Result) bool {
-	return a == toUser && res.Found && res.Targets == 1 && res.Delivered == 1 && len(res.NodeFailures) == 0
+	return a == toUser && res.Found && res.Targets == 1 && res.Delivered == 1 && len(res.NodeFailures) == 0 && res.Stale == 0
 }
 
 // reply is the encoded reply of a unary call.
@@ -242,8 +243,22 @@ func int32Of(n int) uint64 {
 	return uint64(min(max(n, 0), math.MaxInt32))
 }
 
-// appendMessage says for people what became of a push.
+// appendMessage says for people what became of a push, and whether the Controller could
+// not be asked where to.
 func appendMessage(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
+	b = appendOutcome(b, a, p, res)
+	if res.Stale > 0 {
+		b = append(b, "; by a route of "...)
+		b = strconv.AppendInt(b, int64((res.Stale+time.Second-1)/time.Second), 10)
+		b = append(b, " s ago"...)
+	}
+	if res.Changed {
+		b = append(b, ", which has changed since"...)
+	}
+	return b
+}
+
+func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 	switch {
 	case a == toUser:
 		return appendUserMessage(b, p, res)
@@ -262,7 +277,7 @@ func appendMessage(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 
 func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 	switch {
-	case res.Success() && res.Delivered > 0:
+	case res.Delivered > 0 && res.Failed+res.Unknown == 0 && len(res.NodeFailures) == 0:
 		return append(b, "delivered"...)
 	case res.Delivered > 0:
 		b = append(b, "delivered, but not on every node"...)

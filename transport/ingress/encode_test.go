@@ -4,6 +4,7 @@ import (
 	"math"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -32,6 +33,12 @@ func TestMessages(t *testing.T) {
 		{toUser, engine.Result{Found: true, Targets: 1, Unknown: 1}, "unknown whether delivered"},
 		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, NodeFailures: failures},
 			"delivered, but not on every node: failed: queue full"},
+		{toRoom, engine.Result{Found: true, Targets: 5, Delivered: 5, Stale: 11500 * time.Millisecond}, "delivered to 5 users; by a route of 12 s ago"},
+		{toRoom, engine.Result{Found: true, Targets: 5, Delivered: 5, Stale: time.Second, Changed: true},
+			"delivered to 5 users; by a route of 1 s ago, which has changed since"},
+		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, Stale: 1}, "delivered; by a route of 1 s ago"},
+		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, Stale: 1, Changed: true}, "delivered; by a route of 1 s ago, which has changed since"},
+		{toUser, engine.Result{Targets: 1, Offline: 1, Stale: 1}, `user "u" is offline; by a route of 1 s ago`},
 		{toUsers, engine.Result{Targets: 3, Offline: 3}, "none of the users is online"},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "not delivered: 1 offline, 2 failed"},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 1, Unknown: 1, NodeFailures: failures}, "unknown whether delivered: 1 offline, 1 failed, 1 unknown"},
@@ -128,6 +135,11 @@ func TestUsualReplyIsOneAllocation(t *testing.T) {
 	p := &engine.Push{User: "u"}
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	s := &Server{usual: newReply(toUser, nil, &res)}
+	stale := res
+	stale.Stale = 1
+	if s.reply(toUser, p, &stale) == s.usual {
+		t.Error("a push by a stale route does not say so")
+	}
 	if n := testing.AllocsPerRun(100, func() { s.reply(toUser, p, &res) }); n != 0 {
 		t.Errorf("unary, to a user: %v allocations", n)
 	}

@@ -41,6 +41,7 @@ type stream struct {
 	conn     *conn
 
 	// Owned by the reader.
+	order      engine.Order
 	takenBytes int64
 	calls      *call
 	messages   *message
@@ -235,7 +236,7 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	if err := s.decoder.decode(c.api, body, &c.push); err != nil {
 		return err
 	}
-	c.push.Ordered = true
+	c.push.Order = &st.order
 	if !st.deadline.IsZero() {
 		c.push.Timeout = max(st.deadline.Sub(c.push.Arrived), time.Nanosecond)
 	}

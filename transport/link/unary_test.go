@@ -86,10 +86,11 @@ func TestUnaryCallsKeepTheOrderOfEachKey(t *testing.T) {
 			w.do(w.toUser(u, "warm"))
 		}
 		var started []*pending
+		var stream engine.Order
 		for i := range 2000 {
 			for _, u := range []string{"u1", "u2", "u3"} {
 				p := w.toUser(u, fmt.Sprint(i))
-				p.Ordered = true
+				p.Order = &stream
 				started = append(started, w.begin(p))
 			}
 		}

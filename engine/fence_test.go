@@ -1,0 +1,544 @@
+package engine
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/push-manager/push-manager/engine/route"
+)
+
+// place sets where a room's member is, nowhere for none.
+func (w *world) place(room, user string, nodes ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.rooms[room] == nil {
+		w.rooms[room] = map[string][]string{}
+	}
+	if w.users[user] = nodes; len(nodes) == 0 {
+		delete(w.rooms[room], user)
+	} else {
+		w.rooms[room][user] = nodes
+	}
+}
+
+// begin starts p in an Order.
+func begin(t *testing.T, e *Engine, o *Order, p *Push, c Completer) *Push {
+	t.Helper()
+	p.Order = o
+	if err := e.Start(p, c); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Wait()
+	return p
+}
+
+// gotBy lists whom a node was sent something for, delivery by delivery.
+func (n *testNode) gotBy() (users [][]string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, d := range slices.Concat(n.got, n.kept) {
+		users = append(users, d.all())
+	}
+	return users
+}
+
+func wantGot(t *testing.T, what string, n *testNode, want ...[]string) {
+	t.Helper()
+	if got := n.gotBy(); !slices.EqualFunc(got, want, slices.Equal[[]string]) {
+		t.Errorf("%s: node %s got %v, want %v", what, n.id, got, want)
+	}
+}
+
+// settle has a node answer all that it has kept.
+func (n *testNode) settle(answer func(*Delivery)) {
+	n.mu.Lock()
+	kept := n.kept
+	n.kept, n.keep = nil, false
+	n.mu.Unlock()
+	for _, d := range kept {
+		if d.TrySend() {
+			answer(d)
+		}
+	}
+	synctest.Wait()
+}
+
+func TestSlowNodeHoldsBackNobodyElseOfARoomThatChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.place("r", "u1", "A")
+		w.place("r", "u2", "B")
+		w.nodes["B"].keep = true // it owes every ack
+		var o order
+		var stream Order
+		begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "u3", "A") // joins
+		begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "u1") // leaves
+		begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "u4", "B") // joins at the slow node
+		begin(t, e, &stream, toRoom("r"), &o)
+		wantGot(t, "while B owes its acks", w.nodes["A"], []string{"u1"}, []string{"u1", "u3"}, []string{"u3"}, []string{"u3"})
+		wantGot(t, "while B owes its acks", w.nodes["B"], []string{"u2"}, []string{"u2"}, []string{"u2"}, []string{"u2", "u4"})
+		if n := e.Stats().Fences; n != 0 {
+			t.Errorf("%d deliveries were held back though nobody has moved", n)
+		}
+		w.nodes["B"].settle(func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) })
+	})
+}
+
+// TestUserWhoMovedWaitsAndNobodyElse moves u2 from the slow node B to A.
+func TestUserWhoMovedWaitsAndNobodyElse(t *testing.T) {
+	for name, answer := range map[string]func(*Delivery){
+		"the old node had the user": func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) },
+		"it does not":               notHere("u2"),
+		"its stream broke":          func(d *Delivery) { d.Lose(LostStream) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				e := w.engine(t)
+				w.place("r", "u1", "A")
+				w.place("r", "u2", "B")
+				w.place("r", "u3", "C")
+				w.nodes["B"].keep = true
+				var o order
+				var stream Order
+				begin(t, e, &stream, toRoom("r"), &o)
+				time.Sleep(1100 * time.Millisecond)
+				w.place("r", "u2", "A")
+				later := []*Push{
+					begin(t, e, &stream, toRoom("r"), &o),
+					begin(t, e, &stream, toRoom("r", "u1"), &o),
+				}
+				wantGot(t, "while B owes its ack", w.nodes["A"], []string{"u1"}, []string{"u1"})
+				wantGot(t, "while B owes its ack", w.nodes["C"], []string{"u3"}, []string{"u3"}, []string{"u3"})
+				if s := e.Stats(); s.Fenced != 2 || s.Fences != 2 {
+					t.Errorf("%d deliveries wait, %d did, want 2 and 2", s.Fenced, s.Fences)
+				}
+				w.nodes["B"].settle(answer)
+				healed := [][]string{{"u1"}, {"u1"}, {"u2"}, {"u2"}}
+				if name == "it does not" {
+					healed = append(healed, []string{"u2"})
+				}
+				wantGot(t, "afterwards", w.nodes["A"], healed...)
+				for i, p := range later {
+					if r, err := p.Result(); err != nil || !r.Success() {
+						t.Errorf("push %d: %+v, %v", i+2, r, err)
+					}
+				}
+				if s := e.Stats(); s.Fenced != 0 || s.InFlight != 0 || len(stream.fences) != 0 {
+					t.Errorf("left behind: %d wait, %d in flight, %d fences", s.Fenced, s.InFlight, len(stream.fences))
+				}
+				begin(t, e, &stream, toRoom("r"), &o)
+				wantGot(t, "when all is over", w.nodes["A"], append(healed, []string{"u1", "u2"})...)
+			})
+		})
+	}
+}
+
+func TestStreamsDoNotWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.place("r", "u", "B")
+		w.nodes["B"].keep = true
+		var o order
+		var one, other Order
+		begin(t, e, &one, toRoom("r"), &o)
+		begin(t, e, &one, toUser("u"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "u", "A")
+		begin(t, e, &other, toRoom("r"), &o)
+		begin(t, e, &other, toUser("u"), &o)
+		wantGot(t, "pushes of the other stream", w.nodes["A"], []string{"u"}, []string{"u"})
+		begin(t, e, &one, toRoom("r"), &o)
+		begin(t, e, &one, toUser("u"), &o)
+		wantGot(t, "pushes of the same stream", w.nodes["A"], []string{"u"}, []string{"u"})
+		w.nodes["B"].settle(notHere("u"))
+		wantGot(t, "afterwards", w.nodes["A"], []string{"u"}, []string{"u"}, []string{"u"}, []string{"u"}, []string{"u"}, []string{"u"})
+	})
+}
+
+// TestPushesToSeveralUsersNeverWaitForEachOther has all users move while pushes to them
+// all are under way, in one stream and in two.
+func TestPushesToSeveralUsersNeverWaitForEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		users := []string{"a", "b", "c", "d"}
+		var streams [2]Order
+		var o order
+		var pushes []*Push
+		for i := range 40 {
+			for k, u := range users {
+				w.place("r", u, nodeIDs[(i+k)%3])
+			}
+			for _, n := range w.nodes {
+				n.mu.Lock()
+				n.keep = true
+				n.mu.Unlock()
+			}
+			for s := range streams {
+				pushes = append(pushes, begin(t, e, &streams[s], toUsers(users...), &o))
+			}
+			time.Sleep(70 * time.Millisecond)
+			n := w.nodes[nodeIDs[i%3]]
+			n.settle(func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) })
+		}
+		for range pushes {
+			for _, id := range nodeIDs {
+				w.nodes[id].settle(func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) })
+			}
+		}
+		if o.done != len(pushes) {
+			t.Errorf("%d of %d pushes are finished though no node owes an ack", o.done, len(pushes))
+		}
+		if s := e.Stats(); s.Fences == 0 || s.Fenced != 0 {
+			t.Errorf("%d were held back, %d are", s.Fences, s.Fenced)
+		}
+	})
+}
+
+// TestOrderHoldsThoughTheRouteWasEvicted has others push the user out of the cache while
+// a push to the old node is under way.
+func TestOrderHoldsThoughTheRouteWasEvicted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.tune = func(c *route.Config) { c.MaxUsers = 2 }
+		e := w.engine(t)
+		w.place("r", "u", "A")
+		w.nodes["A"].keep = true
+		var o order
+		var stream Order
+		begin(t, e, &stream, toUser("u"), &o)
+		w.place("r", "u", "B")
+		for i := range 50 {
+			id := fmt.Sprint("other", i)
+			w.place("x", id, "C")
+			for range 3 {
+				do(t, e, toUser(id))
+			}
+		}
+		time.Sleep(time.Second)
+		begin(t, e, &stream, toUser("u"), &o)
+		wantGot(t, "before the first push is healed", w.nodes["B"])
+		w.nodes["A"].settle(notHere("u"))
+		wantGot(t, "afterwards", w.nodes["B"], []string{"u"}, []string{"u"})
+	})
+}
+
+// TestManyWhoMovedAtOnceWaitWithTheirNode moves more users than are looked at one by one.
+func TestManyWhoMovedAtOnceWaitWithTheirNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		const many = mostMoved + 1
+		for i := range many {
+			w.place("r", fmt.Sprintf("u%05d", i), "B")
+		}
+		w.place("r", "a", "A")
+		w.place("r", "c", "C")
+		w.nodes["B"].keep = true
+		var o order
+		var stream Order
+		begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		for i := range many {
+			w.place("r", fmt.Sprintf("u%05d", i), "A")
+		}
+		begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "a")
+		p := begin(t, e, &stream, toRoom("r"), &o)
+		wantGot(t, "nobody came to C, which", w.nodes["C"], []string{"c"}, []string{"c"}, []string{"c"})
+		if n := len(w.nodes["A"].gotBy()); n != 1 {
+			t.Errorf("node A got %d deliveries before B's answer, want the first push's", n)
+		}
+		w.nodes["B"].settle(func(d *Delivery) { _, _ = d.Ack(Ack{NotHere: slices.Clone(d.all())}) })
+		got := w.nodes["A"].gotBy()
+		var sizes []int
+		for _, users := range got {
+			sizes = append(sizes, len(users))
+		}
+		if want := []int{1, many, many + 1, many}; !slices.Equal(sizes, want) {
+			t.Errorf("node A got deliveries for %v users, want %v", sizes, want)
+		}
+		if r, err := p.Result(); err != nil || r.Delivered != many+1 {
+			t.Errorf("last push: %+v, %v", r, err)
+		}
+	})
+}
+
+func TestOrderedPushesOfCachedRoutesAllocateNothing(t *testing.T) {
+	w := newWorld()
+	w.tune = func(c *route.Config) { c.TTL = time.Hour }
+	e := w.engine(t)
+	w.place("r", "u1", "A")
+	w.place("r", "u2", "B")
+	for _, n := range w.nodes {
+		n.quiet = true
+	}
+	var stream Order
+	told := waiter{done: make(chan struct{}, 1)}
+	for name, p := range map[string]*Push{"room": toRoom("r"), "user": toUser("u1")} {
+		push := func() {
+			kind, room, user, payload, content := p.Kind, p.Room, p.User, p.Payload, p.Content
+			p.Reset()
+			p.Kind, p.Room, p.User, p.Payload, p.Content, p.Order = kind, room, user, payload, content, &stream
+			if err := e.Start(p, &told); err != nil {
+				t.Fatal(err)
+			}
+			<-told.done
+		}
+		do(t, e, &Push{Kind: p.Kind, Room: p.Room, User: p.User, Payload: p.Payload, Content: p.Content})
+		for !p.Reusable() {
+			push()
+		}
+		if n := testing.AllocsPerRun(1000, push); n > 0 {
+			t.Errorf("%s: %v allocations a push", name, n)
+		}
+	}
+}
+
+// TestOrderKeepsItsPromises sends pushes of several streams to rooms and users, while
+// members come, go and move, nodes are slow, do not have the users any more, or lose
+// what they got, and routes are evicted. Whatever comes:
+//
+//   - pushes of one stream to one room or user arrive at a connection in order, and once;
+//   - who never moves waits for nobody;
+//   - every push ends.
+func TestOrderKeepsItsPromises(t *testing.T) {
+	for seed := range uint64(150) {
+		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { orderModel(t, rand.New(rand.NewPCG(seed, 11))) })
+		})
+	}
+}
+
+// arrival is a line of what one connection got: pushes of one stream to one key.
+type arrival struct {
+	user   string
+	conn   int
+	stream byte
+	key    string
+}
+
+func orderModel(t *testing.T, rng *rand.Rand) {
+	w := newWorld()
+	w.tune = func(c *route.Config) {
+		if rng.IntN(2) == 0 {
+			c.MaxUsers, c.MaxMembers = 3, 8
+		}
+		if rng.IntN(3) == 0 {
+			c.TTL = time.Millisecond
+		}
+	}
+	e := w.engine(t)
+	watched := rng.IntN(2) == 0
+	e.directory.Vouch(map[bool]time.Time{true: time.Now().Add(1000 * time.Hour), false: time.Now()}[watched])
+
+	var mu sync.Mutex
+	at := map[string]string{} // node by user
+	conn := map[string]int{}  // the user's connection
+	got := map[arrival][]byte{}
+	started := map[*byte]time.Time{} // by payload
+	users := []string{"u0", "u1", "u2", "u3", "u4", "u5"}
+	still := users[:2] // who never move
+	rooms := []string{"r", "s"}
+	move := func(user, node string) {
+		mu.Lock()
+		at[user] = node
+		conn[user]++
+		mu.Unlock()
+		in := rooms
+		if node == "" {
+			in = nil
+		}
+		w.mu.Lock()
+		w.users[user] = []string{node}
+		if node == "" {
+			w.users[user] = nil
+		}
+		for _, r := range rooms {
+			delete(w.rooms[r], user)
+		}
+		for _, r := range in {
+			w.rooms[r][user] = []string{node}
+		}
+		w.mu.Unlock()
+		if watched {
+			e.directory.Invalidate(rooms, []string{user})
+		}
+	}
+	for _, r := range rooms {
+		w.rooms[r] = map[string][]string{}
+	}
+	for i, u := range users {
+		move(u, nodeIDs[i%3])
+	}
+	type owed struct {
+		d  *Delivery
+		at time.Time
+	}
+	stop := make(chan struct{})
+	var nodes sync.WaitGroup
+	for _, id := range nodeIDs {
+		latency := time.Duration(rng.IntN(3)*rng.IntN(400)) * time.Millisecond
+		losing := rng.IntN(4) == 0
+		q := make(chan owed, 10_000)
+		w.nodes[id].answer = func(d *Delivery) {
+			now := time.Now()
+			mu.Lock()
+			for _, u := range still {
+				if first, ok := started[&d.Payload()[0]]; ok && d.has(u) && !now.Equal(first) {
+					t.Errorf("%s, who never moves, waited for %s", u, now.Sub(first))
+				}
+			}
+			mu.Unlock()
+			q <- owed{d, now.Add(latency)}
+		}
+		nodes.Go(func() {
+			for n := 0; ; n++ {
+				var next owed
+				select {
+				case next = <-q:
+				case <-stop:
+					return
+				}
+				time.Sleep(time.Until(next.at))
+				d := next.d
+				var a Ack
+				mu.Lock()
+				for _, u := range d.all() {
+					if at[u] != id {
+						a.NotHere = append(a.NotHere, u)
+						continue
+					}
+					a.Delivered++
+					key := d.Room()
+					if key == "" {
+						key = "user " + u
+					}
+					line := arrival{u, conn[u], d.Payload()[0], key}
+					got[line] = append(got[line], d.Payload()[1])
+				}
+				mu.Unlock()
+				if losing && n%7 == 0 {
+					d.Lose(LostStream)
+				} else {
+					_, _ = d.Ack(a)
+				}
+			}
+		})
+	}
+	var o order
+	var streams [2]Order
+	const pushes = 120
+	for i := range pushes {
+		s := rng.IntN(len(streams))
+		p := &Push{Order: &streams[s], Payload: []byte{byte(s), byte(i)}, Content: Content{Present: true}}
+		switch rng.IntN(4) {
+		case 0:
+			p.Kind, p.User = ToUser, users[rng.IntN(len(users))]
+		case 1:
+			p.Kind, p.Users = ToUsers, users[rng.IntN(len(users)-1):]
+		default:
+			p.Kind, p.Room = ToRoom, rooms[rng.IntN(len(rooms))]
+			if rng.IntN(4) == 0 {
+				p.Exclude = users[rng.IntN(len(users)):][:1]
+			}
+		}
+		if rng.IntN(3) == 0 {
+			p.Timeout = time.Duration(rng.IntN(1000)+1) * time.Millisecond
+		}
+		mu.Lock()
+		started[&p.Payload[0]] = time.Now()
+		mu.Unlock()
+		if err := e.Start(p, &o); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		switch rng.IntN(4) {
+		case 0:
+			node := nodeIDs[rng.IntN(3)]
+			if rng.IntN(6) == 0 {
+				node = ""
+			}
+			move(users[2+rng.IntN(4)], node)
+		case 1:
+			time.Sleep(time.Duration(rng.IntN(300)) * time.Millisecond)
+		}
+	}
+	time.Sleep(20 * time.Second)
+	synctest.Wait()
+	close(stop)
+	nodes.Wait()
+	if o.done != pushes {
+		t.Errorf("%d of %d pushes finished", o.done, pushes)
+	}
+	for line, seq := range got {
+		if !slices.IsSorted(seq) || len(slices.Compact(slices.Clone(seq))) != len(seq) {
+			t.Errorf("stream %d to %s arrived at connection %d of %s as %v", line.stream, line.key, line.conn, line.user, seq)
+		}
+	}
+	if s := e.Stats(); s.Fenced != 0 || s.Directory.Waiting != 0 {
+		t.Errorf("left behind: %d held back, %d in line", s.Fenced, s.Directory.Waiting)
+	}
+	for i := range streams {
+		if n := len(streams[i].fences); n != 0 {
+			t.Errorf("stream %d: %d fences stand", i, n)
+		}
+	}
+}
+
+// TestMembersWhoComeAndGoPutUpNoFence is the model without moves.
+func TestMembersWhoComeAndGoPutUpNoFence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rng := rand.New(rand.NewPCG(1, 2))
+		w := newWorld()
+		e := w.engine(t)
+		e.directory.Vouch(time.Now().Add(1000 * time.Hour))
+		for _, n := range w.nodes {
+			n.keep = true
+		}
+		var o order
+		var stream Order
+		members := map[string]bool{}
+		for i := range 300 {
+			u := fmt.Sprint("u", rng.IntN(30))
+			if members[u] = !members[u]; members[u] {
+				w.place("r", u, nodeIDs[int(u[1])%3]) // back to where it was
+			} else {
+				w.place("r", u)
+			}
+			e.directory.Invalidate([]string{"r"}, nil)
+			begin(t, e, &stream, toRoom("r"), &o)
+			if i%50 < 49 {
+				continue
+			}
+			for _, n := range w.nodes {
+				n.settle(func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) })
+				n.keep = true
+			}
+		}
+		if n := e.Stats().Fences; n != 0 {
+			t.Errorf("%d deliveries were held back", n)
+		}
+		if o.done != 300 {
+			t.Errorf("%d of 300 pushes finished", o.done)
+		}
+		if n := cap(stream.under); n > 512 {
+			t.Errorf("places for %d pushes though no more than 50 were under way", n)
+		}
+	})
+}
