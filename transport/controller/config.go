@@ -112,9 +112,9 @@ func (c Config) Validate() error {
 }
 
 // dial makes the connection, which connects when Start says so.
-func (c Config) dial() (*grpc.ClientConn, error) {
+func (c Config) dial(own ...grpc.DialOption) (*grpc.ClientConn, error) {
 	target := c.Address
-	opts := []grpc.DialOption{
+	opts := append(own,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(c.MaxReplyBytes)),
@@ -127,7 +127,7 @@ func (c Config) dial() (*grpc.ClientConn, error) {
 		// would take them for an attack.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
 		grpc.WithIdleTimeout(0), // readiness depends on the connection
-	}
+	)
 	if strings.Contains(target, ",") {
 		var state resolver.State
 		for addr := range strings.SplitSeq(target, ",") {

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine/route"
@@ -32,8 +33,9 @@ type Changes interface {
 }
 
 var (
-	_ route.Source = (*Controller)(nil)
-	_ Changes      = (*route.Directory)(nil)
+	_ route.Source  = (*Controller)(nil)
+	_ route.Renewed = (*Controller)(nil)
+	_ Changes       = (*route.Directory)(nil)
 )
 
 // Controller is the deployment's Controller, or several replicas of it.
@@ -53,6 +55,8 @@ type Controller struct {
 	once sync.Once
 	stop context.CancelFunc
 
+	watchedBefore bool // owned by watchLoop
+
 	noBatch  optional // GetUserNodes
 	noFollow optional // FollowRoutes
 	noWatch  optional // WatchRoutes
@@ -63,6 +67,8 @@ type Controller struct {
 	contact atomic.Pointer[time.Time]
 	// What went wrong since; nil for nothing.
 	trouble atomic.Pointer[string]
+	// When a connection or the change stream was last made anew; nil before that.
+	renewed atomic.Pointer[time.Time]
 }
 
 // New makes a Controller. Look-ups work at once; Start adds the change stream and
@@ -72,18 +78,12 @@ func New(cfg Config) (*Controller, error) {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	conn, err := cfg.dial()
+	c := &Controller{cfg: cfg, log: cfg.Logger, made: time.Now(), codec: newCodec()}
+	conn, err := cfg.dial(grpc.WithStatsHandler(connections{c}))
 	if err != nil {
 		return nil, fmt.Errorf("controller %q: %w", cfg.Address, err)
 	}
-	c := &Controller{
-		cfg:    cfg,
-		log:    cfg.Logger,
-		made:   time.Now(),
-		conn:   conn,
-		client: pubsub.NewControllerServiceClient(conn),
-		codec:  newCodec(),
-	}
+	c.conn, c.client = conn, pubsub.NewControllerServiceClient(conn)
 	c.budget.fill()
 	c.m = newHandles(c, cfg.Metrics)
 	return c, nil
@@ -125,6 +125,32 @@ func (c *Controller) watchAge() time.Duration {
 	}
 	return time.Since(c.made) - time.Duration(proved)
 }
+
+// Renewed is when a connection or the change stream was last made anew: whoever answers
+// since then may just have started. It is the zero time before that.
+func (c *Controller) Renewed() time.Time {
+	if at := c.renewed.Load(); at != nil {
+		return *at
+	}
+	return time.Time{}
+}
+
+func (c *Controller) renew() {
+	now := time.Now()
+	c.renewed.Store(&now)
+}
+
+// connections hears of each new connection before its first call.
+type connections struct{ c *Controller }
+
+func (h connections) HandleConn(_ context.Context, s stats.ConnStats) {
+	if _, begun := s.(*stats.ConnBegin); begun && h.c.contact.Load() != nil {
+		h.c.renew()
+	}
+}
+func (connections) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (connections) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
+func (connections) HandleRPC(context.Context, stats.RPCStats)                         {}
 
 // Healthy tells whether the Controller can be asked: there is a connection, and a sign
 // of life not longer ago than three Config.ContactInterval.

@@ -22,7 +22,7 @@ func (c *Controller) Room(ctx context.Context, room string, add func(user, node 
 	found, err := c.room(ctx, room, add)
 	if err != nil {
 		c.m.lookup(kindRoom, resultError, began)
-		return false, fmt.Errorf("get room %q: %w: %w", room, route.ErrUnavailable, err)
+		return false, fmt.Errorf("get room %q: %w: %w", room, c.why(err), err)
 	}
 	c.m.lookup(kindRoom, resultOf(found), began)
 	return found, nil
@@ -52,6 +52,15 @@ func (c *Controller) room(ctx context.Context, room string, add func(user, node 
 	return w.found, nil
 }
 
+// why tells a Controller that cannot be asked from one that did not answer well, or not
+// in time.
+func (c *Controller) why(err error) error {
+	if status.Code(err) == codes.Unavailable || !c.Healthy() {
+		return route.ErrAway
+	}
+	return route.ErrUnavailable
+}
+
 func resultOf(found bool) result {
 	if found {
 		return resultFound
@@ -72,7 +81,7 @@ func (c *Controller) Users(ctx context.Context, users []string, nodes [][]string
 	}
 	if err != nil {
 		c.m.lookup(k, resultError, began)
-		return fmt.Errorf("%w: %w", route.ErrUnavailable, err)
+		return fmt.Errorf("%w: %w", c.why(err), err)
 	}
 	online := slices.ContainsFunc(nodes, func(n []string) bool { return len(n) > 0 })
 	c.m.lookup(k, resultOf(online), began)

@@ -101,6 +101,7 @@ func (c *Controller) watch(ctx context.Context, changes Changes, follow bool) (e
 		keeper.Wait()
 		if w.synced {
 			w.vouch(time.Time{}, time.Now(), lossBroken)
+			c.watchedBefore = true
 			c.m.breaks.Inc()
 		}
 		if cause := context.Cause(ctx); errors.Is(cause, errPaused) || errors.Is(cause, errSilent) {
@@ -127,6 +128,9 @@ func (c *Controller) watch(ctx context.Context, changes Changes, follow bool) (e
 		if !w.synced {
 			if !msg.GetChanges().GetSynced() {
 				return c.fault(faultSync, "the first message has no synced")
+			}
+			if c.watchedBefore {
+				c.renew()
 			}
 			changes.InvalidateAll()
 			w.synced = true
