@@ -157,6 +157,12 @@ func (c *Config) bindAPI(s *config.Set) {
 	s.Duration(&a.KeepaliveTimeout, "api.keepalive_timeout", 10*time.Second, time.Second, "How long its answer may take.")
 	s.Duration(&a.KeepaliveMinTime, "api.keepalive_min_time", 5*time.Second, time.Millisecond, "How often a client may ask the same.")
 	s.Int(&a.StreamWorkers, "api.stream_workers", 512, 1, 1<<16, "Goroutines kept for calls.")
+	s.AutoBytes(&a.BodyBytes, "api.body_bytes", 1<<20, math.MaxInt, "Memory for requests that are being read and pushes that are not answered. auto: a quarter of the memory limit (1GiB without one).")
+	s.Auto(&a.OpenCalls, "api.open_calls", 0, 1<<24, "Unary calls open on all connections. auto: as many as a quarter of the memory limit holds, 24 KiB each (131072 without one).")
+	s.Auto(&a.Streams, "api.push_streams", 0, 1<<24, "PushStreams open on all connections. auto: as many as a quarter of the memory limit holds, 100 KiB each (16384 without one).")
+	s.Int(&a.StreamsPerConnection, "api.push_streams_per_connection", 128, 1, 1<<20, "PushStreams open on one connection; fewer than api.streams, the rest is left to unary calls.")
+	s.Auto(&a.Connections, "api.connections", 0, 1<<24, "Connections that have said hello. auto: as many as an eighth of the memory limit holds, 96 KiB each (16384 without one).")
+	s.Auto(&a.ConnectionsPerAddress, "api.connections_per_address", 0, 1<<24, "The same of one address (IPv6: of one /64). auto: three quarters of all.")
 	s.Int(&a.StreamInflight, "api.push_stream_in_flight", 1024, 1, 1<<20, "Pushes of one PushStream that are not answered; at the bound it is not read.")
 	s.Bytes(&a.StreamInflightBytes, "api.push_stream_bytes", 16<<20, 1<<10, 1<<30, "The same in bytes.")
 }
@@ -176,6 +182,8 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 		return s.Problem("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
 	case c.Links.Canary != 0 && c.Links.Canary < leastLinkTime:
 		return s.Problem("link.canary", "%v must be 0s or at least %v", c.Links.Canary, leastLinkTime)
+	case c.Ingress.StreamsPerConnection >= c.Ingress.MaxStreams:
+		return s.Problem("api.push_streams_per_connection", "%d must be below api.streams (%d), or unary calls beside them would never begin", c.Ingress.StreamsPerConnection, c.Ingress.MaxStreams)
 	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:
 		return s.Problem("limits.request_bytes", "%s cannot hold limits.data_bytes (%s) and limits.metadata_bytes (%s)",
 			config.FormatBytes(c.Ingress.MaxRecvBytes), config.FormatBytes(l.DataBytes), config.FormatBytes(l.MetadataBytes))

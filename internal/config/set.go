@@ -206,8 +206,17 @@ func (s *Set) Int(p *int, name string, def, lo, hi int, help string) *Key {
 // Auto binds a whole number between 1 and hi, or the word auto for the number
 // that fits the machine.
 func (s *Set) Auto(p *int, name string, auto, hi int, help string) *Key {
+	return s.Int(p, name, auto, 1, hi, help).auto(p, auto)
+}
+
+// AutoBytes binds a size between lo and hi, or the word auto, which leaves 0.
+func (s *Set) AutoBytes(p *int, name string, lo, hi int, help string) *Key {
+	return s.Bytes(p, name, 0, lo, hi, help).auto(p, 0)
+}
+
+// auto makes a word of one value.
+func (k *Key) auto(p *int, auto int) *Key {
 	const word = "auto"
-	k := s.Int(p, name, auto, 1, hi, help)
 	set, number := k.set, k.text
 	k.def, k.text = word, func() string {
 		if *p == auto {

@@ -3,6 +3,7 @@ package ingress
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"google.golang.org/grpc"
@@ -13,6 +14,9 @@ import (
 
 // priorityKey is the metadata with the priority of a call, or of all pushes of a PushStream.
 const priorityKey = "x-priority"
+
+// errTooManyCalls refuses a call for which there is no memory.
+var errTooManyCalls = fmt.Errorf("%w: too many calls are open", engine.ErrOverloaded)
 
 // errRate refuses a caller who has used up its rate.
 var errRate = errors.New("the caller pushes faster than it may")

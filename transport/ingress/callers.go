@@ -3,11 +3,11 @@ package ingress
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/maypok86/otter/v2"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc/peer"
 
 	"github.com/push-manager/push-manager/engine"
@@ -17,7 +17,7 @@ import (
 // that others took the place starts again with a full one: the bound is on memory, and
 // there must be room for all callers that are served at a time.
 type callers struct {
-	limit rate.Limit
+	rate  int
 	burst int
 	table *otter.Cache[string, *budget]
 }
@@ -31,7 +31,7 @@ func newCallers(c *Config) (*callers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the table of callers: %w", err)
 	}
-	return &callers{limit: rate.Limit(c.Rate), burst: c.RateBurst, table: table}, nil
+	return &callers{rate: c.Rate, burst: c.RateBurst, table: table}, nil
 }
 
 // of is the budget of a caller.
@@ -39,7 +39,7 @@ func (c *callers) of(name string) *budget {
 	if b, ok := c.table.GetIfPresent(name); ok {
 		return b
 	}
-	b, _ := c.table.SetIfAbsent(name, &budget{limiter: rate.NewLimiter(c.limit, c.burst)})
+	b, _ := c.table.SetIfAbsent(name, newBudget(c.rate, c.burst))
 	return b
 }
 
@@ -56,28 +56,72 @@ func (c *callers) show(set *metrics.Set) {
 // budget is a token bucket. A push costs 1 when it comes in and 1 for each node that it is
 // sent to. The first must be there; the rest, which is known only once the push is
 // routed, is taken in any case, as a debt if need be.
-type budget struct{ limiter *rate.Limiter }
+//
+// Who is refused is told when to come back, each in turn: were all told the same, they would come
+// together, and all but one would be refused again. A turn takes nothing from the bucket, so
+// whoever does not come costs nothing.
+type budget struct {
+	// Static.
+	rate, burst float64
+
+	mu     sync.Mutex
+	tokens float64 // by then; below 0 it is a debt
+	then   time.Time
+	cost   float64   // of a push, on average lately
+	turn   time.Time // of the last who was told to come back
+}
 
 var _ engine.Budget = (*budget)(nil)
 
-// take takes what a push costs when it comes in. One that is refused changes nothing: a
-// reservation given back would, if others were made meanwhile.
+const (
+	// usualCost is that of a push to a user who is there.
+	usualCost = 2
+	// longestTurn is the latest that anybody is told to come back.
+	longestTurn = 30 * time.Second
+	// lateTurn is how much later than its turn anybody is expected.
+	lateTurn = 100 * time.Millisecond
+)
+
+func newBudget(rate, burst int) *budget {
+	return &budget{rate: float64(rate), burst: float64(burst), tokens: float64(burst), then: time.Now(), cost: usualCost}
+}
+
+// take takes what a push costs when it comes in. One that is refused changes nothing.
 func (b *budget) take() error {
 	now := time.Now()
-	if b.limiter.AllowN(now, 1) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.tokens = min(b.tokens+now.Sub(b.then).Seconds()*b.rate, b.burst)
+	b.then = now
+	if b.tokens > 1-1e-6 { // it is a sum of fractions
+		b.tokens--
+		if b.tokens > 1+b.rate*lateTurn.Seconds() {
+			b.turn = time.Time{} // those who were told to come have not
+		}
 		return nil
 	}
-	missing := 1 - b.limiter.TokensAt(now)
-	return &rateError{after: max(time.Duration(missing/float64(b.limiter.Limit())*float64(time.Second)), 0)}
+	turn := now.Add(b.after(1 - b.tokens))
+	if next := b.turn.Add(b.after(b.cost)); next.After(turn) {
+		turn = next
+	}
+	if last := now.Add(longestTurn); turn.After(last) {
+		return &rateError{after: longestTurn}
+	}
+	b.turn = turn
+	return &rateError{after: turn.Sub(now)}
+}
+
+// after is how long so many tokens take.
+func (b *budget) after(tokens float64) time.Duration {
+	return time.Duration(tokens / b.rate * float64(time.Second))
 }
 
 // Charge implements engine.Budget.
 func (b *budget) Charge(deliveries int) {
-	// In pieces: a reservation larger than the burst is none at all.
-	burst := b.limiter.Burst()
-	for now := time.Now(); deliveries > 0; deliveries -= burst {
-		b.limiter.ReserveN(now, min(deliveries, burst))
-	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.tokens -= float64(deliveries)
+	b.cost += (1 + float64(deliveries) - b.cost) / 8
 }
 
 // peerOf names a caller by its address, the port left aside: all connections of one machine

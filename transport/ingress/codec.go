@@ -6,10 +6,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// codec hands the bytes of push requests to the handlers as they are and takes
-// replies that are encoded already. Decoding in the handler is what lets malformed
-// protobuf be answered with INVALID_ARGUMENT: an error in here would be INTERNAL.
-// All other messages (health, reflection) are ordinary protobuf.
+// codec takes replies that are encoded already. All other messages (health, reflection) are
+// ordinary protobuf.
 type codec struct {
 	proto encoding.CodecV2
 }
@@ -31,6 +29,15 @@ const inboundKeep = 64 << 10
 // reuse tells whether the buffer is worth keeping.
 func (in *inbound) reuse() bool { return cap(in.wire) <= inboundKeep }
 
+// copyFrom copies a message of n bytes: gRPC uses its buffers again.
+func (in *inbound) copyFrom(data mem.BufferSlice, n int) {
+	if cap(in.wire) < n+stampRoom {
+		in.wire = make([]byte, n, n+stampRoom)
+	}
+	in.wire = in.wire[:n]
+	data.CopyTo(in.wire)
+}
+
 // Marshal encodes v, or takes the bytes of a reply.
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	switch v := v.(type) {
@@ -43,18 +50,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	}
 }
 
-// Unmarshal decodes data into v, or copies it into an inbound: gRPC uses its buffers
-// again as soon as this returns.
+// Unmarshal decodes data into v. Requests for pushes do not come this way, see wire.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	in, ok := v.(*inbound)
-	if !ok {
-		return c.proto.Unmarshal(data, v)
-	}
-	n := data.Len()
-	if cap(in.wire) < n+stampRoom {
-		in.wire = make([]byte, n, n+stampRoom)
-	}
-	in.wire = in.wire[:n]
-	data.CopyTo(in.wire)
-	return nil
+	return c.proto.Unmarshal(data, v)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -18,7 +19,9 @@ import (
 // the span of the call. ctx is the call's, of a PushStream the stream's.
 type TraceFunc func(ctx context.Context, api string) (engine.Trace, func(engine.Result, error))
 
-// Config of a Server. Zero fields mean the defaults; Engine is required.
+// Config of a Server. Zero fields mean the defaults; Engine is required. The defaults of
+// BodyBytes, OpenCalls, Streams and Connections are what fits into the memory that the process may have
+// (GOMEMLIMIT), see fit.
 type Config struct {
 	Engine  *engine.Engine
 	Metrics *metrics.Set // nil: a set of its own
@@ -59,6 +62,19 @@ type Config struct {
 	// message that reaches it may exceed it, by a batch at most.
 	StreamInflight      int
 	StreamInflightBytes int
+	// BodyBytes is the memory for requests that are being read, and pushes until they are
+	// answered. Whoever finds none waits, or is refused.
+	BodyBytes int
+	// OpenCalls bounds the unary calls that are open on all connections, Streams the
+	// PushStreams (and other streams), and StreamsPerConnection those of one connection.
+	// It must be below MaxStreams, or unary calls beside them would never begin.
+	OpenCalls            int
+	Streams              int
+	StreamsPerConnection int
+	// Connections bounds those that have said hello, ConnectionsPerAddress those of one
+	// address, or of one /64 of IPv6.
+	Connections           int
+	ConnectionsPerAddress int
 	// DrainNotice is how long Drain still takes pushes after health went NOT_SERVING: the
 	// time in which balancers notice. Then connections are told to go, in good order. 0:
 	// new pushes are refused at once.
@@ -101,10 +117,12 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
 	setDefault(&c.StreamWorkers, 512)              // as many calls as usually wait for an ack: a new goroutine has its stack to grow
-	setDefault(&c.StreamWindow, 256<<10)           // what a stream that is not read may hold
+	setDefault(&c.StreamWindow, 64<<10)            // what a stream that is not read may hold; a larger message has its window when it is read
 	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
 	setDefault(&c.StreamInflight, 1024)
 	setDefault(&c.StreamInflightBytes, 16*(1<<20)) // 16 of the largest requests
+	setDefault(&c.StreamsPerConnection, max(c.MaxStreams/2, 1))
+	c.fit()
 	if c.PriorityMax == "" {
 		c.PriorityMax = engine.Critical.String()
 	}
@@ -145,6 +163,12 @@ func (c Config) Validate() error {
 	within("ConnWindow", c.ConnWindow, 64<<10, 1<<30)
 	within("StreamInflight", c.StreamInflight, 1, 1<<20)
 	within("StreamInflightBytes", c.StreamInflightBytes, 1<<10, 1<<30)
+	within("BodyBytes", c.BodyBytes, 1<<10, math.MaxInt)
+	within("OpenCalls", c.OpenCalls, 1, 1<<24)
+	within("Streams", c.Streams, 1, 1<<24)
+	within("StreamsPerConnection", c.StreamsPerConnection, 1, max(c.MaxStreams-1, 1))
+	within("Connections", c.Connections, 1, 1<<24)
+	within("ConnectionsPerAddress", c.ConnectionsPerAddress, 1, 1<<24)
 	within("Rate", c.Rate, 0, 1<<30)
 	within("RateBurst", c.RateBurst, min(c.Rate, 1), 1<<30)
 	within("RateCallers", c.RateCallers, 1, 1<<24)

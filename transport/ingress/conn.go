@@ -24,14 +24,16 @@ type conn struct {
 	limiter *limiter
 	unread  func() int    // bytes that have come and are not read, 0 where nobody knows
 	turn    chan struct{} // a token when it may go on, one for each time that it was lined
-	// handshake is set before the first Read.
+	// Set before the first Read.
 	handshake *handshake
+	place     *place
 
 	// The highest priority of its calls lately, and when it was seen last. One that has made
 	// no call yet may ask for health: it counts as high.
 	priority atomic.Int32
 	noted    atomic.Int64
 	made     atomic.Int64 // calls, and messages of PushStreams
+	streams  atomic.Int64 // that are open, see streams
 	// lag is for how long, at the most, what was read last had waited. It is known while
 	// there is a crowd, else 0.
 	lag atomic.Int64
@@ -42,6 +44,7 @@ type conn struct {
 
 	// Owned by Read, and by whoever lets it in while it waits.
 	greeted bool
+	counted bool // by place
 	headers headers
 	age     age
 	size    size
@@ -141,9 +144,19 @@ func (c *conn) Read(b []byte) (int, error) {
 		fresh = c.age.taken >= c.age.mark && (at-c.age.after < spell || c.unread() == 0)
 	}
 	c.settle()
+	if c.greeted && !c.counted { // and gRPC goes on
+		c.counted = true
+		c.place.take()
+	}
+	greeted := c.greeted
 	n, err := c.headers.read(c.Conn, b, c.unread)
 	if n > 0 {
 		c.take(n, n == len(b), fresh)
+	}
+	if c.greeted && !greeted {
+		if err := c.place.check(); err != nil {
+			return 0, err
+		}
 	}
 	return n, err
 }
@@ -237,6 +250,7 @@ func (c *conn) Close() error {
 	l.mu.Unlock()
 	c.settle()
 	c.handshake.end()
+	c.place.leave()
 	return err
 }
 
@@ -244,8 +258,9 @@ func (c *conn) Close() error {
 // by connOf.
 type heldCredentials struct {
 	credentials.TransportCredentials
-	limiter    *limiter
-	handshakes *handshakes
+	limiter     *limiter
+	handshakes  *handshakes
+	connections *connections
 }
 
 // heldInfo is the information of the credentials, with the connection.
@@ -264,8 +279,8 @@ func (i heldInfo) GetCommonAuthInfo() credentials.CommonAuthInfo {
 	return credentials.CommonAuthInfo{}
 }
 
-func insecureHeld(l *limiter, h *handshakes) credentials.TransportCredentials {
-	return heldCredentials{insecure.NewCredentials(), l, h}
+func insecureHeld(l *limiter, h *handshakes, c *connections) credentials.TransportCredentials {
+	return heldCredentials{insecure.NewCredentials(), l, h, c}
 }
 
 // ServerHandshake implements credentials.TransportCredentials. gRPC keeps the raw connection
@@ -273,13 +288,14 @@ func insecureHeld(l *limiter, h *handshakes) credentials.TransportCredentials {
 func (h heldCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	c := newConn(raw, h.limiter, h.handshakes.timeout)
 	c.handshake = h.handshakes.begin(raw.RemoteAddr(), raw)
+	c.place = &place{all: h.connections, network: c.handshake.network}
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
 	return secured, heldInfo{info, c}, err
 }
 
 // Clone implements credentials.TransportCredentials.
 func (h heldCredentials) Clone() credentials.TransportCredentials {
-	return heldCredentials{h.TransportCredentials.Clone(), h.limiter, h.handshakes}
+	return heldCredentials{h.TransportCredentials.Clone(), h.limiter, h.handshakes, h.connections}
 }
 
 // connOf is the connection that a call came on, nil if it is none of ours.

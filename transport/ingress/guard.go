@@ -37,6 +37,13 @@ func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	if info.FullMethod == "/"+serviceName+"/PushStream" {
 		return handler(srv, ss)
 	}
+	conn := connOf(ss.Context())
+	if err := s.streams.open(conn, engine.Normal); err != nil {
+		r := s.refuse(info.FullMethod, err)
+		ss.SetTrailer(r.pushback)
+		return r.status.Err()
+	}
+	defer s.streams.close(conn)
 	done := make(chan error, 1)
 	s.readers.Go(func() {
 		defer func() {

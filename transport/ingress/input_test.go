@@ -91,8 +91,8 @@ func TestInput(t *testing.T) {
 		{"data past its limit", methodUser, &pubsub.PushToUserRequest{UserId: "a", Content: data(256<<10 + 1)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
 		{"data of nearly 1 MiB", methodAll, &pubsub.BroadcastMessageRequest{Content: data(1<<20 - 64)}, codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "content.data"},
 		{"message of 1 MiB", methodRoom, make([]byte, 1<<20), codes.InvalidArgument, "MALFORMED", "request"},
-		{"message past 1 MiB", methodRoom, make([]byte, 1<<20+1), codes.ResourceExhausted, "", ""},
-		{"message of 5 MiB", methodRoom, make([]byte, 5<<20), codes.ResourceExhausted, "", ""},
+		{"message past 1 MiB", methodRoom, make([]byte, 1<<20+1), codes.ResourceExhausted, "REQUEST_TOO_LARGE", "request"},
+		{"message of 5 MiB", methodRoom, make([]byte, 5<<20), codes.ResourceExhausted, "REQUEST_TOO_LARGE", "request"},
 		{"and the connection lives", methodRoom, room("r"), codes.OK, "", ""},
 		{"exclude at its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_000)}, codes.OK, "", ""},
 		{"exclude past its limit", methodRoom, &pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: ids(10_001)}, codes.InvalidArgument, "TOO_MANY", "exclude_user_ids"},
@@ -234,18 +234,25 @@ func TestMalformedPathIsUnimplemented(t *testing.T) {
 // h2call makes a PushToUser by hand and returns the headers and trailers.
 func h2call(t *testing.T, w *world, headers map[string]string) map[string]string {
 	t.Helper()
+	body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	compressed := byte(0)
+	if headers["grpc-encoding"] != "" {
+		compressed = 1
+	}
+	return h2callWith(t, w, headers, append([]byte{compressed, 0, 0, 0, byte(len(body))}, body...))
+}
+
+// h2callWith makes a call by hand, with these headers and bytes, and returns the headers and
+// trailers.
+func h2callWith(t *testing.T, w *world, headers map[string]string, message []byte) map[string]string {
+	t.Helper()
 	conn, err := w.dial(w.context(), "")
 	ok(t, err)
 	defer conn.Close()
 	ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
 	framer := hello(t, conn)
 	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, headers), EndHeaders: true}))
-	body := marshal(t, &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
-	compressed := byte(0)
-	if headers["grpc-encoding"] != "" {
-		compressed = 1
-	}
-	ok(t, framer.WriteData(1, true, append([]byte{compressed, 0, 0, 0, byte(len(body))}, body...)))
+	ok(t, framer.WriteData(1, true, message))
 	return h2read(t, framer)
 }
 

@@ -28,11 +28,14 @@ const (
 	refusedBusy                  // too many calls are worked on
 	refusedMemory                // memory runs out
 	refusedRate                  // the caller is over its rate
+	refusedSpace                 // there is no memory for the request
+	refusedOpen                  // too many calls are open
+	refusedStreams               // too many streams are open
 	refusedLookups               // too many look-ups are under way
 	refusals                     // how many there are
 )
 
-var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "lookups"}
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "lookups"}
 
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
@@ -118,6 +121,12 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 		why = refusedMemory
 	case errors.Is(err, errRate):
 		why = refusedRate
+	case errors.Is(err, errNoSpace):
+		why = refusedSpace
+	case errors.Is(err, errTooManyCalls):
+		why = refusedOpen
+	case errors.Is(err, errTooManyStreams), errors.Is(err, errStreamsOfOneConn):
+		why = refusedStreams
 	case !errors.Is(err, engine.ErrOverloaded):
 		return
 	default:

@@ -50,7 +50,10 @@ type Server struct {
 	health   *health.Server
 	callers  *callers // nil: nobody is limited
 	limiter  *limiter
-	usual    *reply // of a PushToUser that was delivered
+	space    *space
+	streams  *streams
+	mostOpen [4]int64 // calls that are open, by rank of the priority
+	usual    *reply   // of a PushToUser that was delivered
 
 	calls sync.Pool // of *call
 
@@ -103,6 +106,12 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s.callers.show(cfg.Metrics)
+	s.space = newSpace(cfg.BodyBytes, cfg.Streams+max(cfg.BodyBytes/2/cfg.StreamWindow, 16), cfg.Metrics)
+	s.streams = newStreams(cfg.Streams, cfg.StreamsPerConnection, cfg.Metrics)
+	for _, p := range engine.Priorities() {
+		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls) + cfg.Streams)
+	}
+	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
 	s.limiter = newLimiter(cfg.Calls, cfg.MaxStreams, cfg.Metrics)
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
@@ -110,7 +119,7 @@ func New(cfg Config) (*Server, error) {
 	s.healthy.Store(true)
 	s.SetServing(true)
 	if !cfg.DisableReflection {
-		reflection.RegisterV1(s.grpc)
+		reflection.Register(s.grpc)
 	}
 	return s, nil
 }
@@ -150,7 +159,7 @@ func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.Creds(insecureHeld(s.limiter, newHandshakes(c))),
+		grpc.Creds(insecureHeld(s.limiter, newHandshakes(c), newConnections(c))),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
 		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),
 		grpc.MaxConcurrentStreams(uint32(c.MaxStreams)),
@@ -306,15 +315,15 @@ func (s *Server) waitIdle(ctx context.Context) {
 	}
 }
 
-// enter counts a call in, unless the server drains. Counting comes first: so
-// either Drain sees the call or the call sees that the server drains.
-func (s *Server) enter() bool {
-	s.metrics.inflight.Add(1)
+// enter counts a call in, unless the server drains, and tells how many there are now. Counting
+// comes first: so either Drain sees the call or the call sees that the server drains.
+func (s *Server) enter() (open int64, draining bool) {
+	open = s.metrics.inflight.Add(1)
 	if s.draining.Load() {
 		s.leave()
-		return false
+		return open, true
 	}
-	return true
+	return open, false
 }
 
 func (s *Server) leave() {

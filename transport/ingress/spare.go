@@ -9,6 +9,7 @@ import "time"
 type message struct {
 	in inbound
 	// Set by the reader, owned by the writer once the first push has finished.
+	bytes int64    // of the stream's share
 	left  int      // pushes without an answer
 	inUse bool     // something may still refer to a push that is answered
 	next  *message // in stream.freeMessages
@@ -16,6 +17,7 @@ type message struct {
 
 // newMessage takes one that is free, or makes one.
 func (st *stream) newMessage() *message {
+	st.calls, st.messages = st.laidByCalls.Swap(nil), st.laidByMessages.Swap(nil)
 	if st.messages == nil {
 		st.spareBytes.Store(0)
 		st.messages = st.freeMessages.Swap(nil)
@@ -26,6 +28,30 @@ func (st *stream) newMessage() *message {
 	}
 	st.messages, m.next = m.next, nil
 	return m
+}
+
+// layBy puts down what the reader has of free calls and messages: while it waits for the next
+// message the writer may throw it away.
+func (st *stream) layBy() {
+	st.laidByCalls.Store(st.calls)
+	st.laidByMessages.Store(st.messages)
+	st.calls, st.messages = nil, nil
+}
+
+// trim gives back what the stream has of the space and did not need lately, and throws away
+// what it keeps for use again if that was much. It is for the writer, and tells whether there
+// is more to look at.
+func (st *stream) trim() bool {
+	much, more := st.share.trim()
+	if much {
+		st.laidByCalls.Store(nil)
+		st.laidByMessages.Store(nil)
+		st.free.Store(nil)
+		st.freeMessages.Store(nil)
+		st.spareCalls.Store(0)
+		st.spareBytes.Store(0)
+	}
+	return more
 }
 
 // newCall takes one that is free, or makes one.
@@ -88,6 +114,7 @@ func (st *stream) release(c *call, free *chain) {
 		return
 	}
 	st.answeredBytes.Add(int64(len(m.in.wire)))
+	st.share.answered.Add(m.bytes)
 	if m.inUse || st.spareBytes.Load()+int64(cap(m.in.wire)) > spareBytesMost {
 		return
 	}

@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strconv"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -45,8 +47,9 @@ type statuses struct {
 	draining, notReady, deadline, canceled, unavailable, internal *refusal
 
 	// With different delays.
-	overloaded, rateLimited []*refusal
-	rateDelays              []time.Duration // of rateLimited
+	overloaded, streams, streamsOfOneConn []*refusal
+	rateLimited                           []atomic.Pointer[refusal]
+	rateDelays                            []time.Duration // of rateLimited
 
 	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
 	// engine had the push.
@@ -56,16 +59,18 @@ type statuses struct {
 func newStatuses() *statuses {
 	delays := rateDelays()
 	return &statuses{
-		draining:    newRefusal(codes.Unavailable, "DRAINING", "this instance is shutting down", retryIn(retryDraining)),
-		notReady:    newRefusal(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryIn(retryNotReady)),
-		overloaded:  exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
-		rateLimited: exhausted("RATE_LIMITED", "you push faster than you may", delays),
-		rateDelays:  delays,
-		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
-		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
-		unavailable: newRefusal(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryIn(retryUnavailable)),
-		internal:    newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
-		mayBeSent:   encoded(status.New(codes.Internal, "internal error")),
+		draining:         later(codes.Unavailable, "DRAINING", "this instance is shutting down", retryDraining),
+		notReady:         later(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryNotReady),
+		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
+		streams:          exhausted("TOO_MANY_STREAMS", "too many streams are open", spread(retryOverloaded)),
+		streamsOfOneConn: exhausted("TOO_MANY_STREAMS", "too many streams are open on this connection", spread(retryOverloaded)),
+		rateLimited:      make([]atomic.Pointer[refusal], len(delays)),
+		rateDelays:       delays,
+		deadline:         newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
+		canceled:         newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		unavailable:      later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
+		internal:         newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
 	}
 }
 
@@ -82,11 +87,18 @@ var (
 func (t *statuses) of(err error) *refusal {
 	var invalid *engine.InvalidError
 	var over *rateError
+	var large *tooLargeError
 	switch {
 	case errors.Is(err, engine.ErrOverloaded): // the first, because it comes in masses
 		return t.overloaded[rand.IntN(len(t.overloaded))]
 	case errors.As(err, &over):
 		return t.late(over.after)
+	case errors.Is(err, errTooManyStreams):
+		return t.streams[rand.IntN(len(t.streams))]
+	case errors.Is(err, errStreamsOfOneConn):
+		return t.streamsOfOneConn[rand.IntN(len(t.streamsOfOneConn))]
+	case errors.As(err, &large):
+		return newTooLarge(large)
 	case errors.As(err, &invalid):
 		return newInvalid(invalid)
 	case errors.Is(err, engine.ErrDraining):
@@ -116,9 +128,27 @@ func newInvalid(e *engine.InvalidError) *refusal {
 		}}})
 }
 
+// newTooLarge refuses a request for its size. Whoever has it tried again by its gRPC for
+// RESOURCE_EXHAUSTED would only be told the same: a push-back below zero forbids that.
+func newTooLarge(e *tooLargeError) *refusal {
+	text := e.Error()
+	r := newRefusal(codes.ResourceExhausted, "REQUEST_TOO_LARGE", text, &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{
+		Field: "request", Description: strings.TrimPrefix(text, "request: "), Reason: "REQUEST_TOO_LARGE",
+	}}})
+	r.pushback = metadata.Pairs(pushbackKey, "-1")
+	return r
+}
+
 // unsupportedEncoding refuses compressed requests.
 func unsupportedEncoding(name string) *refusal {
 	return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean("grpc-encoding "+name+" is not supported"))
+}
+
+// later makes a refusal that says when to come back, as gRPC's clients hear it, too.
+func later(code codes.Code, reason, text string, d time.Duration) *refusal {
+	r := newRefusal(code, reason, text, retryIn(d))
+	r.pushback = metadata.Pairs(pushbackKey, strconv.FormatInt(d.Milliseconds(), 10))
+	return r
 }
 
 func newRefusal(code codes.Code, reason, text string, details ...protoadapt.MessageV1) *refusal {
@@ -135,8 +165,7 @@ func newRefusal(code codes.Code, reason, text string, details ...protoadapt.Mess
 func exhausted(reason, text string, delays []time.Duration) []*refusal {
 	all := make([]*refusal, len(delays))
 	for i, d := range delays {
-		all[i] = newRefusal(codes.ResourceExhausted, reason, text, retryIn(d))
-		all[i].pushback = metadata.Pairs(pushbackKey, strconv.FormatInt(d.Milliseconds(), 10))
+		all[i] = later(codes.ResourceExhausted, reason, text, d)
 	}
 	return all
 }
@@ -151,18 +180,35 @@ func spread(d time.Duration) []time.Duration {
 	return all
 }
 
-// rateDelays are the delays that a caller may be told who is over its rate. Few, so that
-// their refusals are made once.
+// rateDelays are the delays that a caller may be told who is over its rate, up to longestTurn: so
+// fine that those who are told the same are few, and so few that their refusals can be kept.
 func rateDelays() []time.Duration {
-	const ms = time.Millisecond
-	return []time.Duration{10 * ms, 20 * ms, 50 * ms, 100 * ms, 200 * ms, 500 * ms, time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second}
+	var all []time.Duration
+	last := time.Duration(0)
+	for _, part := range []struct{ until, step time.Duration }{
+		{time.Second, 10 * time.Millisecond},
+		{10 * time.Second, 50 * time.Millisecond},
+		{longestTurn, 250 * time.Millisecond},
+	} {
+		for last < part.until {
+			last += part.step
+			all = append(all, last)
+		}
+	}
+	return all
 }
 
 // late is the refusal of a caller over its rate that asks for a delay of at least after, if
-// there is one so long.
+// there is one so long. Each is made when it is first asked for.
 func (t *statuses) late(after time.Duration) *refusal {
 	i, _ := slices.BinarySearch(t.rateDelays, after)
-	return t.rateLimited[min(i, len(t.rateLimited)-1)]
+	i = min(i, len(t.rateDelays)-1)
+	r := t.rateLimited[i].Load()
+	if r == nil {
+		r = exhausted("RATE_LIMITED", "you push faster than you may", t.rateDelays[i:i+1])[0]
+		t.rateLimited[i].Store(r)
+	}
+	return r
 }
 
 func encoded(st *status.Status) *refusal {

@@ -39,12 +39,15 @@ type stream struct {
 	deadline time.Time     // of the stream, zero for none
 	entrance entrance      // by which its pushes come in
 	conn     *conn
+	wire     wire
 
 	// Owned by the reader.
 	order      engine.Order
+	head       [messageHead]byte
 	takenBytes int64
 	calls      *call
 	messages   *message
+	share      share
 
 	// Owned by the writer.
 	replies replies
@@ -59,8 +62,13 @@ type stream struct {
 	answeredBytes atomic.Int64
 	stopped       atomic.Bool // nothing more is taken
 	gone          atomic.Bool // the client is: what completes is only booked
+	lost          atomic.Bool // pushes are, after a panic: they are not waited for
 
 	done atomic.Pointer[call] // completed pushes, the last one first
+
+	// What the reader has of free calls and messages while it waits for a message.
+	laidByCalls    atomic.Pointer[call]
+	laidByMessages atomic.Pointer[message]
 
 	// Answered, and free to be used again. Filled by the writer, emptied by the reader;
 	// how much it is, about.
@@ -76,53 +84,114 @@ type stream struct {
 }
 
 func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
-	if !s.enter() {
+	if _, draining := s.enter(); draining {
 		return s.statuses.draining.status.Err()
 	}
 	defer s.leave()
 	ctx := ss.Context()
-	if name := compression(ctx); name != "" {
-		return unsupportedEncoding(name).status.Err()
-	}
-	e, err := s.entranceOf(ctx)
+	w, err := wireOf(ctx)
 	if err != nil {
 		return s.refuse("PushStream", err).status.Err()
 	}
+	if name := compression(w); name != "" {
+		return unsupportedEncoding(name).status.Err()
+	}
+	e, err := s.entranceOf(ctx)
+	conn := connOf(ctx)
+	if err == nil {
+		err = s.streams.open(conn, e.priority)
+	}
+	if err != nil {
+		r := s.refuse("PushStream", err)
+		s.metrics.countRefusal(e.priority, err)
+		ss.SetTrailer(r.pushback)
+		return r.status.Err()
+	}
+	defer s.streams.close(conn)
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
-	conn := connOf(ctx)
 	conn.note(e.priority, s.limiter.now())
-	st := &stream{srv: s, conn: conn, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	st := &stream{srv: s, conn: conn, wire: w, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	st.share.space, st.share.priority = s.space, e.priority
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
 			s.panicked("PushStream", v)
 			err = s.statuses.mayBeSent.status.Err()
+			st.lost.Store(true)
 		}
 		st.abandon()
 	}()
-	s.readers.Go(func() { st.readLoop(ctx, ss) })
+	s.readers.Go(func() { st.readLoop(ctx) })
 	return st.writeLoop(ctx, ss)
 }
 
 // readLoop takes messages until the client has no more, the stream breaks or the
 // writer has stopped it. It outlives the handler at most until gRPC has noticed.
-func (st *stream) readLoop(ctx context.Context, ss grpc.ServerStream) {
+func (st *stream) readLoop(ctx context.Context) {
 	defer func() {
 		st.read.Store(true)
 		poke(st.wake)
+		st.settle()
 	}()
 	for st.hasRoom(ctx) {
-		m := st.newMessage()
-		if st.readErr = ss.RecvMsg(&m.in); st.readErr != nil {
+		m, err := st.readMessage(ctx)
+		if st.readErr = err; err != nil {
 			return
 		}
 		st.takenBytes += int64(len(m.in.wire))
 		more, err := st.takeMessage(ctx, m)
+		st.layBy()
 		if st.readErr = err; err != nil || !more {
 			return
 		}
 	}
+}
+
+// readMessage awaits a message and reads it, once there is space for it. An error is that of
+// the stream, or io.EOF.
+func (st *stream) readMessage(ctx context.Context) (*message, error) {
+	size, err := st.srv.next(st.wire, st.head[:])
+	if err != nil {
+		return nil, st.readError(err)
+	}
+	bytes := messageBytes(size)
+	for !st.share.tryTake(bytes) {
+		// Our own pushes that are answered make room, too.
+		if st.taken.Load() == st.answered.Load() {
+			if err := st.share.wait(ctx, bytes); err != nil {
+				return nil, ctx.Err()
+			}
+			break
+		}
+		select {
+		case <-st.freed:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	m := st.newMessage()
+	m.bytes = bytes
+	if err := m.in.fill(st.wire, size); err != nil {
+		return nil, st.readError(err)
+	}
+	return m, nil
+}
+
+// readError is the end of a stream that cannot be read: because its client has half-closed or
+// has gone, or for what it has sent.
+func (st *stream) readError(err error) error {
+	if errors.Is(err, io.EOF) {
+		return err
+	}
+	why := unread(err)
+	if !errors.Is(why, engine.ErrCanceled) && !errors.Is(why, engine.ErrDeadline) {
+		return st.unanswerable(why)
+	}
+	if _, known := status.FromError(err); !known {
+		err = status.FromContextError(context.Canceled).Err()
+	}
+	return err // bare: some may have been sent
 }
 
 // hasRoom waits while as much is in flight as may be. Not reading is how the client
@@ -282,9 +351,19 @@ func (st *stream) completed() *call {
 // the server drains, and all that was taken is answered; or the client has gone.
 func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
 	drained := st.srv.drained
+	look := time.NewTimer(shareLook)
+	look.Stop()
+	defer look.Stop()
+	looks := false
 	for {
 		select {
 		case <-st.wake:
+		case <-look.C:
+			looks = st.trim()
+			if looks {
+				look.Reset(shareLook)
+			}
+			continue
 		case <-drained:
 			drained = nil
 			st.stopped.Store(true)
@@ -293,6 +372,10 @@ func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
 		}
 		if err := st.answerDone(ss); err != nil {
 			return err
+		}
+		if !looks && st.share.holds() {
+			looks = true
+			look.Reset(shareLook)
 		}
 		if over, err := st.over(); over {
 			return err
@@ -346,14 +429,12 @@ func (st *stream) answerOne(ss grpc.ServerStream, c *call, now time.Time) (next 
 	} else {
 		r = st.srv.newStreamReply(c.id, c.api, &c.push, &res)
 	}
-	if err := ss.SendMsg(r); err != nil {
-		return next, err
-	}
+	err = ss.SendMsg(r)
 	var free chain
 	st.release(c, &free)
 	st.giveBack(&free)
-	st.answered.Add(1)
-	return next, nil
+	st.answered.Add(1) // of a client that has gone, too
+	return next, err
 }
 
 // answerBatch answers c and those behind it in one message, and returns the first that
@@ -370,9 +451,7 @@ func (st *stream) answerBatch(ss grpc.ServerStream, c *call, now time.Time) (nex
 	}
 	err = ss.SendMsg(&st.replies)
 	st.giveBack(&free)
-	if err == nil {
-		st.answered.Add(int64(n))
-	}
+	st.answered.Add(int64(n)) // of a client that has gone, too
 	return c, err
 }
 
@@ -419,7 +498,18 @@ func (st *stream) abandon() {
 }
 
 func (st *stream) bookList(c *call) {
+	n := int64(0)
 	for now := time.Now(); c != nil; c = c.next {
 		_, _ = st.book(c, now) // nobody is there to be told
+		n++
+	}
+	st.answered.Add(n)
+	st.settle()
+}
+
+// settle gives back the space of a stream that is over when the last of its pushes is.
+func (st *stream) settle() {
+	if st.gone.Load() && st.read.Load() && (st.lost.Load() || st.taken.Load() == st.answered.Load()) {
+		st.share.giveBack()
 	}
 }

@@ -12,7 +12,11 @@ import (
 // call is one push from its bytes to its outcome. It is used again for another one when
 // nothing can refer to it any more.
 type call struct {
-	in   inbound // of a unary call
+	// Of a unary call.
+	in   inbound
+	head [messageHead]byte
+	held int64 // bytes of Server.space
+
 	push engine.Push
 	api  api
 
@@ -39,20 +43,25 @@ func (s *Server) releaseCall(c *call) {
 }
 
 func (s *Server) unaryHandler(a api) grpc.MethodHandler {
-	return func(_ any, ctx context.Context, read func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-		return s.unary(ctx, a, read)
+	return func(_ any, ctx context.Context, _ func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+		return s.unary(ctx, a)
 	}
 }
 
 // unary serves one call of a method other than PushStream.
-func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer any, err error) {
+func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	began := time.Now()
-	if !s.enter() {
+	open, draining := s.enter()
+	if draining {
 		s.metrics.record(a, nil, engine.ErrDraining, time.Since(began))
-		return nil, s.statuses.draining.status.Err()
+		return nil, s.answerRefusal(ctx, engine.Normal, s.statuses.draining, engine.ErrDraining)
 	}
 	defer s.leave()
-	if name := compression(ctx); name != "" {
+	w, err := wireOf(ctx)
+	if err != nil {
+		return nil, s.refuse(a.String(), err).status.Err()
+	}
+	if name := compression(w); name != "" {
 		err := unsupportedEncoding(name).status.Err()
 		s.metrics.record(a, nil, err, time.Since(began))
 		return nil, err
@@ -62,6 +71,9 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	if err == nil {
 		conn.note(e.priority, s.limiter.at(began))
 		err = s.admit(&e)
+	}
+	if err == nil && open > s.mostOpen[e.priority.Rank()] {
+		err = errTooManyCalls
 	}
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
@@ -76,10 +88,16 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	}
 	c := s.takeCall(a)
 	e.allow(&c.push)
-	if err := read(&c.in); err != nil {
-		// gRPC's own refusal, which it has answered already: too large, cancelled.
+	defer func() {
+		s.space.release(c.held)
+		c.held = 0
+		if err == nil {
+			s.releaseCall(c)
+		}
+	}()
+	if err := s.read(ctx, w, c); err != nil {
 		s.metrics.record(a, nil, err, time.Since(began))
-		return nil, err
+		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
 	}
 	c.push.Arrived = began
 	res, err := s.run(ctx, c)
@@ -87,9 +105,26 @@ func (s *Server) unary(ctx context.Context, a api, read func(any) error) (answer
 	if err != nil {
 		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
 	}
-	r := s.reply(a, &c.push, &res)
-	s.releaseCall(c)
-	return r, nil
+	return s.reply(a, &c.push, &res), nil
+}
+
+// read reads the request, once there is space for it. A small one is a part of what every open
+// call is reckoned to take, see openBytes.
+func (s *Server) read(ctx context.Context, w wire, c *call) error {
+	size, err := s.next(w, c.head[:])
+	if err == nil && size > smallBody {
+		c.held, err = s.space.reserve(ctx, c.push.Priority, s.bodyBytes(c.api, size), patienceForSpace)
+		if err != nil {
+			return err
+		}
+	}
+	if err == nil {
+		err = c.in.only(w, size, c.head[:])
+	}
+	if err != nil {
+		return unread(err)
+	}
+	return nil
 }
 
 // run decodes the push and lets the engine do it. A panic becomes an error that
@@ -112,6 +147,11 @@ func (s *Server) run(ctx context.Context, c *call) (res engine.Result, err error
 	if err := s.decoder.decode(c.api, c.in.wire, &c.push); err != nil {
 		return engine.Result{}, err
 	}
+	if c.held > 0 { // gRPC has its buffers back, and lists are known
+		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude)))
+		s.space.release(c.held - kept)
+		c.held = kept
+	}
 	taken = true
 	return s.cfg.Engine.Do(ctx, &c.push)
 }
@@ -121,18 +161,4 @@ func panicError(taken bool) error {
 		return errMayBeSent
 	}
 	return errPanic
-}
-
-// compression is the encoding of the request's messages, "" for none. Refusing it
-// here keeps out compressors that some other package of the program registers:
-// without one gRPC answers UNIMPLEMENTED by itself.
-func compression(ctx context.Context) string {
-	st, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
-	if !ok {
-		return ""
-	}
-	if name := st.RecvCompress(); name != "identity" {
-		return name
-	}
-	return ""
 }

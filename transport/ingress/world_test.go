@@ -362,7 +362,8 @@ func wantStatus(t testing.TB, st *status.Status, code codes.Code, reason, field 
 	if gotReason != reason || gotField != field {
 		t.Errorf("reason %q, field %q, want %q and %q (%v)", gotReason, gotField, reason, field, st)
 	}
-	if want := reason != "" && (code == codes.Unavailable || code == codes.ResourceExhausted); retry != want {
+	later := code == codes.Unavailable || code == codes.ResourceExhausted && reason != "REQUEST_TOO_LARGE"
+	if want := reason != "" && later; retry != want {
 		t.Errorf("RetryInfo = %v, want %v (%v)", retry, want, st)
 	}
 }

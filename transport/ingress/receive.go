@@ -1,0 +1,119 @@
+package ingress
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// wire is a call as gRPC's transport has it. Asking it, and not grpc.ServerStream, tells how
+// large a message is before it is read: a large one must not come in before there is memory
+// for it, and one that is too large has to be refused with our own words.
+type wire interface {
+	RecvCompress() string
+	ReadMessageHeader(head []byte) error
+	Read(n int) (mem.BufferSlice, error)
+}
+
+// wireOf is the call of a handler's context. A gRPC whose transport cannot be asked is not one
+// that this package was built with.
+func wireOf(ctx context.Context) (wire, error) {
+	w, ok := grpc.ServerTransportStreamFromContext(ctx).(wire)
+	if !ok {
+		return nil, errForeignTransport
+	}
+	return w, nil
+}
+
+var errForeignTransport = errors.New("the transport of gRPC is not as expected")
+
+// compression is the encoding of the request's messages, "" for none. Refusing it
+// here keeps out compressors that some other package of the program registers:
+// without one gRPC answers UNIMPLEMENTED by itself.
+func compression(w wire) string {
+	if name := w.RecvCompress(); name != "identity" {
+		return name
+	}
+	return ""
+}
+
+// messageHead is what stands before each message: a flag and the length.
+const messageHead = 5
+
+// tooLargeError refuses a message of which nothing but its head has been read.
+type tooLargeError struct{ size, most int }
+
+func (e *tooLargeError) Error() string {
+	return fmt.Sprintf("request: has %d bytes, more than %d", e.size, e.most)
+}
+
+// next awaits the next message and tells how large it is. head is for messageHead bytes.
+// io.EOF means that there is none.
+func (s *Server) next(w wire, head []byte) (size int, err error) {
+	if err := w.ReadMessageHeader(head); err != nil {
+		return 0, err
+	}
+	if head[0] != 0 {
+		return 0, &engine.InvalidError{Field: "request", Code: engine.CodeMalformed, Description: "is marked as compressed, and the call names no encoding"}
+	}
+	size = int(binary.BigEndian.Uint32(head[1:]))
+	if size > s.cfg.MaxRecvBytes {
+		return 0, &tooLargeError{size, s.cfg.MaxRecvBytes}
+	}
+	return size, nil
+}
+
+// fill reads the message of which next has read the head.
+func (in *inbound) fill(w wire, size int) error {
+	data, err := w.Read(size)
+	if err != nil {
+		return err
+	}
+	in.copyFrom(data, size)
+	data.Free()
+	return nil
+}
+
+// only reads the message of a call that has one, whose head next has read, and then that no
+// other follows: what a client sends behind it would stay in memory, however long the push takes.
+func (in *inbound) only(w wire, size int, head []byte) error {
+	if err := in.fill(w, size); err != nil {
+		return err
+	}
+	switch err := w.ReadMessageHeader(head); {
+	case err == nil:
+		return &engine.InvalidError{Field: "request", Code: engine.CodeTooMany, Description: "must be one message"}
+	case errors.Is(err, io.EOF):
+		return nil
+	default:
+		return err
+	}
+}
+
+// unread is the error of a call whose message was not read whole, so that nothing was done for
+// it: for what its head says, or because the client has gone or broken off.
+func unread(err error) error {
+	var invalid *engine.InvalidError
+	var large *tooLargeError
+	switch {
+	case errors.As(err, &invalid), errors.As(err, &large):
+		return err
+	case errors.Is(err, io.EOF):
+		return &engine.InvalidError{Field: "request", Code: engine.CodeRequired, Description: "must be there"}
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return &engine.InvalidError{Field: "request", Code: engine.CodeMalformed, Description: "ends before it is whole"}
+	case status.Code(err) == codes.DeadlineExceeded:
+		return engine.ErrDeadline
+	default:
+		return engine.ErrCanceled
+	}
+}
