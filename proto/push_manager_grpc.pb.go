@@ -63,6 +63,11 @@ type PushManagerServiceClient interface {
 	// Pushes to a list of users: ids are de-duplicated and grouped by node.
 	PushToUsers(ctx context.Context, in *PushToUsersRequest, opts ...grpc.CallOption) (*PushToUsersResponse, error)
 	// High-rate ingestion: many pushes on one stream, each answered by its id.
+	// While the server drains, it answers what it has taken and ends the stream
+	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
+	// and may be sent again on another stream. A server has room for so many
+	// streams, in all and on a connection: one too many ends at once with
+	// RESOURCE_EXHAUSTED.
 	PushStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PushStreamRequest, PushStreamResponse], error)
 }
 
@@ -164,6 +169,11 @@ type PushManagerServiceServer interface {
 	// Pushes to a list of users: ids are de-duplicated and grouped by node.
 	PushToUsers(context.Context, *PushToUsersRequest) (*PushToUsersResponse, error)
 	// High-rate ingestion: many pushes on one stream, each answered by its id.
+	// While the server drains, it answers what it has taken and ends the stream
+	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
+	// and may be sent again on another stream. A server has room for so many
+	// streams, in all and on a connection: one too many ends at once with
+	// RESOURCE_EXHAUSTED.
 	PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error
 	mustEmbedUnimplementedPushManagerServiceServer()
 }

@@ -3,11 +3,17 @@ package faultbench
 import (
 	"context"
 	"fmt"
+	"os"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -140,4 +146,114 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// P14: requests of nearly 1 MiB, 256 at a time, and more idle PushStreams than there is memory
+// for: each within every limit, and all of them together more than a process of 256 MiB holds.
+// Whoever does not fit waits or is told to come back; small pushes go on. Where root may confine it,
+// and without the race detector, the kernel would kill it.
+func TestRequestsWithinAllLimitsFitTheMemory(t *testing.T) {
+	s := newStreet(t)
+	s.wire("bad", s.bad...)
+	s.wire("good", s.good...)
+	const limit = 256 << 20
+	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit*9/10), "PUSH_TIMEOUT=30s")
+	if !raceEnabled {
+		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": limit})
+	}
+	m.good(room("mixed"))
+	m.rest()
+	beside := func(what string) {
+		t.Helper()
+		for range 20 {
+			if p := m.push(patiently(user("good1"))); !p.success {
+				t.Errorf("a small push beside %s: %v", what, p)
+			}
+		}
+	}
+	honest := func(err error) bool {
+		if err == nil {
+			return true
+		}
+		st := status.Convert(err)
+		return st.Code() == codes.ResourceExhausted && slices.ContainsFunc(st.Details(), func(d any) bool {
+			_, is := d.(*errdetails.RetryInfo)
+			return is
+		})
+	}
+
+	s.ledger.note("256 requests of 1 MiB at a time")
+	exclude := slices.Concat(s.bad, s.good) // nobody gets it
+	for i := range 9_800 {
+		exclude = append(exclude, fmt.Sprintf("%0100d", i))
+	}
+	big := &pubsub.PushToRoomRequest{RoomId: "mixed", Content: &pubsub.MessageContent{Data: []byte("x")}, ExcludeUserIds: exclude}
+	var served, refused atomic.Int64
+	var callers sync.WaitGroup
+	api := m.dial()
+	for range 256 {
+		callers.Go(func() {
+			for range 3 {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				_, err := api.PushToRoom(ctx, big)
+				cancel()
+				if err == nil {
+					served.Add(1)
+					continue
+				}
+				if refused.Add(1); !honest(err) {
+					t.Errorf("a large push: %v", err)
+				}
+				time.Sleep(500 * time.Millisecond)
+			}
+		})
+	}
+	beside("large ones")
+	callers.Wait()
+	t.Logf("%d large pushes were served, %d were told to come back", served.Load(), refused.Load())
+	if served.Load() < 256 {
+		t.Errorf("only %d large pushes were served", served.Load())
+	}
+
+	s.ledger.note("idle PushStreams")
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	opened, turnedAway := 0, 0
+	for range 30 {
+		api := m.dial()
+		for range 128 {
+			st, err := api.PushStream(ctx)
+			if err == nil {
+				_ = st.Send(&pubsub.PushStreamRequest{Id: 1, Push: &pubsub.PushStreamRequest_ToUser{ToUser: &pubsub.PushToUserRequest{
+					UserId: "nobody", Content: &pubsub.MessageContent{Data: []byte("x")},
+				}}})
+				_, err = st.Recv()
+			}
+			if !honest(err) {
+				t.Fatalf("stream %d: %v", opened, err)
+			}
+			if err != nil {
+				turnedAway++
+				break
+			}
+			opened++
+		}
+	}
+	beside("idle streams")
+	t.Logf("%d PushStreams were opened, %d told to come back", opened, turnedAway)
+	if limit := m.metric("api_streams_limit"); opened == 0 || float64(opened) > limit || turnedAway == 0 {
+		t.Errorf("%d PushStreams were opened, where %v may be", opened, limit)
+	}
+	leave()
+	m.until("api_streams", func(n float64) bool { return n == 0 })
+	m.until("api_space_bytes", func(n float64) bool { return n == 0 })
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if strings.HasPrefix(line, "VmHWM:") {
+			t.Log(strings.Join(strings.Fields(line), " "))
+		}
+	}
 }

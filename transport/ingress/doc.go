@@ -12,6 +12,7 @@
 //   - The payload is never encoded again. It is the caller's own bytes of
 //     MessageContent, unknown fields included. A timestamp of 0 is stamped by
 //     appending the field: of a scalar on the wire the last one wins.
+//   - How large a message is, is read before it: from the transport of its call (receive.go).
 //   - The bytes of one request are copied once, out of gRPC's pooled buffers, into
 //     a buffer that ids and payload are parts of. It is not written while the push is
 //     under way, and used for another request after that: whoever keeps an id or a
@@ -21,6 +22,8 @@
 //   - Too many calls at a time are slower than some: while Config.Calls are worked on,
 //     connections are not read, the lowest priority first. Whatever waits for a node
 //     for long does not count, and nobody is left unread for good.
+//   - A request comes in when there is memory for it (space.go), and all else that clients may
+//     have many of is bounded: calls, streams, connections (fit.go says how many fit).
 //   - What a client has begun to say, and has to end before anybody can be asked for it,
 //     ends within Config.ConnectionTimeout: its handshake, and the headers of each call.
 //   - On the way down nobody is refused who could not know better: first health says

@@ -200,6 +200,43 @@ func TestHeadersOf1MiBAreRefusedAndTheConnectionLives(t *testing.T) {
 	}
 }
 
+// Who does not keep to the limit loses the call; for one header that is longer by itself, and
+// for more than twice of it, gRPC gives up the connection.
+func TestHeadersBeyondTheLimitCostTheCallOrTheConnection(t *testing.T) {
+	w := newWorld(t, nil)
+	for _, test := range []struct {
+		headers, size int
+		connection    bool
+	}{{20, 1 << 10, false}, {1, 20 << 10, true}, {40, 1 << 10, true}} {
+		conn, err := w.dial(w.context(), "")
+		ok(t, err)
+		ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+		framer := hello(t, conn)
+		block := bytes.NewBuffer(headersOf(t, map[string]string{":path": methodUser}))
+		enc := hpack.NewEncoder(block)
+		for i := range test.headers {
+			ok(t, enc.WriteField(hpack.HeaderField{Name: fmt.Sprint("x", i), Value: strings.Repeat("~", test.size), Sensitive: true}))
+		}
+		part := block.Next(16 << 10)
+		ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: part, EndHeaders: block.Len() == 0}))
+		for block.Len() > 0 {
+			part := block.Next(16 << 10)
+			_ = framer.WriteContinuation(1, block.Len() == 0, part) // it may be closed already
+		}
+		reset := false
+		for err == nil && !reset {
+			var f http2.Frame
+			if f, err = framer.ReadFrame(); err == nil {
+				reset = f.Header().Type == http2.FrameRSTStream
+			}
+		}
+		if reset == test.connection {
+			t.Errorf("%d headers of %d bytes: the call is reset %v, %v", test.headers, test.size, reset, err)
+		}
+		_ = conn.Close()
+	}
+}
+
 func TestCompressedRequestsAreUnimplemented(t *testing.T) {
 	// gzip is registered in the program, as an OTLP exporter would; it is refused alike.
 	if encoding.GetCompressor(gzip.Name) == nil {

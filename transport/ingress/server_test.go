@@ -22,7 +22,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
 	reflectpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -258,8 +260,12 @@ func TestNothingIsPushedUntilTheServerServes(t *testing.T) {
 			}
 			_, err = w.client.PushToRoom(w.context(), &pubsub.PushToRoomRequest{RoomId: "r", Content: content("x")})
 			wantError(t, err, code, reason, "")
-			_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			var trailer metadata.MD
+			_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")}, grpc.Trailer(&trailer))
 			wantError(t, err, code, reason, "")
+			if later := len(trailer.Get("grpc-retry-pushback-ms")) == 1; later == serving {
+				t.Errorf("serving %v: the trailer says %v", serving, trailer)
+			}
 			_, err = w.client.PushToUsers(w.context(), &pubsub.PushToUsersRequest{UserIds: []string{"d"}, Content: content("x")})
 			wantError(t, err, code, reason, "")
 			_, err = w.client.BroadcastMessage(w.context(), &pubsub.BroadcastMessageRequest{Content: content("x")})
@@ -341,6 +347,20 @@ func TestReflectionAndJSON(t *testing.T) {
 	if service.Methods().Len() != 5 {
 		t.Errorf("%d methods", service.Methods().Len())
 	}
+}
+
+// Many tools have not come to v1 yet.
+func TestReflectionIsServedAsV1AlphaToo(t *testing.T) {
+	w := newWorld(t, nil)
+	st, err := reflectalphapb.NewServerReflectionClient(w.conn).ServerReflectionInfo(w.context())
+	ok(t, err)
+	ok(t, st.Send(&reflectalphapb.ServerReflectionRequest{MessageRequest: &reflectalphapb.ServerReflectionRequest_ListServices{}})) //nolint:staticcheck // See above.
+	r, err := st.Recv()
+	ok(t, err)
+	if !strings.Contains(r.String(), serviceName) {
+		t.Errorf("services: %v", r)
+	}
+	ok(t, st.CloseSend())
 }
 
 func reflected(t *testing.T, w *world, service string) protoreflect.ServiceDescriptor {
