@@ -172,6 +172,9 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 	if err := program.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
+	if err := program.CheckAddresses(s, c.AdvertiseAddress, c.Controller.Address, true); err != nil {
+		return err
+	}
 	l := &c.Engine.Limits
 	switch {
 	case c.GRPCPort == c.MetricsPort && c.GRPCPort != 0:

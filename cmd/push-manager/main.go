@@ -8,7 +8,11 @@ import (
 )
 
 func main() {
-	os.Exit(program.Main(program.CommandLine{
+	os.Exit(program.Main(commandLine(), os.Args[1:]))
+}
+
+func commandLine() program.CommandLine {
+	return program.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
 		Commands: []program.Command{
@@ -17,5 +21,5 @@ func main() {
 			program.ControllerCommand(),
 			program.ConnectNodeCommand(),
 		},
-	}, os.Args[1:]))
+	}
 }

@@ -66,6 +66,12 @@ func (k *Key) Flag() string {
 	return strings.NewReplacer("_", "-", ".", "-").Replace(k.name)
 }
 
+// Name is where the key stands in the file, sections and names joined by dots.
+func (k *Key) Name() string { return k.name }
+
+// Variable is its environment variable.
+func (k *Key) Variable() string { return k.envs[0] }
+
 // Given tells whether anything but the default set the key. Valid after Load.
 func (k *Key) Given() bool { return k.source != "" }
 
@@ -79,6 +85,9 @@ func (k *Key) Override() bool {
 type Set struct {
 	keys []*Key
 }
+
+// Keys are all keys, in the order in which they were bound.
+func (s *Set) Keys() []*Key { return slices.Clone(s.keys) }
 
 // New returns a Set without keys.
 func New() *Set { return &Set{} }

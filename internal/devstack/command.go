@@ -7,7 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/config"
@@ -54,7 +56,10 @@ func (c *devConfig) Bind(s *config.Set) {
 }
 
 // Settle implements program.Settings.
-func (c *devConfig) Settle(_ *config.Set, lookupEnv func(string) (string, bool)) error {
+func (c *devConfig) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if info, err := os.Stat(c.dataDir); err == nil && !info.IsDir() {
+		return s.Problem("data_dir", "%s is no directory", c.dataDir)
+	}
 	return c.tracing.Settle(lookupEnv)
 }
 
@@ -71,7 +76,10 @@ func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (program.Pro
 		PushManager: c.pushManager, Tracing: c.tracing,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%w (another set of ports: --base-port 0)", err)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			err = fmt.Errorf("%w (another set of ports: --base-port 0)", err)
+		}
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()

@@ -68,6 +68,9 @@ type Stack struct {
 	nodes       []*program.ConnectNode
 	ids         []string
 	pushManager PushManager
+	failed      chan error // from the first part that cannot go on
+	draining    chan struct{}
+	watching    sync.WaitGroup
 }
 
 // Node is where one Connect-Node listens.
@@ -92,7 +95,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if cfg.Nodes < 1 || cfg.Nodes > maxNodes {
 		return nil, fmt.Errorf("%d nodes: must be from 1 to %d", cfg.Nodes, maxNodes)
 	}
-	s := &Stack{log: cfg.Logger}
+	s := &Stack{log: cfg.Logger, failed: make(chan error, 1), draining: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -115,6 +118,15 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 			return nil, fmt.Errorf("connect-node-%d: %w", i+1, err)
 		}
 	}
+	s.watching.Go(func() {
+		select {
+		case err := <-s.pushManager.Failed():
+			s.failed <- err
+		case err := <-s.etcd.failed:
+			s.failed <- err
+		case <-s.draining:
+		}
+	})
 	return s, nil
 }
 
@@ -168,6 +180,8 @@ func (s *Stack) WaitReady(ctx context.Context) error {
 		}
 		select {
 		case <-look.C:
+		case err := <-s.failed:
+			return err
 		case <-ctx.Done():
 			return fmt.Errorf("not ready: %s: %w", reason, context.Cause(ctx))
 		}
@@ -192,6 +206,8 @@ func (s *Stack) notReady() string {
 // Drain stops everything, in reverse. It may be called on a Stack that has not
 // started completely.
 func (s *Stack) Drain(ctx context.Context) error {
+	close(s.draining)
+	s.watching.Wait()
 	var errs []error
 	if s.pushManager != nil {
 		errs = append(errs, s.pushManager.Drain(ctx))
@@ -212,8 +228,8 @@ func (s *Stack) Drain(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Failed gets an error when Push-Manager cannot go on.
-func (s *Stack) Failed() <-chan error { return s.pushManager.Failed() }
+// Failed gets an error when Push-Manager or etcd cannot go on.
+func (s *Stack) Failed() <-chan error { return s.failed }
 
 // Address is where the push API listens.
 func (s *Stack) Address() string { return s.pushManager.GRPCAddr() }

@@ -7,10 +7,14 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"runtime"
 	"strconv"
+	"sync/atomic"
+	"time"
 
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // etcdServer is an etcd of one member in this process.
@@ -19,12 +23,36 @@ type etcdServer struct {
 	endpoint  string
 	dir       string
 	temporary bool
+	failed    chan error  // what it cannot go on with, once; the goroutine that found it has ended
+	broken    atomic.Bool // set before that
+}
+
+// OnWrite ends the goroutine that has logged the end of etcd, and not the process. etcd panics or
+// exits where its disk is full, for example: then whoever runs it can say so and stop the rest.
+func (s *etcdServer) OnWrite(entry *zapcore.CheckedEntry, fields []zapcore.Field) {
+	err := errors.New(entry.Message)
+	for _, f := range fields {
+		if cause, ok := f.Interface.(error); ok {
+			err = fmt.Errorf("%s: %w", entry.Message, cause)
+		}
+	}
+	s.fail(err)
+	runtime.Goexit()
+}
+
+// fail notes the first error that etcd cannot go on with.
+func (s *etcdServer) fail(err error) {
+	s.broken.Store(true)
+	select {
+	case s.failed <- fmt.Errorf("etcd in %s: %w", s.dir, err):
+	default:
+	}
 }
 
 // startEtcd runs etcd on loopback. Without a directory its data goes into a
 // temporary one.
 func startEtcd(ctx context.Context, dir string, clientPort, peerPort int) (_ *etcdServer, err error) {
-	s := &etcdServer{dir: dir}
+	s := &etcdServer{dir: dir, failed: make(chan error, 1)}
 	if dir == "" {
 		if s.dir, err = os.MkdirTemp("", "push-manager-dev-"); err != nil {
 			return nil, fmt.Errorf("directory for etcd: %w", err)
@@ -40,7 +68,7 @@ func startEtcd(ctx context.Context, dir string, clientPort, peerPort int) (_ *et
 	cfg.Name = "dev"
 	cfg.Dir = s.dir
 	cfg.LogLevel = "panic"
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop().WithOptions(zap.WithFatalHook(s), zap.WithPanicHook(s)))
 	// Data that is removed at the end need not survive a power cut.
 	cfg.UnsafeNoFsync = s.temporary
 	cfg.TickMs, cfg.ElectionMs = 10, 100 // the only member elects itself in 0.1 s
@@ -56,25 +84,64 @@ func startEtcd(ctx context.Context, dir string, clientPort, peerPort int) (_ *et
 	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	if s.etcd, err = embed.StartEtcd(cfg); err != nil {
-		return nil, fmt.Errorf("start etcd at %s: %w", client.Host, err)
+	started := make(chan *embed.Etcd, 1)
+	go func() { // whose end OnWrite may be; then it has told
+		defer func() {
+			if e := recover(); e != nil {
+				s.fail(fmt.Errorf("panic: %v", e))
+			}
+		}()
+		etcd, err := embed.StartEtcd(cfg)
+		if err != nil {
+			s.fail(err)
+			return
+		}
+		started <- etcd
+	}()
+	select {
+	case s.etcd = <-started:
+	case err := <-s.failed:
+		return nil, fmt.Errorf("start %w", err)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("start etcd: %w", context.Cause(ctx))
 	}
 	select {
 	case <-s.etcd.Server.ReadyNotify():
 		return s, nil
-	case err := <-s.etcd.Err():
-		s.etcd.Close()
-		return nil, fmt.Errorf("start etcd: %w", err)
+	case err = <-s.etcd.Err():
+	case err = <-s.failed:
 	case <-ctx.Done():
-		s.etcd.Close()
-		return nil, fmt.Errorf("start etcd: %w", context.Cause(ctx))
+		err = context.Cause(ctx)
 	}
+	s.close(ctx)
+	return nil, fmt.Errorf("start etcd: %w", err)
 }
 
 // stop ends etcd, whose clients have been closed.
-func (s *etcdServer) stop(context.Context) error {
-	s.etcd.Close()
+func (s *etcdServer) stop(ctx context.Context) error {
+	s.close(ctx)
 	return s.remove()
+}
+
+// close ends etcd. One that has failed may wait for a goroutine of its own that is gone, or for a
+// lock that it had: it is left behind at the end of ctx, or after a second.
+func (s *etcdServer) close(ctx context.Context) {
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		s.etcd.Close()
+	}()
+	if !s.broken.Load() {
+		<-closed
+		return
+	}
+	late := time.NewTimer(time.Second)
+	defer late.Stop()
+	select {
+	case <-closed:
+	case <-late.C:
+	case <-ctx.Done():
+	}
 }
 
 func (s *etcdServer) remove() error {

@@ -18,7 +18,7 @@ import (
 // Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
 // ControllerAddress are required, everything else has a default.
 type Config struct {
-	// NodeID is the id under which the gateway registers: 1 to 240 bytes.
+	// NodeID is the id under which the gateway registers: 1 to MaxNodeIDBytes.
 	NodeID string
 
 	// GRPCAddress is where it listens for managers, host:port. Port 0 takes a
@@ -102,6 +102,9 @@ type Config struct {
 // maxIDBytes is the bound of the contract on user and room ids.
 const maxIDBytes = 256
 
+// MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
+const MaxNodeIDBytes = maxIDBytes - len(presencePrefix)
+
 func (c Config) withDefaults() Config {
 	defaultTo(&c.PushManagerAddress, "localhost:50053")
 	defaultTo(&c.MaxConnections, 100_000)
@@ -142,8 +145,8 @@ func (c Config) Validate() error {
 	var errs []error
 	if err := checkID("NodeID", c.NodeID); err != nil {
 		errs = append(errs, err)
-	} else if len(presencePrefix)+len(c.NodeID) > maxIDBytes {
-		errs = append(errs, fmt.Errorf("NodeID: more than %d bytes", maxIDBytes-len(presencePrefix)))
+	} else if len(c.NodeID) > MaxNodeIDBytes {
+		errs = append(errs, fmt.Errorf("NodeID: more than %d bytes", MaxNodeIDBytes))
 	}
 	for _, a := range []struct {
 		field, addr string

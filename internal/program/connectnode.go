@@ -5,9 +5,11 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/VictoriaMetrics/metrics"
 
@@ -60,6 +62,18 @@ func (c *ConnectNodeConfig) Bind(s *config.Set) {
 func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool)) error {
 	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
+	}
+	if err := CheckAddresses(s, c.Gateway.AdvertiseAddress, c.Gateway.ControllerAddress, false); err != nil {
+		return err
+	}
+	if n := len(c.Gateway.NodeID); n > gateway.MaxNodeIDBytes {
+		return s.Problem("node_id", "has %d bytes, the limit is %d", n, gateway.MaxNodeIDBytes)
+	}
+	for _, origin := range c.Gateway.AllowedOrigins {
+		u, err := url.Parse(origin)
+		if origin != "*" && (err != nil || u.Scheme == "" || u.Host == "" || u.Path != "" || strings.ContainsFunc(origin, unicode.IsSpace)) {
+			return s.Problem("allowed_origins", "%q is no origin such as https://app.example.com", origin)
+		}
 	}
 	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
 		return s.Problem("compression", "%v", err)

@@ -1,10 +1,17 @@
 package program
 
 import (
+	"fmt"
 	"net"
+	"net/url"
 	"strconv"
+	"strings"
+	"unicode"
+
+	"google.golang.org/grpc/resolver"
 
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/transport/discovery"
 )
 
 // CheckListen refuses an address that others can reach, while there is no TLS.
@@ -14,6 +21,55 @@ func CheckListen(s *config.Set, host string, allowed bool) error {
 	}
 	if !config.Loopback(host) && !allowed {
 		return s.Problem("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
+	}
+	return nil
+}
+
+// CheckAddresses refuses addresses of ours and of the Controller that can never work.
+// With several, the Controller's may be a list of HOST:PORT.
+func CheckAddresses(s *config.Set, advertised, controller string, several bool) error {
+	if advertised != "" {
+		if err := discovery.CheckAddress(advertised); err != nil {
+			return s.Problem("advertise_address", "%v", err)
+		}
+	}
+	targets := []string{controller}
+	if several && strings.Contains(controller, ",") && !strings.Contains(controller, "://") {
+		targets = strings.Split(controller, ",")
+	}
+	for _, target := range targets {
+		target = strings.TrimSpace(target)
+		if target == "" && len(targets) > 1 {
+			continue // a comma too many does no harm
+		}
+		if err := CheckTarget(target); err != nil {
+			return s.Problem("controller_address", "%v", err)
+		}
+	}
+	return nil
+}
+
+// CheckTarget tells what is wrong with a gRPC target. gRPC itself takes whatever it does not know
+// for a name, and looks it up for ever.
+func CheckTarget(target string) error {
+	if strings.ContainsFunc(target, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }) {
+		return fmt.Errorf("%q is no gRPC target: it holds a space", target)
+	}
+	if u, err := url.Parse(target); err == nil && u.Scheme != "" && resolver.Get(u.Scheme) != nil {
+		if strings.Trim(u.Path, "/") == "" && u.Opaque == "" {
+			return fmt.Errorf("%q is no gRPC target: it names nothing", target)
+		}
+		return nil
+	}
+	if scheme, _, found := strings.Cut(target, "://"); found {
+		return fmt.Errorf("%q is no gRPC target: the scheme %q is unknown", target, scheme)
+	}
+	host, port, err := net.SplitHostPort(target)
+	if err != nil { // gRPC has a port for names without one
+		host, port = strings.Trim(target, "[]"), "443"
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || host == "" || strings.ContainsAny(host, "/%?#@,:") && net.ParseIP(host) == nil {
+		return fmt.Errorf("%q is no gRPC target such as HOST:PORT", target)
 	}
 	return nil
 }

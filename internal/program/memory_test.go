@@ -21,6 +21,28 @@ func TestContainerLimitIsTheLowestOnTheWayUp(t *testing.T) {
 			"/sys/fs/cgroup/a/b/memory.max": "max\n",
 			"/sys/fs/cgroup/a/memory.max":   "268435456\n",
 		}, 256 << 20},
+		"lowest at the bottom": {map[string]string{
+			"/proc/self/cgroup":             "0::/a/b\n",
+			"/sys/fs/cgroup/a/b/memory.max": "1000\n",
+			"/sys/fs/cgroup/a/memory.max":   "3000\n",
+			"/sys/fs/cgroup/memory.max":     "2000\n",
+		}, 1000},
+		"lowest in the middle": {map[string]string{
+			"/proc/self/cgroup":             "0::/a/b\n",
+			"/sys/fs/cgroup/a/b/memory.max": "3000\n",
+			"/sys/fs/cgroup/a/memory.max":   "1000\n",
+			"/sys/fs/cgroup/memory.max":     "2000\n",
+		}, 1000},
+		"lowest at the top": {map[string]string{
+			"/proc/self/cgroup":             "0::/a/b\n",
+			"/sys/fs/cgroup/a/b/memory.max": "3000\n",
+			"/sys/fs/cgroup/memory.max":     "1000\n",
+		}, 1000},
+		"both versions": {map[string]string{
+			"/proc/self/cgroup":                             "4:memory:/x\n0::/a\n",
+			"/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1000\n",
+			"/sys/fs/cgroup/a/memory.max":                   "2000\n",
+		}, 1000},
 		"version 2 in a container": {map[string]string{
 			"/proc/self/cgroup":         "0::/\n",
 			"/sys/fs/cgroup/memory.max": "1000\n",

@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -33,6 +34,9 @@ func (p *Parts) Add(name string, stop func(context.Context) error) {
 func (p *Parts) Listen(ctx context.Context, host string, port int, key string) (net.Listener, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	if errors.Is(err, syscall.EADDRNOTAVAIL) {
+		key = "LISTEN_ADDRESS"
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}

@@ -8,12 +8,16 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"unicode"
 
 	"github.com/VictoriaMetrics/metrics"
+	"github.com/go-logr/logr"
+	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
@@ -51,11 +55,13 @@ type TracingConfig struct {
 	Metrics  *metrics.Set
 	Logger   *slog.Logger
 
+	set                              *config.Set
 	enabledKey, endpointKey, rateKey *config.Key
 }
 
 // Bind adds the section tracing. Settle must follow Load.
 func (c *TracingConfig) Bind(s *config.Set) {
+	c.set = s
 	c.enabledKey = s.Bool(&c.Enabled, "tracing.enabled", false,
 		"Trace pushes with OpenTelemetry. Also on when OTEL_EXPORTER_OTLP_ENDPOINT is set and this is not.")
 	c.endpointKey = s.Text(&c.Endpoint, "tracing.endpoint", "",
@@ -72,9 +78,16 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 		v, _ := lookupEnv(name)
 		return strings.TrimSpace(v)
 	}
-	endpoint := env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-	if endpoint == "" {
-		endpoint = env("OTEL_EXPORTER_OTLP_ENDPOINT")
+	variable := "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+	if env(variable) == "" {
+		variable = "OTEL_EXPORTER_OTLP_ENDPOINT"
+	}
+	endpoint := env(variable)
+	if err := checkEndpoint(endpoint); err != nil {
+		return config.Usage(fmt.Errorf("%s: %w", variable, err))
+	}
+	if err := checkEndpoint(c.Endpoint); err != nil {
+		return c.set.Problem("tracing.endpoint", "%v", err)
 	}
 	exporter := env("OTEL_TRACES_EXPORTER")
 	if !c.enabledKey.Given() {
@@ -84,7 +97,7 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 	case exporter == "none" || strings.EqualFold(env("OTEL_SDK_DISABLED"), "true"):
 		c.Enabled = false
 	case exporter != "" && exporter != "otlp" && c.Enabled:
-		return fmt.Errorf("%w: OTEL_TRACES_EXPORTER: %q is neither otlp nor none", config.ErrUsage, exporter)
+		return config.Usage(fmt.Errorf("OTEL_TRACES_EXPORTER: %q is neither otlp nor none", exporter))
 	}
 	switch {
 	case endpoint != "" && !c.endpointKey.Override():
@@ -94,6 +107,26 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 	}
 	if !c.rateKey.Override() {
 		return c.settleSampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))
+	}
+	return nil
+}
+
+// checkEndpoint tells what is wrong with a receiver: the exporter would log it in its own way,
+// and send to its default.
+func checkEndpoint(endpoint string) error {
+	scheme, address, isURL := strings.Cut(endpoint, "://")
+	switch {
+	case endpoint == "":
+		return nil
+	case !isURL:
+		return config.CheckAddress(endpoint)
+	}
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Hostname() == "" || scheme != "http" && scheme != "https" {
+		return fmt.Errorf("%q is no http or https URL", endpoint)
+	}
+	if strings.ContainsFunc(address, unicode.IsSpace) {
+		return fmt.Errorf("%q holds a space", endpoint)
 	}
 	return nil
 }
@@ -124,12 +157,12 @@ func (c *TracingConfig) settleSampler(sampler, arg string) error {
 		if arg != "" {
 			rate, err := strconv.ParseFloat(arg, 64)
 			if err != nil || !(rate >= 0 && rate <= 1) {
-				return fmt.Errorf("%w: OTEL_TRACES_SAMPLER_ARG: %q is not a number from 0 to 1", config.ErrUsage, arg)
+				return config.Usage(fmt.Errorf("OTEL_TRACES_SAMPLER_ARG: %q is not a number from 0 to 1", arg))
 			}
 			c.SampleRate = rate
 		}
 	default:
-		return fmt.Errorf("%w: OTEL_TRACES_SAMPLER: %q is not known", config.ErrUsage, sampler)
+		return config.Usage(fmt.Errorf("OTEL_TRACES_SAMPLER: %q is not known", sampler))
 	}
 	c.Sampler = sampler
 	return nil
@@ -194,6 +227,9 @@ func NewTracer(ctx context.Context, cfg TracingConfig) (*Tracer, error) {
 	if cfg.Service == "" {
 		cfg.Service = "push-manager"
 	}
+	// What OpenTelemetry has to say would go to standard error, whatever the log's format.
+	otel.SetLogger(logr.FromSlogHandler(cfg.Logger.Handler()))
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { cfg.Logger.Warn("tracing", "error", err) }))
 	otlp, err := otlptracegrpc.New(ctx, endpointOptions(cfg.Endpoint)...)
 	if err != nil {
 		return nil, fmt.Errorf("start the trace exporter: %w", err)

@@ -137,6 +137,9 @@ func checkID(id string) error {
 	return nil
 }
 
+// CheckAddress tells what is wrong with an address to register.
+func CheckAddress(addr string) error { return checkAddr(addr, nil) }
+
 // checkAddr accepts host:port and nothing else: no scheme, no list, no port by
 // name. Addresses that can only point at ourselves by accident or at a cloud's
 // metadata service are refused; nets, when given, says which may be dialled.
