@@ -71,12 +71,22 @@ func TestContractVariablesAndSectionsAreRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.ManagerID != "pm-2" || c.ListenAddress != "0.0.0.0" || c.GRPCPort != 1 || c.MetricsPort != 2 || !c.PprofRemote ||
-		c.Controller.Address != "dns:///controller:1" || len(c.Etcd.Endpoints) != 2 {
-		t.Errorf("%+v", c)
-	}
-	if c.Etcd.DialTimeout.Seconds() != 9 || c.Etcd.RequestTimeout.Seconds() != 8 || c.Discovery.RequestTimeout.Seconds() != 8 {
-		t.Errorf("%+v", c.Etcd)
+	for field, ok := range map[string]bool{
+		"MANAGER_ID":                        c.ManagerID == "pm-2",
+		"LISTEN_ADDRESS":                    c.ListenAddress == "0.0.0.0",
+		"ALLOW_INSECURE":                    c.AllowInsecure,
+		"GRPC_PORT":                         c.GRPCPort == 1,
+		"METRICS_PORT":                      c.MetricsPort == 2,
+		"PPROF_REMOTE":                      c.PprofRemote,
+		"CONTROLLER_ADDRESS":                c.Controller.Address == "dns:///controller:1",
+		"ETCD_ENDPOINTS":                    slices.Equal(c.Etcd.Endpoints, []string{"a:1", "b:2"}),
+		"etcd.dial_timeout":                 c.Etcd.DialTimeout.Seconds() == 9,
+		"etcd.request_timeout of discovery": c.Discovery.RequestTimeout.Seconds() == 8,
+		"etcd.request_timeout of our entry": c.Entry.RequestTimeout.Seconds() == 8,
+	} {
+		if !ok {
+			t.Errorf("%s is not what was set", field)
+		}
 	}
 	if !c.Tracing.Enabled || c.Tracing.Endpoint != "c:4317" || c.Tracing.SampleRate != 0.5 || c.Tracing.Instance != "pm-2" {
 		t.Errorf("%+v", c.Tracing)
