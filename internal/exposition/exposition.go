@@ -33,6 +33,7 @@ func Write(w io.Writer, set *metrics.Set) error {
 // family is a row of a table.
 type family struct{ kind, help string }
 
+//nolint:gochecknoglobals // a constant, but for the reading of it
 var described = sync.OnceValue(func() map[string]family { return families(docs.Metrics) })
 
 var (

@@ -13,7 +13,7 @@ package stdlog
 
 import (
 	"io"
-	"log"
+	"log" //nolint:depguard // it is what this package takes away from others
 	"log/slog"
 )
 

@@ -26,14 +26,14 @@ func withRequestError(ctx context.Context) (context.Context, *requestError) {
 }
 
 // keepRequestError stands below the retries of etcd's client, and sees each attempt.
-func keepRequestError(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
-) error {
-	err := invoke(ctx, method, req, reply, cc, opts...)
-	if e, ok := ctx.Value(requestErrorKey{}).(*requestError); ok && err != nil {
-		e.Store(&err)
+func keepRequestError() grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		err := invoke(ctx, method, req, reply, cc, opts...)
+		if e, ok := ctx.Value(requestErrorKey{}).(*requestError); ok && err != nil {
+			e.Store(&err)
+		}
+		return err
 	}
-	return err
 }
 
 // explain returns err with its cause where err does not name it. errors.Is works as before.
@@ -95,8 +95,7 @@ type absence struct {
 // goesOn notes a failed attempt. attrs are logged beside the cause.
 func (o *absence) goesOn(err error, attrs ...any) {
 	why := err.Error()
-	var caused *causedError
-	if errors.As(err, &caused) {
+	if caused, ok := errors.AsType[*causedError](err); ok {
 		why = caused.cause
 	}
 	o.because(why)
@@ -107,7 +106,7 @@ func (o *absence) goesOn(err error, attrs ...any) {
 		o.logged = map[string]bool{}
 	}
 	o.logged[why] = true
-	o.log.Warn(o.message, append(attrs, "err", err)...)
+	o.log.Warn(o.message, append(attrs, "err", err)...) //nolint:sloglint // the message is a constant of the Watcher or the Registration
 }
 
 // because notes a cause that is logged elsewhere.

@@ -133,7 +133,7 @@ func (c ClientConfig) etcd() clientv3.Config {
 		// in a row.
 		MaxUnaryRetries: 2,
 		Logger:          zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(laterLogin(), keepRequestError), grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(laterLogin(), keepRequestError()), grpc.WithConnectParams(grpc.ConnectParams{
 			// gRPC's own backoff grows to two minutes, after each attempt of up to
 			// MinConnectTimeout; an etcd that is back must be found within two seconds.
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
