@@ -18,6 +18,7 @@ var otherValues = map[string]map[string]string{
 	"allow_insecure":           {"ALLOW_INSECURE": "true", "LISTEN_ADDRESS": "0.0.0.0"},
 	"etcd.username":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
 	"etcd.password":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
+	"api.body_bytes":           {"API_BODY_BYTES": "2MiB"},
 	"link.canary":              {"LINK_CANARY": "1s"},
 	"link.compression":         {"LINK_COMPRESSION": "zstd"},
 	"link.heartbeat":           {"LINK_HEARTBEAT": "1500ms"},
