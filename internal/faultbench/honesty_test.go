@@ -184,7 +184,7 @@ func (t *town) populate() {
 func (t *town) push() *atomic.Int64 {
 	var count atomic.Int64
 	const callers, batch = 16, 25
-	any := func(r *rand.Rand) request {
+	draw := func(r *rand.Rand) request {
 		if r.IntN(4) == 0 {
 			return room(t.anyRoom(r))
 		}
@@ -207,7 +207,7 @@ func (t *town) push() *atomic.Int64 {
 		r := rand.New(rand.NewPCG(t.seed, uint64(100+i)))
 		t.callers.Go(func() {
 			every(time.Second*callers/(townPushes/2), func() {
-				m.ask(context.Background(), m, any(r))
+				m.ask(context.Background(), m, draw(r))
 				count.Add(1)
 			})
 		})
@@ -218,7 +218,7 @@ func (t *town) push() *atomic.Int64 {
 			every(time.Second*batch*2/(townPushes/2), func() {
 				requests := make([]request, batch)
 				for i := range requests {
-					requests[i] = any(r)
+					requests[i] = draw(r)
 				}
 				count.Add(int64(len(m.stream(requests))))
 			})

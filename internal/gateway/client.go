@@ -187,7 +187,6 @@ func (c *conn) obey(b []byte) error {
 		if err := checkRoom(room); err != nil {
 			return err
 		}
-		c.ownRooms.Store(true)
 		if *m.Type == "join" {
 			return c.g.reports.join(c, room)
 		}

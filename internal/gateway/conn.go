@@ -20,10 +20,6 @@ type conn struct {
 	userJSON []byte
 	room     string // with which it was opened, or empty
 
-	// ownRooms is shared by all connections of the user: once one of them has named a
-	// room, each is in the rooms that it has joined. See sessions.Deliver.
-	ownRooms *atomic.Bool
-
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then
 	hurried atomic.Bool  // nothing but a close frame is written any more, and soon

@@ -38,12 +38,9 @@
 // # Who is in a room
 //
 // A push to a room goes to the connections that are in it: those that have joined it, by
-// room_id or a message, and not left. Nothing of the room comes after left. A user none
-// of whose connections here has named a room, since the first of them came, leaves rooms
-// to the Controller: all its connections are in the rooms in which the Controller has the
-// user on this node. So a Controller may fill rooms by itself, for clients that never
-// join; a client that does is asked for every room of its user from then on. A user who
-// is here and not in the room is not here for the push: offline in the account.
+// room_id or a message, and not left. Nothing of the room comes after left. What the
+// Controller says does not put anybody into a room here. A user who is here and not in
+// the room is not here for the push: offline in the account.
 //
 // # Users without a room
 //

@@ -127,17 +127,27 @@ const (
 	closeSlow      = 4429
 )
 
-var closeReasons = map[uint16]string{
-	closeGoingAway: "node is going",
-	closeProtocol:  "not WebSocket as in RFC 6455",
-	closeNotUTF8:   "text is not UTF-8",
-	closeTooLarge:  "message is too large",
-	closeOurFault:  "internal error of the node",
-	closeSlow:      "too slow: too much waits to be read",
+// closeReason is a close code in words, for the client's log.
+func closeReason(code uint16) string {
+	switch code {
+	case closeGoingAway:
+		return "node is going"
+	case closeProtocol:
+		return "not WebSocket as in RFC 6455"
+	case closeNotUTF8:
+		return "text is not UTF-8"
+	case closeTooLarge:
+		return "message is too large"
+	case closeOurFault:
+		return "internal error of the node"
+	case closeSlow:
+		return "too slow: too much waits to be read"
+	}
+	return ""
 }
 
 func closeFrame(code uint16) []byte {
-	payload := append(binary.BigEndian.AppendUint16(nil, code), closeReasons[code]...)
+	payload := append(binary.BigEndian.AppendUint16(nil, code), closeReason(code)...)
 	return append(appendHeader(nil, ws.OpClose, len(payload)), payload...)
 }
 

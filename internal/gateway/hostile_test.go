@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -391,7 +392,7 @@ func FuzzSocket(f *testing.F) {
 		for closed := false; ; {
 			op, payload, err := c.frame()
 			if err != nil {
-				if e, ok := err.(net.Error); ok && e.Timeout() {
+				if e := net.Error(nil); errors.As(err, &e) && e.Timeout() {
 					t.Fatalf("%x: not closed", b)
 				}
 				if strings.HasPrefix(err.Error(), "frame from") {

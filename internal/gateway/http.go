@@ -98,6 +98,8 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.g = g
+	// pm.v1 is the one subprotocol there is. A client that asks for others is served without.
+	upgrader := ws.HTTPUpgrader{Timeout: 5 * time.Second, Protocol: func(name string) bool { return name == "pm.v1" }}
 	netConn, rw, _, err := upgrader.Upgrade(r, w)
 	if err != nil {
 		g.count.refused[refusedBad].Inc()
@@ -109,13 +111,6 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	}
 	c.net = netConn
 	g.begin(c, unread(rw.Reader))
-}
-
-// upgrader accepts the one subprotocol there is. A client that asks for others is served
-// without.
-var upgrader = ws.HTTPUpgrader{
-	Timeout:  5 * time.Second,
-	Protocol: func(name string) bool { return name == "pm.v1" },
 }
 
 // unread is what the client has sent behind its handshake already: 4 KiB at most.

@@ -42,12 +42,6 @@ func (r *registry) add(c *conn) {
 	before := p.users[c.user]
 	if len(before) == 0 {
 		r.online.Add(1)
-		c.ownRooms = new(atomic.Bool)
-	} else {
-		c.ownRooms = before[0].ownRooms
-	}
-	if c.room != "" {
-		c.ownRooms.Store(true)
 	}
 	p.users[c.user] = append(slices.Clip(before), c)
 	r.conns.Add(1)
@@ -101,20 +95,14 @@ type sessions struct{ *Gateway }
 var _ node.Sessions = sessions{}
 
 // Deliver implements node.Sessions. A push to a room is for the connections that are in
-// it, which are those that have joined it and not left. A user none of whose connections
-// has named a room since the first of them came leaves rooms to the Controller: then all
-// of them are in the rooms that routes name the user for. A route that is out of date
-// may name a user who has left: all connections are as good as not here.
+// it, which are those that have joined it and not left. A route that is out of date may
+// name a user who has left: all connections are as good as not here.
 func (s sessions) Deliver(user string, m *node.Message) node.Outcome {
 	conns := s.registry.of(user)
 	if len(conns) == 0 {
 		return node.NotHere
 	}
-	room := m.RoomID
-	if !conns[0].ownRooms.Load() {
-		room = ""
-	}
-	return s.deliver(conns, m, room, false)
+	return s.deliver(conns, m, m.RoomID, false)
 }
 
 // deliver hands m to the connections of one user that are in the room, or to all.

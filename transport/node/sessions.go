@@ -12,10 +12,10 @@ type Sessions interface {
 	// Deliver hands m to every connection of the user that is here; with a RoomID,
 	// to those that are in the room, which are the ones that have joined it and not
 	// left. A user who has connections and none in the room is NotHere: then nobody
-	// got it, and the Controller is asked whether the route was out of date. If rooms
-	// are filled by the Controller and clients never join, all connections of the
-	// user are in them. Once a client was told that it has left, nothing more of the
-	// room may come to it.
+	// got it, and the Controller is asked whether the route was out of date. Where the
+	// Controller fills rooms and clients never join, it is the gateway's to say who is
+	// in them. Once a client was told that it has left, nothing more of the room may
+	// come to it.
 	//
 	// It is called once for each user of a push, with the same m, from one goroutine:
 	// whatever is the same for all of them (the encoded frame) is made at the
