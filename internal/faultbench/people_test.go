@@ -357,44 +357,53 @@ func (t *town) owed(pushes []*push, arrivals []arrival) {
 	for _, a := range arrivals {
 		got[a.push] = append(got[a.push], a.user)
 	}
+	// A copy: who reads for clients must not wait for the judge.
+	byUser, byRoom := map[string][]*visit{}, map[string][]*visit{}
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	for user, visits := range t.byUser {
+		for _, v := range visits {
+			c := &visit{id: v.id, user: user, gate: v.gate, ready: v.ready, closed: v.closed}
+			for _, s := range v.stays {
+				stay := *s
+				c.stays = append(c.stays, &stay)
+				byRoom[s.room] = append(byRoom[s.room], c)
+			}
+			byUser[user] = append(byUser[user], c)
+		}
+	}
+	t.mu.Unlock()
 	for _, p := range pushes {
 		if p.err != nil || p.summary == nil {
 			continue
 		}
-		var there []string
+		there := map[string]bool{}
 		switch p.kind {
 		case toUser:
-			if slices.ContainsFunc(t.byUser[p.key], func(v *visit) bool { return v.throughout(p) }) {
-				there = []string{p.key}
+			for _, v := range byUser[p.key] {
+				there[v.user] = there[v.user] || v.throughout(p)
 			}
 		case toRoom:
-			for user, visits := range t.byUser {
-				if slices.ContainsFunc(visits, func(v *visit) bool { return v.inThroughout(p.key, p) }) {
-					there = append(there, user)
-				}
+			for _, v := range byRoom[p.key] {
+				there[v.user] = there[v.user] || v.inThroughout(p.key, p)
 			}
-		default:
-			continue
 		}
 		var missing []string
-		for _, user := range there {
-			if !slices.Contains(got[p.id], user) {
+		for user, was := range there {
+			if was && !slices.Contains(got[p.id], user) {
 				missing = append(missing, user)
 			}
 		}
 		if excuse := int(p.summary.GetFailed() + p.summary.GetUnknown()); len(missing) > excuse {
 			slices.Sort(missing)
 			var about strings.Builder
-			for _, v := range t.byUser[missing[0]] {
+			for _, v := range byUser[missing[0]] {
 				fmt.Fprintf(&about, "\n    %s on %s ready %v closed %v", v.id, v.gate.id, v.ready, v.closed)
 				for _, s := range v.stays {
 					fmt.Fprintf(&about, "; %s asked %v joined %v leaving %v left %v", s.room, s.asked, s.joined, s.leaving, s.left)
 				}
 			}
-			t.wrong = append(t.wrong, fmt.Sprintf("%v: %v: of %d who were there all the while %d did not get it, %d may: %v%s",
-				p.start.Round(time.Millisecond), p, len(there), len(missing), excuse, missing[:min(len(missing), 5)], about.String()))
+			t.broken("pushed at %v: %v: %d of those who were there all the while did not get it, %d may: %v%s",
+				p.start.Round(time.Millisecond), p, len(missing), excuse, missing[:min(len(missing), 5)], about.String())
 		}
 	}
 }
