@@ -144,11 +144,21 @@ func newReports(cfg Config, boot string, cc *grpc.ClientConn, count *counters) *
 
 func (r *reports) slotOf(m *membership) *slot { return &r.slots[slots.Of(m.hash)] }
 
-// join puts c into the room. c is told when the Controller knows.
+// join puts c into the room. c is told when the Controller knows. A leave of c that waits for
+// its answer gets it first: what a client is told last about a room is what is.
 func (r *reports) join(c holder, room string) error {
 	r.mu.Lock()
 	m, known, err := r.joinLocked(c, room)
+	left := 0
+	if err == nil {
+		left = len(m.leavers)
+		m.leavers = slices.DeleteFunc(m.leavers, func(l holder) bool { return l == c })
+		left -= len(m.leavers)
+	}
 	r.mu.Unlock()
+	for range left {
+		c.left(room)
+	}
 	if known {
 		c.joined(m.room)
 	}

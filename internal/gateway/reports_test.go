@@ -414,9 +414,33 @@ func TestFlappingDoesNotFillTheLines(t *testing.T) {
 		_ = r.leave(c, "r")
 		_ = r.join(c, "r")
 	}
+	if len(m.leavers) > 1 || len(m.joiners) > 1 {
+		t.Errorf("%d and %d answers are owed to one client", len(m.leavers), len(m.joiners))
+	}
 	r.done(m)
 	if n := r.pending(); n > 2 {
 		t.Errorf("%d pending", n)
+	}
+}
+
+// A client that leaves and joins without waiting for the answers is not told in the end
+// that it has left.
+func TestLastWordAboutARoomIsTrue(t *testing.T) {
+	r := quietReports(t)
+	c := newMember("u")
+	if err := r.join(c, "r"); err != nil {
+		t.Fatal(err)
+	}
+	r.done(r.next())
+	if err := r.leave(c, "r"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.join(c, "r"); err != nil { // The leave is not reported yet.
+		t.Fatal(err)
+	}
+	r.report(r.next())
+	if last := c.told("r"); last != "joined" || !c.rooms.has("r") {
+		t.Errorf("told %q, in the room %v", last, c.rooms.has("r"))
 	}
 }
 
