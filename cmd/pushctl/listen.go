@@ -286,6 +286,7 @@ type frame struct {
 	Data      *frameData        `json:"data"`
 	Metadata  map[string]string `json:"metadata"`
 	Message   string            `json:"message"`
+	Node      string            `json:"node_id"`
 }
 
 type frameData struct {
@@ -315,6 +316,8 @@ func (f *frame) control(raw string) string {
 	switch f.Type {
 	case "joined", "left":
 		return f.Type + " " + clean(f.Room)
+	case "ready":
+		return "ready at " + clean(f.Node)
 	case "error":
 		return "error: " + clean(f.Message)
 	}

@@ -152,3 +152,21 @@ func TestWhatANodeSendsEndsNoProcess(t *testing.T) {
 		t.Errorf("%q", errOut)
 	}
 }
+
+// TestFirstWordsAreForPeople compares what a gateway says first with what is printed of it.
+func TestFirstWordsAreForPeople(t *testing.T) {
+	for raw, want := range map[string]string{
+		`{"type":"ready","user_id":"alice","node_id":"connect-node-1"}`: "ready at connect-node-1",
+		`{"type":"joined","room_id":"lobby"}`:                           "joined lobby",
+		`{"type":"left","room_id":"lobby"}`:                             "left lobby",
+		`{"type":"other"}`:                                              `{"type":"other"}`,
+	} {
+		var f frame
+		if err := json.Unmarshal([]byte(raw), &f); err != nil {
+			t.Fatal(err)
+		}
+		if got := f.control(raw); got != want {
+			t.Errorf("%s is printed as %q, want %q", raw, got, want)
+		}
+	}
+}

@@ -50,6 +50,8 @@ func (t *terminal) show(what string, r reply) error {
 	}
 	if m := r.GetMessage(); m != "" && !r.GetSuccess() {
 		b.WriteString(": " + clean(m))
+	} else if _, note, ok := strings.Cut(m, "; "); ok {
+		b.WriteString("; " + clean(note)) // a success, too, may stand on an old route
 	}
 	b.WriteString("\n")
 	for _, f := range s.GetNodeFailures() {

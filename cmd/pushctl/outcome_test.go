@@ -27,6 +27,7 @@ func TestEachOutcomeHasItsWordsAndItsExitCode(t *testing.T) {
 		want    string // the first line
 	}{
 		"all":                        {"room", true, "", &summary{Targets: 2, Delivered: 2}, exitOK, `room "x": delivered to 2 of 2`},
+		"by an old route":            {"room", true, "delivered to 2 users; by a route of 6 s ago", &summary{Targets: 2, Delivered: 2}, exitOK, `room "x": delivered to 2 of 2; by a route of 6 s ago`},
 		"some, the others away":      {"room", true, "", &summary{Targets: 3, Delivered: 2, Offline: 1}, exitOK, `room "x": delivered to 2 of 3 (1 offline)`},
 		"a room of people away":      {"room", true, "", &summary{Targets: 2, Offline: 2}, exitOffline, `room "x": delivered to nobody (2 offline)`},
 		"an empty room":              {"room", true, "", &summary{}, exitOK, `room "x": nobody to deliver to`},
