@@ -18,7 +18,7 @@ import (
 type conformanceCmd struct {
 	Node   string        `arg:"" optional:"" placeholder:"HOST:PORT" help:"The node's gRPC port."`
 	NodeID string        `name:"node-id" placeholder:"ID" help:"Id under which the node is registered. Default: any is right."`
-	User   []string      `help:"User who is connected to the node and in the room, may be repeated; two or more let every check run. Default with --client: three of our own."`
+	User   []string      `help:"User who is connected to the node and in the room, may be repeated; two or more let every check run that needs no --client. Default with --client: three of our own."`
 	Room   string        `default:"conformance" help:"Room of these users."`
 	Absent string        `default:"conformance-absent" help:"User who is not connected."`
 	Client string        `placeholder:"COMMAND" help:"Shell command that connects the user $USER_ID, joins the room $ROOM_ID and prints whatever arrives, a line each, until it is ended. Run once for each user."`
