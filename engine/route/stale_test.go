@@ -103,6 +103,71 @@ func TestAnswerThatChangedWhileItCameIsNoFallback(t *testing.T) {
 	})
 }
 
+// Who waits behind a change for a newer answer does not make what has changed good again,
+// when the newer answer does not come.
+func TestChangeIsNotForgottenByWhoWaitsBehindIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		watched(d)
+		ask(t, d, "r")
+		time.Sleep(30 * time.Second)
+		gate := make(chan struct{})
+		s.set(func(s *source) { s.gate, s.err = gate, ErrUnavailable })
+		var healer, behind teller
+		d.RefreshRoom(0, "r", missing(time.Now()), &healer)
+		synctest.Wait()
+		s.set(func(s *source) { s.rooms["r"] = room("u@A", "v@B") })
+		d.Invalidate([]string{"r"}, nil)
+		d.Room(0, "r", now(), &behind)
+		close(gate)
+		synctest.Wait()
+		if !errors.Is(behind.err, ErrUnavailable) {
+			t.Errorf("who asked after the change: %+v, %v", behind.snap, behind.err)
+		}
+		s.set(func(s *source) { s.gate, s.err = nil, nil })
+		time.Sleep(10 * time.Second)
+		snap, err := ask(t, d, "r")
+		if err != nil || snap.Users != 2 {
+			t.Errorf("10 s later, the controller answers: %+v, %v", snap, err)
+		}
+	})
+}
+
+// The same for a change that comes while those before it are told.
+func TestChangeWhileTheLineIsToldIsNotForgotten(t *testing.T) {
+	for name, fails := range map[string]error{"slow": ErrUnavailable, "away": ErrAway} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+				d := newDirectory(t, s)
+				watched(d)
+				var behind teller
+				first := teller{then: func() {
+					s.set(func(s *source) { s.rooms["r"], s.err = room("u@A", "v@B"), fails })
+					d.Invalidate([]string{"r"}, nil)
+					d.Room(0, "r", now(), &behind)
+				}}
+				d.Room(0, "r", now(), &first)
+				synctest.Wait()
+				if errors.Is(fails, ErrAway) {
+					if behind.err != nil || behind.snap.Stale == nil || !behind.snap.Stale.Changed {
+						t.Errorf("away: %+v, %v", behind.snap, behind.err)
+					}
+				} else if !errors.Is(behind.err, ErrUnavailable) {
+					t.Errorf("slow: %+v, %v", behind.snap, behind.err)
+				}
+				s.set(func(s *source) { s.err = nil })
+				time.Sleep(10 * time.Second)
+				snap, err := ask(t, d, "r")
+				if err != nil || snap.Users != 2 {
+					t.Errorf("10 s later, the controller answers: %+v, %v", snap, err)
+				}
+			})
+		})
+	}
+}
+
 func TestStaleAnswersSayUntilWhenTheyWereTrue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}, users: map[string][]string{"u": {"A"}}}

@@ -419,7 +419,7 @@ func (t *table) drain(home int, keys []string) {
 			l := h.lines[key]
 			if len(l.next) > 0 {
 				first = l.next[0].w
-				l.nextLocked()
+				t.nextLocked(l)
 				again = append(again, key)
 				continue
 			}
@@ -434,13 +434,17 @@ func (t *table) drain(home int, keys []string) {
 	}
 }
 
-// nextLocked turns the line to a new look-up, for those who want a newer answer.
-func (l *line) nextLocked() {
-	l.waiters, l.next = l.next, nil
-	l.looking, l.dirty, l.announced = true, false, false
+// nextLocked turns the line to a new look-up, for those who want a newer answer. What has
+// changed meanwhile is no good answer, should that look-up fail.
+func (t *table) nextLocked(l *line) {
 	if l.entry != nil {
 		l.old = l.entry
 	}
+	if l.dirty && l.old != nil {
+		l.old = t.changed(l.old, l.old.announced || l.announced)
+	}
+	l.waiters, l.next = l.next, nil
+	l.looking, l.dirty, l.announced = true, false, false
 }
 
 // publishLocked makes the line's result visible.
