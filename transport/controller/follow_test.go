@@ -173,6 +173,28 @@ func TestStreamOnWhichNoMarkComesBackIsOpenedAgain(t *testing.T) {
 	})
 }
 
+// A Controller that warms up is in sync late, and has been sent no mark before.
+func TestStreamThatIsLateInSyncIsNotSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFollower()
+		v := serve(t, &script{follow: func(stream following) error {
+			time.Sleep(silentAfter + time.Second)
+			return f.follow(stream)
+		}})
+		var l ledger
+		c := connect(t, v, Config{})
+		c.Start(&l)
+		time.Sleep(silentAfter + 2*time.Second)
+		synctest.Wait()
+		if !l.is("all", "watched true") || f.streams() != 1 || !c.Watched() {
+			t.Errorf("told %q on %d streams, watched %v", l.lines, f.streams(), c.Watched())
+		}
+		_ = c.Close()
+		synctest.Wait()
+		v.down()
+	})
+}
+
 func TestWhatIsAppliedIsAcknowledged(t *testing.T) {
 	followed(t, func(f *follower, c *Controller, l *ledger) {
 		for seq := uint64(1); seq <= 1000; seq++ {

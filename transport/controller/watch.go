@@ -231,6 +231,7 @@ func (w *watch) keep(ctx context.Context) {
 	defer tick.Stop()
 	var (
 		ran     = time.Now() // when this loop ran last
+		synced  = ran        // a Controller may take its time until then
 		resumed time.Time    // the end of the last pause: proofs from before do not count
 		marked  = w.proof    // when the last mark was sent
 		marks   uint64
@@ -266,7 +267,7 @@ func (w *watch) keep(ctx context.Context) {
 			} else {
 				w.vouch(earlier(proof.Add(lease), now.Add(maxPause)), now, lossSilent)
 			}
-			if now.Sub(proof) >= silentAfter {
+			if now.Sub(proof) >= silentAfter && now.Sub(synced) >= silentAfter {
 				w.end(errSilent)
 				return
 			}
