@@ -231,7 +231,7 @@ func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot) []*fence {
 			old = append(old, e)
 		}
 	}
-	if len(old) > 0 || !seen {
+	if len(old) > 0 || !seen || o.againLocked(key, s) {
 		o.buildLocked(key, s, old)
 	}
 	for _, e := range old {
@@ -244,6 +244,17 @@ func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot) []*fence {
 		}
 	}
 	return inWay
+}
+
+// againLocked tells whether the latest fence for key is that of another answer: s is given
+// again after it, and who was staged with that one meanwhile may have ended.
+func (o *Order) againLocked(key uint64, s *route.Snapshot) bool {
+	for _, f := range slices.Backward(o.fences) {
+		if f.key == key {
+			return f.snap != s
+		}
+	}
+	return false
 }
 
 // obstacle is what some users have to wait for.

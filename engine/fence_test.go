@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -144,6 +145,43 @@ func TestUserWhoMovedWaitsAndNobodyElse(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestFenceHoldsThoughItsAnswerIsGivenAgain: an answer serves as a stale one for a while,
+// and whoever was sent by that does not wait for the end.
+func TestFenceHoldsThoughItsAnswerIsGivenAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		e := w.engine(t)
+		w.place("r", "u", "A")
+		w.nodes["A"].keep = true
+		var o order
+		var stream Order
+		first := begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.place("r", "u", "B")
+		second := begin(t, e, &stream, toRoom("r"), &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.down = errors.New("too slow")
+		short := toRoom("r")
+		short.Timeout = 300 * time.Millisecond
+		begin(t, e, &stream, short, &o)
+		time.Sleep(1100 * time.Millisecond)
+		w.down = nil
+		last := []*Push{begin(t, e, &stream, toRoom("r"), &o), begin(t, e, &stream, toRoom("r"), &o)}
+		wantGot(t, "while A owes its ack", w.nodes["B"])
+		if n := len(stream.fences); n > 3 {
+			t.Errorf("%d fences, one for each change of the answer is enough", n)
+		}
+		w.nodes["A"].settle(notHere("u"))
+		var got []*Push
+		for _, d := range w.nodes["B"].got {
+			got = append(got, d.push)
+		}
+		if !slices.Equal(got, append([]*Push{first, second}, last...)) || o.done != 5 {
+			t.Errorf("%d came, in another order than they were started; %d pushes have ended", len(got), o.done)
+		}
+	})
 }
 
 func TestStreamsDoNotWaitForEachOther(t *testing.T) {
