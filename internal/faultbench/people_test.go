@@ -393,7 +393,11 @@ func (t *town) owed(pushes []*push, arrivals []arrival) {
 				missing = append(missing, user)
 			}
 		}
-		if excuse := int(p.summary.GetFailed() + p.summary.GetUnknown()); len(missing) > excuse {
+		excuse := int(p.summary.GetFailed() + p.summary.GetUnknown())
+		if excuse == 0 && p.kind == toRoom && p.summary.GetTargets() > 0 && !p.success {
+			continue // it went by a route that is known to have changed, and says so
+		}
+		if len(missing) > excuse {
 			slices.Sort(missing)
 			var about strings.Builder
 			for _, v := range byUser[missing[0]] {
