@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -69,6 +70,24 @@ func TestFirstFrameMustBeHelloAlone(t *testing.T) {
 		if err := m.wantEnd(codes.FailedPrecondition); err == nil {
 			t.Error(name)
 		}
+	}
+}
+
+// What a hello holds is kept for as long as its stream lives, and logged.
+func TestHelloIsBounded(t *testing.T) {
+	var log bytes.Buffer
+	b := serve(t, Config{Sessions: newGateway(), Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	if _, err := b.open(t, &pubsub.Hello{ProtocolVersion: 1, ManagerId: strings.Repeat("m", 256), NodeId: strings.Repeat("n", 256)}); err != nil {
+		t.Errorf("a hello with long ids: %v", err)
+	}
+	for _, instance := range []string{"", strings.Repeat("i", maxInstanceBytes+1)} {
+		_, err := b.open(t, &pubsub.Hello{ProtocolVersion: 1, ManagerId: strings.Repeat("m", maxHelloBytes), InstanceId: instance})
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("a hello that is too large: %v", err)
+		}
+	}
+	if n := log.Len(); n == 0 || n > maxHelloBytes {
+		t.Errorf("%d bytes were logged", n)
 	}
 }
 

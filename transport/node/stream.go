@@ -20,6 +20,10 @@ import (
 // version is the protocol that this node speaks.
 const version = 1
 
+// maxHelloBytes bounds what is kept of a manager for as long as its stream lives, and
+// what a log line says of it.
+const maxHelloBytes = 4 << 10
+
 var (
 	errBroken  = errors.New("broken stream")
 	errDrained = errors.New("manager goes") // ends a stream in good order
@@ -131,6 +135,9 @@ func (s *Server) accept(call grpc.ServerStream) (*pubsub.Hello, error) {
 	}
 	if !r.hasHello || r.hasMore() {
 		return hello, fmt.Errorf("%w: the first frame must be hello and nothing else", errBroken)
+	}
+	if n := len(r.hello); n > maxHelloBytes {
+		return hello, fmt.Errorf("%w: hello has %d bytes, the limit is %d", errBroken, n, maxHelloBytes)
 	}
 	if err := hello.UnmarshalVT(r.hello); err != nil {
 		return hello, fmt.Errorf("%w: hello: %w", errBroken, err)
