@@ -211,7 +211,10 @@ func (r *reports) leave(c holder, room string) error {
 	c.roomSet().exit(room)
 	m := r.dropLocked(c, room)
 	if m != nil && len(m.holders) == 0 && r.all[m.membershipID] == m && (m.busy || !r.doneLocked(m)) {
-		m.leavers = append(m.leavers, c)
+		if !slices.Contains(m.leavers, c) {
+			m.leavers = append(m.leavers, c)
+			c.roomSet().leaveLocked(room)
+		}
 		r.mu.Unlock()
 		return nil
 	}
@@ -225,7 +228,15 @@ func (r *reports) leave(c holder, room string) error {
 func (r *reports) drop(c holder) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for room := range c.roomSet().exitAll() {
+	in := c.roomSet()
+	user, _ := c.identity()
+	for room := range in.leaving {
+		if m := r.all[membershipID{user, room}]; m != nil {
+			m.leavers = remove(m.leavers, c)
+		}
+	}
+	in.leaving = nil
+	for room := range in.exitAll() {
 		r.dropLocked(c, room)
 	}
 }
@@ -436,6 +447,7 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 		return nil
 	}
 	for _, c := range m.leavers {
+		delete(c.roomSet().leaving, m.room)
 		news = append(news, func() { c.left(m.room) })
 	}
 	for _, c := range m.joiners {

@@ -748,3 +748,40 @@ func TestRegistrationSaysWhichProcessReports(t *testing.T) {
 		return len(nodes) == 1 && nodes[0].BootID == g.reports.boot && nodes[0].BootID == g.node.BootID()
 	})
 }
+
+// However often somebody comes and goes while the Controller is away, nothing is kept but
+// who is still there and waits for the word that it has left, once.
+func TestComingAndGoingKeepsNothingWhileTheControllerIsAway(t *testing.T) {
+	r := quietReports(t)
+	stays := newMember("ann")
+	if err := r.join(stays, "lobby"); err != nil {
+		t.Fatal(err)
+	}
+	m := r.next()
+	r.done(m)
+	for range 1000 {
+		comes := newMember("ann")
+		for _, c := range []*member{stays, comes} {
+			if err := r.join(c, "lobby"); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.leave(c, "lobby"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.drop(comes)
+	}
+	if got := len(m.leavers); got != 1 {
+		t.Errorf("%d wait for the word that they have left, want 1", got)
+	}
+	if got := len(stays.rooms.leaving); got != 1 {
+		t.Errorf("the connection waits for %d rooms, want 1", got)
+	}
+	r.mu.Lock()
+	m.told = false
+	r.settleLocked(m)
+	r.mu.Unlock()
+	if got := len(stays.rooms.leaving); got != 0 {
+		t.Errorf("the connection waits for %d rooms after the answer, want 0", got)
+	}
+}

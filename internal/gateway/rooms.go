@@ -7,6 +7,10 @@ import "sync"
 type rooms struct {
 	mu  sync.RWMutex
 	all map[string]struct{} // Guarded by mu.
+
+	// Rooms that the connection has left and has not been told so. Guarded by the lock
+	// of reports.
+	leaving map[string]struct{}
 }
 
 func (r *rooms) has(room string) bool {
@@ -44,4 +48,12 @@ func (r *rooms) exitAll() map[string]struct{} {
 	all := r.all
 	r.all = nil
 	return all
+}
+
+// leaveLocked notes that the connection waits for the word that it has left.
+func (r *rooms) leaveLocked(room string) {
+	if r.leaving == nil {
+		r.leaving = make(map[string]struct{})
+	}
+	r.leaving[room] = struct{}{}
 }
