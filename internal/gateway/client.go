@@ -36,6 +36,7 @@ type reader struct {
 	message []byte // so far
 	op      ws.OpCode
 	due     time.Duration // since the gateway's start: see pace
+	late    bool          // the frame was held back by pace
 }
 
 func newReader(c *conn, from io.Reader) *reader {
@@ -108,7 +109,10 @@ func (r *reader) payload(b []byte, h ws.Header) ([]byte, error) {
 		left -= n
 	}
 	ws.Cipher(b[start:], h.Mask, 0)
-	r.c.g.hear(r.c)
+	// What had to wait tells nothing about now: its client may be gone since.
+	if !r.late {
+		r.c.g.hear(r.c)
+	}
 	return b, nil
 }
 
@@ -129,14 +133,15 @@ func closeAnswer(payload []byte) uint16 {
 
 // pace holds the client to its rate of frames. One that sends more is read later: its
 // messages wait in its own socket, and nothing is lost. Who has been quiet may send what
-// rejoining all rooms takes at once.
+// rejoining all rooms takes at once. Who is never within its rate for Config.IdleTimeout
+// counts as gone: nobody could tell it from a client that has gone and left a backlog.
 func (r *reader) pace() {
 	cfg := &r.c.g.cfg
 	interval := time.Second / time.Duration(cfg.MessageRate)
 	burst := interval * time.Duration(cfg.MaxRooms+2*cfg.MessageRate)
 	now := time.Since(r.c.g.began)
 	r.due = max(r.due, now-burst) + interval
-	if r.due > now {
+	if r.late = r.due > now; r.late {
 		r.c.g.count.paced.Inc()
 		time.Sleep(r.due - now) // an interval at most: a second
 	}

@@ -322,6 +322,23 @@ func TestFloodOfAClientIsReadAtItsRate(t *testing.T) {
 	well.wantNothing()
 }
 
+// TestBacklogOfAClientThatHasGoneIsNoSignOfLife: it is worked off for hours, and pushes to the
+// user would be delivered to nobody all the while.
+func TestBacklogOfAClientThatHasGoneIsNoSignOfLife(t *testing.T) {
+	g, _ := start(t, newController(t), func(c *Config) {
+		c.MaxRooms, c.MessageRate = 1, 10
+		c.PingInterval, c.IdleTimeout = 100*time.Millisecond, 300*time.Millisecond
+	})
+	flood := connect(t, g, "flood", "")
+	for range 500 { // fifty seconds' worth
+		flood.say(`{"type":"leave","room_id":"none"}`)
+	}
+	eventually(t, "it is cut off", func() bool { return g.registry.conns.Load() == 0 })
+	if n := g.count.dead.Get(); n != 1 {
+		t.Errorf("%d clients count as dead, want 1", n)
+	}
+}
+
 // TestCloseEndsAConnectionThatIsJustBeginning: it comes after Close has looked at all.
 func TestCloseEndsAConnectionThatIsJustBeginning(t *testing.T) {
 	g, _ := start(t, newController(t), func(c *Config) { c.IdleTimeout, c.WriteTimeout, c.CloseTimeout = time.Hour, time.Hour, time.Hour })
