@@ -138,16 +138,27 @@ func (c *listenCmd) connected(ctx context.Context, l *listener, address string) 
 // refusal is why a handshake failed. What the node says of the request itself, it will
 // say again.
 func refusal(resp *http.Response, err error) error {
-	if resp == nil || resp.StatusCode < 400 || resp.StatusCode > 499 ||
-		resp.StatusCode == http.StatusRequestTimeout || resp.StatusCode == http.StatusTooManyRequests {
+	switch {
+	case resp == nil && strings.Contains(err.Error(), "malformed HTTP"): // with what came instead
+		return errors.New("no connection: what answers there does not speak HTTP/1, as a gRPC port does not; a Connect-Node has its WebSocket at its HTTP port")
+	case resp == nil || resp.StatusCode == http.StatusSwitchingProtocols:
 		return fmt.Errorf("no connection: %w", err)
 	}
-	text := ""
+	said := fmt.Sprintf("%d (%s)", resp.StatusCode, http.StatusText(resp.StatusCode))
 	if resp.Body != nil {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 256)) // what there is of it
-		text = ": " + clean(strings.TrimSpace(string(b)))
+		line, _, _ := strings.Cut(strings.TrimSpace(string(b)), "\n")
+		if line = clean(strings.TrimSpace(line)); line != "" {
+			said = fmt.Sprintf("%d: %s", resp.StatusCode, line)
+		}
 	}
-	return &finalError{fmt.Errorf("the Connect-Node refuses the connection with %d%s", resp.StatusCode, text)}
+	switch code := resp.StatusCode; {
+	case code >= 500 || code == http.StatusRequestTimeout || code == http.StatusTooManyRequests:
+		return fmt.Errorf("no connection: the Connect-Node does not take it now, with %s", said)
+	case code >= 400:
+		return &finalError{fmt.Errorf("the Connect-Node refuses the connection with %s", said)}
+	}
+	return fmt.Errorf("no connection: what answers there opens no WebSocket, but says %s", said)
 }
 
 // ended is why a connection ended, as the other side has put it.

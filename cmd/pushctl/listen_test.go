@@ -88,7 +88,7 @@ func TestListenComesBack(t *testing.T) {
 		"until enough has come": {
 			[]func(http.ResponseWriter, *http.Request){m.closes(1001), m.closes(4429), refuses(503, "node is going"), m.closes(1012), m.closes(0)},
 			[]string{"--count=1"}, exitOK, 4,
-			[]string{"closed the connection (1001 so it is); connecting again in ", "(4429 so it is)", "no connection", "(1012 so it is)"},
+			[]string{"closed the connection (1001 so it is); connecting again in ", "(4429 so it is)", "does not take it now, with 503: node is going", "(1012 so it is)"},
 		},
 		"until it is refused for good": {
 			[]func(http.ResponseWriter, *http.Request){m.closes(1001), refuses(400, "room_id: must not be empty")},
@@ -100,7 +100,15 @@ func TestListenComesBack(t *testing.T) {
 		},
 		"not where there was none": {
 			[]func(http.ResponseWriter, *http.Request){refuses(503, "full")},
-			nil, exitError, 0, []string{"no connection"},
+			nil, exitError, 0, []string{"no connection: the Connect-Node does not take it now, with 503: full"},
+		},
+		"not where nothing is said": {
+			[]func(http.ResponseWriter, *http.Request){func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }},
+			nil, exitError, 0, []string{"with 503 (Service Unavailable)"},
+		},
+		"not where another page is": {
+			[]func(http.ResponseWriter, *http.Request){refuses(200, "a page\nof two lines")},
+			nil, exitError, 0, []string{"opens no WebSocket, but says 200: a page\n"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -130,6 +138,14 @@ func TestListenComesBack(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestListenAtAGRPCPortSaysSo(t *testing.T) {
+	address := serve(t, &server{})
+	code, _, errOut := pushctl(t, "", "listen", "--user=alice", "--url", "ws://"+address+"/ws")
+	if code != exitError || !strings.Contains(errOut, "ws://"+address+"/ws: no connection: what answers there does not speak HTTP/1, as a gRPC port does not") || strings.Contains(errOut, `\x00`) {
+		t.Errorf("exit %d, %q", code, errOut)
 	}
 }
 

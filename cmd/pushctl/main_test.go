@@ -231,6 +231,11 @@ func TestMistakesExitWith2AndNobodyThereWith1(t *testing.T) {
 		"two texts":       {[]string{"room", "r", "x", "--data-file=-"}, 2, "not both"},
 		"type":            {[]string{"room", "r", "x", "--type=loud"}, 2, "--type"},
 		"timeout":         {[]string{"room", "r", "x", "--timeout=-1s"}, 2, "--timeout"},
+		"a URL":           {[]string{"room", "r", "x", "--address=http://localhost:50053"}, 2, `--address: "http://localhost:50053" is not HOST:PORT`},
+		"no such port":    {[]string{"user", "u", "x", "--address=localhost:99999"}, 2, `--address: "localhost:99999" is not HOST:PORT`},
+		"no address":      {[]string{"broadcast", "x", "--address="}, 2, `--address: "" is not HOST:PORT`},
+		"dns target":      {[]string{"room", "r", "x", "--address=dns:///127.0.0.1:1"}, 1, "nobody answers at dns:///127.0.0.1:1"},
+		"unix target":     {[]string{"room", "r", "x", "--address=unix:/nowhere/socket"}, 1, "nobody answers at unix:/nowhere/socket"},
 		"no duration":     {[]string{"room", "r", "x", "--timeout=soon"}, 2, "--timeout"},
 		"metadata":        {[]string{"room", "r", "x", "--metadata=a"}, 2, "--metadata"},
 		"no file":         {[]string{"room", "r", "--data-file=/nowhere"}, 1, "/nowhere"},
@@ -238,6 +243,7 @@ func TestMistakesExitWith2AndNobodyThereWith1(t *testing.T) {
 		"nobody there":    {[]string{"room", "r", "x", "--address=127.0.0.1:1"}, 1, "push-manager dev"},
 		"no node there":   {[]string{"listen", "--url=ws://127.0.0.1:1/ws"}, 1, "push-manager dev"},
 		"no etcd there":   {[]string{"nodes", "--etcd-endpoints=127.0.0.1:1", "--timeout=200ms"}, 1, "etcd does not answer at 127.0.0.1:1"},
+		"no time for it":  {[]string{"nodes", "--etcd-endpoints=127.0.0.1:1", "--timeout=1ns"}, 1, ": out of time (--timeout)"},
 		"nodes timeout":   {[]string{"nodes", "--timeout=0s"}, 2, "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -76,6 +76,9 @@ func list(ctx context.Context, cfg discovery.Config) ([]discovery.Node, error) {
 		if why := w.Why(); why != "" {
 			return nil, errors.New(why)
 		}
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return nil, errors.New("out of time (--timeout)")
+		}
 		return nil, context.Cause(ctx)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -113,7 +114,7 @@ func plural(n int32, what string) string {
 // explain turns the error of a call into a line for people, and says whether
 // anything can have been delivered: not where the server says so, not where the call
 // never left this process, and not where the server does not have the method.
-func explain(err error, address string, sent bool) error {
+func explain(err error, address string, timeout time.Duration, sent bool) error {
 	s := status.Convert(err)
 	for _, detail := range s.Details() {
 		// With it, the server says that nothing was sent.
@@ -131,16 +132,16 @@ func explain(err error, address string, sent bool) error {
 	case s.Code() == codes.Canceled:
 		return errors.New("interrupted: nothing was sent")
 	}
-	return unreachable(s.Message(), address)
+	return unreachable(s, address, timeout)
 }
 
 // unreachable says why a call never left. What it was is told apart by gRPC's words,
 // that nothing was sent is not.
-func unreachable(message, address string) error {
+func unreachable(s *status.Status, address string, timeout time.Duration) error {
 	has := func(words ...string) bool {
-		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(message, w) })
+		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(s.Message(), w) })
 	}
-	why := clean(message)
+	why := clean(s.Message())
 	address = clean(address)
 	switch {
 	case has("no such host", "produced zero addresses", "name resolver error"):
@@ -149,6 +150,8 @@ func unreachable(message, address string) error {
 		return fmt.Errorf("nobody answers at %s, nothing was sent; start everything on this machine with: %s dev", address, invoke.As("push-manager"))
 	case has("looked like an HTTP/1.1 header", "looked like a TLS", "server preface", "EOF", "connection reset"):
 		return fmt.Errorf("what answers at %s does not speak gRPC without TLS, nothing was sent: %s", address, why)
+	case s.Code() == codes.DeadlineExceeded:
+		return fmt.Errorf("out of time, nothing was sent: there was no connection to %s within %v (--timeout)", address, timeout)
 	}
 	return fmt.Errorf("nobody answers at %s, nothing was sent: %s", address, why)
 }

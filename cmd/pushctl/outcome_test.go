@@ -85,7 +85,7 @@ func TestNothingWasSentIsSaidWhereItIsTrue(t *testing.T) {
 		"connection refused":  {"127.0.0.1:1", "nobody answers at 127.0.0.1:1"},
 		"HTTP/1 port":         {strings.TrimPrefix(web.URL, "http://"), "does not speak gRPC without TLS"},
 		"TLS port":            {strings.TrimPrefix(secure.URL, "https://"), "does not speak gRPC without TLS"},
-		"says nothing":        {mute.Addr().String(), "nobody answers"},
+		"says nothing":        {mute.Addr().String(), "out of time, nothing was sent: there was no connection to " + mute.Addr().String() + " within 1s"},
 		"another gRPC server": {l.Addr().String(), "is no Push-Manager"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -100,6 +100,15 @@ func TestNothingWasSentIsSaidWhereItIsTrue(t *testing.T) {
 				t.Errorf("%q", errOut)
 			}
 		})
+	}
+}
+
+// TestADeadlineThatPassedFirstIsNoPeerThatIsAway: the server is there.
+func TestADeadlineThatPassedFirstIsNoPeerThatIsAway(t *testing.T) {
+	address := serve(t, &server{success: true})
+	code, _, errOut := pushctl(t, "", "user", "bob", "x", "--timeout=1ns", "--address", address)
+	if code != exitError || !strings.Contains(errOut, "out of time, nothing was sent") || strings.Contains(errOut, "nobody answers") {
+		t.Errorf("exit %d, %q", code, errOut)
 	}
 }
 

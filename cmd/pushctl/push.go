@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/stats"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/internal/program"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -109,6 +110,9 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	if f.Timeout <= 0 || f.Timeout > maxTimeout {
 		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", f.Timeout, maxTimeout)}
 	}
+	if program.CheckTarget(f.Address) != nil {
+		return &usageError{fmt.Sprintf("--address: %q is not HOST:PORT", f.Address)}
+	}
 	var sent sending
 	conn, err := grpc.NewClient(f.Address, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStatsHandler(&sent))
 	if err != nil {
@@ -119,7 +123,7 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	defer cancel()
 	r, err := do(ctx, pubsub.NewPushManagerServiceClient(conn), content)
 	if err != nil {
-		return explain(err, f.Address, sent.begun.Load())
+		return explain(err, f.Address, f.Timeout, sent.begun.Load())
 	}
 	if err := t.show(what, r); err != nil {
 		return err
