@@ -88,7 +88,7 @@ func (s *skipped) Error() string { return s.why }
 
 // tester is one run against one node.
 type tester struct {
-	// Static after newTester.
+	// Static after newTester, but for cfg.Users: none count once their check has failed.
 	cfg     Config
 	api     pubsub.ConnectNodeServiceClient
 	manager string // begins the ids of our managers
@@ -98,6 +98,9 @@ type tester struct {
 	streaming bool
 	audiences uint32 // max_audience_members of the node
 	unacked   uint32 // max_unacked of the node
+
+	// Static after the second check.
+	strayed bool // users were given, and are not as they should be
 
 	managers, tokens atomic.Uint64
 }
@@ -205,8 +208,8 @@ func Run(ctx context.Context, cfg Config, report func(Result)) (failed int, err 
 			}
 		}
 		report(r)
-		if r.Outcome == Fail && (c.name == "connect" || c.name == "users") {
-			stop = "nothing can be said after " + c.name + " has failed"
+		if r.Outcome == Fail && c.name == "connect" {
+			stop = "nothing can be said after connect has failed"
 		}
 	}
 	return failed, nil
@@ -229,7 +232,14 @@ func (t *tester) lacks(c check) string {
 	case !t.streaming && !slices.Contains([]string{"connect", "users", "unary", "keepalive", "leaving"}, group):
 		return "the node has no Deliver stream"
 	case len(t.cfg.Users) < c.users:
-		return fmt.Sprintf("needs %d connected users", c.users)
+		why := "needs a connected user"
+		if c.users > 1 {
+			why = fmt.Sprintf("needs %d connected users", c.users)
+		}
+		if t.strayed {
+			why += ", and the check of users has failed"
+		}
+		return why
 	case c.clients && t.cfg.Client == nil:
 		return "needs to see what reaches the users"
 	case c.audiences && t.audiences == 0:
@@ -257,10 +267,23 @@ func connect(ctx context.Context, t *tester) error {
 	return nil
 }
 
-// usersAreHere waits for clients that are still connecting.
-func usersAreHere(ctx context.Context, t *tester) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second+t.cfg.Within)
+// usersAreHere waits for clients that are still connecting. Those that are no clients of
+// ours are connected already.
+func usersAreHere(ctx context.Context, t *tester) (err error) {
+	defer func() {
+		if err != nil {
+			t.strayed, t.cfg.Users = true, nil
+			err = fmt.Errorf("%w; what follows is tried as without users", err)
+		}
+	}()
+	patience := t.cfg.Within
+	if t.cfg.Client != nil {
+		patience += 10 * time.Second
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience+t.cfg.Within)
 	defer cancel()
+	enough := time.NewTimer(patience)
+	defer enough.Stop()
 	look := time.NewTicker(50 * time.Millisecond)
 	defer look.Stop()
 	for _, user := range t.cfg.Users {
@@ -270,8 +293,10 @@ func usersAreHere(ctx context.Context, t *tester) error {
 			case <-look.C:
 			case err := <-t.arrived.ended:
 				return fmt.Errorf("the client of %w", err)
-			case <-ctx.Done():
+			case <-enough.C:
 				return fmt.Errorf("user %q is not connected to the node, or not in room %q", user, t.cfg.Room)
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			}
 		}
 		if err != nil {

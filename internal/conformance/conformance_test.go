@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -106,6 +107,44 @@ func TestOurNodeConforms(t *testing.T) {
 			for check, why := range skips {
 				if !unaryOnly || why != "the node has no Deliver stream" {
 					t.Errorf("%s was skipped: %s", check, why)
+				}
+			}
+		})
+	}
+}
+
+// TestWrongUsersAreAsNone: what needs no users is tried all the same.
+func TestWrongUsersAreAsNone(t *testing.T) {
+	for name, set := range map[string]func(*plain){
+		"deliver and unary": func(*plain) {},
+		"unary":             func(p *plain) { p.unaryOnly = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tryWith := func(users []string, within time.Duration) (failed, skips map[string]string) {
+				p := newPlain("")
+				set(p)
+				cfg := p.config(t, within)
+				cfg.Users, cfg.Client, cfg.Drain = users, nil, nil
+				return try(t, cfg)
+			}
+			failed, without := tryWith(nil, patience)
+			if len(failed) > 0 || without["users"] != "needs a connected user" {
+				t.Errorf("without users: failed %v, skipped %v", failed, without)
+			}
+			failed, with := tryWith([]string{"nobody-1", "nobody-2"}, 3*time.Second)
+			if got := failed["users"]; !strings.Contains(got, `"nobody-1" is not connected`) || !strings.Contains(got, "as without users") {
+				t.Errorf("failed %v", failed)
+			}
+			delete(without, "users")
+			for check, why := range without {
+				if got, ok := with[check]; !ok || !strings.HasPrefix(got, why) {
+					t.Errorf("%s: %q, and without users %q", check, got, why)
+				}
+			}
+			for check, why := range with {
+				if _, ok := without[check]; !ok {
+					t.Errorf("%s is skipped for wrong users only: %s", check, why)
 				}
 			}
 		})
