@@ -253,7 +253,8 @@ type PushMessageBatchResponse struct {
 	Success bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	// Users, not connections.
 	DeliveredCount int32 `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
-	// Users without a connection here. Push-Manager looks them up again.
+	// Users without a connection here, or without one in the room. Push-Manager
+	// looks them up again.
 	FailedUserIds []string `protobuf:"bytes,3,rep,name=failed_user_ids,json=failedUserIds,proto3" json:"failed_user_ids,omitempty"`
 	Message       string   `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
 	// Users that are here, and none of whose connections took the message.
@@ -772,9 +773,9 @@ func (x *Hello) GetNodeId() string {
 // HelloReply accepts a stream.
 type HelloReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The version that the node speaks on this stream, at most the offered one
-	// and at least the one before it. A node that speaks neither ends the stream
-	// with FAILED_PRECONDITION.
+	// The version that the node speaks on this stream: the offered one or the one
+	// below it. A node that speaks neither ends the stream with
+	// FAILED_PRECONDITION.
 	ProtocolVersion uint32 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
 	// Must be the id under which the node is registered. Another one means that
 	// the address belongs to somebody else: nothing is sent.
@@ -1127,7 +1128,8 @@ func (x *AckRange) GetDelivered() []uint32 {
 type Miss struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
-	// Users without a connection on this node. Push-Manager looks them up again.
+	// Users without a connection on this node, or without one in the room.
+	// Push-Manager looks them up again.
 	NotHere []string `protobuf:"bytes,2,rep,name=not_here,json=notHere,proto3" json:"not_here,omitempty"`
 	// Users that are here, and none of whose connections took the message.
 	Failed []string `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`

@@ -34,13 +34,15 @@ const (
 // that answers Deliver with UNIMPLEMENTED is served over the unary methods.
 // README.md beside this file tells how to write a node in any language.
 type ConnectNodeServiceClient interface {
-	// Hands a message to every connection of one user. success=false means that
-	// the user has no connection here. A user who is here and whose connections did
-	// not take it is the error RESOURCE_EXHAUSTED.
+	// Hands a message to every connection of one user, with a room_id to those in
+	// the room. success=false means that the user has no connection here, or none in
+	// the room. A user who is here and whose connections did not take it is the error
+	// RESOURCE_EXHAUSTED.
 	PushMessage(ctx context.Context, in *PushMessageRequest, opts ...grpc.CallOption) (*PushMessageResponse, error)
 	// The same for several users. failed_user_ids names those that have no
-	// connection here, unreached_user_ids those that are here and whose connections
-	// did not take it. An empty user_ids is an error, never "everybody".
+	// connection here, or none in the room, unreached_user_ids those that are here
+	// and whose connections did not take it. An empty user_ids is an error, never
+	// "everybody".
 	PushMessageBatch(ctx context.Context, in *PushMessageBatchRequest, opts ...grpc.CallOption) (*PushMessageBatchResponse, error)
 	// Hands a message to every connection of every user.
 	Broadcast(ctx context.Context, in *BroadcastRequest, opts ...grpc.CallOption) (*BroadcastResponse, error)
@@ -109,13 +111,15 @@ type ConnectNodeService_DeliverClient = grpc.BidiStreamingClient[DeliverRequest,
 // that answers Deliver with UNIMPLEMENTED is served over the unary methods.
 // README.md beside this file tells how to write a node in any language.
 type ConnectNodeServiceServer interface {
-	// Hands a message to every connection of one user. success=false means that
-	// the user has no connection here. A user who is here and whose connections did
-	// not take it is the error RESOURCE_EXHAUSTED.
+	// Hands a message to every connection of one user, with a room_id to those in
+	// the room. success=false means that the user has no connection here, or none in
+	// the room. A user who is here and whose connections did not take it is the error
+	// RESOURCE_EXHAUSTED.
 	PushMessage(context.Context, *PushMessageRequest) (*PushMessageResponse, error)
 	// The same for several users. failed_user_ids names those that have no
-	// connection here, unreached_user_ids those that are here and whose connections
-	// did not take it. An empty user_ids is an error, never "everybody".
+	// connection here, or none in the room, unreached_user_ids those that are here
+	// and whose connections did not take it. An empty user_ids is an error, never
+	// "everybody".
 	PushMessageBatch(context.Context, *PushMessageBatchRequest) (*PushMessageBatchResponse, error)
 	// Hands a message to every connection of every user.
 	Broadcast(context.Context, *BroadcastRequest) (*BroadcastResponse, error)

@@ -83,7 +83,7 @@ type ControllerServiceClient interface {
 	// A Controller that cannot promise this has WatchRoutes alone, and a push that
 	// follows "joined" at once may miss the new member.
 	FollowRoutes(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse], error)
-	// Optional. Called by a Connect-Node when it has connected and every few
+	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
 	// beside this file tells how. UNIMPLEMENTED means that the node reports
@@ -254,7 +254,7 @@ type ControllerServiceServer interface {
 	// A Controller that cannot promise this has WatchRoutes alone, and a push that
 	// follows "joined" at once may miss the new member.
 	FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error
-	// Optional. Called by a Connect-Node when it has connected and every few
+	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
 	// beside this file tells how. UNIMPLEMENTED means that the node reports
