@@ -35,9 +35,13 @@
 // # Running
 //
 // The faults are listed in docs/reliability.md, and the tests name its ids. The fast ones
-// run with all other tests. `make faults` runs the slow ones, too, and `make chaos` random faults that overlap, the same again for the
-// same SEED, for as long as DURATION says. `make soak` looks for what grows: half of the
-// peak load for a long time while a node leaves and joins every five seconds. `make
-// recovery` repeats outages and judges how soon all is well again, and `make rolling`
-// restarts everything behind a balancer; docs/reliability.md has what they have shown.
+// run with all other tests. `make faults` runs the slow ones, too, and `make chaos` random
+// faults that overlap, the same again for the same SEED, for as long as DURATION says.
+// `make honesty` runs the programs as they ship with real WebSocket clients that come, move
+// and go while nodes are killed, stopped and drained and the Controller is restarted: what
+// callers are told is held against what the clients got, and who stayed connected is owed
+// every push. `make soak` looks for what grows: half of the peak load for a long time while
+// a node leaves and joins every five seconds. `make recovery` repeats outages and judges how
+// soon all is well again, and `make rolling` restarts everything behind a balancer;
+// docs/reliability.md has what they have shown.
 package faultbench
