@@ -18,7 +18,7 @@ type layer struct {
 	others []string
 }
 
-// layers is "the house" of docs/architecture.md. The first that matches a folder counts. A folder that matches none
+// layers is the parts of docs/architecture.md. The first that matches a folder counts. A folder that matches none
 // fails the test: a new package starts by saying where it stands.
 //
 // Wire types (proto) are for transport and what stands above it. In engine, engine/route and shard there is not one
