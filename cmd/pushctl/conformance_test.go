@@ -55,6 +55,7 @@ func TestConformanceOfNobodyAndOfNothing(t *testing.T) {
 	}{
 		"nobody there":  {[]string{"127.0.0.1:1"}, exitError, "the node fails"},
 		"no such check": {[]string{"127.0.0.1:1", "--only=everything"}, exitUsage, `no check is called "everything"`},
+		"no such port":  {[]string{"localhost:99999"}, exitUsage, `address "localhost:99999" is not HOST:PORT`},
 		"no time":       {[]string{"127.0.0.1:1", "--within=0s"}, exitUsage, "--within"},
 	} {
 		t.Run(name, func(t *testing.T) {

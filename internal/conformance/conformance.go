@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/config"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -127,8 +127,8 @@ func everyCheck() []check {
 // Validate reports what is wrong with c.
 func (c *Config) Validate() error {
 	var errs []error
-	if _, _, err := net.SplitHostPort(c.Address); err != nil {
-		errs = append(errs, fmt.Errorf("address %q is not HOST:PORT", c.Address))
+	if err := config.CheckAddress(c.Address); err != nil {
+		errs = append(errs, fmt.Errorf("address %w", err))
 	}
 	for _, name := range slices.Concat(c.Only, c.Skip) {
 		if !slices.ContainsFunc(everyCheck(), func(c check) bool { return c.is(name) }) {
