@@ -386,6 +386,7 @@ func (t *town) owed(pushes []*push, arrivals []arrival) {
 			for _, v := range byRoom[p.key] {
 				there[v.user] = there[v.user] || v.inThroughout(p.key, p)
 			}
+		case toUsers, toAll: // the town has none
 		}
 		var missing []string
 		for user, was := range there {
