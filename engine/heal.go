@@ -93,7 +93,9 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 }
 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,
-// those who are gone, and those of whom the answer says nothing new.
+// those who are gone, and those of whom the answer says nothing new. That of a Controller
+// that may not know all yet is good for where users are: whom it does not send elsewhere
+// has no route.
 func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
 	p, r := h.d.push, h.d.fallShort()
 	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
@@ -103,8 +105,8 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, user := range users {
-		placed, sent := false, false
-		for _, g := range snap(i).Groups {
+		s, placed, sent := snap(i), false, false
+		for _, g := range s.Groups {
 			if !g.Has(user) {
 				continue
 			}
@@ -124,6 +126,8 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 		switch {
 		case sent:
 			r.resent = append(r.resent, user)
+		case s.Doubted:
+			r.heal = DropNoRoute
 		case !placed:
 			r.gone = append(r.gone, user)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -116,5 +117,73 @@ func TestRefusedPushLeavesNothing(t *testing.T) {
 	ctx := context.Background()
 	if n := testing.AllocsPerRun(1000, func() { _, _ = e.Do(ctx, p) }); n > 0 {
 		t.Errorf("%v allocations for each push that is refused", n)
+	}
+}
+
+// renewedWorld is a world whose Controller may just have started.
+type renewedWorld struct {
+	*world
+
+	at time.Time
+}
+
+func (w *renewedWorld) Renewed() time.Time { return w.at }
+
+// TestHealTakesNobodyForOfflineByADoubtedAnswer: where a Controller that has just started
+// has a user is where the push goes; that it has not one is not believed.
+func TestHealTakesNobodyForOfflineByADoubtedAnswer(t *testing.T) {
+	for _, c := range []struct {
+		name                       string
+		push                       func() *Push
+		answer                     func(w *world)
+		delivered, failed, offline int
+	}{
+		{"room, not here", func() *Push { return toRoom("r") },
+			func(w *world) { w.nodes["A"].answer = notHere("u1", "u2", "u3", "u4") }, 1, 3, 0},
+		{"room, not reachable", func() *Push { return toRoom("r") },
+			func(w *world) { w.nodes["A"].decline = DropUnreachable }, 1, 3, 0},
+		{"user, not here", func() *Push { return toUser("u2") },
+			func(w *world) { w.nodes["A"].answer = notHere("u2") }, 0, 1, 0},
+		{"users, not here", func() *Push { return toUsers("u1", "u2", "u3", "u4") },
+			func(w *world) {
+				w.nodes["A"].answer = func(d *Delivery) { _, _ = d.Ack(Ack{NotHere: slices.Clone(d.Users())}) }
+			}, 1, 3, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				source := &renewedWorld{world: w}
+				w.tune = func(c *route.Config) { c.Source = source }
+				e := w.engine(t)
+				users := []string{"u1", "u2", "u3", "u4"}
+				for _, u := range users {
+					w.place("r", u, "A")
+				}
+				do(t, e, toRoom("r"))
+				do(t, e, toUsers(users...))
+				time.Sleep(10 * time.Second)
+				source.at = time.Now()
+				for _, u := range users {
+					w.place("r", u)
+				}
+				w.place("r", "u1", "B")
+				c.answer(w)
+				for i := range 3 { // by one look-up, and by those that it spares
+					r := do(t, e, c.push())
+					if r.Delivered != c.delivered || r.Failed != c.failed || r.Offline != c.offline || r.Success() {
+						t.Errorf("push %d: %+v, success %v; want %d delivered, %d failed, %d offline", i, r, r.Success(), c.delivered, c.failed, c.offline)
+					}
+					time.Sleep(100 * time.Millisecond)
+				}
+				if n := w.lookedUp(); n > 12 {
+					t.Errorf("%d look-ups", n)
+				}
+				// When the time is over it is believed.
+				time.Sleep(5 * time.Second)
+				if r := do(t, e, c.push()); r.Failed != 0 || r.Delivered != c.delivered {
+					t.Errorf("5 s later: %+v", r)
+				}
+			})
+		})
 	}
 }

@@ -184,7 +184,8 @@ func (d *Directory) User(home int, user string, q Query, w Waiter) {
 // RefreshRoom has w told what the Controller says about a room, with a new look-up
 // unless there has been one since, or one is under way, or the Controller has stayed
 // with its answer within the last TTL although the node had said the same before. A
-// stale answer does not serve: then w is told the error.
+// stale answer does not serve: then w is told the error, or what the Controller has said
+// though it is doubted (Snapshot.Doubted).
 func (d *Directory) RefreshRoom(home int, room string, m Missing, w Waiter) {
 	d.rooms.refresh(home, []string{room}, m, w)
 }

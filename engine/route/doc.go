@@ -33,7 +33,8 @@
 //     nothing about a key: it says that nothing is vouched for.
 //   - An answer that takes away a user, or more than half of a room, within 5 s of a
 //     new connection (Renewed) counts as a failed look-up once: the Controller may
-//     just have started. When the 5 s are over it is asked again, and believed.
+//     just have started. When the 5 s are over it is asked again, and believed. Who
+//     refreshes meanwhile gets that very answer, marked (Snapshot.Doubted).
 //
 // Memory: most of it is the members of rooms. The ids of a group are one block, of which
 // each string in Group.Users is a part: one that is kept keeps all of them. What a

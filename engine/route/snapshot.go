@@ -36,6 +36,9 @@ type Snapshot struct {
 	Shared   []string // members on more than one node, sorted
 	Unplaced []string // members for whom the Controller names no node, sorted
 	Stale    *Stale   // nil but for an answer that serves in place of a newer one
+	// Doubted: the Controller may just have started, and not know all yet. Where it has
+	// somebody is true, that it has not is not. Only a refresh is told such an answer.
+	Doubted bool
 }
 
 // Stale is said of an answer that serves although the Controller could not confirm it.

@@ -26,12 +26,14 @@ var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
 type entry struct {
 	// Immutable.
 	snap       *Snapshot
-	fetched    moment // when the look-up began
+	fetched    moment // when the look-up began, that of doubted if there is one
 	known      moment // up to when it was true for certain, the change stream left aside
 	freshUntil moment // zero: it has changed, or could not be looked up again
 	generation uint64 // of the directory when the look-up began, 0 for none that is good
 	fallback   bool   // serves while the source fails: no change stream vouches for it
 	announced  bool   // it is known to have changed
+	// What the Controller said in place of snap, and was not believed; nil for nothing.
+	doubted *Snapshot
 
 	// When the next hit has it looked up again, though it is still good; never for one
 	// that a change stream vouches for, and once somebody has.
@@ -132,6 +134,15 @@ func (e *entry) after(since moment) bool {
 	return e.fetched > since && e.freshUntil != 0
 }
 
+// answer is what e has for w. Who refreshes is told what the Controller has said since,
+// though it is doubted.
+func (e *entry) answer(w waiting) *Snapshot {
+	if w.since != 0 && e.doubted != nil {
+		return e.doubted
+	}
+	return e.snap
+}
+
 // ask has w told about keys: at once what is fresh after all, the rest by the line of
 // its key, which is opened if need be. Keys without a line share one look-up, and of
 // them w is told together.
@@ -196,7 +207,7 @@ func (t *table) queue(home int, keys []string, me waiting, known func(key string
 	for _, key := range keys {
 		l := h.lines[key]
 		if e := known(key, l); e != nil {
-			now, snaps = append(now, key), append(snaps, e.snap)
+			now, snaps = append(now, key), append(snaps, e.answer(me))
 			continue
 		}
 		if l != nil {
@@ -310,7 +321,8 @@ func (t *table) newEntry(h *home, l *line, s *Snapshot, began moment, generation
 	if until := t.dir.doubtUntil(l.old, s); until != 0 {
 		h.doubted.Add(1)
 		e := t.stale(l.old, l.old.announced || l.announced, until)
-		e.fetched = began
+		s.Doubted = true // nobody else has it yet
+		e.fetched, e.doubted = began, s
 		return e
 	}
 	ttl := moment(t.dir.cfg.TTL)
@@ -364,7 +376,7 @@ func (t *table) stale(old *entry, announced bool, until moment) *entry {
 	e := &entry{
 		snap:    old.snap.told().stale(t.dir.epoch.Add(time.Duration(known)), announced),
 		fetched: old.fetched, known: known, freshUntil: until, fallback: true, generation: t.dir.generation.Load(),
-		announced: announced, absent: old.absent,
+		announced: announced, doubted: old.doubted, absent: old.absent,
 	}
 	e.renewAt.Store(never)
 	return e
@@ -387,7 +399,7 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 		case !l.serves(*first):
 			failed, err = append(failed, key), l.err
 		default:
-			told, snaps = append(told, key), append(snaps, l.entry.snap)
+			told, snaps = append(told, key), append(snaps, l.entry.answer(*first))
 		}
 	}
 	h.mu.Unlock()
@@ -466,7 +478,10 @@ func (t *table) publishLocked(key string, l *line) {
 // changed is e once it is not to be trusted any more. It serves as a fallback and for
 // the comparison with the next answer.
 func (t *table) changed(e *entry, announced bool) *entry {
-	gone := &entry{snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, t.dir.now()), announced: announced, absent: e.absent}
+	gone := &entry{
+		snap: e.snap, fetched: e.fetched, known: t.dir.knownUntil(e, t.dir.now()),
+		announced: announced, doubted: e.doubted, absent: e.absent,
+	}
 	gone.renewAt.Store(never)
 	return gone
 }
@@ -511,7 +526,7 @@ func tell(batch []place) {
 				failed, err = append(failed, p.key), p.line.err
 				continue
 			}
-			told, snaps = append(told, p.key), append(snaps, p.line.entry.snap)
+			told, snaps = append(told, p.key), append(snaps, p.line.entry.answer(p.waiting))
 		}
 		w := batch[0].w
 		batch = batch[n:]
