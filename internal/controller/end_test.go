@@ -54,7 +54,7 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 	store := server.svc.store.(*Memory)
 	const many = 100_000
 	for i := range many {
-		_, _, _ = store.join(Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprint("user", i), Room: "large", Name: "somebody"}, time.Unix(1, 0))
+		_, _ = store.Join(t.Context(), Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprint("user", i), Room: "large", Name: "somebody"})
 	}
 
 	var d told
@@ -116,7 +116,7 @@ func BenchmarkLookupOfLargeRoom(b *testing.B) {
 			served := make(chan error, 1)
 			go func() { served <- server.Serve(lis) }()
 			for i := range members {
-				_, _, _ = server.svc.store.(*Memory).join(Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprintf("user-%07d", i), Room: "r"}, time.Unix(1, 0))
+				_, _ = server.svc.store.(*Memory).Join(b.Context(), Join{Reporter: Reporter{Node: fmt.Sprint("n", i%3)}, User: fmt.Sprintf("user-%07d", i), Room: "r"})
 			}
 			c, err := asker.New(asker.Config{Address: lis.Addr().String()})
 			if err != nil {

@@ -29,7 +29,7 @@ type Memory struct {
 	// Static after Notify.
 	id       string
 	maxUsers int
-	tell     func(Change)
+	tell     func(Change) // called while mu is held, in the hold that makes the change
 
 	mu sync.RWMutex
 	// Guarded by mu. No room or user is without a membership.
@@ -114,30 +114,23 @@ func (s *Memory) ID() string { return s.id }
 
 // Join implements Store.
 func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
-	joined, changed, err := s.join(j, time.Now())
-	if changed {
-		s.tell(Change{Rooms: []string{j.Room}, Users: []string{j.User}})
-	}
-	return joined, err
-}
-
-func (s *Memory) join(j Join, now time.Time) (joined Joined, changed bool, err error) {
-	hash := slots.Hash(j.User, j.Room)
+	now, hash := time.Now(), slots.Hash(j.User, j.Room)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n, err := s.reporterLocked(j.Reporter, now)
 	if err != nil {
-		return Joined{}, false, err
+		return Joined{}, err
 	}
+	changed := false
 	r, u := s.rooms[j.Room], s.users[j.User]
 	m, here := u.find(j.Room, j.Node)
 	switch {
 	case m == nil && j.Boot != "" && j.Seq <= max(n.floor, n.slotOf(hash).floor):
-		return Joined{}, false, ErrOld
+		return Joined{}, ErrOld
 	case m != nil && j.Boot != "" && m.era == n.era && j.Seq < m.seq:
-		return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, false, nil
+		return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
 	case m == nil && !here && r != nil && s.maxUsers > 0 && r.users >= s.maxUsers:
-		return Joined{Full: true, Room: s.infoLocked(r, false)}, false, nil
+		return Joined{Full: true, Room: s.infoLocked(r, false)}, nil
 	case m == nil:
 		m = s.addLocked(j, hash, now.Unix(), here)
 		changed = true
@@ -149,8 +142,9 @@ func (s *Memory) join(j Join, now time.Time) (joined Joined, changed bool, err e
 	}
 	if changed {
 		m.room.updated = now.Unix()
+		s.tell(Change{Rooms: []string{j.Room}, Users: []string{j.User}})
 	}
-	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, changed, nil
+	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
 }
 
 // reporterLocked is the node that reports, nil when it is not known and does not
@@ -269,15 +263,7 @@ func (s *Memory) renameLocked(m *membership, j Join) (changed bool) {
 
 // Leave implements Store.
 func (s *Memory) Leave(_ context.Context, l Leave) (bool, error) {
-	left, err := s.leave(l, time.Now())
-	if left {
-		s.tell(Change{Rooms: []string{l.Room}, Users: []string{l.User}})
-	}
-	return left, err
-}
-
-func (s *Memory) leave(l Leave, now time.Time) (left bool, err error) {
-	hash := slots.Hash(l.User, l.Room)
+	now, hash := time.Now(), slots.Hash(l.User, l.Room)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n, err := s.reporterLocked(l.Reporter, now)
@@ -292,6 +278,7 @@ func (s *Memory) leave(l Leave, now time.Time) (left bool, err error) {
 	if u == nil {
 		return false, nil
 	}
+	left := false
 	for _, m := range slices.Clone(u.members) {
 		if m.room.id != l.Room || l.Node != "" && m.node.id != l.Node {
 			continue
@@ -301,6 +288,9 @@ func (s *Memory) leave(l Leave, now time.Time) (left bool, err error) {
 		}
 		s.endLocked(m, now.Unix())
 		left = true
+	}
+	if left {
+		s.tell(Change{Rooms: []string{l.Room}, Users: []string{l.User}})
 	}
 	return left, nil
 }
@@ -389,12 +379,9 @@ func (s *Memory) drop(ctx context.Context, nodeID string, which func(*membership
 func (s *Memory) dropPass(ctx context.Context, nodeID string, which func(*membership) bool) (int, error) {
 	dropped := 0
 	for at := (position{}); at.slot < slots.Count; {
-		var change Change
-		change, at = s.dropSome(nodeID, at, time.Now().Unix(), which)
-		if len(change.Users) > 0 {
-			dropped += len(change.Users)
-			s.tell(change)
-		}
+		var n int
+		n, at = s.dropSome(nodeID, at, time.Now().Unix(), which)
+		dropped += n
 		if err := ctx.Err(); err != nil {
 			return dropped, err
 		}
@@ -406,14 +393,14 @@ func (s *Memory) dropPass(ctx context.Context, nodeID string, which func(*member
 type position struct{ slot, index int }
 
 // dropSome looks at some of a node's memberships, from a position on, and ends
-// some of them. It returns the position to go on from.
-func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*membership) bool) (Change, position) {
+// some of them. It returns how many, and the position to go on from.
+func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*membership) bool) (int, position) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var change Change
 	n := s.nodes[nodeID]
 	if n == nil {
-		return change, position{slot: slots.Count}
+		return 0, position{slot: slots.Count}
 	}
 	for looked := 0; looked < dropChunk && at.slot < slots.Count; {
 		members := n.slots[at.slot].members
@@ -431,24 +418,21 @@ func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*mem
 		change.Users = append(change.Users, m.user.id)
 		s.endLocked(m, now) // puts another one at this position
 	}
-	return change, at
+	if len(change.Users) > 0 {
+		s.tell(change)
+	}
+	return len(change.Users), at
 }
 
 // SetSlot implements Store.
 func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Join) error {
-	change, err := s.setSlot(by, slot, members, time.Now())
-	if len(change.Users) > 0 {
-		s.tell(change)
-	}
-	return err
-}
-
-func (s *Memory) setSlot(by Reporter, slot int, members []Join, now time.Time) (change Change, err error) {
+	now := time.Now()
 	type key struct{ user, room string }
 	listed := make(map[key]int, len(members))
 	for i, j := range members {
 		listed[key{j.User, j.Room}] = i
 	}
+	var change Change
 	note := func(room, user string) {
 		change.Rooms = append(change.Rooms, room)
 		change.Users = append(change.Users, user)
@@ -458,11 +442,11 @@ func (s *Memory) setSlot(by Reporter, slot int, members []Join, now time.Time) (
 	defer s.mu.Unlock()
 	n, err := s.reporterLocked(by, now)
 	if err != nil {
-		return change, err
+		return err
 	}
 	at := &n.slots[slot]
 	if by.Seq <= max(n.floor, at.floor) {
-		return change, ErrOld
+		return ErrOld
 	}
 	at.floor = by.Seq
 	for _, m := range slices.Clone(at.members) {
@@ -491,7 +475,10 @@ func (s *Memory) setSlot(by Reporter, slot int, members []Join, now time.Time) (
 		m.room.updated = now.Unix()
 		note(k.room, k.user)
 	}
-	return change, nil
+	if len(change.Users) > 0 {
+		s.tell(change)
+	}
+	return nil
 }
 
 // Differing implements Store.

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/push-manager/push-manager/internal/slots"
 )
 
 // member is a membership in the model.
@@ -219,12 +221,20 @@ func TestDropNodeSparesJoinsAfterTheCall(t *testing.T) {
 		}
 	}
 	later := 0
-	s.Notify(func(Change) { // called in the middle of the drop
+	var others sync.WaitGroup
+	s.Notify(func(c Change) { // called in the middle of the drop, and for what is done there
+		if len(c.Users) == 1 {
+			return
+		}
 		later++
-		_, _, _ = s.join(Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("new", later), Room: "r"}, time.Unix(1, 0))
-		_, _ = s.leave(Leave{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("old", many-later), Room: "r"}, time.Unix(1, 0))
+		i := later
+		others.Go(func() {
+			_, _ = s.Join(t.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("new", i), Room: "r"})
+			_, _ = s.Leave(t.Context(), Leave{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("old", many-i), Room: "r"})
+		})
 	})
 	n, err := s.DropNode(t.Context(), "n")
+	others.Wait()
 	if err != nil || n < many-later || later < 5 {
 		t.Fatal(n, later, err)
 	}
@@ -264,5 +274,72 @@ func BenchmarkJoin(b *testing.B) {
 	for b.Loop() {
 		_, _ = s.Join(b.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint("u", i%1_000_000), Room: fmt.Sprint("r", i%10_000)})
 		i++
+	}
+}
+
+// A report that finds its change made already is answered once those who watch have
+// been told of it: its caller relies on that.
+func TestChangeIsVisibleAndToldInOneStep(t *testing.T) {
+	by := func(seq uint64) Reporter { return Reporter{Node: "n", Boot: "b", Seq: seq} }
+	join := func(s *Memory, seq uint64) error {
+		_, err := s.Join(t.Context(), Join{Reporter: by(seq), User: "u", Room: "r"})
+		return err
+	}
+	slot := slots.Of(slots.Hash("u", "r"))
+	for name, tc := range map[string]struct {
+		empty bool // nobody is there before
+		do    func(s *Memory, seq uint64) error
+	}{
+		"join": {true, join},
+		"leave": {false, func(s *Memory, seq uint64) error {
+			_, err := s.Leave(t.Context(), Leave{Reporter: by(seq), User: "u", Room: "r"})
+			return err
+		}},
+		"slot": {true, func(s *Memory, seq uint64) error {
+			return s.SetSlot(t.Context(), by(seq), slot, []Join{{User: "u", Room: "r"}})
+		}},
+		"begin": {false, func(s *Memory, seq uint64) error {
+			_, err := s.Begin(t.Context(), by(seq))
+			return err
+		}},
+		"drop": {false, func(s *Memory, _ uint64) error {
+			_, err := s.DropNode(t.Context(), "n")
+			return err
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := NewMemory(0)
+			if !tc.empty {
+				if err := join(s, 1); err != nil {
+					t.Fatal(err)
+				}
+			}
+			telling, tell := make(chan struct{}), make(chan struct{})
+			s.Notify(func(Change) {
+				close(telling) // A second time panics: only one of the two has changed anything.
+				<-tell
+			})
+			first, second, look := make(chan error, 1), make(chan error, 1), make(chan error, 1)
+			go func() { first <- tc.do(s, 2) }()
+			<-telling
+			go func() { second <- tc.do(s, 3) }()
+			go func() {
+				_, err := s.Users(t.Context(), []string{"u"})
+				look <- err
+			}()
+			select {
+			case <-second:
+				t.Error("the second report returns, and nobody has been told")
+				second <- nil
+			case <-look:
+				t.Error("a look-up shows it, and nobody has been told")
+				look <- nil
+			case <-time.After(50 * time.Millisecond):
+			}
+			close(tell)
+			if err := cmp.Or(<-first, <-second, <-look); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

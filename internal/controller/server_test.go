@@ -200,7 +200,7 @@ func TestRoomAtItsLimit(t *testing.T) {
 func TestJoinListsOnlyFewMembers(t *testing.T) {
 	b := start(t, Config{})
 	for i := range listMax {
-		_, _, _ = b.server.svc.store.(*Memory).join(Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint(i), Room: "r"}, time.Unix(1, 0))
+		_, _ = b.server.svc.store.(*Memory).Join(t.Context(), Join{Reporter: Reporter{Node: "n"}, User: fmt.Sprint(i), Room: "r"})
 	}
 	if out := b.join("one more", "r", "n"); !out.GetSuccess() || len(out.GetRoomInfo().GetUsers()) != 0 {
 		t.Fatalf("%d users listed", len(out.GetRoomInfo().GetUsers()))

@@ -55,8 +55,11 @@ type Store interface {
 	// Counts is cheap and may be a little old.
 	Counts() Counts
 
-	// Notify has each change told to tell after it is visible, the Server's call
-	// before any other. tell does not block.
+	// Notify has each change told to tell, the Server's call before any other. A change
+	// becomes visible and is told in one step: no look-up that shows it is answered and no
+	// report that finds it made returns before tell has. Else that report would be answered
+	// while those who watch have been told nothing. A store that cannot do both under one
+	// lock has such reports wait for tell. tell does not block, and calls no store.
 	Notify(tell func(Change))
 }
 
