@@ -37,6 +37,12 @@
 // data together with the Controller looks like a first start. Health and readiness
 // stay good: nodes must reach the Controller for the warm-up to end.
 //
+// Push-Managers serve the routes from before meanwhile, which lack who joins now. So a
+// JoinRoom or LeaveRoom that has a number is executed at once and answered after the
+// warm-up, or when its caller gives up. SyncNode never waits for it, nor does the call by
+// which a node begins, nor a report without a number: nodes that do not number their
+// reports tell a Controller that has forgotten by JoinRoom, and for them it waits.
+//
 // # Nodes that die
 //
 // With Config.Client the Controller watches the nodes registered in etcd. A node
@@ -51,9 +57,16 @@
 // all that was reported before. One that does not is still served right: it answers
 // "not here" for users it does not have, and Push-Manager counts them offline.
 //
+// Which process is the node's, etcd says. Without etcd, or while it is out of reach, the
+// last one that began is: a SyncNode or a beginning LeaveRoom of an earlier process that
+// comes late takes the id back, and ends what the living one has reported. That one's next
+// report is ABORTED, and its next SyncNode, two seconds later at most, takes the id again
+// and tells everything. For so long its users are missing.
+//
 // # Invariants
 //
-//   - A change is told to the watchers after it is visible to look-ups.
+//   - A change becomes visible to look-ups and is told to the watchers in one step. Who
+//     hears of it and looks it up finds it.
 //   - A report (JoinRoom, LeaveRoom) is answered when each follower (FollowRoutes) has
 //     acknowledged every change from before the answer, does not trust what it had from
 //     before it, or is gone. That takes a lease and a second at most.
@@ -62,6 +75,6 @@
 //   - No watcher can make the store wait: it has a bounded set of pending names.
 //   - What a look-up returns is immutable; replies are encoded outside of the lock.
 //
-// Locks: Memory.mu and hub.mu are never held together; hub.mu is taken before
-// watcher.mu. roster.mu is a leaf.
+// Locks: Memory.mu is taken before hub.mu, hub.mu before watcher.mu. roster.mu is a
+// leaf.
 package controller

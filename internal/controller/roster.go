@@ -26,6 +26,8 @@ const (
 	// are waited for. With the default that is a minute: for that long Push-Manager
 	// serves stale routes.
 	warmupMost = 4
+	// wordMemory is how long the word of a node that says no more is kept.
+	wordMemory = 10 * time.Minute
 )
 
 // roster is the nodes there are: those registered in etcd and those that report.
@@ -195,6 +197,9 @@ func (r *roster) look(ctx context.Context, now time.Time) {
 		r.mu.Unlock()
 	}
 	r.looked = now
+	r.mu.Lock()
+	maps.DeleteFunc(r.words, func(_ string, w word) bool { return now.Sub(w.at) > wordMemory })
+	r.mu.Unlock()
 	if !r.isWarm() && r.warmedUp(now) {
 		r.awaited.Store(&[]string{})
 		close(r.warm)
@@ -271,11 +276,6 @@ func (r *roster) reap(ctx context.Context, now time.Time) error {
 	}
 	r.missing = missing
 	r.mu.Lock()
-	maps.DeleteFunc(r.words, func(id string, w word) bool {
-		_, registered := (*known)[id]
-		_, has := nodes[id]
-		return !registered && !has && now.Sub(w.at) > time.Minute
-	})
 	words := maps.Clone(r.words)
 	r.mu.Unlock()
 	for id, since := range missing {

@@ -79,9 +79,12 @@ func TestControllerThatHasJustStartedIsNotBelieved(t *testing.T) {
 	}
 
 	// Reports are taken, and do not make it believe itself.
-	if _, err := b.JoinRoom(t.Context(), &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n1", BootId: "boot-1", Seq: 1}); err != nil {
-		t.Error(err)
-	}
+	joined := make(chan error, 1)
+	go func() {
+		_, err := b.JoinRoom(t.Context(), &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n1", BootId: "boot-1", Seq: 1})
+		joined <- err
+	}()
+	eventually(t, "the report is taken", func() bool { return b.server.svc.store.Counts().Memberships == 1 })
 	b.sync("n1", "boot-1", false)
 	b.sync("n1", "boot-1", true)
 	eventually(t, "the other one is awaited", func() bool { return strings.HasPrefix(b.server.WarmingUp(), "n2 ") })
@@ -94,10 +97,115 @@ func TestControllerThatHasJustStartedIsNotBelieved(t *testing.T) {
 	if msg, err := stream.Recv(); err != nil || !msg.GetSynced() {
 		t.Fatalf("%v, %v", msg, err)
 	}
+	if err := <-joined; err != nil {
+		t.Error(err)
+	}
 	b.wantLookUps(codes.OK, "")
 	b.want("room", b.room("r"), "u@n1")
 	if why := b.server.WarmingUp(); why != "" {
 		t.Errorf("still: %s", why)
+	}
+}
+
+// Old routes serve meanwhile as if they were good: they lack who joins.
+func TestNumberedReportsAreAnsweredAfterTheWarmup(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	registerNode(t, nil, etcd, "n", "boot")
+	b := start(t, Config{Client: etcd.Client(), Warmup: time.Hour})
+	eventually(t, "the node is known", func() bool { return strings.Contains(b.server.WarmingUp(), "n ") })
+	ctx := t.Context()
+	join := func(ctx context.Context, user string, seq uint64) error {
+		_, err := b.JoinRoom(ctx, &pubsub.JoinRoomRequest{UserId: user, RoomId: "r", NodeId: "n", BootId: "boot", Seq: seq})
+		return err
+	}
+	leave := func(user, room string, seq uint64) error {
+		_, err := b.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: user, RoomId: room, NodeId: "n", BootId: "boot", Seq: seq})
+		return err
+	}
+	counts := func() Counts { return b.server.svc.store.Counts() }
+
+	// The call at the start is answered at once: before it the node says nothing.
+	if err := leave("", "", 1); err != nil {
+		t.Fatal(err)
+	}
+	answers := make(chan error, 3)
+	go func() { answers <- join(ctx, "u", 2) }()
+	go func() { answers <- join(ctx, "v", 3) }()
+	eventually(t, "joins are executed", func() bool { return counts().Memberships == 2 })
+	go func() { answers <- leave("v", "r", 4) }()
+	eventually(t, "the leave is executed", func() bool { return counts().Memberships == 1 })
+
+	// Who gives up gets an error, and is in the room all the same.
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if err := join(short, "w", 5); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("who has given up got %v", err)
+	}
+	// Nodes that do not number their reports make them again by these.
+	b.join("old", "r", "other")
+	b.leave("old", "r", "other")
+	// Nor does the comparison wait, which ends the warm-up.
+	if got := b.sync("n", "boot", false); got.GetStoreId() == "" {
+		t.Error("no store_id")
+	}
+	slot := slots.Of(slots.Hash("x", "r"))
+	if _, err := b.SyncNode(ctx, &pubsub.SyncNodeRequest{NodeId: "n", BootId: "boot", Slots: []*pubsub.NodeSlot{
+		{Slot: uint32(slot), Seq: 6, Memberships: []*pubsub.NodeMembership{{UserId: "x", RoomId: "r"}}},
+	}}); err != nil {
+		t.Error(err)
+	}
+	select {
+	case err := <-answers:
+		t.Errorf("answered during the warm-up: %v", err)
+	default:
+	}
+	b.sync("n", "boot", true)
+	for range 3 {
+		if err := <-answers; err != nil {
+			t.Error(err)
+		}
+	}
+	b.want("room", b.room("r"), "u@n w@n x@n")
+}
+
+func TestDrainEndsReportsThatWaitForTheWarmup(t *testing.T) {
+	b := start(t, Config{Warmup: time.Hour})
+	answer := make(chan error, 1)
+	go func() {
+		_, err := b.JoinRoom(t.Context(), &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n", BootId: "b", Seq: 1})
+		answer <- err
+	}()
+	eventually(t, "the join is executed", func() bool { return b.server.svc.store.Counts().Memberships == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	defer cancel()
+	if err := b.server.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+	if err := <-answer; status.Code(err) != codes.Unavailable {
+		t.Error(err)
+	}
+}
+
+// The words of nodes that say no more are forgotten, with etcd and without.
+func TestWordsOfNodesDoNotPileUp(t *testing.T) {
+	without, err := newRoster(Config{Store: NewMemory(0)}.withDefaults())
+	if err != nil {
+		t.Fatal(err)
+	}
+	without.began = time.Now()
+	for name, r := range map[string]*roster{"without etcd": without, "etcd is silent": quietRoster(t, Config{})} {
+		for i := range 100 {
+			r.heard(fmt.Sprint("node-", i), "b", true, r.began)
+		}
+		r.heard("lives", "b", true, r.began.Add(wordMemory))
+		r.at(t, wordMemory)
+		if n := len(r.words); n != 101 {
+			t.Errorf("%s: %d words", name, n)
+		}
+		r.at(t, wordMemory+time.Second)
+		if n := len(r.words); n != 1 {
+			t.Errorf("%s: %d words in the end", name, n)
+		}
 	}
 }
 

@@ -61,8 +61,8 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 	if err != nil {
 		return nil, storeError("join", err)
 	}
-	if err := s.hub.settle(ctx); err != nil {
-		return nil, storeError("join", err)
+	if err := s.answerable(ctx, by, "join"); err != nil {
+		return nil, err
 	}
 	if joined.Full {
 		return &pubsub.JoinRoomResponse{Message: fmt.Sprintf("room %q is full", in.GetRoomId()), RoomInfo: joined.Room}, nil
@@ -98,8 +98,8 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 	if err != nil {
 		return nil, storeError("leave", err)
 	}
-	if err := s.hub.settle(ctx); err != nil {
-		return nil, storeError("leave", err)
+	if err := s.answerable(ctx, by, "leave"); err != nil {
+		return nil, err
 	}
 	if !left {
 		return &pubsub.LeaveRoomResponse{Message: fmt.Sprintf("user %q is not in room %q", in.GetUserId(), in.GetRoomId())}, nil
@@ -107,7 +107,23 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 	return &pubsub.LeaveRoomResponse{Success: true}, nil
 }
 
-// SyncNode implements ControllerService.
+// answerable returns once who watches knows of what is reported so far. During the
+// warm-up nobody watches, and old routes serve as if they were good: the client must not
+// be told before that is over. A node that does not number its reports re-reports by
+// them, and the warm-up waits for that.
+func (s *service) answerable(ctx context.Context, by Reporter, doing string) error {
+	if by.Seq != 0 {
+		if err := s.warm(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.hub.settle(ctx); err != nil {
+		return storeError(doing, err)
+	}
+	return nil
+}
+
+// SyncNode implements ControllerService. It never waits for the warm-up, which waits for it.
 func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pubsub.SyncNodeResponse, error) {
 	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId()}
 	if err := firstOf(checkID("node_id", by.Node), checkID("boot_id", by.Boot), checkSlots(in), s.checkReporter(by)); err != nil {
@@ -141,7 +157,9 @@ func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pu
 	}
 	s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now())
 	if len(in.GetSlots()) > 0 {
-		if err := s.hub.settle(ctx); err != nil {
+		err := s.hub.settle(ctx)
+		s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now()) // While it waited it was not silent.
+		if err != nil {
 			return nil, storeError("sync", err)
 		}
 	}
@@ -259,8 +277,8 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil
 }
 
-// warm waits until look-ups are answered: who is in sync forgets the routes it has, and
-// not before there are better ones.
+// warm waits until look-ups are answered. A change stream does: who is in sync forgets the
+// routes it has, and not before there are better ones. A report does: see answerable.
 func (s *service) warm(ctx context.Context) error {
 	select {
 	case <-s.roster.warm:

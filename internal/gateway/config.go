@@ -37,6 +37,9 @@ type Config struct {
 	// PushManagerAddress is shown on the page in the commands to copy. Default
 	// localhost:50053.
 	PushManagerAddress string
+	// Pushctl is how pushctl is called in those commands on this machine, where the page
+	// says so to browsers that run there. Default pushctl.
+	Pushctl string
 
 	// AllowedOrigins are the Origin headers, such as "https://app.example.com",
 	// that browsers may connect with; "*" allows all. Loopback origins always may,
@@ -79,7 +82,8 @@ type Config struct {
 	// [node.Config].
 	Compression []string
 
-	// ControllerTimeout bounds one call to the Controller. Default 2 s.
+	// ControllerTimeout bounds one call to the Controller. Default 5 s: the Controller may
+	// hold its answer for 4 s while a Push-Manager does not acknowledge.
 	ControllerTimeout time.Duration
 	// ReportWorkers bounds the calls to the Controller at once. Default 32.
 	ReportWorkers int
@@ -107,6 +111,7 @@ const MaxNodeIDBytes = maxIDBytes - len(presencePrefix)
 
 func (c Config) withDefaults() Config {
 	defaultTo(&c.PushManagerAddress, "localhost:50053")
+	defaultTo(&c.Pushctl, "pushctl")
 	defaultTo(&c.MaxConnections, 100_000)
 	defaultTo(&c.MaxRooms, 100)
 	defaultTo(&c.MaxMessageBytes, 16<<10)
@@ -118,7 +123,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.CloseTimeout, 2*time.Second)
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
-	defaultTo(&c.ControllerTimeout, 2*time.Second)
+	defaultTo(&c.ControllerTimeout, 5*time.Second)
 	defaultTo(&c.ReportWorkers, 32)
 	defaultTo(&c.RejoinPerSecond, 5000)
 	defaultTo(&c.SyncInterval, 2*time.Second)

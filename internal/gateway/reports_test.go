@@ -8,6 +8,7 @@ import (
 	"net"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -472,6 +473,7 @@ func TestSlotWithACallUnderWayIsNotSent(t *testing.T) {
 	if err := r.join(newMember("u"), "r"); err != nil {
 		t.Fatal(err)
 	}
+	r.syncing.complete = true
 	m := r.next()
 	slot := uint32(slots.Of(m.hash))
 	r.unsentLocked(slot)
@@ -510,9 +512,11 @@ func startController(t *testing.T, addr string, cfg controllerserver.Config) (*c
 	return server, lis.Addr().String()
 }
 
-// Only who has sent all that differs says that the Controller has been told
-// everything: it would be believed.
-func TestNodeThatHasNotSentEverythingDoesNotSaySo(t *testing.T) {
+// A Controller that warms up holds its answers until the node has said that it was told
+// everything, so a call under way must not keep the node from that. Whether the call is
+// executed is not known, and what is not listed ends: it is reported again before its
+// client is told.
+func TestCallUnderWayDoesNotKeepTheNodeFromTellingEverything(t *testing.T) {
 	store := controllerserver.NewMemory(0)
 	_, addr := startController(t, freeport.Addr(t), controllerserver.Config{Store: store})
 	cc, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -528,25 +532,43 @@ func TestNodeThatHasNotSentEverythingDoesNotSaySo(t *testing.T) {
 		}
 		r.done(r.next())
 	}
-	waits := r.slotOf(r.all[membershipID{"v", "r"}])
-	for _, step := range []struct {
-		busy, memberships int
-		complete          bool
-	}{{1, 1, false}, {1, 1, false}, {0, 2, true}} {
-		waits.busy = step.busy
-		more, err := r.sync(t.Context())
-		if !more || err != nil {
-			t.Errorf("more %v, %v", more, err)
-		}
-		if n := store.Counts().Memberships; n != step.memberships {
-			t.Errorf("%d memberships, want %d", n, step.memberships)
-		}
-		if r.syncing.complete != step.complete {
-			t.Errorf("complete %v with %d memberships", r.syncing.complete, step.memberships)
+	// One that joins just now has the slot in common with u, and its call is executed.
+	late := ""
+	for i := 0; late == ""; i++ {
+		if name := fmt.Sprint("late-", i); slots.Of(slots.Hash(name, "r")) == slots.Of(slots.Hash("u", "r")) {
+			late = name
 		}
 	}
-	if more, err := r.sync(t.Context()); more || err != nil {
-		t.Errorf("in the end: more %v, %v", more, err)
+	member := newMember(late)
+	if err := r.join(member, "r"); err != nil {
+		t.Fatal(err)
+	}
+	m := r.next()
+	m.told = true
+	r.seq++
+	if refused, err := r.call(m.membershipID, m.name, true, r.seq); refused != "" || err != nil {
+		t.Fatal(refused, err)
+	}
+	more, err := r.sync(t.Context())
+	if !more || err != nil || !r.syncing.complete {
+		t.Errorf("more %v, %v, complete %v", more, err, r.syncing.complete)
+	}
+	if n := store.Counts().Memberships; n != 2 {
+		t.Errorf("%d memberships, want 2", n)
+	}
+	if more, err = r.sync(t.Context()); more || err != nil {
+		t.Errorf("to say so: more %v, %v", more, err)
+	}
+	r.done(m)
+	if got := member.told("r"); got != "" {
+		t.Errorf("told %q, and the Controller has ended it", got)
+	}
+	if again := r.next(); again != m {
+		t.Fatalf("%v is reported, not the one that was under way", again)
+	}
+	r.report(m)
+	if n, got := store.Counts().Memberships, member.told("r"); n != 3 || got != "joined" {
+		t.Errorf("%d memberships, told %q", n, got)
 	}
 }
 
@@ -640,6 +662,50 @@ func TestRestartedControllerNeverAnswersInPart(t *testing.T) {
 	}
 	if n := gateways[0].count.rejoins.Get(); n != 1 {
 		t.Errorf("%d rejoins", n)
+	}
+}
+
+// Its workers may all hang in reports that a Controller holds while it warms up. The
+// warm-up waits for this node's comparisons, and they do not wait for the workers.
+func TestReportsThatAreHeldDoNotProlongTheWarmup(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	cfg := controllerserver.Config{Client: etcd.Client(), Warmup: time.Hour}
+	first, addr := startController(t, freeport.Addr(t), cfg)
+	g, _ := start(t, &controller{addr: addr}, func(c *Config) {
+		c.Etcd, c.ReportWorkers, c.ControllerTimeout = etcd.Client(), 4, patience
+	})
+	for i := range 2000 { // In nearly all slots.
+		if err := g.reports.join(newMember(fmt.Sprint("old-", i)), "r"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all are reported", func() bool { return g.Ready() == nil && g.reports.pending() == 0 })
+
+	// Another node is registered and silent: the warm-up does not end by this one alone.
+	other, err := discovery.Register(t.Context(), discovery.RegistrationConfig{Client: etcd.Client(), ID: "node-2", Addr: "10.0.0.1:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	second, _ := startController(t, addr, cfg)
+	members := make([]*member, 20)
+	for i := range members {
+		members[i] = newMember(fmt.Sprint("new-", i))
+		if err := g.reports.join(members[i], "r"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "only the other node is awaited", func() bool { return strings.HasPrefix(second.WarmingUp(), "node-2 ") })
+	for _, m := range members {
+		if got := m.told("r"); got != "" {
+			t.Errorf("%s is told %q during the warm-up", m.user, got)
+		}
+	}
+	if err := other.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range members {
+		eventually(t, "the client is told", func() bool { return m.told("r") == "joined" })
 	}
 }
 

@@ -126,14 +126,16 @@ func (r *reports) ask(ctx context.Context) error {
 
 // send sends some of the slots that differ, and tells whether there were any. A
 // slot for which a call is under way has to wait: whether the Controller has
-// executed it is not known, and what is not listed ends.
+// executed it is not known, and what is not listed ends. It does not wait while the
+// store has not been told everything, for the Controller may not answer the call
+// before: what it ends then is reported again before the client is told.
 func (r *reports) send(ctx context.Context) (sent bool, err error) {
 	request := &pubsub.SyncNodeRequest{NodeId: r.cfg.NodeID, BootId: r.boot}
 	members, bytes := 0, 0
 	r.mu.Lock()
 	for i := range r.syncing.unsent {
 		s := &r.slots[i]
-		if s.busy > 0 {
+		if s.busy > 0 && r.syncing.complete {
 			continue
 		}
 		list, size := &pubsub.NodeSlot{Slot: i}, 0
@@ -155,6 +157,9 @@ func (r *reports) send(ctx context.Context) (sent bool, err error) {
 		}
 		if members, bytes = members+len(list.GetMemberships()), bytes+size; len(request.GetSlots()) > 0 && (members > sendMemberships || bytes > sendBytes) {
 			break
+		}
+		for _, m := range s.members {
+			m.again = m.again || m.busy
 		}
 		r.seq++
 		list.Seq = r.seq
