@@ -440,10 +440,24 @@ func TestPortInUseExitsWith1AndNamesIt(t *testing.T) {
 	}
 	defer func() { _ = l.Close() }()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	p := execute(t, []string{"GRPC_PORT=" + port, "METRICS_PORT=0"}, "push-manager")
-	p.ends(5*time.Second, 1)
-	if !strings.Contains(p.stderr.String(), "GRPC_PORT") || !strings.Contains(p.stderr.String(), "in use") {
-		t.Errorf("says %q", p.stderr)
+	for program, keys := range map[string][]string{
+		"push-manager": {"GRPC_PORT", "METRICS_PORT"},
+		"controller":   {"GRPC_PORT", "METRICS_PORT"},
+		"connect-node": {"GRPC_PORT", "HTTP_PORT", "METRICS_PORT"},
+	} {
+		for _, key := range keys {
+			env := []string{key + "=" + port}
+			for _, other := range keys {
+				if other != key {
+					env = append(env, other+"=0")
+				}
+			}
+			p := execute(t, env, program)
+			p.ends(5*time.Second, 1)
+			if said := p.stderr.String(); !strings.Contains(said, key+": listen tcp") || !strings.Contains(said, "in use") {
+				t.Errorf("%s: says %q", key, said)
+			}
+		}
 	}
 }
 

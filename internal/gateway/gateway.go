@@ -28,6 +28,17 @@ var (
 	errNotStarted    = errors.New("not started")
 )
 
+// ListenError is an error of Start: an address of the Config cannot be listened on.
+type ListenError struct {
+	Field string // of Config
+	Err   error
+}
+
+func (e *ListenError) Error() string { return e.Field + ": " + e.Err.Error() }
+
+// Unwrap is why.
+func (e *ListenError) Unwrap() error { return e.Err }
+
 // Gateway is a Connect-Node whose clients come over WebSocket.
 type Gateway struct {
 	// Static after New.
@@ -143,7 +154,7 @@ func (g *Gateway) listen(ctx context.Context) error {
 		}
 		lis, err := listenConfig.Listen(ctx, "tcp", l.addr)
 		if err != nil {
-			return fmt.Errorf("%s: %w", l.field, err)
+			return &ListenError{Field: l.field, Err: err}
 		}
 		*l.lis = lis
 	}

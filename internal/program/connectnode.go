@@ -2,6 +2,7 @@ package program
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math"
 	"net"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/gateway"
+	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/transport/compression"
 )
@@ -120,11 +122,15 @@ func StartConnectNode(ctx context.Context, cfg ConnectNodeConfig, logger *slog.L
 		return nil, err
 	}
 	g := cfg.Gateway
-	g.Etcd, g.Logger, g.Metrics = etcd, logger, metrics.NewSet()
+	g.Etcd, g.Logger, g.Metrics, g.Pushctl = etcd, logger, metrics.NewSet(), invoke.As("pushctl")
 	if n.Gateway, err = gateway.New(g); err != nil {
 		return nil, err
 	}
 	if err := n.Start(); err != nil {
+		if listen, ok := errors.AsType[*gateway.ListenError](err); ok {
+			keys := map[string]string{"GRPCAddress": "GRPC_PORT", "HTTPAddress": "HTTP_PORT", "MetricsAddress": "METRICS_PORT"}
+			return nil, listenError(keys[listen.Field], listen.Err)
+		}
 		return nil, err
 	}
 	n.parts.Add("gateway", func(ctx context.Context) error {

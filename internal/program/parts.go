@@ -34,11 +34,8 @@ func (p *Parts) Add(name string, stop func(context.Context) error) {
 func (p *Parts) Listen(ctx context.Context, host string, port int, key string) (net.Listener, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
-	if errors.Is(err, syscall.EADDRNOTAVAIL) {
-		key = "LISTEN_ADDRESS"
-	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", key, err)
+		return nil, listenError(key, err)
 	}
 	p.Add("listener", func(context.Context) error {
 		if err := l.Close(); !errors.Is(err, net.ErrClosed) { // its server may have closed it
@@ -47,6 +44,15 @@ func (p *Parts) Listen(ctx context.Context, host string, port int, key string) (
 		return nil
 	})
 	return l, nil
+}
+
+// listenError names the key that keeps a program from listening: that of the port,
+// unless it is the address that this machine does not have.
+func listenError(key string, err error) error {
+	if errors.Is(err, syscall.EADDRNOTAVAIL) {
+		key = "LISTEN_ADDRESS"
+	}
+	return fmt.Errorf("%s: %w", key, err)
 }
 
 // Etcd makes a client of etcd, which may be away, and adds it.
