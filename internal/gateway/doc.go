@@ -21,7 +21,8 @@
 //	{"type":"leave","room_id":"r2"}   answered with {"type":"left","room_id":"r2"}
 //	{"type":"ping"}                   answered with {"type":"pong"}
 //
-// and gets {"type":"error","message":"FIELD: WHY"} for what is wrong. joined and
+// and gets {"type":"error","message":"FIELD: WHY"} for what is wrong, with the "room_id" when
+// a join or leave named one that can be. joined and
 // left come once the Controller knows, so a push after joined arrives. The room
 // of the query is confirmed by joined, too; a connection that is opened without
 // one gets {"type":"ready","user_id":"u","node_id":"n"} once pushes to the user
@@ -33,7 +34,8 @@
 // 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
 // large), and 1011 (a mistake of the gateway). Slow is who has more waiting than
 // Config.QueueFrames or QueueBytes, or than its share of QueueTotalBytes when all
-// clients together have half of that waiting. What it missed was said to have failed.
+// clients together have half of that waiting. What waited for it is lost although it was
+// acknowledged; what is pushed after that fails, or finds the user offline.
 //
 // # Who is in a room
 //
