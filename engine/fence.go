@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"iter"
 	"slices"
 	"strings"
 	"sync"
@@ -49,7 +50,9 @@ type Order struct {
 	under  []*ticket // by start, from head on: pushes under way, and some finished ones
 	head   int
 	free   []*ticket
-	fences []*fence // by age
+	seq    uint64              // of the latest ticket
+	fences map[uint64][]*fence // by key, then by age
+	marks  map[uint64]*mark    // by user, the latest one; of tickets that are indexed
 }
 
 // ticket is a push under way. It outlives the push, which may be used again.
@@ -61,10 +64,28 @@ type ticket struct {
 	// Written under the Order's lock when the ticket is given out.
 	key     uint64 // of the room or user, see Push.key; 0 for several users
 	arrived int64
+	seq     uint64 // by start
 
 	// Written by whoever stages the push, under the Order's lock, and when it is finished.
 	push *Push
 	snap *route.Snapshot // what the push was staged with, nil for several users
+
+	// Guarded by the Order's lock, of a push to several users.
+	marks   [][]mark // as they were staged
+	indexed int      // of marks, how many are in Order.marks
+}
+
+// mark is one user of a push to several. They are put into the Order's index only once a
+// later push has to be compared with them: what that costs, each of them pays once.
+type mark struct {
+	// Static once it is made.
+	t    *ticket
+	key  uint64
+	snap *route.Snapshot
+
+	leg *Delivery // the user's, nil if there are several or none; guarded by the Push.mu
+
+	before, after *mark // of the same user, by start; guarded by the Order's lock
 }
 
 const (
@@ -123,7 +144,8 @@ func (o *Order) enterLocked(p *Push) *ticket {
 	} else {
 		t = new(ticket)
 	}
-	t.push, t.key, t.arrived = p, p.key, p.engine.directory.Moment(p.Arrived)
+	o.seq++
+	t.push, t.key, t.seq, t.arrived = p, p.key, o.seq, p.engine.directory.Moment(p.Arrived)
 	t.state.Store(active)
 	o.under = append(o.under, t)
 	return t
@@ -138,9 +160,10 @@ func (o *Order) enter(p *Push) {
 
 // leave takes back the ticket of a push that is finished.
 func (o *Order) leave(t *ticket) {
-	if !t.state.CompareAndSwap(active, pinned) {
-		o.mu.Lock() // somebody looks at the push
+	if t.key == 0 || !t.state.CompareAndSwap(active, pinned) {
+		o.mu.Lock() // somebody looks at the push, or may find it in the index
 		t.state.Store(pinned)
+		o.unmarkLocked(t)
 		o.mu.Unlock()
 	}
 	t.push, t.snap = nil, nil
@@ -159,7 +182,19 @@ func (o *Order) pass(p *Push, s *route.Snapshot) []*fence {
 		return nil
 	}
 	p.ticket.snap = s
-	inWay := o.inWayLocked(p.ticket, p.key, s)
+	var inWay []*fence
+	if !o.clearLocked(s) {
+		if !isRoom(p.key) {
+			o.indexLocked(p.ticket)
+		}
+		inWay = o.inWayLocked(p.ticket, p.key, s, func(yield func(*ticket) bool) {
+			for e := range o.earlierLocked(p.ticket) {
+				if e.key == p.key && !yield(e) {
+					return
+				}
+			}
+		})
+	}
 	p.ticket.state.Store(active)
 	return inWay
 }
@@ -177,26 +212,104 @@ func (t *ticket) pin(p *Push) bool {
 	return true
 }
 
-// passUsers is pass for some users of a push to several: the fences by user.
-func (o *Order) passUsers(p *Push, users []string, snaps []*route.Snapshot) (inWay map[string][]*fence) {
+// passUsers is pass for some users of a push to several: the fences by user, and the
+// marks that are to be told the deliveries.
+func (o *Order) passUsers(p *Push, users []string, snaps []*route.Snapshot) (inWay map[string][]*fence, marks []mark) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !p.ticket.pin(p) {
-		return nil
+	t := p.ticket
+	if !t.pin(p) {
+		return nil, nil
 	}
-	defer p.ticket.state.Store(active)
+	defer t.state.Store(active)
+	marks = make([]mark, len(users))
+	var single map[uint64][]*ticket // earlier pushes to one user each, the latest first
 	for i, s := range snaps {
+		key := p.engine.userKey(users[i])
+		marks[i] = mark{t: t, key: key, snap: s}
 		if o.clearLocked(s) {
 			continue
 		}
-		if fences := o.inWayLocked(p.ticket, p.engine.userKey(users[i]), s); fences != nil {
+		if single == nil {
+			single = make(map[uint64][]*ticket)
+			for e := range o.earlierLocked(t) {
+				if e.key != 0 && !isRoom(e.key) {
+					single[e.key] = append(single[e.key], e)
+				}
+			}
+			o.indexLocked(t)
+		}
+		if fences := o.inWayLocked(t, key, s, slices.Values(single[key])); fences != nil {
 			if inWay == nil {
 				inWay = make(map[string][]*fence)
 			}
 			inWay[users[i]] = fences
 		}
 	}
-	return inWay
+	t.marks = append(t.marks, marks)
+	return inWay, marks
+}
+
+// earlierLocked lists the tickets before t, the latest first.
+func (o *Order) earlierLocked(t *ticket) iter.Seq[*ticket] {
+	return func(yield func(*ticket) bool) {
+		for i := len(o.under) - 1; i >= o.head; i-- {
+			if o.under[i].seq < t.seq && !yield(o.under[i]) {
+				return
+			}
+		}
+	}
+}
+
+// indexLocked puts the marks of the pushes before t into the index.
+func (o *Order) indexLocked(t *ticket) {
+	if o.marks == nil {
+		o.marks = make(map[uint64]*mark)
+	}
+	for _, e := range o.under[o.head:] {
+		for ; e.seq < t.seq && e.indexed < len(e.marks); e.indexed++ {
+			marks := e.marks[e.indexed]
+			for i := range marks {
+				m := &marks[i]
+				m.before = o.marks[m.key]
+				for m.before != nil && m.before.t.seq > e.seq { // staged late
+					m.after, m.before = m.before, m.before.before
+				}
+				if m.before != nil {
+					m.before.after = m
+				}
+				if m.after != nil {
+					m.after.before = m
+				} else {
+					o.marks[m.key] = m
+				}
+			}
+		}
+	}
+}
+
+// unmarkLocked takes t's marks out of the index.
+func (o *Order) unmarkLocked(t *ticket) {
+	for _, marks := range t.marks[:t.indexed] {
+		for i := range marks {
+			m := &marks[i]
+			if m.before != nil {
+				m.before.after = m.after
+			}
+			switch {
+			case m.after != nil:
+				m.after.before = m.before
+			case m.before != nil:
+				o.marks[m.key] = m.before
+			default:
+				delete(o.marks, m.key)
+			}
+		}
+	}
+	if len(o.marks) == 0 {
+		o.marks = nil // a map keeps its room
+	}
+	t.marks, t.indexed = nil, 0
 }
 
 // clearLocked tells whether no push under way can have been staged with an older answer
@@ -205,41 +318,61 @@ func (o *Order) clearLocked(s *route.Snapshot) bool {
 	return len(o.fences) == 0 && s.Published() < o.under[o.head].arrived
 }
 
+// earlier is a push before another for the same room or user, which is pinned; m is its
+// mark of that user if it is one to several.
+type earlier struct {
+	t *ticket
+	m *mark
+}
+
 // inWayLocked returns the fences in the way of t's push for key, and puts up those that
-// are missing.
-func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot) []*fence {
-	if o.clearLocked(s) {
-		return nil
-	}
+// are missing. alone lists the earlier pushes for key alone, the latest first.
+func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot, alone iter.Seq[*ticket]) []*fence {
 	// Earlier pushes for the key that had another answer. One with the same answer has
 	// seen to those before it.
-	var old []*ticket
+	var old []earlier
 	seen := false
-	i := len(o.under) - 1
-	for o.under[i] != t {
-		i--
-	}
-	for i--; i >= o.head && !seen; i-- {
-		e := o.under[i]
-		if e.key != key && (e.key != 0 || isRoom(key)) || !e.state.CompareAndSwap(active, pinned) {
-			continue
+	look := func(e *ticket, m *mark) {
+		if !e.state.CompareAndSwap(active, pinned) {
+			return
 		}
-		if e.key == key && e.snap == s {
-			seen = true
+		had := e.snap
+		if m != nil {
+			had = m.snap
+		}
+		if seen = had == s; seen {
 			e.state.Store(active)
 		} else {
-			old = append(old, e)
+			old = append(old, earlier{e, m})
 		}
 	}
+	m := o.marks[key]
+	for m != nil && m.t.seq >= t.seq {
+		m = m.before
+	}
+	among := func(after uint64) {
+		for ; m != nil && m.t.seq > after && !seen; m = m.before {
+			look(m.t, m)
+		}
+	}
+	for e := range alone {
+		if among(e.seq); seen {
+			break
+		}
+		if look(e, nil); seen {
+			break
+		}
+	}
+	among(0) // tickets are numbered from 1 on
 	if len(old) > 0 || !seen || o.againLocked(key, s) {
 		o.buildLocked(key, s, old)
 	}
 	for _, e := range old {
-		e.state.Store(active)
+		e.t.state.Store(active)
 	}
 	var inWay []*fence
-	for _, f := range o.fences {
-		if f.key == key && f.snap == s && !f.superseded {
+	for _, f := range o.fences[key] {
+		if f.snap == s && !f.superseded {
 			inWay = append(inWay, f)
 		}
 	}
@@ -249,12 +382,8 @@ func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot) []*fence {
 // againLocked tells whether the latest fence for key is that of another answer: s is given
 // again after it, and who was staged with that one meanwhile may have ended.
 func (o *Order) againLocked(key uint64, s *route.Snapshot) bool {
-	for _, f := range slices.Backward(o.fences) {
-		if f.key == key {
-			return f.snap != s
-		}
-	}
-	return false
+	fences := o.fences[key]
+	return len(fences) > 0 && fences[len(fences)-1].snap != s
 }
 
 // obstacle is what some users have to wait for.
@@ -267,10 +396,10 @@ type obstacle struct {
 
 // buildLocked puts up the fences for s behind pushes that had other answers, which are
 // pinned, and behind the fences that stand.
-func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*ticket) {
+func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []earlier) {
 	var found []*obstacle
-	for _, f := range o.fences {
-		if f.key != key || f.superseded {
+	for _, f := range o.fences[key] {
+		if f.superseded {
 			continue
 		}
 		held, whole := make(map[string][]string), true
@@ -291,13 +420,20 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*ticket) {
 		}
 	}
 	for _, e := range slices.Backward(old) { // from the oldest one on
-		p := e.push
+		p := e.t.push
 		p.mu.Lock()
-		for _, d := range p.legs {
-			if p.over || d.healed || d.state.Load() == settled {
+		var legs []*Delivery
+		if e.m != nil && e.m.leg != nil {
+			legs = []*Delivery{e.m.leg}
+		} else {
+			// What is sent again may not be with its link yet, though it is booked.
+			legs = slices.DeleteFunc(slices.Clone(p.legs), func(d *Delivery) bool { return d.healed })
+		}
+		for _, d := range legs {
+			if p.over || d.state.Load() == settled {
 				continue
 			}
-			if held := p.moved(d, s, isRoom(key)); len(held) > 0 {
+			if held := moved(d, legs, s, isRoom(key)); len(held) > 0 {
 				found = add(found, &obstacle{node: d.node, held: held, legs: []*Delivery{d}})
 			}
 		}
@@ -315,7 +451,10 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*ticket) {
 			f.behind++
 		}
 		if f.behind > 0 {
-			o.fences = append(o.fences, f)
+			if o.fences == nil {
+				o.fences = make(map[uint64][]*fence)
+			}
+			o.fences[key] = append(o.fences[key], f)
 		}
 	}
 }
@@ -357,9 +496,9 @@ func (x *obstacle) meets(y *obstacle) bool {
 	return false
 }
 
-// moved lists, by node, the users of delivery d whom s has on other nodes, to which p
-// has not sent for them.
-func (p *Push) moved(d *Delivery, s *route.Snapshot, room bool) map[string][]string {
+// moved lists, by node, the users of delivery d whom s has on other nodes, to which none
+// of legs, those of the same push, goes for them.
+func moved(d *Delivery, legs []*Delivery, s *route.Snapshot, room bool) map[string][]string {
 	var users []string
 	all := false
 	switch {
@@ -376,13 +515,13 @@ func (p *Push) moved(d *Delivery, s *route.Snapshot, room bool) map[string][]str
 	}
 	var held map[string][]string
 	for _, g := range s.Groups {
-		if g.Node == d.node || !all && len(users) == 0 || p.sentTo(g) {
+		if g.Node == d.node || !all && len(users) == 0 || room && sentTo(legs, g) {
 			continue
 		}
 		var moved []string
 		if !all {
 			for _, user := range users {
-				if g.Has(user) && d.has(user) && !p.tried(g.Node, user) {
+				if g.Has(user) && d.has(user) && !tried(legs, g.Node, user) {
 					moved = append(moved, user)
 				}
 			}
@@ -421,9 +560,9 @@ func leavers(old, now *route.Group) (left []string, tooMany bool) {
 	return left, false
 }
 
-// sentTo tells whether p has a delivery for these very members of a node.
-func (p *Push) sentTo(g *route.Group) bool {
-	return slices.ContainsFunc(p.legs, func(d *Delivery) bool { return d.group == g })
+// sentTo tells whether one of legs is for these very members of a node.
+func sentTo(legs []*Delivery, g *route.Group) bool {
+	return slices.ContainsFunc(legs, func(d *Delivery) bool { return d.group == g })
 }
 
 // ward has f told when d is settled. False means that it is.
@@ -439,7 +578,10 @@ func (p *Push) ward(d *Delivery, f *fence) bool {
 		return false
 	}
 	a := p.stepAside()
-	a.wards = append(a.wards, ward{d, f})
+	if a.wards == nil {
+		a.wards = make(map[*Delivery][]*fence)
+	}
+	a.wards[d] = append(a.wards[d], f)
 	return true
 }
 
@@ -451,12 +593,8 @@ func (d *Delivery) close() {
 		var told []*fence
 		p.mu.Lock()
 		if a := p.aside; a != nil {
-			a.wards = slices.DeleteFunc(a.wards, func(w ward) bool {
-				if w.d == d {
-					told = append(told, w.f)
-				}
-				return w.d == d
-			})
+			told = a.wards[d]
+			delete(a.wards, d)
 		}
 		p.mu.Unlock()
 		for _, f := range told {
@@ -516,7 +654,10 @@ func (f *fence) passed() {
 		o.mu.Lock()
 	}
 	f.fallen = true
-	o.fences = slices.DeleteFunc(o.fences, func(g *fence) bool { return g == f })
+	o.fences[f.key] = slices.DeleteFunc(o.fences[f.key], func(g *fence) bool { return g == f })
+	if len(o.fences[f.key]) == 0 {
+		delete(o.fences, f.key)
+	}
 	o.mu.Unlock()
 	for _, g := range f.then {
 		g.passed()

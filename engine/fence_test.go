@@ -170,7 +170,7 @@ func TestFenceHoldsThoughItsAnswerIsGivenAgain(t *testing.T) {
 		w.down = nil
 		last := []*Push{begin(t, e, &stream, toRoom("r"), &o), begin(t, e, &stream, toRoom("r"), &o)}
 		wantGot(t, "while A owes its ack", w.nodes["B"])
-		if n := len(stream.fences); n > 3 {
+		if n := len(stream.fences[e.shards.Hash("r")<<1|1]); n > 3 {
 			t.Errorf("%d fences, one for each change of the answer is enough", n)
 		}
 		w.nodes["A"].settle(notHere("u"))
@@ -579,4 +579,84 @@ func TestMembersWhoComeAndGoPutUpNoFence(t *testing.T) {
 			t.Errorf("places for %d pushes though no more than 50 were under way", n)
 		}
 	})
+}
+
+// TestPushToManyCostsTheSameBehindOthers: what a push to many users of an Order costs does not
+// grow with those before it that have no answer yet, nor with the square of its users, whether
+// users have moved meanwhile or not.
+func TestPushToManyCostsTheSameBehindOthers(t *testing.T) {
+	const many, before = 2000, 40
+	for name, moves := range map[string]bool{"nobody has moved": false, "all have": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld()
+			w.tune = func(c *route.Config) { c.TTL = time.Hour }
+			e := w.engine(t)
+			var users []string
+			for i := range many {
+				users = append(users, fmt.Sprintf("u%05d", i))
+				w.place("r", users[i], "A")
+			}
+			w.nodes["A"].keep, w.nodes["B"].keep = true, true
+			var o order
+			var stream Order
+			pushes, out := 0, 0
+			push := func() {
+				p := toUsers(users...)
+				p.Order = &stream
+				if err := e.Start(p, &o); err != nil {
+					t.Fatal(err)
+				}
+				pushes++
+			}
+			staged := func() { // with a link, or behind a fence
+				for out += many; ; time.Sleep(time.Millisecond) {
+					n := int(e.Stats().Fenced)
+					for _, users := range w.nodes["A"].gotBy() {
+						n += len(users)
+					}
+					if n >= out {
+						return
+					}
+				}
+			}
+			push()
+			staged()
+			if moves {
+				for _, user := range users {
+					w.place("r", user, "B")
+				}
+				e.directory.Invalidate(nil, users)
+				push()
+				staged()
+			}
+			first := testing.AllocsPerRun(1, push)
+			for range before {
+				push()
+			}
+			last := testing.AllocsPerRun(1, push)
+			if last > first+many {
+				t.Errorf("%v allocations for the last push, %v for an early one", last, first)
+			}
+			done := func() int {
+				o.mu.Lock()
+				defer o.mu.Unlock()
+				return o.done
+			}
+			for done() < pushes {
+				for _, n := range w.nodes {
+					n.mu.Lock()
+					kept := n.kept
+					n.kept = nil
+					n.mu.Unlock()
+					for _, d := range kept {
+						d.TrySend()
+						_, _ = d.Ack(Ack{Delivered: d.Targets()})
+					}
+				}
+			}
+			if len(stream.marks) != 0 || len(stream.fences) != 0 {
+				t.Errorf("left behind: %d marks, %d fences", len(stream.marks), len(stream.fences))
+			}
+		})
+	}
 }

@@ -111,7 +111,7 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 				continue
 			}
 			placed = true
-			if p.tried(g.Node, user) {
+			if tried(p.legs, g.Node, user) {
 				continue
 			}
 			to := byNode[g.Node]
@@ -136,9 +136,9 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 	return legs
 }
 
-// tried tells whether the push has a delivery to node for user.
-func (p *Push) tried(node, user string) bool {
-	for _, d := range p.legs {
+// tried tells whether one of legs goes to node for user.
+func tried(legs []*Delivery, node, user string) bool {
+	for _, d := range legs {
 		if d.node == node && d.has(user) {
 			return true
 		}

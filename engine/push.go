@@ -143,17 +143,17 @@ type Push struct {
 // aside is what only a push has that does not go the usual way: its route was not
 // cached, it leaves somebody out, somebody gets it twice, it was ended before its time.
 type aside struct {
-	except  []string    // Exclude, sorted, each once
-	timer   *time.Timer // ends the push if it has to wait in line, else nil
-	waiting int         // keys in line
-	holds   bool        // some of its deliveries are behind a fence, or were
-	lookup  error       // of the keys that were not found out
-	expired error       // why the push was ended before its time
-	shared  []string    // users with more than one delivery
-	dropped []dropped   // users that no delivery was made for
-	later   []ward      // deliveries that are held back, until they are in the queues
-	wards   []ward      // who waits for a delivery of this push
-	stale   staleness   // of the answers that were used
+	except  []string               // Exclude, sorted, each once
+	timer   *time.Timer            // ends the push if it has to wait in line, else nil
+	waiting int                    // keys in line
+	holds   bool                   // some of its deliveries are behind a fence, or were
+	lookup  error                  // of the keys that were not found out
+	expired error                  // why the push was ended before its time
+	shared  []string               // users with more than one delivery
+	dropped []dropped              // users that no delivery was made for
+	later   []ward                 // deliveries that are held back, until they are in the queues
+	wards   map[*Delivery][]*fence // who waits for a delivery of this push
+	stale   staleness              // of the answers that were used
 }
 
 // stepAside returns p.aside, of which there is one from then on.
@@ -371,9 +371,10 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, later []ward, ok bool) {
 	var inWay []*fence
 	var byUser map[string][]*fence
+	var marks []mark
 	if p.Order != nil && err == nil {
 		if p.Kind == ToUsers {
-			byUser = p.Order.passUsers(p, keys, snaps)
+			byUser, marks = p.Order.passUsers(p, keys, snaps)
 		} else {
 			inWay = p.Order.pass(p, snaps[0])
 		}
@@ -393,7 +394,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	case p.Kind == ToUser:
 		p.stageUser(snaps[0], inWay)
 	default:
-		p.stageUsers(keys, snaps, byUser)
+		p.stageUsers(keys, snaps, byUser, marks)
 	}
 	p.aside.waiting -= len(keys)
 	return p.legs[had:], p.takeLater(), true
@@ -484,24 +485,28 @@ func at(inWay []*fence, node string) *fence {
 }
 
 // stageUsers makes one delivery for each node that holds any of users, and one for each
-// user who has to wait.
-func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay map[string][]*fence) {
+// user who has to wait. marks, if there are any, are told.
+func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay map[string][]*fence, marks []mark) {
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
 		p.countUser(s)
 		for _, g := range s.Groups {
+			var d *Delivery
 			if f := at(inWay[users[i]], g.Node); f != nil {
-				p.addLater(&Delivery{node: g.Node, users: []string{users[i]}}, f)
-				continue
+				d = &Delivery{node: g.Node, users: []string{users[i]}}
+				p.addLater(d, f)
+			} else {
+				if d = byNode[g.Node]; d == nil {
+					d = &Delivery{node: g.Node}
+					byNode[g.Node] = d
+					legs = append(legs, d)
+				}
+				d.users = append(d.users, users[i])
 			}
-			d := byNode[g.Node]
-			if d == nil {
-				d = &Delivery{node: g.Node}
-				byNode[g.Node] = d
-				legs = append(legs, d)
+			if marks != nil && len(s.Groups) == 1 {
+				marks[i].leg = d
 			}
-			d.users = append(d.users, users[i])
 		}
 	}
 	for _, d := range legs {
