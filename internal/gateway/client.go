@@ -150,19 +150,25 @@ func (r *reader) pace() {
 // take handles a message of the client.
 func (c *conn) take(op ws.OpCode, message []byte) {
 	c.g.count.messages.Inc()
-	err := errNotText
+	room, err := "", errNotText
 	if op == ws.OpText {
-		err = c.obey(message)
+		room, err = c.obey(message)
 	}
-	if err != nil {
-		c.g.count.badMessages.Inc()
+	switch {
+	case err == nil:
+		return
+	case room != "":
+		c.tell(control("error", "message", err.Error(), "room_id", room))
+	default:
 		c.tell(control("error", "message", err.Error()))
 	}
+	c.g.count.badMessages.Inc()
 }
 
 // obey does what a client's message asks for. The error is for the client: it names the
-// field, in words that need no knowledge of Go.
-func (c *conn) obey(b []byte) error {
+// field, in words that need no knowledge of Go. room is the one that it is about, empty
+// when the message names none, or none that can be.
+func (c *conn) obey(b []byte) (room string, err error) {
 	var m struct {
 		Type   *string `json:"type"`
 		RoomID *string `json:"room_id"`
@@ -171,33 +177,35 @@ func (c *conn) obey(b []byte) error {
 		var wrong *json.UnmarshalTypeError
 		switch {
 		case !errors.As(err, &wrong):
-			return errNotJSON
+			return "", errNotJSON
 		case wrong.Field == "":
-			return errNotObject
+			return "", errNotObject
 		}
-		return errors.New(wrong.Field + ": must be a string")
+		return "", errors.New(wrong.Field + ": must be a string")
 	}
 	if m.Type == nil {
-		return errNoType
+		return "", errNoType
 	}
 	switch *m.Type {
 	case "ping":
 		c.tell(control("pong"))
-		return nil
+		return "", nil
 	case "join", "leave":
-		room := ""
 		if m.RoomID != nil {
 			room = *m.RoomID
 		}
+		if err := checkID("room_id", room); err != nil {
+			return "", err
+		}
 		if err := checkRoom(room); err != nil {
-			return err
+			return room, err
 		}
 		if *m.Type == "join" {
-			return c.g.reports.join(c, room)
+			return room, c.g.reports.join(c, room)
 		}
-		return c.g.reports.leave(c, room)
+		return room, c.g.reports.leave(c, room)
 	}
-	return errType
+	return "", errType
 }
 
 // checkRoom applies the rule for rooms that a client may name.

@@ -340,7 +340,11 @@ func TestBadClientMessagesNameTheField(t *testing.T) {
 	d.say(`{"type":"join","room_id":"r2"}`)
 	d.want(`{"type":"joined","room_id":"r2"}`)
 	d.say(`{"type":"join","room_id":"r3"}`)
-	d.wantError("room_id")
+	d.want(`{"type":"error","message":"room_id: too many rooms on this connection","room_id":"r3"}`)
+	d.say(`{"type":"leave","room_id":"r3"}`)
+	d.want(`{"type":"error","message":"room_id: not in this room","room_id":"r3"}`)
+	d.say(`{"type":"join","room_id":"@node:x"}`)
+	d.want(`{"type":"error","message":"room_id: names that begin with @node: are reserved","room_id":"@node:x"}`)
 	d.say(`{"type":"leave","room_id":"r"}`)
 	d.want(`{"type":"left","room_id":"r"}`)
 	d.say(`{"type":"join","room_id":"r3"}`)
@@ -718,17 +722,18 @@ func get(t *testing.T, address string) string {
 }
 
 func TestHTTPSides(t *testing.T) {
-	g, n := start(t, newController(t), nil)
+	g, n := start(t, newController(t), func(c *Config) { c.Pushctl = "go run ./cmd/pushctl" })
 	eventually(t, "ready", func() bool { return g.Ready() == nil })
 	connect(t, g, "u", "r")
 	pushTo(t, n, "r", "x", "u")
 	base, ops := "http://"+g.HTTPAddr().String(), "http://"+g.MetricsAddr().String()
 	for address, want := range map[string]string{
-		base + "/":             "<!doctype html>",
-		base + "/info":         `"node_id":"node-1"`,
-		base + "/healthz":      "200 OK ok",
-		base + "/readyz":       "200 OK ok",
-		base + "/ws":           "400 ",
+		base + "/":        "<!doctype html>",
+		base + "/info":    `"node_id":"node-1","push_manager":"localhost:50053","pushctl":"go run ./cmd/pushctl"`,
+		base + "/healthz": "200 OK ok",
+		base + "/readyz":  "200 OK ok",
+		base + "/ws":      "400 ",
+		base + "/ws?user_id=" + strings.Repeat("%E4%B8%AD", 100): "400 Bad Request user_id: ", // The page shows it.
 		base + "/other":        "404 ",
 		base + "/metrics":      "404 ",
 		base + "/ws?user_id=u": "426 ",
@@ -765,7 +770,7 @@ func FuzzClientMessage(f *testing.F) {
 	f.Cleanup(g.Close)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := &conn{g: g, user: "u", closed: true}
-		err := c.obey(b)
+		room, err := c.obey(b)
 		var m struct {
 			Type   string
 			RoomID string `json:"room_id"`
@@ -776,6 +781,9 @@ func FuzzClientMessage(f *testing.F) {
 		}
 		if err != nil && !strings.Contains(err.Error(), ":") {
 			t.Errorf("%v names no field", err)
+		}
+		if room != "" && checkID("room_id", room) != nil {
+			t.Errorf("room %q cannot be", room)
 		}
 		for room := range c.rooms.all {
 			if checkRoom(room) != nil {

@@ -41,9 +41,13 @@ func (g *Gateway) clientHandler() http.Handler {
 		w.Header().Set("Cache-Control", "no-cache")
 		_, _ = w.Write(page) // The browser has gone if it fails.
 	})
-	mux.HandleFunc("GET /info", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /info", func(w http.ResponseWriter, r *http.Request) {
+		pushctl := "pushctl"
+		if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr().Unmap().IsLoopback() {
+			pushctl = g.cfg.Pushctl // A line for this machine: elsewhere it does not run, and its paths are nobody's business.
+		}
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(map[string]string{"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress})
+		_ = json.NewEncoder(w).Encode(map[string]string{"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "pushctl": pushctl})
 	})
 	g.healthHandlers(mux)
 	return mux
