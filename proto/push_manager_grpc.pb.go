@@ -39,10 +39,16 @@ const (
 //
 //	INVALID_ARGUMENT     a field is missing, malformed or over its limit;
 //	                     google.rpc.BadRequest names it
-//	UNAVAILABLE          the Controller is not reachable and the route is not
-//	                     cached, or this process drains
-//	DEADLINE_EXCEEDED    the deadline passed before anything was sent
-//	RESOURCE_EXHAUSTED   overload; google.rpc.RetryInfo says when to retry
+//	UNAVAILABLE          the route is not cached, or is known to have changed,
+//	                     and the Controller does not answer; or this process
+//	                     does not know the nodes yet, or drains;
+//	                     google.rpc.RetryInfo says when to retry
+//	DEADLINE_EXCEEDED    the deadline passed before anything was sent, or a
+//	                     large request came in too slowly
+//	RESOURCE_EXHAUSTED   overload, or the caller is over its rate: RetryInfo
+//	                     says when to retry; or the request is larger than may
+//	                     be (REQUEST_TOO_LARGE): without RetryInfo, for it
+//	                     will never fit
 //
 // Order: of two pushes to the same user or room, where the second is sent after
 // the first was answered, the first arrives first at every connection that gets
@@ -67,7 +73,9 @@ type PushManagerServiceClient interface {
 	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
 	// and may be sent again on another stream. A server has room for so many
 	// streams, in all and on a connection: one too many ends at once with
-	// RESOURCE_EXHAUSTED.
+	// RESOURCE_EXHAUSTED. So does a stream with a message that is too large, and
+	// with DEADLINE_EXCEEDED one with a large message that comes in too slowly;
+	// what was sent before is answered first, the rest was not taken.
 	PushStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PushStreamRequest, PushStreamResponse], error)
 }
 
@@ -145,10 +153,16 @@ type PushManagerService_PushStreamClient = grpc.BidiStreamingClient[PushStreamRe
 //
 //	INVALID_ARGUMENT     a field is missing, malformed or over its limit;
 //	                     google.rpc.BadRequest names it
-//	UNAVAILABLE          the Controller is not reachable and the route is not
-//	                     cached, or this process drains
-//	DEADLINE_EXCEEDED    the deadline passed before anything was sent
-//	RESOURCE_EXHAUSTED   overload; google.rpc.RetryInfo says when to retry
+//	UNAVAILABLE          the route is not cached, or is known to have changed,
+//	                     and the Controller does not answer; or this process
+//	                     does not know the nodes yet, or drains;
+//	                     google.rpc.RetryInfo says when to retry
+//	DEADLINE_EXCEEDED    the deadline passed before anything was sent, or a
+//	                     large request came in too slowly
+//	RESOURCE_EXHAUSTED   overload, or the caller is over its rate: RetryInfo
+//	                     says when to retry; or the request is larger than may
+//	                     be (REQUEST_TOO_LARGE): without RetryInfo, for it
+//	                     will never fit
 //
 // Order: of two pushes to the same user or room, where the second is sent after
 // the first was answered, the first arrives first at every connection that gets
@@ -173,7 +187,9 @@ type PushManagerServiceServer interface {
 	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
 	// and may be sent again on another stream. A server has room for so many
 	// streams, in all and on a connection: one too many ends at once with
-	// RESOURCE_EXHAUSTED.
+	// RESOURCE_EXHAUSTED. So does a stream with a message that is too large, and
+	// with DEADLINE_EXCEEDED one with a large message that comes in too slowly;
+	// what was sent before is answered first, the rest was not taken.
 	PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error
 	mustEmbedUnimplementedPushManagerServiceServer()
 }
