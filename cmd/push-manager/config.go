@@ -73,7 +73,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
-	s.Duration(&c.Ingress.DrainNotice, "drain_notice", time.Second, config.OrZero, "How long pushes are still taken after readiness went off, so that balancers notice; no longer than half of drain_timeout.")
+	s.Duration(&c.Ingress.DrainNotice, "drain_notice", time.Second, config.OrZero, "How long pushes are still taken after readiness went off, so that balancers notice. More than half of drain_timeout counts as half.")
 	s.Duration(&c.Health.Patience, "not_ready_after", 2*time.Second, config.OrZero, "How long pushes must have been impossible to deliver for readiness to go off. It comes back at once.")
 	c.Log.Bind(s)
 
@@ -158,6 +158,7 @@ func (c *Config) bindAPI(s *config.Set) {
 	s.Duration(&a.KeepaliveMinTime, "api.keepalive_min_time", 5*time.Second, time.Millisecond, "How often a client may ask the same.")
 	s.Int(&a.StreamWorkers, "api.stream_workers", 512, 1, 1<<16, "Goroutines kept for calls.")
 	s.AutoBytes(&a.BodyBytes, "api.body_bytes", 1<<20, math.MaxInt, "Memory for requests that are being read and pushes that are not answered. auto: a quarter of the memory limit (1GiB without one).")
+	s.Duration(&a.BodyTimeout, "api.body_timeout", 5*time.Second, time.Millisecond, "How long a request of more than 4 KiB, or a large message of a PushStream, may take to come in once there is memory for it; 1s while others wait for memory.")
 	s.Auto(&a.OpenCalls, "api.open_calls", 0, 1<<24, "Unary calls open on all connections. auto: as many as a quarter of the memory limit holds, 24 KiB each (131072 without one).")
 	s.Auto(&a.Streams, "api.push_streams", 0, 1<<24, "PushStreams open on all connections. auto: as many as a quarter of the memory limit holds, 100 KiB each (16384 without one).")
 	s.Int(&a.StreamsPerConnection, "api.push_streams_per_connection", 128, 1, 1<<20, "PushStreams open on one connection; fewer than api.streams, the rest is left to unary calls.")

@@ -152,7 +152,7 @@ func halfCall(t *testing.T, w *world, method string, size int) (end func()) {
 	go func() { _, _ = io.Copy(io.Discard, conn) }()
 	ok(t, f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, map[string]string{":path": method}), EndHeaders: true}))
 	head := []byte{0, byte(size >> 24), byte(size >> 16), byte(size >> 8), byte(size)}
-	ok(t, f.WriteData(1, false, append(head, make([]byte, 100)...)))
+	ok(t, f.WriteData(1, false, append(head, make([]byte, smallBody)...)))
 	return func() { _ = conn.Close() }
 }
 
@@ -406,17 +406,20 @@ func TestOpenStreamsAreBounded(t *testing.T) {
 }
 
 func TestOpenCallsAreBoundedByPriority(t *testing.T) {
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.OpenCalls, c.Streams = 16, 1 })
+	w := newWorld(t, func(c *Config, _ *engine.Config) { c.OpenCalls, c.Streams = 16, 64 })
 	n1 := w.network.nodes[0]
+	st := w.stream(w.context()) // takes no place of a call, nor does its absence give one
+	ok(t, st.Send(userPush(1, "d", "x")))
+	recv(t, st)
 	n1.setKeep(true)
 	var all sync.WaitGroup
-	for range 15 { // of 16 and the streams, normal priority has 14 and 1
+	for range 14 { // of 16
 		all.Go(func() {
 			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
 			ok(t, err)
 		})
 	}
-	for n1.len() < 15 {
+	for n1.len() < 14 {
 		time.Sleep(time.Millisecond)
 	}
 	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})

@@ -65,6 +65,10 @@ type Config struct {
 	// BodyBytes is the memory for requests that are being read, and pushes until they are
 	// answered. Whoever finds none waits, or is refused.
 	BodyBytes int
+	// BodyTimeout bounds how long a request of more than 4 KiB, or a large message of a
+	// PushStream, may take to come in once it has its part of BodyBytes. While others wait
+	// for that, it is a second at the most.
+	BodyTimeout time.Duration
 	// OpenCalls bounds the unary calls that are open on all connections, Streams the
 	// PushStreams (and other streams), and StreamsPerConnection those of one connection.
 	// It must be below MaxStreams, or unary calls beside them would never begin.
@@ -112,6 +116,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxStreams, 256)                  // per connection
 	setDefault(&c.Calls, 384)                       // with 512 a call costs a twelfth more in an overload, with 2,048 half as much again
 	setDefault(&c.ConnectionTimeout, 5*time.Second) // gRPC's own default is two minutes
+	setDefault(&c.BodyTimeout, 5*time.Second)       // 1 MiB at 1.7 Mbit/s
 	setDefault(&c.Handshakes, 1024)                 // of 41 KB; a balancer is one address, and its clients may all come at once
 	setDefault(&c.KeepaliveTime, 30*time.Second)    // a dead client costs only its buffers
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
@@ -181,6 +186,7 @@ func (c Config) Validate() error {
 		}
 	}
 	positive("ConnectionTimeout", c.ConnectionTimeout)
+	positive("BodyTimeout", c.BodyTimeout)
 	positive("KeepaliveTime", c.KeepaliveTime)
 	positive("KeepaliveTimeout", c.KeepaliveTimeout)
 	positive("KeepaliveMinTime", c.KeepaliveMinTime)

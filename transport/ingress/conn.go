@@ -34,6 +34,7 @@ type conn struct {
 	noted    atomic.Int64
 	made     atomic.Int64 // calls, and messages of PushStreams
 	streams  atomic.Int64 // that are open, see streams
+	space    holder
 	// lag is for how long, at the most, what was read last had waited. It is known while
 	// there is a crowd, else 0.
 	lag atomic.Int64
@@ -234,6 +235,24 @@ func (c *conn) settle() {
 		c.tally.Load().expected.Add(-n)
 		c.limiter.letIn()
 	}
+}
+
+// heldBack tells whether it is we who do not read. A nil one is always read.
+func (c *conn) heldBack() bool {
+	if c == nil || c.limiter.waiting.Load() == 0 {
+		return false
+	}
+	c.limiter.mu.Lock()
+	defer c.limiter.mu.Unlock()
+	return c.lined
+}
+
+// holder is what of the space c has. A nil conn has none that is counted.
+func (c *conn) holder() *holder {
+	if c == nil {
+		return nil
+	}
+	return &c.space
 }
 
 // Close closes the connection and ends a Read that waits.

@@ -24,6 +24,7 @@
 //     for long does not count, and nobody is left unread for good.
 //   - A request comes in when there is memory for it (space.go), and all else that clients may
 //     have many of is bounded: calls, streams, connections (fit.go says how many fit).
+//   - Who has space for a request and dawdles loses it (body.go).
 //   - What a client has begun to say, and has to end before anybody can be asked for it,
 //     ends within Config.ConnectionTimeout: its handshake, and the headers of each call.
 //   - On the way down nobody is refused who could not know better: first health says

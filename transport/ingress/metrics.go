@@ -31,11 +31,12 @@ const (
 	refusedSpace                 // there is no memory for the request
 	refusedOpen                  // too many calls are open
 	refusedStreams               // too many streams are open
+	refusedSlow                  // the request did not come in
 	refusedLookups               // too many look-ups are under way
 	refusals                     // how many there are
 )
 
-var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "lookups"}
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "lookups"}
 
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
@@ -127,6 +128,8 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 		why = refusedOpen
 	case errors.Is(err, errTooManyStreams), errors.Is(err, errStreamsOfOneConn):
 		why = refusedStreams
+	case errors.Is(err, errSlow):
+		why = refusedSlow
 	case !errors.Is(err, engine.ErrOverloaded):
 		return
 	default:

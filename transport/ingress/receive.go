@@ -22,6 +22,8 @@ type wire interface {
 	RecvCompress() string
 	ReadMessageHeader(head []byte) error
 	Read(n int) (mem.BufferSlice, error)
+	// WriteStatus ends the call, and a Read that waits.
+	WriteStatus(*status.Status) error
 }
 
 // wireOf is the call of a handler's context. A gRPC whose transport cannot be asked is not one
@@ -72,21 +74,29 @@ func (s *Server) next(w wire, head []byte) (size int, err error) {
 	return size, nil
 }
 
-// fill reads the message of which next has read the head.
-func (in *inbound) fill(w wire, size int) error {
-	data, err := w.Read(size)
+// first reads the first bytes of a large message, which need no space: whoever announces a
+// message and sends none of it gets none.
+func first(w wire) (mem.BufferSlice, error) { return w.Read(smallBody) }
+
+// fill reads the message of which next has read the head. begin is what is read of it already, nil
+// for nothing; fill frees it.
+func (in *inbound) fill(w wire, begin mem.BufferSlice, size int) error {
+	data, err := w.Read(size - begin.Len())
 	if err != nil {
+		begin.Free()
 		return err
+	}
+	if begin != nil {
+		data = append(begin, data...)
 	}
 	in.copyFrom(data, size)
 	data.Free()
 	return nil
 }
 
-// only reads the message of a call that has one, whose head next has read, and then that no
-// other follows: what a client sends behind it would stay in memory, however long the push takes.
-func (in *inbound) only(w wire, size int, head []byte) error {
-	if err := in.fill(w, size); err != nil {
+// only reads the message of a call that has one, as fill does, and then that no other follows: what a client sends behind it would stay in memory, however long the push takes.
+func (in *inbound) only(w wire, begin mem.BufferSlice, size int, head []byte) error {
+	if err := in.fill(w, begin, size); err != nil {
 		return err
 	}
 	switch err := w.ReadMessageHeader(head); {

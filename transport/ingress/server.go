@@ -52,7 +52,7 @@ type Server struct {
 	limiter  *limiter
 	space    *space
 	streams  *streams
-	mostOpen [4]int64 // calls that are open, by rank of the priority
+	mostOpen [4]int64 // unary calls that are open, by rank of the priority
 	usual    *reply   // of a PushToUser that was delivered
 
 	calls sync.Pool // of *call
@@ -109,7 +109,7 @@ func New(cfg Config) (*Server, error) {
 	s.space = newSpace(cfg.BodyBytes, cfg.Streams+max(cfg.BodyBytes/2/cfg.StreamWindow, 16), cfg.Metrics)
 	s.streams = newStreams(cfg.Streams, cfg.StreamsPerConnection, cfg.Metrics)
 	for _, p := range engine.Priorities() {
-		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls) + cfg.Streams)
+		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls))
 	}
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
 	s.limiter = newLimiter(cfg.Calls, cfg.MaxStreams, cfg.Metrics)
@@ -315,7 +315,8 @@ func (s *Server) waitIdle(ctx context.Context) {
 	}
 }
 
-// enter counts a call in, unless the server drains, and tells how many there are now. Counting
+// enter counts a call in, unless the server drains, and tells how many there are now, PushStreams
+// included. Counting
 // comes first: so either Drain sees the call or the call sees that the server drains.
 func (s *Server) enter() (open int64, draining bool) {
 	open = s.metrics.inflight.Add(1)

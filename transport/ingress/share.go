@@ -23,6 +23,7 @@ const (
 // much once more in what it keeps of them for use again.
 type share struct {
 	space    *space
+	holder   *holder // the connection, nil if it is none of ours
 	priority engine.Priority
 	answered atomic.Int64 // of taken
 
@@ -38,7 +39,7 @@ func (sh *share) tryTake(bytes int64) bool {
 	defer sh.mu.Unlock()
 	under := sh.taken + bytes - sh.answered.Load()
 	if more := under - shareFree - sh.held; more > 0 {
-		got := sh.space.try(sh.priority, max(more, shareStep))
+		got := sh.space.try(sh.holder, sh.priority, max(more, shareStep))
 		if got == 0 {
 			return false
 		}
@@ -53,7 +54,7 @@ func (sh *share) tryTake(bytes int64) bool {
 // nothing while it waits: those who have and want more would wait for each other.
 func (sh *share) wait(ctx context.Context, bytes int64) error {
 	sh.giveBack()
-	got, err := sh.space.reserve(ctx, sh.priority, bytes, 0)
+	got, err := sh.space.reserve(ctx, sh.holder, sh.priority, bytes, 0)
 	if err != nil {
 		return err
 	}
@@ -77,7 +78,7 @@ func (sh *share) trim() (much, more bool) {
 		return false, sh.held > 0
 	}
 	sh.held -= excess
-	sh.space.release(excess)
+	sh.space.release(sh.holder, excess)
 	return true, sh.held > 0
 }
 
@@ -92,6 +93,6 @@ func (sh *share) holds() bool {
 func (sh *share) giveBack() {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	sh.space.release(sh.held)
+	sh.space.release(sh.holder, sh.held)
 	sh.held = 0
 }

@@ -21,10 +21,14 @@ var errNoSpace = fmt.Errorf("%w: no memory for the request", engine.ErrOverloade
 // came first: a large request is not passed by small ones for ever. Of all bytes a priority may
 // take its engine.Priority.Share, as of the pushes in flight.
 //
+// A connection that has its holderShare is let in only when no other of its priority waits: who
+// sends many large requests at a time keeps nobody else out.
+//
 // What is taken is given back, byte by byte; see reserve.
 type space struct {
 	// Static.
 	most [4]int64 // by rank of the priority
+	each int64    // what a holder has when others come first
 	line int      // how many may wait, for each has something with it already
 
 	mu      sync.Mutex
@@ -33,14 +37,27 @@ type space struct {
 	lines   [4]list.List // of *spaceWait, by rank
 }
 
+// holderShare of the space is what one connection may have while others wait.
+const holderShare = 8
+
+// holder is whose the bytes are: a connection. nil is nobody, and never has too much.
+type holder struct{ taken int64 } // guarded by the space's lock
+
+func (h *holder) add(bytes int64) {
+	if h != nil {
+		h.taken += bytes
+	}
+}
+
 // spaceWait is one who waits.
 type spaceWait struct {
 	bytes   int64
+	holder  *holder
 	granted chan struct{} // closed with the space's lock held
 }
 
 func newSpace(bytes int, line int, set *metrics.Set) *space {
-	s := &space{line: line}
+	s := &space{line: line, each: int64(bytes / holderShare)}
 	for _, p := range engine.Priorities() {
 		s.most[p.Rank()] = int64(p.Share(bytes))
 	}
@@ -57,16 +74,16 @@ func newSpace(bytes int, line int, set *metrics.Set) *space {
 	return s
 }
 
-// reserve takes bytes for a push of priority p, and returns how many it has taken: all of its
+// reserve takes bytes for a push of priority p that came on h, and returns how many it has taken: all of its
 // share, if that is less. It waits for them until ctx ends, and for patience at the longest
 // unless that is 0. Who has reserved owes a release of as many, before anything else is
 // reserved for the same: two who each have a part of what they need would wait for each other.
-func (s *space) reserve(ctx context.Context, p engine.Priority, bytes int64, patience time.Duration) (int64, error) {
+func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes int64, patience time.Duration) (int64, error) {
 	rank := p.Rank()
 	bytes = min(bytes, s.most[rank])
 	s.mu.Lock()
 	if s.fitsLocked(rank, bytes) {
-		s.taken += bytes
+		s.takeLocked(h, bytes)
 		s.mu.Unlock()
 		return bytes, nil
 	}
@@ -74,7 +91,7 @@ func (s *space) reserve(ctx context.Context, p engine.Priority, bytes int64, pat
 		s.mu.Unlock()
 		return 0, errNoSpace
 	}
-	w := &spaceWait{bytes: bytes, granted: make(chan struct{})}
+	w := &spaceWait{bytes: bytes, holder: h, granted: make(chan struct{})}
 	place := s.lines[rank].PushBack(w)
 	s.waiting++
 	s.mu.Unlock()
@@ -112,7 +129,7 @@ func (s *space) reserve(ctx context.Context, p engine.Priority, bytes int64, pat
 }
 
 // try takes bytes without waiting. 0 means that there are none for it.
-func (s *space) try(p engine.Priority, bytes int64) int64 {
+func (s *space) try(h *holder, p engine.Priority, bytes int64) int64 {
 	rank := p.Rank()
 	bytes = min(bytes, s.most[rank])
 	s.mu.Lock()
@@ -120,18 +137,30 @@ func (s *space) try(p engine.Priority, bytes int64) int64 {
 	if !s.fitsLocked(rank, bytes) {
 		return 0
 	}
-	s.taken += bytes
+	s.takeLocked(h, bytes)
 	return bytes
 }
 
+func (s *space) takeLocked(h *holder, bytes int64) {
+	s.taken += bytes
+	h.add(bytes)
+}
+
+// wanted tells whether anybody waits.
+func (s *space) wanted() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waiting > 0
+}
+
 // release gives back what was reserved, or a part of it.
-func (s *space) release(bytes int64) {
+func (s *space) release(h *holder, bytes int64) {
 	if bytes == 0 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.taken -= bytes
+	s.takeLocked(h, -bytes)
 	s.grantLocked()
 }
 
@@ -145,18 +174,30 @@ func (s *space) fitsLocked(rank int, bytes int64) bool {
 	return s.taken+bytes <= s.most[rank]
 }
 
-// grantLocked lets in whom there are bytes for. Nobody passes one of a higher priority.
+// grantLocked lets in whom there are bytes for. Nobody passes one of a higher priority, and of
+// the same one only those whose connection has too much.
 func (s *space) grantLocked() {
 	for rank := len(s.lines) - 1; rank >= 0; rank-- {
-		for e := s.lines[rank].Front(); e != nil; e = s.lines[rank].Front() {
+		for e := s.nextLocked(rank); e != nil; e = s.nextLocked(rank) {
 			w := e.Value.(*spaceWait)
 			if s.taken+w.bytes > s.most[rank] {
 				return
 			}
 			s.lines[rank].Remove(e)
 			s.waiting--
-			s.taken += w.bytes
+			s.takeLocked(w.holder, w.bytes)
 			close(w.granted)
 		}
 	}
+}
+
+// nextLocked is who comes next in a line. Those whom it passes over are the calls and streams of
+// holderShare connections at the most: no more can have too much.
+func (s *space) nextLocked(rank int) *list.Element {
+	for e := s.lines[rank].Front(); e != nil; e = e.Next() {
+		if h := e.Value.(*spaceWait).holder; h == nil || h.taken < s.each {
+			return e
+		}
+	}
+	return s.lines[rank].Front()
 }

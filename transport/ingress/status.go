@@ -44,7 +44,7 @@ type refusal struct {
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, notReady, deadline, canceled, unavailable, internal *refusal
+	draining, notReady, deadline, canceled, slow, unavailable, internal *refusal
 
 	// With different delays.
 	overloaded, streams, streamsOfOneConn []*refusal
@@ -68,6 +68,7 @@ func newStatuses() *statuses {
 		rateDelays:       delays,
 		deadline:         newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
 		canceled:         newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		slow:             newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
 		unavailable:      later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
 		internal:         newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
 		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
@@ -109,6 +110,8 @@ func (t *statuses) of(err error) *refusal {
 		return t.deadline
 	case errors.Is(err, engine.ErrCanceled):
 		return t.canceled
+	case errors.Is(err, errSlow):
+		return t.slow
 	case errors.Is(err, engine.ErrUnavailable):
 		return t.unavailable
 	case errors.Is(err, errMayBeSent):

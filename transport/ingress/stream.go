@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
@@ -48,6 +49,7 @@ type stream struct {
 	calls      *call
 	messages   *message
 	share      share
+	watch      bodyWatch
 
 	// Owned by the writer.
 	replies replies
@@ -62,6 +64,7 @@ type stream struct {
 	answeredBytes atomic.Int64
 	stopped       atomic.Bool // nothing more is taken
 	gone          atomic.Bool // the client is: what completes is only booked
+	slow          atomic.Bool // a message does not come in: nothing more is taken
 	lost          atomic.Bool // pushes are, after a panic: they are not waited for
 
 	done atomic.Pointer[call] // completed pushes, the last one first
@@ -112,7 +115,8 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	defer s.metrics.streams.Add(-1)
 	conn.note(e.priority, s.limiter.now())
 	st := &stream{srv: s, conn: conn, wire: w, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
-	st.share.space, st.share.priority = s.space, e.priority
+	st.share.space, st.share.holder, st.share.priority = s.space, conn.holder(), e.priority
+	st.watch.space, st.watch.conn, st.watch.most, st.watch.giveUp = s.space, conn, s.cfg.BodyTimeout, st.giveUp
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
@@ -156,26 +160,59 @@ func (st *stream) readMessage(ctx context.Context) (*message, error) {
 		return nil, st.readError(err)
 	}
 	bytes := messageBytes(size)
+	var begin mem.BufferSlice
+	if size > smallBody {
+		if begin, err = first(st.wire); err != nil {
+			return nil, st.readError(err)
+		}
+	}
+	if err := st.takeSpace(ctx, bytes); err != nil {
+		begin.Free()
+		return nil, err
+	}
+	m := st.newMessage()
+	m.bytes = bytes
+	if bytes <= shareFree { // it has nothing that others could have
+		err = m.in.fill(st.wire, begin, size)
+	} else {
+		st.watch.begin()
+		err = m.in.fill(st.wire, begin, size)
+		if !st.watch.end() {
+			return nil, st.srv.statuses.slow.status.Err()
+		}
+	}
+	if err != nil {
+		return nil, st.readError(err)
+	}
+	return m, nil
+}
+
+// takeSpace waits until there is space for a message. An error is that of the stream.
+func (st *stream) takeSpace(ctx context.Context, bytes int64) error {
 	for !st.share.tryTake(bytes) {
 		// Our own pushes that are answered make room, too.
 		if st.taken.Load() == st.answered.Load() {
 			if err := st.share.wait(ctx, bytes); err != nil {
-				return nil, ctx.Err()
+				return ctx.Err()
 			}
-			break
+			return nil
 		}
 		select {
 		case <-st.freed:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return ctx.Err()
 		}
 	}
-	m := st.newMessage()
-	m.bytes = bytes
-	if err := m.in.fill(st.wire, size); err != nil {
-		return nil, st.readError(err)
-	}
-	return m, nil
+	return nil
+}
+
+// giveUp ends the stream for a message that does not come in, once all that was taken is
+// answered. The reader ends with the handler.
+func (st *stream) giveUp() {
+	st.srv.metrics.countRefusal(st.entrance.priority, errSlow)
+	st.slow.Store(true)
+	st.stopped.Store(true)
+	poke(st.wake)
 }
 
 // readError is the end of a stream that cannot be read: because its client has half-closed or
@@ -390,6 +427,8 @@ func (st *stream) over() (bool, error) {
 		return false, nil
 	}
 	switch {
+	case st.slow.Load():
+		return true, st.srv.statuses.slow.status.Err()
 	case !read || st.readErr == nil:
 		return true, st.srv.statuses.draining.status.Err()
 	case errors.Is(st.readErr, io.EOF):

@@ -72,7 +72,7 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 		conn.note(e.priority, s.limiter.at(began))
 		err = s.admit(&e)
 	}
-	if err == nil && open > s.mostOpen[e.priority.Rank()] {
+	if err == nil && open-s.metrics.streams.Load() > s.mostOpen[e.priority.Rank()] {
 		err = errTooManyCalls
 	}
 	if err != nil {
@@ -89,18 +89,18 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	c := s.takeCall(a)
 	e.allow(&c.push)
 	defer func() {
-		s.space.release(c.held)
+		s.space.release(conn.holder(), c.held)
 		c.held = 0
 		if err == nil {
 			s.releaseCall(c)
 		}
 	}()
-	if err := s.read(ctx, w, c); err != nil {
+	if err := s.read(ctx, w, conn, c); err != nil {
 		s.metrics.record(a, nil, err, time.Since(began))
 		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
 	}
 	c.push.Arrived = began
-	res, err := s.run(ctx, c)
+	res, err := s.run(ctx, conn, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
 		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
@@ -110,16 +110,13 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 
 // read reads the request, once there is space for it. A small one is a part of what every open
 // call is reckoned to take, see openBytes.
-func (s *Server) read(ctx context.Context, w wire, c *call) error {
+func (s *Server) read(ctx context.Context, w wire, conn *conn, c *call) error {
 	size, err := s.next(w, c.head[:])
 	if err == nil && size > smallBody {
-		c.held, err = s.space.reserve(ctx, c.push.Priority, s.bodyBytes(c.api, size), patienceForSpace)
-		if err != nil {
-			return err
-		}
+		return s.readLarge(ctx, w, conn, c, size)
 	}
 	if err == nil {
-		err = c.in.only(w, size, c.head[:])
+		err = c.in.only(w, nil, size, c.head[:])
 	}
 	if err != nil {
 		return unread(err)
@@ -127,9 +124,36 @@ func (s *Server) read(ctx context.Context, w wire, c *call) error {
 	return nil
 }
 
+// readLarge reads a request that needs space. If it is too slow, its call is ended by the watch:
+// nothing else ends a read.
+func (s *Server) readLarge(ctx context.Context, w wire, conn *conn, c *call, size int) (err error) {
+	begin, err := first(w)
+	if err != nil {
+		return unread(err)
+	}
+	c.held, err = s.space.reserve(ctx, conn.holder(), c.push.Priority, s.bodyBytes(c.api, size), patienceForSpace)
+	if err != nil {
+		begin.Free()
+		return err
+	}
+	watch := bodyWatch{space: s.space, conn: conn, most: s.cfg.BodyTimeout, giveUp: func() {
+		_ = w.WriteStatus(s.statuses.slow.status) // it fails for a client that has gone
+	}}
+	watch.begin()
+	err = c.in.only(w, begin, size, c.head[:])
+	switch {
+	case !watch.end():
+		return errSlow
+	case err != nil:
+		return unread(err)
+	default:
+		return nil
+	}
+}
+
 // run decodes the push and lets the engine do it. A panic becomes an error that
 // says whether anything may have been sent.
-func (s *Server) run(ctx context.Context, c *call) (res engine.Result, err error) {
+func (s *Server) run(ctx context.Context, conn *conn, c *call) (res engine.Result, err error) {
 	taken := false
 	var end func(engine.Result, error)
 	defer func() {
@@ -149,7 +173,7 @@ func (s *Server) run(ctx context.Context, c *call) (res engine.Result, err error
 	}
 	if c.held > 0 { // gRPC has its buffers back, and lists are known
 		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude)))
-		s.space.release(c.held - kept)
+		s.space.release(conn.holder(), c.held-kept)
 		c.held = kept
 	}
 	taken = true
