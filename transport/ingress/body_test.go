@@ -224,3 +224,66 @@ func TestConnectionWithItsShareComesLast(t *testing.T) {
 		}
 	})
 }
+
+// Calls whose small bodies do not come in keep what is reckoned for an open call, and half as much
+// again in the smallest frames that a connection may send for long.
+func TestWhatCallsTakeThatDawdle(t *testing.T) {
+	w := newWorld(t, nil)
+	for i, size := range []int{smallBody - 1, 64, usualData} {
+		const calls = 80
+		conn, err := w.dial(w.context(), "")
+		ok(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		f := hello(t, conn)
+		go func() { _, _ = io.Copy(io.Discard, conn) }()
+		before := inUse()
+		for i := range calls {
+			id := uint32(2*i + 1)
+			announce(t, f, id, methodUser, smallBody, 0)
+			for left := smallBody - 1; left > 0; left -= size {
+				ok(t, f.WriteData(id, false, make([]byte, min(size, left))))
+			}
+		}
+		for end := time.Now().Add(10 * time.Second); w.metric("push_manager_api_inflight") != fmt.Sprint((i+1)*calls); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s calls are open", w.metric("push_manager_api_inflight"))
+			}
+		}
+		time.Sleep(200 * time.Millisecond) // what was sent last is read
+		each := (inUse() - before) / calls
+		t.Logf("in frames of %d bytes each takes %.1f KiB, and %d KiB are reckoned", size, float64(each)/1024, openBytes>>10)
+		if size >= 64 && each > openBytes || each > openBytes*3/2 {
+			t.Errorf("in frames of %d bytes each takes %d, and %d are reckoned", size, each, openBytes)
+		}
+	}
+}
+
+// A message in crumbs takes many times its size: a connection that sends such for long is closed.
+func TestMessagesInCrumbsEndTheConnection(t *testing.T) {
+	for name, write := range map[string]func(f *http2.Framer) error{
+		"a byte each":     func(f *http2.Framer) error { return f.WriteData(1, false, []byte{0}) },
+		"much of padding": func(f *http2.Framer) error { return f.WriteDataPadded(1, false, []byte{0}, make([]byte, 200)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, nil)
+			conn, err := w.dial(w.context(), "")
+			ok(t, err)
+			defer conn.Close()
+			f := hello(t, conn)
+			announce(t, f, 1, methodUser, 1<<20, 0)
+			var client sync.WaitGroup
+			client.Go(func() {
+				for range 2 * dataDebt / (usualData - 1) {
+					if write(f) != nil {
+						return
+					}
+				}
+				t.Error("all of it is taken")
+			})
+			_, _ = io.Copy(io.Discard, conn) // until the server closes
+			client.Wait()
+			_, err = w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+			ok(t, err)
+		})
+	}
+}

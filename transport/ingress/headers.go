@@ -15,6 +15,16 @@ import (
 // nothing but our time.
 const blockFrames = 64
 
+// A frame of DATA takes about 40 bytes besides its own until its message is whole. So those of a
+// connection must have usualData bytes on average, or lack dataDebt in all at the most: a body of
+// 4 KiB in frames of one byte would take seven times what is reckoned for its call.
+const (
+	usualData = 16
+	dataDebt  = 32 << 10
+)
+
+var errCrumbs = errors.New("messages in too many frames")
+
 var errBlock = errors.New("a block of headers in too many frames")
 
 // frameHead is the size of what each frame of HTTP/2 begins with (RFC 9113, section 4.1).
@@ -37,6 +47,7 @@ type headers struct {
 	block    bool          // the frame is of a block of headers
 	more     bool          // the block has not said that it ends
 	parts    int           // frames of the block, or of one that had too many
+	debt     int           // bytes that frames of DATA lack to what is usual
 	waited   time.Duration // for what has begun
 	forgiven bool          // that it was late, once
 }
@@ -86,6 +97,13 @@ func (h *headers) frame() {
 		h.settings = kind == http2.FrameSettings
 		return
 	}
+	if kind == http2.FrameData && h.left > 0 && h.debt <= dataDebt {
+		size := h.left
+		if flags.Has(http2.FlagDataPadded) {
+			size = 0 // padding is no message
+		}
+		h.debt = max(h.debt+usualData-size, 0)
+	}
 	if !h.more && h.parts <= blockFrames {
 		h.parts = 0
 	}
@@ -102,10 +120,15 @@ func (h *headers) read(from net.Conn, b []byte, unread func() int) (n int, err e
 	} else {
 		n, err = from.Read(b)
 	}
-	if h.pass(b[:n]); h.parts > blockFrames {
+	h.pass(b[:n])
+	switch {
+	case h.parts > blockFrames:
 		return 0, errBlock
+	case h.debt > dataDebt:
+		return 0, errCrumbs
+	default:
+		return n, err
 	}
-	return n, err
 }
 
 // await reads for as long as there is still time for what has begun.
