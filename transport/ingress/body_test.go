@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 
 	"github.com/push-manager/push-manager/engine"
@@ -18,11 +20,11 @@ import (
 )
 
 // announce begins a call whose message claims to be as large as that, and of which few bytes come.
-func announce(t *testing.T, f *http2.Framer, id uint32, method string, size, come int) {
+func announce(t *testing.T, f *http2.Framer, id uint32, method string, size, come int) error {
 	t.Helper()
-	ok(t, f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: headersOf(t, map[string]string{":path": method}), EndHeaders: true}))
+	headers := f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: headersOf(t, map[string]string{":path": method}), EndHeaders: true})
 	head := []byte{0, byte(size >> 24), byte(size >> 16), byte(size >> 8), byte(size)}
-	ok(t, f.WriteData(id, false, append(head, make([]byte, come)...)))
+	return errors.Join(headers, f.WriteData(id, false, append(head, make([]byte, come)...)))
 }
 
 // Whoever announces and dawdles loses the space to those who wait for it, before they have to be
@@ -54,7 +56,7 @@ func TestLargePushesGoThroughBesideThoseWhoDawdle(t *testing.T) {
 				ok(t, err)
 				t.Cleanup(func() { _ = conn.Close() })
 				f := hello(t, conn)
-				announce(t, f, 1, c.method, size, c.come)
+				ok(t, announce(t, f, 1, c.method, size, c.come))
 				dawdlers.Go(func() {
 					for id := uint32(3); ; {
 						frame, err := f.ReadFrame()
@@ -62,7 +64,9 @@ func TestLargePushesGoThroughBesideThoseWhoDawdle(t *testing.T) {
 							return
 						}
 						if h, is := frame.(*http2.HeadersFrame); is && h.StreamEnded() {
-							announce(t, f, id, c.method, size, c.come)
+							if announce(t, f, id, c.method, size, c.come) != nil {
+								return
+							}
 							id += 2
 						}
 					}
@@ -149,6 +153,8 @@ func TestMessageThatDoesNotComeInEndsThePushStream(t *testing.T) {
 		ok(t, f.WriteData(1, false, append([]byte{0, 0, 0, 0, byte(len(first))}, first...)))
 		ok(t, f.WriteData(1, false, append([]byte{0, 0, 4, 0, 0}, make([]byte, smallBody)...)))
 		began := time.Now()
+		f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+		code := ""
 		go func() { time.Sleep(ack); w.network.ackAll() }()
 		answered := false
 		for over := false; !over; {
@@ -157,9 +163,17 @@ func TestMessageThatDoesNotComeInEndsThePushStream(t *testing.T) {
 			switch frame := frame.(type) {
 			case *http2.DataFrame:
 				answered = true
-			case *http2.HeadersFrame:
+			case *http2.MetaHeadersFrame:
 				over = frame.StreamEnded()
+				for _, h := range frame.RegularFields() {
+					if h.Name == "grpc-status" {
+						code = h.Value
+					}
+				}
 			}
+		}
+		if want := fmt.Sprint(int(codes.DeadlineExceeded)); code != want {
+			t.Errorf("ended with the code %s, want %s", code, want)
 		}
 		if took := time.Since(began); !answered || took != ack {
 			t.Errorf("ended after %v, want %v; what came before is answered: %v", took, ack, answered)
@@ -178,7 +192,7 @@ func TestMessageThatDoesNotComeInEndsThePushStream(t *testing.T) {
 		recv(t, idle)
 		ok(t, idle.CloseSend())
 		_, err = idle.Recv()
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			t.Error(err)
 		}
 	})
@@ -239,7 +253,7 @@ func TestWhatCallsTakeThatDawdle(t *testing.T) {
 		before := inUse()
 		for i := range calls {
 			id := uint32(2*i + 1)
-			announce(t, f, id, methodUser, smallBody, 0)
+			ok(t, announce(t, f, id, methodUser, smallBody, 0))
 			for left := smallBody - 1; left > 0; left -= size {
 				ok(t, f.WriteData(id, false, make([]byte, min(size, left))))
 			}
@@ -270,15 +284,15 @@ func TestMessagesInCrumbsEndTheConnection(t *testing.T) {
 			ok(t, err)
 			defer conn.Close()
 			f := hello(t, conn)
-			announce(t, f, 1, methodUser, 1<<20, 0)
+			ok(t, announce(t, f, 1, methodUser, 1<<20, 0))
 			var client sync.WaitGroup
 			client.Go(func() {
-				for range 2 * dataDebt / (usualData - 1) {
-					if write(f) != nil {
-						return
+				for end := time.Now().Add(10 * time.Second); write(f) == nil; {
+					if time.Now().After(end) {
+						t.Error("all of it is taken")
+						_ = conn.Close()
 					}
 				}
-				t.Error("all of it is taken")
 			})
 			_, _ = io.Copy(io.Discard, conn) // until the server closes
 			client.Wait()
