@@ -398,7 +398,7 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 	case toUser:
 		var reply *pubsub.PushToUserResponse
 		reply, err = api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: r.key, Content: content})
-		success, s = reply.GetSuccess(), reply.GetSummary()
+		success, s, p.message = reply.GetSuccess(), reply.GetSummary(), reply.GetMessage()
 	case toUsers:
 		var reply *pubsub.PushToUsersResponse
 		reply, err = api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: r.users, Content: content})
@@ -406,7 +406,7 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 	case toRoom:
 		var reply *pubsub.PushToRoomResponse
 		reply, err = api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: r.key, Content: content})
-		success, s = reply.GetSuccess(), reply.GetSummary()
+		success, s, p.message = reply.GetSuccess(), reply.GetSummary(), reply.GetMessage()
 	case toAll:
 		var reply *pubsub.BroadcastMessageResponse
 		reply, err = api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: content})

@@ -44,7 +44,11 @@ type push struct {
 	summary *pubsub.DeliverySummary // nil: an error
 	success bool
 	err     error
+	message string // for people; set before the answer
 }
+
+// changed tells that the reply says that the push went by a route that has changed.
+func (p *push) changed() bool { return strings.Contains(p.message, "which has changed since") }
 
 func (p *push) took() time.Duration { return p.end - p.start }
 

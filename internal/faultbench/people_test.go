@@ -395,8 +395,8 @@ func (t *town) owed(pushes []*push, arrivals []arrival) {
 			}
 		}
 		excuse := int(p.summary.GetFailed() + p.summary.GetUnknown())
-		if excuse == 0 && p.kind == toRoom && p.summary.GetTargets() > 0 && !p.success {
-			continue // it went by a route that is known to have changed, and says so
+		if p.changed() {
+			continue // it says that there may be others
 		}
 		if len(missing) > excuse {
 			slices.Sort(missing)

@@ -1,6 +1,7 @@
 package faultbench
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
@@ -51,6 +52,7 @@ func (m *manager) stream(requests []request) []*push {
 			break
 		}
 		answered[r.GetId()] = true
+		pushes[r.GetId()].message = cmp.Or(r.GetToRoom().GetMessage(), r.GetToUser().GetMessage())
 		m.b.ledger.answer(pushes[r.GetId()], successOf(r), summaryOf(r), status.ErrorProto(r.GetError()))
 	}
 	cancel()

@@ -54,7 +54,8 @@ type Config struct {
 	// StreamWorkers is the number of goroutines kept for calls, so that not every
 	// call has to grow a stack. More calls than that get goroutines of their own.
 	StreamWorkers int
-	// StreamWindow and ConnWindow are the fixed HTTP/2 windows.
+	// StreamWindow and ConnWindow are the fixed HTTP/2 windows. StreamWindow is what a stream
+	// that is not read may hold; a larger message has its window when it is read.
 	StreamWindow int
 	ConnWindow   int
 	// StreamInflight and StreamInflightBytes bound the pushes of one PushStream
@@ -122,7 +123,6 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.KeepaliveTimeout, 10*time.Second)
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
 	setDefault(&c.StreamWorkers, 512)              // as many calls as usually wait for an ack: a new goroutine has its stack to grow
-	setDefault(&c.StreamWindow, 64<<10)            // what a stream that is not read may hold; a larger message has its window when it is read
 	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
 	setDefault(&c.StreamInflight, 1024)
 	setDefault(&c.StreamInflightBytes, 16*(1<<20)) // 16 of the largest requests
