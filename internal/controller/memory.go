@@ -121,7 +121,7 @@ func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
 	if err != nil {
 		return Joined{}, err
 	}
-	changed := false
+	var changed bool
 	r, u := s.rooms[j.Room], s.users[j.User]
 	m, here := u.find(j.Room, j.Node)
 	switch {

@@ -327,6 +327,8 @@ func TestChangeIsVisibleAndToldInOneStep(t *testing.T) {
 				_, err := s.Users(t.Context(), []string{"u"})
 				look <- err
 			}()
+			passed := time.NewTimer(50 * time.Millisecond)
+			defer passed.Stop()
 			select {
 			case <-second:
 				t.Error("the second report returns, and nobody has been told")
@@ -334,7 +336,7 @@ func TestChangeIsVisibleAndToldInOneStep(t *testing.T) {
 			case <-look:
 				t.Error("a look-up shows it, and nobody has been told")
 				look <- nil
-			case <-time.After(50 * time.Millisecond):
+			case <-passed.C:
 			}
 			close(tell)
 			if err := cmp.Or(<-first, <-second, <-look); err != nil {
