@@ -35,6 +35,9 @@ import (
 // The usual push pays for its ticket: if its answer is older than the oldest ticket,
 // nobody before it can have had another.
 //
+// What a fence does not order is pushes that went to the same node, which has not the user
+// any more: they are sent again in the order in which the node, or its link, answers.
+//
 // Locks: Order.mu comes before the Push.mu of earlier pushes of the same Order. Nothing
 // is sent or settled under it.
 

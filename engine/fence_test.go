@@ -610,6 +610,9 @@ func TestPushToManyCostsTheSameBehindOthers(t *testing.T) {
 			}
 			staged := func() { // with a link, or behind a fence
 				for out += many; ; time.Sleep(time.Millisecond) {
+					if o.ended() > 0 {
+						t.Fatal("a push has reached its deadline before all was staged")
+					}
 					n := int(e.Stats().Fenced)
 					for _, users := range w.nodes["A"].gotBy() {
 						n += len(users)
@@ -637,12 +640,7 @@ func TestPushToManyCostsTheSameBehindOthers(t *testing.T) {
 			if last > first+many {
 				t.Errorf("%v allocations for the last push, %v for an early one", last, first)
 			}
-			done := func() int {
-				o.mu.Lock()
-				defer o.mu.Unlock()
-				return o.done
-			}
-			for done() < pushes {
+			for o.ended() < pushes {
 				for _, n := range w.nodes {
 					n.mu.Lock()
 					kept := n.kept

@@ -173,6 +173,12 @@ func (o *order) Complete(*Push) {
 	o.mu.Unlock()
 }
 
+func (o *order) ended() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.done
+}
+
 // TestStreamOrderSurvivesMovesAndLookups starts pushes to one user one after another
 // without waiting, while the user moves between nodes and nodes answer late and
 // in any interleaving; what arrives at one connection must be in order.

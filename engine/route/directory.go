@@ -261,8 +261,10 @@ func (d *Directory) Invalidate(rooms, users []string) {
 	}
 }
 
-// InvalidateAll forgets all answers. It costs no more with many of them. Calls of it
-// and of Vouch are not concurrent.
+// InvalidateAll forgets all answers. It costs no more with many of them. Calls of it are
+// not concurrent. Vouch may be called meanwhile, for the same change stream: what that
+// vouches for is true until then, of the answers that are being forgotten, too. The first
+// call for a new stream comes after the last Vouch of the one before.
 func (d *Directory) InvalidateAll() {
 	d.lapse.Store(&lapse{d.generation.Load(), min(d.now(), moment(d.vouched.Load()))})
 	d.generation.Add(1)
