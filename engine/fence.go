@@ -145,11 +145,7 @@ func (o *Order) enterLocked(p *Push) *ticket {
 	if n := len(o.free); n > 0 {
 		t, o.free = o.free[n-1], o.free[:n-1]
 	} else {
-		some := make([]ticket, min(1+len(o.under), 64)) // a stream with one push has one
-		for i := range some[1:] {
-			o.free = append(o.free, &some[1+i])
-		}
-		t = &some[0]
+		t = new(ticket)
 	}
 	o.seq++
 	t.push, t.key, t.seq, t.arrived = p, p.key, o.seq, p.engine.directory.Moment(p.Arrived)
