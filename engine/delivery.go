@@ -16,7 +16,8 @@ const (
 	queued  uint32 = iota // with the link, not written
 	written               // handed to the stream: it may arrive
 	claimed               // somebody is writing its result
-	healing               // not delivered here, a fresh look-up is under way
+	denied                // not delivered here, to be looked up
+	healing               // the look-up is under way
 	settled               // its part of the books is final
 )
 
@@ -218,8 +219,9 @@ func (d *Delivery) settle(missing []string) {
 		missing = d.all()
 	}
 	if len(missing) > 0 && !d.healed && p.Kind != ToAll {
-		d.state.Store(healing)
-		(&healer{d: d, missing: missing}).start()
+		d.state.Store(denied)
+		h := &healer{d: d, missing: slices.Sorted(slices.Values(missing))} // every list of users is sorted
+		h.start()
 		return
 	}
 	d.close()
@@ -240,10 +242,10 @@ func (d *Delivery) expire(drop, lose Reason) {
 	}
 }
 
-// endHeal settles a delivery that is healing; why is Sent if its users were looked
-// up.
+// endHeal settles a delivery that is denied or healing; why is Sent if its users were
+// looked up.
 func (d *Delivery) endHeal(why Reason) {
-	if d.state.CompareAndSwap(healing, claimed) {
+	if d.state.CompareAndSwap(healing, claimed) || d.state.CompareAndSwap(denied, claimed) {
 		if why != Sent {
 			d.fallShort().heal = why
 		}

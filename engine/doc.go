@@ -18,8 +18,7 @@
 //     node does not have, and deliveries that were never written because the node
 //     is gone. Once, after one fresh look-up, within the deadline.
 //   - Pushes of one Order reach a connection in the order of their start, for each
-//     room and user. Those that a node did not have the user for are sent again in
-//     the order of its answers: see fence.go.
+//     room and user, those that are sent again, too: see fence.go.
 //   - A push by a route that is known to have changed is no success.
 //   - Completer.Complete is called exactly once for each push that Start took.
 //   - Nothing waits without a bound: whoever holds a delivery settles it by its

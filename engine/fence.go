@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/push-manager/push-manager/engine/route"
 )
@@ -35,8 +36,8 @@ import (
 // The usual push pays for its ticket: if its answer is older than the oldest ticket,
 // nobody before it can have had another.
 //
-// What a fence does not order is pushes that went to the same node, which has not the user
-// any more: they are sent again in the order in which the node, or its link, answers.
+// Of pushes to the same node, which has not the user any more, each is looked up again when
+// those before it have been answered: see behind. The look-ups keep that order themselves.
 //
 // Locks: Order.mu comes before the Push.mu of earlier pushes of the same Order. Nothing
 // is sent or settled under it.
@@ -445,7 +446,7 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []earlier) {
 	for _, x := range found {
 		f := &fence{order: o, key: key, snap: s, held: x.held}
 		for _, d := range x.legs {
-			if d.push.ward(d, f) {
+			if d.push.ward(d, f.passed) {
 				f.behind++
 			}
 		}
@@ -568,13 +569,14 @@ func sentTo(legs []*Delivery, g *route.Group) bool {
 	return slices.ContainsFunc(legs, func(d *Delivery) bool { return d.group == g })
 }
 
-// ward has f told when d is settled. False means that it is.
-func (p *Push) ward(d *Delivery, f *fence) bool {
+// ward has then called when d is settled. False means that it is.
+func (p *Push) ward(d *Delivery, then func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.over {
-		return false
-	}
+	return !p.over && p.wardLocked(d, then)
+}
+
+func (p *Push) wardLocked(d *Delivery, then func()) bool {
 	// In this order: whoever settles d from here on looks for wards.
 	p.warded.Store(true)
 	if d.state.Load() == settled {
@@ -582,10 +584,54 @@ func (p *Push) ward(d *Delivery, f *fence) bool {
 	}
 	a := p.stepAside()
 	if a.wards == nil {
-		a.wards = make(map[*Delivery][]*fence)
+		a.wards = make(map[*Delivery][]func())
 	}
-	a.wards[d] = append(a.wards[d], f)
+	a.wards[d] = append(a.wards[d], then)
 	return true
+}
+
+// behind tells whether a heal has to wait: an earlier push to the same room or user went to
+// the same node for one of its users, and has no answer yet. The heal is started again when
+// it has. Once they are in line for a look-up, heals keep their order themselves.
+func (o *Order) behind(h *healer) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for e := range o.earlierLocked(h.d.push.ticket) {
+		if alike(e.key, h.d.push.key) && e.state.CompareAndSwap(active, pinned) {
+			waits := e.push.holds(h)
+			e.state.Store(active)
+			if waits {
+				h.d.push.bound()
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// alike tells whether pushes with two keys may be for the same user and go the same way.
+func alike(a, b uint64) bool { return a == b || a == 0 && !isRoom(b) || b == 0 && !isRoom(a) }
+
+// holds has h started when a delivery of p that it has to wait for is settled. False means
+// that there is none.
+func (p *Push) holds(h *healer) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, d := range p.legs {
+		if d.node == h.d.node && d.state.Load() < healing && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
+			return true
+		}
+	}
+	return false
+}
+
+// bound has p ended with its deadline, for what waits for others.
+func (p *Push) bound() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a := p.stepAside(); a.timer == nil && !p.over {
+		a.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
+	}
 }
 
 // close ends a delivery, and lets those go on that wait for it.
@@ -593,15 +639,15 @@ func (d *Delivery) close() {
 	p := d.push
 	d.state.Store(settled)
 	if p.warded.Load() {
-		var told []*fence
+		var told []func()
 		p.mu.Lock()
 		if a := p.aside; a != nil {
 			told = a.wards[d]
 			delete(a.wards, d)
 		}
 		p.mu.Unlock()
-		for _, f := range told {
-			f.passed()
+		for _, then := range told {
+			then()
 		}
 	}
 	p.finished(1)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/push-manager/push-manager/engine/route"
@@ -11,22 +12,29 @@ import (
 
 // healer looks up again the users that a delivery is known not to have reached, and
 // sends to the nodes that the fresh answer names beyond those already tried. It
-// implements route.Waiter; the delivery is "healing" until the last key is told.
+// implements route.Waiter; the delivery is "healing" until what the answers for the last
+// key call for is with its links.
 type healer struct {
 	d       *Delivery
-	missing []string
-	waiting int // keys not told yet, guarded by the push's mu
+	missing []string     // sorted
+	waiting atomic.Int32 // keys whose part has not been sent yet
 }
 
+// start looks up, unless it has to wait for an earlier push: it is then called again.
 func (h *healer) start() {
 	p, d := h.d.push, h.d
-	p.engine.heals.Add(1)
-	h.missing = slices.Sorted(slices.Values(h.missing)) // every list of users is sorted
+	if d.state.Load() != denied {
+		return // expired while it waited
+	}
 	// Expired while the ack was being booked: nobody else ends the heal then.
 	if p.ended() || !time.Now().Before(p.deadline) {
 		d.endHeal(DropExpired)
 		return
 	}
+	if p.Order != nil && p.Order.behind(h) {
+		return
+	}
+	p.engine.heals.Add(1)
 	home := p.homeOf(d)
 	// What was said before the node's answer is what it contradicts.
 	m := route.Missing{Node: d.node, Users: h.missing, Since: time.Now()}
@@ -34,12 +42,14 @@ func (h *healer) start() {
 		m.Users = nil // it has taken nothing, for nobody
 	}
 	if p.Kind == ToRoom {
-		h.waiting = 1
+		h.waiting.Store(1)
 		p.engine.directory.RefreshRoom(home, p.Room, m, h)
-		return
+	} else {
+		h.waiting.Store(int32(len(h.missing)))
+		p.engine.directory.RefreshUsers(home, h.missing, m, h)
 	}
-	h.waiting = len(h.missing)
-	p.engine.directory.RefreshUsers(home, h.missing, m, h)
+	// From here on later heals are told after this one: they stand behind it in line.
+	d.state.CompareAndSwap(denied, healing)
 }
 
 // Lookup implements route.Waiter.
@@ -55,8 +65,8 @@ func (h *healer) Routed(keys []string, snaps []*route.Snapshot, err error) {
 			p.engine.panicked(p, v)
 		}
 	}()
-	legs, last := h.stage(keys, snaps, err)
-	p.send(legs)
+	p.send(h.stage(keys, snaps, err))
+	last := h.waiting.Add(-int32(len(keys))) == 0 // after the send: what a fence holds back comes behind it
 	switch {
 	case p.ended():
 		h.d.endHeal(DropExpired) // the answer was not used, or not all of it
@@ -72,13 +82,11 @@ func (p *Push) ended() bool {
 	return p.expiry() != nil
 }
 
-// stage makes and books the deliveries that the answers for keys call for, and
-// tells whether they were the last ones.
-func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, last bool) {
+// stage makes and books the deliveries that the answers for keys call for.
+func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery) {
 	p, d := h.d.push, h.d
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	h.waiting -= len(keys)
 	switch {
 	case p.expiry() != nil: // expire settles the delivery
 	case err != nil:
@@ -89,7 +97,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 			p.add(leg)
 		}
 	}
-	return legs, h.waiting == 0
+	return legs
 }
 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,

@@ -152,7 +152,7 @@ type aside struct {
 	shared  []string               // users with more than one delivery
 	dropped []dropped              // users that no delivery was made for
 	later   []ward                 // deliveries that are held back, until they are in the queues
-	wards   map[*Delivery][]*fence // who waits for a delivery of this push
+	wards   map[*Delivery][]func() // who waits for a delivery of this push
 	stale   staleness              // of the answers that were used
 }
 
@@ -341,9 +341,10 @@ func (p *Push) guard() {
 		return
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.aside.waiting > 0 || p.aside.holds {
-		p.aside.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
+	waits := p.aside.waiting > 0 || p.aside.holds
+	p.mu.Unlock()
+	if waits {
+		p.bound()
 	}
 }
 
