@@ -14,10 +14,10 @@ func BenchmarkValidate(b *testing.B) {
 	}
 	content := Content{Present: true, DataLen: 128, MetadataEntries: 2, MetadataBytes: 32}
 	for name, p := range map[string]*Push{
-		"push=user":             {Kind: ToUser, User: ids[0], Content: content},
-		"push=room":             {Kind: ToRoom, Room: "room-0000001", Content: content},
-		"push=room/exclude=100": {Kind: ToRoom, Room: "room-0000001", Exclude: ids, Content: content},
-		"push=users/users=100":  {Kind: ToUsers, Users: ids, Content: content},
+		"push=user":             {Request: Request{Kind: ToUser, User: ids[0], Content: content}},
+		"push=room":             {Request: Request{Kind: ToRoom, Room: "room-0000001", Content: content}},
+		"push=room/exclude=100": {Request: Request{Kind: ToRoom, Room: "room-0000001", Exclude: ids, Content: content}},
+		"push=users/users=100":  {Request: Request{Kind: ToUsers, Users: ids, Content: content}},
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()

@@ -203,10 +203,12 @@ func push(p *Push) *Push {
 }
 
 func toRoom(room string, exclude ...string) *Push {
-	return push(&Push{Kind: ToRoom, Room: room, Exclude: exclude})
+	return push(&Push{Request: Request{Kind: ToRoom, Room: room, Exclude: exclude}})
 }
-func toUser(user string) *Push      { return push(&Push{Kind: ToUser, User: user}) }
-func toUsers(users ...string) *Push { return push(&Push{Kind: ToUsers, Users: users}) }
+func toUser(user string) *Push { return push(&Push{Request: Request{Kind: ToUser, User: user}}) }
+func toUsers(users ...string) *Push {
+	return push(&Push{Request: Request{Kind: ToUsers, Users: users}})
+}
 
 func do(t *testing.T, e *Engine, p *Push) Result {
 	t.Helper()
@@ -347,7 +349,7 @@ func TestOutcomesOfEachKindOfPush(t *testing.T) {
 				w.nodes["B"].answer = ack(Ack{Delivered: 3, FailedUsers: 2, Text: "slow"})
 				w.nodes["C"].answer = lose
 			},
-			push: push(&Push{Kind: ToAll}),
+			push: push(&Push{Request: Request{Kind: ToAll}}),
 			want: Result{
 				Found: true, Targets: 12, Delivered: 10, Failed: 2,
 				NodeFailures: []NodeFailure{
@@ -358,7 +360,7 @@ func TestOutcomesOfEachKindOfPush(t *testing.T) {
 		},
 		"broadcast without a node": {
 			script: func(w *world) { clear(w.nodes) },
-			push:   push(&Push{Kind: ToAll}),
+			push:   push(&Push{Request: Request{Kind: ToAll}}),
 			want:   Result{},
 		},
 	}
@@ -604,14 +606,14 @@ func TestPanicWhileRoutedEndsThePush(t *testing.T) {
 		w.users["u"] = []string{"A", "B"}
 		w.rooms["r"] = map[string][]string{"u": {"A"}, "v": {"B"}}
 		w.nodes["B"].answer = func(*Delivery) { panic("node B") }
-		for _, p := range []*Push{toUser("u"), toUser("u"), toUsers("u", "x"), toRoom("r"), push(&Push{Kind: ToAll})} {
+		for _, p := range []*Push{toUser("u"), toUser("u"), toUsers("u", "x"), toRoom("r"), push(&Push{Request: Request{Kind: ToAll}})} {
 			r, err := e.Do(context.Background(), p)
 			if err != nil || r.Targets != r.Delivered+r.Unknown+r.Offline+r.Failed || len(r.NodeFailures) == 0 && r.Delivered == 0 {
 				t.Errorf("kind %d: %+v, %v", p.Kind, r, err)
 			}
 		}
 		w.linksPanic = true
-		if r, err := e.Do(context.Background(), push(&Push{Kind: ToAll})); !errors.Is(err, ErrInternal) {
+		if r, err := e.Do(context.Background(), push(&Push{Request: Request{Kind: ToAll}})); !errors.Is(err, ErrInternal) {
 			t.Errorf("broadcast: %+v, %v", r, err)
 		}
 		synctest.Wait()

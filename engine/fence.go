@@ -28,13 +28,13 @@ import (
 //
 // A fence is the list of such users and of their deliveries, which go out in order when
 // it falls. It stands between pushes, not in the cache: each push of an Order has a
-// ticket while it is under way, and who comes later with another answer compares it
+// place in it while it is under way, and who comes later with another answer compares it
 // with what the earlier ones have sent. It knows nothing of evictions, of other streams,
 // and of changes that move nobody. A push waits only for pushes before it, so there are
 // no circles. Whoever waits does so until the deadline of its push at most.
 //
-// The usual push pays for its ticket: if its answer is older than the oldest ticket,
-// nobody before it can have had another.
+// The usual push pays for its place in the Order: if its answer is older than the oldest
+// place, nobody before it can have had another.
 //
 // Of pushes to the same node, which has not the user any more, each is looked up again when
 // those before it have been answered: see behind. The look-ups keep that order themselves.
@@ -51,39 +51,44 @@ const mostMoved = 1024
 type Order struct {
 	mu sync.Mutex
 	// Guarded by mu.
-	under  []*ticket // by start, from head on: pushes under way, and some finished ones
-	head   int
-	free   []*ticket
-	seq    uint64              // of the latest ticket
+	under  []place             // by start: pushes under way, and finished ones
+	sweep  int                 // how long under may be before those are taken out
+	since  int64               // nobody in under has arrived before, on the clock of Directory.Moment
+	seq    uint64              // of the latest push
+	end    uint64              // from where on numbers are not ours
 	fences map[uint64][]*fence // by key, then by age
-	marks  map[uint64]*mark    // by user, the latest one; of tickets that are indexed
+	marks  map[uint64]*mark    // by user, the latest one; of pushes that are indexed
 }
 
-// ticket is a push under way. It outlives the push, which may be used again.
-type ticket struct {
-	// idle, active or pinned. Who has the Order's lock pins what it reads; a push that
-	// finishes takes its ticket back unless it is pinned.
-	state atomic.Uint32
-
-	// Written under the Order's lock when the ticket is given out.
+// place is a push in an Order, as long as Push.seq is its number.
+type place struct {
+	push    *Push
+	seq     uint64 // by start
 	key     uint64 // of the room or user, see Push.key; 0 for several users
 	arrived int64
-	seq     uint64 // by start
-
-	// Written by whoever stages the push, under the Order's lock, and when it is finished.
-	push *Push
-	snap *route.Snapshot // what the push was staged with, nil for several users
-
-	// Guarded by the Order's lock, of a push to several users.
-	marks   [][]mark // as they were staged
-	indexed int      // of marks, how many are in Order.marks
 }
+
+const (
+	// pinned is the bit of Push.seq that keeps a push from being finished. Who has the
+	// Order's lock pins what it reads of others, and lets go before it unlocks.
+	pinned = 1
+	// numbers is how many an Order takes at a time, with those that have the bit.
+	numbers = 2 << 10
+	// sweepMin is how many places are looked through at a time, at least: what that costs
+	// is shared by as many pushes.
+	sweepMin = 64
+)
+
+// taken is what Orders have taken of the numbers. No number is given twice: a push may be
+// used again while an Order still has its old place.
+var taken atomic.Uint64 //nolint:gochecknoglobals // Numbers are of all Orders.
 
 // mark is one user of a push to several. They are put into the Order's index only once a
 // later push has to be compared with them: what that costs, each of them pays once.
 type mark struct {
 	// Static once it is made.
-	t    *ticket
+	push *Push
+	seq  uint64
 	key  uint64
 	snap *route.Snapshot
 
@@ -91,12 +96,6 @@ type mark struct {
 
 	before, after *mark // of the same user, by start; guarded by the Order's lock
 }
-
-const (
-	idle uint32 = iota
-	active
-	pinned
-)
 
 // fence holds users back who have moved.
 type fence struct {
@@ -120,100 +119,97 @@ type ward struct {
 	f *fence
 }
 
-// enterLocked gives p a ticket.
-func (o *Order) enterLocked(p *Push) *ticket {
-	for o.head < len(o.under) && o.under[o.head].state.Load() == idle {
-		o.free = append(o.free, o.under[o.head])
-		o.under[o.head] = nil
-		o.head++
+// enterLocked gives p its place.
+func (o *Order) enterLocked(p *Push) {
+	if len(o.under) >= o.sweep {
+		o.sweepLocked()
 	}
-	if o.head == len(o.under) || len(o.under) == cap(o.under) {
-		live := o.under[:0]
-		for _, t := range o.under[o.head:] {
-			if t.state.Load() == idle {
-				o.free = append(o.free, t)
-			} else {
-				live = append(live, t)
-			}
+	if o.seq == o.end {
+		o.end = taken.Add(numbers)
+		o.seq = o.end - numbers
+	}
+	o.seq += pinned + 1
+	arrived := p.engine.directory.Moment(p.Arrived)
+	if len(o.under) == 0 {
+		o.since = arrived
+	}
+	o.since = min(o.since, arrived)
+	o.under = append(o.under, place{p, o.seq, p.key, arrived})
+	p.seq.Store(o.seq)
+}
+
+// sweepLocked takes out the places of pushes that are finished.
+func (o *Order) sweepLocked() {
+	live := o.under[:0]
+	for _, e := range o.under {
+		if e.push.seq.Load()&^pinned == e.seq {
+			live = append(live, e)
 		}
-		clear(o.under[len(live):])
-		if len(live) > cap(live)/2 {
-			live = slices.Grow(live, cap(live))
+	}
+	clear(o.under[len(live):])
+	o.under, o.sweep = live, max(2*len(live), sweepMin)
+	for i, e := range live {
+		if o.since = min(o.since, e.arrived); i == 0 {
+			o.since = e.arrived
 		}
-		o.under, o.head = live, 0
 	}
-	var t *ticket
-	if n := len(o.free); n > 0 {
-		t, o.free = o.free[n-1], o.free[:n-1]
-	} else {
-		t = new(ticket)
-	}
-	o.seq++
-	t.push, t.key, t.seq, t.arrived = p, p.key, o.seq, p.engine.directory.Moment(p.Arrived)
-	t.state.Store(active)
-	o.under = append(o.under, t)
-	return t
 }
 
 // enter gives p, which has no answer yet, its place.
 func (o *Order) enter(p *Push) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	p.ticket = o.enterLocked(p)
+	o.enterLocked(p)
 }
 
-// leave takes back the ticket of a push that is finished.
-func (o *Order) leave(t *ticket) {
-	if t.key == 0 || !t.state.CompareAndSwap(active, pinned) {
-		o.mu.Lock() // somebody looks at the push, or may find it in the index
-		t.state.Store(pinned)
-		o.unmarkLocked(t)
-		o.mu.Unlock()
+// leave takes back the place of a push that is finished. One without a place has been
+// ended before it got one.
+func (o *Order) leave(p *Push) {
+	seq := p.seq.Load() &^ pinned
+	if seq == 0 || p.Kind != ToUsers && p.seq.CompareAndSwap(seq, 0) {
+		return
 	}
-	t.push, t.snap = nil, nil
-	t.state.Store(idle)
+	o.mu.Lock() // somebody looks at the push, or may find it in the index
+	defer o.mu.Unlock()
+	o.unmarkLocked(p)
+	p.seq.Store(0)
 }
+
+// pin keeps p from being finished. False means that it is, or has been: it is not what has
+// the number any more.
+func (p *Push) pin(seq uint64) bool { return p.seq.CompareAndSwap(seq, seq|pinned) }
+
+// unpin lets p go on.
+func (p *Push) unpin(seq uint64) { p.seq.Store(seq) }
 
 // pass notes that p is staged with s, and returns the fences in its way, nearly always
-// none. A push without a ticket gets one.
-func (o *Order) pass(p *Push, s *route.Snapshot) []*fence {
+// none. The first thing that a push with a cached route does is to pass.
+func (o *Order) pass(p *Push, s *route.Snapshot, first bool) []*fence {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if p.ticket == nil {
-		p.ticket = o.enterLocked(p)
+	if first {
+		o.enterLocked(p)
 	}
-	if !p.ticket.pin(p) {
+	if o.clearLocked(s) {
+		p.snap = s
 		return nil
 	}
-	p.ticket.snap = s
-	var inWay []*fence
-	if !o.clearLocked(s) {
-		if !isRoom(p.key) {
-			o.indexLocked(p.ticket)
-		}
-		inWay = o.inWayLocked(p.ticket, p.key, s, func(yield func(*ticket) bool) {
-			for e := range o.earlierLocked(p.ticket) {
-				if e.key == p.key && !yield(e) {
-					return
-				}
+	seq := p.seq.Load()
+	if seq == 0 || !p.pin(seq) { // it has been ended before its time
+		return nil
+	}
+	defer p.unpin(seq)
+	p.snap = s
+	if !isRoom(p.key) {
+		o.indexLocked(seq)
+	}
+	return o.inWayLocked(seq, p.key, s, func(yield func(place) bool) {
+		for e := range o.earlierLocked(seq) {
+			if e.key == p.key && !yield(e) {
+				return
 			}
-		})
-	}
-	p.ticket.state.Store(active)
-	return inWay
-}
-
-// pin keeps p from giving its ticket back. False means that p has been ended before its
-// time, and did.
-func (t *ticket) pin(p *Push) bool {
-	if !t.state.CompareAndSwap(active, pinned) {
-		return false
-	}
-	if t.push != p {
-		t.state.Store(active)
-		return false
-	}
-	return true
+		}
+	})
 }
 
 // passUsers is pass for some users of a push to several: the fences by user, and the
@@ -221,62 +217,66 @@ func (t *ticket) pin(p *Push) bool {
 func (o *Order) passUsers(p *Push, users []string, snaps []*route.Snapshot) (inWay map[string][]*fence, marks []mark) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := p.ticket
-	if !t.pin(p) {
+	seq := p.seq.Load()
+	if seq == 0 || !p.pin(seq) {
 		return nil, nil
 	}
-	defer t.state.Store(active)
+	defer p.unpin(seq)
 	marks = make([]mark, len(users))
-	var single map[uint64][]*ticket // earlier pushes to one user each, the latest first
+	var single map[uint64][]place // earlier pushes to one user each, the latest first
 	for i, s := range snaps {
 		key := p.engine.userKey(users[i])
-		marks[i] = mark{t: t, key: key, snap: s}
+		marks[i] = mark{push: p, seq: seq, key: key, snap: s}
 		if o.clearLocked(s) {
 			continue
 		}
 		if single == nil {
-			single = make(map[uint64][]*ticket)
-			for e := range o.earlierLocked(t) {
+			single = make(map[uint64][]place)
+			for e := range o.earlierLocked(seq) {
 				if e.key != 0 && !isRoom(e.key) {
 					single[e.key] = append(single[e.key], e)
 				}
 			}
-			o.indexLocked(t)
+			o.indexLocked(seq)
 		}
-		if fences := o.inWayLocked(t, key, s, slices.Values(single[key])); fences != nil {
+		if fences := o.inWayLocked(seq, key, s, slices.Values(single[key])); fences != nil {
 			if inWay == nil {
 				inWay = make(map[string][]*fence)
 			}
 			inWay[users[i]] = fences
 		}
 	}
-	t.marks = append(t.marks, marks)
+	p.aside.marks = append(p.aside.marks, marks)
 	return inWay, marks
 }
 
-// earlierLocked lists the tickets before t, the latest first.
-func (o *Order) earlierLocked(t *ticket) iter.Seq[*ticket] {
-	return func(yield func(*ticket) bool) {
-		for i := len(o.under) - 1; i >= o.head; i-- {
-			if o.under[i].seq < t.seq && !yield(o.under[i]) {
+// earlierLocked lists the places before the number seq, the latest first.
+func (o *Order) earlierLocked(seq uint64) iter.Seq[place] {
+	return func(yield func(place) bool) {
+		for _, e := range slices.Backward(o.under) {
+			if e.seq < seq && !yield(e) {
 				return
 			}
 		}
 	}
 }
 
-// indexLocked puts the marks of the pushes before t into the index.
-func (o *Order) indexLocked(t *ticket) {
+// indexLocked puts the marks of the pushes before the number seq into the index.
+func (o *Order) indexLocked(seq uint64) {
 	if o.marks == nil {
 		o.marks = make(map[uint64]*mark)
 	}
-	for _, e := range o.under[o.head:] {
-		for ; e.seq < t.seq && e.indexed < len(e.marks); e.indexed++ {
-			marks := e.marks[e.indexed]
+	for _, e := range o.under {
+		if e.key != 0 || e.seq >= seq || !e.push.pin(e.seq) {
+			continue
+		}
+		a := e.push.aside // of its starter, who has gone on
+		for ; a != nil && a.indexed < len(a.marks); a.indexed++ {
+			marks := a.marks[a.indexed]
 			for i := range marks {
 				m := &marks[i]
 				m.before = o.marks[m.key]
-				for m.before != nil && m.before.t.seq > e.seq { // staged late
+				for m.before != nil && m.before.seq > e.seq { // staged late
 					m.after, m.before = m.before, m.before.before
 				}
 				if m.before != nil {
@@ -289,12 +289,17 @@ func (o *Order) indexLocked(t *ticket) {
 				}
 			}
 		}
+		e.push.unpin(e.seq)
 	}
 }
 
-// unmarkLocked takes t's marks out of the index.
-func (o *Order) unmarkLocked(t *ticket) {
-	for _, marks := range t.marks[:t.indexed] {
+// unmarkLocked takes p's marks out of the index.
+func (o *Order) unmarkLocked(p *Push) {
+	a := p.aside
+	if a == nil {
+		return
+	}
+	for _, marks := range a.marks[:a.indexed] {
 		for i := range marks {
 			m := &marks[i]
 			if m.before != nil {
@@ -313,66 +318,68 @@ func (o *Order) unmarkLocked(t *ticket) {
 	if len(o.marks) == 0 {
 		o.marks = nil // a map keeps its room
 	}
-	t.marks, t.indexed = nil, 0
+	a.marks, a.indexed = nil, 0
 }
 
 // clearLocked tells whether no push under way can have been staged with an older answer
 // than s: all have asked when s was already given.
 func (o *Order) clearLocked(s *route.Snapshot) bool {
-	return len(o.fences) == 0 && s.Published() < o.under[o.head].arrived
+	return len(o.fences) == 0 && s.Published() < o.since
 }
 
 // earlier is a push before another for the same room or user, which is pinned; m is its
 // mark of that user if it is one to several.
 type earlier struct {
-	t *ticket
-	m *mark
+	push *Push
+	seq  uint64
+	m    *mark
 }
 
-// inWayLocked returns the fences in the way of t's push for key, and puts up those that
-// are missing. alone lists the earlier pushes for key alone, the latest first.
-func (o *Order) inWayLocked(t *ticket, key uint64, s *route.Snapshot, alone iter.Seq[*ticket]) []*fence {
+// inWayLocked returns the fences in the way of the push with the number seq for key, and
+// puts up those that are missing. alone lists the earlier pushes for key alone, the latest
+// first.
+func (o *Order) inWayLocked(seq, key uint64, s *route.Snapshot, alone iter.Seq[place]) []*fence {
 	// Earlier pushes for the key that had another answer. One with the same answer has
 	// seen to those before it.
 	var old []earlier
 	seen := false
-	look := func(e *ticket, m *mark) {
-		if !e.state.CompareAndSwap(active, pinned) {
+	look := func(p *Push, seq uint64, m *mark) {
+		if !p.pin(seq) {
 			return
 		}
-		had := e.snap
+		had := p.snap
 		if m != nil {
 			had = m.snap
 		}
 		if seen = had == s; seen {
-			e.state.Store(active)
+			p.unpin(seq)
 		} else {
-			old = append(old, earlier{e, m})
+			old = append(old, earlier{p, seq, m})
 		}
 	}
 	m := o.marks[key]
-	for m != nil && m.t.seq >= t.seq {
+	for m != nil && m.seq >= seq {
 		m = m.before
 	}
 	among := func(after uint64) {
-		for ; m != nil && m.t.seq > after && !seen; m = m.before {
-			look(m.t, m)
+		for ; m != nil && m.seq > after && !seen; m = m.before {
+			look(m.push, m.seq, m)
 		}
 	}
 	for e := range alone {
 		if among(e.seq); seen {
 			break
 		}
-		if look(e, nil); seen {
+		if look(e.push, e.seq, nil); seen {
 			break
 		}
 	}
-	among(0) // tickets are numbered from 1 on
+	among(0) // numbers begin at 1
 	if len(old) > 0 || !seen || o.againLocked(key, s) {
 		o.buildLocked(key, s, old)
 	}
 	for _, e := range old {
-		e.t.state.Store(active)
+		e.push.unpin(e.seq)
 	}
 	var inWay []*fence
 	for _, f := range o.fences[key] {
@@ -424,7 +431,7 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []earlier) {
 		}
 	}
 	for _, e := range slices.Backward(old) { // from the oldest one on
-		p := e.t.push
+		p := e.push
 		p.mu.Lock()
 		var legs []*Delivery
 		if e.m != nil && e.m.leg != nil {
@@ -596,12 +603,13 @@ func (p *Push) wardLocked(d *Delivery, then func()) bool {
 func (o *Order) behind(h *healer) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for e := range o.earlierLocked(h.d.push.ticket) {
-		if alike(e.key, h.d.push.key) && e.state.CompareAndSwap(active, pinned) {
+	p := h.d.push
+	for e := range o.earlierLocked(p.seq.Load() &^ pinned) {
+		if alike(e.key, p.key) && e.push.pin(e.seq) {
 			waits := e.push.holds(h)
-			e.state.Store(active)
+			e.push.unpin(e.seq)
 			if waits {
-				h.d.push.bound()
+				p.bound()
 				return true
 			}
 		}

@@ -440,7 +440,7 @@ func TestOrderedPushesOfCachedRoutesAllocateNothing(t *testing.T) {
 			}
 			<-told.done
 		}
-		do(t, e, &Push{Kind: p.Kind, Room: p.Room, User: p.User, Payload: p.Payload, Content: p.Content})
+		do(t, e, &Push{Request: Request{Kind: p.Kind, Room: p.Room, User: p.User, Payload: p.Payload, Content: p.Content}})
 		for !p.Reusable() {
 			push()
 		}
@@ -602,7 +602,7 @@ func orderModel(t *testing.T, rng *rand.Rand) {
 	const pushes = 120
 	for i := range pushes {
 		s := rng.IntN(len(streams))
-		p := &Push{Order: &streams[s], Payload: []byte{byte(s), byte(i)}, Content: Content{Present: true}, Budget: dawdler{}}
+		p := &Push{Request: Request{Order: &streams[s], Payload: []byte{byte(s), byte(i)}, Content: Content{Present: true}, Budget: dawdler{}}}
 		switch rng.IntN(4) {
 		case 0:
 			p.Kind, p.User = ToUser, users[rng.IntN(len(users))]

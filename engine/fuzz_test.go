@@ -21,10 +21,10 @@ func FuzzLimits(f *testing.F) {
 	}
 	limits := Limits{}.withDefaults()
 	f.Fuzz(func(t *testing.T, kind uint8, one, two string, size int, timestamp int64, entries, metadata int) {
-		p := &Push{
+		p := &Push{Request: Request{
 			Kind: Kind(kind % 6), Room: one, User: one, Users: []string{one, two}, Exclude: []string{two},
 			Content: Content{Present: true, DataLen: size, Timestamp: timestamp, MetadataEntries: entries, MetadataBytes: metadata},
-		}
+		}}
 		err := limits.check(p)
 		var invalid *InvalidError
 		switch {

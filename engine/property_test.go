@@ -231,7 +231,7 @@ func streamOrder(t *testing.T, rng *rand.Rand) {
 	var o order
 	var stream Order
 	for i := range pushes {
-		p := &Push{Kind: ToUser, User: "u", Order: &stream, Payload: []byte{byte(i)}, Content: Content{Present: true}}
+		p := &Push{Request: Request{Kind: ToUser, User: "u", Order: &stream, Payload: []byte{byte(i)}, Content: Content{Present: true}}}
 		if rng.IntN(4) == 0 {
 			p.Kind, p.User, p.Users = ToUsers, "", []string{"u", "v"}
 		}

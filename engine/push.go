@@ -71,10 +71,8 @@ type Completer interface {
 	Complete(p *Push)
 }
 
-// Push is one request to deliver a payload. The caller sets the exported fields
-// and leaves them alone until the push is finished. A Push is used once, and again
-// after Reset if it is Reusable.
-type Push struct {
+// Request is what the caller says.
+type Request struct {
 	Kind Kind
 	// Priority decides who is refused first when there is too much to do.
 	Priority Priority
@@ -99,7 +97,22 @@ type Push struct {
 	// Arrived is when the push came in. The zero time means when it is started, and
 	// Start says here when that was.
 	Arrived time.Time
+}
 
+// Push is one request to deliver a payload. The caller sets the Request and leaves it alone
+// until the push is finished. A Push is used once, and again after Reset if it is Reusable.
+type Push struct {
+	Request
+
+	state
+
+	// The number of its place in the Order, 0 while it has none, see fence.go. Others may
+	// look whether it is theirs at any time, so Reset leaves it alone.
+	seq atomic.Uint64
+}
+
+// state is what the engine needs to know of a push.
+type state struct {
 	// Static after start, or once routed.
 	engine   *Engine
 	done     Completer
@@ -128,7 +141,9 @@ type Push struct {
 	// line, the deliveries. Who brings it to 0 finishes the push.
 	pending atomic.Int32
 	warded  atomic.Bool // there may be wards: somebody else's deliveries wait for ours
-	ticket  *ticket     // of Order; written before others have the push
+
+	// What the push was staged with, nil for several users. Guarded by the Order's lock.
+	snap *route.Snapshot
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
@@ -154,6 +169,10 @@ type aside struct {
 	later   []ward                 // deliveries that are held back, until they are in the queues
 	wards   map[*Delivery][]func() // who waits for a delivery of this push
 	stale   staleness              // of the answers that were used
+
+	// Of a push to several users of an Order, guarded by the Order's lock.
+	marks   [][]mark // as they were staged
+	indexed int      // of marks, how many are in Order.marks
 }
 
 // stepAside returns p.aside, of which there is one from then on.
@@ -201,7 +220,7 @@ func (p *Push) Reset() {
 	legs, block := p.legs[:0], p.block
 	clear(p.legs)
 	clear(block)
-	*p = Push{}
+	p.Request, p.state = Request{}, state{}
 	if n := cap(legs); n > len(p.leg) && n <= keepLegs { // not the push's own
 		p.legs, p.block = legs, block
 	}
@@ -210,7 +229,7 @@ func (p *Push) Reset() {
 // Forget lets go of what belongs to the caller of a reusable push to one user, its id and
 // the payload. It is for those who keep pushes for later: Reset would do the same, and
 // touch all of the push.
-func (p *Push) Forget() { p.User, p.Payload, p.user[0] = "", nil, "" }
+func (p *Push) Forget() { p.User, p.Payload, p.user[0], p.snap = "", nil, "", nil }
 
 // Lookup opens a span for a look-up on behalf of the push.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
@@ -263,7 +282,7 @@ func (p *Push) route() {
 func (p *Push) sendNow(s *route.Snapshot) {
 	var inWay []*fence
 	if p.Order != nil {
-		inWay = p.Order.pass(p, s)
+		inWay = p.Order.pass(p, s, true)
 	}
 	if p.Kind == ToRoom {
 		p.stageRoom(s, inWay)
@@ -321,7 +340,7 @@ func (p *Push) routeUsers(q route.Query) {
 // await accounts for n keys that Routed will bring. False means that the push was
 // ended before, by a fault of our own: it asks for nothing more.
 func (p *Push) await(n int) bool {
-	if p.Order != nil && p.ticket == nil {
+	if p.Order != nil && p.Kind != ToUsers {
 		p.Order.enter(p)
 	}
 	p.mu.Lock()
@@ -377,7 +396,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 		if p.Kind == ToUsers {
 			byUser, marks = p.Order.passUsers(p, keys, snaps)
 		} else {
-			inWay = p.Order.pass(p, snaps[0])
+			inWay = p.Order.pass(p, snaps[0], false)
 		}
 	}
 	p.mu.Lock()
@@ -626,8 +645,8 @@ func (p *Push) finish() {
 	if p.aside != nil && p.aside.timer != nil {
 		p.aside.timer.Stop()
 	}
-	if p.ticket != nil {
-		p.Order.leave(p.ticket)
+	if p.Order != nil {
+		p.Order.leave(p)
 	}
 	p.engine.leave()
 	p.done.Complete(p)

@@ -55,7 +55,7 @@ func TestPanicsOfTheEngineAreCounted(t *testing.T) {
 		}
 	}
 	want("0")
-	r, _ := e.Do(t.Context(), &engine.Push{Kind: engine.ToAll, Payload: []byte{}, Content: engine.Content{Present: true}})
+	r, _ := e.Do(t.Context(), &engine.Push{Request: engine.Request{Kind: engine.ToAll, Payload: []byte{}, Content: engine.Content{Present: true}}})
 	if r.Success() {
 		t.Errorf("push: %+v", r)
 	}

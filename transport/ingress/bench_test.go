@@ -40,7 +40,7 @@ func BenchmarkDecode(b *testing.B) {
 }
 
 func BenchmarkReply(b *testing.B) {
-	p := &engine.Push{User: "user-000001", Room: "room-1"}
+	p := &engine.Push{Request: engine.Request{User: "user-000001", Room: "room-1"}}
 	usual := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	partial := engine.Result{Found: true, Targets: 100, Delivered: 98, Offline: 1, Failed: 1}
 	s := &Server{usual: newReply(toUser, nil, &usual)}

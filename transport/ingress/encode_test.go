@@ -13,7 +13,7 @@ import (
 )
 
 func TestMessages(t *testing.T) {
-	p := &engine.Push{Room: "r\"1", User: "u"}
+	p := &engine.Push{Request: engine.Request{Room: "r\"1", User: "u"}}
 	failures := []engine.NodeFailure{{Node: "n1", Reason: "failed: queue full", Users: 1}}
 	for _, test := range []struct {
 		api  api
@@ -58,7 +58,7 @@ func TestMessages(t *testing.T) {
 
 // The hand-written encoding is what generated code writes.
 func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
-	p := &engine.Push{Room: "r", User: "u"}
+	p := &engine.Push{Request: engine.Request{Room: "r", User: "u"}}
 	server := &Server{usual: newReply(toUser, nil, &engine.Result{Found: true, Targets: 1, Delivered: 1})}
 	for _, res := range []engine.Result{
 		{},
@@ -132,7 +132,7 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 }
 
 func TestUsualReplyIsOneAllocation(t *testing.T) {
-	p := &engine.Push{User: "u"}
+	p := &engine.Push{Request: engine.Request{User: "u"}}
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	s := &Server{usual: newReply(toUser, nil, &res)}
 	stale := res

@@ -356,7 +356,7 @@ func TestErrorsThatTheEngineReports(t *testing.T) {
 // fill keeps a push in flight.
 func (w *world) fill() {
 	w.network.nodes[0].setKeep(true)
-	p := &engine.Push{Kind: engine.ToUser, User: "d", Content: engine.Content{Present: true}}
+	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "d", Content: engine.Content{Present: true}}}
 	ok(w.t, w.engine.Start(p, nothing{}))
 }
 

@@ -125,7 +125,7 @@ func benchmarkPush(b *testing.B, kind string, flight int) {
 	b.ReportAllocs()
 	b.ResetTimer()
 	for range b.N {
-		p := &engine.Push{Kind: engine.ToUser, User: "u001", Payload: payload, Content: engine.Content{Present: true}}
+		p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "u001", Payload: payload, Content: engine.Content{Present: true}}}
 		if kind == "room" {
 			p.Kind, p.User, p.Room = engine.ToRoom, "", "r"
 		}

@@ -136,7 +136,7 @@ func TestBothWaysToANodeHaveTheSameResults(t *testing.T) {
 			}
 			for _, user := range []string{"u1", "gone1", "full1", "boom1"} {
 				all["user "+user] = outcome{Result: w.do(w.toUser(user, "x"))}
-				all["users with "+user] = outcome{Result: w.do(w.push(&engine.Push{Kind: engine.ToUsers, Users: []string{"a1", user}}, "x"))}
+				all["users with "+user] = outcome{Result: w.do(w.push(&engine.Push{Request: engine.Request{Kind: engine.ToUsers, Users: []string{"a1", user}}}, "x"))}
 			}
 			all["broadcast"] = outcome{Result: w.do(w.toAll("x"))}
 			failing = 2

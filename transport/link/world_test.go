@@ -203,15 +203,15 @@ func (w *world) push(p *engine.Push, text string) *engine.Push {
 }
 
 func (w *world) toUser(user, text string) *engine.Push {
-	return w.push(&engine.Push{Kind: engine.ToUser, User: user}, text)
+	return w.push(&engine.Push{Request: engine.Request{Kind: engine.ToUser, User: user}}, text)
 }
 
 func (w *world) toRoom(room, text string, exclude ...string) *engine.Push {
-	return w.push(&engine.Push{Kind: engine.ToRoom, Room: room, Exclude: exclude}, text)
+	return w.push(&engine.Push{Request: engine.Request{Kind: engine.ToRoom, Room: room, Exclude: exclude}}, text)
 }
 
 func (w *world) toAll(text string) *engine.Push {
-	return w.push(&engine.Push{Kind: engine.ToAll}, text)
+	return w.push(&engine.Push{Request: engine.Request{Kind: engine.ToAll}}, text)
 }
 
 // do pushes and waits.
