@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"iter"
 	"slices"
 	"strings"
 	"sync"
@@ -51,27 +50,27 @@ const mostMoved = 1024
 type Order struct {
 	mu sync.Mutex
 	// Guarded by mu.
-	under  []place             // by start: pushes under way, and finished ones
-	sweep  int                 // how long under may be before those are taken out
-	since  int64               // nobody in under has arrived before, on the clock of Directory.Moment
-	seq    uint64              // of the latest push
-	end    uint64              // from where on numbers are not ours
-	fences map[uint64][]*fence // by key, then by age
-	marks  map[uint64]*mark    // by user, the latest one; of pushes that are indexed
+	under   []place             // by start: pushes under way, and finished ones
+	indexed int                 // of under, how many are in marks
+	sweep   int                 // how long under may be before finished ones are taken out
+	since   int64               // nobody in under has arrived before, on the clock of Directory.Moment
+	seq     uint64              // of the latest push
+	end     uint64              // from where on numbers are not ours
+	fences  map[uint64][]*fence // by key, then by age
+	marks   map[uint64]*mark    // by key, the latest one
 }
 
 // place is a push in an Order, as long as Push.seq is its number.
 type place struct {
 	push    *Push
 	seq     uint64 // by start
-	key     uint64 // of the room or user, see Push.key; 0 for several users
 	arrived int64
 }
 
 const (
-	// pinned is the bit of Push.seq that keeps a push from being finished. Who has the
-	// Order's lock pins what it reads of others, and lets go before it unlocks.
-	pinned = 1
+	// inIndex is the bit of Push.seq of a push whose marks are in the Order's index. It does
+	// not finish without the Order's lock: under it, others may look at the push.
+	inIndex = 1
 	// numbers is how many an Order takes at a time, with those that have the bit.
 	numbers = 2 << 10
 	// sweepMin is how many places are looked through at a time, at least: what that costs
@@ -83,18 +82,17 @@ const (
 // used again while an Order still has its old place.
 var taken atomic.Uint64 //nolint:gochecknoglobals // Numbers are of all Orders.
 
-// mark is one user of a push to several. They are put into the Order's index only once a
-// later push has to be compared with them: what that costs, each of them pays once.
+// mark is a room or user that a push is for. They are put into the Order's index only once a
+// push has to be compared with those before it: what that costs, each of them pays once.
 type mark struct {
-	// Static once it is made.
-	push *Push
-	seq  uint64
-	key  uint64
-	snap *route.Snapshot
+	key uint64 // of the room or user: its hash, and a bit that tells which
 
-	leg *Delivery // the user's, nil if there are several or none; guarded by the Push.mu
+	// Guarded by the Order's lock.
+	snap          *route.Snapshot // what it was staged with, nil before
+	push          *Push           // once it is in the index
+	before, after *mark           // of the same key in the index, by start
 
-	before, after *mark // of the same user, by start; guarded by the Order's lock
+	leg *Delivery // the user's, of a push to several; nil if there are more or none; guarded by the Push.mu
 }
 
 // fence holds users back who have moved.
@@ -128,31 +126,33 @@ func (o *Order) enterLocked(p *Push) {
 		o.end = taken.Add(numbers)
 		o.seq = o.end - numbers
 	}
-	o.seq += pinned + 1
+	o.seq += inIndex + 1
 	arrived := p.engine.directory.Moment(p.Arrived)
 	if len(o.under) == 0 {
 		o.since = arrived
 	}
 	o.since = min(o.since, arrived)
-	o.under = append(o.under, place{p, o.seq, p.key, arrived})
+	o.under = append(o.under, place{p, o.seq, arrived})
 	p.seq.Store(o.seq)
 }
 
 // sweepLocked takes out the places of pushes that are finished.
 func (o *Order) sweepLocked() {
 	live := o.under[:0]
-	for _, e := range o.under {
-		if e.push.seq.Load()&^pinned == e.seq {
-			live = append(live, e)
+	indexed := 0
+	for i, e := range o.under {
+		if e.push.seq.Load()&^inIndex != e.seq {
+			continue
 		}
-	}
-	clear(o.under[len(live):])
-	o.under, o.sweep = live, max(2*len(live), sweepMin)
-	for i, e := range live {
-		if o.since = min(o.since, e.arrived); i == 0 {
+		if live = append(live, e); i < o.indexed {
+			indexed++
+		}
+		if o.since = min(o.since, e.arrived); len(live) == 1 {
 			o.since = e.arrived
 		}
 	}
+	clear(o.under[len(live):])
+	o.under, o.indexed, o.sweep = live, indexed, max(2*len(live), sweepMin)
 }
 
 // enter gives p, which has no answer yet, its place.
@@ -165,160 +165,96 @@ func (o *Order) enter(p *Push) {
 // leave takes back the place of a push that is finished. One without a place has been
 // ended before it got one.
 func (o *Order) leave(p *Push) {
-	seq := p.seq.Load() &^ pinned
-	if seq == 0 || p.Kind != ToUsers && p.seq.CompareAndSwap(seq, 0) {
+	seq := p.seq.Load()
+	if seq == 0 || seq&inIndex == 0 && p.seq.CompareAndSwap(seq, 0) {
 		return
 	}
-	o.mu.Lock() // somebody looks at the push, or may find it in the index
-	defer o.mu.Unlock()
-	o.unmarkLocked(p)
-	p.seq.Store(0)
-}
-
-// pin keeps p from being finished. False means that it is, or has been: it is not what has
-// the number any more.
-func (p *Push) pin(seq uint64) bool { return p.seq.CompareAndSwap(seq, seq|pinned) }
-
-// unpin lets p go on.
-func (p *Push) unpin(seq uint64) { p.seq.Store(seq) }
-
-// pass notes that p is staged with s, and returns the fences in its way, nearly always
-// none. The first thing that a push with a cached route does is to pass.
-func (o *Order) pass(p *Push, s *route.Snapshot, first bool) []*fence {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if first {
-		o.enterLocked(p)
-	}
-	if o.clearLocked(s) {
-		p.snap = s
-		return nil
-	}
-	seq := p.seq.Load()
-	if seq == 0 || !p.pin(seq) { // it has been ended before its time
-		return nil
-	}
-	defer p.unpin(seq)
-	p.snap = s
-	if !isRoom(p.key) {
-		o.indexLocked(seq)
-	}
-	return o.inWayLocked(seq, p.key, s, func(yield func(place) bool) {
-		for e := range o.earlierLocked(seq) {
-			if e.key == p.key && !yield(e) {
-				return
-			}
+	for i := range p.marks() {
+		m := &p.marks()[i]
+		if m.before != nil {
+			m.before.after = m.after
 		}
-	})
-}
-
-// passUsers is pass for some users of a push to several: the fences by user, and the
-// marks that are to be told the deliveries.
-func (o *Order) passUsers(p *Push, users []string, snaps []*route.Snapshot) (inWay map[string][]*fence, marks []mark) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	seq := p.seq.Load()
-	if seq == 0 || !p.pin(seq) {
-		return nil, nil
-	}
-	defer p.unpin(seq)
-	marks = make([]mark, len(users))
-	var single map[uint64][]place // earlier pushes to one user each, the latest first
-	for i, s := range snaps {
-		key := p.engine.userKey(users[i])
-		marks[i] = mark{push: p, seq: seq, key: key, snap: s}
-		if o.clearLocked(s) {
-			continue
-		}
-		if single == nil {
-			single = make(map[uint64][]place)
-			for e := range o.earlierLocked(seq) {
-				if e.key != 0 && !isRoom(e.key) {
-					single[e.key] = append(single[e.key], e)
-				}
-			}
-			o.indexLocked(seq)
-		}
-		if fences := o.inWayLocked(seq, key, s, slices.Values(single[key])); fences != nil {
-			if inWay == nil {
-				inWay = make(map[string][]*fence)
-			}
-			inWay[users[i]] = fences
-		}
-	}
-	p.aside.marks = append(p.aside.marks, marks)
-	return inWay, marks
-}
-
-// earlierLocked lists the places before the number seq, the latest first.
-func (o *Order) earlierLocked(seq uint64) iter.Seq[place] {
-	return func(yield func(place) bool) {
-		for _, e := range slices.Backward(o.under) {
-			if e.seq < seq && !yield(e) {
-				return
-			}
-		}
-	}
-}
-
-// indexLocked puts the marks of the pushes before the number seq into the index.
-func (o *Order) indexLocked(seq uint64) {
-	if o.marks == nil {
-		o.marks = make(map[uint64]*mark)
-	}
-	for _, e := range o.under {
-		if e.key != 0 || e.seq >= seq || !e.push.pin(e.seq) {
-			continue
-		}
-		a := e.push.aside // of its starter, who has gone on
-		for ; a != nil && a.indexed < len(a.marks); a.indexed++ {
-			marks := a.marks[a.indexed]
-			for i := range marks {
-				m := &marks[i]
-				m.before = o.marks[m.key]
-				for m.before != nil && m.before.seq > e.seq { // staged late
-					m.after, m.before = m.before, m.before.before
-				}
-				if m.before != nil {
-					m.before.after = m
-				}
-				if m.after != nil {
-					m.after.before = m
-				} else {
-					o.marks[m.key] = m
-				}
-			}
-		}
-		e.push.unpin(e.seq)
-	}
-}
-
-// unmarkLocked takes p's marks out of the index.
-func (o *Order) unmarkLocked(p *Push) {
-	a := p.aside
-	if a == nil {
-		return
-	}
-	for _, marks := range a.marks[:a.indexed] {
-		for i := range marks {
-			m := &marks[i]
-			if m.before != nil {
-				m.before.after = m.after
-			}
-			switch {
-			case m.after != nil:
-				m.after.before = m.before
-			case m.before != nil:
-				o.marks[m.key] = m.before
-			default:
-				delete(o.marks, m.key)
-			}
+		switch {
+		case m.after != nil:
+			m.after.before = m.before
+		case m.before != nil:
+			o.marks[m.key] = m.before
+		default:
+			delete(o.marks, m.key)
 		}
 	}
 	if len(o.marks) == 0 {
 		o.marks = nil // a map keeps its room
 	}
-	a.marks, a.indexed = nil, 0
+	p.seq.Store(0)
+}
+
+// marks are those of p by user, or the only one.
+func (p *Push) marks() []mark {
+	if p.Kind == ToUsers {
+		return p.aside.marks
+	}
+	return p.mark[:]
+}
+
+// markOf is the mark of the room or user called key.
+func (p *Push) markOf(key string) *mark {
+	if p.Kind != ToUsers {
+		return &p.mark[0]
+	}
+	i, _ := slices.BinarySearch(p.aside.users, key)
+	return &p.aside.marks[i]
+}
+
+// indexLocked puts the marks of all pushes under way into the index. False means that p is
+// not under way any more.
+func (o *Order) indexLocked(p *Push) bool {
+	if o.marks == nil {
+		o.marks = make(map[uint64]*mark)
+	}
+	for _, e := range o.under[o.indexed:] {
+		if !e.push.seq.CompareAndSwap(e.seq, e.seq|inIndex) {
+			continue
+		}
+		marks := e.push.marks()
+		for i := range marks {
+			m := &marks[i]
+			m.push, m.before = e.push, o.marks[m.key]
+			if m.before != nil {
+				m.before.after = m
+			}
+			o.marks[m.key] = m
+		}
+	}
+	o.indexed = len(o.under)
+	return p.seq.Load() != 0
+}
+
+// pass notes that p is staged with snaps for keys, and returns for each the fences in its
+// way, nil if there are none. The first thing that a push with a cached route does is to
+// pass.
+func (o *Order) pass(p *Push, keys []string, snaps []*route.Snapshot, first bool) (inWay [][]*fence) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if first {
+		o.enterLocked(p)
+	}
+	for i, s := range snaps {
+		m := p.markOf(keys[i])
+		m.snap = s
+		if o.clearLocked(s) || !o.indexLocked(p) {
+			continue
+		}
+		if fences := o.inWayLocked(m); fences != nil {
+			if inWay == nil {
+				inWay = make([][]*fence, len(snaps))
+			}
+			inWay[i] = fences
+		}
+	}
+	return inWay
 }
 
 // clearLocked tells whether no push under way can have been staged with an older answer
@@ -327,74 +263,29 @@ func (o *Order) clearLocked(s *route.Snapshot) bool {
 	return len(o.fences) == 0 && s.Published() < o.since
 }
 
-// earlier is a push before another for the same room or user, which is pinned; m is its
-// mark of that user if it is one to several.
-type earlier struct {
-	push *Push
-	seq  uint64
-	m    *mark
-}
-
-// inWayLocked returns the fences in the way of the push with the number seq for key, and
-// puts up those that are missing. alone lists the earlier pushes for key alone, the latest
-// first.
-func (o *Order) inWayLocked(seq, key uint64, s *route.Snapshot, alone iter.Seq[place]) []*fence {
-	// Earlier pushes for the key that had another answer. One with the same answer has
-	// seen to those before it.
-	var old []earlier
-	seen := false
-	look := func(p *Push, seq uint64, m *mark) {
-		if !p.pin(seq) {
-			return
-		}
-		had := p.snap
-		if m != nil {
-			had = m.snap
-		}
-		if seen = had == s; seen {
-			p.unpin(seq)
-		} else {
-			old = append(old, earlier{p, seq, m})
-		}
+// inWayLocked returns the fences in the way of m, and puts up those that are missing.
+func (o *Order) inWayLocked(m *mark) []*fence {
+	// Earlier pushes that had another answer. One with the same answer has seen to those
+	// before it.
+	var old []*mark
+	e := m.before
+	for ; e != nil && e.snap != m.snap; e = e.before {
+		old = append(old, e)
 	}
-	m := o.marks[key]
-	for m != nil && m.seq >= seq {
-		m = m.before
-	}
-	among := func(after uint64) {
-		for ; m != nil && m.seq > after && !seen; m = m.before {
-			look(m.push, m.seq, m)
-		}
-	}
-	for e := range alone {
-		if among(e.seq); seen {
-			break
-		}
-		if look(e.push, e.seq, nil); seen {
-			break
-		}
-	}
-	among(0) // numbers begin at 1
-	if len(old) > 0 || !seen || o.againLocked(key, s) {
-		o.buildLocked(key, s, old)
-	}
-	for _, e := range old {
-		e.push.unpin(e.seq)
+	fences := o.fences[m.key]
+	// The same answer may be given again after another one, and who was staged with it
+	// before may have ended.
+	again := len(fences) > 0 && fences[len(fences)-1].snap != m.snap
+	if len(old) > 0 || again {
+		o.buildLocked(m.key, m.snap, old)
 	}
 	var inWay []*fence
-	for _, f := range o.fences[key] {
-		if f.snap == s && !f.superseded {
+	for _, f := range o.fences[m.key] {
+		if f.snap == m.snap && !f.superseded {
 			inWay = append(inWay, f)
 		}
 	}
 	return inWay
-}
-
-// againLocked tells whether the latest fence for key is that of another answer: s is given
-// again after it, and who was staged with that one meanwhile may have ended.
-func (o *Order) againLocked(key uint64, s *route.Snapshot) bool {
-	fences := o.fences[key]
-	return len(fences) > 0 && fences[len(fences)-1].snap != s
 }
 
 // obstacle is what some users have to wait for.
@@ -405,9 +296,9 @@ type obstacle struct {
 	fences []*fence
 }
 
-// buildLocked puts up the fences for s behind pushes that had other answers, which are
-// pinned, and behind the fences that stand.
-func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []earlier) {
+// buildLocked puts up the fences for s behind pushes that had other answers, the latest
+// first, and behind the fences that stand.
+func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 	var found []*obstacle
 	for _, f := range o.fences[key] {
 		if f.superseded {
@@ -434,8 +325,8 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []earlier) {
 		p := e.push
 		p.mu.Lock()
 		var legs []*Delivery
-		if e.m != nil && e.m.leg != nil {
-			legs = []*Delivery{e.m.leg}
+		if e.leg != nil {
+			legs = []*Delivery{e.leg}
 		} else {
 			// What is sent again may not be with its link yet, though it is booked.
 			legs = slices.DeleteFunc(slices.Clone(p.legs), func(d *Delivery) bool { return d.healed })
@@ -604,11 +495,16 @@ func (o *Order) behind(h *healer) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	p := h.d.push
-	for e := range o.earlierLocked(p.seq.Load() &^ pinned) {
-		if alike(e.key, p.key) && e.push.pin(e.seq) {
-			waits := e.push.holds(h)
-			e.push.unpin(e.seq)
-			if waits {
+	if !o.indexLocked(p) {
+		return false
+	}
+	keys := h.missing
+	if p.Kind != ToUsers {
+		keys = keys[:1] // the room's mark, or the user's
+	}
+	for _, key := range keys {
+		for e := p.markOf(key).before; e != nil; e = e.before {
+			if e.push.holds(h) {
 				p.bound()
 				return true
 			}
@@ -616,9 +512,6 @@ func (o *Order) behind(h *healer) bool {
 	}
 	return false
 }
-
-// alike tells whether pushes with two keys may be for the same user and go the same way.
-func alike(a, b uint64) bool { return a == b || a == 0 && !isRoom(b) || b == 0 && !isRoom(a) }
 
 // holds has h started when a delivery of p that it has to wait for is settled. False means
 // that there is none.

@@ -117,9 +117,8 @@ type state struct {
 	engine   *Engine
 	done     Completer
 	deadline time.Time
-	home     int    // the shard of Room or User
-	key      uint64 // of Room or User, for the Order
-	waits    bool   // keys may have been put in line, deliveries held back; the starter's own
+	home     int  // the shard of Room or User
+	waits    bool // keys may have been put in line, deliveries held back; the starter's own
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
 	// and block.
@@ -142,8 +141,7 @@ type state struct {
 	pending atomic.Int32
 	warded  atomic.Bool // there may be wards: somebody else's deliveries wait for ours
 
-	// What the push was staged with, nil for several users. Guarded by the Order's lock.
-	snap *route.Snapshot
+	mark [1]mark // of a push to a room or user of an Order
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
@@ -170,9 +168,9 @@ type aside struct {
 	wards   map[*Delivery][]func() // who waits for a delivery of this push
 	stale   staleness              // of the answers that were used
 
-	// Of a push to several users of an Order, guarded by the Order's lock.
-	marks   [][]mark // as they were staged
-	indexed int      // of marks, how many are in Order.marks
+	// Of a push to several users of an Order.
+	users []string // sorted
+	marks []mark   // theirs
 }
 
 // stepAside returns p.aside, of which there is one from then on.
@@ -229,7 +227,7 @@ func (p *Push) Reset() {
 // Forget lets go of what belongs to the caller of a reusable push to one user, its id and
 // the payload. It is for those who keep pushes for later: Reset would do the same, and
 // touch all of the push.
-func (p *Push) Forget() { p.User, p.Payload, p.user[0], p.snap = "", nil, "", nil }
+func (p *Push) Forget() { p.User, p.Payload, p.user[0], p.mark = "", nil, "", [1]mark{} }
 
 // Lookup opens a span for a look-up on behalf of the push.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
@@ -255,18 +253,18 @@ func (p *Push) route() {
 			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
 		hash := e.shards.Hash(p.Room)
-		p.home, p.key = e.shards.Home(hash), hash<<1|1
+		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1|1
 		if s := e.directory.CachedRoom(p.home, p.Room, q); s != nil {
-			p.sendNow(s)
+			p.sendNow(p.Room, s)
 		} else if p.await(1) {
 			e.directory.Room(p.home, p.Room, q, p)
 		}
 	case ToUser:
 		p.targets = 1
 		hash := e.shards.Hash(p.User)
-		p.home, p.key = e.shards.Home(hash), hash<<1
+		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1
 		if s := e.directory.CachedUser(p.home, p.User, q); s != nil {
-			p.sendNow(s)
+			p.sendNow(p.User, s)
 		} else if p.await(1) {
 			e.directory.User(p.home, p.User, q, p)
 		}
@@ -279,10 +277,10 @@ func (p *Push) route() {
 
 // sendNow stages and sends the one key of a push whose route is known. Nobody else has
 // the push before it is sent, so there is nothing to lock.
-func (p *Push) sendNow(s *route.Snapshot) {
-	var inWay []*fence
+func (p *Push) sendNow(key string, s *route.Snapshot) {
+	var inWay [][]*fence
 	if p.Order != nil {
-		inWay = p.Order.pass(p, s, true)
+		inWay = p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true)
 	}
 	if p.Kind == ToRoom {
 		p.stageRoom(s, inWay)
@@ -309,6 +307,11 @@ func (p *Push) routeUsers(q route.Query) {
 	users := slices.Compact(slices.Sorted(slices.Values(p.Users)))
 	p.targets = len(users)
 	if p.Order != nil {
+		a := p.stepAside()
+		a.users, a.marks = users, make([]mark, len(users))
+		for i, user := range users {
+			a.marks[i].key = p.engine.userKey(user)
+		}
 		p.Order.enter(p)
 	}
 	homes := make([][]string, p.engine.shards.Len())
@@ -389,15 +392,9 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 // stage makes the deliveries for keys and books them; later are those of legs that a
 // fence holds back. False means that the push was ended before and waits for nothing.
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, later []ward, ok bool) {
-	var inWay []*fence
-	var byUser map[string][]*fence
-	var marks []mark
+	var inWay [][]*fence
 	if p.Order != nil && err == nil {
-		if p.Kind == ToUsers {
-			byUser, marks = p.Order.passUsers(p, keys, snaps)
-		} else {
-			inWay = p.Order.pass(p, snaps[0], false)
-		}
+		inWay = p.Order.pass(p, keys, snaps, false)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -414,7 +411,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	case p.Kind == ToUser:
 		p.stageUser(snaps[0], inWay)
 	default:
-		p.stageUsers(keys, snaps, byUser, marks)
+		p.stageUsers(keys, snaps, inWay)
 	}
 	p.aside.waiting -= len(keys)
 	return p.legs[had:], p.takeLater(), true
@@ -422,7 +419,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 
 // stageRoom makes one delivery for each node with members of the room, and one more
 // for those of them who have to wait.
-func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
+func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 	p.found = s.Found
 	p.targets = s.Users
 	p.note(s)
@@ -444,7 +441,7 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 		d := &block[i]
 		d.node, d.group, d.except = g.Node, g, intersect(except, g.Users)
 		var whole *fence
-		for _, f := range inWay {
+		for _, f := range at(inWay, 0) {
 			users, waits := f.held[g.Node]
 			if waits && users == nil {
 				whole = f
@@ -477,7 +474,7 @@ func (p *Push) blank(n int) []Delivery {
 }
 
 // stageUser makes one delivery for each node that holds the user.
-func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
+func (p *Push) stageUser(s *route.Snapshot, inWay [][]*fence) {
 	p.countUser(s)
 	for i, g := range s.Groups {
 		d := &p.one[0] // most users are on one node
@@ -486,7 +483,7 @@ func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
 		}
 		p.user[0] = p.User
 		d.node, d.users = g.Node, p.user[:]
-		if f := at(inWay, g.Node); f != nil {
+		if f := inFront(at(inWay, 0), g.Node); f != nil {
 			p.addLater(d, f)
 		} else {
 			p.add(d)
@@ -494,8 +491,16 @@ func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
 	}
 }
 
-// at returns the fence of a user that holds back what is for a node, nil for none.
-func at(inWay []*fence, node string) *fence {
+// at returns the fences in the way of the i-th key.
+func at(inWay [][]*fence, i int) []*fence {
+	if inWay == nil {
+		return nil
+	}
+	return inWay[i]
+}
+
+// inFront returns the fence of a user that holds back what is for a node, nil for none.
+func inFront(inWay []*fence, node string) *fence {
 	for _, f := range inWay {
 		if _, waits := f.held[node]; waits {
 			return f
@@ -505,15 +510,15 @@ func at(inWay []*fence, node string) *fence {
 }
 
 // stageUsers makes one delivery for each node that holds any of users, and one for each
-// user who has to wait. marks, if there are any, are told.
-func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay map[string][]*fence, marks []mark) {
+// user who has to wait.
+func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fence) {
 	var legs []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
 		p.countUser(s)
 		for _, g := range s.Groups {
 			var d *Delivery
-			if f := at(inWay[users[i]], g.Node); f != nil {
+			if f := inFront(at(inWay, i), g.Node); f != nil {
 				d = &Delivery{node: g.Node, users: []string{users[i]}}
 				p.addLater(d, f)
 			} else {
@@ -524,8 +529,8 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay map[str
 				}
 				d.users = append(d.users, users[i])
 			}
-			if marks != nil && len(s.Groups) == 1 {
-				marks[i].leg = d
+			if p.Order != nil && len(s.Groups) == 1 {
+				p.markOf(users[i]).leg = d
 			}
 		}
 	}
