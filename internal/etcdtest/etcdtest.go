@@ -2,10 +2,12 @@ package etcdtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -212,11 +214,22 @@ func (s *Server) launch() {
 	cfg.BcryptCost = 4 // the least: a test need not make guessing slow
 	cfg.UnsafeNoFsync = true
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	etcd, err := embed.StartEtcd(cfg)
-	if err != nil {
+	var err error
+	if s.etcd, err = listening(func() (*embed.Etcd, error) { return embed.StartEtcd(cfg) }); err != nil {
+		s.etcd = nil
 		s.tb.Fatalf("start etcd: %v", err)
 	}
-	s.etcd = etcd
+}
+
+// listening calls start until it finds its addresses free. They are ours alone, but a process
+// that another test starts has a copy of what listened at them until it runs its own program.
+func listening[T any](start func() (T, error)) (T, error) {
+	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		what, err := start()
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Since(began) > 20*time.Second {
+			return what, err
+		}
+	}
 }
 
 func (s *Server) await() {

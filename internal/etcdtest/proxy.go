@@ -29,7 +29,7 @@ func NewProxy(tb testing.TB, target string) *Proxy {
 
 func listen(tb testing.TB, addr, target string) *Proxy {
 	tb.Helper()
-	l, err := net.Listen("tcp", addr)
+	l, err := listening(func() (net.Listener, error) { return net.Listen("tcp", addr) })
 	if err != nil {
 		tb.Fatalf("proxy: %v", err)
 	}

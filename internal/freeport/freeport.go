@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -143,7 +144,11 @@ func blocks(from, to int) []int {
 	return outside
 }
 
+// inUse listens and closes again. A process that starts meanwhile would have a copy of the
+// listener until it runs its own program, and the port would be in use for as long.
 func inUse(port int) bool {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	l, err := listen(port)
 	if err == nil {
 		_ = l.Close()

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -88,6 +89,36 @@ func TestPortOfSomebodyElseIsLeftAlone(t *testing.T) {
 	defer func() { _ = l.Close() }()
 	if port := Take(t, 1)[0]; port == strconv.Itoa(next) {
 		t.Errorf("%s is in use", port)
+	}
+}
+
+// Tests that run in parallel start processes while others look for ports.
+func TestPortIsFreeThoughProcessesStart(t *testing.T) {
+	stop := make(chan struct{})
+	var starting sync.WaitGroup
+	defer starting.Wait()
+	defer close(stop)
+	program := t.TempDir() // a directory: the process starts, cannot run it, and is gone
+	for range 4 {
+		starting.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := exec.Command(program).Run(); err == nil {
+					t.Error("a directory can be run")
+					return
+				}
+			}
+		})
+	}
+	for range 300 {
+		port := number(t, Take(t, 1)[0])
+		if inUse(port) {
+			t.Fatalf("%d is in use", port)
+		}
 	}
 }
 
