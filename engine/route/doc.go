@@ -11,7 +11,8 @@
 //   - At most one look-up is in flight for a key. Whoever asks for that key
 //     meanwhile waits in its line and is told in the order of asking.
 //   - A result is visible to newcomers only once the line before them is empty,
-//     so nobody overtakes.
+//     so nobody overtakes. The result before it is not visible any more once the first
+//     in line is told, so nobody who has an answer gets an older one.
 //   - Snapshots and their groups are immutable. Equal answers of the Controller
 //     yield the same pointers, so "unchanged" is a pointer comparison.
 //   - An answer that comes while a change stream vouches (Vouch) is good as long as

@@ -408,6 +408,81 @@ func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
 
 // TestSnapshotsSayWhatTheControllerSaid compares snapshots with a plain model, for
 // members in any order, with duplicates, on several nodes or none.
+// Who has an answer asks again before the line is gone: the answer is not older, and no
+// look-up is made for it.
+func TestNobodyGetsAnOlderAnswerThanTheyHad(t *testing.T) {
+	for name, again := range map[string]func(d *Directory, w Waiter){
+		"a push": func(d *Directory, w Waiter) {
+			if snap := d.CachedRoom(0, "r", now()); snap != nil {
+				w.Routed([]string{"r"}, []*Snapshot{snap}, nil)
+				return
+			}
+			d.Room(0, "r", now(), w)
+		},
+		"a push that was contradicted before the look-up": func(d *Directory, w Waiter) {
+			d.RefreshRoom(0, "r", missing(time.Now().Add(-time.Nanosecond)), w)
+		},
+		"a push that is contradicted as the one before was": func(d *Directory, w Waiter) {
+			d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"ghost"}, Since: time.Now()}, w)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &source{rooms: map[string][][2]string{"r": room("u@A", "ghost@A")}}
+				d := newDirectory(t, s)
+				ask(t, d, "r")
+				time.Sleep(time.Millisecond)
+				s.set(func(s *source) { s.rooms["r"] = room("u@B", "ghost@A") })
+				since := time.Now()
+				time.Sleep(time.Millisecond)
+				var second teller
+				first := teller{then: func() { again(d, &second) }}
+				d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"u", "ghost"}, Since: since}, &first)
+				synctest.Wait()
+				if first.n != 1 || second.n != 1 || second.err != nil || second.snap != first.snap || first.snap.Group("B") == nil {
+					t.Errorf("first told %d, %+v, then %d, %+v, %v", first.n, first.snap, second.n, second.snap, second.err)
+				}
+				if n := s.count(); n != 2 {
+					t.Errorf("%d look-ups, want 2", n)
+				}
+				if snap := d.CachedRoom(0, "r", now()); snap != first.snap {
+					t.Errorf("%+v is in the cache, want %+v", snap, first.snap)
+				}
+			})
+		})
+	}
+}
+
+// Pushes go on with what is known while somebody who knows better has it looked up once more.
+func TestAnswerIsVisibleWhileTheNextIsLookedUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ask(t, d, "r")
+		s.set(func(s *source) { s.rooms["r"] = room("u@A", "v@B") })
+		time.Sleep(time.Millisecond)
+		gate := make(chan struct{})
+		var second teller
+		first := teller{then: func() {
+			s.set(func(s *source) { s.gate = gate })
+			time.Sleep(time.Millisecond)
+			d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"v"}, Since: time.Now()}, &second)
+		}}
+		d.RefreshRoom(0, "r", missing(time.Now().Add(-time.Nanosecond)), &first)
+		synctest.Wait() // at the gate
+		time.Sleep(2 * time.Millisecond)
+		synctest.Wait()
+		if snap := d.CachedRoom(0, "r", now()); snap == nil || snap != first.snap || second.n != 0 {
+			t.Errorf("%+v is in the cache, want %+v; second told %d", snap, first.snap, second.n)
+		}
+		close(gate)
+		synctest.Wait()
+		if n := s.count(); n != 3 || second.n != 1 || second.snap != first.snap {
+			t.Errorf("%d look-ups; second told %d, %+v", n, second.n, second.snap)
+		}
+	})
+}
+
 func TestSnapshotsSayWhatTheControllerSaid(t *testing.T) {
 	seed := maphash.MakeSeed()
 	rapid.Check(t, func(rt *rapid.T) {

@@ -168,7 +168,11 @@ func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
 	h, since, generation := &t.homes[home], t.dir.moment(m.Since), t.dir.generation.Load()
 	looked := t.queue(home, keys, waiting{w: w, since: since}, func(key string, l *line) *entry {
 		e, _ := t.cache.GetIfPresent(key)
-		if l != nil {
+		told := l != nil && !l.looking && !l.dirty && l.entry != nil
+		switch {
+		case told:
+			e = l.entry // good for who refreshes already, though newcomers do not find it yet
+		case l != nil:
 			e = l.old
 		}
 		if e == nil {
@@ -180,7 +184,7 @@ func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
 		}
 		confirmed := e.note(m.Node, users, since, moment(t.dir.cfg.TTL))
 		switch {
-		case l != nil:
+		case l != nil && !told:
 			return nil
 		case e.generation == generation && e.after(since):
 			return e
@@ -383,7 +387,8 @@ func (t *table) stale(old *entry, announced bool, until moment) *entry {
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
-// then the lines. result is called under the lock.
+// then the lines. Newcomers wait in line from here on, for whoever has been told may ask
+// again at once, and must not get the answer from before. result is called under the lock.
 func (t *table) settle(home int, keys []string, first *waiting, result func(l *line, i int) (*entry, error)) {
 	h := &t.homes[home]
 	var told, failed []string
@@ -394,6 +399,9 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 		l := h.lines[key]
 		l.entry, l.err = result(l, i)
 		l.looking = false
+		if e, ok := t.cache.GetIfPresent(key); ok && e != l.entry && e.generation != 0 {
+			t.cache.Set(key, t.changed(e, e.announced))
+		}
 		switch {
 		case first == nil:
 		case !l.serves(*first):
@@ -431,6 +439,9 @@ func (t *table) drain(home int, keys []string) {
 			l := h.lines[key]
 			if len(l.next) > 0 {
 				first = l.next[0].w
+				if !l.dirty {
+					t.publishLocked(key, l) // who waits behind it refreshes, and is not overtaken
+				}
 				t.nextLocked(l)
 				again = append(again, key)
 				continue
