@@ -117,14 +117,15 @@ func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes
 	}
 	s.lines[rank].Remove(place)
 	s.waiting--
-	s.grantLocked() // those behind it may need less
+	s.grantLocked()  // those behind it may need less
+	err := ctx.Err() // asked once: the deadline may pass between two looks at it
 	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return 0, engine.ErrDeadline
-	case ctx.Err() != nil:
-		return 0, engine.ErrCanceled
-	default:
+	case err == nil:
 		return 0, errNoSpace
+	case errors.Is(err, context.DeadlineExceeded):
+		return 0, engine.ErrDeadline
+	default:
+		return 0, engine.ErrCanceled
 	}
 }
 

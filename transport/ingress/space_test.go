@@ -117,6 +117,31 @@ func TestSpaceIsForThoseWhoWait(t *testing.T) {
 	})
 }
 
+// expiring is a context whose deadline passes between the first look at it and the second.
+type expiring struct {
+	context.Context
+
+	looks int
+}
+
+func (c *expiring) Err() error {
+	if c.looks++; c.looks == 1 {
+		return nil
+	}
+	return context.DeadlineExceeded
+}
+
+func TestDeadlineAsPatienceEndsIsNoCancellation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSpace(100, 1, metrics.NewSet())
+		_, err := s.reserve(t.Context(), nil, engine.Critical, 100, time.Second)
+		ok(t, err)
+		if _, err := s.reserve(&expiring{Context: t.Context()}, nil, engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) && !errors.Is(err, engine.ErrDeadline) {
+			t.Errorf("nobody has canceled: %v", err)
+		}
+	})
+}
+
 func TestWaitForSpaceIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSpace(100, 1, metrics.NewSet())
