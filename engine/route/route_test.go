@@ -453,6 +453,33 @@ func TestNobodyGetsAnOlderAnswerThanTheyHad(t *testing.T) {
 	}
 }
 
+// Who refreshes an answer that is just being told stands behind those who wait for it.
+func TestRefreshPassesNobodyInLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ask(t, d, "r")
+		gate := make(chan struct{})
+		s.set(func(s *source) { s.gate = gate })
+		time.Sleep(time.Millisecond)
+		since := time.Now()
+		time.Sleep(time.Millisecond)
+		var mu sync.Mutex
+		var told []string
+		third := &teller{name: "third", told: &told, mu: &mu}
+		second := &teller{name: "second", told: &told, mu: &mu}
+		first := &teller{name: "first", told: &told, mu: &mu, then: func() { d.RefreshRoom(0, "r", missing(since), third) }}
+		d.RefreshRoom(0, "r", missing(since), first)
+		d.RefreshRoom(0, "r", missing(since), second)
+		synctest.Wait()
+		close(gate)
+		synctest.Wait()
+		if !slices.Equal(told, []string{"first", "second", "third"}) {
+			t.Errorf("told %v", told)
+		}
+	})
+}
+
 // Pushes go on with what is known while somebody who knows better has it looked up once more.
 func TestAnswerIsVisibleWhileTheNextIsLookedUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

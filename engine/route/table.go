@@ -199,7 +199,8 @@ func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
 }
 
 // queue puts me into the line of each key, opening those that do not exist, unless
-// known has an answer for it. It is called under the lock, with the key's line or nil.
+// known has an answer for it, which is that of the line if there is one. It is called under
+// the lock, with the key's line or nil.
 // queue returns how many keys it had looked up.
 func (t *table) queue(home int, keys []string, me waiting, known func(key string, l *line) *entry) int {
 	h := &t.homes[home]
@@ -210,8 +211,14 @@ func (t *table) queue(home int, keys []string, me waiting, known func(key string
 	me.turn = h.turns
 	for _, key := range keys {
 		l := h.lines[key]
-		if e := known(key, l); e != nil {
+		e := known(key, l)
+		if e != nil && l == nil {
 			now, snaps = append(now, key), append(snaps, e.answer(me))
+			continue
+		}
+		if e != nil { // those before me are being told just that
+			l.waiters = append(l.waiters, me)
+			h.waiting.Add(1)
 			continue
 		}
 		if l != nil {
