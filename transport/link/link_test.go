@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"net"
 	"slices"
@@ -1522,6 +1523,47 @@ func TestNodeInACrashLoopStaysOnTheBackoffCurve(t *testing.T) {
 		time.Sleep(time.Minute)
 		if n.opened() > 100 { // the longest pause is 750 ms, give or take
 			t.Errorf("%d streams in a minute", n.opened())
+		}
+	})
+}
+
+// Whatever a node does, again and again, the log does not grow with it: and when it has done
+// the last, the log says how things are.
+func TestNodeCannotFloodTheLog(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var log syncBuffer
+		lines := func() []string { return strings.Split(strings.TrimSpace(log.String()), "\n") }
+		w := newWorld(t, Config{Shards: 2, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		n := &fakeNode{id: "A"}
+		var boots atomic.Int64
+		n.deliver = func(st deliverStream) error {
+			f, err := st.Recv()
+			if err != nil {
+				return err
+			}
+			boot := fmt.Sprint(boots.Add(1))
+			if err := st.Send(&pubsub.DeliverResponse{Hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A", BootId: boot}}); err != nil {
+				return err
+			}
+			if f.GetHello().GetShard() == 0 {
+				_ = st.Send(&pubsub.DeliverResponse{Drain: true})
+			}
+			return errors.New("flap")
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		time.Sleep(3 * time.Minute)
+		// A minute has six, and each that says "not reachable" may have one that says the opposite.
+		if got := len(lines()); got > 2*(3*6+2+lineBurst) {
+			t.Errorf("%d lines in three minutes of %d streams", got, boots.Load())
+		}
+		if last := lines(); !strings.Contains(strings.Join(last[len(last)-3:], " "), "unreported=") {
+			t.Errorf("the log does not say that something is left out: %q", last)
+		}
+		n.kill()
+		time.Sleep(lineEvery + time.Second)
+		if last := lines(); !strings.Contains(last[len(last)-1], `msg="node not reachable"`) {
+			t.Errorf("it is gone, and the log ends with %s", last[len(last)-1])
 		}
 	})
 }

@@ -197,7 +197,10 @@ func (l *Link) sleep(d time.Duration) bool {
 // quarantine keeps the link down for as long as a lie costs.
 func (l *Link) quarantine() {
 	l.set.meters.quarantines.Inc()
-	l.set.log.Warn("link quarantined", "node", l.node.id, "addr", l.node.addr, "shard", l.shard, "for", l.set.cfg.Quarantine)
+	if left, ok := l.node.say(); ok {
+		l.set.log.Warn("link quarantined", "node", l.node.id, "addr", l.node.addr, "shard", l.shard,
+			"for", l.set.cfg.Quarantine, "unreported", left)
+	}
 	until := time.Now().Add(l.set.cfg.Quarantine)
 	for !l.over() && time.Until(until) > 0 {
 		l.sleep(time.Until(until))

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -462,12 +463,15 @@ type node struct {
 	set      *Set
 	id, addr string
 	place    *place
-	links    []*Link // by shard
+	links    []*Link       // by shard
+	lines    *rate.Limiter // of the log, see say
 
 	live   atomic.Int64                                // links that are up
 	canary atomic.Pointer[metrics.PrometheusHistogram] // there while a stream is that may measure
 
 	streams int // that may measure; guarded by set.mu
+
+	unsaid atomic.Int64 // lines of the log that were left out since the last one
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -478,7 +482,10 @@ type node struct {
 }
 
 func newNode(s *Set, n Node) *node {
-	fresh := &node{set: s, id: n.ID, addr: n.Addr, place: s.dials.place(n.Addr), links: make([]*Link, s.cfg.Shards)}
+	fresh := &node{
+		set: s, id: n.ID, addr: n.Addr, place: s.dials.place(n.Addr), links: make([]*Link, s.cfg.Shards),
+		lines: rate.NewLimiter(rate.Every(lineEvery), s.cfg.Shards+lineBurst),
+	}
 	for shard := range fresh.links {
 		fresh.links[shard] = newLink(s, fresh, shard)
 	}
@@ -537,6 +544,22 @@ func (n *node) announced() {
 	}
 }
 
+// A node brings about one line of the log in lineEvery for long, whatever it does. Before,
+// it has one for each of its links, which may all notice the same, and lineBurst more.
+const (
+	lineEvery = 10 * time.Second
+	lineBurst = 8
+)
+
+// say tells whether to log what the node has done, and how many lines were left out before.
+func (n *node) say() (unreported int64, ok bool) {
+	if !n.lines.Allow() {
+		n.unsaid.Add(1)
+		return 0, false
+	}
+	return n.unsaid.Swap(0), true
+}
+
 // booted notes the boot id of a hello and tells whether the node has restarted.
 func (n *node) booted(boot string) bool {
 	n.mu.Lock()
@@ -547,11 +570,14 @@ func (n *node) booted(boot string) bool {
 	if was == "" || was == now {
 		return false
 	}
-	n.set.log.Info("node has restarted", "node", n.id, "addr", n.addr)
+	if left, ok := n.say(); ok {
+		n.set.log.Info("node has restarted", "node", n.id, "addr", n.addr, "unreported", left)
+	}
 	return true
 }
 
-// reachable logs, once per change, that the node can be pushed to.
+// reachable logs that the node can be pushed to: at first, and after unreachable has logged
+// the opposite.
 func (n *node) reachable(isUnary bool) {
 	n.mu.Lock()
 	was := n.trouble
@@ -567,7 +593,8 @@ func (n *node) reachable(isUnary bool) {
 	}
 }
 
-// unreachable logs why the node cannot be pushed to, once for each kind of cause.
+// unreachable logs why the node cannot be pushed to, once for each kind of cause. What say
+// does not allow is logged with a later attempt, should it still be so.
 func (n *node) unreachable(err error) {
 	kind := cmp.Or(status.Code(err).String(), "none")
 	for _, known := range []error{errWrongNode, errVersion, errCodec, errNobody, errDialTimeout, errNoTurn, errLies, errDrained, errSilent, errOwing, errWire} {
@@ -576,11 +603,16 @@ func (n *node) unreachable(err error) {
 		}
 	}
 	n.mu.Lock()
-	same := n.trouble == kind
-	n.trouble = kind
+	tell, left := n.trouble != kind, int64(0)
+	if tell {
+		left, tell = n.say()
+	}
+	if tell {
+		n.trouble = kind
+	}
 	n.mu.Unlock()
-	if !same {
-		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", err)
+	if tell {
+		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", err, "unreported", left)
 	}
 }
 

@@ -482,7 +482,9 @@ func (s *stream) verdict(late, strikes int, notice bool) error {
 	}
 	if notice {
 		m.drainNotices.Inc()
-		l.set.log.Info("node drains", "node", l.node.id, "shard", l.shard)
+		if left, ok := l.node.say(); ok {
+			l.set.log.Info("node drains", "node", l.node.id, "shard", l.shard, "unreported", left)
+		}
 	}
 	if strikes > 0 {
 		m.strikes.Add(strikes)

@@ -91,6 +91,30 @@ func TestHelloIsBounded(t *testing.T) {
 	}
 }
 
+// Who breaks streams decides how often, not how long the log gets.
+func TestBrokenStreamsDoNotFloodTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		b := serve(t, Config{Sessions: newGateway(), Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		for range 60 {
+			for range 5 {
+				_, err := b.open(t, &pubsub.Hello{ProtocolVersion: 9})
+				if status.Code(err) != codes.FailedPrecondition {
+					t.Fatalf("a hello of another version: %v", err)
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+		if len(lines) != 6 || !strings.Contains(lines[5], "unreported=49") {
+			t.Errorf("%d lines of 300 broken streams in a minute, the last is %s", len(lines), lines[len(lines)-1])
+		}
+		if n := b.server.count.broken.Get(); n != 300 {
+			t.Errorf("%d broken streams are counted", n)
+		}
+	})
+}
+
 func TestDeliveriesToUsersArriveWithTheirContent(t *testing.T) {
 	g := newGateway()
 	g.absent["gone"], g.full["slow"] = true, true

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
@@ -31,6 +32,9 @@ type Server struct {
 	decoder *compression.Decoder
 	count   counters
 	plain   sync.Once // warns of a grpc.Server without ServerOptions
+
+	warn       rate.Sometimes // of broken streams: who opens them decides how many there are
+	unreported atomic.Int64   // of those, since the last line
 
 	draining atomic.Bool
 	calls    sync.WaitGroup // streams and their senders; joined under mu unless draining
@@ -57,7 +61,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
-	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder}
+	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}}
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
 	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
 	return s, nil

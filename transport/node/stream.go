@@ -187,8 +187,12 @@ func (s *Server) broken(ctx context.Context, hello *pubsub.Hello, err error) err
 		return err
 	}
 	s.count.broken.Inc()
-	s.cfg.Logger.WarnContext(ctx, "deliver stream broken",
-		slog.String("manager", hello.GetManagerId()), slog.Uint64("shard", uint64(hello.GetShard())), slog.Any("error", err))
+	s.unreported.Add(1)
+	s.warn.Do(func() {
+		s.cfg.Logger.WarnContext(ctx, "deliver stream broken",
+			slog.String("manager", hello.GetManagerId()), slog.Uint64("shard", uint64(hello.GetShard())), slog.Any("error", err),
+			slog.Int64("unreported", s.unreported.Swap(0)-1))
+	})
 	return status.Error(codes.FailedPrecondition, err.Error())
 }
 
