@@ -34,8 +34,8 @@ type Config struct {
 	// the manager's preference decides. Default: both. "off" alone refuses
 	// all.
 	Compression []string
-	// MaxStreams bounds the Deliver streams of all managers together. Default
-	// 4,096.
+	// MaxStreams bounds the Deliver streams of all managers together, and those that
+	// have said no hello yet. Default 4,096.
 	MaxStreams int
 	// TakeoverTimeout bounds how long a new stream waits for the delivery that the
 	// stream before it, of the same process and shard of a manager, has in its hands.

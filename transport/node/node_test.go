@@ -91,6 +91,64 @@ func TestHelloIsBounded(t *testing.T) {
 	}
 }
 
+// mute opens a stream and says nothing on it.
+func (b *bench) mute(t *testing.T) *manager {
+	t.Helper()
+	stream, err := b.client.Deliver(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &manager{t: t, stream: stream, next: 1}
+}
+
+func TestStreamWithoutAHelloEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serve(t, Config{Sessions: newGateway()})
+		m := b.mute(t)
+		began := time.Now()
+		_ = m.wantEnd(codes.FailedPrecondition)
+		if took := time.Since(began); took != helloTimeout {
+			t.Errorf("it ended after %v", took)
+		}
+		late := b.mute(t)
+		time.Sleep(helloTimeout - time.Second)
+		late.send(&pubsub.DeliverRequest{Hello: &pubsub.Hello{ProtocolVersion: 1}})
+		if late.recv().GetHello() == nil {
+			t.Error("a hello that is not too late is not answered")
+		}
+		time.Sleep(time.Minute) // with a hello a stream may stay
+		late.deliver(toUsers("x", "u"))
+		late.waitAck(1)
+	})
+}
+
+// Streams without a hello are bounded, and keep nobody out who says one.
+func TestStreamsWithoutAHelloAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 3
+		b := serve(t, Config{Sessions: newGateway(), MaxStreams: most})
+		var mute []*manager
+		for range most + 2 {
+			mute = append(mute, b.mute(t))
+			synctest.Wait()
+		}
+		b.server.mu.Lock()
+		silent := b.server.silent.Len()
+		b.server.mu.Unlock()
+		if silent != most {
+			t.Errorf("%d streams without a hello are kept, not %d", silent, most)
+		}
+		began := time.Now()
+		b.mustOpen(t)
+		for _, m := range mute[:2] { // the oldest
+			_ = m.wantEnd(codes.FailedPrecondition)
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("all this took %v", took)
+		}
+	})
+}
+
 // Who breaks streams decides how often, not how long the log gets.
 func TestBrokenStreamsDoNotFloodTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -210,6 +210,28 @@ func TestIdleStreamIsSupersededAtOnce(t *testing.T) {
 	})
 }
 
+// A manager that has given a stream up may never write to it again, nor close it: it is not
+// counted for ever.
+func TestSupersededStreamEndsThoughNothingComesOnIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serve(t, Config{Sessions: newGateway(), MaxStreams: 2})
+		old := b.mustHello(t, hello("i", 0, 1))
+		old.deliver(toUsers("x", "u"))
+		synctest.Wait()
+		for attempt := uint64(2); attempt < 10; attempt++ {
+			b.mustHello(t, hello("i", 0, attempt))
+			synctest.Wait()
+			if n := b.server.Streams(); n != 1 {
+				t.Errorf("%d streams after hello %d", n, attempt)
+			}
+		}
+		if counts, _, _ := old.answers(1); counts[1] != 1 {
+			t.Errorf("acks of the oldest stream: %v", counts)
+		}
+		_ = old.wantEnd(codes.Aborted)
+	})
+}
+
 func TestHelloThatComesLateIsRefused(t *testing.T) {
 	b := serve(t, Config{Sessions: newGateway()})
 	m := b.mustHello(t, hello("i", 0, 7))

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"container/list"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -43,6 +44,7 @@ type Server struct {
 	// Guarded by mu.
 	streams      map[*stream]struct{}
 	seats        map[seatKey]*seat
+	silent       list.List               // without a hello, the oldest first; of chan struct{}
 	emptied      chan struct{}           // closed when the last stream ends while draining; nil before Drain
 	registration *discovery.Registration // nil: not registered
 }
@@ -144,7 +146,7 @@ func (s *Server) enter(st *stream, hello *pubsub.Hello) error {
 	defer s.mu.Unlock()
 	// Under the lock: a stream is either told by Drain or refused here.
 	if s.draining.Load() {
-		return status.Error(codes.Unavailable, "node is draining")
+		return errDraining
 	}
 	if len(s.streams) >= s.cfg.MaxStreams {
 		return status.Errorf(codes.ResourceExhausted, "more than %d streams", s.cfg.MaxStreams)

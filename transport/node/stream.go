@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -29,8 +30,8 @@ var (
 	errDrained = errors.New("manager goes") // ends a stream in good order
 )
 
-// stream is one Deliver stream. The goroutine of the call is its reader; the
-// sender of acks is the other one.
+// stream is one Deliver stream. The call waits for its two goroutines, the reader and the
+// sender of acks, and ends it.
 type stream struct {
 	// Static.
 	server *Server
@@ -42,6 +43,8 @@ type stream struct {
 	attempt    uint64
 	seat       *seat         // nil: the manager has no instance id
 	superseded chan struct{} // closed when a newer stream has taken the seat
+
+	taking atomic.Bool // the reader has a frame
 
 	// Owned by the reader.
 	aud      audiences
@@ -75,7 +78,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 	if s.cfg.UnaryOnly {
 		return status.Error(codes.Unimplemented, "method Deliver not implemented")
 	}
-	hello, err := s.accept(call)
+	hello, err := s.greeted(call)
 	if err != nil {
 		return s.broken(call.Context(), hello, err)
 	}
@@ -102,9 +105,17 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		// The error is that of the stream, which the reader gets, too.
 		_ = st.acks.sendLoop(countingStream{call, s})
 	})
-	defer st.acks.finish() // Also when the reader panics.
-	err = st.readLoop(call)
-	s.count.members.Add(float64(-st.aud.members))
+	read := make(chan error, 1)
+	s.calls.Go(func() { read <- st.read(call) })
+	select {
+	case err = <-read:
+	case <-st.superseded:
+		if st.taking.Load() {
+			err = <-read // soon: it takes no other frame
+		} else {
+			err = errSuperseded // the end of the call ends the reader
+		}
+	}
 	st.acks.finish()
 	st.flush(call.Context(), s.cfg.FlushTimeout)
 	if errors.Is(err, errDrained) {
@@ -209,6 +220,13 @@ func (st *stream) flush(ctx context.Context, timeout time.Duration) {
 	}
 }
 
+// read is the reader. A panic ends the stream.
+func (st *stream) read(call grpc.ServerStream) (err error) {
+	defer func() { st.server.count.members.Add(float64(-st.aud.members)) }()
+	defer guarded{st.server}.caught("Deliver", &err)
+	return st.readLoop(call)
+}
+
 // readLoop takes frames until the stream ends.
 func (st *stream) readLoop(call grpc.ServerStream) error {
 	var f frame
@@ -216,6 +234,12 @@ func (st *stream) readLoop(call grpc.ServerStream) error {
 		f.raw = false
 		if err := call.RecvMsg(&f); err != nil {
 			return err //nolint:wrapcheck // io.EOF or the status of the stream.
+		}
+		// Who supersedes the stream, and sees that no frame is taken, ends the call: either
+		// that is seen here, or the frame there.
+		st.taking.Store(true)
+		if st.isSuperseded() {
+			return errSuperseded
 		}
 		data, err := f.bytes()
 		if err != nil {
@@ -231,15 +255,16 @@ func (st *stream) readLoop(call grpc.ServerStream) error {
 			return err
 		}
 		f.data = nil
+		st.taking.Store(false)
+		if st.isSuperseded() {
+			return errSuperseded
+		}
 	}
 }
 
 // take applies one frame: deliveries in order, then forgotten audiences, then
 // the rest.
 func (st *stream) take(data []byte) error {
-	if st.isSuperseded() {
-		return errSuperseded
-	}
 	r := &st.request
 	if err := r.parse(data); err != nil {
 		return fmt.Errorf("%w: frame: %w", errBroken, err)
