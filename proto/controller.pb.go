@@ -953,8 +953,8 @@ type SyncNodeRequest struct {
 	BootId string `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// Empty, or one for each slot: the sum of h over its memberships, mod 2^64.
 	Digests []uint64 `protobuf:"fixed64,3,rep,packed,name=digests,proto3" json:"digests,omitempty"`
-	// Slots that are to become equal to what stands here. Taken before digests are
-	// compared.
+	// Slots that are to become equal to what stands here, each once. Taken before
+	// digests are compared.
 	Slots []*NodeSlot `protobuf:"bytes,4,rep,name=slots,proto3" json:"slots,omitempty"`
 	// The store_id of the store that the node has told all its memberships. A
 	// Controller that has just started believes itself once all nodes say so.

@@ -454,11 +454,14 @@ func TestInvalidSyncs(t *testing.T) {
 	b := start(t, Config{})
 	wrong := uint32(slots.Of(slots.Hash("u", "r"))+1) % slots.Count
 	for field, change := range map[string]func(*pubsub.SyncNodeRequest){
-		"node_id":                   func(in *pubsub.SyncNodeRequest) { in.NodeId = "" },
-		"boot_id":                   func(in *pubsub.SyncNodeRequest) { in.BootId = "\n" },
-		"digests":                   func(in *pubsub.SyncNodeRequest) { in.Digests = make([]uint64, 3) },
-		"slots has":                 func(in *pubsub.SyncNodeRequest) { in.Slots = make([]*pubsub.NodeSlot, slots.Count+1) },
-		"slots.slot":                func(in *pubsub.SyncNodeRequest) { in.Slots[0].Slot = slots.Count },
+		"node_id":    func(in *pubsub.SyncNodeRequest) { in.NodeId = "" },
+		"boot_id":    func(in *pubsub.SyncNodeRequest) { in.BootId = "\n" },
+		"digests":    func(in *pubsub.SyncNodeRequest) { in.Digests = make([]uint64, 3) },
+		"slots has":  func(in *pubsub.SyncNodeRequest) { in.Slots = make([]*pubsub.NodeSlot, slots.Count+1) },
+		"slots.slot": func(in *pubsub.SyncNodeRequest) { in.Slots[0].Slot = slots.Count },
+		"slots.slot is 5, a second": func(in *pubsub.SyncNodeRequest) {
+			in.Slots = []*pubsub.NodeSlot{{Slot: 5, Seq: 1}, {Slot: 6, Seq: 2}, {Slot: 5, Seq: 3}}
+		},
 		"slots.memberships.user_id": func(in *pubsub.SyncNodeRequest) { in.Slots[0].Memberships[0].UserId = "" },
 		"slots.memberships has":     func(in *pubsub.SyncNodeRequest) { in.Slots[0].Slot = wrong },
 	} {

@@ -174,10 +174,15 @@ func checkSlots(in *pubsub.SyncNodeRequest) error {
 	if n := len(in.GetSlots()); n > slots.Count {
 		return invalid("slots", fmt.Sprintf("has %d, there are %d", n, slots.Count))
 	}
+	var listed [slots.Count]bool
 	for _, slot := range in.GetSlots() {
 		if slot.GetSlot() >= slots.Count {
 			return invalid("slots.slot", fmt.Sprintf("is %d, there are %d", slot.GetSlot(), slots.Count))
 		}
+		if listed[slot.GetSlot()] {
+			return invalid("slots.slot", fmt.Sprintf("is %d, a second time", slot.GetSlot()))
+		}
+		listed[slot.GetSlot()] = true
 		for _, m := range slot.GetMemberships() {
 			err := firstOf(checkID("slots.memberships.user_id", m.GetUserId()), checkID("slots.memberships.room_id", m.GetRoomId()),
 				checkName(m.GetUserName()), checkMetadata(m.GetMetadata()))

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -195,7 +197,7 @@ func (m *miss) field(f field) error {
 		if err := f.string(&m.reason); err != nil {
 			return err
 		}
-		m.reason = cut(m.reason)
+		m.reason = plain(m.reason)
 	case missFailedUsers:
 		return f.uint32(&m.failedUsers)
 	case missRefused:
@@ -204,8 +206,19 @@ func (m *miss) field(f field) error {
 	return nil
 }
 
-// cut shortens the words of a node to textMax bytes.
-func cut(s string) string {
+// plain makes the words of a node fit for a reply and a log: one line of what can be printed,
+// textMax bytes at most. All words of nodes that go anywhere have been through it.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != utf8.RuneError && unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, shorten(s))
+}
+
+// shorten keeps textMax bytes, and not the memory of the others.
+func shorten(s string) string {
 	if len(s) <= textMax {
 		return s
 	}
@@ -213,7 +226,7 @@ func cut(s string) string {
 	for n > 0 && !utf8.RuneStart(s[n]) {
 		n--
 	}
-	return s[:n]
+	return strings.Clone(s[:n])
 }
 
 // field is one field of a message.

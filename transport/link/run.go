@@ -35,7 +35,7 @@ var (
 type wrongNodeError struct{ said string }
 
 func (e *wrongNodeError) Error() string {
-	return fmt.Sprintf("%v: it says that it is %q", errWrongNode, cut(e.said))
+	return fmt.Sprintf("%v: it says that it is %q", errWrongNode, plain(e.said))
 }
 func (*wrongNodeError) Unwrap() error { return errWrongNode }
 

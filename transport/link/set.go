@@ -564,7 +564,7 @@ func (n *node) say() (unreported int64, ok bool) {
 func (n *node) booted(boot string) bool {
 	n.mu.Lock()
 	was := n.boot
-	n.boot = cut(boot)
+	n.boot = plain(boot)
 	now := n.boot
 	n.mu.Unlock()
 	if was == "" || was == now {
@@ -612,7 +612,7 @@ func (n *node) unreachable(err error) {
 	}
 	n.mu.Unlock()
 	if tell {
-		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", err, "unreported", left)
+		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", plain(err.Error()), "unreported", left)
 	}
 }
 

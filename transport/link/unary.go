@@ -278,7 +278,7 @@ func (l *Link) call(ls *lanes, e entry) (a engine.Ack, sent bool, err error) {
 		st, _ := status.FromError(err)
 		if !e.d.Everybody() && e.d.Targets() == 1 && st.Code() == codes.ResourceExhausted && refusal(st) {
 			// What PushMessage has no field for: the user is there.
-			return engine.Ack{Failed: theUser(e.d), Text: cut(st.Message())}, true, nil
+			return engine.Ack{Failed: theUser(e.d), Text: plain(st.Message())}, true, nil
 		}
 		return a, to.Addr != nil, err //nolint:wrapcheck // failCall reads its status
 	}
@@ -465,7 +465,7 @@ func ackOfMessage(b []byte, d *engine.Delivery) (engine.Ack, error) {
 	if r.GetSuccess() {
 		return engine.Ack{Delivered: 1}, nil
 	}
-	return engine.Ack{NotHere: theUser(d), Text: cut(r.GetMessage())}, nil
+	return engine.Ack{NotHere: theUser(d), Text: plain(r.GetMessage())}, nil
 }
 
 func ackOfBatch(b []byte, _ *engine.Delivery) (engine.Ack, error) {
@@ -474,7 +474,7 @@ func ackOfBatch(b []byte, _ *engine.Delivery) (engine.Ack, error) {
 		return engine.Ack{}, fmt.Errorf("%w: %w", errReply, err)
 	}
 	return engine.Ack{
-		Delivered: int(r.GetDeliveredCount()), NotHere: r.GetFailedUserIds(), Failed: r.GetUnreachedUserIds(), Text: cut(r.GetMessage()),
+		Delivered: int(r.GetDeliveredCount()), NotHere: r.GetFailedUserIds(), Failed: r.GetUnreachedUserIds(), Text: plain(r.GetMessage()),
 	}, nil
 }
 
@@ -485,7 +485,7 @@ func ackOfBroadcast(b []byte, _ *engine.Delivery) (engine.Ack, error) {
 	}
 	n, unreached := int(r.GetDeliveredCount()), int(r.GetUnreachedCount())
 	return engine.Ack{
-		Delivered: n, FailedUsers: unreached, Refused: !r.GetSuccess() && n == 0 && unreached == 0, Text: cut(r.GetMessage()),
+		Delivered: n, FailedUsers: unreached, Refused: !r.GetSuccess() && n == 0 && unreached == 0, Text: plain(r.GetMessage()),
 	}, nil
 }
 

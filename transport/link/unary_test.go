@@ -19,6 +19,57 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
+// Whichever way a node says why: callers and logs get one line of text.
+func TestWordsOfANodeAreOneShortLine(t *testing.T) {
+	const (
+		said = "no\r\n{\"level\":\"ERROR\"}\x1b[2J\u202e."
+		want = `no  {"level":"ERROR"} [2J .`
+	)
+	long := strings.Repeat("ü", textMax)
+	room := func(w *world) *engine.Push { return w.toRoom("r", "x") }
+	for name, test := range map[string]struct {
+		node func(said string) *fakeNode
+		push func(w *world) *engine.Push
+	}{
+		"on a stream": {push: room, node: func(said string) *fakeNode {
+			return &fakeNode{id: "A", answer: func(seq uint64, users []string, _ string, r *pubsub.DeliverResponse) {
+				r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{0}})
+				r.Misses = append(r.Misses, &pubsub.Miss{Seq: seq, Failed: users, Reason: said})
+			}}
+		}},
+		"by a status": {push: func(w *world) *engine.Push { return w.toUser("u1", "x") }, node: func(said string) *fakeNode {
+			n := unaryNode("A")
+			n.message = func(*pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
+				return nil, status.Error(codes.ResourceExhausted, said)
+			}
+			return n
+		}},
+		"by a unary reply": {push: room, node: func(said string) *fakeNode {
+			n := unaryNode("A")
+			n.batch = func(r *pubsub.PushMessageBatchRequest) (*pubsub.PushMessageBatchResponse, error) {
+				return &pubsub.PushMessageBatchResponse{UnreachedUserIds: r.GetUserIds(), Message: said}, nil
+			}
+			return n
+		}},
+	} {
+		for said, want := range map[string]string{said: want, long: long[:textMax]} {
+			bubble(t, func(t *testing.T) {
+				w := newWorld(t, Config{})
+				w.start("a:1", test.node(said))
+				w.register("A", "a:1")
+				w.up(1)
+				w.room("r", "A", "u1", "u2")
+				if got := reasons(w.do(test.push(w))); got != "failed: "+want {
+					t.Errorf("%s: %q, want %q", name, got, want)
+				}
+			})
+		}
+	}
+	if got := plain("a\xff\ufffdb"); got != "a  b" { // a unary reply may hold what is no UTF-8
+		t.Errorf("%q", got)
+	}
+}
+
 func TestNodeWithoutDeliverGetsTheSameResults(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{Shards: 2})

@@ -127,7 +127,7 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		found := false
 		for _, got := range r.misses {
 			found = found || got.seq == m.GetSeq() && slices.Equal(got.notHere, m.GetNotHere()) && slices.Equal(got.failed, m.GetFailed()) &&
-				got.reason == cut(m.GetReason()) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
+				got.reason == plain(m.GetReason()) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
 		}
 		if !found {
 			t.Fatalf("%v not in %+v", m, r.misses)
