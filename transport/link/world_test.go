@@ -71,7 +71,10 @@ func newWorld(t testing.TB, cfg Config) *world {
 	if w.set, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	w.engine, err = engine.New(engine.Config{Shards: w.shards, Directory: w.dir, Network: w.set})
+	w.engine, err = engine.New(engine.Config{
+		Shards: w.shards, Directory: w.dir, Network: w.set,
+		Timeout: max(5*time.Second, cfg.AckTimeout), // see patient
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
