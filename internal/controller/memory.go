@@ -22,6 +22,11 @@ const (
 	// nodeMemory is how long the numbers of a node without memberships are kept: no
 	// report is under way for longer.
 	nodeMemory = 10 * time.Minute
+	// sweepEvery is how often those nodes are looked for, at most.
+	sweepEvery = time.Minute
+	// groupSlots is how many slots of a node are made at once: a node with few
+	// memberships has 1 KiB for each, and none of the 40 KiB of all slots.
+	groupSlots = 32
 )
 
 // Memory is a Store in this process: what it knows ends with it.
@@ -36,6 +41,7 @@ type Memory struct {
 	rooms map[string]*room
 	users map[string]*user
 	nodes map[string]*node
+	swept time.Time
 	clock uint64 // of the latest join
 	count int    // memberships
 }
@@ -70,9 +76,9 @@ type user struct {
 
 // node is a Connect-Node. It is kept while it has memberships or reports.
 type node struct {
-	id    string
-	count int // memberships
-	slots [slots.Count]slot
+	id     string
+	count  int                                         // memberships
+	groups [slots.Count / groupSlots]*[groupSlots]slot // nil where nothing was joined
 
 	// The process that reports, empty for one that does not number its reports. A
 	// new process begins a new era.
@@ -91,7 +97,45 @@ type slot struct {
 	floor uint64
 }
 
-func (n *node) slotOf(hash uint64) *slot { return &n.slots[slots.Of(hash)] }
+// slot is one to be written to.
+func (n *node) slot(i int) *slot {
+	group := &n.groups[i/groupSlots]
+	if *group == nil {
+		*group = new([groupSlots]slot)
+	}
+	return &(*group)[i%groupSlots]
+}
+
+// look is a slot to be read. Nobody changes what it holds.
+func (n *node) look(i int) slot {
+	if group := n.groups[i/groupSlots]; group != nil {
+		return group[i%groupSlots]
+	}
+	return slot{}
+}
+
+// raise makes all reports for a slot old whose numbers are not above seq. A slot that has had
+// nothing gets no memory for that: all reports of the node are old then, and who still wants
+// one reports again.
+func (n *node) raise(i int, seq uint64) {
+	floor := &n.floor
+	if n.groups[i/groupSlots] != nil {
+		floor = &n.slot(i).floor
+	}
+	*floor = max(*floor, seq)
+}
+
+// fold gives back the memory of the slots of a node without memberships.
+func (n *node) fold() {
+	for i, group := range n.groups {
+		if group != nil {
+			for _, s := range group {
+				n.floor = max(n.floor, s.floor)
+			}
+			n.groups[i] = nil
+		}
+	}
+}
 
 // NewMemory makes an empty store. maxUsers limits the users of each room, 0 for
 // no limit.
@@ -125,7 +169,7 @@ func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
 	r, u := s.rooms[j.Room], s.users[j.User]
 	m, here := u.find(j.Room, j.Node)
 	switch {
-	case m == nil && j.Boot != "" && j.Seq <= max(n.floor, n.slotOf(hash).floor):
+	case m == nil && j.Boot != "" && j.Seq <= max(n.floor, n.look(slots.Of(hash)).floor):
 		return Joined{}, ErrOld
 	case m != nil && j.Boot != "" && m.era == n.era && j.Seq < m.seq:
 		return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
@@ -168,10 +212,9 @@ func (s *Memory) reporterLocked(by Reporter, now time.Time) (*node, error) {
 }
 
 func (s *Memory) newNodeLocked(id string, now time.Time) *node {
-	for id, n := range s.nodes { // rare enough, and there are few
-		if n.count == 0 && now.Sub(n.spoke) > nodeMemory {
-			delete(s.nodes, id)
-		}
+	if now.Sub(s.swept) >= sweepEvery {
+		s.swept = now
+		maps.DeleteFunc(s.nodes, func(_ string, n *node) bool { return n.count == 0 && now.Sub(n.spoke) > nodeMemory })
 	}
 	n := &node{id: id}
 	s.nodes[id] = n
@@ -183,8 +226,12 @@ func (s *Memory) newNodeLocked(id string, now time.Time) *node {
 func (n *node) begin(boot string) {
 	n.boot, n.floor = boot, 0
 	n.era++
-	for i := range n.slots {
-		n.slots[i].floor = 0
+	for _, group := range n.groups {
+		if group != nil {
+			for i := range group {
+				group[i].floor = 0
+			}
+		}
 	}
 }
 
@@ -219,7 +266,7 @@ func (s *Memory) addLocked(j Join, hash uint64, now int64, here bool) *membershi
 	if n == nil {
 		n = s.newNodeLocked(j.Node, time.Unix(now, 0))
 	}
-	at := n.slotOf(hash)
+	at := n.slot(slots.Of(hash))
 	s.clock++
 	m := &membership{room: r, user: u, node: n, hash: hash, inRoom: len(r.members), inSlot: len(at.members), clock: s.clock}
 	r.members = append(r.members, m)
@@ -271,8 +318,7 @@ func (s *Memory) Leave(_ context.Context, l Leave) (bool, error) {
 		return false, err
 	}
 	if l.Boot != "" {
-		at := n.slotOf(hash)
-		at.floor = max(at.floor, l.Seq) // A join from before this leave may still come.
+		n.raise(slots.Of(hash), l.Seq) // A join from before this leave may still come.
 	}
 	u := s.users[l.User]
 	if u == nil {
@@ -317,15 +363,18 @@ func (s *Memory) endLocked(m *membership, now int64) {
 		delete(s.rooms, r.id)
 	}
 
-	at := n.slotOf(m.hash)
+	at := n.slot(slots.Of(m.hash))
 	last = len(at.members) - 1
 	at.members[m.inSlot] = at.members[last]
 	at.members[m.inSlot].inSlot = m.inSlot
 	at.members[last] = nil
 	at.members = at.members[:last]
 	at.digest -= m.hash
-	if n.count--; n.count == 0 && n.boot == "" {
-		delete(s.nodes, n.id)
+	if n.count--; n.count == 0 {
+		n.fold()
+		if n.boot == "" {
+			delete(s.nodes, n.id)
+		}
 	}
 	s.count--
 }
@@ -403,7 +452,7 @@ func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*mem
 		return 0, position{slot: slots.Count}
 	}
 	for looked := 0; looked < dropChunk && at.slot < slots.Count; {
-		members := n.slots[at.slot].members
+		members := n.look(at.slot).members
 		if at.index >= len(members) {
 			at = position{slot: at.slot + 1}
 			continue
@@ -444,12 +493,14 @@ func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Joi
 	if err != nil {
 		return err
 	}
-	at := &n.slots[slot]
-	if by.Seq <= max(n.floor, at.floor) {
+	if by.Seq <= max(n.floor, n.look(slot).floor) {
 		return ErrOld
 	}
-	at.floor = by.Seq
-	for _, m := range slices.Clone(at.members) {
+	if len(members) > 0 {
+		n.slot(slot) // It is needed in any case, and has its own floor then.
+	}
+	n.raise(slot, by.Seq)
+	for _, m := range slices.Clone(n.look(slot).members) {
 		k := key{m.user.id, m.room.id}
 		i, ok := listed[k]
 		delete(listed, k)
@@ -491,7 +542,7 @@ func (s *Memory) Differing(_ context.Context, by Reporter, digests []uint64) ([]
 	}
 	var differing []uint32
 	for i, d := range digests {
-		if n.slots[i].digest != d {
+		if n.look(i).digest != d {
 			differing = append(differing, uint32(i))
 		}
 	}

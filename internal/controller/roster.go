@@ -28,6 +28,11 @@ const (
 	warmupMost = 4
 	// wordMemory is how long the word of a node that says no more is kept.
 	wordMemory = 10 * time.Minute
+	// maxStrangers is how many nodes may report without being registered: as many as may
+	// be registered. Before etcd has been listed, and without etcd, all are strangers.
+	maxStrangers = 4096
+	// named is how many nodes a line names: enough that one knows where to look.
+	named = 5
 )
 
 // roster is the nodes there are: those registered in etcd and those that report.
@@ -40,6 +45,7 @@ type roster struct {
 	warmup  time.Duration
 	log     *slog.Logger
 	dropped *metrics.Counter
+	refused *metrics.Counter
 	watcher *discovery.Watcher // nil without etcd
 	warm    chan struct{}      // closed by loop when the Controller may be believed
 	wake    chan struct{}      // holds a token when something has happened
@@ -50,8 +56,10 @@ type roster struct {
 	// For whom the Controller waits before it is believed; replaced by loop.
 	awaited atomic.Pointer[[]string]
 
-	mu    sync.Mutex
-	words map[string]word // Guarded by mu.
+	mu sync.Mutex
+	// Guarded by mu.
+	words     map[string]word
+	strangers map[string]time.Time // by node that is not registered: its last report
 
 	// Owned by loop.
 	began, looked time.Time
@@ -72,10 +80,13 @@ func newRoster(cfg Config) (*roster, error) {
 		warmup:  cfg.Warmup,
 		log:     cfg.Logger,
 		dropped: cfg.Metrics.GetOrCreateCounter("controller_nodes_dropped_total"),
+		refused: cfg.Metrics.GetOrCreateCounter("controller_reports_refused_total"),
 		warm:    make(chan struct{}),
 		wake:    make(chan struct{}, 1),
 		words:   map[string]word{},
 		missing: map[string]time.Time{},
+
+		strangers: map[string]time.Time{},
 	}
 	r.awaited.Store(&[]string{})
 	if r.warmup == 0 {
@@ -115,6 +126,31 @@ func (r *roster) node(id string) discovery.Node {
 		return (*known)[id]
 	}
 	return discovery.Node{}
+}
+
+func (r *roster) isRegistered(id string) bool {
+	known := r.registered.Load()
+	if known == nil {
+		return false
+	}
+	_, ok := (*known)[id]
+	return ok
+}
+
+// admit refuses the report of a node that is one too many: each is remembered for a while,
+// and whoever makes up ids must not make us grow.
+func (r *roster) admit(id string, now time.Time) error {
+	if r.isRegistered(id) {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.strangers[id]; !known && len(r.strangers) >= maxStrangers {
+		r.refused.Inc()
+		return status.Errorf(codes.ResourceExhausted, "node %q is not registered in etcd, and neither are %d others that report", id, maxStrangers)
+	}
+	r.strangers[id] = now
+	return nil
 }
 
 // address is where a node is registered, empty when it is not.
@@ -159,12 +195,11 @@ func (r *roster) believed() error {
 // waiting says for whom the Controller waits, in words.
 func (r *roster) waiting() string {
 	awaited := *r.awaited.Load()
-	const most = 5 // enough to begin to look for
 	switch n := len(awaited); {
 	case n == 0:
 		return "it waits to hear from the nodes"
-	case n > most:
-		return fmt.Sprintf("%s and %d more nodes have not reported all their users yet", strings.Join(awaited[:most], ", "), n-most)
+	case n > named:
+		return fmt.Sprintf("%s and %d more nodes have not reported all their users yet", strings.Join(awaited[:named], ", "), n-named)
 	default:
 		return strings.Join(awaited, ", ") + " has not reported all users yet"
 	}
@@ -199,6 +234,7 @@ func (r *roster) look(ctx context.Context, now time.Time) {
 	r.looked = now
 	r.mu.Lock()
 	maps.DeleteFunc(r.words, func(_ string, w word) bool { return now.Sub(w.at) > wordMemory })
+	maps.DeleteFunc(r.strangers, func(id string, last time.Time) bool { return now.Sub(last) > wordMemory || r.isRegistered(id) })
 	r.mu.Unlock()
 	if !r.isWarm() && r.warmedUp(now) {
 		r.awaited.Store(&[]string{})
@@ -275,13 +311,20 @@ func (r *roster) reap(ctx context.Context, now time.Time) error {
 		missing[id] = since
 	}
 	r.missing = missing
-	r.mu.Lock()
-	words := maps.Clone(r.words)
-	r.mu.Unlock()
+	var dead []string
+	memberships := 0
+	defer func() {
+		if len(dead) > 0 { // In one line: how many there are is up to who reports.
+			r.log.Warn("nodes are gone from etcd: their memberships ended",
+				"nodes", strings.Join(dead[:min(len(dead), named)], " "), "count", len(dead), "memberships", memberships)
+		}
+	}()
 	for id, since := range missing {
 		// A node that was lost in etcd and lives says so: it gets the grace. One that
 		// spoke and is silent does not need it.
-		w, spoke := words[id]
+		r.mu.Lock()
+		w, spoke := r.words[id]
+		r.mu.Unlock()
 		if silent := spoke && now.Sub(w.at) >= silentAfter; !silent && now.Sub(since) < r.grace {
 			continue
 		}
@@ -291,7 +334,8 @@ func (r *roster) reap(ctx context.Context, now time.Time) error {
 		}
 		delete(missing, id)
 		r.dropped.Inc()
-		r.log.Warn("node is gone from etcd: its memberships ended", "node", id, "memberships", n)
+		dead = append(dead, id)
+		memberships += n
 	}
 	return nil
 }

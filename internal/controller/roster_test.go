@@ -3,6 +3,7 @@ package controller
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -206,6 +207,81 @@ func TestWordsOfNodesDoNotPileUp(t *testing.T) {
 		if n := len(r.words); n != 1 {
 			t.Errorf("%s: %d words in the end", name, n)
 		}
+	}
+}
+
+// Whoever reports with ever new ids is remembered only so often, and nobody else is refused.
+func TestNodesThatAreNotRegisteredAreBounded(t *testing.T) {
+	r := quietRoster(t, Config{})
+	report := func(id string, after time.Duration) error { return r.admit(id, r.began.Add(after)) }
+	for i := range maxStrangers {
+		if err := report(fmt.Sprint("made-up-", i), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := report("one-too-many", 0); status.Code(err) != codes.ResourceExhausted || r.refused.Get() != 1 {
+		t.Errorf("one more: %v, %d counted", err, r.refused.Get())
+	}
+	if err := report("made-up-7", wordMemory); err != nil {
+		t.Error("one that was there before:", err)
+	}
+	r.set(discovery.Node{ID: "one-too-many"})
+	if err := report("one-too-many", 0); err != nil {
+		t.Error("it is registered by now:", err)
+	}
+	r.at(t, wordMemory+time.Second)
+	if len(r.strangers) != 1 {
+		t.Errorf("%d are kept though they have been silent", len(r.strangers))
+	}
+	// One of them registers.
+	r.set(discovery.Node{ID: "made-up-7"})
+	r.at(t, wordMemory+2*time.Second)
+	if len(r.strangers) != 0 {
+		t.Errorf("%d are kept though they are registered", len(r.strangers))
+	}
+}
+
+// All that reports goes through that.
+func TestReportsOfOneNodeTooManyAreRefused(t *testing.T) {
+	b := start(t, Config{})
+	for i := range maxStrangers {
+		if err := b.server.roster.admit(fmt.Sprint("made-up-", i), time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx := t.Context()
+	_, join := b.JoinRoom(ctx, &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n"})
+	_, numbered := b.JoinRoom(ctx, &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n", BootId: "b", Seq: 7})
+	_, begin := b.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{NodeId: "n"})
+	_, sync := b.SyncNode(ctx, &pubsub.SyncNodeRequest{NodeId: "n", BootId: "b"})
+	for what, err := range map[string]error{"join": join, "with a number": numbered, "begin": begin, "sync": sync} {
+		if status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if n := len(b.server.roster.words); n != 0 {
+		t.Errorf("%d words are kept", n)
+	}
+	b.join("u", "r", "made-up-1")
+}
+
+func TestDeadNodesAreOneLineOfTheLog(t *testing.T) {
+	var log strings.Builder
+	store := NewMemory(0)
+	r := quietRoster(t, Config{Store: store, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	for i := range 1000 {
+		if _, err := store.Join(t.Context(), Join{Reporter: Reporter{Node: fmt.Sprint("n", i), Boot: "b", Seq: 1}, User: "u", Room: "r"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.set()
+	r.at(t, 0)
+	r.at(t, time.Minute)
+	if n := store.Counts().Memberships; n != 0 {
+		t.Errorf("%d memberships are left", n)
+	}
+	if text := log.String(); strings.Count(text, "\n") != 1 || len(text) > 300 || !strings.Contains(text, "count=1000 memberships=1000") {
+		t.Errorf("%d lines, %.1000s", strings.Count(text, "\n"), text)
 	}
 }
 

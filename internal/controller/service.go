@@ -198,10 +198,11 @@ func checkSlots(in *pubsub.SyncNodeRequest) error {
 }
 
 // checkReporter refuses a report of a process that is not the one registered: one
-// that has come late, or a second process with the same id.
+// that has come late, or a second process with the same id. And one of a node that is one
+// too many.
 func (s *service) checkReporter(by Reporter) error {
 	if by.Boot == "" {
-		return nil
+		return s.roster.admit(by.Node, time.Now())
 	}
 	if err := checkID("boot_id", by.Boot); err != nil {
 		return err
@@ -209,7 +210,7 @@ func (s *service) checkReporter(by Reporter) error {
 	if boot := s.roster.boot(by.Node); boot != "" && boot != by.Boot {
 		return status.Errorf(codes.Aborted, "node %q is registered in etcd with another boot_id", by.Node)
 	}
-	return nil
+	return s.roster.admit(by.Node, time.Now())
 }
 
 // GetRoomInfo implements ControllerService.
