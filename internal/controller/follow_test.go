@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -177,6 +178,74 @@ func TestLeaseOfOneThatDoesNotAcknowledgeIsNotRenewed(t *testing.T) {
 				t.Errorf("report %d was answered after %v", i, took)
 			}
 		}
+	})
+}
+
+// One that is late with each acknowledgement loses its say for most of the time, and gets it
+// back when it is in time.
+func TestFollowerThatIsLateAgainAndAgainIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const lease = 3 * time.Second
+		h := newHub(10_000)
+		w := h.join(lease)
+		say := func(through, mark uint64) {
+			if err := w.hear(&pubsub.FollowRoutesRequest{Through: through, Mark: mark}, time.Now()); err != nil {
+				t.Error(err)
+			}
+		}
+		var delay atomic.Int64
+		delay.Store(int64(1500 * time.Millisecond))
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		all.Go(func() { // the follower
+			tick := time.NewTicker(time.Second)
+			defer tick.Stop()
+			for mark := uint64(1); ; {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+					say(0, mark)
+					mark++
+				case <-w.wake:
+					for _, out := range w.follow(time.Now()) {
+						if seq := out.GetSeq(); seq != 0 {
+							time.AfterFunc(time.Duration(delay.Load()), func() { say(seq, 0) })
+						}
+					}
+				}
+			}
+		})
+		slow := func(during time.Duration) (share float64) {
+			reports, n := 0, atomic.Int64{}
+			for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+				reports++
+				h.tell(Change{Users: []string{"u"}})
+				all.Go(func() {
+					began := time.Now()
+					if h.settle(ctx) == nil && time.Since(began) > time.Second {
+						n.Add(1)
+					}
+				})
+			}
+			time.Sleep(2 * lease)
+			return float64(n.Load()) / float64(reports)
+		}
+		if share := slow(2 * time.Minute); share > 0.4 {
+			t.Errorf("%.0f %% of all reports took longer than a second", 100*share)
+		}
+		delay.Store(0)
+		time.Sleep(muteLeases*lease + time.Second)
+		if share := slow(time.Minute); share != 0 || h.waiting() != 0 {
+			t.Errorf("in time again, and %.0f %% of all reports took longer than a second", 100*share)
+		}
+		w.mu.Lock()
+		if !time.Now().Before(w.trusted) {
+			t.Error("in time again, and without a say")
+		}
+		w.mu.Unlock()
+		cancel()
+		all.Wait()
 	})
 }
 

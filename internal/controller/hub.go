@@ -22,6 +22,16 @@ const frameNames = 1000
 // not renewed any more.
 const ackWithin = time.Second
 
+const (
+	// relapse is how soon a follower is late again that is late often: a pause of its process
+	// now and then is none of its faults.
+	relapse = time.Minute
+	// muteLeases is for how many of its leases nobody waits for such a one. With 2 it slows
+	// reports for a third of the time at most, and Push-Manager's lease of 3 s is renewed
+	// before it takes the stream for dead (15 s).
+	muteLeases = 2
+)
+
 // hub passes changes on to the watchers, and knows which followers may still trust
 // answers from before a change.
 type hub struct {
@@ -58,7 +68,9 @@ type watcher struct {
 	waits              []wait    // in the order of noted
 	// The follower's lease ran out while it owed this: nothing is sent back before it
 	// is acknowledged.
-	owed uint64
+	owed  uint64
+	late  time.Time // when it was late last, see judgeLocked
+	muted time.Time // nothing is sent back before this
 }
 
 // wait is a report that waits for a follower.
@@ -179,8 +191,22 @@ func (w *watcher) lapse(now time.Time) (until time.Time, lapsed bool) {
 		return w.trusted, false
 	}
 	w.owed = w.waits[len(w.waits)-1].noted
+	w.judgeLocked(now)
 	w.releaseLocked(w.noted)
 	return until, true
+}
+
+// judgeLocked is called before those who wait are let go. If one has waited for too long the
+// follower is late, and if it is so again and again, its lease is not renewed for a while: then
+// nobody waits for it. Reports from before it was late last belong to the same delay.
+func (w *watcher) judgeLocked(now time.Time) {
+	if len(w.waits) == 0 || now.Sub(w.waits[0].since) < ackWithin || w.waits[0].since.Before(w.late) {
+		return
+	}
+	if now.Sub(w.late) < relapse {
+		w.muted = now.Add(muteLeases * w.lease)
+	}
+	w.late = now
 }
 
 // releaseLocked lets go of those who wait for changes up to through.
@@ -202,6 +228,7 @@ func (w *watcher) hear(in *pubsub.FollowRoutesRequest, now time.Time) error {
 			return invalid("through", fmt.Sprintf("is %d, after %d of %d", through, w.acked, w.sent))
 		}
 		w.acked = through
+		w.judgeLocked(now)
 		w.releaseLocked(through)
 	}
 	if mark := in.GetMark(); mark != 0 {
@@ -286,7 +313,7 @@ func (w *watcher) follow(now time.Time) []*pubsub.FollowRoutesResponse {
 	// Renewing the lease of one that does not acknowledge would have reports wait for
 	// it without an end.
 	late := len(w.waits) > 0 && now.Sub(w.waits[0].since) >= ackWithin
-	if w.mark == 0 || w.acked < w.owed || late {
+	if w.mark == 0 || w.acked < w.owed || late || now.Before(w.muted) {
 		return out
 	}
 	if len(out) == 0 {
