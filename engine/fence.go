@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 	"sync"
@@ -62,7 +63,7 @@ type Order struct {
 
 // place is a push in an Order, as long as Push.seq is its number.
 type place struct {
-	push    *Push
+	push    *Push  // nil once it has left with the lock
 	seq     uint64 // by start
 	arrived int64
 }
@@ -136,12 +137,21 @@ func (o *Order) enterLocked(p *Push) {
 	p.seq.Store(o.seq)
 }
 
+// Trim lets go of pushes that are finished. An Order that nothing is started in for a while
+// would keep them.
+func (o *Order) Trim() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sweepLocked()
+	o.under = slices.Clip(slices.Clone(o.under))
+}
+
 // sweepLocked takes out the places of pushes that are finished.
 func (o *Order) sweepLocked() {
 	live := o.under[:0]
 	indexed := 0
 	for i, e := range o.under {
-		if e.push.seq.Load()&^inIndex != e.seq {
+		if e.push == nil || e.push.seq.Load()&^inIndex != e.seq {
 			continue
 		}
 		if live = append(live, e); i < o.indexed {
@@ -163,14 +173,23 @@ func (o *Order) enter(p *Push) {
 }
 
 // leave takes back the place of a push that is finished. One without a place has been
-// ended before it got one.
+// ended before it got one. A push that is used again may be found in its old place for a
+// while, any other is let go of at once: who knows what it holds.
 func (o *Order) leave(p *Push) {
 	seq := p.seq.Load()
-	if seq == 0 || seq&inIndex == 0 && p.seq.CompareAndSwap(seq, 0) {
+	if seq == 0 || p.plain && seq&inIndex == 0 && p.seq.CompareAndSwap(seq, 0) {
 		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	defer p.seq.Store(0)
+	seq &^= inIndex
+	if i, ok := slices.BinarySearchFunc(o.under, seq, func(e place, seq uint64) int { return cmp.Compare(e.seq, seq) }); ok && !p.plain {
+		o.under[i].push = nil
+	}
+	if p.seq.Load() == seq { // not in the index
+		return
+	}
 	for i := range p.marks() {
 		m := &p.marks()[i]
 		if m.before != nil {
@@ -188,7 +207,6 @@ func (o *Order) leave(p *Push) {
 	if len(o.marks) == 0 {
 		o.marks = nil // a map keeps its room
 	}
-	p.seq.Store(0)
 }
 
 // marks are those of p by user, or the only one.
@@ -215,7 +233,7 @@ func (o *Order) indexLocked(p *Push) bool {
 		o.marks = make(map[uint64]*mark)
 	}
 	for _, e := range o.under[o.indexed:] {
-		if !e.push.seq.CompareAndSwap(e.seq, e.seq|inIndex) {
+		if e.push == nil || !e.push.seq.CompareAndSwap(e.seq, e.seq|inIndex) {
 			continue
 		}
 		marks := e.push.marks()

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/push-manager/push-manager/engine/route"
 )
@@ -417,6 +418,50 @@ func TestManyWhoMovedAtOnceWaitWithTheirNode(t *testing.T) {
 			t.Errorf("last push: %+v, %v", r, err)
 		}
 	})
+}
+
+// TestOrderKeepsNothingOfPushesThatAreOver: they may be large.
+func TestOrderKeepsNothingOfPushesThatAreOver(t *testing.T) {
+	w := newWorld()
+	e := w.engine(t)
+	w.place("r", "u", "A")
+	w.place("r", "v", "B")
+	w.nodes["B"].answer = notHere("v")
+	do(t, e, toUser("u"))
+	var stream Order
+	var gone [3]weak.Pointer[Push]
+	for i := range gone {
+		p := []*Push{toUser("u"), toUsers("u", "w"), toRoom("r")}[i]
+		p.Order = &stream
+		told := waiter{done: make(chan struct{}, 1)}
+		if err := e.Start(p, &told); err != nil {
+			t.Fatal(err)
+		}
+		<-told.done
+		gone[i] = weak.Make(p)
+	}
+	atMost := func(what string, most int) {
+		kept := len(gone)
+		for end := time.Now().Add(10 * time.Second); kept > most && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			for _, node := range w.nodes {
+				node.got = nil
+			}
+			runtime.GC()
+			kept = 0
+			for _, p := range gone {
+				if p.Value() != nil {
+					kept++
+				}
+			}
+		}
+		if kept > most {
+			t.Errorf("%s %d pushes, want %d", what, kept, most)
+		}
+	}
+	atMost("an Order keeps", 1) // the first one might be used again
+	stream.Trim()
+	atMost("an Order that was trimmed keeps", 0)
+	runtime.KeepAlive(&stream)
 }
 
 func TestOrderedPushesOfCachedRoutesAllocateNothing(t *testing.T) {

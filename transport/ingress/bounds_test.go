@@ -231,10 +231,12 @@ func TestPushStreamsShareTheSpace(t *testing.T) {
 // A stream whose burst is over gives back what it had for it, while it stays open.
 func TestIdlePushStreamGivesItsSpaceBack(t *testing.T) {
 	w := newWorld(t, nil)
+	w.network.discard()
 	n1 := w.network.nodes[0]
 	n1.setKeep(true)
 	st := w.stream(w.context())
-	const burst = 500
+	const burst = 900
+	before := heap()
 	for i := range burst {
 		ok(t, st.Send(userPush(uint64(i), "d", "x")))
 	}
@@ -249,6 +251,11 @@ func TestIdlePushStreamGivesItsSpaceBack(t *testing.T) {
 		recv(t, st)
 	}
 	w.spaceIsFree() // and the stream is open
+	for end := time.Now().Add(5 * time.Second); heap()-before > burst<<9; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d pushes are over, and %d KiB of them are kept", burst, (heap()-before)>>10)
+		}
+	}
 	ok(t, st.Send(userPush(1, "d", "x")))
 	recv(t, st)
 	// A client that goes while pushes are under way has them until they are done.

@@ -39,7 +39,7 @@ func (st *stream) layBy() {
 }
 
 // trim gives back what the stream has of the space and did not need lately, and throws away
-// what it keeps for use again if that was much. It is for the writer, and tells whether there
+// what it keeps of pushes if that was much. It is for the writer, and tells whether there
 // is more to look at.
 func (st *stream) trim() bool {
 	much, more := st.share.trim()
@@ -50,6 +50,7 @@ func (st *stream) trim() bool {
 		st.freeMessages.Store(nil)
 		st.spareCalls.Store(0)
 		st.spareBytes.Store(0)
+		st.order.Trim()
 	}
 	return more
 }
