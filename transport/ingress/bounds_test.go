@@ -54,65 +54,69 @@ func (w *world) spaceIsFree() {
 
 // Many large requests at a time have to wait for each other, and keep no small one waiting.
 func TestLargeRequestsShareTheSpaceAndSmallOnesGoOn(t *testing.T) {
-	const bytes = 8 << 20
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.BodyBytes, c.Streams = bytes, 16 })
-	n1 := w.network.nodes[0]
-	n1.setKeep(true) // large requests stay
-	const calls = 64
-	var served, refused atomic.Int64
-	var all sync.WaitGroup
-	big := bigPush()
-	for range calls {
-		all.Go(func() {
-			_, err := w.client.PushToRoom(w.context(), big)
-			switch status.Code(err) {
-			case codes.OK:
-				served.Add(1)
-			case codes.ResourceExhausted:
-				refused.Add(1)
-				wantError(t, err, codes.ResourceExhausted, "OVERLOADED", "")
-			default:
-				t.Error(err)
+	synctest.Test(t, func(t *testing.T) {
+		const bytes = 8 << 20
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.BodyBytes, c.Streams = bytes, 16 })
+		n1 := w.network.nodes[0]
+		n1.setKeep(true) // large requests stay
+		const calls = 64
+		var served, refused atomic.Int64
+		var all sync.WaitGroup
+		big := bigPush()
+		for range calls {
+			all.Go(func() {
+				_, err := w.client.PushToRoom(w.context(), big)
+				switch status.Code(err) {
+				case codes.OK:
+					served.Add(1)
+				case codes.ResourceExhausted:
+					refused.Add(1)
+					wantError(t, err, codes.ResourceExhausted, "OVERLOADED", "")
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		until := time.Now().Add(10 * time.Second)
+		for n1.len() == 0 && time.Now().Before(until) {
+			time.Sleep(time.Millisecond)
+		}
+		for range 20 {
+			began := time.Now()
+			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
+			ok(t, err)
+			if took := time.Since(began); took > patienceForSpace {
+				t.Errorf("a small push took %v beside them", took)
+			}
+			if taken, _ := w.server.space.books(); taken > bytes {
+				t.Errorf("%d bytes are taken, of %d", taken, bytes)
+			}
+		}
+		if n := n1.len(); n == 0 || n > bytes/(1<<20) {
+			t.Errorf("%d requests of 1 MiB are under way, in %d MiB", n, bytes>>20)
+		}
+		var acking sync.WaitGroup
+		acking.Go(func() { // from now on
+			for n1.setKeep(false); ; time.Sleep(time.Millisecond) {
+				for _, d := range n1.take() {
+					ack(d)
+				}
+				if served.Load()+refused.Load() == calls {
+					return
+				}
 			}
 		})
-	}
-	until := time.Now().Add(10 * time.Second)
-	for n1.len() == 0 && time.Now().Before(until) {
-		time.Sleep(time.Millisecond)
-	}
-	for range 20 {
-		began := time.Now()
-		_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
-		ok(t, err)
-		if took := time.Since(began); took > patienceForSpace {
-			t.Errorf("a small push took %v beside them", took)
+		all.Wait()
+		acking.Wait()
+		t.Logf("%d served, %d refused", served.Load(), refused.Load())
+		if served.Load() < bytes/(1<<20) {
+			t.Errorf("%d of %d were served", served.Load(), calls)
 		}
-		if taken, _ := w.server.space.books(); taken > bytes {
-			t.Errorf("%d bytes are taken, of %d", taken, bytes)
+		if n := w.metric(`push_manager_refused_total{priority="normal",reason="space"}`); n != strconv.FormatInt(refused.Load(), 10) {
+			t.Errorf("%s are counted as refused, want %d", n, refused.Load())
 		}
-	}
-	if n := n1.len(); n == 0 || n > bytes/(1<<20) {
-		t.Errorf("%d requests of 1 MiB are under way, in %d MiB", n, bytes>>20)
-	}
-	go func() { // from now on
-		for n1.setKeep(false); ; time.Sleep(time.Millisecond) {
-			for _, d := range n1.take() {
-				ack(d)
-			}
-			if served.Load()+refused.Load() == calls {
-				return
-			}
-		}
-	}()
-	all.Wait()
-	t.Logf("%d served, %d refused", served.Load(), refused.Load())
-	if served.Load() < bytes/(1<<20) {
-		t.Errorf("%d of %d were served", served.Load(), calls)
-	}
-	if n := w.metric(`push_manager_refused_total{priority="normal",reason="space"}`); n != strconv.FormatInt(refused.Load(), 10) {
-		t.Errorf("%s are counted as refused, want %d", n, refused.Load())
-	}
-	w.spaceIsFree()
+		w.spaceIsFree()
+	})
 }
 
 // What a large request takes is given back however it ends.
@@ -179,53 +183,55 @@ func TestBodyThatDoesNotComeGivesItsSpaceBack(t *testing.T) {
 // PushStreams share the space with unary calls. A stream that finds none is not read, and is
 // answered all the same.
 func TestPushStreamsShareTheSpace(t *testing.T) {
-	const bytes = 4 << 20
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.BodyBytes, c.Streams = bytes, 16 })
-	n1 := w.network.nodes[0]
-	n1.setKeep(true)
-	const streams, pushes = 8, 20
-	large := strings.Repeat("x", 200<<10)
-	var all sync.WaitGroup
-	for range streams {
-		st := w.stream(w.context())
-		all.Go(func() {
-			go func() { _ = sendMany(st, pushes, "d", large) }()
-			for range pushes {
-				if r, err := st.Recv(); err != nil || r.GetError() != nil {
-					t.Errorf("%v, %v", r, err)
-					return
-				}
-			}
-			if _, err := st.Recv(); !errors.Is(err, io.EOF) {
-				t.Errorf("the stream ended with %v", err)
-			}
-		})
-	}
-	time.Sleep(100 * time.Millisecond)
-	if taken, waiting := w.server.space.books(); taken > bytes || waiting == 0 {
-		t.Errorf("%d bytes are taken of %d, and %d streams wait", taken, bytes, waiting)
-	}
-	most := 0
-	done := make(chan struct{})
-	go func() { all.Wait(); close(done) }()
-	for over := false; !over; {
-		kept := n1.take()
+	synctest.Test(t, func(t *testing.T) {
+		const bytes = 4 << 20
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.BodyBytes, c.Streams = bytes, 16 })
+		n1 := w.network.nodes[0]
 		n1.setKeep(true)
-		most = max(most, len(kept))
-		for _, d := range kept {
-			ack(d)
+		const streams, pushes = 8, 20
+		large := strings.Repeat("x", 200<<10)
+		var all sync.WaitGroup
+		for range streams {
+			st := w.stream(w.context())
+			all.Go(func() {
+				go func() { _ = sendMany(st, pushes, "d", large) }()
+				for range pushes {
+					if r, err := st.Recv(); err != nil || r.GetError() != nil {
+						t.Errorf("%v, %v", r, err)
+						return
+					}
+				}
+				if _, err := st.Recv(); !errors.Is(err, io.EOF) {
+					t.Errorf("the stream ended with %v", err)
+				}
+			})
 		}
-		time.Sleep(time.Millisecond)
-		select {
-		case <-done:
-			over = true
-		default:
+		time.Sleep(100 * time.Millisecond)
+		if taken, waiting := w.server.space.books(); taken > bytes || waiting == 0 {
+			t.Errorf("%d bytes are taken of %d, and %d streams wait", taken, bytes, waiting)
 		}
-	}
-	if most == 0 || most*len(large) > bytes {
-		t.Errorf("%d pushes of %d KiB were under way, in %d MiB", most, len(large)>>10, bytes>>20)
-	}
-	w.spaceIsFree()
+		most := 0
+		done := make(chan struct{})
+		go func() { all.Wait(); close(done) }()
+		for over := false; !over; {
+			kept := n1.take()
+			n1.setKeep(true)
+			most = max(most, len(kept))
+			for _, d := range kept {
+				ack(d)
+			}
+			time.Sleep(time.Millisecond)
+			select {
+			case <-done:
+				over = true
+			default:
+			}
+		}
+		if most == 0 || most*len(large) > bytes {
+			t.Errorf("%d pushes of %d KiB were under way, in %d MiB", most, len(large)>>10, bytes>>20)
+		}
+		w.spaceIsFree()
+	})
 }
 
 // A stream whose burst is over gives back what it had for it, while it stays open.
