@@ -42,6 +42,8 @@ type conn struct {
 	// tally is where they count.
 	expected atomic.Int64
 	tally    atomic.Pointer[tally]
+	// heard are the calls that have shown up, and have not begun.
+	heard atomic.Pointer[heard]
 
 	// Owned by Read, and by whoever lets it in while it waits.
 	greeted bool
@@ -56,6 +58,12 @@ type conn struct {
 	since  time.Duration
 	closed bool
 	next   *conn
+}
+
+// heard counts calls whose headers have been read and that have not begun: they wait for a core.
+type heard struct {
+	tally *tally // where they are expected
+	calls atomic.Int64
 }
 
 // age bounds for how long bytes have been here. It remembers how many had come by one
@@ -138,7 +146,7 @@ func (c *conn) Read(b []byte) (int, error) {
 	at := l.now()
 	fresh := true
 	if l.crowded(l.shiftAt(at)) {
-		runtime.Gosched() // to the calls that came in last: from then on they count themselves
+		runtime.Gosched() // to the calls that came in last
 		b = b[:min(len(b), chunk)]
 		// If all that had come by the mark is read, what is here came after age.after. To
 		// ask whether anything is costs more than it tells if that was a moment ago.
@@ -211,6 +219,48 @@ func (c *conn) expect(at time.Duration) {
 	c.expected.Store(c.guess)
 }
 
+// hear counts in a call whose headers are in what was read last. It is for whoever calls Read. A
+// call that does not begin is forgotten after two spells.
+func (c *conn) hear() {
+	t := c.tally.Load()
+	if t == nil { // it was closed before it was its turn
+		return
+	}
+	h := c.heard.Load()
+	if h == nil || h.tally != t {
+		h = &heard{tally: t}
+		c.heard.Store(h)
+	}
+	if !takeOne(&c.expected) { // else it is one of those
+		t.expected.Add(1)
+	}
+	h.calls.Add(1)
+}
+
+// begin counts out a call that was heard: from now on it counts itself. One that came on no
+// connection of ours has a nil one.
+func (c *conn) begin() {
+	if c == nil {
+		return
+	}
+	if h := c.heard.Load(); h != nil && takeOne(&h.calls) {
+		h.tally.expected.Add(-1)
+	}
+}
+
+// takeOne takes one off what is there. False: there is nothing.
+func takeOne(n *atomic.Int64) bool {
+	for {
+		v := n.Load()
+		if v <= 0 {
+			return false
+		}
+		if n.CompareAndSwap(v, v-1) {
+			return true
+		}
+	}
+}
+
 // wait returns when it is this connection's turn.
 func (c *conn) wait(at time.Duration) {
 	l := c.limiter
@@ -229,7 +279,7 @@ func (c *conn) wait(at time.Duration) {
 	<-c.turn
 }
 
-// settle takes back what the limiter expects of c.
+// settle takes back what the limiter expects of c, but for calls that have been heard.
 func (c *conn) settle() {
 	if n := c.expected.Swap(0); n > 0 {
 		c.tally.Load().expected.Add(-n)

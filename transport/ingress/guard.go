@@ -34,7 +34,7 @@ func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServ
 // guardStream ends the streams of the other services when the server closes: their
 // handlers wait for clients that may never come back. A PushStream ends by itself.
 func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if info.FullMethod == "/"+serviceName+"/PushStream" {
+	if info.FullMethod == pushStreamMethod {
 		return handler(srv, ss)
 	}
 	conn := connOf(ss.Context())

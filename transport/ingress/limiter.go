@@ -103,6 +103,7 @@ func newLimiter(calls, each int, set *metrics.Set) *limiter {
 
 // enter counts in a call that came on c. It returns the tally to leave, or errBusy.
 func (l *limiter) enter(ctx context.Context, c *conn, now time.Time, p engine.Priority) (*tally, error) {
+	defer c.begin()
 	s := l.shiftAt(l.at(now))
 	if p < engine.Critical && l.crowded(s) {
 		lag := time.Duration(0)

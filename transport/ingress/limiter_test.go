@@ -314,6 +314,7 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 							_ = c.Close()
 							return
 						}
+						c.hear()
 						running.Go(func() {
 							c.note(x.priority, l.now())
 							began, err := l.enter(context.Background(), c, time.Now(), x.priority)
@@ -340,6 +341,58 @@ func TestBooksOfTheLimiterBalance(t *testing.T) {
 		})
 		if wrong != "" {
 			r.Fatal(wrong)
+		}
+	})
+}
+
+// Calls that have been read and that no core has had time for count as those that are worked on:
+// else their connections are read on, and there are too many of them at once.
+func TestCallsCountFromWhenTheyAreRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limiterOf(10)
+		defer l.close()
+		c, client := heldConn(l, engine.Normal)
+		defer func() { _ = c.Close() }()
+		read := make(chan *conn)
+		next := func(bytes int) {
+			go reads(c, read)
+			_, err := client.Write(make([]byte, bytes))
+			ok(t, err)
+			<-read
+		}
+		all := func() int64 { return l.shiftAt(l.now()).all() }
+		next(10) // it looks like one or two calls, and is four
+		for range 4 {
+			c.hear()
+		}
+		go reads(c, read)
+		synctest.Wait() // for the next ones
+		if n := all(); n != 4 {
+			t.Errorf("%d calls are expected, want 4", n)
+		}
+		var begun []*tally
+		for range 3 {
+			began, err := l.enter(t.Context(), c, time.Now(), engine.Normal)
+			ok(t, err)
+			begun = append(begun, began)
+			if n := all(); n != 4 {
+				t.Errorf("%d calls are worked on or expected, want 4", n)
+			}
+		}
+		c.begin() // and is refused
+		for _, began := range begun {
+			l.leave(began)
+		}
+		if n := all(); n != 0 {
+			t.Errorf("%d calls are expected, want none", n)
+		}
+		_, err := client.Write([]byte("one more"))
+		ok(t, err)
+		<-read
+		c.hear() // its caller is gone before it begins
+		time.Sleep(2 * spell)
+		if n := all(); n != 0 {
+			t.Errorf("%d calls are expected for good, want none", n)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,12 +15,16 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/tap"
 
 	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-const serviceName = "pubsub.PushManagerService"
+const (
+	serviceName      = "pubsub.PushManagerService"
+	pushStreamMethod = "/" + serviceName + "/PushStream"
+)
 
 // lingerWatchers is how long a health watcher is given to be told NOT_SERVING once
 // the pushes are done; then its stream ends, which says the same.
@@ -169,10 +174,19 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.NumStreamWorkers(uint32(c.StreamWorkers)),
 		grpc.StaticStreamWindowSize(int32(c.StreamWindow)),
 		grpc.StaticConnWindowSize(int32(c.ConnWindow)),
+		grpc.InTapHandle(hear),
 		grpc.WaitForHandlers(true), // Close leaves no handler behind
 		grpc.ChainUnaryInterceptor(s.recoverUnary),
 		grpc.ChainStreamInterceptor(s.guardStream),
 	}
+}
+
+// hear counts in a unary call of the push API, before the next Read of its connection.
+func hear(ctx context.Context, call *tap.Info) (context.Context, error) {
+	if c := connOf(ctx); c != nil && strings.HasPrefix(call.FullMethodName, "/"+serviceName+"/") && call.FullMethodName != pushStreamMethod {
+		c.hear()
+	}
+	return ctx, nil
 }
 
 // desc is the generated description of the service with handlers that take the

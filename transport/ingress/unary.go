@@ -51,6 +51,13 @@ func (s *Server) unaryHandler(a api) grpc.MethodHandler {
 // unary serves one call of a method other than PushStream.
 func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	began := time.Now()
+	conn := connOf(ctx)
+	entered := false
+	defer func() {
+		if !entered {
+			conn.begin()
+		}
+	}()
 	open, draining := s.enter()
 	if draining {
 		s.metrics.record(a, nil, engine.ErrDraining, time.Since(began))
@@ -67,7 +74,6 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 		return nil, err
 	}
 	e, err := s.entranceOf(ctx)
-	conn := connOf(ctx)
 	if err == nil {
 		conn.note(e.priority, s.limiter.at(began))
 		err = s.admit(&e)
@@ -78,6 +84,7 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
 	}
+	entered = true
 	tally, err := s.limiter.enter(ctx, conn, began, e.priority)
 	if err != nil {
 		return nil, s.turnAway(ctx, a, &e, err)
