@@ -312,7 +312,7 @@ func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 // raw calls a method with the bytes of a request.
 func (w *world) raw(method string, request []byte) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var reply []byte
 	err := w.conn.Invoke(ctx, method, &request, &reply, grpc.ForceCodecV2(rawCodec{}))
@@ -320,7 +320,7 @@ func (w *world) raw(method string, request []byte) ([]byte, error) {
 }
 
 func (w *world) context() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	w.t.Cleanup(cancel)
 	return ctx
 }
