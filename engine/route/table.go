@@ -108,25 +108,25 @@ func newTable(d *Directory, name string, weight int) (*table, error) {
 // soon too old has it looked up, and is answered all the same.
 func (t *table) hit(home int, key string, q Query) *Snapshot {
 	e, ok := t.cache.GetIfPresent(key)
-	if !ok || !t.fresh(e, q.Now) {
+	now := t.dir.moment(q.Now)
+	if !ok || !t.fresh(e, now) {
 		return nil
 	}
-	if at := e.renewAt.Load(); at != never && int64(t.dir.moment(q.Now)) >= at && e.renewAt.CompareAndSwap(at, never) {
+	if at := e.renewAt.Load(); int64(now) >= at && e.renewAt.CompareAndSwap(at, never) {
 		t.renew(home, strings.Clone(key))
 	}
 	t.homes[home].hits.Add(1)
 	return e.snap
 }
 
-func (t *table) fresh(e *entry, now time.Time) bool {
-	at := t.dir.moment(now)
+func (t *table) fresh(e *entry, now moment) bool {
 	// Read before the generation, which is written before: a new stream's word is not
 	// taken for an old answer.
-	vouched := at < moment(t.dir.vouched.Load())
+	vouched := now < moment(t.dir.vouched.Load())
 	if e.generation != t.dir.generation.Load() {
 		return false
 	}
-	return vouched && !e.fallback || at < e.freshUntil
+	return vouched && !e.fallback || now < e.freshUntil
 }
 
 // after tells whether e is what the Controller said after since, as far as is known.
@@ -151,7 +151,7 @@ func (t *table) ask(home int, keys []string, q Query, w Waiter) {
 	h.misses.Add(uint64(len(keys)))
 	t.queue(home, keys, waiting{w: w}, func(key string, l *line) *entry {
 		e, ok := t.cache.GetIfPresent(key)
-		if l == nil && ok && t.fresh(e, q.Now) {
+		if l == nil && ok && t.fresh(e, t.dir.moment(q.Now)) {
 			return e
 		}
 		if ok && e.generation != 0 && !e.fallback {
@@ -188,7 +188,7 @@ func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
 			return nil
 		case e.generation == generation && e.after(since):
 			return e
-		case confirmed && t.fresh(e, m.Since):
+		case confirmed && t.fresh(e, since):
 			h.confirmed.Add(1)
 			return e
 		default:
@@ -369,7 +369,7 @@ func (t *table) fallback(h *home, l *line, err error) *entry {
 	}
 	announced := old.announced || l.announced
 	switch {
-	case !l.dirty && t.fresh(old, time.Now()):
+	case !l.dirty && t.fresh(old, now):
 		return old
 	case announced && !errors.Is(err, ErrAway):
 		return nil
