@@ -119,7 +119,7 @@ func TestSpaceIsForThoseWhoWait(t *testing.T) {
 
 // expiring is a context whose deadline passes between the first look at it and the second.
 type expiring struct {
-	context.Context
+	context.Context //nolint:containedctx // it is one itself
 
 	looks int
 }

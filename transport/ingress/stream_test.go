@@ -253,7 +253,7 @@ func TestPushStreamDrains(t *testing.T) {
 		_, err = w.stream(w.context()).Recv()
 		wantError(t, err, codes.Unavailable, "DRAINING", "")
 
-		synctest.Wait() // the busy stream knows, too
+		synctest.Wait()                         // the busy stream knows, too
 		ok(t, busy.Send(userPush(2, "b", "x"))) // too late: dropped before anything is done
 		synctest.Wait()
 		select {
