@@ -174,8 +174,7 @@ func TestNoDescriptorsLeftHarmsNoCallUnderWay(t *testing.T) {
 	}
 	fresh := w.m.dial()
 	took := eventually(t, "a new connection gets in", func() error {
-		q := user("good1")
-		if p := w.m.ask(t.Context(), fresh, q); !p.success {
+		if p := w.m.ask(t.Context(), fresh, patiently(user("good1"))); !p.success {
 			return fmt.Errorf("%v", p)
 		}
 		return nil
