@@ -75,7 +75,9 @@ type PushManagerServiceClient interface {
 	// streams, in all and on a connection: one too many ends at once with
 	// RESOURCE_EXHAUSTED. So does a stream with a message that is too large, and
 	// with DEADLINE_EXCEEDED one with a large message that comes in too slowly;
-	// what was sent before is answered first, the rest was not taken.
+	// what was sent before is answered first, the rest was not taken. A stream
+	// whose replies are not read while others wait for memory ends with
+	// DEADLINE_EXCEEDED without ErrorInfo: what is not answered may be delivered.
 	PushStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PushStreamRequest, PushStreamResponse], error)
 }
 
@@ -189,7 +191,9 @@ type PushManagerServiceServer interface {
 	// streams, in all and on a connection: one too many ends at once with
 	// RESOURCE_EXHAUSTED. So does a stream with a message that is too large, and
 	// with DEADLINE_EXCEEDED one with a large message that comes in too slowly;
-	// what was sent before is answered first, the rest was not taken.
+	// what was sent before is answered first, the rest was not taken. A stream
+	// whose replies are not read while others wait for memory ends with
+	// DEADLINE_EXCEEDED without ErrorInfo: what is not answered may be delivered.
 	PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error
 	mustEmbedUnimplementedPushManagerServiceServer()
 }

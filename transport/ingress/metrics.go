@@ -32,11 +32,12 @@ const (
 	refusedOpen                  // too many calls are open
 	refusedStreams               // too many streams are open
 	refusedSlow                  // the request did not come in
+	refusedUnread                // the replies of a stream are not read
 	refusedLookups               // too many look-ups are under way
 	refusals                     // how many there are
 )
 
-var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "lookups"}
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "unread", "lookups"}
 
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
@@ -130,6 +131,8 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 		why = refusedStreams
 	case errors.Is(err, errSlow):
 		why = refusedSlow
+	case errors.Is(err, errUnread):
+		why = refusedUnread
 	case !errors.Is(err, engine.ErrOverloaded):
 		return
 	default:

@@ -25,6 +25,7 @@ type share struct {
 	space    *space
 	holder   *holder // the connection, nil if it is none of ours
 	priority engine.Priority
+	began    func()       // is called when something is reserved; it may lock nothing
 	answered atomic.Int64 // of taken
 
 	mu    sync.Mutex
@@ -44,6 +45,7 @@ func (sh *share) tryTake(bytes int64) bool {
 			return false
 		}
 		sh.held += got
+		sh.began()
 	}
 	sh.taken += bytes
 	sh.peak = max(sh.peak, under)
@@ -61,6 +63,7 @@ func (sh *share) wait(ctx context.Context, bytes int64) error {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	sh.held += got
+	sh.began()
 	sh.taken += bytes
 	sh.peak = max(sh.peak, bytes)
 	return nil

@@ -51,9 +51,10 @@ type statuses struct {
 	rateLimited                           []atomic.Pointer[refusal]
 	rateDelays                            []time.Duration // of rateLimited
 
-	// mayBeSent is the only one without ErrorInfo: a fault of our own after the
-	// engine had the push.
+	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
+	// unread ends a PushStream, and has none either: what is not answered may be sent.
+	unread *status.Status
 }
 
 func newStatuses() *statuses {
@@ -72,6 +73,7 @@ func newStatuses() *statuses {
 		unavailable:      later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
 		internal:         newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
 		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
+		unread:           status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
 }
 

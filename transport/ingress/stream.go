@@ -50,6 +50,7 @@ type stream struct {
 	messages   *message
 	share      share
 	watch      bodyWatch
+	unread     replyWatch
 
 	// Owned by the writer.
 	replies replies
@@ -65,6 +66,7 @@ type stream struct {
 	stopped       atomic.Bool // nothing more is taken
 	gone          atomic.Bool // the client is: what completes is only booked
 	slow          atomic.Bool // a message does not come in: nothing more is taken
+	writing       atomic.Bool // replies are
 	lost          atomic.Bool // pushes are, after a panic: they are not waited for
 
 	done atomic.Pointer[call] // completed pushes, the last one first
@@ -117,6 +119,7 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	st := &stream{srv: s, conn: conn, wire: w, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	st.share.space, st.share.holder, st.share.priority = s.space, conn.holder(), e.priority
 	st.watch.space, st.watch.conn, st.watch.most, st.watch.giveUp = s.space, conn, s.cfg.BodyTimeout, st.giveUp
+	st.unread.st, st.share.began = st, st.unread.begin
 	st.deadline, _ = ctx.Deadline()
 	defer func() {
 		if v := recover(); v != nil {
@@ -442,6 +445,8 @@ func (st *stream) over() (bool, error) {
 // still booked.
 func (st *stream) answerDone(ss grpc.ServerStream) error {
 	now := time.Now()
+	st.writing.Store(true)
+	defer st.writing.Store(false)
 	for c := st.completed(); c != nil; {
 		var err error
 		if st.batched.Load() {
