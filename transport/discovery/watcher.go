@@ -22,6 +22,10 @@ import (
 // 1.5 MiB a value, a page stays below the client's receive limit.
 const pageSize = 128
 
+// settleEvery is how long changes are gathered before the set is reported again. What a report
+// costs grows with the set, and when all nodes start each change is one.
+const settleEvery = 50 * time.Millisecond
+
 // settledAfter is how long a watch has to live before its end counts as a first
 // failure again and not as one more in a row.
 const settledAfter = 10 * time.Second
@@ -124,6 +128,9 @@ type watching struct {
 	seenRev  int64
 	seenTerm uint64
 
+	told time.Time   // when the set was last reported
+	due  *time.Timer // when what has changed since may be
+
 	lastWord time.Time // when etcd last answered anything
 	failures int       // in a row
 	again    int       // outdated lists in a row
@@ -172,6 +179,7 @@ func newWatching(w *Watcher) *watching {
 		lastWord:  time.Now(),
 		listed:    make(chan listing, 1),
 		retry:     time.NewTimer(0),
+		due:       time.NewTimer(settleEvery),
 		probed:    make(chan probe, 1),
 		stopWatch: func() {},
 	}
@@ -181,6 +189,7 @@ func (l *watching) loop(ctx context.Context, reconnected <-chan struct{}) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	defer l.retry.Stop()
+	defer l.due.Stop()
 	defer func() { l.stopWatch() }()
 	for {
 		select {
@@ -188,6 +197,7 @@ func (l *watching) loop(ctx context.Context, reconnected <-chan struct{}) {
 			return
 		case <-l.retry.C:
 			l.list(ctx)
+		case <-l.due.C:
 		case got := <-l.listed:
 			l.onListed(ctx, got)
 		case events := <-l.opening:
@@ -206,16 +216,23 @@ func (l *watching) loop(ctx context.Context, reconnected <-chan struct{}) {
 	}
 }
 
-// settle reports the set when it has changed. Before the first list there is
-// nothing to tell; the first list is told even when it is empty.
+// settle reports the set when it has changed: at once, and after that no sooner than
+// settleEvery. Before the first list there is nothing to tell; the first list is told even when
+// it is empty.
 func (l *watching) settle() {
 	if l.rev == 0 {
 		return
 	}
-	nodes, changed := l.reg.settle(time.Now())
+	now := time.Now()
+	if early := settleEvery - now.Sub(l.told); early > 0 {
+		l.due.Reset(early)
+		return
+	}
+	nodes, changed := l.reg.settle(now)
 	if !changed && l.nodes.Load() != nil {
 		return
 	}
+	l.told = now
 	l.m.changes.Inc()
 	l.nodes.Store(&nodes)
 	l.cfg.OnChange(slices.Clone(nodes))

@@ -165,6 +165,28 @@ func TestListsOfManyPagesAreComplete(t *testing.T) {
 	}
 }
 
+// A report costs what all nodes cost: when all of them start, one by one, there is not one for each.
+func TestNodesThatComeOneByOneAreReportedTogether(t *testing.T) {
+	client := etcdtest.Start(t).Client()
+	w := watch(t, client, nil)
+	w.has(t)
+	const many = 500
+	began := time.Now()
+	var puts sync.WaitGroup
+	for i := range 10 {
+		puts.Go(func() {
+			for n := i; n < many; n += 10 {
+				put(t, client, fmt.Sprintf("n%04d", n), "h:1")
+			}
+		})
+	}
+	puts.Wait()
+	eventually(t, "all nodes known", func() bool { return len(w.Nodes()) == many })
+	if n, most := w.changes(), int(time.Since(began)/settleEvery)+3; n > most {
+		t.Errorf("told %d times, want %d at most", n, most)
+	}
+}
+
 func TestEtcdDownAtStart(t *testing.T) {
 	server := etcdtest.Reserve(t)
 	client, err := NewClient(ClientConfig{Endpoints: []string{server.Endpoint()}})
