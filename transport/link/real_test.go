@@ -68,6 +68,7 @@ func TestReplacedStreamKeepsTheOrderOfAUser(t *testing.T) {
 				w.room("r", "A", "u", "x")
 				w.do(w.toUser("u", "warm"))
 				w.do(w.toUser("x", "warm"))
+				synctest.Wait() // both routes are cached, so that what comes is in one frame, in this order
 				slow, first := w.begin(w.toUser("x", "slow")), w.begin(w.toUser("u", "first"))
 				time.AfterFunc(hang, func() { close(let) })
 				if s, f := w.end(slow), w.end(first); s.Unknown != 1 || f.Unknown != 1 {
