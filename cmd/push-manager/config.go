@@ -173,13 +173,14 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 	if err := program.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
+	if err := program.CheckPorts(s, program.Port{Key: "grpc_port", Number: c.GRPCPort}, program.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
+		return err
+	}
 	if err := program.CheckAddresses(s, c.AdvertiseAddress, c.Controller.Address, true); err != nil {
 		return err
 	}
 	l := &c.Engine.Limits
 	switch {
-	case c.GRPCPort == c.MetricsPort && c.GRPCPort != 0:
-		return s.Problem("metrics_port", "%d is grpc_port, too", c.MetricsPort)
 	case c.Links.Silence <= c.Links.Heartbeat:
 		return s.Problem("link.silence", "%v must be longer than link.heartbeat (%v)", c.Links.Silence, c.Links.Heartbeat)
 	case c.Links.BackoffMax < c.Links.BackoffMin:

@@ -65,6 +65,8 @@ var wrongSettings = map[string]map[string][]string{
 	"controller": {
 		"listen_address": {"::"},
 		"etcd.endpoints": {"etcd"},
+		"grpc_port":      {"9095"},
+		"metrics_port":   {"50051"},
 	},
 	"connect-node": {
 		"listen_address":     {"10.0.0.1"},
@@ -73,6 +75,9 @@ var wrongSettings = map[string]map[string][]string{
 		"advertise_address":  {"0.0.0.0:1"},
 		"allowed_origins":    {"app.example.com", "https://a b", "https://a/path"},
 		"compression":        {"gzip"},
+		"grpc_port":          {"8080", "9094"},
+		"http_port":          {"50052", "9094"},
+		"metrics_port":       {"50052", "8080"},
 	},
 	"dev": {
 		"data_dir":         {"/etc/passwd"},

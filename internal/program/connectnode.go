@@ -65,6 +65,9 @@ func (c *ConnectNodeConfig) Settle(s *config.Set, _ func(string) (string, bool))
 	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
+	if err := CheckPorts(s, Port{"grpc_port", c.GRPCPort}, Port{"http_port", c.HTTPPort}, Port{"metrics_port", c.MetricsPort}); err != nil {
+		return err
+	}
 	if err := CheckAddresses(s, c.Gateway.AdvertiseAddress, c.Gateway.ControllerAddress, false); err != nil {
 		return err
 	}

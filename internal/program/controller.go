@@ -51,6 +51,9 @@ func (c *ControllerConfig) Settle(s *config.Set, _ func(string) (string, bool)) 
 	if err := CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
 		return err
 	}
+	if err := CheckPorts(s, Port{"grpc_port", c.GRPCPort}, Port{"metrics_port", c.MetricsPort}); err != nil {
+		return err
+	}
 	return c.Etcd.Settle(s)
 }
 

@@ -25,6 +25,24 @@ func CheckListen(s *config.Set, host string, allowed bool) error {
 	return nil
 }
 
+// Port is a port to listen on and the key that it is from.
+type Port struct {
+	Key    string
+	Number int
+}
+
+// CheckPorts refuses a port that two listeners of a program want. 0 is a free one for each.
+func CheckPorts(s *config.Set, ports ...Port) error {
+	taken := map[int]string{}
+	for _, p := range ports {
+		if by, ok := taken[p.Number]; ok && p.Number != 0 {
+			return s.Problem(p.Key, "%d is %s, too", p.Number, by)
+		}
+		taken[p.Number] = p.Key
+	}
+	return nil
+}
+
 // CheckAddresses refuses addresses of ours and of the Controller that can never work.
 // With several, the Controller's may be a list of HOST:PORT.
 func CheckAddresses(s *config.Set, advertised, controller string, several bool) error {
