@@ -292,6 +292,7 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 type frame struct {
 	Type      string            `json:"type"`
 	Room      string            `json:"room_id"`
+	Broadcast bool              `json:"broadcast"`
 	User      string            `json:"user_id"`
 	Timestamp int64             `json:"timestamp"`
 	Data      *frameData        `json:"data"`
@@ -309,7 +310,10 @@ type frameData struct {
 func (f *frame) push(t *terminal) string {
 	var b strings.Builder
 	b.WriteString(t.paint(grey, time.Unix(f.Timestamp, 0).Format(time.TimeOnly)) + "  ")
-	if f.Room != "" {
+	switch {
+	case f.Broadcast:
+		b.WriteString(t.paint(yellow, "to everybody") + "  ")
+	case f.Room != "":
 		b.WriteString(t.paint(yellow, clean(f.Room)) + "  ")
 	}
 	if f.Type != "text" {

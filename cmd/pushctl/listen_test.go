@@ -186,3 +186,22 @@ func TestFirstWordsAreForPeople(t *testing.T) {
 		}
 	}
 }
+
+// TestPushSaysWhomItWasFor compares what a gateway sends with what is printed after the time.
+func TestPushSaysWhomItWasFor(t *testing.T) {
+	for raw, want := range map[string]string{
+		`{"type":"text","room_id":"","user_id":"alice","data":{"content":"Hello"}}`:                     "Hello",
+		`{"type":"text","room_id":"lobby","user_id":"alice","data":{"content":"Hello"}}`:                "lobby  Hello",
+		`{"type":"text","room_id":"","user_id":"alice","data":{"content":"Hello"},"broadcast":true}`:    "to everybody  Hello",
+		`{"type":"system","room_id":"","user_id":"alice","data":{"content":"Hello"},"broadcast":true}`:  "to everybody  [system] Hello",
+		`{"type":"text","room_id":"to","user_id":"alice","data":{"content":"Hello"},"broadcast":false}`: "to  Hello",
+	} {
+		var f frame
+		if err := json.Unmarshal([]byte(raw), &f); err != nil {
+			t.Fatal(err)
+		}
+		if _, got, _ := strings.Cut(f.push(&terminal{}), "  "); got != want {
+			t.Errorf("%s is printed as %q, want %q", raw, got, want)
+		}
+	}
+}

@@ -385,7 +385,7 @@ func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
 	printed := lines{make(chan string, 16)}
 	ended := make(chan int, 1)
 	go func() {
-		args := []string{"listen", "--user=alice", "--room=lobby", "--room=second", "--count=3", "--url", webSocket}
+		args := []string{"listen", "--user=alice", "--room=lobby", "--room=second", "--count=4", "--url", webSocket}
 		ended <- run(start, args, strings.NewReader(""), printed, io.Discard)
 	}()
 	joined := []string{<-printed.c, <-printed.c} // in either order
@@ -400,6 +400,7 @@ func TestListenPrintsPushesAsTheyArrive(t *testing.T) {
 		{[]string{"room", "lobby", "Hello\x1b[31m"}, `  lobby  Hello\x1b[31m` + "\n"},
 		{[]string{"room", "second", "two", "--type=system", "--metadata=k=v"}, "  second  [system] two  k=v\n"},
 		{[]string{"user", "alice", "--data-file=-"}, "  (2 bytes of data) ff00\n"},
+		{[]string{"broadcast", "all of you"}, "  to everybody  all of you\n"},
 	} {
 		code, out, errOut := pushctl(t, "\xff\x00", append(push.args, "--address", address["Push-Manager"])...)
 		if code != 0 {
