@@ -50,7 +50,7 @@ func TestProgramsStartWithoutEtcdAndSayWhy(t *testing.T) {
 		p := started[name]
 		p.signal(syscall.SIGTERM)
 		p.ends(10*time.Second, 0)
-		if n := strings.Count(p.stderr.String(), "connection refused"); n == 0 || n > 2 {
+		if n := refusals(p.stderr.String(), etcd.Endpoint()); n == 0 || n > 2 {
 			t.Errorf("%s: the cause is logged %d times, once by each part that needs etcd is right:\n%s", name, n, p.stderr)
 		}
 	}
@@ -61,6 +61,25 @@ func TestProgramsStartWithoutEtcdAndSayWhy(t *testing.T) {
 		until(t, name+": the certificate in /readyz", func() bool {
 			return strings.Contains(answers(t, ready, waiting(name)), "certificate signed by unknown authority")
 		})
+	}
+}
+
+// refusals counts the lines of a log in which a connection to address is refused. The programs see each other in etcd,
+// and lose each other when they are stopped: that is another matter.
+func refusals(log, address string) (n int) {
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, address+": connect: connection refused") {
+			n++
+		}
+	}
+	return n
+}
+
+func TestANodeThatRefusesIsNoRefusalOfEtcd(t *testing.T) {
+	log := `msg="discovery is interrupted, the nodes known stay" err="dial tcp 127.0.0.1:2379: connect: connection refused"` + "\n" +
+		`msg="node not reachable" node=connect-node-1 addr=127.0.0.1:23790 error="dial tcp 127.0.0.1:23790: connect: connection refused"` + "\n"
+	if n := refusals(log, "127.0.0.1:2379"); n != 1 {
+		t.Errorf("%d lines are counted, want 1", n)
 	}
 }
 
