@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -129,9 +130,6 @@ func (o *Order) enterLocked(p *Push) {
 	}
 	o.seq += inIndex + 1
 	arrived := p.engine.directory.Moment(p.Arrived)
-	if len(o.under) == 0 {
-		o.since = arrived
-	}
 	o.since = min(o.since, arrived)
 	o.under = append(o.under, place{p, o.seq, arrived})
 	p.seq.Store(o.seq)
@@ -150,6 +148,7 @@ func (o *Order) Trim() {
 func (o *Order) sweepLocked() {
 	live := o.under[:0]
 	indexed := 0
+	o.since = math.MaxInt64
 	for i, e := range o.under {
 		if e.push == nil || e.push.seq.Load()&^inIndex != e.seq {
 			continue
@@ -157,9 +156,7 @@ func (o *Order) sweepLocked() {
 		if live = append(live, e); i < o.indexed {
 			indexed++
 		}
-		if o.since = min(o.since, e.arrived); len(live) == 1 {
-			o.since = e.arrived
-		}
+		o.since = min(o.since, e.arrived)
 	}
 	clear(o.under[len(live):])
 	o.under, o.indexed, o.sweep = live, indexed, max(2*len(live), sweepMin)
@@ -190,8 +187,9 @@ func (o *Order) leave(p *Push) {
 	if p.seq.Load() == seq { // not in the index
 		return
 	}
-	for i := range p.marks() {
-		m := &p.marks()[i]
+	marks := p.marks()
+	for i := range marks {
+		m := &marks[i]
 		if m.before != nil {
 			m.before.after = m.after
 		}

@@ -50,6 +50,16 @@ func (n *testNode) gotBy() (users [][]string) {
 	return users
 }
 
+// pushes lists whose deliveries a node was sent and has taken.
+func (n *testNode) pushes() (list []*Push) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, d := range n.got {
+		list = append(list, d.push)
+	}
+	return list
+}
+
 func wantGot(t *testing.T, what string, n *testNode, want ...[]string) {
 	t.Helper()
 	if got := n.gotBy(); !slices.EqualFunc(got, want, slices.Equal[[]string]) {
@@ -176,10 +186,7 @@ func TestFenceHoldsThoughItsAnswerIsGivenAgain(t *testing.T) {
 			t.Errorf("%d fences, one for each change of the answer is enough", n)
 		}
 		w.nodes["A"].settle(notHere("u"))
-		var got []*Push
-		for _, d := range w.nodes["B"].got {
-			got = append(got, d.push)
-		}
+		got := w.nodes["B"].pushes()
 		if !slices.Equal(got, append([]*Push{first, second}, last...)) || o.done != 5 {
 			t.Errorf("%d came, in another order than they were started; %d pushes have ended", len(got), o.done)
 		}
@@ -231,10 +238,7 @@ func TestFenceFallsWhenAllIsSentAgain(t *testing.T) {
 		wantGot(t, "while the first push for "+v+" is not sent again", w.nodes["A"], []string{v}, []string{u})
 		close(stop.on)
 		synctest.Wait()
-		var got []*Push
-		for _, d := range w.nodes["A"].got {
-			got = append(got, d.push)
-		}
+		got := w.nodes["A"].pushes()
 		if !slices.Equal(got, []*Push{other, first, first, second}) || o.done != 3 {
 			t.Errorf("the pushes came in another order, and %d of 3 have ended", o.done)
 		}
@@ -275,10 +279,7 @@ func TestHealsKeepTheOrderOfPushes(t *testing.T) {
 				kept[0].TrySend()
 				notHere("u")(kept[0])
 				synctest.Wait()
-				var got []*Push
-				for _, d := range w.nodes["A"].got {
-					got = append(got, d.push)
-				}
+				got := w.nodes["A"].pushes()
 				if !slices.Equal(got, pushes) || o.done != 3 {
 					t.Errorf("%d came, in another order than they were started; %d of 3 have ended", len(got), o.done)
 				}

@@ -198,10 +198,10 @@ func (t *table) refresh(home int, keys []string, m Missing, w Waiter) {
 	h.refreshes.Add(uint64(looked))
 }
 
-// queue puts me into the line of each key, opening those that do not exist, unless
-// known has an answer for it, which is that of the line if there is one. It is called under
-// the lock, with the key's line or nil.
-// queue returns how many keys it had looked up.
+// queue puts me into the line of each key, opening those that do not exist. It returns how
+// many keys it had looked up. known, which is called under the lock with the key's line or
+// nil, may have an answer: me is told it at once, or by the line if there is one, whose
+// answer it is then.
 func (t *table) queue(home int, keys []string, me waiting, known func(key string, l *line) *entry) int {
 	h := &t.homes[home]
 	var lookup, now []string
@@ -211,23 +211,19 @@ func (t *table) queue(home int, keys []string, me waiting, known func(key string
 	me.turn = h.turns
 	for _, key := range keys {
 		l := h.lines[key]
-		e := known(key, l)
-		if e != nil && l == nil {
+		switch e := known(key, l); {
+		case e != nil && l == nil:
 			now, snaps = append(now, key), append(snaps, e.answer(me))
-			continue
-		}
-		if e != nil { // those before me are being told just that
+		case e != nil: // those before me are being told just that
 			l.waiters = append(l.waiters, me)
 			h.waiting.Add(1)
-			continue
-		}
-		if l != nil {
+		case l != nil:
 			h.appendLocked(l, me)
-			continue
+		default:
+			key = strings.Clone(key) // it outlives the request that it was cut from
+			t.openLocked(h, key)
+			lookup = append(lookup, key) // me is told first, see settle
 		}
-		key = strings.Clone(key) // it outlives the request that it was cut from
-		t.openLocked(h, key)
-		lookup = append(lookup, key) // me is told first, see settle
 	}
 	h.mu.Unlock()
 	if len(now) > 0 {
