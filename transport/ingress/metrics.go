@@ -14,7 +14,7 @@ import (
 // The words of the status label.
 const (
 	success uint8 = iota // Result.Success
-	partial              // something was delivered, but not all
+	partial              // no success, and something was delivered
 	failed               // nothing was delivered
 	refused              // a gRPC error
 	results              // how many there are
