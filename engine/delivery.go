@@ -245,7 +245,8 @@ func (d *Delivery) expire(drop, lose Reason) {
 // endHeal settles a delivery that is denied or healing; why is Sent if its users were
 // looked up.
 func (d *Delivery) endHeal(why Reason) {
-	if d.state.CompareAndSwap(healing, claimed) || d.state.CompareAndSwap(denied, claimed) {
+	// In this order: one that is denied may become healing in between.
+	if d.state.CompareAndSwap(denied, claimed) || d.state.CompareAndSwap(healing, claimed) {
 		if why != Sent {
 			d.fallShort().heal = why
 		}

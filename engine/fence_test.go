@@ -288,6 +288,26 @@ func TestHealsKeepTheOrderOfPushes(t *testing.T) {
 	}
 }
 
+// TestHealEndsHoweverSoonItsAnswerCame has the answer come while the look-up is still being
+// asked for, again and again: one time in some hundred thousand both meet.
+func TestHealEndsHoweverSoonItsAnswerCame(t *testing.T) {
+	e := newWorld().engine(t)
+	for range 300_000 {
+		p := &Push{}
+		p.engine, p.done = e, &order{}
+		p.pending.Store(2)
+		h := &healer{d: &Delivery{push: p}}
+		h.d.state.Store(denied)
+		var asked sync.WaitGroup
+		asked.Go(h.asked)
+		h.d.endHeal(Sent)
+		asked.Wait()
+		if h.d.state.Load() != settled {
+			t.Fatal("the delivery is never settled")
+		}
+	}
+}
+
 func TestStreamsDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()

@@ -48,9 +48,12 @@ func (h *healer) start() {
 		h.waiting.Store(int32(len(h.missing)))
 		p.engine.directory.RefreshUsers(home, h.missing, m, h)
 	}
-	// From here on later heals are told after this one: they stand behind it in line.
-	d.state.CompareAndSwap(denied, healing)
+	h.asked()
 }
+
+// asked notes that the look-up is under way, or over: from here on later heals are told after
+// this one, as they stand behind it in line.
+func (h *healer) asked() { h.d.state.CompareAndSwap(denied, healing) }
 
 // Lookup implements route.Waiter.
 func (h *healer) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
