@@ -218,7 +218,7 @@ func (t *table) queue(home int, keys []string, me waiting, known func(key string
 			l.waiters = append(l.waiters, me)
 			h.waiting.Add(1)
 		case l != nil:
-			h.appendLocked(l, me)
+			t.appendLocked(h, l, me)
 		default:
 			key = strings.Clone(key) // it outlives the request that it was cut from
 			t.openLocked(h, key)
@@ -243,8 +243,13 @@ func (t *table) openLocked(h *home, key string) {
 }
 
 // appendLocked puts w at the end of the line. Behind a change it waits for an answer
-// from after it; so does who asks again, if what is being told is too old for it.
-func (h *home) appendLocked(l *line, w waiting) {
+// from after it; so does who asks again, if what is being told is too old for it. Where so
+// many ask that the line is not told to its end, what is told gets too old for everybody.
+func (t *table) appendLocked(h *home, l *line, w waiting) {
+	if !l.looking && l.entry != nil {
+		now := t.dir.now()
+		l.dirty = l.dirty || now-l.entry.fetched > moment(t.dir.cfg.TTL) && !t.fresh(l.entry, now)
+	}
 	if l.dirty || !l.looking && w.since != 0 && !(l.entry != nil && l.entry.after(w.since)) {
 		l.next = append(l.next, w)
 	} else {
@@ -390,8 +395,7 @@ func (t *table) stale(old *entry, announced bool, until moment) *entry {
 }
 
 // settle gives each key's line its result, tells first for all keys at once and
-// then the lines. Newcomers wait in line from here on, for whoever has been told may ask
-// again at once, and must not get the answer from before. result is called under the lock.
+// then the lines. result is called under the lock.
 func (t *table) settle(home int, keys []string, first *waiting, result func(l *line, i int) (*entry, error)) {
 	h := &t.homes[home]
 	var told, failed []string
@@ -402,8 +406,8 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 		l := h.lines[key]
 		l.entry, l.err = result(l, i)
 		l.looking = false
-		if e, ok := t.cache.GetIfPresent(key); ok && e != l.entry && e.generation != 0 {
-			t.cache.Set(key, t.changed(e, e.announced))
+		if first != nil {
+			t.hideLocked(key, l)
 		}
 		switch {
 		case first == nil:
@@ -425,6 +429,14 @@ func (t *table) settle(home int, keys []string, first *waiting, result func(l *l
 	}
 }
 
+// hideLocked takes the result from before out of sight, for the line is told now. Whoever has
+// been told may ask again at once, and must not get that: newcomers wait in line.
+func (t *table) hideLocked(key string, l *line) {
+	if e, ok := t.cache.GetIfPresent(key); ok && e != l.entry && e.generation != 0 {
+		t.cache.Set(key, t.changed(e, e.announced))
+	}
+}
+
 // drain tells the waiters of lines that have a result, in the order of asking,
 // until the lines are empty; then the results become visible and the lines go.
 func (t *table) drain(home int, keys []string) {
@@ -432,6 +444,11 @@ func (t *table) drain(home int, keys []string) {
 	for {
 		h.mu.Lock()
 		if batch := h.takeLocked(keys); len(batch) > 0 {
+			for i, p := range batch {
+				if i == 0 || p.line != batch[i-1].line {
+					t.hideLocked(p.key, p.line)
+				}
+			}
 			h.mu.Unlock()
 			tell(batch)
 			continue
