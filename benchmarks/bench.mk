@@ -5,6 +5,7 @@ BENCHCOUNT ?= 6
 ROUNDS ?= 40
 BASE ?= HEAD
 BENCH_DIR := .tmp/bench
+BENCHSTAT = $(GO) tool -modfile=tools/benchstat/go.mod benchstat
 MICRO := ./benchmarks/micro ./shard ./engine/... ./transport/...
 
 .PHONY: bench
@@ -17,7 +18,7 @@ bench-bars: $(BENCH_DIR)/pushbench ## Measure every bar: a line each, and a fail
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) --json=$(BENCH_DIR)/bars.json bars
 
 .PHONY: bench-compare
-bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the commit BASE: each hot step with benchstat, then both programs side by side
+bench-compare: $(BENCH_DIR)/pushbench ## Compare with the commit BASE: each hot step with benchstat, then both programs side by side
 	rm -rf $(BENCH_DIR)/base
 	git worktree prune
 	git worktree add --detach $(BENCH_DIR)/base $(BASE)
@@ -27,12 +28,12 @@ bench-compare: $(BENCH_DIR)/pushbench $(TOOLS)/benchstat ## Compare with the com
 		(cd $(BENCH_DIR)/base && $(GO) test -run='^$$' -bench=. -benchmem -benchtime=$(BENCHTIME) $$(ls -d benchmarks/micro 2> /dev/null | sed 's|^|./|') $(filter-out ./benchmarks/micro,$(MICRO))) >> $(BENCH_DIR)/base.txt; \
 		$(GO) test -run='^$$' -bench=. -benchmem -benchtime=$(BENCHTIME) $(MICRO) >> $(BENCH_DIR)/head.txt; \
 	done; \
-	$(TOOLS)/benchstat base=$(BENCH_DIR)/base.txt head=$(BENCH_DIR)/head.txt; \
+	$(BENCHSTAT) base=$(BENCH_DIR)/base.txt head=$(BENCH_DIR)/head.txt; \
 	(cd $(BENCH_DIR)/base && $(GO) build -o ../push-manager.base ./cmd/push-manager); \
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
 .PHONY: overload
-overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/reliability.md)
+overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/measurements.md)
 	$(BENCH_DIR)/pushbench overload
 
 .PHONY: profile
@@ -43,7 +44,3 @@ profile: $(BENCH_DIR)/pushbench ## Profile Push-Manager under load: CPU and allo
 $(BENCH_DIR)/pushbench:
 	mkdir -p $(BENCH_DIR)
 	$(GO) build -o $@ ./benchmarks/pushbench
-
-$(TOOLS)/benchstat: tools/benchstat/go.mod tools/benchstat/go.sum
-	mkdir -p $(TOOLS)
-	$(GO) build -C tools/benchstat -o "$(CURDIR)/$@" golang.org/x/perf/cmd/benchstat

@@ -8,7 +8,7 @@ import (
 )
 
 // faultTable is where each fault stands with the tests that show what happens then.
-const faultTable = "docs/reliability.md"
+const faultTable = "docs/faults.md"
 
 // TestFaultTableNamesTestsThatExist: a test that is renamed or gone is still promised there.
 func TestFaultTableNamesTestsThatExist(t *testing.T) {

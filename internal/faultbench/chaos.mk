@@ -10,5 +10,5 @@ chaos: ## Random faults that overlap, for DURATION (30s); SEED=n repeats those o
 	SEED=$(SEED) CHAOS_DURATION=$(DURATION) $(GO) test -count=1 -timeout=0 -v -run='^TestChaos$$' $(FAULTBENCH)
 
 .PHONY: faults
-faults: ## Every fault of docs/reliability.md, the slow ones included (half an hour)
+faults: ## Every fault of docs/faults.md, the slow ones included (half an hour)
 	SEED=$(SEED) SLOW_FAULTS=1 $(GO) test -count=1 -timeout=0 -v $(FAULTBENCH)

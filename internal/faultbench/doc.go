@@ -34,7 +34,7 @@
 //
 // # Running
 //
-// The faults are listed in docs/reliability.md, and the tests name its ids. The fast ones
+// The faults are listed in docs/faults.md, and the tests name its ids. The fast ones
 // run with all other tests. `make faults` runs the slow ones, too, and `make chaos` random
 // faults that overlap, the same again for the same SEED, for as long as DURATION says.
 // `make honesty` runs the programs as they ship with real WebSocket clients that come, move
@@ -43,5 +43,5 @@
 // every push. `make soak` looks for what grows: half of the peak load for a long time while
 // a node leaves and joins every five seconds. `make recovery` repeats outages and judges how
 // soon all is well again, and `make rolling` restarts everything behind a balancer;
-// docs/reliability.md has what they have shown.
+// docs/measurements.md has what they have shown.
 package faultbench

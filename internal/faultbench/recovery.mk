@@ -1,4 +1,4 @@
-# How soon all is well again: see docs/reliability.md. TIMES is how often each outage is repeated.
+# How soon all is well again: see docs/measurements.md. TIMES is how often each outage is repeated.
 
 TIMES ?= 50
 RECOVERY := ./internal/faultbench

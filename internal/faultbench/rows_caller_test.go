@@ -12,7 +12,7 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// Faults of callers, by their ids in docs/reliability.md.
+// Faults of callers, by their ids in docs/faults.md.
 
 // B1.
 func TestCallersWhoLeaveLeaveTheBooksBalanced(t *testing.T) {

@@ -16,7 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Faults of the Controller, by their ids in docs/reliability.md.
+// Faults of the Controller, by their ids in docs/faults.md.
 
 // retryInfo tells whether an error says when to try again.
 func retryInfo(err error) bool {

@@ -14,7 +14,7 @@ import (
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
-// Faults of discovery, by their ids in docs/reliability.md. Pushes go on through all of
+// Faults of discovery, by their ids in docs/faults.md. Pushes go on through all of
 // them.
 
 // whole is a street with both nodes, a Push-Manager and traffic to everybody.

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Faults of the machine that Push-Manager runs on, by their ids in docs/reliability.md.
+// Faults of the machine that Push-Manager runs on, by their ids in docs/faults.md.
 
 // calm checks that, since rest, the nodes were thought to be there all the time: no stream
 // was closed for silence or opened again, and readiness has stayed.

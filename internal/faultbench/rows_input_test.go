@@ -17,7 +17,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// Hostile connections to the push API, by their ids in docs/reliability.md. What they send is bounded in count, and in time
+// Hostile connections to the push API, by their ids in docs/faults.md. What they send is bounded in count, and in time
 // by floodTime.
 const (
 	floodFrames = 30 * volume

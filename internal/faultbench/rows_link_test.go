@@ -11,7 +11,7 @@ import (
 )
 
 // Faults of what is between Push-Manager and a node, by their ids in
-// docs/reliability.md. The bad node is a sound one behind a proxy.
+// docs/faults.md. The bad node is a sound one behind a proxy.
 
 // behind starts a scripted node that is registered at a proxy in front of it.
 func (s *street) behind(id string, users ...string) (*wireNode, *proxy) {

@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Faults of Push-Manager itself, by their ids in docs/reliability.md.
+// Faults of Push-Manager itself, by their ids in docs/faults.md.
 
 // P1, without the balancer.
 func TestPushManagerThatLeavesFinishesWhatItHasTaken(t *testing.T) {

@@ -9,7 +9,7 @@ import (
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
-// Faults of Connect-Nodes, by their ids in docs/reliability.md. Each has a node "bad"
+// Faults of Connect-Nodes, by their ids in docs/faults.md. Each has a node "bad"
 // that something happens to and a node "good" that must not suffer from it.
 
 // street is the usual deployment: ten users at each of the two nodes, and a room

@@ -18,7 +18,7 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// Overload, by the ids in docs/reliability.md.
+// Overload, by the ids in docs/faults.md.
 
 // N6: of what a node does not take, low priority fails first, and the highest is queued up
 // to the cap.
