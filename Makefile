@@ -1,8 +1,8 @@
 # Everything a developer needs. `make help` lists the targets.
 #
 # Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
-# (Debian: package prometheus). All other tools are built from pinned versions into .tmp/bin, from modules of their
-# own in tools/, so that they never move a dependency of the product.
+# (Debian: package prometheus). All other tools run at the versions that the modules in tools/ pin, which never move a
+# dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,10 +11,20 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 GO ?= go
-TOOLS := .tmp/bin
-PROMTOOL ?= $(firstword $(wildcard $(TOOLS)/promtool) promtool)
-FUZZTIME ?= 60s
+PROMTOOL ?= $(firstword $(wildcard .tmp/bin/promtool) promtool)
+LINT = $(GO) tool -modfile=tools/lint/go.mod golangci-lint
+BUF = $(GO) tool -modfile=tools/buf/go.mod buf
+FUZZTIME ?= 10s
+PACKAGES ?= ./...
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
+
+# The toolchain of go.mod has mended faults that older ones of the `go` line have. Where GOTOOLCHAIN is "local", Go would
+# use what is installed. `make GOTOOLCHAIN=local` does so.
+ifneq ($(origin GOTOOLCHAIN),command line)
+GOTOOLCHAIN := $(shell sed -n 's/^toolchain //p' go.mod)
+endif
+export GOTOOLCHAIN
+
 GO_FILES = $(shell git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')
 
 .PHONY: help
@@ -32,8 +42,8 @@ run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, 
 	$(GO) run ./cmd/push-manager dev
 
 .PHONY: test
-test: ## Run all tests with the race detector, in random order
-	$(GO) test -race -shuffle=on -timeout=1h ./...
+test: ## Run all tests (or those of PACKAGES) with the race detector, in random order
+	$(GO) test -race -shuffle=on -timeout=1h $(PACKAGES)
 
 .PHONY: cover
 cover: ## Run all tests and show the coverage per function (.tmp/cover.html has the lines)
@@ -44,22 +54,30 @@ cover: ## Run all tests and show the coverage per function (.tmp/cover.html has 
 	$(GO) tool cover -func=.tmp/cover.own.out
 
 .PHONY: fuzz-short
-fuzz-short: ## Fuzz each target for FUZZTIME (60s; 3000x is so many inputs), FUZZJOBS at a time, from its corpus
+fuzz-short: ## Fuzz each target for FUZZTIME (10s; 3000x is so many inputs), FUZZJOBS at a time, from its corpus
 	GO="$(GO)" FUZZTIME="$(FUZZTIME)" FUZZJOBS="$(FUZZJOBS)" bash .ci/fuzz
+
+.PHONY: fuzz
+fuzz: ## The same for ten minutes each, as many at a time as there are processors
+	$(MAKE) fuzz-short FUZZTIME=10m FUZZJOBS="$$(nproc)"
 
 .PHONY: mutants
 mutants: ## Break a copy of the code in ten ways, one by one, and see that a test notices each
 	$(GO) run ./internal/mutants
 
 .PHONY: lint
-lint: $(TOOLS)/golangci-lint $(TOOLS)/buf ## Run all linters over Go and proto files
-	$(TOOLS)/golangci-lint run ./...
-	$(TOOLS)/buf lint
+lint: ## Run all linters (go vet among them) over Go and proto files
+	$(LINT) run ./...
+	$(BUF) lint
 
 .PHONY: fmt
-fmt: $(TOOLS)/golangci-lint $(TOOLS)/buf ## Format Go and proto files
-	$(TOOLS)/golangci-lint fmt ./...
-	$(TOOLS)/buf format -w proto
+fmt: ## Format Go and proto files
+	$(LINT) fmt ./...
+	$(BUF) format -w proto
+
+.PHONY: vuln
+vuln: ## Fail if something here calls code with a known fault (the database is as old as its pin in tools/vuln/go.mod)
+	$(GO) -C tools/vuln run . ../..
 
 .PHONY: check-fmt
 check-fmt: ## Fail if a Go file is not formatted
@@ -69,19 +87,15 @@ check-fmt: ## Fail if a Go file is not formatted
 check-tidy: ## Fail if go.mod or go.sum is not what go mod tidy makes of it
 	$(GO) mod tidy -diff
 
-.PHONY: vet
-vet: ## Run go vet
-	$(GO) vet ./...
-
 .PHONY: generate
-generate: $(TOOLS)/buf ## Generate the Go code of proto/*.proto
-	$(TOOLS)/buf generate
+generate: ## Generate the Go code of proto/*.proto
+	$(BUF) generate
 
 .PHONY: check-generate
-check-generate: $(TOOLS)/buf ## Fail if the committed generated code differs from what the proto files give
+check-generate: ## Fail if the committed generated code differs from what the proto files give
 	rm -rf .tmp/generate
 	mkdir -p .tmp/generate/committed
-	$(TOOLS)/buf generate -o .tmp/generate/fresh
+	$(BUF) generate -o .tmp/generate/fresh
 	cp proto/*.pb.go .tmp/generate/committed
 	diff -ru .tmp/generate/committed .tmp/generate/fresh/proto || { echo "run: make generate"; exit 1; }
 
@@ -94,20 +108,9 @@ alerts: ## Check the alert rules and run their tests (needs promtool)
 ci: ## Run what CI runs
 	bash .ci/run
 
-.PHONY: tools
-tools: $(TOOLS)/golangci-lint $(TOOLS)/buf ## Build the linters and generators into .tmp/bin
-
 .PHONY: clean
 clean: ## Remove what was built
 	rm -rf bin .tmp
-
-$(TOOLS)/buf: tools/buf/go.mod tools/buf/go.sum
-	mkdir -p $(TOOLS)
-	$(GO) build -C tools/buf -o "$(CURDIR)/$@" github.com/bufbuild/buf/cmd/buf
-
-$(TOOLS)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
-	mkdir -p $(TOOLS)
-	$(GO) build -C tools/lint -o "$(CURDIR)/$@" github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 include benchmarks/bench.mk
 include internal/faultbench/chaos.mk
