@@ -7,8 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
-	"github.com/push-manager/push-manager/internal/program"
 )
 
 // programMain runs a command line as main does, and returns its exit code and what it wrote to standard error.
@@ -29,7 +29,7 @@ func programMain(t *testing.T, args ...string) (code int, stderr string) {
 	}()
 	outWas, errWas := os.Stdout, os.Stderr
 	os.Stdout, os.Stderr = null, w
-	code = program.Main(commandLine(), args)
+	code = cli.Main(commandLine(), args)
 	os.Stdout, os.Stderr = outWas, errWas
 	_, _ = w.Close(), null.Close() // nobody reads what is lost
 	stderr = <-read
@@ -105,7 +105,7 @@ func TestEveryWrongSettingExitsWith2AndItsName(t *testing.T) {
 					for _, name := range want {
 						named = named || strings.Contains(line, name)
 					}
-					if code != program.ExitUsage || !named || more != "" {
+					if code != cli.ExitUsage || !named || more != "" {
 						t.Errorf("%s: %s=%.40q from %s: exit code %d, want 2 and one line with the key's name, got %q", cmd.Name, key.Name(), value, source, code, text)
 					}
 				}
@@ -161,7 +161,7 @@ func TestWrongSettingOfOpenTelemetryIsNamed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv(name, value)
-			if code, text := programMain(t, "--print-config"); code != program.ExitUsage || !strings.Contains(text, name) {
+			if code, text := programMain(t, "--print-config"); code != cli.ExitUsage || !strings.Contains(text, name) {
 				t.Errorf("exit code %d, want 2 and the name, got %q", code, text)
 			}
 		})
