@@ -12,6 +12,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/gobwas/ws"
+
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 var (
@@ -20,7 +22,6 @@ var (
 	errType      = errors.New("type: must be join, leave or ping")
 	errNotJSON   = errors.New("message: not valid JSON")
 	errNotObject = errors.New("message: must be a JSON object")
-	errReserved  = errors.New("room_id: names that begin with " + presencePrefix + " are reserved")
 )
 
 // readBytes is what a connection keeps for reading: clients say little.
@@ -201,9 +202,9 @@ func (c *conn) obey(b []byte) (room string, err error) {
 			return room, err
 		}
 		if *m.Type == "join" {
-			return room, c.g.reports.join(c, room)
+			return room, c.member.Join(room)
 		}
-		return room, c.g.reports.leave(c, room)
+		return room, c.member.Leave(room)
 	}
 	return "", errType
 }
@@ -213,27 +214,29 @@ func checkRoom(room string) error {
 	if err := checkID("room_id", room); err != nil {
 		return err
 	}
-	if strings.HasPrefix(room, presencePrefix) {
-		return errReserved
+	if strings.HasPrefix(room, membership.Reserved) {
+		return membership.ErrReserved
 	}
 	return nil
 }
 
-// joined tells the client that pushes to the room reach it. For a connection that
+// Joined implements membership.Client, as Left and Refused do. For a connection that
 // was opened without a room, the first news is that it is known at all.
-func (c *conn) joined(room string) {
+func (c *conn) Joined(room string) {
 	switch {
-	case room != c.g.reports.presence:
+	case room != "":
 		c.tell(control("joined", "room_id", room))
 	case c.room == "":
 		c.tell(control("ready", "user_id", c.user, "node_id", c.g.cfg.NodeID))
 	}
 }
 
-func (c *conn) left(room string) { c.tell(control("left", "room_id", room)) }
+// Left implements membership.Client.
+func (c *conn) Left(room string) { c.tell(control("left", "room_id", room)) }
 
-func (c *conn) refused(room, why string) {
-	if room == c.g.reports.presence {
+// Refused implements membership.Client.
+func (c *conn) Refused(room, why string) {
+	if room == "" {
 		c.tell(control("error", "message", "user_id: "+why))
 		return
 	}

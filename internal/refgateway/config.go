@@ -13,6 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/transport/compression"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 // Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
@@ -107,7 +108,7 @@ type Config struct {
 const maxIDBytes = 256
 
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
-const MaxNodeIDBytes = maxIDBytes - len(presencePrefix)
+const MaxNodeIDBytes = membership.MaxNodeIDBytes
 
 func (c Config) withDefaults() Config {
 	defaultTo(&c.PushManagerAddress, "localhost:50053")

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 // conn is one client. Its messages wait in a bounded queue for its writer, a
@@ -19,6 +21,7 @@ type conn struct {
 	name     string
 	userJSON []byte
 	room     string // with which it was opened, or empty
+	member   *membership.Member
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then
@@ -32,17 +35,7 @@ type conn struct {
 	writing bool   // a writer lives
 	closed  bool   // nothing is taken any more
 	code    uint16 // of the close frame that is to follow the queue, or 0
-
-	rooms rooms
 }
-
-// in tells whether the client is in a room.
-func (c *conn) in(room string) bool { return c.rooms.has(room) }
-
-// identity implements holder, as roomSet, joined, left and refused do.
-func (c *conn) identity() (user, name string) { return c.user, c.name }
-
-func (c *conn) roomSet() *rooms { return &c.rooms }
 
 // taken is what became of a frame.
 type taken uint8
@@ -67,7 +60,7 @@ func (c *conn) send(f *frame, room string) taken {
 	case c.closed:
 		c.mu.Unlock()
 		return gone
-	case room != "" && !c.in(room):
+	case room != "" && !c.member.In(room):
 		c.mu.Unlock()
 		return elsewhere
 	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):

@@ -1,5 +1,5 @@
 // Package refgateway is the reference Connect-Node: clients connect over WebSocket,
-// pushes arrive over transport/node, memberships are reported to the Controller.
+// pushes arrive over transport/node, memberships are reported by transport/node/membership.
 //
 // # What clients see
 //
@@ -62,24 +62,12 @@
 //     put in for each.
 //   - What a client sends ends its own connection at worst: it is bounded before memory
 //     is made for it, and the goroutines that work for a client recover.
-//   - The Controller is told the difference between what is and what it was told,
-//     one call at a time for each user and room, again and again until it answers.
-//     Joins go before leaves, and users take turns. What both sides have is compared
-//     every two seconds and mended where it differs; that also tells a Controller
-//     everything that has forgotten. proto/README.md describes it. To a Controller
-//     that cannot compare, all memberships are reported again, paced, when its
-//     connection was lost and is back, and after the node was lost in etcd; a report
-//     that follows one without an answer is repeated. A gateway that starts first
-//     ends the memberships that a process before it has left behind (LeaveRoom with
-//     nothing but node_id; a Controller that does not know this refuses it, which
-//     does no harm).
 //   - A room is left when the user's last connection in it on this node leaves.
 //
 // # Goroutines
 //
 // Each connection has a reader, and a writer while something waits to be written;
-// Gateway.clients counts both, and Close waits for them. The loops (servers,
-// reports, sweep) end with Close, too. No lock is held while another package is
-// called, and no two of ours nest, but for that of a connection's rooms, which is
-// the innermost.
+// Gateway.clients counts both, and Close waits for them. The servers and the sweep
+// end with Close, too. No lock is held while another package is called, and no two
+// of ours nest.
 package refgateway

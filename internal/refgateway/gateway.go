@@ -12,14 +12,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 
 	"github.com/push-manager/push-manager/transport/node"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 var (
@@ -45,11 +43,10 @@ type Gateway struct {
 	cfg      Config
 	began    time.Time
 	registry *registry
-	reports  *reports
+	members  *membership.Reporter
 	node     *node.Server
 	grpc     *grpc.Server
 	health   *health.Server
-	cc       *grpc.ClientConn
 	count    counters
 	buffers  buffers
 
@@ -81,22 +78,21 @@ func New(cfg Config) (*Gateway, error) {
 	}
 	g := &Gateway{cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer()}
 	var err error
-	g.cc, err = grpc.NewClient(g.cfg.ControllerAddress,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithIdleTimeout(0), // Its connection tells whether the Controller was restarted.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
-			MinConnectTimeout: 2 * time.Second,
-		}))
-	if err != nil {
-		return nil, fmt.Errorf("controller address: %w", err)
-	}
 	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {
-		return nil, errors.Join(err, g.cc.Close())
+		return nil, err
 	}
-	g.reports = newReports(g.cfg, g.node.BootID(), g.cc, &g.count)
+	members := membership.Config{
+		NodeID: g.cfg.NodeID, BootID: g.node.BootID(), Controller: g.cfg.ControllerAddress, MaxRooms: g.cfg.MaxRooms,
+		Timeout: g.cfg.ControllerTimeout, Workers: g.cfg.ReportWorkers, SyncInterval: g.cfg.SyncInterval, RejoinPerSecond: g.cfg.RejoinPerSecond,
+		Logger: g.cfg.Logger, Metrics: g.cfg.Metrics,
+	}
+	if g.cfg.Etcd != nil {
+		members.Registered = g.node.Registered
+	}
+	if g.members, err = membership.New(members); err != nil {
+		return nil, err
+	}
 	newCounters(g)
 	g.grpc = grpc.NewServer(append(node.ServerOptions(), grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
 	g.node.Attach(g.grpc)
@@ -117,12 +113,7 @@ func (g *Gateway) Start() error {
 		return err
 	}
 
-	g.keep(ctx, "controller watch", func() { g.reports.watchLoop(ctx) })
-	g.keep(ctx, "reports clock", func() { g.reports.clockLoop(ctx) })
-	g.keep(ctx, "reports comparison", func() { g.reports.syncLoop(ctx) })
-	for range g.cfg.ReportWorkers {
-		g.keep(ctx, "reports", g.reports.workLoop)
-	}
+	g.members.Start()
 	g.loops.Go(func() { g.sweepLoop(ctx) })
 	g.serveHTTP(g.httpLis, g.clientHandler())
 	if g.metricsLis != nil {
@@ -177,30 +168,14 @@ func (g *Gateway) ended(what string, err error) {
 func (g *Gateway) sweepLoop(ctx context.Context) {
 	ticker := time.NewTicker(max(g.cfg.PingInterval/8, time.Millisecond))
 	defer ticker.Stop()
-	var seen registrationState
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 			g.sweep()
-			if seen.regained(g.node.Registered()) {
-				// A Controller that watches etcd may have given this node up.
-				g.reports.lost()
-			}
 		}
 	}
-}
-
-// registrationState remembers whether the node stood in etcd.
-type registrationState struct{ ever, lost bool }
-
-// regained tells that the node is back after it was lost.
-func (s *registrationState) regained(up bool) bool {
-	back := up && s.lost
-	s.lost = !up && s.ever
-	s.ever = s.ever || up
-	return back
 }
 
 func (g *Gateway) advertised() string {
@@ -233,10 +208,10 @@ func (g *Gateway) Ready() error {
 	case !started:
 		return errNotStarted
 	case g.draining.Load():
-		return errGoing
+		return membership.ErrGoing
 	}
 	var reasons []error
-	if !g.reports.isReady() {
+	if !g.members.Ready() {
 		reasons = append(reasons, errController)
 	}
 	if g.cfg.Etcd != nil && !g.node.Registered() {
@@ -288,7 +263,7 @@ func (g *Gateway) Drain(ctx context.Context) error {
 	wg.Go(func() {
 		bounded, cancel := context.WithTimeout(ctx, g.cfg.LeaveTimeout)
 		defer cancel()
-		leaves = g.reports.leaveAll(bounded)
+		leaves = g.members.Drain(bounded)
 	})
 	// A manager that is stuck must not take the time of the clients.
 	bounded, cancel := halfOf(ctx)
@@ -359,7 +334,7 @@ func (g *Gateway) Close() {
 			_ = lis.Close() // Mostly the second time.
 		}
 	}
-	g.reports.close() // Leaves that Drain has not reported are not reported.
+	g.members.Close() // Leaves that Drain has not reported are not reported.
 	g.registry.each(func(conns []*conn) {
 		for _, c := range conns {
 			c.shut()
@@ -369,6 +344,5 @@ func (g *Gateway) Close() {
 	if stop != nil {
 		stop()
 	}
-	_ = g.cc.Close() // Ends the calls to the Controller that are under way.
 	g.loops.Wait()
 }

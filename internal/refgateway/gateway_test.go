@@ -495,7 +495,7 @@ func TestMembershipsAreReportedAgainAfterTheControllerRestarted(t *testing.T) {
 	})
 	eventually(t, "ready again", func() bool { return g.Ready() == nil })
 	a.wantNothing() // Nothing is confirmed twice.
-	if got := g.count.rejoins.Get(); got != 1 {
+	if got := counted(g, "connect_node_rejoins_total"); got != 1 {
 		t.Errorf("%d rejoins", got)
 	}
 }
@@ -600,13 +600,16 @@ func TestFlappingEndsInTheTruth(t *testing.T) {
 	}
 	wg.Wait()
 	eventually(t, "only the one who stayed is in", func() bool {
-		return g.count.messages.Get() == 401 && g.reports.pending() == 0 && c.has("u", "r")
+		return g.count.messages.Get() == 401 && g.members.Stats().Pending == 0 && c.has("u", "r")
 	})
-	g.reports.mu.Lock()
-	holders := len(g.reports.all[membershipID{"u", "r"}].holders)
-	g.reports.mu.Unlock()
-	if holders != 1 {
-		t.Errorf("%d holders", holders)
+	in := 0
+	for _, conn := range g.registry.of("u") {
+		if conn.member.In("r") {
+			in++
+		}
+	}
+	if in != 1 {
+		t.Errorf("%d connections in the room", in)
 	}
 	last := ""
 	for _, call := range c.calls("u", "r") {
@@ -770,6 +773,7 @@ func FuzzClientMessage(f *testing.F) {
 	f.Cleanup(g.Close)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := &conn{g: g, user: "u", closed: true}
+		c.member = g.members.Member("u", "", c)
 		room, err := c.obey(b)
 		var m struct {
 			Type   string
@@ -785,13 +789,11 @@ func FuzzClientMessage(f *testing.F) {
 		if room != "" && checkID("room_id", room) != nil {
 			t.Errorf("room %q cannot be", room)
 		}
-		for room := range c.rooms.all {
-			if checkRoom(room) != nil {
-				t.Errorf("in room %q", room)
-			}
+		if n := g.members.Stats().Memberships; n > 1 || n == 1 && (checkRoom(room) != nil || !c.member.In(room)) {
+			t.Errorf("in %d rooms after %q", n, room)
 		}
-		g.reports.drop(c)
-		if n := g.reports.memberships(); n != 0 {
+		c.member.Close()
+		if n := g.members.Stats().Memberships; n != 0 {
 			t.Errorf("%d memberships left", n)
 		}
 	})

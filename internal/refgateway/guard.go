@@ -33,20 +33,6 @@ func (g *Gateway) caught(where string, then func()) {
 	then()
 }
 
-// keep runs a loop that talks with the Controller until it returns: it begins again
-// after a panic, and a pause.
-func (g *Gateway) keep(ctx context.Context, name string, loop func()) {
-	run := func() (ended bool) {
-		defer g.caught(name, func() {})
-		loop()
-		return true
-	}
-	g.loops.Go(func() {
-		for !run() && pause(ctx, time.Second) {
-		}
-	})
-}
-
 var errPanic = status.Error(codes.Internal, "internal error of the node")
 
 // guardUnary and guardStream are for the services beside the node's, which guards itself.

@@ -428,7 +428,9 @@ func FuzzSocket(f *testing.F) {
 			}
 		}
 		_ = c.Close()
-		eventually(t, "forgotten", func() bool { return g.registry.conns.Load() == 0 && g.held.Load() == 0 && g.reports.memberships() == 0 })
+		eventually(t, "forgotten", func() bool {
+			return g.registry.conns.Load() == 0 && g.held.Load() == 0 && g.members.Stats().Memberships == 0
+		})
 		if n := g.count.panics.Get(); n != 0 {
 			t.Fatalf("%x: %d panics", b, n)
 		}

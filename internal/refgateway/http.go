@@ -20,6 +20,7 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/internal/exposition"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 var (
@@ -84,7 +85,7 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	c, err := clientOf(r)
 	switch {
 	case g.draining.Load():
-		refuse(http.StatusServiceUnavailable, refusedDraining, errGoing)
+		refuse(http.StatusServiceUnavailable, refusedDraining, membership.ErrGoing)
 		return
 	case !g.originAllowed(r):
 		refuse(http.StatusForbidden, refusedOrigin, errOrigin)
@@ -113,7 +114,7 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		g.release()
 		return
 	}
-	c.net = netConn
+	c.net, c.member = netConn, g.members.Member(c.user, c.name, c)
 	g.begin(c, unread(rw.Reader))
 }
 
@@ -218,13 +219,12 @@ func (g *Gateway) begin(c *conn, sent []byte) {
 
 func (g *Gateway) enterRooms(c *conn) {
 	defer g.caught("reader", func() { c.bye(closeOurFault, true) })
-	for _, room := range []string{g.reports.presence, c.room} {
-		if room == "" {
-			continue
-		}
-		if err := g.reports.join(c, room); err != nil {
-			c.tell(control("error", "message", err.Error()))
-		}
+	err := c.member.Join("")
+	if err == nil && c.room != "" {
+		err = c.member.Join(c.room)
+	}
+	if err != nil {
+		c.tell(control("error", "message", err.Error()))
 	}
 }
 
@@ -232,7 +232,7 @@ func (g *Gateway) enterRooms(c *conn) {
 func (g *Gateway) end(c *conn) {
 	c.shut()
 	g.registry.remove(c)
-	g.reports.drop(c)
+	c.member.Close()
 }
 
 func newHTTPServer(h http.Handler, logger *slog.Logger) *http.Server {

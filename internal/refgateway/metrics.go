@@ -15,28 +15,6 @@ type counters struct {
 	badMessages *metrics.Counter
 	paced       *metrics.Counter
 	panics      *metrics.Counter
-	joins       reportCounters
-	leaves      reportCounters
-	rejoins     *metrics.Counter
-	slots       *metrics.Counter
-}
-
-// reportCounters count calls to the Controller of one kind.
-type reportCounters struct{ ok, refused, failed *metrics.Counter }
-
-func (c *counters) report(joins, ok bool, err error) {
-	kind := &c.leaves
-	if joins {
-		kind = &c.joins
-	}
-	switch {
-	case err != nil:
-		kind.failed.Inc()
-	case !ok:
-		kind.refused.Inc()
-	default:
-		kind.ok.Inc()
-	}
 }
 
 // The reasons for refusing a handshake.
@@ -51,16 +29,7 @@ func newCounters(g *Gateway) {
 	set := g.cfg.Metrics
 	set.NewGauge("connect_node_connections", func() float64 { return float64(g.registry.conns.Load()) })
 	set.NewGauge("connect_node_users", func() float64 { return float64(g.registry.online.Load()) })
-	set.NewGauge("connect_node_rooms", func() float64 { return float64(g.reports.roomCount()) })
-	set.NewGauge("connect_node_memberships", func() float64 { return float64(g.reports.memberships()) })
-	set.NewGauge("connect_node_reports_pending", func() float64 { return float64(g.reports.pending()) })
 	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
-	set.NewGauge("connect_node_controller_up", func() float64 {
-		if g.reports.isReady() {
-			return 1
-		}
-		return 0
-	})
 	g.count = counters{
 		opened: set.NewCounter("connect_node_connections_total"),
 		refused: map[string]*metrics.Counter{
@@ -78,17 +47,5 @@ func newCounters(g *Gateway) {
 		badMessages: set.NewCounter("connect_node_client_errors_total"),
 		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
 		panics:      set.NewCounter("connect_node_client_panics_total"),
-		joins: reportCounters{
-			ok:      set.NewCounter(`connect_node_reports_total{kind="join",outcome="ok"}`),
-			refused: set.NewCounter(`connect_node_reports_total{kind="join",outcome="refused"}`),
-			failed:  set.NewCounter(`connect_node_reports_total{kind="join",outcome="failed"}`),
-		},
-		leaves: reportCounters{
-			ok:      set.NewCounter(`connect_node_reports_total{kind="leave",outcome="ok"}`),
-			refused: set.NewCounter(`connect_node_reports_total{kind="leave",outcome="refused"}`),
-			failed:  set.NewCounter(`connect_node_reports_total{kind="leave",outcome="failed"}`),
-		},
-		rejoins: set.NewCounter("connect_node_rejoins_total"),
-		slots:   set.NewCounter("connect_node_slots_reported_total"),
 	}
 }

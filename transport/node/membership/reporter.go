@@ -1,18 +1,22 @@
-package refgateway
+package membership
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/internal/slots"
@@ -20,10 +24,6 @@ import (
 )
 
 const (
-	// presencePrefix begins the room in which a node keeps all its users, so that a
-	// user without a room is found by the Controller, too. Clients do not see it.
-	presencePrefix = "@node:"
-
 	// leaveShare is how many joins may go before a leave that waits: who comes
 	// waits for the answer, who goes does not, and must not wait for ever.
 	leaveShare = 8
@@ -35,42 +35,37 @@ const (
 	firstRepeat = 2 * time.Second
 )
 
+// Errors of Join and Leave, in words for clients.
 var (
-	errTooManyRooms = errors.New("room_id: too many rooms on this connection")
-	errNotInRoom    = errors.New("room_id: not in this room")
-	errGoing        = errors.New("node is going")
+	ErrTooManyRooms = errors.New("room_id: too many rooms on this connection")
+	ErrNotInRoom    = errors.New("room_id: not in this room")
+	ErrReserved     = errors.New("room_id: names that begin with " + Reserved + " are reserved")
+	ErrGoing        = errors.New("node is going")
 )
 
-// holder is a connection, as far as its memberships go. Its last three methods
-// tell the client, do not wait and are called without a lock.
-type holder interface {
-	identity() (user, name string)
-	roomSet() *rooms
-	joined(room string)
-	left(room string)
-	refused(room, why string)
-}
-
-// reports keeps the Controller's picture of this node's memberships equal to the
+// Reporter keeps the Controller's picture of this node's memberships equal to the
 // truth. It does not queue events: for each user and room it knows what is and
 // what the Controller has been told, and works on the difference, one call at a
 // time for each. So its size is bounded by what the connections may hold, however
 // long the Controller is away. Beside that it compares the whole with a Controller
 // that can (see sync.go), and reports everything again to one that cannot.
-type reports struct {
-	// Static after newReports.
+type Reporter struct {
+	// Static after New.
 	cfg      Config
-	boot     string
 	presence string
-	count    *counters
+	count    counters
 	cc       *grpc.ClientConn
 	client   pubsub.ControllerServiceClient
 	compare  chan struct{} // holds a token when a comparison is due at once
+	loops    sync.WaitGroup
+
+	registration registration // Owned by clockLoop.
 
 	mu   sync.Mutex
 	work sync.Cond // there may be something to do
 
 	// Guarded by mu.
+	stop    context.CancelFunc
 	all     map[membershipID]*membership
 	rooms   map[string]int // memberships in each
 	slots   []slot         // slots.Count
@@ -92,16 +87,16 @@ type reports struct {
 
 type membershipID struct{ user, room string }
 
-// membership is one user in one room. Guarded by reports.mu.
+// membership is one user in one room. Guarded by Reporter.mu.
 type membership struct {
 	membershipID
 
 	hash    uint64
 	at      int // in its slot
 	name    string
-	holders []holder // connections that are in the room
-	joiners []holder // to be told when the Controller knows
-	leavers []holder // to be told when the Controller has forgotten
+	holders []*Member // connections that are in the room
+	joiners []*Member // to be told when the Controller knows
+	leavers []*Member // to be told when the Controller has forgotten
 
 	told      bool // the Controller may believe it
 	confirmed bool // the Controller has said so
@@ -125,71 +120,155 @@ type slot struct {
 	busy    int    // calls under way for them
 }
 
-func newReports(cfg Config, boot string, cc *grpc.ClientConn, count *counters) *reports {
-	r := &reports{
-		cfg:      cfg,
-		boot:     boot,
-		presence: presencePrefix + cfg.NodeID,
-		count:    count,
+// New makes a Reporter that does nothing until Start.
+func New(cfg Config) (*Reporter, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("membership config: %w", err)
+	}
+	cc, err := grpc.NewClient(cfg.Controller, append([]grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithIdleTimeout(0), // Its connection tells whether the Controller was restarted.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: 2 * time.Second,
+		}),
+	}, cfg.DialOptions...)...)
+	if err != nil {
+		return nil, fmt.Errorf("controller address: %w", err)
+	}
+	return newReporter(cfg, cc), nil
+}
+
+func newReporter(cfg Config, cc *grpc.ClientConn) *Reporter {
+	r := &Reporter{
+		cfg:      cfg.withDefaults(),
+		presence: Reserved + cfg.NodeID,
 		cc:       cc,
 		client:   pubsub.NewControllerServiceClient(cc),
 		compare:  make(chan struct{}, 1),
+		stop:     func() {},
 		all:      make(map[membershipID]*membership),
 		rooms:    make(map[string]int),
 		slots:    make([]slot, slots.Count),
 	}
 	r.work.L = &r.mu
+	r.count = newCounters(r)
 	return r
 }
 
-func (r *reports) slotOf(m *membership) *slot { return &r.slots[slots.Of(m.hash)] }
+// Start begins to report. The Controller need not be there yet.
+func (r *Reporter) Start() {
+	ctx, stop := context.WithCancel(context.Background())
+	r.mu.Lock()
+	r.stop = stop
+	r.mu.Unlock()
+	r.keep(ctx, func() { r.watchLoop(ctx) })
+	r.keep(ctx, func() { r.clockLoop(ctx) })
+	r.keep(ctx, func() { r.syncLoop(ctx) })
+	for range r.cfg.Workers {
+		r.keep(ctx, r.workLoop)
+	}
+}
+
+// keep runs a loop until it returns. After a panic it begins again: what a Controller
+// brings about by a mistake of ours must not end the process.
+func (r *Reporter) keep(ctx context.Context, loop func()) {
+	run := func() (ended bool) {
+		defer func() {
+			if v := recover(); v != nil {
+				r.count.panics.Inc()
+				r.cfg.Logger.Error("panic caught", slog.String("goroutine", "memberships"), slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
+			}
+		}()
+		loop()
+		return true
+	}
+	r.loops.Go(func() {
+		for !run() && pause(ctx, time.Second) {
+		}
+	})
+}
+
+// Close ends everything at once and waits for it. What was not reported is not reported.
+func (r *Reporter) Close() {
+	r.mu.Lock()
+	r.closed = true
+	stop := r.stop
+	r.work.Broadcast()
+	r.mu.Unlock()
+	stop()
+	_ = r.cc.Close() // Ends the calls that are under way.
+	r.loops.Wait()
+}
+
+// named is the room as the Controller knows it: the node's own has no name for clients.
+func (r *Reporter) named(room string) string {
+	if room == "" {
+		return r.presence
+	}
+	return room
+}
+
+// shown is the name for clients.
+func (r *Reporter) shown(room string) string {
+	if room == r.presence {
+		return ""
+	}
+	return room
+}
+
+func (r *Reporter) slotOf(m *membership) *slot { return &r.slots[slots.Of(m.hash)] }
 
 // join puts c into the room. c is told when the Controller knows. A leave of c that waits for
 // its answer gets it first: what a client is told last about a room is what is.
-func (r *reports) join(c holder, room string) error {
+func (r *Reporter) join(c *Member, room string) error {
 	r.mu.Lock()
 	m, known, err := r.joinLocked(c, room)
 	left := 0
 	if err == nil {
 		left = len(m.leavers)
-		m.leavers = slices.DeleteFunc(m.leavers, func(l holder) bool { return l == c })
+		m.leavers = slices.DeleteFunc(m.leavers, func(l *Member) bool { return l == c })
 		left -= len(m.leavers)
 	}
 	r.mu.Unlock()
 	for range left {
-		c.left(room)
+		c.client.Left(r.shown(room))
 	}
 	if known {
-		c.joined(m.room)
+		c.client.Joined(r.shown(m.room))
 	}
 	return err
 }
 
 // joinLocked returns known=true when the Controller knows already.
-func (r *reports) joinLocked(c holder, room string) (m *membership, known bool, err error) {
+func (r *Reporter) joinLocked(c *Member, room string) (m *membership, known bool, err error) {
 	if r.leaving {
-		return nil, false, errGoing
+		return nil, false, ErrGoing
 	}
-	in := c.roomSet()
-	if room != r.presence && !in.has(room) && in.len() > r.cfg.MaxRooms { // Presence is one of them.
-		return nil, false, errTooManyRooms
+	if room != r.presence {
+		if strings.HasPrefix(room, Reserved) {
+			return nil, false, ErrReserved
+		}
+		if !c.In(room) && c.count() > r.cfg.MaxRooms { // Presence is one of them.
+			return nil, false, ErrTooManyRooms
+		}
 	}
-	user, name := c.identity()
-	id := membershipID{user, room}
+	id := membershipID{c.user, room}
 	m = r.all[id]
 	if m == nil {
-		m = &membership{membershipID: id, hash: slots.Hash(user, room)}
+		m = &membership{membershipID: id, hash: slots.Hash(c.user, room)}
 		s := r.slotOf(m)
 		m.at = len(s.members)
 		s.members = append(s.members, m)
 		r.all[id] = m
 		r.rooms[room]++
 	}
-	in.enter(room)
+	c.enter(room)
 	if !slices.Contains(m.holders, c) {
 		m.holders = append(m.holders, c)
 	}
-	m.name = name
+	m.name = c.name
 	r.countLocked(m)
 	if !m.busy && r.doneLocked(m) {
 		return m, true, nil
@@ -202,49 +281,53 @@ func (r *reports) joinLocked(c holder, room string) (m *membership, known bool, 
 }
 
 // leave takes c out of the room. c is told when the Controller knows.
-func (r *reports) leave(c holder, room string) error {
+func (r *Reporter) leave(c *Member, room string) error {
 	r.mu.Lock()
-	if !c.roomSet().has(room) {
+	if !c.In(room) {
 		r.mu.Unlock()
-		return errNotInRoom
+		return ErrNotInRoom
 	}
-	c.roomSet().exit(room)
+	c.exit(room)
 	m := r.dropLocked(c, room)
 	if m != nil && len(m.holders) == 0 && r.all[m.membershipID] == m && (m.busy || !r.doneLocked(m)) {
 		if !slices.Contains(m.leavers, c) {
 			m.leavers = append(m.leavers, c)
-			c.roomSet().leaveLocked(room)
+			if c.leaving == nil {
+				c.leaving = make(map[string]struct{})
+			}
+			c.leaving[room] = struct{}{}
 		}
 		r.mu.Unlock()
 		return nil
 	}
 	r.mu.Unlock()
 	// Another connection of the user stays, or the Controller was never told.
-	c.left(room)
+	c.client.Left(r.shown(room))
 	return nil
 }
 
 // drop takes c, which has ended, out of all its rooms.
-func (r *reports) drop(c holder) {
+func (r *Reporter) drop(c *Member) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	in := c.roomSet()
-	user, _ := c.identity()
-	for room := range in.leaving {
-		if m := r.all[membershipID{user, room}]; m != nil {
+	for room := range c.leaving {
+		if m := r.all[membershipID{c.user, room}]; m != nil {
 			m.leavers = remove(m.leavers, c)
 		}
 	}
-	in.leaving = nil
-	for room := range in.exitAll() {
+	c.leaving = nil
+	c.mu.Lock()
+	rooms := c.rooms
+	c.rooms = nil
+	c.mu.Unlock()
+	for room := range rooms {
 		r.dropLocked(c, room)
 	}
 }
 
 // dropLocked notes that c is out of the room.
-func (r *reports) dropLocked(c holder, room string) *membership {
-	user, _ := c.identity()
-	m := r.all[membershipID{user, room}]
+func (r *Reporter) dropLocked(c *Member, room string) *membership {
+	m := r.all[membershipID{c.user, room}]
 	if m == nil {
 		return nil
 	}
@@ -262,7 +345,7 @@ func (r *reports) dropLocked(c holder, room string) *membership {
 	return m
 }
 
-func remove(holders []holder, c holder) []holder {
+func remove(holders []*Member, c *Member) []*Member {
 	if i := slices.Index(holders, c); i >= 0 {
 		return slices.Delete(holders, i, i+1)
 	}
@@ -270,7 +353,7 @@ func remove(holders []holder, c holder) []holder {
 }
 
 // deleteLocked forgets m. retry may still have it, and skips it: it is done.
-func (r *reports) deleteLocked(m *membership) {
+func (r *Reporter) deleteLocked(m *membership) {
 	if r.all[m.membershipID] != m {
 		return
 	}
@@ -298,7 +381,7 @@ func (r *reports) deleteLocked(m *membership) {
 }
 
 // countLocked keeps the digest of m's slot: what the Controller should have.
-func (r *reports) countLocked(m *membership) {
+func (r *Reporter) countLocked(m *membership) {
 	counts := m.confirmed && len(m.holders) > 0
 	switch {
 	case counts == m.counted:
@@ -311,7 +394,7 @@ func (r *reports) countLocked(m *membership) {
 }
 
 // doneLocked tells that the Controller's picture of m is the truth.
-func (r *reports) doneLocked(m *membership) bool {
+func (r *Reporter) doneLocked(m *membership) bool {
 	if len(m.holders) == 0 {
 		return !m.told
 	}
@@ -319,7 +402,7 @@ func (r *reports) doneLocked(m *membership) bool {
 }
 
 // listLocked makes a worker look at m: in the line of what is to be done for it.
-func (r *reports) listLocked(m *membership) {
+func (r *Reporter) listLocked(m *membership) {
 	switch joins := len(m.holders) > 0; {
 	case m.busy || m.paused: // Whoever has it looks again.
 		return
@@ -334,7 +417,7 @@ func (r *reports) listLocked(m *membership) {
 }
 
 // workLoop reports until close.
-func (r *reports) workLoop() {
+func (r *Reporter) workLoop() {
 	for {
 		m := r.next()
 		if m == nil {
@@ -345,7 +428,7 @@ func (r *reports) workLoop() {
 }
 
 // next waits for the Controller and for something to tell it. Joins go first.
-func (r *reports) next() *membership {
+func (r *Reporter) next() *membership {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for {
@@ -375,7 +458,7 @@ func (r *reports) next() *membership {
 }
 
 // report makes at most one call for m and says to whom it matters what came of it.
-func (r *reports) report(m *membership) {
+func (r *Reporter) report(m *membership) {
 	r.mu.Lock()
 	joins, name, repeat := len(m.holders) > 0, m.name, m.repeat
 	call := repeat || !r.doneLocked(m)
@@ -422,7 +505,7 @@ func (r *reports) report(m *membership) {
 }
 
 // failLocked is for a call that did not succeed, and may have been executed.
-func (r *reports) failLocked(m *membership, err error) {
+func (r *Reporter) failLocked(m *membership, err error) {
 	m.again = true
 	m.failures++
 	if status.Code(err) == codes.Aborted {
@@ -441,17 +524,17 @@ func (r *reports) failLocked(m *membership, err error) {
 }
 
 // settleLocked looks at m after a call: it is done, or there is more to do.
-func (r *reports) settleLocked(m *membership) (news []func()) {
+func (r *Reporter) settleLocked(m *membership) (news []func()) {
 	if !r.doneLocked(m) {
 		r.listLocked(m)
 		return nil
 	}
 	for _, c := range m.leavers {
-		delete(c.roomSet().leaving, m.room)
-		news = append(news, func() { c.left(m.room) })
+		delete(c.leaving, m.room)
+		news = append(news, func() { c.client.Left(r.shown(m.room)) })
 	}
 	for _, c := range m.joiners {
-		news = append(news, func() { c.joined(m.room) })
+		news = append(news, func() { c.client.Joined(r.shown(m.room)) })
 	}
 	m.leavers, m.joiners = nil, nil
 	if r.syncing.can || r.leaving {
@@ -468,17 +551,17 @@ func (r *reports) settleLocked(m *membership) (news []func()) {
 
 // refuseLocked takes everybody out of a room that the Controller does not let the
 // user into.
-func (r *reports) refuseLocked(m *membership, why string) (news []func()) {
+func (r *Reporter) refuseLocked(m *membership, why string) (news []func()) {
 	for _, c := range m.holders {
-		c.roomSet().exit(m.room)
-		news = append(news, func() { c.refused(m.room, why) })
+		c.exit(m.room)
+		news = append(news, func() { c.client.Refused(r.shown(m.room), why) })
 	}
 	m.holders, m.joiners = nil, nil
 	return news
 }
 
 // retryLocked looks at m again after a while.
-func (r *reports) retryLocked(m *membership, d time.Duration) {
+func (r *Reporter) retryLocked(m *membership, d time.Duration) {
 	m.due = time.Now().Add(d)
 	if !m.inRetry {
 		m.inRetry = true
@@ -487,19 +570,19 @@ func (r *reports) retryLocked(m *membership, d time.Duration) {
 }
 
 // call tells the Controller. refused is its own final no; an error may pass.
-func (r *reports) call(id membershipID, name string, joins bool, seq uint64) (refused string, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), r.cfg.ControllerTimeout)
+func (r *Reporter) call(id membershipID, name string, joins bool, seq uint64) (refused string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), r.cfg.Timeout)
 	defer cancel()
 	var message string
 	ok := true
 	if joins {
 		reply, callErr := r.client.JoinRoom(ctx, &pubsub.JoinRoomRequest{
-			UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.boot,
+			UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.cfg.BootID,
 		})
 		ok, message, err = reply.GetSuccess(), reply.GetMessage(), callErr
 	} else {
 		// success=false says that the user was not there: just as well.
-		_, err = r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: id.user, RoomId: id.room, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.boot})
+		_, err = r.client.LeaveRoom(ctx, &pubsub.LeaveRoomRequest{UserId: id.user, RoomId: id.room, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.cfg.BootID})
 	}
 	r.count.report(joins, ok, err)
 	switch status.Code(err) { //nolint:exhaustive // What is not listed may pass.
@@ -520,7 +603,7 @@ func (r *reports) call(id membershipID, name string, joins bool, seq uint64) (re
 }
 
 // clockLoop brings back what was put aside, ten times a second.
-func (r *reports) clockLoop(ctx context.Context) {
+func (r *Reporter) clockLoop(ctx context.Context) {
 	ticker := time.NewTicker(100 * time.Millisecond)
 	defer ticker.Stop()
 	for {
@@ -528,12 +611,15 @@ func (r *reports) clockLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-ticker.C:
+			if r.cfg.Registered != nil && r.registration.regained(r.cfg.Registered()) {
+				r.again() // A Controller that watches etcd may have given this node up.
+			}
 			r.tick(now)
 		}
 	}
 }
 
-func (r *reports) tick(now time.Time) {
+func (r *Reporter) tick(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.retry = slices.DeleteFunc(r.retry, func(m *membership) bool {
@@ -571,7 +657,7 @@ func (r *reports) tick(now time.Time) {
 // watchLoop follows the connection to the Controller. The first time that it is
 // there the Controller may know what a process before this one has left behind;
 // each time it may be a new one that knows nothing.
-func (r *reports) watchLoop(ctx context.Context) {
+func (r *Reporter) watchLoop(ctx context.Context) {
 	cleared := false
 	for {
 		state := r.cc.GetState()
@@ -597,12 +683,12 @@ func (r *reports) watchLoop(ctx context.Context) {
 // clear ends all memberships that were reported of this node id before, in one
 // call. A Controller that does not understand it has said so, and that is an
 // answer, too.
-func (r *reports) clear(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.ControllerTimeout)
+func (r *Reporter) clear(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
 	defer cancel()
 	r.mu.Lock()
 	r.seq++
-	request := &pubsub.LeaveRoomRequest{NodeId: r.cfg.NodeID, Seq: r.seq, BootId: r.boot}
+	request := &pubsub.LeaveRoomRequest{NodeId: r.cfg.NodeID, Seq: r.seq, BootId: r.cfg.BootID}
 	r.mu.Unlock()
 	_, err := r.client.LeaveRoom(ctx, request)
 	switch status.Code(err) {
@@ -630,7 +716,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // reached is called after every change of the connection's state.
-func (r *reports) reached(ready bool) {
+func (r *Reporter) reached(ready bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.ready != ready {
@@ -657,8 +743,8 @@ func (r *reports) reached(ready bool) {
 	r.work.Broadcast()
 }
 
-// lost is called when the Controller may have given this node up.
-func (r *reports) lost() {
+// again tells the Controller everything once more.
+func (r *Reporter) again() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.syncing.can {
@@ -670,7 +756,7 @@ func (r *reports) lost() {
 }
 
 // againLocked reports all memberships again.
-func (r *reports) againLocked() {
+func (r *Reporter) againLocked() {
 	r.rejoin = r.rejoin[:0]
 	for _, m := range r.all {
 		if m.told && len(m.holders) > 0 {
@@ -680,16 +766,16 @@ func (r *reports) againLocked() {
 	}
 }
 
-// leaveAll takes everybody out of everything and waits until the Controller has
+// Drain takes everybody out of everything and waits until the Controller has
 // been told, or ctx ends.
-func (r *reports) leaveAll(ctx context.Context) error {
+func (r *Reporter) Drain(ctx context.Context) error {
 	empty := make(chan struct{})
 	r.mu.Lock()
 	r.leaving = true
 	atOnce := r.ready && r.syncing.can
 	for _, m := range r.all {
 		for _, c := range m.holders {
-			c.roomSet().exit(m.room)
+			c.exit(m.room)
 		}
 		m.holders, m.joiners, m.leavers, m.repeats = nil, nil, nil, 0
 		r.countLocked(m)
@@ -733,44 +819,44 @@ func (r *reports) leaveAll(ctx context.Context) error {
 	}
 	// Too many for the time there is: the one call that ends them all is understood
 	// by the reference Controller, not by every one.
-	if r.isReady() && r.clear(context.WithoutCancel(ctx)) {
+	if r.Ready() && r.clear(context.WithoutCancel(ctx)) {
 		return nil
 	}
-	return fmt.Errorf("report leaves: %d of %d left: %w", r.memberships(), left, ctx.Err())
+	return fmt.Errorf("report leaves: %d of %d left: %w", r.Stats().Memberships, left, ctx.Err())
 }
 
-// close ends the workers after the calls they are in.
-func (r *reports) close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.closed = true
-	r.work.Broadcast()
+// Stats are the numbers of a moment.
+type Stats struct {
+	Memberships int // users in rooms, the node's own included
+	Rooms       int // the node's own is none
+	Pending     int // reports that the Controller has not taken
 }
 
-func (r *reports) memberships() int {
+// Stats counts.
+func (r *Reporter) Stats() Stats {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.all)
-}
-
-func (r *reports) roomCount() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	n := len(r.rooms)
+	rooms := len(r.rooms)
 	if r.rooms[r.presence] > 0 {
-		n--
+		rooms--
 	}
-	return n
+	return Stats{Memberships: len(r.all), Rooms: rooms, Pending: r.joins.n + r.leaves.n + len(r.retry) + len(r.rejoin)}
 }
 
-func (r *reports) pending() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.joins.n + r.leaves.n + len(r.retry) + len(r.rejoin)
-}
-
-func (r *reports) isReady() bool {
+// Ready tells whether the Controller is reached.
+func (r *Reporter) Ready() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.ready
+}
+
+// registration remembers whether the node stood in etcd.
+type registration struct{ ever, lost bool }
+
+// regained tells that the node is back after it was lost.
+func (s *registration) regained(up bool) bool {
+	back := up && s.lost
+	s.lost = !up && s.ever
+	s.ever = s.ever || up
+	return back
 }

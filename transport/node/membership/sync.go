@@ -1,4 +1,4 @@
-package refgateway
+package membership
 
 import (
 	"context"
@@ -25,8 +25,8 @@ const (
 // errOtherStore says that what was sent before went to another store.
 var errOtherStore = errors.New("the controller has forgotten meanwhile")
 
-// syncState is what reports knows of a Controller that has SyncNode. Guarded by
-// reports.mu.
+// syncState is what the Reporter knows of a Controller that has SyncNode. Guarded by
+// Reporter.mu.
 type syncState struct {
 	can      bool   // it has
 	absent   bool   // it has not, and said so
@@ -36,10 +36,10 @@ type syncState struct {
 }
 
 // syncLoop compares now and then.
-func (r *reports) syncLoop(ctx context.Context) {
+func (r *Reporter) syncLoop(ctx context.Context) {
 	for {
 		d := r.cfg.SyncInterval
-		if r.isReady() {
+		if r.Ready() {
 			more, err := r.sync(ctx)
 			switch {
 			case more:
@@ -61,7 +61,7 @@ func (r *reports) syncLoop(ctx context.Context) {
 	}
 }
 
-func (r *reports) compareNow() {
+func (r *Reporter) compareNow() {
 	select {
 	case r.compare <- struct{}{}:
 	default:
@@ -70,7 +70,7 @@ func (r *reports) compareNow() {
 
 // greet is the first comparison over a new connection: it finds out whether the
 // Controller can compare, and whether it is the one from before.
-func (r *reports) greet(ctx context.Context) error {
+func (r *Reporter) greet(ctx context.Context) error {
 	err := r.ask(ctx)
 	code := status.Code(err)
 	r.mu.Lock()
@@ -86,7 +86,7 @@ func (r *reports) greet(ctx context.Context) error {
 
 // sync compares once and sends what differs. more means that it is to be called
 // again soon.
-func (r *reports) sync(ctx context.Context) (more bool, err error) {
+func (r *Reporter) sync(ctx context.Context) (more bool, err error) {
 	r.mu.Lock()
 	absent, completed := r.syncing.absent, r.syncing.complete
 	r.mu.Unlock()
@@ -111,9 +111,9 @@ func (r *reports) sync(ctx context.Context) (more bool, err error) {
 }
 
 // ask sends the digests and learns which slots differ.
-func (r *reports) ask(ctx context.Context) error {
+func (r *Reporter) ask(ctx context.Context) error {
 	r.mu.Lock()
-	request := &pubsub.SyncNodeRequest{NodeId: r.cfg.NodeID, BootId: r.boot, Digests: make([]uint64, slots.Count)}
+	request := &pubsub.SyncNodeRequest{NodeId: r.cfg.NodeID, BootId: r.cfg.BootID, Digests: make([]uint64, slots.Count)}
 	for i := range r.slots {
 		request.Digests[i] = r.slots[i].digest
 	}
@@ -129,8 +129,8 @@ func (r *reports) ask(ctx context.Context) error {
 // executed it is not known, and what is not listed ends. It does not wait while the
 // store has not been told everything, for the Controller may not answer the call
 // before: what it ends then is reported again before the client is told.
-func (r *reports) send(ctx context.Context) (sent bool, err error) {
-	request := &pubsub.SyncNodeRequest{NodeId: r.cfg.NodeID, BootId: r.boot}
+func (r *Reporter) send(ctx context.Context) (sent bool, err error) {
+	request := &pubsub.SyncNodeRequest{NodeId: r.cfg.NodeID, BootId: r.cfg.BootID}
 	members, bytes := 0, 0
 	r.mu.Lock()
 	for i := range r.syncing.unsent {
@@ -182,7 +182,7 @@ func (r *reports) send(ctx context.Context) (sent bool, err error) {
 	return true, nil
 }
 
-func (r *reports) unsentLocked(slot uint32) {
+func (r *Reporter) unsentLocked(slot uint32) {
 	if r.syncing.unsent == nil {
 		r.syncing.unsent = make(map[uint32]struct{})
 	}
@@ -190,8 +190,8 @@ func (r *reports) unsentLocked(slot uint32) {
 }
 
 // exchange makes one call and notes what differs.
-func (r *reports) exchange(ctx context.Context, request *pubsub.SyncNodeRequest) error {
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.ControllerTimeout)
+func (r *Reporter) exchange(ctx context.Context, request *pubsub.SyncNodeRequest) error {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
 	defer cancel()
 	reply, err := r.client.SyncNode(ctx, request)
 	if err != nil {

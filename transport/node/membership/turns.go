@@ -1,4 +1,4 @@
-package refgateway
+package membership
 
 import (
 	"container/list"
@@ -6,7 +6,7 @@ import (
 )
 
 // turns is a queue in which users take turns: one with a thousand memberships to
-// report delays another by one of them. Guarded by reports.mu.
+// report delays another by one of them. Guarded by Reporter.mu.
 type turns struct {
 	users map[string]*list.Element
 	ring  list.List // of *turn, in the order of their turns
