@@ -26,6 +26,11 @@ build: ## Build all commands into bin/
 	mkdir -p bin
 	$(GO) build -o bin/ ./cmd/...
 
+.PHONY: build-nodev
+build-nodev: ## Build push-manager into bin/ without the development stack (no etcd server in it)
+	mkdir -p bin
+	$(GO) build -tags nodev -o bin/ ./cmd/push-manager
+
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
 	@echo 'Building. The first time everything is compiled, etcd and gRPC too: a minute or two on two cores.'
@@ -74,8 +79,9 @@ vet: ## Run go vet
 	$(GO) vet ./...
 
 .PHONY: generate
-generate: $(TOOLS)/buf ## Generate the Go code of proto/*.proto
+generate: $(TOOLS)/buf ## Generate the Go code of proto/*.proto and the documents of the settings
 	$(TOOLS)/buf generate
+	$(GO) test ./internal/app -run TestDocumentsOfTheSettings -update
 
 .PHONY: check-generate
 check-generate: $(TOOLS)/buf ## Fail if the committed generated code differs from what the proto files give

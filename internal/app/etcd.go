@@ -17,36 +17,36 @@ type EtcdConfig struct {
 	CertFile, KeyFile, CAFile string
 }
 
-// Bind adds the section to a program's keys. Settle must follow Load.
+// Bind adds the section to a program's keys. Validate must follow Load.
 func (c *EtcdConfig) Bind(s *config.Set) {
 	s.List(&c.Endpoints, "etcd.endpoints", "localhost:2379", "etcd, as HOST:PORT or URLs separated by commas.")
-	s.Duration(&c.DialTimeout, "etcd.dial_timeout", time.Second, time.Millisecond, "Longest attempt to connect to etcd.")
-	s.Duration(&c.RequestTimeout, "etcd.request_timeout", 3*time.Second, time.Millisecond, "Longest request to etcd.")
+	s.Duration(&c.DialTimeout, "etcd.dial_timeout", discovery.DefaultDialTimeout, time.Millisecond, "Longest attempt to connect to etcd.")
+	s.Duration(&c.RequestTimeout, "etcd.request_timeout", discovery.Defaults().RequestTimeout, time.Millisecond, "Longest request to etcd.")
 	s.Text(&c.Username, "etcd.username", "", "User at etcd, where it asks for one.")
-	s.Text(&c.Password, "etcd.password", "", "Password at etcd.").Secret()
+	s.Secret(&c.Password, "etcd.password", "Password at etcd.")
 	s.Text(&c.CAFile, "etcd.tls.ca_file", "", "PEM file of the authorities that etcd's certificate is checked with. Any file of this section switches TLS on.")
 	s.Text(&c.CertFile, "etcd.tls.cert_file", "", "PEM file of our certificate for etcd.")
 	s.Text(&c.KeyFile, "etcd.tls.key_file", "", "PEM file of its key.")
 }
 
-// Settle reads the files and checks the rest.
-func (c *EtcdConfig) Settle(s *config.Set) error {
-	if err := c.settleTLS(s); err != nil {
+// Validate reads the files and checks the rest.
+func (c *EtcdConfig) Validate(s *config.Set) error {
+	if err := c.loadTLS(s); err != nil {
 		return err
 	}
 	if err := c.CheckEndpoints(); err != nil {
-		return s.Problem("etcd.endpoints", "%v", err)
+		return s.Errorf("etcd.endpoints", "%v", err)
 	}
 	switch {
 	case c.Username != "" && c.Password == "":
-		return s.Problem("etcd.password", "missing, while etcd.username is set")
+		return s.Errorf("etcd.password", "missing, while etcd.username is set")
 	case c.Username == "" && c.Password != "":
-		return s.Problem("etcd.username", "missing, while etcd.password is set")
+		return s.Errorf("etcd.username", "missing, while etcd.password is set")
 	}
 	return nil
 }
 
-func (c *EtcdConfig) settleTLS(s *config.Set) error {
+func (c *EtcdConfig) loadTLS(s *config.Set) error {
 	if c.CAFile == "" && c.CertFile == "" && c.KeyFile == "" {
 		return nil
 	}
@@ -54,28 +54,28 @@ func (c *EtcdConfig) settleTLS(s *config.Set) error {
 	if c.CAFile != "" {
 		pem, err := config.ReadFile(c.CAFile, maxPEM)
 		if err != nil {
-			return s.Problem("etcd.tls.ca_file", "%v", err)
+			return s.Errorf("etcd.tls.ca_file", "%v", err)
 		}
 		c.TLS.RootCAs = x509.NewCertPool()
 		if !c.TLS.RootCAs.AppendCertsFromPEM(pem) {
-			return s.Problem("etcd.tls.ca_file", "%s holds no certificate", c.CAFile)
+			return s.Errorf("etcd.tls.ca_file", "%s holds no certificate", c.CAFile)
 		}
 	}
 	switch {
 	case c.CertFile == "" && c.KeyFile == "":
 		return nil
 	case c.CertFile == "":
-		return s.Problem("etcd.tls.cert_file", "missing, while etcd.tls.key_file is set")
+		return s.Errorf("etcd.tls.cert_file", "missing, while etcd.tls.key_file is set")
 	case c.KeyFile == "":
-		return s.Problem("etcd.tls.key_file", "missing, while etcd.tls.cert_file is set")
+		return s.Errorf("etcd.tls.key_file", "missing, while etcd.tls.cert_file is set")
 	}
 	for key, file := range map[string]string{"etcd.tls.cert_file": c.CertFile, "etcd.tls.key_file": c.KeyFile} {
 		if _, err := config.ReadFile(file, maxPEM); err != nil {
-			return s.Problem(key, "%v", err)
+			return s.Errorf(key, "%v", err)
 		}
 	}
 	if _, err := keyPair(c.CertFile, c.KeyFile); err != nil {
-		return s.Problem("etcd.tls.cert_file", "%v", err)
+		return s.Errorf("etcd.tls.cert_file", "%v", err)
 	}
 	// Read again for each handshake: certificates are renewed while we run.
 	cert, key := c.CertFile, c.KeyFile

@@ -10,7 +10,7 @@ import (
 )
 
 func TestPartsStopInReverseWhateverFails(t *testing.T) {
-	var p Parts
+	var p Lifecycle
 	var stopped []string
 	part := func(name string, err error) {
 		p.Add(name, func(context.Context) error {
@@ -36,7 +36,7 @@ func TestPartsStopInReverseWhateverFails(t *testing.T) {
 func TestStartThatFailsStopsItsParts(t *testing.T) {
 	stops := 0
 	start := func(fail error) (err error) {
-		var p Parts
+		var p Lifecycle
 		defer p.StopAfter(t.Context(), &err)
 		p.Add("part", Closing(func() { stops++ }))
 		return fail
@@ -67,7 +67,7 @@ func TestBoundsOfStops(t *testing.T) {
 			return nil
 		}
 	}
-	_ = Tail(check(time.Millisecond, tailTimeout))(over)
-	_ = Within(time.Minute, check(0, 0))(over)
-	_ = Within(time.Minute, check(time.Second, time.Minute))(t.Context())
+	_ = WithGrace(check(time.Millisecond, grace))(over)
+	_ = WithTimeout(time.Minute, check(0, 0))(over)
+	_ = WithTimeout(time.Minute, check(time.Second, time.Minute))(t.Context())
 }

@@ -17,10 +17,10 @@ import (
 // CheckListen refuses an address that others can reach, while there is no TLS.
 func CheckListen(s *config.Set, host string, allowed bool) error {
 	if ip := net.ParseIP(host); ip == nil && host != "" && host != "localhost" {
-		return s.Problem("listen_address", "%q is not an IP address", host)
+		return s.Errorf("listen_address", "%q is not an IP address", host)
 	}
 	if !config.Loopback(host) && !allowed {
-		return s.Problem("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
+		return s.Errorf("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
 	}
 	return nil
 }
@@ -36,7 +36,7 @@ func CheckPorts(s *config.Set, ports ...Port) error {
 	taken := map[int]string{}
 	for _, p := range ports {
 		if by, ok := taken[p.Number]; ok && p.Number != 0 {
-			return s.Problem(p.Key, "%d is %s, too", p.Number, by)
+			return s.Errorf(p.Key, "%d is %s, too", p.Number, by)
 		}
 		taken[p.Number] = p.Key
 	}
@@ -48,7 +48,7 @@ func CheckPorts(s *config.Set, ports ...Port) error {
 func CheckAddresses(s *config.Set, advertised, controller string, several bool) error {
 	if advertised != "" {
 		if err := discovery.CheckAddress(advertised); err != nil {
-			return s.Problem("advertise_address", "%v", err)
+			return s.Errorf("advertise_address", "%v", err)
 		}
 	}
 	targets := []string{controller}
@@ -61,7 +61,7 @@ func CheckAddresses(s *config.Set, advertised, controller string, several bool) 
 			continue // a comma too many does no harm
 		}
 		if err := CheckTarget(target); err != nil {
-			return s.Problem("controller_address", "%v", err)
+			return s.Errorf("controller_address", "%v", err)
 		}
 	}
 	return nil

@@ -2,6 +2,8 @@ package app_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -89,6 +91,9 @@ func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 		set := config.New()
 		made().Bind(set)
 		for _, key := range set.Keys() {
+			if key.Name() == "etcd.password_file" {
+				continue // TestFilesForEtcdAreHandedOver
+			}
 			if strings.HasPrefix(key.Name(), "etcd.tls.") {
 				continue // TestFilesForEtcdAreHandedOver
 			}
@@ -125,15 +130,22 @@ func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 func TestFilesForEtcdAreHandedOver(t *testing.T) {
 	ca := etcdtest.NewCA(t)
 	cert, key := ca.Issue("127.0.0.1")
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, made := range map[string]func() (cli.Settings, *app.EtcdConfig){
 		"serve":        func() (cli.Settings, *app.EtcdConfig) { c := &pushmanager.Config{}; return c, &c.Etcd },
 		"controller":   func() (cli.Settings, *app.EtcdConfig) { c := &controller.Config{}; return c, &c.Etcd },
 		"connect-node": func() (cli.Settings, *app.EtcdConfig) { c := &connectnode.Config{}; return c, &c.Etcd },
 	} {
 		settings, etcd := made()
-		if err := cli.Fill(settings, map[string]string{"ETCD_TLS_CA_FILE": ca.File, "ETCD_TLS_CERT_FILE": cert, "ETCD_TLS_KEY_FILE": key}); err != nil {
+		if err := cli.Fill(settings, map[string]string{"ETCD_USERNAME": "u", "ETCD_PASSWORD_FILE": password, "ETCD_TLS_CA_FILE": ca.File, "ETCD_TLS_CERT_FILE": cert, "ETCD_TLS_KEY_FILE": key}); err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
+		}
+		if etcd.Password != "secret" {
+			t.Errorf("%s: the password is %q", name, etcd.Password)
 		}
 		if etcd.TLS == nil || etcd.TLS.RootCAs == nil || etcd.TLS.GetClientCertificate == nil {
 			t.Errorf("%s: TLS is %+v", name, etcd.TLS)

@@ -32,7 +32,7 @@ var layers = []layer{
 	}},
 	{dir: "docs"}, // what programs carry of it
 	{dir: "internal/label"},
-	{dir: "internal/slots"}, // a rule of the protocol, for both of its sides
+	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "proto"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},

@@ -2,12 +2,14 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
+	"slices"
+	"strings"
 	"time"
-
-	"github.com/alecthomas/kong"
 
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/stdlog"
@@ -22,14 +24,17 @@ type Command struct {
 	File bool
 	// New returns the program's configuration, unset.
 	New func() Settings
+	// Missing says why this build has no such program. Empty: it has.
+	Missing string
 }
 
 // Settings are the configuration of a program.
 type Settings interface {
 	// Bind adds the keys.
 	Bind(s *config.Set)
-	// Settle checks what Load left; its errors name keys.
-	Settle(s *config.Set, lookupEnv func(string) (string, bool)) error
+	// Validate checks what Load left, and fills in what follows from it; its errors
+	// name keys.
+	Validate(s *config.Set, lookupEnv func(string) (string, bool)) error
 	// LogConfig and Timeout are what Run needs of it.
 	LogConfig() telemetry.LogConfig
 	Timeout() time.Duration
@@ -46,97 +51,86 @@ type CommandLine struct {
 }
 
 // Main runs an executable and returns its exit code.
-func Main(c CommandLine, args []string) (code int) {
-	defer func() {
-		if e := recover(); e != nil {
-			status, ok := e.(kongExit)
-			if !ok {
-				panic(e)
-			}
-			code = int(status)
+func Main(c CommandLine, args []string) int {
+	fail := func(err error) int {
+		_, _ = fmt.Fprintf(os.Stderr, "%s: %v\n", c.Name, err)
+		if errors.Is(err, config.ErrUsage) {
+			return ExitUsage
 		}
-	}()
-	p, err := c.parse(args)
-	if err != nil {
-		return complain(c.Name, err)
+		return ExitFailed
 	}
-	if p.printConfig {
-		if err := p.set.Write(os.Stdout, false); err != nil {
-			return complain(c.Name, err)
+	printed := func(err error) int {
+		if err != nil {
+			return fail(err)
 		}
 		return ExitStopped
 	}
-	logger, err := telemetry.NewLogger(os.Stderr, p.settings.LogConfig())
+	cmd, name, description := c.Commands[0], c.Name, c.Description
+	if len(c.Commands) > 1 {
+		if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
+			return printed(c.help(os.Stdout))
+		}
+		if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			i := slices.IndexFunc(c.Commands, func(cmd Command) bool { return cmd.Name == args[0] })
+			if i < 0 {
+				return fail(config.Usage(errors.New("unexpected argument " + args[0])))
+			}
+			cmd, args = c.Commands[i], args[1:]
+		}
+		name, description = c.Name+" "+cmd.Name, cmd.Help
+	}
+	if cmd.Missing != "" {
+		return fail(config.Usage(errors.New(cmd.Name + ": " + cmd.Missing)))
+	}
+
+	settings, set := cmd.New(), config.New()
+	settings.Bind(set)
+	flags, err := set.Parse(args, cmd.File)
+	switch {
+	case err != nil:
+		return fail(err)
+	case flags.Help:
+		_, _ = fmt.Fprintf(os.Stdout, "Usage: %s [flags]\n\n%s\n\n", name, description)
+		return printed(set.WriteHelp(os.Stdout, cmd.File))
+	case flags.Version:
+		_, _ = fmt.Fprintln(os.Stdout, c.Name, telemetry.Version())
+		return ExitStopped
+	}
+	if err := set.Load(flags.Options); err != nil {
+		return fail(err)
+	}
+	if err := settings.Validate(set, os.LookupEnv); err != nil {
+		return fail(err)
+	}
+	if flags.PrintConfig {
+		return printed(set.Write(os.Stdout, false))
+	}
+
+	logger, err := telemetry.NewLogger(os.Stderr, settings.LogConfig())
 	if err != nil {
-		return complain(c.Name, err)
+		return fail(err)
 	}
 	stdlog.To(logger)
 	garbage := 1
-	if light, ok := p.settings.(interface{ GarbageShare() int }); ok {
+	if light, ok := settings.(interface{ GarbageShare() int }); ok {
 		garbage = light.GarbageShare()
 	}
 	TuneMemoryShare(logger, garbage)
-	return Run(logger, p.settings.Timeout(), func(ctx context.Context) (Program, error) {
-		return p.settings.Start(ctx, logger)
+	return Run(logger, settings.Timeout(), func(ctx context.Context) (Program, error) {
+		return settings.Start(ctx, logger)
 	})
 }
 
-// kongExit leaves kong's --help, which knows no other way than to exit.
-type kongExit int
-
-// parsed is a command line with the configuration of its command.
-type parsed struct {
-	settings    Settings
-	set         *config.Set
-	printConfig bool
-}
-
-func (c CommandLine) parse(args []string) (*parsed, error) {
-	settings := map[string]*parsed{}
-	grammars := map[string]any{}
-	options := []kong.Option{
-		kong.Name(c.Name), kong.Description(c.Description),
-		kong.Exit(func(code int) { panic(kongExit(code)) }),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
-	}
-	for i, cmd := range c.Commands {
-		p := &parsed{settings: cmd.New(), set: config.New()}
-		p.settings.Bind(p.set)
-		settings[cmd.Name] = p
-		grammars[cmd.Name] = p.set.Grammar(cmd.File)
-		switch {
-		case len(c.Commands) == 1:
-			options = append(options, kong.Embed(grammars[cmd.Name]))
-		case i == 0:
-			options = append(options, config.Command(cmd.Name, cmd.Help, grammars[cmd.Name], `default:"withargs"`))
-		default:
-			options = append(options, config.Command(cmd.Name, cmd.Help, grammars[cmd.Name]))
-		}
-	}
-	parser, err := kong.New(&struct {
-		Version kong.VersionFlag `help:"Print the version and exit."`
-	}{}, append(options, kong.Vars{"version": c.Name + " " + telemetry.Version()})...)
-	if err != nil {
-		return nil, fmt.Errorf("command line: %w", err)
-	}
-	ctx, err := parser.Parse(args)
-	if err != nil {
-		return nil, config.Usage(err)
-	}
-	name := c.Commands[0].Name
-	if selected := ctx.Selected(); selected != nil {
-		name = selected.Name
-	}
-	p := settings[name]
-	o, printConfig := config.Flags(grammars[name])
+// help lists the commands.
+func (c CommandLine) help(w io.Writer) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: %s <command> [flags]\n\n%s\n\nCommands:\n", c.Name, c.Description)
 	for _, cmd := range c.Commands {
-		o.NoFile = o.NoFile || cmd.Name == name && !cmd.File
+		fmt.Fprintf(&b, "  %-14s %s\n", cmd.Name, cmd.Help)
 	}
-	p.printConfig = printConfig
-	if err := p.set.Load(o); err != nil {
-		return nil, err
-	}
-	return p, p.settings.Settle(p.set, os.LookupEnv)
+	fmt.Fprintf(&b, "\nFlags:\n  -h, --help     Show this.\n  --version      Print the version and exit.\n\nRun \"%s <command> --help\" for more information on a command.\n", c.Name)
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 // Fill sets a program's configuration from its defaults and from values by the names
@@ -151,11 +145,5 @@ func Fill(target Settings, values map[string]string) error {
 	if err := set.Load(config.Options{NoFile: true, LookupEnv: lookup}); err != nil {
 		return err
 	}
-	return target.Settle(set, lookup)
-}
-
-// complain prints why nothing was started and returns the exit code.
-func complain(name string, err error) int {
-	_, _ = fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
-	return exitCode(err)
+	return target.Validate(set, lookup)
 }

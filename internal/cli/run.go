@@ -8,8 +8,6 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
-
-	"github.com/push-manager/push-manager/internal/config"
 )
 
 // The exit codes.
@@ -128,11 +126,4 @@ func drain(logger *slog.Logger, signals <-chan os.Signal, timeout time.Duration,
 		logger.Warn("stopping did not end in time: the rest is cut off")
 		return code
 	}
-}
-
-func exitCode(err error) int {
-	if errors.Is(err, config.ErrUsage) {
-		return ExitUsage
-	}
-	return ExitFailed
 }

@@ -53,12 +53,12 @@ func (c *devConfig) Bind(s *config.Set) {
 	c.tracing.Bind(s)
 }
 
-// Settle implements cli.Settings.
-func (c *devConfig) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
+// Validate implements cli.Settings.
+func (c *devConfig) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
 	if info, err := os.Stat(c.dataDir); err == nil && !info.IsDir() {
-		return s.Problem("data_dir", "%s is no directory", c.dataDir)
+		return s.Errorf("data_dir", "%s is no directory", c.dataDir)
 	}
-	return c.tracing.Settle(lookupEnv)
+	return c.tracing.Validate(lookupEnv)
 }
 
 // LogConfig implements cli.Settings.

@@ -44,6 +44,10 @@ type Config struct {
 	Metrics *metrics.Set
 }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	if c.Store == nil {
 		c.Store = NewMemory(c.MaxUsers)

@@ -83,17 +83,10 @@ type Config struct {
 	// [node.Config].
 	Compression []string
 
-	// ControllerTimeout bounds one call to the Controller. Default 5 s: the Controller may
-	// hold its answer for 4 s while a Push-Manager does not acknowledge.
-	ControllerTimeout time.Duration
-	// ReportWorkers bounds the calls to the Controller at once. Default 32.
-	ReportWorkers int
-	// RejoinPerSecond paces the memberships that are reported again, one by one, to a
-	// Controller without SyncNode that was away. Default 5,000.
-	RejoinPerSecond int
-	// SyncInterval is how often memberships are compared with a Controller that has
-	// SyncNode; by that it also knows that the node lives. Default 2 s.
-	SyncInterval time.Duration
+	// ControllerTimeout, ReportWorkers, RejoinPerSecond and SyncInterval are Timeout,
+	// Workers, RejoinPerSecond and SyncInterval of [membership.Config].
+	ControllerTimeout, SyncInterval time.Duration
+	ReportWorkers, RejoinPerSecond  int
 	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
 	// 3 s.
 	LeaveTimeout time.Duration
@@ -110,11 +103,15 @@ const maxIDBytes = 256
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
 const MaxNodeIDBytes = membership.MaxNodeIDBytes
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	defaultTo(&c.PushManagerAddress, "localhost:50053")
 	defaultTo(&c.Pushctl, "pushctl")
 	defaultTo(&c.MaxConnections, 100_000)
-	defaultTo(&c.MaxRooms, 100)
+	defaultTo(&c.MaxRooms, membership.Defaults().MaxRooms)
 	defaultTo(&c.MaxMessageBytes, 16<<10)
 	defaultTo(&c.QueueFrames, 4096)
 	defaultTo(&c.QueueBytes, 1<<20)
@@ -124,10 +121,6 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.CloseTimeout, 2*time.Second)
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
-	defaultTo(&c.ControllerTimeout, 5*time.Second)
-	defaultTo(&c.ReportWorkers, 32)
-	defaultTo(&c.RejoinPerSecond, 5000)
-	defaultTo(&c.SyncInterval, 2*time.Second)
 	defaultTo(&c.LeaveTimeout, 3*time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -176,14 +169,13 @@ func (c Config) Validate() error {
 	for field, n := range map[string]int{
 		"MaxConnections": c.MaxConnections, "MaxRooms": c.MaxRooms, "MaxMessageBytes": c.MaxMessageBytes,
 		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
-		"ReportWorkers": c.ReportWorkers, "RejoinPerSecond": c.RejoinPerSecond,
 	} {
 		if n < 1 {
 			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))
 		}
 	}
 	for field, d := range map[string]time.Duration{
-		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "ControllerTimeout": c.ControllerTimeout, "SyncInterval": c.SyncInterval, "LeaveTimeout": c.LeaveTimeout,
+		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "LeaveTimeout": c.LeaveTimeout,
 	} {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))

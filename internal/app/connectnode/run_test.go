@@ -24,7 +24,7 @@ func TestConnectNodeSaysWhichCodecsItAccepts(t *testing.T) {
 		env := func(name string) (string, bool) { return value, name == "COMPRESSION" }
 		err := s.Load(config.Options{NoFile: true, LookupEnv: env})
 		if err == nil {
-			err = c.Settle(s, env)
+			err = c.Validate(s, env)
 		}
 		switch {
 		case want.err != "":

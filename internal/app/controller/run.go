@@ -4,17 +4,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
 	"github.com/push-manager/push-manager/internal/cli"
-	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/refcontroller"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
@@ -22,57 +19,6 @@ import (
 // Command is the program as a command.
 func Command() cli.Command {
 	return cli.Command{Name: "controller", Help: "Run the reference Controller.", New: func() cli.Settings { return &Config{} }}
-}
-
-// Config is the configuration of the reference Controller.
-type Config struct {
-	ListenAddress string
-	GRPCPort      int
-	MetricsPort   int
-	AllowInsecure bool
-	PprofRemote   bool
-	DrainTimeout  time.Duration
-
-	Log        telemetry.LogConfig
-	Controller refcontroller.Config
-	Etcd       app.EtcdConfig
-}
-
-// Bind implements cli.Settings.
-func (c *Config) Bind(s *config.Set) {
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
-	s.Port(&c.GRPCPort, "grpc_port", 50051, "Port of the Controller's API, with health and reflection.")
-	s.Port(&c.MetricsPort, "metrics_port", 9095, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
-	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
-	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
-	s.Int(&c.Controller.MaxUsers, "max_users", 0, 0, math.MaxInt32, "Users in one room; 0 for any number.")
-	s.Duration(&c.Controller.NodeGrace, "node_grace", 15*time.Second, time.Millisecond, "How long a Connect-Node may be gone from etcd before its users are.")
-	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start while registered Connect-Nodes have not reported their users. 0: not at all.")
-	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
-	c.Log.Bind(s)
-	c.Etcd.Bind(s)
-}
-
-// Settle implements cli.Settings.
-func (c *Config) Settle(s *config.Set, _ func(string) (string, bool)) error {
-	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
-		return err
-	}
-	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
-		return err
-	}
-	return c.Etcd.Settle(s)
-}
-
-// LogConfig implements cli.Settings.
-func (c *Config) LogConfig() telemetry.LogConfig { return c.Log }
-
-// Timeout implements cli.Settings.
-func (c *Config) Timeout() time.Duration { return c.DrainTimeout }
-
-// Start implements cli.Settings.
-func (c *Config) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
-	return Start(ctx, *c, logger)
 }
 
 // Controller is a running reference Controller.
@@ -83,7 +29,7 @@ type Controller struct {
 
 	server atomic.Pointer[refcontroller.Server] // metrics and health are served before it is there
 
-	parts    app.Parts
+	life     app.Lifecycle
 	serving  sync.WaitGroup
 	failed   chan error
 	draining chan struct{} // closed by Drain
@@ -92,11 +38,11 @@ type Controller struct {
 // Start starts a Controller.
 func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller, err error) {
 	c := &Controller{failed: make(chan error, 1), draining: make(chan struct{})}
-	defer c.parts.StopAfter(ctx, &err)
-	if c.api, err = c.parts.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+	defer c.life.StopAfter(ctx, &err)
+	if c.api, err = c.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, err
 	}
-	ops, err := c.parts.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT")
+	ops, err := c.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT")
 	if err != nil {
 		return nil, err
 	}
@@ -106,8 +52,8 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	}); err != nil {
 		return nil, err
 	}
-	c.parts.Add("metrics and health", app.Tail(c.http.Close)) // the last to go: they show how a stop goes on
-	etcd, err := c.parts.Etcd(cfg.Etcd)
+	c.life.Add("metrics and health", app.WithGrace(c.http.Close)) // the last to go: they show how a stop goes on
+	etcd, err := c.life.Etcd(cfg.Etcd)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +64,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 		return nil, err
 	}
 	c.server.Store(server)
-	c.parts.Add("API", c.stopServing)
+	c.life.Add("API", c.stopServing)
 	c.serving.Go(func() {
 		if err := server.Serve(c.api); err != nil {
 			c.failed <- fmt.Errorf("controller: %w", err)
@@ -131,7 +77,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 // Drain implements cli.Program.
 func (c *Controller) Drain(ctx context.Context) error {
 	close(c.draining)
-	return c.parts.Stop(ctx)
+	return c.life.Stop(ctx)
 }
 
 func (c *Controller) stopServing(ctx context.Context) error {

@@ -32,7 +32,7 @@ func TestControllerSaysThatItWarmsUp(t *testing.T) {
 		if err := s.Load(config.Options{NoFile: true, LookupEnv: env}); err != nil {
 			t.Fatal(err)
 		}
-		if err := cfg.Settle(s, env); err != nil {
+		if err := cfg.Validate(s, env); err != nil {
 			t.Fatal(err)
 		}
 		cfg.GRPCPort, cfg.MetricsPort = 0, 0

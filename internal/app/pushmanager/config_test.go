@@ -1,9 +1,7 @@
 package pushmanager
 
 import (
-	"bytes"
 	"errors"
-	"flag"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -33,7 +31,7 @@ func load(t *testing.T, flags map[string]string, env map[string]string, yaml str
 	if err := s.Load(o); err != nil {
 		return nil, err
 	}
-	return &c, c.Settle(s, o.LookupEnv)
+	return &c, c.Validate(s, o.LookupEnv)
 }
 
 func TestDefaultsAreThoseOfTheContract(t *testing.T) {
@@ -171,48 +169,5 @@ func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 				t.Errorf("%v is no usage error", err)
 			}
 		})
-	}
-}
-
-func updating() bool {
-	f := flag.Lookup("update")
-	return f != nil && f.Value.String() == "true"
-}
-
-var _ = flag.Bool("update", false, "write config.example.yaml anew")
-
-// TestExampleHoldsAllKeysWithTheirDefaults: run with -update to write it anew.
-func TestExampleHoldsAllKeysWithTheirDefaults(t *testing.T) {
-	const path = "../../../config.example.yaml"
-	var c Config
-	s := config.New()
-	c.Bind(s)
-	out := bytes.NewBufferString(`# All settings of push-manager with their defaults. Copy it to config.yaml, keep what differs.
-#
-# Each key is also a flag and an environment variable: etcd.dial_timeout is --etcd-dial-timeout and
-# ETCD_DIAL_TIMEOUT. Flags come before the environment, the environment before this file.
-# ${NAME:default} stands for an environment variable. An unknown key stops the start.
-# The OTEL_* variables of OpenTelemetry work. So do GOGC (unless set, garbage is collected when the heap
-# has 160 MiB, or has grown by 64 MiB or half of what was in use, if that is more) and GOMEMLIMIT (unless set,
-# 90 % of the container's memory).
-
-`)
-	if err := s.Write(out, true); err != nil {
-		t.Fatal(err)
-	}
-	if updating() {
-		if err := os.WriteFile(path, out.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	got, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(got, out.Bytes()) {
-		t.Error("config.example.yaml is not what the keys say: go test ./internal/app/pushmanager -run Example -update")
-	}
-	if _, err := load(t, nil, nil, string(got)); err != nil {
-		t.Error(err)
 	}
 }

@@ -22,7 +22,7 @@ func (m *PushManager) watchHealth(cfg Config) (err error) {
 		return err
 	}
 	m.health.Start()
-	m.parts.Add("readiness", app.Closing(m.health.Close))
+	m.life.Add("readiness", app.Closing(m.health.Close))
 	return nil
 }
 

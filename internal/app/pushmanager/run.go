@@ -36,47 +36,47 @@ func Command() cli.Command {
 // (etcd, the Controller, nodes) may still be away when it returns.
 func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, err error) {
 	m := &PushManager{log: log, failed: make(chan error, 1)}
-	defer m.parts.StopAfter(ctx, &err)
+	defer m.life.StopAfter(ctx, &err)
 	if m.api, m.ops, err = m.listen(ctx, cfg); err != nil { // both ports are ours, or nothing starts
 		return nil, err
 	}
-	m.parts.Add("metrics and health", app.Tail(m.closeHTTP)) // the last to go: they show how a stop goes on
+	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
 	set := cfg.report(log)
 	if m.tracer, err = telemetry.NewTracer(ctx, cfg.Tracing); err != nil {
 		return nil, err
 	}
-	m.parts.Add("traces", app.Tail(m.tracer.Close))
+	m.life.Add("traces", app.WithGrace(m.tracer.Close))
 
 	// Where the users are: the shards ask the Controller, the directory keeps the answers.
 	if m.shards, err = shard.New(cfg.Shards); err != nil {
 		return nil, err
 	}
-	m.parts.Add("shards", m.shards.Close)
+	m.life.Add("shards", m.shards.Close)
 	if m.controller, err = controller.New(cfg.Controller); err != nil {
 		return nil, err
 	}
-	m.parts.Add("controller", func(context.Context) error { return m.controller.Close() })
+	m.life.Add("controller", func(context.Context) error { return m.controller.Close() })
 	cfg.Routes.Source, cfg.Routes.Homes, cfg.Routes.Home, cfg.Routes.Go = m.controller, m.shards.Len(), m.homeOf, m.goOn
 	cfg.Routes.Places = m.shards.At(0).Stats().Limit
 	if m.directory, err = route.New(cfg.Routes); err != nil {
 		return nil, err
 	}
-	m.parts.Add("directory", app.Closing(m.directory.Close))
+	m.life.Add("directory", app.Closing(m.directory.Close))
 
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
 	if m.links, err = link.New(cfg.Links); err != nil {
 		return nil, err
 	}
-	m.parts.Add("links", m.stopLinks)
-	if cfg.Discovery.Client, err = m.parts.Etcd(cfg.Etcd); err != nil {
+	m.life.Add("links", m.stopLinks)
+	if cfg.Discovery.Client, err = m.life.Etcd(cfg.Etcd); err != nil {
 		return nil, err
 	}
 	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.links.Alive
 	if m.watcher, err = discovery.New(cfg.Discovery); err != nil {
 		return nil, err
 	}
-	m.parts.Add("discovery", app.Closing(m.watcher.Close))
+	m.life.Add("discovery", app.Closing(m.watcher.Close))
 
 	// The engine, and the push API in front of it.
 	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
@@ -91,7 +91,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	m.ingress.SetHealthy(false) // until health has had a look
 	m.controller.Start(m.directory)
 	m.watcher.Start()
-	m.parts.Add("push API", m.stopServing)
+	m.life.Add("push API", m.stopServing)
 	if err = m.watchHealth(cfg); err != nil {
 		return nil, err
 	}
@@ -122,7 +122,7 @@ type PushManager struct {
 	entry      *discovery.Registration
 	http       *telemetry.HTTP // nil until all the others run
 
-	parts   app.Parts
+	life    app.Lifecycle
 	serving sync.WaitGroup
 	failed  chan error
 }
@@ -132,7 +132,7 @@ type PushManager struct {
 func (m *PushManager) Drain(ctx context.Context) error {
 	m.health.Drain()
 	m.ingress.Announce()
-	return m.parts.Stop(ctx)
+	return m.life.Stop(ctx)
 }
 
 // Failed gets an error when the push API cannot be served any more.
@@ -156,16 +156,16 @@ func (m *PushManager) show(cfg Config, set *metrics.Set) (err error) {
 		return err
 	}
 	m.entry.Start()
-	m.parts.Add("registration", app.Within(deregisterTimeout, m.entry.Close))
+	m.life.Add("registration", app.WithTimeout(deregisterTimeout, m.entry.Close))
 	m.http, err = telemetry.StartHTTP(m.operations(cfg, set))
 	return err
 }
 
 func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
-	if api, err = m.parts.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+	if api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, nil, err
 	}
-	if ops, err = m.parts.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
+	if ops, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
 		return nil, nil, err
 	}
 	return api, ops, nil
@@ -200,13 +200,13 @@ func (m *PushManager) startEngine(cfg engine.Config, watch pressure.Config) (err
 	if m.engine, err = engine.New(cfg); err != nil {
 		return err
 	}
-	m.parts.Add("engine", m.engine.Drain)
+	m.life.Add("engine", m.engine.Drain)
 	watch.Shed = m.engine.Shed
 	monitor, err := pressure.Start(watch)
 	if err != nil {
 		return err
 	}
-	m.parts.Add("overload", app.Closing(monitor.Close))
+	m.life.Add("overload", app.Closing(monitor.Close))
 	return nil
 }
 

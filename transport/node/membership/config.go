@@ -55,6 +55,9 @@ const Reserved = "@node:"
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
 const MaxNodeIDBytes = 256 - len(Reserved)
 
+// Defaults are what the zero fields of a Config stand for.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	defaultTo(&c.Timeout, 5*time.Second)
 	defaultTo(&c.Workers, 32)
