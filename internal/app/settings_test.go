@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"testing"
 
@@ -78,6 +79,21 @@ variables, those before the file, that before the default. Only ` + "`push-manag
 		}
 		if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s is not what the tables say: make generate (%v)", file, err)
+		}
+	}
+	for _, readme := range []string{"README.md", "README.zh-CN.md"} {
+		text, err := os.ReadFile(filepath.Join("../..", readme))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| `[^`]*`").FindAllSubmatch(text, -1)
+		for _, row := range rows {
+			if string(row[1]) != "CONFIG_FILE" && !bytes.Contains(table.Bytes(), row[0]) {
+				t.Errorf("%s: %s is not what the table says", readme, row[0])
+			}
+		}
+		if len(rows) < 9 {
+			t.Errorf("%s: %d settings, want those of the contract at least", readme, len(rows))
 		}
 	}
 	none := func(string) (string, bool) { return "", false }

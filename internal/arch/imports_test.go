@@ -44,7 +44,11 @@ var layers = []layer{
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "proto"}, others: []string{"*"}},
 	{dir: "transport/node", ours: []string{"proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
+	{dir: "internal/app", ours: []string{"internal/config", "transport/discovery"}, others: []string{"*"}},
+	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},
+	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},
 	{dir: "internal/...", ours: []string{"docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "examples/...", ours: []string{"proto", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have
 	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 }

@@ -314,8 +314,8 @@ func (s *Set) Bool(p *bool, name string, def bool, help string) *Key {
 func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: def.String(), bounds: bounds(lo.String(), "24h", false),
-		text: func() string { return p.String() },
+		name: name, help: help, def: formatDuration(def), bounds: bounds(formatDuration(lo), formatDuration(maxDuration), false),
+		text: func() string { return formatDuration(*p) },
 		set: func(text string) error {
 			d, err := time.ParseDuration(text)
 			switch {
@@ -324,12 +324,24 @@ func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, hel
 			case d < 0 || d == 0 && lo > 0:
 				return fmt.Errorf("%s must be above zero", text)
 			case d < lo || d > maxDuration:
-				return fmt.Errorf("%s must be %s", text, bounds(lo.String(), maxDuration.String(), false))
+				return fmt.Errorf("%s must be %s", text, bounds(formatDuration(lo), formatDuration(maxDuration), false))
 			}
 			*p = d
 			return nil
 		},
 	})
+}
+
+// formatDuration writes 1m and 24h, not 1m0s and 24h0m0s.
+func formatDuration(d time.Duration) string {
+	text := d.String()
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if strings.HasSuffix(text, "h0m") {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return text
 }
 
 // Bytes binds a size between lo and hi: a number of bytes, or with KiB, MiB, GiB.

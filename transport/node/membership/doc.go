@@ -22,7 +22,7 @@
 //	reports.Drain(ctx) // everybody leaves; returns at ctx at the latest
 //	reports.Close()
 //
-// The example is a whole Connect-Node.
+// examples/connect-node is a whole Connect-Node.
 //
 // # What holds
 //
