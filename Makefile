@@ -36,6 +36,11 @@ build: ## Build all commands into bin/
 	mkdir -p bin
 	$(GO) build -o bin/ ./cmd/...
 
+.PHONY: build-nodev
+build-nodev: ## Build push-manager into bin/ without the development stack (no etcd server in it)
+	mkdir -p bin
+	$(GO) build -tags nodev -o bin/ ./cmd/push-manager
+
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
 	@echo 'Building. The first time everything is compiled, etcd and gRPC too: a minute or two on two cores.'
@@ -88,8 +93,9 @@ check-tidy: ## Fail if go.mod or go.sum is not what go mod tidy makes of it
 	$(GO) mod tidy -diff
 
 .PHONY: generate
-generate: ## Generate the Go code of proto/*.proto
+generate: ## Generate the Go code of proto/*.proto and the documents of the settings
 	$(BUF) generate
+	$(GO) test ./internal/app -run TestDocumentsOfTheSettings -update
 
 .PHONY: check-generate
 check-generate: ## Fail if the committed generated code differs from what the proto files give

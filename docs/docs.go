@@ -1,4 +1,6 @@
 // Package docs holds the documentation that programs carry in themselves.
+//
+// It is for Push-Manager itself: its API changes without notice.
 package docs
 
 import _ "embed" // for the files below

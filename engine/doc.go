@@ -1,5 +1,7 @@
 // Package engine takes one push from validation to outcome.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 //	Do/Start ─ validate ─ admit ─ route ─ stage ─▶ Link.Send ─▶ Delivery.Ack/Drop/Lose ─ heal? ─ finish
 //
 // A push never changes goroutines on the fast path: with its route in the cache it

@@ -30,6 +30,10 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	c.Limits = c.Limits.withDefaults()
 	if c.Timeout == 0 {

@@ -1,6 +1,8 @@
 // Package shard gives every key one home: a fixed number of ordered lanes, each
 // with a bounded pool of goroutines for the work that may block.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // Invariants:
 //
 //   - A key belongs to the same shard for the life of the Set. Set.For is a hash,

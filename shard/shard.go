@@ -38,6 +38,10 @@ type Config struct {
 // DefaultCount is the number of shards that suits this machine.
 func DefaultCount() int { return min(max(runtime.GOMAXPROCS(0)/2, 1), MaxCount) }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	if c.Count == 0 {
 		c.Count = DefaultCount()

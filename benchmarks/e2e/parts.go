@@ -16,8 +16,8 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
-	"github.com/push-manager/push-manager/internal/controller"
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/refcontroller"
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -111,9 +111,9 @@ type Change struct {
 
 // controllerRole is the reference Controller with rooms from memory.
 func controllerRole(ctx context.Context, p *part) error {
-	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/controller does
-	memory := controller.NewMemory(0)
-	srv, err := controller.New(controller.Config{Store: memory})
+	cli.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/controller does
+	memory := refcontroller.NewMemory(0)
+	srv, err := refcontroller.New(refcontroller.Config{Store: memory})
 	if err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func controllerRole(ctx context.Context, p *part) error {
 		for _, r := range rooms {
 			for i := range r.Members {
 				user, node := r.member(i)
-				join := controller.Join{User: user, Room: r.ID, Name: "somebody", Reporter: controller.Reporter{Node: node}}
+				join := refcontroller.Join{User: user, Room: r.ID, Name: "somebody", Reporter: refcontroller.Reporter{Node: node}}
 				if _, err := memory.Join(ctx, join); err != nil {
 					return none{}, err
 				}
@@ -142,9 +142,9 @@ func controllerRole(ctx context.Context, p *part) error {
 			user := UserID(c.Prefix, c.First+i)
 			var err error
 			if c.Leave {
-				_, err = memory.Leave(ctx, controller.Leave{User: user, Room: c.Room, Reporter: controller.Reporter{Node: c.Node}})
+				_, err = memory.Leave(ctx, refcontroller.Leave{User: user, Room: c.Room, Reporter: refcontroller.Reporter{Node: c.Node}})
 			} else {
-				_, err = memory.Join(ctx, controller.Join{User: user, Room: c.Room, Reporter: controller.Reporter{Node: c.Node}})
+				_, err = memory.Join(ctx, refcontroller.Join{User: user, Room: c.Room, Reporter: refcontroller.Reporter{Node: c.Node}})
 			}
 			if err != nil {
 				return none{}, err
@@ -168,7 +168,7 @@ func NodeID(i int) string { return "connect-node-" + strconv.Itoa(i+1) }
 
 // nodesRole is several Connect-Nodes on transport/node.
 func nodesRole(ctx context.Context, p *part) error {
-	program.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/push-manager does
+	cli.TuneMemory(slog.New(slog.DiscardHandler)) // as cmd/push-manager does
 	arg, err := roleArg[nodesArg]()
 	if err != nil {
 		return err

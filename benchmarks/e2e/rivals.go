@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -92,7 +92,7 @@ func echoRole(ctx context.Context, p *part) error {
 // garbage collection, and a codec that hands bytes through: what grpc-go costs at the
 // least.
 func floorRole(ctx context.Context, p *part) error {
-	program.TuneMemory(slog.New(slog.DiscardHandler))
+	cli.TuneMemory(slog.New(slog.DiscardHandler))
 	srv := grpc.NewServer(
 		grpc.ForceServerCodecV2(rawCodec{}),
 		grpc.MaxRecvMsgSize(1<<20),

@@ -5,13 +5,14 @@ package main
 import (
 	"os"
 
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/app/connectnode"
+	"github.com/push-manager/push-manager/internal/cli"
 )
 
 func main() {
-	os.Exit(program.Main(program.CommandLine{
+	os.Exit(cli.Main(cli.CommandLine{
 		Name:        "connect-node",
 		Description: "The reference Connect-Node: a WebSocket gateway.",
-		Commands:    []program.Command{program.ConnectNodeCommand()},
+		Commands:    []cli.Command{connectnode.Command()},
 	}, os.Args[1:]))
 }

@@ -5,13 +5,14 @@ package main
 import (
 	"os"
 
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/app/controller"
+	"github.com/push-manager/push-manager/internal/cli"
 )
 
 func main() {
-	os.Exit(program.Main(program.CommandLine{
+	os.Exit(cli.Main(cli.CommandLine{
 		Name:        "controller",
 		Description: "The reference Controller: who is connected where.",
-		Commands:    []program.Command{program.ControllerCommand()},
+		Commands:    []cli.Command{controller.Command()},
 	}, os.Args[1:]))
 }

@@ -3,23 +3,18 @@ package main
 import (
 	"os"
 
-	"github.com/push-manager/push-manager/internal/devstack"
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/app/connectnode"
+	"github.com/push-manager/push-manager/internal/app/controller"
+	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/cli"
 )
 
-func main() {
-	os.Exit(program.Main(commandLine(), os.Args[1:]))
-}
+func main() { os.Exit(cli.Main(commandLine(), os.Args[1:])) }
 
-func commandLine() program.CommandLine {
-	return program.CommandLine{
+func commandLine() cli.CommandLine {
+	return cli.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands: []program.Command{
-			serve(),
-			devstack.Command(os.Stdout, startIn),
-			program.ControllerCommand(),
-			program.ConnectNodeCommand(),
-		},
+		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command()},
 	}
 }

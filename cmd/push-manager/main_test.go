@@ -24,6 +24,7 @@ import (
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/node"
 )
 
 // binaries is where TestMain builds the commands.
@@ -228,27 +229,53 @@ func (b *blocked) GetRoomInfo(context.Context, *pubsub.GetRoomInfoRequest) (*pub
 	return &pubsub.GetRoomInfoResponse{}, nil
 }
 
-// busy is a Push-Manager with a push that will not finish: its look-up hangs.
-func busy(t *testing.T, env ...string) (p *process, ops string) {
+// nobody is a gateway without clients.
+type nobody struct{}
+
+func (nobody) Deliver(string, *node.Message) node.Outcome      { return node.NotHere }
+func (nobody) Broadcast(*node.Message) (delivered, failed int) { return 0, 0 }
+func (nobody) Online() int                                     { return 0 }
+
+// serveGRPC runs a gRPC server until the test ends.
+func serveGRPC(t *testing.T, s *grpc.Server) string {
 	t.Helper()
-	etcd := etcdtest.Start(t)
-	startNode(t, etcd.Client(), &counter{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	t.Cleanup(func() {
+		s.Stop()
+		<-done
+	})
+	return l.Addr().String()
+}
+
+// busy is a Push-Manager with a push that will not finish: its look-up hangs.
+func busy(t *testing.T, env ...string) (p *process, ops string) {
+	t.Helper()
+	etcd := etcdtest.Start(t)
+	n, err := node.New(node.Config{NodeID: "n1", Sessions: nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gs := grpc.NewServer(node.ServerOptions()...)
+	n.Attach(gs)
+	if err := n.Register(etcd.Client(), serveGRPC(t, gs)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = n.Deregister(context.Background())
+		n.Close()
+	})
 	controller, b := grpc.NewServer(), &blocked{end: make(chan struct{})}
 	pubsub.RegisterControllerServiceServer(controller, b)
-	served := make(chan error, 1)
-	go func() { served <- controller.Serve(l) }()
-	t.Cleanup(func() {
-		close(b.end)
-		controller.Stop()
-		<-served
-	})
+	at := serveGRPC(t, controller)
+	t.Cleanup(func() { close(b.end) }) // before the server stops
 	ports := freeport.Take(t, 2)
 	p = execute(t, append(env,
-		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+l.Addr().String(),
+		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+at,
 		"LOOKUP_TIMEOUT=1m", "PUSH_TIMEOUT=1m",
 	), "push-manager")
 	ops = "http://127.0.0.1:" + ports[1]
@@ -320,7 +347,11 @@ func TestSecondSIGTERMEndsReferenceProgramsAtOnce(t *testing.T) {
 			prog := all[name]
 			p := execute(t, append(prog.env, "DRAIN_TIMEOUT=1m"), prog.name)
 			answers(t, prog.health, http.StatusOK)
-			conn := client(t, prog.grpc)
+			conn, err := grpc.NewClient(prog.grpc, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
 			if err := hold(t.Context(), conn); err != nil {
 				t.Fatal(err)
 			}

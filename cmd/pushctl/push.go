@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/stats"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/app"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -110,7 +110,7 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	if f.Timeout <= 0 || f.Timeout > maxTimeout {
 		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", f.Timeout, maxTimeout)}
 	}
-	if program.CheckTarget(f.Address) != nil {
+	if app.CheckTarget(f.Address) != nil {
 		return &usageError{fmt.Sprintf("--address: %q is not HOST:PORT", f.Address)}
 	}
 	var sent sending

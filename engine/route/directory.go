@@ -38,6 +38,10 @@ type Config struct {
 	MaxUsers int
 }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	c.TTL = orDefault(c.TTL, time.Second)
 	c.StaleTTL = orDefault(c.StaleTTL, time.Minute)

@@ -1,6 +1,8 @@
 // Package route knows which Connect-Nodes hold a user or the members of a room:
 // a cache in front of the Controller that never blocks its callers.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // A Directory answers from memory or puts the caller in line behind one look-up:
 //
 //	Room/Users ──fresh──▶ Snapshot, at once

@@ -21,7 +21,7 @@ func TestNothingIsDecidedByTheWallClock(t *testing.T) {
 	allowed := []string{"transport/ingress/decode.go"}
 	found := map[string]int{}
 	for _, src := range sources(t) {
-		if src.test() || src.generated() || !slices.ContainsFunc([]string{"engine", "shard", "transport", "internal/health", "internal/telemetry", "cmd/push-manager"},
+		if src.test() || src.generated() || !slices.ContainsFunc([]string{"engine", "shard", "transport", "internal/health", "internal/telemetry", "internal/app/pushmanager"},
 			func(top string) bool { return within(top, src.dir) }) {
 			continue
 		}

@@ -41,6 +41,35 @@ func TestEachPackageSaysOnceWhatItIsFor(t *testing.T) {
 	}
 }
 
+// TestWhatIsNotForOthersSaysSo: a package that others can import is for them, or says that it is not.
+func TestWhatIsNotForOthersSaysSo(t *testing.T) {
+	const sentence = "It is for Push-Manager itself: its API changes without notice."
+	public := []string{"proto", "transport/node", "transport/node/membership"}
+	for _, src := range sources(t) {
+		if src.test() || src.file.Doc == nil || src.file.Name.Name == "main" || within("internal", src.dir) || within("benchmarks", src.dir) || src.dir == "examples" {
+			continue
+		}
+		if says := strings.Contains(src.file.Doc.Text(), sentence); says == slices.Contains(public, src.dir) {
+			t.Errorf("%s is public: %v, says that it is not: %v", src.dir, !says, says)
+		}
+	}
+}
+
+// TestEveryPackageIsOnTheMap: docs/architecture.md has a row for each, in which a stranger finds it.
+func TestEveryPackageIsOnTheMap(t *testing.T) {
+	text := read(t, "docs/architecture.md")
+	seen := map[string]bool{}
+	for _, src := range sources(t) {
+		if src.test() || seen[src.dir] {
+			continue
+		}
+		seen[src.dir] = true
+		if !strings.Contains(text, "| `"+src.dir+"` |") {
+			t.Errorf("%s has no row in docs/architecture.md", src.dir)
+		}
+	}
+}
+
 // TestNothingIsLeftForLater: what is to be done stands in the tracker, with an owner, not in the source.
 func TestNothingIsLeftForLater(t *testing.T) {
 	marks := regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME|XX` + `X)\b`)

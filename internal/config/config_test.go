@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/alecthomas/kong"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/push-manager/push-manager/internal/config"
@@ -31,6 +30,7 @@ type settings struct {
 	Endpoints []string
 	Advertise string
 	CertFile  string
+	Password  string
 }
 
 func bind() (*settings, *config.Set) {
@@ -45,6 +45,7 @@ func bind() (*settings, *config.Set) {
 	s.Duration(&c.Timeout, "etcd.dial_timeout", 2*time.Second, config.Positive, "Timeout.")
 	s.List(&c.Endpoints, "etcd.endpoints", "localhost:2379", "Endpoints.").Env("ETCD_ADDRS")
 	s.Text(&c.CertFile, "etcd.tls.cert_file", "", "Certificate.")
+	s.Secret(&c.Password, "etcd.password", "Password.")
 	s.Address(&c.Advertise, "advertise_address", "", "Address.")
 	return c, s
 }
@@ -58,15 +59,10 @@ type sources struct {
 func load(t *testing.T, src sources) (*settings, *config.Set, error) {
 	t.Helper()
 	c, s := bind()
-	grammar := s.Grammar(true)
-	parser, err := kong.New(&struct{}{}, kong.Name("test"), config.Command("serve", "Serve.", grammar, `default:"withargs"`))
+	opts, err := s.Parse(src.args, true)
 	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := parser.Parse(src.args); err != nil {
 		return c, s, err
 	}
-	opts, _ := config.Flags(grammar)
 	opts.LookupEnv = func(name string) (string, bool) {
 		v, ok := src.env[name]
 		return v, ok
@@ -77,7 +73,7 @@ func load(t *testing.T, src sources) (*settings, *config.Set, error) {
 			t.Fatal(err)
 		}
 	}
-	return c, s, s.Load(opts)
+	return c, s, s.Load(opts.Options)
 }
 
 func TestFlagBeatsEnvironmentBeatsFileBeatsDefault(t *testing.T) {
@@ -90,7 +86,7 @@ func TestFlagBeatsEnvironmentBeatsFileBeatsDefault(t *testing.T) {
 		"file":    {sources{yaml: yaml}, 3},
 		"env":     {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": "2"}}, 2},
 		"flag":    {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": "2"}, args: []string{"--grpc-port=1"}}, 1},
-		"command": {sources{args: []string{"serve", "--grpc-port", "1"}}, 1},
+		"apart":   {sources{args: []string{"--grpc-port", "1"}}, 1},
 		"empty environment variable counts as not set": {sources{yaml: yaml, env: map[string]string{"GRPC_PORT": ""}}, 3},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -233,7 +229,7 @@ func TestEmptySectionIsAllowed(t *testing.T) {
 	}
 }
 
-func TestProblemIsNamedByItsSource(t *testing.T) {
+func TestErrorIsNamedByItsSource(t *testing.T) {
 	_, s, err := load(t, sources{yaml: "shards: 3\n", env: map[string]string{"GRPC_PORT": "5"}, args: []string{"--max-data=1"}})
 	if err != nil {
 		t.Fatal(err)
@@ -244,8 +240,94 @@ func TestProblemIsNamedByItsSource(t *testing.T) {
 		"max_data":   "flag --max-data: odd",
 		"manager_id": "MANAGER_ID: odd",
 	} {
-		if got := s.Problem(name, "odd"); got.Error() != want || !errors.Is(got, config.ErrUsage) {
+		if got := s.Errorf(name, "odd"); got.Error() != want || !errors.Is(got, config.ErrUsage) {
 			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+func TestCommandLineThatIsWrongSaysWhatWasMeant(t *testing.T) {
+	for arg, want := range map[string]string{
+		"--nope":                 "unknown flag --nope",
+		"--grpc-prt=1":           `unknown flag --grpc-prt, did you mean "--grpc-port"?`,
+		"--grpc-port":            "--grpc-port: needs a value",
+		"serve":                  "unexpected argument serve",
+		"--etcd-password=secret": "unknown flag --etcd-password: a secret is no flag, use ETCD_PASSWORD or ETCD_PASSWORD_FILE",
+	} {
+		if _, _, err := load(t, sources{args: []string{arg}}); err == nil || err.Error() != want || !errors.Is(err, config.ErrUsage) {
+			t.Errorf("%s: %v, want %s", arg, err, want)
+		}
+	}
+	_, s := bind()
+	for arg, ok := range map[string]func(config.CommandLine) bool{
+		"--help": func(c config.CommandLine) bool { return c.Help }, "-h": func(c config.CommandLine) bool { return c.Help },
+		"--version": func(c config.CommandLine) bool { return c.Version }, "--print-config": func(c config.CommandLine) bool { return c.PrintConfig },
+		"--config-file=x": func(c config.CommandLine) bool { return c.File == "x" && !c.NoFile },
+	} {
+		if c, err := s.Parse([]string{arg}, true); err != nil || !ok(c) {
+			t.Errorf("%s: %+v, %v", arg, c, err)
+		}
+	}
+}
+
+func TestHelpNamesEachKeyInItsSection(t *testing.T) {
+	_, s := bind()
+	var out strings.Builder
+	if err := s.WriteHelp(&out, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"  --config-file=config.yaml\n", "  --grpc-port=50053\n        Port. ($GRPC_PORT)\n", "  --[no-]allow-insecure\n", "  --advertise-address=TEXT\n",
+		"\netcd:\n  --etcd-dial-timeout=2s\n", "  $ETCD_PASSWORD\n        Password.\n  --etcd-password-file=TEXT\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("lacks %q:\n%s", want, out.String())
+		}
+	}
+	if strings.Contains(out.String(), "--etcd-password=") {
+		t.Errorf("a secret is a flag:\n%s", out.String())
+	}
+}
+
+func TestSecretComesFromVariableFileOrKeyAndIsNotShown(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(file, []byte("hidden\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, []byte("\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, src := range map[string]sources{
+		"variable":         {env: map[string]string{"ETCD_PASSWORD": "hidden"}},
+		"key":              {yaml: "etcd:\n  password: hidden\n"},
+		"file by variable": {env: map[string]string{"ETCD_PASSWORD_FILE": file}},
+		"file by key":      {yaml: "etcd:\n  password_file: " + file + "\n"},
+		"file by flag":     {args: []string{"--etcd-password-file=" + file}},
+	} {
+		c, s, err := load(t, src)
+		if err != nil || c.Password != "hidden" {
+			t.Errorf("%s: %q, %v", name, c.Password, err)
+			continue
+		}
+		var out strings.Builder
+		if err := s.Write(&out, false); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out.String(), "hidden") || !strings.Contains(out.String(), `password: "********"`) {
+			t.Errorf("%s: printed:\n%s", name, out.String())
+		}
+	}
+	for name, tc := range map[string]struct {
+		src  sources
+		want string
+	}{
+		"both":      {sources{env: map[string]string{"ETCD_PASSWORD": "x", "ETCD_PASSWORD_FILE": file}}, "etcd.password is set, too"},
+		"not there": {sources{env: map[string]string{"ETCD_PASSWORD_FILE": "/nowhere"}}, "ETCD_PASSWORD_FILE"},
+		"empty":     {sources{args: []string{"--etcd-password-file=" + empty}}, "holds nothing"},
+	} {
+		if _, _, err := load(t, tc.src); err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v, want %s", name, err, tc.want)
 		}
 	}
 }

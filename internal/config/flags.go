@@ -1,74 +1,109 @@
 package config
 
 import (
+	"errors"
+	"flag"
 	"fmt"
-	"reflect"
-	"strconv"
+	"io"
+	"slices"
 	"strings"
-
-	"github.com/alecthomas/kong"
 )
 
-// Grammar returns a pointer to a struct that makes kong read all keys as flags;
-// after parsing, Flags reads it back. Flags carry text only: bounds are checked
-// by Load, which treats all sources alike. The flags --config-file (with a file)
-// and --print-config come on top.
-func (s *Set) Grammar(file bool) any {
-	fields := make([]reflect.StructField, 0, len(s.keys)+2)
-	add := func(name string, typ reflect.Type, tag string) {
-		fields = append(fields, reflect.StructField{
-			Name: fmt.Sprintf("F%d", len(fields)),
-			Type: typ,
-			Tag:  reflect.StructTag(fmt.Sprintf(`name:%q %s`, name, tag)),
-		})
-	}
-	text, boolean := reflect.TypeFor[*string](), reflect.TypeFor[*bool]()
-	for _, k := range s.keys {
-		// Kong must not look for variables in braces in the text of a default.
-		help := strings.ReplaceAll(k.help, "$", "$$") + " ($$" + k.envs[0] + ")"
-		if k.flagy {
-			add(k.Flag(), boolean, fmt.Sprintf(`help:%q negatable:""`, help))
-			continue
-		}
-		holder := k.def
-		if holder == "" {
-			holder = "TEXT"
-		}
-		add(k.Flag(), text, fmt.Sprintf(`help:%q placeholder:%q`, help, holder))
-	}
+// CommandLine is what the flags of a command line say.
+type CommandLine struct {
+	Options
+
+	Help, Version, PrintConfig bool
+}
+
+// Parse reads flags: one for each key, --config-file (with a file), --print-config,
+// --help and --version. Flags carry text only: bounds are checked by Load, which treats
+// all sources alike.
+func (s *Set) Parse(args []string, file bool) (CommandLine, error) {
+	c := CommandLine{Options: Options{Flags: map[string]string{}, NoFile: !file}}
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.BoolVar(&c.PrintConfig, "print-config", false, "")
+	fs.BoolVar(&c.Version, "version", false, "")
 	if file {
-		add("config-file", text, `help:"YAML file with these settings. ($$CONFIG_FILE)" placeholder:"config.yaml"`)
+		fs.StringVar(&c.File, "config-file", "", "")
 	}
-	add("print-config", boolean, `help:"Print the settings in force, as YAML with their sources, and exit."`)
-	return reflect.New(reflect.StructOf(fields)).Interface()
-}
-
-// Flags returns the flags that were given to a parsed Grammar, and whether
-// --print-config was among them.
-func Flags(grammar any) (o Options, printConfig bool) {
-	o.Flags = map[string]string{}
-	v := reflect.ValueOf(grammar).Elem()
-	for i := range v.NumField() {
-		field := v.Field(i)
-		if field.IsNil() {
-			continue
+	for _, k := range s.keys {
+		name := k.Flag()
+		set := func(text string) error {
+			c.Flags[name] = text
+			return nil
 		}
-		name := v.Type().Field(i).Tag.Get("name")
 		switch {
-		case name == "print-config":
-			printConfig = field.Elem().Bool()
-		case name == "config-file":
-			o.File = field.Elem().String()
-		case field.Elem().Kind() == reflect.Bool:
-			o.Flags[name] = strconv.FormatBool(field.Elem().Bool())
+		case name == "":
+		case k.isSwitch:
+			fs.BoolFunc(name, "", set)
+			fs.BoolFunc("no-"+name, "", func(string) error { return set("false") })
 		default:
-			o.Flags[name] = field.Elem().String()
+			fs.Func(name, "", set)
 		}
 	}
-	return o, printConfig
+	err := fs.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		c.Help = true
+		return c, nil
+	case err == nil && fs.NArg() > 0:
+		return c, usageError("unexpected argument " + fs.Arg(0))
+	case err == nil:
+		return c, nil
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		return c, usageError("unknown flag --" + name + s.flagHint(name, fs))
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "flag needs an argument: -"); ok {
+		return c, usageError("--" + name + ": needs a value")
+	}
+	return c, Usage(err)
 }
 
-// Command is the kong option that adds a command with the flags of s.
-func Command(name, help string, grammar any, tags ...string) kong.Option {
-	return kong.DynamicCommand(name, help, "", grammar, tags...)
+// flagHint tells what was probably meant by a flag that is not there.
+func (s *Set) flagHint(name string, fs *flag.FlagSet) string {
+	for _, k := range s.keys {
+		if k.secret && flagOf(k.name) == name {
+			return fmt.Sprintf(": a secret is no flag, use %s or %s_FILE", k.Variable(), k.Variable())
+		}
+	}
+	var names []string
+	fs.VisitAll(func(f *flag.Flag) { names = append(names, "--"+f.Name) })
+	return hint("--"+name, slices.Values(names))
+}
+
+// WriteHelp writes what Parse reads, in the order of the file.
+func (s *Set) WriteHelp(w io.Writer, file bool) error {
+	var b strings.Builder
+	line := func(flag, help string) { fmt.Fprintf(&b, "  %s\n        %s\n", flag, help) }
+	b.WriteString("Flags:\n")
+	line("-h, --help", "Show this.")
+	line("--version", "Print the version and exit.")
+	line("--print-config", "Print the settings in force, as YAML with their sources, and exit.")
+	if file {
+		line("--config-file="+DefaultFile, "YAML file with these settings. ($CONFIG_FILE)")
+	}
+	section := ""
+	for _, k := range s.ordered() {
+		head, _, found := strings.Cut(k.name, ".")
+		if found && head != section {
+			section = head
+			b.WriteString("\n" + section + ":\n")
+		}
+		help := k.help + " ($" + k.envs[0] + ")"
+		switch {
+		case k.secret:
+			line("$"+k.envs[0], k.help)
+		case k.isSwitch:
+			line("--[no-]"+k.Flag(), help)
+		case k.def == "":
+			line("--"+k.Flag()+"=TEXT", help)
+		default:
+			line("--"+k.Flag()+"="+k.def, help)
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
 }

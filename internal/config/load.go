@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"strings"
 	"syscall"
@@ -12,6 +13,9 @@ import (
 
 // maxProblems bounds the line that says what is wrong.
 const maxProblems = 20
+
+// maxSecret bounds a file with a secret.
+const maxSecret = 64 << 10
 
 // DefaultFile is read when it exists and no other file was named.
 const DefaultFile = "config.yaml"
@@ -38,6 +42,14 @@ func (s *Set) Load(o Options) error {
 	for _, k := range s.keys {
 		if err := k.load(&o, file); err != nil {
 			problems = append(problems, err.Error())
+		}
+	}
+	for _, k := range s.keys {
+		if k.path == "" {
+			continue
+		}
+		if err := k.readSecret(); err != nil {
+			problems = append(problems, s.Errorf(k.name+"_file", "%v", err).Error())
 		}
 	}
 	for _, v := range file.values {
@@ -79,7 +91,13 @@ func (s *Set) known(v value) error {
 			return fmt.Errorf("%s must be a section with keys below it", v.name)
 		}
 	}
-	return fmt.Errorf("unknown key %q%s", v.name, s.hint(v.name))
+	return fmt.Errorf("unknown key %q%s", v.name, hint(v.name, func(yield func(string) bool) {
+		for _, k := range s.keys {
+			if !yield(k.name) {
+				return
+			}
+		}
+	}))
 }
 
 // load takes the value of the first source that has one.
@@ -101,6 +119,21 @@ func (k *Key) load(o *Options, file *document) error {
 	return nil
 }
 
+// readSecret takes a secret from the file that its second key names.
+func (k *Key) readSecret() error {
+	if k.IsSet() {
+		return fmt.Errorf("%s is set, too", k.name)
+	}
+	text, err := ReadFile(k.path, maxSecret)
+	if err == nil && strings.TrimSpace(string(text)) == "" {
+		err = fmt.Errorf("%s: holds nothing", k.path)
+	}
+	if err != nil {
+		return err
+	}
+	return k.take(string(text), k.name+"_file", k.path)
+}
+
 func (k *Key) take(text, source, blame string) error {
 	if err := k.set(strings.TrimSpace(text)); err != nil {
 		return fmt.Errorf("%s: %w", blame, err)
@@ -109,31 +142,31 @@ func (k *Key) take(text, source, blame string) error {
 	return nil
 }
 
-// Problem is an error about the value of a key that only its package could
+// Errorf is an error about the value of a key that only its package could
 // find, worded like the ones of Load.
-func (s *Set) Problem(name, format string, args ...any) error {
+func (s *Set) Errorf(name, format string, args ...any) error {
 	blame := strings.ToUpper(strings.ReplaceAll(name, ".", "_"))
 	for _, k := range s.keys {
 		if k.name != name || k.source == "" {
 			continue
 		}
 		blame = k.source
-		if !k.Override() {
+		if !k.Overridden() {
 			blame += ": " + k.name
 		}
 	}
 	return usageError(blame + ": " + fmt.Sprintf(format, args...))
 }
 
-// hint names the key that was probably meant.
-func (s *Set) hint(name string) string {
+// hint names what was probably meant.
+func hint(name string, known iter.Seq[string]) string {
 	best, distance := "", 3
 	if len(name) > maxKey {
 		return ""
 	}
-	for _, k := range s.keys {
-		if d := editDistance(k.name, name); d < distance {
-			best, distance = k.name, d
+	for k := range known {
+		if d := editDistance(k, name); d < distance {
+			best, distance = k, d
 		}
 	}
 	if best == "" {

@@ -35,14 +35,16 @@ const maxDuration = 24 * time.Hour
 // Key is one setting.
 type Key struct {
 	// Static after binding.
-	name   string   // where it stands in the file: "grpc_port", "etcd.endpoints"
-	envs   []string // the environment variables, first come first served
-	help   string
-	def    string // the default as text
-	flagy  bool   // a flag that needs no value
-	secret bool   // not to be printed
-	set    func(text string) error
-	text   func() string // the value now, as text
+	name     string   // where it stands in the file: "grpc_port", "etcd.endpoints"
+	envs     []string // the environment variables, first come first served
+	help     string
+	def      string // the default as text
+	bounds   string // what is allowed, for people
+	secret   bool   // not a flag, and not to be printed
+	path     string // of a secret: the file that holds it
+	set      func(text string) error
+	isSwitch bool          // a flag that needs no value
+	text     func() string // the value now, as text
 
 	// Written by Load.
 	source string
@@ -55,16 +57,16 @@ func (k *Key) Env(names ...string) *Key {
 	return k
 }
 
-// Secret keeps the value out of what Write prints.
-func (k *Key) Secret() *Key {
-	k.secret = true
-	return k
+// Flag is the name of the command-line flag. A secret has none: all users of a machine
+// see the command lines of all processes.
+func (k *Key) Flag() string {
+	if k.secret {
+		return ""
+	}
+	return flagOf(k.name)
 }
 
-// Flag is the name of the command-line flag.
-func (k *Key) Flag() string {
-	return strings.NewReplacer("_", "-", ".", "-").Replace(k.name)
-}
+func flagOf(name string) string { return strings.NewReplacer("_", "-", ".", "-").Replace(name) }
 
 // Name is where the key stands in the file, sections and names joined by dots.
 func (k *Key) Name() string { return k.name }
@@ -72,12 +74,12 @@ func (k *Key) Name() string { return k.name }
 // Variable is its environment variable.
 func (k *Key) Variable() string { return k.envs[0] }
 
-// Given tells whether anything but the default set the key. Valid after Load.
-func (k *Key) Given() bool { return k.source != "" }
+// IsSet tells whether anything but the default set the key. Valid after Load.
+func (k *Key) IsSet() bool { return k.source != "" }
 
-// Override tells whether a flag or an environment variable set the key. Valid
+// Overridden tells whether a flag or an environment variable set the key. Valid
 // after Load.
-func (k *Key) Override() bool {
+func (k *Key) Overridden() bool {
 	return strings.HasPrefix(k.source, sourceFlag) || strings.HasPrefix(k.source, sourceEnv)
 }
 
@@ -122,6 +124,15 @@ func (s *Set) Text(p *string, name, def, help string) *Key {
 	})
 }
 
+// Secret binds a text that is no flag and is not printed. The key name_file names a file
+// that holds it, in place of the text itself.
+func (s *Set) Secret(p *string, name, help string) *Key {
+	k := s.Text(p, name, "", help)
+	k.secret = true
+	s.Text(&k.path, name+"_file", "", "File that holds "+name+", in place of it.")
+	return k
+}
+
 // ID binds a name that stands in etcd keys and metric labels: 1 to 256 bytes
 // without control characters or slashes.
 func (s *Set) ID(p *string, name, def, help string) *Key {
@@ -142,9 +153,10 @@ func (s *Set) ID(p *string, name, def, help string) *Key {
 // Choice binds one of a few words.
 func (s *Set) Choice(p *string, name, def, help string, words ...string) *Key {
 	k := s.Text(p, name, def, help)
+	k.bounds = strings.Join(words, ", ")
 	k.set = func(text string) error {
 		if !slices.Contains(words, strings.ToLower(text)) {
-			return fmt.Errorf("%q is none of %s", text, strings.Join(words, ", "))
+			return fmt.Errorf("%q is none of %s", text, k.bounds)
 		}
 		*p = strings.ToLower(text)
 		return nil
@@ -196,7 +208,7 @@ func (s *Set) List(p *[]string, name, def, help string) *Key {
 func (s *Set) Int(p *int, name string, def, lo, hi int, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: strconv.Itoa(def),
+		name: name, help: help, def: strconv.Itoa(def), bounds: bounds(strconv.Itoa(lo), strconv.Itoa(hi), hi >= math.MaxInt32),
 		text: func() string { return strconv.Itoa(*p) },
 		set: func(text string) error {
 			n, err := strconv.Atoi(text)
@@ -204,7 +216,7 @@ func (s *Set) Int(p *int, name string, def, lo, hi int, help string) *Key {
 				return fmt.Errorf("%q is not a whole number", text)
 			}
 			if n < lo || n > hi {
-				return between(text, strconv.Itoa(lo), strconv.Itoa(hi), hi == math.MaxInt)
+				return fmt.Errorf("%s must be %s", text, bounds(strconv.Itoa(lo), strconv.Itoa(hi), hi == math.MaxInt))
 			}
 			*p = n
 			return nil
@@ -227,6 +239,7 @@ func (s *Set) AutoBytes(p *int, name string, lo, hi int, help string) *Key {
 func (k *Key) auto(p *int, auto int) *Key {
 	const word = "auto"
 	set, number := k.set, k.text
+	k.bounds += ", or " + word
 	k.def, k.text = word, func() string {
 		if *p == auto {
 			return word
@@ -261,7 +274,7 @@ func (s *Set) Float(p *float64, name string, def, lo, hi float64, help string) *
 	format := func(f float64) string { return strconv.FormatFloat(f, 'g', -1, 64) }
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: format(def),
+		name: name, help: help, def: format(def), bounds: bounds(format(lo), format(hi), false),
 		text: func() string { return format(*p) },
 		set: func(text string) error {
 			f, err := strconv.ParseFloat(text, 64)
@@ -269,7 +282,7 @@ func (s *Set) Float(p *float64, name string, def, lo, hi float64, help string) *
 				return fmt.Errorf("%q is not a number", text)
 			}
 			if !(f >= lo && f <= hi) { // also refuses NaN
-				return between(text, format(lo), format(hi), false)
+				return fmt.Errorf("%s must be %s", text, bounds(format(lo), format(hi), false))
 			}
 			*p = f
 			return nil
@@ -281,7 +294,7 @@ func (s *Set) Float(p *float64, name string, def, lo, hi float64, help string) *
 func (s *Set) Bool(p *bool, name string, def bool, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: strconv.FormatBool(def), flagy: true,
+		name: name, help: help, def: strconv.FormatBool(def), isSwitch: true, bounds: "true, false",
 		text: func() string { return strconv.FormatBool(*p) },
 		set: func(text string) error {
 			switch strings.ToLower(text) {
@@ -301,8 +314,8 @@ func (s *Set) Bool(p *bool, name string, def bool, help string) *Key {
 func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: def.String(),
-		text: func() string { return p.String() },
+		name: name, help: help, def: formatDuration(def), bounds: bounds(formatDuration(lo), formatDuration(maxDuration), false),
+		text: func() string { return formatDuration(*p) },
 		set: func(text string) error {
 			d, err := time.ParseDuration(text)
 			switch {
@@ -311,7 +324,7 @@ func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, hel
 			case d < 0 || d == 0 && lo > 0:
 				return fmt.Errorf("%s must be above zero", text)
 			case d < lo || d > maxDuration:
-				return between(text, lo.String(), maxDuration.String(), false)
+				return fmt.Errorf("%s must be %s", text, bounds(formatDuration(lo), formatDuration(maxDuration), false))
 			}
 			*p = d
 			return nil
@@ -319,11 +332,23 @@ func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, hel
 	})
 }
 
+// formatDuration writes 1m and 24h, not 1m0s and 24h0m0s.
+func formatDuration(d time.Duration) string {
+	text := d.String()
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if strings.HasSuffix(text, "h0m") {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return text
+}
+
 // Bytes binds a size between lo and hi: a number of bytes, or with KiB, MiB, GiB.
 func (s *Set) Bytes(p *int, name string, def, lo, hi int, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: FormatBytes(def),
+		name: name, help: help, def: FormatBytes(def), bounds: bounds(FormatBytes(lo), FormatBytes(hi), hi >= math.MaxInt32),
 		text: func() string { return FormatBytes(*p) },
 		set: func(text string) error {
 			n, err := ParseBytes(text)
@@ -331,7 +356,7 @@ func (s *Set) Bytes(p *int, name string, def, lo, hi int, help string) *Key {
 				return err
 			}
 			if n < lo || n > hi {
-				return between(text, FormatBytes(lo), FormatBytes(hi), hi == math.MaxInt)
+				return fmt.Errorf("%s must be %s", text, bounds(FormatBytes(lo), FormatBytes(hi), hi == math.MaxInt))
 			}
 			*p = n
 			return nil
@@ -376,11 +401,11 @@ func Loopback(host string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
-func between(text, lo, hi string, open bool) error {
+func bounds(lo, hi string, open bool) string {
 	if open {
-		return fmt.Errorf("%s must be at least %s", text, lo)
+		return "at least " + lo
 	}
-	return fmt.Errorf("%s must be from %s to %s", text, lo, hi)
+	return "from " + lo + " to " + hi
 }
 
 // units are the sizes that Bytes reads, largest first.

@@ -33,6 +33,27 @@ func (s *Set) Write(w io.Writer, help bool) error {
 	return nil
 }
 
+// WriteTable writes the keys as rows of a table in Markdown.
+func (s *Set) WriteTable(w io.Writer) error {
+	var b strings.Builder
+	b.WriteString("| key | variable | default | allowed | |\n|---|---|---|---|---|\n")
+	code := func(text string) string {
+		if text == "" {
+			return ""
+		}
+		return "`" + text + "`"
+	}
+	for _, k := range s.ordered() {
+		help := strings.ReplaceAll(k.help, "|", `\|`)
+		if k.secret {
+			help += " Not a flag."
+		}
+		fmt.Fprintf(&b, "| `%s` | `%s` | %s | %s | %s |\n", k.name, k.envs[0], code(k.def), k.bounds, help)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
 func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
 	if help {
 		b.WriteString(indent + "# " + k.help + "\n")

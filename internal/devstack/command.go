@@ -12,29 +12,27 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/invoke"
-	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
 // readyTimeout is how long everything may take to find each other.
 const readyTimeout = 30 * time.Second
 
-// Command is push-manager dev. It tells people on out what runs where. pushManager
-// is Config.PushManager.
-func Command(out io.Writer, pushManager func(context.Context, Place) (PushManager, error)) program.Command {
-	return program.Command{
+// Command is push-manager dev. It tells people on out what runs where.
+func Command(out io.Writer) cli.Command {
+	return cli.Command{
 		Name: "dev",
 		Help: "Run everything on this machine: etcd, a Controller, Connect-Nodes and Push-Manager.",
-		New:  func() program.Settings { return &devConfig{out: out, pushManager: pushManager} },
+		New:  func() cli.Settings { return &devConfig{out: out} },
 	}
 }
 
 // devConfig is the configuration of push-manager dev.
 type devConfig struct {
-	out         io.Writer
-	pushManager func(context.Context, Place) (PushManager, error)
+	out io.Writer
 
 	nodes, basePort int
 	dataDir         string
@@ -43,7 +41,7 @@ type devConfig struct {
 	tracing         telemetry.TracingConfig
 }
 
-// Bind implements program.Settings.
+// Bind implements cli.Settings.
 func (c *devConfig) Bind(s *config.Set) {
 	s.Int(&c.nodes, "nodes", 3, 1, maxNodes, "Number of Connect-Nodes.")
 	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, 65535-5-2*maxNodes,
@@ -55,26 +53,23 @@ func (c *devConfig) Bind(s *config.Set) {
 	c.tracing.Bind(s)
 }
 
-// Settle implements program.Settings.
-func (c *devConfig) Settle(s *config.Set, lookupEnv func(string) (string, bool)) error {
+// Validate implements cli.Settings.
+func (c *devConfig) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
 	if info, err := os.Stat(c.dataDir); err == nil && !info.IsDir() {
-		return s.Problem("data_dir", "%s is no directory", c.dataDir)
+		return s.Errorf("data_dir", "%s is no directory", c.dataDir)
 	}
-	return c.tracing.Settle(lookupEnv)
+	return c.tracing.Validate(lookupEnv)
 }
 
-// LogConfig implements program.Settings.
+// LogConfig implements cli.Settings.
 func (c *devConfig) LogConfig() telemetry.LogConfig { return c.log }
 
-// Timeout implements program.Settings.
+// Timeout implements cli.Settings.
 func (c *devConfig) Timeout() time.Duration { return c.drainTimeout }
 
-// Start implements program.Settings.
-func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (program.Program, error) {
-	s, err := Start(ctx, Config{
-		Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Logger: logger,
-		PushManager: c.pushManager, Tracing: c.tracing,
-	})
+// Start implements cli.Settings.
+func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
+	s, err := Start(ctx, Config{Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Tracing: c.tracing, Logger: logger})
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			err = fmt.Errorf("%w (another set of ports: --base-port 0)", err)

@@ -9,7 +9,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/push-manager/push-manager/internal/program"
+	"github.com/push-manager/push-manager/internal/app/connectnode"
+	"github.com/push-manager/push-manager/internal/app/controller"
+	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
@@ -29,34 +32,10 @@ type Config struct {
 	BasePort int
 	// DataDir is etcd's directory. Empty: a temporary one.
 	DataDir string
-	// PushManager starts the Push-Manager of the stack. It is required: the one that
-	// people run is assembled in cmd/push-manager.
-	PushManager func(context.Context, Place) (PushManager, error)
 	// Tracing of Push-Manager; its Service and Instance are Push-Manager's own.
 	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
 	Logger *slog.Logger
-}
-
-// Place is where a Push-Manager stands in a Stack: all that it is told. Port 0 takes
-// a free one.
-type Place struct {
-	GRPCPort, MetricsPort           int
-	EtcdEndpoint, ControllerAddress string
-	Tracing                         telemetry.TracingConfig
-	Logger                          *slog.Logger
-}
-
-// PushManager is what a Stack needs of a running Push-Manager.
-type PushManager interface {
-	program.Program
-	// GRPCAddr is where the push API listens, HTTPAddr where metrics and health are.
-	GRPCAddr() string
-	HTTPAddr() string
-	// NotReady says why pushes cannot be delivered now, nothing when they can.
-	NotReady() []string
-	// Reachable is the number of Connect-Nodes with a live stream.
-	Reachable() int
 }
 
 // Stack is everything, running.
@@ -64,10 +43,10 @@ type Stack struct {
 	// Static after Start.
 	log         *slog.Logger
 	etcd        *etcdServer
-	controller  *program.Controller
-	nodes       []*program.ConnectNode
+	controller  *controller.Controller
+	nodes       []*connectnode.ConnectNode
 	ids         []string
-	pushManager PushManager
+	pushManager *pushmanager.PushManager
 	failed      chan error // from the first part that cannot go on
 	draining    chan struct{}
 	watching    sync.WaitGroup
@@ -89,9 +68,6 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	if cfg.PushManager == nil {
-		return nil, errors.New("no Push-Manager to start")
-	}
 	if cfg.Nodes < 1 || cfg.Nodes > maxNodes {
 		return nil, fmt.Errorf("%d nodes: must be from 1 to %d", cfg.Nodes, maxNodes)
 	}
@@ -110,7 +86,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err := s.startController(ctx, p.controller); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
-	if err := s.startPushManager(ctx, p, cfg); err != nil {
+	if err := s.startPushManager(ctx, p, cfg.Tracing); err != nil {
 		return nil, fmt.Errorf("push-manager: %w", err)
 	}
 	for i := range cfg.Nodes {
@@ -131,37 +107,45 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 }
 
 func (s *Stack) startController(ctx context.Context, port int) error {
-	var c program.ControllerConfig
-	err := program.Fill(&c, map[string]string{
+	var c controller.Config
+	err := cli.Fill(&c, map[string]string{
 		"GRPC_PORT": strconv.Itoa(port), "METRICS_PORT": "0", "ETCD_ENDPOINTS": s.etcd.endpoint,
 	})
 	if err != nil {
 		return err
 	}
-	s.controller, err = program.StartController(ctx, c, s.log.With("program", "controller"))
+	s.controller, err = controller.Start(ctx, c, s.log.With("program", "controller"))
 	return err
 }
 
-func (s *Stack) startPushManager(ctx context.Context, p ports, cfg Config) (err error) {
-	s.pushManager, err = cfg.PushManager(ctx, Place{
-		GRPCPort: p.pushManager, MetricsPort: p.metrics, EtcdEndpoint: s.etcd.endpoint, ControllerAddress: s.controller.GRPCAddr(),
-		Tracing: cfg.Tracing, Logger: s.log.With("program", "push-manager"),
+func (s *Stack) startPushManager(ctx context.Context, p ports, tracing telemetry.TracingConfig) error {
+	var c pushmanager.Config
+	err := cli.Fill(&c, map[string]string{
+		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
+		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
+		"DRAIN_NOTICE": "0s", // there is no balancer
 	})
+	if err != nil {
+		return err
+	}
+	tracing.Service, tracing.Instance = c.Tracing.Service, c.Tracing.Instance
+	c.Tracing = tracing
+	s.pushManager, err = pushmanager.Start(ctx, c, s.log.With("program", "push-manager"))
 	return err
 }
 
 func (s *Stack) startNode(ctx context.Context, i int, p ports) error {
 	id := "connect-node-" + strconv.Itoa(i+1)
 	grpcPort, httpPort := p.node(i)
-	var c program.ConnectNodeConfig
-	err := program.Fill(&c, map[string]string{
+	var c connectnode.Config
+	err := cli.Fill(&c, map[string]string{
 		"NODE_ID": id, "GRPC_PORT": strconv.Itoa(grpcPort), "HTTP_PORT": strconv.Itoa(httpPort), "METRICS_PORT": "0",
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(), "PUSH_MANAGER_ADDRESS": s.pushManager.GRPCAddr(),
 	})
 	if err != nil {
 		return err
 	}
-	n, err := program.StartConnectNode(ctx, c, s.log.With("program", id))
+	n, err := connectnode.Start(ctx, c, s.log.With("program", id))
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@
 //
 // It is what push-manager dev runs, and what tests start in-process. The parts
 // are the real programs with their real configuration, talking over loopback.
-// Push-Manager itself comes as a function, because it is assembled in its command.
 //
 // Invariants:
 //

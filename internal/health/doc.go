@@ -9,6 +9,7 @@
 //     Config.Patience: a stream that breaks and is back, or the silence in which one
 //     Controller takes over from another, changes nothing. It is ready again at the
 //     first look without any reason, so it never goes on and off within Patience.
+//   - Where it was never ready within 5 s of Start, the log says so once, with the reasons.
 //   - While it is not ready all reasons stand in NotReady, those of a moment too.
 //   - Time in which this process did not run is not held against its peers.
 //   - Config.OnChange is called from one goroutine at a time, in order, once for each

@@ -21,6 +21,8 @@ const (
 	// stepMax is the most time that one look counts for. A longer pause means that we
 	// were not running, and could not have seen that all was well.
 	stepMax = 2 * interval
+	// startup is how long the process may take to find its peers before the log says why not.
+	startup = 5 * time.Second
 )
 
 const (
@@ -81,6 +83,7 @@ type Monitor struct {
 
 	// Owned by Start, then by loop.
 	ready bool
+	known bool          // the log has said what the start came to
 	doubt bool          // the last look found a reason
 	bad   time.Duration // how long there has been one
 }
@@ -190,12 +193,17 @@ func (m *Monitor) look(passed time.Duration) (changed bool) {
 	}
 	switch {
 	case len(all.reasons) == 0:
-		m.ready, m.doubt, m.bad = true, false, 0
+		m.ready, m.known, m.doubt, m.bad = true, true, false, 0
 	case m.ready:
 		if m.doubt {
 			m.bad += passed
 		}
 		m.doubt, m.ready = true, m.bad < m.cfg.Patience
+	case !m.known:
+		if m.bad += passed; m.bad >= startup {
+			m.known = true
+			m.cfg.Logger.Warn("not ready since the start: pushes cannot be delivered", "reasons", strings.Join(all.reasons, "; "))
+		}
 	}
 	if m.ready {
 		m.found.Store(&finding{checks: make([]bool, len(m.cfg.Checks))})

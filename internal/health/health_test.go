@@ -2,6 +2,7 @@ package health
 
 import (
 	"bytes"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -24,6 +25,7 @@ type patient struct {
 	mu   sync.Mutex
 	why  map[string]string
 	told []bool
+	log  bytes.Buffer // Owned by the monitor until it is closed.
 }
 
 // because sets the reason of a check.
@@ -59,7 +61,7 @@ func start(t *testing.T, patience time.Duration, why map[string]string) *patient
 	for _, name := range []string{"nodes", "controller"} {
 		checks = append(checks, Check{Name: name, Why: func() string { return p.reason(name) }})
 	}
-	m, err := New(Config{Checks: checks, Patience: patience, OnChange: p.changed, Metrics: p.set})
+	m, err := New(Config{Checks: checks, Patience: patience, OnChange: p.changed, Metrics: p.set, Logger: slog.New(slog.NewTextHandler(&p.log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,6 +144,25 @@ func TestNotReadyFromTheStartWithoutPatience(t *testing.T) {
 			t.Errorf("told %v", p.changes())
 		}
 	})
+}
+
+// TestPeerThatIsNeverReachedIsLoggedOnce: whoever starts a program without its Controller reads why nothing works.
+func TestPeerThatIsNeverReachedIsLoggedOnce(t *testing.T) {
+	for took, warnings := range map[time.Duration]int{4 * time.Second: 0, 6 * time.Second: 1, time.Hour: 1} {
+		synctest.Test(t, func(t *testing.T) {
+			p := start(t, 2*time.Second, map[string]string{"controller": "has not answered yet"})
+			p.after(t, took, "has not answered yet")
+			p.because("controller", "")
+			p.after(t, interval)
+			p.because("controller", "away")
+			p.after(t, 3*time.Second, "away")
+			p.Close()
+			text := p.log.String()
+			if n := strings.Count(text, "level=WARN msg=\"not ready since the start"); n != warnings || n > 0 && !strings.Contains(text, `reasons="has not answered yet"`) {
+				t.Errorf("ready after %v: %d warnings, want %d:\n%s", took, n, warnings, text)
+			}
+		})
+	}
 }
 
 // TestFlappingIsNotPassedOn: a peer that is away for less than the patience, again and

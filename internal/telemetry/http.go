@@ -113,7 +113,7 @@ func (h *HTTP) mux(compressed func(http.Handler) http.HandlerFunc) *http.ServeMu
 	mux.HandleFunc("GET /healthz", healthz)
 	mux.HandleFunc("GET /readyz", h.readyz)
 	mux.Handle("GET /debug/pprof/", h.local(pprof.Index))
-	mux.Handle("GET /debug/pprof/cmdline", h.local(pprof.Cmdline))
+	// Not cmdline: what it shows may have been meant for this process alone.
 	mux.Handle("GET /debug/pprof/profile", h.local(pprof.Profile))
 	mux.Handle("GET /debug/pprof/symbol", h.local(pprof.Symbol))
 	mux.Handle("POST /debug/pprof/symbol", h.local(pprof.Symbol))

@@ -59,7 +59,7 @@ type TracingConfig struct {
 	enabledKey, endpointKey, rateKey *config.Key
 }
 
-// Bind adds the section tracing. Settle must follow Load.
+// Bind adds the section tracing. Validate must follow Load.
 func (c *TracingConfig) Bind(s *config.Set) {
 	c.set = s
 	c.enabledKey = s.Bool(&c.Enabled, "tracing.enabled", false,
@@ -70,10 +70,10 @@ func (c *TracingConfig) Bind(s *config.Set) {
 		"Share of the calls that are traced when the caller has not decided. OTEL_TRACES_SAMPLER overrides the file.")
 }
 
-// Settle applies the standard OTEL_* variables that are not read by the
+// Validate applies the standard OTEL_* variables that are not read by the
 // exporter itself. Like all of the environment they come before the file and
 // after flags; OTEL_SDK_DISABLED and OTEL_TRACES_EXPORTER=none turn everything off.
-func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
+func (c *TracingConfig) Validate(lookupEnv func(string) (string, bool)) error {
 	env := func(name string) string {
 		v, _ := lookupEnv(name)
 		return strings.TrimSpace(v)
@@ -87,10 +87,10 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 		return config.Usage(fmt.Errorf("%s: %w", variable, err))
 	}
 	if err := checkEndpoint(c.Endpoint); err != nil {
-		return c.set.Problem("tracing.endpoint", "%v", err)
+		return c.set.Errorf("tracing.endpoint", "%v", err)
 	}
 	exporter := env("OTEL_TRACES_EXPORTER")
-	if !c.enabledKey.Given() {
+	if !c.enabledKey.IsSet() {
 		c.Enabled = c.Enabled || endpoint != "" || exporter == "otlp"
 	}
 	switch {
@@ -100,13 +100,13 @@ func (c *TracingConfig) Settle(lookupEnv func(string) (string, bool)) error {
 		return config.Usage(fmt.Errorf("OTEL_TRACES_EXPORTER: %q is neither otlp nor none", exporter))
 	}
 	switch {
-	case endpoint != "" && !c.endpointKey.Override():
+	case endpoint != "" && !c.endpointKey.Overridden():
 		c.Endpoint = endpointOf(endpoint, env)
 	case c.Endpoint == "" && c.Enabled:
 		c.Endpoint = defaultEndpoint
 	}
-	if !c.rateKey.Override() {
-		return c.settleSampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))
+	if !c.rateKey.Overridden() {
+		return c.applySampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))
 	}
 	return nil
 }
@@ -147,7 +147,7 @@ func endpointOf(endpoint string, env func(string) string) string {
 	return "http://" + endpoint
 }
 
-func (c *TracingConfig) settleSampler(sampler, arg string) error {
+func (c *TracingConfig) applySampler(sampler, arg string) error {
 	switch sampler {
 	case "":
 		return nil

@@ -227,7 +227,7 @@ func trySettle(t *testing.T, flags map[string]string, yaml string, env map[strin
 	if err := s.Load(o); err != nil {
 		return c, err
 	}
-	return c, c.Settle(lookup)
+	return c, c.Validate(lookup)
 }
 
 func TestWhatSwitchesTracingOn(t *testing.T) {

@@ -1,6 +1,8 @@
 // Package compression makes frames of the Deliver stream smaller and brings them
 // back: what Push-Manager's links and a Connect-Node must have in common about it.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // # Contract
 //
 //   - A frame is compressed as a whole and for itself. The pushes in it share what

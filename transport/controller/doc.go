@@ -2,6 +2,8 @@
 // a route.Source over gRPC, and the change stream that tells the directory what
 // to forget.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // The Controller needs GetRoomInfo and GetUserNode. GetUserNodes, FollowRoutes and
 // WatchRoutes, where there is no FollowRoutes, are probed: UNIMPLEMENTED means "do
 // without" until the connection is made anew or Config.ProbeAgainAfter has passed,

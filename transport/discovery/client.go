@@ -28,6 +28,9 @@ const maxReplyBytes = 256 << 20
 // with it.
 const firstAnswer = 5 * time.Second
 
+// DefaultDialTimeout is that of a ClientConfig.
+const DefaultDialTimeout = time.Second
+
 // ClientConfig says how etcd is reached.
 type ClientConfig struct {
 	// Endpoints are host:port or URLs. At least one. https:// asks for TLS even without TLS
@@ -45,7 +48,7 @@ type ClientConfig struct {
 
 func (c ClientConfig) withDefaults() ClientConfig {
 	if c.DialTimeout == 0 {
-		c.DialTimeout = time.Second
+		c.DialTimeout = DefaultDialTimeout
 	}
 	return c
 }

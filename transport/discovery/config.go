@@ -49,7 +49,7 @@ type Config struct {
 	// one that has to agree before anything is removed: long enough for nodes to
 	// notice and register again. Default 10 s.
 	ConfirmAfter time.Duration
-	// RequestTimeout bounds one request to etcd. Default 5 s.
+	// RequestTimeout bounds one request to etcd. Default 3 s.
 	RequestTimeout time.Duration
 	// MinBackoff and MaxBackoff bound the pause after a failure, counted from the beginning
 	// of what failed. Default 50 ms, 1 s: an etcd that answers again is listed within two.
@@ -68,13 +68,17 @@ type Config struct {
 	MetricsPrefix string
 }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	c.Prefix = prefixOr(c.Prefix, ConnectNodePrefix)
 	defaultTo(&c.Grace, 15*time.Second)
 	defaultTo(&c.ResyncInterval, time.Minute)
 	defaultTo(&c.ProbeInterval, 5*time.Second)
 	defaultTo(&c.ConfirmAfter, 10*time.Second)
-	defaultTo(&c.RequestTimeout, 5*time.Second)
+	defaultTo(&c.RequestTimeout, 3*time.Second)
 	defaultTo(&c.MinBackoff, 50*time.Millisecond)
 	defaultTo(&c.MaxBackoff, time.Second)
 	defaultTo(&c.MaxNodes, 4096)

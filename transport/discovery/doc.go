@@ -1,6 +1,8 @@
 // Package discovery knows which nodes are registered in etcd, and registers
 // ourselves there.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // A [Watcher] keeps the set of nodes below one prefix and reports the complete
 // set after each change. A [Registration] keeps one key there for as long as its
 // process lives. Both use a client that the caller owns and closes after them;

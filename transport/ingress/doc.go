@@ -1,6 +1,8 @@
 // Package ingress is the push API over gRPC: it turns the bytes of a request into
 // an engine.Push, and what became of it into the bytes of a reply.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // Invariants:
 //
 //   - A gRPC error with google.rpc.ErrorInfo means that nothing was sent. Where

@@ -98,6 +98,10 @@ type Config struct {
 	Metrics *metrics.Set
 }
 
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
 func (c Config) withDefaults() Config {
 	orInt := func(v *int, def int) {
 		if *v == 0 {

@@ -3,6 +3,8 @@
 // it in frames and settles each with the node's acknowledgement. A node without
 // Deliver is served over its unary methods with the same results.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // # Contract
 //
 //   - Only a node's ack is delivery. A delivery that was written and is not

@@ -1,0 +1,108 @@
+package connectnode
+
+import (
+	"context"
+	"log/slog"
+	"math"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/refgateway"
+	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/transport/compression"
+)
+
+// Config is the configuration of the reference Connect-Node.
+type Config struct {
+	ListenAddress string
+	GRPCPort      int
+	HTTPPort      int
+	MetricsPort   int
+	AllowInsecure bool
+	DrainTimeout  time.Duration
+
+	Log     telemetry.LogConfig
+	Gateway refgateway.Config
+	Etcd    app.EtcdConfig
+}
+
+// Bind implements cli.Settings.
+func (c *Config) Bind(s *config.Set) {
+	g, d := &c.Gateway, refgateway.Defaults()
+	s.ID(&g.NodeID, "node_id", "connect-node-1", "Id of this node, another one for each.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that all ports listen on. Anything but loopback needs allow_insecure.")
+	s.Port(&c.GRPCPort, "grpc_port", 50052, "Port for Push-Manager.")
+	s.Port(&c.HTTPPort, "http_port", 8080, "Port for clients: the WebSocket at /ws, a page at /.")
+	s.Port(&c.MetricsPort, "metrics_port", 9094, "HTTP port: /metrics, /healthz, /readyz.")
+	s.Text(&g.ControllerAddress, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
+	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
+	s.Address(&g.PushManagerAddress, "push_manager_address", d.PushManagerAddress, "Push-Manager's HOST:PORT, shown on the page.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.")
+	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")
+	s.Int(&g.MaxRooms, "max_rooms", d.MaxRooms, 1, 1<<16, "Rooms of one connection.")
+	s.Int(&g.QueueFrames, "queue_frames", d.QueueFrames, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
+	s.Bytes(&g.QueueBytes, "queue_bytes", d.QueueBytes, 1, math.MaxInt32, "The same in bytes.")
+	s.Bytes(&g.QueueTotalBytes, "queue_total_bytes", d.QueueTotalBytes, 1<<10, math.MaxInt32, "Bytes that may wait for all clients together; what waits for many counts once. From half of it on those with the longest queues are cut off.")
+	s.Int(&g.MessageRate, "message_rate", d.MessageRate, 1, 1<<20, "Frames a second that are read from one client. After a pause it may send max_rooms and two seconds' worth more at once; what is beyond waits in its socket.")
+	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
+	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
+	c.Log.Bind(s)
+	c.Etcd.Bind(s)
+}
+
+// Validate implements cli.Settings.
+func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
+	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+		return err
+	}
+	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
+		return err
+	}
+	if err := app.CheckAddresses(s, c.Gateway.AdvertiseAddress, c.Gateway.ControllerAddress, false); err != nil {
+		return err
+	}
+	if n := len(c.Gateway.NodeID); n > refgateway.MaxNodeIDBytes {
+		return s.Errorf("node_id", "has %d bytes, the limit is %d", n, refgateway.MaxNodeIDBytes)
+	}
+	for _, origin := range c.Gateway.AllowedOrigins {
+		u, err := url.Parse(origin)
+		if origin != "*" && (err != nil || u.Scheme == "" || u.Host == "" || u.Path != "" || strings.ContainsFunc(origin, unicode.IsSpace)) {
+			return s.Errorf("allowed_origins", "%q is no origin such as https://app.example.com", origin)
+		}
+	}
+	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
+		return s.Errorf("compression", "%v", err)
+	}
+	if err := c.Etcd.Validate(s); err != nil {
+		return err
+	}
+	address := func(port int) string { return net.JoinHostPort(c.ListenAddress, strconv.Itoa(port)) }
+	c.Gateway.GRPCAddress, c.Gateway.HTTPAddress, c.Gateway.MetricsAddress = address(c.GRPCPort), address(c.HTTPPort), address(c.MetricsPort)
+	if ip := net.ParseIP(c.ListenAddress); c.Gateway.AdvertiseAddress == "" && (c.ListenAddress == "" || ip.IsUnspecified()) {
+		c.Gateway.AdvertiseAddress = app.Advertised("", &net.TCPAddr{IP: net.IPv4zero, Port: c.GRPCPort})
+	}
+	return nil
+}
+
+// LogConfig implements cli.Settings.
+func (c *Config) LogConfig() telemetry.LogConfig { return c.Log }
+
+// Timeout implements cli.Settings.
+func (c *Config) Timeout() time.Duration { return c.DrainTimeout }
+
+// GarbageShare is asked by Main. A push is encoded once, so what a gateway throws away is
+// little beside what its connections hold: rare collections are not worth the memory.
+func (c *Config) GarbageShare() int { return 4 }
+
+// Start implements cli.Settings.
+func (c *Config) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
+	return Start(ctx, *c, logger)
+}

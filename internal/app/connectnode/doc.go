@@ -1,0 +1,2 @@
+// Package connectnode is the program connect-node: the reference gateway as a process.
+package connectnode

@@ -1,0 +1,62 @@
+package connectnode
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/invoke"
+	"github.com/push-manager/push-manager/internal/refgateway"
+)
+
+// Command is the program as a command.
+func Command() cli.Command {
+	return cli.Command{Name: "connect-node", Help: "Run the reference Connect-Node.", New: func() cli.Settings { return &Config{} }}
+}
+
+// ConnectNode is a running reference Connect-Node.
+type ConnectNode struct {
+	*refgateway.Gateway
+
+	life app.Lifecycle
+}
+
+// Start starts a Connect-Node.
+func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode, err error) {
+	n := &ConnectNode{}
+	defer n.life.StopAfter(ctx, &err)
+	etcd, err := n.life.Etcd(cfg.Etcd)
+	if err != nil {
+		return nil, err
+	}
+	g := cfg.Gateway
+	g.Etcd, g.Logger, g.Metrics, g.Pushctl = etcd, logger, metrics.NewSet(), invoke.As("pushctl")
+	if n.Gateway, err = refgateway.New(g); err != nil {
+		return nil, err
+	}
+	if err := n.Start(); err != nil {
+		if listen, ok := errors.AsType[*refgateway.ListenError](err); ok {
+			keys := map[string]string{"GRPCAddress": "GRPC_PORT", "HTTPAddress": "HTTP_PORT", "MetricsAddress": "METRICS_PORT"}
+			return nil, app.ListenError(keys[listen.Field], listen.Err)
+		}
+		return nil, err
+	}
+	n.life.Add("gateway", func(ctx context.Context) error {
+		defer n.Close()
+		return n.Gateway.Drain(ctx)
+	})
+	logger.Info("connect-node runs", "id", g.NodeID, "grpc", n.GRPCAddr().String(), "http", n.HTTPAddr().String(),
+		"metrics", n.MetricsAddr())
+	return n, nil
+}
+
+// Drain implements cli.Program: the node leaves etcd and the Controller, its
+// managers and clients.
+func (n *ConnectNode) Drain(ctx context.Context) error { return n.life.Stop(ctx) }
+
+// Failed implements cli.Program. The gateway logs what ends one of its listeners.
+func (n *ConnectNode) Failed() <-chan error { return nil }

@@ -1,0 +1,65 @@
+package controller
+
+import (
+	"context"
+	"log/slog"
+	"math"
+	"time"
+
+	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/refcontroller"
+	"github.com/push-manager/push-manager/internal/telemetry"
+)
+
+// Config is the configuration of the reference Controller.
+type Config struct {
+	ListenAddress string
+	GRPCPort      int
+	MetricsPort   int
+	AllowInsecure bool
+	PprofRemote   bool
+	DrainTimeout  time.Duration
+
+	Log        telemetry.LogConfig
+	Controller refcontroller.Config
+	Etcd       app.EtcdConfig
+}
+
+// Bind implements cli.Settings.
+func (c *Config) Bind(s *config.Set) {
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
+	s.Port(&c.GRPCPort, "grpc_port", 50051, "Port of the Controller's API, with health and reflection.")
+	s.Port(&c.MetricsPort, "metrics_port", 9095, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
+	s.Int(&c.Controller.MaxUsers, "max_users", 0, 0, math.MaxInt32, "Users in one room; 0 for any number.")
+	s.Duration(&c.Controller.NodeGrace, "node_grace", refcontroller.Defaults().NodeGrace, time.Millisecond, "How long a Connect-Node may be gone from etcd before its users are.")
+	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start while registered Connect-Nodes have not reported their users. 0: not at all.")
+	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
+	c.Log.Bind(s)
+	c.Etcd.Bind(s)
+}
+
+// Validate implements cli.Settings.
+func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
+	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+		return err
+	}
+	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
+		return err
+	}
+	return c.Etcd.Validate(s)
+}
+
+// LogConfig implements cli.Settings.
+func (c *Config) LogConfig() telemetry.LogConfig { return c.Log }
+
+// Timeout implements cli.Settings.
+func (c *Config) Timeout() time.Duration { return c.DrainTimeout }
+
+// Start implements cli.Settings.
+func (c *Config) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
+	return Start(ctx, *c, logger)
+}

@@ -1,0 +1,2 @@
+// Package controller is the program controller: the reference Controller as a process.
+package controller

@@ -1,0 +1,241 @@
+package pushmanager
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/pressure"
+	"github.com/push-manager/push-manager/internal/telemetry"
+	"github.com/push-manager/push-manager/shard"
+	"github.com/push-manager/push-manager/transport/controller"
+	"github.com/push-manager/push-manager/transport/discovery"
+	"github.com/push-manager/push-manager/transport/ingress"
+	"github.com/push-manager/push-manager/transport/link"
+)
+
+// deregisterTimeout bounds leaving etcd, which may be away: the lease ends by itself.
+const deregisterTimeout = time.Second
+
+// Command is Push-Manager as a command.
+func Command() cli.Command {
+	return cli.Command{Name: "serve", Help: "Serve the push API. Needs no name.", File: true, New: func() cli.Settings { return &Config{} }}
+}
+
+// Start builds Push-Manager in order; Drain takes it apart in reverse. Its peers
+// (etcd, the Controller, nodes) may still be away when it returns.
+func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, err error) {
+	m := &PushManager{log: log, failed: make(chan error, 1)}
+	defer m.life.StopAfter(ctx, &err)
+	if m.api, m.ops, err = m.listen(ctx, cfg); err != nil { // both ports are ours, or nothing starts
+		return nil, err
+	}
+	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
+	set := cfg.report(log)
+	if m.tracer, err = telemetry.NewTracer(ctx, cfg.Tracing); err != nil {
+		return nil, err
+	}
+	m.life.Add("traces", app.WithGrace(m.tracer.Close))
+
+	// Where the users are: the shards ask the Controller, the directory keeps the answers.
+	if m.shards, err = shard.New(cfg.Shards); err != nil {
+		return nil, err
+	}
+	m.life.Add("shards", m.shards.Close)
+	if m.controller, err = controller.New(cfg.Controller); err != nil {
+		return nil, err
+	}
+	m.life.Add("controller", func(context.Context) error { return m.controller.Close() })
+	cfg.Routes.Source, cfg.Routes.Homes, cfg.Routes.Home, cfg.Routes.Go = m.controller, m.shards.Len(), m.homeOf, m.goOn
+	cfg.Routes.Places = m.shards.At(0).Stats().Limit
+	if m.directory, err = route.New(cfg.Routes); err != nil {
+		return nil, err
+	}
+	m.life.Add("directory", app.Closing(m.directory.Close))
+
+	// The way to them: a stream from each shard to each node that is found in etcd.
+	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
+	if m.links, err = link.New(cfg.Links); err != nil {
+		return nil, err
+	}
+	m.life.Add("links", m.stopLinks)
+	if cfg.Discovery.Client, err = m.life.Etcd(cfg.Etcd); err != nil {
+		return nil, err
+	}
+	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.links.Alive
+	if m.watcher, err = discovery.New(cfg.Discovery); err != nil {
+		return nil, err
+	}
+	m.life.Add("discovery", app.Closing(m.watcher.Close))
+
+	// The engine, and the push API in front of it.
+	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
+	if err = m.startEngine(cfg.Engine, cfg.Pressure); err != nil {
+		return nil, err
+	}
+	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
+	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
+		return nil, err
+	}
+	m.ingress.SetServing(false) // until etcd has said which nodes there are
+	m.ingress.SetHealthy(false) // until health has had a look
+	m.controller.Start(m.directory)
+	m.watcher.Start()
+	m.life.Add("push API", m.stopServing)
+	if err = m.watchHealth(cfg); err != nil {
+		return nil, err
+	}
+
+	// Our own entry in etcd; metrics and health, which look at everything.
+	if err = m.show(cfg, set); err != nil {
+		return nil, err
+	}
+	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
+	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
+	return m, nil
+}
+
+// PushManager is Push-Manager, running.
+type PushManager struct {
+	// Static after start.
+	log        *slog.Logger
+	api, ops   net.Listener
+	tracer     *telemetry.Tracer // nil: nothing is traced
+	shards     *shard.Set
+	controller *controller.Controller
+	directory  *route.Directory
+	links      *link.Set
+	watcher    *discovery.Watcher
+	engine     *engine.Engine
+	ingress    *ingress.Server
+	health     *health.Monitor
+	entry      *discovery.Registration
+	http       *telemetry.HTTP // nil until all the others run
+
+	life    app.Lifecycle
+	serving sync.WaitGroup
+	failed  chan error
+}
+
+// Drain stops in the reverse order of the start. Readiness and health go off first, while
+// pushes are still taken.
+func (m *PushManager) Drain(ctx context.Context) error {
+	m.health.Drain()
+	m.ingress.Announce()
+	return m.life.Stop(ctx)
+}
+
+// Failed gets an error when the push API cannot be served any more.
+func (m *PushManager) Failed() <-chan error { return m.failed }
+
+// GRPCAddr is where the push API listens.
+func (m *PushManager) GRPCAddr() string { return m.api.Addr().String() }
+
+// HTTPAddr is where metrics and health are.
+func (m *PushManager) HTTPAddr() string { return m.ops.Addr().String() }
+
+// NotReady says why pushes cannot be delivered now, nothing when they can.
+func (m *PushManager) NotReady() []string { return m.health.NotReady() }
+
+// Reachable is the number of Connect-Nodes with a live stream.
+func (m *PushManager) Reachable() int { return m.links.Reachable() }
+
+func (m *PushManager) show(cfg Config, set *metrics.Set) (err error) {
+	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, app.Advertised(cfg.AdvertiseAddress, m.api.Addr())
+	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
+		return err
+	}
+	m.entry.Start()
+	m.life.Add("registration", app.WithTimeout(deregisterTimeout, m.entry.Close))
+	m.http, err = telemetry.StartHTTP(m.operations(cfg, set))
+	return err
+}
+
+func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
+	if api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+		return nil, nil, err
+	}
+	if ops, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
+		return nil, nil, err
+	}
+	return api, ops, nil
+}
+
+// homeOf and goOn are the shards as the directory and the links need them.
+func (m *PushManager) homeOf(key string) int             { return m.shards.For(key).Index() }
+func (m *PushManager) goOn(shard int, task func()) error { return m.shards.At(shard).Go(task) }
+
+// update gets all nodes that are registered in etcd. From its first call on pushes
+// can be routed; before, every room would look like one full of unknown nodes.
+func (m *PushManager) update(nodes []discovery.Node) {
+	next := make([]link.Node, len(nodes))
+	for i, n := range nodes {
+		next[i] = link.Node{ID: n.ID, Addr: n.Addr}
+	}
+	if err := m.links.Update(next); err != nil {
+		m.log.Error("some nodes cannot be used", "error", err)
+	}
+	if !m.ingress.Serving() {
+		m.ingress.SetServing(true)
+	}
+}
+
+func (m *PushManager) stopLinks(ctx context.Context) error {
+	defer m.links.Close()
+	return m.links.Drain(ctx)
+}
+
+// startEngine makes the engine, and lets it refuse pushes while memory runs out.
+func (m *PushManager) startEngine(cfg engine.Config, watch pressure.Config) (err error) {
+	if m.engine, err = engine.New(cfg); err != nil {
+		return err
+	}
+	m.life.Add("engine", m.engine.Drain)
+	watch.Shed = m.engine.Shed
+	monitor, err := pressure.Start(watch)
+	if err != nil {
+		return err
+	}
+	m.life.Add("overload", app.Closing(monitor.Close))
+	return nil
+}
+
+func (m *PushManager) serve() {
+	m.serving.Go(func() {
+		if err := m.ingress.Serve(m.api); err != nil {
+			m.failed <- err
+		}
+	})
+}
+
+func (m *PushManager) stopServing(ctx context.Context) error {
+	err := m.ingress.Drain(ctx)
+	if !errors.Is(err, ingress.ErrStuck) { // or serve would wait for a handler that has been given up
+		m.serving.Wait()
+	}
+	return err
+}
+
+func (m *PushManager) operations(cfg Config, set *metrics.Set) telemetry.HTTPConfig {
+	return telemetry.HTTPConfig{
+		Listener: m.ops, Metrics: set, Collect: telemetry.NewEngineMetrics(m.engine, set).Collect,
+		NotReady: m.NotReady, PprofRemote: cfg.PprofRemote, Logger: m.log,
+	}
+}
+
+func (m *PushManager) closeHTTP(ctx context.Context) error {
+	if m.http == nil {
+		return nil
+	}
+	return m.http.Close(ctx)
+}

@@ -1,0 +1,178 @@
+package app_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/app/connectnode"
+	"github.com/push-manager/push-manager/internal/app/controller"
+	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/etcdtest"
+)
+
+// otherValues are values of keys that anyValue does not find: those that only some words are right for.
+var otherValues = map[string]map[string]string{
+	"listen_address":           {"LISTEN_ADDRESS": "127.0.0.9"},
+	"allow_insecure":           {"ALLOW_INSECURE": "true", "LISTEN_ADDRESS": "0.0.0.0"},
+	"etcd.username":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
+	"etcd.password":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
+	"api.body_bytes":           {"API_BODY_BYTES": "2MiB"},
+	"link.canary":              {"LINK_CANARY": "1s"},
+	"link.compression":         {"LINK_COMPRESSION": "zstd"},
+	"link.heartbeat":           {"LINK_HEARTBEAT": "1500ms"},
+	"link.backoff_min":         {"LINK_BACKOFF_MIN": "60ms"},
+	"discovery.allow_networks": {"DISCOVERY_ALLOW_NETWORKS": "10.0.0.0/8"},
+	"drain_timeout":            {"DRAIN_TIMEOUT": "1s"}, // shorter than two notices
+	"tracing.endpoint":         {"TRACING_ENDPOINT": "c:4317"},
+	"limits.request_bytes":     {"LIMITS_REQUEST_BYTES": "2MiB"},
+}
+
+// handedTo are the fields that a key of a program changes where that is not just one of the package that it is for: those
+// of the whole, which start hands on by name, and those of several packages.
+var handedTo = map[string]map[string][]string{
+	"serve": {
+		"manager_id":               {"Entry.ID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
+		"listen_address":           {"ListenAddress"},
+		"grpc_port":                {"GRPCPort"},
+		"metrics_port":             {"MetricsPort"},
+		"advertise_address":        {"AdvertiseAddress"},
+		"allow_insecure":           {"AllowInsecure", "ListenAddress"},
+		"pprof_remote":             {"PprofRemote"},
+		"reflection":               {"Ingress.DisableReflection", "Reflection"},
+		"drain_timeout":            {"DrainTimeout", "Ingress.DrainNotice"},
+		"etcd.request_timeout":     {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout"},
+		"etcd.username":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"discovery.allow_networks": {"Discovery.AllowNets", "allowNets"},
+		"tracing.enabled":          {"Tracing.Enabled", "Tracing.Endpoint"},
+	},
+	"controller": {
+		"listen_address": {"ListenAddress"},
+		"grpc_port":      {"GRPCPort"},
+		"metrics_port":   {"MetricsPort"},
+		"allow_insecure": {"AllowInsecure", "ListenAddress"},
+		"pprof_remote":   {"PprofRemote"},
+		"drain_timeout":  {"DrainTimeout"},
+		"etcd.username":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+	},
+	"connect-node": {
+		"listen_address": {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
+		"grpc_port":      {"GRPCPort", "Gateway.GRPCAddress"},
+		"http_port":      {"Gateway.HTTPAddress", "HTTPPort"},
+		"metrics_port":   {"Gateway.MetricsAddress", "MetricsPort"},
+		"allow_insecure": {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
+		"drain_timeout":  {"DrainTimeout"},
+		"etcd.username":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+	},
+}
+
+// TestEveryKeyIsHandedToItsPackages: another value of any key changes the Configs that the packages get, all of them that
+// it is for. What start does with the fields of the whole has tests of its own.
+func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
+	for name, made := range map[string]func() cli.Settings{
+		"serve":        func() cli.Settings { return &pushmanager.Config{} },
+		"controller":   func() cli.Settings { return &controller.Config{} },
+		"connect-node": func() cli.Settings { return &connectnode.Config{} },
+	} {
+		defaults := made()
+		if err := cli.Fill(defaults, nil); err != nil {
+			t.Fatal(err)
+		}
+		set := config.New()
+		made().Bind(set)
+		for _, key := range set.Keys() {
+			if key.Name() == "etcd.password_file" {
+				continue // TestFilesForEtcdAreHandedOver
+			}
+			if strings.HasPrefix(key.Name(), "etcd.tls.") {
+				continue // TestFilesForEtcdAreHandedOver
+			}
+			values := []map[string]string{otherValues[key.Name()]}
+			if values[0] == nil {
+				values = values[:0]
+				for _, value := range []string{"true", "false", "7", "0.25", "333ms", "4s", "1234", "2KiB", "10.0.0.1:77", "https://a", "json", "debug", "low", "s2"} {
+					values = append(values, map[string]string{key.Variable(): value})
+				}
+			}
+			var changed []string
+			for _, env := range values {
+				other := made()
+				if cli.Fill(other, env) != nil {
+					continue // no value for this one
+				}
+				if changed = differences(reflect.ValueOf(defaults).Elem(), reflect.ValueOf(other).Elem(), ""); len(changed) > 0 {
+					break
+				}
+			}
+			want, several := handedTo[name][key.Name()]
+			switch {
+			case len(changed) == 0:
+				t.Errorf("%s: %s: no value of this test changes anything", name, key.Name())
+			case several && !slices.Equal(changed, want):
+				t.Errorf("%s: %s changes %v, want %v", name, key.Name(), changed, want)
+			case !several && (len(changed) > 1 || !strings.Contains(changed[0], ".")):
+				t.Errorf("%s: %s changes %v, want one field of one package; where it is for several, say so in handedTo", name, key.Name(), changed)
+			}
+		}
+	}
+}
+
+func TestFilesForEtcdAreHandedOver(t *testing.T) {
+	ca := etcdtest.NewCA(t)
+	cert, key := ca.Issue("127.0.0.1")
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, made := range map[string]func() (cli.Settings, *app.EtcdConfig){
+		"serve":        func() (cli.Settings, *app.EtcdConfig) { c := &pushmanager.Config{}; return c, &c.Etcd },
+		"controller":   func() (cli.Settings, *app.EtcdConfig) { c := &controller.Config{}; return c, &c.Etcd },
+		"connect-node": func() (cli.Settings, *app.EtcdConfig) { c := &connectnode.Config{}; return c, &c.Etcd },
+	} {
+		settings, etcd := made()
+		if err := cli.Fill(settings, map[string]string{"ETCD_USERNAME": "u", "ETCD_PASSWORD_FILE": password, "ETCD_TLS_CA_FILE": ca.File, "ETCD_TLS_CERT_FILE": cert, "ETCD_TLS_KEY_FILE": key}); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if etcd.Password != "secret" {
+			t.Errorf("%s: the password is %q", name, etcd.Password)
+		}
+		if etcd.TLS == nil || etcd.TLS.RootCAs == nil || etcd.TLS.GetClientCertificate == nil {
+			t.Errorf("%s: TLS is %+v", name, etcd.TLS)
+			continue
+		}
+		pair, err := etcd.TLS.GetClientCertificate(nil)
+		if err != nil || len(pair.Certificate) != 1 {
+			t.Errorf("%s: our certificate is %v, %v", name, pair, err)
+		}
+	}
+}
+
+// differences are the paths of the fields that differ, in order. Functions, pointers and interfaces are not looked into.
+func differences(a, b reflect.Value, path string) (paths []string) {
+	switch a.Kind() {
+	case reflect.Func, reflect.Pointer, reflect.Interface, reflect.Chan, reflect.Map:
+		return nil
+	case reflect.Struct:
+		for i := range a.NumField() {
+			paths = append(paths, differences(a.Field(i), b.Field(i), path+"."+a.Type().Field(i).Name)...)
+		}
+		slices.Sort(paths)
+		return paths
+	default:
+		if fmt.Sprint(a) != fmt.Sprint(b) {
+			return []string{strings.TrimPrefix(path, ".")}
+		}
+		return nil
+	}
+}

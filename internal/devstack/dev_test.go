@@ -1,0 +1,85 @@
+package devstack_test
+
+import (
+	"context"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/push-manager/push-manager/internal/devstack"
+	"github.com/push-manager/push-manager/internal/freeport"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func startStack(t *testing.T, cfg devstack.Config) *devstack.Stack {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	cfg.BasePort = freeport.Row(t, 16) // etcd listens later than a port 0 is resolved
+	s, err := devstack.Start(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.WaitReady(ctx); err != nil {
+		t.Error(err)
+	}
+	return s
+}
+
+func stopStack(t *testing.T, s *devstack.Stack) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+	defer cancel()
+	if err := s.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
+	s := startStack(t, devstack.Config{Nodes: 2})
+	if n := s.Nodes(); len(n) != 2 || n[0].ID != "connect-node-1" || !strings.HasPrefix(n[1].WebSocket(), "ws://127.0.0.1:") {
+		t.Errorf("nodes %v", n)
+	}
+	conn, err := grpc.NewClient(s.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	r, err := pubsub.NewPushManagerServiceClient(conn).BroadcastMessage(t.Context(), &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{}})
+	if err != nil || !r.GetSuccess() {
+		t.Errorf("broadcast to two nodes without clients: %v %v", r, err)
+	}
+	stopStack(t, s)
+}
+
+func TestTemporaryDataIsRemovedAndANamedDirectoryIsKept(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("TMPDIR", temp)
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1}))
+	if left, err := os.ReadDir(temp); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+	kept := t.TempDir()
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept}))
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept})) // on what the first one left
+	if left, err := os.ReadDir(kept); err != nil || len(left) == 0 {
+		t.Errorf("not kept: %v %v", left, err)
+	}
+}
+
+func TestStartThatFailsLeavesNothing(t *testing.T) {
+	s := startStack(t, devstack.Config{Nodes: 1})
+	defer stopStack(t, s)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for _, cfg := range []devstack.Config{{Nodes: -1}, {Nodes: 1000}, {DataDir: "/dev/null/x"}} {
+		if s, err := devstack.Start(ctx, cfg); err == nil {
+			stopStack(t, s)
+			t.Errorf("%+v: no error", cfg)
+		}
+	}
+}

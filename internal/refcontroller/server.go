@@ -1,0 +1,256 @@
+package refcontroller
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/internal/label"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// maxRequestBytes is what 10,000 ids of the longest kind need.
+const maxRequestBytes = 4 << 20
+
+// Server is a Controller on a listener.
+type Server struct {
+	// Static after New.
+	log    *slog.Logger
+	grpc   *grpc.Server
+	health *health.Server
+	svc    *service
+	roster *roster
+	m      handles
+	wg     sync.WaitGroup
+
+	startOnce, drainOnce, closeOnce sync.Once
+	// Written under startOnce.
+	stop context.CancelFunc
+}
+
+// New makes a Server that does nothing until Serve.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("controller: %w", err)
+	}
+	cfg = cfg.withDefaults()
+	s := &Server{log: cfg.Logger, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer()}
+	s.svc = &service{
+		store: cfg.Store,
+		hub: &hub{
+			most:      cfg.WatchPending,
+			overflows: cfg.Metrics.GetOrCreateCounter("controller_watch_overflows_total"),
+			changes:   cfg.Metrics.GetOrCreateCounter("controller_changes_total"),
+			lapses:    cfg.Metrics.GetOrCreateCounter("controller_watch_lapses_total"),
+			watchers:  map[*watcher]struct{}{},
+		},
+		draining: make(chan struct{}),
+		panicked: s.panicked,
+	}
+	cfg.Store.Notify(s.svc.hub.tell)
+	var err error
+	if s.roster, err = newRoster(cfg); err != nil {
+		return nil, fmt.Errorf("controller: %w", err)
+	}
+	s.svc.roster = s.roster
+	s.gauges(cfg.Metrics, cfg.Store)
+	s.grpc = grpc.NewServer(s.options()...)
+	pubsub.RegisterControllerServiceServer(s.grpc, s.svc)
+	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
+	s.health.SetServingStatus(pubsub.ControllerService_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
+	if !cfg.NoReflection {
+		reflection.Register(s.grpc)
+	}
+	return s, nil
+}
+
+func (s *Server) options() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.MaxRecvMsgSize(maxRequestBytes),
+		grpc.MaxConcurrentStreams(1024),
+		grpc.MaxHeaderListSize(16 << 10),
+		grpc.ConnectionTimeout(5 * time.Second),
+		grpc.WaitForHandlers(true), // Close owns what they have started
+		// Push-Manager pings each 10 s while it watches; gRPC's default would cut
+		// it off for that.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+	}
+}
+
+func (s *Server) gauges(set *metrics.Set, store Store) {
+	gauge := func(name string, read func() int) {
+		set.GetOrCreateGauge(name, func() float64 { return float64(read()) })
+	}
+	gauge("controller_rooms", func() int { return store.Counts().Rooms })
+	gauge("controller_users", func() int { return store.Counts().Users })
+	gauge("controller_memberships", func() int { return store.Counts().Memberships })
+	gauge("controller_watchers", s.svc.hub.len)
+	gauge("controller_watch_waiting", s.svc.hub.waiting)
+	gauge("controller_warming_up", func() int {
+		if s.roster.isWarm() {
+			return 0
+		}
+		return 1
+	})
+	gauge("controller_nodes_awaited", func() int { return len(*s.roster.awaited.Load()) })
+}
+
+// Serve answers on lis until Drain or Close. It owns lis.
+func (s *Server) Serve(lis net.Listener) error {
+	s.startOnce.Do(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		s.stop = cancel
+		if s.roster.watcher != nil {
+			s.roster.watcher.Start()
+		}
+		s.wg.Go(func() { s.roster.loop(ctx) })
+	})
+	if err := s.grpc.Serve(lis); err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	return nil
+}
+
+// WarmingUp says why look-ups are not answered yet, "" when they are. Reports are
+// taken all the same.
+func (s *Server) WarmingUp() string {
+	if s.roster.isWarm() {
+		return ""
+	}
+	return s.roster.waiting()
+}
+
+// Etcd says why it is not known which nodes are registered, "" when it is, or without etcd.
+func (s *Server) Etcd() string {
+	w := s.roster.watcher
+	if w == nil || w.Synced() {
+		return ""
+	}
+	if why := w.Why(); why != "" {
+		return "has not answered yet: " + why
+	}
+	return "has not answered yet"
+}
+
+// Drain refuses new calls, ends the change streams and waits for the calls under
+// way, at most until ctx ends. Close follows.
+func (s *Server) Drain(ctx context.Context) error {
+	s.drainOnce.Do(func() {
+		s.health.Shutdown()
+		close(s.svc.draining)
+	})
+	done := make(chan struct{})
+	s.wg.Go(func() {
+		defer close(done)
+		s.grpc.GracefulStop()
+	})
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		s.grpc.Stop() // a peer that does not read must not hold us
+		<-done
+		return fmt.Errorf("drain: %w", ctx.Err())
+	}
+}
+
+// Close ends everything and waits for it.
+func (s *Server) Close() {
+	s.closeOnce.Do(func() {
+		s.grpc.Stop()
+		s.startOnce.Do(func() {}) // Serve after Close starts nothing
+		s.stop()
+		if s.roster.watcher != nil {
+			s.roster.watcher.Close()
+		}
+	})
+	s.svc.readers.Wait()
+	s.wg.Wait()
+}
+
+// handles counts requests by method and result.
+type handles map[string]*[3]*metrics.Counter
+
+const (
+	resultOK = iota
+	resultInvalid
+	resultError
+)
+
+func newHandles(set *metrics.Set) handles {
+	h := handles{}
+	desc := pubsub.ControllerService_ServiceDesc
+	add := func(method string) {
+		var c [3]*metrics.Counter
+		for i, result := range []string{"ok", "invalid", "error"} {
+			c[i] = set.GetOrCreateCounter(label.Name("controller_requests_total", "method", method, "result", result))
+		}
+		h["/"+desc.ServiceName+"/"+method] = &c
+	}
+	for _, m := range desc.Methods {
+		add(m.MethodName)
+	}
+	for _, m := range desc.Streams {
+		add(m.StreamName)
+	}
+	return h
+}
+
+// count notes how a call of ours ended; health and reflection are not counted.
+func (h handles) count(method string, err error) {
+	c := h[method]
+	if c == nil {
+		return
+	}
+	switch status.Code(err) {
+	case codes.OK:
+		c[resultOK].Inc()
+	case codes.InvalidArgument:
+		c[resultInvalid].Inc()
+	default:
+		c[resultError].Inc()
+	}
+}
+
+func (s *Server) unary(ctx context.Context, in any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (out any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.panicked(info.FullMethod, p)
+		}
+		s.m.count(info.FullMethod, err)
+	}()
+	return next(ctx, in)
+}
+
+func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.panicked(info.FullMethod, p)
+		}
+		s.m.count(info.FullMethod, err)
+	}()
+	return next(srv, stream)
+}
+
+func (s *Server) panicked(method string, p any) error {
+	s.log.Error("panic in a call", "method", method, "panic", p, "stack", strings.TrimSpace(string(debug.Stack())))
+	return status.Error(codes.Internal, "internal error")
+}

@@ -1,0 +1,112 @@
+package refcontroller
+
+import (
+	"context"
+	"errors"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+var (
+	// ErrOld says that a report was not executed because one with a higher number
+	// was: it may have been about another user and room. Report again.
+	ErrOld = errors.New("a later report came first: report again")
+	// ErrOtherBoot says that the report comes from another process than the node's.
+	ErrOtherBoot = errors.New("another process of the node reports")
+)
+
+// Store keeps memberships. Its methods are safe for concurrent use, and what they
+// return is not changed any more.
+//
+// Reports of a Reporter with a Boot are executed as if in the order of their
+// numbers, whatever the order in which they come. One that comes too late changes
+// nothing: it is passed over, or ends with ErrOld where the Store cannot tell it
+// from one that does not come too late.
+type Store interface {
+	// ID is the name of this store: it changes when the store has forgotten.
+	ID() string
+
+	// Join adds a membership or renews it.
+	Join(ctx context.Context, j Join) (Joined, error)
+	// Leave ends a user's membership of a room on a node, on all nodes when node
+	// is empty. False: there was none.
+	Leave(ctx context.Context, l Leave) (bool, error)
+	// Begin makes by.Boot the node's process. It ends all memberships that another
+	// one has reported, and those that this one has reported with a number below
+	// by.Seq. It returns how many they were.
+	Begin(ctx context.Context, by Reporter) (int, error)
+	// DropNode ends all memberships of a node that exist at the time of the call
+	// and returns how many they were.
+	DropNode(ctx context.Context, node string) (int, error)
+	// SetSlot makes the node's memberships in one slot those of members, whose
+	// Reporter does not count. Limits of rooms do not matter: all were let in before.
+	SetSlot(ctx context.Context, by Reporter, slot int, members []Join) error
+	// Differing names the slots that have another digest.
+	Differing(ctx context.Context, by Reporter, digests []uint64) ([]uint32, error)
+
+	// Room is a room with its members, nil when there is none.
+	Room(ctx context.Context, room string) (*pubsub.RoomInfo, error)
+	// Users is where users are: presences[i] for users[i].
+	Users(ctx context.Context, users []string) ([]Presence, error)
+	// Rooms counts the users of each room.
+	Rooms(ctx context.Context) ([]*pubsub.RoomStats, error)
+	// Nodes are the nodes that have memberships, with the Boot that reports them.
+	Nodes(ctx context.Context) (map[string]string, error)
+	// Counts is cheap and may be a little old.
+	Counts() Counts
+
+	// Notify has each change told to tell, the Server's call before any other. A change
+	// becomes visible and is told in one step: no look-up that shows it is answered and no
+	// report that finds it made returns before tell has. Else that report would be answered
+	// while those who watch have been told nothing. A store that cannot do both under one
+	// lock has such reports wait for tell. tell does not block, and calls no store.
+	Notify(tell func(Change))
+}
+
+// Reporter is who makes a report.
+type Reporter struct {
+	Node string
+	// Boot is the node's process, Seq the number of the report, higher than those of
+	// all reports that it has made before. Without a Boot reports are executed as
+	// they come.
+	Boot string
+	Seq  uint64
+}
+
+// Join is a user who enters a room on a node.
+type Join struct {
+	Reporter
+
+	User, Room string
+	Name       string
+	Metadata   map[string]string
+}
+
+// Leave is a user who leaves a room, on all nodes when Node is empty.
+type Leave struct {
+	Reporter
+
+	User, Room string
+}
+
+// Joined is the room after a Join.
+type Joined struct {
+	// Full: the user was not taken in, the room is at its limit.
+	Full bool
+	// Room has the members only while they are few.
+	Room *pubsub.RoomInfo
+}
+
+// Presence is where a user is.
+type Presence struct {
+	// Nodes, each once, the latest join first. None: the user is not connected.
+	Nodes []string
+	// Room is the one joined last.
+	Room string
+}
+
+// Change names what a look-up answers differently from now on.
+type Change struct{ Rooms, Users []string }
+
+// Counts are the sizes of a Store. A user counts once.
+type Counts struct{ Rooms, Users, Memberships int }

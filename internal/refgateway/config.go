@@ -1,0 +1,217 @@
+package refgateway
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/VictoriaMetrics/metrics"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/transport/compression"
+	"github.com/push-manager/push-manager/transport/node/membership"
+)
+
+// Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
+// ControllerAddress are required, everything else has a default.
+type Config struct {
+	// NodeID is the id under which the gateway registers: 1 to MaxNodeIDBytes.
+	NodeID string
+
+	// GRPCAddress is where it listens for managers, host:port. Port 0 takes a
+	// free one.
+	GRPCAddress string
+	// HTTPAddress is where it listens for clients.
+	HTTPAddress string
+	// MetricsAddress is where /metrics is served. Empty: nowhere.
+	MetricsAddress string
+	// AdvertiseAddress is what managers dial. Default: where it listens for them.
+	AdvertiseAddress string
+	// ControllerAddress is any gRPC target.
+	ControllerAddress string
+	// Etcd is where the gateway registers. Nil: it does not register.
+	Etcd *clientv3.Client
+	// PushManagerAddress is shown on the page in the commands to copy. Default
+	// localhost:50053.
+	PushManagerAddress string
+	// Pushctl is how pushctl is called in those commands on this machine, where the page
+	// says so to browsers that run there. Default pushctl.
+	Pushctl string
+
+	// AllowedOrigins are the Origin headers, such as "https://app.example.com",
+	// that browsers may connect with; "*" allows all. Loopback origins always may,
+	// and pages from the host that they connect to: under its IP address, and under
+	// a name unless the connection comes over loopback, as behind a proxy on the
+	// same machine.
+	AllowedOrigins []string
+	// MaxConnections bounds the clients connected at once. Default 100,000.
+	MaxConnections int
+	// MaxRooms bounds the rooms of one connection. Default 100.
+	MaxRooms int
+	// MaxMessageBytes bounds one message of a client. Default 16 KiB.
+	MaxMessageBytes int
+	// MessageRate bounds the frames a second that are read from one client, which may
+	// send MaxRooms and two seconds' worth more at once. What is beyond waits in
+	// its socket. Default 50.
+	MessageRate int
+	// QueueFrames and QueueBytes bound what waits for one client: one that is
+	// behind by more is cut off. Default 4,096 and 1 MiB: a burst of some thousand
+	// pushes to one client takes less time to arrive here than a writer takes to
+	// wake up. A single frame may be larger.
+	QueueFrames, QueueBytes int
+	// QueueTotalBytes bounds what waits for all clients together, where what waits for
+	// many counts once. From half of it on a client that has more than an equal share
+	// of that half waiting is cut off. Default 256 MiB.
+	QueueTotalBytes int
+	// SocketBuffer bounds what the kernel keeps for one client on top of that.
+	// Default: what the kernel chooses.
+	SocketBuffer int
+	// WriteTimeout bounds one write to a client. Default 10 s.
+	WriteTimeout time.Duration
+	// CloseTimeout bounds the end of a connection: the write of a close frame that
+	// must be soon, and then the time that the client has to answer it. Default 2 s.
+	CloseTimeout time.Duration
+	// PingInterval is how long a client may be silent before it is pinged,
+	// IdleTimeout how long before it is cut off. Default 25 s and 60 s.
+	PingInterval, IdleTimeout time.Duration
+
+	// Compression names the codecs in which frames of managers may come, see
+	// [node.Config].
+	Compression []string
+
+	// ControllerTimeout, ReportWorkers, RejoinPerSecond and SyncInterval are Timeout,
+	// Workers, RejoinPerSecond and SyncInterval of [membership.Config].
+	ControllerTimeout, SyncInterval time.Duration
+	ReportWorkers, RejoinPerSecond  int
+	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
+	// 3 s.
+	LeaveTimeout time.Duration
+
+	// Logger gets state changes, never a payload. Default: nothing is logged.
+	Logger *slog.Logger
+	// Metrics gets the counters. Default: a set of its own.
+	Metrics *metrics.Set
+}
+
+// maxIDBytes is the bound of the contract on user and room ids.
+const maxIDBytes = 256
+
+// MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
+const MaxNodeIDBytes = membership.MaxNodeIDBytes
+
+// Defaults are what the zero fields of a Config stand for: a program takes the defaults of its
+// keys from here.
+func Defaults() Config { return Config{}.withDefaults() }
+
+func (c Config) withDefaults() Config {
+	defaultTo(&c.PushManagerAddress, "localhost:50053")
+	defaultTo(&c.Pushctl, "pushctl")
+	defaultTo(&c.MaxConnections, 100_000)
+	defaultTo(&c.MaxRooms, membership.Defaults().MaxRooms)
+	defaultTo(&c.MaxMessageBytes, 16<<10)
+	defaultTo(&c.QueueFrames, 4096)
+	defaultTo(&c.QueueBytes, 1<<20)
+	defaultTo(&c.QueueTotalBytes, 256<<20)
+	defaultTo(&c.MessageRate, 50)
+	defaultTo(&c.WriteTimeout, 10*time.Second)
+	defaultTo(&c.CloseTimeout, 2*time.Second)
+	defaultTo(&c.PingInterval, 25*time.Second)
+	defaultTo(&c.IdleTimeout, 60*time.Second)
+	defaultTo(&c.LeaveTimeout, 3*time.Second)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Metrics == nil {
+		c.Metrics = metrics.NewSet()
+	}
+	return c
+}
+
+func defaultTo[T comparable](v *T, value T) {
+	var zero T
+	if *v == zero {
+		*v = value
+	}
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	var errs []error
+	if err := checkID("NodeID", c.NodeID); err != nil {
+		errs = append(errs, err)
+	} else if len(c.NodeID) > MaxNodeIDBytes {
+		errs = append(errs, fmt.Errorf("NodeID: more than %d bytes", MaxNodeIDBytes))
+	}
+	for _, a := range []struct {
+		field, addr string
+		required    bool
+	}{
+		{"GRPCAddress", c.GRPCAddress, true},
+		{"HTTPAddress", c.HTTPAddress, true},
+		{"MetricsAddress", c.MetricsAddress, false},
+		{"AdvertiseAddress", c.AdvertiseAddress, false},
+	} {
+		if a.addr == "" && !a.required {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(a.addr); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", a.field, err))
+		}
+	}
+	if c.ControllerAddress == "" {
+		errs = append(errs, errors.New("ControllerAddress: required"))
+	}
+	for field, n := range map[string]int{
+		"MaxConnections": c.MaxConnections, "MaxRooms": c.MaxRooms, "MaxMessageBytes": c.MaxMessageBytes,
+		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
+	} {
+		if n < 1 {
+			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))
+		}
+	}
+	for field, d := range map[string]time.Duration{
+		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "LeaveTimeout": c.LeaveTimeout,
+	} {
+		if d <= 0 {
+			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))
+		}
+	}
+	if _, err := compression.Parse(c.Compression); err != nil {
+		errs = append(errs, fmt.Errorf("Compression: %w", err))
+	}
+	if c.SocketBuffer < 0 {
+		errs = append(errs, fmt.Errorf("SocketBuffer: %d is negative", c.SocketBuffer))
+	}
+	if c.IdleTimeout <= c.PingInterval {
+		errs = append(errs, fmt.Errorf("IdleTimeout: %v is not above PingInterval %v", c.IdleTimeout, c.PingInterval))
+	}
+	return errors.Join(errs...)
+}
+
+// checkID applies the contract's rule for ids.
+func checkID(field, id string) error {
+	switch {
+	case id == "":
+		return fmt.Errorf("%s: must not be empty", field)
+	case len(id) > maxIDBytes:
+		return fmt.Errorf("%s: %d bytes, the limit is %d", field, len(id), maxIDBytes)
+	}
+	return checkText(field, id)
+}
+
+func checkText(field, s string) error {
+	if !utf8.ValidString(s) {
+		return fmt.Errorf("%s: not valid UTF-8", field)
+	}
+	for _, r := range s {
+		if unicode.IsControl(r) {
+			return fmt.Errorf("%s: holds a control character", field)
+		}
+	}
+	return nil
+}

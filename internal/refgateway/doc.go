@@ -1,0 +1,73 @@
+// Package refgateway is the reference Connect-Node: clients connect over WebSocket,
+// pushes arrive over transport/node, memberships are reported by transport/node/membership.
+//
+// # What clients see
+//
+//	ws://HOST:PORT/ws?user_id=u&user_name=n&room_id=r
+//
+// user_name and room_id may be left out. A push is a text message:
+//
+//	{"type":"text","room_id":"r","user_id":"u","timestamp":1,"data":{"content":"Hello"},"metadata":{}}
+//
+// type is the lower-case name of the MessageType, or its number as a string when
+// this version has no name for it. room_id is empty unless a room was pushed to.
+// user_id is the recipient. data that is not UTF-8 comes as content_base64. All
+// these keys are always there; metadata is sorted by key. A push to everybody also has
+// "broadcast":true.
+//
+// A client may send, as text messages:
+//
+//	{"type":"join","room_id":"r2"}    answered with {"type":"joined","room_id":"r2"}
+//	{"type":"leave","room_id":"r2"}   answered with {"type":"left","room_id":"r2"}
+//	{"type":"ping"}                   answered with {"type":"pong"}
+//
+// and gets {"type":"error","message":"FIELD: WHY"} for what is wrong, with the "room_id" when
+// a join or leave named one that can be. joined and
+// left come once the Controller knows, so a push after joined arrives. The room
+// of the query is confirmed by joined, too; a connection that is opened without
+// one gets {"type":"ready","user_id":"u","node_id":"n"} once pushes to the user
+// reach it. Clients should ignore types that they do not know. The subprotocol pm.v1 is
+// accepted; who asks for others is served without.
+//
+// Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
+// so nothing is lost and nobody else is held. The close codes are 1001 (the node goes),
+// 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
+// large), and 1011 (a mistake of the gateway). Slow is who has more waiting than
+// Config.QueueFrames or QueueBytes, or than its share of QueueTotalBytes when all
+// clients together have half of that waiting. What waited for it is lost although it was
+// acknowledged; what is pushed after that fails, or finds the user offline.
+//
+// # Who is in a room
+//
+// A push to a room goes to the connections that are in it: those that have joined it, by
+// room_id or a message, and not left. Nothing of the room comes after left. What the
+// Controller says does not put anybody into a room here. A user who is here and not in
+// the room is not here for the push: offline in the account.
+//
+// # Users without a room
+//
+// The Controller learns users by JoinRoom alone. So that every connected user is
+// found, each one is also a member of the room "@node:" + node id, which clients
+// can neither see nor join: names that begin with "@node:" are refused.
+//
+// # What holds
+//
+//   - Nothing waits for a client. What is sent to one goes into its queue, bounded
+//     by frames and bytes; a client whose queue is full is cut off, told so, and counted.
+//   - All connections of a user get a push to the user or to everybody, those in the
+//     room one to a room, and the user counts once. It is delivered when one of them has
+//     taken it.
+//   - Pushes to a connection leave in the order in which they were delivered.
+//   - A push is encoded once, and held once by all queues. Only the recipient's id is
+//     put in for each.
+//   - What a client sends ends its own connection at worst: it is bounded before memory
+//     is made for it, and the goroutines that work for a client recover.
+//   - A room is left when the user's last connection in it on this node leaves.
+//
+// # Goroutines
+//
+// Each connection has a reader, and a writer while something waits to be written;
+// Gateway.clients counts both, and Close waits for them. The servers and the sweep
+// end with Close, too. No lock is held while another package is called, and no two
+// of ours nest.
+package refgateway

@@ -1,0 +1,248 @@
+package refgateway
+
+import (
+	"bufio"
+	"bytes"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gobwas/ws"
+
+	"github.com/push-manager/push-manager/internal/exposition"
+	"github.com/push-manager/push-manager/transport/node/membership"
+)
+
+var (
+	errOrigin = errors.New("origin: not allowed here, see ALLOWED_ORIGINS")
+	errQuery  = errors.New("query: not encoded as in a URL")
+)
+
+//go:embed page.html
+var page []byte
+
+// clientHandler serves clients and browsers.
+func (g *Gateway) clientHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ws", g.serveWebSocket)
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self' ws: wss:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Cache-Control", "no-cache")
+		_, _ = w.Write(page) // The browser has gone if it fails.
+	})
+	mux.HandleFunc("GET /info", func(w http.ResponseWriter, r *http.Request) {
+		pushctl := "pushctl"
+		if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr().Unmap().IsLoopback() {
+			pushctl = g.cfg.Pushctl // A line for this machine: elsewhere it does not run, and its paths are nobody's business.
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(map[string]string{"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "pushctl": pushctl})
+	})
+	g.healthHandlers(mux)
+	return mux
+}
+
+// metricsHandler serves operators.
+func (g *Gateway) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", exposition.ContentType)
+		_ = exposition.Write(w, g.cfg.Metrics) // whoever asked has gone if it fails
+	})
+	g.healthHandlers(mux)
+	return mux
+}
+
+func (g *Gateway) healthHandlers(mux *http.ServeMux) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := g.Ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = w.Write([]byte("ok\n"))
+	})
+}
+
+// serveWebSocket admits a client.
+func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
+	refuse := func(code int, reason string, err error) {
+		g.count.refused[reason].Inc()
+		http.Error(w, err.Error(), code)
+	}
+	c, err := clientOf(r)
+	switch {
+	case g.draining.Load():
+		refuse(http.StatusServiceUnavailable, refusedDraining, membership.ErrGoing)
+		return
+	case !g.originAllowed(r):
+		refuse(http.StatusForbidden, refusedOrigin, errOrigin)
+		return
+	case err != nil:
+		refuse(http.StatusBadRequest, refusedBad, err)
+		return
+	case !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"):
+		w.Header().Set("Upgrade", "websocket")
+		refuse(http.StatusUpgradeRequired, refusedBad, errors.New("this is a WebSocket address"))
+		return
+	}
+	if !g.admit() {
+		refuse(http.StatusServiceUnavailable, refusedFull, errors.New("too many connections, or node is going"))
+		return
+	}
+	c.g = g
+	// pm.v1 is the one subprotocol there is. A client that asks for others is served without.
+	upgrader := ws.HTTPUpgrader{Timeout: 5 * time.Second, Protocol: func(name string) bool { return name == "pm.v1" }}
+	netConn, rw, _, err := upgrader.Upgrade(r, w)
+	if err != nil {
+		g.count.refused[refusedBad].Inc()
+		if netConn != nil { // It has been answered.
+			_ = netConn.Close()
+		}
+		g.release()
+		return
+	}
+	c.net, c.member = netConn, g.members.Member(c.user, c.name, c)
+	g.begin(c, unread(rw.Reader))
+}
+
+// unread is what the client has sent behind its handshake already: 4 KiB at most.
+func unread(br *bufio.Reader) []byte {
+	b, _ := br.Peek(br.Buffered()) // No error: it is there.
+	return bytes.Clone(b)
+}
+
+// clientOf reads who wants to connect. The error names the field.
+func clientOf(r *http.Request) (*conn, error) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, errQuery
+	}
+	for _, field := range []string{"user_id", "user_name", "room_id"} {
+		if len(query[field]) > 1 {
+			return nil, fmt.Errorf("%s: given %d times", field, len(query[field]))
+		}
+	}
+	c := &conn{user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id")}
+	if err := checkID("user_id", c.user); err != nil {
+		return nil, err
+	}
+	if c.name != "" {
+		if err := checkID("user_name", c.name); err != nil {
+			return nil, err
+		}
+	}
+	if query.Has("room_id") {
+		if err := checkRoom(c.room); err != nil {
+			return nil, err
+		}
+	}
+	c.userJSON = appendString(nil, c.user)
+	return c, nil
+}
+
+// originAllowed guards against pages of strangers that use a visitor's network: a
+// browser says where a page came from, other clients say nothing. A page that comes from
+// the host it connects to is allowed, unless that is a name and the connection comes over
+// loopback: a stranger's name can be made to point there, and what listens on loopback
+// relies on nobody else getting there.
+func (g *Gateway) originAllowed(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	if origin == "" || slices.Contains(g.cfg.AllowedOrigins, origin) || slices.Contains(g.cfg.AllowedOrigins, "*") {
+		return true
+	}
+	u, err := url.Parse(origin)
+	if err != nil || u.Host == "" {
+		return false
+	}
+	if u.Hostname() == "localhost" {
+		return true
+	}
+	sameHost := strings.EqualFold(u.Host, r.Host)
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil {
+		return ip.IsLoopback() || sameHost
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return sameHost && ok && !local.IP.IsLoopback()
+}
+
+// begin starts a connection that has been admitted.
+func (g *Gateway) begin(c *conn, sent []byte) {
+	if tcp, ok := c.net.(*net.TCPConn); ok && g.cfg.SocketBuffer > 0 {
+		_ = tcp.SetWriteBuffer(g.cfg.SocketBuffer) // The kernel's choice is good, too.
+	}
+	var from io.Reader = c.net
+	if len(sent) > 0 {
+		from = io.MultiReader(bytes.NewReader(sent), c.net)
+	}
+	r := newReader(c, from)
+	g.hear(c)
+	g.count.opened.Inc()
+	g.registry.add(c)
+	// Whoever closes the clients may have passed before this one was listed.
+	g.mu.Lock()
+	closed := g.closed
+	g.mu.Unlock()
+	switch {
+	case closed:
+		c.shut()
+	case g.draining.Load():
+		c.bye(closeGoingAway, false)
+	}
+	// The handler's goroutine must end: it holds the request's memory.
+	g.clients.Go(func() {
+		defer g.release()
+		defer g.caught("reader", func() {})
+		defer g.end(c)
+		g.enterRooms(c)
+		if code := r.loop(); code != 0 {
+			c.bye(code, true)
+			var err error
+			for err == nil { // until the client has closed, or its time is over
+				_, err = r.br.Discard(readBytes)
+			}
+		}
+	})
+}
+
+func (g *Gateway) enterRooms(c *conn) {
+	defer g.caught("reader", func() { c.bye(closeOurFault, true) })
+	err := c.member.Join("")
+	if err == nil && c.room != "" {
+		err = c.member.Join(c.room)
+	}
+	if err != nil {
+		c.tell(control("error", "message", err.Error()))
+	}
+}
+
+// end is called once, by the connection's reader.
+func (g *Gateway) end(c *conn) {
+	c.shut()
+	g.registry.remove(c)
+	c.member.Close()
+}
+
+func newHTTPServer(h http.Handler, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       60 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
+}

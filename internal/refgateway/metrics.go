@@ -1,0 +1,51 @@
+package refgateway
+
+import "github.com/VictoriaMetrics/metrics"
+
+// counters are the gateway's metrics, made once.
+type counters struct {
+	opened      *metrics.Counter
+	refused     map[string]*metrics.Counter // handshakes, by reason; static
+	pushFrames  *metrics.Counter
+	bytesSent   *metrics.Counter
+	slow        *metrics.Counter
+	crowded     *metrics.Counter
+	dead        *metrics.Counter
+	messages    *metrics.Counter
+	badMessages *metrics.Counter
+	paced       *metrics.Counter
+	panics      *metrics.Counter
+}
+
+// The reasons for refusing a handshake.
+const (
+	refusedBad      = "bad_request"
+	refusedOrigin   = "origin"
+	refusedFull     = "full"
+	refusedDraining = "draining"
+)
+
+func newCounters(g *Gateway) {
+	set := g.cfg.Metrics
+	set.NewGauge("connect_node_connections", func() float64 { return float64(g.registry.conns.Load()) })
+	set.NewGauge("connect_node_users", func() float64 { return float64(g.registry.online.Load()) })
+	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
+	g.count = counters{
+		opened: set.NewCounter("connect_node_connections_total"),
+		refused: map[string]*metrics.Counter{
+			refusedBad:      set.NewCounter(`connect_node_connections_refused_total{reason="bad_request"}`),
+			refusedOrigin:   set.NewCounter(`connect_node_connections_refused_total{reason="origin"}`),
+			refusedFull:     set.NewCounter(`connect_node_connections_refused_total{reason="full"}`),
+			refusedDraining: set.NewCounter(`connect_node_connections_refused_total{reason="draining"}`),
+		},
+		pushFrames:  set.NewCounter("connect_node_push_frames_total"),
+		bytesSent:   set.NewCounter("connect_node_sent_bytes_total"),
+		slow:        set.NewCounter("connect_node_slow_clients_total"),
+		crowded:     set.NewCounter("connect_node_crowded_clients_total"),
+		dead:        set.NewCounter("connect_node_dead_clients_total"),
+		messages:    set.NewCounter("connect_node_client_messages_total"),
+		badMessages: set.NewCounter("connect_node_client_errors_total"),
+		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
+		panics:      set.NewCounter("connect_node_client_panics_total"),
+	}
+}

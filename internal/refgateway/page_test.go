@@ -1,0 +1,135 @@
+//go:build unix
+
+package refgateway
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// visitor is what a person does on the page: connects, and presses Enter in the room field. It reports over and over
+// what there is to see, and whether the browser would have pressed a button for that Enter, which is Disconnect by then.
+const visitor = `<script>
+let pressed = "";
+const enter = () => {
+  if (pressed || $("state").textContent !== "connected" || !$("rooms").textContent.includes("first")) return;
+  $("room").value = "second";
+  const goesOn = $("room").dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true, cancelable: true }));
+  pressed = goesOn ? "Enter presses a button" : "Enter is taken";
+};
+const visit = async () => {
+  enter();
+  const body = [$("state").textContent, pressed, $("rooms").innerText, $("list").innerText].join("\n");
+  await fetch("seen", { method: "POST", body });
+  setTimeout(visit, 20);
+};
+$("user").value = "u";
+$("room").value = "first";
+$("go").click();
+visit();
+</script>`
+
+// browser runs a page in a browser without a window until the test ends.
+func browser(t *testing.T, address string) {
+	t.Helper()
+	var path string
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
+		if p, err := exec.LookPath(name); err == nil {
+			path = p
+			break
+		}
+	}
+	if path == "" {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("there is no Chromium (Debian: package chromium)")
+		}
+		t.Skip("the page is not tried, because there is no Chromium (Debian: package chromium)")
+	}
+	home := t.TempDir()
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad",
+		"--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0", "--user-data-dir="+home, address)
+	cmd.Env = append(os.Environ(), "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_CACHE_HOME="+home)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said // of its helpers, too: Wait waits for all of them
+	if err := cmd.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait()                                      // its exit code says that it was told to stop
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // none of it is left, as a rule
+		if t.Failed() {
+			t.Logf("%s: %s", path, &said)
+		}
+	})
+}
+
+// TestPageJoinsWithEnterAndTellsBroadcasts runs the page in a browser, with a script behind its own that does what a
+// person would.
+func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
+	c := newController(t)
+	g, n := start(t, c, nil)
+	var seen atomic.Pointer[string]
+	pages := g.clientHandler()
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/seen" {
+			if b, err := io.ReadAll(r.Body); err == nil {
+				seen.Store(new(string(b)))
+			}
+			return
+		}
+		pages.ServeHTTP(w, r)
+		if r.URL.Path == "/" {
+			_, _ = io.WriteString(w, visitor) // the browser has gone if it fails
+		}
+	}))
+	t.Cleanup(web.Close)
+	browser(t, web.URL+"/")
+
+	shows := func(parts ...string) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("the page shows %q", parts), func() bool {
+			text := seen.Load()
+			if text == nil {
+				return false
+			}
+			for _, part := range parts {
+				if !strings.Contains(*text, part) {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	shows("connected\nEnter is taken\n", "first", "second")
+	if !c.has("u", "first") || !c.has("u", "second") {
+		t.Error("the page shows rooms that the Controller does not know of")
+	}
+	pushTo(t, n, "second", "to the room", "u")
+	shows("room second", "to the room")
+	pushTo(t, n, "", "to the user", "u")
+	shows("to u\n", "to the user")
+	if _, err := n.Broadcast(t.Context(), &pubsub.BroadcastRequest{Content: &pubsub.MessageContent{Data: []byte("to all"), Timestamp: 1}}); err != nil {
+		t.Fatal(err)
+	}
+	shows("to everybody", "to all")
+}
