@@ -4,6 +4,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // errSlow refuses a request that has not come in while it had space.
@@ -22,7 +24,7 @@ const bodyLooks = 4
 type bodyWatch struct {
 	// Static.
 	space  *space
-	conn   *conn
+	conn   *throttle.Conn
 	most   time.Duration
 	giveUp func() // is called once, and must end the read
 
@@ -63,7 +65,7 @@ func (b *bodyWatch) look() {
 	if !b.reading {
 		return
 	}
-	if !b.conn.heldBack() {
+	if !b.conn.Waiting() {
 		b.took += b.step()
 	}
 	if b.took < b.most && (b.took < patienceWithBody || !b.space.wanted()) {

@@ -488,34 +488,6 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreBoundedByNetworkAndInAll(t *testing.T) {
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.Connections, c.ConnectionsPerAddress = 3, 2 })
-	all := newConnections(&w.server.cfg)
-	var places []*place
-	for _, c := range []struct {
-		network string
-		taken   bool
-	}{{"a", true}, {"a", true}, {"a", false}, {"b", true}, {"b", false}, {"c", false}} {
-		p := &place{all: all, network: c.network}
-		if err := p.check(); (err == nil) != c.taken {
-			t.Errorf("one more of %s: %v", c.network, err)
-		}
-		if c.taken {
-			p.take()
-			p.take()
-			places = append(places, p)
-		}
-	}
-	for _, p := range places {
-		p.leave()
-		p.leave()
-		p.take() // too late
-	}
-	if all.open != 0 || len(all.of) != 0 {
-		t.Errorf("%d of %v are left", all.open, all.of)
-	}
-}
-
 // Callers over their rate who come back when they are told are served in turn, not refused
 // again and again.
 func TestCallersWhoObeyAreServedInTurn(t *testing.T) {

@@ -48,7 +48,7 @@ func (w *replyWatch) look() {
 	switch {
 	case !st.writing.Load() || answered != w.answered:
 		w.stuck = 0
-	case !st.conn.heldBack() && st.srv.space.wanted():
+	case !st.conn.Waiting() && st.srv.space.wanted():
 		w.stuck += replyStep
 	}
 	w.answered = answered
@@ -56,7 +56,7 @@ func (w *replyWatch) look() {
 		time.AfterFunc(replyStep, w.look)
 		return
 	}
-	st.srv.metrics.countRefusal(st.entrance.priority, errUnread)
+	st.srv.metrics.countRefusal(st.info.priority, errUnread)
 	// It ends the write, and with it the stream.
 	_ = st.wire.WriteStatus(st.srv.statuses.unread)
 }
