@@ -54,11 +54,12 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 	if s.draining.Load() {
 		return info, engine.ErrDraining
 	}
-	known := false
-	if info.wire, known = grpc.ServerTransportStreamFromContext(ctx).(wire); !known || info.conn == nil {
+	w, known := grpc.ServerTransportStreamFromContext(ctx).(wire)
+	if !known || info.conn == nil {
 		return info, errForeignTransport
 	}
-	if name := info.wire.RecvCompress(); name != "" && name != "identity" {
+	info.wire = w
+	if name := w.RecvCompress(); name != "" && name != "identity" {
 		return info, encodingError(name)
 	}
 	if values := metadata.ValueFromIncomingContext(ctx, priorityKey); values != nil {

@@ -60,7 +60,7 @@ type statuses struct {
 func newStatuses() *statuses {
 	delays := rateDelays()
 	return &statuses{
-		draining:         later(codes.Unavailable, "DRAINING", "this instance is shutting down", retryDraining),
+		draining:         later(codes.Unavailable, "DRAINING", "this instance shuts down, or this connection is too old", retryDraining),
 		notReady:         later(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryNotReady),
 		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
 		streams:          exhausted("TOO_MANY_STREAMS", "too many streams are open", spread(retryOverloaded)),

@@ -153,18 +153,15 @@ func (c *Conn) Read(b []byte) (n int, err error) {
 		close(c.toldToGo)
 		t.told.Inc()
 	}
-	if !hello {
-		if c.frames.hello() {
-			err = errors.Join(err, c.slot.hello())
+	if hello {
+		c.held = 0
+		if t.crowded() {
+			c.wait()
 		}
-		if err != nil {
+	} else if c.frames.hello() {
+		if err := c.slot.hello(); err != nil {
 			return 0, err
 		}
-		return n, nil
-	}
-	c.held = 0
-	if t.crowded() {
-		c.wait()
 	}
 	return n, err
 }
