@@ -67,10 +67,10 @@ func newSpace(bytes int, line int, set *metrics.Set) *space {
 }
 
 // reserve takes bytes for a push of priority p that came on h, and returns how many it has taken: all of its
-// share, if that is less. It waits for them until ctx ends, and for patience at the longest
+// share, if that is less. It waits for them until ctx ends, and for maxWait at the longest
 // unless that is 0. Who has reserved owes a release of as many, before anything else is
 // reserved for the same: two who each have a part of what they need would wait for each other.
-func (s *space) reserve(ctx context.Context, h *throttle.Conn, p engine.Priority, bytes int64, patience time.Duration) (int64, error) {
+func (s *space) reserve(ctx context.Context, h *throttle.Conn, p engine.Priority, bytes int64, maxWait time.Duration) (int64, error) {
 	rank := p.Rank()
 	bytes = min(bytes, s.most[rank])
 	s.mu.Lock()
@@ -79,7 +79,7 @@ func (s *space) reserve(ctx context.Context, h *throttle.Conn, p engine.Priority
 		s.mu.Unlock()
 		return bytes, nil
 	}
-	if patience > 0 && s.waiting >= s.line {
+	if maxWait > 0 && s.waiting >= s.line {
 		s.mu.Unlock()
 		return 0, errNoSpace
 	}
@@ -89,8 +89,8 @@ func (s *space) reserve(ctx context.Context, h *throttle.Conn, p engine.Priority
 	s.mu.Unlock()
 
 	var late <-chan time.Time
-	if patience > 0 {
-		t := time.NewTimer(patience)
+	if maxWait > 0 {
+		t := time.NewTimer(maxWait)
 		defer t.Stop()
 		late = t.C
 	}

@@ -37,12 +37,12 @@ func TestBooksOfTheSpaceBalance(t *testing.T) {
 				leave := time.Duration(rapid.IntRange(1, 12).Draw(rt, name("leave")))
 				n := int64(rapid.IntRange(1, 2*bytes).Draw(rt, name("bytes")))
 				p := engine.Priorities()[rapid.IntRange(0, 3).Draw(rt, name("priority"))]
-				patience := time.Duration(rapid.IntRange(0, 5).Draw(rt, name("patience")))
+				maxWait := time.Duration(rapid.IntRange(0, 5).Draw(rt, name("wait")))
 				all.Go(func() {
 					time.Sleep(start)
 					ctx, cancel := context.WithTimeout(t.Context(), leave)
 					defer cancel()
-					got, err := s.reserve(ctx, new(throttle.Conn), p, n, patience)
+					got, err := s.reserve(ctx, new(throttle.Conn), p, n, maxWait)
 					if err != nil {
 						if got != 0 || !errors.Is(err, errNoSpace) && !errors.Is(err, engine.ErrDeadline) {
 							t.Errorf("got %d and %v", got, err)
@@ -132,7 +132,7 @@ func (c *expiring) Err() error {
 	return context.DeadlineExceeded
 }
 
-func TestDeadlineAsPatienceEndsIsNoCancellation(t *testing.T) {
+func TestDeadlineAsTheWaitEndsIsNoCancellation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSpace(100, 1, metrics.NewSet())
 		_, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 100, time.Second)

@@ -104,7 +104,7 @@ func (s *Server) readLarge(ctx context.Context, w wire, conn *throttle.Conn, c *
 	if err != nil {
 		return unread(err)
 	}
-	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size), patienceForSpace)
+	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size), maxSpaceWait)
 	if err != nil {
 		begin.Free()
 		return err

@@ -116,20 +116,15 @@ func (t *Throttle) Close() {
 
 func (t *Throttle) now() time.Duration { return time.Since(t.began) }
 
+// windowsAt is those of a time. However long the one before it was not asked for, it goes on by one:
+// time in which the process did not run ends no call.
 func (t *Throttle) windowsAt(at time.Duration) *windows {
-	for {
-		w := t.windows.Load()
-		if at < w.ends {
-			return w
-		}
-		next := &windows{ends: w.ends + windowTime, now: new(window), before: w.now}
-		if at >= next.ends { // those of w are too old as well
-			next.ends, next.before = at+windowTime, new(window)
-		}
-		if t.windows.CompareAndSwap(w, next) {
-			return next
-		}
+	w := t.windows.Load()
+	if at < w.ends {
+		return w
 	}
+	t.windows.CompareAndSwap(w, &windows{ends: at + windowTime, now: new(window), before: w.now})
+	return t.windows.Load()
 }
 
 // crowded tells whether it is worth while to look closer. It may be out of date.
@@ -137,8 +132,11 @@ func (t *Throttle) crowded() bool {
 	return (t.windows.Load().calls() >= t.limit/2 || t.waiting.Load() > 0) && !t.closed.Load()
 }
 
-// Call is a unary call from when its headers have been read. Who has one owes it an End.
+// Call is a unary call from when its headers have been read, and the context by which its handler
+// finds it. The handler owes it an End.
 type Call struct {
+	context.Context //nolint:containedctx // It is one itself.
+
 	Conn  *Conn
 	Began time.Time
 
@@ -155,10 +153,18 @@ func (t *Throttle) Tap(ctx context.Context) context.Context {
 	if c == nil {
 		return ctx
 	}
-	call := &Call{Conn: c, Began: time.Now(), held: c.held}
+	call := &Call{Context: ctx, Conn: c, Began: time.Now(), held: c.held}
 	call.window = t.windowsAt(call.Began.Sub(t.began)).now
 	call.window.calls.Add(1)
-	return context.WithValue(ctx, callKey{}, call)
+	return call
+}
+
+// Value implements context.Context.
+func (c *Call) Value(key any) any {
+	if _, ours := key.(callKey); ours {
+		return c
+	}
+	return c.Context.Value(key)
 }
 
 // CallOf is the call of a handler's context, nil if no Tap has seen it.
