@@ -3,6 +3,7 @@ package throttle
 import (
 	"errors"
 	"net"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -138,6 +139,7 @@ func (c *Conn) Read(b []byte) (n int, err error) {
 	case !hello:
 		b = b[:min(len(b), helloSize)]
 	case t.crowded():
+		runtime.Gosched() // to the calls that came in last
 		b = b[:min(len(b), readSize)]
 	}
 	if hello && !c.taken {

@@ -181,6 +181,11 @@ func CallOf(ctx context.Context) *Call {
 func (c *Call) Admit(ctx context.Context, p engine.Priority) error {
 	t := c.Conn.throttle
 	c.Conn.note(p, c.Began.Sub(t.began))
+	if w := t.windows.Load().now; w != c.window { // until here it has waited for a core
+		c.window.calls.Add(-1)
+		w.calls.Add(1)
+		c.window = w
+	}
 	if p >= engine.Critical || t.closed.Load() {
 		return nil
 	}
