@@ -34,7 +34,8 @@ var layers = []layer{
 	{dir: "internal/label"},
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "proto"}, others: []string{"*"}},
+	{dir: "transport/ingress/throttle", ours: []string{"engine"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{dir: "transport/link", ours: []string{"engine/...", "internal/label", "proto", "transport/compression"}, others: []string{"*"}},
 	{dir: "transport/discovery", others: []string{

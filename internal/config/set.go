@@ -230,25 +230,36 @@ func (s *Set) Auto(p *int, name string, auto, hi int, help string) *Key {
 	return s.Int(p, name, auto, 1, hi, help).auto(p, auto)
 }
 
+// AutoOrNone binds a bound as Auto does, whose auto leaves 0. It may also be 0 for no bound, which
+// leaves -1.
+func (s *Set) AutoOrNone(p *int, name string, hi int, help string) *Key {
+	return s.Auto(p, name, 0, hi, help).word(p, "0", -1)
+}
+
 // AutoBytes binds a size between lo and hi, or the word auto, which leaves 0.
 func (s *Set) AutoBytes(p *int, name string, lo, hi int, help string) *Key {
 	return s.Bytes(p, name, 0, lo, hi, help).auto(p, 0)
 }
 
-// auto makes a word of one value.
+// auto makes a word of the default.
 func (k *Key) auto(p *int, auto int) *Key {
-	const word = "auto"
+	k.def = "auto"
+	return k.word(p, k.def, auto)
+}
+
+// word makes a word of one value.
+func (k *Key) word(p *int, word string, value int) *Key {
 	set, number := k.set, k.text
 	k.bounds += ", or " + word
-	k.def, k.text = word, func() string {
-		if *p == auto {
+	k.text = func() string {
+		if *p == value {
 			return word
 		}
 		return number()
 	}
 	k.set = func(text string) error {
 		if text == word {
-			*p = auto
+			*p = value
 			return nil
 		}
 		return set(text)

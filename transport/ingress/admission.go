@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // priorityKey is the metadata with the priority of a call, or of all pushes of a PushStream.
@@ -27,67 +28,106 @@ type rateError struct{ after time.Duration }
 func (e *rateError) Error() string { return errRate.Error() }
 func (e *rateError) Unwrap() error { return errRate }
 
-// entrance is what a call has to show before anything is done for it: its priority, and the
-// budget of its caller.
-type entrance struct {
+// callInfo is what is known of a call before anything is done for it.
+type callInfo struct {
 	priority engine.Priority
 	budget   *budget // nil: nobody counts
+	conn     *throttle.Conn
+	wire     wire
+	call     *throttle.Call // nil: it is a PushStream
 }
 
-// entranceOf reads the metadata of a call. gRPC decodes a request when its handler asks for
-// it, so a call that is refused by what is in here costs no decoding, and its body is not
-// even awaited. A tap would refuse some steps earlier, but it cannot send the trailer that
-// tells clients when to come back.
-func (s *Server) entranceOf(ctx context.Context) (entrance, error) {
-	e := entrance{priority: min(engine.Normal, s.cfg.priorityMax)}
-	if values := metadata.ValueFromIncomingContext(ctx, priorityKey); values != nil {
-		p, ok := engine.ParsePriority(values[0])
-		if !ok || len(values) > 1 {
-			return e, &engine.InvalidError{Field: priorityKey, Code: engine.CodeMalformed, Description: "must be one of low, normal, high, critical"}
+// admit lets a call in, or says why not; it is all that stands between a caller and the engine but
+// for the places in flight, which the engine counts. Without an error the call owes a leave.
+//
+// gRPC decodes a request when its handler asks for it, so a call that is refused here costs no
+// decoding, and its body is not even awaited. A tap would refuse some steps earlier, but it cannot
+// send the trailer that tells clients when to come back.
+func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
+	info = callInfo{priority: min(engine.Normal, s.cfg.priorityMax), conn: throttle.ConnOf(ctx), call: throttle.CallOf(ctx)}
+	open := s.metrics.inflight.Add(1) // before the look at draining: Drain sees the call, or it sees that
+	defer func() {
+		if err != nil {
+			s.leaveIdle()
 		}
-		e.priority = min(p, s.cfg.priorityMax)
+	}()
+	if s.draining.Load() {
+		return info, engine.ErrDraining
+	}
+	w, known := grpc.ServerTransportStreamFromContext(ctx).(wire)
+	if !known || info.conn == nil {
+		return info, errForeignTransport
+	}
+	info.wire = w
+	if name := w.RecvCompress(); name != "" && name != "identity" {
+		return info, encodingError(name)
+	}
+	if values := metadata.ValueFromIncomingContext(ctx, priorityKey); values != nil {
+		p, valid := engine.ParsePriority(values[0])
+		if !valid || len(values) > 1 {
+			return info, &engine.InvalidError{Field: priorityKey, Code: engine.CodeMalformed, Description: "must be one of low, normal, high, critical"}
+		}
+		info.priority = min(p, s.cfg.priorityMax)
 	}
 	if s.callers != nil {
-		e.budget = s.callers.of(s.cfg.Caller(ctx))
+		info.budget = s.callers.of(s.cfg.Caller(ctx))
 	}
-	return e, nil
+	if info.call == nil {
+		return info, s.streams.open(info.conn, info.priority)
+	}
+	if err := info.call.Admit(ctx, info.priority); err != nil {
+		return info, err
+	}
+	if open-s.metrics.streams.Load() > s.mostOpen[info.priority.Rank()] {
+		return info, errTooManyCalls
+	}
+	return info, s.admitPush(&info)
 }
 
-// admit tells whether one more push may come in by an entrance, if its caller can pay.
-func (s *Server) admit(e *entrance) error {
+// admitPush lets one push in: that of a unary call, or each of a PushStream. The caller pays at last:
+// what is refused costs nothing.
+func (s *Server) admitPush(info *callInfo) error {
 	if !s.serving.Load() {
 		return errNotReady
 	}
-	return s.cfg.Engine.Admit(e.priority)
+	if err := s.cfg.Engine.Admit(info.priority); err != nil {
+		return err
+	}
+	if info.budget != nil {
+		return info.budget.take()
+	}
+	return nil
 }
 
-// pay takes from the caller's budget what a push costs when it comes in.
-func (e *entrance) pay() error {
-	if e.budget == nil {
-		return nil
+// leave ends what admit let in.
+func (s *Server) leave(info *callInfo) {
+	if info.call == nil {
+		s.streams.close(info.conn)
+	} else {
+		info.call.End()
 	}
-	return e.budget.take()
+	s.leaveIdle()
+}
+
+func (s *Server) leaveIdle() {
+	if s.metrics.inflight.Add(-1) == 0 && s.draining.Load() {
+		notify(s.idle)
+	}
 }
 
 // allow sets what the engine has to know about who pushes.
-func (e *entrance) allow(p *engine.Push) {
+func (e *callInfo) allow(p *engine.Push) {
 	p.Priority = e.priority
 	if e.budget != nil { // an interface of a nil budget is not nil
 		p.Budget = e.budget
 	}
 }
 
-// turnAway refuses a unary call at the entrance. It is not logged, and not in the
-// latencies: how fast a server says no is not how fast it pushes.
-func (s *Server) turnAway(ctx context.Context, a api, e *entrance, err error) error {
-	s.metrics.apis[a].requests[refused].Inc()
-	return s.answerRefusal(ctx, e.priority, s.statuses.of(err), err)
-}
-
-// answerRefusal makes the error of a refused unary call, with the trailer that says when to
-// come back if it is refused for now only.
-func (s *Server) answerRefusal(ctx context.Context, p engine.Priority, r *refusal, err error) error {
+// reject makes the error of a unary call that is refused, with the trailer that says when to come
+// back if it is refused for now only.
+func (s *Server) reject(ctx context.Context, a api, p engine.Priority, err error) error {
 	s.metrics.countRefusal(p, err)
+	r := s.refuse(a.String(), err)
 	if r.pushback != nil {
 		_ = grpc.SetTrailer(ctx, r.pushback) // without it there is still RetryInfo
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strconv"
 	"sync"
@@ -15,7 +16,9 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
@@ -386,8 +389,16 @@ func TestRefusedPushesCostNothing(t *testing.T) {
 	})
 }
 
-// BenchmarkEntrance is what each call pays for priorities, rates and overload.
-func BenchmarkEntrance(b *testing.B) {
+// quiet is the transport of a call without a message.
+type quiet struct {
+	wire
+	grpc.ServerTransportStream
+}
+
+func (quiet) RecvCompress() string { return "" }
+
+// BenchmarkAdmission is what each call pays for priorities, rates and overload.
+func BenchmarkAdmission(b *testing.B) {
 	headers := metadata.MD{
 		":authority": {"push-manager:50053"}, "content-type": {"application/grpc"}, "user-agent": {"grpc-go/1.85.0"},
 		"grpc-accept-encoding": {"gzip"},
@@ -398,13 +409,17 @@ func BenchmarkEntrance(b *testing.B) {
 	} {
 		b.Run(name, func(b *testing.B) {
 			w := newWorld(b, nil)
-			ctx := metadata.NewIncomingContext(context.Background(), md)
+			_, server := net.Pipe()
+			conn, info, err := w.server.throttle.Credentials(insecure.NewCredentials()).ServerHandshake(server)
+			ok(b, err)
+			defer func() { _ = conn.Close() }()
+			ctx := grpc.NewContextWithServerTransportStream(metadata.NewIncomingContext(context.Background(), md), quiet{})
+			ctx = peer.NewContext(ctx, &peer.Peer{AuthInfo: info})
 			b.ReportAllocs()
 			for b.Loop() {
-				e, err := w.server.entranceOf(ctx)
+				info, err := w.server.admit(w.server.throttle.Tap(ctx))
 				ok(b, err)
-				ok(b, w.server.admit(&e))
-				ok(b, e.pay())
+				w.server.leave(&info)
 			}
 		})
 	}

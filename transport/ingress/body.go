@@ -4,16 +4,18 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // errSlow refuses a request that has not come in while it had space.
 var errSlow = errors.New("the request comes too slowly")
 
-// patienceWithBody is for how long a message may take that has space while others wait for some:
-// half of their patience, so that who waits is let in and not refused.
-const patienceWithBody = patienceForSpace / 2
+// maxBodyWait is for how long a message may take that has space while others wait for some:
+// half of what those may wait, so that who waits is let in and not refused.
+const maxBodyWait = maxSpaceWait / 2
 
-// bodyLooks is how often a bodyWatch looks within patienceWithBody.
+// bodyLooks is how often a bodyWatch looks within maxBodyWait.
 const bodyLooks = 4
 
 // bodyWatch bounds for how long a message is read that has space: whoever announces one and
@@ -22,7 +24,7 @@ const bodyLooks = 4
 type bodyWatch struct {
 	// Static.
 	space  *space
-	conn   *conn
+	conn   *throttle.Conn
 	most   time.Duration
 	giveUp func() // is called once, and must end the read
 
@@ -33,7 +35,7 @@ type bodyWatch struct {
 	took    time.Duration // by our looks
 }
 
-func (b *bodyWatch) step() time.Duration { return min(b.most, patienceWithBody) / bodyLooks }
+func (b *bodyWatch) step() time.Duration { return min(b.most, maxBodyWait) / bodyLooks }
 
 // begin is called when a message has space. It owes an end.
 func (b *bodyWatch) begin() {
@@ -63,10 +65,10 @@ func (b *bodyWatch) look() {
 	if !b.reading {
 		return
 	}
-	if !b.conn.heldBack() {
+	if !b.conn.Waiting() {
 		b.took += b.step()
 	}
-	if b.took < b.most && (b.took < patienceWithBody || !b.space.wanted()) {
+	if b.took < b.most && (b.took < maxBodyWait || !b.space.wanted()) {
 		b.timer.Reset(b.step())
 		return
 	}

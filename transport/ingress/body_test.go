@@ -17,6 +17,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // announce begins a call whose message claims to be as large as that, and of which few bytes come.
@@ -204,10 +205,10 @@ func TestConnectionWithItsShareComesLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, nil)
 		s := newSpace(800, 100, w.set)
-		var hog, other holder
+		var hog, other, third throttle.Conn
 		var mu sync.Mutex
 		var order []string
-		take := func(name string, h *holder, p engine.Priority) {
+		take := func(name string, h *throttle.Conn, p engine.Priority) {
 			go func() {
 				if _, err := s.reserve(t.Context(), h, p, 100, 0); err != nil {
 					t.Errorf("%s: %v", name, err)
@@ -225,16 +226,16 @@ func TestConnectionWithItsShareComesLast(t *testing.T) {
 		take("hog", &hog, engine.Critical)
 		take("hog", &hog, engine.Critical)
 		take("other", &other, engine.Critical)
-		take("nobody", nil, engine.Critical)
+		take("third", &third, engine.Critical)
 		for range 4 {
 			s.release(&hog, 100)
 			synctest.Wait()
 		}
-		if want := "[other nobody hog hog]"; fmt.Sprint(order) != want {
+		if want := "[other third hog hog]"; fmt.Sprint(order) != want {
 			t.Errorf("let in: %v, want %v", order, want)
 		}
-		if hog.taken != 600 || other.taken != 100 {
-			t.Errorf("they have %d and %d", hog.taken, other.taken)
+		if hog.Space != 600 || other.Space != 100 {
+			t.Errorf("they have %d and %d", hog.Space, other.Space)
 		}
 	})
 }
@@ -243,7 +244,7 @@ func TestConnectionWithItsShareComesLast(t *testing.T) {
 // again in the smallest frames that a connection may send for long.
 func TestWhatCallsTakeThatDawdle(t *testing.T) {
 	w := newWorld(t, nil)
-	for i, size := range []int{smallBody - 1, 64, usualData} {
+	for i, size := range []int{smallBody - 1, 64, 16} {
 		const calls = 80
 		conn, err := w.dial(w.context(), "")
 		ok(t, err)

@@ -85,7 +85,7 @@ func TestLargeRequestsShareTheSpaceAndSmallOnesGoOn(t *testing.T) {
 			began := time.Now()
 			_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "b", Content: content("x")})
 			ok(t, err)
-			if took := time.Since(began); took > patienceForSpace {
+			if took := time.Since(began); took > maxSpaceWait {
 				t.Errorf("a small push took %v beside them", took)
 			}
 			if taken, _ := w.server.space.books(); taken > bytes {
@@ -485,34 +485,6 @@ func TestConnectionsAreBounded(t *testing.T) {
 		if time.Now().After(until) {
 			t.Fatalf("%s are open", w.metric("push_manager_api_connections"))
 		}
-	}
-}
-
-func TestConnectionsAreBoundedByNetworkAndInAll(t *testing.T) {
-	w := newWorld(t, func(c *Config, _ *engine.Config) { c.Connections, c.ConnectionsPerAddress = 3, 2 })
-	all := newConnections(&w.server.cfg)
-	var places []*place
-	for _, c := range []struct {
-		network string
-		taken   bool
-	}{{"a", true}, {"a", true}, {"a", false}, {"b", true}, {"b", false}, {"c", false}} {
-		p := &place{all: all, network: c.network}
-		if err := p.check(); (err == nil) != c.taken {
-			t.Errorf("one more of %s: %v", c.network, err)
-		}
-		if c.taken {
-			p.take()
-			p.take()
-			places = append(places, p)
-		}
-	}
-	for _, p := range places {
-		p.leave()
-		p.leave()
-		p.take() // too late
-	}
-	if all.open != 0 || len(all.of) != 0 {
-		t.Errorf("%d of %v are left", all.open, all.of)
 	}
 }
 

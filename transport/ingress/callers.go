@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // callers has the budgets of those who called lately. Who has not been heard of for so long
@@ -131,5 +132,5 @@ func peerOf(ctx context.Context) string {
 	if !ok {
 		return ""
 	}
-	return hostOf(p.Addr)
+	return throttle.HostOf(p.Addr)
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/engine"
 )
@@ -77,9 +79,13 @@ type Config struct {
 	Streams              int
 	StreamsPerConnection int
 	// Connections bounds those that have said hello, ConnectionsPerAddress those of one
-	// address, or of one /64 of IPv6.
+	// address, or of one /64 of IPv6. Below 0: no bound.
 	Connections           int
 	ConnectionsPerAddress int
+	// ConnectionAge is when a connection is told to go, give or take a tenth. 0: never.
+	ConnectionAge time.Duration
+	// Credentials secure the connections. nil: nothing does.
+	Credentials credentials.TransportCredentials
 	// DrainNotice is how long Drain still takes pushes after health went NOT_SERVING: the
 	// time in which balancers notice. Then connections are told to go, in good order. 0:
 	// new pushes are refused at once.
@@ -98,8 +104,7 @@ type Config struct {
 	Caller func(ctx context.Context) string
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
-	// Options are added to those of the server. With other credentials connections are not
-	// held back, and their handshakes are not counted.
+	// Options are added to those of the server. They must not set credentials.
 	Options []grpc.ServerOption
 
 	priorityMax engine.Priority
@@ -141,6 +146,9 @@ func (c Config) withDefaults() Config {
 	if c.Caller == nil {
 		c.Caller = peerOf
 	}
+	if c.Credentials == nil {
+		c.Credentials = insecure.NewCredentials()
+	}
 	return c
 }
 
@@ -176,8 +184,8 @@ func (c Config) Validate() error {
 	within("OpenCalls", c.OpenCalls, 1, 1<<24)
 	within("Streams", c.Streams, 1, 1<<24)
 	within("StreamsPerConnection", c.StreamsPerConnection, 1, max(c.MaxStreams-1, 1))
-	within("Connections", c.Connections, 1, 1<<24)
-	within("ConnectionsPerAddress", c.ConnectionsPerAddress, 1, 1<<24)
+	within("Connections", c.Connections, -1, 1<<24)
+	within("ConnectionsPerAddress", c.ConnectionsPerAddress, -1, 1<<24)
 	within("Rate", c.Rate, 0, 1<<30)
 	within("RateBurst", c.RateBurst, min(c.Rate, 1), 1<<30)
 	within("RateCallers", c.RateCallers, 1, 1<<24)
@@ -195,5 +203,8 @@ func (c Config) Validate() error {
 	positive("KeepaliveTimeout", c.KeepaliveTimeout)
 	positive("KeepaliveMinTime", c.KeepaliveMinTime)
 	positive("DrainNotice", c.DrainNotice)
+	if c.ConnectionAge != 0 && c.ConnectionAge < time.Second {
+		errs = append(errs, fmt.Errorf("ingress: ConnectionAge is %v, want 0 or at least 1s", c.ConnectionAge))
+	}
 	return errors.Join(errs...)
 }

@@ -21,17 +21,16 @@
 //     payload beyond the push must clone it.
 //   - The goroutine that completes a push of a PushStream never waits for the
 //     stream's client.
-//   - Too many calls at a time are slower than some: while Config.Calls are worked on,
-//     connections are not read, the lowest priority first. Whatever waits for a node
-//     for long does not count, and nobody is left unread for good.
 //   - A request comes in when there is memory for it (space.go), and all else that clients may
-//     have many of is bounded: calls, streams, connections (fit.go says how many fit).
+//     have many of is bounded: calls, streams (fit.go says how many fit).
 //   - Who has space for a request and dawdles loses it (body.go).
-//   - What a client has begun to say, and has to end before anybody can be asked for it,
-//     ends within Config.ConnectionTimeout: its handshake, and the headers of each call.
+//   - Connections, and when they are read, are the job of package throttle.
+//   - A call is let in by one function, admit, which asks everything that can be asked before its
+//     request is read. The places in flight are counted by the engine.
 //   - On the way down nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
 //     PushStreams end, and only what still comes after that is refused with DRAINING.
+//   - A connection that is older than Config.ConnectionAge goes the same way, alone.
 //
 // Metadata entries are counted as they stand on the wire: a key that comes twice
 // counts twice, and its last value is the one that clients see.

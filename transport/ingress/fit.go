@@ -28,9 +28,9 @@ const (
 	idSize = 3
 )
 
-// patienceForSpace is for how long a unary call waits for space. It has said how large it is,
+// maxSpaceWait is for how long a unary call waits for space. It has said how large it is,
 // and no more than StreamWindow of it has come.
-const patienceForSpace = 2 * time.Second
+const maxSpaceWait = 2 * time.Second
 
 // Bounds without a limit of memory.
 const (

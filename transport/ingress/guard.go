@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // panicked books a panic: counted, and logged once with its stack. The message of
@@ -31,13 +32,16 @@ func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServ
 	return handler(ctx, req)
 }
 
-// guardStream ends the streams of the other services when the server closes: their
-// handlers wait for clients that may never come back. A PushStream ends by itself.
+// guardStream ends the streams of the other services when the server closes, or their connection is
+// too old: their handlers wait for clients that may never come back. A PushStream ends by itself.
 func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	if info.FullMethod == pushStreamMethod {
 		return handler(srv, ss)
 	}
-	conn := connOf(ss.Context())
+	conn := throttle.ConnOf(ss.Context())
+	if conn == nil {
+		return s.refuse(info.FullMethod, errForeignTransport).status.Err()
+	}
 	if err := s.streams.open(conn, engine.Normal); err != nil {
 		r := s.refuse(info.FullMethod, err)
 		ss.SetTrailer(r.pushback)
@@ -58,6 +62,7 @@ func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	case err := <-done:
 		return err
 	case <-s.closing:
+	case <-conn.ToldToGo():
 	}
 	linger := time.NewTimer(lingerWatchers)
 	defer linger.Stop()

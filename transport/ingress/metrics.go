@@ -9,6 +9,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/label"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // The words of the status label.
@@ -115,7 +116,7 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 func (m *instruments) countRefusal(p engine.Priority, err error) {
 	why := refusedLookups
 	switch {
-	case errors.Is(err, errBusy):
+	case errors.Is(err, throttle.ErrBusy):
 		why = refusedBusy
 	case errors.Is(err, engine.ErrInFlight):
 		why = refusedInFlight

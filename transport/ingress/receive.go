@@ -1,13 +1,11 @@
 package ingress
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
@@ -26,27 +24,15 @@ type wire interface {
 	WriteStatus(*status.Status) error
 }
 
-// wireOf is the call of a handler's context. A gRPC whose transport cannot be asked is not one
-// that this package was built with.
-func wireOf(ctx context.Context) (wire, error) {
-	w, ok := grpc.ServerTransportStreamFromContext(ctx).(wire)
-	if !ok {
-		return nil, errForeignTransport
-	}
-	return w, nil
-}
-
+// errForeignTransport refuses a call whose transport cannot be asked: gRPC is not one that this
+// package was built with, or has other credentials than those of Config.
 var errForeignTransport = errors.New("the transport of gRPC is not as expected")
 
-// compression is the encoding of the request's messages, "" for none. Refusing it
-// here keeps out compressors that some other package of the program registers:
-// without one gRPC answers UNIMPLEMENTED by itself.
-func compression(w wire) string {
-	if name := w.RecvCompress(); name != "identity" {
-		return name
-	}
-	return ""
-}
+// encodingError refuses compressed messages. It keeps out compressors that some other package of
+// the program registers: without one gRPC answers UNIMPLEMENTED by itself.
+type encodingError string
+
+func (e encodingError) Error() string { return "grpc-encoding " + string(e) + " is not supported" }
 
 // messageHead is what stands before each message: a flag and the length.
 const messageHead = 5

@@ -19,6 +19,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 const (
@@ -54,7 +55,7 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	callers  *callers // nil: nobody is limited
-	limiter  *limiter
+	throttle *throttle.Throttle
 	space    *space
 	streams  *streams
 	mostOpen [4]int64 // unary calls that are open, by rank of the priority
@@ -117,7 +118,11 @@ func New(cfg Config) (*Server, error) {
 		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls))
 	}
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
-	s.limiter = newLimiter(cfg.Calls, cfg.MaxStreams, cfg.Metrics)
+	s.throttle = throttle.New(throttle.Config{
+		Calls: cfg.Calls, Timeout: cfg.ConnectionTimeout, HalfOpen: cfg.Handshakes,
+		Connections: cfg.Connections, ConnectionsPerNetwork: cfg.ConnectionsPerAddress,
+		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked,
+	})
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -164,27 +169,27 @@ func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.Creds(insecureHeld(s.limiter, newHandshakes(c), newConnections(c))),
+		grpc.Creds(s.throttle.Credentials(c.Credentials)),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
 		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),
 		grpc.MaxConcurrentStreams(uint32(c.MaxStreams)),
 		grpc.ConnectionTimeout(c.ConnectionTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: c.KeepaliveTime, Timeout: c.KeepaliveTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: c.KeepaliveTime, Timeout: c.KeepaliveTimeout, MaxConnectionAge: c.ConnectionAge}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: c.KeepaliveMinTime, PermitWithoutStream: true}),
 		grpc.NumStreamWorkers(uint32(c.StreamWorkers)),
 		grpc.StaticStreamWindowSize(int32(c.StreamWindow)),
 		grpc.StaticConnWindowSize(int32(c.ConnWindow)),
-		grpc.InTapHandle(hear),
+		grpc.InTapHandle(s.tap),
 		grpc.WaitForHandlers(true), // Close leaves no handler behind
 		grpc.ChainUnaryInterceptor(s.recoverUnary),
 		grpc.ChainStreamInterceptor(s.guardStream),
 	}
 }
 
-// hear counts in a unary call of the push API, before the next Read of its connection.
-func hear(ctx context.Context, call *tap.Info) (context.Context, error) {
-	if c := connOf(ctx); c != nil && strings.HasPrefix(call.FullMethodName, "/"+serviceName+"/") && call.FullMethodName != pushStreamMethod {
-		c.hear()
+// tap counts in a unary call of the push API, before more of its connection is read.
+func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
+	if method, ours := strings.CutPrefix(call.FullMethodName, "/"+serviceName+"/"); ours && method != "PushStream" {
+		ctx = s.throttle.Tap(ctx)
 	}
 	return ctx, nil
 }
@@ -281,7 +286,7 @@ func (s *Server) sendAway(ctx context.Context) (stopped <-chan struct{}) {
 	s.Announce()
 	pause(ctx, nil, time.Until(s.announced.Add(s.cfg.DrainNotice)))
 	s.endStreams()
-	s.limiter.close() // what was sent before a client hears of it is read and taken
+	s.throttle.Close() // what was sent before a client hears of it is read and taken
 	stopped = s.stopGracefully()
 	pause(ctx, stopped, goAwayBound)
 	return stopped
@@ -313,7 +318,7 @@ func pause(ctx context.Context, over <-chan struct{}, d time.Duration) {
 func (s *Server) startDraining() {
 	s.Announce()
 	s.draining.Store(true)
-	s.limiter.close() // what is refused need not wait, and what ends has to be heard
+	s.throttle.Close() // what is refused need not wait, and what ends has to be heard
 	s.endStreams()
 }
 
@@ -329,26 +334,8 @@ func (s *Server) waitIdle(ctx context.Context) {
 	}
 }
 
-// enter counts a call in, unless the server drains, and tells how many there are now, PushStreams
-// included. Counting
-// comes first: so either Drain sees the call or the call sees that the server drains.
-func (s *Server) enter() (open int64, draining bool) {
-	open = s.metrics.inflight.Add(1)
-	if s.draining.Load() {
-		s.leave()
-		return open, true
-	}
-	return open, false
-}
-
-func (s *Server) leave() {
-	if s.metrics.inflight.Add(-1) == 0 && s.draining.Load() {
-		poke(s.idle)
-	}
-}
-
-// poke leaves a token in c, which holds one.
-func poke(c chan struct{}) {
+// notify leaves a token in c, which holds one.
+func notify(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:

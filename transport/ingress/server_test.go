@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,7 +14,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -589,60 +587,6 @@ func TestConnectionsWithoutHandshakeAreBoundedByAddress(t *testing.T) {
 		expect("two more", "3", "1")
 		time.Sleep(5 * time.Second)
 		expect("their time is over", "0", "1")
-	})
-}
-
-// closing tells that it was closed.
-type closing struct{ closed bool }
-
-func (c *closing) Close() error {
-	c.closed = true
-	return nil
-}
-
-func TestNetworksCountTheirHandshakesApart(t *testing.T) {
-	h := newHandshakes(&Config{Handshakes: 1, ConnectionTimeout: time.Hour, Metrics: metrics.NewSet(), Logger: slog.New(slog.DiscardHandler)})
-	began, conns := make(map[string]*handshake), make(map[string]*closing)
-	for _, c := range []struct{ from, evicts string }{
-		{"192.0.2.1:1", ""},
-		{"192.0.2.2:1", ""},
-		{"192.0.2.1:2", "192.0.2.1:1"},
-		{"[2001:db8::1]:1", ""},
-		{"[2001:db8:0:1::1]:1", ""},
-		{"[2001:db8::2:1]:1", "[2001:db8::1]:1"},
-		{"[::ffff:192.0.2.2]:2", "192.0.2.2:1"},
-		{"192.0.2.3:1", ""},
-	} {
-		conns[c.from] = new(closing)
-		began[c.from] = h.begin(net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.from)), conns[c.from])
-		for from, conn := range conns {
-			if conn.closed != (from == c.evicts) {
-				t.Errorf("one more from %s: that from %s is closed: %v", c.from, from, conn.closed)
-			}
-		}
-		delete(conns, c.evicts)
-	}
-	for _, one := range began {
-		one.end()
-		one.end()
-	}
-	if len(h.of) != 0 || h.all != 0 {
-		t.Errorf("%d of %v are left", h.all, h.of)
-	}
-}
-
-// gRPC may close the connection without a word to us.
-func TestHandshakeThatNobodyEndsIsOverWithItsTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := newHandshakes(&Config{Handshakes: 1, ConnectionTimeout: time.Second, Metrics: metrics.NewSet(), Logger: slog.New(slog.DiscardHandler)})
-		first := new(closing)
-		h.begin(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}, first)
-		time.Sleep(time.Second)
-		synctest.Wait()
-		h.begin(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 2}, new(closing)).end()
-		if first.closed {
-			t.Error("its place was not free")
-		}
 	})
 }
 

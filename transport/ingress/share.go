@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 const (
@@ -23,7 +24,7 @@ const (
 // much once more in what it keeps of them for use again.
 type share struct {
 	space    *space
-	holder   *holder // the connection, nil if it is none of ours
+	holder   *throttle.Conn
 	priority engine.Priority
 	began    func()       // is called when something is reserved; it may lock nothing
 	answered atomic.Int64 // of taken

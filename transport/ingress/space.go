@@ -11,6 +11,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // errNoSpace refuses a push for which there is no memory.
@@ -40,19 +41,10 @@ type space struct {
 // holderShare of the space is what one connection may have while others wait.
 const holderShare = 8
 
-// holder is whose the bytes are: a connection. nil is nobody, and never has too much.
-type holder struct{ taken int64 } // guarded by the space's lock
-
-func (h *holder) add(bytes int64) {
-	if h != nil {
-		h.taken += bytes
-	}
-}
-
 // spaceWait is one who waits.
 type spaceWait struct {
 	bytes   int64
-	holder  *holder
+	holder  *throttle.Conn
 	granted chan struct{} // closed with the space's lock held
 }
 
@@ -75,10 +67,10 @@ func newSpace(bytes int, line int, set *metrics.Set) *space {
 }
 
 // reserve takes bytes for a push of priority p that came on h, and returns how many it has taken: all of its
-// share, if that is less. It waits for them until ctx ends, and for patience at the longest
+// share, if that is less. It waits for them until ctx ends, and for maxWait at the longest
 // unless that is 0. Who has reserved owes a release of as many, before anything else is
 // reserved for the same: two who each have a part of what they need would wait for each other.
-func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes int64, patience time.Duration) (int64, error) {
+func (s *space) reserve(ctx context.Context, h *throttle.Conn, p engine.Priority, bytes int64, maxWait time.Duration) (int64, error) {
 	rank := p.Rank()
 	bytes = min(bytes, s.most[rank])
 	s.mu.Lock()
@@ -87,7 +79,7 @@ func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes
 		s.mu.Unlock()
 		return bytes, nil
 	}
-	if patience > 0 && s.waiting >= s.line {
+	if maxWait > 0 && s.waiting >= s.line {
 		s.mu.Unlock()
 		return 0, errNoSpace
 	}
@@ -97,8 +89,8 @@ func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes
 	s.mu.Unlock()
 
 	var late <-chan time.Time
-	if patience > 0 {
-		t := time.NewTimer(patience)
+	if maxWait > 0 {
+		t := time.NewTimer(maxWait)
 		defer t.Stop()
 		late = t.C
 	}
@@ -130,7 +122,7 @@ func (s *space) reserve(ctx context.Context, h *holder, p engine.Priority, bytes
 }
 
 // try takes bytes without waiting. 0 means that there are none for it.
-func (s *space) try(h *holder, p engine.Priority, bytes int64) int64 {
+func (s *space) try(h *throttle.Conn, p engine.Priority, bytes int64) int64 {
 	rank := p.Rank()
 	bytes = min(bytes, s.most[rank])
 	s.mu.Lock()
@@ -142,9 +134,9 @@ func (s *space) try(h *holder, p engine.Priority, bytes int64) int64 {
 	return bytes
 }
 
-func (s *space) takeLocked(h *holder, bytes int64) {
+func (s *space) takeLocked(h *throttle.Conn, bytes int64) {
 	s.taken += bytes
-	h.add(bytes)
+	h.Space += bytes
 }
 
 // wanted tells whether anybody waits.
@@ -155,7 +147,7 @@ func (s *space) wanted() bool {
 }
 
 // release gives back what was reserved, or a part of it.
-func (s *space) release(h *holder, bytes int64) {
+func (s *space) release(h *throttle.Conn, bytes int64) {
 	if bytes == 0 {
 		return
 	}
@@ -196,7 +188,7 @@ func (s *space) grantLocked() {
 // holderShare connections at the most: no more can have too much.
 func (s *space) nextLocked(rank int) *list.Element {
 	for e := s.lines[rank].Front(); e != nil; e = e.Next() {
-		if h := e.Value.(*spaceWait).holder; h == nil || h.taken < s.each {
+		if h := e.Value.(*spaceWait).holder; h.Space < s.each {
 			return e
 		}
 	}

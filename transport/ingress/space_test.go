@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 func (s *space) books() (taken int64, waiting int) {
@@ -36,12 +37,12 @@ func TestBooksOfTheSpaceBalance(t *testing.T) {
 				leave := time.Duration(rapid.IntRange(1, 12).Draw(rt, name("leave")))
 				n := int64(rapid.IntRange(1, 2*bytes).Draw(rt, name("bytes")))
 				p := engine.Priorities()[rapid.IntRange(0, 3).Draw(rt, name("priority"))]
-				patience := time.Duration(rapid.IntRange(0, 5).Draw(rt, name("patience")))
+				maxWait := time.Duration(rapid.IntRange(0, 5).Draw(rt, name("wait")))
 				all.Go(func() {
 					time.Sleep(start)
 					ctx, cancel := context.WithTimeout(t.Context(), leave)
 					defer cancel()
-					got, err := s.reserve(ctx, nil, p, n, patience)
+					got, err := s.reserve(ctx, new(throttle.Conn), p, n, maxWait)
 					if err != nil {
 						if got != 0 || !errors.Is(err, errNoSpace) && !errors.Is(err, engine.ErrDeadline) {
 							t.Errorf("got %d and %v", got, err)
@@ -53,8 +54,8 @@ func TestBooksOfTheSpaceBalance(t *testing.T) {
 					}
 					time.Sleep(hold)
 					part := got / 3
-					s.release(nil, part)
-					s.release(nil, got-part)
+					s.release(new(throttle.Conn), part)
+					s.release(new(throttle.Conn), got-part)
 				})
 			}
 			all.Wait()
@@ -70,7 +71,7 @@ func TestBooksOfTheSpaceBalance(t *testing.T) {
 func TestSpaceIsForThoseWhoWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSpace(100, 10, metrics.NewSet())
-		got, err := s.reserve(t.Context(), nil, engine.Critical, 100, time.Second)
+		got, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 100, time.Second)
 		ok(t, err)
 		var mu sync.Mutex
 		var order []string
@@ -85,7 +86,7 @@ func TestSpaceIsForThoseWhoWait(t *testing.T) {
 			{"high", engine.High, 20},
 		} {
 			go func() {
-				got, err := s.reserve(t.Context(), nil, one.p, one.bytes, time.Second)
+				got, err := s.reserve(t.Context(), new(throttle.Conn), one.p, one.bytes, time.Second)
 				if err != nil {
 					t.Errorf("%s: %v", one.name, err)
 				}
@@ -93,15 +94,15 @@ func TestSpaceIsForThoseWhoWait(t *testing.T) {
 				order = append(order, one.name)
 				mu.Unlock()
 				time.Sleep(time.Millisecond)
-				s.release(nil, got)
+				s.release(new(throttle.Conn), got)
 			}()
 			synctest.Wait()
 		}
-		if got := s.try(nil, engine.Normal, 1); got != 0 {
+		if got := s.try(new(throttle.Conn), engine.Normal, 1); got != 0 {
 			t.Error("one that comes now passes those who wait")
 		}
 		for range got / 10 {
-			s.release(nil, 10)
+			s.release(new(throttle.Conn), 10)
 			synctest.Wait()
 		}
 		time.Sleep(time.Second)
@@ -131,12 +132,12 @@ func (c *expiring) Err() error {
 	return context.DeadlineExceeded
 }
 
-func TestDeadlineAsPatienceEndsIsNoCancellation(t *testing.T) {
+func TestDeadlineAsTheWaitEndsIsNoCancellation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSpace(100, 1, metrics.NewSet())
-		_, err := s.reserve(t.Context(), nil, engine.Critical, 100, time.Second)
+		_, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 100, time.Second)
 		ok(t, err)
-		if _, err := s.reserve(&expiring{Context: t.Context()}, nil, engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) && !errors.Is(err, engine.ErrDeadline) {
+		if _, err := s.reserve(&expiring{Context: t.Context()}, new(throttle.Conn), engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) && !errors.Is(err, engine.ErrDeadline) {
 			t.Errorf("nobody has canceled: %v", err)
 		}
 	})
@@ -145,21 +146,21 @@ func TestDeadlineAsPatienceEndsIsNoCancellation(t *testing.T) {
 func TestWaitForSpaceIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSpace(100, 1, metrics.NewSet())
-		_, err := s.reserve(t.Context(), nil, engine.Critical, 100, time.Second)
+		_, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 100, time.Second)
 		ok(t, err)
 		began := time.Now()
 		go func() {
-			if _, err := s.reserve(t.Context(), nil, engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) || time.Since(began) != time.Second {
+			if _, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) || time.Since(began) != time.Second {
 				t.Errorf("%v after %v, want %v after a second", err, time.Since(began), errNoSpace)
 			}
 		}()
 		synctest.Wait()
-		if _, err := s.reserve(t.Context(), nil, engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) || time.Since(began) != 0 {
+		if _, err := s.reserve(t.Context(), new(throttle.Conn), engine.Critical, 1, time.Second); !errors.Is(err, errNoSpace) || time.Since(began) != 0 {
 			t.Errorf("one too many in line: %v after %v", err, time.Since(began))
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := s.reserve(ctx, nil, engine.Critical, 1, 0); !errors.Is(err, engine.ErrCanceled) {
+		if _, err := s.reserve(ctx, new(throttle.Conn), engine.Critical, 1, 0); !errors.Is(err, engine.ErrCanceled) {
 			t.Errorf("a caller who has gone: %v", err)
 		}
 		time.Sleep(time.Minute)

@@ -60,7 +60,7 @@ type statuses struct {
 func newStatuses() *statuses {
 	delays := rateDelays()
 	return &statuses{
-		draining:         later(codes.Unavailable, "DRAINING", "this instance is shutting down", retryDraining),
+		draining:         later(codes.Unavailable, "DRAINING", "this instance shuts down, or this connection is too old", retryDraining),
 		notReady:         later(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryNotReady),
 		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
 		streams:          exhausted("TOO_MANY_STREAMS", "too many streams are open", spread(retryOverloaded)),
@@ -91,6 +91,7 @@ func (t *statuses) of(err error) *refusal {
 	var invalid *engine.InvalidError
 	var over *rateError
 	var large *tooLargeError
+	var encoding encodingError
 	switch {
 	case errors.Is(err, engine.ErrOverloaded): // the first, because it comes in masses
 		return t.overloaded[rand.IntN(len(t.overloaded))]
@@ -104,6 +105,8 @@ func (t *statuses) of(err error) *refusal {
 		return newTooLarge(large)
 	case errors.As(err, &invalid):
 		return newInvalid(invalid)
+	case errors.As(err, &encoding):
+		return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean(encoding.Error()))
 	case errors.Is(err, engine.ErrDraining):
 		return t.draining
 	case errors.Is(err, errNotReady):
@@ -142,11 +145,6 @@ func newTooLarge(e *tooLargeError) *refusal {
 	}}})
 	r.pushback = metadata.Pairs(pushbackKey, "-1")
 	return r
-}
-
-// unsupportedEncoding refuses compressed requests.
-func unsupportedEncoding(name string) *refusal {
-	return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean("grpc-encoding "+name+" is not supported"))
 }
 
 // later makes a refusal that says when to come back, as gRPC's clients hear it, too.

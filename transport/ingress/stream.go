@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // streamed is the part of a call that came on a PushStream.
@@ -38,8 +39,8 @@ type stream struct {
 	wake     chan struct{} // for the writer, one token: done, taken or read have changed
 	freed    chan struct{} // for the reader, one token: answered has changed
 	deadline time.Time     // of the stream, zero for none
-	entrance entrance      // by which its pushes come in
-	conn     *conn
+	info     callInfo
+	conn     *throttle.Conn
 	wire     wire
 
 	// Owned by the reader.
@@ -89,35 +90,21 @@ type stream struct {
 }
 
 func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
-	if _, draining := s.enter(); draining {
-		return s.statuses.draining.status.Err()
-	}
-	defer s.leave()
 	ctx := ss.Context()
-	w, err := wireOf(ctx)
+	info, err := s.admit(ctx)
 	if err != nil {
-		return s.refuse("PushStream", err).status.Err()
-	}
-	if name := compression(w); name != "" {
-		return unsupportedEncoding(name).status.Err()
-	}
-	e, err := s.entranceOf(ctx)
-	conn := connOf(ctx)
-	if err == nil {
-		err = s.streams.open(conn, e.priority)
-	}
-	if err != nil {
+		s.metrics.countRefusal(info.priority, err)
 		r := s.refuse("PushStream", err)
-		s.metrics.countRefusal(e.priority, err)
 		ss.SetTrailer(r.pushback)
 		return r.status.Err()
 	}
-	defer s.streams.close(conn)
+	defer s.leave(&info)
 	s.metrics.streams.Add(1)
 	defer s.metrics.streams.Add(-1)
-	conn.note(e.priority, s.limiter.now())
-	st := &stream{srv: s, conn: conn, wire: w, entrance: e, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
-	st.share.space, st.share.holder, st.share.priority = s.space, conn.holder(), e.priority
+	conn := info.conn
+	conn.Note(info.priority, time.Now())
+	st := &stream{srv: s, conn: conn, wire: info.wire, info: info, wake: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	st.share.space, st.share.holder, st.share.priority = s.space, conn, info.priority
 	st.watch.space, st.watch.conn, st.watch.most, st.watch.giveUp = s.space, conn, s.cfg.BodyTimeout, st.giveUp
 	st.unread.st, st.share.began = st, st.unread.begin
 	st.deadline, _ = ctx.Deadline()
@@ -137,8 +124,13 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 // writer has stopped it. It outlives the handler at most until gRPC has noticed.
 func (st *stream) readLoop(ctx context.Context) {
 	defer func() {
+		if v := recover(); v != nil {
+			st.srv.panicked("PushStream", v)
+			st.readErr = st.srv.statuses.mayBeSent.status.Err()
+			st.lost.Store(true)
+		}
 		st.read.Store(true)
-		poke(st.wake)
+		notify(st.wake)
 		st.settle()
 	}()
 	for st.hasRoom(ctx) {
@@ -212,10 +204,10 @@ func (st *stream) takeSpace(ctx context.Context, bytes int64) error {
 // giveUp ends the stream for a message that does not come in, once all that was taken is
 // answered. The reader ends with the handler.
 func (st *stream) giveUp() {
-	st.srv.metrics.countRefusal(st.entrance.priority, errSlow)
+	st.srv.metrics.countRefusal(st.info.priority, errSlow)
 	st.slow.Store(true)
 	st.stopped.Store(true)
-	poke(st.wake)
+	notify(st.wake)
 }
 
 // readError is the end of a stream that cannot be read: because its client has half-closed or
@@ -261,7 +253,7 @@ func (st *stream) takeMessage(ctx context.Context, m *message) (more bool, err e
 		return false, nil
 	}
 	now := time.Now()
-	st.conn.note(st.entrance.priority, st.srv.limiter.at(now))
+	st.conn.Note(st.info.priority, now)
 	if r.batch == 0 {
 		st.start(ctx, st.newCall(m, now), &r, err)
 		return true, nil
@@ -296,7 +288,7 @@ func (st *stream) take(n int) bool {
 	st.taken.Add(int64(n))
 	if st.stopped.Load() {
 		st.taken.Add(int64(-n))
-		poke(st.wake)
+		notify(st.wake)
 		return false
 	}
 	return true
@@ -332,11 +324,8 @@ func (st *stream) start(ctx context.Context, c *call, r *streamRequest, err erro
 
 func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
-	st.entrance.allow(&c.push)
-	if err := s.admit(&st.entrance); err != nil {
-		return err
-	}
-	if err := st.entrance.pay(); err != nil {
+	st.info.allow(&c.push)
+	if err := s.admitPush(&st.info); err != nil {
 		return err
 	}
 	if s.cfg.Trace != nil {
@@ -366,7 +355,7 @@ func (st *stream) complete(c *call) {
 		c.next = last
 		if st.done.CompareAndSwap(last, c) {
 			if last == nil {
-				poke(st.wake)
+				notify(st.wake)
 			}
 			break
 		}
@@ -390,7 +379,7 @@ func (st *stream) completed() *call {
 // writeLoop answers pushes until the stream is over: the client has half-closed or
 // the server drains, and all that was taken is answered; or the client has gone.
 func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
-	drained := st.srv.drained
+	drained, toldToGo := st.srv.drained, st.conn.ToldToGo()
 	look := time.NewTimer(shareLook)
 	look.Stop()
 	defer look.Stop()
@@ -406,6 +395,9 @@ func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
 			continue
 		case <-drained:
 			drained = nil
+			st.stopped.Store(true)
+		case <-toldToGo:
+			toldToGo = nil
 			st.stopped.Store(true)
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err() // bare: some may have been sent
@@ -426,7 +418,7 @@ func (st *stream) writeLoop(ctx context.Context, ss grpc.ServerStream) error {
 // over tells whether all that was taken is answered and no more will be.
 func (st *stream) over() (bool, error) {
 	read, stopped := st.read.Load(), st.stopped.Load()
-	if !read && !stopped || st.taken.Load() != st.answered.Load() {
+	if !read && !stopped || !st.lost.Load() && st.taken.Load() != st.answered.Load() {
 		return false, nil
 	}
 	switch {
@@ -459,7 +451,7 @@ func (st *stream) answerDone(ss grpc.ServerStream) error {
 			return err
 		}
 	}
-	poke(st.freed)
+	notify(st.freed)
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 var (
@@ -33,23 +34,20 @@ func newStreams(all, each int, set *metrics.Set) *streams {
 	return s
 }
 
-// open counts a stream in, which came on a connection of ours, or on none. Without an error it
-// has to be closed.
-func (s *streams) open(c *conn, p engine.Priority) error {
+// open counts a stream in. Without an error it has to be closed.
+func (s *streams) open(c *throttle.Conn, p engine.Priority) error {
 	if s.opened.Add(1) > s.most[p.Rank()] {
 		s.opened.Add(-1)
 		return errTooManyStreams
 	}
-	if c != nil && c.streams.Add(1) > s.each {
+	if c.Streams.Add(1) > s.each {
 		s.close(c)
 		return errStreamsOfOneConn
 	}
 	return nil
 }
 
-func (s *streams) close(c *conn) {
-	if c != nil {
-		c.streams.Add(-1)
-	}
+func (s *streams) close(c *throttle.Conn) {
+	c.Streams.Add(-1)
 	s.opened.Add(-1)
 }

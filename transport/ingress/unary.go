@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // call is one push from its bytes to its outcome. It is used again for another one when
@@ -48,76 +49,41 @@ func (s *Server) unaryHandler(a api) grpc.MethodHandler {
 	}
 }
 
-// unary serves one call of a method other than PushStream.
+// unary serves one call of a method other than PushStream. A call that is refused before it is read
+// is not in the latencies: how fast a server says no is not how fast it pushes.
 func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
-	began := time.Now()
-	conn := connOf(ctx)
-	entered := false
-	defer func() {
-		if !entered {
-			conn.begin()
-		}
-	}()
-	open, draining := s.enter()
-	if draining {
-		s.metrics.record(a, nil, engine.ErrDraining, time.Since(began))
-		return nil, s.answerRefusal(ctx, engine.Normal, s.statuses.draining, engine.ErrDraining)
-	}
-	defer s.leave()
-	w, err := wireOf(ctx)
+	info, err := s.admit(ctx)
 	if err != nil {
-		return nil, s.refuse(a.String(), err).status.Err()
+		s.metrics.apis[a].requests[refused].Inc()
+		return nil, s.reject(ctx, a, info.priority, err)
 	}
-	if name := compression(w); name != "" {
-		err := unsupportedEncoding(name).status.Err()
-		s.metrics.record(a, nil, err, time.Since(began))
-		return nil, err
-	}
-	e, err := s.entranceOf(ctx)
-	if err == nil {
-		conn.note(e.priority, s.limiter.at(began))
-		err = s.admit(&e)
-	}
-	if err == nil && open-s.metrics.streams.Load() > s.mostOpen[e.priority.Rank()] {
-		err = errTooManyCalls
-	}
-	if err != nil {
-		return nil, s.turnAway(ctx, a, &e, err)
-	}
-	entered = true
-	tally, err := s.limiter.enter(ctx, conn, began, e.priority)
-	if err != nil {
-		return nil, s.turnAway(ctx, a, &e, err)
-	}
-	defer s.limiter.leave(tally)
-	if err := e.pay(); err != nil { // at last: what is refused costs its caller nothing
-		return nil, s.turnAway(ctx, a, &e, err)
-	}
+	defer s.leave(&info)
 	c := s.takeCall(a)
-	e.allow(&c.push)
+	info.allow(&c.push)
 	defer func() {
-		s.space.release(conn.holder(), c.held)
+		s.space.release(info.conn, c.held)
 		c.held = 0
 		if err == nil {
 			s.releaseCall(c)
 		}
 	}()
-	if err := s.read(ctx, w, conn, c); err != nil {
+	began := info.call.Began
+	if err := s.read(ctx, info.wire, info.conn, c); err != nil {
 		s.metrics.record(a, nil, err, time.Since(began))
-		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
+		return nil, s.reject(ctx, a, info.priority, err)
 	}
 	c.push.Arrived = began
-	res, err := s.run(ctx, conn, c)
+	res, err := s.run(ctx, info.conn, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
-		return nil, s.answerRefusal(ctx, e.priority, s.refuse(a.String(), err), err)
+		return nil, s.reject(ctx, a, info.priority, err)
 	}
 	return s.reply(a, &c.push, &res), nil
 }
 
 // read reads the request, once there is space for it. A small one is a part of what every open
 // call is reckoned to take, see openBytes.
-func (s *Server) read(ctx context.Context, w wire, conn *conn, c *call) error {
+func (s *Server) read(ctx context.Context, w wire, conn *throttle.Conn, c *call) error {
 	size, err := s.next(w, c.head[:])
 	if err == nil && size > smallBody {
 		return s.readLarge(ctx, w, conn, c, size)
@@ -133,12 +99,12 @@ func (s *Server) read(ctx context.Context, w wire, conn *conn, c *call) error {
 
 // readLarge reads a request that needs space. If it is too slow, its call is ended by the watch:
 // nothing else ends a read.
-func (s *Server) readLarge(ctx context.Context, w wire, conn *conn, c *call, size int) (err error) {
+func (s *Server) readLarge(ctx context.Context, w wire, conn *throttle.Conn, c *call, size int) (err error) {
 	begin, err := first(w)
 	if err != nil {
 		return unread(err)
 	}
-	c.held, err = s.space.reserve(ctx, conn.holder(), c.push.Priority, s.bodyBytes(c.api, size), patienceForSpace)
+	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size), maxSpaceWait)
 	if err != nil {
 		begin.Free()
 		return err
@@ -160,7 +126,7 @@ func (s *Server) readLarge(ctx context.Context, w wire, conn *conn, c *call, siz
 
 // run decodes the push and lets the engine do it. A panic becomes an error that
 // says whether anything may have been sent.
-func (s *Server) run(ctx context.Context, conn *conn, c *call) (res engine.Result, err error) {
+func (s *Server) run(ctx context.Context, conn *throttle.Conn, c *call) (res engine.Result, err error) {
 	taken := false
 	var end func(engine.Result, error)
 	defer func() {
@@ -180,7 +146,7 @@ func (s *Server) run(ctx context.Context, conn *conn, c *call) (res engine.Resul
 	}
 	if c.held > 0 { // gRPC has its buffers back, and lists are known
 		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude)))
-		s.space.release(conn.holder(), c.held-kept)
+		s.space.release(conn, c.held-kept)
 		c.held = kept
 	}
 	taken = true

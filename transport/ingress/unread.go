@@ -10,11 +10,11 @@ import (
 var errUnread = errors.New("the replies are not read")
 
 // replyStep is how often a replyWatch looks.
-const replyStep = patienceWithBody / bodyLooks
+const replyStep = maxBodyWait / bodyLooks
 
 // replyWatch bounds for how long a PushStream keeps space whose client does not read its replies:
 // a push has its space until its reply is written. When others have waited for space for
-// patienceWithBody, in which no reply could be written, the stream is ended. Time in which we did
+// maxBodyWait, in which no reply could be written, the stream is ended. Time in which we did
 // not read the connection does not count: what the client allows us to write comes on it.
 type replyWatch struct {
 	st *stream
@@ -48,15 +48,15 @@ func (w *replyWatch) look() {
 	switch {
 	case !st.writing.Load() || answered != w.answered:
 		w.stuck = 0
-	case !st.conn.heldBack() && st.srv.space.wanted():
+	case !st.conn.Waiting() && st.srv.space.wanted():
 		w.stuck += replyStep
 	}
 	w.answered = answered
-	if w.stuck < patienceWithBody {
+	if w.stuck < maxBodyWait {
 		time.AfterFunc(replyStep, w.look)
 		return
 	}
-	st.srv.metrics.countRefusal(st.entrance.priority, errUnread)
+	st.srv.metrics.countRefusal(st.info.priority, errUnread)
 	// It ends the write, and with it the stream.
 	_ = st.wire.WriteStatus(st.srv.statuses.unread)
 }

@@ -164,8 +164,9 @@ func (c *Config) bindAPI(s *config.Set) {
 	s.Auto(&a.OpenCalls, "api.open_calls", 0, 1<<24, "Unary calls open on all connections. auto: as many as a quarter of the memory limit holds, 24 KiB each (131072 without one).")
 	s.Auto(&a.Streams, "api.push_streams", 0, 1<<24, "PushStreams open on all connections. auto: as many as a quarter of the memory limit holds, 100 KiB each (16384 without one).")
 	s.Int(&a.StreamsPerConnection, "api.push_streams_per_connection", d.StreamsPerConnection, 1, 1<<20, "PushStreams open on one connection; fewer than api.streams, the rest is left to unary calls.")
-	s.Auto(&a.Connections, "api.connections", 0, 1<<24, "Connections that have said hello. auto: as many as an eighth of the memory limit holds, 96 KiB each (16384 without one).")
-	s.Auto(&a.ConnectionsPerAddress, "api.connections_per_address", 0, 1<<24, "The same of one address (IPv6: of one /64). auto: three quarters of all.")
+	s.AutoOrNone(&a.Connections, "api.connections", 1<<24, "Connections that have said hello. auto: as many as an eighth of the memory limit holds, 96 KiB each (16384 without one). 0: no bound.")
+	s.AutoOrNone(&a.ConnectionsPerAddress, "api.connections_per_address", 1<<24, "The same of one address (IPv6: of one /64). auto: three quarters of all. 0: no bound.")
+	s.Duration(&a.ConnectionAge, "api.connection_age", d.ConnectionAge, config.OrZero, "Age at which a connection is told to go, give or take a tenth; its PushStreams end when all they took is answered. 0s: never.")
 	s.Int(&a.StreamInflight, "api.push_stream_in_flight", d.StreamInflight, 1, 1<<20, "Pushes of one PushStream that are not answered; at the bound it is not read.")
 	s.Bytes(&a.StreamInflightBytes, "api.push_stream_bytes", d.StreamInflightBytes, 1<<10, 1<<30, "The same in bytes.")
 }
@@ -189,6 +190,8 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		return s.Errorf("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
 	case c.Links.Canary != 0 && c.Links.Canary < leastLinkTime:
 		return s.Errorf("link.canary", "%v must be 0s or at least %v", c.Links.Canary, leastLinkTime)
+	case c.Ingress.ConnectionAge != 0 && c.Ingress.ConnectionAge < time.Second:
+		return s.Errorf("api.connection_age", "%v must be 0s or at least 1s", c.Ingress.ConnectionAge)
 	case c.Ingress.StreamsPerConnection >= c.Ingress.MaxStreams:
 		return s.Errorf("api.push_streams_per_connection", "%d must be below api.streams (%d), or unary calls beside them would never begin", c.Ingress.StreamsPerConnection, c.Ingress.MaxStreams)
 	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:
