@@ -77,6 +77,7 @@ check-tidy: ## Fail if go.mod or go.sum is not what go mod tidy makes of it
 .PHONY: vet
 vet: ## Run go vet
 	$(GO) vet ./...
+	$(GO) vet -tags nodev ./cmd/push-manager
 
 .PHONY: generate
 generate: $(TOOLS)/buf ## Generate the Go code of proto/*.proto and the documents of the settings
