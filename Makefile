@@ -53,7 +53,7 @@ fuzz-short: ## Fuzz each target for FUZZTIME (60s; 3000x is so many inputs), FUZ
 	GO="$(GO)" FUZZTIME="$(FUZZTIME)" FUZZJOBS="$(FUZZJOBS)" bash .ci/fuzz
 
 .PHONY: mutants
-mutants: ## Break a copy of the code in ten ways, one by one, and see that a test notices each
+mutants: ## Break a copy of the code in fifteen ways, one by one, and see that a test notices each
 	$(GO) run ./internal/mutants
 
 .PHONY: lint
