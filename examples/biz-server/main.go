@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"log"
 	"os"
 	"time"
 
@@ -22,11 +21,11 @@ import (
 
 func main() {
 	if len(os.Args) != 3 {
-		log.Fatal("usage: biz-server ROOM TEXT")
+		fail("usage: biz-server ROOM TEXT")
 	}
 	conn, err := grpc.NewClient(cmp.Or(os.Getenv("PUSH_MANAGER_ADDRESS"), "localhost:50053"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		log.Fatal(err)
+		fail(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -34,8 +33,7 @@ func main() {
 		RoomId: os.Args[1], Content: &pubsub.MessageContent{Data: []byte(os.Args[2])},
 	})
 	if err != nil {
-		log.Print("not pushed: ", err) // without ErrorInfo nobody knows whether it was
-		return
+		fail("not pushed:", err) // without ErrorInfo nobody knows whether it was
 	}
 	s := reply.GetSummary() // Each target is in one of four counts. Partial results are results.
 	fmt.Println(reply.GetMessage(), "delivered", s.GetDelivered(), "offline", s.GetOffline(), "failed", s.GetFailed(), "unknown", s.GetUnknown())
@@ -63,4 +61,9 @@ func push(ctx context.Context, api pubsub.PushManagerServiceClient, r *pubsub.Pu
 			return nil, err
 		}
 	}
+}
+
+func fail(why ...any) {
+	_, _ = fmt.Fprintln(os.Stderr, why...)
+	os.Exit(1)
 }

@@ -12,7 +12,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"log"
 	"net"
 	"net/http"
 	"os"
@@ -144,7 +143,12 @@ func env(name, def string) string { return cmp.Or(os.Getenv(name), def) }
 
 func must[T any](v T, err error) T {
 	if err != nil {
-		log.Fatal(err)
+		fail(err)
 	}
 	return v
+}
+
+func fail(why ...any) {
+	_, _ = fmt.Fprintln(os.Stderr, why...)
+	os.Exit(1)
 }

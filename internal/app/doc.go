@@ -1,5 +1,5 @@
-// Package app is what the programs below it have in common: Parts, which are started
-// in order and stopped in reverse, the addresses that they listen at, and the section
+// Package app is what the programs below it have in common: a Lifecycle of parts, which are
+// started in order and stopped in reverse, the addresses that they listen at, and the section
 // etcd of their configuration. Each program is one package: config.go is the table of
 // its settings, run.go its start and stop.
 //

@@ -18,7 +18,7 @@ import (
 // grace is for what comes after the work, such as the last spans and scrapes.
 const grace = time.Second
 
-// Lifecycle are what a program has started, in order. The zero value has none.
+// Lifecycle is the parts that a program has started, in order. The zero value has none.
 type Lifecycle struct {
 	names []string
 	stops []func(context.Context) error

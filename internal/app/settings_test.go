@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"slices"
 	"testing"
 
 	"github.com/push-manager/push-manager/engine"
@@ -130,16 +129,24 @@ func TestNoDefaultStandsTwice(t *testing.T) {
 		"Links": {pm.Links, link.Defaults()}, "Ingress": {pm.Ingress, ingress.Defaults()}, "Discovery": {pm.Discovery, discovery.Defaults()},
 		"Controller": {co.Controller, refcontroller.Defaults()}, "Gateway": {cn.Gateway, refgateway.Defaults()},
 	} {
-		got, want := reflect.ValueOf(pair[0]), reflect.ValueOf(pair[1])
-		kinds := []reflect.Kind{reflect.Int, reflect.Int64, reflect.Float64, reflect.String, reflect.Slice, reflect.Struct}
-		for i := range got.NumField() {
-			field, def := got.Field(i), want.Field(i)
-			if !got.Type().Field(i).IsExported() || field.IsZero() || !slices.Contains(kinds, field.Kind()) {
-				continue
+		sameDefaults(t, name, reflect.ValueOf(pair[0]), reflect.ValueOf(pair[1]))
+	}
+}
+
+// sameDefaults compares the fields that both sides set.
+func sameDefaults(t *testing.T, path string, program, pkg reflect.Value) {
+	t.Helper()
+	switch program.Kind() {
+	case reflect.Struct:
+		for i := range program.NumField() {
+			if field := program.Type().Field(i); field.IsExported() {
+				sameDefaults(t, path+"."+field.Name, program.Field(i), pkg.Field(i))
 			}
-			if !def.IsZero() && !reflect.DeepEqual(field.Interface(), def.Interface()) {
-				t.Errorf("%s.%s: the program's default is %v, the package's %v", name, got.Type().Field(i).Name, field, def)
-			}
+		}
+	case reflect.Func, reflect.Pointer, reflect.Interface, reflect.Chan, reflect.Map:
+	default:
+		if !program.IsZero() && !pkg.IsZero() && !reflect.DeepEqual(program.Interface(), pkg.Interface()) {
+			t.Errorf("%s: the program's default is %v, the package's %v", path, program, pkg)
 		}
 	}
 }

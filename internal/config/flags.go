@@ -30,7 +30,7 @@ func (s *Set) Parse(args []string, file bool) (CommandLine, error) {
 	}
 	for _, k := range s.keys {
 		name := k.Flag()
-		set := func(text string) error {
+		set := func(text string) error { //nolint:unparam // package flag wants an error
 			c.Flags[name] = text
 			return nil
 		}

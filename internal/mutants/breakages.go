@@ -109,5 +109,36 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"\t\t\tn.close(engine.DropUnreachable)\n", ""}},
 			dir:   "transport/link", test: "TestSameIDAtANewAddressIsReplacedAtOnce",
 		},
+		// Wiring: the parts work, and one of them is not connected.
+		{
+			name:  "forget to hand a setting over",
+			file:  "internal/app/pushmanager/config.go",
+			edits: []edit{{"\tc.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout\n", "\tc.Discovery.RequestTimeout = c.Etcd.RequestTimeout\n"}},
+			dir:   "internal/app", test: "TestEveryKeyIsHandedToItsPackages",
+		},
+		{
+			name:  "let everybody read profiles, whatever the setting says",
+			file:  "internal/app/pushmanager/run.go",
+			edits: []edit{{"PprofRemote: cfg.PprofRemote,", "PprofRemote: true,"}},
+			dir:   "internal/app/pushmanager", test: "TestProfilesAreForOthersOnlyWhereTheSettingSaysSo",
+		},
+		{
+			name:  "tell no balancer that pushes cannot be delivered",
+			file:  "internal/app/pushmanager/health.go",
+			edits: []edit{{"\tcfg.Health.OnChange = m.ingress.SetHealthy\n", ""}},
+			dir:   "internal/app/pushmanager", test: "TestReadinessTellsWhetherPushesCanBeDelivered",
+		},
+		{
+			name:  "report nothing again after the node was lost in etcd",
+			file:  "internal/refgateway/gateway.go",
+			edits: []edit{{"\t\tmembers.Registered = g.node.Registered\n", ""}},
+			dir:   "internal/refgateway", test: "TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd",
+		},
+		{
+			name:  "take the last memory limit for the lowest",
+			file:  "internal/cli/memory.go",
+			edits: []edit{{"limit = min(limit, n)", "limit = n"}},
+			dir:   "internal/cli", test: "TestContainerLimitIsTheLowestOnTheWayUp",
+		},
 	}
 }

@@ -139,7 +139,7 @@ func closeAnswer(payload []byte) uint16 {
 func (r *reader) pace() {
 	cfg := &r.c.g.cfg
 	interval := time.Second / time.Duration(cfg.MessageRate)
-	burst := interval * time.Duration(cfg.MaxRooms+2*cfg.MessageRate)
+	burst := interval * time.Duration(cfg.Members.MaxRooms+2*cfg.MessageRate)
 	now := time.Since(r.c.g.began)
 	r.due = max(r.due, now-burst) + interval
 	if r.late = r.due > now; r.late {

@@ -17,7 +17,7 @@ import (
 )
 
 // Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
-// ControllerAddress are required, everything else has a default.
+// Members.Controller are required, everything else has a default.
 type Config struct {
 	// NodeID is the id under which the gateway registers: 1 to MaxNodeIDBytes.
 	NodeID string
@@ -31,8 +31,6 @@ type Config struct {
 	MetricsAddress string
 	// AdvertiseAddress is what managers dial. Default: where it listens for them.
 	AdvertiseAddress string
-	// ControllerAddress is any gRPC target.
-	ControllerAddress string
 	// Etcd is where the gateway registers. Nil: it does not register.
 	Etcd *clientv3.Client
 	// PushManagerAddress is shown on the page in the commands to copy. Default
@@ -50,12 +48,10 @@ type Config struct {
 	AllowedOrigins []string
 	// MaxConnections bounds the clients connected at once. Default 100,000.
 	MaxConnections int
-	// MaxRooms bounds the rooms of one connection. Default 100.
-	MaxRooms int
 	// MaxMessageBytes bounds one message of a client. Default 16 KiB.
 	MaxMessageBytes int
 	// MessageRate bounds the frames a second that are read from one client, which may
-	// send MaxRooms and two seconds' worth more at once. What is beyond waits in
+	// send Members.MaxRooms and two seconds' worth more at once. What is beyond waits in
 	// its socket. Default 50.
 	MessageRate int
 	// QueueFrames and QueueBytes bound what waits for one client: one that is
@@ -83,10 +79,9 @@ type Config struct {
 	// [node.Config].
 	Compression []string
 
-	// ControllerTimeout, ReportWorkers, RejoinPerSecond and SyncInterval are Timeout,
-	// Workers, RejoinPerSecond and SyncInterval of [membership.Config].
-	ControllerTimeout, SyncInterval time.Duration
-	ReportWorkers, RejoinPerSecond  int
+	// Members says how memberships are reported. What the gateway knows itself (NodeID,
+	// BootID, Registered, Logger, Metrics) is filled in.
+	Members membership.Config
 	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
 	// 3 s.
 	LeaveTimeout time.Duration
@@ -111,7 +106,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.PushManagerAddress, "localhost:50053")
 	defaultTo(&c.Pushctl, "pushctl")
 	defaultTo(&c.MaxConnections, 100_000)
-	defaultTo(&c.MaxRooms, membership.Defaults().MaxRooms)
+	c.Members = c.Members.WithDefaults()
 	defaultTo(&c.MaxMessageBytes, 16<<10)
 	defaultTo(&c.QueueFrames, 4096)
 	defaultTo(&c.QueueBytes, 1<<20)
@@ -163,11 +158,11 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %w", a.field, err))
 		}
 	}
-	if c.ControllerAddress == "" {
-		errs = append(errs, errors.New("ControllerAddress: required"))
-	}
+	members := c.Members
+	members.NodeID, members.BootID = "x", "x" // NodeID is checked above
+	errs = append(errs, members.Validate())
 	for field, n := range map[string]int{
-		"MaxConnections": c.MaxConnections, "MaxRooms": c.MaxRooms, "MaxMessageBytes": c.MaxMessageBytes,
+		"MaxConnections": c.MaxConnections, "MaxMessageBytes": c.MaxMessageBytes,
 		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
 	} {
 		if n < 1 {

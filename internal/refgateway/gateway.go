@@ -82,11 +82,8 @@ func New(cfg Config) (*Gateway, error) {
 	if err != nil {
 		return nil, err
 	}
-	members := membership.Config{
-		NodeID: g.cfg.NodeID, BootID: g.node.BootID(), Controller: g.cfg.ControllerAddress, MaxRooms: g.cfg.MaxRooms,
-		Timeout: g.cfg.ControllerTimeout, Workers: g.cfg.ReportWorkers, SyncInterval: g.cfg.SyncInterval, RejoinPerSecond: g.cfg.RejoinPerSecond,
-		Logger: g.cfg.Logger, Metrics: g.cfg.Metrics,
-	}
+	members := g.cfg.Members
+	members.NodeID, members.BootID, members.Logger, members.Metrics = g.cfg.NodeID, g.node.BootID(), g.cfg.Logger, g.cfg.Metrics
 	if g.cfg.Etcd != nil {
 		members.Registered = g.node.Registered
 	}

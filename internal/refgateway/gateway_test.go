@@ -23,6 +23,7 @@ import (
 	"github.com/push-manager/push-manager/internal/refcontroller"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 func TestPushArrivesAsTheContractSays(t *testing.T) {
@@ -312,7 +313,7 @@ func TestNothingOfARoomComesAfterLeft(t *testing.T) {
 }
 
 func TestBadClientMessagesNameTheField(t *testing.T) {
-	g, _ := start(t, newController(t), func(c *Config) { c.MaxRooms = 2 })
+	g, _ := start(t, newController(t), func(c *Config) { c.Members.MaxRooms = 2 })
 	d := connect(t, g, "u", "r")
 	for _, test := range []struct{ say, field string }{
 		{`{`, "message"},
@@ -677,7 +678,7 @@ func TestDrainIsBoundedWithStuckPeers(t *testing.T) {
 
 func TestCloseIsSafeAtAnyTime(t *testing.T) {
 	c := newController(t)
-	g, err := New(Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", ControllerAddress: c.addr})
+	g, err := New(Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", Members: membership.Config{Controller: c.addr}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -691,7 +692,7 @@ func TestCloseIsSafeAtAnyTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	g, err = New(Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: taken.Addr().String(), ControllerAddress: c.addr})
+	g, err = New(Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: taken.Addr().String(), Members: membership.Config{Controller: c.addr}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -701,8 +702,8 @@ func TestCloseIsSafeAtAnyTime(t *testing.T) {
 }
 
 func TestConfigReportsAllThatIsWrong(t *testing.T) {
-	_, err := New(Config{GRPCAddress: "x", MaxRooms: -1, WriteTimeout: -1, PingInterval: time.Hour})
-	for _, field := range []string{"NodeID", "GRPCAddress", "HTTPAddress", "ControllerAddress", "MaxRooms", "WriteTimeout", "IdleTimeout"} {
+	_, err := New(Config{GRPCAddress: "x", Members: membership.Config{MaxRooms: -1}, WriteTimeout: -1, PingInterval: time.Hour})
+	for _, field := range []string{"NodeID", "GRPCAddress", "HTTPAddress", "Controller", "MaxRooms", "WriteTimeout", "IdleTimeout"} {
 		if err == nil || !strings.Contains(err.Error(), field) {
 			t.Errorf("%v does not name %s", err, field)
 		}
@@ -766,7 +767,7 @@ func FuzzClientMessage(f *testing.F) {
 	for _, s := range []string{`{"type":"join","room_id":"r"}`, `{"type":"leave","room_id":"r"}`, `{"type":"ping"}`, `{}`, `null`, `[`, `{"type":null}`, `{"type":"join","room_id":"@node:x"}`, "{\"type\":\"join\",\"room_id\":\"\xff\"}"} {
 		f.Add([]byte(s))
 	}
-	g, err := New(Config{NodeID: "n", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", ControllerAddress: "127.0.0.1:1", MaxRooms: 3})
+	g, err := New(Config{NodeID: "n", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", Members: membership.Config{Controller: "127.0.0.1:1", MaxRooms: 3}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/transport/node"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 // rawClient is a socket on which the handshake of a WebSocket was made.
@@ -198,7 +199,7 @@ func TestPanicForAClientEndsItsConnectionOnly(t *testing.T) {
 			var log bytes.Buffer
 			c := newController(t)
 			g, err := New(Config{
-				NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", ControllerAddress: c.addr,
+				NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", Members: membership.Config{Controller: c.addr},
 				Logger: slog.New(slog.NewJSONHandler(&log, nil)),
 			})
 			if err != nil {
@@ -306,7 +307,7 @@ func TestFrameForManyIsHeldOnce(t *testing.T) {
 
 // TestFloodOfAClientIsReadAtItsRate: nothing of it is lost, and others are not held.
 func TestFloodOfAClientIsReadAtItsRate(t *testing.T) {
-	g, _ := start(t, newController(t), func(c *Config) { c.MaxRooms, c.MessageRate = 10, 50 })
+	g, _ := start(t, newController(t), func(c *Config) { c.Members.MaxRooms, c.MessageRate = 10, 50 })
 	flood, well := connect(t, g, "flood", ""), connect(t, g, "well", "")
 	const burst, beyond = 110, 20
 	for range burst + beyond {
@@ -326,7 +327,7 @@ func TestFloodOfAClientIsReadAtItsRate(t *testing.T) {
 // user would be delivered to nobody all the while.
 func TestBacklogOfAClientThatHasGoneIsNoSignOfLife(t *testing.T) {
 	g, _ := start(t, newController(t), func(c *Config) {
-		c.MaxRooms, c.MessageRate = 1, 10
+		c.Members.MaxRooms, c.MessageRate = 1, 10
 		c.PingInterval, c.IdleTimeout = 100*time.Millisecond, 300*time.Millisecond
 	})
 	flood := connect(t, g, "flood", "")
@@ -388,7 +389,7 @@ func FuzzSocket(f *testing.F) {
 	f.Add(bytes.Repeat([]byte(masked(0x89, "ping")), 100))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Add([]byte{0x81})
-	g, err := New(Config{NodeID: "n", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", ControllerAddress: "127.0.0.1:1", MessageRate: 1 << 20})
+	g, err := New(Config{NodeID: "n", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", Members: membership.Config{Controller: "127.0.0.1:1"}, MessageRate: 1 << 20})
 	if err != nil {
 		f.Fatal(err)
 	}

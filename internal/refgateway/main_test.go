@@ -22,6 +22,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -137,7 +138,7 @@ func (c *controller) calls(user, room string) []string {
 // start runs a gateway and returns it with a client of its node.
 func start(t testing.TB, c *controller, change func(*Config)) (*Gateway, pubsub.ConnectNodeServiceClient) {
 	t.Helper()
-	cfg := Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", MetricsAddress: "127.0.0.1:0", ControllerAddress: c.addr}
+	cfg := Config{NodeID: "node-1", GRPCAddress: "127.0.0.1:0", HTTPAddress: "127.0.0.1:0", MetricsAddress: "127.0.0.1:0", Members: membership.Config{Controller: c.addr}}
 	if change != nil {
 		change(&cfg)
 	}

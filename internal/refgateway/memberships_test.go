@@ -81,7 +81,7 @@ func startController(t *testing.T, addr string, cfg refcontroller.Config) (*refc
 func TestWhatTheControllerHasWrongIsRepaired(t *testing.T) {
 	store := refcontroller.NewMemory(0)
 	_, addr := startController(t, freeport.Addr(t), refcontroller.Config{Store: store})
-	g, _ := start(t, &controller{addr: addr}, func(c *Config) { c.SyncInterval = 20 * time.Millisecond })
+	g, _ := start(t, &controller{addr: addr}, func(c *Config) { c.Members.SyncInterval = 20 * time.Millisecond })
 	connect(t, g, "u", "r")
 	users := func() string {
 		info, err := store.Room(t.Context(), "r")
@@ -175,7 +175,7 @@ func TestReportsThatAreHeldDoNotProlongTheWarmup(t *testing.T) {
 	cfg := refcontroller.Config{Client: etcd.Client(), Warmup: time.Hour}
 	first, addr := startController(t, freeport.Addr(t), cfg)
 	g, _ := start(t, &controller{addr: addr}, func(c *Config) {
-		c.Etcd, c.ReportWorkers, c.ControllerTimeout = etcd.Client(), 4, patience
+		c.Etcd, c.Members.Workers, c.Members.Timeout = etcd.Client(), 4, patience
 	})
 	for i := range 2000 { // In nearly all slots.
 		joined(t, g, fmt.Sprint("old-", i), "r")
@@ -250,7 +250,7 @@ func startLateController(t *testing.T, mute bool) *lateController {
 
 func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 	c := startLateController(t, false)
-	g, _ := start(t, c.controller, func(c *Config) { c.ControllerTimeout = 50 * time.Millisecond })
+	g, _ := start(t, c.controller, func(c *Config) { c.Members.Timeout = 50 * time.Millisecond })
 	eventually(t, "ready", func() bool { return g.Ready() == nil })
 	m := g.members.Member("u", "", &member{last: map[string]string{}})
 	if err := m.Join("late"); err != nil {
@@ -266,7 +266,7 @@ func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 
 func TestControllerThatDoesNotAnswerComparisonsIsToldAllTheSame(t *testing.T) {
 	c := startLateController(t, true)
-	g, _ := start(t, c.controller, func(c *Config) { c.ControllerTimeout = 50 * time.Millisecond })
+	g, _ := start(t, c.controller, func(c *Config) { c.Members.Timeout = 50 * time.Millisecond })
 	eventually(t, "ready", func() bool { return g.Ready() == nil })
 	connect(t, g, "u", "r")
 	if !c.has("u", "r") {

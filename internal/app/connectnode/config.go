@@ -41,13 +41,13 @@ func (c *Config) Bind(s *config.Set) {
 	s.Port(&c.GRPCPort, "grpc_port", 50052, "Port for Push-Manager.")
 	s.Port(&c.HTTPPort, "http_port", 8080, "Port for clients: the WebSocket at /ws, a page at /.")
 	s.Port(&c.MetricsPort, "metrics_port", 9094, "HTTP port: /metrics, /healthz, /readyz.")
-	s.Text(&g.ControllerAddress, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
+	s.Text(&g.Members.Controller, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
 	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
 	s.Address(&g.PushManagerAddress, "push_manager_address", d.PushManagerAddress, "Push-Manager's HOST:PORT, shown on the page.")
 	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
 	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.")
 	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")
-	s.Int(&g.MaxRooms, "max_rooms", d.MaxRooms, 1, 1<<16, "Rooms of one connection.")
+	s.Int(&g.Members.MaxRooms, "max_rooms", d.Members.MaxRooms, 1, 1<<16, "Rooms of one connection.")
 	s.Int(&g.QueueFrames, "queue_frames", d.QueueFrames, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
 	s.Bytes(&g.QueueBytes, "queue_bytes", d.QueueBytes, 1, math.MaxInt32, "The same in bytes.")
 	s.Bytes(&g.QueueTotalBytes, "queue_total_bytes", d.QueueTotalBytes, 1<<10, math.MaxInt32, "Bytes that may wait for all clients together; what waits for many counts once. From half of it on those with the longest queues are cut off.")
@@ -66,7 +66,7 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
 	}
-	if err := app.CheckAddresses(s, c.Gateway.AdvertiseAddress, c.Gateway.ControllerAddress, false); err != nil {
+	if err := app.CheckAddresses(s, c.Gateway.AdvertiseAddress, c.Gateway.Members.Controller, false); err != nil {
 		return err
 	}
 	if n := len(c.Gateway.NodeID); n > refgateway.MaxNodeIDBytes {

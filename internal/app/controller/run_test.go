@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -68,4 +69,36 @@ func TestControllerSaysThatItWarmsUp(t *testing.T) {
 		cancel()
 	}
 	http.DefaultClient.CloseIdleConnections()
+}
+
+func TestProfilesAreForOthersOnlyWhereTheSettingSaysSo(t *testing.T) {
+	for setting, want := range map[string]int{"true": http.StatusOK, "false": http.StatusForbidden} {
+		var cfg Config
+		if err := cli.Fill(&cfg, map[string]string{"PPROF_REMOTE": setting, "GRPC_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": "127.0.0.1:1"}); err != nil {
+			t.Fatal(err)
+		}
+		c, err := Start(t.Context(), cfg, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+c.HTTPAddr()+"/debug/pprof/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("X-Forwarded-For", "10.0.0.1")
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("PPROF_REMOTE=%s: %s, want %d", setting, resp.Status, want)
+		}
+		http.DefaultClient.CloseIdleConnections()
+		ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+		if err := c.Drain(ctx); err != nil {
+			t.Error(err)
+		}
+		cancel()
+	}
 }

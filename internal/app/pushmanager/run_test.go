@@ -621,3 +621,26 @@ func TestPortInUseStopsTheStartAndLeavesNothing(t *testing.T) {
 		t.Errorf("start: %v", err)
 	}
 }
+
+func TestProfilesAreForOthersOnlyWhereTheSettingSaysSo(t *testing.T) {
+	for setting, want := range map[string]int{"true": http.StatusOK, "false": http.StatusForbidden} {
+		m := startPushManager(t, map[string]string{"PPROF_REMOTE": setting, "ETCD_ENDPOINTS": "127.0.0.1:1", "CONTROLLER_ADDRESS": "127.0.0.1:1"})
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+m.HTTPAddr()+"/debug/pprof/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("X-Forwarded-For", "10.0.0.1")
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("PPROF_REMOTE=%s: %s, want %d", setting, resp.Status, want)
+		}
+		http.DefaultClient.CloseIdleConnections()
+		ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+		_ = m.Drain(ctx) // etcd cannot be told
+		cancel()
+	}
+}

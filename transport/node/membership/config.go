@@ -55,10 +55,8 @@ const Reserved = "@node:"
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
 const MaxNodeIDBytes = 256 - len(Reserved)
 
-// Defaults are what the zero fields of a Config stand for.
-func Defaults() Config { return Config{}.withDefaults() }
-
-func (c Config) withDefaults() Config {
+// WithDefaults puts the defaults into the zero fields.
+func (c Config) WithDefaults() Config {
 	defaultTo(&c.Timeout, 5*time.Second)
 	defaultTo(&c.Workers, 32)
 	defaultTo(&c.SyncInterval, 2*time.Second)

@@ -142,7 +142,7 @@ func New(cfg Config) (*Reporter, error) {
 
 func newReporter(cfg Config, cc *grpc.ClientConn) *Reporter {
 	r := &Reporter{
-		cfg:      cfg.withDefaults(),
+		cfg:      cfg.WithDefaults(),
 		presence: Reserved + cfg.NodeID,
 		cc:       cc,
 		client:   pubsub.NewControllerServiceClient(cc),
