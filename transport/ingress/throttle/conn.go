@@ -139,7 +139,9 @@ func (c *Conn) Read(b []byte) (n int, err error) {
 	case !hello:
 		b = b[:min(len(b), helloSize)]
 	case t.crowded():
-		runtime.Gosched() // to the calls that came in last
+		// The calls that have been read go first. Otherwise the readers are always before them, and
+		// critical calls are late.
+		runtime.Gosched()
 		b = b[:min(len(b), readSize)]
 	}
 	if hello && !c.taken {
