@@ -40,7 +40,7 @@ type stream struct {
 	deadline time.Time     // of the stream, zero for none
 	entrance entrance      // by which its pushes come in
 	conn     *conn
-	wire     wire
+	wire     rawCall
 
 	// Owned by the reader.
 	order      engine.Order
