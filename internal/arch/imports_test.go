@@ -33,15 +33,21 @@ var layers = []layer{
 	{dir: "docs"}, // what programs carry of it
 	{dir: "internal/label"},
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
+	{dir: "internal/pause"},
+	{dir: "internal/plain"},
 	{dir: "internal/stdlog"}, // initialised before all others, see there
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "internal/wire", "proto"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
-	{dir: "transport/link", ours: []string{"engine/...", "internal/label", "internal/wire", "proto", "transport/compression"}, others: []string{"*"}},
-	{dir: "transport/discovery", others: []string{
+	{
+		dir:    "transport/link",
+		ours:   []string{"engine/...", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
+		others: []string{"*"},
+	},
+	{dir: "transport/discovery", ours: []string{"internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
 		"google.golang.org/grpc",
 	}},
-	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "internal/wire", "proto"}, others: []string{"*"}},
+	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
 	{dir: "transport/node", ours: []string{"internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/...", ours: []string{"docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},

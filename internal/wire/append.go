@@ -7,10 +7,7 @@ func AppendUint(b []byte, number protowire.Number, v uint64) []byte {
 	if v == 0 {
 		return b
 	}
-	if number < 16 && v < 0x80 { // as in most fields: two bytes
-		return append(b, byte(number<<3)|byte(protowire.VarintType), byte(v))
-	}
-	return protowire.AppendVarint(protowire.AppendTag(b, number, protowire.VarintType), v)
+	return appendTwo(b, uint64(number)<<3, v)
 }
 
 // SizeUint is the size of what AppendUint appends.
@@ -18,20 +15,17 @@ func SizeUint(number protowire.Number, v uint64) int {
 	if v == 0 {
 		return 0
 	}
-	return protowire.SizeTag(number) + protowire.SizeVarint(v)
+	return protowire.SizeVarint(uint64(number)<<3) + protowire.SizeVarint(v)
 }
 
 // AppendLen begins a length-delimited field whose n bytes the caller appends.
 func AppendLen(b []byte, number protowire.Number, n int) []byte {
-	if number < 16 && n < 0x80 {
-		return append(b, byte(number<<3)|byte(protowire.BytesType), byte(n))
-	}
-	return protowire.AppendVarint(protowire.AppendTag(b, number, protowire.BytesType), uint64(n))
+	return appendTwo(b, protowire.EncodeTag(number, protowire.BytesType), uint64(n))
 }
 
 // SizeLen is the size of a length-delimited field of n bytes.
 func SizeLen(number protowire.Number, n int) int {
-	return protowire.SizeTag(number) + protowire.SizeBytes(n)
+	return protowire.SizeVarint(uint64(number)<<3) + protowire.SizeVarint(uint64(n)) + n
 }
 
 // AppendBytes appends bytes, an encoded message or a string, also an empty one.
@@ -70,4 +64,17 @@ func SizeStrings(number protowire.Number, list []string) int {
 		n += SizeLen(number, len(s))
 	}
 	return n
+}
+
+// appendTwo appends a tag and a value or a length. Most tags are one byte, and most of what
+// follows is one or two.
+func appendTwo(b []byte, tag, v uint64) []byte {
+	switch {
+	case tag >= 1<<7 || v >= 1<<14:
+		return protowire.AppendVarint(protowire.AppendVarint(b, tag), v)
+	case v < 1<<7:
+		return append(b, byte(tag), byte(v))
+	default:
+		return append(b, byte(tag), byte(v)|1<<7, byte(v>>7))
+	}
 }

@@ -6,12 +6,12 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/plain"
 	"github.com/push-manager/push-manager/internal/wire"
 )
 
@@ -171,8 +171,8 @@ func appendSummary(b []byte, res *engine.Result) []byte {
 	for i := range res.NodeFailures {
 		f := &res.NodeFailures[i]
 		b = wire.AppendLen(b, 6, sizeFailure(f))
-		b = wire.AppendString(b, 1, clean(f.Node))
-		b = wire.AppendString(b, 2, clean(f.Reason))
+		b = wire.AppendString(b, 1, plain.Line(f.Node, maxReason))
+		b = wire.AppendString(b, 2, plain.Line(f.Reason, maxReason))
 		b = wire.AppendUint(b, 3, int32Of(f.Users))
 	}
 	return b
@@ -191,19 +191,7 @@ func sizeSummary(res *engine.Result) int {
 }
 
 func sizeFailure(f *engine.NodeFailure) int {
-	return wire.SizeString(1, clean(f.Node)) + wire.SizeString(2, clean(f.Reason)) + wire.SizeUint(3, int32Of(f.Users))
-}
-
-// clean makes text that a node may have had a part in fit for a reply: one byte
-// that is not UTF-8 would make the client refuse all of it.
-func clean(s string) string {
-	if len(s) > maxReason {
-		s = s[:maxReason]
-	}
-	if utf8.ValidString(s) {
-		return s
-	}
-	return strings.ToValidUTF8(s, "")
+	return wire.SizeString(1, plain.Line(f.Node, maxReason)) + wire.SizeString(2, plain.Line(f.Reason, maxReason)) + wire.SizeUint(3, int32Of(f.Users))
 }
 
 // int32Of is n within the range of an int32 that counts.
@@ -260,7 +248,7 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 	}
 	if len(res.NodeFailures) > 0 {
 		b = append(b, ": "...)
-		b = append(b, clean(res.NodeFailures[0].Reason)...)
+		b = append(b, plain.Line(res.NodeFailures[0].Reason, maxReason)...)
 	}
 	return b
 }

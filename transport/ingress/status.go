@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/plain"
 )
 
 const domain = "push-manager"
@@ -125,10 +126,10 @@ func (t *statuses) of(err error) *refusal {
 
 // newInvalid names the field that is wrong.
 func newInvalid(e *engine.InvalidError) *refusal {
-	return newRefusal(codes.InvalidArgument, e.Code, clean(e.Field+": "+e.Description),
+	return newRefusal(codes.InvalidArgument, e.Code, plain.Line(e.Field+": "+e.Description, maxReason),
 		&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{
-			Field:       clean(e.Field),
-			Description: clean(e.Description),
+			Field:       plain.Line(e.Field, maxReason),
+			Description: plain.Line(e.Description, maxReason),
 			Reason:      e.Code,
 		}}})
 }
@@ -146,7 +147,7 @@ func newTooLarge(e *tooLargeError) *refusal {
 
 // unsupportedEncoding refuses compressed requests.
 func unsupportedEncoding(name string) *refusal {
-	return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean("grpc-encoding "+name+" is not supported"))
+	return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", plain.Line("grpc-encoding "+name+" is not supported", maxReason))
 }
 
 // later makes a refusal that says when to come back, as gRPC's clients hear it, too.
