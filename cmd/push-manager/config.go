@@ -128,7 +128,6 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.Duration(&l.DialTimeout, "link.dial_timeout", time.Second, least, "Longest attempt to reach a node.")
 	s.Duration(&l.Heartbeat, "link.heartbeat", time.Second, least, "Pause between two heartbeats of a stream.")
 	s.Duration(&l.Silence, "link.silence", 3*time.Second, least, "How long a node may say nothing before its stream is closed.")
-	s.Duration(&l.Canary, "link.canary", 0, config.OrZero, "Pause between two heartbeats of a stream whose way to the node and back is measured. 0s: none is.")
 	s.Duration(&l.BackoffMin, "link.backoff_min", 50*time.Millisecond, least, "First pause between two attempts to reach a node; it doubles.")
 	s.Duration(&l.BackoffMax, "link.backoff_max", 750*time.Millisecond, least, "Longest pause between two attempts to reach a node.")
 	s.Int(&l.Dials, "link.dials", 256, 2, 1<<16, "Attempts to reach nodes that are under way at a time. Nodes that keep failing come last, with half of it at most.")
@@ -185,8 +184,6 @@ func (c *Config) Settle(s *config.Set, lookupEnv func(string) (string, bool)) er
 		return s.Problem("link.silence", "%v must be longer than link.heartbeat (%v)", c.Links.Silence, c.Links.Heartbeat)
 	case c.Links.BackoffMax < c.Links.BackoffMin:
 		return s.Problem("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
-	case c.Links.Canary != 0 && c.Links.Canary < leastLinkTime:
-		return s.Problem("link.canary", "%v must be 0s or at least %v", c.Links.Canary, leastLinkTime)
 	case c.Ingress.StreamsPerConnection >= c.Ingress.MaxStreams:
 		return s.Problem("api.push_streams_per_connection", "%d must be below api.streams (%d), or unary calls beside them would never begin", c.Ingress.StreamsPerConnection, c.Ingress.MaxStreams)
 	case l.DataBytes+l.MetadataBytes > c.Ingress.MaxRecvBytes:

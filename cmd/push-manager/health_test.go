@@ -74,7 +74,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	controller := "127.0.0.1:" + ports[2]
 	p := execute(t, []string{
 		"GRPC_PORT=" + ports[0], "METRICS_PORT=" + ports[1], "ETCD_ENDPOINTS=" + etcd.Endpoint(), "CONTROLLER_ADDRESS=" + controller,
-		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=2s", "LINK_CANARY=100ms", "LOOKUP_TIMEOUT=5s",
+		"ROUTE_STALE_TTL=2s", "NOT_READY_AFTER=2s", "LOOKUP_TIMEOUT=5s",
 	}, "push-manager")
 	o := ops("http://127.0.0.1:" + ports[1])
 	conn := client(t, "127.0.0.1:"+ports[0])
@@ -107,13 +107,12 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	if r, err := room(); err != nil || !r.GetSuccess() {
 		t.Fatalf("push: %v %v", r, err)
 	}
-	wantMetrics(t, o, "push_manager_ready 1", `push_manager_not_ready{reason="nodes"} 0`, `push_manager_link_canary_up{node_id="n1"} 1`)
+	wantMetrics(t, o, "push_manager_ready 1", `push_manager_not_ready{reason="nodes"} 0`)
 
 	n.stop()
 	o.until(t, 503, "no reachable node: 1 registered, 0 reachable\n")
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
-	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 1`, `push_manager_not_ready{reason="controller"} 0`,
-		`push_manager_link_canary_up{node_id="n1"} 0`)
+	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 1`, `push_manager_not_ready{reason="controller"} 0`)
 	if r, err := room(); err != nil || r.GetSuccess() || r.GetSummary().GetFailed() != 1 {
 		t.Errorf("with all nodes down: %v %v, want the answer that it failed", r, err)
 	}
