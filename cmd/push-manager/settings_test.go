@@ -51,7 +51,6 @@ var wrongSettings = map[string]map[string][]string{
 		"tracing.endpoint":         {"x", "ftp://h:1", "http://", "http://a b:1", "h:0"},
 		"discovery.allow_networks": {"10.0.0.0", "x/8"},
 		"link.compression":         {"gzip", "s2,s2"},
-		"link.canary":              {"1ms"},
 		"link.silence":             {"500ms"},
 		"link.backoff_max":         {"30ms"},
 		"limits.request_bytes":     {"1KiB"},

@@ -25,7 +25,6 @@ var otherValues = map[string]map[string]string{
 	"etcd.username":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
 	"etcd.password":            {"ETCD_USERNAME": "u", "ETCD_PASSWORD": "p"},
 	"api.body_bytes":           {"API_BODY_BYTES": "2MiB"},
-	"link.canary":              {"LINK_CANARY": "1s"},
 	"link.compression":         {"LINK_COMPRESSION": "zstd"},
 	"link.heartbeat":           {"LINK_HEARTBEAT": "1500ms"},
 	"link.backoff_min":         {"LINK_BACKOFF_MIN": "60ms"},

@@ -32,18 +32,25 @@ var layers = []layer{
 	}},
 	{dir: "docs"}, // what programs carry of it
 	{dir: "internal/label"},
+	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
+	{dir: "internal/pause"},
+	{dir: "internal/plain"},
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine"}, others: []string{"*"}},
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "internal/plain", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
-	{dir: "transport/link", ours: []string{"engine/...", "internal/label", "proto", "transport/compression"}, others: []string{"*"}},
-	{dir: "transport/discovery", others: []string{
+	{
+		dir:    "transport/link",
+		ours:   []string{"engine/...", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
+		others: []string{"*"},
+	},
+	{dir: "transport/discovery", ours: []string{"internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
 		"google.golang.org/grpc",
 	}},
-	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "proto"}, others: []string{"*"}},
-	{dir: "transport/node", ours: []string{"proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
+	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
+	{dir: "transport/node", ours: []string{"internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/config", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},

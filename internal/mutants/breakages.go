@@ -35,10 +35,10 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			name: "count a send without error as delivered",
 			file: "transport/link/stream.go",
 			edits: []edit{
-				{"\tclear(s.w.kept) // the window has them\n\ts.w.kept = s.w.kept[:0]\n\ts.w.out.buf", "\ts.w.out.buf"},
+				{"\t\tclear(s.w.kept) // the window has them\n\t\ts.w.kept = s.w.kept[:0]\n", ""},
 				{
-					"\t\t\treturn\n\t\t}\n\t}\n}\n\n// wait returns true",
-					"\t\t\treturn\n\t\t}\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n\n// wait returns true",
+					"\t\t\treturn\n\t\t}\n\t}\n}\n\n// end ends the stream",
+					"\t\t\treturn\n\t\t}\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n\n// end ends the stream",
 				},
 			},
 			dir: "transport/link", test: "TestRemovedNodeThatNeverAcksEndsUnknown",
@@ -71,8 +71,8 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			name: "lose the bound of the queue",
 			file: "transport/link/link.go",
 			edits: []edit{{
-				"count < p.Share(cfg.QueueLen) && bytes <= p.Share(cfg.QueueBytes)",
-				"cfg != nil", // neither bound is left
+				"l.load.len > 0 && (l.load.len >= p.Share(cfg.QueueLen) || l.load.bytes+e.size > p.Share(cfg.QueueBytes))",
+				"p > 100", // neither bound is left
 			}},
 			dir: "transport/link", test: "TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow",
 		},
@@ -86,8 +86,8 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			name: "share a buffer after its release",
 			file: "transport/link/stream.go",
 			edits: []edit{{
-				"\ts.w.out.buf = mem.NewBuffer(buf, pool)\n",
-				"\ts.w.out.buf = mem.NewBuffer(buf, pool)\n\tpool.Put(buf)\n",
+				"\t\ts.w.out.buf = mem.NewBuffer(buf, &l.set.buffers)\n",
+				"\t\ts.w.out.buf = mem.NewBuffer(buf, &l.set.buffers)\n\t\tl.set.buffers.Put(buf)\n",
 			}},
 			dir: "transport/link", test: "TestFramesKeepTheirBytesUntilTheyAreOnTheWire",
 		},
@@ -100,7 +100,7 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 		{
 			name:  "reorder under the pool",
 			file:  "transport/link/unary.go",
-			edits: []edit{{"\tla.busy = true\n", ""}},
+			edits: []edit{{"\t\t\t\tla.busy = true\n", ""}},
 			dir:   "transport/link", test: "TestUnaryCallsKeepTheOrderOfEachKey",
 		},
 		{

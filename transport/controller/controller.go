@@ -4,12 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
 
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
@@ -22,6 +19,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/pause"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -233,7 +232,7 @@ func (c *Controller) ping(ctx context.Context) {
 func (c *Controller) touch(err error) {
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded: // gRPC's own, in all likelihood
-		text := oneLine(status.Convert(err).Message())
+		text := plain.Line(status.Convert(err).Message(), mostTrouble)
 		c.trouble.Store(&text)
 	case codes.Canceled: // we did not wait
 	default:
@@ -248,19 +247,8 @@ func (c *Controller) heard() {
 	c.trouble.Store(nil)
 }
 
-// mostTrouble bounds what is kept of an error's text.
+// mostTrouble bounds what is kept of an error's text, which the Controller may have written.
 const mostTrouble = 256
-
-// oneLine makes text fit for a line of a report: the Controller may have written it.
-func oneLine(text string) string {
-	text = strings.ToValidUTF8(text[:min(len(text), mostTrouble)], "")
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, text)
-}
 
 // call runs one look-up with at most one retry.
 func (c *Controller) call(ctx context.Context, once func(context.Context) error) error {
@@ -271,7 +259,7 @@ func (c *Controller) call(ctx context.Context, once func(context.Context) error)
 	if err == nil || !again(err) || ctx.Err() != nil || !c.budget.spend() {
 		return err
 	}
-	if !sleep(ctx, jitter(retryPause)) {
+	if !pause.For(ctx, pause.Jitter(retryPause)) {
 		return err
 	}
 	c.m.retries.Inc()
@@ -357,18 +345,3 @@ func (o *optional) note(d time.Duration) (first bool) {
 }
 
 func (o *optional) forget() { o.until.Store(nil) }
-
-// jitter spreads d over its upper half.
-func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
-
-// sleep waits for d and tells whether ctx still lives.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
-}

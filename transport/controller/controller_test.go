@@ -614,20 +614,6 @@ func TestSilentControllerIsAsFarAwayAsOneThatRefuses(t *testing.T) {
 	})
 }
 
-func TestTroubleIsOneLine(t *testing.T) {
-	for text, want := range map[string]string{
-		"connection refused":                          "connection refused",
-		"two\r\nlines\x1b[31m":                        "two  lines [31m",
-		strings.Repeat("x", 1<<20):                    strings.Repeat("x", mostTrouble),
-		strings.Repeat("x", mostTrouble-1) + "\u00e9": strings.Repeat("x", mostTrouble-1),
-		"not \xff UTF-8":                              "not  UTF-8",
-	} {
-		if got := oneLine(text); got != want {
-			t.Errorf("%.40q becomes %.300q, want %.300q", text, got, want)
-		}
-	}
-}
-
 func TestConfigNamesWhatIsWrong(t *testing.T) {
 	_, err := New(Config{Address: " , ", Parallel: -1, BatchUsers: 10_001})
 	for _, want := range []string{"Address", "Parallel", "BatchUsers"} {

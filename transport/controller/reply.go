@@ -8,7 +8,8 @@ import (
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/push-manager/push-manager/internal/wire"
 )
 
 // maxIDBytes is the limit of every id of the API.
@@ -62,52 +63,46 @@ type walk struct {
 	skipped int // members or nodes with an id that no push could name
 }
 
-// response walks the outermost message.
 func (w *walk) response(b []byte) error {
-	return fields(b, func(number protowire.Number, value []byte) error {
-		if number != fieldRoomInfo {
-			return nil
+	reply := wire.Reader{Rest: b}
+	for reply.Next() {
+		if !reply.IsBytes(fieldRoomInfo) {
+			continue
 		}
 		w.found = true
-		return fields(value, func(number protowire.Number, value []byte) error {
-			if number != fieldUsers {
-				return nil
+		room := wire.Reader{Rest: reply.Bytes}
+		for room.Next() {
+			if !room.IsBytes(fieldUsers) {
+				continue
 			}
-			return w.member(value)
-		})
-	})
+			if err := w.member(room.Bytes); err != nil {
+				return err
+			}
+		}
+		if room.Err != nil {
+			return room.Err
+		}
+	}
+	return reply.Err
 }
 
-// member walks one UserInfo.
+// member reads one UserInfo.
 func (w *walk) member(b []byte) error {
 	if w.members++; w.members > w.maxMembers {
 		return fmt.Errorf("%w: the limit is %d", errMembers, w.maxMembers)
 	}
 	var user, node []byte
-	for len(b) > 0 {
-		number, kind, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return protowire.ParseError(n)
+	info := wire.Reader{Rest: b}
+	for info.Next() {
+		switch {
+		case info.IsBytes(fieldUserID):
+			user = info.Bytes
+		case info.IsBytes(fieldNodeID):
+			node = info.Bytes
 		}
-		b = b[n:]
-		if kind != protowire.BytesType {
-			if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
-				return protowire.ParseError(n)
-			}
-			b = b[n:]
-			continue
-		}
-		value, n := protowire.ConsumeBytes(b)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		b = b[n:]
-		switch number {
-		case fieldUserID:
-			user = value
-		case fieldNodeID:
-			node = value
-		}
+	}
+	if info.Err != nil {
+		return info.Err
 	}
 	if !usable(user) {
 		w.skipped++
@@ -118,33 +113,6 @@ func (w *walk) member(b []byte) error {
 		node = nil
 	}
 	w.add(user, node)
-	return nil
-}
-
-// fields calls visit for each length-delimited field of a message.
-func fields(b []byte, visit func(protowire.Number, []byte) error) error {
-	for len(b) > 0 {
-		number, kind, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		b = b[n:]
-		if kind != protowire.BytesType {
-			if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
-				return protowire.ParseError(n)
-			}
-			b = b[n:]
-			continue
-		}
-		value, n := protowire.ConsumeBytes(b)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		if err := visit(number, value); err != nil {
-			return err
-		}
-		b = b[n:]
-	}
 	return nil
 }
 

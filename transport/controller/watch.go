@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/pause"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -50,7 +51,7 @@ func (c *Controller) watchLoop(ctx context.Context, changes Changes) {
 	for ctx.Err() == nil {
 		if c.noWatch.missing() {
 			// Looked at again each second: the connection may be made anew.
-			sleep(ctx, time.Second)
+			pause.For(ctx, time.Second)
 			continue
 		}
 		began, follow := time.Now(), !c.noFollow.missing()
@@ -78,12 +79,12 @@ func (c *Controller) watchLoop(ctx context.Context, changes Changes) {
 		if failures == 0 {
 			c.log.Warn("the change stream broke, opening it again", "err", err)
 		}
-		pause := c.cfg.MaxBackoff
+		wait := c.cfg.MaxBackoff
 		if failures < 16 {
-			pause = min(pause, minBackoff<<failures)
+			wait = min(wait, minBackoff<<failures)
 		}
 		failures++
-		sleep(ctx, jitter(pause))
+		pause.For(ctx, pause.Jitter(wait))
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/internal/pause"
 )
 
 // errLeaseLost ends a stint whose lease etcd does not know any more.
@@ -225,7 +227,7 @@ func (r *Registration) loop(ctx context.Context) {
 			r.out.forget()
 		}
 		r.out.goesOn(err, "key", r.key)
-		if !sleep(ctx, pause(began, failures, r.cfg.MinBackoff, r.cfg.MaxBackoff)) {
+		if !pause.For(ctx, retryIn(began, failures, r.cfg.MinBackoff, r.cfg.MaxBackoff)) {
 			return
 		}
 		failures++
@@ -372,18 +374,6 @@ func (r *Registration) setRegistered(ours bool) {
 	}
 	r.firstTime.Do(func() { close(r.ready) })
 	r.cfg.Logger.Info("registered in etcd", "key", r.key, "addr", r.cfg.Addr)
-}
-
-// sleep waits for d and tells whether ctx still lives.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
 }
 
 // leaseError names the one failure that a new lease cures.

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/plain"
 )
 
 // registry decides who is known, from what etcd said and which links live. It
@@ -103,7 +105,7 @@ func (r *registry) put(now time.Time, e entry) {
 		r.m.overLimit.Inc()
 		if n, ok := r.quiet.say(now); ok {
 			r.log.Error("too many nodes registered, ignoring new ones",
-				"key", cut(e.key), "limit", r.maxNodes, "unreported", n)
+				"key", plain.Line(e.key, textMax), "limit", r.maxNodes, "unreported", n)
 		}
 		return
 	}
@@ -123,7 +125,7 @@ func (r *registry) putBad(now time.Time, e entry) {
 	}
 	r.m.badValues.Inc()
 	if n, ok := r.quiet.say(now); ok {
-		r.log.Warn("malformed registration skipped", "key", cut(e.key), "err", e.bad, "unreported", n)
+		r.log.Warn("malformed registration skipped", "key", plain.Line(e.key, textMax), "err", e.bad, "unreported", n)
 	}
 }
 
@@ -138,7 +140,7 @@ func (r *registry) putForeign(now time.Time, key string) {
 	}
 	r.m.foreign.Inc()
 	if n, ok := r.quiet.say(now); ok {
-		r.log.Warn("a key below the prefix of the nodes is no node's and is ignored: nodes stand right below it", "key", cut(key), "unreported", n)
+		r.log.Warn("a key below the prefix of the nodes is no node's and is ignored: nodes stand right below it", "key", plain.Line(key, textMax), "unreported", n)
 	}
 }
 
@@ -205,7 +207,7 @@ func (r *registry) noteContested(contested map[string]bool, winners map[string]s
 	for id := range contested {
 		if !r.contested[id] {
 			r.m.conflicts.Inc()
-			r.log.Warn("several keys claim one node id, the one created last wins", "node", id, "key", cut(winners[id]))
+			r.log.Warn("several keys claim one node id, the one created last wins", "node", id, "key", plain.Line(winners[id], textMax))
 		}
 	}
 	r.contested = contested

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/push-manager/push-manager/internal/plain"
 )
 
 const (
@@ -22,6 +24,8 @@ const (
 	maxValueBytes = 4 << 10
 	// maxHostBytes is the length limit of a DNS name.
 	maxHostBytes = 253
+	// textMax is what logs and errors have of what others have registered.
+	textMax = 128
 )
 
 // Node is a registered node: who it is and where it is dialled.
@@ -146,11 +150,11 @@ func CheckAddress(addr string) error { return checkAddr(addr, nil) }
 func checkAddr(addr string, nets []netip.Prefix) error {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
-		return fmt.Errorf("address %q is not host:port", cut(addr))
+		return fmt.Errorf("address %q is not host:port", plain.Line(addr, textMax))
 	}
 	number, err := strconv.ParseUint(port, 10, 16)
 	if err != nil || number == 0 || port[0] == '+' {
-		return fmt.Errorf("address %q: port is not in 1..65535", cut(addr))
+		return fmt.Errorf("address %q: port is not in 1..65535", plain.Line(addr, textMax))
 	}
 	ip, err := netip.ParseAddr(host)
 	if err != nil {
@@ -159,11 +163,11 @@ func checkAddr(addr string, nets []netip.Prefix) error {
 	ip = ip.Unmap()
 	switch {
 	case ip.Zone() != "":
-		return fmt.Errorf("address %q has a zone", cut(addr))
+		return fmt.Errorf("address %q has a zone", plain.Line(addr, textMax))
 	case ip.IsUnspecified(), ip.IsMulticast(), ip.IsLinkLocalUnicast():
-		return fmt.Errorf("address %q is unspecified, multicast or link-local", cut(addr))
+		return fmt.Errorf("address %q is unspecified, multicast or link-local", plain.Line(addr, textMax))
 	case !allowed(ip, nets):
-		return fmt.Errorf("address %q is outside of the allowed networks", cut(addr))
+		return fmt.Errorf("address %q is outside of the allowed networks", plain.Line(addr, textMax))
 	}
 	return nil
 }
@@ -171,11 +175,11 @@ func checkAddr(addr string, nets []netip.Prefix) error {
 func checkHostName(addr, host string, nets []netip.Prefix) error {
 	switch {
 	case host == "" || len(host) > maxHostBytes:
-		return fmt.Errorf("address %q: host is empty or too long", cut(addr))
+		return fmt.Errorf("address %q: host is empty or too long", plain.Line(addr, textMax))
 	case strings.ContainsFunc(host, notInHostName):
-		return fmt.Errorf("address %q: host is no name and no IP address", cut(addr))
+		return fmt.Errorf("address %q: host is no name and no IP address", plain.Line(addr, textMax))
 	case len(nets) > 0:
-		return fmt.Errorf("address %q: names are not allowed where networks are listed", cut(addr))
+		return fmt.Errorf("address %q: names are not allowed where networks are listed", plain.Line(addr, textMax))
 	}
 	return nil
 }
@@ -194,13 +198,4 @@ func allowed(ip netip.Addr, nets []netip.Prefix) bool {
 		}
 	}
 	return false
-}
-
-// cut shortens foreign text for logs and errors.
-func cut(s string) string {
-	const most = 128 // enough to recognise it
-	if len(s) <= most {
-		return s
-	}
-	return s[:most] + "..."
 }

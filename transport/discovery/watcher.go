@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -16,6 +15,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
+
+	"github.com/push-manager/push-manager/internal/pause"
 )
 
 // pageSize is how many keys one request of a list asks for: at etcd's limit of
@@ -315,7 +316,7 @@ func (l *watching) onListed(ctx context.Context, got listing) {
 	} else {
 		l.m.listOK.Inc()
 	}
-	next, doubtful := jitter(l.cfg.ResyncInterval), now.Before(l.doubt)
+	next, doubtful := pause.Jitter(l.cfg.ResyncInterval), now.Before(l.doubt)
 	if doubtful {
 		next = l.doubt.Sub(now)
 	}
@@ -452,25 +453,20 @@ func (l *watching) answered(rev int64, term uint64) {
 func (l *watching) failed(began time.Time, err error) {
 	l.out.goesOn(err)
 	l.since(l.lastWord)
-	l.retry.Reset(pause(began, l.failures, l.cfg.MinBackoff, l.cfg.MaxBackoff))
+	l.retry.Reset(retryIn(began, l.failures, l.cfg.MinBackoff, l.cfg.MaxBackoff))
 	l.failures++
 }
 
-// pause is how long to wait for the next attempt, after one that failed and failures
+// retryIn is how long to wait for the next attempt, after one that failed and failures
 // before it. It counts from the beginning of the failed one: a request waits for a
 // connection as long as it may, and when that was longer than the pause, the next one
 // takes its place at once. So one is there to go out with the connection, and nothing is
 // added to the time until that is back. A fleet is in step then, at one request each in that
 // time.
-func pause(began time.Time, failures int, shortest, longest time.Duration) time.Duration {
+func retryIn(began time.Time, failures int, shortest, longest time.Duration) time.Duration {
 	d := longest
 	if failures < 16 {
 		d = min(d, shortest<<failures)
 	}
-	return max(0, jitter(d)-time.Since(began))
-}
-
-// jitter spreads d over its upper half, so that a fleet does not move in step.
-func jitter(d time.Duration) time.Duration {
-	return d/2 + rand.N(d/2+1)
+	return max(0, pause.Jitter(d)-time.Since(began))
 }

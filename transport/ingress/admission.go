@@ -33,7 +33,7 @@ type callInfo struct {
 	priority engine.Priority
 	budget   *budget // nil: nobody counts
 	conn     *throttle.Conn
-	wire     wire
+	wire     rawCall
 	call     *throttle.Call // nil: it is a PushStream
 }
 
@@ -54,7 +54,7 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 	if s.draining.Load() {
 		return info, engine.ErrDraining
 	}
-	w, known := grpc.ServerTransportStreamFromContext(ctx).(wire)
+	w, known := grpc.ServerTransportStreamFromContext(ctx).(rawCall)
 	if !known || info.conn == nil {
 		return info, errForeignTransport
 	}

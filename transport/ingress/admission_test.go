@@ -391,7 +391,7 @@ func TestRefusedPushesCostNothing(t *testing.T) {
 
 // quiet is the transport of a call without a message.
 type quiet struct {
-	wire
+	rawCall
 	grpc.ServerTransportStream
 }
 

@@ -50,7 +50,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	}
 }
 
-// Unmarshal decodes data into v. Requests for pushes do not come this way, see wire.
+// Unmarshal decodes data into v. Requests for pushes do not come this way, see rawCall.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	return c.proto.Unmarshal(data, v)
 }

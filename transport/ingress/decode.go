@@ -5,11 +5,11 @@ import (
 	"slices"
 	"time"
 	"unicode/utf8"
-	"unsafe"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/wire"
 )
 
 const (
@@ -47,15 +47,18 @@ func newDecoder(limits engine.Limits) *decoder {
 	return d
 }
 
-func (s *shape) name(num protowire.Number) string {
-	switch num {
-	case s.id:
+// name says to what a field belongs that cannot be read.
+func (s *shape) name(m *wire.Reader) string {
+	switch {
+	case m.Number() == 0 || m.Type() != protowire.BytesType:
+	case m.Number() == s.id:
 		return s.idName
-	case s.list:
+	case m.Number() == s.list:
 		return s.listName
-	default:
+	case m.Number() == s.content:
 		return "content"
 	}
+	return "request"
 }
 
 // walk is what one pass over a request has found. Its slices are parts of the
@@ -69,27 +72,27 @@ type walk struct {
 	facts   engine.Content
 }
 
-// decode fills p from the bytes of a request and owns wire from the call on. The
-// space behind wire, up to its capacity, must be nobody else's: a timestamp may be
+// decode fills p from the bytes of a request and owns b from the call on. The
+// space behind b, up to its capacity, must be nobody else's: a timestamp may be
 // written there.
-func (d *decoder) decode(a api, wire []byte, p *engine.Push) error {
+func (d *decoder) decode(a api, b []byte, p *engine.Push) error {
 	s := &d.shapes[a]
-	w, err := d.walk(s, wire)
+	w, err := d.walk(s, b)
 	if err != nil {
 		return err
 	}
 	p.Kind = a.kind()
 	switch a {
 	case toRoom:
-		p.Room, p.Exclude = str(w.id), s.collect(wire, &w)
+		p.Room, p.Exclude = wire.String(w.id), s.collect(b, &w)
 	case toUser:
-		p.User = str(w.id)
+		p.User = wire.String(w.id)
 	case toUsers:
-		p.Users = s.collect(wire, &w)
+		p.Users = s.collect(b, &w)
 	case toAll, apis: // names nobody
 	}
 	p.Content = w.facts
-	p.Payload = w.payload(wire)
+	p.Payload = w.payload(b)
 	return nil
 }
 
@@ -97,54 +100,46 @@ func (d *decoder) decode(a api, wire []byte, p *engine.Push) error {
 // limit, without keeping anything but where things are.
 func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 	var w walk
-	for at := 0; at < len(b); {
-		start := at
-		num, typ, n := tag(b[at:])
-		if n < 0 {
-			return w, malformed("request")
-		}
-		at += n
-		if typ != protowire.BytesType || num != s.id && num != s.list && num != s.content {
-			if n = protowire.ConsumeFieldValue(num, typ, b[at:]); n < 0 {
-				return w, malformed("request")
-			}
-			at += n
+	m := wire.Reader{Rest: b}
+	for start := 0; m.Next(); start = len(b) - len(m.Rest) {
+		if m.Type() != protowire.BytesType {
 			continue
 		}
-		v, n := protowire.ConsumeBytes(b[at:])
-		if n < 0 {
-			return w, malformed(s.name(num))
-		}
-		at += n
-		if err := d.field(s, &w, num, v, start); err != nil {
-			return w, err
-		}
-	}
-	return w, d.contentSize(&w)
-}
-
-// field notes one field of the message, which stands at start.
-func (d *decoder) field(s *shape, w *walk, num protowire.Number, v []byte, start int) error {
-	switch num {
-	case s.content:
-		return d.addContent(w, v)
-	case s.id:
-		if !utf8.Valid(v) {
-			return invalidUTF8(engine.CodeIDMalformed, s.idName)
-		}
-		w.id = v
-	case s.list:
-		if w.listed == 0 {
-			w.listAt = start
-		}
-		if w.listed++; w.listed > s.listMax {
-			return d.tooMany(s.listName, w.listed)
-		}
-		if !utf8.Valid(v) {
-			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, w.listed-1))
+		switch m.Number() {
+		case s.content:
+			end := len(b) - len(m.Rest)
+			if err := d.addContent(&w, b[end-len(m.Bytes):end]); err != nil { // with what stands behind it, see payload
+				return w, err
+			}
+		case s.id:
+			if !utf8.Valid(m.Bytes) {
+				return w, invalidUTF8(engine.CodeIDMalformed, s.idName)
+			}
+			w.id = m.Bytes
+		case s.list:
+			if w.listed == 0 {
+				w.listAt = start
+			}
+			if w.listed++; w.listed > s.listMax {
+				return w, d.tooMany(s.listName, w.listed)
+			}
+			if !utf8.Valid(m.Bytes) {
+				return w, invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, w.listed-1))
+			}
 		}
 	}
-	return nil
+	if m.Err != nil {
+		return w, malformed(s.name(&m))
+	}
+	// Refused is content that is larger than its parts may be together. Parts over their
+	// own limits are the engine's to name.
+	l := &d.limits
+	if len(w.content) > l.DataBytes+l.MetadataBytes+contentSlack &&
+		w.facts.DataLen <= l.DataBytes && w.facts.MetadataBytes <= l.MetadataBytes {
+		return w, &engine.InvalidError{Field: "content", Code: engine.CodeTooLarge, Description: fmt.Sprintf(
+			"has %d bytes, repeated and unknown fields included", len(w.content))}
+	}
+	return w, nil
 }
 
 // addContent notes a content field. One that comes again is merged with what
@@ -165,82 +160,41 @@ func (d *decoder) addContent(w *walk, v []byte) error {
 	return nil
 }
 
-func (d *decoder) walkContent(f *engine.Content, b []byte) error {
-	for len(b) > 0 {
-		num, typ, n := tag(b)
-		if n < 0 {
-			return malformed("content")
-		}
-		b = b[n:]
+func (d *decoder) walkContent(c *engine.Content, b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
 		switch {
-		case num == contentData && typ == protowire.BytesType:
-			var v []byte
-			if v, n = protowire.ConsumeBytes(b); n < 0 {
-				return malformed("content.data")
+		case m.IsBytes(contentData):
+			c.DataLen = len(m.Bytes)
+		case m.IsUint(contentTimestamp):
+			c.Timestamp = int64(m.Uint)
+		case m.IsBytes(contentMetadata):
+			if c.MetadataEntries++; c.MetadataEntries > d.limits.MetadataEntries {
+				return d.tooMany("content.metadata", c.MetadataEntries)
 			}
-			f.DataLen = len(v)
-		case num == contentTimestamp && typ == protowire.VarintType:
-			var v uint64
-			if v, n = protowire.ConsumeVarint(b); n < 0 {
-				return malformed("content.timestamp")
+			entry := wire.Reader{Rest: m.Bytes}
+			for entry.Next() {
+				if entry.IsBytes(1) || entry.IsBytes(2) { // key and value
+					c.MetadataBytes += len(entry.Bytes)
+					c.InvalidUTF8 = c.InvalidUTF8 || !utf8.Valid(entry.Bytes)
+				}
 			}
-			f.Timestamp = int64(v)
-		case num == contentMetadata && typ == protowire.BytesType:
-			var v []byte
-			if v, n = protowire.ConsumeBytes(b); n < 0 {
+			if entry.Err != nil {
 				return malformed("content.metadata")
 			}
-			if f.MetadataEntries++; f.MetadataEntries > d.limits.MetadataEntries {
-				return d.tooMany("content.metadata", f.MetadataEntries)
-			}
-			if err := walkEntry(f, v); err != nil {
-				return err
-			}
-		default:
-			if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
-				return malformed("content")
-			}
 		}
-		b = b[n:]
 	}
-	return nil
-}
-
-// walkEntry notes one entry of the metadata map.
-func walkEntry(f *engine.Content, b []byte) error {
-	for len(b) > 0 {
-		num, typ, n := tag(b)
-		if n < 0 {
-			return malformed("content.metadata")
-		}
-		b = b[n:]
-		if typ == protowire.BytesType && num <= 2 { // key and value
-			var v []byte
-			if v, n = protowire.ConsumeBytes(b); n >= 0 {
-				f.MetadataBytes += len(v)
-				f.InvalidUTF8 = f.InvalidUTF8 || !utf8.Valid(v)
-			}
-		} else {
-			n = protowire.ConsumeFieldValue(num, typ, b)
-		}
-		if n < 0 {
-			return malformed("content.metadata")
-		}
-		b = b[n:]
-	}
-	return nil
-}
-
-// contentSize refuses content that is larger than its parts may be together.
-// Parts over their own limits are the engine's to name.
-func (d *decoder) contentSize(w *walk) error {
-	l := &d.limits
-	if len(w.content) <= l.DataBytes+l.MetadataBytes+contentSlack ||
-		w.facts.DataLen > l.DataBytes || w.facts.MetadataBytes > l.MetadataBytes {
+	switch {
+	case m.Err == nil:
 		return nil
+	case m.IsBytes(contentData):
+		return malformed("content.data")
+	case m.IsUint(contentTimestamp):
+		return malformed("content.timestamp")
+	case m.IsBytes(contentMetadata):
+		return malformed("content.metadata")
 	}
-	return &engine.InvalidError{Field: "content", Code: engine.CodeTooLarge, Description: fmt.Sprintf(
-		"has %d bytes, repeated and unknown fields included", len(w.content))}
+	return malformed("content")
 }
 
 func (d *decoder) tooMany(field string, n int) error {
@@ -251,21 +205,16 @@ func (d *decoder) tooMany(field string, n int) error {
 }
 
 // collect makes the list that the walk has counted and checked.
-func (s *shape) collect(wire []byte, w *walk) []string {
+func (s *shape) collect(b []byte, w *walk) []string {
 	if w.listed == 0 {
 		return nil
 	}
 	list := make([]string, 0, w.listed)
-	for b := wire[w.listAt:]; len(list) < w.listed; {
-		num, typ, n := tag(b)
-		b = b[n:]
-		if num != s.list || typ != protowire.BytesType {
-			b = b[protowire.ConsumeFieldValue(num, typ, b):]
-			continue
+	m := wire.Reader{Rest: b[w.listAt:]}
+	for len(list) < w.listed && m.Next() {
+		if m.IsBytes(s.list) {
+			list = append(list, wire.String(m.Bytes))
 		}
-		v, n := protowire.ConsumeBytes(b)
-		list = append(list, str(v))
-		b = b[n:]
 	}
 	return list
 }
@@ -273,15 +222,14 @@ func (s *shape) collect(wire []byte, w *walk) []string {
 // payload is the content as it goes to the nodes, stamped if it has no time. The
 // stamp goes into the space behind the request when the content is the last thing
 // in it, which is how every generated client writes it.
-func (w *walk) payload(wire []byte) []byte {
+func (w *walk) payload(b []byte) []byte {
 	c := w.content
 	if w.facts.Present && w.facts.Timestamp == 0 {
-		spare := cap(wire) - len(wire)
+		spare := cap(b) - len(b)
 		if last := cap(c)-len(c) == spare; !w.merged && !(last && spare >= stampRoom) {
 			c = append(make([]byte, 0, len(c)+stampRoom), c...)
 		}
-		c = protowire.AppendTag(c, contentTimestamp, protowire.VarintType)
-		c = protowire.AppendVarint(c, uint64(time.Now().Unix()))
+		c = wire.AppendUint(c, contentTimestamp, uint64(time.Now().Unix()))
 	}
 	return slices.Clip(c)
 }
@@ -301,37 +249,25 @@ type streamRequest struct {
 
 // stream takes the envelope of a PushStreamRequest apart. With an error the
 // request holds what could be read before it.
-func (d *decoder) stream(wire []byte) (streamRequest, error) {
+func (d *decoder) stream(b []byte) (streamRequest, error) {
 	var r streamRequest
 	var bad error
-	for b := wire; len(b) > 0; {
-		num, typ, n := tag(b)
-		if n < 0 {
-			return r, malformed("request")
-		}
-		b = b[n:]
-		a, isPush := asked(num)
+	m := wire.Reader{Rest: b}
+	for m.Next() {
 		switch {
-		case num == 1 && typ == protowire.VarintType:
-			if r.id, n = protowire.ConsumeVarint(b); n >= 0 {
-				r.hasID = true
+		case m.IsUint(1):
+			r.id, r.hasID = m.Uint, true
+		case m.IsBytes(batchField):
+			r.batch++
+		case m.Type() == protowire.BytesType:
+			if a, ok := asked(m.Number()); ok && bad == nil {
+				end := len(b) - len(m.Rest)
+				bad = d.ask(&r, a, b[end-len(m.Bytes):end]) // with what stands behind it, see payload
 			}
-		case num == batchField && typ == protowire.BytesType:
-			if _, n = protowire.ConsumeBytes(b); n >= 0 {
-				r.batch++
-			}
-		case isPush && typ == protowire.BytesType:
-			var v []byte
-			if v, n = protowire.ConsumeBytes(b); n >= 0 && bad == nil {
-				bad = d.ask(&r, a, v)
-			}
-		default:
-			n = protowire.ConsumeFieldValue(num, typ, b)
 		}
-		if n < 0 {
-			return r, malformed("request")
-		}
-		b = b[n:]
+	}
+	if m.Err != nil {
+		return r, malformed("request")
 	}
 	r.whole = true
 	if r.batch > 0 {
@@ -363,19 +299,12 @@ func (r *streamRequest) checkBatch() error {
 
 // eachInBatch yields the pushes of a batch, which stream has found well-formed. What
 // stands behind a push, up to its capacity, is nobody else's.
-func eachInBatch(wire []byte, yield func(push []byte) bool) {
-	for b := wire; len(b) > 0; {
-		num, typ, n := tag(b)
-		b = b[n:]
-		if num != batchField || typ != protowire.BytesType {
-			b = b[protowire.ConsumeFieldValue(num, typ, b):]
-			continue
-		}
-		push, n := protowire.ConsumeBytes(b)
-		if !yield(slices.Clip(push)) {
+func eachInBatch(b []byte, yield func(push []byte) bool) {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		if m.IsBytes(batchField) && !yield(m.Bytes) {
 			return
 		}
-		b = b[n:]
 	}
 }
 
@@ -409,23 +338,6 @@ func (d *decoder) check(a api, b []byte) error {
 		err = invalidUTF8(engine.CodeMalformed, "content.metadata")
 	}
 	return err
-}
-
-// tag reads a field's number and type; n < 0 when there is no valid one.
-func tag(b []byte) (num protowire.Number, typ protowire.Type, n int) {
-	if b[0] < 0x80 && b[0] >= 1<<3 { // fields 1 to 15
-		return protowire.Number(b[0] >> 3), protowire.Type(b[0] & 7), 1
-	}
-	num, typ, n = protowire.ConsumeTag(b)
-	if num > protowire.MaxValidNumber {
-		return 0, 0, -1
-	}
-	return num, typ, n
-}
-
-// str is a string over b, which is not written as long as the push is under way.
-func str(b []byte) string {
-	return unsafe.String(unsafe.SliceData(b), len(b)) //nolint:gosec // b is a part of a request, see the package's invariants
 }
 
 func malformed(field string) error {

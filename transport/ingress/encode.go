@@ -6,12 +6,13 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/plain"
+	"github.com/push-manager/push-manager/internal/wire"
 )
 
 // maxReason bounds what a node can put into the reply of a push that failed on
@@ -63,7 +64,7 @@ func (s *Server) newStreamReply(id uint64, a api, p *engine.Push, res *engine.Re
 }
 
 func (s *Server) appendStreamReply(b []byte, id uint64, a api, p *engine.Push, res *engine.Result) []byte {
-	b = appendUint(b, 1, id)
+	b = wire.AppendUint(b, 1, id)
 	b = protowire.AppendTag(b, a.resultField(), protowire.BytesType)
 	if usual(a, res) {
 		return protowire.AppendBytes(b, s.usual.buffer)
@@ -104,8 +105,7 @@ func (r *replies) fits() bool { return len(r.all) < repliesBytes-replyRoom }
 
 // add appends an encoded PushStreamResponse, and keeps its memory as scratch.
 func (r *replies) add(one []byte) {
-	r.all = protowire.AppendTag(r.all, batchField, protowire.BytesType)
-	r.all = protowire.AppendBytes(r.all, one)
+	r.all = wire.AppendBytes(r.all, batchField, one)
 	r.one = one
 }
 
@@ -121,9 +121,8 @@ func newStreamError(id uint64, status []byte) *reply {
 }
 
 func appendStreamError(b []byte, id uint64, status []byte) []byte {
-	b = appendUint(b, 1, id)
-	b = protowire.AppendTag(b, 2, protowire.BytesType)
-	return protowire.AppendBytes(b, status)
+	b = wire.AppendUint(b, 1, id)
+	return wire.AppendBytes(b, 2, status)
 }
 
 // The responses of the four methods differ in two things: that of PushToUser has
@@ -137,17 +136,15 @@ func messageField(a api) protowire.Number {
 
 func appendResponse(b []byte, a api, msg []byte, res *engine.Result) []byte {
 	if res.Success() {
-		b = appendUint(b, 1, 1)
+		b = wire.AppendUint(b, 1, 1)
 	}
 	if a != toUser {
-		b = appendUint(b, 2, int32Of(res.Delivered))
+		b = wire.AppendUint(b, 2, int32Of(res.Delivered))
 	}
 	if len(msg) > 0 {
-		b = protowire.AppendTag(b, messageField(a), protowire.BytesType)
-		b = protowire.AppendBytes(b, msg)
+		b = wire.AppendBytes(b, messageField(a), msg)
 	}
-	b = protowire.AppendTag(b, 10, protowire.BytesType)
-	b = protowire.AppendVarint(b, uint64(sizeSummary(res)))
+	b = wire.AppendLen(b, 10, sizeSummary(res))
 	return appendSummary(b, res)
 }
 
@@ -157,85 +154,44 @@ func sizeResponse(a api, msg []byte, res *engine.Result) int {
 		n += 2
 	}
 	if a != toUser {
-		n += sizeUint(2, int32Of(res.Delivered))
+		n += wire.SizeUint(2, int32Of(res.Delivered))
 	}
 	if len(msg) > 0 {
-		n += protowire.SizeTag(messageField(a)) + protowire.SizeBytes(len(msg))
+		n += wire.SizeLen(messageField(a), len(msg))
 	}
-	return n + protowire.SizeTag(10) + protowire.SizeBytes(sizeSummary(res))
+	return n + wire.SizeLen(10, sizeSummary(res))
 }
 
 func appendSummary(b []byte, res *engine.Result) []byte {
-	b = appendUint(b, 1, int32Of(res.Targets))
-	b = appendUint(b, 2, int32Of(res.Delivered))
-	b = appendUint(b, 3, int32Of(res.Offline))
-	b = appendUint(b, 4, int32Of(res.Failed))
-	b = appendUint(b, 5, int32Of(res.Unknown))
+	b = wire.AppendUint(b, 1, int32Of(res.Targets))
+	b = wire.AppendUint(b, 2, int32Of(res.Delivered))
+	b = wire.AppendUint(b, 3, int32Of(res.Offline))
+	b = wire.AppendUint(b, 4, int32Of(res.Failed))
+	b = wire.AppendUint(b, 5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
 		f := &res.NodeFailures[i]
-		b = protowire.AppendTag(b, 6, protowire.BytesType)
-		b = protowire.AppendVarint(b, uint64(sizeFailure(f)))
-		b = appendText(b, 1, f.Node)
-		b = appendText(b, 2, f.Reason)
-		b = appendUint(b, 3, int32Of(f.Users))
+		b = wire.AppendLen(b, 6, sizeFailure(f))
+		b = wire.AppendString(b, 1, plain.Line(f.Node, maxReason))
+		b = wire.AppendString(b, 2, plain.Line(f.Reason, maxReason))
+		b = wire.AppendUint(b, 3, int32Of(f.Users))
 	}
 	return b
 }
 
 func sizeSummary(res *engine.Result) int {
-	n := sizeUint(1, int32Of(res.Targets)) +
-		sizeUint(2, int32Of(res.Delivered)) +
-		sizeUint(3, int32Of(res.Offline)) +
-		sizeUint(4, int32Of(res.Failed)) +
-		sizeUint(5, int32Of(res.Unknown))
+	n := wire.SizeUint(1, int32Of(res.Targets)) +
+		wire.SizeUint(2, int32Of(res.Delivered)) +
+		wire.SizeUint(3, int32Of(res.Offline)) +
+		wire.SizeUint(4, int32Of(res.Failed)) +
+		wire.SizeUint(5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
-		n += protowire.SizeTag(6) + protowire.SizeBytes(sizeFailure(&res.NodeFailures[i]))
+		n += wire.SizeLen(6, sizeFailure(&res.NodeFailures[i]))
 	}
 	return n
 }
 
 func sizeFailure(f *engine.NodeFailure) int {
-	return sizeText(1, f.Node) + sizeText(2, f.Reason) + sizeUint(3, int32Of(f.Users))
-}
-
-func appendUint(b []byte, num protowire.Number, v uint64) []byte {
-	if v == 0 {
-		return b
-	}
-	return protowire.AppendVarint(protowire.AppendTag(b, num, protowire.VarintType), v)
-}
-
-func sizeUint(num protowire.Number, v uint64) int {
-	if v == 0 {
-		return 0
-	}
-	return protowire.SizeTag(num) + protowire.SizeVarint(v)
-}
-
-func appendText(b []byte, num protowire.Number, s string) []byte {
-	if s = clean(s); s == "" {
-		return b
-	}
-	return protowire.AppendString(protowire.AppendTag(b, num, protowire.BytesType), s)
-}
-
-func sizeText(num protowire.Number, s string) int {
-	if s = clean(s); s == "" {
-		return 0
-	}
-	return protowire.SizeTag(num) + protowire.SizeBytes(len(s))
-}
-
-// clean makes text that a node may have had a part in fit for a reply: one byte
-// that is not UTF-8 would make the client refuse all of it.
-func clean(s string) string {
-	if len(s) > maxReason {
-		s = s[:maxReason]
-	}
-	if utf8.ValidString(s) {
-		return s
-	}
-	return strings.ToValidUTF8(s, "")
+	return wire.SizeString(1, plain.Line(f.Node, maxReason)) + wire.SizeString(2, plain.Line(f.Reason, maxReason)) + wire.SizeUint(3, int32Of(f.Users))
 }
 
 // int32Of is n within the range of an int32 that counts.
@@ -292,7 +248,7 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 	}
 	if len(res.NodeFailures) > 0 {
 		b = append(b, ": "...)
-		b = append(b, clean(res.NodeFailures[0].Reason)...)
+		b = append(b, plain.Line(res.NodeFailures[0].Reason, maxReason)...)
 	}
 	return b
 }

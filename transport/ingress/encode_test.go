@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -106,7 +107,7 @@ func answerOf(r *pubsub.PushStreamResponse) proto.Message {
 
 func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.PushStreamResponse {
 	i32 := func(n int) int32 { return int32(min(max(n, 0), math.MaxInt32)) }
-	text := func(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReason)], "") }
+	text := func(s string) string { return plain.Line(s, maxReason) }
 	sum := &pubsub.DeliverySummary{Targets: i32(res.Targets), Delivered: i32(res.Delivered),
 		Offline: i32(res.Offline), Failed: i32(res.Failed), Unknown: i32(res.Unknown)}
 	for _, f := range res.NodeFailures {

@@ -13,10 +13,10 @@ import (
 	"github.com/push-manager/push-manager/engine"
 )
 
-// wire is a call as gRPC's transport has it. Asking it, and not grpc.ServerStream, tells how
+// rawCall is a call as gRPC's transport has it. Asking it, and not grpc.ServerStream, tells how
 // large a message is before it is read: a large one must not come in before there is memory
 // for it, and one that is too large has to be refused with our own words.
-type wire interface {
+type rawCall interface {
 	RecvCompress() string
 	ReadMessageHeader(head []byte) error
 	Read(n int) (mem.BufferSlice, error)
@@ -46,7 +46,7 @@ func (e *tooLargeError) Error() string {
 
 // next awaits the next message and tells how large it is. head is for messageHead bytes.
 // io.EOF means that there is none.
-func (s *Server) next(w wire, head []byte) (size int, err error) {
+func (s *Server) next(w rawCall, head []byte) (size int, err error) {
 	if err := w.ReadMessageHeader(head); err != nil {
 		return 0, err
 	}
@@ -62,11 +62,11 @@ func (s *Server) next(w wire, head []byte) (size int, err error) {
 
 // first reads the first bytes of a large message, which need no space: whoever announces a
 // message and sends none of it gets none.
-func first(w wire) (mem.BufferSlice, error) { return w.Read(smallBody) }
+func first(w rawCall) (mem.BufferSlice, error) { return w.Read(smallBody) }
 
 // fill reads the message of which next has read the head. begin is what is read of it already, nil
 // for nothing; fill frees it.
-func (in *inbound) fill(w wire, begin mem.BufferSlice, size int) error {
+func (in *inbound) fill(w rawCall, begin mem.BufferSlice, size int) error {
 	data, err := w.Read(size - begin.Len())
 	if err != nil {
 		begin.Free()
@@ -81,7 +81,7 @@ func (in *inbound) fill(w wire, begin mem.BufferSlice, size int) error {
 }
 
 // only reads the message of a call that has one, as fill does, and then that no other follows: what a client sends behind it would stay in memory, however long the push takes.
-func (in *inbound) only(w wire, begin mem.BufferSlice, size int, head []byte) error {
+func (in *inbound) only(w rawCall, begin mem.BufferSlice, size int, head []byte) error {
 	if err := in.fill(w, begin, size); err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/plain"
 )
 
 const domain = "push-manager"
@@ -106,7 +107,7 @@ func (t *statuses) of(err error) *refusal {
 	case errors.As(err, &invalid):
 		return newInvalid(invalid)
 	case errors.As(err, &encoding):
-		return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", clean(encoding.Error()))
+		return newRefusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", plain.Line(encoding.Error(), maxReason))
 	case errors.Is(err, engine.ErrDraining):
 		return t.draining
 	case errors.Is(err, errNotReady):
@@ -128,10 +129,10 @@ func (t *statuses) of(err error) *refusal {
 
 // newInvalid names the field that is wrong.
 func newInvalid(e *engine.InvalidError) *refusal {
-	return newRefusal(codes.InvalidArgument, e.Code, clean(e.Field+": "+e.Description),
+	return newRefusal(codes.InvalidArgument, e.Code, plain.Line(e.Field+": "+e.Description, maxReason),
 		&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{
-			Field:       clean(e.Field),
-			Description: clean(e.Description),
+			Field:       plain.Line(e.Field, maxReason),
+			Description: plain.Line(e.Description, maxReason),
 			Reason:      e.Code,
 		}}})
 }

@@ -41,7 +41,7 @@ type stream struct {
 	deadline time.Time     // of the stream, zero for none
 	info     callInfo
 	conn     *throttle.Conn
-	wire     wire
+	wire     rawCall
 
 	// Owned by the reader.
 	order      engine.Order

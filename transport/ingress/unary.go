@@ -83,7 +83,7 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 
 // read reads the request, once there is space for it. A small one is a part of what every open
 // call is reckoned to take, see openBytes.
-func (s *Server) read(ctx context.Context, w wire, conn *throttle.Conn, c *call) error {
+func (s *Server) read(ctx context.Context, w rawCall, conn *throttle.Conn, c *call) error {
 	size, err := s.next(w, c.head[:])
 	if err == nil && size > smallBody {
 		return s.readLarge(ctx, w, conn, c, size)
@@ -99,7 +99,7 @@ func (s *Server) read(ctx context.Context, w wire, conn *throttle.Conn, c *call)
 
 // readLarge reads a request that needs space. If it is too slow, its call is ended by the watch:
 // nothing else ends a read.
-func (s *Server) readLarge(ctx context.Context, w wire, conn *throttle.Conn, c *call, size int) (err error) {
+func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, c *call, size int) (err error) {
 	begin, err := first(w)
 	if err != nil {
 		return unread(err)

@@ -212,7 +212,7 @@ func keptDeliveries(b *testing.B) map[string]*engine.Delivery {
 // BenchmarkEnqueue is a delivery into a link's queue and out of it.
 func BenchmarkEnqueue(b *testing.B) {
 	const waiting = 100
-	var q queue
+	q := queue{load: new(load)}
 	b.ReportAllocs()
 	for b.Loop() {
 		for range waiting {

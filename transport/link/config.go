@@ -36,9 +36,6 @@ type Config struct {
 	// Silence is how long nothing may come from a node before its stream is closed:
 	// three heartbeats. 0 means 3 s.
 	Silence time.Duration
-	// Canary is the pause between two heartbeats of a stream whose way to the node and
-	// back is measured. 0: none is.
-	Canary time.Duration
 	// BackoffMin and BackoffMax bound the pause between two attempts, which doubles
 	// with each failure; what an attempt without an answer has taken counts as part of
 	// it. 0 means 50 ms and 750 ms: a node that can be reached again is then pushed to
@@ -49,7 +46,7 @@ type Config struct {
 	// those begun in a second. Links whose last attempt has failed come after the others
 	// and get half of it at most. 0 means 256 and 1000.
 	Dials, DialRate int
-	// Quarantine is how long a link whose node has lied stays down. 0 means 60 s.
+	// Quarantine is how long a link whose node has violated the protocol stays down. 0 means 60 s.
 	Quarantine time.Duration
 
 	// QueueBytes, QueueLen and QueueAge bound what waits in one link to be written.
@@ -80,7 +77,7 @@ type Config struct {
 	// together, beside the node's own limit. 0 means 1,000,000; -1 means none.
 	AudienceMembers int
 	// NodeUsers is how many users a node may claim to have. What it claims is the only
-	// bound of what it may say a broadcast has reached; more than this is a lie. 0 means
+	// bound of what it may say a broadcast has reached; more than this is a violation. 0 means
 	// 10,000,000.
 	NodeUsers int
 	// UnaryLanes is the number of calls that one link has in flight to a node
@@ -181,9 +178,6 @@ func (c Config) Validate() error {
 	positive("AckTimeout", c.AckTimeout)
 	positive("Heartbeat", c.Heartbeat)
 	positive("Silence", c.Silence)
-	if c.Canary != 0 {
-		positive("Canary", c.Canary)
-	}
 	positive("QueueAge", c.QueueAge)
 	positive("Quarantine", c.Quarantine)
 	positive("BackoffMin", c.BackoffMin)

@@ -29,7 +29,7 @@ type dials struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	places  map[string]*place
-	lines   [2][]*turn // that wait for the budget: sound and failing ones
+	lines   [2][]*turn // that wait for the budget: healthy and failing ones
 	busy    [2]int     // under way
 	all     *rate.Limiter
 	failing *rate.Limiter
@@ -164,9 +164,9 @@ func (d *dials) hurry(t *turn) {
 
 // leadLocked chooses who leads at an address, if nobody does.
 func (d *dials) leadLocked(p *place) {
-	sound := slices.IndexFunc(p.waiting, func(t *turn) bool { return !t.failing })
+	healthy := slices.IndexFunc(p.waiting, func(t *turn) bool { return !t.failing })
 	if p.leader != nil {
-		if sound < 0 || p.leader.granted || !p.leader.failing {
+		if healthy < 0 || p.leader.granted || !p.leader.failing {
 			return
 		}
 		// It stands in the longer line: the other one finds out sooner.
@@ -176,8 +176,8 @@ func (d *dials) leadLocked(p *place) {
 	if len(p.waiting) == 0 {
 		return
 	}
-	first := max(sound, 0)
-	if wait := time.Until(p.until); sound < 0 && wait > 0 {
+	first := max(healthy, 0)
+	if wait := time.Until(p.until); healthy < 0 && wait > 0 {
 		if p.timer != nil {
 			p.timer.Stop()
 		}
@@ -190,11 +190,8 @@ func (d *dials) leadLocked(p *place) {
 	}
 	p.leader = p.waiting[first]
 	p.waiting = slices.Delete(p.waiting, first, first+1)
-	d.lineUpLocked(p.leader)
-}
-
-func (d *dials) lineUpLocked(t *turn) {
-	d.lines[t.line()] = append(d.lines[t.line()], t)
+	line := &d.lines[p.leader.line()]
+	*line = append(*line, p.leader)
 	d.grantLocked()
 }
 

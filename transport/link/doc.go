@@ -18,14 +18,22 @@
 //   - Send never blocks, and answers at once when nothing can come of it: the node
 //     is down, stalled, draining, or its queue is full.
 //   - Everything a node says is input: it is bounded, checked, counted, and three
-//     lies break the stream and quarantine the link.
+//     protocol violations break the stream and quarantine the link.
 //
 // # One link
 //
-//	Send -> queue -> writeLoop -> frame -> stream -> node
-//	                    |                             |
-//	                    v                             v
-//	                 window  <- readLoop <- ack <- stream
+//	Send -> queue -> pick -> encode -> commit -> stream -> node
+//	                                     |                  |
+//	                                     v                  v
+//	                      settle <---- window <- receive <- stream
+//
+// A link reaches its node in one of two ways, see way: a stream (stream.go), or unary calls to a
+// node without Deliver (unary.go). The queue, the states and what they refuse are the link's
+// (link.go), dialling is run.go's, and whose turn it is to dial dials.go's.
+//
+// A link does not choose users: which node a user's delivery goes to is decided before, by
+// the engine with the routes of engine/route. How a frame says for whom a delivery is, by user
+// ids or by an audience, is decided and encoded in address.go.
 //
 // The link's run goroutine dials, says hello and then is the stream's reader. It
 // starts one writer per stream and waits for it before it dials again, so that
@@ -55,8 +63,8 @@
 // contradictions back, and no node that lies in both; so what a node may say that it has
 // online is bounded, too, by Config.NodeUsers.
 //
-// A stream's window starts with 64 deliveries and grows while the node keeps up.
-// After a stall it falls to half of what the node has managed in the ack timeout:
+// A stream's window starts with 64 deliveries and grows while the node keeps up, as TCP's
+// congestion window does. After a stall it falls to half of what the node has managed in the ack timeout:
 // what a slow node cannot take then fails in the queue, by age, and does not become
 // unknown.
 //

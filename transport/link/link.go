@@ -25,6 +25,23 @@ var stateText = [...]string{"connecting", "up", "unary", "draining", "down", "cl
 
 func (s state) String() string { return stateText[s] }
 
+// way is how a link reaches its node in one session: a Deliver stream, or unary calls to a
+// node that has none. Its methods are called with Link.mu held.
+type way interface {
+	// wakeLocked has what is queued sent, as far as it can be sent now.
+	wakeLocked()
+	// tickLocked finds what is due and why the session must end, nil while it need not. next
+	// is the running time from which on it must be called again.
+	tickLocked(now, ran int64, out *due) (next int64, end error)
+	// popLocked appends to dst what the way has taken from the queue and not sent.
+	popLocked(dst []*engine.Delivery) []*engine.Delivery
+	// owesLocked tells whether the node has deliveries whose answer somebody awaits, and
+	// whether it owes any answer at all.
+	owesLocked() (awaited, anything bool)
+	// statsLocked adds what the way holds.
+	statsLocked(t *Stats)
+}
+
 // Link is one shard's way to one node, across reconnects. Its run goroutine
 // belongs to the Set.
 type Link struct {
@@ -32,28 +49,33 @@ type Link struct {
 	set   *Set
 	node  *node
 	shard int
-	kick  chan struct{} // wakes run from its backoff
+	retry chan struct{} // wakes run from its backoff
 	done  chan struct{} // closed when run has ended
 
 	// Running time before which the clock need not look: it knows what is pending.
-	look atomic.Int64
+	nextTick atomic.Int64
 
 	mu sync.Mutex
 	// Guarded by mu.
 	state   state
-	refusal engine.Reason      // what Send answers: Sent if it takes deliveries
-	stalled bool               // the node owes an overdue ack
-	sound   bool               // the last stream has worked for a while
-	leaving bool               // Drain has been called
-	closing engine.Reason      // why the link is closed, Sent while it is not
-	cancel  context.CancelFunc // ends the session that runs, nil between two
-	queue   queue
-	stream  *stream // while up or draining
-	lanes   *lanes  // while unary
+	refusal engine.Reason // what Send answers: Sent if it takes deliveries
+	stalled bool          // the node owes an overdue answer
+	healthy bool          // the last stream has worked for a while
+	leaving bool          // Drain has been called
+	closing engine.Reason // why the link is closed, Sent while it is not
+	queue   queue         // in the order of Send
+	load    load          // of the queue, and of what the way has taken from it
+
+	// Of the session. Guarded by mu.
+	cancel context.CancelFunc // ends it; does nothing between two
+	cause  error              // why it must end
+	way    way                // nil until the node has been reached
 }
 
 func newLink(s *Set, n *node, shard int) *Link {
-	return &Link{set: s, node: n, shard: shard, kick: make(chan struct{}, 1), done: make(chan struct{})}
+	l := &Link{set: s, node: n, shard: shard, retry: make(chan struct{}, 1), done: make(chan struct{}), cancel: func() {}}
+	l.queue.load = &l.load
+	return l
 }
 
 // Node is the node's id.
@@ -61,55 +83,33 @@ func (l *Link) Node() string { return l.node.id }
 
 // Send takes d or says at once why not, see [engine.Link].
 func (l *Link) Send(d *engine.Delivery) engine.Reason {
+	cfg := &l.set.cfg
 	e := entry{d: d, size: d.Size(), deadline: l.set.clock.of(d.Deadline())}
-	if e.size > l.set.cfg.MaxFrameBytes {
+	if e.size > cfg.MaxFrameBytes {
 		return engine.DropTooLarge
 	}
 	e.at = l.set.clock.ran.Load()
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.refusal != engine.Sent {
-		r := l.refusal
-		l.mu.Unlock()
-		return r
+		return l.refusal
 	}
-	if ls := l.lanes; ls != nil {
-		la, r := l.sendUnaryLocked(e)
-		l.mu.Unlock()
-		if la != nil {
-			l.launch(ls, la)
-		}
-		return r
-	}
-	if !l.fitsLocked(d.Priority(), l.queue.len, l.queue.bytes+e.size) {
-		l.mu.Unlock()
+	// An empty queue takes a delivery of any size.
+	if p := d.Priority(); l.load.len > 0 && (l.load.len >= p.Share(cfg.QueueLen) || l.load.bytes+e.size > p.Share(cfg.QueueBytes)) {
 		return engine.DropQueueFull
 	}
 	l.queue.push(e)
-	l.lookLocked()
-	l.ringLocked()
-	l.mu.Unlock()
+	l.tickNow()
+	if l.way != nil {
+		l.way.wakeLocked()
+	}
 	return engine.Sent
 }
 
-// fitsLocked tells whether one more delivery of priority p fits beside count others, with
-// bytes for all. An empty queue takes a delivery of any size.
-func (l *Link) fitsLocked(p engine.Priority, count, bytes int) bool {
-	cfg := &l.set.cfg
-	return count == 0 || count < p.Share(cfg.QueueLen) && bytes <= p.Share(cfg.QueueBytes)
-}
-
-// lookLocked makes the clock look at the link with its next tick.
-func (l *Link) lookLocked() {
-	if l.look.Load() != 0 {
-		l.look.Store(0)
-	}
-}
-
-// ringLocked wakes the stream's writer if it waits and has something to do.
-func (l *Link) ringLocked() {
-	if s := l.stream; s != nil && s.idle && (s.dead || s.workLocked()) {
-		s.idle = false
-		s.bell <- struct{}{} // never blocks: one token for each time it was idle
+// tickNow makes the clock look at the link with its next tick.
+func (l *Link) tickNow() {
+	if l.nextTick.Load() != 0 {
+		l.nextTick.Store(0)
 	}
 }
 
@@ -131,12 +131,13 @@ func (l *Link) refreshLocked() {
 
 // setLocked changes the state.
 func (l *Link) setLocked(to state) {
-	was := l.state
+	if delta := live(to) - live(l.state); delta != 0 {
+		l.node.live.Add(int64(delta))
+	}
 	l.state = to
 	l.stalled = l.stalled && to == draining
 	l.refreshLocked()
-	l.lookLocked()
-	l.node.count(live(to) - live(was))
+	l.tickNow()
 }
 
 // live is what a link in a state adds to the node's connections.
@@ -147,49 +148,41 @@ func live(s state) int {
 	return 0
 }
 
-// close ends the link for good, see node.close. What is queued is dropped at once.
+// close ends the link for good, see node.close. What waits is dropped at once. A node that is
+// no longer registered acknowledges what it has taken if it lives, and going is no reason to
+// doubt that: then the session ends when it has its acks, or with their deadlines. One that
+// is elsewhere now does so if it has said that it drains.
 func (l *Link) close(why engine.Reason) {
 	l.mu.Lock()
 	cancel := l.cancel
 	if l.closing == engine.Sent {
 		l.closing = why
-		s := l.stream
-		switch {
-		case l.owedLocked(why):
-			cancel = nil // the session ends when it has its acks, or with their deadlines
-			if s != nil {
+		if l.way != nil {
+			awaited, anything := l.way.owesLocked()
+			switch {
+			case awaited && (why == engine.DropUnknownNode || l.state == draining && why != engine.DropDraining):
+				cancel = func() {}
 				l.setLocked(draining)
+			case !anything && l.cause == nil:
+				l.cause = errDrained
 			}
-		case s != nil && s.win.empty() && s.cause == nil:
-			s.cause = errDrained
 		}
 		l.refreshLocked()
 	}
-	list := l.queue.popAll(nil)
-	if l.lanes != nil {
-		list = l.lanes.popAll(list)
-	}
+	list := l.popLocked()
 	l.mu.Unlock()
 	drop(list, why)
-	if cancel != nil {
-		cancel()
-	}
-	l.rouse()
+	cancel()
+	l.retryNow()
 }
 
-// owedLocked tells whether a link that is closed awaits what it has written. A node that is
-// no longer registered acknowledges what it has taken if it lives, and going is no reason to
-// doubt that. One that is elsewhere now does if it has said that it drains.
-func (l *Link) owedLocked(why engine.Reason) bool {
-	switch l.state { //nolint:exhaustive // the others have written nothing
-	case up:
-		return why == engine.DropUnknownNode && l.stream.win.live > 0
-	case draining:
-		return why != engine.DropDraining && l.stream.win.live > 0
-	case unary:
-		return why == engine.DropUnknownNode && l.lanes.calls > 0
+// popLocked takes everything that waits.
+func (l *Link) popLocked() []*engine.Delivery {
+	list := l.queue.popAll(nil)
+	if l.way != nil {
+		list = l.way.popLocked(list)
 	}
-	return false
+	return list
 }
 
 // endsLocked tells that the link's session is the last one.
@@ -201,35 +194,86 @@ func (l *Link) leave() {
 	l.mu.Lock()
 	l.leaving = true
 	l.refreshLocked()
-	l.ringLocked()
-	l.lookLocked()
-	idle := l.state == down || l.lanesIdleLocked()
-	cancel := l.cancel
-	l.mu.Unlock()
-	if idle && cancel != nil {
-		cancel()
+	l.tickNow()
+	cancel := func() {}
+	switch {
+	case l.way != nil:
+		l.way.wakeLocked()
+	case l.state == down:
+		cancel = l.cancel
 	}
-	l.rouse()
+	l.mu.Unlock()
+	cancel()
+	l.retryNow()
 }
 
-// lanesIdleLocked tells that a node without Deliver owes nothing.
-func (l *Link) lanesIdleLocked() bool {
-	return l.lanes != nil && l.lanes.count == 0 && l.lanes.calls == 0
-}
-
-// rouse cuts the backoff short.
-func (l *Link) rouse() {
+// retryNow cuts the backoff short.
+func (l *Link) retryNow() {
 	select {
-	case l.kick <- struct{}{}:
+	case l.retry <- struct{}{}:
 	default:
 	}
 }
 
-// over tells whether run shall end, and why.
+// over tells whether run shall end.
 func (l *Link) over() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.endsLocked()
+}
+
+// endLocked notes why the session must end. Who calls it calls what it returns, without mu.
+func (l *Link) endLocked(cause error) context.CancelFunc {
+	if l.cause == nil {
+		l.cause = cause
+	}
+	return l.cancel
+}
+
+// tick settles what is due. It is called by the clock, which a panic in what a settled
+// delivery sets off must not stop.
+func (l *Link) tick(now, ran int64, out *due) {
+	defer func() {
+		if r := recover(); r != nil {
+			l.set.panicked("clock", r)
+			drop(out.expired, engine.DropInternal)
+			drop(out.stalled, engine.DropInternal)
+			lose(out.late, engine.LostInternal)
+			lose(out.left, engine.LostInternal)
+			*out = due{}
+		}
+	}()
+	l.mu.Lock()
+	out.expired = l.queue.popExpired(out.expired, ran-int64(l.set.cfg.QueueAge), now)
+	next, cancel := int64(noDeadline), func() {}
+	if l.way != nil {
+		var end error
+		if next, end = l.way.tickLocked(now, ran, out); end != nil {
+			cancel = l.endLocked(end)
+		}
+	}
+	if l.load.len > 0 {
+		next = 0
+	}
+	l.nextTick.Store(next)
+	l.mu.Unlock()
+	cancel()
+	drop(out.expired, engine.DropExpired)
+	drop(out.stalled, engine.DropStalled)
+	lose(out.late, engine.LostAck)
+	lose(out.left, engine.LostDeadline)
+	for _, list := range []*[]*engine.Delivery{&out.expired, &out.stalled, &out.late, &out.left} {
+		clear(*list)
+		*list = (*list)[:0]
+	}
+}
+
+// due is the clock's scratch: what one link has to settle.
+type due struct {
+	expired []*engine.Delivery // waiting: age or deadline
+	stalled []*engine.Delivery // waiting for a stalled node
+	late    []*engine.Delivery // written: no ack in time
+	left    []*engine.Delivery // written: the caller's deadline
 }
 
 func drop(list []*engine.Delivery, why engine.Reason) {

@@ -911,6 +911,7 @@ func TestNodeThatHasDrainedBeforeMovesAtOnce(t *testing.T) {
 		if r := w.do(w.toUser("u1", "before")); r.Delivered != 1 {
 			t.Errorf("%+v", r)
 		}
+		synctest.Wait() // until the stream that has drained is gone
 		w.up(1)
 		begun := time.Now()
 		f := w.begin(w.toUser("u1", "x"))
@@ -1109,8 +1110,8 @@ func TestFrameThatIsBuiltWhenTheNoticeComesIsNotWritten(t *testing.T) {
 		synctest.Wait()
 		l := w.set.snapshot.Load().byLink[0][0].(*Link) //nolint:forcetypeassert // or the test is wrong
 		l.mu.Lock()
-		s := l.stream
-		s.idle = false // the writer hears nothing: this is the writer now
+		s := l.way.(*stream) //nolint:forcetypeassert // or the test is wrong
+		s.idle = false       // the writer hears nothing: this is the writer now
 		s.beatDue = true
 		l.mu.Unlock()
 		late := w.begin(w.toUser("u2", "y"))
@@ -1840,10 +1841,10 @@ func TestMetricsFollowTheNodes(t *testing.T) {
 }
 
 func TestConfigNamesWhatIsWrong(t *testing.T) {
-	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100, Canary: 1}); err == nil {
+	if _, err := New(Config{Shards: -1, QueueLen: -1, Silence: time.Second, BackoffMax: tick, MaxFrameBytes: 100}); err == nil {
 		t.Error("accepted")
 	} else {
-		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes", "Canary"} {
+		for _, field := range []string{"Shards", "QueueLen", "Silence", "BackoffMax", "MaxFrameBytes"} {
 			if !strings.Contains(err.Error(), field) {
 				t.Errorf("%s is not named in %v", field, err)
 			}

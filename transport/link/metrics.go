@@ -115,3 +115,21 @@ func (m *meters) unregister() {
 func connections(node string) string {
 	return label.Name("push_manager_node_connections", "node_id", node)
 }
+
+// beatSeconds is the name of the histogram of one node.
+func beatSeconds(node string) string {
+	return label.Name("push_manager_link_heartbeat_seconds", "node_id", node)
+}
+
+// beats is how long a node takes to answer heartbeats: our writer, the stream, the node's
+// reader behind all that was written before, its sender of acks behind those that are ready,
+// and our reader. The clients of the node are not on that way.
+func (m *meters) beats(node string) *metrics.PrometheusHistogram {
+	return m.set.GetOrCreatePrometheusHistogramExt(beatSeconds(node), []float64{.0005, .001, .0025, .01, .05, .25, 1})
+}
+
+// forget removes the metrics of a node that is gone.
+func (m *meters) forget(node string) {
+	m.set.UnregisterMetric(connections(node))
+	m.set.UnregisterMetric(beatSeconds(node))
+}

@@ -18,7 +18,7 @@ func TestAbortedWireThrowsAwayWhatHasNotArrived(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = l.Close() }()
-	w := &wire{}
+	w := &rawConn{}
 	if err := w.connect(t.Context(), l.Addr().String()); err != nil {
 		t.Fatal(err)
 	}

@@ -17,14 +17,16 @@ type entry struct {
 // noDeadline is later than every moment.
 const noDeadline = math.MaxInt64
 
-// queue is a first-in-first-out ring of entries that grows as needed and counts
-// its bytes. Its owner bounds it.
+// load is what waits in the queues of a link.
+type load struct{ len, bytes int }
+
+// queue is a first-in-first-out ring of entries that grows as needed. Its owner bounds it.
 type queue struct {
-	ring  []entry // length 0 or a power of two
-	head  int     // index of the first entry
-	len   int
-	bytes int
-	due   int64 // no entry has an earlier deadline; only a bound
+	load *load   // in which it is counted
+	ring []entry // length 0 or a power of two
+	head int     // index of the first entry
+	len  int
+	due  int64 // no entry has an earlier deadline; only a bound
 }
 
 func (q *queue) slot(i int) *entry { return &q.ring[(q.head+i)&(len(q.ring)-1)] }
@@ -38,23 +40,17 @@ func (q *queue) push(e entry) {
 	}
 	*q.slot(q.len) = e
 	q.len++
-	q.bytes += e.size
+	q.load.len++
+	q.load.bytes += e.size
 	q.due = min(q.due, e.deadline)
 }
 
-// unpop puts back what pop has just taken.
-func (q *queue) unpop(e entry) {
-	if q.len == len(q.ring) {
-		q.grow()
-	}
-	if q.len == 0 {
-		q.due = noDeadline
-	}
+// pushFront puts back what pop has just taken.
+func (q *queue) pushFront(e entry) {
+	q.push(e)
+	q.slot(q.len - 1).d = nil // there it is the last one
 	q.head = (q.head - 1) & (len(q.ring) - 1)
 	*q.slot(0) = e
-	q.len++
-	q.bytes += e.size
-	q.due = min(q.due, e.deadline)
 }
 
 // pop takes the first entry. The queue is not empty.
@@ -64,7 +60,8 @@ func (q *queue) pop() entry {
 	p.d = nil
 	q.head = (q.head + 1) & (len(q.ring) - 1)
 	q.len--
-	q.bytes -= e.size
+	q.load.len--
+	q.load.bytes -= e.size
 	return e
 }
 
@@ -90,7 +87,8 @@ func (q *queue) popExpired(dst []*engine.Delivery, aged, now int64) []*engine.De
 		e := *q.slot(i)
 		if e.deadline <= now || e.d.Settled() {
 			dst = append(dst, e.d)
-			q.bytes -= e.size
+			q.load.len--
+			q.load.bytes -= e.size
 			continue
 		}
 		due = min(due, e.deadline)

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
-	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/internal/plain"
 )
 
 var _ engine.Network = (*Set)(nil)
@@ -51,17 +51,17 @@ type Node struct{ ID, Addr string }
 // concurrent use.
 type Set struct {
 	// Static after New.
-	cfg      Config
-	instance string // tells this process from all others
-	log      *slog.Logger
-	meters   *meters
-	clock    *clock
-	dial     []grpc.DialOption
-	call     []grpc.CallOption
-	stop     chan struct{}
-	buffers  bufferPool
-	squeeze  *squeeze
-	dials    *dials
+	cfg        Config
+	instance   string // tells this process from all others
+	log        *slog.Logger
+	meters     *meters
+	clock      *clock
+	dial       []grpc.DialOption
+	call       []grpc.CallOption
+	stop       chan struct{}
+	buffers    bufferPool
+	compressor *compressor
+	dials      *dials
 
 	hellos   atomic.Uint64 // sent so far: a node tells a late one by its number
 	snapshot atomic.Pointer[snapshot]
@@ -92,7 +92,7 @@ func New(cfg Config) (*Set, error) {
 		dial: dialOptions(&cfg), call: callOptions(&cfg), stop: make(chan struct{}),
 	}
 	var err error
-	if s.squeeze, err = newSqueeze(&cfg, &s.buffers, s.meters); err != nil {
+	if s.compressor, err = newCompressor(&cfg, &s.buffers, s.meters); err != nil {
 		return nil, err
 	}
 	s.dials = newDials(&cfg)
@@ -194,6 +194,7 @@ func (s *Set) Update(nodes []Node) error {
 			continue
 		}
 		fresh := newNode(s, n)
+		fresh.beats = s.meters.beats(n.ID)
 		started = append(started, fresh)
 		next = append(next, fresh)
 	}
@@ -201,7 +202,18 @@ func (s *Set) Update(nodes []Node) error {
 	t.gone = old.left(t)
 	s.snapshot.Store(t)
 	s.dials.keep(slices.Concat(t.nodes, t.gone))
-	s.adoptLocked(old, t, started)
+	for _, n := range started {
+		for _, l := range n.links {
+			s.runs.Go(l.run)
+		}
+		id := n.id
+		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
+	}
+	for _, n := range old.nodes {
+		if t.byID[n.id] == nil {
+			s.meters.forget(n.id)
+		}
+	}
 	s.mu.Unlock()
 
 	for _, n := range old.nodes {
@@ -225,25 +237,6 @@ func (s *Set) Update(nodes []Node) error {
 	return nil
 }
 
-// adoptLocked starts the links of new nodes and keeps the gauges in step.
-func (s *Set) adoptLocked(old, now *snapshot, started []*node) {
-	for _, n := range started {
-		for _, l := range n.links {
-			s.runs.Go(l.run)
-		}
-		id := n.id
-		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
-	}
-	for _, n := range old.nodes {
-		if now.byID[n.id] == nil {
-			s.meters.set.UnregisterMetric(connections(n.id))
-		}
-		if now.byID[n.id] != n {
-			s.endCanary(n)
-		}
-	}
-}
-
 func (s *Set) connections(id string) int {
 	n, ok := s.snapshot.Load().byID[id]
 	if !ok {
@@ -265,8 +258,15 @@ func (s *Set) loop() {
 			s.clock.advance()
 			now, ran := s.clock.real.Load(), s.clock.ran.Load()
 			t := s.snapshot.Load()
-			s.lookAt(t.nodes, now, ran, &scratch)
-			s.lookAt(t.gone, now, ran, &scratch) // what they owe has its deadline, too
+			for _, nodes := range [][]*node{t.nodes, t.gone} { // what the latter owe has its deadline, too
+				for _, n := range nodes {
+					for _, l := range n.links {
+						if l.nextTick.Load() <= ran {
+							l.tick(now, ran, &scratch)
+						}
+					}
+				}
+			}
 			if slices.ContainsFunc(t.gone, (*node).ended) {
 				s.forget()
 			}
@@ -281,28 +281,6 @@ func (s *Set) forget() {
 	t := *s.snapshot.Load()
 	t.gone = slices.DeleteFunc(slices.Clone(t.gone), (*node).ended)
 	s.snapshot.Store(&t)
-}
-
-func (s *Set) lookAt(nodes []*node, now, ran int64, scratch *due) {
-	for _, n := range nodes {
-		for _, l := range n.links {
-			if l.look.Load() <= ran {
-				s.look(l, now, ran, scratch)
-			}
-		}
-	}
-}
-
-// look is tick with a net below it: a panic in what a settled delivery sets off
-// must not stop the clock.
-func (s *Set) look(l *Link, now, ran int64, scratch *due) {
-	defer func() {
-		if r := recover(); r != nil {
-			s.panicked("clock", r)
-			scratch.abandon()
-		}
-	}()
-	l.tick(now, ran, scratch)
 }
 
 func (s *Set) panicked(where string, what any) {
@@ -351,8 +329,7 @@ func (s *Set) Close() {
 	close(s.stop)
 	s.clockEnd.Wait()
 	for _, n := range t.nodes {
-		s.meters.set.UnregisterMetric(connections(n.id))
-		s.endCanary(n)
+		s.meters.forget(n.id)
 	}
 	s.meters.unregister()
 }
@@ -383,40 +360,25 @@ func (s *Set) Stats() Stats {
 		}
 		able := false
 		for _, l := range n.links {
-			able = l.addTo(&t) || able
+			l.mu.Lock()
+			t.Links++
+			t.Live += live(l.state)
+			t.Queued += l.load.len
+			t.QueuedBytes += l.load.bytes
+			if l.stalled {
+				t.Stalled++
+			}
+			if l.way != nil {
+				l.way.statsLocked(&t)
+			}
+			able = able || live(l.state) == 1 && l.refusal == engine.Sent
+			l.mu.Unlock()
 		}
 		if able {
 			t.Able++
 		}
 	}
 	return t
-}
-
-// addTo counts the link and tells whether it is live and takes deliveries.
-func (l *Link) addTo(t *Stats) (able bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	t.Links++
-	t.Live += live(l.state)
-	t.Queued += l.queue.len
-	t.QueuedBytes += l.queue.bytes
-	if l.stalled {
-		t.Stalled++
-	}
-	if s := l.stream; s != nil {
-		t.Unacked += s.win.live
-		t.UnackedBytes += s.win.bytes
-		if s.hello.codec != pubsub.Codec_NONE {
-			t.Compressing++
-		}
-	}
-	if l.lanes != nil {
-		t.Unary++
-		t.Queued += l.lanes.count
-		t.QueuedBytes += l.lanes.bytes
-		t.Unacked += l.lanes.calls
-	}
-	return live(l.state) == 1 && l.refusal == engine.Sent
 }
 
 // Reachable is the number of nodes with at least one live link.
@@ -465,11 +427,9 @@ type node struct {
 	place    *place
 	links    []*Link       // by shard
 	lines    *rate.Limiter // of the log, see say
+	beats    *metrics.PrometheusHistogram
 
-	live   atomic.Int64                                // links that are up
-	canary atomic.Pointer[metrics.PrometheusHistogram] // there while a stream is that may measure
-
-	streams int // that may measure; guarded by set.mu
+	live atomic.Int64 // links that are up
 
 	unsaid atomic.Int64 // lines of the log that were left out since the last one
 
@@ -512,12 +472,6 @@ func (n *node) ended() bool {
 	return true
 }
 
-func (n *node) count(delta int) {
-	if delta != 0 {
-		n.live.Add(int64(delta))
-	}
-}
-
 // announcePause bounds how often an announcement cuts a backoff short: a node in a
 // crash loop announces itself each time.
 const announcePause = 500 * time.Millisecond
@@ -539,7 +493,7 @@ func (n *node) announced() {
 		isDown := l.state == down
 		l.mu.Unlock()
 		if isDown {
-			l.rouse()
+			l.retryNow()
 		}
 	}
 }
@@ -564,7 +518,7 @@ func (n *node) say() (unreported int64, ok bool) {
 func (n *node) booted(boot string) bool {
 	n.mu.Lock()
 	was := n.boot
-	n.boot = plain(boot)
+	n.boot = plain.Line(boot, textMax)
 	now := n.boot
 	n.mu.Unlock()
 	if was == "" || was == now {
@@ -597,7 +551,7 @@ func (n *node) reachable(isUnary bool) {
 // does not allow is logged with a later attempt, should it still be so.
 func (n *node) unreachable(err error) {
 	kind := cmp.Or(status.Code(err).String(), "none")
-	for _, known := range []error{errWrongNode, errVersion, errCodec, errNobody, errDialTimeout, errNoTurn, errLies, errDrained, errSilent, errOwing, errWire} {
+	for _, known := range []error{errWrongNode, errVersion, errCodec, errNobody, errDialTimeout, errNoTurn, errViolation, errDrained, errSilent, errOwing, errWire} {
 		if errors.Is(err, known) {
 			kind = known.Error()
 		}
@@ -612,7 +566,7 @@ func (n *node) unreachable(err error) {
 	}
 	n.mu.Unlock()
 	if tell {
-		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", plain(err.Error()), "unreported", left)
+		n.set.log.Warn("node not reachable", "node", n.id, "addr", n.addr, "error", plain.Line(err.Error(), textMax), "unreported", left)
 	}
 }
 
@@ -622,7 +576,7 @@ func (n *node) status() NodeStatus {
 	n.mu.Unlock()
 	for _, l := range n.links {
 		l.mu.Lock()
-		st.Unary = st.Unary || l.lanes != nil
+		st.Unary = st.Unary || l.state == unary
 		st.Stalled = st.Stalled || l.stalled
 		st.Draining = st.Draining || l.state == draining
 		l.mu.Unlock()

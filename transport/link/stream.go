@@ -2,6 +2,7 @@ package link
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -12,22 +13,34 @@ import (
 	"google.golang.org/grpc/mem"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/wire"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // protocolVersion is the version of Deliver that we speak; the one before it is
 // accepted, too.
 const protocolVersion = 1
 
-// strikesMax is how many lies end a stream.
+// strikesMax is how many protocol violations end a stream.
 const strikesMax = 3
 
-var (
-	errSilent  = errors.New("nothing came from the node")
-	errOwing   = errors.New("the node does not acknowledge")
-	errLies    = errors.New("the node claims what cannot be")
-	errDrained = errors.New("the node has drained")
-	errPanic   = errors.New("internal error")
+const (
+	// frameSpare is room in a frame for what stands beside the deliveries: some
+	// forgotten audiences at least, and controls.
+	frameSpare = 64
+	// controlBytes is the most that a heartbeat and a drain take.
+	controlBytes = 16
 )
+
+var (
+	errSilent    = errors.New("nothing came from the node")
+	errOwing     = errors.New("the node does not acknowledge")
+	errViolation = errors.New("the node claims what cannot be")
+	errDrained   = errors.New("the node has drained")
+	errPanic     = errors.New("internal error")
+)
+
+var _ way = (*stream)(nil)
 
 // stream is one open Deliver stream. Its writer and its reader are one goroutine
 // each; they share what link.mu guards.
@@ -35,24 +48,24 @@ type stream struct {
 	// Static after the hello.
 	link    *Link
 	rpc     grpc.ClientStream
-	hello   helloReply
-	bell    chan struct{} // wakes the writer; holds one token at most
+	hello   *pubsub.HelloReply
+	wake    chan struct{} // wakes the writer; holds one token at most
 	written chan struct{} // closed when the writer has ended
 
 	// Guarded by link.mu.
 	win       window
-	idle      bool  // the writer waits for the bell
-	dead      bool  // nothing is written any more
-	cause     error // why the clock has ended the stream
+	idle      bool // the writer waits for wake
+	dead      bool // nothing is written any more
 	beat      uint64
 	beatDue   bool  // the writer shall send beat
 	beatAt    int64 // running time of the last heartbeat
 	fresh     bool  // the last frame had a heartbeat for the broadcast that follows
 	answered  uint64
-	canary    canary
-	begun     int64 // running time of the start
-	inAt      int64 // running time of the last frame from the node
-	ackAt     int64 // running time of the last ack, or of the start of a stall
+	timed     uint64    // the heartbeat whose way to the node and back is measured, 0 while none is
+	timedAt   time.Time // when it was written
+	begun     int64     // running time of the start
+	inAt      int64     // running time of the last frame from the node
+	ackAt     int64     // running time of the last ack, or of the start of a stall
 	drainSent bool
 
 	w writing
@@ -85,20 +98,61 @@ type control struct {
 	drain bool
 }
 
-func newStream(l *Link, rpc grpc.ClientStream, hello helloReply) *stream {
+// owed is a delivery with the node's answer to it.
+type owed struct {
+	d   *engine.Delivery
+	ack *ack
+}
+
+func newStream(l *Link, rpc grpc.ClientStream, hello *pubsub.HelloReply) *stream {
 	cfg, ran := &l.set.cfg, l.set.clock.ran.Load()
 	limit := cfg.Window
-	if hello.unacked > 0 {
-		limit = min(limit, int(hello.unacked))
+	if n := hello.GetMaxUnacked(); n > 0 {
+		limit = min(limit, int(n))
 	}
-	members := min(cfg.AudienceMembers, int(hello.members))
+	members := min(cfg.AudienceMembers, int(hello.GetMaxAudienceMembers()))
 	return &stream{
 		link: l, rpc: rpc, hello: hello,
-		bell: make(chan struct{}, 1), written: make(chan struct{}),
-		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran, canary: canary{at: ran - int64(cfg.Canary)}, // the first at once
+		wake: make(chan struct{}, 1), written: make(chan struct{}),
+		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran,
 		w: writing{auds: newAudiences(members, l.set.meters)},
-		r: reading{online: hello.online},
+		r: reading{online: hello.GetOnlineUsers()},
 	}
+}
+
+// serve runs the stream to its end, and says why that came. cancel ends the stream.
+func (s *stream) serve(cancel context.CancelFunc) error {
+	l := s.link
+	l.mu.Lock()
+	l.way = s
+	l.setLocked(up)
+	l.mu.Unlock()
+	l.node.reachable(false)
+	go s.writeLoop() // ends before serve does
+	err := s.readLoop()
+
+	// What was written is settled. The queue is kept: the next attempt follows at once, or
+	// drops it.
+	l.mu.Lock()
+	s.dead = true
+	s.wakeLocked()
+	l.way = nil
+	l.setLocked(connecting)
+	list := s.win.popAll(nil)
+	l.mu.Unlock()
+	why := engine.LostStream
+	if errors.Is(err, errPanic) {
+		why = engine.LostInternal
+	}
+	lose(list, why)
+	cancel()
+	<-s.written
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cause != nil && !errors.Is(err, errDrained) {
+		err = l.cause
+	}
+	return err
 }
 
 // workLocked tells whether the writer can send something now.
@@ -107,98 +161,90 @@ func (s *stream) workLocked() bool {
 	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent {
 		return true
 	}
-	return l.queue.len > 0 && !l.stalled && l.state == up && s.roomLocked()
+	return l.queue.len > 0 && !l.stalled && l.state == up && s.win.free() > 0 && s.win.bytes < l.set.cfg.WindowBytes
 }
 
-// roomLocked tells whether the window takes another delivery.
-func (s *stream) roomLocked() bool {
-	if s.win.free() <= 0 {
-		s.win.pace.full = true
-		return false
+// wakeLocked wakes the writer if it waits and has something to do.
+func (s *stream) wakeLocked() {
+	if s.idle && (s.dead || s.workLocked()) {
+		s.idle = false
+		s.wake <- struct{}{} // never blocks: one token for each time it was idle
 	}
-	return s.win.bytes < s.link.set.cfg.WindowBytes
 }
 
 // writeLoop sends until the stream is dead or broken.
 func (s *stream) writeLoop() {
+	l, m := s.link, s.link.set.meters
 	defer close(s.written)
 	defer func() {
 		if r := recover(); r != nil {
-			s.link.set.panicked("writer", r)
-			lose(deliveries(s.w.kept), engine.LostInternal)
-			lose(deliveries(s.w.batch), engine.LostInternal)
-			drop(deliveries(s.w.batch), engine.DropInternal)
-			s.link.kill(s, errPanic)
+			l.set.panicked("writer", r)
+			for _, list := range [][]entry{s.w.kept, s.w.batch} {
+				for _, e := range list {
+					e.d.Lose(engine.LostInternal)
+					e.d.Drop(engine.DropInternal)
+				}
+			}
+			s.end(errPanic)
 		}
 	}()
-	for s.wait() {
-		runtime.Gosched() // whoever is about to send gets into the same frame
-		if !s.gather() {
+	for s.pick() {
+		buf := l.set.buffers.take()
+		b, rest := s.encode(*buf)
+		*buf = b
+		if !s.commit(rest) || len(b) == 0 {
+			l.set.buffers.Put(buf)
 			continue
 		}
+		buf = l.set.compressor.frame(buf, s.hello.GetCodec())
+		m.frames.Inc()
+		m.bytes.Add(len(*buf))
+		if n := len(s.w.kept); n > 0 {
+			m.deliveries.Add(n)
+			m.perFrame.Update(float64(n))
+		}
+		clear(s.w.kept) // the window has them
+		s.w.kept = s.w.kept[:0]
+		s.w.out.buf = mem.NewBuffer(buf, &l.set.buffers)
 		if err := s.rpc.SendMsg(&s.w.out); err != nil {
 			// What is in the window is unknown: gRPC does not promise that none of it
 			// was written. An EOF means that the reader is getting the reason.
 			if !errors.Is(err, io.EOF) {
-				s.link.kill(s, fmt.Errorf("send: %w", err))
+				s.end(fmt.Errorf("send: %w", err))
 			}
 			return
 		}
 	}
 }
 
-// wait returns true when there is something to send, false when the stream is dead.
-func (s *stream) wait() bool {
-	l := s.link
-	for {
-		l.mu.Lock()
-		if s.dead {
-			l.mu.Unlock()
-			return false
-		}
-		if s.workLocked() {
-			l.mu.Unlock()
-			return true
-		}
-		s.idle = true
-		l.mu.Unlock()
-		<-s.bell
-	}
+// end ends the stream from its writer.
+func (s *stream) end(cause error) {
+	s.link.mu.Lock()
+	cancel := s.link.endLocked(cause)
+	s.link.mu.Unlock()
+	cancel()
 }
 
-// gather makes the next frame of what is queued and puts its deliveries into the
-// window. False means that there is nothing to send after all.
-func (s *stream) gather() bool {
-	s.pick()
-	pool := &s.link.set.buffers
-	buf := pool.take()
-	b, rest := s.encode(*buf)
-	*buf = b
-	if !s.commit(rest) || len(b) == 0 {
-		pool.Put(buf)
-		return false
-	}
-	m := s.link.set.meters
-	buf = s.link.set.squeeze.frame(buf, s.hello.codec)
-	m.frames.Inc()
-	m.bytes.Add(len(*buf))
-	if n := len(s.w.kept); n > 0 {
-		m.deliveries.Add(n)
-		m.perFrame.Update(float64(n))
-	}
-	clear(s.w.kept) // the window has them
-	s.w.kept = s.w.kept[:0]
-	s.w.out.buf = mem.NewBuffer(buf, pool)
-	return true
-}
-
-// pick moves what the next frame may hold from the queue to the batch.
-func (s *stream) pick() {
+// pick waits until there is something to send, and moves what the next frame may hold from
+// the queue to the batch. False means that the stream is dead.
+func (s *stream) pick() bool {
 	l, cfg := s.link, &s.link.set.cfg
-	s.w.batch = s.w.batch[:0]
-	s.w.control = control{}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	for !s.dead && !s.workLocked() {
+		s.idle = true
+		l.mu.Unlock()
+		<-s.wake
+		l.mu.Lock()
+	}
+	if s.dead {
+		return false
+	}
+	l.mu.Unlock()
+	runtime.Gosched() // whoever is about to send gets into the same frame
+	l.mu.Lock()
+
+	s.w.batch = s.w.batch[:0]
 	if l.state == up && !l.stalled && !s.dead {
 		bytes, most := 0, min(cfg.FrameLen, s.win.free())
 		budget := min(cfg.FrameBytes, cfg.WindowBytes-s.win.bytes)
@@ -213,17 +259,20 @@ func (s *stream) pick() {
 			bytes += e.size
 			s.w.batch = append(s.w.batch, e)
 		}
+		s.win.full = s.win.full || len(s.w.batch) == s.win.free()
 	}
-	s.w.control.first = s.win.next
+	s.w.control = control{first: s.win.next, drain: l.leaving && l.queue.len == 0 && !s.drainSent}
+	s.drainSent = s.drainSent || s.w.control.drain
 	if s.beatDue {
 		s.beatDue = false
 		s.beat++
 		s.beatAt = l.set.clock.ran.Load()
 		s.w.control.beat = s.beat
-		s.canary.leave(s.beat)
+		if s.timed == 0 {
+			s.timed, s.timedAt = s.beat, time.Now()
+		}
 	}
-	s.w.control.drain = l.leaving && l.queue.len == 0 && !s.drainSent
-	s.drainSent = s.drainSent || s.w.control.drain
+	return true
 }
 
 // encode appends the frame to b. Deliveries that it contains are claimed and in
@@ -231,7 +280,7 @@ func (s *stream) pick() {
 func (s *stream) encode(b []byte) ([]byte, int) {
 	cfg := &s.link.set.cfg
 	s.w.kept = s.w.kept[:0]
-	b = appendUint(b, reqFirstSeq, s.w.control.first)
+	b = wire.AppendUint(b, reqFirstSeq, s.w.control.first)
 	rest := len(s.w.batch)
 	for i := range s.w.batch {
 		e := &s.w.batch[i]
@@ -271,20 +320,12 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		b = b[:0]
 	}
 	b = s.w.auds.endFrame(b, cfg.MaxFrameBytes-controlBytes)
-	b = appendUint(b, reqHeartbeat, s.w.control.beat)
+	b = wire.AppendUint(b, reqHeartbeat, s.w.control.beat)
 	if s.w.control.drain && rest == len(s.w.batch) {
-		b = appendUint(b, reqDrain, 1)
+		b = wire.AppendUint(b, reqDrain, 1)
 	}
 	return b, rest
 }
-
-const (
-	// frameSpare is room in a frame for what stands beside the deliveries: some
-	// forgotten audiences at least, and controls.
-	frameSpare = 64
-	// controlBytes is the most that a heartbeat and a drain take.
-	controlBytes = 16
-)
 
 // commit puts what was encoded into the window, just before it is written, and
 // the rest of the batch back into the queue. False means that nothing is written: the
@@ -301,14 +342,17 @@ func (s *stream) commit(rest int) bool {
 			s.beatDue = s.beatDue || s.w.control.beat != 0
 		}
 		l.mu.Unlock()
-		drop(deliveries(s.w.kept), why)
-		drop(deliveries(s.w.batch[rest:]), why)
+		for _, list := range [][]entry{s.w.kept, s.w.batch[rest:]} {
+			for _, e := range list {
+				e.d.Drop(why)
+			}
+		}
 		s.w.kept, s.w.batch = s.w.kept[:0], s.w.batch[:0]
 		return false
 	}
 	if rest < len(s.w.batch) {
 		for i := len(s.w.batch) - 1; i >= rest; i-- {
-			l.queue.unpop(s.w.batch[i])
+			l.queue.pushFront(s.w.batch[i])
 		}
 		s.drainSent = s.drainSent && !s.w.control.drain
 	}
@@ -317,29 +361,26 @@ func (s *stream) commit(rest int) bool {
 		e.at = ran
 		s.win.push(e)
 	}
-	l.lookLocked()
+	l.tickNow()
 	l.mu.Unlock()
 	clear(s.w.batch)
 	s.w.batch = s.w.batch[:0]
 	return true
 }
 
-func deliveries(list []entry) []*engine.Delivery {
-	ds := make([]*engine.Delivery, len(list))
-	for i, e := range list {
-		ds[i] = e.d
-	}
-	return ds
-}
-
-// owed is a delivery with the node's answer to it.
-type owed struct {
-	d   *engine.Delivery
-	ack ack
-}
-
 // readLoop receives until the stream ends and says why.
-func (s *stream) readLoop() error {
+func (s *stream) readLoop() (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.link.set.panicked("reader", r)
+			for _, o := range s.r.owed {
+				if o.d != nil {
+					o.d.Lose(engine.LostInternal)
+				}
+			}
+			err = errPanic
+		}
+	}()
 	for {
 		if err := s.rpc.RecvMsg(&s.r.in); err != nil {
 			return fmt.Errorf("receive: %w", err)
@@ -360,14 +401,13 @@ func (s *stream) receive() error {
 		return fmt.Errorf("%w: a second hello", errWire)
 	}
 	var refused []*engine.Delivery
-	late, strikes, notice := 0, 0, false
+	late, strikes, notice := 0, r.stray, false
 	switch {
 	case int(r.online) > l.set.cfg.NodeUsers:
 		strikes++
 	case r.heartbeat != 0 || r.online != 0:
 		s.r.online = r.online
 	}
-	r.markAcked()
 	var trip time.Duration
 	l.mu.Lock()
 	ran := l.set.clock.ran.Load()
@@ -377,43 +417,101 @@ func (s *stream) receive() error {
 			strikes++
 		}
 		s.answered = max(s.answered, min(r.heartbeat, s.beat))
-		trip = s.canary.back(s.answered)
+		if s.timed != 0 && s.answered >= s.timed {
+			s.timed, trip = 0, time.Since(s.timedAt)
+		}
 	}
 	s.r.owed = s.r.owed[:0]
-	for _, a := range r.acks {
-		d, ok := s.win.ack(a.seq)
+	for i := range r.acks {
+		d, ok := s.win.ack(r.acks[i].seq)
 		switch {
 		case !ok:
 			strikes++
 		case d == nil:
 			late++
 		default:
-			s.r.owed = append(s.r.owed, owed{d, a})
+			s.r.owed = append(s.r.owed, owed{d, &r.acks[i]})
 		}
 	}
 	if len(r.acks) > 0 {
 		s.ackAt = ran
-		s.win.quicken(len(r.acks))
-		l.unstallLocked()
+		s.win.widen(len(r.acks))
+		if l.stalled && !s.win.stalled() { // nothing that is overdue is owed any more
+			l.stalled = false
+			l.refreshLocked()
+		}
 	}
 	if (len(r.acks) > 0 || s.win.live == 0) && !l.stalled && ran-s.begun >= int64(stableAfter) {
-		l.sound = true
+		l.healthy = true
 	}
 	if r.drain && l.state == up {
 		notice = true
 		l.setLocked(draining)
 		refused = l.queue.popAll(nil)
 	}
-	l.ringLocked()
+	s.wakeLocked()
 	ended := s.drainedLocked()
 	l.mu.Unlock()
 
 	if trip > 0 {
-		l.node.canary.Load().Update(trip.Seconds())
+		l.node.beats.Update(trip.Seconds())
 	}
 	drop(refused, engine.DropDraining)
-	strikes += s.settle(&late)
-	return cmp.Or(s.verdict(late, strikes, notice), ended)
+	return cmp.Or(s.settle(late, strikes, notice), ended)
+}
+
+// settle settles what the frame acknowledged, counts what came with it and tells whether the
+// stream goes on.
+func (s *stream) settle(late, strikes int, notice bool) error {
+	l, m := s.link, s.link.set.meters
+	for i := range s.r.owed {
+		o := &s.r.owed[i]
+		a := engine.Ack{Delivered: int(o.ack.delivered)}
+		if miss := o.ack.miss; miss != nil {
+			a.NotHere, a.Failed = miss.notHere, miss.failed
+			a.FailedUsers, a.Refused, a.Text = int(miss.failedUsers), miss.refused, miss.reason
+		}
+		// A claim about a broadcast is cut to the users that the node has.
+		if online := int(s.r.online); o.d.Everybody() && (a.Delivered > online || a.FailedUsers > online-a.Delivered) {
+			m.clamped.Inc()
+			a.Delivered = min(a.Delivered, online)
+			a.FailedUsers = min(a.FailedUsers, online-a.Delivered)
+		}
+		ok, err := o.d.Ack(a)
+		switch {
+		case err != nil:
+			strikes++
+		case !ok:
+			late++
+		}
+		o.d = nil
+	}
+	if n := len(s.r.resp.acks); n > 0 {
+		m.acks.Add(n)
+	}
+	if late > 0 {
+		m.lateAcks.Add(late)
+	}
+	if notice {
+		m.drainNotices.Inc()
+		if left, ok := l.node.say(); ok {
+			l.set.log.Info("node drains", "node", l.node.id, "shard", l.shard, "unreported", left)
+		}
+	}
+	if strikes == 0 {
+		return nil
+	}
+	m.strikes.Add(strikes)
+	now := l.set.clock.ran.Load()
+	if now-s.r.lastStrike > int64(l.set.cfg.Quarantine) {
+		s.r.strikes = 0 // the ones before are long ago
+	}
+	s.r.strikes += strikes
+	s.r.lastStrike = now
+	if s.r.strikes >= strikesMax {
+		return errViolation
+	}
+	return nil
 }
 
 // drainedLocked tells why a stream ends on which nothing is awaited any more, nil while
@@ -428,83 +526,54 @@ func (s *stream) drainedLocked() error {
 		return errOwing
 	}
 	return nil // nobody waits any more, but it may still come
-
 }
 
-// settle settles what the frame acknowledged and returns the number of lies.
-func (s *stream) settle(late *int) int {
-	strikes := 0
-	for i := range s.r.owed {
-		o := &s.r.owed[i]
-		a := engine.Ack{Delivered: int(o.ack.delivered)}
-		if m := s.r.resp.miss(o.ack.seq); m != nil {
-			a.NotHere, a.Failed = m.notHere, m.failed
-			a.FailedUsers, a.Refused, a.Text = int(m.failedUsers), m.refused, m.reason
-		}
-		if o.d.Everybody() {
-			s.clamp(&a)
-		}
-		ok, err := o.d.Ack(a)
-		switch {
-		case err != nil:
-			strikes++
-		case !ok:
-			*late++
-		}
-		o.d = nil
-	}
-	return strikes
-}
-
-// clamp keeps the claim about a broadcast below the users that the node has.
-func (s *stream) clamp(a *engine.Ack) {
-	online := int(s.r.online)
-	if a.Delivered > online || a.FailedUsers > online-a.Delivered {
-		s.link.set.meters.clamped.Inc()
-		a.Delivered = min(a.Delivered, online)
-		a.FailedUsers = min(a.FailedUsers, online-a.Delivered)
-	}
-}
-
-// verdict counts what came and tells whether the stream goes on.
-func (s *stream) verdict(late, strikes int, notice bool) error {
-	l, m := s.link, s.link.set.meters
-	for i := range s.r.resp.misses {
-		if !s.r.resp.misses[i].acked {
-			strikes++
-		}
-	}
-	if n := len(s.r.resp.acks); n > 0 {
-		m.acks.Add(n)
-	}
-	if late > 0 {
-		m.lateAcks.Add(late)
-	}
-	if notice {
-		m.drainNotices.Inc()
-		if left, ok := l.node.say(); ok {
-			l.set.log.Info("node drains", "node", l.node.id, "shard", l.shard, "unreported", left)
-		}
-	}
-	if strikes > 0 {
-		m.strikes.Add(strikes)
-		now := l.set.clock.ran.Load()
-		if now-s.r.lastStrike > int64(l.set.cfg.Quarantine) {
-			s.r.strikes = 0 // the ones before are long ago
-		}
-		s.r.strikes += strikes
-		s.r.lastStrike = now
-		if s.r.strikes >= strikesMax {
-			return errLies
-		}
-	}
-	return nil
-}
-
-// unstallLocked ends a stall when nothing that is overdue is owed any more.
-func (l *Link) unstallLocked() {
-	if l.stalled && !l.stream.win.stalled() {
-		l.stalled = false
+// tickLocked implements way.
+func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
+	l, cfg, m := s.link, &s.link.set.cfg, s.link.set.meters
+	s.win.measure(ran, int64(cfg.AckTimeout))
+	out.late = s.win.popOverdue(out.late, ran-int64(cfg.AckTimeout))
+	out.left = s.win.popExpired(out.left, now)
+	if s.win.stalled() && !l.stalled {
+		l.stalled = true
+		s.ackAt = ran
+		s.win.narrow()
 		l.refreshLocked()
+		m.stalls.Inc()
+	}
+	if l.stalled {
+		out.stalled = l.queue.popAll(out.stalled)
+	}
+	if ran-s.beatAt >= int64(cfg.Heartbeat) && !s.beatDue {
+		s.beatDue = true
+		m.heartbeats.Inc()
+	}
+	s.wakeLocked()
+	switch {
+	case ran-s.inAt >= int64(cfg.Silence):
+		m.silences.Inc()
+		return 0, errSilent
+	case l.stalled && ran-s.ackAt >= int64(cfg.Silence):
+		return 0, errOwing
+	case s.drainSent && s.win.live == 0 && ran-max(s.inAt, s.ackAt) >= int64(cfg.AckTimeout):
+		return 0, errDrained
+	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent:
+		return 0, s.drainedLocked()
+	}
+	return min(s.beatAt+int64(cfg.Heartbeat), s.inAt+int64(cfg.Silence)), nil
+}
+
+// popLocked implements way: everything that waits is in the link's queue.
+func (s *stream) popLocked(dst []*engine.Delivery) []*engine.Delivery { return dst }
+
+// owesLocked implements way.
+func (s *stream) owesLocked() (awaited, anything bool) { return s.win.live > 0, !s.win.empty() }
+
+// statsLocked implements way.
+func (s *stream) statsLocked(t *Stats) {
+	t.Unacked += s.win.live
+	t.UnackedBytes += s.win.bytes
+	if s.hello.GetCodec() != pubsub.Codec_NONE {
+		t.Compressing++
 	}
 }

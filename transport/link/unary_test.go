@@ -65,9 +65,6 @@ func TestWordsOfANodeAreOneShortLine(t *testing.T) {
 			})
 		}
 	}
-	if got := plain("a\xff\ufffdb"); got != "a  b" { // a unary reply may hold what is no UTF-8
-		t.Errorf("%q", got)
-	}
 }
 
 func TestNodeWithoutDeliverGetsTheSameResults(t *testing.T) {

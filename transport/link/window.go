@@ -8,13 +8,13 @@ import (
 // seq. Seqs in [low, next) have a slot. A slot whose delivery was lost stays, with
 // no delivery, until its ack comes: the node still owes it.
 type window struct {
+	pace
 	ring    []slot // length 0 or a power of two
 	low     uint64 // the oldest seq without an ack
 	next    uint64 // the seq of the next delivery
 	overdue uint64 // every seq below it that has no ack is overdue
 	max     int    // slots at most
-	pace    pace
-	live    int // slots with a delivery
+	live    int    // slots with a delivery
 	bytes   int
 	due     int64 // no slot has an earlier deadline; only a bound
 }
@@ -24,68 +24,66 @@ type slot struct {
 	acked bool
 }
 
-// pace is how much of the window is in use. A stream starts small, doubles while
-// the node acknowledges in time what fills the window, and falls back to half of
-// what the node manages within the ack timeout when it does not: then most of what
-// a slow node cannot take fails in the queue, and does not become unknown.
+// pace is the congestion control of TCP, with deliveries for bytes and a stall for a loss: a
+// stream starts small, doubles while the node acknowledges in time what fills the window, and
+// falls back to half of what the node manages within the ack timeout when it does not. Then
+// most of what a slow node cannot take fails in the queue, and does not become unknown.
 type pace struct {
-	limit  int // slots in use
-	brake  int // from here on the limit grows by one for each window that was acknowledged
-	credit int // acks towards that one
-	acked  int // acks in this period
-	before int // acks in the one before
-	period int64
-	full   bool // the limit has held the writer back
+	cwnd     int // slots in use
+	ssthresh int // from here on cwnd grows by one for each window that was acknowledged
+	credit   int // acks towards that one
+	acked    int // acks in this period
+	before   int // acks in the one before
+	period   int64
+	full     bool // the writer has used all of cwnd
 }
 
 const (
-	paceStart = 64
-	paceMin   = 8
+	cwndStart = 64
+	cwndMin   = 8
 )
 
 func newWindow(limit int) window {
-	p := pace{limit: min(paceStart, limit), brake: limit}
+	p := pace{cwnd: min(cwndStart, limit), ssthresh: limit}
 	return window{low: 1, next: 1, overdue: 1, max: limit, pace: p, due: noDeadline}
 }
 
-// quicken counts n acks and widens the window if it was too small.
-func (w *window) quicken(n int) {
-	p := &w.pace
-	p.acked += n
+// widen counts n acks and widens the window if it was too small.
+func (w *window) widen(n int) {
+	w.acked += n
 	switch {
-	case !p.full || w.stalled():
+	case !w.full || w.stalled():
 		return
-	case p.limit < p.brake:
-		p.limit += n
+	case w.cwnd < w.ssthresh:
+		w.cwnd += n
 	default:
-		if p.credit += n; p.credit >= p.limit {
-			p.credit = 0
-			p.limit++
+		if w.credit += n; w.credit >= w.cwnd {
+			w.credit = 0
+			w.cwnd++
 		}
 	}
-	p.limit = min(p.limit, w.max)
-	p.full = false
+	w.cwnd = min(w.cwnd, w.max)
+	w.full = false
 }
 
-// slow narrows the window after a stall.
-func (w *window) slow() {
-	p := &w.pace
-	p.limit = min(max(max(p.acked, p.before)/2, paceMin), p.limit)
-	p.brake = p.limit
-	p.credit = 0
+// narrow narrows the window after a stall.
+func (w *window) narrow() {
+	w.cwnd = min(max(max(w.acked, w.before)/2, cwndMin), w.cwnd)
+	w.ssthresh = w.cwnd
+	w.credit = 0
 }
 
 // measure starts a new period of the pace each time one has passed.
 func (w *window) measure(ran, length int64) {
-	if p := &w.pace; ran-p.period >= length {
-		p.period, p.before, p.acked = ran, p.acked, 0
+	if ran-w.period >= length {
+		w.period, w.before, w.acked = ran, w.acked, 0
 	}
 }
 
 func (w *window) slot(seq uint64) *slot { return &w.ring[seq&uint64(len(w.ring)-1)] }
 
 // free is the number of deliveries that may be written now.
-func (w *window) free() int { return w.pace.limit - int(w.next-w.low) }
+func (w *window) free() int { return w.cwnd - int(w.next-w.low) }
 
 // empty tells that the node owes nothing.
 func (w *window) empty() bool { return w.low == w.next }

@@ -124,33 +124,33 @@ func (a *acks) signal() {
 // sendLoop is the stream's sender. It ends when all is written after finish, or
 // with the stream.
 func (a *acks) sendLoop(stream grpc.ServerStream) error {
-	defer a.end()
+	defer func() {
+		a.mu.Lock()
+		a.dead = true
+		a.mu.Unlock()
+		a.room.Broadcast()
+		close(a.gone)
+	}()
 	var out outgoing
 	for range a.wake {
 		for a.take(&out) {
+			// Of a broadcast's users some have come since the last heartbeat, and some are gone
+			// by now: they must not be taken for a claim that is too large.
+			if out.response.Heartbeat != 0 || out.reached > 0 {
+				out.response.OnlineUsers = max(a.online(), out.reached)
+			}
 			if err := stream.SendMsg(&out.response); err != nil {
 				return fmt.Errorf("send acks: %w", err)
 			}
 		}
-		if a.done() {
+		a.mu.Lock()
+		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice
+		a.mu.Unlock()
+		if done {
 			return nil
 		}
 	}
 	return nil
-}
-
-func (a *acks) end() {
-	a.mu.Lock()
-	a.dead = true
-	a.mu.Unlock()
-	a.room.Broadcast()
-	close(a.gone)
-}
-
-func (a *acks) done() bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice
 }
 
 // outgoing is the frame being written and what it is made of. Owned by the
@@ -160,26 +160,15 @@ type outgoing struct {
 	acks     pubsub.AckRange
 	ranges   [1]*pubsub.AckRange
 	misses   []*pubsub.Miss
-	reached  uint32
+	reached  uint32 // users of the largest broadcast among the acks
 }
 
 // take moves what is owed into o, up to a frame full. False means that nothing
 // is owed.
 func (a *acks) take(o *outgoing) bool {
-	o.response.Acks, o.response.Misses = nil, nil
-	o.response.Heartbeat, o.response.OnlineUsers, o.response.Drain, o.reached = 0, 0, false, 0
-	if !a.takeLocking(o) {
-		return false
-	}
-	// Of a broadcast's users some have come since the last heartbeat, and some are gone by
-	// now: they must not be taken for a claim that is too large.
-	if o.response.Heartbeat != 0 || o.reached > 0 {
-		o.response.OnlineUsers = max(a.online(), o.reached) // The gateway's code: not under the lock.
-	}
-	return true
-}
-
-func (a *acks) takeLocking(o *outgoing) bool {
+	r := &o.response
+	r.Acks, r.Misses, r.Heartbeat, r.OnlineUsers, r.Drain = nil, nil, 0, 0, false
+	o.reached = 0
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	n, k, size := a.fitLocked()
@@ -187,10 +176,10 @@ func (a *acks) takeLocking(o *outgoing) bool {
 		o.acks.First = a.first
 		o.acks.Delivered = append(o.acks.Delivered[:0], a.counts[:n]...)
 		o.ranges[0] = &o.acks
-		o.response.Acks = o.ranges[:]
+		r.Acks = o.ranges[:]
 		clear(o.misses)
 		o.misses = append(o.misses[:0], a.misses[:k]...)
-		o.response.Misses = o.misses
+		r.Misses = o.misses
 
 		a.first += uint64(n)
 		a.counts = a.counts[:copy(a.counts, a.counts[n:])]
@@ -205,12 +194,10 @@ func (a *acks) takeLocking(o *outgoing) bool {
 		a.room.Broadcast()
 	}
 	if a.heartbeat != 0 && a.first >= a.behind {
-		o.response.Heartbeat, a.heartbeat = a.heartbeat, 0
+		r.Heartbeat, a.heartbeat = a.heartbeat, 0
 	}
-	if a.notice {
-		o.response.Drain, a.notice = true, false
-	}
-	return n > 0 || o.response.Heartbeat != 0 || o.response.Drain
+	r.Drain, a.notice = a.notice, false
+	return n > 0 || r.Heartbeat != 0 || r.Drain
 }
 
 // fitLocked says how many counts and misses go into the next frame, and the

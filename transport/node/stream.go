@@ -63,16 +63,6 @@ type stream struct {
 // keeps one does not keep many.
 const messagesMost = 64
 
-// message makes one. The gateway may keep it, so it is never used again.
-func (st *stream) message(left int) *Message {
-	if len(st.messages) == 0 {
-		st.messages = make([]Message, min(left, messagesMost))
-	}
-	m := &st.messages[0]
-	st.messages = st.messages[1:]
-	return m
-}
-
 // Deliver implements pubsub.ConnectNodeServiceServer.
 func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pubsub.DeliverResponse]) error {
 	if s.cfg.UnaryOnly {
@@ -117,7 +107,15 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		}
 	}
 	st.acks.finish()
-	st.flush(call.Context(), s.cfg.FlushTimeout)
+	// The sender writes what is owed. A manager that does not read must not keep the call:
+	// its end cancels the stream, and the sender with it.
+	timer := time.NewTimer(s.cfg.FlushTimeout)
+	defer timer.Stop()
+	select {
+	case <-st.acks.gone:
+	case <-call.Context().Done():
+	case <-timer.C:
+	}
 	if errors.Is(err, errDrained) {
 		return nil
 	}
@@ -207,28 +205,10 @@ func (s *Server) broken(ctx context.Context, hello *pubsub.Hello, err error) err
 	return status.Error(codes.FailedPrecondition, err.Error())
 }
 
-// flush waits until the sender has written what is owed. A manager that does
-// not read must not keep the call: when it returns, the stream is cancelled and
-// the sender with it.
-func (st *stream) flush(ctx context.Context, timeout time.Duration) {
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
-	select {
-	case <-st.acks.gone:
-	case <-ctx.Done():
-	case <-timer.C:
-	}
-}
-
-// read is the reader. A panic ends the stream.
+// read is the reader: it takes frames until the stream ends. A panic ends the stream.
 func (st *stream) read(call grpc.ServerStream) (err error) {
 	defer func() { st.server.count.members.Add(float64(-st.aud.members)) }()
 	defer guarded{st.server}.caught("Deliver", &err)
-	return st.readLoop(call)
-}
-
-// readLoop takes frames until the stream ends.
-func (st *stream) readLoop(call grpc.ServerStream) error {
 	var f frame
 	for {
 		f.raw = false
@@ -373,7 +353,11 @@ func (st *stream) deliver(b []byte, left int) error {
 	if err := d.parse(b); err != nil {
 		return err
 	}
-	m := st.message(left)
+	if len(st.messages) == 0 {
+		st.messages = make([]Message, min(left, messagesMost))
+	}
+	m := &st.messages[0] // the gateway may keep it, so it is never used again
+	st.messages = st.messages[1:]
 	m.RoomID, m.Traceparent = d.room, d.traceparent
 	if err := m.parseContent(d.content); err != nil {
 		return err
@@ -392,7 +376,13 @@ func (st *stream) deliver(b []byte, left int) error {
 	default:
 		st.server.handOver(users, skip, m, &o)
 	}
-	st.note(&o)
+	// The ack is kept until handAcks.
+	st.users += o.delivered + len(o.notHere) + len(o.failed)
+	st.counts = append(st.counts, clampUint32(o.delivered))
+	if miss := o.miss(st.next); miss != nil {
+		st.misses = append(st.misses, miss)
+	}
+	st.sum.of(&o)
 	return nil
 }
 
@@ -422,16 +412,6 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 	m.RoomID = au.room
 	skip, err = st.aud.skipped(au, d.except)
 	return au.members, skip, err
-}
-
-// note keeps the ack of the next seq until handAcks.
-func (st *stream) note(o *handover) {
-	st.users += o.delivered + len(o.notHere) + len(o.failed)
-	st.counts = append(st.counts, clampUint32(o.delivered))
-	if miss := o.miss(st.next); miss != nil {
-		st.misses = append(st.misses, miss)
-	}
-	st.sum.of(o)
 }
 
 // countingStream counts frames and lets others run before each: what becomes

@@ -130,7 +130,6 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.Duration(&l.DialTimeout, "link.dial_timeout", d.DialTimeout, least, "Longest attempt to reach a node.")
 	s.Duration(&l.Heartbeat, "link.heartbeat", d.Heartbeat, least, "Pause between two heartbeats of a stream.")
 	s.Duration(&l.Silence, "link.silence", d.Silence, least, "How long a node may say nothing before its stream is closed.")
-	s.Duration(&l.Canary, "link.canary", d.Canary, config.OrZero, "Pause between two heartbeats of a stream whose way to the node and back is measured. 0s: none is.")
 	s.Duration(&l.BackoffMin, "link.backoff_min", d.BackoffMin, least, "First pause between two attempts to reach a node; it doubles.")
 	s.Duration(&l.BackoffMax, "link.backoff_max", d.BackoffMax, least, "Longest pause between two attempts to reach a node.")
 	s.Int(&l.Dials, "link.dials", d.Dials, 2, 1<<16, "Attempts to reach nodes that are under way at a time. Nodes that keep failing come last, with half of it at most.")
@@ -188,8 +187,6 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		return s.Errorf("link.silence", "%v must be longer than link.heartbeat (%v)", c.Links.Silence, c.Links.Heartbeat)
 	case c.Links.BackoffMax < c.Links.BackoffMin:
 		return s.Errorf("link.backoff_max", "%v must not be below link.backoff_min (%v)", c.Links.BackoffMax, c.Links.BackoffMin)
-	case c.Links.Canary != 0 && c.Links.Canary < leastLinkTime:
-		return s.Errorf("link.canary", "%v must be 0s or at least %v", c.Links.Canary, leastLinkTime)
 	case c.Ingress.ConnectionAge != 0 && c.Ingress.ConnectionAge < time.Second:
 		return s.Errorf("api.connection_age", "%v must be 0s or at least 1s", c.Ingress.ConnectionAge)
 	case c.Ingress.StreamsPerConnection >= c.Ingress.MaxStreams:

@@ -145,7 +145,6 @@ func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 		"codec in the file":  {yaml: "link:\n  compression: [s2, s2]\n", want: "link.compression"},
 		"compressed size":    {env: map[string]string{"LINK_COMPRESSION_MIN_BYTES": "17MiB"}, want: "LINK_COMPRESSION_MIN_BYTES"},
 		"backoff":            {yaml: "link:\n  backoff_max: 30ms\n", want: "link.backoff_max"},
-		"canary":             {env: map[string]string{"LINK_CANARY": "1ms"}, want: "LINK_CANARY"},
 		"no patience":        {env: map[string]string{"NOT_READY_AFTER": "-1s"}, want: "NOT_READY_AFTER"},
 		"bad duration":       {env: map[string]string{"ROUTE_CACHE_TTL": "1"}, want: "ROUTE_CACHE_TTL"},
 		"unknown key":        {yaml: "redis: x\n", want: "redis"},

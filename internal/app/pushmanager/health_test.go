@@ -72,7 +72,7 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	var log book
 	m := startLogging(t, map[string]string{
 		"ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": controller,
-		"ROUTE_STALE_TTL": "2s", "NOT_READY_AFTER": "2s", "LINK_CANARY": "100ms", "LINK_SILENCE": "3s", "LINK_ACK_TIMEOUT": "1s",
+		"ROUTE_STALE_TTL": "2s", "NOT_READY_AFTER": "2s", "LINK_SILENCE": "3s", "LINK_ACK_TIMEOUT": "1s",
 	}, slog.NewTextHandler(&log, nil))
 	o := ops("http://" + m.HTTPAddr())
 	conn := client(t, m.GRPCAddr())
@@ -105,13 +105,12 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 	if r, err := room(); err != nil || !r.GetSuccess() {
 		t.Fatalf("push: %v %v", r, err)
 	}
-	wantMetrics(t, o, "push_manager_ready 1", `push_manager_not_ready{reason="nodes"} 0`, `push_manager_link_canary_up{node_id="n1"} 1`)
+	wantMetrics(t, o, "push_manager_ready 1", `push_manager_not_ready{reason="nodes"} 0`)
 
 	n.stop()
 	o.until(t, 503, "no reachable node: 1 registered, 0 reachable\n")
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
-	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 1`, `push_manager_not_ready{reason="controller"} 0`,
-		`push_manager_link_canary_up{node_id="n1"} 0`)
+	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 1`, `push_manager_not_ready{reason="controller"} 0`)
 	if r, err := room(); err != nil || r.GetSuccess() || r.GetSummary().GetFailed() != 1 {
 		t.Errorf("with all nodes down: %v %v, want the answer that it failed", r, err)
 	}

@@ -4,9 +4,103 @@ import (
 	"math"
 	"strings"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/wire"
 )
+
+// Field numbers of proto/connect_node.proto.
+const (
+	reqFirstSeq, reqDeliveries, reqForget, reqHeartbeat, reqDrain = 2, 3, 4, 5, 6
+	reqCompressed, reqRawBytes                                    = 7, 8
+
+	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent = 1, 2, 3, 4, 5, 6, 7
+
+	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
+)
+
+// address says for whom a delivery is: exactly one of users, minus, audience and
+// everybody.
+type address struct {
+	users     []string // these
+	minus     []string // of users, not these; sorted like users
+	audience  audienceRef
+	everybody bool
+}
+
+// audienceRef names an audience, with its definition or change if there is one.
+type audienceRef struct {
+	id, version uint32
+	room        string // with the definition
+	join, leave []string
+}
+
+// plain tells that the audience is only named, as most are.
+func (a *audienceRef) plain() bool { return a.room == "" && len(a.join)+len(a.leave) == 0 }
+
+func (a *audienceRef) size() int {
+	n := wire.SizeUint(audID, uint64(a.id)) + wire.SizeUint(audVersion, uint64(a.version))
+	if a.plain() {
+		return n
+	}
+	return n + wire.SizeString(audRoom, a.room) + wire.SizeStrings(audJoin, a.join) + wire.SizeStrings(audLeave, a.leave)
+}
+
+func (a *audienceRef) append(b []byte) []byte {
+	b = wire.AppendUint(b, audID, uint64(a.id))
+	b = wire.AppendUint(b, audVersion, uint64(a.version))
+	if a.plain() {
+		return b
+	}
+	b = wire.AppendString(b, audRoom, a.room)
+	b = wire.AppendStrings(b, audJoin, a.join)
+	return wire.AppendStrings(b, audLeave, a.leave)
+}
+
+// sizeDelivery is the length of the Delivery message for d.
+func sizeDelivery(d *engine.Delivery, to *address) int {
+	n := wire.SizeLen(delContent, len(d.Payload())) + wire.SizeString(delTraceparent, d.Traceparent())
+	switch {
+	case to.everybody:
+		return n + wire.SizeUint(delEverybody, 1)
+	case to.audience.id != 0:
+		return n + wire.SizeLen(delAudience, to.audience.size()) + wire.SizeStrings(delExcept, d.Except())
+	default:
+		return n + wire.SizeString(delRoom, d.Room()) + wire.SizeStrings(delUsers, to.users) - wire.SizeStrings(delUsers, to.minus)
+	}
+}
+
+// appendDelivery encodes d as a field of the frame. size is sizeDelivery's.
+func appendDelivery(b []byte, d *engine.Delivery, to *address, size int) []byte {
+	b = wire.AppendLen(b, reqDeliveries, size)
+	b = append(wire.AppendLen(b, delContent, len(d.Payload())), d.Payload()...)
+	switch {
+	case to.everybody:
+		b = wire.AppendUint(b, delEverybody, 1)
+	case to.audience.id != 0:
+		b = wire.AppendLen(b, delAudience, to.audience.size())
+		b = to.audience.append(b)
+		b = wire.AppendStrings(b, delExcept, d.Except())
+	default:
+		b = wire.AppendString(b, delRoom, d.Room())
+		b = appendWithout(b, delUsers, to.users, to.minus)
+	}
+	return wire.AppendString(b, delTraceparent, d.Traceparent())
+}
+
+// appendWithout encodes users but for those in minus, a sorted part of them.
+func appendWithout(b []byte, field protowire.Number, users, minus []string) []byte {
+	for _, u := range users {
+		if len(minus) > 0 && minus[0] == u {
+			minus = minus[1:]
+			continue
+		}
+		b = wire.AppendBytes(b, field, u)
+	}
+	return b
+}
 
 // audiences are the rooms that a stream's node knows. Owned by the stream's
 // writer.
@@ -70,11 +164,11 @@ func (aud *audience) unlink() {
 // therefore be sent, or the stream be given up, unless [audiences.undo] is
 // called for it right away. The answer is valid until the next call.
 func (a *audiences) address(d *engine.Delivery) address {
-	if d.Everybody() {
-		return address{everybody: true}
-	}
 	g := d.Group()
-	if g == nil {
+	switch {
+	case d.Everybody():
+		return address{everybody: true}
+	case g == nil:
 		return address{users: d.Users()}
 	}
 	return a.addressGroup(d.Room(), g, d.Except())
@@ -97,11 +191,17 @@ func (a *audiences) addressGroup(room string, g *route.Group, except []string) a
 		}
 		a.evict(aud)
 	}
-	if !a.room(len(g.Users)) {
+	if !a.makeRoom(len(g.Users)) {
 		a.meters.audListed.Inc()
 		return named
 	}
-	return address{audience: a.define(room, g)}
+	a.lastID++
+	aud := &audience{id: a.lastID, version: 1, room: strings.Clone(room), group: g}
+	a.byRoom[aud.room] = aud
+	a.use(aud)
+	a.members += len(g.Users)
+	a.meters.audDefined.Inc()
+	return address{audience: audienceRef{id: aud.id, version: 1, room: aud.room, join: g.Users}}
 }
 
 // undo takes back what address has just promised about a delivery to room: the
@@ -120,17 +220,6 @@ func (a *audiences) undo(room string, to *address) {
 	}
 	aud.unlink()
 	delete(a.byRoom, room)
-}
-
-// define makes room's audience known.
-func (a *audiences) define(room string, g *route.Group) audienceRef {
-	a.lastID++
-	aud := &audience{id: a.lastID, version: 1, room: strings.Clone(room), group: g}
-	a.byRoom[aud.room] = aud
-	a.use(aud)
-	a.members += len(g.Users)
-	a.meters.audDefined.Inc()
-	return audienceRef{id: aud.id, version: 1, room: aud.room, join: g.Users}
 }
 
 // change brings aud to g by a delta. False means that a new definition is
@@ -153,9 +242,9 @@ func (a *audiences) change(aud *audience, g *route.Group) (audienceRef, bool) {
 	return audienceRef{id: aud.id, version: aud.version, join: a.join, leave: a.leave}, true
 }
 
-// room tells whether n more members fit into this frame. If not, it evicts what
+// makeRoom tells whether n more members fit into this frame. If not, it evicts what
 // was not used for longest, so that they fit into the next one.
-func (a *audiences) room(n int) bool {
+func (a *audiences) makeRoom(n int) bool {
 	if n > a.limit || a.lastID == math.MaxUint32 {
 		return false
 	}
@@ -185,10 +274,10 @@ func (a *audiences) evict(aud *audience) {
 func (a *audiences) endFrame(b []byte, most int) []byte {
 	sent := 0
 	for _, f := range a.forget {
-		if len(b)+sizeUint(uint64(f.id)) > most {
+		if len(b)+wire.SizeUint(reqForget, uint64(f.id)) > most {
 			break
 		}
-		b = appendUint(b, reqForget, uint64(f.id))
+		b = wire.AppendUint(b, reqForget, uint64(f.id))
 		a.members -= f.members
 		a.evicted -= f.members
 		sent++

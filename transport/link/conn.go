@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// wire is the connection below a stream: made before gRPC is, since most of what an
+// rawConn is the connection below a stream: made before gRPC is, since most of what an
 // attempt at a dead node costs is gRPC's, and kept for its end.
-type wire struct {
+type rawConn struct {
 	dial func(ctx context.Context, addr string) (net.Conn, error) // nil: TCP
 
 	mu sync.Mutex
@@ -27,8 +27,8 @@ type lingerer interface {
 }
 
 // connect makes the connection.
-func (w *wire) connect(ctx context.Context, addr string) error {
-	dial := w.dial
+func (r *rawConn) connect(ctx context.Context, addr string) error {
+	dial := r.dial
 	if dial == nil {
 		dial = func(ctx context.Context, addr string) (net.Conn, error) {
 			d := net.Dialer{KeepAlive: -1} // the stream has heartbeats
@@ -39,20 +39,20 @@ func (w *wire) connect(ctx context.Context, addr string) error {
 	if err != nil {
 		return err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.fresh = conn
-	w.conn, _ = conn.(lingerer)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fresh = conn
+	r.conn, _ = conn.(lingerer)
 	return nil
 }
 
 // take hands the connection over to gRPC. There is no second one: who dials again waits
 // for its turn.
-func (w *wire) take(context.Context, string) (net.Conn, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	conn := w.fresh
-	w.fresh = nil
+func (r *rawConn) take(context.Context, string) (net.Conn, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	conn := r.fresh
+	r.fresh = nil
 	if conn == nil {
 		return nil, errOneConn
 	}
@@ -60,11 +60,11 @@ func (w *wire) take(context.Context, string) (net.Conn, error) {
 }
 
 // close ends a connection that gRPC has not taken.
-func (w *wire) close() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.fresh != nil {
-		_ = w.fresh.Close()
+func (r *rawConn) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.fresh != nil {
+		_ = r.fresh.Close()
 	}
 }
 
@@ -73,11 +73,11 @@ func (w *wire) close() {
 // unknown since long ago would overtake, on a path that heals, what they have pushed
 // since over the next stream. And gRPC would wait, for seconds, until a node that reads
 // nothing has read its goodbye.
-func (w *wire) abort() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.conn != nil {
-		_ = w.conn.SetLinger(0) // both fail on a connection that is closed already
-		_ = w.conn.Close()
+func (r *rawConn) abort() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.conn != nil {
+		_ = r.conn.SetLinger(0) // both fail on a connection that is closed already
+		_ = r.conn.Close()
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/push-manager/push-manager/internal/plain"
+	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -46,7 +48,7 @@ func TestReferencesAndListsAreWhatTheGeneratedCodeReads(t *testing.T) {
 			}
 		}
 		b = appendWithout(nil, delUsers, users, minus)
-		if len(b) != sizeStrings(users)-sizeStrings(minus) {
+		if len(b) != wire.SizeStrings(delUsers, users)-wire.SizeStrings(delUsers, minus) {
 			t.Fatalf("%d bytes", len(b))
 		}
 		var d pubsub.Delivery
@@ -106,18 +108,23 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		t.Fatalf("%+v of %v", r, want)
 	}
 	if h := want.GetHello(); h != nil {
-		got := helloReply{h.GetProtocolVersion(), h.GetNodeId(), h.GetBootId(), h.GetMaxAudienceMembers(), h.GetMaxUnacked(), h.GetOnlineUsers(), h.GetCodec()}
-		if r.hello == nil || *r.hello != got {
+		if !proto.Equal(r.hello, h) {
 			t.Fatalf("%+v of %v", r.hello, h)
 		}
 	}
-	var acks []ack
+	var acks, got []ack
 	for _, a := range want.GetAcks() {
 		for i, n := range a.GetDelivered() {
-			acks = append(acks, ack{a.GetFirst() + uint64(i), n})
+			acks = append(acks, ack{seq: a.GetFirst() + uint64(i), delivered: n})
 		}
 	}
-	if !slices.Equal(acks, r.acks) {
+	for _, a := range r.acks {
+		if (a.miss != nil) != slices.ContainsFunc(want.GetMisses(), func(m *pubsub.Miss) bool { return m.GetSeq() == a.seq }) {
+			t.Fatalf("ack of %d has miss %v of %v", a.seq, a.miss, want)
+		}
+		got = append(got, ack{seq: a.seq, delivered: a.delivered})
+	}
+	if !slices.Equal(acks, got) {
 		t.Fatalf("%+v of %v", r.acks, want)
 	}
 	if len(r.misses) != len(want.GetMisses()) {
@@ -127,7 +134,7 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		found := false
 		for _, got := range r.misses {
 			found = found || got.seq == m.GetSeq() && slices.Equal(got.notHere, m.GetNotHere()) && slices.Equal(got.failed, m.GetFailed()) &&
-				got.reason == plain(m.GetReason()) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
+				got.reason == plain.Line(m.GetReason(), textMax) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
 		}
 		if !found {
 			t.Fatalf("%v not in %+v", m, r.misses)
