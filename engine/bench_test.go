@@ -22,7 +22,7 @@ func BenchmarkValidate(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if err := limits.check(p); err != nil {
+				if err := limits.Check(&p.Request); err != nil {
 					b.Fatal(err)
 				}
 			}

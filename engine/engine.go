@@ -145,7 +145,7 @@ func (w *waiter) Complete(*Push) { w.done <- struct{}{} }
 // nothing was written and c is not called. Otherwise c.Complete(p) is called
 // exactly once, possibly before Start returns.
 func (e *Engine) Start(p *Push, c Completer) error {
-	if err := e.limits.check(p); err != nil {
+	if err := e.limits.Check(&p.Request); err != nil {
 		return err
 	}
 	if err := e.admit(p.Priority); err != nil {
