@@ -221,7 +221,7 @@ func (d *Delivery) settle(missing []string) {
 	if len(missing) > 0 && !d.healed && p.Kind != ToAll {
 		d.state.Store(denied)
 		h := &healer{d: d, missing: slices.Sorted(slices.Values(missing))} // every list of users is sorted
-		h.start()
+		p.engine.offload(p.homeOf(d), h.start)
 		return
 	}
 	d.close()

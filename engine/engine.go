@@ -81,6 +81,50 @@ type Engine struct {
 	panics  atomic.Uint64
 	reasons [reasons]atomic.Uint64
 	waiters sync.Pool // of *waiter
+	backlog []backlog // by shard
+}
+
+// backlog is the work that settled deliveries have brought about: heals, and what a fence
+// held back. One task of a shard runs at a time, in the order of coming, and all take one
+// place in the pool. There are no more than pushes in flight.
+type backlog struct {
+	mu sync.Mutex
+	// Guarded by mu.
+	tasks   []func()
+	running bool
+}
+
+// offload has task run in a shard's pool. Whoever settles a delivery, such as the reader of
+// a node's acks, goes on at once: it neither looks up nor sends for other pushes. Only when
+// the pool is full does it work off the backlog itself.
+func (e *Engine) offload(shard int, task func()) {
+	b := &e.backlog[shard]
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.tasks = append(b.tasks, task); b.running {
+		return
+	}
+	b.running = true
+	if e.shards.At(shard).Go(b.run) != nil {
+		b.mu.Unlock()
+		b.run()
+		b.mu.Lock()
+	}
+}
+
+func (b *backlog) run() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for len(b.tasks) > 0 {
+		tasks := b.tasks
+		b.tasks = nil
+		b.mu.Unlock()
+		for _, task := range tasks {
+			task()
+		}
+		b.mu.Lock()
+	}
+	b.running = false
 }
 
 // New makes an engine over parts that its owner starts before and stops after it.
@@ -92,7 +136,7 @@ func New(config Config) (*Engine, error) {
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
 		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight)},
-		logger: config.Logger, idle: make(chan struct{}, 1),
+		logger: config.Logger, idle: make(chan struct{}, 1), backlog: make([]backlog, config.Shards.Len()),
 	}, nil
 }
 

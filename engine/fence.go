@@ -564,7 +564,7 @@ func (d *Delivery) close() {
 		}
 		p.mu.Unlock()
 		for _, then := range told {
-			then()
+			p.engine.offload(p.homeOf(d), then)
 		}
 	}
 	p.finished(1)

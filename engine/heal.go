@@ -23,6 +23,11 @@ type healer struct {
 // start looks up, unless it has to wait for an earlier push: it is then called again.
 func (h *healer) start() {
 	p, d := h.d.push, h.d
+	defer func() {
+		if v := recover(); v != nil {
+			p.engine.panicked(p, v)
+		}
+	}()
 	if d.state.Load() != denied {
 		return // expired while it waited
 	}
