@@ -55,7 +55,7 @@ type Order struct {
 	under   []place             // by start: pushes under way, and finished ones
 	indexed int                 // of under, how many are in marks
 	sweep   int                 // how long under may be before finished ones are taken out
-	since   int64               // nobody in under has arrived before, on the clock of Directory.Moment
+	since   int64               // nobody in under has arrived before, on the clock of Directory.Nanos
 	seq     uint64              // of the latest push
 	end     uint64              // from where on numbers are not ours
 	fences  map[uint64][]*fence // by key, then by age
@@ -129,7 +129,7 @@ func (o *Order) enterLocked(p *Push) {
 		o.seq = o.end - numbers
 	}
 	o.seq += inIndex + 1
-	arrived := p.engine.directory.Moment(p.Arrived)
+	arrived := p.engine.directory.Nanos(p.Arrived)
 	o.since = min(o.since, arrived)
 	o.under = append(o.under, place{p, o.seq, arrived})
 	p.seq.Store(o.seq)

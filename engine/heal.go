@@ -46,13 +46,12 @@ func (h *healer) start() {
 	if d.outcome == Failed {
 		m.Users = nil // it has taken nothing, for nobody
 	}
+	table, keys := p.engine.directory.Users, h.missing
 	if p.Kind == ToRoom {
-		h.waiting.Store(1)
-		p.engine.directory.RefreshRoom(home, p.Room, m, h)
-	} else {
-		h.waiting.Store(int32(len(h.missing)))
-		p.engine.directory.RefreshUsers(home, h.missing, m, h)
+		table, keys = p.engine.directory.Rooms, []string{p.Room}
 	}
+	h.waiting.Store(int32(len(keys)))
+	table.Refresh(home, keys, m, h)
 	h.asked()
 }
 

@@ -245,33 +245,29 @@ func (e *Engine) userKey(user string) uint64 { return e.shards.Hash(user) << 1 }
 // route asks where the push goes and stages what is known at once. Keys that
 // are not known come back through Routed.
 func (p *Push) route() {
-	q := route.Query{Now: p.Arrived}
 	e := p.engine
+	table, key, room := e.directory.Users, p.User, uint64(0)
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
 			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
-		hash := e.shards.Hash(p.Room)
-		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1|1
-		if s := e.directory.CachedRoom(p.home, p.Room, q); s != nil {
-			p.sendNow(p.Room, s)
-		} else if p.await(1) {
-			e.directory.Room(p.home, p.Room, q, p)
-		}
+		table, key, room = e.directory.Rooms, p.Room, 1
 	case ToUser:
 		p.targets = 1
-		hash := e.shards.Hash(p.User)
-		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1
-		if s := e.directory.CachedUser(p.home, p.User, q); s != nil {
-			p.sendNow(p.User, s)
-		} else if p.await(1) {
-			e.directory.User(p.home, p.User, q, p)
-		}
 	case ToUsers:
-		p.routeUsers(q)
+		p.routeUsers()
+		return
 	case ToAll:
 		p.stageAll()
+		return
+	}
+	hash := e.shards.Hash(key)
+	p.home, p.mark[0].key = e.shards.Home(hash), hash<<1|room
+	if s := table.Cached(p.home, key, p.Arrived); s != nil {
+		p.sendNow(key, s)
+	} else if p.await(1) {
+		table.Ask(p.home, []string{key}, p.Arrived, p)
 	}
 }
 
@@ -303,7 +299,8 @@ func (p *Push) takeLater() []ward {
 }
 
 // routeUsers asks for the users of each shard together.
-func (p *Push) routeUsers(q route.Query) {
+func (p *Push) routeUsers() {
+	e := p.engine
 	users := slices.Compact(slices.Sorted(slices.Values(p.Users)))
 	p.targets = len(users)
 	if p.Order != nil {
@@ -314,9 +311,9 @@ func (p *Push) routeUsers(q route.Query) {
 		}
 		p.Order.enter(p)
 	}
-	homes := make([][]string, p.engine.shards.Len())
+	homes := make([][]string, e.shards.Len())
 	for _, user := range users {
-		home := p.engine.shards.For(user).Index()
+		home := e.shards.For(user).Index()
 		homes[home] = append(homes[home], user)
 	}
 	for home, users := range homes {
@@ -326,16 +323,20 @@ func (p *Push) routeUsers(q route.Query) {
 		if !p.await(len(users)) {
 			return
 		}
-		snaps := make([]*route.Snapshot, len(users))
-		p.engine.directory.Users(home, users, snaps, q, p)
-		hit, known := users[:0:0], snaps[:0:0]
-		for i, s := range snaps {
-			if s != nil {
-				hit, known = append(hit, users[i]), append(known, s)
+		var cached, missing []string
+		var snaps []*route.Snapshot
+		for _, user := range users {
+			if s := e.directory.Users.Cached(home, user, p.Arrived); s != nil {
+				cached, snaps = append(cached, user), append(snaps, s)
+			} else {
+				missing = append(missing, user)
 			}
 		}
-		if len(hit) > 0 {
-			p.Routed(hit, known, nil)
+		if len(missing) > 0 {
+			e.directory.Users.Ask(home, missing, p.Arrived, p)
+		}
+		if len(cached) > 0 {
+			p.Routed(cached, snaps, nil)
 		}
 	}
 }
