@@ -2,9 +2,13 @@ package engine
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/push-manager/push-manager/engine/route"
 )
 
 // Outcome is what became of one user, in the order in which one outcome beats
@@ -102,6 +106,35 @@ func (b *books) blame(o Outcome, node, reason string, n int) {
 	b.failures = append(b.failures, NodeFailure{node, reason, n})
 }
 
+// settled takes n off what the push waits for. The last one closes the books and tells the
+// caller.
+func (p *Push) settled(n int) {
+	if p.pending.Add(-int32(n)) != 0 {
+		return
+	}
+	if _, p.plain = p.plainAccount(); !p.plain {
+		p.result, p.err = p.account()
+	}
+	if p.aside != nil && p.aside.timer != nil {
+		p.aside.timer.Stop()
+	}
+	if p.Order != nil {
+		p.Order.leave(p)
+	}
+	p.engine.leave()
+	p.done.Complete(p)
+}
+
+// Result is the account of a push once it is finished. An error means that nothing
+// was written; the result is then zero.
+func (p *Push) Result() (Result, error) {
+	if p.plain {
+		r, _ := p.plainAccount()
+		return r, nil
+	}
+	return p.result, p.err
+}
+
 // account closes the books of a push all of whose parts are settled.
 func (p *Push) account() (Result, error) {
 	if err := p.unsent(); err != nil {
@@ -134,6 +167,30 @@ func (p *Push) account() (Result, error) {
 		return cmp.Or(strings.Compare(x.Node, y.Node), strings.Compare(x.Reason, y.Reason))
 	})
 	return r, nil
+}
+
+// unsent tells whether nothing was written although there was something to
+// write, and why.
+func (p *Push) unsent() error {
+	for _, d := range p.legs {
+		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
+			return nil
+		}
+	}
+	expired := p.expiry()
+	if len(p.legs) > 0 && expired == nil && !time.Now().Before(p.deadline) {
+		return ErrDeadline
+	}
+	if len(p.legs) > 0 || expired != nil || p.aside == nil {
+		return expired
+	}
+	switch err := p.aside.lookup; {
+	case errors.Is(err, route.ErrOverloaded):
+		return fmt.Errorf("%w: %w", ErrOverloaded, err)
+	case err != nil:
+		return fmt.Errorf("look up the route: %w", err)
+	}
+	return nil
 }
 
 // plainAccount is the account of a push whose every delivery reached all whom it was for, in

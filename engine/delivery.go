@@ -32,6 +32,7 @@ type Delivery struct {
 	users  []string     // otherwise: whom it is for, sorted; nil for everybody
 	except []string     // members of group that do not get it, sorted
 	healed bool         // sent after a fresh look-up: not looked up again
+	shard  uint16       // on which it keeps its order
 	leg    LegTrace     // nil unless the push is sampled
 
 	state atomic.Uint32
@@ -155,31 +156,21 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 		return false, nil
 	}
 	d.outcome, d.delivered = Delivered, a.Delivered
-	if !a.plain() || !d.Everybody() && a.Delivered != d.Targets() {
-		d.explain(a)
+	named := len(a.NotHere) + len(a.Failed)
+	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || !d.Everybody() && a.Delivered != d.Targets() {
+		slices.Sort(a.NotHere)
+		slices.Sort(a.Failed)
+		r := d.fallShort()
+		r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
+		switch {
+		case a.Refused:
+			d.outcome, d.reason = Failed, DropRefused
+		case !d.Everybody():
+			r.unexplained = d.Targets() - a.Delivered - named
+		}
 	}
 	d.settle(a.NotHere)
 	return true, nil
-}
-
-// plain tells whether an ack is a number of users reached and nothing else.
-func (a *Ack) plain() bool {
-	return len(a.NotHere) == 0 && len(a.Failed) == 0 && a.FailedUsers == 0 && !a.Refused && a.Text == ""
-}
-
-// explain notes an ack that does not say that everybody was reached.
-func (d *Delivery) explain(a Ack) {
-	slices.Sort(a.NotHere)
-	slices.Sort(a.Failed)
-	r := d.fallShort()
-	r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
-	switch {
-	case a.Refused:
-		d.outcome, d.reason = Failed, DropRefused
-	case d.Everybody():
-	default:
-		r.unexplained = d.Targets() - a.Delivered - len(a.NotHere) - len(a.Failed)
-	}
 }
 
 // Drop settles as failed a delivery that was certainly not written.
@@ -214,17 +205,36 @@ func (d *Delivery) settle(missing []string) {
 		d.leg.End(d.describe())
 	}
 	p := d.push
-	p.engine.count(d)
+	p.engine.lanes[d.shard].ended[d.reason].Add(1)
 	if d.outcome == Failed && (d.reason.healable() || d.reason == DropRefused) {
 		missing = d.all()
 	}
 	if len(missing) > 0 && !d.healed && p.Kind != ToAll {
 		d.state.Store(denied)
 		h := &healer{d: d, missing: slices.Sorted(slices.Values(missing))} // every list of users is sorted
-		p.engine.offload(p.homeOf(d), h.start)
+		p.engine.offload(int(d.shard), h.start)
 		return
 	}
 	d.close()
+}
+
+// close ends a delivery, and lets those go on that wait for it.
+func (d *Delivery) close() {
+	p := d.push
+	d.state.Store(settled)
+	if p.warded.Load() {
+		var told []func()
+		p.mu.Lock()
+		if a := p.aside; a != nil {
+			told = a.wards[d]
+			delete(a.wards, d)
+		}
+		p.mu.Unlock()
+		for _, then := range told {
+			p.engine.offload(int(d.shard), then)
+		}
+	}
+	p.settled(1)
 }
 
 // expire settles whatever the delivery still waits for: with drop what was not
@@ -296,15 +306,10 @@ func (d *Delivery) check(a *Ack) error {
 	case a.Delivered+named > d.Targets():
 		return fmt.Errorf("%d delivered and %d missed of %d", a.Delivered, named, d.Targets())
 	}
-	return d.checkNamed(a)
-}
-
-// checkNamed makes sure that each user named is one it was for, and named once.
-func (d *Delivery) checkNamed(a *Ack) error {
-	named := len(a.NotHere) + len(a.Failed)
 	if named == 0 {
 		return nil
 	}
+	// Each user named is one it was for, and named once.
 	seen := make(map[string]struct{}, named)
 	for _, users := range [][]string{a.NotHere, a.Failed} {
 		for _, user := range users {

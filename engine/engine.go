@@ -79,9 +79,16 @@ type Engine struct {
 	stale   atomic.Uint64 // pushes by a stale answer
 	changed atomic.Uint64 // by one known to have changed
 	panics  atomic.Uint64
-	reasons [reasons]atomic.Uint64
+	lanes   []lane    // by shard
 	waiters sync.Pool // of *waiter
-	backlog []backlog // by shard
+}
+
+// lane is what an engine has for one shard.
+type lane struct {
+	backlog backlog
+	ended   [reasons]atomic.Uint64 // deliveries, by their reason
+
+	_ [64]byte // shards do not share a cache line
 }
 
 // backlog is the work that settled deliveries have brought about: heals, and what a fence
@@ -98,7 +105,7 @@ type backlog struct {
 // a node's acks, goes on at once: it neither looks up nor sends for other pushes. Only when
 // the pool is full does it work off the backlog itself.
 func (e *Engine) offload(shard int, task func()) {
-	b := &e.backlog[shard]
+	b := &e.lanes[shard].backlog
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.tasks = append(b.tasks, task); b.running {
@@ -136,7 +143,7 @@ func New(config Config) (*Engine, error) {
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
 		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight)},
-		logger: config.Logger, idle: make(chan struct{}, 1), backlog: make([]backlog, config.Shards.Len()),
+		logger: config.Logger, idle: make(chan struct{}, 1), lanes: make([]lane, config.Shards.Len()),
 	}, nil
 }
 
@@ -192,8 +199,13 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	if err := e.limits.Check(&p.Request); err != nil {
 		return err
 	}
-	if err := e.admit(p.Priority); err != nil {
-		return err
+	room := e.gate.enter(p.Priority) // before the look at closed: so Drain sees the push, or it sees that
+	if closed := e.gate.closed.Load(); closed || !room {
+		e.leave()
+		if closed {
+			return ErrDraining
+		}
+		return ErrInFlight
 	}
 	p.engine, p.done = e, c
 	if p.Arrived.IsZero() {
@@ -209,10 +221,17 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		if v := recover(); v != nil {
 			e.panicked(p, v)
 		}
-		p.finished(1)
+		p.settled(1)
 	}()
 	p.route()
-	p.guard()
+	if p.waits {
+		p.mu.Lock()
+		waits := p.aside.waiting > 0 || p.aside.holds
+		p.mu.Unlock()
+		if waits {
+			p.bound()
+		}
+	}
 	return nil
 }
 
@@ -244,20 +263,6 @@ func (e *Engine) Admit(p Priority) error {
 	return nil
 }
 
-// admit takes a place in flight, or says why there is none.
-func (e *Engine) admit(p Priority) error {
-	room := e.gate.enter(p) // before the look at closed: so Drain sees the push, or it sees that
-	switch {
-	case e.gate.closed.Load():
-		e.leave()
-		return ErrDraining
-	case !room:
-		e.leave()
-		return ErrInFlight
-	}
-	return nil
-}
-
 func (e *Engine) leave() {
 	if last := e.gate.leave(); last {
 		e.tellIdle()
@@ -270,9 +275,6 @@ func (e *Engine) tellIdle() {
 	default:
 	}
 }
-
-// count books the end of one delivery by its reason.
-func (e *Engine) count(d *Delivery) { e.reasons[d.reason].Add(1) }
 
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
 // finished or ctx ends.
@@ -314,12 +316,12 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
 		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
-		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
+		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}
-	for r := range e.reasons {
-		s.Deliveries[Reason(r).String()] = e.reasons[r].Load()
-	}
-	for i := range e.shards.Len() {
+	for i := range e.lanes {
+		for r := range e.lanes[i].ended {
+			s.Deliveries[Reason(r).String()] += e.lanes[i].ended[r].Load()
+		}
 		s.Shards = append(s.Shards, e.shards.At(i).Stats())
 	}
 	return s

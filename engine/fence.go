@@ -348,7 +348,7 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 			legs = slices.DeleteFunc(slices.Clone(p.legs), func(d *Delivery) bool { return d.healed })
 		}
 		for _, d := range legs {
-			if p.over || d.state.Load() == settled {
+			if d.state.Load() == settled {
 				continue
 			}
 			if held := moved(d, legs, s, isRoom(key)); len(held) > 0 {
@@ -487,7 +487,7 @@ func sentTo(legs []*Delivery, g *route.Group) bool {
 func (p *Push) ward(d *Delivery, then func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return !p.over && p.wardLocked(d, then)
+	return p.wardLocked(d, then)
 }
 
 func (p *Push) wardLocked(d *Delivery, then func()) bool {
@@ -521,7 +521,6 @@ func (o *Order) behind(h *healer) bool {
 	for _, key := range keys {
 		for e := p.markOf(key).before; e != nil; e = e.before {
 			if e.push.holds(h) {
-				p.bound()
 				return true
 			}
 		}
@@ -544,30 +543,15 @@ func (p *Push) holds(h *healer) bool {
 
 // bound has p ended with its deadline, for what waits for others.
 func (p *Push) bound() {
+	if !p.retain() {
+		return
+	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if a := p.stepAside(); a.timer == nil && !p.over {
+	if a := p.stepAside(); a.timer == nil {
 		a.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
 	}
-}
-
-// close ends a delivery, and lets those go on that wait for it.
-func (d *Delivery) close() {
-	p := d.push
-	d.state.Store(settled)
-	if p.warded.Load() {
-		var told []func()
-		p.mu.Lock()
-		if a := p.aside; a != nil {
-			told = a.wards[d]
-			delete(a.wards, d)
-		}
-		p.mu.Unlock()
-		for _, then := range told {
-			p.engine.offload(p.homeOf(d), then)
-		}
-	}
-	p.finished(1)
+	p.mu.Unlock()
+	p.settled(1)
 }
 
 // hold puts deliveries into the queues of their fences, and returns those of legs that

@@ -37,10 +37,10 @@ func (h *healer) start() {
 		return
 	}
 	if p.Order != nil && p.Order.behind(h) {
+		p.bound()
 		return
 	}
 	p.engine.heals.Add(1)
-	home := p.homeOf(d)
 	// What was said before the node's answer is what it contradicts.
 	m := route.Missing{Node: d.node, Users: h.missing, Since: time.Now()}
 	if d.outcome == Failed {
@@ -51,7 +51,7 @@ func (h *healer) start() {
 		table, keys = p.engine.directory.Rooms, []string{p.Room}
 	}
 	h.waiting.Store(int32(len(keys)))
-	table.Refresh(home, keys, m, h)
+	table.Refresh(int(d.shard), keys, m, h)
 	h.asked()
 }
 

@@ -117,7 +117,7 @@ type state struct {
 	engine   *Engine
 	done     Completer
 	deadline time.Time
-	home     int  // the shard of Room or User
+	shard    int  // that of Room or User
 	waits    bool // keys may have been put in line, deliveries held back; the starter's own
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
@@ -145,7 +145,6 @@ type state struct {
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
-	over    bool // it is finished: nothing here changes any more
 	found   bool // the room exists; there are nodes
 	plain   bool // everybody was reached, or known to be offline, at the first try
 	offline int  // users without a node
@@ -193,16 +192,6 @@ func (p *Push) expiry() error {
 type dropped struct {
 	why   Reason
 	users int
-}
-
-// Result is the account of a push once it is finished. An error means that nothing
-// was written; the result is then zero.
-func (p *Push) Result() (Result, error) {
-	if p.plain {
-		r, _ := p.plainAccount()
-		return r, nil
-	}
-	return p.result, p.err
 }
 
 // keepLegs is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
@@ -263,17 +252,15 @@ func (p *Push) route() {
 		return
 	}
 	hash := e.shards.Hash(key)
-	p.home, p.mark[0].key = e.shards.Home(hash), hash<<1|room
-	if s := table.Cached(p.home, key, p.Arrived); s != nil {
-		p.sendNow(key, s)
-	} else if p.await(1) {
-		table.Ask(p.home, []string{key}, p.Arrived, p)
+	p.shard, p.mark[0].key = e.shards.Home(hash), hash<<1|room
+	s := table.Cached(p.shard, key, p.Arrived)
+	if s == nil {
+		if p.await(1) {
+			table.Ask(p.shard, []string{key}, p.Arrived, p)
+		}
+		return
 	}
-}
-
-// sendNow stages and sends the one key of a push whose route is known. Nobody else has
-// the push before it is sent, so there is nothing to lock.
-func (p *Push) sendNow(key string, s *route.Snapshot) {
+	// Nobody else has the push before it is sent, so there is nothing to lock.
 	var inWay [][]*fence
 	if p.Order != nil {
 		inWay = p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true)
@@ -283,12 +270,12 @@ func (p *Push) sendNow(key string, s *route.Snapshot) {
 	} else {
 		p.stageUser(s, inWay)
 	}
-	if inWay == nil || p.aside == nil {
-		p.send(p.legs)
-		return
+	legs := p.legs
+	if inWay != nil && p.aside != nil {
+		p.waits = true
+		legs = hold(legs, p.takeLater())
 	}
-	p.waits = true
-	p.send(hold(p.legs, p.takeLater()))
+	p.send(legs)
 }
 
 // takeLater takes what has been staged to be held back.
@@ -358,19 +345,6 @@ func (p *Push) await(n int) bool {
 	return true
 }
 
-// guard bounds what may wait in line, and behind a fence.
-func (p *Push) guard() {
-	if !p.waits {
-		return
-	}
-	p.mu.Lock()
-	waits := p.aside.waiting > 0 || p.aside.holds
-	p.mu.Unlock()
-	if waits {
-		p.bound()
-	}
-}
-
 // Routed implements route.Waiter: it stages and sends the deliveries for keys.
 func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 	owed := 0 // of what the push waits for
@@ -379,7 +353,7 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 			p.engine.panicked(p, v)
 		}
 		if owed > 0 {
-			p.finished(owed)
+			p.settled(owed)
 		}
 	}()
 	legs, later, ok := p.stage(keys, snaps, err)
@@ -433,14 +407,20 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 			p.targets--
 		}
 	}
-	p.offline = len(s.Unplaced) - len(intersect(except, s.Unplaced))
+	p.offline = len(s.Unplaced)
+	if len(except) > 0 {
+		p.offline -= len(intersect(except, s.Unplaced))
+	}
 	if len(s.Shared) > 0 {
 		p.stepAside().shared = s.Shared
 	}
-	block := p.blank(len(s.Groups))
+	block := p.reserve(len(s.Groups))
 	for i, g := range s.Groups {
 		d := &block[i]
-		d.node, d.group, d.except = g.Node, g, intersect(except, g.Users)
+		d.node, d.group = g.Node, g
+		if len(except) > 0 {
+			d.except = intersect(except, g.Users)
+		}
 		var whole *fence
 		for _, f := range at(inWay, 0) {
 			users, waits := f.held[g.Node]
@@ -461,16 +441,15 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 	}
 }
 
-// blank makes n deliveries that are to be addressed and added.
-func (p *Push) blank(n int) []Delivery {
+// reserve makes n deliveries that are to be addressed and added.
+func (p *Push) reserve(n int) []Delivery {
 	if n == 1 {
 		return p.one[:]
 	}
 	if n > cap(p.block) {
 		p.block = make([]Delivery, n)
 	}
-	p.block = p.block[:n]
-	p.legs = slices.Grow(p.legs, n)
+	p.block, p.legs = p.block[:n], slices.Grow(p.legs, n)
 	return p.block
 }
 
@@ -575,7 +554,7 @@ type staleness struct {
 func (p *Push) stageAll() {
 	links := p.engine.network.Links(0)
 	p.found = len(links) > 0
-	block := p.blank(len(links))
+	block := p.reserve(len(links))
 	for i, l := range links {
 		block[i].node = l.Node()
 		p.add(&block[i])
@@ -586,7 +565,10 @@ func (p *Push) stageAll() {
 // add books a delivery that is addressed as a part of the push. The lock is held where
 // there is one to hold.
 func (p *Push) add(d *Delivery) {
-	d.push = p
+	d.push, d.shard = p, uint16(p.shard)
+	if p.Kind == ToUsers { // all of one shard, see routeUsers
+		d.shard = uint16(p.engine.shards.For(d.users[0]).Index())
+	}
 	if p.Trace != nil {
 		d.leg = p.Trace.Leg(d.node, d.Targets())
 	}
@@ -604,19 +586,14 @@ func (p *Push) addLater(d *Delivery, f *fence) {
 	a.later, a.holds = append(a.later, ward{d, f}), true
 }
 
-// send hands deliveries of one home to their links. What a link declines is dropped
-// here.
+// send hands deliveries to their links. What a link declines is dropped here.
 func (p *Push) send(legs []*Delivery) {
-	if len(legs) == 0 {
-		return
-	}
-	if p.Budget != nil {
+	if p.Budget != nil && len(legs) > 0 {
 		p.Budget.Charge(len(legs))
 	}
-	home := p.homeOf(legs[0])
 	for _, d := range legs {
 		reason := DropUnknownNode
-		if l := p.engine.network.Link(home, d.node); l != nil {
+		if l := p.engine.network.Link(int(d.shard), d.node); l != nil {
 			reason = l.Send(d)
 		}
 		if reason != Sent {
@@ -625,37 +602,15 @@ func (p *Push) send(legs []*Delivery) {
 	}
 }
 
-// homeOf is the shard on which a delivery keeps its order.
-func (p *Push) homeOf(d *Delivery) int {
-	if p.Kind == ToUsers {
-		return p.engine.shards.For(d.users[0]).Index() // all of one home, see routeUsers
+// retain keeps the push from being finished until settled is called for it. False means
+// that it is.
+func (p *Push) retain() bool {
+	for n := p.pending.Load(); n > 0; n = p.pending.Load() {
+		if p.pending.CompareAndSwap(n, n+1) {
+			return true
+		}
 	}
-	return p.home
-}
-
-// finished takes n off what the push waits for.
-func (p *Push) finished(n int) {
-	if p.pending.Add(-int32(n)) == 0 {
-		p.finish()
-	}
-}
-
-// finish closes the books and tells the caller.
-func (p *Push) finish() {
-	p.mu.Lock()
-	p.over = true // what expires from here on comes too late to be read or written
-	p.mu.Unlock()
-	if _, p.plain = p.plainAccount(); !p.plain {
-		p.result, p.err = p.account()
-	}
-	if p.aside != nil && p.aside.timer != nil {
-		p.aside.timer.Stop()
-	}
-	if p.Order != nil {
-		p.Order.leave(p)
-	}
-	p.engine.leave()
-	p.done.Complete(p)
+	return false
 }
 
 // expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
@@ -666,9 +621,13 @@ func (p *Push) expire(cause error) {
 	if errors.Is(cause, ErrInternal) {
 		drop, lose = DropInternal, LostInternal
 	}
+	if !p.retain() {
+		return
+	}
 	p.mu.Lock()
-	if p.over || p.expiry() != nil {
+	if p.expiry() != nil {
 		p.mu.Unlock()
+		p.settled(1)
 		return
 	}
 	a := p.stepAside()
@@ -683,33 +642,7 @@ func (p *Push) expire(cause error) {
 	for _, d := range legs {
 		d.expire(drop, lose)
 	}
-	if waiting > 0 {
-		p.finished(waiting)
-	}
-}
-
-// unsent tells whether nothing was written although there was something to
-// write, and why.
-func (p *Push) unsent() error {
-	for _, d := range p.legs {
-		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
-			return nil
-		}
-	}
-	expired := p.expiry()
-	if len(p.legs) > 0 && expired == nil && !time.Now().Before(p.deadline) {
-		return ErrDeadline
-	}
-	if len(p.legs) > 0 || expired != nil || p.aside == nil {
-		return expired
-	}
-	switch err := p.aside.lookup; {
-	case errors.Is(err, route.ErrOverloaded):
-		return fmt.Errorf("%w: %w", ErrOverloaded, err)
-	case err != nil:
-		return fmt.Errorf("look up the route: %w", err)
-	}
-	return nil
+	p.settled(waiting + 1)
 }
 
 // without returns the members of some that are not in others; both are sorted.
