@@ -337,6 +337,13 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 			f.superseded = whole
 		}
 	}
+	// Of pushes with the same answer, and nothing left out, the first delivery to a node is
+	// compared for all of them.
+	type answer struct {
+		snap  *route.Snapshot
+		group *route.Group
+	}
+	first, others := make(map[answer]*Delivery), make(map[*Delivery][]*Delivery)
 	for _, e := range slices.Backward(old) { // from the oldest one on
 		p := e.push
 		p.mu.Lock()
@@ -347,9 +354,19 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 			// What is sent again may not be with its link yet, though it is booked.
 			legs = slices.DeleteFunc(slices.Clone(p.legs), func(d *Delivery) bool { return d.healed })
 		}
+		alike := e.snap != nil && len(legs) == len(e.snap.Groups) &&
+			!slices.ContainsFunc(legs, func(d *Delivery) bool { return d.group == nil || len(d.except) > 0 })
 		for _, d := range legs {
 			if d.state.Load() == settled {
 				continue
+			}
+			if alike {
+				a := answer{e.snap, d.group}
+				if known := first[a]; known != nil {
+					others[known] = append(others[known], d)
+					continue
+				}
+				first[a] = d
 			}
 			if held := moved(d, legs, s, isRoom(key)); len(held) > 0 {
 				found = add(found, &obstacle{node: d.node, held: held, legs: []*Delivery{d}})
@@ -360,8 +377,10 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 	for _, x := range found {
 		f := &fence{order: o, key: key, snap: s, held: x.held}
 		for _, d := range x.legs {
-			if d.push.ward(d, f.passed) {
-				f.behind++
+			for _, d := range append(others[d], d) {
+				if d.push.ward(d, f.passed) {
+					f.behind++
+				}
 			}
 		}
 		for _, before := range x.fences {
@@ -438,8 +457,8 @@ func moved(d *Delivery, legs []*Delivery, s *route.Snapshot, room bool) map[stri
 		}
 		var moved []string
 		if !all {
-			for _, user := range users {
-				if g.Has(user) && d.has(user) && !tried(legs, g.Node, user) {
+			for _, user := range intersect(users, g.Users) {
+				if d.has(user) && !tried(legs, g.Node, user) {
 					moved = append(moved, user)
 				}
 			}

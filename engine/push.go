@@ -660,9 +660,15 @@ func intersect(some, all []string) []string {
 	}
 	var both []string
 	for _, user := range some {
-		if has(all, user) {
+		n := 1 // how far to search: lists of the same length are merged, a short one is looked up
+		for n < len(all) && all[n-1] < user {
+			n *= 2
+		}
+		i, ok := slices.BinarySearch(all[:min(n, len(all))], user)
+		if ok {
 			both = append(both, user)
 		}
+		all = all[i:]
 	}
 	return both
 }
