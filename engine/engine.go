@@ -226,7 +226,7 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	p.route()
 	if p.waits {
 		p.mu.Lock()
-		waits := p.aside.waiting > 0 || p.aside.holds
+		waits := p.slow.waiting > 0 || p.slow.holds
 		p.mu.Unlock()
 		if waits {
 			p.bound()
@@ -236,7 +236,7 @@ func (e *Engine) Start(p *Push, c Completer) error {
 }
 
 // panicked ends a push after a fault of our own while it was routed: whatever is
-// not settled is booked as failed or unknown, and nobody waits for ever.
+// not settled is counted as failed or unknown, and nobody waits for ever.
 func (e *Engine) panicked(p *Push, v any) {
 	e.panics.Add(1)
 	e.logger.Error("panic while a push was routed", "panic", fmt.Sprint(v), "stack", string(debug.Stack()))

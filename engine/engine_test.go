@@ -220,18 +220,18 @@ func do(t *testing.T, e *Engine, p *Push) Result {
 	return r
 }
 
-// balance checks the books against the push's own count of its users.
+// balance checks the tally against the push's own count of its users.
 func balance(t *testing.T, p *Push, r Result) {
 	t.Helper()
 	if r.Targets != r.Delivered+r.Offline+r.Failed+r.Unknown {
-		t.Errorf("books do not balance: %+v", r)
+		t.Errorf("tally do not balance: %+v", r)
 	}
 	if p.Kind != ToAll && r.Targets != p.targets {
-		t.Errorf("%d targets in the books, %d users: %+v", r.Targets, p.targets, r)
+		t.Errorf("%d targets in the tally, %d users: %+v", r.Targets, p.targets, r)
 	}
 	for _, f := range r.NodeFailures {
 		if strings.Contains(f.Reason, "internal") {
-			t.Errorf("books were mended: %+v", r)
+			t.Errorf("tally were mended: %+v", r)
 		}
 	}
 }

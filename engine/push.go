@@ -53,12 +53,12 @@ type Budget interface {
 type Trace interface {
 	// Lookup opens the span of one look-up.
 	Lookup(ctx context.Context, what string) (context.Context, func(error))
-	// Leg opens the span of one delivery.
-	Leg(node string, users int) LegTrace
+	// Delivery opens the span of one delivery.
+	Delivery(node string, users int) DeliveryTrace
 }
 
-// LegTrace is the span of one delivery.
-type LegTrace interface {
+// DeliveryTrace is the span of one delivery.
+type DeliveryTrace interface {
 	// Traceparent is the W3C trace context for the node.
 	Traceparent() string
 	// End closes the span. It is called exactly once.
@@ -120,11 +120,11 @@ type state struct {
 	shard    int  // that of Room or User
 	waits    bool // keys may have been put in line, deliveries held back; the starter's own
 
-	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
+	// Memory for the usual push, so that it needs no other. Reset keeps that of deliveries
 	// and block.
-	leg   [1]*Delivery
-	user  [1]string
-	block []Delivery
+	oneList [1]*Delivery
+	user    [1]string
+	block   []Delivery
 
 	// Of a push that is not plain, once it is finished.
 	result Result
@@ -145,16 +145,16 @@ type state struct {
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
-	found   bool // the room exists; there are nodes
-	plain   bool // everybody was reached, or known to be offline, at the first try
-	offline int  // users without a node
-	legs    []*Delivery
-	aside   *aside // nil while the push goes the usual way
+	found      bool // the room exists; there are nodes
+	plain      bool // everybody was reached, or known to be offline, at the first try
+	offline    int  // users without a node
+	deliveries []*Delivery
+	slow       *slowPath // nil while the push goes the usual way
 }
 
-// aside is what only a push has that does not go the usual way: its route was not
+// slowPath is what only a push has that does not go the usual way: its route was not
 // cached, it leaves somebody out, somebody gets it twice, it was ended before its time.
-type aside struct {
+type slowPath struct {
 	except  []string               // Exclude, sorted, each once
 	timer   *time.Timer            // ends the push if it has to wait in line, else nil
 	waiting int                    // keys in line
@@ -172,20 +172,20 @@ type aside struct {
 	marks []mark   // theirs
 }
 
-// stepAside returns p.aside, of which there is one from then on.
-func (p *Push) stepAside() *aside {
-	if p.aside == nil {
-		p.aside = new(aside)
+// ensureSlowPath returns p.slow, of which there is one from then on.
+func (p *Push) ensureSlowPath() *slowPath {
+	if p.slow == nil {
+		p.slow = new(slowPath)
 	}
-	return p.aside
+	return p.slow
 }
 
 // expiry is why the push was ended before its time, nil if it was not.
 func (p *Push) expiry() error {
-	if p.aside == nil {
+	if p.slow == nil {
 		return nil
 	}
-	return p.aside.expired
+	return p.slow.expired
 }
 
 // dropped is a number of users that no delivery was made for.
@@ -194,9 +194,9 @@ type dropped struct {
 	users int
 }
 
-// keepLegs is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
+// keepDeliveries is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
 // over more nodes must not make every push as large.
-const keepLegs = 64
+const keepDeliveries = 64
 
 // Reusable tells whether nobody refers to a finished push any more: it may be used again
 // after Reset. Of one that did not go the usual way that is not known.
@@ -204,12 +204,12 @@ func (p *Push) Reusable() bool { return p.plain && p.Trace == nil }
 
 // Reset prepares a reusable push for another use, whose fields the caller then sets.
 func (p *Push) Reset() {
-	legs, block := p.legs[:0], p.block
-	clear(p.legs)
+	deliveries, block := p.deliveries[:0], p.block
+	clear(p.deliveries)
 	clear(block)
 	p.Request, p.state = Request{}, state{}
-	if n := cap(legs); n > len(p.leg) && n <= keepLegs { // not the push's own
-		p.legs, p.block = legs, block
+	if n := cap(deliveries); n > len(p.oneList) && n <= keepDeliveries { // not the push's own
+		p.deliveries, p.block = deliveries, block
 	}
 }
 
@@ -239,7 +239,7 @@ func (p *Push) route() {
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
-			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+			p.ensureSlowPath().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
 		table, key, room = e.directory.Rooms, p.Room, 1
 	case ToUser:
@@ -252,7 +252,7 @@ func (p *Push) route() {
 		return
 	}
 	hash := e.shards.Hash(key)
-	p.shard, p.mark[0].key = e.shards.Home(hash), hash<<1|room
+	p.shard, p.mark[0].key = e.shards.Index(hash), hash<<1|room
 	s := table.Cached(p.shard, key, p.Arrived)
 	if s == nil {
 		if p.await(1) {
@@ -270,18 +270,18 @@ func (p *Push) route() {
 	} else {
 		p.stageUser(s, inWay)
 	}
-	legs := p.legs
-	if inWay != nil && p.aside != nil {
+	deliveries := p.deliveries
+	if inWay != nil && p.slow != nil {
 		p.waits = true
-		legs = hold(legs, p.takeLater())
+		deliveries = hold(deliveries, p.takeLater())
 	}
-	p.send(legs)
+	p.send(deliveries)
 }
 
 // takeLater takes what has been staged to be held back.
 func (p *Push) takeLater() []ward {
-	later := p.aside.later
-	p.aside.later = nil
+	later := p.slow.later
+	p.slow.later = nil
 	return later
 }
 
@@ -291,19 +291,19 @@ func (p *Push) routeUsers() {
 	users := slices.Compact(slices.Sorted(slices.Values(p.Users)))
 	p.targets = len(users)
 	if p.Order != nil {
-		a := p.stepAside()
+		a := p.ensureSlowPath()
 		a.users, a.marks = users, make([]mark, len(users))
 		for i, user := range users {
 			a.marks[i].key = p.engine.userKey(user)
 		}
 		p.Order.enter(p)
 	}
-	homes := make([][]string, e.shards.Len())
+	byShard := make([][]string, e.shards.Len())
 	for _, user := range users {
-		home := e.shards.For(user).Index()
-		homes[home] = append(homes[home], user)
+		shard := e.shards.For(user).Index()
+		byShard[shard] = append(byShard[shard], user)
 	}
-	for home, users := range homes {
+	for shard, users := range byShard {
 		if len(users) == 0 {
 			continue
 		}
@@ -313,14 +313,14 @@ func (p *Push) routeUsers() {
 		var cached, missing []string
 		var snaps []*route.Snapshot
 		for _, user := range users {
-			if s := e.directory.Users.Cached(home, user, p.Arrived); s != nil {
+			if s := e.directory.Users.Cached(shard, user, p.Arrived); s != nil {
 				cached, snaps = append(cached, user), append(snaps, s)
 			} else {
 				missing = append(missing, user)
 			}
 		}
 		if len(missing) > 0 {
-			e.directory.Users.Ask(home, missing, p.Arrived, p)
+			e.directory.Users.Ask(shard, missing, p.Arrived, p)
 		}
 		if len(cached) > 0 {
 			p.Routed(cached, snaps, nil)
@@ -341,7 +341,7 @@ func (p *Push) await(n int) bool {
 	}
 	p.waits = true
 	p.pending.Add(int32(n))
-	p.stepAside().waiting += n
+	p.ensureSlowPath().waiting += n
 	return true
 }
 
@@ -356,17 +356,17 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 			p.settled(owed)
 		}
 	}()
-	legs, later, ok := p.stage(keys, snaps, err)
+	deliveries, later, ok := p.stage(keys, snaps, err)
 	if !ok {
 		return
 	}
 	owed = len(keys)
-	p.send(hold(legs, later))
+	p.send(hold(deliveries, later))
 }
 
-// stage makes the deliveries for keys and books them; later are those of legs that a
+// stage makes the deliveries for keys and adds them; later are those of deliveries that a
 // fence holds back. False means that the push was ended before and waits for nothing.
-func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, later []ward, ok bool) {
+func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliveries []*Delivery, later []ward, ok bool) {
 	var inWay [][]*fence
 	if p.Order != nil && err == nil {
 		inWay = p.Order.pass(p, keys, snaps, false)
@@ -376,11 +376,11 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	if p.expiry() != nil {
 		return nil, nil, false
 	}
-	had := len(p.legs)
+	had := len(p.deliveries)
 	switch {
 	case err != nil:
-		p.stepAside().lookup = err
-		p.aside.dropped = append(p.aside.dropped, dropped{DropNoRoute, len(keys)})
+		p.ensureSlowPath().lookup = err
+		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
 		p.stageRoom(snaps[0], inWay)
 	case p.Kind == ToUser:
@@ -388,8 +388,8 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []
 	default:
 		p.stageUsers(keys, snaps, inWay)
 	}
-	p.aside.waiting -= len(keys)
-	return p.legs[had:], p.takeLater(), true
+	p.slow.waiting -= len(keys)
+	return p.deliveries[had:], p.takeLater(), true
 }
 
 // stageRoom makes one delivery for each node with members of the room, and one more
@@ -399,8 +399,8 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 	p.targets = s.Users
 	p.note(s)
 	var except []string
-	if p.aside != nil {
-		except = p.aside.except
+	if p.slow != nil {
+		except = p.slow.except
 	}
 	for _, user := range except {
 		if s.Has(user) {
@@ -412,7 +412,7 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 		p.offline -= len(intersect(except, s.Unplaced))
 	}
 	if len(s.Shared) > 0 {
-		p.stepAside().shared = s.Shared
+		p.ensureSlowPath().shared = s.Shared
 	}
 	block := p.reserve(len(s.Groups))
 	for i, g := range s.Groups {
@@ -449,7 +449,7 @@ func (p *Push) reserve(n int) []Delivery {
 	if n > cap(p.block) {
 		p.block = make([]Delivery, n)
 	}
-	p.block, p.legs = p.block[:n], slices.Grow(p.legs, n)
+	p.block, p.deliveries = p.block[:n], slices.Grow(p.deliveries, n)
 	return p.block
 }
 
@@ -492,7 +492,7 @@ func inFront(inWay []*fence, node string) *fence {
 // stageUsers makes one delivery for each node that holds any of users, and one for each
 // user who has to wait.
 func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fence) {
-	var legs []*Delivery
+	var deliveries []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
 		p.countUser(s)
@@ -505,16 +505,16 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fe
 				if d = byNode[g.Node]; d == nil {
 					d = &Delivery{node: g.Node}
 					byNode[g.Node] = d
-					legs = append(legs, d)
+					deliveries = append(deliveries, d)
 				}
 				d.users = append(d.users, users[i])
 			}
 			if p.Order != nil && len(s.Groups) == 1 {
-				p.markOf(users[i]).leg = d
+				p.markOf(users[i]).delivery = d
 			}
 		}
 	}
-	for _, d := range legs {
+	for _, d := range deliveries {
 		p.add(d)
 	}
 }
@@ -522,7 +522,7 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fe
 func (p *Push) countUser(s *route.Snapshot) {
 	p.note(s)
 	if len(s.Shared) > 0 {
-		a := p.stepAside()
+		a := p.ensureSlowPath()
 		a.shared = append(a.shared, s.Shared...)
 	}
 	if !s.Found {
@@ -530,12 +530,12 @@ func (p *Push) countUser(s *route.Snapshot) {
 	}
 }
 
-// note books that s is a stale answer, if it is.
+// note keeps that s is a stale answer, if it is.
 func (p *Push) note(s *route.Snapshot) {
 	if s.Stale == nil {
 		return
 	}
-	st := &p.stepAside().stale
+	st := &p.ensureSlowPath().stale
 	if !st.is || s.Stale.Known.Before(st.known) {
 		st.known = s.Stale.Known
 	}
@@ -549,7 +549,7 @@ type staleness struct {
 	changed bool      // one is known to have changed
 }
 
-// stageAll makes one delivery for each node. Broadcasts have one home, so that
+// stageAll makes one delivery for each node. Broadcasts have one shard, so that
 // they keep their order.
 func (p *Push) stageAll() {
 	links := p.engine.network.Links(0)
@@ -559,10 +559,10 @@ func (p *Push) stageAll() {
 		block[i].node = l.Node()
 		p.add(&block[i])
 	}
-	p.send(p.legs)
+	p.send(p.deliveries)
 }
 
-// add books a delivery that is addressed as a part of the push. The lock is held where
+// add adds a delivery that is addressed as a part of the push. The lock is held where
 // there is one to hold.
 func (p *Push) add(d *Delivery) {
 	d.push, d.shard = p, uint16(p.shard)
@@ -570,28 +570,28 @@ func (p *Push) add(d *Delivery) {
 		d.shard = uint16(p.engine.shards.For(d.users[0]).Index())
 	}
 	if p.Trace != nil {
-		d.leg = p.Trace.Leg(d.node, d.Targets())
+		d.trace = p.Trace.Delivery(d.node, d.Targets())
 	}
 	p.pending.Add(1)
-	if p.legs == nil {
-		p.legs = p.leg[:0]
+	if p.deliveries == nil {
+		p.deliveries = p.oneList[:0]
 	}
-	p.legs = append(p.legs, d)
+	p.deliveries = append(p.deliveries, d)
 }
 
 // addLater adds a delivery that f holds back.
 func (p *Push) addLater(d *Delivery, f *fence) {
 	p.add(d)
-	a := p.stepAside()
+	a := p.ensureSlowPath()
 	a.later, a.holds = append(a.later, ward{d, f}), true
 }
 
 // send hands deliveries to their links. What a link declines is dropped here.
-func (p *Push) send(legs []*Delivery) {
-	if p.Budget != nil && len(legs) > 0 {
-		p.Budget.Charge(len(legs))
+func (p *Push) send(deliveries []*Delivery) {
+	if p.Budget != nil && len(deliveries) > 0 {
+		p.Budget.Charge(len(deliveries))
 	}
-	for _, d := range legs {
+	for _, d := range deliveries {
 		reason := DropUnknownNode
 		if l := p.engine.network.Link(int(d.shard), d.node); l != nil {
 			reason = l.Send(d)
@@ -630,16 +630,16 @@ func (p *Push) expire(cause error) {
 		p.settled(1)
 		return
 	}
-	a := p.stepAside()
+	a := p.ensureSlowPath()
 	a.expired = cause
 	waiting := a.waiting
 	a.waiting = 0
 	if waiting > 0 {
 		a.dropped = append(a.dropped, dropped{drop, waiting})
 	}
-	legs := p.legs
+	deliveries := p.deliveries
 	p.mu.Unlock()
-	for _, d := range legs {
+	for _, d := range deliveries {
 		d.expire(drop, lose)
 	}
 	p.settled(waiting + 1)
