@@ -121,7 +121,7 @@ func (p *Push) settled(n int) {
 	if p.Order != nil {
 		p.Order.leave(p)
 	}
-	p.engine.leave()
+	p.engine.gate.leave()
 	p.done.Complete(p)
 }
 

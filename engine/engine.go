@@ -68,7 +68,6 @@ type Engine struct {
 	limits    Limits
 	timeout   time.Duration
 	logger    *slog.Logger
-	idle      chan struct{} // has room for one; told when nothing is in flight
 
 	// Safe for concurrent use.
 	gate    gate
@@ -142,8 +141,8 @@ func New(config Config) (*Engine, error) {
 	config = config.withDefaults()
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
-		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight)},
-		logger: config.Logger, idle: make(chan struct{}, 1), lanes: make([]lane, config.Shards.Len()),
+		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight), idle: make(chan struct{}, 1)},
+		logger: config.Logger, lanes: make([]lane, config.Shards.Len()),
 	}, nil
 }
 
@@ -201,7 +200,7 @@ func (e *Engine) Start(p *Push, c Completer) error {
 	}
 	room := e.gate.enter(p.Priority) // before the look at closed: so Drain sees the push, or it sees that
 	if closed := e.gate.closed.Load(); closed || !room {
-		e.leave()
+		e.gate.leave()
 		if closed {
 			return ErrDraining
 		}
@@ -263,27 +262,14 @@ func (e *Engine) Admit(p Priority) error {
 	return nil
 }
 
-func (e *Engine) leave() {
-	if last := e.gate.leave(); last {
-		e.tellIdle()
-	}
-}
-
-func (e *Engine) tellIdle() {
-	select {
-	case e.idle <- struct{}{}:
-	default:
-	}
-}
-
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
 // finished or ctx ends.
 func (e *Engine) Drain(ctx context.Context) error {
 	e.gate.closed.Store(true)
 	for e.gate.inside() > 0 {
 		select {
-		case <-e.idle:
-			e.tellIdle() // whoever else drains
+		case <-e.gate.idle:
+			e.gate.tellIdle() // whoever else drains
 		case <-ctx.Done():
 			return fmt.Errorf("drain with %d pushes in flight: %w", e.gate.inside(), ctx.Err())
 		}

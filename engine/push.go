@@ -84,8 +84,8 @@ type Request struct {
 	Users   []string
 	Exclude []string
 	// Payload is the encoded MessageContent as the clients' nodes shall get it,
-	// Content what validation needs to know about it. The bytes stay as they are until
-	// the push is finished, and for ever unless it is Reusable.
+	// Content what validation needs to know about it. The package says how long the bytes
+	// have to stay.
 	Payload []byte
 	Content Content
 	// Trace is nil unless the push is sampled.
@@ -198,8 +198,7 @@ type dropped struct {
 // over more nodes must not make every push as large.
 const keepDeliveries = 64
 
-// Reusable tells whether nobody refers to a finished push any more: it may be used again
-// after Reset. Of one that did not go the usual way that is not known.
+// Reusable tells whether a finished push, and its bytes, may be used again after Reset.
 func (p *Push) Reusable() bool { return p.plain && p.Trace == nil }
 
 // Reset prepares a reusable push for another use, whose fields the caller then sets.
@@ -261,9 +260,11 @@ func (p *Push) route() {
 		return
 	}
 	// Nobody else has the push before it is sent, so there is nothing to lock.
-	var inWay [][]*fence
+	var inWay []*fence
 	if p.Order != nil {
-		inWay = p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true)
+		if all := p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true); all != nil {
+			inWay = all[0]
+		}
 	}
 	if p.Kind == ToRoom {
 		p.stageRoom(s, inWay)
@@ -367,9 +368,11 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 // stage makes the deliveries for keys and adds them; later are those of deliveries that a
 // fence holds back. False means that the push was ended before and waits for nothing.
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliveries []*Delivery, later []ward, ok bool) {
-	var inWay [][]*fence
+	inWay := make([][]*fence, len(keys))
 	if p.Order != nil && err == nil {
-		inWay = p.Order.pass(p, keys, snaps, false)
+		if all := p.Order.pass(p, keys, snaps, false); all != nil {
+			inWay = all
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -382,9 +385,9 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliver
 		p.ensureSlowPath().lookup = err
 		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
-		p.stageRoom(snaps[0], inWay)
+		p.stageRoom(snaps[0], inWay[0])
 	case p.Kind == ToUser:
-		p.stageUser(snaps[0], inWay)
+		p.stageUser(snaps[0], inWay[0])
 	default:
 		p.stageUsers(keys, snaps, inWay)
 	}
@@ -394,10 +397,12 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliver
 
 // stageRoom makes one delivery for each node with members of the room, and one more
 // for those of them who have to wait.
-func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
+func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	p.found = s.Found
 	p.targets = s.Users
-	p.note(s)
+	if s.Stale != nil {
+		p.note(s.Stale)
+	}
 	var except []string
 	if p.slow != nil {
 		except = p.slow.except
@@ -422,7 +427,7 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 			d.except = intersect(except, g.Users)
 		}
 		var whole *fence
-		for _, f := range at(inWay, 0) {
+		for _, f := range inWay {
 			users, waits := f.held[g.Node]
 			if waits && users == nil {
 				whole = f
@@ -454,7 +459,7 @@ func (p *Push) reserve(n int) []Delivery {
 }
 
 // stageUser makes one delivery for each node that holds the user.
-func (p *Push) stageUser(s *route.Snapshot, inWay [][]*fence) {
+func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
 	p.countUser(s)
 	for i, g := range s.Groups {
 		d := &p.one[0] // most users are on one node
@@ -463,20 +468,12 @@ func (p *Push) stageUser(s *route.Snapshot, inWay [][]*fence) {
 		}
 		p.user[0] = p.User
 		d.node, d.users = g.Node, p.user[:]
-		if f := inFront(at(inWay, 0), g.Node); f != nil {
+		if f := inFront(inWay, g.Node); f != nil {
 			p.addLater(d, f)
 		} else {
 			p.add(d)
 		}
 	}
-}
-
-// at returns the fences in the way of the i-th key.
-func at(inWay [][]*fence, i int) []*fence {
-	if inWay == nil {
-		return nil
-	}
-	return inWay[i]
 }
 
 // inFront returns the fence of a user that holds back what is for a node, nil for none.
@@ -498,7 +495,7 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fe
 		p.countUser(s)
 		for _, g := range s.Groups {
 			var d *Delivery
-			if f := inFront(at(inWay, i), g.Node); f != nil {
+			if f := inFront(inWay[i], g.Node); f != nil {
 				d = &Delivery{node: g.Node, users: []string{users[i]}}
 				p.addLater(d, f)
 			} else {
@@ -520,7 +517,9 @@ func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fe
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
-	p.note(s)
+	if s.Stale != nil {
+		p.note(s.Stale)
+	}
 	if len(s.Shared) > 0 {
 		a := p.ensureSlowPath()
 		a.shared = append(a.shared, s.Shared...)
@@ -530,16 +529,13 @@ func (p *Push) countUser(s *route.Snapshot) {
 	}
 }
 
-// note keeps that s is a stale answer, if it is.
-func (p *Push) note(s *route.Snapshot) {
-	if s.Stale == nil {
-		return
-	}
+// note keeps that an answer is a stale one.
+func (p *Push) note(s *route.Stale) {
 	st := &p.ensureSlowPath().stale
-	if !st.is || s.Stale.Known.Before(st.known) {
-		st.known = s.Stale.Known
+	if !st.is || s.Known.Before(st.known) {
+		st.known = s.Known
 	}
-	st.is, st.changed = true, st.changed || s.Stale.Changed
+	st.is, st.changed = true, st.changed || s.Changed
 }
 
 // staleness is whether a push went by an answer that the Controller could not confirm.
