@@ -2,9 +2,13 @@ package engine
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/push-manager/push-manager/engine/route"
 )
 
 // Outcome is what became of one user, in the order in which one outcome beats
@@ -66,15 +70,15 @@ type NodeFailure struct {
 	Users  int
 }
 
-// books gathers the outcomes of one push.
-type books struct {
+// tally gathers the outcomes of one push.
+type tally struct {
 	count    [Delivered + 1]int
 	failures []NodeFailure
 }
 
-func (b *books) add(o Outcome, n int) { b.count[o] += n }
+func (b *tally) add(o Outcome, n int) { b.count[o] += n }
 
-func (b *books) total() int {
+func (b *tally) total() int {
 	n := 0
 	for _, c := range b.count {
 		n += c
@@ -82,8 +86,8 @@ func (b *books) total() int {
 	return n
 }
 
-// fail books n users of a node. Users of one node and reason stand together.
-func (b *books) fail(o Outcome, node, reason string, n int) {
+// fail counts n users of a node. Users of one node and reason stand together.
+func (b *tally) fail(o Outcome, node, reason string, n int) {
 	if n == 0 {
 		return
 	}
@@ -91,7 +95,7 @@ func (b *books) fail(o Outcome, node, reason string, n int) {
 	b.blame(o, node, reason, n)
 }
 
-func (b *books) blame(o Outcome, node, reason string, n int) {
+func (b *tally) blame(o Outcome, node, reason string, n int) {
 	reason = o.String() + ": " + reason
 	for i := range b.failures {
 		if f := &b.failures[i]; f.Node == node && f.Reason == reason {
@@ -102,26 +106,55 @@ func (b *books) blame(o Outcome, node, reason string, n int) {
 	b.failures = append(b.failures, NodeFailure{node, reason, n})
 }
 
-// account closes the books of a push all of whose parts are settled.
+// settled takes n off what the push waits for. The last one takes the account
+// and tells the caller.
+func (p *Push) settled(n int) {
+	if p.pending.Add(-int32(n)) != 0 {
+		return
+	}
+	if _, p.plain = p.plainAccount(); !p.plain {
+		p.result, p.err = p.account()
+	}
+	if p.slow != nil && p.slow.timer != nil {
+		p.slow.timer.Stop()
+	}
+	if p.Order != nil {
+		p.Order.leave(p)
+	}
+	p.engine.gate.leave()
+	p.done.Complete(p)
+}
+
+// Result is the account of a push once it is finished. An error means that nothing
+// was written; the result is then zero.
+func (p *Push) Result() (Result, error) {
+	if p.plain {
+		r, _ := p.plainAccount()
+		return r, nil
+	}
+	return p.result, p.err
+}
+
+// account adds up a push all of whose parts are settled.
 func (p *Push) account() (Result, error) {
 	if err := p.unsent(); err != nil {
 		return Result{}, err
 	}
-	var b books
+	var b tally
 	if p.Kind == ToAll {
-		for _, d := range p.legs {
-			d.bookAll(&b)
+		for _, d := range p.deliveries {
+			d.tallyAll(&b)
 		}
 	} else {
-		p.bookUsers(&b)
+		p.tallyUsers(&b)
 	}
 	r := Result{
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 	}
 	r.Targets = b.total()
-	if p.aside != nil && p.aside.stale.is {
-		r.Stale, r.Changed = max(p.Arrived.Sub(p.aside.stale.known), 1), p.aside.stale.changed
+	if p.slow != nil && p.slow.stale.is {
+		r.Stale, r.Changed = max(p.Arrived.Sub(p.slow.stale.known), 1), p.slow.stale.changed
 		p.engine.stale.Add(1) // in this order, see Stats
 		if r.Changed {
 			p.engine.changed.Add(1)
@@ -136,14 +169,38 @@ func (p *Push) account() (Result, error) {
 	return r, nil
 }
 
+// unsent tells whether nothing was written although there was something to
+// write, and why.
+func (p *Push) unsent() error {
+	for _, d := range p.deliveries {
+		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
+			return nil
+		}
+	}
+	expired := p.expiry()
+	if len(p.deliveries) > 0 && expired == nil && !time.Now().Before(p.deadline) {
+		return ErrDeadline
+	}
+	if len(p.deliveries) > 0 || expired != nil || p.slow == nil {
+		return expired
+	}
+	switch err := p.slow.lookup; {
+	case errors.Is(err, route.ErrOverloaded):
+		return fmt.Errorf("%w: %w", ErrOverloaded, err)
+	case err != nil:
+		return fmt.Errorf("look up the route: %w", err)
+	}
+	return nil
+}
+
 // plainAccount is the account of a push whose every delivery reached all whom it was for, in
 // one go: most pushes.
 func (p *Push) plainAccount() (Result, bool) {
-	if p.aside != nil {
+	if p.slow != nil {
 		return Result{}, false
 	}
 	r := Result{Found: p.found, Offline: p.offline}
-	for _, d := range p.legs {
+	for _, d := range p.deliveries {
 		if d.outcome != Delivered || d.short != nil {
 			return Result{}, false
 		}
@@ -159,37 +216,37 @@ func (p *Push) plainAccount() (Result, bool) {
 	return r, r.Targets == p.targets
 }
 
-// bookAll books a node's part of a broadcast. A node that did not answer adds no
+// tallyAll counts a node's part of a broadcast. A node that did not answer adds no
 // users, only its failure.
-func (d *Delivery) bookAll(b *books) {
+func (d *Delivery) tallyAll(b *tally) {
 	if d.outcome != Delivered {
-		b.blame(d.outcome, d.node, d.why(), 0)
+		b.blame(d.outcome, d.node, d.reasonText(), 0)
 		return
 	}
 	b.add(Delivered, d.delivered)
-	b.fail(Failed, d.node, d.whyFailed(), d.shortfall().failedUsers)
+	b.fail(Failed, d.node, d.failedText(), d.details().failedUsers)
 }
 
-// bookUsers books all other pushes: delivery by delivery, except for the users
+// tallyUsers counts all other pushes: delivery by delivery, except for the users
 // with more than one delivery, of whose outcomes the best counts.
-func (p *Push) bookUsers(b *books) {
+func (p *Push) tallyUsers(b *tally) {
 	b.add(Offline, p.offline)
-	if p.aside != nil {
-		for _, gone := range p.aside.dropped {
+	if p.slow != nil {
+		for _, gone := range p.slow.dropped {
 			b.fail(Failed, "", gone.why.String(), gone.users)
 		}
 	}
-	apart := p.apart()
-	for _, d := range p.legs {
-		d.book(b, apart)
+	alone := p.countedAlone()
+	for _, d := range p.deliveries {
+		d.tally(b, alone)
 	}
-	for _, best := range apart {
+	for _, a := range alone {
 		switch {
-		case best.d == nil: // excluded, or dropped before there was a delivery
-		case best.outcome == Failed || best.outcome == Unknown:
-			b.fail(best.outcome, best.d.node, best.d.whyUser(best.outcome), 1)
+		case a.d == nil: // excluded, or dropped before there was a delivery
+		case a.outcome == Failed || a.outcome == Unknown:
+			b.fail(a.outcome, a.d.node, a.d.userText(a.outcome), 1)
 		default:
-			b.add(best.outcome, 1)
+			b.add(a.outcome, 1)
 		}
 	}
 	if lost := p.targets - b.total(); lost > 0 {
@@ -197,49 +254,49 @@ func (p *Push) bookUsers(b *books) {
 	}
 }
 
-// verdict is the best outcome so far of a user that is booked apart.
-type verdict struct {
+// best is the best outcome so far of a user that is counted by itself.
+type best struct {
 	outcome Outcome
 	d       *Delivery
 }
 
-// apart lists the users that cannot be booked delivery by delivery.
-func (p *Push) apart() map[string]verdict {
+// countedAlone lists the users that cannot be counted delivery by delivery.
+func (p *Push) countedAlone() map[string]best {
 	var shared []string
-	if p.aside != nil {
-		shared = p.aside.shared
+	if p.slow != nil {
+		shared = p.slow.shared
 	}
 	n := len(shared)
-	for _, d := range p.legs {
-		r := d.shortfall()
+	for _, d := range p.deliveries {
+		r := d.details()
 		n += len(r.resent) + len(r.gone)
 	}
 	if n == 0 {
 		return nil
 	}
-	apart := make(map[string]verdict, n)
+	alone := make(map[string]best, n)
 	for _, user := range shared {
-		apart[user] = verdict{}
+		alone[user] = best{}
 	}
-	for _, d := range p.legs {
-		r := d.shortfall()
+	for _, d := range p.deliveries {
+		r := d.details()
 		for _, user := range slices.Concat(r.resent, r.gone) {
-			apart[user] = verdict{}
+			alone[user] = best{}
 		}
 	}
-	return apart
+	return alone
 }
 
-// book adds the delivery's users to the books but for those in apart, whose
-// verdicts it updates.
-func (d *Delivery) book(b *books, apart map[string]verdict) {
+// tally adds the delivery's users to the tally but for those in alone, whose
+// best outcomes it updates.
+func (d *Delivery) tally(b *tally, alone map[string]best) {
 	n := d.counts()
-	if len(apart) > 0 {
-		r := d.shortfall()
+	if len(alone) > 0 {
+		r := d.details()
 		slices.Sort(r.resent)
 		slices.Sort(r.gone)
 		unnamed := 0
-		for user, best := range apart {
+		for user, sofar := range alone {
 			if !d.has(user) {
 				continue
 			}
@@ -252,12 +309,12 @@ func (d *Delivery) book(b *books, apart map[string]verdict) {
 			if has(r.gone, user) {
 				o = Offline
 			}
-			if !has(r.resent, user) && o > best.outcome {
-				apart[user] = verdict{o, d}
+			if !has(r.resent, user) && o > sofar.outcome {
+				alone[user] = best{o, d}
 			}
 		}
 		// Whom the ack of a short count reached nobody can tell: it may have been
-		// those booked apart, so only the count beyond them is sure of the rest.
+		// those counted alone, so only the count beyond them is sure of the rest.
 		if unnamed > 0 {
 			rest := n[Delivered] + n[Unknown] - unnamed
 			n[Delivered] = max(0, n[Delivered]-unnamed)
@@ -266,8 +323,8 @@ func (d *Delivery) book(b *books, apart map[string]verdict) {
 	}
 	b.add(Delivered, n[Delivered])
 	b.add(Offline, n[Offline])
-	b.fail(Failed, d.node, d.whyFailed(), n[Failed])
-	b.fail(Unknown, d.node, d.whyUnknown(), n[Unknown])
+	b.fail(Failed, d.node, d.failedText(), n[Failed])
+	b.fail(Unknown, d.node, d.unknownText(), n[Unknown])
 }
 
 // has tells whether user is in a sorted list.
@@ -283,7 +340,7 @@ func (d *Delivery) counts() [Delivered + 1]int {
 		n[d.outcome] = d.Targets()
 		return n
 	}
-	r := d.shortfall()
+	r := d.details()
 	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(r.failed), r.unexplained
 	n[d.missedAs()] += len(r.notHere)
 	return n
@@ -292,7 +349,7 @@ func (d *Delivery) counts() [Delivered + 1]int {
 // missedAs is the outcome of users that the node does not have: offline once the
 // Controller has been asked again, else failed.
 func (d *Delivery) missedAs() Outcome {
-	if d.shortfall().heal != Sent {
+	if d.details().heal != Sent {
 		return Failed
 	}
 	return Offline
@@ -301,7 +358,7 @@ func (d *Delivery) missedAs() Outcome {
 // outcomeOf is how one user of the delivery ended, before heals. A user whom an
 // ack neither names nor accounts for is unknown.
 func (d *Delivery) outcomeOf(user string) Outcome {
-	r := d.shortfall()
+	r := d.details()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome
@@ -317,18 +374,18 @@ func (d *Delivery) outcomeOf(user string) Outcome {
 }
 
 // why says in words why the delivery as a whole was not delivered.
-func (d *Delivery) why() string {
-	if text := d.shortfall().text; text != "" {
+func (d *Delivery) reasonText() string {
+	if text := d.details().text; text != "" {
 		return d.reason.String() + ": " + text
 	}
 	return d.reason.String()
 }
 
-func (d *Delivery) whyFailed() string {
-	r := d.shortfall()
+func (d *Delivery) failedText() string {
+	r := d.details()
 	switch {
 	case d.outcome == Failed:
-		return d.why()
+		return d.reasonText()
 	case r.heal != Sent && len(r.failed) == 0 && r.failedUsers == 0:
 		return r.heal.String()
 	case r.text != "":
@@ -338,16 +395,16 @@ func (d *Delivery) whyFailed() string {
 	}
 }
 
-func (d *Delivery) whyUnknown() string {
+func (d *Delivery) unknownText() string {
 	if d.outcome == Unknown {
-		return d.why()
+		return d.reasonText()
 	}
 	return LostCount.String()
 }
 
-func (d *Delivery) whyUser(o Outcome) string {
+func (d *Delivery) userText(o Outcome) string {
 	if o == Unknown {
-		return d.whyUnknown()
+		return d.unknownText()
 	}
-	return d.whyFailed()
+	return d.failedText()
 }

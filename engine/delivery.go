@@ -18,7 +18,7 @@ const (
 	claimed               // somebody is writing its result
 	denied                // not delivered here, to be looked up
 	healing               // the look-up is under way
-	settled               // its part of the books is final
+	settled               // its part of the tally is final
 )
 
 // Delivery is one push for the users it names on one node. A link reads it
@@ -28,11 +28,12 @@ type Delivery struct {
 	// Static from staging on.
 	push   *Push
 	node   string
-	group  *route.Group // of a push to a room: the members on the node
-	users  []string     // otherwise: whom it is for, sorted; nil for everybody
-	except []string     // members of group that do not get it, sorted
-	healed bool         // sent after a fresh look-up: not looked up again
-	leg    LegTrace     // nil unless the push is sampled
+	group  *route.Group  // of a push to a room: the members on the node
+	users  []string      // otherwise: whom it is for, sorted; nil for everybody
+	except []string      // members of group that do not get it, sorted
+	healed bool          // sent after a fresh look-up: not looked up again
+	shard  uint16        // on which it keeps its order
+	trace  DeliveryTrace // nil unless the push is sampled
 
 	state atomic.Uint32
 
@@ -40,11 +41,11 @@ type Delivery struct {
 	outcome   Outcome // of all users not named in short
 	reason    Reason
 	delivered int // users, when the outcome is Delivered
-	short     *shortfall
+	short     *details
 }
 
-// shortfall is what there is to say of a delivery that did not simply reach everybody.
-type shortfall struct {
+// details is what there is to say of a delivery that did not simply reach everybody.
+type details struct {
 	text        string   // the node's own words beside the reason
 	notHere     []string // sorted; offline, unless a heal says otherwise
 	failed      []string // sorted
@@ -55,18 +56,18 @@ type shortfall struct {
 	heal        Reason   // why notHere could not be looked up, Sent if it could
 }
 
-// shortfall reads it, mostly nothing.
-func (d *Delivery) shortfall() shortfall {
+// details reads it, mostly nothing.
+func (d *Delivery) details() details {
 	if d.short == nil {
-		return shortfall{}
+		return details{}
 	}
 	return *d.short
 }
 
-// fallShort is where to write it.
-func (d *Delivery) fallShort() *shortfall {
+// ensureDetails is where to write it.
+func (d *Delivery) ensureDetails() *details {
 	if d.short == nil {
-		d.short = new(shortfall)
+		d.short = new(details)
 	}
 	return d.short
 }
@@ -109,10 +110,10 @@ func (d *Delivery) Deadline() time.Time { return d.push.deadline }
 
 // Traceparent is the W3C trace context for the node, "" unless sampled.
 func (d *Delivery) Traceparent() string {
-	if d.leg == nil {
+	if d.trace == nil {
 		return ""
 	}
-	return d.leg.Traceparent()
+	return d.trace.Traceparent()
 }
 
 // Size estimates the bytes that a frame needs for it, its audience left aside.
@@ -155,31 +156,21 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 		return false, nil
 	}
 	d.outcome, d.delivered = Delivered, a.Delivered
-	if !a.plain() || !d.Everybody() && a.Delivered != d.Targets() {
-		d.explain(a)
+	named := len(a.NotHere) + len(a.Failed)
+	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || !d.Everybody() && a.Delivered != d.Targets() {
+		slices.Sort(a.NotHere)
+		slices.Sort(a.Failed)
+		r := d.ensureDetails()
+		r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
+		switch {
+		case a.Refused:
+			d.outcome, d.reason = Failed, DropRefused
+		case !d.Everybody():
+			r.unexplained = d.Targets() - a.Delivered - named
+		}
 	}
 	d.settle(a.NotHere)
 	return true, nil
-}
-
-// plain tells whether an ack is a number of users reached and nothing else.
-func (a *Ack) plain() bool {
-	return len(a.NotHere) == 0 && len(a.Failed) == 0 && a.FailedUsers == 0 && !a.Refused && a.Text == ""
-}
-
-// explain notes an ack that does not say that everybody was reached.
-func (d *Delivery) explain(a Ack) {
-	slices.Sort(a.NotHere)
-	slices.Sort(a.Failed)
-	r := d.fallShort()
-	r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
-	switch {
-	case a.Refused:
-		d.outcome, d.reason = Failed, DropRefused
-	case d.Everybody():
-	default:
-		r.unexplained = d.Targets() - a.Delivered - len(a.NotHere) - len(a.Failed)
-	}
 }
 
 // Drop settles as failed a delivery that was certainly not written.
@@ -210,21 +201,40 @@ func (d *Delivery) claim() bool {
 // settle closes a claimed delivery, or looks up again the users for whom it was
 // known not to be delivered here.
 func (d *Delivery) settle(missing []string) {
-	if d.leg != nil {
-		d.leg.End(d.describe())
+	if d.trace != nil {
+		d.trace.End(d.describe())
 	}
 	p := d.push
-	p.engine.count(d)
+	p.engine.lanes[d.shard].ended[d.reason].Add(1)
 	if d.outcome == Failed && (d.reason.healable() || d.reason == DropRefused) {
 		missing = d.all()
 	}
 	if len(missing) > 0 && !d.healed && p.Kind != ToAll {
 		d.state.Store(denied)
 		h := &healer{d: d, missing: slices.Sorted(slices.Values(missing))} // every list of users is sorted
-		h.start()
+		p.engine.offload(int(d.shard), h.start)
 		return
 	}
 	d.close()
+}
+
+// close ends a delivery, and lets those go on that wait for it.
+func (d *Delivery) close() {
+	p := d.push
+	d.state.Store(settled)
+	if p.warded.Load() {
+		var told []func()
+		p.mu.Lock()
+		if a := p.slow; a != nil {
+			told = a.wards[d]
+			delete(a.wards, d)
+		}
+		p.mu.Unlock()
+		for _, then := range told {
+			p.engine.offload(int(d.shard), then)
+		}
+	}
+	p.settled(1)
 }
 
 // expire settles whatever the delivery still waits for: with drop what was not
@@ -248,7 +258,7 @@ func (d *Delivery) endHeal(why Reason) {
 	// In this order: one that is denied may become healing in between.
 	if d.state.CompareAndSwap(denied, claimed) || d.state.CompareAndSwap(healing, claimed) {
 		if why != Sent {
-			d.fallShort().heal = why
+			d.ensureDetails().heal = why
 		}
 		d.close()
 	}
@@ -296,15 +306,10 @@ func (d *Delivery) check(a *Ack) error {
 	case a.Delivered+named > d.Targets():
 		return fmt.Errorf("%d delivered and %d missed of %d", a.Delivered, named, d.Targets())
 	}
-	return d.checkNamed(a)
-}
-
-// checkNamed makes sure that each user named is one it was for, and named once.
-func (d *Delivery) checkNamed(a *Ack) error {
-	named := len(a.NotHere) + len(a.Failed)
 	if named == 0 {
 		return nil
 	}
+	// Each user named is one it was for, and named once.
 	seen := make(map[string]struct{}, named)
 	for _, users := range [][]string{a.NotHere, a.Failed} {
 		for _, user := range users {
@@ -322,7 +327,7 @@ func (d *Delivery) checkNamed(a *Ack) error {
 
 // describe is the outcome in a word or two, for traces.
 func (d *Delivery) describe() string {
-	r := d.shortfall()
+	r := d.details()
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome.String() + ": " + d.reason.String()

@@ -6,8 +6,9 @@
 //
 // A push never changes goroutines on the fast path: with its route in the cache it
 // is validated, staged and sent on the caller's goroutine; the link's reader
-// settles its deliveries and the last one to settle finishes it. What can block
-// (a look-up) runs in the shard's pool.
+// settles its deliveries and the last one to settle finishes it. What can block (a
+// look-up) runs in the shard's pool, and so does what a settled delivery brings about:
+// heals, and what a fence held back.
 //
 // Invariants:
 //
@@ -32,11 +33,16 @@
 // the cost of a few loads. What is admitted may still find a link's queue at its bound,
 // which low priorities reach first.
 //
-// Who holds what: the payload and the ids of a push belong to its caller, are shared by
-// all its deliveries and never written to. A push that has gone the usual way leaves
-// nothing behind: its caller may use it and its bytes again (Push.Reusable). Any other is
-// garbage when the last reference goes.
+// Who holds what: the payload and the ids of a Request belong to its caller. All deliveries
+// of the push share them, and nobody writes to them.
+//
+//   - They stay as they are until the push is finished.
+//   - A link lets go of a delivery, its payload and its ids before it settles it.
+//   - Nobody refers to a finished push that has gone the usual way: its caller may use it and
+//     the bytes again (Push.Reusable, Push.Reset).
+//   - The bytes of any other push stay as they are for ever. It is garbage when the last
+//     reference goes.
 //
 // Locks: Push.mu guards the list of deliveries of one push. It is a leaf. Order.mu comes
-// before the Push.mu of earlier pushes of that Order.
+// before the Push.mu of earlier pushes of that Order. backlog.mu is a leaf.
 package engine

@@ -72,7 +72,6 @@ type Engine struct {
 	limits    Limits
 	timeout   time.Duration
 	logger    *slog.Logger
-	idle      chan struct{} // has room for one; told when nothing is in flight
 
 	// Safe for concurrent use.
 	gate    gate
@@ -83,8 +82,59 @@ type Engine struct {
 	stale   atomic.Uint64 // pushes by a stale answer
 	changed atomic.Uint64 // by one known to have changed
 	panics  atomic.Uint64
-	reasons [reasons]atomic.Uint64
+	lanes   []lane    // by shard
 	waiters sync.Pool // of *waiter
+}
+
+// lane is what an engine has for one shard.
+type lane struct {
+	backlog backlog
+	ended   [reasons]atomic.Uint64 // deliveries, by their reason
+
+	_ [64]byte // shards do not share a cache line
+}
+
+// backlog is the work that settled deliveries have brought about: heals, and what a fence
+// held back. One task of a shard runs at a time, in the order of coming, and all take one
+// place in the pool. There are no more than pushes in flight.
+type backlog struct {
+	mu sync.Mutex
+	// Guarded by mu.
+	tasks   []func()
+	running bool
+}
+
+// offload has task run in a shard's pool. Whoever settles a delivery, such as the reader of
+// a node's acks, goes on at once: it neither looks up nor sends for other pushes. Only when
+// the pool is full does it work off the backlog itself.
+func (e *Engine) offload(shard int, task func()) {
+	b := &e.lanes[shard].backlog
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.tasks = append(b.tasks, task); b.running {
+		return
+	}
+	b.running = true
+	if e.shards.At(shard).Go(b.run) != nil {
+		b.mu.Unlock()
+		b.run()
+		b.mu.Lock()
+	}
+}
+
+func (b *backlog) run() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for len(b.tasks) > 0 {
+		tasks := b.tasks
+		b.tasks = nil
+		b.mu.Unlock()
+		for _, task := range tasks {
+			task()
+		}
+		b.mu.Lock()
+	}
+	b.running = false
 }
 
 // New makes an engine over parts that its owner starts before and stops after it.
@@ -95,8 +145,8 @@ func New(config Config) (*Engine, error) {
 	config = config.withDefaults()
 	return &Engine{
 		shards: config.Shards, directory: config.Directory, network: config.Network,
-		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight)},
-		logger: config.Logger, idle: make(chan struct{}, 1),
+		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight), idle: make(chan struct{}, 1)},
+		logger: config.Logger, lanes: make([]lane, config.Shards.Len()),
 	}, nil
 }
 
@@ -149,11 +199,16 @@ func (w *waiter) Complete(*Push) { w.done <- struct{}{} }
 // nothing was written and c is not called. Otherwise c.Complete(p) is called
 // exactly once, possibly before Start returns.
 func (e *Engine) Start(p *Push, c Completer) error {
-	if err := e.limits.check(p); err != nil {
+	if err := e.limits.Check(&p.Request); err != nil {
 		return err
 	}
-	if err := e.admit(p.Priority); err != nil {
-		return err
+	room := e.gate.enter(p.Priority) // before the look at closed: so Drain sees the push, or it sees that
+	if closed := e.gate.closed.Load(); closed || !room {
+		e.gate.leave()
+		if closed {
+			return ErrDraining
+		}
+		return ErrInFlight
 	}
 	p.engine, p.done = e, c
 	if p.Arrived.IsZero() {
@@ -169,15 +224,22 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		if v := recover(); v != nil {
 			e.panicked(p, v)
 		}
-		p.finished(1)
+		p.settled(1)
 	}()
 	p.route()
-	p.guard()
+	if p.waits {
+		p.mu.Lock()
+		waits := p.slow.waiting > 0 || p.slow.holds
+		p.mu.Unlock()
+		if waits {
+			p.bound()
+		}
+	}
 	return nil
 }
 
 // panicked ends a push after a fault of our own while it was routed: whatever is
-// not settled is booked as failed or unknown, and nobody waits for ever.
+// not settled is counted as failed or unknown, and nobody waits for ever.
 func (e *Engine) panicked(p *Push, v any) {
 	e.panics.Add(1)
 	e.logger.Error("panic while a push was routed", "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
@@ -204,44 +266,14 @@ func (e *Engine) Admit(p Priority) error {
 	return nil
 }
 
-// admit takes a place in flight, or says why there is none.
-func (e *Engine) admit(p Priority) error {
-	room := e.gate.enter(p) // before the look at closed: so Drain sees the push, or it sees that
-	switch {
-	case e.gate.closed.Load():
-		e.leave()
-		return ErrDraining
-	case !room:
-		e.leave()
-		return ErrInFlight
-	}
-	return nil
-}
-
-func (e *Engine) leave() {
-	if last := e.gate.leave(); last {
-		e.tellIdle()
-	}
-}
-
-func (e *Engine) tellIdle() {
-	select {
-	case e.idle <- struct{}{}:
-	default:
-	}
-}
-
-// count books the end of one delivery by its reason.
-func (e *Engine) count(d *Delivery) { e.reasons[d.reason].Add(1) }
-
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
 // finished or ctx ends.
 func (e *Engine) Drain(ctx context.Context) error {
 	e.gate.closed.Store(true)
 	for e.gate.inside() > 0 {
 		select {
-		case <-e.idle:
-			e.tellIdle() // whoever else drains
+		case <-e.gate.idle:
+			e.gate.tellIdle() // whoever else drains
 		case <-ctx.Done():
 			return fmt.Errorf("drain with %d pushes in flight: %w", e.gate.inside(), ctx.Err())
 		}
@@ -274,12 +306,12 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
 		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
-		Deliveries: make(map[string]uint64, len(e.reasons)), Directory: e.directory.Stats(),
+		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}
-	for r := range e.reasons {
-		s.Deliveries[Reason(r).String()] = e.reasons[r].Load()
-	}
-	for i := range e.shards.Len() {
+	for i := range e.lanes {
+		for r := range e.lanes[i].ended {
+			s.Deliveries[Reason(r).String()] += e.lanes[i].ended[r].Load()
+		}
 		s.Shards = append(s.Shards, e.shards.At(i).Stats())
 	}
 	return s

@@ -171,9 +171,9 @@ func (w *world) build() (*Engine, func(), error) {
 		return nil, nil, err
 	}
 	config := route.Config{
-		Source: w, Homes: shards.Len(),
-		Home: func(key string) int { return shards.For(key).Index() },
-		Go:   func(home int, task func()) error { return shards.At(home).Go(task) },
+		Source: w, Shards: shards.Len(),
+		Shard: func(key string) int { return shards.For(key).Index() },
+		Go:    func(home int, task func()) error { return shards.At(home).Go(task) },
 	}
 	if w.tune != nil {
 		w.tune(&config)
@@ -220,18 +220,18 @@ func do(t *testing.T, e *Engine, p *Push) Result {
 	return r
 }
 
-// balance checks the books against the push's own count of its users.
+// balance checks the tally against the push's own count of its users.
 func balance(t *testing.T, p *Push, r Result) {
 	t.Helper()
 	if r.Targets != r.Delivered+r.Offline+r.Failed+r.Unknown {
-		t.Errorf("books do not balance: %+v", r)
+		t.Errorf("tally do not balance: %+v", r)
 	}
 	if p.Kind != ToAll && r.Targets != p.targets {
-		t.Errorf("%d targets in the books, %d users: %+v", r.Targets, p.targets, r)
+		t.Errorf("%d targets in the tally, %d users: %+v", r.Targets, p.targets, r)
 	}
 	for _, f := range r.NodeFailures {
 		if strings.Contains(f.Reason, "internal") {
-			t.Errorf("books were mended: %+v", r)
+			t.Errorf("tally were mended: %+v", r)
 		}
 	}
 }
@@ -781,7 +781,7 @@ func TestExpiryThatMeetsTheLastAckChangesNothingAfterwards(t *testing.T) {
 	w.users["u"] = []string{"A"}
 	e.directory.Vouch(time.Now().Add(1000 * time.Hour)) // the route stays cached, however slow the machine
 	do(t, e, toUser("u"))
-	for e.directory.CachedUser(e.shards.For("u").Index(), "u", route.Query{Now: time.Now()}) == nil {
+	for e.directory.Users.Cached(e.shards.For("u").Index(), "u", time.Now()) == nil {
 		runtime.Gosched() // who waited for the look-up is told before others see its answer
 	}
 	w.nodes["A"].keep = true

@@ -55,7 +55,7 @@ type Order struct {
 	under   []place             // by start: pushes under way, and finished ones
 	indexed int                 // of under, how many are in marks
 	sweep   int                 // how long under may be before finished ones are taken out
-	since   int64               // nobody in under has arrived before, on the clock of Directory.Moment
+	since   int64               // nobody in under has arrived before, on the clock of Directory.Nanos
 	seq     uint64              // of the latest push
 	end     uint64              // from where on numbers are not ours
 	fences  map[uint64][]*fence // by key, then by age
@@ -94,7 +94,7 @@ type mark struct {
 	push          *Push           // once it is in the index
 	before, after *mark           // of the same key in the index, by start
 
-	leg *Delivery // the user's, of a push to several; nil if there are more or none; guarded by the Push.mu
+	delivery *Delivery // the user's, of a push to several; nil if there are more or none; guarded by the Push.mu
 }
 
 // fence holds users back who have moved.
@@ -129,7 +129,7 @@ func (o *Order) enterLocked(p *Push) {
 		o.seq = o.end - numbers
 	}
 	o.seq += inIndex + 1
-	arrived := p.engine.directory.Moment(p.Arrived)
+	arrived := p.engine.directory.Nanos(p.Arrived)
 	o.since = min(o.since, arrived)
 	o.under = append(o.under, place{p, o.seq, arrived})
 	p.seq.Store(o.seq)
@@ -210,7 +210,7 @@ func (o *Order) leave(p *Push) {
 // marks are those of p by user, or the only one.
 func (p *Push) marks() []mark {
 	if p.Kind == ToUsers {
-		return p.aside.marks
+		return p.slow.marks
 	}
 	return p.mark[:]
 }
@@ -220,8 +220,8 @@ func (p *Push) markOf(key string) *mark {
 	if p.Kind != ToUsers {
 		return &p.mark[0]
 	}
-	i, _ := slices.BinarySearch(p.aside.users, key)
-	return &p.aside.marks[i]
+	i, _ := slices.BinarySearch(p.slow.users, key)
+	return &p.slow.marks[i]
 }
 
 // indexLocked puts the marks of all pushes under way into the index. False means that p is
@@ -306,10 +306,10 @@ func (o *Order) inWayLocked(m *mark) []*fence {
 
 // obstacle is what some users have to wait for.
 type obstacle struct {
-	node   string // that they have left, "" for what is behind a fence
-	held   map[string][]string
-	legs   []*Delivery
-	fences []*fence
+	node       string // that they have left, "" for what is behind a fence
+	held       map[string][]string
+	deliveries []*Delivery
+	fences     []*fence
 }
 
 // buildLocked puts up the fences for s behind pushes that had other answers, the latest
@@ -337,31 +337,50 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 			f.superseded = whole
 		}
 	}
+	// Of pushes with the same answer, and nothing left out, the first delivery to a node is
+	// compared for all of them.
+	type answer struct {
+		snap  *route.Snapshot
+		group *route.Group
+	}
+	first, others := make(map[answer]*Delivery), make(map[*Delivery][]*Delivery)
 	for _, e := range slices.Backward(old) { // from the oldest one on
 		p := e.push
 		p.mu.Lock()
-		var legs []*Delivery
-		if e.leg != nil {
-			legs = []*Delivery{e.leg}
+		var deliveries []*Delivery
+		if e.delivery != nil {
+			deliveries = []*Delivery{e.delivery}
 		} else {
-			// What is sent again may not be with its link yet, though it is booked.
-			legs = slices.DeleteFunc(slices.Clone(p.legs), func(d *Delivery) bool { return d.healed })
+			// What is sent again may not be with its link yet, though it is counted.
+			deliveries = slices.DeleteFunc(slices.Clone(p.deliveries), func(d *Delivery) bool { return d.healed })
 		}
-		for _, d := range legs {
-			if p.over || d.state.Load() == settled {
+		alike := e.snap != nil && len(deliveries) == len(e.snap.Groups) &&
+			!slices.ContainsFunc(deliveries, func(d *Delivery) bool { return d.group == nil || len(d.except) > 0 })
+		for _, d := range deliveries {
+			if d.state.Load() == settled {
 				continue
 			}
-			if held := moved(d, legs, s, isRoom(key)); len(held) > 0 {
-				found = add(found, &obstacle{node: d.node, held: held, legs: []*Delivery{d}})
+			if alike {
+				a := answer{e.snap, d.group}
+				if known := first[a]; known != nil {
+					others[known] = append(others[known], d)
+					continue
+				}
+				first[a] = d
+			}
+			if held := moved(d, deliveries, s, isRoom(key)); len(held) > 0 {
+				found = add(found, &obstacle{node: d.node, held: held, deliveries: []*Delivery{d}})
 			}
 		}
 		p.mu.Unlock()
 	}
 	for _, x := range found {
 		f := &fence{order: o, key: key, snap: s, held: x.held}
-		for _, d := range x.legs {
-			if d.push.ward(d, f.passed) {
-				f.behind++
+		for _, d := range x.deliveries {
+			for _, d := range append(others[d], d) {
+				if d.push.ward(d, f.passed) {
+					f.behind++
+				}
 			}
 		}
 		for _, before := range x.fences {
@@ -395,7 +414,7 @@ func add(found []*obstacle, x *obstacle) []*obstacle {
 				x.held[node] = nil
 			}
 		}
-		x.legs = append(y.legs, x.legs...)
+		x.deliveries = append(y.deliveries, x.deliveries...)
 		x.fences = append(y.fences, x.fences...)
 	}
 	return append(kept, x)
@@ -415,8 +434,8 @@ func (x *obstacle) meets(y *obstacle) bool {
 }
 
 // moved lists, by node, the users of delivery d whom s has on other nodes, to which none
-// of legs, those of the same push, goes for them.
-func moved(d *Delivery, legs []*Delivery, s *route.Snapshot, room bool) map[string][]string {
+// of deliveries, those of the same push, goes for them.
+func moved(d *Delivery, deliveries []*Delivery, s *route.Snapshot, room bool) map[string][]string {
 	var users []string
 	all := false
 	switch {
@@ -433,13 +452,13 @@ func moved(d *Delivery, legs []*Delivery, s *route.Snapshot, room bool) map[stri
 	}
 	var held map[string][]string
 	for _, g := range s.Groups {
-		if g.Node == d.node || !all && len(users) == 0 || room && sentTo(legs, g) {
+		if g.Node == d.node || !all && len(users) == 0 || room && sentTo(deliveries, g) {
 			continue
 		}
 		var moved []string
 		if !all {
-			for _, user := range users {
-				if g.Has(user) && d.has(user) && !tried(legs, g.Node, user) {
+			for _, user := range intersect(users, g.Users) {
+				if d.has(user) && !tried(deliveries, g.Node, user) {
 					moved = append(moved, user)
 				}
 			}
@@ -478,16 +497,16 @@ func leavers(old, now *route.Group) (left []string, tooMany bool) {
 	return left, false
 }
 
-// sentTo tells whether one of legs is for these very members of a node.
-func sentTo(legs []*Delivery, g *route.Group) bool {
-	return slices.ContainsFunc(legs, func(d *Delivery) bool { return d.group == g })
+// sentTo tells whether one of deliveries is for these very members of a node.
+func sentTo(deliveries []*Delivery, g *route.Group) bool {
+	return slices.ContainsFunc(deliveries, func(d *Delivery) bool { return d.group == g })
 }
 
 // ward has then called when d is settled. False means that it is.
 func (p *Push) ward(d *Delivery, then func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return !p.over && p.wardLocked(d, then)
+	return p.wardLocked(d, then)
 }
 
 func (p *Push) wardLocked(d *Delivery, then func()) bool {
@@ -496,7 +515,7 @@ func (p *Push) wardLocked(d *Delivery, then func()) bool {
 	if d.state.Load() == settled {
 		return false
 	}
-	a := p.stepAside()
+	a := p.ensureSlowPath()
 	if a.wards == nil {
 		a.wards = make(map[*Delivery][]func())
 	}
@@ -521,7 +540,6 @@ func (o *Order) behind(h *healer) bool {
 	for _, key := range keys {
 		for e := p.markOf(key).before; e != nil; e = e.before {
 			if e.push.holds(h) {
-				p.bound()
 				return true
 			}
 		}
@@ -534,7 +552,7 @@ func (o *Order) behind(h *healer) bool {
 func (p *Push) holds(h *healer) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, d := range p.legs {
+	for _, d := range p.deliveries {
 		if d.node == h.d.node && d.state.Load() < healing && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
 			return true
 		}
@@ -544,43 +562,28 @@ func (p *Push) holds(h *healer) bool {
 
 // bound has p ended with its deadline, for what waits for others.
 func (p *Push) bound() {
+	if !p.retain() {
+		return
+	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if a := p.stepAside(); a.timer == nil && !p.over {
+	if a := p.ensureSlowPath(); a.timer == nil {
 		a.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
 	}
+	p.mu.Unlock()
+	p.settled(1)
 }
 
-// close ends a delivery, and lets those go on that wait for it.
-func (d *Delivery) close() {
-	p := d.push
-	d.state.Store(settled)
-	if p.warded.Load() {
-		var told []func()
-		p.mu.Lock()
-		if a := p.aside; a != nil {
-			told = a.wards[d]
-			delete(a.wards, d)
-		}
-		p.mu.Unlock()
-		for _, then := range told {
-			then()
-		}
-	}
-	p.finished(1)
-}
-
-// hold puts deliveries into the queues of their fences, and returns those of legs that
+// hold puts deliveries into the queues of their fences, and returns those of deliveries that
 // are to be sent now.
-func hold(legs []*Delivery, later []ward) (now []*Delivery) {
+func hold(deliveries []*Delivery, later []ward) (now []*Delivery) {
 	if len(later) == 0 {
-		return legs
+		return deliveries
 	}
 	waits := make(map[*Delivery]bool, len(later))
 	for _, w := range later {
 		waits[w.d] = w.f.hold(w.d)
 	}
-	for _, d := range legs {
+	for _, d := range deliveries {
 		if !waits[d] {
 			now = append(now, d)
 		}

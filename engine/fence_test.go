@@ -159,6 +159,57 @@ func TestUserWhoMovedWaitsAndNobodyElse(t *testing.T) {
 	}
 }
 
+// TestAckWaitsForNothingThatItBringsAbout: what an ack sets free, and what it has sent again, is
+// sent by somebody else than the reader of the node's acks.
+func TestAckWaitsForNothingThatItBringsAbout(t *testing.T) {
+	for name, answer := range map[string]func(*Delivery){
+		"a fence falls": func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) },
+		"a heal":        notHere("u2"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				e := w.engine(t)
+				w.place("r", "u2", "B")
+				w.place("s", "u4", "B")
+				w.nodes["B"].keep = true
+				var o order
+				var stream Order
+				first := begin(t, e, &stream, toRoom("r"), &o)
+				other := begin(t, e, &stream, toRoom("s"), &o)
+				time.Sleep(1100 * time.Millisecond)
+				w.place("r", "u2", "A")
+				moved := begin(t, e, &stream, toRoom("r"), &o)
+				on := make(chan struct{})
+				w.nodes["A"].answer = func(d *Delivery) {
+					<-on
+					_, _ = d.Ack(Ack{Delivered: d.Targets()})
+				}
+				kept := w.nodes["B"].kept
+				if len(kept) != 2 || kept[0].push != first || kept[1].push != other {
+					t.Fatalf("B has %d deliveries", len(kept))
+				}
+				for i, answer := range []func(*Delivery){answer, func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: 1}) }} {
+					kept[i].TrySend()
+					answer(kept[i])
+				}
+				synctest.Wait()
+				if got := w.nodes["A"].pushes(); len(got) != 1 {
+					t.Errorf("A was sent %d deliveries, want the first one, which it holds up", len(got))
+				}
+				if r, err := other.Result(); err != nil || !r.Success() {
+					t.Errorf("a push whose ack came meanwhile: %+v, %v", r, err)
+				}
+				close(on)
+				synctest.Wait()
+				if r, err := moved.Result(); err != nil || !r.Success() || o.done != 3 {
+					t.Errorf("the push that waited: %+v, %v; %d of 3 have ended", r, err, o.done)
+				}
+			})
+		})
+	}
+}
+
 // TestFenceHoldsThoughItsAnswerIsGivenAgain: an answer serves as a stale one for a while,
 // and whoever was sent by that does not wait for the end.
 func TestFenceHoldsThoughItsAnswerIsGivenAgain(t *testing.T) {

@@ -25,7 +25,7 @@ func FuzzLimits(f *testing.F) {
 			Kind: Kind(kind % 6), Room: one, User: one, Users: []string{one, two}, Exclude: []string{two},
 			Content: Content{Present: true, DataLen: size, Timestamp: timestamp, MetadataEntries: entries, MetadataBytes: metadata},
 		}}
-		err := limits.check(p)
+		err := limits.Check(&p.Request)
 		var invalid *InvalidError
 		switch {
 		case err != nil && !errors.As(err, &invalid):

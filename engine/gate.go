@@ -9,6 +9,7 @@ type gate struct {
 	// Static: by rank, how many may be in flight for a push to be let in, and as many more
 	// as enter at the same moment.
 	most   [priorities]int64
+	idle   chan struct{} // has room for one; told when nothing is in flight
 	closed atomic.Bool
 
 	_       [64]byte
@@ -46,10 +47,18 @@ func (g *gate) fits(n int64, p Priority) bool {
 	return n-left <= most
 }
 
-// leave counts a push out. Once the gate is closed, the last one is told so.
-func (g *gate) leave() (last bool) {
-	left := g.left.Add(1)
-	return g.closed.Load() && g.entered.Load() == left
+// leave counts a push out. Once the gate is closed, the last one tells who waits for that.
+func (g *gate) leave() {
+	if left := g.left.Add(1); g.closed.Load() && g.entered.Load() == left {
+		g.tellIdle()
+	}
+}
+
+func (g *gate) tellIdle() {
+	select {
+	case g.idle <- struct{}{}:
+	default:
+	}
 }
 
 // inside is the number of pushes in flight.

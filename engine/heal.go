@@ -23,31 +23,35 @@ type healer struct {
 // start looks up, unless it has to wait for an earlier push: it is then called again.
 func (h *healer) start() {
 	p, d := h.d.push, h.d
+	defer func() {
+		if v := recover(); v != nil {
+			p.engine.panicked(p, v)
+		}
+	}()
 	if d.state.Load() != denied {
 		return // expired while it waited
 	}
-	// Expired while the ack was being booked: nobody else ends the heal then.
+	// Expired while the ack was being counted: nobody else ends the heal then.
 	if p.ended() || !time.Now().Before(p.deadline) {
 		d.endHeal(DropExpired)
 		return
 	}
 	if p.Order != nil && p.Order.behind(h) {
+		p.bound()
 		return
 	}
 	p.engine.heals.Add(1)
-	home := p.homeOf(d)
 	// What was said before the node's answer is what it contradicts.
 	m := route.Missing{Node: d.node, Users: h.missing, Since: time.Now()}
 	if d.outcome == Failed {
 		m.Users = nil // it has taken nothing, for nobody
 	}
+	table, keys := p.engine.directory.Users, h.missing
 	if p.Kind == ToRoom {
-		h.waiting.Store(1)
-		p.engine.directory.RefreshRoom(home, p.Room, m, h)
-	} else {
-		h.waiting.Store(int32(len(h.missing)))
-		p.engine.directory.RefreshUsers(home, h.missing, m, h)
+		table, keys = p.engine.directory.Rooms, []string{p.Room}
 	}
+	h.waiting.Store(int32(len(keys)))
+	table.Refresh(int(d.shard), keys, m, h)
 	h.asked()
 }
 
@@ -85,22 +89,22 @@ func (p *Push) ended() bool {
 	return p.expiry() != nil
 }
 
-// stage makes and books the deliveries that the answers for keys call for.
-func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery) {
+// stage makes and adds the deliveries that the answers for keys call for.
+func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (deliveries []*Delivery) {
 	p, d := h.d.push, h.d
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
 	case p.expiry() != nil: // expire settles the delivery
 	case err != nil:
-		d.fallShort().heal = DropNoRoute
+		d.ensureDetails().heal = DropNoRoute
 	default:
-		legs = h.stageLocked(keys, snaps)
-		for _, leg := range legs {
-			p.add(leg)
+		deliveries = h.stageLocked(keys, snaps)
+		for _, d := range deliveries {
+			p.add(d)
 		}
 	}
-	return legs
+	return deliveries
 }
 
 // stageLocked sorts the missing users of keys into those to be sent elsewhere,
@@ -108,12 +112,12 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (legs 
 // that may not know all yet is good for where users are: whom it does not send elsewhere
 // has no route.
 func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
-	p, r := h.d.push, h.d.fallShort()
+	p, r := h.d.push, h.d.ensureDetails()
 	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
 	if p.Kind != ToRoom {
 		users, snap = keys, func(i int) *route.Snapshot { return snaps[i] }
 	}
-	var legs []*Delivery
+	var deliveries []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, user := range users {
 		s, placed, sent := snap(i), false, false
@@ -122,14 +126,14 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 				continue
 			}
 			placed = true
-			if tried(p.legs, g.Node, user) {
+			if tried(p.deliveries, g.Node, user) {
 				continue
 			}
 			to := byNode[g.Node]
 			if to == nil {
 				to = &Delivery{node: g.Node, healed: true}
 				byNode[g.Node] = to
-				legs = append(legs, to)
+				deliveries = append(deliveries, to)
 			}
 			to.users = append(to.users, user)
 			sent = true
@@ -143,13 +147,13 @@ func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery
 			r.gone = append(r.gone, user)
 		}
 	}
-	slices.SortFunc(legs, func(a, b *Delivery) int { return strings.Compare(a.node, b.node) })
-	return legs
+	slices.SortFunc(deliveries, func(a, b *Delivery) int { return strings.Compare(a.node, b.node) })
+	return deliveries
 }
 
-// tried tells whether one of legs goes to node for user.
-func tried(legs []*Delivery, node, user string) bool {
-	for _, d := range legs {
+// tried tells whether one of deliveries goes to node for user.
+func tried(deliveries []*Delivery, node, user string) bool {
+	for _, d := range deliveries {
 		if d.node == node && d.has(user) {
 			return true
 		}

@@ -4,7 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"unicode/utf8"
+
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 // Limits bound what one push may ask for. The zero value means the defaults.
@@ -22,7 +23,7 @@ func (l Limits) withDefaults() Limits {
 		v   *int
 		def int
 	}{
-		{&l.IDBytes, 256},
+		{&l.IDBytes, ids.MaxBytes},
 		{&l.DataBytes, 256 << 10},
 		{&l.MetadataEntries, 32},
 		{&l.MetadataBytes, 8 << 10},
@@ -91,96 +92,39 @@ func (l Limits) CheckCount(field string, n int) error {
 	return nil
 }
 
-// check refuses a push that breaks a limit.
-func (l Limits) check(p *Push) error {
-	if err := l.checkTarget(p); err != nil {
+// Check refuses a request that breaks a limit. Here, and nowhere else, ids are checked.
+func (l Limits) Check(r *Request) error {
+	list, field := r.Exclude, "exclude_user_ids"
+	var err error
+	switch r.Kind {
+	case ToRoom:
+		err = l.checkID("room_id", -1, r.Room)
+	case ToUser:
+		err = l.checkID("user_id", -1, r.User)
+		list = nil
+	case ToUsers:
+		if list, field = r.Users, "user_ids"; len(list) == 0 {
+			err = &InvalidError{field, CodeRequired, "must name at least one user"}
+		}
+	case ToAll:
+		list = nil
+	default:
+		err = &InvalidError{"push", CodeRequired, "must say what to push to"}
+	}
+	if err != nil {
 		return err
 	}
-	return l.checkContent(&p.Content)
-}
-
-func (l Limits) checkTarget(p *Push) error {
-	switch p.Kind {
-	case ToRoom:
-		if err := l.checkID("room_id", -1, p.Room); err != nil {
+	if len(list) > 0 {
+		if err := l.CheckCount(field, len(list)); err != nil {
 			return err
 		}
-		return l.checkIDs("exclude_user_ids", p.Exclude)
-	case ToUser:
-		return l.checkID("user_id", -1, p.User)
-	case ToUsers:
-		if len(p.Users) == 0 {
-			return &InvalidError{"user_ids", CodeRequired, "must name at least one user"}
-		}
-		return l.checkIDs("user_ids", p.Users)
-	case ToAll:
-		return nil
-	default:
-		return &InvalidError{"push", CodeRequired, "must say what to push to"}
 	}
-}
-
-func (l Limits) checkIDs(field string, ids []string) error {
-	if err := l.CheckCount(field, len(ids)); err != nil {
-		return err
-	}
-	for i, id := range ids {
+	for i, id := range list {
 		if err := l.checkID(field, i, id); err != nil {
 			return err
 		}
 	}
-	return nil
-}
-
-// checkID takes ids of 1..IDBytes bytes of valid UTF-8 without control characters.
-func (l Limits) checkID(field string, index int, id string) error {
-	var code, what string
-	switch {
-	case id == "":
-		code, what = CodeRequired, "must not be empty"
-	case len(id) > l.IDBytes:
-		code, what = CodeIDTooLong, fmt.Sprintf("longer than %d bytes", l.IDBytes)
-	case !cleanID(id):
-		code, what = CodeIDMalformed, "must be valid UTF-8 without control characters"
-	default:
-		return nil
-	}
-	if index >= 0 {
-		field += "[" + strconv.Itoa(index) + "]"
-	}
-	return &InvalidError{field, code, what}
-}
-
-// cleanID looks for control characters (C0, DEL and C1) and broken UTF-8.
-func cleanID(id string) bool {
-	for i := 0; i < len(id); i++ {
-		c := id[i]
-		if c >= utf8.RuneSelf {
-			return cleanRunes(id[i:])
-		}
-		if c < ' ' || c == 0x7f {
-			return false
-		}
-	}
-	return true
-}
-
-func cleanRunes(s string) bool {
-	for i, r := range s {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
-			return false
-		}
-		if r == utf8.RuneError {
-			if _, n := utf8.DecodeRuneInString(s[i:]); n <= 1 {
-				return false
-			}
-		}
-	}
-	return true
-}
-
-func (l Limits) checkContent(c *Content) error {
-	switch {
+	switch c := &r.Content; {
 	case !c.Present:
 		return &InvalidError{"content", CodeRequired, "must be present"}
 	case c.DataLen > l.DataBytes:
@@ -195,4 +139,22 @@ func (l Limits) checkContent(c *Content) error {
 		return &InvalidError{"content.metadata", CodeMalformed, "must be valid UTF-8"}
 	}
 	return nil
+}
+
+func (l Limits) checkID(field string, index int, id string) error {
+	err := ids.Check(id, l.IDBytes)
+	if err == nil {
+		return nil
+	}
+	code := CodeIDMalformed
+	switch {
+	case errors.Is(err, ids.ErrEmpty):
+		code = CodeRequired
+	case errors.Is(err, ids.ErrTooLong):
+		code = CodeIDTooLong
+	}
+	if index >= 0 {
+		field += "[" + strconv.Itoa(index) + "]"
+	}
+	return &InvalidError{field, code, err.Error()}
 }

@@ -17,9 +17,8 @@ type Link interface {
 	Node() string
 	// Send takes d or says at once why not; it never blocks. Sent is the answer
 	// of a link that has taken d: from then on the link owns d until it has
-	// called exactly one of Ack, Drop and Lose (or seen TrySend decline), and must
-	// not touch d, its payload and its ids after that: they are used again. Of any
-	// other answer the caller keeps d. Deliveries taken by one link reach the
+	// called exactly one of Ack, Drop and Lose (or seen TrySend decline). Of any other
+	// answer the caller keeps d. Deliveries taken by one link reach the
 	// node in the order of the calls.
 	Send(d *Delivery) Reason
 }

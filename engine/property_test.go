@@ -97,7 +97,7 @@ func TestBooksBalanceWhateverNodesAnswer(t *testing.T) {
 		blamed := 0
 		for _, f := range r.NodeFailures {
 			if strings.Contains(f.Reason, "internal") {
-				rt.Fatalf("books were mended: %+v", r)
+				rt.Fatalf("tally were mended: %+v", r)
 			}
 			blamed += f.Users
 		}

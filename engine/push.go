@@ -53,12 +53,12 @@ type Budget interface {
 type Trace interface {
 	// Lookup opens the span of one look-up.
 	Lookup(ctx context.Context, what string) (context.Context, func(error))
-	// Leg opens the span of one delivery.
-	Leg(node string, users int) LegTrace
+	// Delivery opens the span of one delivery.
+	Delivery(node string, users int) DeliveryTrace
 }
 
-// LegTrace is the span of one delivery.
-type LegTrace interface {
+// DeliveryTrace is the span of one delivery.
+type DeliveryTrace interface {
 	// Traceparent is the W3C trace context for the node.
 	Traceparent() string
 	// End closes the span. It is called exactly once.
@@ -84,8 +84,8 @@ type Request struct {
 	Users   []string
 	Exclude []string
 	// Payload is the encoded MessageContent as the clients' nodes shall get it,
-	// Content what validation needs to know about it. The bytes stay as they are until
-	// the push is finished, and for ever unless it is Reusable.
+	// Content what validation needs to know about it. The package says how long the bytes
+	// have to stay.
 	Payload []byte
 	Content Content
 	// Trace is nil unless the push is sampled.
@@ -117,14 +117,14 @@ type state struct {
 	engine   *Engine
 	done     Completer
 	deadline time.Time
-	home     int  // the shard of Room or User
+	shard    int  // that of Room or User
 	waits    bool // keys may have been put in line, deliveries held back; the starter's own
 
-	// Memory for the usual push, so that it needs no other. Reset keeps that of legs
+	// Memory for the usual push, so that it needs no other. Reset keeps that of deliveries
 	// and block.
-	leg   [1]*Delivery
-	user  [1]string
-	block []Delivery
+	oneList [1]*Delivery
+	user    [1]string
+	block   []Delivery
 
 	// Of a push that is not plain, once it is finished.
 	result Result
@@ -145,17 +145,16 @@ type state struct {
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
-	over    bool // it is finished: nothing here changes any more
-	found   bool // the room exists; there are nodes
-	plain   bool // everybody was reached, or known to be offline, at the first try
-	offline int  // users without a node
-	legs    []*Delivery
-	aside   *aside // nil while the push goes the usual way
+	found      bool // the room exists; there are nodes
+	plain      bool // everybody was reached, or known to be offline, at the first try
+	offline    int  // users without a node
+	deliveries []*Delivery
+	slow       *slowPath // nil while the push goes the usual way
 }
 
-// aside is what only a push has that does not go the usual way: its route was not
+// slowPath is what only a push has that does not go the usual way: its route was not
 // cached, it leaves somebody out, somebody gets it twice, it was ended before its time.
-type aside struct {
+type slowPath struct {
 	except  []string               // Exclude, sorted, each once
 	timer   *time.Timer            // ends the push if it has to wait in line, else nil
 	waiting int                    // keys in line
@@ -173,20 +172,20 @@ type aside struct {
 	marks []mark   // theirs
 }
 
-// stepAside returns p.aside, of which there is one from then on.
-func (p *Push) stepAside() *aside {
-	if p.aside == nil {
-		p.aside = new(aside)
+// ensureSlowPath returns p.slow, of which there is one from then on.
+func (p *Push) ensureSlowPath() *slowPath {
+	if p.slow == nil {
+		p.slow = new(slowPath)
 	}
-	return p.aside
+	return p.slow
 }
 
 // expiry is why the push was ended before its time, nil if it was not.
 func (p *Push) expiry() error {
-	if p.aside == nil {
+	if p.slow == nil {
 		return nil
 	}
-	return p.aside.expired
+	return p.slow.expired
 }
 
 // dropped is a number of users that no delivery was made for.
@@ -195,32 +194,21 @@ type dropped struct {
 	users int
 }
 
-// Result is the account of a push once it is finished. An error means that nothing
-// was written; the result is then zero.
-func (p *Push) Result() (Result, error) {
-	if p.plain {
-		r, _ := p.plainAccount()
-		return r, nil
-	}
-	return p.result, p.err
-}
-
-// keepLegs is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
+// keepDeliveries is how many deliveries a push keeps the memory of, 8 KiB of it. A broadcast
 // over more nodes must not make every push as large.
-const keepLegs = 64
+const keepDeliveries = 64
 
-// Reusable tells whether nobody refers to a finished push any more: it may be used again
-// after Reset. Of one that did not go the usual way that is not known.
+// Reusable tells whether a finished push, and its bytes, may be used again after Reset.
 func (p *Push) Reusable() bool { return p.plain && p.Trace == nil }
 
 // Reset prepares a reusable push for another use, whose fields the caller then sets.
 func (p *Push) Reset() {
-	legs, block := p.legs[:0], p.block
-	clear(p.legs)
+	deliveries, block := p.deliveries[:0], p.block
+	clear(p.deliveries)
 	clear(block)
 	p.Request, p.state = Request{}, state{}
-	if n := cap(legs); n > len(p.leg) && n <= keepLegs { // not the push's own
-		p.legs, p.block = legs, block
+	if n := cap(deliveries); n > len(p.oneList) && n <= keepDeliveries { // not the push's own
+		p.deliveries, p.block = deliveries, block
 	}
 }
 
@@ -245,97 +233,98 @@ func (e *Engine) userKey(user string) uint64 { return e.shards.Hash(user) << 1 }
 // route asks where the push goes and stages what is known at once. Keys that
 // are not known come back through Routed.
 func (p *Push) route() {
-	q := route.Query{Now: p.Arrived}
 	e := p.engine
+	table, key, room := e.directory.Users, p.User, uint64(0)
 	switch p.Kind {
 	case ToRoom:
 		if len(p.Exclude) > 0 {
-			p.stepAside().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+			p.ensureSlowPath().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
 		}
-		hash := e.shards.Hash(p.Room)
-		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1|1
-		if s := e.directory.CachedRoom(p.home, p.Room, q); s != nil {
-			p.sendNow(p.Room, s)
-		} else if p.await(1) {
-			e.directory.Room(p.home, p.Room, q, p)
-		}
+		table, key, room = e.directory.Rooms, p.Room, 1
 	case ToUser:
 		p.targets = 1
-		hash := e.shards.Hash(p.User)
-		p.home, p.mark[0].key = e.shards.Home(hash), hash<<1
-		if s := e.directory.CachedUser(p.home, p.User, q); s != nil {
-			p.sendNow(p.User, s)
-		} else if p.await(1) {
-			e.directory.User(p.home, p.User, q, p)
-		}
 	case ToUsers:
-		p.routeUsers(q)
+		p.routeUsers()
+		return
 	case ToAll:
 		p.stageAll()
+		return
 	}
-}
-
-// sendNow stages and sends the one key of a push whose route is known. Nobody else has
-// the push before it is sent, so there is nothing to lock.
-func (p *Push) sendNow(key string, s *route.Snapshot) {
-	var inWay [][]*fence
+	hash := e.shards.Hash(key)
+	p.shard, p.mark[0].key = e.shards.Index(hash), hash<<1|room
+	s := table.Cached(p.shard, key, p.Arrived)
+	if s == nil {
+		if p.await(1) {
+			table.Ask(p.shard, []string{key}, p.Arrived, p)
+		}
+		return
+	}
+	// Nobody else has the push before it is sent, so there is nothing to lock.
+	var inWay []*fence
 	if p.Order != nil {
-		inWay = p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true)
+		if all := p.Order.pass(p, []string{key}, []*route.Snapshot{s}, true); all != nil {
+			inWay = all[0]
+		}
 	}
 	if p.Kind == ToRoom {
 		p.stageRoom(s, inWay)
 	} else {
 		p.stageUser(s, inWay)
 	}
-	if inWay == nil || p.aside == nil {
-		p.send(p.legs)
-		return
+	deliveries := p.deliveries
+	if inWay != nil && p.slow != nil {
+		p.waits = true
+		deliveries = hold(deliveries, p.takeLater())
 	}
-	p.waits = true
-	p.send(hold(p.legs, p.takeLater()))
+	p.send(deliveries)
 }
 
 // takeLater takes what has been staged to be held back.
 func (p *Push) takeLater() []ward {
-	later := p.aside.later
-	p.aside.later = nil
+	later := p.slow.later
+	p.slow.later = nil
 	return later
 }
 
 // routeUsers asks for the users of each shard together.
-func (p *Push) routeUsers(q route.Query) {
+func (p *Push) routeUsers() {
+	e := p.engine
 	users := slices.Compact(slices.Sorted(slices.Values(p.Users)))
 	p.targets = len(users)
 	if p.Order != nil {
-		a := p.stepAside()
+		a := p.ensureSlowPath()
 		a.users, a.marks = users, make([]mark, len(users))
 		for i, user := range users {
 			a.marks[i].key = p.engine.userKey(user)
 		}
 		p.Order.enter(p)
 	}
-	homes := make([][]string, p.engine.shards.Len())
+	byShard := make([][]string, e.shards.Len())
 	for _, user := range users {
-		home := p.engine.shards.For(user).Index()
-		homes[home] = append(homes[home], user)
+		shard := e.shards.For(user).Index()
+		byShard[shard] = append(byShard[shard], user)
 	}
-	for home, users := range homes {
+	for shard, users := range byShard {
 		if len(users) == 0 {
 			continue
 		}
 		if !p.await(len(users)) {
 			return
 		}
-		snaps := make([]*route.Snapshot, len(users))
-		p.engine.directory.Users(home, users, snaps, q, p)
-		hit, known := users[:0:0], snaps[:0:0]
-		for i, s := range snaps {
-			if s != nil {
-				hit, known = append(hit, users[i]), append(known, s)
+		var cached, missing []string
+		var snaps []*route.Snapshot
+		for _, user := range users {
+			if s := e.directory.Users.Cached(shard, user, p.Arrived); s != nil {
+				cached, snaps = append(cached, user), append(snaps, s)
+			} else {
+				missing = append(missing, user)
 			}
 		}
-		if len(hit) > 0 {
-			p.Routed(hit, known, nil)
+		if len(missing) > 0 {
+			e.directory.Users.Ask(shard, missing, p.Arrived, p)
+		}
+		if len(cached) > 0 {
+			p.Routed(cached, snaps, nil)
 		}
 	}
 }
@@ -353,21 +342,8 @@ func (p *Push) await(n int) bool {
 	}
 	p.waits = true
 	p.pending.Add(int32(n))
-	p.stepAside().waiting += n
+	p.ensureSlowPath().waiting += n
 	return true
-}
-
-// guard bounds what may wait in line, and behind a fence.
-func (p *Push) guard() {
-	if !p.waits {
-		return
-	}
-	p.mu.Lock()
-	waits := p.aside.waiting > 0 || p.aside.holds
-	p.mu.Unlock()
-	if waits {
-		p.bound()
-	}
 }
 
 // Routed implements route.Waiter: it stages and sends the deliveries for keys.
@@ -378,70 +354,80 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 			p.engine.panicked(p, v)
 		}
 		if owed > 0 {
-			p.finished(owed)
+			p.settled(owed)
 		}
 	}()
-	legs, later, ok := p.stage(keys, snaps, err)
+	deliveries, later, ok := p.stage(keys, snaps, err)
 	if !ok {
 		return
 	}
 	owed = len(keys)
-	p.send(hold(legs, later))
+	p.send(hold(deliveries, later))
 }
 
-// stage makes the deliveries for keys and books them; later are those of legs that a
+// stage makes the deliveries for keys and adds them; later are those of deliveries that a
 // fence holds back. False means that the push was ended before and waits for nothing.
-func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (legs []*Delivery, later []ward, ok bool) {
-	var inWay [][]*fence
+func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliveries []*Delivery, later []ward, ok bool) {
+	inWay := make([][]*fence, len(keys))
 	if p.Order != nil && err == nil {
-		inWay = p.Order.pass(p, keys, snaps, false)
+		if all := p.Order.pass(p, keys, snaps, false); all != nil {
+			inWay = all
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.expiry() != nil {
 		return nil, nil, false
 	}
-	had := len(p.legs)
+	had := len(p.deliveries)
 	switch {
 	case err != nil:
-		p.stepAside().lookup = err
-		p.aside.dropped = append(p.aside.dropped, dropped{DropNoRoute, len(keys)})
+		p.ensureSlowPath().lookup = err
+		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, len(keys)})
 	case p.Kind == ToRoom:
-		p.stageRoom(snaps[0], inWay)
+		p.stageRoom(snaps[0], inWay[0])
 	case p.Kind == ToUser:
-		p.stageUser(snaps[0], inWay)
+		p.stageUser(snaps[0], inWay[0])
 	default:
 		p.stageUsers(keys, snaps, inWay)
 	}
-	p.aside.waiting -= len(keys)
-	return p.legs[had:], p.takeLater(), true
+	p.slow.waiting -= len(keys)
+	return p.deliveries[had:], p.takeLater(), true
 }
 
 // stageRoom makes one delivery for each node with members of the room, and one more
 // for those of them who have to wait.
-func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
+func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	p.found = s.Found
 	p.targets = s.Users
-	p.note(s)
+	if s.Stale != nil {
+		p.note(s.Stale)
+	}
 	var except []string
-	if p.aside != nil {
-		except = p.aside.except
+	if p.slow != nil {
+		except = p.slow.except
 	}
 	for _, user := range except {
 		if s.Has(user) {
 			p.targets--
 		}
 	}
-	p.offline = len(s.Unplaced) - len(intersect(except, s.Unplaced))
-	if len(s.Shared) > 0 {
-		p.stepAside().shared = s.Shared
+	p.offline = len(s.Unplaced)
+	if len(except) > 0 {
+		p.offline -= len(intersect(except, s.Unplaced))
 	}
-	block := p.blank(len(s.Groups))
+	if len(s.Shared) > 0 {
+		p.ensureSlowPath().shared = s.Shared
+	}
+	block := p.reserve(len(s.Groups))
 	for i, g := range s.Groups {
 		d := &block[i]
-		d.node, d.group, d.except = g.Node, g, intersect(except, g.Users)
+		d.node, d.group = g.Node, g
+		if len(except) > 0 {
+			d.except = intersect(except, g.Users)
+		}
 		var whole *fence
-		for _, f := range at(inWay, 0) {
+		for _, f := range inWay {
 			users, waits := f.held[g.Node]
 			if waits && users == nil {
 				whole = f
@@ -460,21 +446,20 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay [][]*fence) {
 	}
 }
 
-// blank makes n deliveries that are to be addressed and added.
-func (p *Push) blank(n int) []Delivery {
+// reserve makes n deliveries that are to be addressed and added.
+func (p *Push) reserve(n int) []Delivery {
 	if n == 1 {
 		return p.one[:]
 	}
 	if n > cap(p.block) {
 		p.block = make([]Delivery, n)
 	}
-	p.block = p.block[:n]
-	p.legs = slices.Grow(p.legs, n)
+	p.block, p.deliveries = p.block[:n], slices.Grow(p.deliveries, n)
 	return p.block
 }
 
 // stageUser makes one delivery for each node that holds the user.
-func (p *Push) stageUser(s *route.Snapshot, inWay [][]*fence) {
+func (p *Push) stageUser(s *route.Snapshot, inWay []*fence) {
 	p.countUser(s)
 	for i, g := range s.Groups {
 		d := &p.one[0] // most users are on one node
@@ -483,20 +468,12 @@ func (p *Push) stageUser(s *route.Snapshot, inWay [][]*fence) {
 		}
 		p.user[0] = p.User
 		d.node, d.users = g.Node, p.user[:]
-		if f := inFront(at(inWay, 0), g.Node); f != nil {
+		if f := inFront(inWay, g.Node); f != nil {
 			p.addLater(d, f)
 		} else {
 			p.add(d)
 		}
 	}
-}
-
-// at returns the fences in the way of the i-th key.
-func at(inWay [][]*fence, i int) []*fence {
-	if inWay == nil {
-		return nil
-	}
-	return inWay[i]
 }
 
 // inFront returns the fence of a user that holds back what is for a node, nil for none.
@@ -512,37 +489,39 @@ func inFront(inWay []*fence, node string) *fence {
 // stageUsers makes one delivery for each node that holds any of users, and one for each
 // user who has to wait.
 func (p *Push) stageUsers(users []string, snaps []*route.Snapshot, inWay [][]*fence) {
-	var legs []*Delivery
+	var deliveries []*Delivery
 	byNode := make(map[string]*Delivery)
 	for i, s := range snaps {
 		p.countUser(s)
 		for _, g := range s.Groups {
 			var d *Delivery
-			if f := inFront(at(inWay, i), g.Node); f != nil {
+			if f := inFront(inWay[i], g.Node); f != nil {
 				d = &Delivery{node: g.Node, users: []string{users[i]}}
 				p.addLater(d, f)
 			} else {
 				if d = byNode[g.Node]; d == nil {
 					d = &Delivery{node: g.Node}
 					byNode[g.Node] = d
-					legs = append(legs, d)
+					deliveries = append(deliveries, d)
 				}
 				d.users = append(d.users, users[i])
 			}
 			if p.Order != nil && len(s.Groups) == 1 {
-				p.markOf(users[i]).leg = d
+				p.markOf(users[i]).delivery = d
 			}
 		}
 	}
-	for _, d := range legs {
+	for _, d := range deliveries {
 		p.add(d)
 	}
 }
 
 func (p *Push) countUser(s *route.Snapshot) {
-	p.note(s)
+	if s.Stale != nil {
+		p.note(s.Stale)
+	}
 	if len(s.Shared) > 0 {
-		a := p.stepAside()
+		a := p.ensureSlowPath()
 		a.shared = append(a.shared, s.Shared...)
 	}
 	if !s.Found {
@@ -550,16 +529,13 @@ func (p *Push) countUser(s *route.Snapshot) {
 	}
 }
 
-// note books that s is a stale answer, if it is.
-func (p *Push) note(s *route.Snapshot) {
-	if s.Stale == nil {
-		return
+// note keeps that an answer is a stale one.
+func (p *Push) note(s *route.Stale) {
+	st := &p.ensureSlowPath().stale
+	if !st.is || s.Known.Before(st.known) {
+		st.known = s.Known
 	}
-	st := &p.stepAside().stale
-	if !st.is || s.Stale.Known.Before(st.known) {
-		st.known = s.Stale.Known
-	}
-	st.is, st.changed = true, st.changed || s.Stale.Changed
+	st.is, st.changed = true, st.changed || s.Changed
 }
 
 // staleness is whether a push went by an answer that the Controller could not confirm.
@@ -569,53 +545,51 @@ type staleness struct {
 	changed bool      // one is known to have changed
 }
 
-// stageAll makes one delivery for each node. Broadcasts have one home, so that
+// stageAll makes one delivery for each node. Broadcasts have one shard, so that
 // they keep their order.
 func (p *Push) stageAll() {
 	links := p.engine.network.Links(0)
 	p.found = len(links) > 0
-	block := p.blank(len(links))
+	block := p.reserve(len(links))
 	for i, l := range links {
 		block[i].node = l.Node()
 		p.add(&block[i])
 	}
-	p.send(p.legs)
+	p.send(p.deliveries)
 }
 
-// add books a delivery that is addressed as a part of the push. The lock is held where
+// add adds a delivery that is addressed as a part of the push. The lock is held where
 // there is one to hold.
 func (p *Push) add(d *Delivery) {
-	d.push = p
+	d.push, d.shard = p, uint16(p.shard)
+	if p.Kind == ToUsers { // all of one shard, see routeUsers
+		d.shard = uint16(p.engine.shards.For(d.users[0]).Index())
+	}
 	if p.Trace != nil {
-		d.leg = p.Trace.Leg(d.node, d.Targets())
+		d.trace = p.Trace.Delivery(d.node, d.Targets())
 	}
 	p.pending.Add(1)
-	if p.legs == nil {
-		p.legs = p.leg[:0]
+	if p.deliveries == nil {
+		p.deliveries = p.oneList[:0]
 	}
-	p.legs = append(p.legs, d)
+	p.deliveries = append(p.deliveries, d)
 }
 
 // addLater adds a delivery that f holds back.
 func (p *Push) addLater(d *Delivery, f *fence) {
 	p.add(d)
-	a := p.stepAside()
+	a := p.ensureSlowPath()
 	a.later, a.holds = append(a.later, ward{d, f}), true
 }
 
-// send hands deliveries of one home to their links. What a link declines is dropped
-// here.
-func (p *Push) send(legs []*Delivery) {
-	if len(legs) == 0 {
-		return
+// send hands deliveries to their links. What a link declines is dropped here.
+func (p *Push) send(deliveries []*Delivery) {
+	if p.Budget != nil && len(deliveries) > 0 {
+		p.Budget.Charge(len(deliveries))
 	}
-	if p.Budget != nil {
-		p.Budget.Charge(len(legs))
-	}
-	home := p.homeOf(legs[0])
-	for _, d := range legs {
+	for _, d := range deliveries {
 		reason := DropUnknownNode
-		if l := p.engine.network.Link(home, d.node); l != nil {
+		if l := p.engine.network.Link(int(d.shard), d.node); l != nil {
 			reason = l.Send(d)
 		}
 		if reason != Sent {
@@ -624,37 +598,15 @@ func (p *Push) send(legs []*Delivery) {
 	}
 }
 
-// homeOf is the shard on which a delivery keeps its order.
-func (p *Push) homeOf(d *Delivery) int {
-	if p.Kind == ToUsers {
-		return p.engine.shards.For(d.users[0]).Index() // all of one home, see routeUsers
+// retain keeps the push from being finished until settled is called for it. False means
+// that it is.
+func (p *Push) retain() bool {
+	for n := p.pending.Load(); n > 0; n = p.pending.Load() {
+		if p.pending.CompareAndSwap(n, n+1) {
+			return true
+		}
 	}
-	return p.home
-}
-
-// finished takes n off what the push waits for.
-func (p *Push) finished(n int) {
-	if p.pending.Add(-int32(n)) == 0 {
-		p.finish()
-	}
-}
-
-// finish closes the books and tells the caller.
-func (p *Push) finish() {
-	p.mu.Lock()
-	p.over = true // what expires from here on comes too late to be read or written
-	p.mu.Unlock()
-	if _, p.plain = p.plainAccount(); !p.plain {
-		p.result, p.err = p.account()
-	}
-	if p.aside != nil && p.aside.timer != nil {
-		p.aside.timer.Stop()
-	}
-	if p.Order != nil {
-		p.Order.leave(p)
-	}
-	p.engine.leave()
-	p.done.Complete(p)
+	return false
 }
 
 // expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
@@ -665,50 +617,28 @@ func (p *Push) expire(cause error) {
 	if errors.Is(cause, ErrInternal) {
 		drop, lose = DropInternal, LostInternal
 	}
-	p.mu.Lock()
-	if p.over || p.expiry() != nil {
-		p.mu.Unlock()
+	if !p.retain() {
 		return
 	}
-	a := p.stepAside()
+	p.mu.Lock()
+	if p.expiry() != nil {
+		p.mu.Unlock()
+		p.settled(1)
+		return
+	}
+	a := p.ensureSlowPath()
 	a.expired = cause
 	waiting := a.waiting
 	a.waiting = 0
 	if waiting > 0 {
 		a.dropped = append(a.dropped, dropped{drop, waiting})
 	}
-	legs := p.legs
+	deliveries := p.deliveries
 	p.mu.Unlock()
-	for _, d := range legs {
+	for _, d := range deliveries {
 		d.expire(drop, lose)
 	}
-	if waiting > 0 {
-		p.finished(waiting)
-	}
-}
-
-// unsent tells whether nothing was written although there was something to
-// write, and why.
-func (p *Push) unsent() error {
-	for _, d := range p.legs {
-		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
-			return nil
-		}
-	}
-	expired := p.expiry()
-	if len(p.legs) > 0 && expired == nil && !time.Now().Before(p.deadline) {
-		return ErrDeadline
-	}
-	if len(p.legs) > 0 || expired != nil || p.aside == nil {
-		return expired
-	}
-	switch err := p.aside.lookup; {
-	case errors.Is(err, route.ErrOverloaded):
-		return fmt.Errorf("%w: %w", ErrOverloaded, err)
-	case err != nil:
-		return fmt.Errorf("look up the route: %w", err)
-	}
-	return nil
+	p.settled(waiting + 1)
 }
 
 // without returns the members of some that are not in others; both are sorted.
@@ -726,9 +656,15 @@ func intersect(some, all []string) []string {
 	}
 	var both []string
 	for _, user := range some {
-		if has(all, user) {
+		n := 1 // how far to search: lists of the same length are merged, a short one is looked up
+		for n < len(all) && all[n-1] < user {
+			n *= 2
+		}
+		i, ok := slices.BinarySearch(all[:min(n, len(all))], user)
+		if ok {
 			both = append(both, user)
 		}
+		all = all[i:]
 	}
 	return both
 }

@@ -1,4 +1,4 @@
-// Package shard gives every key one home: a fixed number of ordered lanes, each
+// Package shard gives every key one shard: a fixed number of ordered lanes, each
 // with a bounded pool of goroutines for the work that may block.
 //
 // It is for Push-Manager itself: its API changes without notice.

@@ -110,14 +110,14 @@ func (s *Set) Len() int { return len(s.shards) }
 // At returns shard i, 0 <= i < Len.
 func (s *Set) At(i int) *Shard { return s.shards[i] }
 
-// Hash is what the home of key follows from, see Home.
+// Hash is what the shard of key follows from, see Index.
 func (s *Set) Hash(key string) uint64 { return maphash.String(s.seed, key) }
 
-// Home is the index of the home of the keys with a hash.
-func (s *Set) Home(hash uint64) int { return int(hash % uint64(len(s.shards))) }
+// Index is the number of the shard of the keys with a hash.
+func (s *Set) Index(hash uint64) int { return int(hash % uint64(len(s.shards))) }
 
-// For returns the home of key.
-func (s *Set) For(key string) *Shard { return s.shards[s.Home(s.Hash(key))] }
+// For returns the shard of key.
+func (s *Set) For(key string) *Shard { return s.shards[s.Index(s.Hash(key))] }
 
 // Close refuses new tasks and waits for those that run, at most until ctx ends.
 func (s *Set) Close(ctx context.Context) error {

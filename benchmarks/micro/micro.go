@@ -42,9 +42,9 @@ func New() (*Rig, error) {
 		return nil, err
 	}
 	if r.directory, err = route.New(route.Config{
-		Source: source{}, Homes: r.shards.Len(),
-		Home: func(key string) int { return r.shards.For(key).Index() },
-		Go:   func(home int, task func()) error { return r.shards.At(home).Go(task) },
+		Source: source{}, Shards: r.shards.Len(),
+		Shard: func(key string) int { return r.shards.For(key).Index() },
+		Go:    func(home int, task func()) error { return r.shards.At(home).Go(task) },
 	}); err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/push-manager/push-manager/engine"
-	"github.com/push-manager/push-manager/engine/route"
 )
 
 func kinds() map[string]engine.Kind {
@@ -58,18 +57,17 @@ func BenchmarkRoute(b *testing.B) {
 	r := newRig(b)
 	b.Run("key=user", func(b *testing.B) {
 		b.ReportAllocs()
-		q := route.Query{Now: time.Now()}
-		var snaps [1]*route.Snapshot
+		now := time.Now()
 		for i := 0; b.Loop(); i++ {
-			user := r.users[i%users : i%users+1]
-			r.directory.Users(r.shards.For(user[0]).Index(), user, snaps[:], q, nil)
+			user := r.users[i%users]
+			r.directory.Users.Cached(r.shards.For(user).Index(), user, now)
 		}
 	})
 	b.Run("key=room", func(b *testing.B) {
 		b.ReportAllocs()
-		q, home := route.Query{Now: time.Now()}, r.shards.For(roomID).Index()
+		now, shard := time.Now(), r.shards.For(roomID).Index()
 		for b.Loop() {
-			r.directory.Room(home, roomID, q, nil)
+			r.directory.Rooms.Cached(shard, roomID, now)
 		}
 	})
 }

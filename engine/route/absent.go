@@ -11,13 +11,13 @@ type absent map[placed]denial
 type placed struct{ node, user string }
 
 // denial is when a node first denied to have a user, and when it did so last.
-type denial struct{ first, last moment }
+type denial struct{ first, last nanos }
 
 // note books that at some moment node denied to have users, nil for all, whom the answer
 // e has there. It tells whether each of them had been denied before e was looked up, and
 // that not longer than ttl ago. A denial that was not repeated for two of them is
 // forgotten: the user may have been there meanwhile.
-func (e *entry) note(node string, users []string, at, ttl moment) (confirmed bool) {
+func (e *entry) note(node string, users []string, at, ttl nanos) (confirmed bool) {
 	g := e.snap.Group(node)
 	if g == nil {
 		return false
@@ -61,7 +61,7 @@ func (a absent) keep(s, old *Snapshot) {
 }
 
 // prune forgets what was last said before then, each time that a has doubled.
-func (a absent) prune(then moment) {
+func (a absent) prune(then nanos) {
 	if n := len(a); n < 64 || n&(n-1) != 0 {
 		return
 	}

@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// Config is what a Directory needs. Source, Homes, Home and Go are required.
+// Config is what a Directory needs. Source, Shards, Shard and Go are required.
 type Config struct {
 	Source Source
-	// Homes is the number of shards, Home the shard of a key, Go runs a look-up in
+	// Shards is the number of shards, Shard the shard of a key, Go runs a look-up in
 	// a shard's bounded pool or says at once that it cannot.
-	Homes int
-	Home  func(key string) int
-	Go    func(home int, task func()) error
+	Shards int
+	Shard  func(key string) int
+	Go     func(shard int, task func()) error
 
-	// TTL is how long an answer is good that came while no change stream vouched.
+	// TTL is how long an answer is good that came while no change stream watchedUntil.
 	// 0 means 1 s.
 	TTL time.Duration
 	// StaleTTL is how long an answer may still serve while the Controller cannot
@@ -62,8 +62,8 @@ func orDefault[T int | time.Duration](v, def T) T {
 // Validate reports everything that is wrong with c.
 func (c Config) Validate() error {
 	var errs []error
-	if c.Source == nil || c.Home == nil || c.Go == nil || c.Homes <= 0 {
-		errs = append(errs, errors.New("route config needs Source, Homes, Home and Go"))
+	if c.Source == nil || c.Shard == nil || c.Go == nil || c.Shards <= 0 {
+		errs = append(errs, errors.New("route config needs Source, Shards, Shard and Go"))
 	}
 	for name, v := range map[string]int64{
 		"TTL": int64(c.TTL), "StaleTTL": int64(c.StaleTTL), "LookupTimeout": int64(c.LookupTimeout), "Places": int64(c.Places),
@@ -79,35 +79,35 @@ func (c Config) Validate() error {
 // Directory answers where rooms and users are. Its methods never block and are
 // safe for concurrent use.
 type Directory struct {
+	Rooms, Users *Table
+
 	cfg      Config
 	renewed  func() time.Time // see Renewed; nil if the source does not tell
 	seed     maphash.Seed
 	epoch    time.Time
 	names    *names
 	builders sync.Pool // of *builder
-	rooms    *table
-	users    *table
 	// Answers of earlier generations are not good for anybody.
 	generation atomic.Uint64
-	// Up to this moment the change stream vouches for the answers of the generation.
-	vouched atomic.Int64
-	lapse   atomic.Pointer[lapse] // of the generation before
+	// Up to then the change stream vouches for the answers of the generation.
+	watchedUntil atomic.Int64
+	watchEnd     atomic.Pointer[watchEnd] // of the generation before
 }
 
-// lapse is up to when answers of a generation were vouched for.
-type lapse struct {
+// watchEnd is up to when answers of a generation were watchedUntil for.
+type watchEnd struct {
 	generation uint64
-	at         moment
+	at         nanos
 }
 
-// moment is a point in time as nanoseconds since just before the directory was made: a
+// nanos is a point in time as nanoseconds since just before the directory was made: a
 // third of a time.Time, of which there would be three in each entry. The zero value
 // is before all that are.
-type moment int64
+type nanos int64
 
-func (d *Directory) moment(t time.Time) moment { return moment(t.Sub(d.epoch)) }
+func (d *Directory) nanos(t time.Time) nanos { return nanos(t.Sub(d.epoch)) }
 
-func (d *Directory) now() moment { return d.moment(time.Now()) }
+func (d *Directory) now() nanos { return d.nanos(time.Now()) }
 
 // New makes a directory. Close ends it.
 func New(config Config) (*Directory, error) {
@@ -120,10 +120,10 @@ func New(config Config) (*Directory, error) {
 		d.renewed = r.Renewed
 	}
 	var err error
-	if d.rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
+	if d.Rooms, err = newTable(d, "room", d.cfg.MaxMembers); err != nil {
 		return nil, err
 	}
-	if d.users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
+	if d.Users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -132,14 +132,8 @@ func New(config Config) (*Directory, error) {
 // Close frees what the caches hold in the background. Look-ups in flight end with
 // their timeout in the pool that runs them.
 func (d *Directory) Close() {
-	d.rooms.cache.StopAllGoroutines()
-	d.users.cache.StopAllGoroutines()
-}
-
-// Query is how to look at the cache.
-type Query struct {
-	// Now decides what is fresh.
-	Now time.Time
+	d.Rooms.cache.StopAllGoroutines()
+	d.Users.cache.StopAllGoroutines()
 }
 
 // Missing is what a node says against an answer: that it does not have some users, or
@@ -150,118 +144,48 @@ type Missing struct {
 	Since time.Time // when it said so
 }
 
-// CachedRoom returns the snapshot of a room from memory, or nil.
-func (d *Directory) CachedRoom(home int, room string, q Query) *Snapshot {
-	return d.rooms.hit(home, room, q)
-}
-
-// CachedUser does the same for a user.
-func (d *Directory) CachedUser(home int, user string, q Query) *Snapshot {
-	return d.users.hit(home, user, q)
-}
-
-// Room has w told the snapshot of a room, possibly before it returns.
-func (d *Directory) Room(home int, room string, q Query, w Waiter) {
-	d.rooms.ask(home, []string{room}, q, w)
-}
-
-// Users sets snaps[i] to the snapshot of users[i], all of one home and none twice.
-// It leaves nil where w is told instead, possibly before Users returns; users that
-// need a look-up share one and are told together.
-func (d *Directory) Users(home int, users []string, snaps []*Snapshot, q Query, w Waiter) {
-	var missing []string
-	for i, user := range users {
-		if snaps[i] = d.users.hit(home, user, q); snaps[i] == nil {
-			missing = append(missing, user)
-		}
-	}
-	if len(missing) > 0 {
-		d.users.ask(home, missing, q, w)
-	}
-}
-
-// User has w told the snapshot of a user, possibly before it returns.
-func (d *Directory) User(home int, user string, q Query, w Waiter) {
-	d.users.ask(home, []string{user}, q, w)
-}
-
-// RefreshRoom has w told what the Controller says about a room, with a new look-up
-// unless there has been one since, or one is under way, or the Controller has stayed
-// with its answer within the last TTL although the node had said the same before. A
-// stale answer does not serve: then w is told the error, or what the Controller has said
-// though it is doubted (Snapshot.Doubted).
-func (d *Directory) RefreshRoom(home int, room string, m Missing, w Waiter) {
-	d.rooms.refresh(home, []string{room}, m, w)
-}
-
-// RefreshUsers does the same for users of one home, all of which are missing.
-func (d *Directory) RefreshUsers(home int, users []string, m Missing, w Waiter) {
-	d.users.refresh(home, users, m, w)
-}
-
 // Vouch tells until when the change stream vouches for what was looked up since the
 // last InvalidateAll, as long as Invalidate does not name it. For a query with a later
 // Query.Now it is looked up again. time.Now ends it at once. The next call goes on where
 // this one ends: whoever may have missed a change calls InvalidateAll before it.
 func (d *Directory) Vouch(until time.Time) {
-	d.vouched.Store(int64(d.moment(until)))
+	d.watchedUntil.Store(int64(d.nanos(until)))
 }
 
-// knownUntil is up to when e was true for certain: what the change stream vouches for
-// is true now, and what it has vouched for was true until that ended.
-func (d *Directory) knownUntil(e *entry, now moment) moment {
+// validUntil is up to when e was true for certain: what the change stream vouches for
+// is true now, and what it has watchedUntil for was true until that ended.
+func (d *Directory) validUntil(e *entry, now nanos) nanos {
 	if e.fallback {
 		return e.known
 	}
 	if e.generation == d.generation.Load() {
-		return max(e.known, min(now, moment(d.vouched.Load())))
+		return max(e.known, min(now, nanos(d.watchedUntil.Load())))
 	}
-	if l := d.lapse.Load(); l != nil && l.generation == e.generation {
+	if l := d.watchEnd.Load(); l != nil && l.generation == e.generation {
 		return max(e.known, l.at)
 	}
 	return e.known
 }
 
-// Moment is t on the clock of Snapshot.Published.
-func (d *Directory) Moment(t time.Time) int64 { return int64(d.moment(t)) }
+// Nanos is t on the clock of Snapshot.Published.
+func (d *Directory) Nanos(t time.Time) int64 { return int64(d.nanos(t)) }
 
-// patience is how long a look-up may take that is one of so many under way in its
-// shard: all of the time in an empty pool, a quarter of it when half of the places are
-// taken, less and less. So look-ups that hang do not fill the pool, however many come,
-// and others find places.
-func (d *Directory) patience(running int64) time.Duration {
+// timeout is that of a look-up that is one of so many under way in its shard: all of the
+// time in an empty pool, a quarter of it when half of the places are taken, less and less.
+// So look-ups that hang do not fill the pool, however many come, and others find places.
+func (d *Directory) timeout(running int64) time.Duration {
 	full := d.cfg.LookupTimeout
 	left := float64(max(int64(d.cfg.Places)-running+1, 0)) / float64(d.cfg.Places)
 	return max(time.Duration(float64(full)*left*left), full/32)
 }
 
-// doubtFor is how long after a new connection to the Controller it may be that it has
-// just started, and does not know all yet.
-const doubtFor = 5 * time.Second
-
-// doubtUntil is until when the answer s is not believed in place of old, 0 if it is.
-// For doubtFor after the connection to the Controller was made anew, an answer that
-// takes away a user, or more than half of a room, may be that of a Controller which has
-// just started: the older answer serves as a stale one, and the Controller is asked
-// again when the time is over.
-func (d *Directory) doubtUntil(old *entry, s *Snapshot) moment {
-	if d.renewed == nil || old == nil || !old.snap.Found || 2*s.placed() >= old.snap.placed() && s.Found {
-		return 0
-	}
-	now, until := d.now(), d.moment(d.renewed().Add(doubtFor))
-	if now >= until || now-d.knownUntil(old, now) > moment(d.cfg.StaleTTL) {
-		return 0
-	}
-	return until
-}
-
 // Invalidate forgets the answers for rooms and users, which have changed.
 func (d *Directory) Invalidate(rooms, users []string) {
 	for _, room := range rooms {
-		d.rooms.invalidate(room)
+		d.Rooms.invalidate(room)
 	}
 	for _, user := range users {
-		d.users.invalidate(user)
+		d.Users.invalidate(user)
 	}
 }
 
@@ -270,10 +194,10 @@ func (d *Directory) Invalidate(rooms, users []string) {
 // vouches for is true until then, of the answers that are being forgotten, too. The first
 // call for a new stream comes after the last Vouch of the one before.
 func (d *Directory) InvalidateAll() {
-	d.lapse.Store(&lapse{d.generation.Load(), min(d.now(), moment(d.vouched.Load()))})
+	d.watchEnd.Store(&watchEnd{d.generation.Load(), min(d.now(), nanos(d.watchedUntil.Load()))})
 	d.generation.Add(1)
-	d.rooms.invalidateAll()
-	d.users.invalidateAll()
+	d.Rooms.invalidateAll()
+	d.Users.invalidateAll()
 }
 
 // Stats is a reading of the directory's counters.
@@ -294,12 +218,12 @@ type Stats struct {
 // Stats reads the counters.
 func (d *Directory) Stats() Stats {
 	s := Stats{
-		Rooms: d.rooms.cache.EstimatedSize(), Users: d.users.cache.EstimatedSize(),
-		Members: d.rooms.cache.WeightedSize(), Watched: d.now() < moment(d.vouched.Load()),
+		Rooms: d.Rooms.cache.EstimatedSize(), Users: d.Users.cache.EstimatedSize(),
+		Members: d.Rooms.cache.WeightedSize(), Watched: d.now() < nanos(d.watchedUntil.Load()),
 	}
-	for _, t := range []*table{d.rooms, d.users} {
-		for i := range t.homes {
-			h := &t.homes[i]
+	for _, t := range []*Table{d.Rooms, d.Users} {
+		for i := range t.lanes {
+			h := &t.lanes[i]
 			s.Hits += h.hits.Load()
 			s.Misses += h.misses.Load()
 			s.Lookups += h.lookups.Load()
@@ -315,37 +239,32 @@ func (d *Directory) Stats() Stats {
 }
 
 // lookup fills snaps for keys from the source.
-func (d *Directory) lookup(t *table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (err error) {
+func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	ctx, end := w.Lookup(ctx, t.name)
 	defer func() { end(err) }()
-	if t == d.rooms {
-		snaps[0], err = d.lookupRoom(ctx, keys[0], olds[0])
-		return err
+	if t == d.Users {
+		nodes := make([][]string, len(keys))
+		if err := d.cfg.Source.Users(ctx, keys, nodes); err != nil {
+			return err
+		}
+		for i, user := range keys {
+			snaps[i] = d.names.userSnapshot(user, nodes[i], olds[i])
+		}
+		return nil
 	}
-	nodes := make([][]string, len(keys))
-	if err := d.cfg.Source.Users(ctx, keys, nodes); err != nil {
-		return err
-	}
-	for i, user := range keys {
-		snaps[i] = d.names.userSnapshot(user, nodes[i], olds[i])
-	}
-	return nil
-}
-
-func (d *Directory) lookupRoom(ctx context.Context, room string, old *Snapshot) (*Snapshot, error) {
 	b, ok := d.builders.Get().(*builder)
 	if !ok {
 		b = newBuilder(d.seed, d.names)
 	}
-	found, err := d.cfg.Source.Room(ctx, room, b.add)
+	found, err := d.cfg.Source.Room(ctx, keys[0], b.add)
 	if err != nil {
-		return nil, err // and b goes with it: the source may have kept add
+		return err // and b goes with it: the source may have kept add
 	}
-	s := b.snapshot(found, old)
+	snaps[0] = b.snapshot(found, olds[0])
 	if b.reset() {
 		d.builders.Put(b)
 	}
-	return s, nil
+	return nil
 }

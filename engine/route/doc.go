@@ -3,10 +3,10 @@
 //
 // It is for Push-Manager itself: its API changes without notice.
 //
-// A Directory answers from memory or puts the caller in line behind one look-up:
+// A Table of a Directory answers from memory or puts the caller in line behind one look-up:
 //
-//	Room/Users ──fresh──▶ Snapshot, at once
-//	     └─────missing──▶ line of the key ──look-up──▶ Waiter.Routed, in order
+//	Table.Cached ──fresh──▶ Snapshot, at once
+//	Table.Ask ──missing──▶ line of the key ──look-up──▶ Waiter.Routed, in order
 //
 // Invariants:
 //
@@ -43,6 +43,6 @@
 // each string in Group.Users is a part: one that is kept keeps all of them. What a
 // look-up brings is copied only where it differs from what is known.
 //
-// Locks: one mutex for each home (shard) guards its lines. It is a leaf: no
+// Locks: one mutex for each shard guards its lines. It is a leaf: no
 // callback, look-up or cache eviction runs under it.
 package route

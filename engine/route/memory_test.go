@@ -52,22 +52,22 @@ func live() int {
 func TestMemoryOfWhatIsCached(t *testing.T) {
 	const rooms, users = 1000, 20_000
 	d, err := New(Config{
-		Source: crowd{}, Homes: 1, Home: func(string) int { return 0 },
+		Source: crowd{}, Shards: 1, Shard: func(string) int { return 0 },
 		Go: func(_ int, task func()) error { task(); return nil },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(d.Close)
-	q := Query{Now: time.Now()}
+	q := time.Now()
 	before := live()
 	for i := range rooms {
-		d.Room(0, "room-"+strconv.Itoa(i), q, &teller{})
+		d.Rooms.Ask(0, []string{"room-" + strconv.Itoa(i)}, q, &teller{})
 	}
 	between := live()
 	var snap [1]*Snapshot
 	for i := range users {
-		d.Users(0, []string{fmt.Sprintf("u-user-%07d", i)}, snap[:], q, &teller{})
+		askUsers(d, []string{fmt.Sprintf("u-user-%07d", i)}, snap[:], &teller{})
 	}
 	after := live()
 	if s := d.Stats(); s.Rooms != rooms || s.Members != 100*rooms || s.Users != users {

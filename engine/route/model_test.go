@@ -156,11 +156,11 @@ func (m *model) ask(d *Directory, rng *rand.Rand, n int, promised bool) *asked {
 	m.Unlock()
 	w := &modelWaiter{asked: q}
 	if q.refresh {
-		d.RefreshUsers(0, users, Missing{Node: m.lookup(0), Users: users, Since: time.Now()}, w)
+		d.Users.Refresh(0, users, Missing{Node: m.lookup(0), Users: users, Since: time.Now()}, w)
 		return q
 	}
 	snaps := make([]*Snapshot, len(users))
-	d.Users(0, users, snaps, Query{Now: time.Now()}, w)
+	askUsers(d, users, snaps, w)
 	for i, s := range snaps {
 		if s != nil {
 			m.Lock()
@@ -190,7 +190,7 @@ func (m *model) end(d *Directory, s *source, all []*asked) {
 	if n := d.Stats().Waiting; n != 0 {
 		m.t.Errorf("%d still waiting", n)
 	}
-	if n := len(d.users.homes[0].lines); n != 0 {
+	if n := len(d.Users.lanes[0].lines); n != 0 {
 		m.t.Errorf("%d lines left", n)
 	}
 }

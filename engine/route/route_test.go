@@ -86,7 +86,7 @@ func newDirectory(t *testing.T, s *source, change ...func(*Config)) *Directory {
 	t.Helper()
 	var tasks sync.WaitGroup
 	c := Config{
-		Source: s, Homes: 1, Home: func(string) int { return 0 },
+		Source: s, Shards: 1, Shard: func(string) int { return 0 },
 		Go: func(_ int, task func()) error {
 			tasks.Go(func() {
 				defer func() { _ = recover() }() // as the pool does
@@ -140,7 +140,20 @@ func (w *teller) Routed(keys []string, snaps []*Snapshot, err error) {
 	}
 }
 
-func now() Query { return Query{Now: time.Now()} }
+func now() time.Time { return time.Now() }
+
+// askUsers gets what is cached and asks for the rest.
+func askUsers(d *Directory, users []string, snaps []*Snapshot, w Waiter) {
+	var missing []string
+	for i, user := range users {
+		if snaps[i] = d.Users.Cached(0, user, time.Now()); snaps[i] == nil {
+			missing = append(missing, user)
+		}
+	}
+	if len(missing) > 0 {
+		d.Users.Ask(0, missing, time.Now(), w)
+	}
+}
 
 // missing is that A does not have u.
 func missing(since time.Time) Missing {
@@ -150,11 +163,11 @@ func missing(since time.Time) Missing {
 // ask waits for the snapshot of a room.
 func ask(t *testing.T, d *Directory, room string) (*Snapshot, error) {
 	t.Helper()
-	if s := d.CachedRoom(0, room, now()); s != nil {
+	if s := d.Rooms.Cached(0, room, now()); s != nil {
 		return s, nil
 	}
 	w := &teller{}
-	d.Room(0, room, now(), w)
+	d.Rooms.Ask(0, []string{room}, now(), w)
 	synctest.Wait()
 	if w.n != 1 {
 		t.Fatalf("told %d times", w.n)
@@ -181,7 +194,7 @@ func TestManyAsksOneLookupAnswersInOrder(t *testing.T) {
 		for i := range 10_000 {
 			name := fmt.Sprint(i)
 			want = append(want, name)
-			d.Room(0, "r", now(), &teller{name: name, told: &told, mu: &mu})
+			d.Rooms.Ask(0, []string{"r"}, now(), &teller{name: name, told: &told, mu: &mu})
 		}
 		synctest.Wait()
 		close(s.gate)
@@ -192,7 +205,7 @@ func TestManyAsksOneLookupAnswersInOrder(t *testing.T) {
 		if !slices.Equal(told, want) {
 			t.Errorf("told out of order")
 		}
-		if d.CachedRoom(0, "r", now()) == nil {
+		if d.Rooms.Cached(0, "r", now()) == nil {
 			t.Error("not in the cache afterwards")
 		}
 	})
@@ -275,11 +288,11 @@ func TestAskAfterAChangeNeverGetsTheAnswerFromBefore(t *testing.T) {
 		d.InvalidateAll()
 		d.Vouch(time.Now().Add(1000 * time.Hour))
 		var before, after teller
-		d.Room(0, "r", now(), &before)
+		d.Rooms.Ask(0, []string{"r"}, now(), &before)
 		synctest.Wait() // the old answer is on its way
 		s.set(func(s *source) { s.rooms["r"], s.gate = room("u@A", "v@B"), nil })
 		d.Invalidate([]string{"r"}, nil)
-		d.Room(0, "r", now(), &after)
+		d.Rooms.Ask(0, []string{"r"}, now(), &after)
 		close(gate)
 		synctest.Wait()
 		if before.snap.Users != 1 || after.snap == nil || after.snap.Users != 2 {
@@ -321,7 +334,7 @@ func TestLookupIsBoundedInTimeAndSurvivesAPanic(t *testing.T) {
 		s := &source{gate: make(chan struct{})}
 		d := newDirectory(t, s)
 		var w teller
-		d.Room(0, "r", now(), &w)
+		d.Rooms.Ask(0, []string{"r"}, now(), &w)
 		time.Sleep(301 * time.Millisecond)
 		synctest.Wait()
 		if w.n != 1 || !errors.Is(w.err, ErrUnavailable) {
@@ -346,7 +359,7 @@ func TestFullPoolIsAnErrorForTheWholeLine(t *testing.T) {
 			t.Errorf("room: %v", err)
 		}
 		w := &teller{}
-		d.Users(0, []string{"u", "v"}, make([]*Snapshot, 2), now(), w)
+		askUsers(d, []string{"u", "v"}, make([]*Snapshot, 2), w)
 		if w.n != 2 || !errors.Is(w.err, ErrOverloaded) {
 			t.Errorf("users: told %d, %v", w.n, w.err)
 		}
@@ -363,13 +376,13 @@ func TestUsersShareOneLookupAndAreToldTogether(t *testing.T) {
 		var w teller
 		calls := 0
 		w.then = func() { calls++ }
-		d.Users(0, []string{"a", "b"}, make([]*Snapshot, 2), now(), &w)
+		askUsers(d, []string{"a", "b"}, make([]*Snapshot, 2), &w)
 		synctest.Wait()
 		if s.count() != 1 || calls != 1 || w.n != 2 {
 			t.Errorf("%d look-ups, told %d keys in %d calls", s.count(), w.n, calls)
 		}
 		snaps := make([]*Snapshot, 3)
-		d.Users(0, []string{"a", "b", "c"}, snaps, now(), &w)
+		askUsers(d, []string{"a", "b", "c"}, snaps, &w)
 		synctest.Wait()
 		if snaps[0] == nil || snaps[1] == nil || snaps[2] != nil || s.count() != 2 || w.n != 3 {
 			t.Errorf("got %v, %d look-ups, told %d", snaps, s.count(), w.n)
@@ -390,11 +403,11 @@ func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
 		since := time.Now()
 		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
 		var a, b, c teller
-		d.RefreshRoom(0, "r", missing(since), &a)
-		d.RefreshRoom(0, "r", missing(since), &b)
+		d.Rooms.Refresh(0, []string{"r"}, missing(since), &a)
+		d.Rooms.Refresh(0, []string{"r"}, missing(since), &b)
 		synctest.Wait()
 		time.Sleep(time.Millisecond)
-		d.RefreshRoom(0, "r", missing(used), &c) // the answer is newer than what c used
+		d.Rooms.Refresh(0, []string{"r"}, missing(used), &c) // the answer is newer than what c used
 		if s.count() != 2 {
 			t.Errorf("%d look-ups", s.count())
 		}
@@ -413,17 +426,17 @@ func TestRefreshLooksUpOnceForAllWhoKnowBetter(t *testing.T) {
 func TestNobodyGetsAnOlderAnswerThanTheyHad(t *testing.T) {
 	for name, again := range map[string]func(d *Directory, w Waiter){
 		"a push": func(d *Directory, w Waiter) {
-			if snap := d.CachedRoom(0, "r", now()); snap != nil {
+			if snap := d.Rooms.Cached(0, "r", now()); snap != nil {
 				w.Routed([]string{"r"}, []*Snapshot{snap}, nil)
 				return
 			}
-			d.Room(0, "r", now(), w)
+			d.Rooms.Ask(0, []string{"r"}, now(), w)
 		},
 		"a push that was contradicted before the look-up": func(d *Directory, w Waiter) {
-			d.RefreshRoom(0, "r", missing(time.Now().Add(-time.Nanosecond)), w)
+			d.Rooms.Refresh(0, []string{"r"}, missing(time.Now().Add(-time.Nanosecond)), w)
 		},
 		"a push that is contradicted as the one before was": func(d *Directory, w Waiter) {
-			d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"ghost"}, Since: time.Now()}, w)
+			d.Rooms.Refresh(0, []string{"r"}, Missing{Node: "A", Users: []string{"ghost"}, Since: time.Now()}, w)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -437,7 +450,7 @@ func TestNobodyGetsAnOlderAnswerThanTheyHad(t *testing.T) {
 				time.Sleep(time.Millisecond)
 				var second teller
 				first := teller{then: func() { again(d, &second) }}
-				d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"u", "ghost"}, Since: since}, &first)
+				d.Rooms.Refresh(0, []string{"r"}, Missing{Node: "A", Users: []string{"u", "ghost"}, Since: since}, &first)
 				synctest.Wait()
 				if first.n != 1 || second.n != 1 || second.err != nil || second.snap != first.snap || first.snap.Group("B") == nil {
 					t.Errorf("first told %d, %+v, then %d, %+v, %v", first.n, first.snap, second.n, second.snap, second.err)
@@ -445,7 +458,7 @@ func TestNobodyGetsAnOlderAnswerThanTheyHad(t *testing.T) {
 				if n := s.count(); n != 2 {
 					t.Errorf("%d look-ups, want 2", n)
 				}
-				if snap := d.CachedRoom(0, "r", now()); snap != first.snap {
+				if snap := d.Rooms.Cached(0, "r", now()); snap != first.snap {
 					t.Errorf("%+v is in the cache, want %+v", snap, first.snap)
 				}
 			})
@@ -468,9 +481,9 @@ func TestRefreshPassesNobodyInLine(t *testing.T) {
 		var told []string
 		third := &teller{name: "third", told: &told, mu: &mu}
 		second := &teller{name: "second", told: &told, mu: &mu}
-		first := &teller{name: "first", told: &told, mu: &mu, then: func() { d.RefreshRoom(0, "r", missing(since), third) }}
-		d.RefreshRoom(0, "r", missing(since), first)
-		d.RefreshRoom(0, "r", missing(since), second)
+		first := &teller{name: "first", told: &told, mu: &mu, then: func() { d.Rooms.Refresh(0, []string{"r"}, missing(since), third) }}
+		d.Rooms.Refresh(0, []string{"r"}, missing(since), first)
+		d.Rooms.Refresh(0, []string{"r"}, missing(since), second)
 		synctest.Wait()
 		close(gate)
 		synctest.Wait()
@@ -493,11 +506,11 @@ func TestLineThatDoesNotEndTellsNoOldAnswers(t *testing.T) {
 				return
 			}
 			w.own.Unlock() // of the one that is being told
-			d.Room(0, "r", now(), &w)
+			d.Rooms.Ask(0, []string{"r"}, now(), &w)
 			time.Sleep(50 * time.Millisecond)
 			w.own.Lock()
 		}
-		d.Room(0, "r", now(), &w)
+		d.Rooms.Ask(0, []string{"r"}, now(), &w)
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
 		if n := s.count(); asks <= 100 || n < 4 {
@@ -519,13 +532,13 @@ func TestAnswerIsVisibleWhileTheNextIsLookedUp(t *testing.T) {
 		first := teller{then: func() {
 			s.set(func(s *source) { s.gate = gate })
 			time.Sleep(time.Millisecond)
-			d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"v"}, Since: time.Now()}, &second)
+			d.Rooms.Refresh(0, []string{"r"}, Missing{Node: "A", Users: []string{"v"}, Since: time.Now()}, &second)
 		}}
-		d.RefreshRoom(0, "r", missing(time.Now().Add(-time.Nanosecond)), &first)
+		d.Rooms.Refresh(0, []string{"r"}, missing(time.Now().Add(-time.Nanosecond)), &first)
 		synctest.Wait() // at the gate
 		time.Sleep(2 * time.Millisecond)
 		synctest.Wait()
-		if snap := d.CachedRoom(0, "r", now()); snap == nil || snap != first.snap || second.n != 0 {
+		if snap := d.Rooms.Cached(0, "r", now()); snap == nil || snap != first.snap || second.n != 0 {
 			t.Errorf("%+v is in the cache, want %+v; second told %d", snap, first.snap, second.n)
 		}
 		close(gate)
@@ -642,11 +655,11 @@ func TestRefreshTakesNoAnswerThatIsNotTheControllers(t *testing.T) {
 		gate := make(chan struct{})
 		s.set(func(s *source) { s.gate = gate })
 		var first, second teller
-		d.RefreshRoom(0, "r", missing(time.Now()), &first)
+		d.Rooms.Refresh(0, []string{"r"}, missing(time.Now()), &first)
 		synctest.Wait()
-		d.RefreshRoom(0, "r", missing(time.Now()), &second)
+		d.Rooms.Refresh(0, []string{"r"}, missing(time.Now()), &second)
 		var push teller
-		d.Room(0, "r", now(), &push)
+		d.Rooms.Ask(0, []string{"r"}, now(), &push)
 		close(gate)
 		synctest.Wait()
 		for _, w := range []*teller{&first, &second} {
@@ -672,7 +685,7 @@ func TestRefreshTakesNoAnswerThatHasChangedSince(t *testing.T) {
 		s.set(func(s *source) { s.rooms["r"] = room("u@B") })
 		d.Invalidate([]string{"r"}, nil)
 		var w teller
-		d.RefreshRoom(0, "r", missing(began), &w)
+		d.Rooms.Refresh(0, []string{"r"}, missing(began), &w)
 		synctest.Wait()
 		if w.n != 1 || w.snap.Groups[0].Node != "B" {
 			t.Errorf("told %d: %+v", w.n, w.snap)
@@ -694,20 +707,20 @@ func TestAllWhoWaitForTheSameUsersAreToldTogether(t *testing.T) {
 		var calls [asks]int
 		for i := range told {
 			told[i].then = func() { calls[i]++ }
-			d.Users(0, names, make([]*Snapshot, users), now(), &told[i])
+			askUsers(d, names, make([]*Snapshot, users), &told[i])
 		}
 		synctest.Wait()
 		d.Invalidate(nil, names) // whoever asks from now on wants a newer answer
 		var after teller
-		d.Users(0, names, make([]*Snapshot, users), now(), &after)
+		askUsers(d, names, make([]*Snapshot, users), &after)
 		close(s.gate)
 		synctest.Wait()
 		for i := range told {
-			if told[i].n != users || calls[i] > 2*users/together {
+			if told[i].n != users || calls[i] > 2*users/drainBatch {
 				t.Errorf("ask %d: told %d keys in %d calls", i, told[i].n, calls[i])
 			}
 		}
-		if n := s.count(); after.n != users || n > 2+users/together {
+		if n := s.count(); after.n != users || n > 2+users/drainBatch {
 			t.Errorf("after the change: told %d keys, %d look-ups", after.n, n)
 		}
 	})

@@ -69,7 +69,7 @@ func (s *Snapshot) told() *Snapshot {
 func (s *Snapshot) placed() int { return s.Users - len(s.Unplaced) }
 
 // Published is when the cache began to answer with s, on the clock of
-// Directory.Moment: a query from that moment on gets s, or a newer one.
+// Directory.Nanos: a query from then on gets s, or a newer one.
 func (s *Snapshot) Published() int64 {
 	if at := s.published.Load(); at != 0 {
 		return at

@@ -66,7 +66,7 @@ func TestChangeWhileItIsLookedUpIsKnown(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		s.set(func(s *source) { s.gate = make(chan struct{}) }) // the look-up will be slow
 		var w teller
-		d.Room(0, "r", now(), &w)
+		d.Rooms.Ask(0, []string{"r"}, now(), &w)
 		synctest.Wait()
 		d.Invalidate([]string{"r"}, nil)
 		time.Sleep(time.Second)
@@ -83,11 +83,11 @@ func TestAnswerThatChangedWhileItCameIsNoFallback(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}, gate: gate}
 		d := newDirectory(t, s)
 		var w teller
-		d.Room(0, "r", now(), &w)
+		d.Rooms.Ask(0, []string{"r"}, now(), &w)
 		synctest.Wait()
 		d.Invalidate([]string{"r"}, nil)
 		var behind teller
-		d.Room(0, "r", now(), &behind)
+		d.Rooms.Ask(0, []string{"r"}, now(), &behind)
 		s.set(func(s *source) { s.gate, s.err = nil, ErrUnavailable })
 		close(gate)
 		synctest.Wait()
@@ -115,11 +115,11 @@ func TestChangeIsNotForgottenByWhoWaitsBehindIt(t *testing.T) {
 		gate := make(chan struct{})
 		s.set(func(s *source) { s.gate, s.err = gate, ErrUnavailable })
 		var healer, behind teller
-		d.RefreshRoom(0, "r", missing(time.Now()), &healer)
+		d.Rooms.Refresh(0, []string{"r"}, missing(time.Now()), &healer)
 		synctest.Wait()
 		s.set(func(s *source) { s.rooms["r"] = room("u@A", "v@B") })
 		d.Invalidate([]string{"r"}, nil)
-		d.Room(0, "r", now(), &behind)
+		d.Rooms.Ask(0, []string{"r"}, now(), &behind)
 		close(gate)
 		synctest.Wait()
 		if !errors.Is(behind.err, ErrUnavailable) {
@@ -146,9 +146,9 @@ func TestChangeWhileTheLineIsToldIsNotForgotten(t *testing.T) {
 				first := teller{then: func() {
 					s.set(func(s *source) { s.rooms["r"], s.err = room("u@A", "v@B"), fails })
 					d.Invalidate([]string{"r"}, nil)
-					d.Room(0, "r", now(), &behind)
+					d.Rooms.Ask(0, []string{"r"}, now(), &behind)
 				}}
-				d.Room(0, "r", now(), &first)
+				d.Rooms.Ask(0, []string{"r"}, now(), &first)
 				synctest.Wait()
 				if errors.Is(fails, ErrAway) {
 					if behind.err != nil || behind.snap.Stale == nil || !behind.snap.Stale.Changed {
@@ -228,7 +228,7 @@ func TestHitsHaveAnswersLookedUpBeforeTheyAreTooOld(t *testing.T) {
 		d := newDirectory(t, s)
 		ask(t, d, "r")
 		time.Sleep(740 * time.Millisecond)
-		d.CachedRoom(0, "r", now())
+		d.Rooms.Cached(0, "r", now())
 		synctest.Wait()
 		if n := s.count(); n != 1 {
 			t.Fatalf("%d look-ups before three quarters of the TTL", n)
@@ -236,7 +236,7 @@ func TestHitsHaveAnswersLookedUpBeforeTheyAreTooOld(t *testing.T) {
 		time.Sleep(140 * time.Millisecond)
 		s.set(func(s *source) { s.rooms["r"], s.gate = room("u@B"), make(chan struct{}) })
 		for range 10 {
-			if snap := d.CachedRoom(0, "r", now()); snap == nil || snap.Groups[0].Node != "A" {
+			if snap := d.Rooms.Cached(0, "r", now()); snap == nil || snap.Groups[0].Node != "A" {
 				t.Fatalf("while it is looked up: %+v", snap)
 			}
 		}
@@ -247,15 +247,15 @@ func TestHitsHaveAnswersLookedUpBeforeTheyAreTooOld(t *testing.T) {
 		s.set(func(s *source) { close(s.gate); s.gate = nil })
 		synctest.Wait()
 		time.Sleep(740 * time.Millisecond) // beyond the TTL of the first answer
-		if snap := d.CachedRoom(0, "r", now()); snap == nil || snap.Groups[0].Node != "B" {
+		if snap := d.Rooms.Cached(0, "r", now()); snap == nil || snap.Groups[0].Node != "B" {
 			t.Errorf("afterwards: %+v", snap)
 		}
 		// A look-up ahead of time that fails takes nothing away.
 		time.Sleep(140 * time.Millisecond)
 		s.set(func(s *source) { s.err = ErrUnavailable })
-		d.CachedRoom(0, "r", now())
+		d.Rooms.Cached(0, "r", now())
 		synctest.Wait()
-		if snap := d.CachedRoom(0, "r", now()); snap == nil || snap.Stale != nil {
+		if snap := d.Rooms.Cached(0, "r", now()); snap == nil || snap.Stale != nil {
 			t.Errorf("after a failure within the TTL: %+v", snap)
 		}
 	})
@@ -275,7 +275,7 @@ func TestKeysThatCameTogetherAreNotLookedUpTogetherAgain(t *testing.T) {
 		for range 100 {
 			time.Sleep(10 * time.Millisecond)
 			for i := range keys {
-				if d.CachedRoom(0, fmt.Sprint("r", i), now()) == nil {
+				if d.Rooms.Cached(0, fmt.Sprint("r", i), now()) == nil {
 					t.Fatalf("r%d is not cached", i)
 				}
 			}
@@ -296,7 +296,7 @@ func ghosts(t *testing.T, d *Directory, users ...string) (snap *Snapshot) {
 		t.Fatal(err)
 	}
 	var w teller
-	d.RefreshRoom(0, "r", Missing{Node: "A", Users: users, Since: time.Now()}, &w)
+	d.Rooms.Refresh(0, []string{"r"}, Missing{Node: "A", Users: users, Since: time.Now()}, &w)
 	synctest.Wait()
 	if w.n != 1 || w.err != nil {
 		t.Fatalf("told %d, %v", w.n, w.err)
@@ -378,12 +378,12 @@ func TestRestOfTheRoomIsServedWhileAGhostIsLookedUp(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		s.set(func(s *source) { s.gate = make(chan struct{}) })
 		var w teller
-		d.RefreshRoom(0, "r", Missing{Node: "A", Users: []string{"ghost"}, Since: time.Now()}, &w)
+		d.Rooms.Refresh(0, []string{"r"}, Missing{Node: "A", Users: []string{"ghost"}, Since: time.Now()}, &w)
 		synctest.Wait()
 		if n := s.count(); n != 2 {
 			t.Fatalf("%d look-ups", n)
 		}
-		if d.CachedRoom(0, "r", now()) == nil {
+		if d.Rooms.Cached(0, "r", now()) == nil {
 			t.Error("the room is not served meanwhile")
 		}
 		time.Sleep(time.Second)
@@ -391,7 +391,7 @@ func TestRestOfTheRoomIsServedWhileAGhostIsLookedUp(t *testing.T) {
 		if w.n != 1 || !errors.Is(w.err, ErrUnavailable) {
 			t.Errorf("told %d, %v", w.n, w.err)
 		}
-		if snap := d.CachedRoom(0, "r", now()); snap == nil || snap.Stale != nil {
+		if snap := d.Rooms.Cached(0, "r", now()); snap == nil || snap.Stale != nil {
 			t.Errorf("after the look-up has failed: %+v", snap)
 		}
 	})
@@ -402,7 +402,7 @@ func TestDenialsAreForgotten(t *testing.T) {
 	for i := range 5000 {
 		user := fmt.Sprintf("u%06d", i)
 		e.snap.Groups = []*Group{{Node: "A", Users: []string{user}}}
-		e.note("A", []string{user}, moment(i*100), 1000)
+		e.note("A", []string{user}, nanos(i*100), 1000)
 		if n := len(e.absent); n > 128 {
 			t.Fatalf("%d denials are kept of the last 20", n)
 		}
@@ -428,7 +428,7 @@ func doubtful(t *testing.T) (*newborn, *Directory) {
 	}
 	s.rooms["r"] = room(members...)
 	ask(t, d, "r")
-	d.User(0, "u", now(), &teller{})
+	d.Users.Ask(0, []string{"u"}, now(), &teller{})
 	synctest.Wait()
 	time.Sleep(10 * time.Second)
 	return s, d
@@ -459,8 +459,8 @@ func TestControllerThatMayJustHaveStartedIsNotBelievedAtOnce(t *testing.T) {
 						t.Fatalf("room: %+v, %v, want the old answer", snap, err)
 					}
 					var w teller
-					if u := d.CachedUser(0, "u", now()); u == nil {
-						d.User(0, "u", now(), &w)
+					if u := d.Users.Cached(0, "u", now()); u == nil {
+						d.Users.Ask(0, []string{"u"}, now(), &w)
 						synctest.Wait()
 						if w.err != nil || !w.snap.Found || w.snap.Stale == nil {
 							t.Fatalf("user: %+v, %v, want the old answer", w.snap, w.err)
@@ -562,11 +562,11 @@ func TestLookupsThatHangLeavePlacesToOthers(t *testing.T) {
 		})
 		var told []*teller
 		for i := range 3000 {
-			d.Room(0, fmt.Sprint("stuck", i), now(), &teller{})
+			d.Rooms.Ask(0, []string{fmt.Sprint("stuck", i)}, now(), &teller{})
 			if i%15 == 0 {
 				w := new(teller)
 				told = append(told, w)
-				d.Room(0, fmt.Sprint("ok", i/15), now(), w)
+				d.Rooms.Ask(0, []string{fmt.Sprint("ok", i/15)}, now(), w)
 			}
 			time.Sleep(time.Second / 1500)
 		}
@@ -588,7 +588,7 @@ func TestLookupHasItsTimeWhileThePoolIsEmpty(t *testing.T) {
 	for _, c := range []struct {
 		running, least, most int64
 	}{{1, 300, 300}, {128, 75, 77}, {256, 9, 10}, {5000, 9, 10}} {
-		if got := d.patience(c.running); got.Milliseconds() < c.least || got.Milliseconds() > c.most {
+		if got := d.timeout(c.running); got.Milliseconds() < c.least || got.Milliseconds() > c.most {
 			t.Errorf("one of %d look-ups has %s, want %d to %d ms", c.running, got, c.least, c.most)
 		}
 	}

@@ -27,16 +27,16 @@ func TestWordThatHasRunOutIsNotTaken(t *testing.T) {
 		if d.Stats().Watched {
 			t.Error("still watched")
 		}
-		if d.CachedRoom(0, "r", now()) != nil || d.CachedRoom(0, "nowhere", now()) != nil {
+		if d.Rooms.Cached(0, "r", now()) != nil || d.Rooms.Cached(0, "nowhere", now()) != nil {
 			t.Error("an answer serves that nobody vouches for any more")
 		}
 		// Who asked before the end gets the answer, however late that is.
-		if d.CachedRoom(0, "r", early) != present {
+		if d.Rooms.Cached(0, "r", early) != present {
 			t.Error("an answer that was vouched for when it was asked for does not serve")
 		}
 		// The stream lives, and its word is good again: nothing has to be asked anew.
 		d.Vouch(time.Now().Add(3 * time.Second))
-		if d.CachedRoom(0, "r", now()) != present || d.CachedRoom(0, "nowhere", now()) == nil {
+		if d.Rooms.Cached(0, "r", now()) != present || d.Rooms.Cached(0, "nowhere", now()) == nil {
 			t.Error("what was named by nobody was forgotten")
 		}
 		d.Vouch(time.Now())
@@ -91,7 +91,7 @@ func TestStaleAnswersAgeFromTheEndOfTheirStream(t *testing.T) {
 		if snap, err := ask(t, d, "r"); err != nil || snap == nil {
 			t.Errorf("59 s after the stream's end: %v, %v", snap, err)
 		}
-		if d.CachedRoom(0, "r", now()) == nil {
+		if d.Rooms.Cached(0, "r", now()) == nil {
 			t.Error("a stale answer does not serve for a TTL")
 		}
 		time.Sleep(2 * time.Second)
@@ -135,10 +135,10 @@ func TestForgettingEverythingCostsTheSameHoweverMuchIsKnown(t *testing.T) {
 			users[i] = fmt.Sprint("u", i)
 			s.users[users[i]] = []string{"A"}
 		}
-		d.Users(0, users, make([]*Snapshot, len(users)), now(), &teller{})
+		askUsers(d, users, make([]*Snapshot, len(users)), &teller{})
 		synctest.Wait()
 		for _, u := range users {
-			if d.CachedUser(0, u, now()) == nil {
+			if d.Users.Cached(0, u, now()) == nil {
 				t.Fatalf("%s is not cached", u)
 			}
 		}
@@ -146,7 +146,7 @@ func TestForgettingEverythingCostsTheSameHoweverMuchIsKnown(t *testing.T) {
 			t.Errorf("%v allocations with 20,000 users, %v with none", after, before)
 		}
 		for _, u := range users {
-			if d.CachedUser(0, u, now()) != nil {
+			if d.Users.Cached(0, u, now()) != nil {
 				t.Fatalf("the answer for %s serves after everything was forgotten", u)
 			}
 		}
@@ -166,16 +166,16 @@ func TestWordThatIsGoodAgainLetsNobodyOvertake(t *testing.T) {
 		gate := make(chan struct{})
 		s.set(func(s *source) { s.gate = gate })
 		var first, second teller
-		d.Room(0, "r", now(), &first)
+		d.Rooms.Ask(0, []string{"r"}, now(), &first)
 		synctest.Wait()
 		d.Vouch(time.Now().Add(time.Hour))
-		if d.CachedRoom(0, "r", now()) != nil {
+		if d.Rooms.Cached(0, "r", now()) != nil {
 			t.Error("a later query was answered before the one that waits")
 		}
-		d.Room(0, "r", now(), &second)
+		d.Rooms.Ask(0, []string{"r"}, now(), &second)
 		close(gate)
 		synctest.Wait()
-		if d.CachedRoom(0, "r", now()) == nil {
+		if d.Rooms.Cached(0, "r", now()) == nil {
 			t.Error("the new answer is not good")
 		}
 	})

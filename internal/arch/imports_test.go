@@ -26,11 +26,12 @@ type layer struct {
 var layers = []layer{
 	{dir: "shard", others: []string{"github.com/panjf2000/ants/v2"}},
 	{dir: "engine/route", others: []string{"github.com/maypok86/otter/v2"}},
-	{dir: "engine", ours: []string{"engine/route", "shard"}},
+	{dir: "engine", ours: []string{"engine/route", "internal/ids", "shard"}},
 	{dir: "proto", others: []string{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
 	}},
 	{dir: "docs"}, // what programs carry of it
+	{dir: "internal/ids"},
 	{dir: "internal/label"},
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
 	{dir: "internal/pause"},
@@ -45,11 +46,11 @@ var layers = []layer{
 		ours:   []string{"engine/...", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
 		others: []string{"*"},
 	},
-	{dir: "transport/discovery", ours: []string{"internal/pause", "internal/plain"}, others: []string{
+	{dir: "transport/discovery", ours: []string{"internal/ids", "internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
 		"google.golang.org/grpc",
 	}},
-	{dir: "transport/controller", ours: []string{"engine/route", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
+	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
 	{dir: "transport/node", ours: []string{"internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/config", "transport/discovery"}, others: []string{"*"}},

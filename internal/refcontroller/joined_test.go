@@ -54,7 +54,7 @@ func deploy(t testing.TB, managers int) *deployment {
 		}
 		var tasks sync.WaitGroup
 		dir, err := route.New(route.Config{
-			Source: c, Homes: 1, Home: func(string) int { return 0 }, LookupTimeout: 10 * time.Second,
+			Source: c, Shards: 1, Shard: func(string) int { return 0 }, LookupTimeout: 10 * time.Second,
 			Go: func(_ int, task func()) error { tasks.Go(task); return nil },
 		})
 		if err != nil {
@@ -102,21 +102,21 @@ func (a answer) Routed(_ []string, snaps []*route.Snapshot, _ error) {
 // users asks every Push-Manager at this moment, and counts the users it finds.
 func (d *deployment) users(t *testing.T, room, user string) []int {
 	t.Helper()
-	now := route.Query{Now: time.Now()}
+	now := time.Now()
 	var counts []int
 	for _, m := range d.managers {
 		var s *route.Snapshot
 		if room != "" {
-			s = m.CachedRoom(0, room, now)
+			s = m.Rooms.Cached(0, room, now)
 		} else {
-			s = m.CachedUser(0, user, now)
+			s = m.Users.Cached(0, user, now)
 		}
 		if s == nil {
 			a := make(answer, 1)
 			if room != "" {
-				m.Room(0, room, now, a)
+				m.Rooms.Ask(0, []string{room}, now, a)
 			} else {
-				m.User(0, user, now, a)
+				m.Users.Ask(0, []string{user}, now, a)
 			}
 			s = <-a
 		}

@@ -6,17 +6,15 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 	"sync"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -408,15 +406,8 @@ func firstOf(errs ...error) error {
 }
 
 func checkID(field, id string) error {
-	switch {
-	case id == "":
-		return invalid(field, "is required")
-	case len(id) > maxIDBytes:
-		return invalid(field, fmt.Sprintf("has %d bytes, the limit is %d", len(id), maxIDBytes))
-	case !utf8.ValidString(id):
-		return invalid(field, "is not valid UTF-8")
-	case strings.ContainsFunc(id, unicode.IsControl):
-		return invalid(field, "holds a control character")
+	if err := ids.Check(id, maxIDBytes); err != nil {
+		return invalid(field, err.Error())
 	}
 	return nil
 }

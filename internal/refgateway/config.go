@@ -6,12 +6,11 @@ import (
 	"log/slog"
 	"net"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
@@ -190,23 +189,8 @@ func (c Config) Validate() error {
 
 // checkID applies the contract's rule for ids.
 func checkID(field, id string) error {
-	switch {
-	case id == "":
-		return fmt.Errorf("%s: must not be empty", field)
-	case len(id) > maxIDBytes:
-		return fmt.Errorf("%s: %d bytes, the limit is %d", field, len(id), maxIDBytes)
-	}
-	return checkText(field, id)
-}
-
-func checkText(field, s string) error {
-	if !utf8.ValidString(s) {
-		return fmt.Errorf("%s: not valid UTF-8", field)
-	}
-	for _, r := range s {
-		if unicode.IsControl(r) {
-			return fmt.Errorf("%s: holds a control character", field)
-		}
+	if err := ids.Check(id, ids.MaxBytes); err != nil {
+		return fmt.Errorf("%s: %w", field, err)
 	}
 	return nil
 }

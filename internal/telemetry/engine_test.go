@@ -26,7 +26,7 @@ func TestPanicsOfTheEngineAreCounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	directory, err := route.New(route.Config{
-		Source: nobody{}, Homes: 1, Home: func(string) int { return 0 }, Go: func(_ int, task func()) error { return shards.At(0).Go(task) },
+		Source: nobody{}, Shards: 1, Shard: func(string) int { return 0 }, Go: func(_ int, task func()) error { return shards.At(0).Go(task) },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -30,8 +30,8 @@ type PushSpan struct {
 }
 
 var (
-	_ engine.Trace    = (*PushSpan)(nil)
-	_ engine.LegTrace = (*LegSpan)(nil)
+	_ engine.Trace         = (*PushSpan)(nil)
+	_ engine.DeliveryTrace = (*DeliverySpan)(nil)
 )
 
 // Trace is Begin in the words of the push API: nil, nil for a call that is not
@@ -127,33 +127,33 @@ func (p *PushSpan) Lookup(ctx context.Context, what string) (context.Context, fu
 	}
 }
 
-// Leg starts the span of the delivery to one node.
-func (p *PushSpan) Leg(node string, users int) engine.LegTrace {
+// Delivery starts the span of the delivery to one node.
+func (p *PushSpan) Delivery(node string, users int) engine.DeliveryTrace {
 	node = safe(node)
 	_, span := p.tracer.tracer.Start(p.ctx, "deliver "+node,
 		trace.WithSpanKind(trace.SpanKindClient),
 		trace.WithAttributes(attribute.String("node.id", node), attribute.Int("push.users", users)))
 	p.tracer.spans.Inc()
-	return &LegSpan{span: span}
+	return &DeliverySpan{span: span}
 }
 
-// LegSpan is the span of the delivery to one node. It implements engine.LegTrace.
-type LegSpan struct {
+// DeliverySpan is the span of the delivery to one node. It implements engine.DeliveryTrace.
+type DeliverySpan struct {
 	span trace.Span
 }
 
 // Traceparent is the W3C trace context for the node.
-func (l *LegSpan) Traceparent() string { return traceparent(l.span.SpanContext()) }
+func (d *DeliverySpan) Traceparent() string { return traceparent(d.span.SpanContext()) }
 
 // End closes the span. Users that are not on the node are no error: they are
 // looked up again.
-func (l *LegSpan) End(outcome string) {
+func (d *DeliverySpan) End(outcome string) {
 	outcome = safe(outcome)
-	l.span.SetAttributes(attribute.String("push.outcome", outcome))
+	d.span.SetAttributes(attribute.String("push.outcome", outcome))
 	if outcome != "delivered" && outcome != "not here" {
-		l.span.SetStatus(codes.Error, outcome)
+		d.span.SetStatus(codes.Error, outcome)
 	}
-	l.span.End()
+	d.span.End()
 }
 
 // safe makes a text from outside harmless for whoever shows it: cut, and

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -175,13 +176,13 @@ func (c *Controller) nodesOf(reply *pubsub.GetUserNodeResponse) []string {
 	if !reply.GetFound() {
 		return nil
 	}
-	ids := reply.GetNodeIds()
-	if len(ids) == 0 {
-		ids = []string{reply.GetNodeId()}
+	named := reply.GetNodeIds()
+	if len(named) == 0 {
+		named = []string{reply.GetNodeId()}
 	}
-	nodes := make([]string, 0, len(ids))
-	for _, id := range ids {
-		if !usable([]byte(id)) {
+	nodes := make([]string, 0, len(named))
+	for _, id := range named {
+		if ids.Check(id, ids.MaxBytes) != nil {
 			c.m.badIDs.Inc()
 			continue
 		}

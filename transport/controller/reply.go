@@ -3,17 +3,13 @@ package controller
 import (
 	"errors"
 	"fmt"
-	"unicode"
-	"unicode/utf8"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/wire"
 )
-
-// maxIDBytes is the limit of every id of the API.
-const maxIDBytes = 256
 
 // The fields of the reply that matter here, from controller.proto.
 const (
@@ -104,42 +100,14 @@ func (w *walk) member(b []byte) error {
 	if info.Err != nil {
 		return info.Err
 	}
-	if !usable(user) {
+	if ids.Check(user, ids.MaxBytes) != nil {
 		w.skipped++
-		return nil
+		return nil //nolint:nilerr // An id that nobody could name is left out.
 	}
-	if len(node) > 0 && !usable(node) {
+	if len(node) > 0 && ids.Check(node, ids.MaxBytes) != nil {
 		w.skipped++
 		node = nil
 	}
 	w.add(user, node)
 	return nil
-}
-
-// usable tells whether a push could name this id: 1..256 bytes of valid UTF-8
-// without control characters.
-func usable(id []byte) bool {
-	if len(id) == 0 || len(id) > maxIDBytes {
-		return false
-	}
-	for i, c := range id {
-		if c >= utf8.RuneSelf {
-			return usableRunes(id[i:])
-		}
-		if c < ' ' || c == 0x7f {
-			return false
-		}
-	}
-	return true
-}
-
-func usableRunes(id []byte) bool {
-	for len(id) > 0 {
-		r, n := utf8.DecodeRune(id)
-		if (r == utf8.RuneError && n == 1) || unicode.IsControl(r) {
-			return false
-		}
-		id = id[n:]
-	}
-	return true
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -54,7 +55,7 @@ func TestWalkAgreesWithUnmarshal(t *testing.T) {
 }
 
 func valid(id string) bool {
-	return id != "" && len(id) <= maxIDBytes && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
+	return id != "" && len(id) <= ids.MaxBytes && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
 }
 
 func TestWalkSkipsInvalidUTF8(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/pause"
 )
 
@@ -75,7 +76,7 @@ func (c RegistrationConfig) Validate() error {
 	if c.Client == nil {
 		errs = append(errs, errors.New("Client is nil"))
 	}
-	if err := checkID(c.ID); err != nil {
+	if err := ids.Check(c.ID, ids.MaxBytes); err != nil {
 		errs = append(errs, fmt.Errorf("ID: %w", err))
 	}
 	if err := checkAddr(c.Addr, nil); err != nil {

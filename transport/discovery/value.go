@@ -2,7 +2,6 @@ package discovery
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -10,15 +9,12 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/plain"
 )
 
 const (
-	// maxIDBytes is the limit of every id of the API.
-	maxIDBytes = 256
 	// maxValueBytes bounds what is parsed: a value is an address and a few
 	// words of metadata, and etcd would store up to 1.5 MiB.
 	maxValueBytes = 4 << 10
@@ -97,13 +93,13 @@ func parseNode(key string, value []byte, nets []netip.Prefix) (_ Node, err error
 	if id == "" {
 		id = key[strings.LastIndexByte(key, '/')+1:]
 	}
-	if err := checkID(id); err != nil {
-		return Node{}, err
+	if err := ids.Check(id, ids.MaxBytes); err != nil {
+		return Node{}, fmt.Errorf("node id %w", err)
 	}
 	if err := checkAddr(in.Addr, nets); err != nil {
 		return Node{}, err
 	}
-	if checkID(boot) != nil {
+	if ids.Check(boot, ids.MaxBytes) != nil {
 		boot = "" // Nobody needs it to reach the node.
 	}
 	return Node{ID: id, Addr: in.Addr, BootID: boot}, nil
@@ -124,21 +120,6 @@ func metadataIDs(raw json.RawMessage) (node, boot string, err error) {
 	}
 	_ = json.Unmarshal(metadata.BootID, &boot) // What is no text is somebody else's.
 	return metadata.NodeID, boot, nil
-}
-
-// checkID applies the limits of ids.
-func checkID(id string) error {
-	switch {
-	case id == "":
-		return errors.New("node id is empty")
-	case len(id) > maxIDBytes:
-		return fmt.Errorf("node id has %d bytes, the limit is %d", len(id), maxIDBytes)
-	case !utf8.ValidString(id):
-		return errors.New("node id is not valid UTF-8")
-	case strings.ContainsFunc(id, unicode.IsControl):
-		return errors.New("node id holds a control character")
-	}
-	return nil
 }
 
 // CheckAddress tells what is wrong with an address to register.

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 func TestParseNode(t *testing.T) {
@@ -114,7 +116,7 @@ func FuzzParseNode(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if node.ID == "" || len(node.ID) > maxIDBytes || !utf8.ValidString(node.ID) || strings.Contains(node.Addr, "/") {
+		if node.ID == "" || len(node.ID) > ids.MaxBytes || !utf8.ValidString(node.ID) || strings.Contains(node.Addr, "/") {
 			t.Fatalf("accepted %q", node)
 		}
 	})

@@ -97,7 +97,8 @@ func (d *decoder) decode(a api, b []byte, p *engine.Push) error {
 }
 
 // walk checks that b is a well-formed message and that its list is within its
-// limit, without keeping anything but where things are.
+// limit, without keeping anything but where things are. The ids that it finds are the
+// engine's to check.
 func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 	var w walk
 	m := wire.Reader{Rest: b}
@@ -112,7 +113,7 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 				return w, err
 			}
 		case s.id:
-			if !utf8.Valid(m.Bytes) {
+			if !utf8.Valid(w.id) { // it is replaced: nobody checks it later
 				return w, invalidUTF8(engine.CodeIDMalformed, s.idName)
 			}
 			w.id = m.Bytes
@@ -122,9 +123,6 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 			}
 			if w.listed++; w.listed > s.listMax {
 				return w, d.tooMany(s.listName, w.listed)
-			}
-			if !utf8.Valid(m.Bytes) {
-				return w, invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, w.listed-1))
 			}
 		}
 	}
@@ -332,12 +330,24 @@ func (d *decoder) ask(r *streamRequest, a api, v []byte) error {
 	return nil
 }
 
+// check refuses what generated code would refuse of a part that nobody sees again.
 func (d *decoder) check(a api, b []byte) error {
-	w, err := d.walk(&d.shapes[a], b)
-	if err == nil && w.facts.InvalidUTF8 {
-		err = invalidUTF8(engine.CodeMalformed, "content.metadata")
+	s := &d.shapes[a]
+	w, err := d.walk(s, b)
+	switch {
+	case err != nil:
+		return err
+	case w.facts.InvalidUTF8:
+		return invalidUTF8(engine.CodeMalformed, "content.metadata")
+	case !utf8.Valid(w.id):
+		return invalidUTF8(engine.CodeIDMalformed, s.idName)
 	}
-	return err
+	for i, id := range s.collect(b, &w) {
+		if !utf8.ValidString(id) {
+			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, i))
+		}
+	}
+	return nil
 }
 
 func malformed(field string) error {

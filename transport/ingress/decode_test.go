@@ -223,28 +223,32 @@ func TestDecodeRefuses(t *testing.T) {
 		wire        []byte
 		field, code string
 	}{
-		"truncated tag":          {toRoom, []byte{0x80}, "request", engine.CodeMalformed},
-		"field number 0":         {toRoom, []byte{0x02, 0}, "request", engine.CodeMalformed},
-		"field number too large": {toRoom, []byte{0x80, 0x80, 0x80, 0x80, 0x10, 0}, "request", engine.CodeMalformed},
-		"truncated id":           {toRoom, []byte{1<<3 | 2, 5, 'a'}, "room_id", engine.CodeMalformed},
-		"truncated user":         {toUsers, []byte{1<<3 | 2, 5, 'a'}, "user_ids", engine.CodeMalformed},
-		"truncated content":      {toUser, []byte{2<<3 | 2, 5}, "content", engine.CodeMalformed},
-		"truncated data":         {toUser, inContent(2<<3|2, 5), "content.data", engine.CodeMalformed},
-		"truncated time":         {toUser, inContent(3<<3, 0xff), "content.timestamp", engine.CodeMalformed},
-		"truncated metadata":     {toUser, inContent(4<<3|2, 9), "content.metadata", engine.CodeMalformed},
-		"garbage in metadata":    {toUser, inContent(4<<3|2, 1, 0xff), "content.metadata", engine.CodeMalformed},
-		"end of no group":        {toUser, []byte{9<<3 | 4}, "request", engine.CodeMalformed},
-		"open group":             {toUser, []byte{9<<3 | 3}, "request", engine.CodeMalformed},
-		"wire type 7":            {toUser, []byte{9<<3 | 7}, "request", engine.CodeMalformed},
-		"room not UTF-8":         {toRoom, []byte{1<<3 | 2, 1, 0xff}, "room_id", engine.CodeIDMalformed},
-		"exclude not UTF-8":      {toRoom, []byte{3<<3 | 2, 1, 'a', 3<<3 | 2, 1, 0xff}, "exclude_user_ids[1]", engine.CodeIDMalformed},
+		"truncated tag":           {toRoom, []byte{0x80}, "request", engine.CodeMalformed},
+		"field number 0":          {toRoom, []byte{0x02, 0}, "request", engine.CodeMalformed},
+		"field number too large":  {toRoom, []byte{0x80, 0x80, 0x80, 0x80, 0x10, 0}, "request", engine.CodeMalformed},
+		"truncated id":            {toRoom, []byte{1<<3 | 2, 5, 'a'}, "room_id", engine.CodeMalformed},
+		"truncated user":          {toUsers, []byte{1<<3 | 2, 5, 'a'}, "user_ids", engine.CodeMalformed},
+		"truncated content":       {toUser, []byte{2<<3 | 2, 5}, "content", engine.CodeMalformed},
+		"truncated data":          {toUser, inContent(2<<3|2, 5), "content.data", engine.CodeMalformed},
+		"truncated time":          {toUser, inContent(3<<3, 0xff), "content.timestamp", engine.CodeMalformed},
+		"truncated metadata":      {toUser, inContent(4<<3|2, 9), "content.metadata", engine.CodeMalformed},
+		"garbage in metadata":     {toUser, inContent(4<<3|2, 1, 0xff), "content.metadata", engine.CodeMalformed},
+		"end of no group":         {toUser, []byte{9<<3 | 4}, "request", engine.CodeMalformed},
+		"open group":              {toUser, []byte{9<<3 | 3}, "request", engine.CodeMalformed},
+		"wire type 7":             {toUser, []byte{9<<3 | 7}, "request", engine.CodeMalformed},
+		"room not UTF-8":          {toRoom, []byte{1<<3 | 2, 1, 0xff}, "room_id", engine.CodeIDMalformed},
+		"replaced room not UTF-8": {toRoom, []byte{1<<3 | 2, 1, 0xff, 1<<3 | 2, 1, 'r'}, "room_id", engine.CodeIDMalformed},
+		"exclude not UTF-8":       {toRoom, []byte{1<<3 | 2, 1, 'r', 3<<3 | 2, 1, 'a', 3<<3 | 2, 1, 0xff}, "exclude_user_ids[1]", engine.CodeIDMalformed},
 		"33 metadata entries": {toUser, inContent(bytes.Repeat(protowire.AppendBytes([]byte{4<<3 | 2}, entry("k", "v")), 33)...),
 			"content.metadata", engine.CodeTooMany},
 		"data three times over": {toUser, inContent(bytes.Repeat(protowire.AppendBytes([]byte{2<<3 | 2}, make([]byte, 120<<10)), 3)...),
 			"content", engine.CodeTooLarge},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := decodeOne(test.api, test.wire)
+			p, err := decodeOne(test.api, test.wire)
+			if err == nil {
+				err = testLimits.Check(&p.Request) // as the engine does
+			}
 			if e := invalid(t, err); e.Field != test.field || e.Code != test.code {
 				t.Errorf("refused as %+v, want field %q, code %q", e, test.field, test.code)
 			}
@@ -454,13 +458,13 @@ func fuzzStream(t *testing.T, d *decoder, b []byte) {
 	compare(t, p, inner, got, want)
 }
 
-// compare holds the walk to generated code: it takes nothing that generated code
-// refuses, refuses what that takes for a limit only, and else sees the same.
+// compare holds the walk to generated code: what generated code refuses, it or the limits
+// refuse; it refuses what that takes for a limit only, and else sees the same.
 func compare(t *testing.T, p *engine.Push, m proto.Message, got, want error) {
 	t.Helper()
 	switch {
 	case want != nil:
-		if got == nil && !p.Content.InvalidUTF8 {
+		if got == nil && testLimits.Check(&p.Request) == nil {
 			t.Fatalf("took what generated code refuses with %v", want)
 		}
 	case got != nil:

@@ -61,10 +61,10 @@ func newWorld(t testing.TB, change func(*Config, *engine.Config)) *world {
 	shards, err := shard.New(shard.Config{Count: 2})
 	ok(t, err)
 	directory, err := route.New(route.Config{
-		Source: w.source, Homes: shards.Len(),
-		Home: func(key string) int { return shards.For(key).Index() },
-		Go:   func(home int, task func()) error { return shards.At(home).Go(task) },
-		TTL:  time.Hour, // what a test has looked up once stays on the caller's goroutine
+		Source: w.source, Shards: shards.Len(),
+		Shard: func(key string) int { return shards.For(key).Index() },
+		Go:    func(home int, task func()) error { return shards.At(home).Go(task) },
+		TTL:   time.Hour, // what a test has looked up once stays on the caller's goroutine
 	})
 	ok(t, err)
 	ec := engine.Config{Shards: shards, Directory: directory, Network: w.network}

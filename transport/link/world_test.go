@@ -54,9 +54,9 @@ func newWorld(t testing.TB, cfg Config) *world {
 		t.Fatal(err)
 	}
 	w.dir, err = route.New(route.Config{
-		Source: w, Homes: w.shards.Len(),
-		Home: func(key string) int { return w.shards.For(key).Index() },
-		Go:   func(home int, task func()) error { return w.shards.At(home).Go(task) },
+		Source: w, Shards: w.shards.Len(),
+		Shard: func(key string) int { return w.shards.For(key).Index() },
+		Go:    func(home int, task func()) error { return w.shards.At(home).Go(task) },
 	})
 	if err != nil {
 		t.Fatal(err)

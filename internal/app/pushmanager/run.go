@@ -56,7 +56,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("controller", func(context.Context) error { return m.controller.Close() })
-	cfg.Routes.Source, cfg.Routes.Homes, cfg.Routes.Home, cfg.Routes.Go = m.controller, m.shards.Len(), m.homeOf, m.goOn
+	cfg.Routes.Source, cfg.Routes.Shards, cfg.Routes.Shard, cfg.Routes.Go = m.controller, m.shards.Len(), m.shardOf, m.goOn
 	cfg.Routes.Places = m.shards.At(0).Stats().Limit
 	if m.directory, err = route.New(cfg.Routes); err != nil {
 		return nil, err
@@ -171,8 +171,8 @@ func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.List
 	return api, ops, nil
 }
 
-// homeOf and goOn are the shards as the directory and the links need them.
-func (m *PushManager) homeOf(key string) int             { return m.shards.For(key).Index() }
+// shardOf and goOn are the shards as the directory and the links need them.
+func (m *PushManager) shardOf(key string) int            { return m.shards.For(key).Index() }
 func (m *PushManager) goOn(shard int, task func()) error { return m.shards.At(shard).Go(task) }
 
 // update gets all nodes that are registered in etcd. From its first call on pushes
