@@ -60,13 +60,13 @@
 // What a node claims about a broadcast is cut to the users that it has online, as
 // it said last. So that this is not old, the frame before a broadcast carries a
 // heartbeat, whose answer comes before the broadcast's ack or with it. That holds
-// contradictions back, and no node that lies in both; so what a node may say that it has
-// online is bounded, too, by Config.NodeUsers.
+// contradictions back, but not a node that exaggerates both. So what a node may say that it
+// has online is bounded, too, by Config.NodeUsers.
 //
 // A stream's window starts with 64 deliveries and grows while the node keeps up, as TCP's
-// congestion window does. After a stall it falls to half of what the node has managed in the ack timeout:
-// what a slow node cannot take then fails in the queue, by age, and does not become
-// unknown.
+// congestion window does. After a stall it falls to half of what the node has managed in the
+// ack timeout: what a slow node cannot take then fails in the queue, by age, and does not
+// become unknown.
 //
 // The link's clock counts running time only: when this process was stopped or
 // starved, the time in which it could not have read an ack is not held against
