@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -250,25 +249,17 @@ func (w *World) pushManager(ctx context.Context, name, binary string, env []stri
 		"MANAGER_ID=" + name + "-" + strconv.Itoa(w.bench.names), "GRPC_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json",
 		"ETCD_ENDPOINTS=" + w.etcd, "CONTROLLER_ADDRESS=" + w.address,
 	}, w.bench.opts.Env, env)
-	c, err := w.bench.spawner.startChild(name, binary, w.bench.dir, env)
+	c, err := w.bench.child(name, binary, env)
 	if err != nil {
 		return nil, err
 	}
-	w.bench.children = append(w.bench.children, c)
 	w.children = append(w.children, c)
 	var started struct {
-		Msg, GRPC, HTTP string
-		Shards          float64
+		GRPC, HTTP string
+		Shards     float64
 	}
-	for started.Msg != "push-manager runs" {
-		select {
-		case line := <-c.stderr.lines:
-			_ = json.Unmarshal(line, &started) // other lines may be anything
-		case <-c.exited:
-			return nil, fmt.Errorf("push-manager ended%s", c.stderr)
-		case <-ctx.Done():
-			return nil, fmt.Errorf("push-manager does not start: %w%s", ctx.Err(), c.stderr)
-		}
+	if err := c.runs(ctx, "push-manager runs", &started); err != nil {
+		return nil, err
 	}
 	s, err := w.server(ctx, name, c, where{API: started.GRPC, Ops: started.HTTP})
 	if err != nil {

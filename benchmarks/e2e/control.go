@@ -82,6 +82,7 @@ func runRole(name string) error {
 		"naive":      naiveRole,
 		"channel":    channelRole,
 		"load":       loadRole,
+		"audience":   audienceRole,
 	}
 	start, ok := roles[name]
 	if !ok {

@@ -116,6 +116,32 @@ func TestOverloadRuns(t *testing.T) {
 	}
 }
 
+// TestClientsRun keeps the way to WebSocket clients from rotting. It says nothing about speed.
+func TestClientsRun(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	b, err := e2e.Start(t.Context(), e2e.Options{Rounds: 2, Short: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	results, err := b.Clients(t.Context(), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, rows := range []int{6, 1} {
+		if len(results) != 2 || len(results[i].Rows) != rows {
+			t.Fatalf("results: %+v", results)
+		}
+		for _, row := range results[i].Rows {
+			if v := row.Columns[0].Figure.Value; v <= 0 {
+				t.Errorf("%s: %s is %v", row.Name, row.Columns[0].Name, v)
+			}
+		}
+	}
+}
+
 // TestSaturatedPushesShareFramesAndWrites watches counts, which do not depend on the
 // speed of the machine.
 func TestSaturatedPushesShareFramesAndWrites(t *testing.T) {

@@ -34,6 +34,7 @@ type Turn struct {
 	Frames, FrameBytes, Deliveries float64
 	// CPU time of the load generator and of the nodes, meanwhile.
 	LoadCPU, NodesCPU time.Duration
+	Parts             map[string]time.Duration // of CPU, by process, where there are several
 	Latency           map[string]*Histogram
 }
 
@@ -124,22 +125,32 @@ type Series []*Turn
 // Table has the series of all slots by name.
 type Table map[string]Series
 
-// Rounds lets the slots take turns, in a new random order in each round.
+// Rounds lets the slots take turns.
 func (b *Bench) Rounds(ctx context.Context, title string, slots []Slot) (Table, error) {
+	byName, names := map[string]Slot{}, make([]string, len(slots))
+	for i, s := range slots {
+		names[i] = s.Name
+		byName[s.Name] = s
+	}
+	return b.turns(title, names, func(name string) (*Turn, error) { return byName[name].Turn(ctx) })
+}
+
+// turns lets all of some names take a turn in each round, in an order that is drawn anew.
+func (b *Bench) turns(title string, names []string, turn func(name string) (*Turn, error)) (Table, error) {
 	table := Table{}
-	order := slices.Clone(slots)
+	order := slices.Clone(names)
 	begin := time.Now()
 	for range b.opts.Rounds {
 		rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
-		for _, s := range order {
-			turn, err := s.Turn(ctx)
+		for _, name := range order {
+			t, err := turn(name)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %s: %w", title, s.Name, err)
+				return nil, fmt.Errorf("%s: %s: %w", title, name, err)
 			}
-			table[s.Name] = append(table[s.Name], turn)
+			table[name] = append(table[name], t)
 		}
 	}
-	b.progress("# %s: %d rounds of %d turns in %.0f s", title, b.opts.Rounds, len(slots), time.Since(begin).Seconds())
+	b.progress("# %s: %d rounds of %d turns in %.0f s", title, b.opts.Rounds, len(names), time.Since(begin).Seconds())
 	return table, nil
 }
 

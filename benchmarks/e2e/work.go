@@ -58,10 +58,7 @@ func (w Work) encode() (*messages, error) {
 	if m.sum == 0 || w.Mix[toUser] > 0 && w.UserN == 0 || w.Mix[toRoom] > 0 && w.RoomN == 0 {
 		return nil, fmt.Errorf("work without anything to do: %+v", w)
 	}
-	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: make([]byte, w.Payload), Timestamp: 1_700_000_000}
-	for i := range content.Data {
-		content.Data[i] = 'a' + byte(i%26)
-	}
+	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: letters(w.Payload), Timestamp: 1_700_000_000}
 	add := func(c class, b []byte, err error) error {
 		m.unary[c] = append(m.unary[c], raw{b})
 		return err
@@ -80,6 +77,15 @@ func (w Work) encode() (*messages, error) {
 	}
 	b, err := (&pubsub.BroadcastMessageRequest{Content: content}).MarshalVT()
 	return m, add(toAll, b, err)
+}
+
+// letters is a payload.
+func letters(n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = 'a' + byte(i%26)
+	}
+	return b
 }
 
 // forStream returns at least least pushes for a PushStream, whose ids are their

@@ -1,0 +1,324 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"time"
+)
+
+const (
+	clientTurn = time.Second
+	clientIdle = 2 * time.Second // until memory after so many handshakes is what it will be
+)
+
+// crowds are the numbers of clients in a room.
+func (b *Bench) crowds() (few, many int) {
+	if b.opts.Short {
+		return 5, 20
+	}
+	return 100, 1000
+}
+
+// stack is all that is between a push and the clients: the servers of one build.
+type stack struct {
+	name   string
+	shared map[string]*child // by what they are
+	rooms  map[int]*served   // by the number of clients
+}
+
+// served is an audience and its gateway, with the gateway's resident memory in bytes.
+type served struct {
+	Audience
+
+	gateway             *child
+	empty, idle, active float64
+}
+
+// Clients measures the whole way to WebSocket clients, 100 and 1,000 in a room: Push-Manager, the
+// reference Connect-Node and the reference Controller, a process each. base is another build of
+// push-manager to hold them against, centrifugo a Centrifugo; both may be empty.
+func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result, error) {
+	few, many := b.crowds()
+	clients, err := b.role("audience", none{})
+	if err != nil {
+		return nil, err
+	}
+	var stacks []*stack
+	for _, build := range []struct {
+		name, binary string
+		start        func(context.Context, *stack, string) error
+	}{{"head", b.binary, b.startStack}, {"base", base, b.startStack}, {"centrifugo", centrifugo, b.startCentrifugo}} {
+		if build.binary == "" {
+			continue
+		}
+		s := &stack{name: build.name, shared: map[string]*child{}, rooms: map[int]*served{}}
+		if err := build.start(ctx, s, build.binary); err != nil {
+			return nil, fmt.Errorf("%s: %w", s.name, err)
+		}
+		for _, room := range s.rooms {
+			if room.empty, err = resident(room.gateway.pid()); err != nil {
+				return nil, err
+			}
+			if err := clients.call(ctx, "connect", room.Audience, nil); err != nil {
+				return nil, fmt.Errorf("%s: %w", s.name, err)
+			}
+		}
+		stacks = append(stacks, s)
+	}
+	if err := pause(ctx, b.span(clientIdle)); err != nil {
+		return nil, err
+	}
+
+	type slot struct {
+		*stack
+		*served
+		rate float64
+	}
+	var names []string
+	slots := map[string]slot{}
+	loads := []struct {
+		clients int
+		rate    float64
+	}{{few, 60}, {many, 60}, {many, 10}}
+	at := func(i int, who string) string {
+		return fmt.Sprintf("%d clients, %.0f/s: %s", loads[i].clients, loads[i].rate, who)
+	}
+	for i, load := range loads {
+		for _, s := range append([]*stack{stacks[0]}, stacks...) {
+			name := at(i, s.name)
+			if slots[name].stack != nil {
+				name += " again"
+			}
+			names = append(names, name)
+			slots[name] = slot{s, s.rooms[load.clients], load.rate}
+		}
+	}
+	for _, s := range slots {
+		if s.idle, err = resident(s.gateway.pid()); err != nil {
+			return nil, err
+		}
+	}
+	turn := func(name string) (*Turn, error) {
+		s := slots[name]
+		servers := maps.Clone(s.shared)
+		servers["gateway"] = s.gateway
+		pushing := Pushing{Room: s.Room, Rate: s.rate, Duration: b.span(clientTurn)}
+		t, err := heard(ctx, clients, servers, pushing)
+		if err != nil {
+			return nil, err
+		}
+		t.Failed += float64(pushing.pushes()*s.Clients) - t.Done
+		now, err := resident(s.gateway.pid())
+		s.active = max(s.active, now)
+		return t, err
+	}
+	for _, name := range names { // the caches of routes are filled, the code is there
+		if _, err := turn(name); err != nil {
+			return nil, err
+		}
+	}
+	table, err := b.turns("clients", names, turn)
+	if err != nil {
+		return nil, err
+	}
+
+	r := &Result{Suite: "clients"}
+	for _, name := range names {
+		if err := table[name].check(); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		r.Rows = append(r.Rows, Row{name, perDelivery(func(of func(*Turn) float64) Figure { return Median(table[name], of) })})
+	}
+	for i := range loads {
+		for _, s := range stacks {
+			head, other := at(i, "head"), s.name
+			if s == stacks[0] {
+				other += " again"
+			}
+			columns := perDelivery(func(of func(*Turn) float64) Figure { return Ratio(table[head], table[at(i, other)], of) })
+			r.Ratios = append(r.Ratios, Row{head + " / " + other, columns})
+		}
+	}
+	memory := &Result{Suite: "memory of a gateway"}
+	for _, s := range stacks {
+		a, z := s.rooms[few], s.rooms[many]
+		mib, kib := float64(1<<20), float64((many-few)<<10)
+		var columns []Column
+		for _, c := range []struct {
+			name  string
+			value float64
+		}{
+			{"MiB-empty", z.empty / mib}, {"MiB-few-idle", a.idle / mib}, {"MiB-many-idle", z.idle / mib},
+			{"MiB-few-active", a.active / mib}, {"MiB-many-active", z.active / mib},
+			{"KiB/idle-client", (z.idle - a.idle) / kib}, {"KiB/active-client", (z.active - a.active) / kib},
+		} {
+			columns = append(columns, Column{c.name, Figure{c.value, c.value, c.value}})
+		}
+		memory.Rows = append(memory.Rows, Row{s.name, columns})
+	}
+	return []*Result{r, memory}, nil
+}
+
+// perDelivery makes columns of what a delivery to a client costs. A stack without a process of a
+// kind has 0 there.
+func perDelivery(figure func(func(*Turn) float64) Figure) []Column {
+	part := func(name string) func(*Turn) float64 {
+		return func(t *Turn) float64 { return float64(t.Parts[name].Nanoseconds()) / 1e3 / t.Done }
+	}
+	quantile := func(q float64) func(*Turn) float64 {
+		return func(t *Turn) float64 { return Series{t}.Quantile("", q) * 1e3 }
+	}
+	return []Column{
+		{"deliveries/s", figure(Rate)}, {"CPU-us", figure(CPUPerRequest)}, {"gateway-us", figure(part("gateway"))},
+		{"push-manager-us", figure(part("push-manager"))}, {"controller-us", figure(part("controller"))},
+		{"clients-us", figure(LoadPerRequest)}, {"p50-ms", figure(quantile(0.5))}, {"p99-ms", figure(quantile(0.99))},
+	}
+}
+
+// heard is one turn: what is pushed, what the clients get, and what it costs the servers.
+func heard(ctx context.Context, clients *child, servers map[string]*child, p Pushing) (*Turn, error) {
+	t := &Turn{Parts: map[string]time.Duration{}}
+	add := func(sign time.Duration) error {
+		for name, c := range servers {
+			cpu, err := cpuTime(c.pid())
+			if err != nil {
+				return err
+			}
+			t.Parts[name] += sign * cpu
+			t.CPU += sign * cpu
+		}
+		cpu, err := cpuTime(clients.pid())
+		t.LoadCPU += sign * cpu
+		return err
+	}
+	if err := add(-1); err != nil {
+		return nil, err
+	}
+	var out Heard
+	if err := clients.call(ctx, "push", p, &out); err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, settle); err != nil {
+		return nil, err
+	}
+	t.Done, t.Failed, t.Error, t.Elapsed = float64(out.Delivered), float64(out.Failed), out.Error, out.Elapsed
+	t.Latency = map[string]*Histogram{"client": out.Latency}
+	return t, add(1)
+}
+
+// startStack starts an etcd, a Controller, a Connect-Node for each room and a Push-Manager.
+func (b *Bench) startStack(ctx context.Context, s *stack, binary string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*startTimeout)
+	defer cancel()
+	w := &World{bench: b, nodes: map[string]string{}}
+	etcd, err := b.role("etcd", none{})
+	if err != nil {
+		return err
+	}
+	if w.etcd, err = ask[string](ctx, etcd, "address"); err != nil {
+		return err
+	}
+	env := []string{"GRPC_PORT=0", "HTTP_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json", "ETCD_ENDPOINTS=" + w.etcd}
+	var at struct{ GRPC, HTTP string }
+	s.shared["controller"], err = b.program(ctx, "controller", binary, env, &at)
+	if err != nil {
+		return err
+	}
+	w.address = at.GRPC
+	few, many := b.crowds()
+	for _, n := range []int{few, many} {
+		room := &served{Audience: Audience{Room: s.name + "-" + strconv.Itoa(n), Clients: n}}
+		own := append(slices.Clip(env), "NODE_ID="+room.Room, "CONTROLLER_ADDRESS="+w.address)
+		if room.gateway, err = b.program(ctx, "connect-node", binary, own, &at); err != nil {
+			return err
+		}
+		room.Gateway = at.HTTP
+		w.nodes[room.Room] = at.GRPC
+		s.rooms[n] = room
+	}
+	pm, err := w.pushManager(ctx, s.name, binary, nil)
+	if err != nil {
+		return err
+	}
+	s.shared["push-manager"] = pm.child
+	for _, room := range s.rooms {
+		room.API = pm.where.API
+	}
+	return nil
+}
+
+// startCentrifugo starts a Centrifugo with its memory engine for each room.
+func (b *Bench) startCentrifugo(ctx context.Context, s *stack, binary string) error {
+	few, many := b.crowds()
+	for _, n := range []int{few, many} {
+		l, err := listen(ctx)
+		if err != nil {
+			return err
+		}
+		address := l.Addr().String()
+		_ = l.Close() // it wants to listen itself
+		host, port, _ := net.SplitHostPort(address)
+		c, err := b.child(s.name, binary, []string{
+			"CENTRIFUGO_HTTP_SERVER_ADDRESS=" + host, "CENTRIFUGO_HTTP_SERVER_PORT=" + port, "CENTRIFUGO_LOG_LEVEL=error",
+			"CENTRIFUGO_CLIENT_INSECURE=true", "CENTRIFUGO_HTTP_API_INSECURE=true",
+			"CENTRIFUGO_CHANNEL_WITHOUT_NAMESPACE_ALLOW_SUBSCRIBE_FOR_CLIENT=true", "CENTRIFUGO_HEALTH_ENABLED=true",
+		})
+		if err != nil {
+			return err
+		}
+		for deadline := time.Now().Add(startTimeout); ; {
+			if _, err := get(ctx, b.client, "http://"+address+"/health"); err == nil {
+				break
+			} else if time.Now().After(deadline) {
+				return fmt.Errorf("it does not start: %w%s", err, c.stderr)
+			}
+			if err := pause(ctx, 20*time.Millisecond); err != nil {
+				return err
+			}
+		}
+		s.rooms[n] = &served{gateway: c, Audience: Audience{
+			Room: s.name + "-" + strconv.Itoa(n), Clients: n, Gateway: address, API: address, Centrifugo: true,
+		}}
+	}
+	return nil
+}
+
+// program starts a command of push-manager, and waits until it says where it is.
+func (b *Bench) program(ctx context.Context, command, binary string, env []string, at any) (*child, error) {
+	c, err := b.child(command, binary, env, command)
+	if err != nil {
+		return nil, err
+	}
+	return c, c.runs(ctx, command+" runs", at)
+}
+
+// child starts a program.
+func (b *Bench) child(name, program string, env []string, args ...string) (*child, error) {
+	c, err := b.spawner.startChild(name, program, b.dir, env, args...)
+	if err == nil {
+		b.children = append(b.children, c)
+	}
+	return c, err
+}
+
+// runs reads the log, as JSON, until its line says msg. That line says where the program listens.
+func (c *child) runs(ctx context.Context, msg string, at any) error {
+	for {
+		select {
+		case line := <-c.stderr.lines:
+			var entry struct{ Msg string }
+			if _ = json.Unmarshal(line, &entry); entry.Msg == msg { // other lines may be anything
+				return json.Unmarshal(line, at)
+			}
+		case <-c.exited:
+			return fmt.Errorf("%s ended%s", c.name, c.stderr)
+		case <-ctx.Done():
+			return fmt.Errorf("%s does not start: %w%s", c.name, ctx.Err(), c.stderr)
+		}
+	}
+}
