@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -130,13 +132,14 @@ func (h *hall) connect(ctx context.Context, i int) error {
 // listen reads the messages of one client. A connection that breaks shows in what is missing.
 func (h *hall) listen(conn net.Conn, br *bufio.Reader, e *ear) {
 	defer func() { _ = conn.Close() }()
+	var payload []byte
 	for {
 		head, err := ws.ReadHeader(br)
-		if err != nil {
+		if err != nil || head.Length > maxLine {
 			return
 		}
-		payload, err := br.Peek(int(head.Length))
-		if err != nil {
+		payload = slices.Grow(payload[:0], int(head.Length))[:head.Length]
+		if _, err := io.ReadFull(br, payload); err != nil {
 			return
 		}
 		switch {
@@ -150,7 +153,6 @@ func (h *hall) listen(conn net.Conn, br *bufio.Reader, e *ear) {
 		if err != nil {
 			return
 		}
-		_, _ = br.Discard(int(head.Length)) // it is there
 	}
 }
 

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -129,8 +130,8 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 
 	r := &Result{Suite: "clients"}
 	for _, name := range names {
-		if err := table[name].check(); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+		if failed := table[name].check(); failed != nil { // the others stand
+			err = errors.Join(err, fmt.Errorf("%s: %w", name, failed))
 		}
 		r.Rows = append(r.Rows, Row{name, perDelivery(func(of func(*Turn) float64) Figure { return Median(table[name], of) })})
 	}
@@ -161,7 +162,7 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 		}
 		memory.Rows = append(memory.Rows, Row{s.name, columns})
 	}
-	return []*Result{r, memory}, nil
+	return []*Result{r, memory}, err
 }
 
 // perDelivery makes columns of what a delivery to a client costs. A stack without a process of a

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,7 +52,9 @@ type Gateway struct {
 	health   *health.Server
 	cc       *grpc.ClientConn
 	count    counters
-	buffers  buffers
+	cores    int       // that write to clients
+	line     line      // of connections that wait for them
+	idle     sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
 	writers atomic.Int64 // clients for whom something waits
@@ -79,7 +82,10 @@ func New(cfg Config) (*Gateway, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("gateway config: %w", err)
 	}
-	g := &Gateway{cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer()}
+	g := &Gateway{
+		cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer(),
+		cores: min(runtime.GOMAXPROCS(0), maxWriters),
+	}
 	var err error
 	g.cc, err = grpc.NewClient(g.cfg.ControllerAddress,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
