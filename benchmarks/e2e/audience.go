@@ -145,10 +145,12 @@ func (h *hall) listen(conn net.Conn, br *bufio.Reader, e *ear) {
 		switch {
 		case head.OpCode == ws.OpPing:
 			err = wsutil.WriteClientMessage(conn, ws.OpPong, payload)
-		case h.Centrifugo && string(bytes.TrimSpace(payload)) == "{}":
-			err = wsutil.WriteClientText(conn, []byte("{}"))
 		default:
 			h.hear(payload, e)
+			// Its ping is a line of its own, maybe beside others.
+			if h.Centrifugo && bytes.Contains(append(append([]byte("\n"), payload...), '\n'), []byte("\n{}\n")) {
+				err = wsutil.WriteClientText(conn, []byte("{}"))
+			}
 		}
 		if err != nil {
 			return

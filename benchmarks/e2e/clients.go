@@ -142,6 +142,9 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 				other += " again"
 			}
 			columns := perDelivery(func(of func(*Turn) float64) Figure { return Ratio(table[head], table[at(i, other)], of) })
+			if s.name == "centrifugo" { // it is one process
+				columns = slices.DeleteFunc(columns, func(c Column) bool { return c.Name == "push-manager-us" || c.Name == "controller-us" })
+			}
 			r.Ratios = append(r.Ratios, Row{head + " / " + other, columns})
 		}
 	}

@@ -77,9 +77,11 @@
 //
 // # Goroutines
 //
-// Each connection has a reader, and a writer while something waits to be written;
-// Gateway.clients counts both, and Close waits for them. The loops (servers,
+// Each connection has a reader. As many writers as there are cores work off the connections
+// for which something waits, while there are any. They do not wait for a client: one whose
+// socket takes no more gets a writer of its own until its queue is empty. Gateway.clients
+// counts them all, and Close waits for them. The loops (servers,
 // reports, sweep) end with Close, too. No lock is held while another package is
-// called, and no two of ours nest, but for that of a connection's rooms, which is
-// the innermost.
+// called, and no two of ours nest, but for those of a connection's rooms and of the line
+// of connections, which are the innermost.
 package gateway

@@ -100,9 +100,9 @@ func (c *ConnectNodeConfig) LogConfig() telemetry.LogConfig { return c.Log }
 // Timeout implements Settings.
 func (c *ConnectNodeConfig) Timeout() time.Duration { return c.DrainTimeout }
 
-// GarbageShare is asked by Main. A push is encoded once, so what a gateway throws away is
-// little beside what its connections hold: rare collections are not worth the memory.
-func (c *ConnectNodeConfig) GarbageShare() int { return 4 }
+// GarbageShare is asked by Main. A gateway allocates when clients come and next to nothing for
+// a push, so rare collections are not worth the memory.
+func (c *ConnectNodeConfig) GarbageShare() int { return 16 }
 
 // Start implements Settings.
 func (c *ConnectNodeConfig) Start(ctx context.Context, logger *slog.Logger) (Program, error) {
