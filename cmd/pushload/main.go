@@ -71,11 +71,11 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) (code int) {
 
 // measure does the run and writes its results.
 func (f *flags) measure(ctx context.Context, cfg load.Config, out, errOut io.Writer) int {
-	files, err := f.create(out)
+	file, err := f.create()
 	if err != nil {
 		return fail(errOut, err, exitFailed)
 	}
-	defer files.abandon()
+	defer file.abandon()
 	live := newLive(errOut, f.Quiet, cfg)
 	cfg.OnProgress = live.show
 	res, err := load.Run(ctx, cfg)
@@ -94,8 +94,14 @@ func (f *flags) measure(ctx context.Context, cfg load.Config, out, errOut io.Wri
 	} else {
 		rep.complain(newPen(errOut))
 	}
-	if err := files.write(rep); err != nil {
-		return fail(errOut, err, exitFailed)
+	switch {
+	case f.JSON == "-":
+		err = rep.json(out)
+	case file != nil:
+		err = file.save(rep)
+	}
+	if err != nil {
+		return fail(errOut, fmt.Errorf("write JSON: %w", err), exitFailed)
 	}
 	if len(rep.Short) > 0 {
 		return exitFailed
