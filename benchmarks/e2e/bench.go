@@ -32,9 +32,6 @@ type Options struct {
 	// StreamInFlight is the number of unanswered pushes of each PushStream. Default 1000,
 	// a little less than Push-Manager takes.
 	StreamInFlight int
-	// Client is that of the load generator: GRPC for grpc-go's, or "" for our own,
-	// which leaves more of the machine to the servers.
-	Client string
 	// Short makes worlds small: for a test of the harness itself.
 	Short bool
 	// Binary is a push-manager that is built already. Default: it is built from
@@ -201,7 +198,7 @@ func (w *World) Close(ctx context.Context) {
 	w.bench.children = slices.DeleteFunc(w.bench.children, func(c *child) bool { return slices.Contains(w.children, c) })
 }
 
-// Rival starts one of the roles echo, floor, naive and channel.
+// Rival starts one of the roles echo, floor and naive.
 func (w *World) Rival(ctx context.Context, role string, env ...string) (*Server, error) {
 	c, err := w.bench.role(role, peers{Controller: w.address, Nodes: w.nodes}, env...)
 	if err != nil {
@@ -310,7 +307,6 @@ var errFailed = errors.New("pushes failed")
 func (b *Bench) run(ctx context.Context, l Load) (*Loaded, error) {
 	ctx, cancel := context.WithTimeout(ctx, maxRun+startTimeout)
 	defer cancel()
-	l.Client = b.opts.Client
 	var out Loaded
 	return &out, b.load.call(ctx, "run", l, &out)
 }

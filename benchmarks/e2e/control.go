@@ -80,7 +80,6 @@ func runRole(name string) error {
 		"echo":       echoRole,
 		"floor":      floorRole,
 		"naive":      naiveRole,
-		"channel":    channelRole,
 		"load":       loadRole,
 		"audience":   audienceRole,
 	}

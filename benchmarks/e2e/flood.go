@@ -6,11 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
-	"strconv"
 	"sync"
 	"time"
-
-	"golang.org/x/net/http2/hpack"
 )
 
 // Priorities of a Flood, in the order of its figures.
@@ -111,7 +108,7 @@ func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
 				return nil, err
 			}
 			defer func() { _ = w.conn.Close() }()
-			w.headers.priority = floodPriorities[priority]
+			w.priority = floodPriorities[priority]
 			if f.Honest {
 				w.listen()
 			}
@@ -174,9 +171,7 @@ func (f *flood) pace(ctx context.Context, hoses []*hose) {
 	for _, h := range hoses {
 		h.mu.Lock()
 		close(h.over)
-		h.w.frame(framePing, 0, 0, 8)
-		h.w.out = append(h.w.out, make([]byte, 8)...)
-		_ = h.w.flush() // the reader sees that the connection is broken
+		_ = h.w.ping() // the reader sees that the connection is broken
 		h.mu.Unlock()
 	}
 }
@@ -283,30 +278,4 @@ func (w *wire) expire(due []time.Time, before time.Time) []time.Time {
 		w.waiting = w.waiting[1:]
 	}
 	return due
-}
-
-// listen makes a connection read the trailers of its calls.
-func (w *wire) listen() {
-	w.pushback = new(time.Duration)
-	w.decoder = hpack.NewDecoder(4096, func(f hpack.HeaderField) {
-		if f.Name == "grpc-retry-pushback-ms" {
-			ms, _ := strconv.Atoi(f.Value) // what is no number asks for nothing
-			*w.pushback = time.Duration(ms) * time.Millisecond
-		}
-	})
-}
-
-// trailer reads a block of headers. All of them must be: each may refer to those before.
-func (w *wire) trailer(id uint32, body []byte) error {
-	if w.decoder == nil {
-		return nil
-	}
-	*w.pushback = 0
-	if _, err := w.decoder.Write(body); err != nil {
-		return fmt.Errorf("headers: %w", err)
-	}
-	if call := w.calls[id]; call != nil {
-		call.pushback = *w.pushback
-	}
-	return w.decoder.Close()
 }

@@ -144,15 +144,17 @@ func (r *run) rawStreams(ctx context.Context, t *target) error {
 	if r.load.Batch > 0 {
 		all = r.messages.batch
 	}
+	if len(all[0].b) > maxFrame/2 {
+		return errors.New("pushes that do not fit into a frame go in unary calls only")
+	}
 	return r.each(ctx, t, func(_ int, w *wire, tally *tally) error {
 		s := &rawStream{
 			all: all, batch: r.load.Batch, limit: r.load.InFlight, tally: tally, class: r.messages.streamClass(), at: make([]time.Time, len(all)),
 		}
 		id, call := w.open("/pubsub.PushManagerService/PushStream")
-		call.push, call.window = s, w.streamWindow
+		call.push = s
 		for !s.over {
-			s.fill(w, id, r.until)
-			if err := w.flush(); err != nil {
+			if err := errors.Join(s.fill(w, id, r.until), w.flush()); err != nil {
 				return err
 			}
 			if err := w.read(nil); err != nil {
@@ -224,9 +226,7 @@ func (r *run) pace(ctx context.Context, conns []*paced) {
 	for _, p := range conns {
 		p.mu.Lock()
 		close(p.over)
-		p.w.frame(framePing, 0, 0, 8)
-		p.w.out = append(p.w.out, make([]byte, 8)...)
-		_ = p.w.flush() // the reader sees that the connection is broken
+		_ = p.w.ping() // the reader sees that the connection is broken
 		p.mu.Unlock()
 	}
 }

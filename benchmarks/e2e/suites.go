@@ -78,9 +78,7 @@ func (b *Bench) streaming(work Work) Load {
 // batching is streaming with many pushes in a message.
 func (b *Bench) batching(work Work) Load {
 	l := b.streaming(work)
-	if b.opts.Client != GRPC { // only our own client sends batches
-		l.Batch = batchOf
-	}
+	l.Batch = batchOf
 	return l
 }
 
@@ -131,7 +129,7 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	defer w.Close(context.WithoutCancel(ctx))
 	load := b.closed(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}}
-	for _, role := range []string{"echo", "floor", "naive", "channel"} {
+	for _, role := range []string{"echo", "floor", "naive"} {
 		s, err := w.Rival(ctx, role)
 		if err != nil {
 			return nil, err

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
@@ -43,9 +44,9 @@ func RoomID(prefix string, i int) string { return "room-" + prefix + "-" + strco
 
 // messages is a Work, encoded.
 type messages struct {
-	unary  [classes][]raw
-	stream []raw // pushes of the one class that has a share, each with its place as id
-	batch  []raw // the same as parts of a batch
+	unary  [classes][]raw // with the prefix of gRPC
+	stream []raw          // pushes of the one class that has a share, each with its place as id
+	batch  []raw          // the same as parts of a batch
 	mix    [3]int
 	sum    int
 }
@@ -60,7 +61,7 @@ func (w Work) encode() (*messages, error) {
 	}
 	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: letters(w.Payload), Timestamp: 1_700_000_000}
 	add := func(c class, b []byte, err error) error {
-		m.unary[c] = append(m.unary[c], raw{b})
+		m.unary[c] = append(m.unary[c], raw{append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...)})
 		return err
 	}
 	for i := range w.UserN {
@@ -105,7 +106,7 @@ func (m *messages) forStream(least int) []raw {
 		b := protowire.AppendTag(nil, 1, protowire.VarintType)
 		b = protowire.AppendVarint(b, uint64(i))
 		b = protowire.AppendTag(b, field, protowire.BytesType)
-		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b)
+		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b[prefix:])
 		m.batch[i].b = protowire.AppendBytes([]byte{batchTag}, m.stream[i].b)
 	}
 	return m.stream
@@ -138,16 +139,6 @@ func (m *messages) streamClass() class {
 		return toRoom
 	}
 	return toUser
-}
-
-// fits tells whether all messages can be sent by a wire.
-func (m *messages) fits() bool {
-	for _, all := range m.unary {
-		if len(all) > 0 && len(all[0].b) > maxRaw/2 { // ids and the frame of a stream vary
-			return false
-		}
-	}
-	return true
 }
 
 // succeeded reads success from the reply of a unary call, where it stands first.

@@ -32,7 +32,6 @@ type options struct {
 	Conns          int           `default:"4"     help:"Connections from the load generator to each server."`
 	InFlight       int           `default:"128"   help:"Callers of a closed loop."`
 	StreamInFlight int           `default:"1000"  help:"Unanswered pushes of each PushStream."`
-	Client         string        `help:"Client of the load generator: grpc for grpc-go's, else our own, which is cheaper."`
 	Binary         string        `help:"A push-manager to measure. Default: built from this module."  type:"existingfile"`
 	Env            []string      `help:"Environment of Push-Manager, as NAME=VALUE."                  short:"e"`
 	JSON           string        `help:"File that gets the results as JSON, one suite on a line."     type:"path"`
@@ -97,7 +96,7 @@ func say(line string) {
 
 func (o *options) start(ctx context.Context) (*e2e.Bench, error) {
 	return e2e.Start(ctx, e2e.Options{
-		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight, Client: o.Client,
+		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight,
 		Binary: o.Binary, Env: o.Env, Progress: os.Stderr,
 	})
 }
