@@ -40,16 +40,93 @@ type served struct {
 	empty, idle, active float64
 }
 
+// clientLoads are the turns of a round: clients in the room, and pushes to it in a second.
+func (b *Bench) clientLoads() []clientLoad {
+	few, many := b.crowds()
+	return []clientLoad{{few, 60}, {many, 60}, {many, 10}}
+}
+
+type clientLoad struct {
+	clients int
+	rate    float64
+}
+
+// of is the name of a stack's turns.
+func (l clientLoad) of(stack string) string {
+	return fmt.Sprintf("%d clients, %.0f/s: %s", l.clients, l.rate, stack)
+}
+
 // Clients measures the whole way to WebSocket clients, 100 and 1,000 in a room: Push-Manager, the
 // reference Connect-Node and the reference Controller, a process each. base is another build of
 // push-manager to hold them against, centrifugo a Centrifugo; both may be empty.
 func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result, error) {
-	few, many := b.crowds()
 	clients, err := b.role("audience", none{})
 	if err != nil {
 		return nil, err
 	}
-	var stacks []*stack
+	stacks, err := b.stacks(ctx, clients, base, centrifugo)
+	if err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, b.span(clientIdle)); err != nil {
+		return nil, err
+	}
+	for _, s := range stacks {
+		for _, room := range s.rooms {
+			if room.idle, err = resident(room.gateway.pid()); err != nil {
+				return nil, err
+			}
+		}
+	}
+	var names []string
+	turns := map[string]func() (*Turn, error){}
+	for _, load := range b.clientLoads() {
+		for i, s := range stacks {
+			room := s.rooms[load.clients]
+			turn := func() (*Turn, error) { return b.clientTurn(ctx, clients, s, room, load.rate) }
+			own := []string{load.of(s.name)}
+			if i == 0 { // the A/A control
+				own = append(own, own[0]+" again")
+			}
+			for _, name := range own {
+				turns[name] = turn
+				names = append(names, name)
+			}
+			// The caches of routes are filled then, and memory was touched that all turns need.
+			if _, err := turn(); err != nil {
+				return nil, err
+			}
+		}
+	}
+	table, err := b.turns("clients", names, func(name string) (*Turn, error) { return turns[name]() })
+	if err != nil {
+		return nil, err
+	}
+	r := &Result{Suite: "clients"}
+	for _, name := range names {
+		if failed := table[name].check(); failed != nil { // the others stand
+			err = errors.Join(err, fmt.Errorf("%s: %w", name, failed))
+		}
+		r.Rows = append(r.Rows, Row{name, perDelivery(func(of func(*Turn) float64) Figure { return Median(table[name], of) })})
+	}
+	for _, load := range b.clientLoads() {
+		for _, s := range stacks {
+			head, other := table[load.of("head")], s.name
+			if s == stacks[0] {
+				other += " again"
+			}
+			columns := perDelivery(func(of func(*Turn) float64) Figure { return Ratio(head, table[load.of(other)], of) })
+			if s.name == "centrifugo" { // it is one process
+				columns = slices.DeleteFunc(columns, func(c Column) bool { return c.Name == "push-manager-us" || c.Name == "controller-us" })
+			}
+			r.Ratios = append(r.Ratios, Row{load.of("head") + " / " + other, columns})
+		}
+	}
+	return []*Result{r, b.memoryOf(stacks)}, err
+}
+
+// stacks starts all of them, with their clients.
+func (b *Bench) stacks(ctx context.Context, clients *child, base, centrifugo string) (all []*stack, err error) {
 	for _, build := range []struct {
 		name, binary string
 		start        func(context.Context, *stack, string) error
@@ -69,86 +146,16 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 				return nil, fmt.Errorf("%s: %w", s.name, err)
 			}
 		}
-		stacks = append(stacks, s)
+		all = append(all, s)
 	}
-	if err := pause(ctx, b.span(clientIdle)); err != nil {
-		return nil, err
-	}
+	return all, nil
+}
 
-	type slot struct {
-		*stack
-		*served
-		rate float64
-	}
-	var names []string
-	slots := map[string]slot{}
-	loads := []struct {
-		clients int
-		rate    float64
-	}{{few, 60}, {many, 60}, {many, 10}}
-	at := func(i int, who string) string {
-		return fmt.Sprintf("%d clients, %.0f/s: %s", loads[i].clients, loads[i].rate, who)
-	}
-	for i, load := range loads {
-		for _, s := range append([]*stack{stacks[0]}, stacks...) {
-			name := at(i, s.name)
-			if slots[name].stack != nil {
-				name += " again"
-			}
-			names = append(names, name)
-			slots[name] = slot{s, s.rooms[load.clients], load.rate}
-		}
-	}
-	for _, s := range slots {
-		if s.idle, err = resident(s.gateway.pid()); err != nil {
-			return nil, err
-		}
-	}
-	turn := func(name string) (*Turn, error) {
-		s := slots[name]
-		servers := maps.Clone(s.shared)
-		servers["gateway"] = s.gateway
-		pushing := Pushing{Room: s.Room, Rate: s.rate, Duration: b.span(clientTurn)}
-		t, err := heard(ctx, clients, servers, pushing)
-		if err != nil {
-			return nil, err
-		}
-		t.Failed += float64(pushing.pushes()*s.Clients) - t.Done
-		now, err := resident(s.gateway.pid())
-		s.active = max(s.active, now)
-		return t, err
-	}
-	for _, name := range names { // the caches of routes are filled, the code is there
-		if _, err := turn(name); err != nil {
-			return nil, err
-		}
-	}
-	table, err := b.turns("clients", names, turn)
-	if err != nil {
-		return nil, err
-	}
-
-	r := &Result{Suite: "clients"}
-	for _, name := range names {
-		if failed := table[name].check(); failed != nil { // the others stand
-			err = errors.Join(err, fmt.Errorf("%s: %w", name, failed))
-		}
-		r.Rows = append(r.Rows, Row{name, perDelivery(func(of func(*Turn) float64) Figure { return Median(table[name], of) })})
-	}
-	for i := range loads {
-		for _, s := range stacks {
-			head, other := at(i, "head"), s.name
-			if s == stacks[0] {
-				other += " again"
-			}
-			columns := perDelivery(func(of func(*Turn) float64) Figure { return Ratio(table[head], table[at(i, other)], of) })
-			if s.name == "centrifugo" { // it is one process
-				columns = slices.DeleteFunc(columns, func(c Column) bool { return c.Name == "push-manager-us" || c.Name == "controller-us" })
-			}
-			r.Ratios = append(r.Ratios, Row{head + " / " + other, columns})
-		}
-	}
-	memory := &Result{Suite: "memory of a gateway"}
+// memoryOf is what the gateways have taken, all in all and for each of the clients that one has
+// more than the other.
+func (b *Bench) memoryOf(stacks []*stack) *Result {
+	r := &Result{Suite: "memory of a gateway"}
+	few, many := b.crowds()
 	for _, s := range stacks {
 		a, z := s.rooms[few], s.rooms[many]
 		mib, kib := float64(1<<20), float64((many-few)<<10)
@@ -163,9 +170,9 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 		} {
 			columns = append(columns, Column{c.name, Figure{c.value, c.value, c.value}})
 		}
-		memory.Rows = append(memory.Rows, Row{s.name, columns})
+		r.Rows = append(r.Rows, Row{s.name, columns})
 	}
-	return []*Result{r, memory}, err
+	return r
 }
 
 // perDelivery makes columns of what a delivery to a client costs. A stack without a process of a
@@ -184,35 +191,51 @@ func perDelivery(figure func(func(*Turn) float64) Figure) []Column {
 	}
 }
 
-// heard is one turn: what is pushed, what the clients get, and what it costs the servers.
-func heard(ctx context.Context, clients *child, servers map[string]*child, p Pushing) (*Turn, error) {
-	t := &Turn{Parts: map[string]time.Duration{}}
-	add := func(sign time.Duration) error {
-		for name, c := range servers {
+// clientTurn pushes to a room, and takes the account of the servers on the way.
+func (b *Bench) clientTurn(ctx context.Context, clients *child, s *stack, room *served, rate float64) (*Turn, error) {
+	processes := maps.Clone(s.shared)
+	processes["gateway"], processes["clients"] = room.gateway, clients
+	account := func() (map[string]time.Duration, error) {
+		used := map[string]time.Duration{}
+		for name, c := range processes {
 			cpu, err := cpuTime(c.pid())
 			if err != nil {
-				return err
+				return nil, err
 			}
-			t.Parts[name] += sign * cpu
-			t.CPU += sign * cpu
+			used[name] = cpu
 		}
-		cpu, err := cpuTime(clients.pid())
-		t.LoadCPU += sign * cpu
-		return err
+		return used, nil
 	}
-	if err := add(-1); err != nil {
+	before, err := account()
+	if err != nil {
 		return nil, err
 	}
+	pushing := Pushing{Room: room.Room, Rate: rate, Duration: b.span(clientTurn)}
 	var out Heard
-	if err := clients.call(ctx, "push", p, &out); err != nil {
+	if err := clients.call(ctx, "push", pushing, &out); err != nil {
 		return nil, err
 	}
 	if err := pause(ctx, settle); err != nil {
 		return nil, err
 	}
-	t.Done, t.Failed, t.Error, t.Elapsed = float64(out.Delivered), float64(out.Failed), out.Error, out.Elapsed
-	t.Latency = map[string]*Histogram{"client": out.Latency}
-	return t, add(1)
+	after, err := account()
+	if err != nil {
+		return nil, err
+	}
+	missing := pushing.pushes()*room.Clients - out.Delivered
+	t := &Turn{
+		Done: float64(out.Delivered), Failed: float64(out.Failed + missing), Error: out.Error, Elapsed: out.Elapsed,
+		LoadCPU: after["clients"] - before["clients"], Parts: map[string]time.Duration{}, Latency: map[string]*Histogram{"client": out.Latency},
+	}
+	for name := range processes {
+		if name != "clients" {
+			t.Parts[name] = after[name] - before[name]
+			t.CPU += t.Parts[name]
+		}
+	}
+	now, err := resident(room.gateway.pid())
+	room.active = max(room.active, now)
+	return t, err
 }
 
 // startStack starts an etcd, a Controller, a Connect-Node for each room and a Push-Manager.

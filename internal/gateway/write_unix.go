@@ -8,7 +8,7 @@ import "syscall"
 func writeNow(fd uintptr, b []byte) (int, error) {
 	for {
 		n, err := syscall.Write(int(fd), b)
-		switch err { //nolint:errorlint // as the call returns it
+		switch err {
 		case syscall.EINTR:
 		case syscall.EAGAIN:
 			return 0, nil
