@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -79,12 +78,10 @@ type flood struct {
 
 // hose is one connection of a flood: the pacer writes, its reader reads.
 type hose struct {
-	priority int
-	over     chan struct{}
+	duplex
 
-	mu   sync.Mutex
-	w    *wire
-	hold time.Time // nothing is sent before
+	priority int
+	hold     time.Time // nothing is sent before; guarded by mu
 }
 
 func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
@@ -115,7 +112,7 @@ func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
 			if err := errors.Join(w.conn.SetDeadline(time.Now().Add(total+grace)), w.flush()); err != nil {
 				return nil, err
 			}
-			hoses = append(hoses, &hose{priority: priority, over: make(chan struct{}), w: w})
+			hoses = append(hoses, &hose{duplex{over: make(chan struct{}), w: w}, priority, time.Time{}})
 		}
 	}
 	run := &flood{Flood: f, messages: m, began: time.Now().Add(floodBucket), buckets: make([]Flooded, total/floodBucket+1)}
@@ -169,10 +166,7 @@ func (f *flood) pace(ctx context.Context, hoses []*hose) {
 		}
 	}
 	for _, h := range hoses {
-		h.mu.Lock()
-		close(h.over)
-		_ = h.w.ping() // the reader sees that the connection is broken
-		h.mu.Unlock()
+		h.finish()
 	}
 }
 
@@ -216,12 +210,7 @@ func (f *flood) send(h *hose, n int, due time.Time, rng *rand.Rand) {
 func (f *flood) read(h *hose) error {
 	var ended []inflight
 	var expired []time.Time
-	for {
-		if _, err := h.w.in.Peek(1); err != nil {
-			return fmt.Errorf("a connection of the flood: %w", err)
-		}
-		now := time.Now()
-		h.mu.Lock()
+	return h.duplex.read(func(now time.Time) error {
 		ended, expired = ended[:0], h.w.expire(expired[:0], now.Add(-floodPatience))
 		err := h.w.read(func(call *inflight) {
 			ended = append(ended, *call)
@@ -229,23 +218,9 @@ func (f *flood) read(h *hose) error {
 				h.hold = now.Add(call.pushback)
 			}
 		})
-		if err == nil {
-			err = h.w.flush()
-		}
-		left := h.w.pending()
-		h.mu.Unlock()
 		f.count(h.priority, ended, expired, now)
-		if err != nil {
-			return err
-		}
-		select {
-		case <-h.over:
-			if left == 0 {
-				return nil
-			}
-		default:
-		}
-	}
+		return err
+	})
 }
 
 func (f *flood) count(priority int, ended []inflight, expired []time.Time, now time.Time) {

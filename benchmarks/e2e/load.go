@@ -114,11 +114,11 @@ func (g *generator) run(ctx context.Context, l Load) (*Loaded, error) {
 	var err error
 	switch l.Mode {
 	case Closed, Sweep, Count:
-		err = run.rawCallers(ctx, t)
+		err = run.callers(ctx, t)
 	case Stream:
-		err = run.rawStreams(ctx, t)
+		err = run.streams(ctx, t)
 	case Open:
-		err = run.rawOpen(ctx, t)
+		err = run.open(ctx, t)
 	default:
 		err = fmt.Errorf("no mode %q", l.Mode)
 	}
@@ -192,8 +192,6 @@ func (r *run) result() *Loaded {
 }
 
 // pick draws the next request.
-func (r *run) pick(rng *rand.Rand) (class, *raw) { return r.messages.pick(rng) }
-
 func (m *messages) pick(rng *rand.Rand) (class, *raw) {
 	n, c := rng.IntN(m.sum), toUser
 	for n >= m.mix[c] {

@@ -215,23 +215,29 @@ func median(values []float64) float64 {
 
 // Ratio is the median over the rounds of what metric says of a by what it says of b.
 func Ratio(a, b Series, metric func(*Turn) float64) Figure {
-	return bootstrap(min(len(a), len(b)), func(rounds []int) float64 {
-		ratios := make([]float64, len(rounds))
-		for i, r := range rounds {
-			ratios[i] = metric(a[r]) / metric(b[r])
-		}
-		return median(ratios)
-	})
+	ratios := make([]float64, min(len(a), len(b)))
+	for i := range ratios {
+		ratios[i] = metric(a[i]) / metric(b[i])
+	}
+	return medianOf(ratios)
 }
 
 // Median is that of a metric over the rounds.
 func Median(s Series, metric func(*Turn) float64) Figure {
-	return bootstrap(len(s), func(rounds []int) float64 {
-		values := make([]float64, len(rounds))
+	values := make([]float64, len(s))
+	for i, t := range s {
+		values[i] = metric(t)
+	}
+	return medianOf(values)
+}
+
+func medianOf(values []float64) Figure {
+	sample := make([]float64, len(values))
+	return bootstrap(len(values), func(rounds []int) float64 {
 		for i, r := range rounds {
-			values[i] = metric(s[r])
+			sample[i] = values[r]
 		}
-		return median(values)
+		return median(sample)
 	})
 }
 
