@@ -215,14 +215,9 @@ type writer struct {
 	n     int      // so many of them
 	tail  []byte   // the end of the last of them, when it is too long to be copied
 
-	// Of the write without waiting.
-	try     func(fd uintptr) bool
-	written int
+	try     func(fd uintptr) bool // writes of b what the socket takes
+	written int                   // by try
 	err     error
-
-	// Of a write of b and tail.
-	two    [2][]byte
-	vector net.Buffers
 }
 
 func (g *Gateway) takeWriter() *writer {
@@ -324,35 +319,21 @@ func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
 
 // writeGathered writes what is gathered. Without wait some may be left.
 func (c *conn) writeGathered(w *writer, wait bool) (left bool, err error) {
-	var n int64
-	switch {
-	case !wait:
-		if err = c.raw.Write(w.try); err == nil {
-			err = w.err
-		}
-		n = int64(w.written)
-		w.written, w.err = 0, nil
-	case len(w.tail) == 0:
-		c.setWriteDeadline(c.g.cfg.WriteTimeout)
-		var written int
-		written, err = c.net.Write(w.b)
-		n = int64(written)
-	default:
-		c.setWriteDeadline(c.g.cfg.WriteTimeout)
-		w.two = [2][]byte{w.b, w.tail}
-		w.vector = w.two[:]
-		n, err = w.vector.WriteTo(c.net)
-		clear(w.two[:])
-	}
 	if wait {
+		c.setWriteDeadline(c.g.cfg.WriteTimeout)
+		both := net.Buffers{w.b, w.tail}
+		n, err := both.WriteTo(c.net)
 		c.setWriteDeadline(0) // A write that does not wait fails behind a deadline, too.
+		c.g.count.bytesSent.AddInt64(n)
+		return false, err //nolint:wrapcheck // It ends the connection and is shown to nobody.
 	}
-	c.g.count.bytesSent.AddInt64(n)
-	if !wait && int(n) < len(w.b) {
-		w.b = w.b[:copy(w.b, w.b[n:])]
-		left = true
+	w.written, w.err = 0, nil
+	if err := c.raw.Write(w.try); err != nil {
+		return false, err //nolint:wrapcheck // As above.
 	}
-	return left, err //nolint:wrapcheck // It ends the connection and is shown to nobody.
+	c.g.count.bytesSent.Add(w.written)
+	w.b = w.b[:copy(w.b, w.b[w.written:])]
+	return len(w.b) > 0, w.err
 }
 
 // setWriteDeadline bounds the next write; 0 is for no bound.
