@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/internal/program"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -104,7 +105,7 @@ func floorRole(ctx context.Context, p *part) error {
 		grpc.StaticStreamWindowSize(256<<10),
 		grpc.StaticConnWindowSize(1<<20),
 	)
-	answer, err := userReply().MarshalVT()
+	answer, err := proto.Marshal(userReply())
 	if err != nil {
 		return fmt.Errorf("encode the reply: %w", err)
 	}

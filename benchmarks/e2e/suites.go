@@ -338,7 +338,7 @@ func (r *Result) openBars(rate float64, t Table) {
 		return
 	}
 	p99 := func(s Series, class string) Figure {
-		return bootstrap(len(s), func(rounds []int) float64 { return s.quantile(class, 0.99, rounds) * 1e3 })
+		return bootstrap(len(s), func(rounds []int) float64 { return s.Quantile(class, 0.99, rounds...) * 1e3 })
 	}
 	for _, bar := range []struct {
 		class string
@@ -347,7 +347,7 @@ func (r *Result) openBars(rate float64, t Table) {
 		r.bar(Bar{What: at + "p99 ms of " + bar.class, Figure: p99(pm, bar.class), Limit: bar.limit, Kind: AtMost}, pm)
 	}
 	ratio := bootstrap(min(len(pm), len(echo)), func(rounds []int) float64 {
-		return pm.quantile("user", 0.99, rounds) / echo.quantile("user", 0.99, rounds)
+		return pm.Quantile("user", 0.99, rounds...) / echo.Quantile("user", 0.99, rounds...)
 	})
 	r.bar(Bar{What: at + "p99 of user / stock echo", Figure: ratio, Limit: 2, Kind: AtMost}, pm, echo)
 }

@@ -241,27 +241,23 @@ func medianOf(values []float64) Figure {
 	})
 }
 
-// Quantile is that of the latencies of a class over all rounds, in seconds.
-func (s Series) Quantile(class string, q float64) float64 {
-	return s.quantile(class, q, nil)
-}
-
-func (s Series) quantile(class string, q float64, rounds []int) float64 {
+// Quantile is that of the latencies of a class, or of all if it is empty, in seconds: over some
+// rounds, or over all if none is given.
+func (s Series) Quantile(class string, q float64, rounds ...int) float64 {
+	some := s
+	if len(rounds) > 0 {
+		some = nil
+		for _, r := range rounds {
+			some = append(some, s[r])
+		}
+	}
 	var sum Histogram
-	add := func(t *Turn) {
+	for _, t := range some {
 		for name, h := range t.Latency {
 			if class == "" || class == name {
 				sum.Merge(h)
 			}
 		}
-	}
-	if rounds == nil {
-		for _, t := range s {
-			add(t)
-		}
-	}
-	for _, r := range rounds {
-		add(s[r])
 	}
 	return sum.Quantile(q).Seconds()
 }

@@ -7,6 +7,7 @@ import (
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -60,24 +61,22 @@ func (w Work) encode() (*messages, error) {
 		return nil, fmt.Errorf("work without anything to do: %+v", w)
 	}
 	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: letters(w.Payload), Timestamp: 1_700_000_000}
-	add := func(c class, b []byte, err error) error {
+	add := func(c class, request proto.Message) error {
+		b, err := proto.Marshal(request)
 		m.unary[c] = append(m.unary[c], raw{append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...)})
 		return err
 	}
 	for i := range w.UserN {
-		b, err := (&pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}).MarshalVT()
-		if err := add(toUser, b, err); err != nil {
+		if err := add(toUser, &pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}); err != nil {
 			return nil, err
 		}
 	}
 	for i := range w.RoomN {
-		b, err := (&pubsub.PushToRoomRequest{RoomId: RoomID(w.Rooms, i), Content: content}).MarshalVT()
-		if err := add(toRoom, b, err); err != nil {
+		if err := add(toRoom, &pubsub.PushToRoomRequest{RoomId: RoomID(w.Rooms, i), Content: content}); err != nil {
 			return nil, err
 		}
 	}
-	b, err := (&pubsub.BroadcastMessageRequest{Content: content}).MarshalVT()
-	return m, add(toAll, b, err)
+	return m, add(toAll, &pubsub.BroadcastMessageRequest{Content: content})
 }
 
 // letters is a payload.
