@@ -32,6 +32,10 @@ bench-compare: $(BENCH_DIR)/pushbench ## Compare with the commit BASE: each hot 
 	(cd $(BENCH_DIR)/base && $(GO) build -o ../push-manager.base ./cmd/push-manager); \
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
+.PHONY: bench-clients
+bench-clients: $(BENCH_DIR)/pushbench ## Measure the whole way to 100 and 1,000 WebSocket clients: CPU of all servers, latency, memory
+	$(BENCH_DIR)/pushbench --rounds=16 --json=$(BENCH_DIR)/clients.json clients
+
 .PHONY: overload
 overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/measurements.md)
 	$(BENCH_DIR)/pushbench overload

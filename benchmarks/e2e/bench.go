@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -33,9 +32,6 @@ type Options struct {
 	// StreamInFlight is the number of unanswered pushes of each PushStream. Default 1000,
 	// a little less than Push-Manager takes.
 	StreamInFlight int
-	// Client is that of the load generator: GRPC for grpc-go's, or "" for our own,
-	// which leaves more of the machine to the servers.
-	Client string
 	// Short makes worlds small: for a test of the harness itself.
 	Short bool
 	// Binary is a push-manager that is built already. Default: it is built from
@@ -202,7 +198,7 @@ func (w *World) Close(ctx context.Context) {
 	w.bench.children = slices.DeleteFunc(w.bench.children, func(c *child) bool { return slices.Contains(w.children, c) })
 }
 
-// Rival starts one of the roles echo, floor, naive and channel.
+// Rival starts one of the roles echo, floor and naive.
 func (w *World) Rival(ctx context.Context, role string, env ...string) (*Server, error) {
 	c, err := w.bench.role(role, peers{Controller: w.address, Nodes: w.nodes}, env...)
 	if err != nil {
@@ -250,25 +246,17 @@ func (w *World) pushManager(ctx context.Context, name, binary string, env []stri
 		"MANAGER_ID=" + name + "-" + strconv.Itoa(w.bench.names), "GRPC_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json",
 		"ETCD_ENDPOINTS=" + w.etcd, "CONTROLLER_ADDRESS=" + w.address,
 	}, w.bench.opts.Env, env)
-	c, err := w.bench.spawner.startChild(name, binary, w.bench.dir, env)
+	c, err := w.bench.child(name, binary, env)
 	if err != nil {
 		return nil, err
 	}
-	w.bench.children = append(w.bench.children, c)
 	w.children = append(w.children, c)
 	var started struct {
-		Msg, GRPC, HTTP string
-		Shards          float64
+		GRPC, HTTP string
+		Shards     float64
 	}
-	for started.Msg != "push-manager runs" {
-		select {
-		case line := <-c.stderr.lines:
-			_ = json.Unmarshal(line, &started) // other lines may be anything
-		case <-c.exited:
-			return nil, fmt.Errorf("push-manager ended%s", c.stderr)
-		case <-ctx.Done():
-			return nil, fmt.Errorf("push-manager does not start: %w%s", ctx.Err(), c.stderr)
-		}
+	if err := c.runs(ctx, "push-manager runs", &started); err != nil {
+		return nil, err
 	}
 	s, err := w.server(ctx, name, c, where{API: started.GRPC, Ops: started.HTTP})
 	if err != nil {
@@ -319,7 +307,6 @@ var errFailed = errors.New("pushes failed")
 func (b *Bench) run(ctx context.Context, l Load) (*Loaded, error) {
 	ctx, cancel := context.WithTimeout(ctx, maxRun+startTimeout)
 	defer cancel()
-	l.Client = b.opts.Client
 	var out Loaded
 	return &out, b.load.call(ctx, "run", l, &out)
 }

@@ -84,8 +84,8 @@ func (s *spawner) startRole(role, dir string, arg any, env ...string) (*child, e
 }
 
 // startChild starts a program with an environment of its own.
-func (s *spawner) startChild(name, program, dir string, env []string) (*child, error) {
-	cmd := exec.Command(program) //nolint:noctx // our own programs, which end with their standard input or by kill
+func (s *spawner) startChild(name, program, dir string, env []string, args ...string) (*child, error) {
+	cmd := exec.Command(program, args...) //nolint:noctx,gosec // our own programs, which end with their standard input or by kill
 	cmd.Dir = dir
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "TMPDIR=" + dir}, env...)
 	c := &child{name: name, cmd: cmd, stderr: newTail(), exited: make(chan struct{})}

@@ -80,8 +80,8 @@ func runRole(name string) error {
 		"echo":       echoRole,
 		"floor":      floorRole,
 		"naive":      naiveRole,
-		"channel":    channelRole,
 		"load":       loadRole,
+		"audience":   audienceRole,
 	}
 	start, ok := roles[name]
 	if !ok {

@@ -4,9 +4,12 @@
 // generator; for each [World] an etcd, the reference Controller and Connect-Nodes
 // that count users and acknowledge; Push-Manager as it is shipped (the built binary
 // of cmd/push-manager); and the rivals, which are a bare grpc-go echo, the same echo
-// with Push-Manager's server settings, the naive design and a channel per node
-// without acknowledgement. All but Push-Manager are this very program, started
-// again with a role in its environment ([Role]).
+// with Push-Manager's server settings, and the naive design. All but Push-Manager are
+// this very program, started again with a role in its environment ([Role]).
+//
+// [Bench.Clients] measures the whole way instead: Push-Manager, the reference
+// Connect-Node and the reference Controller, each the built program, and real
+// WebSocket clients.
 //
 // # How it measures
 //

@@ -30,48 +30,42 @@ func TestSuitesRun(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts many processes")
 	}
-	for client, suites := range map[string][]string{
-		"":       {"user", "stream", "room", "members", "open2k", "allocs", "memory", "change", "payload"},
-		e2e.GRPC: {"user", "stream", "open2k"},
-	} {
-		t.Run("client="+client, func(t *testing.T) {
-			b, err := e2e.Start(t.Context(), e2e.Options{
-				Rounds: 1, Turn: 20 * time.Millisecond, InFlight: 8, StreamInFlight: 64, Short: true, Client: client,
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer b.Close()
-			for _, s := range e2e.Suites() {
-				if !slices.Contains(suites, s.Name) { // the others are like one of these
-					continue
-				}
-				begin := time.Now()
-				r, err := s.Run(t.Context(), b)
-				// A machine that stands still for a turn says nothing about the harness.
-				for again := 2; again > 0 && err == nil && idle(r) != ""; again-- {
-					r, err = s.Run(t.Context(), b)
-				}
-				if err != nil {
-					t.Fatalf("%s: %v", s.Name, err)
-				}
-				t.Logf("%s: %.1f s", s.Name, time.Since(begin).Seconds())
-				if s.Bars != (len(r.Bars) > 0) {
-					t.Errorf("%s: %d bars, says %v", s.Name, len(r.Bars), s.Bars)
-				}
-				// On a busy machine a push may fail; that nothing is pushed means that the harness is broken.
-				if bar := idle(r); bar != "" {
-					t.Errorf("%s", bar)
-				}
-				var text bytes.Buffer
-				if err := r.Write(&text); err != nil || len(r.Rows) > 0 && !strings.Contains(text.String(), "p99.9-ms") {
-					t.Errorf("%s: %v\n%s", s.Name, err, &text)
-				}
-				if err := r.WriteJSON(&text); err != nil {
-					t.Errorf("%s: %v", s.Name, err)
-				}
-			}
-		})
+	suites := []string{"user", "stream", "room", "members", "open2k", "allocs", "memory", "change", "payload"}
+	b, err := e2e.Start(t.Context(), e2e.Options{
+		Rounds: 1, Turn: 20 * time.Millisecond, InFlight: 8, StreamInFlight: 64, Short: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	for _, s := range e2e.Suites() {
+		if !slices.Contains(suites, s.Name) { // the others are like one of these
+			continue
+		}
+		begin := time.Now()
+		r, err := s.Run(t.Context(), b)
+		// A machine that stands still for a turn says nothing about the harness.
+		for again := 2; again > 0 && err == nil && idle(r) != ""; again-- {
+			r, err = s.Run(t.Context(), b)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", s.Name, err)
+		}
+		t.Logf("%s: %.1f s", s.Name, time.Since(begin).Seconds())
+		if s.Bars != (len(r.Bars) > 0) {
+			t.Errorf("%s: %d bars, says %v", s.Name, len(r.Bars), s.Bars)
+		}
+		// On a busy machine a push may fail; that nothing is pushed means that the harness is broken.
+		if bar := idle(r); bar != "" {
+			t.Errorf("%s", bar)
+		}
+		var text bytes.Buffer
+		if err := r.Write(&text); err != nil || len(r.Rows) > 0 && !strings.Contains(text.String(), "p99.9-ms") {
+			t.Errorf("%s: %v\n%s", s.Name, err, &text)
+		}
+		if err := r.WriteJSON(&text); err != nil {
+			t.Errorf("%s: %v", s.Name, err)
+		}
 	}
 }
 
@@ -113,6 +107,32 @@ func TestOverloadRuns(t *testing.T) {
 	var text bytes.Buffer
 	if err := e2e.WriteOverloads(&text, all); err != nil || strings.Count(text.String(), "\n") != 1+len(all) {
 		t.Errorf("%v\n%s", err, &text)
+	}
+}
+
+// TestClientsRun keeps the way to WebSocket clients from rotting. It says nothing about speed.
+func TestClientsRun(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	b, err := e2e.Start(t.Context(), e2e.Options{Rounds: 2, Short: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	results, err := b.Clients(t.Context(), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, rows := range []int{6, 1} {
+		if len(results) != 2 || len(results[i].Rows) != rows {
+			t.Fatalf("results: %+v", results)
+		}
+		for _, row := range results[i].Rows {
+			if v := row.Columns[0].Figure.Value; v <= 0 {
+				t.Errorf("%s: %s is %v", row.Name, row.Columns[0].Name, v)
+			}
+		}
 	}
 }
 

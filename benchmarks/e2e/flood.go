@@ -3,14 +3,10 @@ package e2e
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"runtime"
-	"strconv"
 	"sync"
 	"time"
-
-	"golang.org/x/net/http2/hpack"
 )
 
 // Priorities of a Flood, in the order of its figures.
@@ -82,12 +78,10 @@ type flood struct {
 
 // hose is one connection of a flood: the pacer writes, its reader reads.
 type hose struct {
-	priority int
-	over     chan struct{}
+	duplex
 
-	mu   sync.Mutex
-	w    *wire
-	hold time.Time // nothing is sent before
+	priority int
+	hold     time.Time // nothing is sent before; guarded by mu
 }
 
 func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
@@ -111,14 +105,14 @@ func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
 				return nil, err
 			}
 			defer func() { _ = w.conn.Close() }()
-			w.headers.priority = floodPriorities[priority]
+			w.priority = floodPriorities[priority]
 			if f.Honest {
 				w.listen()
 			}
 			if err := errors.Join(w.conn.SetDeadline(time.Now().Add(total+grace)), w.flush()); err != nil {
 				return nil, err
 			}
-			hoses = append(hoses, &hose{priority: priority, over: make(chan struct{}), w: w})
+			hoses = append(hoses, &hose{duplex{over: make(chan struct{}), w: w}, priority, time.Time{}})
 		}
 	}
 	run := &flood{Flood: f, messages: m, began: time.Now().Add(floodBucket), buckets: make([]Flooded, total/floodBucket+1)}
@@ -172,12 +166,7 @@ func (f *flood) pace(ctx context.Context, hoses []*hose) {
 		}
 	}
 	for _, h := range hoses {
-		h.mu.Lock()
-		close(h.over)
-		h.w.frame(framePing, 0, 0, 8)
-		h.w.out = append(h.w.out, make([]byte, 8)...)
-		_ = h.w.flush() // the reader sees that the connection is broken
-		h.mu.Unlock()
+		h.finish()
 	}
 }
 
@@ -221,12 +210,7 @@ func (f *flood) send(h *hose, n int, due time.Time, rng *rand.Rand) {
 func (f *flood) read(h *hose) error {
 	var ended []inflight
 	var expired []time.Time
-	for {
-		if _, err := h.w.in.Peek(1); err != nil {
-			return fmt.Errorf("a connection of the flood: %w", err)
-		}
-		now := time.Now()
-		h.mu.Lock()
+	return h.duplex.read(func(now time.Time) error {
 		ended, expired = ended[:0], h.w.expire(expired[:0], now.Add(-floodPatience))
 		err := h.w.read(func(call *inflight) {
 			ended = append(ended, *call)
@@ -234,23 +218,9 @@ func (f *flood) read(h *hose) error {
 				h.hold = now.Add(call.pushback)
 			}
 		})
-		if err == nil {
-			err = h.w.flush()
-		}
-		left := h.w.pending()
-		h.mu.Unlock()
 		f.count(h.priority, ended, expired, now)
-		if err != nil {
-			return err
-		}
-		select {
-		case <-h.over:
-			if left == 0 {
-				return nil
-			}
-		default:
-		}
-	}
+		return err
+	})
 }
 
 func (f *flood) count(priority int, ended []inflight, expired []time.Time, now time.Time) {
@@ -283,30 +253,4 @@ func (w *wire) expire(due []time.Time, before time.Time) []time.Time {
 		w.waiting = w.waiting[1:]
 	}
 	return due
-}
-
-// listen makes a connection read the trailers of its calls.
-func (w *wire) listen() {
-	w.pushback = new(time.Duration)
-	w.decoder = hpack.NewDecoder(4096, func(f hpack.HeaderField) {
-		if f.Name == "grpc-retry-pushback-ms" {
-			ms, _ := strconv.Atoi(f.Value) // what is no number asks for nothing
-			*w.pushback = time.Duration(ms) * time.Millisecond
-		}
-	})
-}
-
-// trailer reads a block of headers. All of them must be: each may refer to those before.
-func (w *wire) trailer(id uint32, body []byte) error {
-	if w.decoder == nil {
-		return nil
-	}
-	*w.pushback = 0
-	if _, err := w.decoder.Write(body); err != nil {
-		return fmt.Errorf("headers: %w", err)
-	}
-	if call := w.calls[id]; call != nil {
-		call.pushback = *w.pushback
-	}
-	return w.decoder.Close()
 }

@@ -2,42 +2,28 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"time"
 
+	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
 
 // A gRPC client that does little but write and read: grpc-go's own takes as much CPU
 // for a call as a server does, and on a machine that all share, the rates would be
-// the client's. It speaks just enough HTTP/2: it sends requests that fit into one
-// frame, packs what it has to send into one write, keeps flow control, and tells
-// success by the reply's message. It does not decode headers: an error of gRPC shows
-// as a call that ends without a message.
+// the client's. It packs what it has to send into one write, keeps flow control, and tells
+// success by the reply's message. It decodes headers for a Flood only: otherwise an error of
+// gRPC shows as a call that ends without a message.
 
-// Frames of HTTP/2, RFC 9113.
 const (
-	frameData         = 0x0
-	frameHeaders      = 0x1
-	frameReset        = 0x3
-	frameSettings     = 0x4
-	framePing         = 0x6
-	frameGoAway       = 0x7
-	frameWindowUpdate = 0x8
-
-	flagEndStream  = 0x1
-	flagAck        = 0x1
-	flagEndHeaders = 0x4
-
-	settingMaxStreams    = 0x3
-	settingInitialWindow = 0x4
-
 	frameHeader  = 9
 	maxFrame     = 16 << 10 // what every peer takes
 	startWindow  = 65535
@@ -46,30 +32,33 @@ const (
 	prefix       = 5 // of a gRPC message
 )
 
-// maxRaw is the largest message that this client sends.
-const maxRaw = maxFrame - prefix
-
 // idleLimit is after which silence a connection is made anew: the server may have
 // given it up.
 const idleLimit = 5 * time.Second
 
 // wire is one connection.
 type wire struct {
-	conn net.Conn
-	in   *bufio.Reader
-	last time.Time
+	conn   net.Conn
+	in     *bufio.Reader
+	out    bytes.Buffer
+	framer *http2.Framer
+	last   time.Time
 
-	out      []byte
-	nextID   uint32
-	headers  headerTable
-	received int // bytes of data that the other side has no window for yet
+	headers   *hpack.Encoder // into block
+	block     bytes.Buffer
+	blocks    map[string][]byte // by method, once they only refer to what was said before
+	authority string
+	priority  string // of all calls, "" for none
 
-	window       int64 // bytes of data that we may send
-	streamWindow int64 // the same for each new stream
-	maxCalls     int   // under way, as the server says
-	calls        map[uint32]*inflight
+	nextID       uint32
+	received     int                  // bytes of data that the other side has no window for yet
+	window       int64                // bytes of data that we may send
+	streamWindow int64                // the same for each new stream
+	maxCalls     int                  // under way, as the server says
+	calls        map[uint32]*inflight // without a reply
 	free         []*inflight
 	waiting      []queued // for the window, or for a call to end
+	stalled      []uint32 // calls that have begun and need more window
 
 	// Of a client that listens, see there.
 	decoder  *hpack.Decoder
@@ -78,9 +67,10 @@ type wire struct {
 
 // inflight is a call without its reply.
 type inflight struct {
-	c  class
-	at time.Time
-	ok bool
+	c    class
+	at   time.Time
+	ok   bool
+	rest []byte // of the request, to be sent yet
 	// What a reply without success says.
 	said string
 	// What a trailer asks for.
@@ -105,84 +95,131 @@ func dialWire(ctx context.Context, addr string) (*wire, error) {
 	}
 	w := &wire{
 		conn: conn, in: bufio.NewReaderSize(conn, 64<<10), nextID: 1, window: startWindow, streamWindow: startWindow,
-		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, headers: headerTable{authority: addr}, last: time.Now(),
+		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, blocks: map[string][]byte{}, authority: addr, last: time.Now(),
 	}
-	w.out = append(w.out, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"...)
-	w.frame(frameSettings, 0, 0, 6)
-	w.out = binary.BigEndian.AppendUint16(w.out, settingInitialWindow)
-	w.out = binary.BigEndian.AppendUint32(w.out, ourWindow)
-	w.frame(frameWindowUpdate, 0, 0, 4)
-	w.out = binary.BigEndian.AppendUint32(w.out, ourWindow)
-	return w, nil
-}
-
-func (w *wire) frame(kind, flags byte, stream uint32, length int) {
-	w.out = append(w.out, byte(length>>16), byte(length>>8), byte(length), kind, flags)
-	w.out = binary.BigEndian.AppendUint32(w.out, stream)
+	w.headers = hpack.NewEncoder(&w.block)
+	w.framer = http2.NewFramer(&w.out, w.in)
+	w.framer.SetReuseFrames()
+	w.framer.SetMaxReadFrameSize(maxFrame)
+	w.out.WriteString(http2.ClientPreface)
+	return w, errors.Join(
+		w.framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: ourWindow}),
+		w.framer.WriteWindowUpdate(0, ourWindow))
 }
 
 func (w *wire) flush() error {
-	if len(w.out) == 0 {
+	if w.out.Len() == 0 {
 		return nil
 	}
-	_, err := w.conn.Write(w.out)
-	w.out = w.out[:0]
+	_, err := w.out.WriteTo(w.conn)
 	return err
 }
 
-// open begins a call with its headers.
+// ping asks for something that is answered at once.
+func (w *wire) ping() error { return errors.Join(w.framer.WritePing(false, [8]byte{}), w.flush()) }
+
+// open begins a call with its headers. What is written is in memory, so there is no error.
 func (w *wire) open(method string) (id uint32, call *inflight) {
 	id = w.nextID
 	w.nextID += 2
-	at := len(w.out)
-	w.frame(frameHeaders, flagEndHeaders, id, 0)
-	w.out = w.headers.append(w.out, method)
-	length := len(w.out) - at - frameHeader
-	w.out[at], w.out[at+1], w.out[at+2] = byte(length>>16), byte(length>>8), byte(length)
+	_ = w.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: w.headersOf(method), EndHeaders: true})
 	if n := len(w.free); n > 0 {
 		call, w.free = w.free[n-1], w.free[:n-1]
 		*call = inflight{}
 	} else {
 		call = new(inflight)
 	}
+	call.window = w.streamWindow
 	w.calls[id] = call
 	return id, call
 }
 
-func (w *wire) message(m *raw) {
-	w.out = append(w.out, 0)
-	w.out = binary.BigEndian.AppendUint32(w.out, uint32(len(m.b)))
-	w.out = append(w.out, m.b...)
+// headersOf encodes the headers of a call. The second time a method is called they refer to what
+// was said the first time, and stay the same until another method is called.
+func (w *wire) headersOf(method string) []byte {
+	block, said := w.blocks[method]
+	if len(block) > 0 {
+		return block
+	}
+	w.block.Reset()
+	for _, f := range [...]hpack.HeaderField{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: method}, {Name: ":authority", Value: w.authority},
+		{Name: "content-type", Value: "application/grpc"}, {Name: "user-agent", Value: "pushbench"}, {Name: "x-priority", Value: w.priority},
+		{Name: "te", Value: "trailers"},
+	} {
+		if f.Value != "" {
+			_ = w.headers.WriteField(f) // into memory
+		}
+	}
+	if said {
+		w.blocks[method] = bytes.Clone(w.block.Bytes())
+		return w.block.Bytes()
+	}
+	for other := range w.blocks { // their places have moved
+		w.blocks[other] = nil
+	}
+	w.blocks[method] = nil
+	return w.block.Bytes()
 }
 
 // ask puts a unary call into the next write, or in line when the window is used up or
 // as many calls are under way as the server takes.
 func (w *wire) ask(c class, m *raw, at time.Time) {
+	q := queued{c, m, at}
 	if len(w.waiting) > 0 || !w.takes(m) {
-		w.waiting = append(w.waiting, queued{c, m, at})
+		w.waiting = append(w.waiting, q)
 		return
 	}
-	w.send(c, m, at)
+	w.begin(q)
 }
 
 func (w *wire) takes(m *raw) bool {
-	return w.window >= int64(len(m.b)+prefix) && len(w.calls) < w.maxCalls
+	return len(w.calls) < w.maxCalls && w.window >= int64(min(len(m.b), maxFrame))
 }
 
 func (w *wire) sendWaiting() {
 	for len(w.waiting) > 0 && w.takes(w.waiting[0].m) {
 		q := w.waiting[0]
 		w.waiting = w.waiting[1:]
-		w.send(q.c, q.m, q.at)
+		w.begin(q)
 	}
 }
 
-func (w *wire) send(c class, m *raw, at time.Time) {
-	id, call := w.open(c.method())
-	call.c, call.at = c, at
-	w.frame(frameData, flagEndStream, id, len(m.b)+prefix)
-	w.message(m)
-	w.window -= int64(len(m.b) + prefix)
+func (w *wire) begin(q queued) {
+	id, call := w.open(q.c.method())
+	call.c, call.at, call.rest = q.c, q.at, q.m.b
+	if !w.send(id, call) {
+		w.stalled = append(w.stalled, id)
+	}
+}
+
+// send sends what is left of a request as far as there is window, and tells whether that was all.
+func (w *wire) send(id uint32, call *inflight) bool {
+	for len(call.rest) > 0 {
+		n := int(min(int64(len(call.rest)), maxFrame, w.window, call.window))
+		if n <= 0 {
+			return false
+		}
+		_ = w.framer.WriteData(id, n == len(call.rest), call.rest[:n]) // into memory
+		call.rest = call.rest[n:]
+		w.window -= int64(n)
+		call.window -= int64(n)
+	}
+	return true
+}
+
+// grow is told that there is more window, of one call or of all.
+func (w *wire) grow(id uint32, by int64) {
+	if id == 0 {
+		w.window += by
+	} else if call := w.calls[id]; call != nil {
+		call.window += by
+	}
+	w.stalled = slices.DeleteFunc(w.stalled, func(id uint32) bool {
+		call := w.calls[id]
+		return call == nil || w.send(id, call)
+	})
+	w.sendWaiting()
 }
 
 // pending is how many calls have no reply.
@@ -193,94 +230,75 @@ var errGoAway = errors.New("the server closes the connection")
 // read takes frames, at least one and then all that are there already. ended is told
 // each unary call that is over.
 func (w *wire) read(ended func(*inflight)) error {
-	for first := true; first || w.in.Buffered() >= frameHeader; first = false {
-		head, err := w.in.Peek(frameHeader)
+	for first := true; first || w.whole(); first = false {
+		f, err := w.framer.ReadFrame()
 		if err != nil {
 			return err
 		}
-		length := int(head[0])<<16 | int(head[1])<<8 | int(head[2])
-		kind, flags, id := head[3], head[4], binary.BigEndian.Uint32(head[5:])
-		if !first && w.in.Buffered() < frameHeader+length {
-			return nil // the rest comes with the next read
-		}
-		if length > maxFrame {
-			return fmt.Errorf("a frame of %d bytes", length)
-		}
-		_, _ = w.in.Discard(frameHeader) // it is there
-		body, err := w.in.Peek(length)
-		if err != nil {
+		if err := w.take(f, ended); err != nil {
 			return err
 		}
-		if err := w.take(kind, flags, id, body, ended); err != nil {
-			return err
-		}
-		_, _ = w.in.Discard(length) // it is there
 	}
 	return nil
 }
 
-func (w *wire) take(kind, flags byte, id uint32, body []byte, ended func(*inflight)) error {
-	switch kind {
-	case frameData:
-		return w.data(id, flags, body, ended)
-	case frameHeaders, frameReset:
-		if kind == frameHeaders {
-			if err := w.trailer(id, body); err != nil {
-				return err
+// whole tells whether a frame is there already.
+func (w *wire) whole() bool {
+	if w.in.Buffered() < frameHeader {
+		return false
+	}
+	head, _ := w.in.Peek(3) // it is there
+	return w.in.Buffered() >= frameHeader+int(head[0])<<16+int(head[1])<<8+int(head[2])
+}
+
+func (w *wire) take(f http2.Frame, ended func(*inflight)) error {
+	id := f.Header().StreamID
+	switch f := f.(type) {
+	case *http2.DataFrame:
+		return w.data(id, f, ended)
+	case *http2.HeadersFrame:
+		if err := w.trailer(id, f.HeaderBlockFragment()); err != nil {
+			return err
+		}
+		if f.StreamEnded() {
+			w.end(id, false, ended)
+		}
+	case *http2.RSTStreamFrame:
+		w.end(id, true, ended)
+	case *http2.SettingsFrame:
+		if f.IsAck() {
+			return nil
+		}
+		_ = f.ForeachSetting(func(s http2.Setting) error { // ours returns none
+			switch s.ID { //nolint:exhaustive // what else there is does not matter here
+			case http2.SettingMaxConcurrentStreams:
+				w.maxCalls = int(min(s.Val, math.MaxInt32))
+			case http2.SettingInitialWindowSize:
+				for _, call := range w.calls {
+					call.window += int64(s.Val) - w.streamWindow
+				}
+				w.streamWindow = int64(s.Val)
 			}
+			return nil
+		})
+		w.grow(0, 0)
+		return w.framer.WriteSettingsAck()
+	case *http2.PingFrame:
+		if !f.IsAck() {
+			return w.framer.WritePing(true, f.Data)
 		}
-		if kind == frameReset || flags&flagEndStream != 0 {
-			w.end(id, kind == frameReset, ended)
-		}
-	case frameSettings:
-		if flags&flagAck == 0 {
-			w.settings(body)
-			w.frame(frameSettings, flagAck, 0, 0)
-		}
-	case framePing:
-		if flags&flagAck == 0 {
-			w.frame(framePing, flagAck, 0, len(body))
-			w.out = append(w.out, body...)
-		}
-	case frameWindowUpdate:
-		w.grow(id, int64(binary.BigEndian.Uint32(body)))
-	case frameGoAway:
+	case *http2.WindowUpdateFrame:
+		w.grow(id, int64(f.Increment))
+	case *http2.GoAwayFrame:
 		return errGoAway
 	}
 	return nil
 }
 
-func (w *wire) settings(body []byte) {
-	for ; len(body) >= 6; body = body[6:] {
-		value := binary.BigEndian.Uint32(body[2:])
-		switch binary.BigEndian.Uint16(body) {
-		case settingMaxStreams:
-			w.maxCalls = int(min(value, math.MaxInt32))
-		case settingInitialWindow:
-			window := int64(value)
-			for _, call := range w.calls {
-				call.window += window - w.streamWindow
-			}
-			w.streamWindow = window
-		}
-	}
-}
-
-func (w *wire) grow(id uint32, by int64) {
-	if id != 0 {
-		if call := w.calls[id]; call != nil {
-			call.window += by
-		}
-		return
-	}
-	w.window += by
-	w.sendWaiting()
-}
-
-func (w *wire) data(id uint32, flags byte, body []byte, ended func(*inflight)) error {
+func (w *wire) data(id uint32, f *http2.DataFrame, ended func(*inflight)) error {
+	body := f.Data()
 	if w.received += len(body); w.received >= windowRefill {
-		w.frame(frameWindowUpdate, 0, 0, 4)
-		w.out = binary.BigEndian.AppendUint32(w.out, uint32(w.received))
+		_ = w.framer.WriteWindowUpdate(0, uint32(w.received)) // into memory
 		w.received = 0
 	}
 	call := w.calls[id]
@@ -295,7 +313,7 @@ func (w *wire) data(id uint32, flags byte, body []byte, ended func(*inflight)) e
 			call.said = strconv.QuoteToASCII(string(body[prefix:]))
 		}
 	}
-	if flags&flagEndStream != 0 {
+	if f.StreamEnded() {
 		w.end(id, true, ended)
 	}
 	return nil
@@ -317,54 +335,9 @@ func (w *wire) end(id uint32, broken bool, ended func(*inflight)) {
 	w.sendWaiting()
 }
 
-// headerTable encodes the headers of calls as HPACK (RFC 7541). What it has said once
-// on a connection it only refers to, as all clients do.
-type headerTable struct {
-	authority string
-	priority  string // of all calls, "" for none
-	said      []string
-}
-
-// Places in HPACK's static table.
-const (
-	methodPost     = 3
-	schemeHTTP     = 6
-	namePath       = 4
-	nameAuthority  = 1
-	nameType       = 31
-	nameUserAgent  = 58
-	firstDynamic   = 62
-	indexed        = 0x80
-	literalIndexed = 0x40
-)
-
-func (t *headerTable) append(b []byte, method string) []byte {
-	b = append(b, indexed|methodPost, indexed|schemeHTTP)
-	b = t.field(b, namePath, "", method)
-	b = t.field(b, nameAuthority, "", t.authority)
-	b = t.field(b, nameType, "", "application/grpc")
-	b = t.field(b, nameUserAgent, "", "pushbench")
-	if t.priority != "" {
-		b = t.field(b, 0, "x-priority", t.priority)
-	}
-	return t.field(b, 0, "te", "trailers")
-}
-
-// field refers to a field that was said before, or says it. No value is longer than
-// 126 bytes.
-func (t *headerTable) field(b []byte, place byte, name, value string) []byte {
-	for i, said := range t.said {
-		if said == value {
-			return append(b, indexed|byte(firstDynamic+len(t.said)-1-i))
-		}
-	}
-	t.said = append(t.said, value)
-	b = append(b, literalIndexed|place)
-	if place == 0 {
-		b = append(append(b, byte(len(name))), name...)
-	}
-	return append(append(b, byte(len(value))), value...)
-}
+// sampled is how many pushes of a stream share one measured latency: reading the
+// clock costs as much as a push.
+const sampled = 16
 
 // rawStream is a PushStream call under way.
 type rawStream struct {
@@ -376,6 +349,7 @@ type rawStream struct {
 
 	sent, answered int
 	at             []time.Time // of the pushes that are sampled
+	frame          []byte
 	over           bool
 	ending         bool
 }
@@ -418,59 +392,79 @@ func (s *rawStream) reply(b []byte) error {
 }
 
 // fill sends as many pushes as may be without reply, in frames as large as possible.
-func (s *rawStream) fill(w *wire, id uint32, until time.Time) {
+func (s *rawStream) fill(w *wire, id uint32, until time.Time) error {
 	call := w.calls[id]
 	if call == nil || s.ending {
-		return
+		return nil
 	}
 	now := time.Now()
 	if !now.Before(until) {
 		s.ending = true
-		w.frame(frameData, flagEndStream, id, 0)
-		return
+		return w.framer.WriteData(id, true, nil)
 	}
 	for s.sent-s.answered < s.limit {
-		at := len(w.out)
-		w.frame(frameData, 0, id, 0)
-		length := 0
-		for room := int(min(maxFrame, w.window, call.window)); s.sent-s.answered < s.limit; {
-			n := s.pack(w, room-length, now)
-			if n == 0 {
-				break
-			}
-			length += n
+		s.frame = s.frame[:0]
+		for room := int(min(maxFrame, w.window, call.window)); s.sent-s.answered < s.limit && s.pack(room, now); {
 		}
-		if length == 0 { // no window: it comes
-			w.out = w.out[:at]
-			return
+		if len(s.frame) == 0 { // no window: it comes
+			return nil
 		}
-		w.out[at], w.out[at+1], w.out[at+2] = byte(length>>16), byte(length>>8), byte(length)
-		w.window -= int64(length)
-		call.window -= int64(length)
+		w.window -= int64(len(s.frame))
+		call.window -= int64(len(s.frame))
+		if err := w.framer.WriteData(id, false, s.frame); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // pack appends a message with as many pushes as it takes, as the room of so many bytes
-// allows. It returns its length, 0 when there is no room.
-func (s *rawStream) pack(w *wire, room int, now time.Time) int {
-	at := len(w.out)
-	w.out = append(w.out, make([]byte, prefix)...)
+// allows. It returns false when there is no room.
+func (s *rawStream) pack(room int, now time.Time) bool {
+	at := len(s.frame)
+	s.frame = append(s.frame, make([]byte, prefix)...)
 	pushes := 0
 	for ; pushes < max(s.batch, 1) && s.sent-s.answered < s.limit; pushes++ {
 		i := s.sent % len(s.all)
-		if len(w.out)-at+len(s.all[i].b) > room {
+		if len(s.frame)+len(s.all[i].b) > room {
 			break
 		}
 		if s.sent%sampled == 0 {
 			s.at[i] = now
 		}
-		w.out = append(w.out, s.all[i].b...)
+		s.frame = append(s.frame, s.all[i].b...)
 		s.sent++
 	}
 	if pushes == 0 {
-		w.out = w.out[:at]
-		return 0
+		s.frame = s.frame[:at]
+		return false
 	}
-	binary.BigEndian.PutUint32(w.out[at+1:], uint32(len(w.out)-at-prefix))
-	return len(w.out) - at
+	binary.BigEndian.PutUint32(s.frame[at+1:], uint32(len(s.frame)-at-prefix))
+	return true
+}
+
+// listen makes a connection read the trailers of its calls.
+func (w *wire) listen() {
+	w.pushback = new(time.Duration)
+	w.decoder = hpack.NewDecoder(4096, func(f hpack.HeaderField) {
+		if f.Name == "grpc-retry-pushback-ms" {
+			ms, _ := strconv.Atoi(f.Value) // what is no number asks for nothing
+			*w.pushback = time.Duration(ms) * time.Millisecond
+		}
+	})
+}
+
+// trailer reads a block of headers. All of them must be: each may refer to those before.
+func (w *wire) trailer(id uint32, body []byte) error {
+	if w.decoder == nil {
+		return nil
+	}
+	*w.pushback = 0
+	if _, err := w.decoder.Write(body); err != nil {
+		return fmt.Errorf("headers: %w", err)
+	}
+	if call := w.calls[id]; call != nil {
+		call.pushback = *w.pushback
+	}
+	return w.decoder.Close()
 }

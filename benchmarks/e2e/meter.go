@@ -11,9 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,10 +20,9 @@ import (
 // operating system accounts for it, to the nanosecond.
 func cpuTime(pid int) (time.Duration, error) {
 	// CPUCLOCK_SCHED of a process, as in <linux/posix-timers.h>.
-	clock := uint32(^int32(pid))<<3 | 2
-	var ts syscall.Timespec
-	if _, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, uintptr(clock), uintptr(unsafe.Pointer(&ts)), 0); errno != 0 { //nolint:gosec // the one way to call it
-		return 0, fmt.Errorf("CPU time of process %d: %w", pid, errno)
+	var ts unix.Timespec
+	if err := unix.ClockGettime(^int32(pid)<<3|2, &ts); err != nil {
+		return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)
 	}
 	return time.Duration(ts.Nano()), nil
 }

@@ -98,12 +98,10 @@ func (r Room) member(i int) (user, node string) {
 // UserID is the id of the i-th user of a room, 16 bytes and more.
 func UserID(prefix string, i int) string { return fmt.Sprintf("%s-user-%07d", prefix, i) }
 
-// Change lets members join a room, or leave it when Leave is set: UserID(Prefix,
-// First) and the following.
+// Change lets the first members of Prefix join a room, or leave it when Leave is set.
 type Change struct {
 	Room   string `json:"room"`
 	Prefix string `json:"prefix"`
-	First  int    `json:"first"`
 	Count  int    `json:"count"`
 	Node   string `json:"node"`
 	Leave  bool   `json:"leave"`
@@ -139,7 +137,7 @@ func controllerRole(ctx context.Context, p *part) error {
 	})
 	handle(p, "change", func(ctx context.Context, c Change) (none, error) {
 		for i := range c.Count {
-			user := UserID(c.Prefix, c.First+i)
+			user := UserID(c.Prefix, i)
 			var err error
 			if c.Leave {
 				_, err = memory.Leave(ctx, refcontroller.Leave{User: user, Room: c.Room, Reporter: refcontroller.Reporter{Node: c.Node}})
@@ -158,7 +156,6 @@ func controllerRole(ctx context.Context, p *part) error {
 // nodesArg says which Connect-Nodes a process is.
 type nodesArg struct {
 	Etcd  string `json:"etcd"`
-	First int    `json:"first"`
 	Count int    `json:"count"`
 	Users int    `json:"users"` // online, on each node
 }
@@ -180,7 +177,7 @@ func nodesRole(ctx context.Context, p *part) error {
 	p.onStop(func() { _ = etcd.Close() })
 	nodes := make(map[string]string, arg.Count)
 	for i := range arg.Count {
-		id := NodeID(arg.First + i)
+		id := NodeID(i)
 		srv, err := node.New(node.Config{NodeID: id, Sessions: taking{online: arg.Users}})
 		if err != nil {
 			return err

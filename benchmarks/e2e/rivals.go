@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -104,7 +105,7 @@ func floorRole(ctx context.Context, p *part) error {
 		grpc.StaticStreamWindowSize(256<<10),
 		grpc.StaticConnWindowSize(1<<20),
 	)
-	answer, err := userReply().MarshalVT()
+	answer, err := proto.Marshal(userReply())
 	if err != nil {
 		return fmt.Errorf("encode the reply: %w", err)
 	}
@@ -264,63 +265,4 @@ func (n *naive) BroadcastMessage(ctx context.Context, r *pubsub.BroadcastMessage
 		return nil, failed
 	}
 	return broadcastReply(delivered), nil
-}
-
-// Bounds of the channel design: what may wait for a node, and who sends it.
-const (
-	channelLength  = 1024
-	channelSenders = 32
-)
-
-// channels is the design of many push systems: look-ups are cached, a push goes
-// into the channel of its node and is answered at once, and goroutines behind the
-// channel make a unary call for each. Nobody waits for a node to confirm. A full
-// channel makes its callers wait, so that nothing is dropped and rates compare.
-type channels struct {
-	*naive
-
-	users  sync.Map // user id -> node id
-	queues map[string]chan *pubsub.PushMessageRequest
-}
-
-func channelRole(ctx context.Context, p *part) error {
-	n, err := newNaive(p)
-	if err != nil {
-		return err
-	}
-	c := &channels{naive: n, queues: map[string]chan *pubsub.PushMessageRequest{}}
-	for id, node := range n.nodes {
-		queue := make(chan *pubsub.PushMessageRequest, channelLength)
-		c.queues[id] = queue
-		for range channelSenders {
-			go func() { // ends with the process
-				for r := range queue {
-					_, _ = node.PushMessage(ctx, r) // nobody is told: that is the design
-				}
-			}()
-		}
-	}
-	srv := grpc.NewServer()
-	pubsub.RegisterPushManagerServiceServer(srv, c)
-	return serveRival(ctx, p, srv)
-}
-
-// PushToUser puts the push into the channel of the user's node.
-func (c *channels) PushToUser(ctx context.Context, r *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
-	node, ok := c.users.Load(r.GetUserId())
-	if !ok {
-		where, err := c.controller.GetUserNode(ctx, &pubsub.GetUserNodeRequest{UserId: r.GetUserId()})
-		if err != nil {
-			return nil, err
-		}
-		node = where.GetNodeId()
-		c.users.Store(r.GetUserId(), node)
-	}
-	id, _ := node.(string)
-	select {
-	case c.queues[id] <- &pubsub.PushMessageRequest{UserId: r.GetUserId(), Content: r.GetContent()}:
-		return userReply(), nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 }

@@ -78,9 +78,7 @@ func (b *Bench) streaming(work Work) Load {
 // batching is streaming with many pushes in a message.
 func (b *Bench) batching(work Work) Load {
 	l := b.streaming(work)
-	if b.opts.Client != GRPC { // only our own client sends batches
-		l.Batch = batchOf
-	}
+	l.Batch = batchOf
 	return l
 }
 
@@ -131,7 +129,7 @@ func userSuite(ctx context.Context, b *Bench) (*Result, error) {
 	defer w.Close(context.WithoutCancel(ctx))
 	load := b.closed(b.users())
 	slots := []Slot{{"pm", pm, load}, {"pm again", pm, load}}
-	for _, role := range []string{"echo", "floor", "naive", "channel"} {
+	for _, role := range []string{"echo", "floor", "naive"} {
 		s, err := w.Rival(ctx, role)
 		if err != nil {
 			return nil, err
@@ -340,7 +338,7 @@ func (r *Result) openBars(rate float64, t Table) {
 		return
 	}
 	p99 := func(s Series, class string) Figure {
-		return bootstrap(len(s), func(rounds []int) float64 { return s.quantile(class, 0.99, rounds) * 1e3 })
+		return bootstrap(len(s), func(rounds []int) float64 { return s.Quantile(class, 0.99, rounds...) * 1e3 })
 	}
 	for _, bar := range []struct {
 		class string
@@ -349,7 +347,7 @@ func (r *Result) openBars(rate float64, t Table) {
 		r.bar(Bar{What: at + "p99 ms of " + bar.class, Figure: p99(pm, bar.class), Limit: bar.limit, Kind: AtMost}, pm)
 	}
 	ratio := bootstrap(min(len(pm), len(echo)), func(rounds []int) float64 {
-		return pm.quantile("user", 0.99, rounds) / echo.quantile("user", 0.99, rounds)
+		return pm.Quantile("user", 0.99, rounds...) / echo.Quantile("user", 0.99, rounds...)
 	})
 	r.bar(Bar{What: at + "p99 of user / stock echo", Figure: ratio, Limit: 2, Kind: AtMost}, pm, echo)
 }

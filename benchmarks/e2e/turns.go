@@ -34,6 +34,7 @@ type Turn struct {
 	Frames, FrameBytes, Deliveries float64
 	// CPU time of the load generator and of the nodes, meanwhile.
 	LoadCPU, NodesCPU time.Duration
+	Parts             map[string]time.Duration // of CPU, by process, where there are several
 	Latency           map[string]*Histogram
 }
 
@@ -124,22 +125,32 @@ type Series []*Turn
 // Table has the series of all slots by name.
 type Table map[string]Series
 
-// Rounds lets the slots take turns, in a new random order in each round.
+// Rounds lets the slots take turns.
 func (b *Bench) Rounds(ctx context.Context, title string, slots []Slot) (Table, error) {
+	byName, names := map[string]Slot{}, make([]string, len(slots))
+	for i, s := range slots {
+		names[i] = s.Name
+		byName[s.Name] = s
+	}
+	return b.turns(title, names, func(name string) (*Turn, error) { return byName[name].Turn(ctx) })
+}
+
+// turns lets all of some names take a turn in each round, in an order that is drawn anew.
+func (b *Bench) turns(title string, names []string, turn func(name string) (*Turn, error)) (Table, error) {
 	table := Table{}
-	order := slices.Clone(slots)
+	order := slices.Clone(names)
 	begin := time.Now()
 	for range b.opts.Rounds {
 		rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
-		for _, s := range order {
-			turn, err := s.Turn(ctx)
+		for _, name := range order {
+			t, err := turn(name)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %s: %w", title, s.Name, err)
+				return nil, fmt.Errorf("%s: %s: %w", title, name, err)
 			}
-			table[s.Name] = append(table[s.Name], turn)
+			table[name] = append(table[name], t)
 		}
 	}
-	b.progress("# %s: %d rounds of %d turns in %.0f s", title, b.opts.Rounds, len(slots), time.Since(begin).Seconds())
+	b.progress("# %s: %d rounds of %d turns in %.0f s", title, b.opts.Rounds, len(names), time.Since(begin).Seconds())
 	return table, nil
 }
 
@@ -204,47 +215,49 @@ func median(values []float64) float64 {
 
 // Ratio is the median over the rounds of what metric says of a by what it says of b.
 func Ratio(a, b Series, metric func(*Turn) float64) Figure {
-	return bootstrap(min(len(a), len(b)), func(rounds []int) float64 {
-		ratios := make([]float64, len(rounds))
-		for i, r := range rounds {
-			ratios[i] = metric(a[r]) / metric(b[r])
-		}
-		return median(ratios)
-	})
+	ratios := make([]float64, min(len(a), len(b)))
+	for i := range ratios {
+		ratios[i] = metric(a[i]) / metric(b[i])
+	}
+	return medianOf(ratios)
 }
 
 // Median is that of a metric over the rounds.
 func Median(s Series, metric func(*Turn) float64) Figure {
-	return bootstrap(len(s), func(rounds []int) float64 {
-		values := make([]float64, len(rounds))
+	values := make([]float64, len(s))
+	for i, t := range s {
+		values[i] = metric(t)
+	}
+	return medianOf(values)
+}
+
+func medianOf(values []float64) Figure {
+	sample := make([]float64, len(values))
+	return bootstrap(len(values), func(rounds []int) float64 {
 		for i, r := range rounds {
-			values[i] = metric(s[r])
+			sample[i] = values[r]
 		}
-		return median(values)
+		return median(sample)
 	})
 }
 
-// Quantile is that of the latencies of a class over all rounds, in seconds.
-func (s Series) Quantile(class string, q float64) float64 {
-	return s.quantile(class, q, nil)
-}
-
-func (s Series) quantile(class string, q float64, rounds []int) float64 {
+// Quantile is that of the latencies of a class, or of all if it is empty, in seconds: over some
+// rounds, or over all if none is given.
+func (s Series) Quantile(class string, q float64, rounds ...int) float64 {
+	some := s
+	if len(rounds) > 0 {
+		some = nil
+		for _, r := range rounds {
+			some = append(some, s[r])
+		}
+	}
 	var sum Histogram
-	add := func(t *Turn) {
+	for _, t := range some {
 		for name, h := range t.Latency {
 			if class == "" || class == name {
 				sum.Merge(h)
 			}
 		}
-	}
-	if rounds == nil {
-		for _, t := range s {
-			add(t)
-		}
-	}
-	for _, r := range rounds {
-		add(s[r])
 	}
 	return sum.Quantile(q).Seconds()
 }

@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -43,9 +45,9 @@ func RoomID(prefix string, i int) string { return "room-" + prefix + "-" + strco
 
 // messages is a Work, encoded.
 type messages struct {
-	unary  [classes][]raw
-	stream []raw // pushes of the one class that has a share, each with its place as id
-	batch  []raw // the same as parts of a batch
+	unary  [classes][]raw // with the prefix of gRPC
+	stream []raw          // pushes of the one class that has a share, each with its place as id
+	batch  []raw          // the same as parts of a batch
 	mix    [3]int
 	sum    int
 }
@@ -58,28 +60,32 @@ func (w Work) encode() (*messages, error) {
 	if m.sum == 0 || w.Mix[toUser] > 0 && w.UserN == 0 || w.Mix[toRoom] > 0 && w.RoomN == 0 {
 		return nil, fmt.Errorf("work without anything to do: %+v", w)
 	}
-	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: make([]byte, w.Payload), Timestamp: 1_700_000_000}
-	for i := range content.Data {
-		content.Data[i] = 'a' + byte(i%26)
-	}
-	add := func(c class, b []byte, err error) error {
-		m.unary[c] = append(m.unary[c], raw{b})
+	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: letters(w.Payload), Timestamp: 1_700_000_000}
+	add := func(c class, request proto.Message) error {
+		b, err := proto.Marshal(request)
+		m.unary[c] = append(m.unary[c], raw{append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...)})
 		return err
 	}
 	for i := range w.UserN {
-		b, err := (&pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}).MarshalVT()
-		if err := add(toUser, b, err); err != nil {
+		if err := add(toUser, &pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}); err != nil {
 			return nil, err
 		}
 	}
 	for i := range w.RoomN {
-		b, err := (&pubsub.PushToRoomRequest{RoomId: RoomID(w.Rooms, i), Content: content}).MarshalVT()
-		if err := add(toRoom, b, err); err != nil {
+		if err := add(toRoom, &pubsub.PushToRoomRequest{RoomId: RoomID(w.Rooms, i), Content: content}); err != nil {
 			return nil, err
 		}
 	}
-	b, err := (&pubsub.BroadcastMessageRequest{Content: content}).MarshalVT()
-	return m, add(toAll, b, err)
+	return m, add(toAll, &pubsub.BroadcastMessageRequest{Content: content})
+}
+
+// letters is a payload.
+func letters(n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = 'a' + byte(i%26)
+	}
+	return b
 }
 
 // forStream returns at least least pushes for a PushStream, whose ids are their
@@ -99,7 +105,7 @@ func (m *messages) forStream(least int) []raw {
 		b := protowire.AppendTag(nil, 1, protowire.VarintType)
 		b = protowire.AppendVarint(b, uint64(i))
 		b = protowire.AppendTag(b, field, protowire.BytesType)
-		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b)
+		m.stream[i].b = protowire.AppendBytes(b, from[i%len(from)].b[prefix:])
 		m.batch[i].b = protowire.AppendBytes([]byte{batchTag}, m.stream[i].b)
 	}
 	return m.stream
@@ -132,16 +138,6 @@ func (m *messages) streamClass() class {
 		return toRoom
 	}
 	return toUser
-}
-
-// fits tells whether all messages can be sent by a wire.
-func (m *messages) fits() bool {
-	for _, all := range m.unary {
-		if len(all) > 0 && len(all[0].b) > maxRaw/2 { // ids and the frame of a stream vary
-			return false
-		}
-	}
-	return true
 }
 
 // succeeded reads success from the reply of a unary call, where it stands first.

@@ -4,6 +4,7 @@
 //	pushbench bars [SUITE]      runs all suites that have bars; exits with 1 if one falls short
 //	pushbench suites [SUITE]    runs suites and prints their tables
 //	pushbench compare BASE [LOAD] holds Push-Manager against another build of it
+//	pushbench clients           the whole way to WebSocket clients, 100 and 1,000 in a room
 //	pushbench overload          floods Push-Manager; exits with 1 if it does not stand it
 //	pushbench profile [LOAD]    CPU and allocation profiles of Push-Manager under load
 package main
@@ -31,7 +32,6 @@ type options struct {
 	Conns          int           `default:"4"     help:"Connections from the load generator to each server."`
 	InFlight       int           `default:"128"   help:"Callers of a closed loop."`
 	StreamInFlight int           `default:"1000"  help:"Unanswered pushes of each PushStream."`
-	Client         string        `help:"Client of the load generator: grpc for grpc-go's, else our own, which is cheaper."`
 	Binary         string        `help:"A push-manager to measure. Default: built from this module."  type:"existingfile"`
 	Env            []string      `help:"Environment of Push-Manager, as NAME=VALUE."                  short:"e"`
 	JSON           string        `help:"File that gets the results as JSON, one suite on a line."     type:"path"`
@@ -48,6 +48,11 @@ type suitesCommand struct {
 type compareCommand struct {
 	Base  string   `arg:"" help:"The other push-manager." type:"existingfile"`
 	Names []string `arg:"" help:"Only these loads."       optional:""`
+}
+
+type clientsCommand struct {
+	Base       string `help:"Another push-manager, with its Connect-Node and Controller, to hold it against." type:"existingfile"`
+	Centrifugo string `help:"A Centrifugo 6 to hold it against."                                               type:"existingfile"`
 }
 
 type overloadCommand struct{}
@@ -68,6 +73,7 @@ func main() {
 		Bars     barsCommand     `cmd:"" help:"Run all suites that have bars; exit with 1 if one falls short."`
 		Suites   suitesCommand   `cmd:"" help:"Run suites and print their tables."`
 		Compare  compareCommand  `cmd:"" help:"Hold Push-Manager against another build of it, in the same rounds."`
+		Clients  clientsCommand  `cmd:"" help:"Measure the whole way to WebSocket clients: CPU of all servers, latency, memory."`
 		Overload overloadCommand `cmd:"" help:"Offer 2 and 5 times what it can do; exit with 1 if it does not stand that."`
 		Profile  profileCommand  `cmd:"" help:"Profile Push-Manager under load."`
 	}
@@ -90,7 +96,7 @@ func say(line string) {
 
 func (o *options) start(ctx context.Context) (*e2e.Bench, error) {
 	return e2e.Start(ctx, e2e.Options{
-		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight, Client: o.Client,
+		Rounds: o.Rounds, Turn: o.Turn, Conns: o.Conns, InFlight: o.InFlight, StreamInFlight: o.StreamInFlight,
 		Binary: o.Binary, Env: o.Env, Progress: os.Stderr,
 	})
 }
@@ -125,18 +131,22 @@ func (c *suitesCommand) Run(ctx context.Context, o *options) error {
 	return nil
 }
 
+// results is where results go as JSON.
+func (o *options) results() (io.WriteCloser, error) {
+	if o.JSON == "" {
+		return os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	}
+	return os.Create(o.JSON)
+}
+
 // suites runs suites one after the other and prints their tables. One that fails does
 // not keep the others from running.
 func (o *options) suites(ctx context.Context, names []string, bars bool) (results []*e2e.Result, err error) {
-	var out io.Writer = io.Discard
-	if o.JSON != "" {
-		f, err := os.Create(o.JSON)
-		if err != nil {
-			return nil, err
-		}
-		defer func() { _ = f.Close() }()
-		out = f
+	out, err := o.results()
+	if err != nil {
+		return nil, err
 	}
+	defer func() { _ = out.Close() }()
 	b, err := o.start(ctx)
 	if err != nil {
 		return nil, err
@@ -173,6 +183,25 @@ func (c *compareCommand) Run(ctx context.Context, o *options) error {
 	results, err := b.Compare(ctx, c.Base, c.Names)
 	for _, r := range results {
 		err = errors.Join(err, r.Write(os.Stdout))
+	}
+	return err
+}
+
+// Run implements a command of kong.
+func (c *clientsCommand) Run(ctx context.Context, o *options) error {
+	out, err := o.results()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = out.Close() }()
+	b, err := o.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	results, err := b.Clients(ctx, c.Base, c.Centrifugo)
+	for _, r := range results {
+		err = errors.Join(err, r.Write(os.Stdout), r.WriteJSON(out))
 	}
 	return err
 }

@@ -1,110 +1,16 @@
+// Pushload pushes to a Push-Manager at a rate and reports what became of the pushes
+// and how long they took, from the moment that each was due.
+//
+// It exits with 0 when the rate was achieved and few pushes went wrong, with 1 when
+// the rate fell short by more than a twentieth, when more went wrong than
+// --max-errors allows or nothing could be measured, and with 2 when it was called
+// wrongly. Ctrl-C ends a run early: the results are those until then.
 package main
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"io"
 	"os"
-	"os/signal"
-	"syscall"
 
-	"github.com/alecthomas/kong"
-
-	"github.com/push-manager/push-manager/internal/load"
-	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
+	"github.com/push-manager/push-manager/internal/pushload"
 )
 
-// The exit codes.
-const (
-	exitOK     = 0
-	exitFailed = 1
-	exitUsage  = 2
-)
-
-// usageError is a mistake on the command line that kong cannot see.
-type usageError struct{ text string }
-
-func (e *usageError) Error() string { return e.text }
-
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// The first signal ends the run with its results, the second one at once.
-	context.AfterFunc(ctx, stop)
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// run executes one command line and returns its exit code.
-func run(ctx context.Context, args []string, out, errOut io.Writer) (code int) {
-	var f flags
-	type exit int
-	defer func() {
-		if e := recover(); e != nil {
-			status, ok := e.(exit)
-			if !ok {
-				panic(e)
-			}
-			code = int(status)
-		}
-	}()
-	parser, err := kong.New(&f, kong.Name("pushload"),
-		kong.Description("Pushes to a Push-Manager at a rate and measures what becomes of the pushes."),
-		kong.Writers(out, errOut),
-		kong.Exit(func(code int) { panic(exit(code)) }), // --help
-	)
-	if err != nil {
-		return fail(errOut, err, exitFailed)
-	}
-	if _, err := parser.Parse(args); err != nil {
-		return fail(errOut, fmt.Errorf("%w (pushload --help shows how)", err), exitUsage)
-	}
-	cfg, err := f.config()
-	var usage *usageError
-	switch {
-	case errors.As(err, &usage):
-		return fail(errOut, err, exitUsage)
-	case err != nil:
-		return fail(errOut, err, exitFailed)
-	}
-	return f.measure(ctx, cfg, out, errOut)
-}
-
-// measure does the run and writes its results.
-func (f *flags) measure(ctx context.Context, cfg load.Config, out, errOut io.Writer) int {
-	files, err := f.create(out)
-	if err != nil {
-		return fail(errOut, err, exitFailed)
-	}
-	defer files.abandon()
-	live := newLive(errOut, f.Quiet, cfg)
-	cfg.OnProgress = live.show
-	res, err := load.Run(ctx, cfg)
-	live.clear()
-	switch {
-	case errors.Is(err, load.ErrUnreachable):
-		return fail(errOut, fmt.Errorf("%w; start everything on this machine with: push-manager dev", err), exitFailed)
-	case err != nil:
-		return fail(errOut, err, exitFailed)
-	}
-	rep := newReport(res, f.MaxErrors)
-	if !f.Quiet && f.JSON != "-" {
-		if err := rep.text(newPen(out)); err != nil {
-			return fail(errOut, fmt.Errorf("print the results: %w", err), exitFailed)
-		}
-	} else {
-		rep.complain(newPen(errOut))
-	}
-	if err := files.write(rep); err != nil {
-		return fail(errOut, err, exitFailed)
-	}
-	if len(rep.Short) > 0 {
-		return exitFailed
-	}
-	return exitOK
-}
-
-// fail prints the one line that says why, and returns code.
-func fail(w io.Writer, err error, code int) int {
-	_, _ = fmt.Fprintf(w, "pushload: %v\n", err)
-	return code
-}
+func main() { os.Exit(pushload.Main()) }

@@ -5,18 +5,19 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
-// conn is one client. Its messages wait in a bounded queue for its writer, a
-// goroutine that lives while there is something to write. The writer is the only
-// one that writes, in whole frames, several in one write where they are there.
+// conn is one client. Its messages wait in a bounded queue for a writer. One goroutine at
+// a time writes, in whole frames, several in one write where they are there.
 type conn struct {
 	// Static.
 	g        *Gateway
 	net      net.Conn
+	raw      syscall.RawConn // of net, or nil where only net can write
 	user     string
 	name     string
 	userJSON []byte
@@ -32,9 +33,11 @@ type conn struct {
 	queue   []*frame
 	frames  int    // queued or being written
 	bytes   int    // of them
-	writing bool   // a writer lives
+	writing bool   // it is in line for a writer, or has one
 	closed  bool   // nothing is taken any more
 	code    uint16 // of the close frame that is to follow the queue, or 0
+
+	behind *conn // in the line; guarded by line.mu
 }
 
 // taken is what became of a frame.
@@ -83,15 +86,14 @@ func (c *conn) send(f *frame, room string) taken {
 	return queued
 }
 
-// startLocked makes sure that there is a writer.
+// startLocked makes sure that a writer comes.
 func (c *conn) startLocked() {
 	if c.writing {
 		return
 	}
 	c.writing = true
 	c.g.writers.Add(1)
-	// The connection's reader holds the group open: see Gateway.begin.
-	c.g.clients.Go(c.writeLoop)
+	c.g.enqueue(c)
 }
 
 // bye closes the connection with a code, which the client gets after what waits for
@@ -137,40 +139,143 @@ func (c *conn) settleLocked(frames []*frame) {
 // from where all their readers have them.
 const writeBytes, copyBytes = 16 << 10, 4 << 10
 
-// writeLoop writes until the queue is empty.
-func (c *conn) writeLoop() {
-	defer c.g.writers.Add(-1)
-	var batch, rest []*frame // rest of the batch
-	defer c.g.caught("writer", func() {
-		c.settle(rest)
-		c.shut()
-	})
-	buf := c.g.buffers.take()
-	defer c.g.buffers.release(buf)
+// line is the connections that wait for a writer, in the order in which they came. A push
+// to a room makes a thousand of them ready at once: a goroutine for each would cost more than
+// all else but the write itself.
+type line struct {
+	mu sync.Mutex
+	// Guarded by mu.
+	first, last *conn
+	writers     int
+}
+
+// maxWriters bounds the goroutines that write to clients who take what they get. They do not
+// wait for anything, so more than cores are of no use.
+const maxWriters = 16
+
+// enqueue puts a connection at the end of the line, and makes sure that somebody works it off.
+func (g *Gateway) enqueue(c *conn) {
+	l := &g.line
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.first == nil {
+		l.first = c
+	} else {
+		l.last.behind = c
+	}
+	l.last = c
+	if l.writers < g.cores {
+		l.writers++
+		// The connection's reader holds the group open: see Gateway.begin.
+		g.clients.Go(g.writeLoop)
+	}
+}
+
+// writeLoop writes to the connections in the line until there is none. One whose socket takes
+// no more gets a goroutine of its own, which may wait.
+func (g *Gateway) writeLoop() {
+	w := g.takeWriter()
 	for {
-		var code uint16
-		if batch, code = c.next(batch); len(batch) == 0 {
-			if code != 0 {
-				c.writeClose(code)
-			}
+		l := &g.line
+		l.mu.Lock()
+		c := l.first
+		if c == nil {
+			l.writers--
+			l.mu.Unlock()
+			g.idle.Put(w)
 			return
 		}
-		rest = batch
-		for len(rest) > 0 && !c.hurried.Load() {
-			n, tail := 0, []byte(nil)
-			for n < len(rest) && len(tail) == 0 && len(buf.b) < writeBytes {
-				buf.b, tail = rest[n].appendTo(buf.b, c.userJSON)
-				n++
+		if l.first, c.behind = c.behind, nil; l.first == nil {
+			l.last = nil
+		}
+		l.mu.Unlock()
+		if !c.write(w, false) {
+			blocked := w
+			g.clients.Go(func() {
+				c.write(blocked, true)
+				g.idle.Put(blocked)
+			})
+			w = g.takeWriter()
+		}
+	}
+}
+
+// writer is what a goroutine needs to write to clients.
+type writer struct {
+	queue []*frame // the memory of rest, exchanged for the next queue
+	rest  []*frame // taken from a queue and not settled yet
+	b     []byte   // the first of rest, gathered
+	n     int      // so many of them
+	tail  []byte   // the end of the last of them, when it is too long to be copied
+
+	try     func(fd uintptr) bool // writes of b what the socket takes
+	written int                   // by try
+	err     error
+}
+
+func (g *Gateway) takeWriter() *writer {
+	if w, ok := g.idle.Get().(*writer); ok {
+		return w
+	}
+	w := new(writer)
+	w.try = func(fd uintptr) bool {
+		w.written, w.err = writeNow(fd, w.b)
+		return true
+	}
+	return w
+}
+
+// write writes what is queued, and returns true when the connection needs nobody any more, or
+// is in the line again. Without wait it returns false when it would have to wait for the
+// client: then w has what is left, and write goes on with that.
+func (c *conn) write(w *writer, wait bool) (ended bool) {
+	defer c.g.caught("writer", func() {
+		c.settle(w.rest)
+		w.rest, w.b, w.n, w.tail = nil, w.b[:0], 0, nil
+		c.shut()
+		c.g.writers.Add(-1)
+		ended = true
+	})
+	for first := true; ; first = false {
+		if len(w.rest) == 0 {
+			code, more := c.next(w, wait, first)
+			switch {
+			case len(w.rest) > 0:
+			case more: // others have waited, too
+				c.g.enqueue(c)
+				return true
+			case code != 0 && !wait:
+				return false
+			default:
+				if code != 0 {
+					c.writeClose(code)
+				}
+				c.g.writers.Add(-1)
+				return true
 			}
-			if c.write(buf, tail) != nil {
-				c.shut()
+		}
+		for len(w.rest) > 0 {
+			if w.n == 0 && c.hurried.Load() {
+				c.settle(w.rest)
+				w.rest = nil
 				break
 			}
-			c.settle(rest[:n])
-			rest = rest[n:]
+			for w.n == 0 || w.n < len(w.rest) && len(w.tail) == 0 && len(w.b) < writeBytes {
+				w.b, w.tail = w.rest[w.n].appendTo(w.b, c.userJSON)
+				w.n++
+			}
+			if !wait && (c.raw == nil || len(w.tail) > 0) {
+				return false
+			}
+			if left, err := c.writeGathered(w, wait); err != nil {
+				c.shut()
+				w.n = len(w.rest) // the others are not written either
+			} else if left {
+				return false
+			}
+			c.settle(w.rest[:w.n])
+			w.rest, w.b, w.n, w.tail = w.rest[w.n:], w.b[:0], 0, nil
 		}
-		c.settle(rest) // It is left when the connection is closed or about to be.
-		rest = nil
 	}
 }
 
@@ -180,49 +285,58 @@ func (c *conn) settle(frames []*frame) {
 	c.settleLocked(frames)
 }
 
-// next takes what is queued and gives the last batch's slice back. When there is
-// nothing the writer has ended, and writes the close frame if there is a code.
-func (c *conn) next(done []*frame) ([]*frame, uint16) {
-	clear(done)
+// next takes what is queued. When there is nothing the connection has no writer any more, or
+// one that writes the close frame if there is a code. Who does not wait takes one queue and
+// leaves the next one to whoever is first in line.
+func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
+	clear(w.queue)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.queue) > 0 {
-		batch := c.queue
-		c.queue = done[:0]
-		return batch, 0
+	switch {
+	case len(c.queue) > 0 && !wait && !first:
+		return 0, true
+	case len(c.queue) > 0:
+		w.rest, c.queue = c.queue, w.queue[:0]
+		w.queue = w.rest
+		return 0, false
+	case c.code != 0 && !wait:
+		return c.code, false
 	}
 	if cap(c.queue) > 16 {
 		c.queue = nil // An idle connection keeps little.
 	}
-	code := c.code
-	c.code = 0
+	code, c.code = c.code, 0
 	c.writing = code != 0 // Nobody writes after a close frame.
-	return nil, code
+	return code, false
 }
 
-// write writes what is gathered and tail, and empties the buffer.
-func (c *conn) write(buf *buffer, tail []byte) error {
-	c.setWriteDeadline()
-	var n int64
-	var err error
-	if len(tail) == 0 {
-		var written int
-		written, err = c.net.Write(buf.b)
-		n = int64(written)
-	} else {
-		buf.two = [2][]byte{buf.b, tail}
-		buf.vector = buf.two[:]
-		n, err = buf.vector.WriteTo(c.net)
-		clear(buf.two[:])
+// writeGathered writes what is gathered. Without wait some may be left.
+func (c *conn) writeGathered(w *writer, wait bool) (left bool, err error) {
+	if wait {
+		c.setWriteDeadline(c.g.cfg.WriteTimeout)
+		both := net.Buffers{w.b, w.tail}
+		n, err := both.WriteTo(c.net)
+		c.setWriteDeadline(0) // A write that does not wait fails behind a deadline, too.
+		c.g.count.bytesSent.AddInt64(n)
+		return false, err //nolint:wrapcheck // It ends the connection and is shown to nobody.
 	}
-	c.g.count.bytesSent.AddInt64(n)
-	buf.b = buf.b[:0]
-	return err //nolint:wrapcheck // It ends the connection and is shown to nobody.
+	w.written, w.err = 0, nil
+	if err := c.raw.Write(w.try); err != nil {
+		return false, err //nolint:wrapcheck // As above.
+	}
+	c.g.count.bytesSent.Add(w.written)
+	w.b = w.b[:copy(w.b, w.b[w.written:])]
+	return len(w.b) > 0, w.err
 }
 
-func (c *conn) setWriteDeadline() {
-	_ = c.net.SetWriteDeadline(time.Now().Add(c.g.cfg.WriteTimeout)) // An error shows in the write.
-	if c.hurried.Load() {                                            // Whoever hurries sets the deadline after the flag.
+// setWriteDeadline bounds the next write; 0 is for no bound.
+func (c *conn) setWriteDeadline(d time.Duration) {
+	var at time.Time
+	if d > 0 {
+		at = time.Now().Add(d)
+	}
+	_ = c.net.SetWriteDeadline(at) // An error shows in the write.
+	if c.hurried.Load() {          // Whoever hurries sets the deadline after the flag.
 		_ = c.net.SetWriteDeadline(time.Now().Add(c.g.cfg.CloseTimeout))
 	}
 }
@@ -230,7 +344,7 @@ func (c *conn) setWriteDeadline() {
 // writeClose writes the last frame and leaves it to the client to close: closing here
 // while it still sends would take from it what it has not read.
 func (c *conn) writeClose(code uint16) {
-	c.setWriteDeadline()
+	c.setWriteDeadline(c.g.cfg.WriteTimeout)
 	if _, err := c.net.Write(closeFrame(code)); err != nil {
 		c.shut()
 		return
@@ -273,25 +387,4 @@ func (g *Gateway) crowded(frames, bytes int) bool {
 		return false
 	}
 	return held >= bound || frames > 0 && int64(bytes) > bound/2/max(g.writers.Load(), 1)
-}
-
-// buffers keeps the memory that writers gather frames in.
-type buffers struct{ pool sync.Pool }
-
-type buffer struct {
-	b      []byte
-	two    [2][]byte
-	vector net.Buffers // of two
-}
-
-func (p *buffers) take() *buffer {
-	if b, ok := p.pool.Get().(*buffer); ok {
-		return b
-	}
-	return new(buffer)
-}
-
-func (p *buffers) release(b *buffer) {
-	b.b = b.b[:0]
-	p.pool.Put(b)
 }

@@ -66,8 +66,10 @@
 //
 // # Goroutines
 //
-// Each connection has a reader, and a writer while something waits to be written;
-// Gateway.clients counts both, and Close waits for them. The servers and the sweep
-// end with Close, too. No lock is held while another package is called, and no two
-// of ours nest.
+// Each connection has a reader. As many writers as there are cores work off the connections
+// for which something waits, while there are any. They do not wait for a client: one whose
+// socket takes no more gets a writer of its own until its queue is empty. Gateway.clients
+// counts them all, and Close waits for them. The servers and the sweep end with Close, too.
+// No lock is held while another package is called, and no two of ours nest, but for that of
+// the line of connections, which is the innermost.
 package refgateway

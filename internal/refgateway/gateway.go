@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,7 +49,9 @@ type Gateway struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	count    counters
-	buffers  buffers
+	cores    int       // that write to clients
+	line     line      // of connections that wait for them
+	idle     sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
 	writers atomic.Int64 // clients for whom something waits
@@ -76,7 +79,10 @@ func New(cfg Config) (*Gateway, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("gateway config: %w", err)
 	}
-	g := &Gateway{cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer()}
+	g := &Gateway{
+		cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer(),
+		cores: min(runtime.GOMAXPROCS(0), maxWriters),
+	}
 	var err error
 	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {

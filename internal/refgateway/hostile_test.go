@@ -251,6 +251,36 @@ func TestSlowClientIsToldThatItWasCutOff(t *testing.T) {
 	}
 }
 
+// TestClientThatReadsLateGetsAllInOrder: its socket is full meanwhile, so that it is written to
+// by a goroutine that waits, and before and after by those that do not.
+func TestClientThatReadsLateGetsAllInOrder(t *testing.T) {
+	g, n := start(t, newController(t), func(c *Config) { c.SocketBuffer = 4 << 10 })
+	late := deaf(t, g, "late")
+	const rounds, burst = 2, 40
+	for range rounds {
+		for i := range burst {
+			pushTo(t, n, "", strings.Repeat("x", i%3*2500)+fmt.Sprintf("#%d", i), "late")
+		}
+		for i := 0; i < burst; {
+			_, payload, err := late.frame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bytes.Contains(payload, []byte(`"type":"ready"`)) {
+				continue
+			}
+			if !bytes.Contains(payload, fmt.Appendf(nil, `#%d"`, i)) {
+				t.Fatalf("push %d: %.300s", i, payload)
+			}
+			i++
+		}
+		eventually(t, "nothing waits", func() bool { return g.writers.Load() == 0 })
+	}
+	if g.count.slow.Get() != 0 {
+		t.Error("it counts as slow")
+	}
+}
+
 // TestQueuesTogetherAreBounded: the slow ones are cut off, and nobody else.
 func TestQueuesTogetherAreBounded(t *testing.T) {
 	const bound, size, readers = 2 << 20, 32 << 10, 8

@@ -180,8 +180,13 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 
 // begin starts a connection that has been admitted.
 func (g *Gateway) begin(c *conn, sent []byte) {
-	if tcp, ok := c.net.(*net.TCPConn); ok && g.cfg.SocketBuffer > 0 {
-		_ = tcp.SetWriteBuffer(g.cfg.SocketBuffer) // The kernel's choice is good, too.
+	if tcp, ok := c.net.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			c.raw = raw
+		}
+		if g.cfg.SocketBuffer > 0 {
+			_ = tcp.SetWriteBuffer(g.cfg.SocketBuffer) // The kernel's choice is good, too.
+		}
 	}
 	var from io.Reader = c.net
 	if len(sent) > 0 {

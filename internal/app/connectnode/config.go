@@ -98,9 +98,9 @@ func (c *Config) LogConfig() telemetry.LogConfig { return c.Log }
 // Timeout implements cli.Settings.
 func (c *Config) Timeout() time.Duration { return c.DrainTimeout }
 
-// GarbageShare is asked by Main. A push is encoded once, so what a gateway throws away is
-// little beside what its connections hold: rare collections are not worth the memory.
-func (c *Config) GarbageShare() int { return 4 }
+// GarbageShare is asked by Main. A gateway allocates when clients come and next to nothing for
+// a push, so rare collections are not worth the memory.
+func (c *Config) GarbageShare() int { return 16 }
 
 // Start implements cli.Settings.
 func (c *Config) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {

@@ -1,13 +1,9 @@
-package main
+package pushload
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"encoding/xml"
-	"errors"
-	"io"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -76,12 +72,12 @@ func pushload(ctx context.Context, args ...string) (code int, out, errOut string
 	return code, o.String(), e.String()
 }
 
-func TestResultsAreTextAndJSONAndAPlot(t *testing.T) {
+func TestResultsAreTextAndJSON(t *testing.T) {
 	dir := t.TempDir()
-	js, svg := filepath.Join(dir, "r.json"), filepath.Join(dir, "r.svg")
+	js := filepath.Join(dir, "r.json")
 	// A busy machine may fall short of the rate: the exit code has a test of its own.
 	code, out, errOut := pushload(t.Context(), "--address", serve(t), "--rate=200", "--duration=500ms", "--warmup=100ms",
-		"--mix=user=3,room=1", "--max-errors=1", "--json", js, "--plot", svg)
+		"--mix=user=3,room=1", "--max-errors=1", "--json", js)
 	if code > exitFailed || errOut != "" {
 		t.Fatalf("exit %d, %q", code, errOut)
 	}
@@ -109,11 +105,6 @@ func TestResultsAreTextAndJSONAndAPlot(t *testing.T) {
 	if l := user.Latency; l == nil || l.P50 <= 0 || l.P50 > l.P99 || l.P99 > l.Max || l.Count != user.Pushes {
 		t.Errorf("latency %+v", l)
 	}
-	picture, err := os.ReadFile(svg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wellFormed(t, picture)
 	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
@@ -140,47 +131,6 @@ func TestJSONHasTheNamesThatAreDocumented(t *testing.T) {
 	}
 }
 
-func wellFormed(t *testing.T, picture []byte) {
-	t.Helper()
-	d := xml.NewDecoder(bytes.NewReader(picture))
-	lines := 0
-	for {
-		token, err := d.Token()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatalf("%v in %s", err, picture)
-		}
-		if e, is := token.(xml.StartElement); is && e.Name.Local == "path" {
-			lines++
-		}
-	}
-	if lines < 3 || bytes.Contains(picture, []byte("NaN")) || bytes.Contains(picture, []byte("Inf")) {
-		t.Errorf("%d lines in %s", lines, picture)
-	}
-}
-
-// A picture of next to nothing is a picture.
-func TestPlotsOfOddResults(t *testing.T) {
-	one := 0.5
-	for name, rep := range map[string]*report{
-		"nothing":    {Kinds: map[string]kindReport{}},
-		"one push":   {Kinds: map[string]kindReport{"user": {}}, Total: kindReport{Pushes: 1, Latency: &latency{Count: 1}, Distribution: [][2]float64{{0, 0.5}, {100, 0.5}}}},
-		"a gap":      {AskedRate: 1, WindowSeconds: 3, Timeline: []point{{Length: 1, P50: &one, P99: &one}, {At: 1, Length: 1}, {At: 2, Length: 1, P50: &one, P99: &one}}},
-		"all errors": {AskedRate: 5, WindowSeconds: 1, ErrorShare: 1, Total: kindReport{Pushes: 5}, Timeline: []point{{Length: 1, Errors: 5}}},
-		"nasty text": {Settings: settings{Addresses: []string{`<&">]]>`}}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var b bytes.Buffer
-			if err := rep.plot(&b); err != nil {
-				t.Fatal(err)
-			}
-			wellFormed(t, b.Bytes())
-		})
-	}
-}
-
 func TestExitCodes(t *testing.T) {
 	address := serve(t)
 	for name, tc := range map[string]struct {
@@ -201,7 +151,6 @@ func TestExitCodes(t *testing.T) {
 		"payload":         {exitUsage, "--payload", []string{"--payload=1 lot"}},
 		"payload of what": {exitUsage, "--payload-file", []string{"--payload-file=/nowhere"}},
 		"way":             {exitUsage, "--way", []string{"--way=train"}},
-		"plot":            {exitUsage, "does not end in .svg", []string{"--plot=x.png"}},
 		"duration":        {exitUsage, "--duration", []string{"--duration=1ns"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -270,8 +219,5 @@ func TestDurationsInThreeDigits(t *testing.T) {
 	}
 	if got := thousands(1234567) + " " + thousands(12) + " " + thousands(1000); got != "1,234,567 12 1,000" {
 		t.Error(got)
-	}
-	if math.Abs(niceAbove(0.13)-0.2) > 1e-9 || niceAbove(1000) != 1000 {
-		t.Error(niceAbove(0.13), niceAbove(1000))
 	}
 }

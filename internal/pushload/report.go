@@ -1,9 +1,10 @@
-package main
+package pushload
 
 import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -39,8 +40,6 @@ type report struct {
 
 	Short    []string `json:"short"`    // why the exit code is 1
 	Warnings []string `json:"warnings"` // what speaks against the figures
-
-	result *load.Result
 }
 
 type settings struct {
@@ -105,7 +104,7 @@ const shortfall = 0.05
 func newReport(r *load.Result, maxErrors float64) *report {
 	c := &r.Config
 	rep := &report{
-		Version: 1, Started: r.Started.UTC(), result: r,
+		Version: 1, Started: r.Started.UTC(),
 		WindowSeconds: r.Window.Seconds(), Stopped: r.Stopped,
 		AskedRate: c.Rate, AchievedRate: r.Rate(), ErrorShare: r.ErrorShare(),
 		Unsent: r.Unsent, Unfinished: r.Unfinished,
@@ -173,13 +172,12 @@ func newKind(f *load.Figures) kindReport {
 	return k
 }
 
-// quantiles are percentiles at even distances on the axis of a plot: ten for each nine
-// that so many values can show.
+// quantiles are percentiles ever closer to 100: ten for each nine that so many values can show.
 func quantiles(count int64) []float64 {
 	var all []float64
 	const perNine = 10
 	for i := 0; count > 0; i++ {
-		left := pow10(-float64(i) / perNine) // the share above
+		left := math.Pow(10, -float64(i)/perNine) // the share above
 		if left*float64(count) < 1 {
 			break
 		}

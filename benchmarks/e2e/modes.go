@@ -67,8 +67,8 @@ func (t *target) broken(i int) {
 	}
 }
 
-// rawCallers runs the modes in which a caller waits for its answer.
-func (r *run) rawCallers(ctx context.Context, t *target) error {
+// callers runs the modes in which a caller waits for its answer.
+func (r *run) callers(ctx context.Context, t *target) error {
 	return r.each(ctx, t, func(i int, w *wire, tally *tally) error {
 		rng := rand.New(rand.NewPCG(uint64(i), uint64(r.began.UnixNano())))
 		// One clock reading for all replies of one read: they arrived together.
@@ -134,25 +134,27 @@ func (r *run) request(rng *rand.Rand, now time.Time) (class, *raw, bool) {
 			return 0, nil, false
 		}
 	}
-	c, m := r.pick(rng)
+	c, m := r.messages.pick(rng)
 	return c, m, true
 }
 
-// rawStreams keeps a PushStream call on each connection.
-func (r *run) rawStreams(ctx context.Context, t *target) error {
+// streams keeps a PushStream call on each connection.
+func (r *run) streams(ctx context.Context, t *target) error {
 	all := r.messages.forStream(2 * r.load.InFlight)
 	if r.load.Batch > 0 {
 		all = r.messages.batch
+	}
+	if len(all[0].b) > maxFrame/2 {
+		return errors.New("pushes that do not fit into a frame go in unary calls only")
 	}
 	return r.each(ctx, t, func(_ int, w *wire, tally *tally) error {
 		s := &rawStream{
 			all: all, batch: r.load.Batch, limit: r.load.InFlight, tally: tally, class: r.messages.streamClass(), at: make([]time.Time, len(all)),
 		}
 		id, call := w.open("/pubsub.PushManagerService/PushStream")
-		call.push, call.window = s, w.streamWindow
+		call.push = s
 		for !s.over {
-			s.fill(w, id, r.until)
-			if err := w.flush(); err != nil {
+			if err := errors.Join(s.fill(w, id, r.until), w.flush()); err != nil {
 				return err
 			}
 			if err := w.read(nil); err != nil {
@@ -167,21 +169,63 @@ func (r *run) rawStreams(ctx context.Context, t *target) error {
 	})
 }
 
-// paced is one connection of an open loop, whose reader is not its writer.
-type paced struct {
+// duplex is a connection whose reader is not its writer.
+type duplex struct {
 	over chan struct{} // closed when nothing more is sent
 
-	mu   sync.Mutex
-	w    *wire // its reading side is the reader's
-	lost int   // requests that were not sent
+	mu sync.Mutex
+	w  *wire // its reading side is the reader's
 }
 
-// rawOpen sends at a fixed rate. The gaps are random (exponential), the latency counts
+// finish is called when nothing more is to be sent. It asks for something that is answered at
+// once, so that the reader looks whether it is done.
+func (d *duplex) finish() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.over)
+	_ = d.w.ping() // the reader sees that the connection is broken
+}
+
+// read calls take, under the lock, whenever there is something to read, and returns when all that
+// was sent has its answer.
+func (d *duplex) read(take func(now time.Time) error) error {
+	for {
+		if _, err := d.w.in.Peek(1); err != nil {
+			return err
+		}
+		d.mu.Lock()
+		err := take(time.Now())
+		if err == nil {
+			err = d.w.flush()
+		}
+		left := d.w.pending()
+		d.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		select {
+		case <-d.over:
+			if left == 0 {
+				return nil
+			}
+		default:
+		}
+	}
+}
+
+// paced is one connection of an open loop.
+type paced struct {
+	duplex
+
+	lost int // requests that were not sent
+}
+
+// open sends at a fixed rate. The gaps are random (exponential), the latency counts
 // from the moment that a request was due.
-func (r *run) rawOpen(ctx context.Context, t *target) error {
+func (r *run) open(ctx context.Context, t *target) error {
 	conns := make([]*paced, t.Conns)
 	for i := range conns {
-		conns[i] = &paced{over: make(chan struct{})}
+		conns[i] = &paced{duplex: duplex{over: make(chan struct{})}}
 	}
 	var pacing sync.WaitGroup
 	defer pacing.Wait()
@@ -198,12 +242,19 @@ func (r *run) rawOpen(ctx context.Context, t *target) error {
 				r.pace(ctx, conns)
 			})
 		})
-		return p.read(tally)
+		err := p.read(func(now time.Time) error { return w.read(func(call *inflight) { tally.add(call, now) }) })
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		tally.done += p.lost
+		tally.failed += p.lost
+		if p.lost > 0 {
+			tally.err = errBehind
+		}
+		return err
 	})
 }
 
-// pace sends until the time is over, and then something that is answered at once, so
-// that the readers look whether they are done.
+// pace sends until the time is over.
 func (r *run) pace(ctx context.Context, conns []*paced) {
 	rng := rand.New(rand.NewPCG(1, uint64(r.began.UnixNano())))
 	runtime.LockOSThread() // to sleep for less than a millisecond
@@ -218,16 +269,11 @@ func (r *run) pace(ctx context.Context, conns []*paced) {
 			ts := syscall.NsecToTimespec(int64(wait))
 			_ = syscall.Nanosleep(&ts, nil) // a signal wakes us early, and we look again
 		}
-		c, m := r.pick(rng)
+		c, m := r.messages.pick(rng)
 		conns[n%len(conns)].send(c, m, at)
 	}
 	for _, p := range conns {
-		p.mu.Lock()
-		close(p.over)
-		p.w.frame(framePing, 0, 0, 8)
-		p.w.out = append(p.w.out, make([]byte, 8)...)
-		_ = p.w.flush() // the reader sees that the connection is broken
-		p.mu.Unlock()
+		p.finish()
 	}
 }
 
@@ -241,44 +287,6 @@ func (p *paced) send(c class, m *raw, at time.Time) {
 	}
 	p.w.ask(c, m, at)
 	_ = p.w.flush() // the reader sees that the connection is broken
-}
-
-func (p *paced) read(tally *tally) error {
-	for {
-		if _, err := p.w.in.Peek(1); err != nil {
-			return err
-		}
-		if over, err := p.take(tally); over || err != nil {
-			return err
-		}
-	}
-}
-
-// take reads what is there, and tells whether all has been.
-func (p *paced) take(tally *tally) (over bool, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	if err := p.w.read(func(call *inflight) { tally.add(call, now) }); err != nil {
-		return false, err
-	}
-	if err := p.w.flush(); err != nil {
-		return false, err
-	}
-	select {
-	case <-p.over:
-	default:
-		return false, nil
-	}
-	if p.w.pending() > 0 {
-		return false, nil
-	}
-	tally.done += p.lost
-	tally.failed += p.lost
-	if p.lost > 0 {
-		tally.err = errBehind
-	}
-	return true, nil
 }
 
 var errBehind = errors.New("too many requests are under way")

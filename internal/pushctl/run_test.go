@@ -1,4 +1,4 @@
-package main
+package pushctl
 
 import (
 	"bufio"
@@ -35,7 +35,7 @@ const asPushctl = "BE_PUSHCTL"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asPushctl) != "" {
-		main()
+		os.Exit(Main())
 	}
 	goleak.VerifyTestMain(m,
 		goleak.Cleanup(func(code int) {
@@ -284,7 +284,7 @@ func dev(t *testing.T) (address map[string]string, webSocket string, lines []str
 		if built.dir, built.err = os.MkdirTemp("", "pushctl-test-"); built.err != nil {
 			return
 		}
-		if out, err := exec.Command("go", "build", "-o", built.dir+"/", "../push-manager").CombinedOutput(); err != nil {
+		if out, err := exec.Command("go", "build", "-o", built.dir+"/", "../../cmd/push-manager").CombinedOutput(); err != nil {
 			built.err = fmt.Errorf("%w\n%s", err, out)
 		}
 	})

@@ -1,4 +1,4 @@
-package main
+package pushload
 
 import (
 	"bufio"
@@ -45,7 +45,6 @@ type flags struct {
 
 	MaxErrors float64 `default:"0.01" help:"Largest share of pushes that may go wrong for exit code 0."`
 	JSON      string  `name:"json" placeholder:"FILE" help:"Write the results as JSON, - for standard output."`
-	Plot      string  `placeholder:"FILE.svg" help:"Draw the latencies."`
 	Quiet     bool    `short:"q" help:"Print only what went wrong."`
 }
 
@@ -107,7 +106,6 @@ func (f *flags) check() error {
 			wrong(true, flag, "%v", err)
 		}
 	}
-	wrong(f.Plot != "" && filepath.Ext(f.Plot) != ".svg", "plot", "%q does not end in .svg, which is what is drawn", f.Plot)
 	if err := errors.Join(errs...); err != nil {
 		return &usageError{strings.ReplaceAll(err.Error(), "\n", "; ")}
 	}
@@ -177,72 +175,38 @@ func readPayload(name string) (data []byte, err error) {
 	return data, nil
 }
 
-// files are where results go. They are made before the run, so that a wrong name costs
-// no hour of measuring, beside their names, so that a failed run leaves the last
-// results alone.
-type files struct {
-	out        io.Writer // for JSON, where it is asked for
-	json, plot *os.File
-	jsonName   string
-	plotName   string
+// file is where results go as JSON. It is made before the run, so that a wrong name costs
+// no hour of measuring, beside its name, so that a failed run leaves the last results alone.
+type file struct {
+	*os.File
+
+	name string
 }
 
-func (f *flags) create(out io.Writer) (_ *files, err error) {
-	all := &files{jsonName: f.JSON, plotName: f.Plot}
-	if f.JSON == "-" {
-		all.out = out
-	} else if f.JSON != "" {
-		if all.json, err = beside(f.JSON); err != nil {
-			return nil, fmt.Errorf("--json: %w", err)
-		}
+func (f *flags) create() (*file, error) {
+	if f.JSON == "" || f.JSON == "-" {
+		return nil, nil //nolint:nilnil // there is none
 	}
-	if f.Plot != "" {
-		if all.plot, err = beside(f.Plot); err != nil {
-			all.abandon()
-			return nil, fmt.Errorf("--plot: %w", err)
-		}
+	temporary, err := os.CreateTemp(filepath.Dir(f.JSON), "."+filepath.Base(f.JSON)+".*")
+	if err != nil {
+		return nil, fmt.Errorf("--json: %w", err)
 	}
-	return all, nil
+	return &file{temporary, f.JSON}, nil
 }
 
-func beside(name string) (*os.File, error) {
-	return os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
-}
-
-func (a *files) write(rep *report) error {
-	if a.out != nil {
-		if err := rep.json(a.out); err != nil {
-			return fmt.Errorf("write JSON: %w", err)
-		}
-	}
-	if a.json != nil {
-		if err := save(a.json, a.jsonName, rep.json); err != nil {
-			return fmt.Errorf("write JSON: %w", err)
-		}
-	}
-	if a.plot != nil {
-		if err := save(a.plot, a.plotName, rep.plot); err != nil {
-			return fmt.Errorf("draw: %w", err)
-		}
-	}
-	return nil
-}
-
-func save(file *os.File, name string, write func(io.Writer) error) error {
-	w := bufio.NewWriter(file)
+func (f *file) save(rep *report) error {
+	w := bufio.NewWriter(f)
 	const readable = 0o644
-	if err := errors.Join(write(w), w.Flush(), file.Chmod(readable), file.Close()); err != nil {
+	if err := errors.Join(rep.json(w), w.Flush(), f.Chmod(readable), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(file.Name(), name)
+	return os.Rename(f.Name(), f.name)
 }
 
-// abandon removes what was not written to its end.
-func (a *files) abandon() {
-	for _, file := range []*os.File{a.json, a.plot} {
-		if file != nil {
-			_ = file.Close()
-			_ = os.Remove(file.Name())
-		}
+// abandon removes what was not saved.
+func (f *file) abandon() {
+	if f != nil {
+		_ = f.Close()
+		_ = os.Remove(f.Name())
 	}
 }

@@ -1,0 +1,2 @@
+// Package pushctl is the command pushctl; cmd/pushctl says what it does.
+package pushctl

@@ -1,0 +1,2 @@
+// Package pushload is the command pushload; cmd/pushload says what it does.
+package pushload
