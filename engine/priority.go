@@ -53,6 +53,9 @@ func (p Priority) Rank() int { return int(p - Low) }
 // Share is the part of a bound, rounded up, that pushes of priority p may fill: half of it
 // for low, 7/8 for normal, 15/16 for high, all for critical. What is left is for those
 // above. A bound of a few is whole for all but low.
+//
+// It holds for all bounds that know priorities: places in flight (gate.go), a link's queue,
+// and the API's open calls, streams and memory.
 func (p Priority) Share(bound int) int {
 	const parts = 16
 	n := parts

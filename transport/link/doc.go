@@ -29,7 +29,9 @@
 //
 // A link reaches its node in one of two ways, see way: a stream (stream.go), or unary calls to a
 // node without Deliver (unary.go). The queue, the states and what they refuse are the link's
-// (link.go), dialling is run.go's, and whose turn it is to dial dials.go's.
+// (link.go), dialling is run.go's, and whose turn it is to dial dials.go's. What a tick of the
+// clock (clock.go) finds late, stalled or silent is decided by tickLocked of each way. Most of what
+// is logged of a node, once for all its links, is in set.go. The times and sizes are in config.go.
 //
 // A link does not choose users: which node a user's delivery goes to is decided before, by
 // the engine with the routes of engine/route. How a frame says for whom a delivery is, by user
