@@ -52,7 +52,7 @@ func TestDocumentsOfTheSettingsAreWhatTheTablesSay(t *testing.T) {
 	}
 	table := bytes.NewBufferString(`# Settings
 
-All settings of all programs, for who runs them. Written by ` + "`make generate`" + ` from the tables in ` + "`internal/app/*/config.go`" + `.
+All settings of all programs, for whoever runs them. Written by ` + "`make generate`" + ` from the tables in ` + "`internal/app/*/config.go`" + `.
 
 Each key is also a flag, unless it says that it is not: ` + "`etcd.dial_timeout`" + ` is ` + "`--etcd-dial-timeout`" + `. Flags come before environment
 variables, those before the file, that before the default. Only ` + "`push-manager serve`" + ` reads a file.

@@ -143,7 +143,7 @@ func (c *Config) bindLinks(s *config.Set) {
 	s.List(&l.Compression, "link.compression", compression.Off, "Codecs for frames to nodes, the preferred one first: s2 (cheap), zstd (small). Each node picks one that it knows. off: none.")
 	s.Bytes(&l.CompressionMinBytes, "link.compression_min_bytes", d.CompressionMinBytes, 1, 16<<20, "Size from which on a frame is compressed.")
 	s.Int(&l.AudienceMembers, "link.audience_members", d.AudienceMembers, 1, math.MaxInt32, "Members of all audiences that one stream names to its node.")
-	s.Int(&l.NodeUsers, "link.node_users", d.NodeUsers, 1, math.MaxInt32, "Users that one node may claim to have. A node that claims more is left alone, as after other lies.")
+	s.Int(&l.NodeUsers, "link.node_users", d.NodeUsers, 1, math.MaxInt32, "Users that one node may claim to have. A node that claims more is left alone, as after other protocol violations.")
 	s.Int(&l.UnaryLanes, "link.unary_lanes", d.UnaryLanes, 1, 1024, "Calls under way, for each shard, to a node without Deliver.")
 }
 
