@@ -48,6 +48,9 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 	open := s.metrics.inflight.Add(1) // before the look at draining: Drain sees the call, or it sees that
 	defer func() {
 		if err != nil {
+			if info.call != nil {
+				info.call.End() // what is refused is no work
+			}
 			s.leaveIdle()
 		}
 	}()

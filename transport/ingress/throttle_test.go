@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -146,6 +147,33 @@ func TestBusyIsAReasonToRefuse(t *testing.T) {
 	if got := w.metric(fmt.Sprintf("push_manager_refused_total{priority=%q,reason=%q}", "low", "busy")); refused == 0 || got != fmt.Sprint(refused) {
 		t.Errorf("%d are refused, %s counted", refused, got)
 	}
+}
+
+// A call that is refused, for whatever reason, is no work: it keeps nobody waiting.
+func TestRefusedCallsDoNotCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.Rate, c.RateBurst = 1, 1 })
+		push := func(ctx context.Context) error {
+			_, err := w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			return err
+		}
+		refused := func(ctx context.Context, reason string) {
+			t.Helper()
+			if s := status.Convert(push(ctx)); !strings.Contains(fmt.Sprint(s.Details()), reason) {
+				t.Errorf("%v with %v, want %s", s, s.Details(), reason)
+			}
+			if n := w.metric("push_manager_api_worked"); n != "0" {
+				t.Errorf("%s: %s calls count", reason, n)
+			}
+		}
+		ok(t, push(w.context()))
+		refused(claim(w.context(), "urgent"), "MALFORMED")
+		refused(w.context(), "RATE_LIMITED")
+		w.server.SetServing(false)
+		refused(w.context(), "NOT_READY")
+		w.server.draining.Store(true)
+		refused(w.context(), "DRAINING")
+	})
 }
 
 // secure is credentials for both sides.
