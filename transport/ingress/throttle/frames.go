@@ -35,7 +35,7 @@ const frameHead = 9
 const goAwayPing = "\x01\x06\x01\x08\x00\x03\x03\x09"
 
 // lastLook is how long is waited, once the time is over, for what should be here already. When the
-// process was stopped, its timers are heard before its sockets.
+// process was stopped, its timers may be heard before its sockets.
 const lastLook = 5 * time.Millisecond
 
 // frames follows those that the client of a connection sends, and bounds for how long a block of
