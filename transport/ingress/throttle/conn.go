@@ -205,7 +205,9 @@ func (c *Conn) Close() error {
 	c.closed = true
 	if c.lined {
 		c.lined = false // it stays in its line, and is passed over
-		t.waiting.Add(-1)
+		if t.waiting.Add(-1) == 0 {
+			t.lines = [4]line{} // nobody would pass over it
+		}
 		c.turn <- struct{}{}
 	}
 	t.mu.Unlock()

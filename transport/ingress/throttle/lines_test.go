@@ -361,6 +361,15 @@ func TestClosedConnectionWaitsNoLonger(t *testing.T) {
 		}
 		over(t, next)
 		over(t, gone)
+		empty = fill(th, 2)
+		last, client := connOf(th, engine.Normal)
+		sends(t, last, client, read)
+		ok(t, last.Close())
+		if <-read; th.lines != [4]line{} {
+			t.Error("nobody waits, and connections that are closed are kept in a line")
+		}
+		over(t, last)
+		empty()
 		if w := th.windowsAt(th.now()); w.calls() != 0 || w.reads() != 0 || th.waiting.Load() != 0 {
 			t.Errorf("%d calls and %d reads count, %d connections wait", w.calls(), w.reads(), th.waiting.Load())
 		}
