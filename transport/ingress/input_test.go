@@ -342,6 +342,10 @@ func h2callWith(t *testing.T, w *world, headers map[string]string, message []byt
 	ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
 	framer := hello(t, conn)
 	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, headers), EndHeaders: true}))
+	const most = 16 << 10 // of a frame
+	for ; len(message) > most; message = message[most:] {
+		ok(t, framer.WriteData(1, false, message[:most]))
+	}
 	ok(t, framer.WriteData(1, true, message))
 	return h2read(t, framer)
 }
