@@ -47,7 +47,14 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 	info = callInfo{priority: min(engine.Normal, s.cfg.priorityMax), conn: throttle.ConnOf(ctx), call: throttle.CallOf(ctx)}
 	open := s.metrics.inflight.Add(1) // before the look at draining: Drain sees the call, or it sees that
 	defer func() {
+		if v := recover(); v != nil { // Config.Caller is not ours
+			s.panicked("admission", v)
+			err = errPanic
+		}
 		if err != nil {
+			if info.call != nil {
+				info.call.End() // what is refused is no work
+			}
 			s.leaveIdle()
 		}
 	}()

@@ -313,6 +313,22 @@ func TestCallersHaveARateEach(t *testing.T) {
 	})
 }
 
+// A Config.Caller that panics costs the call, and leaves nothing behind.
+func TestCallerThatPanics(t *testing.T) {
+	w := newWorld(t, func(c *Config, _ *engine.Config) {
+		c.Rate, c.Caller = 1, func(context.Context) string { panic("who?") }
+	})
+	_, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+	wantError(t, err, codes.Internal, "INTERNAL", "")
+	_, err = w.stream(w.context()).Recv()
+	wantError(t, err, codes.Internal, "INTERNAL", "")
+	for _, series := range []string{"push_manager_api_inflight", "push_manager_api_worked", "push_manager_api_streams"} {
+		if n := w.metric(series); n != "0" {
+			t.Errorf("%s is %s", series, n)
+		}
+	}
+}
+
 func TestCallersAreBoundedAndNamedByTheirAddress(t *testing.T) {
 	var names []string
 	w := newWorld(t, func(c *Config, _ *engine.Config) {

@@ -13,10 +13,12 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -124,6 +126,57 @@ func TestInput(t *testing.T) {
 				t.Error("the Controller was asked")
 			}
 		})
+	}
+}
+
+// An id that is not valid is refused in each field of each request, alone, on a PushStream and in a batch,
+// with the field's name, before anybody is asked about it.
+func TestMalformedIDsAreRefusedEverywhere(t *testing.T) {
+	w := newWorld(t, nil)
+	var streams [2]grpc.ClientStream // one has replies in batches
+	for i := range streams {
+		var err error
+		streams[i], err = w.conn.NewStream(w.context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, pushStreamMethod, grpc.ForceCodecV2(rawCodec{}))
+		ok(t, err)
+	}
+	exchange := func(st grpc.ClientStream, request []byte) *pubsub.PushStreamResponse {
+		t.Helper()
+		ok(t, st.SendMsg(&request))
+		var reply []byte
+		ok(t, st.RecvMsg(&reply))
+		r := new(pubsub.PushStreamResponse)
+		ok(t, proto.Unmarshal(reply, r))
+		return r
+	}
+	for _, test := range []struct {
+		name, method, field string
+		inStream, id        protowire.Number // the fields of the push and of the id
+		before              []byte
+	}{
+		{"room", methodRoom, "room_id", 2, 1, nil},
+		{"exclude", methodRoom, "exclude_user_ids[1]", 2, 3, []byte("\x0a\x01r\x1a\x01a")},
+		{"user", methodUser, "user_id", 3, 1, nil},
+		{"users", methodUsers, "user_ids[1]", 5, 1, []byte("\x0a\x01a")},
+	} {
+		for _, id := range []string{"a\xff", "\xc3", "a\x00b", "\n", "\x7f", "\u0085", "\xed\xa0\x80"} {
+			t.Run(fmt.Sprintf("%s/%q", test.name, id), func(t *testing.T) {
+				push := protowire.AppendTag(bytes.Clone(test.before), test.id, protowire.BytesType)
+				push = append(protowire.AppendString(push, id), marshal(t, &pubsub.PushToUserRequest{Content: content("x")})...)
+				_, err := w.raw(test.method, push)
+				wantError(t, err, codes.InvalidArgument, "ID_MALFORMED", test.field)
+				one := protowire.AppendBytes(protowire.AppendTag([]byte{1 << 3, 7}, test.inStream, protowire.BytesType), push)
+				r := exchange(streams[0], one)
+				wantStatus(t, status.FromProto(r.GetError()), codes.InvalidArgument, "ID_MALFORMED", test.field)
+				r = exchange(streams[1], protowire.AppendBytes(protowire.AppendTag(nil, batchField, protowire.BytesType), one))
+				if r = r.GetBatch()[0]; r.GetId() != 7 {
+					t.Errorf("the answer is to %d", r.GetId())
+				}
+				wantStatus(t, status.FromProto(r.GetError()), codes.InvalidArgument, "ID_MALFORMED", test.field)
+			})
+		}
+	}
+	if n := w.source.count(); n != 0 {
+		t.Errorf("the Controller was asked %d times", n)
 	}
 }
 
@@ -289,6 +342,10 @@ func h2callWith(t *testing.T, w *world, headers map[string]string, message []byt
 	ok(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
 	framer := hello(t, conn)
 	ok(t, framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headersOf(t, headers), EndHeaders: true}))
+	const most = 16 << 10 // of a frame
+	for ; len(message) > most; message = message[most:] {
+		ok(t, framer.WriteData(1, false, message[:most]))
+	}
 	ok(t, framer.WriteData(1, true, message))
 	return h2read(t, framer)
 }

@@ -80,7 +80,8 @@ func (in *inbound) fill(w rawCall, begin mem.BufferSlice, size int) error {
 	return nil
 }
 
-// only reads the message of a call that has one, as fill does, and then that no other follows: what a client sends behind it would stay in memory, however long the push takes.
+// only reads the message of a call that has one, as fill does, and then that no other follows: what a
+// client sends behind it would stay in memory, however long the push takes.
 func (in *inbound) only(w rawCall, begin mem.BufferSlice, size int, head []byte) error {
 	if err := in.fill(w, begin, size); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -148,6 +149,33 @@ func TestBusyIsAReasonToRefuse(t *testing.T) {
 	}
 }
 
+// A call that is refused, for whatever reason, is no work: it keeps nobody waiting.
+func TestRefusedCallsDoNotCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.Rate, c.RateBurst = 1, 1 })
+		push := func(ctx context.Context) error {
+			_, err := w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+			return err
+		}
+		refused := func(ctx context.Context, reason string) {
+			t.Helper()
+			if s := status.Convert(push(ctx)); !strings.Contains(fmt.Sprint(s.Details()), reason) {
+				t.Errorf("%v with %v, want %s", s, s.Details(), reason)
+			}
+			if n := w.metric("push_manager_api_worked"); n != "0" {
+				t.Errorf("%s: %s calls count", reason, n)
+			}
+		}
+		ok(t, push(w.context()))
+		refused(claim(w.context(), "urgent"), "MALFORMED")
+		refused(w.context(), "RATE_LIMITED")
+		w.server.SetServing(false)
+		refused(w.context(), "NOT_READY")
+		w.server.draining.Store(true)
+		refused(w.context(), "DRAINING")
+	})
+}
+
 // secure is credentials for both sides.
 func secure(t *testing.T) (server, client credentials.TransportCredentials) {
 	t.Helper()
@@ -233,6 +261,69 @@ func TestConnectionsWithTLS(t *testing.T) {
 	}
 	expect("it is gone", "push_manager_api_connections", "1")
 	ok(t, push(connect()))
+}
+
+// crumbs writes a byte at a time.
+type crumbs struct{ net.Conn }
+
+func (c crumbs) Write(b []byte) (n int, err error) {
+	for ; n < len(b) && err == nil; n++ {
+		_, err = c.Conn.Write(b[n : n+1])
+	}
+	return n, err
+}
+
+// Records of TLS may come in crumbs. One that never ends is awaited for as long as a hello, and after
+// that for as long as a client may be silent.
+func TestRecordsOfTLSInCrumbs(t *testing.T) {
+	server, client := secure(t)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *Config, _ *engine.Config) { c.Credentials, c.ConnectionTimeout = server, 5*time.Second })
+		conn, err := grpc.NewClient("passthrough:///memory", grpc.WithTransportCredentials(client), grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			raw, err := w.dial(ctx, address)
+			return crumbs{raw}, err
+		}))
+		ok(t, err)
+		for range 3 {
+			_, err = pubsub.NewPushManagerServiceClient(conn).PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content("x")})
+			ok(t, err)
+		}
+		ok(t, conn.Close())
+		for _, test := range []struct {
+			part  string
+			hello bool
+			most  time.Duration
+		}{
+			{"\x16\x03\x01\x01\x00\x01\x00", false, 5 * time.Second}, // of a ClientHello
+			{"\x17\x03\x03\x00\x40\x00", true, 40 * time.Second},     // of a record: it is silence until it ends
+		} {
+			raw, err := w.dial(t.Context(), "")
+			ok(t, err)
+			if test.hello {
+				secured, _, err := client.ClientHandshake(t.Context(), "push-manager", raw)
+				ok(t, err)
+				hello(t, secured)
+			}
+			began := time.Now()
+			var dawdler sync.WaitGroup
+			dawdler.Go(func() {
+				_, err := raw.Write([]byte(test.part))
+				for ; err == nil; time.Sleep(time.Second) {
+					_, err = raw.Write([]byte{0})
+				}
+			})
+			_, _ = io.Copy(io.Discard, raw)
+			if took := time.Since(began); took > test.most+time.Second {
+				t.Errorf("%q: open for %v", test.part, took)
+			}
+			_ = raw.Close()
+			dawdler.Wait()
+			synctest.Wait()
+			if n, m := w.metric("push_manager_api_handshakes"), w.metric("push_manager_api_connections"); n != "0" || m != "0" {
+				t.Errorf("%q: %s handshakes and %s connections are left", test.part, n, m)
+			}
+		}
+	})
 }
 
 // A connection that is too old is told to go. Its PushStreams end once all they took is answered,

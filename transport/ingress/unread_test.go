@@ -25,8 +25,11 @@ func narrow(t *testing.T, w *world) pushStream {
 	return st
 }
 
+// hogSize is of the large pushes of hog.
+const hogSize = 200 << 10
+
 // hog makes a stream take all of the space: first come pushes whose replies fill the windows, if
-// nobody reads them, then large ones.
+// nobody reads them, then large ones, until there is no room for one more.
 func hog(st pushStream) {
 	for i := range 600 {
 		if st.Send(userPush(uint64(i), strings.Repeat("x", 256), "x")) != nil {
@@ -34,7 +37,7 @@ func hog(st pushStream) {
 		}
 	}
 	for i := range 40 {
-		if st.Send(userPush(uint64(600+i), "d", strings.Repeat("x", 200<<10))) != nil {
+		if st.Send(userPush(uint64(600+i), "d", strings.Repeat("x", hogSize))) != nil {
 			return
 		}
 	}
@@ -49,8 +52,11 @@ func TestPushStreamWhoseRepliesAreNotReadLosesItsSpace(t *testing.T) {
 		st := narrow(t, w)
 		go hog(st)
 		time.Sleep(time.Hour)
-		if taken, _ := w.server.space.books(); taken < 3<<20 {
-			t.Fatalf("%d bytes are taken", taken)
+		// How many of the small pushes have a reply, and with it how many large ones have space, is not
+		// the same each time.
+		taken, _ := w.server.space.books()
+		if free := w.server.space.most[engine.Normal.Rank()] - taken; free > messageBytes(hogSize+100) {
+			t.Fatalf("%d bytes are free", free)
 		}
 		if n := w.metric("push_manager_api_streams"); n != "1" {
 			t.Fatalf("%s streams are open while nobody wants its space", n)

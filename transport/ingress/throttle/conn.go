@@ -38,7 +38,6 @@ type Conn struct {
 	taken  bool          // by gRPC, which reads on after the hello
 	told   bool          // toldToGo is closed
 	read   *window       // counts it as let in; nil: not counted
-	calls  []Call        // the next ones: they are allocated eight at a time
 	held   time.Duration // for so long what was read last was kept waiting
 
 	// Guarded by the Throttle's lock.
@@ -206,7 +205,9 @@ func (c *Conn) Close() error {
 	c.closed = true
 	if c.lined {
 		c.lined = false // it stays in its line, and is passed over
-		t.waiting.Add(-1)
+		if t.waiting.Add(-1) == 0 {
+			t.lines = [4]line{} // nobody would pass over it
+		}
 		c.turn <- struct{}{}
 	}
 	t.mu.Unlock()

@@ -48,9 +48,10 @@ type slot struct {
 	expire *time.Timer
 
 	// Guarded by conns.mu.
-	halfOpen *list.Element
-	open     bool
-	closed   bool
+	halfOpen  *list.Element
+	open      bool
+	confirmed bool
+	closed    bool
 }
 
 func newConnections(cfg *Config) *connections {
@@ -134,6 +135,7 @@ func (p *slot) confirm() {
 	p.conns.mu.Lock()
 	defer p.conns.mu.Unlock()
 	p.expire.Stop()
+	p.confirmed = true
 	if !p.open && !p.closed {
 		p.openLocked()
 	}
@@ -145,6 +147,9 @@ func (p *slot) close() { p.end(true) }
 func (p *slot) end(closed bool) {
 	p.conns.mu.Lock()
 	defer p.conns.mu.Unlock()
+	if p.confirmed && !closed { // its time was over just then
+		return
+	}
 	p.closed = p.closed || closed
 	p.expire.Stop()
 	p.freeLocked()

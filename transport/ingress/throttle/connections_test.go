@@ -120,7 +120,8 @@ func TestSlotThatNobodyFreesIsFreeWithItsTime(t *testing.T) {
 		if open() != 0 {
 			t.Errorf("%d are open, of one that gRPC has given up", open())
 		}
-		second.confirm() // it has not, and we were late
+		second.confirm()  // it has not, and we were late
+		second.end(false) // its timer, too
 		time.Sleep(time.Minute)
 		if open() != 1 {
 			t.Errorf("%d are open", open())

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -33,8 +34,8 @@ const frameHead = 9
 // the client sent before it knew.
 const goAwayPing = "\x01\x06\x01\x08\x00\x03\x03\x09"
 
-// lastLook is how long is waited for what should be here already. When the process was stopped, the
-// time is over and the bytes are here.
+// lastLook is how long is waited, once the time is over, for what should be here already. When the
+// process was stopped, its timers may be heard before its sockets.
 const lastLook = 5 * time.Millisecond
 
 // frames follows those that the client of a connection sends, and bounds for how long a block of
@@ -129,12 +130,9 @@ func (f *frames) frame() {
 func (f *frames) read(from net.Conn, b []byte) (n int, err error) {
 	if f.begun() {
 		began := time.Now()
-		if err := from.SetReadDeadline(began.Add(max(f.timeout-f.waited, lastLook))); err != nil {
-			return 0, err //nolint:wrapcheck // gRPC asks whether it is io.EOF
-		}
-		n, err = from.Read(b)
-		if err == nil {
-			err = from.SetReadDeadline(time.Time{})
+		n, err = readUntil(from, b, began.Add(f.timeout-f.waited))
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			n, err = readUntil(from, b, time.Now().Add(lastLook))
 		}
 		f.waited += time.Since(began)
 	} else {
@@ -149,4 +147,15 @@ func (f *frames) read(from net.Conn, b []byte) (n int, err error) {
 	default:
 		return n, err //nolint:wrapcheck // gRPC asks whether it is io.EOF
 	}
+}
+
+func readUntil(from net.Conn, b []byte, end time.Time) (int, error) {
+	if err := from.SetReadDeadline(end); err != nil {
+		return 0, err //nolint:wrapcheck // gRPC asks whether it is io.EOF
+	}
+	n, err := from.Read(b)
+	if err != nil {
+		return n, err //nolint:wrapcheck // gRPC asks whether it is io.EOF
+	}
+	return n, from.SetReadDeadline(time.Time{}) //nolint:wrapcheck // gRPC asks whether it is io.EOF
 }

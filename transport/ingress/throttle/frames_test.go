@@ -175,3 +175,27 @@ func TestHeadersThatHaveComeAreReadHoweverLate(t *testing.T) {
 		t.Errorf("nothing had come, and reading returned %v", err)
 	}
 }
+
+// paused is a connection of a process that is stopped while it is read: the deadline is heard before the
+// bytes that have come.
+type paused struct {
+	net.Conn
+	reads int
+}
+
+func (c *paused) SetReadDeadline(time.Time) error { return nil }
+
+func (c *paused) Read(b []byte) (int, error) {
+	if c.reads++; c.reads == 1 {
+		return 0, os.ErrDeadlineExceeded
+	}
+	return copy(b, "\x82"), nil
+}
+
+func TestHeadersThatCameWhileTheProcessWasStoppedAreRead(t *testing.T) {
+	f := newFrames(time.Hour)
+	f.pass([]byte(greeting + "\x00\x00\x01\x01\x04\x00\x00\x00\x01"))
+	if n, err := f.read(new(paused), make([]byte, 10)); n != 1 || err != nil || f.begun() {
+		t.Errorf("%d bytes of what had come, %v", n, err)
+	}
+}

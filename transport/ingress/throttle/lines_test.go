@@ -6,15 +6,18 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/VictoriaMetrics/metrics"
 	"go.uber.org/goleak"
 	"golang.org/x/net/http2"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"pgregory.net/rapid"
 
@@ -358,6 +361,15 @@ func TestClosedConnectionWaitsNoLonger(t *testing.T) {
 		}
 		over(t, next)
 		over(t, gone)
+		empty = fill(th, 2)
+		last, client := connOf(th, engine.Normal)
+		sends(t, last, client, read)
+		ok(t, last.Close())
+		if <-read; th.lines != [4]line{} {
+			t.Error("nobody waits, and connections that are closed are kept in a line")
+		}
+		over(t, last)
+		empty()
 		if w := th.windowsAt(th.now()); w.calls() != 0 || w.reads() != 0 || th.waiting.Load() != 0 {
 			t.Errorf("%d calls and %d reads count, %d connections wait", w.calls(), w.reads(), th.waiting.Load())
 		}
@@ -465,6 +477,35 @@ func TestHelloDoesNotWait(t *testing.T) {
 			t.Errorf("%d bytes of what comes with it are read after %v", n, took)
 		}
 	})
+}
+
+// Calls that are over are kept neither by their connection nor by other calls: the headers of one may take
+// 16 KiB, and more once they are a map.
+func TestCallsThatAreOverAreForgotten(t *testing.T) {
+	th := throttleOf(100)
+	defer th.Close()
+	c, _ := connOf(th, engine.Normal)
+	defer func() { _ = c.Close() }()
+	headers := make([]weak.Pointer[metadata.MD], 20)
+	var open *Call
+	for i := range headers {
+		md := &metadata.MD{"x": {"y"}}
+		headers[i] = weak.Make(md)
+		call := CallOf(th.Tap(context.WithValue(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: AuthInfo{Conn: c}}), md, md)))
+		if i == 3 {
+			open = call
+		} else {
+			call.End()
+		}
+	}
+	runtime.GC()
+	for i, md := range headers {
+		if kept := md.Value() != nil; kept != (i == 3) {
+			t.Errorf("the headers of call %d are kept: %v", i, kept)
+		}
+	}
+	open.End()
+	runtime.KeepAlive(c)
 }
 
 // Whoever comes does not overtake those who wait.

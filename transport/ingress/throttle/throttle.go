@@ -153,12 +153,7 @@ func (t *Throttle) Tap(ctx context.Context) context.Context {
 	if c == nil {
 		return ctx
 	}
-	if len(c.calls) == 0 {
-		c.calls = make([]Call, 8)
-	}
-	call := &c.calls[0]
-	c.calls = c.calls[1:]
-	*call = Call{Context: ctx, Conn: c, Began: time.Now(), held: c.held}
+	call := &Call{Context: ctx, Conn: c, Began: time.Now(), held: c.held}
 	call.window = t.windowsAt(call.Began.Sub(t.began)).now
 	call.window.calls.Add(1)
 	return call
