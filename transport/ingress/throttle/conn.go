@@ -175,7 +175,7 @@ func (c *Conn) wait() {
 	t := c.throttle
 	t.mu.Lock()
 	p := c.Priority()
-	if p >= engine.Critical || c.closed || t.closed.Load() || t.waiting.Load() == 0 && t.roomLocked() {
+	if p >= engine.Critical || c.closed || t.closed.Load() || t.waiting.Load() == 0 && t.roomLocked(p) {
 		c.startLocked()
 		t.mu.Unlock()
 		return

@@ -1,9 +1,12 @@
 package throttle
 
-// roomLocked tells whether a connection may be let in.
-func (t *Throttle) roomLocked() bool {
+import "github.com/push-manager/push-manager/engine"
+
+// roomLocked tells whether a connection of priority p may be let in: what its share of the bound
+// leaves is for those above, whose connections are not always in line at that moment.
+func (t *Throttle) roomLocked(p engine.Priority) bool {
 	w := t.windowsAt(t.now())
-	return w.calls() < t.limit && w.reads() < t.cores
+	return w.calls() < int64(p.Share(int(t.limit))) && w.reads() < t.cores
 }
 
 // letIn lets in whoever waits, if there is room now.
@@ -18,7 +21,7 @@ func (t *Throttle) letIn() {
 func (t *Throttle) letInLocked() {
 	for rank := len(t.lines) - 1; rank >= 0; rank-- {
 		for q := &t.lines[rank]; q.head() != nil; {
-			if !t.closed.Load() && !t.roomLocked() {
+			if !t.closed.Load() && !t.roomLocked(engine.Priorities()[rank]) {
 				return
 			}
 			t.letInFirstLocked(q)
