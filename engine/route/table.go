@@ -160,9 +160,9 @@ func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 		if l == nil && ok && t.fresh(e, t.dir.nanos(now)) {
 			return e
 		}
-		if ok && e.generation != 0 && !e.fallback {
-			// With the next mark of the change stream it would be good again while w waits, and
-			// who asks then would overtake.
+		if ok && e.generation != 0 {
+			// It may be good again with the next mark of the change stream, or have become visible
+			// just now. Who finds it there while w waits would overtake.
 			t.cache.Set(key, t.changed(e, e.announced))
 		}
 		return nil
