@@ -43,6 +43,8 @@ var (
 	ErrGoing        = errors.New("node is going")
 )
 
+var errPanicked = errors.New("the call panicked")
+
 // Reporter keeps the Controller's picture of this node's memberships equal to the
 // truth. It does not queue events: for each user and room it knows what is and
 // what the Controller has been told, and works on the difference, one call at a
@@ -157,12 +159,17 @@ func newReporter(cfg Config, cc *grpc.ClientConn) *Reporter {
 	return r
 }
 
-// Start begins to report. The Controller need not be there yet.
+// Start begins to report, unless the Reporter is closed. The Controller need not be there yet.
 func (r *Reporter) Start() {
 	ctx, stop := context.WithCancel(context.Background())
 	r.mu.Lock()
+	closed := r.closed
 	r.stop = stop
 	r.mu.Unlock()
+	if closed {
+		stop()
+		return
+	}
 	r.keep(ctx, func() { r.watchLoop(ctx) })
 	r.keep(ctx, func() { r.clockLoop(ctx) })
 	r.keep(ctx, func() { r.syncLoop(ctx) })
@@ -174,20 +181,22 @@ func (r *Reporter) Start() {
 // keep runs a loop until it returns. After a panic it begins again: what a Controller
 // brings about by a mistake of ours must not end the process.
 func (r *Reporter) keep(ctx context.Context, loop func()) {
-	run := func() (ended bool) {
-		defer func() {
-			if v := recover(); v != nil {
-				r.count.panics.Inc()
-				r.cfg.Logger.Error("panic caught", slog.String("goroutine", "memberships"), slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
-			}
-		}()
-		loop()
-		return true
-	}
 	r.loops.Go(func() {
-		for !run() && pause(ctx, time.Second) {
+		for !r.caught(loop) && pause(ctx, time.Second) {
 		}
 	})
+}
+
+// caught calls f, and tells whether f has returned.
+func (r *Reporter) caught(f func()) (returned bool) {
+	defer func() {
+		if v := recover(); v != nil {
+			r.count.panics.Inc()
+			r.cfg.Logger.Error("panic caught", slog.String("goroutine", "memberships"), slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
+		}
+	}()
+	f()
+	return true
 }
 
 // Close ends everything at once and waits for it. What was not reported is not reported.
@@ -474,7 +483,8 @@ func (r *Reporter) report(m *membership) {
 	var refused string
 	var err error
 	if call {
-		refused, err = r.call(m.membershipID, name, joins, seq)
+		err = errPanicked
+		r.caught(func() { refused, err = r.call(m.membershipID, name, joins, seq) })
 	}
 
 	r.mu.Lock()
@@ -500,7 +510,7 @@ func (r *Reporter) report(m *membership) {
 	}
 	r.mu.Unlock()
 	for _, tell := range news {
-		tell()
+		r.caught(tell) // One client is no reason to leave out the others.
 	}
 }
 

@@ -2,6 +2,7 @@ package membership
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -567,4 +568,53 @@ func TestComingAndGoingKeepsNothingWhileTheControllerIsAway(t *testing.T) {
 	if got := len(stays.leaving); got != 0 {
 		t.Errorf("the connection waits for %d rooms after the answer, want 0", got)
 	}
+}
+
+// faulty is a Controller, or what stands before it, and a client.
+type faulty struct {
+	pubsub.ControllerServiceClient
+
+	sound bool
+}
+
+func (f *faulty) JoinRoom(context.Context, *pubsub.JoinRoomRequest, ...grpc.CallOption) (*pubsub.JoinRoomResponse, error) {
+	if !f.sound {
+		panic("call")
+	}
+	return &pubsub.JoinRoomResponse{Success: true}, nil
+}
+
+func (*faulty) Joined(string)          { panic("client") }
+func (*faulty) Left(string)            { panic("client") }
+func (*faulty) Refused(string, string) { panic("client") }
+
+// A call that panics has failed, and a client that does takes the word from nobody else.
+func TestPanicLeavesNobodyOut(t *testing.T) {
+	r := quietReports(t)
+	f := new(faulty)
+	r.client = f
+	bad, good := r.Member("ann", "Ann", f), newMember(r, "ann")
+	if err := errors.Join(bad.Join("lobby"), good.Join("lobby")); err != nil {
+		t.Fatal(err)
+	}
+	m := r.next()
+	r.report(m)
+	if m.busy || r.slotOf(m).busy != 0 || !m.inRetry || good.told("lobby") != "" {
+		t.Fatalf("after a call that has panicked: busy %v, to be repeated %v, told %q", m.busy, m.inRetry, good.told("lobby"))
+	}
+	f.sound = true
+	r.tick(time.Now().Add(time.Minute))
+	r.report(r.next())
+	if got := good.told("lobby"); got != "joined" {
+		t.Errorf("told %q behind a client that has panicked", got)
+	}
+	if n := r.count.panics.Get(); n != 2 {
+		t.Errorf("%d panics were counted, want 2", n)
+	}
+}
+
+func TestClosedReporterDoesNotStart(t *testing.T) {
+	r := quietReports(t)
+	r.Close()
+	r.Start() // no goroutine is left, see TestMain
 }
