@@ -87,6 +87,7 @@ type line struct {
 	// of an error.
 	entry *entry
 	err   error
+	at    nanos // when it came
 }
 
 // waiting is one place in a line.
@@ -233,11 +234,14 @@ func (t *Table) ask(shard int, keys []string, me waiting, known func(key string,
 			l.old, _ = t.cache.GetIfPresent(key)
 			ln.lines[key] = l
 			lookup = append(lookup, key)
-		} else if e == nil && !l.looking && l.entry != nil {
+		} else if e == nil && !l.looking {
 			// Where so many ask that the line is not told to its end, what is told gets too old
 			// for everybody.
-			now := t.dir.now()
-			l.dirty = l.dirty || now-l.entry.fetched > nanos(t.dir.cfg.TTL) && !t.fresh(l.entry, now)
+			now, from := t.dir.now(), l.at
+			if l.entry != nil {
+				from = l.entry.fetched
+			}
+			l.dirty = l.dirty || now-from > nanos(t.dir.cfg.TTL) && (l.entry == nil || !t.fresh(l.entry, now))
 		}
 		// Behind a change me waits for an answer from after it; so does who asks again, if
 		// what is being told is too old for it.
@@ -384,7 +388,7 @@ func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*e
 	for i, key := range keys {
 		l := ln.lines[key]
 		l.entry, l.err = result(l, i)
-		l.looking = false
+		l.looking, l.at = false, t.dir.now()
 	}
 	batch := t.takeLocked(ln, keys)
 	ln.mu.Unlock()
