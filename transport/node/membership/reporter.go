@@ -488,12 +488,10 @@ func (r *Reporter) report(m *membership) {
 	}
 
 	r.mu.Lock()
-	m.busy = false
-	r.slotOf(m).busy--
+	defer r.mu.Unlock()
 	var news []func()
 	switch {
 	case err != nil:
-		r.failLocked(m, err)
 	case refused != "":
 		m.told, m.confirmed = false, false
 		news = r.refuseLocked(m, refused)
@@ -506,11 +504,23 @@ func (r *Reporter) report(m *membership) {
 	}
 	r.countLocked(m)
 	if err == nil {
-		news = append(news, r.settleLocked(m)...)
+		news = append(news, r.newsLocked(m)...)
 	}
-	r.mu.Unlock()
-	for _, tell := range news {
-		r.caught(tell) // One client is no reason to leave out the others.
+	// Nobody else reports m before all is told, so that the last word is the last one. Who
+	// joins or leaves meanwhile is told then.
+	for ; len(news) > 0; news = r.newsLocked(m) {
+		r.mu.Unlock()
+		for _, tell := range news {
+			r.caught(tell) // One client is no reason to leave out the others.
+		}
+		r.mu.Lock()
+	}
+	m.busy = false
+	r.slotOf(m).busy--
+	if err != nil {
+		r.failLocked(m, err)
+	} else {
+		r.settleLocked(m)
 	}
 }
 
@@ -533,10 +543,9 @@ func (r *Reporter) failLocked(m *membership, err error) {
 	r.retryLocked(m, min(50*time.Millisecond<<min(m.failures, 10), 5*time.Second))
 }
 
-// settleLocked looks at m after a call: it is done, or there is more to do.
-func (r *Reporter) settleLocked(m *membership) (news []func()) {
+// newsLocked takes what is to be told once m is done.
+func (r *Reporter) newsLocked(m *membership) (news []func()) {
 	if !r.doneLocked(m) {
-		r.listLocked(m)
 		return nil
 	}
 	for _, c := range m.leavers {
@@ -547,6 +556,15 @@ func (r *Reporter) settleLocked(m *membership) (news []func()) {
 		news = append(news, func() { c.client.Joined(r.shown(m.room)) })
 	}
 	m.leavers, m.joiners = nil, nil
+	return news
+}
+
+// settleLocked looks at m after a call: it is done, or there is more to do.
+func (r *Reporter) settleLocked(m *membership) {
+	if !r.doneLocked(m) {
+		r.listLocked(m)
+		return
+	}
 	if r.syncing.can || r.leaving {
 		m.repeats = 0
 	}
@@ -556,7 +574,6 @@ func (r *Reporter) settleLocked(m *membership) (news []func()) {
 	case m.repeats == 0 && len(m.holders) == 0:
 		r.deleteLocked(m)
 	}
-	return news
 }
 
 // refuseLocked takes everybody out of a room that the Controller does not let the

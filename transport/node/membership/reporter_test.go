@@ -276,6 +276,7 @@ func (r *Reporter) done(m *membership) {
 	r.slotOf(m).busy--
 	m.told, m.confirmed = len(m.holders) > 0, len(m.holders) > 0
 	r.countLocked(m)
+	r.newsLocked(m)
 	r.settleLocked(m)
 }
 
@@ -423,6 +424,60 @@ func TestLastWordAboutARoomIsTrue(t *testing.T) {
 	}
 }
 
+// teller does something when it is told that it has joined.
+type teller struct {
+	*member
+
+	then func()
+}
+
+func (c *teller) Joined(room string) {
+	c.member.Joined(room)
+	c.then()
+}
+
+// While a client is told, the others come and go: what they are told last is what is.
+func TestLastWordIsTrueThoughSomebodyIsSlowToHear(t *testing.T) {
+	r := quietReports(t)
+	r.client = new(faithful)
+	slow, quick := &teller{member: newMember(r, "u")}, newMember(r, "u")
+	slow.Member = r.Member("u", "U", slow)
+	slow.then = func() {
+		slow.then = func() {}
+		if err := errors.Join(slow.Leave("r"), quick.Leave("r"), slow.Join("r"), slow.Leave("r")); err != nil {
+			t.Error(err)
+		}
+		if r.Stats().Pending > 0 { // another worker
+			r.report(r.next())
+		}
+	}
+	if err := errors.Join(slow.Join("r"), quick.Join("r")); err != nil {
+		t.Fatal(err)
+	}
+	for r.Stats().Pending > 0 {
+		r.report(r.next())
+	}
+	for name, c := range map[string]*member{"slow": slow.member, "quick": quick} {
+		if got := c.told("r"); got != "left" {
+			t.Errorf("the %s one was told %q last, and has left", name, got)
+		}
+	}
+	if n := r.Stats().Memberships; n != 0 {
+		t.Errorf("%d memberships are kept", n)
+	}
+}
+
+// faithful is a Controller that takes everything.
+type faithful struct{ pubsub.ControllerServiceClient }
+
+func (*faithful) JoinRoom(context.Context, *pubsub.JoinRoomRequest, ...grpc.CallOption) (*pubsub.JoinRoomResponse, error) {
+	return &pubsub.JoinRoomResponse{Success: true}, nil
+}
+
+func (*faithful) LeaveRoom(context.Context, *pubsub.LeaveRoomRequest, ...grpc.CallOption) (*pubsub.LeaveRoomResponse, error) {
+	return &pubsub.LeaveRoomResponse{Success: true}, nil
+}
+
 func TestLeavingManyRoomsCostsEachOnce(t *testing.T) {
 	r := quietReports(t)
 	bytesPerRoom := func(n int) uint64 {
@@ -563,7 +618,7 @@ func TestComingAndGoingKeepsNothingWhileTheControllerIsAway(t *testing.T) {
 	}
 	r.mu.Lock()
 	m.told = false
-	r.settleLocked(m)
+	r.newsLocked(m)
 	r.mu.Unlock()
 	if got := len(stays.leaving); got != 0 {
 		t.Errorf("the connection waits for %d rooms after the answer, want 0", got)
