@@ -7,8 +7,8 @@
 // A push never changes goroutines on the fast path: with its route in the cache it
 // is validated, staged and sent on the caller's goroutine; the link's reader
 // settles its deliveries and the last one to settle finishes it. What can block (a
-// look-up) runs in the shard's pool, and so does what a settled delivery brings about:
-// heals, and what a fence held back.
+// look-up) runs in the shard's pool. What a settled delivery brings about, heals and what a
+// fence held back, is done by one goroutine for each shard, in the order of coming.
 //
 // Invariants:
 //

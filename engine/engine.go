@@ -63,7 +63,7 @@ func (c Config) Validate() error {
 	return errors.Join(append(errs, c.Limits.Validate())...)
 }
 
-// Engine takes pushes. It has no goroutines of its own.
+// Engine takes pushes. It has no goroutines but for its backlogs, while there is something in them.
 type Engine struct {
 	// Static after New.
 	shards    *shard.Set
@@ -95,8 +95,8 @@ type lane struct {
 }
 
 // backlog is the work that settled deliveries have brought about: heals, and what a fence
-// held back. One task of a shard runs at a time, in the order of coming, and all take one
-// place in the pool. There are no more than pushes in flight.
+// held back. One goroutine does what there is for a shard, in the order of coming. There are
+// no more tasks than pushes in flight.
 type backlog struct {
 	mu sync.Mutex
 	// Guarded by mu.
@@ -104,27 +104,22 @@ type backlog struct {
 	running bool
 }
 
-// offload has task run in a shard's pool. Whoever settles a delivery, such as the reader of
-// a node's acks, goes on at once: it neither looks up nor sends for other pushes. Only when
-// the pool is full does it work off the backlog itself.
+// offload has task run behind what there is for a shard. Whoever settles a delivery, such as
+// the reader of a node's acks, goes on at once: it neither looks up nor sends for other pushes.
+// The tasks wait for nothing, so they take no place in the shard's pool from the look-ups.
 func (e *Engine) offload(shard int, task func()) {
 	b := &e.lanes[shard].backlog
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.tasks = append(b.tasks, task); b.running {
-		return
-	}
-	b.running = true
-	if e.shards.At(shard).Go(b.run) != nil {
-		b.mu.Unlock()
-		b.run()
-		b.mu.Lock()
+	b.tasks = append(b.tasks, task)
+	if !b.running {
+		b.running = true
+		go b.run() // until nothing is left
 	}
 }
 
 func (b *backlog) run() {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	for len(b.tasks) > 0 {
 		tasks := b.tasks
 		b.tasks = nil
@@ -135,6 +130,7 @@ func (b *backlog) run() {
 		b.mu.Lock()
 	}
 	b.running = false
+	b.mu.Unlock()
 }
 
 // New makes an engine over parts that its owner starts before and stops after it.

@@ -32,6 +32,7 @@ type world struct {
 
 	linksPanic bool
 	tune       func(*route.Config) // before build, if not nil
+	pool       int                 // places in each shard's pool; 0 means the default
 }
 
 // testNode is an engine.Link that answers by its script, on the caller's goroutine
@@ -166,7 +167,7 @@ func (w *world) engine(t *testing.T) *Engine {
 }
 
 func (w *world) build() (*Engine, func(), error) {
-	shards, err := shard.New(shard.Config{Count: 2})
+	shards, err := shard.New(shard.Config{Count: 2, PoolSize: w.pool})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -393,6 +394,18 @@ func TestStaleRoutesHealWithOneLookup(t *testing.T) {
 		}
 		if n := w.lookedUp(); n != 2 {
 			t.Errorf("%d look-ups, want the first and one more", n)
+		}
+	})
+	t.Run("in a pool with one place", func(t *testing.T) {
+		w := newWorld()
+		w.pool = 1
+		e := w.engine(t)
+		w.users["u"] = []string{"A"}
+		do(t, e, toUser("u"))
+		w.users["u"] = []string{"B"}
+		w.nodes["A"].answer = notHere("u")
+		if r := do(t, e, toUser("u")); r.Delivered != 1 {
+			t.Errorf("got %+v", r)
 		}
 	})
 	t.Run("user who left is offline", func(t *testing.T) {

@@ -19,7 +19,7 @@ type Config struct {
 	Shard  func(key string) int
 	Go     func(shard int, task func()) error
 
-	// TTL is how long an answer is good that came while no change stream watchedUntil.
+	// TTL is how long an answer is good that came while no change stream vouched for it.
 	// 0 means 1 s.
 	TTL time.Duration
 	// StaleTTL is how long an answer may still serve while the Controller cannot
@@ -94,7 +94,7 @@ type Directory struct {
 	watchEnd     atomic.Pointer[watchEnd] // of the generation before
 }
 
-// watchEnd is up to when answers of a generation were watchedUntil for.
+// watchEnd is up to when answers of a generation were vouched for.
 type watchEnd struct {
 	generation uint64
 	at         nanos
@@ -153,7 +153,7 @@ func (d *Directory) Vouch(until time.Time) {
 }
 
 // validUntil is up to when e was true for certain: what the change stream vouches for
-// is true now, and what it has watchedUntil for was true until that ended.
+// is true now, and what it vouched for was true until that ended.
 func (d *Directory) validUntil(e *entry, now nanos) nanos {
 	if e.fallback {
 		return e.known

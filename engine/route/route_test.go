@@ -494,29 +494,33 @@ func TestRefreshPassesNobodyInLine(t *testing.T) {
 }
 
 // Where more ask than can be told, the line does not come to its end. What it tells gets no older
-// than any other answer all the same.
+// than any other answer all the same, and neither does an error.
 func TestLineThatDoesNotEndTellsNoOldAnswers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
-		d := newDirectory(t, s)
-		asks := 0
-		var w teller
-		w.then = func() {
-			if asks++; asks > 100 { // of 50 ms
-				return
-			}
-			w.own.Unlock() // of the one that is being told
-			d.Rooms.Ask(0, []string{"r"}, now(), &w)
-			time.Sleep(50 * time.Millisecond)
-			w.own.Lock()
-		}
-		d.Rooms.Ask(0, []string{"r"}, now(), &w)
-		time.Sleep(10 * time.Second)
-		synctest.Wait()
-		if n := s.count(); asks <= 100 || n < 4 {
-			t.Errorf("%d look-ups for %d who asked within 5 s", n, asks)
-		}
-	})
+	for name, down := range map[string]error{"answers": nil, "errors": ErrUnavailable} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &source{rooms: map[string][][2]string{"r": room("u@A")}, err: down}
+				d := newDirectory(t, s)
+				asks := 0
+				var w teller
+				w.then = func() {
+					if asks++; asks > 100 { // of 50 ms
+						return
+					}
+					w.own.Unlock() // of the one that is being told
+					d.Rooms.Ask(0, []string{"r"}, now(), &w)
+					time.Sleep(50 * time.Millisecond)
+					w.own.Lock()
+				}
+				d.Rooms.Ask(0, []string{"r"}, now(), &w)
+				time.Sleep(10 * time.Second)
+				synctest.Wait()
+				if n := s.count(); asks <= 100 || n < 4 {
+					t.Errorf("%d look-ups for %d who asked within 5 s", n, asks)
+				}
+			})
+		})
+	}
 }
 
 // Pushes go on with what is known while somebody who knows better has it looked up once more.

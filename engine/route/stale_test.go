@@ -191,6 +191,38 @@ func TestStaleAnswersSayUntilWhenTheyWereTrue(t *testing.T) {
 	})
 }
 
+// A stale answer may become visible between somebody's look into the cache and their place in
+// the line: who comes after them waits, too.
+func TestStaleAnswerLetsNobodyOvertake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}
+		d := newDirectory(t, s)
+		ask(t, d, "r")
+		time.Sleep(2 * time.Second)
+		gate := make(chan struct{})
+		s.set(func(s *source) { s.err = ErrUnavailable })
+		var healer, second teller
+		first := teller{then: func() {
+			if d.Rooms.Cached(0, "r", now()) != nil { // the second looks here
+				t.Error("answered before the first was told")
+			}
+			s.set(func(s *source) { s.gate = gate })
+			d.Rooms.Refresh(0, []string{"r"}, missing(now()), &healer)
+		}}
+		d.Rooms.Ask(0, []string{"r"}, now(), &first)
+		synctest.Wait() // the first has a stale answer, the healer's look-up is at the gate
+		d.Rooms.Ask(0, []string{"r"}, now(), &second)
+		if second.n == 0 && d.Rooms.Cached(0, "r", now()) != nil {
+			t.Error("a later query was answered before the second, which waits")
+		}
+		close(gate)
+		synctest.Wait()
+		if first.n != 1 || healer.n != 1 || second.n != 1 || second.err != nil {
+			t.Errorf("told %d, %d and %d, %v", first.n, healer.n, second.n, second.err)
+		}
+	})
+}
+
 func TestFullPoolLeavesStaleAnswersToServe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "changed": room("u@A")}}

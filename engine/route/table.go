@@ -17,7 +17,7 @@ import (
 )
 
 // drainBatch is how many lines are drained at once: enough that a query for many
-// users is not told one by one, few enough that the lock is held for a nanos only.
+// users is not told one by one, few enough that the lock is held for a moment only.
 const drainBatch = 512
 
 var errPanicked = fmt.Errorf("%w: the look-up panicked", ErrUnavailable)
@@ -87,6 +87,7 @@ type line struct {
 	// of an error.
 	entry *entry
 	err   error
+	at    nanos // when it came
 }
 
 // waiting is one place in a line.
@@ -160,9 +161,9 @@ func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 		if l == nil && ok && t.fresh(e, t.dir.nanos(now)) {
 			return e
 		}
-		if ok && e.generation != 0 && !e.fallback {
-			// With the next mark of the change stream it would be good again while w waits, and
-			// who asks then would overtake.
+		if ok && e.generation != 0 {
+			// It may be good again with the next mark of the change stream, or have become visible
+			// just now. Who finds it there while w waits would overtake.
 			t.cache.Set(key, t.changed(e, e.announced))
 		}
 		return nil
@@ -233,11 +234,14 @@ func (t *Table) ask(shard int, keys []string, me waiting, known func(key string,
 			l.old, _ = t.cache.GetIfPresent(key)
 			ln.lines[key] = l
 			lookup = append(lookup, key)
-		} else if e == nil && !l.looking && l.entry != nil {
+		} else if e == nil && !l.looking {
 			// Where so many ask that the line is not told to its end, what is told gets too old
 			// for everybody.
-			now := t.dir.now()
-			l.dirty = l.dirty || now-l.entry.fetched > nanos(t.dir.cfg.TTL) && !t.fresh(l.entry, now)
+			now, from := t.dir.now(), l.at
+			if l.entry != nil {
+				from = l.entry.fetched
+			}
+			l.dirty = l.dirty || now-from > nanos(t.dir.cfg.TTL) && (l.entry == nil || !t.fresh(l.entry, now))
 		}
 		// Behind a change me waits for an answer from after it; so does who asks again, if
 		// what is being told is too old for it.
@@ -325,11 +329,11 @@ func (t *Table) newEntry(ln *lane, l *line, s *Snapshot, began nanos, generation
 	case l.dirty || generation != t.dir.generation.Load():
 		e.freshUntil, e.generation, e.announced = began, 0, l.announced
 	case !s.Found || began < nanos(t.dir.watchedUntil.Load()):
-		// Absence is not cached, see package doc. And what is watchedUntil for is good as long as
+		// Absence is not cached, see package doc. And what is vouched for is good as long as
 		// that holds: whoever tells of a change does not wait for us once it does not.
 		e.freshUntil = began
 	default:
-		// Keys that came drainBatch do not stay drainBatch.
+		// Keys that came together do not stay together.
 		e.renewAt.Store(int64(began + ttl*3/4 + rand.N(ttl/8+1)))
 	}
 	if l.old != nil && !l.old.announced {
@@ -384,7 +388,7 @@ func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*e
 	for i, key := range keys {
 		l := ln.lines[key]
 		l.entry, l.err = result(l, i)
-		l.looking = false
+		l.looking, l.at = false, t.dir.now()
 	}
 	batch := t.takeLocked(ln, keys)
 	ln.mu.Unlock()

@@ -161,7 +161,7 @@ func TestAcksMayComeOutOfOrderAndInParts(t *testing.T) {
 	})
 }
 
-func TestThreeLiesQuarantineTheLink(t *testing.T) {
+func TestThreeViolationsQuarantineTheLink(t *testing.T) {
 	lies := map[string]func(seq uint64, r *pubsub.DeliverResponse){
 		"more than asked for": func(seq uint64, r *pubsub.DeliverResponse) {
 			r.Acks = append(r.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{1 << 31}})

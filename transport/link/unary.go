@@ -107,6 +107,7 @@ func (l *Link) serveCalls(ctx context.Context, conn *grpc.ClientConn) error {
 		doubt()
 	}
 	l.mu.Lock()
+	c.sortLocked() // what is left in the queue comes after what its lane holds
 	l.way = nil
 	l.setLocked(connecting)
 	for i := range c.lanes {
@@ -143,10 +144,7 @@ func (c *calls) dispatch() {
 			l.mu.Unlock()
 			return
 		}
-		for l.queue.len > 0 {
-			e := l.queue.pop()
-			c.laneOf(e.d).queue.push(e)
-		}
+		c.sortLocked()
 		for i := range c.lanes {
 			if la := &c.lanes[i]; la.queue.len > 0 && !la.busy {
 				la.busy = true
@@ -164,6 +162,14 @@ func (c *calls) dispatch() {
 			c.launch(la)
 		}
 		launch = launch[:0]
+	}
+}
+
+// sortLocked moves what is queued to the lanes.
+func (c *calls) sortLocked() {
+	for q := &c.link.queue; q.len > 0; {
+		e := q.pop()
+		c.laneOf(e.d).queue.push(e)
 	}
 }
 

@@ -431,3 +431,66 @@ func TestUnaryBroadcastCannotClaimMoreThanANodeHas(t *testing.T) {
 		w.until("the node is left alone", func() bool { return w.set.Reachable() == 0 })
 	})
 }
+
+// What the dispatcher has not given to the lanes when the session ends was taken after what
+// waits in them, and stays behind it.
+func TestOrderIsKeptWhenAUnarySessionEnds(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		pool, hello := make(chan struct{}), make(chan struct{})
+		var held, upgraded atomic.Bool
+		var tasks sync.WaitGroup
+		w := newWorld(t, Config{Go: func(_ int, task func()) error {
+			if held.Load() {
+				<-pool // and so the dispatcher is held up
+			}
+			tasks.Go(task)
+			return nil
+		}})
+		n := &fakeNode{id: "A"}
+		n.deliver = func(st deliverStream) error {
+			if !upgraded.Load() {
+				return status.Error(codes.Unimplemented, "unknown method Deliver")
+			}
+			<-hello
+			return n.serve(st)
+		}
+		n.message = func(r *pubsub.PushMessageRequest) (*pubsub.PushMessageResponse, error) {
+			if upgraded.Load() && r.GetUserId() == "u2" {
+				return nil, status.Error(codes.Unimplemented, "unknown method PushMessage")
+			}
+			time.Sleep(100 * time.Millisecond)
+			return &pubsub.PushMessageResponse{Success: true}, nil
+		}
+		w.start("a:1", n)
+		w.register("A", "a:1")
+		w.up(1)
+		users := []string{"u1", "u2", "u3", "u4", "u5", "u6", "u7", "u8"}
+		w.room("r", "A", users...)
+		for _, u := range users {
+			w.do(w.toUser(u, "warm"))
+		}
+		time.Sleep(time.Second)
+		upgraded.Store(true)
+		w.do(w.toUser("u2", "refused")) // and so the node is asked for Deliver
+		started := []*pending{w.begin(w.toUser("u1", "1")), w.begin(w.toUser("u1", "2"))}
+		synctest.Wait() // the first is with the node, the second waits in its lane
+		held.Store(true)
+		for _, u := range users[2:] { // most of them have other lanes
+			started = append(started, w.begin(w.toUser(u, "x")))
+		}
+		synctest.Wait()
+		started = append(started, w.begin(w.toUser("u1", "3")))
+		close(hello)
+		synctest.Wait()
+		held.Store(false)
+		close(pool)
+		for _, f := range started {
+			w.end(f)
+		}
+		tasks.Wait()
+		got := slices.DeleteFunc(n.received(t), func(s string) bool { return !strings.HasPrefix(s, "u1 ") })
+		if want := []string{"u1 warm", "u1 1", "u1 2", "u1 3"}; !slices.Equal(got, want) {
+			t.Errorf("arrived: %q, want %q", got, want)
+		}
+	})
+}

@@ -43,6 +43,8 @@ var (
 	ErrGoing        = errors.New("node is going")
 )
 
+var errPanicked = errors.New("the call panicked")
+
 // Reporter keeps the Controller's picture of this node's memberships equal to the
 // truth. It does not queue events: for each user and room it knows what is and
 // what the Controller has been told, and works on the difference, one call at a
@@ -157,12 +159,17 @@ func newReporter(cfg Config, cc *grpc.ClientConn) *Reporter {
 	return r
 }
 
-// Start begins to report. The Controller need not be there yet.
+// Start begins to report, unless the Reporter is closed. The Controller need not be there yet.
 func (r *Reporter) Start() {
 	ctx, stop := context.WithCancel(context.Background())
 	r.mu.Lock()
+	closed := r.closed
 	r.stop = stop
 	r.mu.Unlock()
+	if closed {
+		stop()
+		return
+	}
 	r.keep(ctx, func() { r.watchLoop(ctx) })
 	r.keep(ctx, func() { r.clockLoop(ctx) })
 	r.keep(ctx, func() { r.syncLoop(ctx) })
@@ -174,20 +181,22 @@ func (r *Reporter) Start() {
 // keep runs a loop until it returns. After a panic it begins again: what a Controller
 // brings about by a mistake of ours must not end the process.
 func (r *Reporter) keep(ctx context.Context, loop func()) {
-	run := func() (ended bool) {
-		defer func() {
-			if v := recover(); v != nil {
-				r.count.panics.Inc()
-				r.cfg.Logger.Error("panic caught", slog.String("goroutine", "memberships"), slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
-			}
-		}()
-		loop()
-		return true
-	}
 	r.loops.Go(func() {
-		for !run() && pause(ctx, time.Second) {
+		for !r.caught(loop) && pause(ctx, time.Second) {
 		}
 	})
+}
+
+// caught calls f, and tells whether f has returned.
+func (r *Reporter) caught(f func()) (returned bool) {
+	defer func() {
+		if v := recover(); v != nil {
+			r.count.panics.Inc()
+			r.cfg.Logger.Error("panic caught", slog.String("goroutine", "memberships"), slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
+		}
+	}()
+	f()
+	return true
 }
 
 // Close ends everything at once and waits for it. What was not reported is not reported.
@@ -474,16 +483,15 @@ func (r *Reporter) report(m *membership) {
 	var refused string
 	var err error
 	if call {
-		refused, err = r.call(m.membershipID, name, joins, seq)
+		err = errPanicked
+		r.caught(func() { refused, err = r.call(m.membershipID, name, joins, seq) })
 	}
 
 	r.mu.Lock()
-	m.busy = false
-	r.slotOf(m).busy--
+	defer r.mu.Unlock()
 	var news []func()
 	switch {
 	case err != nil:
-		r.failLocked(m, err)
 	case refused != "":
 		m.told, m.confirmed = false, false
 		news = r.refuseLocked(m, refused)
@@ -496,11 +504,23 @@ func (r *Reporter) report(m *membership) {
 	}
 	r.countLocked(m)
 	if err == nil {
-		news = append(news, r.settleLocked(m)...)
+		news = append(news, r.newsLocked(m)...)
 	}
-	r.mu.Unlock()
-	for _, tell := range news {
-		tell()
+	// Nobody else reports m before all is told, so that the last word is the last one. Who
+	// joins or leaves meanwhile is told then.
+	for ; len(news) > 0; news = r.newsLocked(m) {
+		r.mu.Unlock()
+		for _, tell := range news {
+			r.caught(tell) // One client is no reason to leave out the others.
+		}
+		r.mu.Lock()
+	}
+	m.busy = false
+	r.slotOf(m).busy--
+	if err != nil {
+		r.failLocked(m, err)
+	} else {
+		r.settleLocked(m)
 	}
 }
 
@@ -523,10 +543,9 @@ func (r *Reporter) failLocked(m *membership, err error) {
 	r.retryLocked(m, min(50*time.Millisecond<<min(m.failures, 10), 5*time.Second))
 }
 
-// settleLocked looks at m after a call: it is done, or there is more to do.
-func (r *Reporter) settleLocked(m *membership) (news []func()) {
+// newsLocked takes what is to be told once m is done.
+func (r *Reporter) newsLocked(m *membership) (news []func()) {
 	if !r.doneLocked(m) {
-		r.listLocked(m)
 		return nil
 	}
 	for _, c := range m.leavers {
@@ -537,6 +556,15 @@ func (r *Reporter) settleLocked(m *membership) (news []func()) {
 		news = append(news, func() { c.client.Joined(r.shown(m.room)) })
 	}
 	m.leavers, m.joiners = nil, nil
+	return news
+}
+
+// settleLocked looks at m after a call: it is done, or there is more to do.
+func (r *Reporter) settleLocked(m *membership) {
+	if !r.doneLocked(m) {
+		r.listLocked(m)
+		return
+	}
 	if r.syncing.can || r.leaving {
 		m.repeats = 0
 	}
@@ -546,7 +574,6 @@ func (r *Reporter) settleLocked(m *membership) (news []func()) {
 	case m.repeats == 0 && len(m.holders) == 0:
 		r.deleteLocked(m)
 	}
-	return news
 }
 
 // refuseLocked takes everybody out of a room that the Controller does not let the

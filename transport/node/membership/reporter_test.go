@@ -2,6 +2,7 @@ package membership
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -275,6 +276,7 @@ func (r *Reporter) done(m *membership) {
 	r.slotOf(m).busy--
 	m.told, m.confirmed = len(m.holders) > 0, len(m.holders) > 0
 	r.countLocked(m)
+	r.newsLocked(m)
 	r.settleLocked(m)
 }
 
@@ -422,6 +424,60 @@ func TestLastWordAboutARoomIsTrue(t *testing.T) {
 	}
 }
 
+// teller does something when it is told that it has joined.
+type teller struct {
+	*member
+
+	then func()
+}
+
+func (c *teller) Joined(room string) {
+	c.member.Joined(room)
+	c.then()
+}
+
+// While a client is told, the others come and go: what they are told last is what is.
+func TestLastWordIsTrueThoughSomebodyIsSlowToHear(t *testing.T) {
+	r := quietReports(t)
+	r.client = new(faithful)
+	slow, quick := &teller{member: newMember(r, "u")}, newMember(r, "u")
+	slow.Member = r.Member("u", "U", slow)
+	slow.then = func() {
+		slow.then = func() {}
+		if err := errors.Join(slow.Leave("r"), quick.Leave("r"), slow.Join("r"), slow.Leave("r")); err != nil {
+			t.Error(err)
+		}
+		if r.Stats().Pending > 0 { // another worker
+			r.report(r.next())
+		}
+	}
+	if err := errors.Join(slow.Join("r"), quick.Join("r")); err != nil {
+		t.Fatal(err)
+	}
+	for r.Stats().Pending > 0 {
+		r.report(r.next())
+	}
+	for name, c := range map[string]*member{"slow": slow.member, "quick": quick} {
+		if got := c.told("r"); got != "left" {
+			t.Errorf("the %s one was told %q last, and has left", name, got)
+		}
+	}
+	if n := r.Stats().Memberships; n != 0 {
+		t.Errorf("%d memberships are kept", n)
+	}
+}
+
+// faithful is a Controller that takes everything.
+type faithful struct{ pubsub.ControllerServiceClient }
+
+func (*faithful) JoinRoom(context.Context, *pubsub.JoinRoomRequest, ...grpc.CallOption) (*pubsub.JoinRoomResponse, error) {
+	return &pubsub.JoinRoomResponse{Success: true}, nil
+}
+
+func (*faithful) LeaveRoom(context.Context, *pubsub.LeaveRoomRequest, ...grpc.CallOption) (*pubsub.LeaveRoomResponse, error) {
+	return &pubsub.LeaveRoomResponse{Success: true}, nil
+}
+
 func TestLeavingManyRoomsCostsEachOnce(t *testing.T) {
 	r := quietReports(t)
 	bytesPerRoom := func(n int) uint64 {
@@ -562,9 +618,58 @@ func TestComingAndGoingKeepsNothingWhileTheControllerIsAway(t *testing.T) {
 	}
 	r.mu.Lock()
 	m.told = false
-	r.settleLocked(m)
+	r.newsLocked(m)
 	r.mu.Unlock()
 	if got := len(stays.leaving); got != 0 {
 		t.Errorf("the connection waits for %d rooms after the answer, want 0", got)
 	}
+}
+
+// faulty is a Controller, or what stands before it, and a client.
+type faulty struct {
+	pubsub.ControllerServiceClient
+
+	sound bool
+}
+
+func (f *faulty) JoinRoom(context.Context, *pubsub.JoinRoomRequest, ...grpc.CallOption) (*pubsub.JoinRoomResponse, error) {
+	if !f.sound {
+		panic("call")
+	}
+	return &pubsub.JoinRoomResponse{Success: true}, nil
+}
+
+func (*faulty) Joined(string)          { panic("client") }
+func (*faulty) Left(string)            { panic("client") }
+func (*faulty) Refused(string, string) { panic("client") }
+
+// A call that panics has failed, and a client that does takes the word from nobody else.
+func TestPanicLeavesNobodyOut(t *testing.T) {
+	r := quietReports(t)
+	f := new(faulty)
+	r.client = f
+	bad, good := r.Member("ann", "Ann", f), newMember(r, "ann")
+	if err := errors.Join(bad.Join("lobby"), good.Join("lobby")); err != nil {
+		t.Fatal(err)
+	}
+	m := r.next()
+	r.report(m)
+	if m.busy || r.slotOf(m).busy != 0 || !m.inRetry || good.told("lobby") != "" {
+		t.Fatalf("after a call that has panicked: busy %v, to be repeated %v, told %q", m.busy, m.inRetry, good.told("lobby"))
+	}
+	f.sound = true
+	r.tick(time.Now().Add(time.Minute))
+	r.report(r.next())
+	if got := good.told("lobby"); got != "joined" {
+		t.Errorf("told %q behind a client that has panicked", got)
+	}
+	if n := r.count.panics.Get(); n != 2 {
+		t.Errorf("%d panics were counted, want 2", n)
+	}
+}
+
+func TestClosedReporterDoesNotStart(t *testing.T) {
+	r := quietReports(t)
+	r.Close()
+	r.Start() // no goroutine is left, see TestMain
 }
