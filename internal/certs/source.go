@@ -75,11 +75,8 @@ func Open(cfg Config) (*Source, error) {
 	return s, nil
 }
 
-// Reload has the files read soon. It does not wait. A nil Source has none.
+// Reload has the files read soon. It does not wait.
 func (s *Source) Reload() {
-	if s == nil {
-		return
-	}
 	select {
 	case s.reload <- struct{}{}:
 	default:

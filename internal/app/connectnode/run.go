@@ -35,6 +35,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 	}
 	g := cfg.Gateway
 	g.Etcd, g.Logger, g.Metrics, g.Pushctl = etcd, logger, metrics.NewSet(), invoke.As("pushctl")
+	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {
 		return nil, err
 	}

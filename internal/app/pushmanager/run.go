@@ -84,6 +84,14 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
+	m.life.Insecure(log, set, cfg.insecure)
+	if cfg.TLS.On() {
+		source, err := m.life.Certificates(cfg.TLS.Certificates)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
+	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
 	}
@@ -134,6 +142,9 @@ func (m *PushManager) Drain(ctx context.Context) error {
 	m.ingress.Announce()
 	return m.life.Stop(ctx)
 }
+
+// Reload has certificates read again soon.
+func (m *PushManager) Reload() { m.life.Reload() }
 
 // Failed gets an error when the push API cannot be served any more.
 func (m *PushManager) Failed() <-chan error { return m.failed }
