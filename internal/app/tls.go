@@ -27,9 +27,28 @@ func (c *Certificates) Bind(s *config.Set, section, caKey, caHelp string) {
 	s.Text(&c.CA, section+"."+caKey, "", caHelp)
 }
 
-// BindReload adds the one interval of all files.
-func BindReload(s *config.Set, interval *time.Duration) {
+// BindTrust adds what all files have in common: the trust domain, and how often they are read.
+func BindTrust(s *config.Set, domain *string, interval *time.Duration) {
+	s.Text(domain, "trust_domain", "", "Whose names certificates carry: spiffe://trust_domain/connect-node/ID for nodes, spiffe://trust_domain/push-manager/ID for Push-Managers. Empty: DNS names alone.")
 	s.Duration(interval, "tls.reload_interval", certs.DefaultReloadInterval, 10*time.Millisecond, "How often the files of TLS are read again. SIGHUP has them read at once.")
+}
+
+// CheckTrustDomain refuses what cannot be one.
+func CheckTrustDomain(s *config.Set, domain string) error {
+	if err := certs.CheckTrustDomain(domain); err != nil {
+		return s.Errorf("trust_domain", "%v", err)
+	}
+	return nil
+}
+
+// Missing names the first of the files that are not set.
+func (c *Certificates) Missing(s *config.Set) error {
+	for _, file := range []struct{ key, path string }{{certs.CertFile, c.Cert}, {certs.KeyFile, c.Key}, {c.caKey, c.CA}} {
+		if file.path == "" {
+			return s.Errorf(c.section+"."+file.key, "missing, while another file of %s is set", c.section)
+		}
+	}
+	return nil
 }
 
 // On tells whether any file is set.

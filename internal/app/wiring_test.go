@@ -33,7 +33,9 @@ var otherValues = map[string]map[string]string{
 	"drain_timeout":            {"DRAIN_TIMEOUT": "1s"}, // shorter than two notices
 	"tracing.endpoint":         {"TRACING_ENDPOINT": "c:4317"},
 	"limits.request_bytes":     {"LIMITS_REQUEST_BYTES": "2MiB"},
+	"trust_domain":             {"TRUST_DOMAIN": "prod.example"},
 	"tls.client_auth":          {"TLS_CLIENT_AUTH": "none"},
+	"link.tls.identity":        {"LINK_TLS_IDENTITY": "none"},
 	"tls.min_version":          {"TLS_MIN_VERSION": "1.2"},
 }
 
@@ -50,6 +52,8 @@ var handedTo = map[string]map[string][]string{
 		"pprof_remote":             {"PprofRemote"},
 		"reflection":               {"Ingress.DisableReflection", "Reflection"},
 		"drain_timeout":            {"DrainTimeout", "Ingress.DrainNotice"},
+		"trust_domain":             {"TrustDomain"},
+		"tls.reload_interval":      {"LinkTLS.Certificates.Config.ReloadInterval", "TLS.Certificates.Config.ReloadInterval"},
 		"etcd.request_timeout":     {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout"},
 		"etcd.username":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"etcd.password":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
@@ -67,14 +71,16 @@ var handedTo = map[string]map[string][]string{
 		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 	"connect-node": {
-		"listen_address": {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
-		"grpc_port":      {"GRPCPort", "Gateway.GRPCAddress"},
-		"http_port":      {"Gateway.HTTPAddress", "HTTPPort"},
-		"metrics_port":   {"Gateway.MetricsAddress", "MetricsPort"},
-		"allow_insecure": {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "insecure"},
-		"drain_timeout":  {"DrainTimeout"},
-		"etcd.username":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
-		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"listen_address":        {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
+		"grpc_port":             {"GRPCPort", "Gateway.GRPCAddress"},
+		"http_port":             {"Gateway.HTTPAddress", "HTTPPort"},
+		"trust_domain":          {"TrustDomain"},
+		"node.tls.allowed_sans": {"AllowedSANs"},
+		"metrics_port":          {"Gateway.MetricsAddress", "MetricsPort"},
+		"allow_insecure":        {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "insecure"},
+		"drain_timeout":         {"DrainTimeout"},
+		"etcd.username":         {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":         {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 }
 
@@ -168,14 +174,17 @@ func TestFilesForTLSAreHandedOver(t *testing.T) {
 	cert, key := ca.Issue("127.0.0.1")
 	want := certs.Files{Cert: cert, Key: key, CA: ca.File}
 	var pm pushmanager.Config
+	var cn connectnode.Config
 	for name, part := range map[string]struct {
 		settings     cli.Settings
 		files        *certs.Files
 		section, key string
 	}{
 		"push API": {&pm, &pm.TLS.Files, "TLS", "CLIENT_CA_FILE"},
+		"links":    {&pm, &pm.LinkTLS.Files, "LINK_TLS", "CA_FILE"},
+		"node":     {&cn, &cn.TLS.Files, "NODE_TLS", "CLIENT_CA_FILE"},
 	} {
-		if err := cli.Fill(part.settings, map[string]string{part.section + "_CERT_FILE": cert, part.section + "_KEY_FILE": key, part.section + "_" + part.key: ca.File}); err != nil {
+		if err := cli.Fill(part.settings, map[string]string{"TRUST_DOMAIN": "test", part.section + "_CERT_FILE": cert, part.section + "_KEY_FILE": key, part.section + "_" + part.key: ca.File}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 		if *part.files != want {

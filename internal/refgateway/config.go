@@ -9,6 +9,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
@@ -24,6 +26,8 @@ type Config struct {
 	// GRPCAddress is where it listens for managers, host:port. Port 0 takes a
 	// free one.
 	GRPCAddress string
+	// Credentials secure that port, and refuse who is no manager. Nil: nothing does.
+	Credentials credentials.TransportCredentials
 	// HTTPAddress is where it listens for clients.
 	HTTPAddress string
 	// MetricsAddress is where /metrics is served. Empty: nowhere.
@@ -116,6 +120,9 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
 	defaultTo(&c.LeaveTimeout, 3*time.Second)
+	if c.Credentials == nil {
+		c.Credentials = insecure.NewCredentials()
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

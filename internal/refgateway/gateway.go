@@ -97,7 +97,7 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, err
 	}
 	newCounters(g)
-	g.grpc = grpc.NewServer(append(node.ServerOptions(), grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
+	g.grpc = grpc.NewServer(append(node.ServerOptions(), grpc.Creds(g.cfg.Credentials), grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
 	g.node.Attach(g.grpc)
 	healthpb.RegisterHealthServer(g.grpc, g.health)
 	reflection.Register(g.grpc)

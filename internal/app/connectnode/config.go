@@ -12,6 +12,7 @@ import (
 	"unicode"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -32,7 +33,12 @@ type Config struct {
 	Gateway refgateway.Config
 	Etcd    app.EtcdConfig
 
-	insecure bool // others can reach it
+	TLS         app.Certificates
+	TrustDomain string
+	AllowedSANs []string
+
+	managers certs.Check // of the certificates of who comes to the gRPC port
+	insecure bool        // others can reach it
 }
 
 // Bind implements cli.Settings.
@@ -57,6 +63,10 @@ func (c *Config) Bind(s *config.Set) {
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
+	c.TLS.Role = "node"
+	c.TLS.Bind(s, "node.tls", "client_ca_file", "PEM file of the authorities that Push-Managers' certificates are checked with. All three files are set, or none.")
+	s.List(&c.AllowedSANs, "node.tls.allowed_sans", certs.KindManager+"/*", "Names of certificates that may use the gRPC port: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 }
 
@@ -83,6 +93,20 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 	}
 	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
 		return s.Errorf("compression", "%v", err)
+	}
+	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
+		return err
+	}
+	if c.TLS.On() {
+		if err := c.TLS.Missing(s); err != nil {
+			return err
+		}
+		if err := c.TLS.Validate(s); err != nil {
+			return err
+		}
+		if c.managers, err = certs.Allowed(c.TrustDomain, c.AllowedSANs); err != nil {
+			return s.Errorf("node.tls.allowed_sans", "%v", err)
+		}
 	}
 	if err := c.Etcd.Validate(s); err != nil {
 		return err

@@ -36,6 +36,7 @@ type Config struct {
 	GRPCPort         int
 	MetricsPort      int
 	AllowInsecure    bool
+	TrustDomain      string
 	PprofRemote      bool
 	Reflection       bool
 	DrainTimeout     time.Duration
@@ -54,6 +55,9 @@ type Config struct {
 	Etcd       app.EtcdConfig
 	Health     health.Config
 	TLS        apiTLS
+	LinkTLS    linkTLS
+
+	nodeCheck func(id string) certs.Check // of certificates
 
 	allowNets []string
 	insecure  bool // others can reach it, without TLS or without authentication
@@ -72,7 +76,6 @@ func (c *apiTLS) bind(s *config.Set) {
 	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach.",
 		"none", "optional", "require")
 	s.Choice(&c.MinVersion, "tls.min_version", "1.3", "Lowest version of TLS on the push API.", "1.2", "1.3")
-	app.BindReload(s, &c.ReloadInterval)
 }
 
 func (c *apiTLS) validate(s *config.Set) error {
@@ -110,6 +113,38 @@ func (c *apiTLS) side() certs.Side {
 	return side
 }
 
+// linkTLS is the section link.tls.
+type linkTLS struct {
+	app.Certificates
+
+	Identity    string
+	AllowedSANs []string
+}
+
+func (c *linkTLS) bind(s *config.Set) {
+	c.Role = "link"
+	c.Bind(s, "link.tls", "ca_file", "PEM file of the authorities that nodes' certificates are checked with. Set: every node is spoken to over TLS.")
+	s.Choice(&c.Identity, "link.tls.identity", "id", "What a node's certificate must name. id: the node that is registered; role: one of link.tls.allowed_sans; none: nothing.", "id", "role", "none")
+	s.List(&c.AllowedSANs, "link.tls.allowed_sans", "", "Names that do for every node with link.tls.identity=role, such as connect-node/*: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+}
+
+// check returns what judges a node's certificate, by the id that the node is registered under.
+func (c *linkTLS) check(s *config.Set, trustDomain string) (func(id string) certs.Check, error) {
+	switch {
+	case c.CA == "" && (c.On() || c.Identity == "role"):
+		return nil, s.Errorf("link.tls.ca_file", "missing, while other keys of link.tls are set")
+	case c.Identity == "none":
+		return func(string) certs.Check { return certs.Anybody }, c.Validate(s)
+	case c.Identity == "role":
+		role, err := certs.Allowed(trustDomain, c.AllowedSANs)
+		if err != nil {
+			return nil, s.Errorf("link.tls.allowed_sans", "%v", err)
+		}
+		return func(string) certs.Check { return role }, c.Validate(s)
+	}
+	return func(id string) certs.Check { return certs.Node(trustDomain, id) }, c.Validate(s)
+}
+
 // maxRequest bounds what limits.request_bytes may be: such a request is held in
 // memory for each call under way.
 const maxRequest = 64 << 20
@@ -143,6 +178,8 @@ func (c *Config) Bind(s *config.Set) {
 	c.bindLinks(s)
 	c.bindAPI(s)
 	c.TLS.bind(s)
+	c.LinkTLS.bind(s)
+	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 	s.Duration(&c.Discovery.Grace, "discovery.grace", discovery.Defaults().Grace, config.Positive, "How long a node stays that is gone from etcd while its streams live.")
 	s.Int(&c.Discovery.MaxNodes, "discovery.max_nodes", discovery.Defaults().MaxNodes, 1, 1<<20, "Connect-Nodes taken notice of.")
@@ -231,11 +268,18 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if err := c.TLS.validate(s); err != nil {
 		return err
 	}
+	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
+		return err
+	}
+	var err error
+	if c.nodeCheck, err = c.LinkTLS.check(s, c.TrustDomain); err != nil {
+		return err
+	}
+	c.LinkTLS.ReloadInterval = c.TLS.ReloadInterval
 	missing := c.TLS.missing()
 	if missing == "" && c.PprofRemote {
 		missing = "TLS on the profiles of PPROF_REMOTE"
 	}
-	var err error
 	if c.insecure, err = app.CheckListen(s, c.ListenAddress, missing, c.AllowInsecure); err != nil {
 		return err
 	}
@@ -310,6 +354,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
 	c.TLS.Logger, c.TLS.Metrics = log, set
+	c.LinkTLS.Logger, c.LinkTLS.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
@@ -65,6 +67,15 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
+	if cfg.LinkTLS.On() {
+		source, err := m.life.Certificates(cfg.LinkTLS.Certificates)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Links.Credentials = func(id string) credentials.TransportCredentials {
+			return source.Client(certs.Side{Check: cfg.nodeCheck(id)})
+		}
+	}
 	if m.links, err = link.New(cfg.Links); err != nil {
 		return nil, err
 	}
