@@ -10,7 +10,6 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
@@ -120,9 +119,6 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
 	defaultTo(&c.LeaveTimeout, 3*time.Second)
-	if c.Credentials == nil {
-		c.Credentials = insecure.NewCredentials()
-	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

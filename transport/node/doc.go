@@ -18,8 +18,8 @@
 //	gs.Stop()           // whoever is left is cut off
 //	srv.Close()
 //
-// The example of [Server] is the whole program. Where managers speak TLS, the grpc.Server gets
-// credentials with grpc.Creds: docs/security.md says which certificates they show, and ask for.
+// The example of [Server] is the whole program. Where managers speak TLS, the grpc.Server also gets
+// grpc.Creds with those of [NewCredentials]: docs/security.md says which certificates there are.
 //
 // # What holds
 //
