@@ -6,6 +6,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app/connectnode"
 	"github.com/push-manager/push-manager/internal/app/controller"
 	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/certcmd"
 	"github.com/push-manager/push-manager/internal/cli"
 )
 
@@ -15,6 +16,6 @@ func commandLine() cli.CommandLine {
 	return cli.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command()},
+		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command(), certcmd.Command()},
 	}
 }

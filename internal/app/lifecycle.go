@@ -12,6 +12,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
@@ -22,6 +23,8 @@ const grace = time.Second
 type Lifecycle struct {
 	names []string
 	stops []func(context.Context) error
+
+	sources []*certs.Source
 }
 
 // Add notes a part that has started. Its stop must end by its context.

@@ -14,15 +14,19 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
-// CheckListen refuses an address that others can reach, while there is no TLS.
-func CheckListen(s *config.Set, host string, allowed bool) error {
+// CheckListen refuses an address that others can reach while something is missing for that, unless it is allowed:
+// then it tells that it is insecure.
+func CheckListen(s *config.Set, host, missing string, allowed bool) (insecure bool, err error) {
 	if ip := net.ParseIP(host); ip == nil && host != "" && host != "localhost" {
-		return s.Errorf("listen_address", "%q is not an IP address", host)
+		return false, s.Errorf("listen_address", "%q is not an IP address", host)
 	}
-	if !config.Loopback(host) && !allowed {
-		return s.Errorf("listen_address", "%q can be reached by others, without TLS and authentication: only with ALLOW_INSECURE=true", host)
+	if config.Loopback(host) || missing == "" {
+		return false, nil
 	}
-	return nil
+	if !allowed {
+		return false, s.Errorf("listen_address", "%q can be reached by others, without %s: only with ALLOW_INSECURE=true", host, missing)
+	}
+	return true, nil
 }
 
 // Port is a port to listen on and the key that it is from.

@@ -13,6 +13,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app/connectnode"
 	"github.com/push-manager/push-manager/internal/app/controller"
 	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/etcdtest"
@@ -32,6 +33,10 @@ var otherValues = map[string]map[string]string{
 	"drain_timeout":            {"DRAIN_TIMEOUT": "1s"}, // shorter than two notices
 	"tracing.endpoint":         {"TRACING_ENDPOINT": "c:4317"},
 	"limits.request_bytes":     {"LIMITS_REQUEST_BYTES": "2MiB"},
+	"trust_domain":             {"TRUST_DOMAIN": "prod.example"},
+	"tls.client_auth":          {"TLS_CLIENT_AUTH": "none"},
+	"link.tls.identity":        {"LINK_TLS_IDENTITY": "none"},
+	"tls.min_version":          {"TLS_MIN_VERSION": "1.2"},
 }
 
 // handedTo are the fields that a key of a program changes where that is not just one of the package that it is for: those
@@ -43,10 +48,12 @@ var handedTo = map[string]map[string][]string{
 		"grpc_port":                {"GRPCPort"},
 		"metrics_port":             {"MetricsPort"},
 		"advertise_address":        {"AdvertiseAddress"},
-		"allow_insecure":           {"AllowInsecure", "ListenAddress"},
+		"allow_insecure":           {"AllowInsecure", "ListenAddress", "insecure"},
 		"pprof_remote":             {"PprofRemote"},
 		"reflection":               {"Ingress.DisableReflection", "Reflection"},
 		"drain_timeout":            {"DrainTimeout", "Ingress.DrainNotice"},
+		"trust_domain":             {"TrustDomain"},
+		"tls.reload_interval":      {"LinkTLS.Certificates.Config.ReloadInterval", "TLS.Certificates.Config.ReloadInterval"},
 		"etcd.request_timeout":     {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout"},
 		"etcd.username":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"etcd.password":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
@@ -57,21 +64,23 @@ var handedTo = map[string]map[string][]string{
 		"listen_address": {"ListenAddress"},
 		"grpc_port":      {"GRPCPort"},
 		"metrics_port":   {"MetricsPort"},
-		"allow_insecure": {"AllowInsecure", "ListenAddress"},
+		"allow_insecure": {"AllowInsecure", "ListenAddress", "insecure"},
 		"pprof_remote":   {"PprofRemote"},
 		"drain_timeout":  {"DrainTimeout"},
 		"etcd.username":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 	"connect-node": {
-		"listen_address": {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
-		"grpc_port":      {"GRPCPort", "Gateway.GRPCAddress"},
-		"http_port":      {"Gateway.HTTPAddress", "HTTPPort"},
-		"metrics_port":   {"Gateway.MetricsAddress", "MetricsPort"},
-		"allow_insecure": {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
-		"drain_timeout":  {"DrainTimeout"},
-		"etcd.username":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
-		"etcd.password":  {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"listen_address":        {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress"},
+		"grpc_port":             {"GRPCPort", "Gateway.GRPCAddress"},
+		"http_port":             {"Gateway.HTTPAddress", "HTTPPort"},
+		"trust_domain":          {"TrustDomain"},
+		"node.tls.allowed_sans": {"AllowedSANs"},
+		"metrics_port":          {"Gateway.MetricsAddress", "MetricsPort"},
+		"allow_insecure":        {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "insecure"},
+		"drain_timeout":         {"DrainTimeout"},
+		"etcd.username":         {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":         {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 }
 
@@ -95,6 +104,9 @@ func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 			}
 			if strings.HasPrefix(key.Name(), "etcd.tls.") {
 				continue // TestFilesForEtcdAreHandedOver
+			}
+			if strings.Contains(key.Name(), "tls.") && strings.HasSuffix(key.Name(), "_file") {
+				continue // TestFilesForTLSAreHandedOver
 			}
 			values := []map[string]string{otherValues[key.Name()]}
 			if values[0] == nil {
@@ -153,6 +165,36 @@ func TestFilesForEtcdAreHandedOver(t *testing.T) {
 		pair, err := etcd.TLS.GetClientCertificate(nil)
 		if err != nil || len(pair.Certificate) != 1 {
 			t.Errorf("%s: our certificate is %v, %v", name, pair, err)
+		}
+	}
+}
+
+func TestFilesForTLSAreHandedOver(t *testing.T) {
+	ca := etcdtest.NewCA(t)
+	cert, key := ca.Issue("127.0.0.1")
+	want := certs.Files{Cert: cert, Key: key, CA: ca.File}
+	var pm pushmanager.Config
+	var cn connectnode.Config
+	for name, part := range map[string]struct {
+		settings     cli.Settings
+		files        *certs.Files
+		section, key string
+	}{
+		"push API": {&pm, &pm.TLS.Files, "TLS", "CLIENT_CA_FILE"},
+		"links":    {&pm, &pm.LinkTLS.Files, "LINK_TLS", "CA_FILE"},
+		"node":     {&cn, &cn.TLS.Files, "NODE_TLS", "CLIENT_CA_FILE"},
+	} {
+		if err := cli.Fill(part.settings, map[string]string{"TRUST_DOMAIN": "test", part.section + "_CERT_FILE": cert, part.section + "_KEY_FILE": key, part.section + "_" + part.key: ca.File}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if *part.files != want {
+			t.Errorf("%s: %+v", name, *part.files)
+		}
+		for variable, file := range map[string]string{"CERT_FILE": cert, "KEY_FILE": key} {
+			err := cli.Fill(part.settings, map[string]string{part.section + "_" + variable: file})
+			if err == nil || !strings.Contains(err.Error(), part.section) {
+				t.Errorf("%s: %s alone: %v", name, variable, err)
+			}
 		}
 	}
 }

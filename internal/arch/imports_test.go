@@ -31,6 +31,9 @@ var layers = []layer{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
 	}},
 	{dir: "docs"}, // what programs carry of it
+	{dir: "internal/certs", ours: []string{"internal/label"}, others: []string{
+		"github.com/VictoriaMetrics/metrics", "golang.org/x/time", "google.golang.org/grpc",
+	}},
 	{dir: "internal/ids"},
 	{dir: "internal/label"},
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
@@ -51,9 +54,9 @@ var layers = []layer{
 		"google.golang.org/grpc",
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
-	{dir: "transport/node", ours: []string{"internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
+	{dir: "transport/node", ours: []string{"internal/certs", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
-	{dir: "internal/app", ours: []string{"internal/config", "transport/discovery"}, others: []string{"*"}},
+	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},
 	{dir: "internal/...", ours: []string{"docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},

@@ -24,6 +24,8 @@ type Command struct {
 	File bool
 	// New returns the program's configuration, unset.
 	New func() Settings
+	// Main, where it is set, runs the command in place of all that, with the arguments after its name, and returns the exit code.
+	Main func(args []string) int
 	// Missing says why this build has no such program. Empty: it has.
 	Missing string
 }
@@ -83,6 +85,9 @@ func Main(c CommandLine, args []string) int {
 		return fail(config.Usage(errors.New(cmd.Name + ": " + cmd.Missing)))
 	}
 
+	if cmd.Main != nil {
+		return cmd.Main(args)
+	}
 	settings, set := cmd.New(), config.New()
 	settings.Bind(set)
 	flags, err := set.Parse(args, cmd.File)

@@ -25,7 +25,7 @@ const hardStop = 9500 * time.Millisecond
 type Program interface {
 	// Drain stops it in order, by the end of ctx at the latest.
 	Drain(ctx context.Context) error
-	// Failed gets an error when it cannot go on.
+	// Failed gets an error when it cannot go on. A Program that also has Reload() gets SIGHUP by it.
 	Failed() <-chan error
 }
 
@@ -48,13 +48,25 @@ func Run(logger *slog.Logger, drainTimeout time.Duration, start func(context.Con
 		return ExitFailed
 	}
 
+	hangups := make(chan os.Signal, 1)
+	reloader, reloads := p.(interface{ Reload() })
+	if reloads { // it ends any other program
+		signal.Notify(hangups, syscall.SIGHUP)
+		defer signal.Stop(hangups)
+	}
 	code := ExitStopped
-	select {
-	case s := <-signals:
-		logger.Info("stopping", "signal", s.String(), "timeout", drainTimeout)
-	case err := <-p.Failed():
-		logger.Error("failed, stopping", "error", err)
-		code = ExitFailed
+	for running := true; running; {
+		select {
+		case <-hangups:
+			reloader.Reload()
+			continue
+		case s := <-signals:
+			logger.Info("stopping", "signal", s.String(), "timeout", drainTimeout)
+		case err := <-p.Failed():
+			logger.Error("failed, stopping", "error", err)
+			code = ExitFailed
+		}
+		running = false
 	}
 	return drain(logger, signals, drainTimeout, p, code)
 }

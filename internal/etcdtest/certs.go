@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -34,7 +35,7 @@ func NewCA(tb testing.TB) *CA {
 	return ca
 }
 
-// Issue makes a certificate for hosts, names or addresses, for both ends of a connection.
+// Issue makes a certificate for hosts, names or addresses, or URIs, for both ends of a connection.
 func (ca *CA) Issue(hosts ...string) (certFile, keyFile string) {
 	ca.tb.Helper()
 	template := &x509.Certificate{
@@ -43,8 +44,11 @@ func (ca *CA) Issue(hosts ...string) (certFile, keyFile string) {
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	for _, host := range hosts {
+		u, err := url.Parse(host)
 		if ip := net.ParseIP(host); ip != nil {
 			template.IPAddresses = append(template.IPAddresses, ip)
+		} else if err == nil && u.Scheme != "" {
+			template.URIs = append(template.URIs, u)
 		} else {
 			template.DNSNames = append(template.DNSNames, host)
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
@@ -24,6 +25,8 @@ type Config struct {
 	// GRPCAddress is where it listens for managers, host:port. Port 0 takes a
 	// free one.
 	GRPCAddress string
+	// Credentials secure that port, and refuse who is no manager. Nil: nothing does.
+	Credentials credentials.TransportCredentials
 	// HTTPAddress is where it listens for clients.
 	HTTPAddress string
 	// MetricsAddress is where /metrics is served. Empty: nowhere.
@@ -90,9 +93,6 @@ type Config struct {
 	// Metrics gets the counters. Default: a set of its own.
 	Metrics *metrics.Set
 }
-
-// maxIDBytes is the bound of the contract on user and room ids.
-const maxIDBytes = 256
 
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
 const MaxNodeIDBytes = membership.MaxNodeIDBytes

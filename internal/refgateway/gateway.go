@@ -97,7 +97,11 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, err
 	}
 	newCounters(g)
-	g.grpc = grpc.NewServer(append(node.ServerOptions(), grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
+	options := node.ServerOptions()
+	if g.cfg.Credentials != nil {
+		options = append(options, grpc.Creds(g.cfg.Credentials))
+	}
+	g.grpc = grpc.NewServer(append(options, grpc.ChainUnaryInterceptor(g.guardUnary), grpc.ChainStreamInterceptor(g.guardStream))...)
 	g.node.Attach(g.grpc)
 	healthpb.RegisterHealthServer(g.grpc, g.health)
 	reflection.Register(g.grpc)

@@ -235,10 +235,15 @@ func TestPanicForAClientEndsItsConnectionOnly(t *testing.T) {
 
 func TestSlowClientIsToldThatItWasCutOff(t *testing.T) {
 	for _, size := range []int{100, 8 << 10, 64 << 10} { // gathered, gathered by the kernel, and shared
-		g, n := start(t, newController(t), func(c *Config) { c.QueueBytes, c.SocketBuffer, c.CloseTimeout = 256<<10, 4<<10, patience })
+		g, n := start(t, newController(t), func(c *Config) {
+			c.QueueBytes, c.SocketBuffer, c.CloseTimeout, c.WriteTimeout = 256<<10, 4<<10, patience, patience
+		})
 		slow := deaf(t, g, "slow")
 		pushed := 0
 		for text := strings.Repeat("x", size); g.count.slow.Get() == 0; pushed++ {
+			if pushed == 50_000 {
+				t.Fatal("it is not cut off")
+			}
 			pushTo(t, n, "", text, "slow")
 		}
 		if got := g.held.Load(); got > 256<<10 {

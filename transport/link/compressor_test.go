@@ -51,7 +51,7 @@ func (c *crowd) texts(user string) []string {
 }
 
 // startReal runs the node that gateways embed.
-func (w *world) startReal(addr string, cfg connectnode.Config) *crowd {
+func (w *world) startReal(addr string, cfg connectnode.Config, opts ...grpc.ServerOption) *crowd {
 	w.t.Helper()
 	c := &crowd{got: map[string][]string{}}
 	if cfg.Sessions == nil {
@@ -61,7 +61,7 @@ func (w *world) startReal(addr string, cfg connectnode.Config) *crowd {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	n := &fakeNode{id: cfg.NodeID, lis: bufconn.Listen(1 << 20), srv: grpc.NewServer(append(connectnode.ServerOptions(), grpc.WaitForHandlers(true))...)}
+	n := &fakeNode{id: cfg.NodeID, lis: bufconn.Listen(1 << 20), srv: grpc.NewServer(append(connectnode.ServerOptions(), append(opts, grpc.WaitForHandlers(true))...)...)}
 	s.Attach(n.srv)
 	go n.srv.Serve(n.lis)
 	w.mu.Lock()

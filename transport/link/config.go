@@ -11,6 +11,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/transport/compression"
 )
@@ -84,6 +85,9 @@ type Config struct {
 	// without Deliver. 0 means 16.
 	UnaryLanes int
 
+	// Credentials secure the connection to a node and refuse any other node: an error of theirs that has a method NodeID
+	// says by it who is there instead. Nothing is sent before. Nil: connections are plain.
+	Credentials func(nodeID string) credentials.TransportCredentials
 	// Dialer connects to an address. Nil means TCP.
 	Dialer func(ctx context.Context, addr string) (net.Conn, error)
 	// DialOptions come after the package's own.

@@ -3,8 +3,11 @@ package link
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
+
+	"google.golang.org/grpc/credentials"
 )
 
 // rawConn is the connection below a stream: made before gRPC is, since most of what an
@@ -19,6 +22,41 @@ type rawConn struct {
 }
 
 var errOneConn = errors.New("a session has one connection")
+
+// handshake is credentials that remember why they refused a node. gRPC tells it as a text.
+type handshake struct {
+	credentials.TransportCredentials
+
+	mu sync.Mutex
+	// Guarded by mu.
+	err error
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (h *handshake) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := h.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.err = err
+	return conn, info, err //nolint:wrapcheck // gRPC asks whether it is one that it knows
+}
+
+// Clone implements credentials.TransportCredentials. There is one connection.
+func (h *handshake) Clone() credentials.TransportCredentials { return h }
+
+// failure is why there is no connection, nil if that has another cause.
+func (h *handshake) failure() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var other interface{ NodeID() string }
+	switch {
+	case h.err == nil:
+		return nil
+	case errors.As(h.err, &other):
+		return &wrongNodeError{said: other.NodeID()}
+	}
+	return fmt.Errorf("%w: %w", errHandshake, h.err)
+}
 
 // lingerer is a *net.TCPConn.
 type lingerer interface {

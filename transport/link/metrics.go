@@ -1,6 +1,9 @@
 package link
 
 import (
+	"slices"
+	"sync"
+
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/label"
@@ -43,12 +46,16 @@ type meters struct {
 	audChanged   *metrics.Counter
 	audForgotten *metrics.Counter
 	audListed    *metrics.Counter
+
+	mu    sync.Mutex
+	wrong map[string][]string // guarded by mu: names of the counters of wrongNode, by node
 }
 
 func newMeters(s *metrics.Set) *meters {
 	c := func(name string) *metrics.Counter { return s.GetOrCreateCounter("push_manager_link_" + name) }
 	return &meters{
 		set:        s,
+		wrong:      map[string][]string{},
 		frames:     c("frames_total"),
 		deliveries: c("deliveries_total"),
 		bytes:      c("bytes_total"),
@@ -128,8 +135,25 @@ func (m *meters) beats(node string) *metrics.PrometheusHistogram {
 	return m.set.GetOrCreatePrometheusHistogramExt(beatSeconds(node), []float64{.0005, .001, .0025, .01, .05, .25, 1})
 }
 
+// wrongNode counts that where a node should be is another, which is found.
+func (m *meters) wrongNode(node, found string) {
+	name := label.Name("push_manager_link_wrong_node_total", "node_id", node, "found", found)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !slices.Contains(m.wrong[node], name) {
+		m.wrong[node] = append(m.wrong[node], name)
+	}
+	m.set.GetOrCreateCounter(name).Inc()
+}
+
 // forget removes the metrics of a node that is gone.
 func (m *meters) forget(node string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, name := range m.wrong[node] {
+		m.set.UnregisterMetric(name)
+	}
+	delete(m.wrong, node)
 	m.set.UnregisterMetric(connections(node))
 	m.set.UnregisterMetric(beatSeconds(node))
 }

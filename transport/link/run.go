@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,7 @@ var (
 	errWrongNode     = errors.New("the address belongs to another node")
 	errVersion       = errors.New("the node speaks another protocol version")
 	errCodec         = errors.New("the node wants a codec that was not offered")
+	errHandshake     = errors.New("the handshake has failed")
 )
 
 // wrongNodeError is errWrongNode with what the node there says that it is.
@@ -232,6 +234,9 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 		return true, l.serveCalls(ctx, conn)
 	case err != nil:
 		l.set.meters.dialFailures.Inc()
+		if wrong, ok := errors.AsType[*wrongNodeError](err); ok {
+			l.set.wrongNode(l.node.id, wrong.said)
+		}
 		return false, err
 	}
 	err = s.serve(cancel)
@@ -251,11 +256,20 @@ func (l *Link) connect(ctx context.Context, cancel context.CancelFunc, raw *rawC
 		}
 		return nil, nil, fmt.Errorf("%w: dial: %w", errNobody, err)
 	}
-	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, append([]grpc.DialOption{grpc.WithContextDialer(raw.take)}, l.set.dial...)...)
+	opts := append([]grpc.DialOption{grpc.WithContextDialer(raw.take)}, l.set.dial...)
+	var secured *handshake
+	if of := l.set.cfg.Credentials; of != nil {
+		secured = &handshake{TransportCredentials: of(l.node.id)}
+		opts = append(opts, grpc.WithTransportCredentials(secured))
+	}
+	conn, err := grpc.NewClient("passthrough:///"+l.node.addr, opts...)
 	if err != nil {
 		return nil, nil, fmt.Errorf("dial: %w", err)
 	}
 	s, err := l.open(ctx, timer, conn)
+	if err != nil && secured != nil && !errors.Is(err, errDialTimeout) {
+		err = cmp.Or(secured.failure(), err)
+	}
 	return conn, s, err
 }
 

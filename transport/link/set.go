@@ -155,6 +155,19 @@ func (old *snapshot) left(now *snapshot) []*node {
 	return gone
 }
 
+// wrongNode counts that another node is where a registered one should be. Ids that are not registered are one: whoever is
+// there chooses them.
+func (s *Set) wrongNode(id, found string) {
+	nodes := s.snapshot.Load().byID
+	if nodes[id] == nil {
+		return // it has gone, and its counters with it
+	}
+	if nodes[found] == nil {
+		found = "not registered"
+	}
+	s.meters.wrongNode(id, found)
+}
+
 // Link returns the link of a shard to a node, nil when no such node is registered.
 func (s *Set) Link(shard int, node string) engine.Link {
 	n, ok := s.snapshot.Load().byID[node]
@@ -551,7 +564,7 @@ func (n *node) reachable(isUnary bool) {
 // does not allow is logged with a later attempt, should it still be so.
 func (n *node) unreachable(err error) {
 	kind := cmp.Or(status.Code(err).String(), "none")
-	for _, known := range []error{errWrongNode, errVersion, errCodec, errNobody, errDialTimeout, errNoTurn, errViolation, errDrained, errSilent, errOwing, errWire} {
+	for _, known := range []error{errWrongNode, errVersion, errCodec, errHandshake, errNobody, errDialTimeout, errNoTurn, errViolation, errDrained, errSilent, errOwing, errWire} {
 		if errors.Is(err, known) {
 			kind = known.Error()
 		}

@@ -18,7 +18,8 @@
 //	gs.Stop()           // whoever is left is cut off
 //	srv.Close()
 //
-// The example of [Server] is the whole program.
+// The example of [Server] is the whole program. Where managers speak TLS, the grpc.Server also gets
+// grpc.Creds with those of [NewCredentials]: docs/security.md says which certificates there are.
 //
 // # What holds
 //

@@ -12,6 +12,7 @@ import (
 	"unicode"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -31,6 +32,13 @@ type Config struct {
 	Log     telemetry.LogConfig
 	Gateway refgateway.Config
 	Etcd    app.EtcdConfig
+
+	TLS         app.Certificates
+	TrustDomain string
+	AllowedSANs []string
+
+	managers certs.Check // of the certificates of who comes to the gRPC port
+	insecure bool        // others can reach it
 }
 
 // Bind implements cli.Settings.
@@ -55,12 +63,17 @@ func (c *Config) Bind(s *config.Set) {
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
+	c.TLS.Role = "node"
+	c.TLS.Bind(s, "node.tls", "client_ca_file", "PEM file of the authorities that Push-Managers' certificates are checked with. All three files are set, or none.")
+	s.List(&c.AllowedSANs, "node.tls.allowed_sans", certs.KindManager+"/*", "Names of certificates that may use the gRPC port: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 }
 
 // Validate implements cli.Settings.
 func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
-	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+	var err error
+	if c.insecure, err = app.CheckListen(s, c.ListenAddress, "TLS and authentication", c.AllowInsecure); err != nil {
 		return err
 	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
@@ -80,6 +93,20 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 	}
 	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
 		return s.Errorf("compression", "%v", err)
+	}
+	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
+		return err
+	}
+	if c.TLS.On() {
+		if err := c.TLS.Missing(s); err != nil {
+			return err
+		}
+		if err := c.TLS.Validate(s); err != nil {
+			return err
+		}
+		if c.managers, err = certs.Allowed(c.TrustDomain, c.AllowedSANs); err != nil {
+			return s.Errorf("node.tls.allowed_sans", "%v", err)
+		}
 	}
 	if err := c.Etcd.Validate(s); err != nil {
 		return err

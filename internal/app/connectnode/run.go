@@ -2,12 +2,14 @@ package connectnode
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"log/slog"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -35,6 +37,15 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 	}
 	g := cfg.Gateway
 	g.Etcd, g.Logger, g.Metrics, g.Pushctl = etcd, logger, metrics.NewSet(), invoke.As("pushctl")
+	if cfg.TLS.On() {
+		cfg.TLS.Logger, cfg.TLS.Metrics = logger, g.Metrics
+		source, err := n.life.Certificates(cfg.TLS)
+		if err != nil {
+			return nil, err
+		}
+		g.Credentials = source.Server(certs.Side{ClientAuth: tls.RequireAndVerifyClientCert, Check: cfg.managers})
+	}
+	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {
 		return nil, err
 	}
@@ -57,6 +68,9 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 // Drain implements cli.Program: the node leaves etcd and the Controller, its
 // managers and clients.
 func (n *ConnectNode) Drain(ctx context.Context) error { return n.life.Stop(ctx) }
+
+// Reload has certificates read again soon.
+func (n *ConnectNode) Reload() { n.life.Reload() }
 
 // Failed implements cli.Program. The gateway logs what ends one of its listeners.
 func (n *ConnectNode) Failed() <-chan error { return nil }

@@ -25,6 +25,8 @@ type Config struct {
 	Log        telemetry.LogConfig
 	Controller refcontroller.Config
 	Etcd       app.EtcdConfig
+
+	insecure bool // others can reach it
 }
 
 // Bind implements cli.Settings.
@@ -44,7 +46,8 @@ func (c *Config) Bind(s *config.Set) {
 
 // Validate implements cli.Settings.
 func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
-	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+	var err error
+	if c.insecure, err = app.CheckListen(s, c.ListenAddress, "TLS and authentication", c.AllowInsecure); err != nil {
 		return err
 	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {

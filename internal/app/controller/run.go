@@ -53,6 +53,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 		return nil, err
 	}
 	c.life.Add("metrics and health", app.WithGrace(c.http.Close)) // the last to go: they show how a stop goes on
+	c.life.Insecure(logger, set, cfg.insecure)
 	etcd, err := c.life.Etcd(cfg.Etcd)
 	if err != nil {
 		return nil, err

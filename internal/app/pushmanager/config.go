@@ -2,6 +2,7 @@ package pushmanager
 
 import (
 	"context"
+	"crypto/tls"
 	"log/slog"
 	"math"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/health"
@@ -34,6 +36,7 @@ type Config struct {
 	GRPCPort         int
 	MetricsPort      int
 	AllowInsecure    bool
+	TrustDomain      string
 	PprofRemote      bool
 	Reflection       bool
 	DrainTimeout     time.Duration
@@ -51,8 +54,95 @@ type Config struct {
 	Entry      discovery.RegistrationConfig
 	Etcd       app.EtcdConfig
 	Health     health.Config
+	TLS        apiTLS
+	LinkTLS    linkTLS
+
+	nodeCheck func(id string) certs.Check // of certificates
 
 	allowNets []string
+	insecure  bool // others can reach it, without TLS or without authentication
+}
+
+// apiTLS is the section tls.
+type apiTLS struct {
+	app.Certificates
+
+	ClientAuth, MinVersion string
+}
+
+func (c *apiTLS) bind(s *config.Set) {
+	c.Role = "api"
+	c.Bind(s, "tls", "client_ca_file", "PEM file of the authorities that callers' certificates are checked with. Empty: no certificates of callers.")
+	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach.",
+		"none", "optional", "require")
+	s.Choice(&c.MinVersion, "tls.min_version", "1.3", "Lowest version of TLS on the push API.", "1.2", "1.3")
+}
+
+func (c *apiTLS) validate(s *config.Set) error {
+	switch {
+	case c.Cert == "" && c.Key == "" && c.CA != "":
+		return s.Errorf("tls.cert_file", "missing, while tls.client_ca_file is set")
+	case c.CA == "" && c.ClientAuth == "require":
+		return s.Errorf("tls.client_ca_file", "missing, while tls.client_auth is require")
+	}
+	return c.Validate(s)
+}
+
+// missing is what others who can reach the push API would not need.
+func (c *apiTLS) missing() string {
+	switch {
+	case !c.On():
+		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE) and authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
+	case c.ClientAuth != "require":
+		return "authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
+	}
+	return ""
+}
+
+func (c *apiTLS) side() certs.Side {
+	side := certs.Side{MinVersion: tls.VersionTLS13}
+	if c.MinVersion == "1.2" {
+		side.MinVersion = tls.VersionTLS12
+	}
+	switch {
+	case c.ClientAuth == "require":
+		side.ClientAuth = tls.RequireAndVerifyClientCert
+	case c.ClientAuth == "optional" && c.CA != "":
+		side.ClientAuth = tls.VerifyClientCertIfGiven
+	}
+	return side
+}
+
+// linkTLS is the section link.tls.
+type linkTLS struct {
+	app.Certificates
+
+	Identity    string
+	AllowedSANs []string
+}
+
+func (c *linkTLS) bind(s *config.Set) {
+	c.Role = "link"
+	c.Bind(s, "link.tls", "ca_file", "PEM file of the authorities that nodes' certificates are checked with. Set: every node is spoken to over TLS.")
+	s.Choice(&c.Identity, "link.tls.identity", "id", "What a node's certificate must name. id: the node that is registered; role: one of link.tls.allowed_sans; none: nothing.", "id", "role", "none")
+	s.List(&c.AllowedSANs, "link.tls.allowed_sans", "", "Names that do for every node with link.tls.identity=role, such as connect-node/*: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+}
+
+// check returns what judges a node's certificate, by the id that the node is registered under.
+func (c *linkTLS) check(s *config.Set, trustDomain string) (func(id string) certs.Check, error) {
+	switch {
+	case c.CA == "" && (c.On() || c.Identity == "role"):
+		return nil, s.Errorf("link.tls.ca_file", "missing, while other keys of link.tls are set")
+	case c.Identity == "none":
+		return func(string) certs.Check { return certs.Anybody }, c.Validate(s)
+	case c.Identity == "role":
+		role, err := certs.Allowed(trustDomain, c.AllowedSANs)
+		if err != nil {
+			return nil, s.Errorf("link.tls.allowed_sans", "%v", err)
+		}
+		return func(string) certs.Check { return role }, c.Validate(s)
+	}
+	return func(id string) certs.Check { return certs.Node(trustDomain, id) }, c.Validate(s)
 }
 
 // maxRequest bounds what limits.request_bytes may be: such a request is held in
@@ -65,12 +155,12 @@ const leastLinkTime = 25 * time.Millisecond
 // Bind adds all keys. Validate must follow Load.
 func (c *Config) Bind(s *config.Set) {
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs TLS and tls.client_auth=require, or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
 	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
 	s.Text(&c.Controller.Address, "controller_address", "localhost:50051", "The Controller, as any gRPC target or several HOST:PORT separated by commas.")
 	s.Address(&c.AdvertiseAddress, "advertise_address", "", "HOST:PORT that others reach the push API at, for etcd. Empty: found out.")
-	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS or without authentication.")
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
@@ -87,6 +177,9 @@ func (c *Config) Bind(s *config.Set) {
 	c.bindLimits(s)
 	c.bindLinks(s)
 	c.bindAPI(s)
+	c.TLS.bind(s)
+	c.LinkTLS.bind(s)
+	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 	s.Duration(&c.Discovery.Grace, "discovery.grace", discovery.Defaults().Grace, config.Positive, "How long a node stays that is gone from etcd while its streams live.")
 	s.Int(&c.Discovery.MaxNodes, "discovery.max_nodes", discovery.Defaults().MaxNodes, 1, 1<<20, "Connect-Nodes taken notice of.")
@@ -172,7 +265,22 @@ func (c *Config) bindAPI(s *config.Set) {
 
 // Validate checks what more than one key has a say in. Its errors name the keys.
 func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
-	if err := app.CheckListen(s, c.ListenAddress, c.AllowInsecure); err != nil {
+	if err := c.TLS.validate(s); err != nil {
+		return err
+	}
+	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
+		return err
+	}
+	var err error
+	if c.nodeCheck, err = c.LinkTLS.check(s, c.TrustDomain); err != nil {
+		return err
+	}
+	c.LinkTLS.ReloadInterval = c.TLS.ReloadInterval
+	missing := c.TLS.missing()
+	if missing == "" && c.PprofRemote {
+		missing = "TLS on the profiles of PPROF_REMOTE"
+	}
+	if c.insecure, err = app.CheckListen(s, c.ListenAddress, missing, c.AllowInsecure); err != nil {
 		return err
 	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
@@ -245,6 +353,8 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
+	c.TLS.Logger, c.TLS.Metrics = log, set
+	c.LinkTLS.Logger, c.LinkTLS.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

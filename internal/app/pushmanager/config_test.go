@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
 // load runs Push-Manager's configuration through flags, environment and file.
@@ -125,6 +126,9 @@ func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 	if err := os.WriteFile(notPEM, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	ca := etcdtest.NewCA(t)
+	cert, key := ca.Issue("localhost")
+	_, otherKey := ca.Issue("localhost")
 	for name, tc := range map[string]struct {
 		env  map[string]string
 		yaml string
@@ -155,6 +159,18 @@ func TestWhatCannotWorkStopsTheStartAndNamesTheKey(t *testing.T) {
 		"etcd key alone":     {env: map[string]string{"ETCD_TLS_KEY_FILE": notPEM}, want: "ETCD_TLS_CERT_FILE"},
 		"etcd cert alone":    {env: map[string]string{"ETCD_TLS_CERT_FILE": notPEM}, want: "ETCD_TLS_KEY_FILE"},
 		"etcd cert no PEM":   {env: map[string]string{"ETCD_TLS_CERT_FILE": notPEM, "ETCD_TLS_KEY_FILE": notPEM}, want: "ETCD_TLS_CERT_FILE"},
+		"TLS, no callers":    {env: map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "TLS_CLIENT_CA_FILE": ca.File}, want: "TLS_CLIENT_AUTH=require"},
+		"TLS and profiles":   {env: map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "TLS_CLIENT_CA_FILE": ca.File, "TLS_CLIENT_AUTH": "require", "PPROF_REMOTE": "true"}, want: "PPROF_REMOTE"},
+		"TLS, authority":     {env: map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "TLS_CLIENT_AUTH": "require"}, want: "TLS_CLIENT_CA_FILE"},
+		"authority alone":    {env: map[string]string{"TLS_CLIENT_CA_FILE": ca.File}, want: "TLS_CERT_FILE"},
+		"TLS, another key":   {env: map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": otherKey}, want: "TLS_CERT_FILE"},
+		"TLS, no PEM":        {env: map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "TLS_CLIENT_CA_FILE": notPEM}, want: "TLS_CLIENT_CA_FILE"},
+		"links, no CA":       {env: map[string]string{"LINK_TLS_CERT_FILE": cert, "LINK_TLS_KEY_FILE": key}, want: "LINK_TLS_CA_FILE"},
+		"role, no CA":        {env: map[string]string{"LINK_TLS_IDENTITY": "role"}, want: "LINK_TLS_CA_FILE"},
+		"role of nobody":     {env: map[string]string{"LINK_TLS_IDENTITY": "role", "LINK_TLS_CA_FILE": ca.File}, want: "LINK_TLS_ALLOWED_SANS"},
+		"role of a domain":   {env: map[string]string{"LINK_TLS_IDENTITY": "role", "LINK_TLS_CA_FILE": ca.File, "LINK_TLS_ALLOWED_SANS": "connect-node/*"}, want: "trust_domain"},
+		"trust domain":       {env: map[string]string{"TRUST_DOMAIN": "https://x"}, want: "TRUST_DOMAIN"},
+		"TLS version":        {env: map[string]string{"TLS_MIN_VERSION": "1.1"}, want: "TLS_MIN_VERSION"},
 		"sampler":            {env: map[string]string{"OTEL_TRACES_SAMPLER": "x"}, want: "OTEL_TRACES_SAMPLER"},
 		"advertised address": {env: map[string]string{"ADVERTISE_ADDRESS": "x"}, want: "ADVERTISE_ADDRESS"},
 		"manager id":         {env: map[string]string{"MANAGER_ID": "a/b"}, want: "MANAGER_ID"},

@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
@@ -65,6 +67,15 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
+	if cfg.LinkTLS.On() {
+		source, err := m.life.Certificates(cfg.LinkTLS.Certificates)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Links.Credentials = func(id string) credentials.TransportCredentials {
+			return source.Client(certs.Side{Check: cfg.nodeCheck(id)})
+		}
+	}
 	if m.links, err = link.New(cfg.Links); err != nil {
 		return nil, err
 	}
@@ -84,6 +95,14 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
+	m.life.Insecure(log, set, cfg.insecure)
+	if cfg.TLS.On() {
+		source, err := m.life.Certificates(cfg.TLS.Certificates)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
+	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
 	}
@@ -134,6 +153,9 @@ func (m *PushManager) Drain(ctx context.Context) error {
 	m.ingress.Announce()
 	return m.life.Stop(ctx)
 }
+
+// Reload has certificates read again soon.
+func (m *PushManager) Reload() { m.life.Reload() }
 
 // Failed gets an error when the push API cannot be served any more.
 func (m *PushManager) Failed() <-chan error { return m.failed }
