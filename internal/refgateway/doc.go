@@ -30,7 +30,7 @@
 // accepted; who asks for others is served without.
 //
 // Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
-// so nothing is lost and nobody else is held. The close codes are 1001 (the node goes),
+// so nothing is lost and nobody else is held. The close codes (frame.go) are 1001 (the node goes),
 // 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
 // large), and 1011 (a mistake of the gateway). Slow is who has more waiting than
 // Config.QueueFrames or QueueBytes, or than its share of QueueTotalBytes when all

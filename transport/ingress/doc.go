@@ -27,7 +27,7 @@
 //   - Connections, and when they are read, are the job of package throttle.
 //   - A call is let in by one function, admit, which asks everything that can be asked before its
 //     request is read. The places in flight are counted by the engine.
-//   - On the way down nobody is refused who could not know better: first health says
+//   - On the way down (server.go) nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
 //     PushStreams end, and only what still comes after that is refused with DRAINING.
 //   - A connection that is older than Config.ConnectionAge goes the same way, alone.
