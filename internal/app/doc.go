@@ -1,7 +1,8 @@
 // Package app is what the programs below it have in common: a Lifecycle of parts, which are
-// started in order and stopped in reverse, the addresses that they listen at, and the section
-// etcd of their configuration. Each program is one package: config.go is the table of
-// its settings, run.go its start and stop.
+// started in order and stopped in reverse, the addresses that they listen at (listen.go, which
+// refuses those that need TLS), their certificates (tls.go), and the section etcd of their
+// configuration. Each program is one package: config.go is the table of its settings, run.go its
+// start and stop.
 //
 // Invariants of a program:
 //

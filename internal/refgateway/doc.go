@@ -29,7 +29,8 @@
 // reach it. Clients should ignore types that they do not know. The subprotocol pm.v1 is
 // accepted; who asks for others is served without.
 //
-// Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
+// A client that is silent for Config.PingInterval is pinged, and cut off after IdleTimeout
+// (sweep in client.go). Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
 // so nothing is lost and nobody else is held. The close codes (frame.go) are 1001 (the node goes),
 // 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
 // large), and 1011 (a mistake of the gateway). Slow is who has more waiting than

@@ -82,7 +82,8 @@ type Config struct {
 	// address, or of one /64 of IPv6. Below 0: no bound.
 	Connections           int
 	ConnectionsPerAddress int
-	// ConnectionAge is when a connection is told to go, give or take a tenth. 0: never.
+	// ConnectionAge is when a connection is told to go, give or take a tenth, which is gRPC's
+	// own and cannot be set. 0: never.
 	ConnectionAge time.Duration
 	// Credentials secure the connections. nil: nothing does.
 	Credentials credentials.TransportCredentials

@@ -30,14 +30,14 @@
 //     Controller says, unless it refuses: [Member.In] decides who gets a push to the room.
 //   - A user is in a room while one of the connections here is. The Controller is told the
 //     difference between what is and what it was told, one call at a time for each user
-//     and room, again and again until it answers. Memory is bounded by what the
+//     and room, again and again until it answers (reporter.go). Memory is bounded by what the
 //     connections hold, however long it is away.
 //   - Joins go before leaves, and users take turns.
 //   - The last word that a [Client] gets about a room is true: Joined comes once the
 //     Controller knows, so that a push after it arrives.
 //   - What both sides have is compared every Config.SyncInterval and mended where it
-//     differs; that also tells a Controller everything that has forgotten. proto/README.md
-//     describes it.
+//     differs (sync.go); that also tells a Controller everything that has forgotten.
+//     proto/README.md describes it.
 //   - To a Controller that cannot compare, all memberships are reported again, paced,
 //     when its connection was lost and is back, and after the node was lost in etcd; a
 //     report that follows one without an answer is repeated.
