@@ -373,7 +373,7 @@ func (d *Delivery) outcomeOf(user string) Outcome {
 	}
 }
 
-// why says in words why the delivery as a whole was not delivered.
+// reasonText says in words why the delivery as a whole was not delivered.
 func (d *Delivery) reasonText() string {
 	if text := d.details().text; text != "" {
 		return d.reason.String() + ": " + text

@@ -92,7 +92,7 @@ func (l Limits) CheckCount(field string, n int) error {
 	return nil
 }
 
-// Check refuses a request that breaks a limit. Here, and nowhere else, ids are checked.
+// Check refuses a request that breaks a limit. All ids that the request keeps are checked here.
 func (l Limits) Check(r *Request) error {
 	list, field := r.Exclude, "exclude_user_ids"
 	var err error

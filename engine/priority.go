@@ -55,7 +55,7 @@ func (p Priority) Rank() int { return int(p - Low) }
 // above. A bound of a few is whole for all but low.
 //
 // It holds for all bounds that know priorities: places in flight (gate.go), a link's queue,
-// and the API's open calls, streams and memory.
+// and the API's calls under way, open calls, streams and memory.
 func (p Priority) Share(bound int) int {
 	const parts = 16
 	n := parts
