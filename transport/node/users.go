@@ -118,8 +118,8 @@ func (u *Users[C]) Broadcast(m *Message) (delivered, failed int) {
 		switch deliverTo(conns, m) {
 		case Delivered:
 			delivered++
-		case NotHere: // It has just gone.
-		default:
+		case NotHere: // The user has just gone.
+		case Failed:
 			failed++
 		}
 	})
