@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -39,12 +40,12 @@ func TestExamplesPushToEachOther(t *testing.T) {
 	connectNode := exec.CommandContext(ctx, filepath.Join(bin, "connect-node"))
 	connectNode.Env = []string{"GRPC_ADDRESS=127.0.0.1:0", "HTTP_ADDRESS=" + web, "CONTROLLER_ADDRESS=" + stack.ControllerAddress(), "ETCD_ENDPOINTS=" + stack.EtcdEndpoint()}
 	connectNode.Stderr = os.Stderr
-	connectNode.Cancel = func() error { return connectNode.Process.Signal(os.Interrupt) }
+	connectNode.Cancel = func() error { return connectNode.Process.Signal(syscall.SIGTERM) }
 	if err := connectNode.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
-		_ = connectNode.Process.Signal(os.Interrupt)
+		_ = connectNode.Process.Signal(syscall.SIGTERM)
 		if err := connectNode.Wait(); err != nil {
 			t.Errorf("connect-node: %v", err)
 		}
@@ -92,4 +93,24 @@ func TestExamplesPushToEachOther(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	until("data: Hello")
+}
+
+// TestExamplesStayShort counts lines of code behind the imports: README names the figures.
+func TestExamplesStayShort(t *testing.T) {
+	for name, most := range map[string]int{"connect-node": 60, "biz-server": 30} {
+		src, err := os.ReadFile(filepath.Join(name, "main.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, code, _ := strings.Cut(string(src), "\n)\n")
+		lines := 0
+		for line := range strings.Lines(code) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+				lines++
+			}
+		}
+		if lines == 0 || lines > most {
+			t.Errorf("%s: %d lines, want 1 to %d", name, lines, most)
+		}
+	}
 }

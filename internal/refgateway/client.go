@@ -252,7 +252,7 @@ func (g *Gateway) hear(c *conn) {
 // sweep pings clients that are silent and cuts off those that stay so.
 func (g *Gateway) sweep() {
 	now := time.Since(g.began)
-	g.registry.each(func(conns []*conn) {
+	g.users.Each(func(conns []*conn) {
 		for _, c := range conns {
 			silent := now - time.Duration(c.heard.Load())
 			switch {

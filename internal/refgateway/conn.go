@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/push-manager/push-manager/transport/node"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -40,42 +41,32 @@ type conn struct {
 	behind *conn // in the line; guarded by line.mu
 }
 
-// taken is what became of a frame.
-type taken uint8
-
-const (
-	gone      taken = iota // the connection is closed
-	elsewhere              // the connection is not in the room
-	queued
-	full // the client is too slow: it has just been cut off
-)
-
 // tell queues a frame that is for this connection alone.
 func (c *conn) tell(f *frame) { c.send(f, "") }
 
 // send queues a frame, or cuts the client off. It never waits. A frame of a room is
 // taken by a connection in it: the lock puts it in front of the word that the client
 // has left, or keeps it out.
-func (c *conn) send(f *frame, room string) taken {
+func (c *conn) send(f *frame, room string) node.Outcome {
 	cfg, size := &c.g.cfg, f.size(c.userJSON)
 	c.mu.Lock()
 	switch {
 	case c.closed:
 		c.mu.Unlock()
-		return gone
+		return node.NotHere
 	case room != "" && !c.member.In(room):
 		c.mu.Unlock()
-		return elsewhere
+		return node.NotHere
 	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):
 		c.byeLocked(closeSlow, true)
 		c.mu.Unlock()
 		c.g.count.slow.Inc()
-		return full
+		return node.Failed
 	case c.g.crowded(c.frames, c.bytes+size):
 		c.byeLocked(closeSlow, true)
 		c.mu.Unlock()
 		c.g.count.crowded.Inc()
-		return full
+		return node.Failed
 	}
 	c.g.hold(f)
 	c.queue = append(c.queue, f)
@@ -83,7 +74,7 @@ func (c *conn) send(f *frame, room string) taken {
 	c.bytes += size
 	c.startLocked()
 	c.mu.Unlock()
-	return queued
+	return node.Delivered
 }
 
 // startLocked makes sure that a writer comes.

@@ -41,17 +41,17 @@ func (e *ListenError) Unwrap() error { return e.Err }
 // Gateway is a Connect-Node whose clients come over WebSocket.
 type Gateway struct {
 	// Static after New.
-	cfg      Config
-	began    time.Time
-	registry *registry
-	members  *membership.Reporter
-	node     *node.Server
-	grpc     *grpc.Server
-	health   *health.Server
-	count    counters
-	cores    int       // that write to clients
-	line     line      // of connections that wait for them
-	idle     sync.Pool // of *writer
+	cfg     Config
+	began   time.Time
+	users   *node.Users[*conn]
+	members *membership.Reporter
+	node    *node.Server
+	grpc    *grpc.Server
+	health  *health.Server
+	count   counters
+	cores   int       // that write to clients
+	line    line      // of connections that wait for them
+	idle    sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
 	writers atomic.Int64 // clients for whom something waits
@@ -80,11 +80,11 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway config: %w", err)
 	}
 	g := &Gateway{
-		cfg: cfg.withDefaults(), began: time.Now(), registry: newRegistry(), health: health.NewServer(),
+		cfg: cfg.withDefaults(), began: time.Now(), users: node.NewUsers[*conn](), health: health.NewServer(),
 		cores: min(runtime.GOMAXPROCS(0), maxWriters),
 	}
 	var err error
-	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
+	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g.users}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {
 		return nil, err
 	}
@@ -291,7 +291,7 @@ func halfOf(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // closeClients says goodbye to all clients and waits until they have gone.
 func (g *Gateway) closeClients(ctx context.Context) error {
-	g.registry.each(func(conns []*conn) {
+	g.users.Each(func(conns []*conn) {
 		for _, c := range conns {
 			c.bye(closeGoingAway, false)
 		}
@@ -310,7 +310,7 @@ func (g *Gateway) closeClients(ctx context.Context) error {
 	case <-empty:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("close clients: %d left: %w", g.registry.conns.Load(), ctx.Err())
+		return fmt.Errorf("close clients: %d left: %w", g.users.Connections(), ctx.Err())
 	}
 }
 
@@ -342,7 +342,7 @@ func (g *Gateway) Close() {
 		}
 	}
 	g.members.Close() // Leaves that Drain has not reported are not reported.
-	g.registry.each(func(conns []*conn) {
+	g.users.Each(func(conns []*conn) {
 		for _, c := range conns {
 			c.shut()
 		}

@@ -106,7 +106,7 @@ func TestAllDevicesGetAPushAndTheUserCountsOnce(t *testing.T) {
 	phone.want(broadcastFrame("u", "all"))
 	laptop.want(broadcastFrame("u", "all"))
 	phone.ws.NetConn().Close()
-	eventually(t, "one connection left", func() bool { return g.registry.conns.Load() == 1 })
+	eventually(t, "one connection left", func() bool { return g.users.Connections() == 1 })
 	if r := pushTo(t, n, "", "2", "u"); r.GetDeliveredCount() != 1 {
 		t.Error(r)
 	}
@@ -256,7 +256,7 @@ func TestPushToARoomIsForTheConnectionsInIt(t *testing.T) {
 	inA.wantNothing() // Told left, nothing more of the room comes.
 
 	inNone.ws.NetConn().Close()
-	eventually(t, "it is forgotten", func() bool { return g.registry.conns.Load() == 2 })
+	eventually(t, "it is forgotten", func() bool { return g.users.Connections() == 2 })
 	push("4", false) // A route that is out of date.
 	inA.wantNothing()
 	inB.wantNothing()
@@ -295,7 +295,7 @@ func TestNothingOfARoomComesAfterLeft(t *testing.T) {
 					return
 				default:
 					if i < 2000 { // not more than the clients' queues
-						sessions{g}.Deliver("u", &node.Message{RoomID: "r"})
+						sessions{g.users}.Deliver("u", &node.Message{RoomID: "r"})
 					}
 				}
 			}
@@ -420,7 +420,7 @@ func TestSlowClientIsCutOffAndSlowsNobody(t *testing.T) {
 	_ = deaf(t, g, "slow")
 	text := strings.Repeat("x", 8<<10)
 	failed := 0
-	for i := 0; g.registry.conns.Load() > 1; i++ {
+	for i := 0; g.users.Connections() > 1; i++ {
 		if i == 10000 {
 			t.Fatal("a client that reads nothing is not cut off")
 		}
@@ -443,9 +443,9 @@ func TestSlowDeviceDoesNotFailTheUser(t *testing.T) {
 	g, n := start(t, newController(t), func(c *Config) { c.QueueFrames, c.SocketBuffer = 4, 4<<10 })
 	well := connect(t, g, "u", "")
 	_ = deaf(t, g, "u")
-	eventually(t, "both are known", func() bool { return g.registry.conns.Load() == 2 })
+	eventually(t, "both are known", func() bool { return g.users.Connections() == 2 })
 	text := strings.Repeat("x", 32<<10)
-	for g.registry.conns.Load() > 1 {
+	for g.users.Connections() > 1 {
 		if r := pushTo(t, n, "", text, "u"); r.GetDeliveredCount() != 1 {
 			t.Fatal(r)
 		}
@@ -458,9 +458,9 @@ func TestSilentClientsArePingedAndDeadOnesCutOff(t *testing.T) {
 	well := connect(t, g, "well", "") // Answers pings.
 	_ = deaf(t, g, "dead")
 	eventually(t, "the dead client is cut off", func() bool { return g.count.dead.Get() == 1 })
-	eventually(t, "it is forgotten", func() bool { return len(g.registry.of("dead")) == 0 })
+	eventually(t, "it is forgotten", func() bool { return len(g.users.Of("dead")) == 0 })
 	well.wantNothing()
-	if got := g.registry.conns.Load(); got != 1 {
+	if got := g.users.Connections(); got != 1 {
 		t.Errorf("%d connections", got)
 	}
 	if err := well.ws.WritePing([]byte("abc")); err != nil {
@@ -486,7 +486,7 @@ func TestMembershipsAreReportedAgainAfterTheControllerRestarted(t *testing.T) {
 	b.say(`{"type":"leave","room_id":"r"}`)
 	b.wantNothing()
 	gone.ws.NetConn().Close()
-	eventually(t, "gone is gone", func() bool { return g.registry.conns.Load() == 2 })
+	eventually(t, "gone is gone", func() bool { return g.users.Connections() == 2 })
 
 	c.start(t, c.addr)
 	a.want(`{"type":"joined","room_id":"later"}`)
@@ -604,7 +604,7 @@ func TestFlappingEndsInTheTruth(t *testing.T) {
 		return g.count.messages.Get() == 401 && g.members.Stats().Pending == 0 && c.has("u", "r")
 	})
 	in := 0
-	for _, conn := range g.registry.of("u") {
+	for _, conn := range g.users.Of("u") {
 		if conn.member.In("r") {
 			in++
 		}
@@ -843,7 +843,7 @@ func FuzzFrame(f *testing.F) {
 func BenchmarkPushToRoom(b *testing.B) {
 	for _, users := range []int{1, 100, 1000} {
 		b.Run(fmt.Sprintf("users=%d", users), func(b *testing.B) {
-			g := &Gateway{registry: newRegistry()}
+			g := &Gateway{users: node.NewUsers[*conn]()}
 			g.cfg = Config{NodeID: "n", QueueFrames: 1 << 30, QueueBytes: 1 << 40, QueueTotalBytes: 1 << 40}
 			g.cfg.Metrics = metrics.NewSet()
 			newCounters(g)
@@ -851,10 +851,10 @@ func BenchmarkPushToRoom(b *testing.B) {
 			for i := range users {
 				c := &conn{g: g, user: fmt.Sprint("user-", i), writing: true}
 				c.userJSON = appendString(nil, c.user)
-				g.registry.add(c)
+				g.users.Add(c.user, c)
 				ids = append(ids, c.user)
 			}
-			s, data := sessions{g}, make([]byte, 128)
+			s, data := sessions{g.users}, make([]byte, 128)
 			for i := range data {
 				data[i] = 'x'
 			}
@@ -865,7 +865,7 @@ func BenchmarkPushToRoom(b *testing.B) {
 					s.Deliver(id, m)
 				}
 				b.StopTimer()
-				g.registry.each(func(conns []*conn) { conns[0].queue, conns[0].bytes = conns[0].queue[:0], 0 })
+				g.users.Each(func(conns []*conn) { conns[0].queue, conns[0].bytes = conns[0].queue[:0], 0 })
 				b.StartTimer()
 			}
 		})

@@ -54,9 +54,9 @@ func shake(t testing.TB, g *Gateway, query, headers, behind string) *rawClient {
 // deaf is a client that does not read.
 func deaf(t testing.TB, g *Gateway, user string) *rawClient {
 	t.Helper()
-	before := len(g.registry.of(user))
+	before := len(g.users.Of(user))
 	c := shake(t, g, "user_id="+user, "", "")
-	eventually(t, "raw client is known", func() bool { return len(g.registry.of(user)) > before })
+	eventually(t, "raw client is known", func() bool { return len(g.users.Of(user)) > before })
 	return c
 }
 
@@ -154,7 +154,7 @@ func TestHostileFramesEndTheirConnectionOnly(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	eventually(t, "they are forgotten", func() bool { return g.registry.conns.Load() == 1 })
+	eventually(t, "they are forgotten", func() bool { return g.users.Connections() == 1 })
 	well.wantNothing()
 	if n := g.count.panics.Get(); n != 0 {
 		t.Errorf("%d panics", n)
@@ -218,7 +218,7 @@ func TestPanicForAClientEndsItsConnectionOnly(t *testing.T) {
 				}
 				_ = client.Close()
 			}
-			eventually(t, "they are forgotten", func() bool { return g.registry.conns.Load() == 0 })
+			eventually(t, "they are forgotten", func() bool { return g.users.Connections() == 0 })
 			if n := g.count.panics.Get(); n < clients {
 				t.Errorf("%d panics counted", n)
 			}
@@ -299,7 +299,7 @@ func TestQueuesTogetherAreBounded(t *testing.T) {
 		deaf(t, g, users[i])
 	}
 	text := strings.Repeat("x", size)
-	for i := 0; g.registry.conns.Load() > 1; i++ {
+	for i := 0; g.users.Connections() > 1; i++ {
 		for _, user := range users { // another frame for each
 			pushTo(t, n, "", text, user)
 			if held := g.held.Load(); held > bound+2*size {
@@ -369,7 +369,7 @@ func TestBacklogOfAClientThatHasGoneIsNoSignOfLife(t *testing.T) {
 	for range 500 { // fifty seconds' worth
 		flood.say(`{"type":"leave","room_id":"none"}`)
 	}
-	eventually(t, "it is cut off", func() bool { return g.registry.conns.Load() == 0 })
+	eventually(t, "it is cut off", func() bool { return g.users.Connections() == 0 })
 	if n := g.count.dead.Get(); n != 1 {
 		t.Errorf("%d clients count as dead, want 1", n)
 	}
@@ -437,7 +437,7 @@ func FuzzSocket(f *testing.F) {
 		tcp := c.Conn.(*net.TCPConn)
 		_ = tcp.SetLinger(0)
 		_ = tcp.SetReadBuffer(256 << 10)
-		sessions{g}.Deliver("u", &node.Message{RoomID: "r", Data: b})
+		sessions{g.users}.Deliver("u", &node.Message{RoomID: "r", Data: b})
 		go func() {
 			_, _ = tcp.Write(b) // The gateway may have closed.
 			_ = tcp.CloseWrite()
@@ -465,7 +465,7 @@ func FuzzSocket(f *testing.F) {
 		}
 		_ = c.Close()
 		eventually(t, "forgotten", func() bool {
-			return g.registry.conns.Load() == 0 && g.held.Load() == 0 && g.members.Stats().Memberships == 0
+			return g.users.Connections() == 0 && g.held.Load() == 0 && g.members.Stats().Memberships == 0
 		})
 		if n := g.count.panics.Get(); n != 0 {
 			t.Fatalf("%x: %d panics", b, n)

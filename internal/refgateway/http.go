@@ -195,7 +195,7 @@ func (g *Gateway) begin(c *conn, sent []byte) {
 	r := newReader(c, from)
 	g.hear(c)
 	g.count.opened.Inc()
-	g.registry.add(c)
+	g.users.Add(c.user, c)
 	// Whoever closes the clients may have passed before this one was listed.
 	g.mu.Lock()
 	closed := g.closed
@@ -236,7 +236,7 @@ func (g *Gateway) enterRooms(c *conn) {
 // end is called once, by the connection's reader.
 func (g *Gateway) end(c *conn) {
 	c.shut()
-	g.registry.remove(c)
+	g.users.Remove(c.user, c)
 	c.member.Close()
 }
 

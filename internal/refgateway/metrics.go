@@ -27,8 +27,8 @@ const (
 
 func newCounters(g *Gateway) {
 	set := g.cfg.Metrics
-	set.NewGauge("connect_node_connections", func() float64 { return float64(g.registry.conns.Load()) })
-	set.NewGauge("connect_node_users", func() float64 { return float64(g.registry.online.Load()) })
+	set.NewGauge("connect_node_connections", func() float64 { return float64(g.users.Connections()) })
+	set.NewGauge("connect_node_users", func() float64 { return float64(g.users.Online()) })
 	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
 	g.count = counters{
 		opened: set.NewCounter("connect_node_connections_total"),

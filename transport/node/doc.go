@@ -1,11 +1,18 @@
 // Package node makes a gateway a Connect-Node: it serves the Deliver stream and
 // the unary methods of pubsub.ConnectNodeService, registers the node in etcd and
 // brings the keepalive policy that managers need. The gateway brings its
-// connections, behind the interface [Sessions].
+// connections: [Users] holds those that implement [Conn]. A gateway that holds them in
+// its own way implements [Sessions].
 //
 // # Embedding
 //
-//	srv, err := node.New(node.Config{NodeID: "connect-node-1", Sessions: mySessions})
+//	users := node.NewUsers[*client]()
+//	srv, err := node.New(node.Config{NodeID: "connect-node-1", Sessions: users})
+//	err = srv.Run(ctx, node.RunConfig{Listener: listener, Etcd: etcd, Members: reports})
+//
+// Run returns when ctx has ended and the node has left. A gateway that has a grpc.Server of its own,
+// or more to do in between, takes the steps itself:
+//
 //	gs := grpc.NewServer(node.ServerOptions()...)
 //	srv.Attach(gs)
 //	go gs.Serve(listener)
@@ -18,8 +25,9 @@
 //	gs.Stop()           // whoever is left is cut off
 //	srv.Close()
 //
-// The example of [Server] is the whole program. Where managers speak TLS, the grpc.Server also gets
-// grpc.Creds with those of [NewCredentials]: docs/security.md says which certificates there are.
+// examples/connect-node is a whole program. Where managers speak TLS, the grpc.Server also gets
+// grpc.Creds with those of [NewCredentials], with Run as one of RunConfig.Options: docs/security.md
+// says which certificates there are.
 //
 // # What holds
 //

@@ -2,7 +2,8 @@ package node
 
 import pubsub "github.com/push-manager/push-manager/proto"
 
-// Sessions is what a gateway offers to its node: the connections it holds. The
+// Sessions is what a gateway offers to its node: the connections it holds. [Users] are
+// Sessions for most gateways. The
 // methods are called from many goroutines at once, one per stream of a manager.
 //
 // They must not block: a message is put into the bounded queue of a connection

@@ -7,7 +7,7 @@
 //	reports, err := membership.New(membership.Config{
 //		NodeID: "connect-node-1", BootID: srv.BootID(), Registered: srv.Registered, Controller: "controller:50051",
 //	})
-//	reports.Start()
+//	reports.Start() // node.Server.Run does it for RunConfig.Members
 //
 // for each connection of a client, which implements [Client]:
 //
@@ -17,7 +17,7 @@
 //	m.Leave("lobby")
 //	m.Close()       // the connection has ended
 //
-// and to leave, after the node has gone from etcd:
+// and to leave, after the node has gone from etcd, which Run does, too:
 //
 //	reports.Drain(ctx) // everybody leaves; returns at ctx at the latest
 //	reports.Close()
