@@ -95,9 +95,12 @@ type lane struct {
 }
 
 // backlog is the work that settled deliveries have brought about: heals, and what a fence
-// held back. One goroutine does what there is for a shard, in the order of coming. There are
-// no more tasks than pushes in flight.
+// held back. One goroutine does what there is for a shard, in the order of coming. Each task
+// belongs to a delivery of a push in flight, and has a recover of its own.
+// Drain waits for those pushes.
 type backlog struct {
+	length atomic.Int64 // tasks that have not ended
+
 	mu sync.Mutex
 	// Guarded by mu.
 	tasks   []func()
@@ -111,6 +114,7 @@ func (e *Engine) offload(shard int, task func()) {
 	b := &e.lanes[shard].backlog
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.length.Add(1)
 	b.tasks = append(b.tasks, task)
 	if !b.running {
 		b.running = true
@@ -126,6 +130,7 @@ func (b *backlog) run() {
 		b.mu.Unlock()
 		for _, task := range tasks {
 			task()
+			b.length.Add(-1)
 		}
 		b.mu.Lock()
 	}
@@ -287,6 +292,8 @@ type Stats struct {
 	// Fenced is how many are.
 	Fences uint64
 	Fenced int64
+	// Backlog is how many heals and deliveries that were held back wait for their shard.
+	Backlog int64
 	// Stale counts pushes by an answer that the Controller could not confirm, Changed
 	// those of them where it was known to be true no more.
 	Stale, Changed uint64
@@ -305,6 +312,7 @@ func (e *Engine) Stats() Stats {
 		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}
 	for i := range e.lanes {
+		s.Backlog += e.lanes[i].backlog.length.Load()
 		for r := range e.lanes[i].ended {
 			s.Deliveries[Reason(r).String()] += e.lanes[i].ended[r].Load()
 		}

@@ -18,12 +18,12 @@ type EngineMetrics struct {
 	set    *metrics.Set
 	shards []shardMetrics
 
-	inFlight, waiting, watched, fenced         *metrics.Gauge
-	cachedRooms, cachedUsers, cachedMembers    *metrics.Gauge
-	heals, hits, misses, lookups, lookupErrors *metrics.Counter
-	staleServed, refreshes, confirmed, doubted *metrics.Counter
-	fences, stale, changed, rejected           *metrics.Counter
-	panics, poolPanics                         *metrics.Counter
+	inFlight, waiting, watched, fenced, backlog *metrics.Gauge
+	cachedRooms, cachedUsers, cachedMembers     *metrics.Gauge
+	heals, hits, misses, lookups, lookupErrors  *metrics.Counter
+	staleServed, refreshes, confirmed, doubted  *metrics.Counter
+	fences, stale, changed, rejected            *metrics.Counter
+	panics, poolPanics                          *metrics.Counter
 }
 
 type shardMetrics struct {
@@ -39,6 +39,7 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		waiting:       gauge("push_manager_route_waiting"),
 		watched:       gauge("push_manager_route_watched"),
 		fenced:        gauge("push_manager_route_fenced"),
+		backlog:       gauge("push_manager_backlog"),
 		cachedRooms:   gauge(`push_manager_route_cached{what="rooms"}`),
 		cachedUsers:   gauge(`push_manager_route_cached{what="users"}`),
 		cachedMembers: gauge(`push_manager_route_cached{what="members"}`),
@@ -95,6 +96,7 @@ func (m *EngineMetrics) Collect() {
 	m.doubted.Set(d.Doubted)
 	m.fences.Set(s.Fences)
 	m.fenced.Set(float64(s.Fenced))
+	m.backlog.Set(float64(s.Backlog))
 	m.stale.Set(s.Stale - s.Changed)
 	m.changed.Set(s.Changed)
 	// The reasons are a fixed set of texts of the engine's own.
