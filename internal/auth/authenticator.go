@@ -1,10 +1,13 @@
 package auth
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -14,29 +17,37 @@ import (
 	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
 
+	"github.com/push-manager/push-manager/internal/auth/apikey"
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/certs"
 )
 
 // Reason is why a caller was not let in, and a label of metrics. It is the error of Authenticate. Callers are not told.
 type Reason string
 
-// Reasons of refusals. Those of tokens are the Reasons of package jwt.
+// Reasons of refusals, beside those of the packages jwt and apikey.
 const (
-	NoCredential Reason = "no_credential" // neither a token nor a certificate that names anybody
+	NoCredential Reason = "no_credential" // neither a token, nor a key, nor a certificate
 	Malformed    Reason = "malformed"     // no header that can be understood, or more than one
 	NoCaller     Reason = "policy"        // a good credential that the policy gives to nobody
-	Expired      Reason = "expired"       // the certificate of the connection
+	Expired      Reason = "expired"       // the certificate of the connection, too
 	TooMany      Reason = "too_many"      // bad credentials on this connection lately: this one has not been looked at
 )
 
 func (r Reason) Error() string { return "not authenticated: " + string(r) }
 
 // Temporary tells whether the same credential may be good if it comes again.
-func (r Reason) Temporary() bool { return r == TooMany }
+func (r Reason) Temporary() bool { return r == TooMany || r == Reason(jwt.Unavailable) }
 
 // Reasons are all there are.
 func Reasons() []Reason {
-	return []Reason{NoCredential, Malformed, NoCaller, Expired, TooMany}
+	all := []Reason{NoCredential, Malformed, NoCaller, Expired, TooMany}
+	for _, r := range []jwt.Reason{
+		jwt.Algorithm, jwt.IssuerWrong, jwt.UnknownKey, jwt.Signature, jwt.Audience, jwt.NotYet, jwt.Lifetime, jwt.Subject, jwt.Unavailable,
+	} {
+		all = append(all, Reason(r))
+	}
+	return all
 }
 
 // Kind is the sort of a credential.
@@ -66,6 +77,8 @@ type Principal struct {
 // Config of an Authenticator. Policies is required.
 type Config struct {
 	Policies *Policies
+	Tokens   *jwt.Verifier // nil: none are taken
+	Keys     *apikey.Store // nil: none are taken
 	// CacheEntries is how many tokens and keys are known without being verified again. 0 means DefaultCacheEntries.
 	CacheEntries int
 
@@ -81,6 +94,8 @@ const (
 	// keepBad is for how long a bad credential is not verified again, and badEntries how many of them are known.
 	keepBad    = time.Second
 	badEntries = 1024
+	// verifyBound is the longest that a verification may take. It may wait a second for an issuer's keys.
+	verifyBound = 2 * time.Second
 	// badRate is how many bad credentials one connection may bring in a second for which there is no verdict yet, after
 	// badBurst at once. What it brings beyond that is not looked at.
 	badRate, badBurst = 10, 20
@@ -93,11 +108,15 @@ const (
 // come with it. A bad one is known for a second; a connection that goes on to bring others is made to wait, so that
 // verifying them takes no cores from others.
 type Authenticator struct {
+	// Static.
 	policies *Policies
-	known    *otter.Cache[[sha256.Size]byte, *Principal]
-	bad      *otter.Cache[[sha256.Size]byte, *Principal]
-	flights  singleflight.Group
+	tokens   *jwt.Verifier
+	keys     *apikey.Store
 	verified *metrics.Counter
+
+	known   *otter.Cache[[sha256.Size]byte, *Principal]
+	bad     *otter.Cache[[sha256.Size]byte, *Principal]
+	flights singleflight.Group
 }
 
 // New makes an Authenticator. It has no goroutines.
@@ -108,7 +127,10 @@ func New(cfg Config) (*Authenticator, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
 	}
-	a := &Authenticator{policies: cfg.Policies, verified: cfg.Metrics.GetOrCreateCounter("push_manager_auth_verifications_total")}
+	a := &Authenticator{
+		policies: cfg.Policies, tokens: cfg.Tokens, keys: cfg.Keys,
+		verified: cfg.Metrics.GetOrCreateCounter("push_manager_auth_verifications_total"),
+	}
 	for _, c := range []struct {
 		table **otter.Cache[[sha256.Size]byte, *Principal]
 		size  int
@@ -123,7 +145,16 @@ func New(cfg Config) (*Authenticator, error) {
 }
 
 // generation changes whenever a verdict may be another one than before.
-func (a *Authenticator) generation() uint64 { return a.policies.Generation() }
+func (a *Authenticator) generation() uint64 {
+	sum := a.policies.Generation() // each only grows: so does the sum
+	if a.tokens != nil {
+		sum += a.tokens.Generation()
+	}
+	if a.keys != nil {
+		sum += a.keys.Generation()
+	}
+	return sum
+}
 
 // Valid tells whether a caller that was known before still is, as far as can be said without its credential.
 func (a *Authenticator) Valid(p *Principal, now time.Time) bool {
@@ -244,9 +275,71 @@ func (a *Authenticator) lookup(s *Session, header string, now time.Time) *Princi
 }
 
 // verify judges a credential.
-func (a *Authenticator) verify(_ string, now time.Time) *Principal {
+func (a *Authenticator) verify(header string, now time.Time) *Principal {
 	a.verified.Inc()
-	p := &Principal{generation: a.generation(), until: now.Add(keepBad)}
-	p.err = Malformed
+	p := &Principal{generation: a.generation()}
+	scheme, credential, _ := strings.Cut(header, " ")
+	switch {
+	case !strings.EqualFold(scheme, "Bearer"):
+		p.err = Malformed
+	case strings.HasPrefix(credential, apikey.Prefix):
+		p.err = a.ofKey(p, credential)
+	default:
+		p.err = a.ofToken(p, credential)
+	}
+	switch {
+	case p.err != nil:
+		p.until = now.Add(keepBad)
+	case p.until.IsZero():
+		p.until = now.Add(100 * 365 * 24 * time.Hour)
+	case !now.Before(p.until): // a token that has ended is good for as long as clocks may differ
+		p.until = now.Add(keepBad)
+	}
 	return p
+}
+
+func (a *Authenticator) ofKey(p *Principal, raw string) error {
+	if a.keys == nil {
+		return Reason(apikey.Unknown)
+	}
+	key, err := a.keys.Verify(raw)
+	if err != nil {
+		return reasonOf(err)
+	}
+	p.Kind, p.Credential, p.until = Key, key.ID, key.NotAfter
+	if p.Caller = a.policies.Current().OfKey(key.ID); p.Caller == nil {
+		return NoCaller
+	}
+	return nil
+}
+
+func (a *Authenticator) ofToken(p *Principal, raw string) error {
+	if a.tokens == nil {
+		return Reason(jwt.IssuerWrong)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), verifyBound) // not that of a call: others may wait for it, too
+	defer cancel()
+	token, err := a.tokens.Verify(ctx, raw)
+	if err != nil {
+		return reasonOf(err)
+	}
+	p.Kind, p.Credential, p.until = Token, token.Issuer+" "+token.KeyID, token.Expires
+	if p.Caller = a.policies.Current().OfToken(token.Issuer, token.Subject); p.Caller == nil {
+		return NoCaller
+	}
+	return nil
+}
+
+// reasonOf makes one kind of reasons of two.
+func reasonOf(err error) Reason {
+	var ofToken jwt.Reason
+	var ofKey apikey.Reason
+	switch {
+	case errors.As(err, &ofToken):
+		return Reason(ofToken)
+	case errors.As(err, &ofKey):
+		return Reason(ofKey)
+	default:
+		return Malformed
+	}
 }

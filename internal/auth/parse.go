@@ -13,6 +13,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth/apikey"
 	"github.com/push-manager/push-manager/internal/certs"
 )
 
@@ -268,8 +269,8 @@ func (r *reader) readMatch(c *Caller, n node) error {
 		if err != nil {
 			return err
 		}
-		if len(text) != keyIDLen || strings.Trim(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") != "" {
-			return key.errorf("must be the id of an API key: the %d letters and digits behind pmk_", keyIDLen) // it may be a whole key: not to be shown
+		if !apikey.IsID(text) { // it may be a whole key, which is not to be shown
+			return key.errorf("must be the id of an API key: the 8 letters and digits behind %s", apikey.Prefix)
 		}
 		if err := taken(key, r.policy.byKey[text]); err != nil {
 			return err
@@ -296,9 +297,6 @@ func (r *reader) readMatch(c *Caller, n node) error {
 	}
 	return nil
 }
-
-// keyIDLen is how long the id of an API key is.
-const keyIDLen = 8
 
 func readRule(c *Caller, n node) error {
 	fields, err := n.fields("methods", "users", "rooms")

@@ -89,7 +89,7 @@ func newInstruments(set *metrics.Set) *instruments {
 		return set.GetOrCreateCounter(label.Name("push_manager_auth_failures_total", "reason", reason))
 	}
 	m.unauthenticated, m.denied = map[auth.Reason]*metrics.Counter{}, failures("permission")
-	for _, reason := range auth.Reasons() {
+	for _, reason := range auth.Reasons() { // others would count for nothing
 		m.unauthenticated[reason] = failures(string(reason))
 	}
 	for a := range apis {
@@ -131,7 +131,9 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 	var denied deniedError
 	switch {
 	case errors.As(err, &unknown):
-		m.unauthenticated[unknown].Inc()
+		if c := m.unauthenticated[unknown]; c != nil {
+			c.Inc()
+		}
 		return
 	case errors.As(err, &denied):
 		m.denied.Inc()

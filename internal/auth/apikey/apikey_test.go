@@ -283,7 +283,7 @@ func FuzzFile(f *testing.F) {
 			return
 		}
 		for id, e := range list.byID {
-			if id != e.ID || !isID(id) {
+			if id != e.ID || !IsID(id) {
 				t.Errorf("took %+v", e)
 			}
 		}

@@ -71,7 +71,7 @@ func parse(text []byte) (list *keys, err error) {
 	}
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		id, value := root.Content[i], root.Content[i+1]
-		if id.Kind != yaml.ScalarNode || !isID(id.Value) {
+		if id.Kind != yaml.ScalarNode || !IsID(id.Value) {
 			return nil, fmt.Errorf("%d: the id of a key has %d letters and digits", id.Line, idLen)
 		}
 		if _, twice := list.byID[id.Value]; twice {

@@ -82,10 +82,11 @@ func split(key string) (id string, secret []byte, ok bool) {
 	}
 	text := []byte(key)
 	id = key[len(Prefix):idEnd]
-	return id, text[idEnd+1 : secretEnd], isID(id) && checksum(text[:secretEnd]) == [sumLen]byte(text[secretEnd+1:])
+	return id, text[idEnd+1 : secretEnd], IsID(id) && checksum(text[:secretEnd]) == [sumLen]byte(text[secretEnd+1:])
 }
 
-func isID(text string) bool {
+// IsID tells whether a text can be the id of a key.
+func IsID(text string) bool {
 	return len(text) == idLen && strings.Trim(text, letters) == ""
 }
 
