@@ -59,7 +59,7 @@ var layers = []layer{
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
 	{dir: "transport/node", ours: []string{"internal/certs", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
-	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
+	{dir: "transport/node/membership", ours: []string{"internal/certs", "internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},

@@ -63,9 +63,11 @@ func Open(cfg Config) (*Source, error) {
 	s.taken, s.failed = reloads("ok"), reloads("failed")
 	s.handshakeFailures = cfg.Metrics.GetOrCreateCounter(label.Name("push_manager_tls_handshake_failures_total", "role", cfg.Role))
 	s.current.Store(first)
-	cfg.Metrics.GetOrCreateGauge(label.Name("push_manager_tls_certificate_expiry_timestamp_seconds", "role", cfg.Role), func() float64 {
-		return float64(s.current.Load().expires.Unix())
-	})
+	if cfg.Files != (Files{}) { // the authorities of the system have no end
+		cfg.Metrics.GetOrCreateGauge(label.Name("push_manager_tls_certificate_expiry_timestamp_seconds", "role", cfg.Role), func() float64 {
+			return float64(s.current.Load().expires.Unix())
+		})
+	}
 	s.loop = reload.Start(cfg.ReloadInterval, s.read)
 	return s, nil
 }
