@@ -39,6 +39,7 @@ var layers = []layer{
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
 	{dir: "internal/pause"},
 	{dir: "internal/plain"},
+	{dir: "internal/reload"},
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine"}, others: []string{"*"}},

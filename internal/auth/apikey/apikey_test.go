@@ -170,6 +170,7 @@ func TestFileIsTakenOverAsAWhole(t *testing.T) {
 
 		write(t, path, bLine, "half of a li")
 		time.Sleep(10 * DefaultReloadInterval)
+		synctest.Wait() // then nobody writes to the log
 		wants(a, nil)
 		if n := strings.Count(log.String(), "level=ERROR"); n != 1 || s.Generation() != both {
 			t.Errorf("said %d times, generation %d", n, s.Generation())

@@ -93,7 +93,13 @@ type served struct {
 	t       *testing.T
 	idp     *provider
 	metrics *metrics.Set
-	log     *bytes.Buffer // to be read while nobody writes
+	log     *bytes.Buffer // see logged
+}
+
+// logged is the log when nothing more is to be done now.
+func (s *served) logged() string {
+	synctest.Wait()
+	return s.log.String()
 }
 
 // bubble runs f with issuer A, whose provider serves these keys, in virtual time.
@@ -172,8 +178,8 @@ func TestKeysRotateWithOverlap(t *testing.T) {
 		s.Reload()
 		synctest.Wait()
 		s.wants(k2, UnknownKey)
-		if !strings.Contains(s.log.String(), "withdrawn all its keys") {
-			t.Errorf("log: %s", s.log)
+		if !strings.Contains(s.logged(), "withdrawn all its keys") {
+			t.Errorf("log: %s", s.logged())
 		}
 	})
 }
@@ -327,7 +333,7 @@ func TestBadProviderChangesNothing(t *testing.T) {
 				if n := s.count(failedReloads); n == "" || n == "0" {
 					t.Errorf("failed: %q", n)
 				}
-				log := s.log.String()
+				log := s.logged()
 				if n := strings.Count(log, "level=ERROR"); n != 1 {
 					t.Errorf("logged %d times:\n%s", n, log)
 				}
@@ -363,7 +369,7 @@ func TestKeysThatCannotBeFetchedAreKeptForADay(t *testing.T) {
 		if s.Generation() == generation || s.count(`push_manager_jwks_keys{issuer="https://a.example"}`) != "0" {
 			t.Error("verdicts by these keys stay")
 		}
-		if n := strings.Count(s.log.String(), "refused from now on"); n != 1 {
+		if n := strings.Count(s.logged(), "refused from now on"); n != 1 {
 			t.Errorf("said %d times", n)
 		}
 		s.idp.answer(nil)
