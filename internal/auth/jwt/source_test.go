@@ -286,7 +286,7 @@ func TestBadProviderChangesNothing(t *testing.T) {
 				time.Sleep(time.Second)
 			}
 		},
-		"larger than 1 MiB": text(strings.Repeat(" ", maxJWKS) + string(setOf(t, other))),
+		"larger than 1 MiB": text(string(setOf(t, other)) + strings.Repeat(" ", maxJWKS)),
 		"has no end":        func(w http.ResponseWriter, _ *http.Request) { endless(w) },
 		"headers of 1 MiB":  func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", 1<<20)) },
 		"redirects": func(w http.ResponseWriter, r *http.Request) {
@@ -299,7 +299,11 @@ func TestBadProviderChangesNothing(t *testing.T) {
 		"redirects to files": func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "file:///etc/passwd", http.StatusFound)
 		},
-		"500":              func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "sorry", http.StatusInternalServerError) },
+		"500": func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "sorry", http.StatusInternalServerError) },
+		"a set that is no OK": func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusNotFound)
+			_, _ = w.Write(setOf(t, other))
+		},
 		"204":              func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
 		"closes":           func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 		"empty":            text(""),
@@ -399,6 +403,8 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		synctest.Wait()
 		v.Close()
 		wg.Wait()
+		time.Sleep(2 * askInterval)
+		began = time.Now()
 		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); err != UnknownKey || time.Since(began) > 0 {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
