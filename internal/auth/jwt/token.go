@@ -35,6 +35,11 @@ const (
 	Unavailable Reason = "unavailable"   // the caller's context ended first
 )
 
+// Reasons are all reasons, for metrics that have one counter for each.
+func Reasons() []Reason {
+	return []Reason{Malformed, Algorithm, IssuerWrong, UnknownKey, Signature, Audience, Expired, NotYet, Lifetime, Subject, Unavailable}
+}
+
 func (r Reason) Error() string { return "token refused: " + string(r) }
 
 // Token is a token that has been verified. It is immutable.
