@@ -30,7 +30,7 @@ type Reason string
 const (
 	Malformed Reason = "malformed"   // no key: its form or its checksum is wrong
 	Unknown   Reason = "unknown_key" // not in the file, or with another secret
-	Expired   Reason = "expired"     //
+	Expired   Reason = "expired"     // not_after lies behind
 )
 
 func (r Reason) Error() string { return "API key refused: " + string(r) }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -124,7 +125,7 @@ func bubble(t *testing.T, keys []byte, f func(t *testing.T, s *served)) {
 // wants verifies a token of a key now, and wants this error.
 func (s *served) wants(key pair, want error) {
 	s.t.Helper()
-	if _, err := s.Verify(s.t.Context(), key.sign(s.t, good(nil), nil)); err != want {
+	if _, err := s.Verify(s.t.Context(), key.sign(s.t, good(nil), nil)); !errors.Is(err, want) {
 		s.t.Errorf("token of %s: %v, want %v", key.kid, err, want)
 	}
 }
@@ -202,7 +203,7 @@ func TestUnknownKeysCostOneFetchIn30Seconds(t *testing.T) {
 					raw := raw(fmt.Sprintf(`{"alg":"EdDSA","kid":"random-%d"}`, i), `{"iss":"`+issuerA+`"}`, "x")
 					wg.Go(func() {
 						began := time.Now()
-						if _, err := s.Verify(t.Context(), raw); err != UnknownKey {
+						if _, err := s.Verify(t.Context(), raw); !errors.Is(err, UnknownKey) {
 							t.Error(err)
 						}
 						if took := time.Since(began); took > askWait {
@@ -247,7 +248,7 @@ func TestFirstTokensWaitForTheFirstFetch(t *testing.T) {
 				t.Fatal(err)
 			}
 			raw := key.sign(t, good(nil), nil)
-			if _, err := v.Verify(t.Context(), raw); err != want {
+			if _, err := v.Verify(t.Context(), raw); !errors.Is(err, want) {
 				t.Errorf("a fetch of %v: %v, want %v", delay, err, want)
 			}
 			time.Sleep(delay)
@@ -396,7 +397,7 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		began := time.Now()
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); err != UnknownKey {
+			if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) {
 				t.Error(err)
 			}
 		})
@@ -405,7 +406,7 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		wg.Wait()
 		time.Sleep(2 * askInterval)
 		began = time.Now()
-		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); err != UnknownKey || time.Since(began) > 0 {
+		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) || time.Since(began) > 0 {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 	})
@@ -458,7 +459,7 @@ func TestNobodyWaitsLongerThanItsContext(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		if _, err := s.Verify(ctx, key.sign(t, good(nil), nil)); err != Unavailable {
+		if _, err := s.Verify(ctx, key.sign(t, good(nil), nil)); !errors.Is(err, Unavailable) {
 			t.Error(err)
 		}
 		time.Sleep(askInterval)
@@ -466,7 +467,7 @@ func TestNobodyWaitsLongerThanItsContext(t *testing.T) {
 		began := time.Now()
 		ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		if _, err := s.Verify(ctx, keyOf(t, "new", "EdDSA").sign(t, good(nil), nil)); err != UnknownKey || time.Since(began) > 200*time.Millisecond {
+		if _, err := s.Verify(ctx, keyOf(t, "new", "EdDSA").sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) || time.Since(began) > 200*time.Millisecond {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 	})
