@@ -1,6 +1,7 @@
 package refgateway
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -44,6 +45,7 @@ type Gateway struct {
 	cfg     Config
 	began   time.Time
 	users   *node.Users[*conn]
+	unverified unverified
 	members *membership.Reporter
 	node    *node.Server
 	grpc    *grpc.Server
@@ -82,6 +84,9 @@ func New(cfg Config) (*Gateway, error) {
 	g := &Gateway{
 		cfg: cfg.withDefaults(), began: time.Now(), users: node.NewUsers[*conn](), health: health.NewServer(),
 		cores: min(runtime.GOMAXPROCS(0), maxWriters),
+	}
+	g.unverified = unverified{
+		mostOfNetwork: g.cfg.Unverified, most: max(1, g.cfg.MaxConnections/unverifiedShare), networks: make(map[string]*list.List),
 	}
 	var err error
 	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g.users}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
@@ -296,6 +301,7 @@ func (g *Gateway) closeClients(ctx context.Context) error {
 			c.bye(closeGoingAway, false)
 		}
 	})
+	g.unverified.each(func(c *conn) { c.bye(closeGoingAway, false) })
 	g.mu.Lock()
 	if g.admitted == 0 {
 		g.mu.Unlock()
@@ -347,6 +353,7 @@ func (g *Gateway) Close() {
 			c.shut()
 		}
 	})
+	g.unverified.each(func(c *conn) { c.shut() })
 	g.clients.Wait()
 	if stop != nil {
 		stop()

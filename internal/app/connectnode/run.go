@@ -4,11 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
@@ -24,7 +26,8 @@ func Command() cli.Command {
 type ConnectNode struct {
 	*refgateway.Gateway
 
-	life app.Lifecycle
+	life   app.Lifecycle
+	tokens *jwt.Verifier // nil where clients need none
 }
 
 // Start starts a Connect-Node.
@@ -44,6 +47,14 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 			return nil, err
 		}
 		g.Credentials = source.Server(certs.Side{ClientAuth: tls.RequireAndVerifyClientCert, Check: cfg.managers})
+	}
+	if cfg.ClientAuth == "jwt" {
+		cfg.ClientTokens.ReloadInterval, cfg.ClientTokens.Logger, cfg.ClientTokens.Metrics = cfg.TLS.ReloadInterval, logger, g.Metrics
+		if g.Tokens, err = jwt.New(cfg.ClientTokens); err != nil {
+			return nil, fmt.Errorf("client_auth.jwt: %w", err)
+		}
+		n.tokens = g.Tokens
+		n.life.Add("issuers of tokens", app.Closing(g.Tokens.Close))
 	}
 	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {
@@ -69,8 +80,13 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 // managers and clients.
 func (n *ConnectNode) Drain(ctx context.Context) error { return n.life.Stop(ctx) }
 
-// Reload has certificates read again soon.
-func (n *ConnectNode) Reload() { n.life.Reload() }
+// Reload has certificates and the issuers' keys read again soon.
+func (n *ConnectNode) Reload() {
+	n.life.Reload()
+	if n.tokens != nil {
+		n.tokens.Reload()
+	}
+}
 
 // Failed implements cli.Program. The gateway logs what ends one of its listeners.
 func (n *ConnectNode) Failed() <-chan error { return nil }

@@ -77,7 +77,7 @@ func newConnections(cfg *Config) *connections {
 
 // accept gives a connection its slot, until it is closed or its time is over.
 func (s *connections) accept(socket net.Conn) *slot {
-	p := &slot{conns: s, network: networkOf(socket.RemoteAddr()), socket: socket}
+	p := &slot{conns: s, network: NetworkOf(socket.RemoteAddr()), socket: socket}
 	var oldest *slot
 	s.mu.Lock()
 	n := s.networks[p.network]
@@ -189,7 +189,8 @@ func (p *slot) freeLocked() {
 // networkBits is what a customer has of IPv6 addresses at least (RFC 6177, section 2).
 const networkBits = 64
 
-func networkOf(a net.Addr) string {
+// NetworkOf is an address of IPv4, or a /64 of IPv6: more addresses must not get round a bound.
+func NetworkOf(a net.Addr) string {
 	host := HostOf(a)
 	ip, err := netip.ParseAddr(host)
 	if err != nil || ip.Unmap().Is4() {
