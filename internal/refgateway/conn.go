@@ -16,10 +16,10 @@ import (
 // a time writes, in whole frames, several in one write where they are there.
 type conn struct {
 	// Static.
-	g        *Gateway
-	net      net.Conn
-	raw      syscall.RawConn // of net, or nil where only net can write
-	room     string // with which it was opened, or empty
+	g    *Gateway
+	net  net.Conn
+	raw  syscall.RawConn // of net, or nil where only net can write
+	room string          // with which it was opened, or empty
 	// Static once it is among the users. Before, owned by the reader: without tokens they are
 	// what the client says, with tokens what its token says.
 	user     string

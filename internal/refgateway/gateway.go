@@ -42,18 +42,18 @@ func (e *ListenError) Unwrap() error { return e.Err }
 // Gateway is a Connect-Node whose clients come over WebSocket.
 type Gateway struct {
 	// Static after New.
-	cfg     Config
-	began   time.Time
-	users   *node.Users[*conn]
+	cfg        Config
+	began      time.Time
+	users      *node.Users[*conn]
 	unverified unverified
-	members *membership.Reporter
-	node    *node.Server
-	grpc    *grpc.Server
-	health  *health.Server
-	count   counters
-	cores   int       // that write to clients
-	line    line      // of connections that wait for them
-	idle    sync.Pool // of *writer
+	members    *membership.Reporter
+	node       *node.Server
+	grpc       *grpc.Server
+	health     *health.Server
+	count      counters
+	cores      int       // that write to clients
+	line       line      // of connections that wait for them
+	idle       sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
 	writers atomic.Int64 // clients for whom something waits

@@ -403,7 +403,7 @@ func TestCloseEndsAConnectionThatIsJustBeginning(t *testing.T) {
 	defer theirs.Close()
 	c := &conn{g: g, user: "late", net: ours}
 	c.userJSON = appendString(nil, c.user)
-	g.begin(c, nil)
+	g.begin(c, nil, "")
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	select {

@@ -1,14 +1,13 @@
 package refgateway
 
 import (
-	"container/list"
 	"bytes"
+	"container/list"
 	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -170,9 +169,9 @@ func TestEachWayInWithAToken(t *testing.T) {
 	g, p := startWithTokens(t, c, func(cfg *Config) { cfg.TokenInQuery = true })
 	token := p.token("alice", map[string]any{"name": "Alice A."})
 	for name, tc := range map[string]struct {
-		query   string
-		headers http.Header
-		first   string
+		query    string
+		headers  http.Header
+		first    string
 		subproto string
 	}{
 		"first message":              {query: "room_id=r", first: showing(token)},
@@ -416,12 +415,12 @@ func TestRefresh(t *testing.T) {
 		code  uint16
 		why   string
 	}{
-		"another user":            {p.token("bob", map[string]any{"tenant": "shop"}), 4401, "other_user"},
-		"another tenant":          {p.token("alice", map[string]any{"tenant": "ship"}), 4401, "other_user"},
-		"no tenant":               {p.token("alice", nil), 4401, "other_user"},
-		"expired":                 {p.token("alice", map[string]any{"tenant": "shop", "exp": time.Now().Add(-time.Minute).Unix()}), 4401, "expired"},
-		"wrong":                   {"x.y.z", 4401, "malformed"},
-		"without its room":        {p.token("alice", map[string]any{"tenant": "shop", "rooms": []string{"s"}}), 4403, "room"},
+		"another user":     {p.token("bob", map[string]any{"tenant": "shop"}), 4401, "other_user"},
+		"another tenant":   {p.token("alice", map[string]any{"tenant": "ship"}), 4401, "other_user"},
+		"no tenant":        {p.token("alice", nil), 4401, "other_user"},
+		"expired":          {p.token("alice", map[string]any{"tenant": "shop", "exp": time.Now().Add(-time.Minute).Unix()}), 4401, "expired"},
+		"wrong":            {"x.y.z", 4401, "malformed"},
+		"without its room": {p.token("alice", map[string]any{"tenant": "shop", "rooms": []string{"s"}}), 4403, "room"},
 	} {
 		d := admitted(t, g, "room_id=r", first)
 		before := g.denied(tc.why).Get()

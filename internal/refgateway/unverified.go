@@ -4,7 +4,7 @@ import (
 	"container/list"
 	"sync"
 
-	"github.com/push-manager/push-manager/transport/ingress/throttle"
+	"github.com/push-manager/push-manager/internal/remote"
 )
 
 // unverified are the connections whose token has not been verified. One has a goroutine and a few
@@ -31,7 +31,7 @@ type place struct {
 func (u *unverified) add(c *conn) (evicted *conn) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	c.place.network = throttle.NetworkOf(c.net.RemoteAddr())
+	c.place.network = remote.Network(c.net.RemoteAddr())
 	neighbors := u.networks[c.place.network]
 	if neighbors == nil {
 		neighbors = list.New()
