@@ -25,7 +25,7 @@ func TestNodeOverTLSNeedsAllOfItsFilesAndWhoMayCome(t *testing.T) {
 		"anybody":             {map[string]string{"NODE_TLS_ALLOWED_SANS": "*"}, "NODE_TLS_ALLOWED_SANS"},
 		"by name":             {map[string]string{"TRUST_DOMAIN": "", "NODE_TLS_ALLOWED_SANS": "pm-1,pm-2"}, ""},
 		"open to others":      {map[string]string{"LISTEN_ADDRESS": "0.0.0.0"}, "TLS_CERT_FILE"},
-		"open, not asked who": {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "without authentication of clients"},
+		"open, not asked who": {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "without authentication of clients (CLIENT_AUTH_MODE=jwt)"},
 		"open, for everybody": {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "NODE_TLS_CERT_FILE": "", "NODE_TLS_KEY_FILE": "", "NODE_TLS_CLIENT_CA_FILE": ""}, "NODE_TLS_CLIENT_CA_FILE"},
 		"open and allowed":    {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "ALLOW_INSECURE": "true"}, ""},
 		"metrics for others":  {map[string]string{"METRICS_ADDRESS": "0.0.0.0"}, ""},
