@@ -71,10 +71,12 @@ func TestTokenOpensNoFileAndNoConnection(t *testing.T) {
 	if n, err := unix.Read(watch, events[:]); err != nil || n == 0 {
 		t.Errorf("the watch sees nothing: %v", err)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
 	select {
 	case address := <-fetched:
 		fetched <- address
-	case <-time.After(10 * time.Second):
+	case <-ctx.Done():
 		t.Error("the URL of the configuration is not asked")
 	}
 	v.Close()

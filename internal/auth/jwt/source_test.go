@@ -394,7 +394,6 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		began := time.Now()
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) {
@@ -405,7 +404,7 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		v.Close()
 		wg.Wait()
 		time.Sleep(2 * askInterval)
-		began = time.Now()
+		began := time.Now()
 		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) || time.Since(began) > 0 {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
