@@ -357,6 +357,7 @@ type Stats struct {
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
 	Compressing  int // links whose node has picked a codec
+	Plain        int // nodes that do not know TLS, see Config.Migrate
 	Stalled      int // links whose node owes an overdue ack
 	Queued       int // deliveries that wait to be written
 	QueuedBytes  int
@@ -375,7 +376,7 @@ func (s *Set) Stats() Stats {
 		if n.unscoped.Load() {
 			t.Unscoped++
 		}
-		able := false
+		able, plain := false, false
 		for _, l := range n.links {
 			l.mu.Lock()
 			t.Links++
@@ -389,10 +390,14 @@ func (s *Set) Stats() Stats {
 				l.way.statsLocked(&t)
 			}
 			able = able || live(l.state) == 1 && l.refusal == engine.Sent
+			plain = plain || l.plain
 			l.mu.Unlock()
 		}
 		if able {
 			t.Able++
+		}
+		if plain {
+			t.Plain++
 		}
 	}
 	return t
@@ -449,6 +454,8 @@ type node struct {
 	live atomic.Int64 // links that are up
 
 	unscoped atomic.Bool // the last hello did not have FEATURE_SCOPE, or there is no Deliver
+
+	inPlain sync.Once // said that it does not know TLS
 
 	unsaid atomic.Int64 // lines of the log that were left out since the last one
 
