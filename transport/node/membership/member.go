@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"strings"
 	"sync"
 
 	"github.com/push-manager/push-manager/internal/ids"
@@ -84,6 +85,19 @@ func (m *Member) In(room string) bool {
 	defer m.mu.RUnlock()
 	_, ok := m.rooms[room]
 	return ok
+}
+
+// Rooms are those that the connection is in. The node itself is none.
+func (m *Member) Rooms() []string {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	rooms := make([]string, 0, len(m.rooms))
+	for room := range m.rooms {
+		if !strings.HasPrefix(room, Reserved) {
+			rooms = append(rooms, room)
+		}
+	}
+	return rooms
 }
 
 func (m *Member) count() int {
