@@ -15,22 +15,35 @@ import (
 // short list.
 const scopedKeep = 1 << 10
 
-// enterTenant puts the tenant of the caller before all ids of the push, which has been decoded. From
-// here to the reply nobody sees the caller's own ids; what they must be is checked by the engine, which
-// knows what stands before them. They live in one buffer, which the call uses again.
-func (c *call) enterTenant(tenant string) {
-	p, size := &c.push, len(tenant)+1
+// scopeBytes is what stands before each id of a tenant.
+func scopeBytes(tenant string) int {
+	if tenant == "" {
+		return 0
+	}
+	return len(tenant) + 1
+}
+
+// enterTenant puts the tenant of the caller, if it has one, before all ids of a push that has been decoded
+// and allowed. From here to the reply nobody sees the caller's own ids; what they must be is checked by the
+// engine, which knows what stands before them. They live in one buffer, which the call uses again.
+func (c *call) enterTenant() {
+	tenant := c.tenant
+	if tenant == "" {
+		return
+	}
+	scope := scopeBytes(tenant)
+	p, size := &c.push, scope
 	all := [...][]string{p.Users, p.Exclude}
 	for _, list := range all {
 		for _, id := range list {
-			size += len(tenant) + 1 + len(id)
+			size += scope + len(id)
 		}
 	}
 	switch p.Kind {
 	case engine.ToRoom:
-		size += len(tenant) + 1 + len(p.Room)
+		size += scope + len(p.Room)
 	case engine.ToUser:
-		size += len(tenant) + 1 + len(p.User)
+		size += scope + len(p.User)
 	case engine.ToUsers, engine.ToAll: // lists, or nobody
 	}
 	b := c.scoped[:0]
