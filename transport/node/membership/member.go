@@ -1,7 +1,6 @@
 package membership
 
 import (
-	"strings"
 	"sync"
 
 	"github.com/push-manager/push-manager/internal/ids"
@@ -93,8 +92,8 @@ func (m *Member) Rooms() []string {
 	defer m.mu.RUnlock()
 	rooms := make([]string, 0, len(m.rooms))
 	for room := range m.rooms {
-		if !strings.HasPrefix(room, Reserved) {
-			rooms = append(rooms, room)
+		if name := m.shown(room); name != "" {
+			rooms = append(rooms, name)
 		}
 	}
 	return rooms
