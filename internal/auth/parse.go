@@ -15,6 +15,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth/apikey"
 	"github.com/push-manager/push-manager/internal/certs"
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 // Bounds of a policy file. Each is far above what a person keeps in a file.
@@ -27,7 +28,6 @@ const (
 	maxPatterns   = 1_000
 	maxPattern    = 4096 // bytes: as long as an id may be configured to be
 	maxName       = 64
-	maxTenant     = 31
 	maxText       = 2048 // bytes of a name in a certificate, an issuer, a subject
 )
 
@@ -367,8 +367,8 @@ func readPatterns(n node) (p patterns, err error) {
 
 // CheckTenant refuses what cannot be the name of a tenant. It has no slash, which is what ends it before an id.
 func CheckTenant(name string) error {
-	if name == "" || len(name) > maxTenant || name[0] == '-' || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
-		return fmt.Errorf("%.64q is no tenant: 1 to %d of a-z, 0-9 and -, not beginning with -", name, maxTenant)
+	if err := ids.CheckTenant(name); err != nil {
+		return fmt.Errorf("%.64q is no tenant: %w", name, err)
 	}
 	return nil
 }

@@ -49,6 +49,10 @@ type Config struct {
 	// Tokens verify the tokens that clients must have then. Nil: they need none, and are who
 	// they say. It is closed after the gateway.
 	Tokens *jwt.Verifier
+	// NoTenants says that there are none: a token that names one is refused, and ids may begin like those
+	// of one, such as shop/alice. Otherwise a client without a tenant may have and name no such id,
+	// which would be that tenant's.
+	NoTenants bool
 	// TokenInQuery also takes them as token in the address.
 	TokenInQuery bool
 	// TokenTimeout is how long a client may take to show its token. Default 5 s.

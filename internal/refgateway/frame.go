@@ -21,6 +21,7 @@ import (
 // recipients, goes between head and tail.
 type frame struct {
 	head, tail []byte
+	room       string // as its clients know it
 	op         ws.OpCode
 	gap        bool
 
@@ -53,13 +54,14 @@ func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
 	return append(b, f.tail...), nil
 }
 
-func newPush(m *node.Message, broadcast bool) *frame {
+// newPush encodes m for clients who know its room by that name.
+func newPush(m *node.Message, room string, broadcast bool) *frame {
 	// Both parts come from one buffer; escapes may make it grow.
-	b := make([]byte, 0, 160+len(m.RoomID)+len(m.Data)+len(m.Data)/8)
+	b := make([]byte, 0, 160+len(room)+len(m.Data)+len(m.Data)/8)
 	b = append(b, `{"type":`...)
 	b = appendType(b, m.Type)
 	b = append(b, `,"room_id":`...)
-	b = appendString(b, m.RoomID)
+	b = appendString(b, room)
 	b = append(b, `,"user_id":`...)
 	split := len(b)
 	b = append(b, `,"timestamp":`...)
@@ -87,7 +89,7 @@ func newPush(m *node.Message, broadcast bool) *frame {
 		b = append(b, `,"broadcast":true`...)
 	}
 	b = append(b, '}')
-	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], gap: true}
+	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], room: room, gap: true}
 }
 
 // appendType writes the lower-case name of the type, or the number as a string

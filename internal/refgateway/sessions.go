@@ -5,19 +5,23 @@ import "github.com/push-manager/push-manager/transport/node"
 // sessions is the gateway as its node sees it.
 type sessions struct{ *node.Users[*conn] }
 
-// Broadcast implements node.Sessions. The clients are told that it is one.
-func (s sessions) Broadcast(m *node.Message) (delivered, failed int) {
-	m.Prepared = newPush(m, true)
-	return s.Users.Broadcast(m)
+// Broadcast implements node.Sessions.
+func (s sessions) Broadcast(m *node.Message) (delivered, failed int) { return s.BroadcastScope("", m) }
+
+// BroadcastScope implements node.Scoped. The clients are told that it is one, and not whose.
+func (s sessions) BroadcastScope(scope string, m *node.Message) (delivered, failed int) {
+	m.Prepared = newPush(m, "", true)
+	return s.Users.BroadcastScope(scope, m)
 }
 
 // Deliver implements node.Conn. A push to a room is for the connections that are in
 // it, which are those that have joined it and not left. A route that is out of date may
 // name a user who has left: all connections are as good as not here.
 func (c *conn) Deliver(m *node.Message) node.Outcome {
+	room := c.tenant.Plain(m.RoomID)
 	f, ok := m.Prepared.(*frame)
-	if !ok {
-		f = newPush(m, false)
+	if !ok || f.room != room { // members of one room are of one tenant, so mostly it is the same frame
+		f = newPush(m, room, false)
 		m.Prepared = f
 	}
 	outcome := c.send(f, m.RoomID)

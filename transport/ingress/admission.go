@@ -232,10 +232,20 @@ func (s *Server) leaveIdle() {
 	}
 }
 
+// tenant is the caller's, "" for none.
+func (e *callInfo) tenant() string {
+	if e.principal == nil {
+		return ""
+	}
+	return e.principal.Tenant
+}
+
 // allow sets what the engine has to know about who pushes.
-func (e *callInfo) allow(p *engine.Push) {
+func (e *callInfo) allow(c *call) {
+	p := &c.push
 	p.Priority = e.priority
 	if e.budget != nil { // an interface of a nil budget is not nil
 		p.Budget = e.budget
 	}
+	c.tenant = e.tenant()
 }

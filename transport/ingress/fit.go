@@ -64,19 +64,30 @@ func (c *Config) fit() {
 }
 
 // bodyBytes is what reading a request of so many bytes may take: gRPC's buffers, our copy, and
-// as many ids as there can be.
-func (s *Server) bodyBytes(a api, size int) int64 {
+// as many ids as there can be, with so many bytes to be put before each.
+func (s *Server) bodyBytes(a api, size, scope int) int64 {
 	ids := 0
 	if most := s.decoder.shapes[a].listMax; most > 0 {
 		ids = min(size/idSize, most)
 	}
-	return int64(2*size + idBytes*ids)
+	return int64(2*size+idBytes*ids) + scopedBytes(size, ids, scope)
 }
 
 // keptBytes is what a request takes from when it is decoded until it is answered.
-func keptBytes(size, ids int) int64 { return int64(size + idBytes*ids) }
+func keptBytes(size, ids, scope int) int64 {
+	return int64(size+idBytes*ids) + scopedBytes(size, ids, scope)
+}
+
+// scopedBytes is what the ids of a request take once more with the tenant before each.
+func scopedBytes(size, ids, scope int) int64 {
+	if scope == 0 {
+		return 0
+	}
+	return int64(size + scope*ids)
+}
 
 // messageBytes is what a message of a PushStream may take until it is answered.
-func messageBytes(size int) int64 {
-	return int64(2*size + pushBytes*min(1+size/pushSize, batchMax))
+func messageBytes(size, scope int) int64 {
+	pushes := min(1+size/pushSize, batchMax)
+	return int64(2*size+pushBytes*pushes) + scopedBytes(size, pushes, scope)
 }

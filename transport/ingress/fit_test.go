@@ -102,13 +102,13 @@ func TestWhatCallsTake(t *testing.T) {
 	var all sync.WaitGroup
 	var taken int64
 	wire := marshal(t, bigPush())
-	measure("a request of 1 MiB", keptBytes(len(wire), 9_900)*5/4, large, func() {
+	measure("a request of 1 MiB", keptBytes(len(wire), 9_900, 0)*5/4, large, func() {
 		for range large {
 			all.Go(func() { _, _ = w.raw(methodRoom, wire) })
 		}
 		until("requests", func() bool { taken, _ = w.server.space.books(); return n1.len() == large })
 	})
-	if want := large * keptBytes(len(wire), 9_900); taken != want {
+	if want := large * keptBytes(len(wire), 9_900, 0); taken != want {
 		t.Errorf("%d bytes are taken for %d requests, want %d", taken, large, want)
 	}
 	w.network.ackAll()

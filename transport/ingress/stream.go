@@ -151,7 +151,7 @@ func (st *stream) readMessage(ctx context.Context) (*message, error) {
 	if err != nil {
 		return nil, st.readError(err)
 	}
-	bytes := messageBytes(size)
+	bytes := messageBytes(size, scopeBytes(st.info.tenant()))
 	var begin mem.BufferSlice
 	if size > smallBody {
 		if begin, err = first(st.wire); err != nil {
@@ -327,7 +327,7 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 		}
 		s.grant(ctx, &st.info)
 	}
-	st.info.allow(&c.push)
+	st.info.allow(c)
 	if err := s.admitPush(&st.info); err != nil {
 		return err
 	}
@@ -340,6 +340,7 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	if err := s.authorize(st.info.principal, c.api, &c.push); err != nil {
 		return err
 	}
+	c.enterTenant()
 	c.push.Order = &st.order
 	if !st.deadline.IsZero() {
 		c.push.Timeout = max(st.deadline.Sub(c.push.Arrived), time.Nanosecond)

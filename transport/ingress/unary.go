@@ -18,8 +18,10 @@ type call struct {
 	head [messageHead]byte
 	held int64 // bytes of Server.space
 
-	push engine.Push
-	api  api
+	push   engine.Push
+	api    api
+	tenant string // of the caller, "" for none
+	scoped []byte // the ids of a tenant's push, see enterTenant
 
 	// Of a push that came on a PushStream; see there.
 	streamed
@@ -59,7 +61,7 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	}
 	defer s.leave(&info)
 	c := s.takeCall(a)
-	info.allow(&c.push)
+	info.allow(c)
 	defer func() {
 		s.space.release(info.conn, c.held)
 		c.held = 0
@@ -104,7 +106,7 @@ func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, 
 	if err != nil {
 		return unread(err)
 	}
-	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size), maxSpaceWait)
+	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size, scopeBytes(c.tenant)), maxSpaceWait)
 	if err != nil {
 		begin.Free()
 		return err
@@ -147,8 +149,9 @@ func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.R
 	if err := s.authorize(info.principal, c.api, &c.push); err != nil {
 		return engine.Result{}, err
 	}
+	c.enterTenant()
 	if c.held > 0 { // gRPC has its buffers back, and lists are known
-		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude)))
+		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude), scopeBytes(c.tenant)))
 		s.space.release(info.conn, c.held-kept)
 		c.held = kept
 	}

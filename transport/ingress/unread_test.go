@@ -55,7 +55,7 @@ func TestPushStreamWhoseRepliesAreNotReadLosesItsSpace(t *testing.T) {
 		// How many of the small pushes have a reply, and with it how many large ones have space, is not
 		// the same each time.
 		taken, _ := w.server.space.books()
-		if free := w.server.space.most[engine.Normal.Rank()] - taken; free > messageBytes(hogSize+100) {
+		if free := w.server.space.most[engine.Normal.Rank()] - taken; free > messageBytes(hogSize+100, 0) {
 			t.Fatalf("%d bytes are free", free)
 		}
 		if n := w.metric("push_manager_api_streams"); n != "1" {

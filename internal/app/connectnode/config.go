@@ -41,8 +41,9 @@ type Config struct {
 	MinVersion    string // of ClientTLS
 	TrustDomain   string
 
-	ClientAuth   string
-	ClientTokens jwt.Config
+	ClientAuth    string
+	ClientTenants bool
+	ClientTokens  jwt.Config
 
 	insecure []string // what its settings allow
 }
@@ -63,6 +64,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.List(&g.AllowedOrigins, "ws.allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all but null. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.").Env("ALLOWED_ORIGINS")
 	s.Bool(&g.TokenInQuery, "ws.token_in_query", false, "Also take the tokens of clients as token in the address. Whatever stands in an address is logged on its way by others.")
 	s.Choice(&c.ClientAuth, "client_auth.mode", "none", "Whether clients need a token. none: they are who they say. jwt: they are who an issuer of client_auth.jwt says.", "none", "jwt")
+	s.Bool(&c.ClientTenants, "client_auth.tenants", true, "Tokens may name a tenant, and a client without one may neither be nor join what begins like a tenant's, such as shop/lobby. false: there are no tenants, and ids are as they are.")
 	s.Int(&g.Unverified, "client_auth.unverified", d.Unverified, 1, 1<<20, "Connections of one address (IPv6: of one /64) whose token has not been verified; one more costs the oldest its place. They have 5 s.")
 	c.ClientTokens.Bind(s, "client_auth.jwt")
 	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")

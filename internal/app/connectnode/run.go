@@ -52,6 +52,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 		g.ClientTLS = source.ServerConfig(app.MinVersion(cfg.MinVersion))
 	}
 	if cfg.ClientAuth == "jwt" {
+		g.NoTenants = !cfg.ClientTenants
 		cfg.ClientTokens.ReloadInterval, cfg.ClientTokens.Logger, cfg.ClientTokens.Metrics = cfg.TLS.ReloadInterval, logger, g.Metrics
 		if g.Tokens, err = jwt.New(cfg.ClientTokens); err != nil {
 			return nil, fmt.Errorf("client_auth.jwt: %w", err)
