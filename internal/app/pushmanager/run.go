@@ -54,6 +54,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("shards", m.shards.Close)
+	if cfg.Controller.Credentials, err = m.life.Controller(cfg.ControllerTLS); err != nil {
+		return nil, err
+	}
 	if m.controller, err = controller.New(cfg.Controller); err != nil {
 		return nil, err
 	}
@@ -187,7 +190,7 @@ func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.List
 	if api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, nil, err
 	}
-	if ops, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
+	if ops, err = m.life.Listen(ctx, cfg.MetricsAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
 		return nil, nil, err
 	}
 	return api, ops, nil
