@@ -25,7 +25,7 @@ type Lifecycle struct {
 	names []string
 	stops []func(context.Context) error
 
-	sources []*certs.Source
+	files []files
 }
 
 // Add notes a part that has started. Its stop must end by its context.

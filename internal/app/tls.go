@@ -190,15 +190,26 @@ func (l *Lifecycle) Certificates(cfg Certificates) (*certs.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.sources = append(l.sources, source)
-	l.Add("certificates of "+cfg.Role, Closing(source.Close))
+	l.AddFiles("certificates of "+cfg.Role, source)
 	return source, nil
 }
 
-// Reload has all files of certificates read again soon.
+// files is what is read again while a program runs.
+type files interface {
+	Reload()
+	Close()
+}
+
+// AddFiles adds a part that Reload has read its files again.
+func (l *Lifecycle) AddFiles(name string, f files) {
+	l.files = append(l.files, f)
+	l.Add(name, Closing(f.Close))
+}
+
+// Reload has all files read again soon.
 func (l *Lifecycle) Reload() {
-	for _, source := range l.sources {
-		source.Reload()
+	for _, f := range l.files {
+		f.Reload()
 	}
 }
 

@@ -56,6 +56,7 @@ type Config struct {
 	Etcd       app.EtcdConfig
 	Health     health.Config
 	TLS        apiTLS
+	Auth       authConfig
 	LinkTLS    linkTLS
 
 	ControllerTLS app.ControllerTLS
@@ -76,7 +77,7 @@ type apiTLS struct {
 func (c *apiTLS) bind(s *config.Set) {
 	c.Role = "api"
 	c.Bind(s, "tls", "client_ca_file", "PEM file of the authorities that callers' certificates are checked with. Empty: no certificates of callers.")
-	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach.",
+	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach, and without auth.mode=required every holder of one may do everything.",
 		"none", "optional", "require")
 	app.BindMinVersion(s, &c.MinVersion, "tls", "the push API")
 }
@@ -91,13 +92,21 @@ func (c *apiTLS) validate(s *config.Set) error {
 	return c.Validate(s)
 }
 
-// missing is what others who can reach the push API would not need.
-func (c *apiTLS) missing() string {
+// certificates tells whether callers can show one.
+func (c *apiTLS) certificates() bool { return c.CA != "" && c.ClientAuth != "none" }
+
+// missing is what others who can reach the push API would not need. policy tells that every caller must be one of the
+// policy; without it, every caller must have a certificate of our authorities.
+func (c *apiTLS) missing(policy bool) string {
+	const authentication = "authentication (AUTH_MODE=required and AUTH_POLICY_FILE, or TLS_CLIENT_AUTH=require and TLS_CLIENT_CA_FILE)"
+	known := policy || c.ClientAuth == "require"
 	switch {
+	case !c.On() && !known:
+		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE) and " + authentication
 	case !c.On():
-		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE) and authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
-	case c.ClientAuth != "require":
-		return "authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
+		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE)"
+	case !known:
+		return authentication
 	}
 	return ""
 }
@@ -107,7 +116,7 @@ func (c *apiTLS) side() certs.Side {
 	switch {
 	case c.ClientAuth == "require":
 		side.ClientAuth = tls.RequireAndVerifyClientCert
-	case c.ClientAuth == "optional" && c.CA != "":
+	case c.certificates():
 		side.ClientAuth = tls.VerifyClientCertIfGiven
 	}
 	return side
@@ -157,7 +166,7 @@ const leastLinkTime = 25 * time.Millisecond
 // Bind adds all keys. Validate must follow Load.
 func (c *Config) Bind(s *config.Set) {
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and tls.client_auth=require, or allow_insecure.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and auth.mode=required (or tls.client_auth=require), or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
 	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
 	app.BindMetricsAddress(s, &c.MetricsAddress)
@@ -181,6 +190,7 @@ func (c *Config) Bind(s *config.Set) {
 	c.bindLinks(s)
 	c.bindAPI(s)
 	c.TLS.bind(s)
+	c.Auth.bind(s)
 	c.LinkTLS.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
@@ -272,6 +282,9 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if err := c.TLS.validate(s); err != nil {
 		return err
 	}
+	if err := c.Auth.validate(s, c.TLS.certificates()); err != nil {
+		return err
+	}
 	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
 		return err
 	}
@@ -283,7 +296,7 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		return err
 	}
 	risks := app.NewRisks(s, c.AllowInsecure)
-	if err := risks.Listen(c.ListenAddress, c.TLS.missing()); err != nil {
+	if err := risks.Listen(c.ListenAddress, c.TLS.missing(c.Auth.on())); err != nil {
 		return err
 	}
 	if err := app.CheckMetricsAddress(s, &c.MetricsAddress, c.ListenAddress, c.PprofRemote, risks); err != nil {

@@ -106,6 +106,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		}
 		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
 	}
+	if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set); err != nil {
+		return nil, err
+	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
 	}
@@ -157,7 +160,7 @@ func (m *PushManager) Drain(ctx context.Context) error {
 	return m.life.Stop(ctx)
 }
 
-// Reload has certificates read again soon.
+// Reload has certificates, the policy and keys read again soon.
 func (m *PushManager) Reload() { m.life.Reload() }
 
 // Failed gets an error when the push API cannot be served any more.
