@@ -46,7 +46,7 @@ var layers = []layer{
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine"}, others: []string{"*"}},
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/auth", "internal/label", "internal/plain", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/label", "internal/plain", "internal/quota", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{
 		dir:    "transport/link",

@@ -21,7 +21,7 @@
 //     it. The last fifth of a day has no credit, so the limit is not exceeded: who comes before a slice then is told
 //     to come again at once ([ErrPending]).
 //   - Who is not pushed for holds nothing.
-//   - While etcd does not answer, an instance goes on with what it has. Then Config.Deny decides: refuse, or let pass
+//   - While etcd does not answer, an instance goes on with what it has. Then Config.OnError decides: refuse, or let pass
 //     until its own pushes alone have certainly used up the day.
 //   - What others write into a counter is input. It changes the state of that quota only. A value that is no count,
 //     or is less than this instance alone has taken, is replaced with the next slice.

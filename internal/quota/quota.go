@@ -13,7 +13,7 @@ var (
 	ErrUsedUp = errors.New("the quota of the day is used up")
 	// ErrPending: the next slice is on its way from etcd, in milliseconds.
 	ErrPending = errors.New("the next part of the day's quota is not here yet")
-	// ErrUnavailable: etcd does not answer, and Config.Deny is set.
+	// ErrUnavailable: etcd does not answer, and Config.OnError is Deny.
 	ErrUnavailable = errors.New("the quota cannot be checked now")
 )
 
@@ -31,6 +31,12 @@ const (
 
 // Resets is when the quotas of now's day end: midnight UTC.
 func Resets(now time.Time) time.Time { return now.UTC().Truncate(24 * time.Hour).Add(24 * time.Hour) }
+
+// UntilReset is how long it is until [Resets] of now.
+func UntilReset() time.Duration {
+	now := time.Now()
+	return Resets(now).Sub(now)
+}
 
 // Quota is the pushes that a tenant or a caller may ask for in a day.
 type Quota struct {

@@ -40,12 +40,19 @@ const (
 	backwards = time.Hour
 )
 
+// The values of Config.OnError.
+const (
+	Allow = "allow"
+	Deny  = "deny"
+)
+
 // Config of a Set. Client is required.
 type Config struct {
 	// Client reaches etcd. The caller closes it after the Set.
 	Client *clientv3.Client
-	// Deny refuses pushes while etcd does not answer and the slice is spent. Otherwise they pass.
-	Deny bool
+	// OnError is what happens to pushes while etcd does not answer and the slice is spent: Allow, which is the
+	// default, or Deny.
+	OnError string
 	// RequestTimeout bounds one request. Default 3 s.
 	RequestTimeout time.Duration
 
@@ -84,6 +91,9 @@ type Set struct {
 
 // New makes a Set without quotas.
 func New(cfg Config) *Set {
+	if cfg.OnError == "" {
+		cfg.OnError = Allow
+	}
 	if cfg.RequestTimeout == 0 {
 		cfg.RequestTimeout = 3 * time.Second
 	}
@@ -115,6 +125,8 @@ func New(cfg Config) *Set {
 	s.end.Go(func() { s.loop(ctx) })
 	return s
 }
+
+func (s *Set) deny() bool { return s.cfg.OnError == Deny }
 
 // Tenant is the quota of a tenant, nil if it has none.
 func (s *Set) Tenant(name string) *Quota { return s.current.Load().tenants[name] }
@@ -166,7 +178,7 @@ func (s *Set) updateLocked(before map[string]*Quota, limits map[string]int64, pr
 			q = &Quota{prefix: prefix + url.PathEscape(name) + "/", wake: s.wake}
 		}
 		q.limit = limit
-		q.boundLocked(s.away, s.cfg.Deny)
+		q.boundLocked(s.away, s.deny())
 		next[name] = q
 	}
 	return next
@@ -182,10 +194,12 @@ func (s *Set) Usage(q *Quota) (used, limit int64) {
 
 // Close gives back what is held and ends the Set. Take goes on to work with what is left then: nothing but credit.
 // When etcd cannot be told within ctx, what was held is lost until midnight.
-func (s *Set) Close(ctx context.Context) error {
+func (s *Set) Close(ctx context.Context) {
 	s.stop()
 	s.end.Wait()
-	return s.giveBack(ctx)
+	if err := s.giveBack(ctx); err != nil {
+		s.cfg.Logger.Warn("quotas held in advance are not given back", "error", plain.Line(err.Error(), 300))
+	}
 }
 
 func (s *Set) loop(ctx context.Context) {
@@ -239,7 +253,7 @@ func (s *Set) begin(now time.Time) {
 	s.day, s.lease = day, 0
 	for q := range s.all() {
 		q.resetLocked()
-		q.boundLocked(s.away, s.cfg.Deny)
+		q.boundLocked(s.away, s.deny())
 	}
 }
 
@@ -350,7 +364,7 @@ func (s *Set) commit(ctx context.Context, changes []change) error {
 		if txn := answer.GetResponseTxn(); txn != nil {
 			if txn.Succeeded {
 				q.grantedLocked(c.add, reply.Header.Revision)
-				q.boundLocked(false, s.cfg.Deny)
+				q.boundLocked(false, s.deny())
 				continue
 			}
 			q.due.Store(true)
@@ -369,7 +383,7 @@ func (s *Set) commit(ctx context.Context, changes []change) error {
 					"key", q.key(day), "value", plain.Line(string(value[:min(len(value), 64)]), 64), "taken", q.taken)
 			}
 		}
-		q.boundLocked(false, s.cfg.Deny)
+		q.boundLocked(false, s.deny())
 	}
 	return nil
 }
@@ -395,7 +409,7 @@ func (s *Set) failure(ctx context.Context, err error) time.Duration {
 	s.mu.Unlock()
 	if first {
 		s.bound()
-		s.cfg.Logger.Warn("etcd does not answer, quotas go on with what they have", "error", plain.Line(err.Error(), 300), "then", map[bool]string{true: "deny", false: "allow"}[s.cfg.Deny])
+		s.cfg.Logger.Warn("etcd does not answer, quotas go on with what they have", "error", plain.Line(err.Error(), 300), "then", s.cfg.OnError)
 	}
 	s.backoff = min(max(s.backoff*2, backoffMin), backoffMax)
 	wait := pause.Jitter(s.backoff)
@@ -408,7 +422,7 @@ func (s *Set) bound() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for q := range s.all() {
-		q.boundLocked(s.away, s.cfg.Deny)
+		q.boundLocked(s.away, s.deny())
 	}
 }
 
@@ -429,7 +443,7 @@ func (s *Set) giveBack(ctx context.Context) error {
 		for len(changes) > 0 {
 			n := min(len(changes), perRequest)
 			if err := s.commit(ctx, changes[:n]); err != nil {
-				return fmt.Errorf("give quotas back: %w", err)
+				return err
 			}
 			changes = changes[n:]
 		}
