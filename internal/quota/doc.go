@@ -16,7 +16,8 @@
 //
 //   - A push never waits. [Quota.Take] is one atomic addition while there is enough; one goroutine talks to etcd.
 //   - A slice is 0.1 % of the limit, or an eighth of what is left of the day if that is less. So a quota costs about
-//     a thousand writes a day, whatever its size, and what idle instances hold at the end is 0.1 % each.
+//     a thousand writes a day, whatever its size, and what idle instances hold at the end is 0.1 % each. Who spends
+//     slices faster than four in a second gets up to four at a time.
 //   - A push that comes before the next slice goes on credit, up to a part of what is left. The next slice pays for
 //     it. The last fifth of a day has no credit, so the limit is not exceeded: who comes before a slice then is told
 //     to come again at once ([ErrPending]).

@@ -21,6 +21,8 @@ const (
 	// slices is how many a day's limit is handed out in. The error of a quota is a slice for each instance that
 	// holds one and has no use for it.
 	slices = 1000
+	// maxPace is how many slices at once are taken by who spends one within hurry: requests to etcd take a while.
+	maxPace, hurry = 4, 250 * time.Millisecond
 	// share is the part of what is left that a slice may be: slices shrink as the day's end nears.
 	share = 8
 	// credit is the part of what is left, less the last fifth of the limit, that an instance may spend before it has
@@ -60,8 +62,10 @@ type Quota struct {
 	known    bool  // counter has been read since this Quota was made
 	taken    int64 // of counter by this instance
 	read     time.Time
-	unmoved  int64 // left at that time
-	doubted  bool  // a bad value was logged today
+	pace     int64     // slices that are taken at once, 1 to maxPace
+	granted  time.Time // when the last of them came
+	unmoved  int64     // left at that time
+	doubted  bool      // a bad value was logged today
 }
 
 // The values of Quota.why.
@@ -106,7 +110,7 @@ func (q *Quota) restLocked() int64 { return max(q.limit-q.counter, 0) }
 // sliceLocked is how much is held.
 func (q *Quota) sliceLocked() int64 {
 	rest := q.restLocked()
-	return min(max(min(q.limit/slices, rest/share), 1), rest)
+	return min(max(min(q.limit/(slices/max(q.pace, 1)), rest/share), 1), rest)
 }
 
 // wantLocked is how much to take now, debts included.
@@ -145,7 +149,13 @@ func (q *Quota) resetLocked() {
 }
 
 // grantedLocked books what was taken from the counter.
-func (q *Quota) grantedLocked(n, revision int64) {
+func (q *Quota) grantedLocked(n, revision int64, now time.Time) {
+	if now.Sub(q.granted) < hurry {
+		q.pace = min(max(q.pace, 1)*2, maxPace)
+	} else {
+		q.pace = max(q.pace/2, 1)
+	}
+	q.granted = now
 	q.counter += n
 	q.taken += n
 	q.revision, q.known = revision, true

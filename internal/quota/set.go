@@ -363,7 +363,7 @@ func (s *Set) commit(ctx context.Context, changes []change) error {
 		q.read = asked
 		if txn := answer.GetResponseTxn(); txn != nil {
 			if txn.Succeeded {
-				q.grantedLocked(c.add, reply.Header.Revision)
+				q.grantedLocked(c.add, reply.Header.Revision, asked)
 				q.boundLocked(false, s.deny())
 				continue
 			}

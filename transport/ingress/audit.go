@@ -17,7 +17,7 @@ const traceKey = "traceparent"
 func auditEntry(who *auth.Principal, peer, trace, method string) audit.Entry {
 	e := audit.Entry{Peer: peer, TraceID: trace, Method: method}
 	if who != nil {
-		e.Caller, e.Tenant, e.Credential = who.Name, who.Tenant, string(who.Kind)+" "+who.Credential
+		e.Caller, e.Tenant, e.Credential = who.Name, who.Tenant, strings.TrimSpace(string(who.Kind)+" "+who.Credential) // a token may name no key
 	}
 	return e
 }

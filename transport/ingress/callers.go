@@ -27,16 +27,17 @@ type callers struct {
 	burst     int
 	quotas    *quota.Set                     // nil: there are none
 	addresses *otter.Cache[string, *account] // nil: nobody is limited by address
-	named     sync.Map                       // of *account, by the name of the caller
+	named     sync.Map                       // of *account by *auth.Caller, a pointer, so that a look-up allocates nothing
 
 	// What accounts of named callers are made of. It outlives policies, so a reload fills no bucket.
 	mu      sync.Mutex
+	latest  map[string]*auth.Caller // whose account is in named, by name
 	budgets map[string]*budget
 	tenants map[string]*tenant
 }
 
 func newCallers(c *Config) (*callers, error) {
-	all := &callers{rate: c.Rate, burst: c.RateBurst, quotas: c.Quotas, budgets: map[string]*budget{}, tenants: map[string]*tenant{}}
+	all := &callers{rate: c.Rate, burst: c.RateBurst, quotas: c.Quotas, latest: map[string]*auth.Caller{}, budgets: map[string]*budget{}, tenants: map[string]*tenant{}}
 	if c.Rate == 0 || c.Auth != nil {
 		return all, nil
 	}
@@ -59,14 +60,12 @@ func (c *callers) atAddress(name string) *account {
 // of is the account of a caller of the policy, nil if nothing is counted. With another policy the limits change, and
 // what is spent stays.
 func (c *callers) of(who *auth.Caller) *account {
-	if known, ok := c.named.Load(who.Name); ok {
-		if a := known.(*account); a.of == who { //nolint:forcetypeassert // Nothing else is in it.
-			return a.orNil()
-		}
+	if known, ok := c.named.Load(who); ok {
+		return known.(*account).orNil() //nolint:forcetypeassert // Nothing else is in it.
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a := &account{of: who}
+	a := &account{}
 	switch {
 	case who.Rate > 0:
 		a.budget = budgetOf(c.budgets, who.Name, who.Rate, who.Rate)
@@ -95,7 +94,11 @@ func (c *callers) of(who *auth.Caller) *account {
 			a.tenantQuota = c.quotas.Tenant(who.Tenant)
 		}
 	}
-	c.named.Store(who.Name, a)
+	if before := c.latest[who.Name]; before != nil {
+		c.named.Delete(before)
+	}
+	c.latest[who.Name] = who
+	c.named.Store(who, a)
 	return a.orNil()
 }
 
@@ -125,8 +128,6 @@ func (c *callers) show(set *metrics.Set) {
 // account is what a caller's pushes are counted by: its own limits, and those of its tenant. It is immutable; what it
 // refers to is shared with the accounts of other callers of the tenant, and of other policies.
 type account struct {
-	of *auth.Caller // nil: it is an address's
-
 	budget       *budget      // nil: no rate
 	quota        *quota.Quota // nil: no quota
 	tenant       *tenant      // nil: no tenant with limits

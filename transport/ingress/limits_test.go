@@ -107,6 +107,21 @@ func TestAnotherPolicyFillsNoBucket(t *testing.T) {
 	})
 }
 
+func TestAnAccountCostsNoAllocation(t *testing.T) {
+	table, err := newCallers(&Config{})
+	ok(t, err)
+	limits := auth.Limits{Rate: 1 << 20}
+	who := &auth.Caller{Name: "a", Tenant: "shop", Limits: limits, TenantLimits: auth.TenantLimits{Limits: limits, MaxInFlight: 10}}
+	if n := testing.AllocsPerRun(1000, func() {
+		a := table.of(who)
+		ok(t, a.enter())
+		a.Charge(1)
+		a.leave(false)
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
 func TestPushesInFlightOfATenant(t *testing.T) {
 	table, err := newCallers(&Config{})
 	ok(t, err)
@@ -367,7 +382,7 @@ callers:
 			c.Quotas = quotas
 			c.Auth, _ = k.open(t, quotas)
 		})
-		ctx := k.as(w.context(), []string{"a", "b"}[i%2])
+		ctx := k.as(t.Context(), []string{"a", "b"}[i%2])
 		for range 4 {
 			all.Go(func() {
 				for {
