@@ -15,7 +15,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/quota"
-	"github.com/push-manager/push-manager/transport/ingress/throttle"
+	"github.com/push-manager/push-manager/internal/remote"
 )
 
 // callers has the accounts of those who called lately. Who is known by an address alone, and has not been heard of for
@@ -359,5 +359,5 @@ func peerOf(ctx context.Context) string {
 	if !ok {
 		return ""
 	}
-	return throttle.HostOf(p.Addr)
+	return remote.Host(p.Addr)
 }
