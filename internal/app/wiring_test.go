@@ -48,6 +48,7 @@ func otherValues(ca string) map[string]map[string]string {
 		"tls.client_auth":             {"TLS_CLIENT_AUTH": "none"},
 		"link.tls.identity":           {"LINK_TLS_IDENTITY": "none"},
 		"tls.min_version":             {"TLS_MIN_VERSION": "1.2"},
+		"quota.on_error":              {"QUOTA_ON_ERROR": "deny"},
 	}
 }
 
@@ -68,7 +69,7 @@ var handedTo = map[string]map[string][]string{
 		"drain_timeout":            {"DrainTimeout", "Ingress.DrainNotice"},
 		"trust_domain":             {"TrustDomain"},
 		"tls.reload_interval":      {"TLS.Certificates.Config.ReloadInterval"}, // and those of all others: TestRotationOfEverything
-		"etcd.request_timeout":     {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout"},
+		"etcd.request_timeout":     {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout", "Quotas.RequestTimeout"},
 		"etcd.username":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"etcd.password":            {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"discovery.allow_networks": {"Discovery.AllowNets", "allowNets"},

@@ -37,6 +37,9 @@ type PoliciesConfig struct {
 	File string
 	// ReloadInterval is how often the file is read. 0 means that of certificates.
 	ReloadInterval time.Duration
+	// OnReload is called with each policy that replaces another one, before it is in use, and with what is wrong with
+	// a file that is not taken over. nil: nobody is told.
+	OnReload func(next *Policy, err error)
 
 	Logger  *slog.Logger // nil: nothing is logged
 	Metrics *metrics.Set // nil: a set of its own
@@ -67,6 +70,9 @@ func OpenPolicies(cfg PoliciesConfig) (*Policies, error) {
 	}
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
+	}
+	if cfg.OnReload == nil {
+		cfg.OnReload = func(*Policy, error) {}
 	}
 	first, sum, err := readPolicy(cfg.File)
 	if err != nil {
@@ -104,6 +110,7 @@ func (p *Policies) read() (worse bool) {
 		if worse = err.Error() != p.trouble; worse {
 			p.trouble = err.Error()
 			p.cfg.Logger.Error("policy not taken over, the one before stays in use", "error", err)
+			p.cfg.OnReload(nil, err)
 		}
 		return worse
 	}
@@ -113,6 +120,7 @@ func (p *Policies) read() (worse bool) {
 	p.trouble = ""
 	if sum != p.sum {
 		p.sum = sum
+		p.cfg.OnReload(next, nil)
 		p.current.Store(next)
 		p.generation.Add(1)
 		p.taken.Inc()

@@ -259,6 +259,22 @@ func (p *Policy) Caller(name string) *Caller { return p.callers[name] }
 // Tenants tells whether any are configured.
 func (p *Policy) Tenants() bool { return len(p.tenants) > 0 }
 
+// DailyPushes are the quotas of tenants and of callers, by name.
+func (p *Policy) DailyPushes() (tenants, callers map[string]int64) {
+	tenants, callers = map[string]int64{}, map[string]int64{}
+	for name, limits := range p.tenants {
+		if limits.DailyPushes > 0 {
+			tenants[name] = limits.DailyPushes
+		}
+	}
+	for name, c := range p.callers {
+		if c.DailyPushes > 0 {
+			callers[name] = c.DailyPushes
+		}
+	}
+	return tenants, callers
+}
+
 // OfKey is the caller of an API key, nil for none.
 func (p *Policy) OfKey(id string) *Caller { return p.byKey[id] }
 

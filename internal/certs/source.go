@@ -23,6 +23,8 @@ type Config struct {
 	Role string
 	// ReloadInterval is how often the files are read. 0 means DefaultReloadInterval.
 	ReloadInterval time.Duration
+	// OnReload is called when files were taken over, and with what is wrong when they were not. nil: nobody is told.
+	OnReload func(role string, err error)
 
 	Logger  *slog.Logger // nil: nothing is logged
 	Metrics *metrics.Set // nil: a set of its own
@@ -51,6 +53,9 @@ func Open(cfg Config) (*Source, error) {
 	}
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
+	}
+	if cfg.OnReload == nil {
+		cfg.OnReload = func(string, error) {}
 	}
 	first, err := cfg.load(time.Now())
 	if err != nil {
@@ -89,6 +94,7 @@ func (s *Source) read() (worse bool) {
 		if worse {
 			s.trouble = err.Error()
 			s.cfg.Logger.Error("certificates not taken over, those before stay in use", "role", s.cfg.Role, "error", err, "expires", before.expires.UTC())
+			s.cfg.OnReload(s.cfg.Role, err)
 		}
 		return worse
 	}
@@ -99,6 +105,7 @@ func (s *Source) read() (worse bool) {
 	if next.sum != before.sum {
 		s.current.Store(next)
 		s.taken.Inc()
+		s.cfg.OnReload(s.cfg.Role, nil)
 		s.cfg.Logger.Info("certificates taken over", "role", s.cfg.Role, "serial", next.serial(), "expires", next.expires.UTC())
 	}
 	return false

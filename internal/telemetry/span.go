@@ -53,6 +53,9 @@ func (t *Tracer) TraceFunc() func(context.Context, string) (engine.Trace, func(e
 	return t.Trace
 }
 
+// TraceID is the id of the trace, as W3C Trace Context writes it.
+func (p *PushSpan) TraceID() string { return p.span.SpanContext().TraceID().String() }
+
 // Begin decides whether the call that ctx belongs to is traced and starts its
 // span. It returns nil for a call that is not, at the cost of reading one header.
 func (t *Tracer) Begin(ctx context.Context, method string) *PushSpan {

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
@@ -29,21 +30,33 @@ var errTooManyCalls = fmt.Errorf("%w: too many calls are open", engine.ErrOverlo
 var errRate = errors.New("the caller pushes faster than it may")
 
 // rateError is an errRate that knows when there will be means again.
-type rateError struct{ after time.Duration }
+type rateError struct {
+	after  time.Duration
+	tenant bool // it is the tenant's rate
+}
 
 func (e *rateError) Error() string { return errRate.Error() }
 func (e *rateError) Unwrap() error { return errRate }
+
+func (e *rateError) reason() string {
+	if e.tenant {
+		return reasonTenantRate
+	}
+	return reasonRate
+}
 
 // callInfo is what is known of a call before anything is done for it.
 type callInfo struct {
 	priority  engine.Priority
 	principal *auth.Principal // who calls; nil where nobody is asked (Config.Auth)
-	budget    *budget         // nil: nobody counts
+	account   *account        // nil: nobody counts
 	conn      *throttle.Conn
 	wire      rawCall
 	call      *throttle.Call // nil: it is a stream
 
 	claimed engine.Priority // by the caller
+	entered bool            // account is owed a leave, for the push of a unary call
+	unsent  bool            // that was refused later
 }
 
 // admit lets a call in, or says why not; it is all that stands between a caller and the engine but for the places in
@@ -106,7 +119,11 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 	if open-s.metrics.streams.Load() > s.mostOpen[info.priority.Rank()] {
 		return info, errTooManyCalls
 	}
-	return info, s.admitPush(&info)
+	if err := s.admitPush(&info); err != nil {
+		return info, err
+	}
+	info.entered = info.account != nil
+	return info, nil
 }
 
 // header is what a call has of a header.
@@ -141,21 +158,25 @@ func (s *Server) authenticate(ctx context.Context, info *callInfo) error {
 		return err
 	}
 	info.principal = p
+	if s.cfg.Audit != nil && p.Kind == auth.Key && s.cfg.Audit.FirstUse(p.Credential) {
+		e := auditEntry(p, peerOf(ctx), "", "")
+		e.Event = audit.KeyUsedFirst
+		s.cfg.Audit.Write(e)
+	}
 	return nil
 }
 
-// grant gives a call the priority that its caller may claim, and the budget that it pays from.
+// grant gives a call the priority that its caller may claim, and the account that it pays from.
 func (s *Server) grant(ctx context.Context, info *callInfo) {
 	info.priority = min(info.claimed, s.cfg.priorityMax)
 	if info.principal != nil {
 		info.priority = min(info.priority, info.principal.PriorityMax)
 	}
 	switch {
-	case s.callers == nil:
 	case info.principal != nil:
-		info.budget = s.callers.of(info.principal.Name)
-	default:
-		info.budget = s.callers.of(s.cfg.Caller(ctx))
+		info.account = s.callers.of(info.principal.Caller)
+	case s.callers.addresses != nil:
+		info.account = s.callers.atAddress(s.cfg.Caller(ctx))
 	}
 }
 
@@ -202,7 +223,7 @@ func (s *Server) authorize(who *auth.Principal, a api, p *engine.Push) error {
 }
 
 // admitPush lets one push in: that of a unary call, or each of a PushStream. The caller pays at last:
-// what is refused costs nothing.
+// what is refused costs nothing. Without an error its account, if it has one, is owed a leave.
 func (s *Server) admitPush(info *callInfo) error {
 	if !s.serving.Load() {
 		return errNotReady
@@ -210,14 +231,17 @@ func (s *Server) admitPush(info *callInfo) error {
 	if err := s.cfg.Engine.Admit(info.priority); err != nil {
 		return err
 	}
-	if info.budget != nil {
-		return info.budget.take()
+	if info.account != nil {
+		return info.account.enter()
 	}
 	return nil
 }
 
 // leave ends what admit let in.
 func (s *Server) leave(info *callInfo) {
+	if info.entered {
+		info.account.leave(info.unsent)
+	}
 	if info.call == nil {
 		s.streams.close(info.conn)
 	} else {
@@ -244,8 +268,8 @@ func (e *callInfo) tenant() string {
 func (e *callInfo) allow(c *call) {
 	p := &c.push
 	p.Priority = e.priority
-	if e.budget != nil { // an interface of a nil budget is not nil
-		p.Budget = e.budget
+	if e.account != nil { // an interface of a nil account is not nil
+		p.Budget = e.account
 	}
 	c.tenant = e.tenant()
 }

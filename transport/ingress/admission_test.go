@@ -363,17 +363,17 @@ func TestDebtsBeyondTheBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		table, err := newCallers(&Config{Rate: 10, RateBurst: 2, RateCallers: 1})
 		ok(t, err)
-		b := table.of("a")
-		ok(t, b.take())
+		b := table.atAddress("a")
+		ok(t, b.enter())
 		b.Charge(21) // 20 more than there are
 		for range 20 {
-			if err := b.take(); !errors.Is(err, errRate) {
+			if err := b.enter(); !errors.Is(err, errRate) {
 				t.Fatalf("%v", err)
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
 		time.Sleep(100 * time.Millisecond)
-		ok(t, b.take())
+		ok(t, b.enter())
 	})
 }
 
@@ -383,8 +383,8 @@ func TestRefusedPushesCostNothing(t *testing.T) {
 		const rate, seconds = 100, 3
 		table, err := newCallers(&Config{Rate: rate, RateBurst: 10, RateCallers: 1})
 		ok(t, err)
-		b := table.of("a")
-		for b.take() == nil { // the burst
+		b := table.atAddress("a")
+		for b.enter() == nil { // the burst
 		}
 		var taken atomic.Int64
 		var all sync.WaitGroup
@@ -392,7 +392,7 @@ func TestRefusedPushesCostNothing(t *testing.T) {
 			all.Go(func() {
 				for range seconds * 1000 {
 					time.Sleep(time.Millisecond)
-					if b.take() == nil {
+					if b.enter() == nil {
 						taken.Add(1)
 					}
 				}

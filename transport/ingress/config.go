@@ -14,7 +14,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/auth"
+	"github.com/push-manager/push-manager/internal/quota"
 )
 
 // TraceFunc decides whether the call is sampled. It returns nil, nil when it is
@@ -101,6 +103,10 @@ type Config struct {
 	Rate        int
 	RateBurst   int
 	RateCallers int
+	// Audit gets who was refused for who it is, broadcasts, and a sample of other pushes. nil: nobody does.
+	Audit *audit.Log
+	// Quotas are the pushes a day of callers and tenants that Auth knows. nil: there are none.
+	Quotas *quota.Set
 	// Auth tells who calls, and every call of every service must be from somebody. nil: nobody is asked.
 	Auth *auth.Authenticator
 	// Caller names who calls, for Rate, where nobody is asked. nil: by the address of the connection's other end,

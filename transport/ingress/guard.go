@@ -55,14 +55,14 @@ func (s *Server) guardUnary(ctx context.Context, name string, handle func() (any
 			resp, err = nil, s.statuses.internal.status.Err()
 		}
 	}()
-	if _, err := s.admitOther(ctx); err != nil {
+	if _, err := s.admitOther(ctx, name); err != nil {
 		return nil, s.reject(ctx, name, engine.Normal, err)
 	}
 	return handle()
 }
 
 // admitOther lets a call of another service in, if it is from somebody.
-func (s *Server) admitOther(ctx context.Context) (*throttle.Conn, error) {
+func (s *Server) admitOther(ctx context.Context, name string) (*throttle.Conn, error) {
 	info := callInfo{conn: throttle.ConnOf(ctx)}
 	if info.conn == nil {
 		return nil, errForeignTransport
@@ -70,7 +70,11 @@ func (s *Server) admitOther(ctx context.Context) (*throttle.Conn, error) {
 	if s.cfg.Auth == nil {
 		return info.conn, nil
 	}
-	return info.conn, s.authenticate(ctx, &info)
+	err := s.authenticate(ctx, &info)
+	if err != nil && s.cfg.Audit != nil {
+		s.auditRefusal(info.auditEntry(ctx, name), nil, err)
+	}
+	return info.conn, err
 }
 
 // guardStream ends the streams of the other services when the server closes, or their connection is
@@ -82,7 +86,7 @@ func (s *Server) guardStream(ss grpc.ServerStream, name string, handle func() er
 			err = s.statuses.internal.status.Err()
 		}
 	}()
-	conn, err := s.admitOther(ss.Context())
+	conn, err := s.admitOther(ss.Context(), name)
 	if err != nil {
 		return s.rejectStream(ss, name, engine.Normal, err)
 	}

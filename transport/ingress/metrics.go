@@ -26,20 +26,24 @@ var resultNames = [results]string{"success", "partial", "failed", "error"}
 
 // Why a push was refused for load.
 const (
-	refusedInFlight uint8 = iota // its priority's share of the places in flight is used up
-	refusedBusy                  // too many calls are worked on
-	refusedMemory                // memory runs out
-	refusedRate                  // the caller is over its rate
-	refusedSpace                 // there is no memory for the request
-	refusedOpen                  // too many calls are open
-	refusedStreams               // too many streams are open
-	refusedSlow                  // the request did not come in
-	refusedUnread                // the replies of a stream are not read
-	refusedLookups               // too many look-ups are under way
-	refusals                     // how many there are
+	refusedInFlight       uint8 = iota // its priority's share of the places in flight is used up
+	refusedBusy                        // too many calls are worked on
+	refusedMemory                      // memory runs out
+	refusedRate                        // the caller is over its rate
+	refusedSpace                       // there is no memory for the request
+	refusedOpen                        // too many calls are open
+	refusedStreams                     // too many streams are open
+	refusedSlow                        // the request did not come in
+	refusedUnread                      // the replies of a stream are not read
+	refusedLookups                     // too many look-ups are under way
+	refusedTenantRate                  // the tenant is over its rate
+	refusedTenantInFlight              // too many pushes of the tenant are in flight
+	refusedQuota                       // nothing is left of the caller's quota
+	refusedTenantQuota                 // nothing is left of the tenant's quota
+	refusals                           // how many there are
 )
 
-var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "unread", "lookups"}
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "unread", "lookups", "tenant_rate", "tenant_in_flight", "quota", "tenant_quota"}
 
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
@@ -129,6 +133,8 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 	why := refusedLookups
 	var unknown auth.Reason
 	var denied deniedError
+	var rate *rateError
+	var quota *quotaError
 	switch {
 	case errors.As(err, &unknown):
 		if c := m.unauthenticated[unknown]; c != nil {
@@ -144,8 +150,18 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 		why = refusedInFlight
 	case errors.Is(err, engine.ErrMemory):
 		why = refusedMemory
-	case errors.Is(err, errRate):
+	case errors.As(err, &rate):
 		why = refusedRate
+		if rate.tenant {
+			why = refusedTenantRate
+		}
+	case errors.As(err, &quota):
+		why = refusedQuota
+		if quota.tenant {
+			why = refusedTenantQuota
+		}
+	case errors.Is(err, errTenantInFlight):
+		why = refusedTenantInFlight
 	case errors.Is(err, errNoSpace):
 		why = refusedSpace
 	case errors.Is(err, errTooManyCalls):

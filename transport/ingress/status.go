@@ -20,6 +20,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/plain"
+	"github.com/push-manager/push-manager/internal/quota"
 )
 
 const domain = "push-manager"
@@ -30,10 +31,24 @@ const (
 	retryOverloaded  = 250 * time.Millisecond // a queue's age limit, by order of magnitude
 	retryNotReady    = 500 * time.Millisecond // an etcd that comes up
 	retryUnavailable = 500 * time.Millisecond // a Controller that restarts
+	retryQuota       = 50 * time.Millisecond  // a request to etcd
+	retryQuotaAway   = time.Second            // an etcd that elects a leader
 )
 
 // pushbackKey is the trailer that gRPC clients with a retry policy obey.
 const pushbackKey = "grpc-retry-pushback-ms"
+
+// The reasons in ErrorInfo of refusals for who calls.
+const (
+	reasonDenied         = "PERMISSION_DENIED"
+	reasonRate           = "RATE_LIMITED"
+	reasonTenantRate     = "TENANT_RATE_LIMITED"
+	reasonTenantInFlight = "TENANT_IN_FLIGHT"
+	reasonQuota          = "QUOTA_EXCEEDED"
+	reasonTenantQuota    = "TENANT_QUOTA_EXCEEDED"
+	reasonQuotaPending   = "QUOTA_PENDING"
+	reasonQuotaAway      = "QUOTA_UNAVAILABLE"
+)
 
 // refusal is an error as callers see it: with ErrorInfo, so nothing was sent.
 type refusal struct {
@@ -49,9 +64,13 @@ type statuses struct {
 	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated, unscoped *refusal
 
 	// With different delays.
-	overloaded, streams, streamsOfOneConn []*refusal
-	rateLimited                           []atomic.Pointer[refusal]
-	rateDelays                            []time.Duration // of rateLimited
+	overloaded, streams, streamsOfOneConn, tenantInFlight, quotaPending []*refusal
+
+	rateLimited, tenantRateLimited rateRefusals
+
+	// Of quotas: while they cannot be checked, and used up, of a caller and of a tenant.
+	quotaUnavailable          *refusal
+	quotaUsedUp, tenantUsedUp dayRefusal
 
 	// denied are for a method and for its ids.
 	denied [apis]struct{ method, ids *refusal }
@@ -72,16 +91,23 @@ func newStatuses() *statuses {
 		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
 		streams:          exhausted("TOO_MANY_STREAMS", "too many streams are open", spread(retryOverloaded)),
 		streamsOfOneConn: exhausted("TOO_MANY_STREAMS", "too many streams are open on this connection", spread(retryOverloaded)),
-		rateLimited:      make([]atomic.Pointer[refusal], len(delays)),
-		rateDelays:       delays,
-		deadline:         newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
-		canceled:         newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
-		slow:             newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
-		unavailable:      later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
-		internal:         newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
-		unscoped:         newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
-		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
-		unread:           status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
+		tenantInFlight:   exhausted(reasonTenantInFlight, "too many pushes of your tenant are in flight", spread(retryOverloaded)),
+		quotaPending:     exhausted(reasonQuotaPending, quota.ErrPending.Error(), spread(retryQuota)),
+		quotaUnavailable: later(codes.Unavailable, reasonQuotaAway, quota.ErrUnavailable.Error(), retryQuotaAway),
+		quotaUsedUp:      dayRefusal{reason: reasonQuota, text: "your quota of the day is used up"},
+		tenantUsedUp:     dayRefusal{reason: reasonTenantQuota, text: "the quota of your tenant for the day is used up"},
+
+		rateLimited:       rateRefusals{reasonRate, "you push faster than you may", delays, make([]atomic.Pointer[refusal], len(delays))},
+		tenantRateLimited: rateRefusals{reasonTenantRate, "your tenant pushes faster than it may", delays, make([]atomic.Pointer[refusal], len(delays))},
+
+		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
+		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		slow:        newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
+		unavailable: later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
+		internal:    newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		unscoped:    newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
+		mayBeSent:   encoded(status.New(codes.Internal, "internal error")),
+		unread:      status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
 	for a := range apis {
 		t.denied[a].method = newDenied(a, "method", "this method is not allowed to you")
@@ -93,7 +119,7 @@ func newStatuses() *statuses {
 // newDenied names the method and what of the request is not allowed, but never the value.
 func newDenied(a api, field, text string) *refusal {
 	return refusalWith(codes.PermissionDenied, a.String()+": "+field+": "+text, &errdetails.ErrorInfo{
-		Reason: "PERMISSION_DENIED", Domain: domain, Metadata: map[string]string{"method": a.String(), "field": field},
+		Reason: reasonDenied, Domain: domain, Metadata: map[string]string{"method": a.String(), "field": field},
 	})
 }
 
@@ -110,6 +136,7 @@ var (
 func (t *statuses) of(err error) *refusal {
 	var invalid *engine.InvalidError
 	var over *rateError
+	var spent *quotaError
 	var large *tooLargeError
 	var encoding encodingError
 	var unknown auth.Reason
@@ -128,7 +155,14 @@ func (t *statuses) of(err error) *refusal {
 		}
 		return t.denied[denied.api].ids
 	case errors.As(err, &over):
-		return t.late(over.after)
+		if over.tenant {
+			return t.tenantRateLimited.late(over.after)
+		}
+		return t.rateLimited.late(over.after)
+	case errors.As(err, &spent):
+		return t.spent(spent)
+	case errors.Is(err, errTenantInFlight):
+		return t.tenantInFlight[rand.IntN(len(t.tenantInFlight))]
 	case errors.Is(err, errTooManyStreams):
 		return t.streams[rand.IntN(len(t.streams))]
 	case errors.Is(err, errStreamsOfOneConn):
@@ -238,16 +272,64 @@ func rateDelays() []time.Duration {
 	return all
 }
 
-// late is the refusal of a caller over its rate that asks for a delay of at least after, if
-// there is one so long. Each is made when it is first asked for.
-func (t *statuses) late(after time.Duration) *refusal {
-	i, _ := slices.BinarySearch(t.rateDelays, after)
-	i = min(i, len(t.rateDelays)-1)
-	r := t.rateLimited[i].Load()
+// rateRefusals are those of one rate, by their delay. Each is made when it is first asked for.
+type rateRefusals struct {
+	reason, text string
+	delays       []time.Duration
+	made         []atomic.Pointer[refusal]
+}
+
+// late is the refusal that asks for a delay of at least after, if there is one so long.
+func (t *rateRefusals) late(after time.Duration) *refusal {
+	i, _ := slices.BinarySearch(t.delays, after)
+	i = min(i, len(t.delays)-1)
+	r := t.made[i].Load()
 	if r == nil {
-		r = exhausted("RATE_LIMITED", "you push faster than you may", t.rateDelays[i:i+1])[0]
-		t.rateLimited[i].Store(r)
+		r = exhausted(t.reason, t.text, t.delays[i:i+1])[0]
+		t.made[i].Store(r)
 	}
+	return r
+}
+
+// spent is the refusal for a quota.
+func (t *statuses) spent(e *quotaError) *refusal {
+	switch {
+	case errors.Is(e, quota.ErrPending):
+		return t.quotaPending[rand.IntN(len(t.quotaPending))]
+	case errors.Is(e, quota.ErrUnavailable):
+		return t.quotaUnavailable
+	case e.tenant:
+		return t.tenantUsedUp.now()
+	default:
+		return t.quotaUsedUp.now()
+	}
+}
+
+// dayRefusal is the refusal that asks to come back at midnight. It is made again each second.
+type dayRefusal struct {
+	reason, text string
+	last         atomic.Pointer[timedRefusal]
+}
+
+type timedRefusal struct {
+	seconds int // to midnight
+	refusal *refusal
+}
+
+func (d *dayRefusal) now() *refusal {
+	wait := quota.UntilReset()
+	seconds := int(wait/time.Second) + 1
+	if last := d.last.Load(); last != nil && last.seconds == seconds {
+		return last.refusal
+	}
+	wait = time.Duration(seconds) * time.Second
+	r := later(codes.ResourceExhausted, d.reason, d.text, wait)
+	if wait > longestTurn {
+		// gRPC clients with a retry policy would hold their call until its deadline ends, and then say that.
+		// Below 0 they do not try again (gRFC A6).
+		r.pushback = metadata.Pairs(pushbackKey, "-1")
+	}
+	d.last.Store(&timedRefusal{seconds, r})
 	return r
 }
 

@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
+	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
@@ -21,8 +23,10 @@ type streamed struct {
 	stream  *stream
 	message *message
 	id      uint64
-	known   bool  // api is what the message asked for
-	err     error // refused: the engine has not got it
+	known   bool            // api is what the message asked for
+	err     error           // refused: the engine has not got it
+	account *account        // owed a leave; nil for none
+	who     *auth.Principal // for the audit log
 	end     func(engine.Result, error)
 
 	finished atomic.Bool // so that a panic cannot answer a push twice
@@ -41,6 +45,8 @@ type stream struct {
 	deadline time.Time     // of the stream, zero for none
 	conn     *throttle.Conn
 	wire     rawCall
+	peer     string // for the audit log, as trace is
+	trace    string
 
 	// Owned by the reader.
 	info       callInfo
@@ -93,6 +99,9 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	ctx := ss.Context()
 	info, err := s.admit(ctx, apis)
 	if err != nil {
+		if s.cfg.Audit != nil {
+			s.auditRefusal(info.auditEntry(ctx, "PushStream"), nil, err)
+		}
 		return s.rejectStream(ss, "PushStream", info.priority, err)
 	}
 	defer s.leave(&info)
@@ -105,6 +114,9 @@ func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	st.watch.space, st.watch.conn, st.watch.most, st.watch.giveUp = s.space, conn, s.cfg.BodyTimeout, st.giveUp
 	st.unread.st, st.share.began = st, st.unread.begin
 	st.deadline, _ = ctx.Deadline()
+	if s.cfg.Audit != nil {
+		st.peer, st.trace = peerOf(ctx), traceID(info.header(ctx, traceKey))
+	}
 	defer func() {
 		if v := recover(); v != nil {
 			s.panicked("PushStream", v)
@@ -323,14 +335,17 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
 	if s.cfg.Auth != nil && !s.cfg.Auth.Valid(st.info.principal, c.push.Arrived) {
 		if err := s.authenticate(ctx, &st.info); err != nil {
+			c.who = st.info.principal // who it was
 			return err
 		}
 		s.grant(ctx, &st.info)
 	}
+	c.who = st.info.principal
 	st.info.allow(c)
 	if err := s.admitPush(&st.info); err != nil {
 		return err
 	}
+	c.account = st.info.account
 	if s.cfg.Trace != nil {
 		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
 	}
@@ -520,8 +535,19 @@ func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 	if c.end != nil {
 		c.end(res, err)
 	}
+	if c.account != nil {
+		c.account.leave(err != nil && !errors.Is(err, errMayBeSent))
+	}
 	if err != nil {
 		st.srv.metrics.countRefusal(c.push.Priority, err)
+	}
+	if st.srv.cfg.Audit != nil {
+		entry := func() audit.Entry { return auditEntry(c.who, st.peer, st.trace, c.api.String()) }
+		if err != nil {
+			st.srv.auditRefusal(entry(), &c.push, err)
+		} else {
+			st.srv.auditPush(c.api, &c.push, &res, entry)
+		}
 	}
 	if c.known {
 		st.srv.metrics.record(c.api, &res, err, now.Sub(c.push.Arrived))

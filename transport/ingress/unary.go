@@ -2,11 +2,13 @@ package ingress
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"google.golang.org/grpc"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
@@ -57,6 +59,9 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	info, err := s.admit(ctx, a)
 	if err != nil {
 		s.metrics.apis[a].requests[refused].Inc()
+		if s.cfg.Audit != nil {
+			s.auditRefusal(info.auditEntry(ctx, a.String()), nil, err)
+		}
 		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	defer s.leave(&info)
@@ -72,13 +77,21 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	began := info.call.Began
 	if err := s.read(ctx, info.wire, info.conn, c); err != nil {
 		s.metrics.record(a, nil, err, time.Since(began))
+		info.unsent = true
 		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	c.push.Arrived = began
 	res, err := s.run(ctx, &info, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
+		info.unsent = !errors.Is(err, errMayBeSent)
+		if s.cfg.Audit != nil {
+			s.auditRefusal(info.auditEntry(ctx, a.String()), &c.push, err)
+		}
 		return nil, s.reject(ctx, a.String(), info.priority, err)
+	}
+	if s.cfg.Audit != nil {
+		s.auditPush(a, &c.push, &res, func() audit.Entry { return info.auditEntry(ctx, a.String()) })
 	}
 	return s.reply(a, &c.push, &res), nil
 }

@@ -7,10 +7,12 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/auth/apikey"
 	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/quota"
 )
 
 // authConfig is the section auth: who may call the push API.
@@ -65,15 +67,26 @@ func (c *authConfig) validate(s *config.Set, certificates bool) error {
 	return nil
 }
 
-// open opens the files and adds what reads them again. Without auth.mode=required it returns nil.
-func (c *authConfig) open(life *app.Lifecycle, interval time.Duration, log *slog.Logger, set *metrics.Set) (*auth.Authenticator, error) {
-	if !c.on() {
-		return nil, nil //nolint:nilnil // Nobody is asked.
+// open opens the files and adds what reads them again. It gives quotas the limits of each policy, and told hears of each
+// reload, unless it is nil.
+func (c *authConfig) open(life *app.Lifecycle, interval time.Duration, log *slog.Logger, set *metrics.Set, quotas *quota.Set, told *audit.Log) (*auth.Authenticator, error) {
+	limit := func(p *auth.Policy) {
+		tenants, callers := p.DailyPushes()
+		quotas.Update(quota.Limits{Tenants: tenants, Callers: callers})
 	}
-	policies, err := auth.OpenPolicies(auth.PoliciesConfig{File: c.PolicyFile, ReloadInterval: interval, Logger: log, Metrics: set})
+	policies, err := auth.OpenPolicies(auth.PoliciesConfig{
+		File: c.PolicyFile, ReloadInterval: interval, Logger: log, Metrics: set,
+		OnReload: func(next *auth.Policy, err error) {
+			if next != nil {
+				limit(next)
+			}
+			auditReload(told, audit.ConfigReloaded, "policy", err)
+		},
+	})
 	if err != nil {
 		return nil, err
 	}
+	limit(policies.Current())
 	life.AddFiles("policy", policies)
 	cfg := auth.Config{Policies: policies, CacheEntries: c.CacheEntries, Metrics: set}
 	if c.KeysFile != "" {

@@ -13,11 +13,13 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
+	"github.com/push-manager/push-manager/internal/quota"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
 	"github.com/push-manager/push-manager/transport/compression"
@@ -57,6 +59,8 @@ type Config struct {
 	Health     health.Config
 	TLS        apiTLS
 	Auth       authConfig
+	Quotas     quota.Config
+	Audit      audit.Config
 	LinkTLS    linkTLS
 
 	ControllerTLS app.ControllerTLS
@@ -191,6 +195,8 @@ func (c *Config) Bind(s *config.Set) {
 	c.bindAPI(s)
 	c.TLS.bind(s)
 	c.Auth.bind(s)
+	bindQuota(&c.Quotas, s)
+	bindAudit(&c.Audit, s)
 	c.LinkTLS.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
@@ -343,6 +349,7 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		return err
 	}
 	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
+	c.Quotas.RequestTimeout = c.Etcd.RequestTimeout
 	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
 	c.Ingress.DrainNotice = min(c.Ingress.DrainNotice, c.DrainTimeout/2) // what is under way needs some time, too
@@ -377,6 +384,8 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
 	app.Report(log, set, c.TLS.ReloadInterval, &c.TLS.Certificates, &c.LinkTLS.Certificates, &c.ControllerTLS.Certificates, &c.Etcd.TLS)
+	c.Quotas.Logger, c.Quotas.Metrics = log, set
+	c.Audit.Logger, c.Audit.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

@@ -14,10 +14,12 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
+	"github.com/push-manager/push-manager/internal/quota"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
 	"github.com/push-manager/push-manager/transport/controller"
@@ -44,6 +46,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	}
 	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
 	set := cfg.report(log)
+	if err = m.openAudit(&cfg); err != nil {
+		return nil, err
+	}
 	if m.tracer, err = telemetry.NewTracer(ctx, cfg.Tracing); err != nil {
 		return nil, err
 	}
@@ -106,8 +111,16 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		}
 		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
 	}
-	if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set); err != nil {
-		return nil, err
+	if cfg.Auth.on() {
+		cfg.Quotas.Client = cfg.Discovery.Client
+		cfg.Ingress.Quotas = quota.New(cfg.Quotas)
+		m.life.Add("quotas", app.WithTimeout(deregisterTimeout, func(ctx context.Context) error {
+			cfg.Ingress.Quotas.Close(ctx)
+			return nil
+		}))
+		if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set, cfg.Ingress.Quotas, m.audit); err != nil {
+			return nil, err
+		}
 	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
@@ -136,6 +149,7 @@ type PushManager struct {
 	log        *slog.Logger
 	api, ops   net.Listener
 	tracer     *telemetry.Tracer // nil: nothing is traced
+	audit      *audit.Log        // nil: nothing is written
 	shards     *shard.Set
 	controller *controller.Controller
 	directory  *route.Directory
@@ -160,8 +174,13 @@ func (m *PushManager) Drain(ctx context.Context) error {
 	return m.life.Stop(ctx)
 }
 
-// Reload has certificates, the policy and keys read again soon.
-func (m *PushManager) Reload() { m.life.Reload() }
+// Reload has certificates, the policy and keys read again soon, and the file of the audit log opened again.
+func (m *PushManager) Reload() {
+	m.life.Reload()
+	if m.audit != nil {
+		m.audit.Reload()
+	}
+}
 
 // Failed gets an error when the push API cannot be served any more.
 func (m *PushManager) Failed() <-chan error { return m.failed }
