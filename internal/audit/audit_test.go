@@ -131,7 +131,7 @@ func TestNobodyWaitsAndWhatIsLostIsCounted(t *testing.T) {
 	read := make(chan int)
 	go func() {
 		n := 0
-		for s := bufio.NewScanner(reader); n < all-int(l.lost.Get()) && s.Scan(); n++ { //nolint:revive // It counts.
+		for s := bufio.NewScanner(reader); n < all-int(l.lost.Get()) && s.Scan(); n++ {
 		}
 		read <- n
 	}()

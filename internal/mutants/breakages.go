@@ -133,6 +133,24 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"\t\t\tn.close(engine.DropUnreachable)\n", ""}},
 			dir:   "transport/link", test: "TestSameIDAtANewAddressIsReplacedAtOnce",
 		},
+		{
+			name:  "pay for the caller of a push that its tenant cannot pay for",
+			file:  "transport/ingress/callers.go",
+			edits: []edit{{"\tif able && secondAble {\n", "\tif able && !secondAble {\n\t\tfirst.spendLocked()\n\t}\n\tif able && secondAble {\n"}},
+			dir:   "transport/ingress", test: "TestAPushIsPaidForByBothOrByNeither",
+		},
+		{
+			name:  "give credit to the end of a quota",
+			file:  "internal/quota/quota.go",
+			edits: []edit{{"-max(rest-q.limit/last, 0)/credit", "-rest"}},
+			dir:   "internal/quota", test: "TestThreeInstancesStopWithinAPercentOfTheLimit",
+		},
+		{
+			name:  "leave the file of the audit log open when it was renamed",
+			file:  "internal/app/pushmanager/run.go",
+			edits: []edit{{"\t\tm.audit.Reload()\n", ""}},
+			dir:   "internal/app/pushmanager", test: "TestNoSecretIsShownAnywhere",
+		},
 		// Wiring: the parts work, and one of them is not connected.
 		{
 			name:  "forget to hand a setting over",

@@ -34,8 +34,8 @@ const (
 	// others and of those that are used up.
 	refresh     = time.Second
 	refreshIdle = 5 * time.Second
-	// backoffMin and backoffMax bound the pause after a request that failed.
-	backoffMin, backoffMax = 100 * time.Millisecond, 2 * time.Second
+	// firstPause and lastPause bound the pause after a request that failed. It doubles.
+	firstPause, lastPause = 100 * time.Millisecond, 2 * time.Second
 	// backwards is how far a clock must go back to be believed: a step at midnight must not begin yesterday again.
 	backwards = time.Hour
 )
@@ -221,7 +221,7 @@ func (s *Set) turn(ctx context.Context) (next time.Duration) {
 	defer func() {
 		if v := recover(); v != nil {
 			s.cfg.Logger.Error("panic in the quotas", "panic", v, "stack", string(debug.Stack()))
-			next = backoffMax
+			next = lastPause
 		}
 	}()
 	now := s.cfg.now()
@@ -411,7 +411,7 @@ func (s *Set) failure(ctx context.Context, err error) time.Duration {
 		s.bound()
 		s.cfg.Logger.Warn("etcd does not answer, quotas go on with what they have", "error", plain.Line(err.Error(), 300), "then", s.cfg.OnError)
 	}
-	s.backoff = min(max(s.backoff*2, backoffMin), backoffMax)
+	s.backoff = min(max(s.backoff*2, firstPause), lastPause)
 	wait := pause.Jitter(s.backoff)
 	s.retryAt = time.Now().Add(wait)
 	return wait

@@ -27,6 +27,9 @@
 //   - Connections, and when they are read, are the job of package throttle.
 //   - A call is let in by one function, admit, which asks everything that can be asked before its
 //     request is read. The places in flight are counted by the engine.
+//   - A push pays last, for its caller and its tenant or for neither (callers.go). What is refused later for what it asks
+//     gets its quota back.
+//   - Who is refused for who calls is told to the audit log (audit.go), and nobody waits for that.
 //   - On the way down (server.go) nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
 //     PushStreams end, and only what still comes after that is refused with DRAINING.

@@ -5,7 +5,6 @@ import (
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/plain"
-	"github.com/push-manager/push-manager/internal/quota"
 )
 
 // bindAudit is the section audit.
@@ -13,12 +12,6 @@ func bindAudit(c *audit.Config, s *config.Set) {
 	s.Text(&c.File, "audit.file", "", "File that refusals, broadcasts and reloads are written to, one line of JSON each. SIGHUP has it opened again. -: standard output. Empty: nothing is written.")
 	s.Float(&c.AllowedSample, "audit.allowed_sample", 0, 0, 1, "Share of the pushes that are written although they were let in. Broadcasts always are.")
 	s.Bool(&c.HashIDs, "audit.hash_ids", false, "Write the SHA-256 of ids of users and rooms in their place.")
-}
-
-// bindQuota is the section quota.
-func bindQuota(c *quota.Config, s *config.Set) {
-	s.Choice(&c.OnError, "quota.on_error", quota.Allow, "What happens to pushes of those with daily_pushes in the policy while etcd does not answer and what was fetched in advance is spent. With allow they pass until this instance alone has used up the day.",
-		quota.Allow, quota.Deny)
 }
 
 // openAudit opens the audit log, if there is one, and has it told of certificates.

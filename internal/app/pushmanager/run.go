@@ -19,7 +19,6 @@ import (
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
-	"github.com/push-manager/push-manager/internal/quota"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/shard"
 	"github.com/push-manager/push-manager/transport/controller"
@@ -112,12 +111,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
 	}
 	if cfg.Auth.on() {
-		cfg.Quotas.Client = cfg.Discovery.Client
-		cfg.Ingress.Quotas = quota.New(cfg.Quotas)
-		m.life.Add("quotas", app.WithTimeout(deregisterTimeout, func(ctx context.Context) error {
-			cfg.Ingress.Quotas.Close(ctx)
-			return nil
-		}))
+		cfg.Ingress.Quotas = m.startQuotas(cfg)
 		if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set, cfg.Ingress.Quotas, m.audit); err != nil {
 			return nil, err
 		}
