@@ -82,6 +82,9 @@ func (s *Server) auditPush(a api, push *engine.Push, res *engine.Result, entry f
 	e.Outcome = resultNames[resultOf(res, nil)]
 	e.Results = &audit.Results{Delivered: res.Delivered, Offline: res.Offline, Failed: res.Failed, Unknown: res.Unknown}
 	auditTarget(&e, push)
+	if e.Tenant != "" { // as the caller names it, as in a line about a refusal
+		e.Target = strings.TrimPrefix(e.Target, e.Tenant+"/")
+	}
 	s.cfg.Audit.Write(e)
 }
 

@@ -235,6 +235,7 @@ callers:
 		c.Quotas = quotas
 		c.Auth, _ = k.open(t, quotas)
 	})
+	w.source.users["held/d"] = []string{"n1"}
 	unary := func(name string, trailer *metadata.MD) error {
 		_, err := w.client.PushToUser(k.as(w.context(), name), &pubsub.PushToUserRequest{UserId: "nobody", Content: content("x")}, grpc.Trailer(trailer))
 		return err
