@@ -66,13 +66,18 @@ func (g *gateway) Deliver(user string, m *node.Message) node.Outcome {
 	return node.Delivered
 }
 
-func (g *gateway) Broadcast(m *node.Message) (delivered, failed int) {
+func (g *gateway) Broadcast(m *node.Message) (delivered, failed int) { return g.BroadcastScope("", m) }
+
+func (g *gateway) BroadcastScope(scope string, m *node.Message) (delivered, failed int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, got := range g.users {
-		got(string(m.Data))
+	for user, got := range g.users {
+		if strings.HasPrefix(user, scope) {
+			got(string(m.Data))
+			delivered++
+		}
 	}
-	return len(g.users), 0
+	return delivered, 0
 }
 
 func (g *gateway) Online() int {
@@ -211,6 +216,7 @@ func TestEachCheckCanFail(t *testing.T) {
 		"everybody is nobody":                {"deliver/everybody", "unary/broadcast"},
 		"online_users is 0":                  {"deliver/everybody", "deliver/heartbeat"},
 		"an empty list is everybody":         {"deliver/no-target", "unary/empty"},
+		"a scope is everybody":               {"deliver/scope"},
 		"the first target counts":            {"deliver/two-targets"},
 		"a gap is accepted":                  {"deliver/gap"},
 		"what was handed over is lost":       {"deliver/no-target", "deliver/two-targets"},

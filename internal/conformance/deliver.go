@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -18,6 +20,7 @@ func deliverChecks() []check {
 		{name: "deliver/acks", expect: "each of 1,000 deliveries is acknowledged once, and the sums add up", run: deliverAcks},
 		{name: "deliver/order", expect: "deliveries reach a user once each and in their order", users: 1, clients: true, run: deliverOrder},
 		{name: "deliver/everybody", expect: "a delivery to everybody reaches every user here, and counts no more than are online", users: 1, run: deliverEverybody},
+		{name: "deliver/scope", expect: "a delivery with a scope reaches the users whose ids begin with it, and nobody else", run: deliverScope},
 		{name: "deliver/no-target", expect: "a delivery that says for nobody ends the stream with FAILED_PRECONDITION, and is never for everybody", run: deliverNoTarget},
 		{name: "deliver/two-targets", expect: "a delivery that says twice for whom ends the stream with FAILED_PRECONDITION", run: deliverTwoTargets},
 		{name: "deliver/gap", expect: "a first_seq that is not the next one ends the stream with FAILED_PRECONDITION, after the acks owed", run: deliverGap},
@@ -189,6 +192,44 @@ func deliverEverybody(ctx context.Context, t *tester) error {
 		}
 	}
 	return nil
+}
+
+// deliverScope needs no users of tenants: nobody is in a scope that the test makes up.
+func deliverScope(ctx context.Context, t *tester) error {
+	l, err := t.open(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if !slices.Contains(l.hello.GetFeatures(), pubsub.Feature_FEATURE_SCOPE) {
+		return &skipped{"the node does not tell tenants apart (features has no FEATURE_SCOPE)"}
+	}
+	inScope := map[string][]string{"conformance-nobody/": nil}
+	for _, user := range t.cfg.Users {
+		if tenant, _, ok := strings.Cut(user, "/"); ok && ids.CheckTenant(tenant) == nil {
+			inScope[ids.Scope(tenant)] = append(inScope[ids.Scope(tenant)], user)
+		} else { // of no tenant, whatever its id begins with
+			begin := user[:min(len(user), ids.MaxTenantBytes)]
+			if ids.CheckTenant(begin) == nil {
+				inScope[ids.Scope(begin)] = nil
+			}
+		}
+	}
+	for scope, want := range inScope {
+		content, token := t.content()
+		o, err := l.ask(ctx, &pubsub.Delivery{Content: content, Scope: scope})
+		switch {
+		case err != nil:
+			return fmt.Errorf("scope %q: %w", scope, err)
+		case len(want) == 0 && (o.delivered > 0 || o.failedUsers > 0), int(o.delivered) < len(want):
+			return fmt.Errorf("scope %q: delivered to %d users and failed for %d, and %d of those given are in it", scope, o.delivered, o.failedUsers, len(want))
+		}
+		others := slices.DeleteFunc(slices.Clone(t.cfg.Users), func(user string) bool { return slices.Contains(want, user) })
+		if err := t.nobody(ctx, token, others...); err != nil {
+			return fmt.Errorf("scope %q: %w", scope, err)
+		}
+	}
+	return t.brokenAfter(ctx, &pubsub.Delivery{Scope: "conformance-nobody/", Everybody: true, Content: &pubsub.MessageContent{}})
 }
 
 // brokenAfter sends a sound delivery and what breaks the stream, in one frame: the

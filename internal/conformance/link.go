@@ -127,7 +127,7 @@ func (l *link) frame(deliveries ...*pubsub.Delivery) *pubsub.DeliverRequest {
 	l.mu.Lock()
 	for _, d := range deliveries {
 		l.owed[l.next], l.size[l.next] = d, len(d.GetUserIds())
-		if d.GetEverybody() {
+		if d.GetEverybody() || d.GetScope() != "" {
 			l.size[l.next] = -1
 		}
 		l.next++

@@ -173,7 +173,7 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 		boot = fmt.Sprint("boot-", p.boots)
 	}
 	p.mu.Unlock()
-	reply := &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "plain", BootId: boot, MaxAudienceMembers: 1 << 20, MaxUnacked: 20_000, OnlineUsers: p.online()}
+	reply := &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "plain", BootId: boot, MaxAudienceMembers: 1 << 20, MaxUnacked: 20_000, OnlineUsers: p.online(), Features: []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}}
 	if p.bare {
 		reply.MaxAudienceMembers, reply.MaxUnacked = 0, 0
 	}
@@ -369,7 +369,7 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 		return 0, nil, status.Error(codes.ResourceExhausted, "too many")
 	}
 	targets := 0
-	for _, is := range []bool{len(d.UserIds) > 0, d.Audience != nil, d.Everybody} {
+	for _, is := range []bool{len(d.UserIds) > 0, d.Audience != nil, d.Everybody, d.Scope != ""} {
 		if is {
 			targets++
 		}
@@ -401,7 +401,10 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 	if draining {
 		return 0, &pubsub.Miss{Refused: true, Reason: "not any more"}, nil
 	}
-	if everybody {
+	if d.Scope != "" && st.p.fault != "a scope is everybody" { // its users are of no tenant
+		return 0, nil, nil
+	}
+	if everybody || d.Scope != "" {
 		return st.p.everybody(d.Content), nil, nil
 	}
 	miss = &pubsub.Miss{}

@@ -30,7 +30,9 @@ import (
 func TestMain(m *testing.M) {
 	// Summaries have one goroutine for each window, for the life of the process. Made
 	// here, it is in no test's bubble and no leak.
-	metrics.NewSet().NewSummaryExt("warm", 5*time.Minute, []float64{0.5})
+	for _, window := range []time.Duration{time.Minute, 5 * time.Minute} {
+		metrics.NewSet().NewSummaryExt("warm", window, []float64{0.5})
+	}
 	goleak.VerifyTestMain(m, goleak.IgnoreCurrent())
 }
 
@@ -223,19 +225,17 @@ func (n *network) ackAll() {
 type node struct {
 	id string
 
-	mu       sync.Mutex
-	refuse   engine.Reason
-	keep     bool
-	lose     bool     // the stream breaks behind each delivery
-	forget   bool     // payloads are not kept
-	scopes   []string // of the deliveries
-	unscoped bool
-	kept     []*engine.Delivery
-	payload  [][]byte
+	mu      sync.Mutex
+	refuse  engine.Reason
+	keep    bool
+	lose    bool // the stream breaks behind each delivery
+	forget  bool // payloads are not kept
+	kept    []*engine.Delivery
+	payload [][]byte
 }
 
 func (n *node) Node() string { return n.id }
-func (n *node) Scopes() bool { return !n.unscoped }
+func (n *node) Scopes() bool { return true }
 
 func (n *node) Send(d *engine.Delivery) engine.Reason {
 	n.mu.Lock()
@@ -244,7 +244,6 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 		return n.refuse
 	}
 	if !n.forget {
-		n.scopes = append(n.scopes, strings.Clone(d.Scope()))
 		n.payload = append(n.payload, bytes.Clone(d.Payload())) // a push that is answered is used again
 	}
 	if n.keep {
