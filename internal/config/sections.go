@@ -39,7 +39,11 @@ func Sections[T any](s *Set, p *[]T, name string, most int, help string, bind fu
 		most:   most,
 		fields: func(path string) []*Key { return bound(path, new(T)).keys },
 		fill: func(from *document, n int) (problems []string) {
-			items, filled := make([]T, n), make([]*Set, n)
+			var items []T // nil for none, as without any source
+			if n > 0 {
+				items = make([]T, n)
+			}
+			filled := make([]*Set, n)
 			for i := range items {
 				filled[i] = bound(fmt.Sprintf("%s[%d].", name, i), &items[i])
 				problems = append(problems, filled[i].load(&Options{LookupEnv: noEnv}, from)...)

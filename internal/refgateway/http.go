@@ -3,6 +3,7 @@ package refgateway
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	_ "embed"
 	"encoding/json"
 	"errors"
@@ -115,6 +116,9 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		g.release()
 		return
 	}
+	if secured, ok := netConn.(*tls.Conn); ok {
+		netConn = tlsConn{secured}
+	}
 	c.net = netConn
 	g.begin(c, unread(rw.Reader), token)
 }
@@ -192,8 +196,12 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 // begin starts a connection that has been admitted, with what it has sent already and the token
 // that came with its handshake.
 func (g *Gateway) begin(c *conn, sent []byte, token string) {
-	if tcp, ok := c.net.(*net.TCPConn); ok {
-		if raw, err := tcp.SyscallConn(); err == nil {
+	socket := c.net
+	if secured, ok := socket.(tlsConn); ok {
+		socket = secured.NetConn()
+	}
+	if tcp, ok := socket.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil && socket == c.net {
 			c.raw = raw
 		}
 		if g.cfg.SocketBuffer > 0 {
@@ -260,6 +268,12 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 	g.enterRooms(c)
 	return r.loop()
 }
+
+// tlsConn is a connection over TLS that closes without a word. A tls.Conn says goodbye first, and waits up to five seconds for a
+// client that reads nothing.
+type tlsConn struct{ *tls.Conn }
+
+func (c tlsConn) Close() error { return c.NetConn().Close() }
 
 func (g *Gateway) enterRooms(c *conn) {
 	defer g.caught("reader", func() { c.bye(closeOurFault, true) })

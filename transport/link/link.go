@@ -69,6 +69,7 @@ type Link struct {
 	// Of the session. Guarded by mu.
 	cancel context.CancelFunc // ends it; does nothing between two
 	cause  error              // why it must end
+	plain  bool               // the node does not know TLS, see Config.Migrate
 	way    way                // nil until the node has been reached
 }
 
@@ -80,6 +81,10 @@ func newLink(s *Set, n *node, shard int) *Link {
 
 // Node is the node's id.
 func (l *Link) Node() string { return l.node.id }
+
+// Scopes tells whether the node takes a scope, by its last hello. Of a node that has
+// not said hello yet it is true.
+func (l *Link) Scopes() bool { return !l.node.unscoped.Load() }
 
 // Send takes d or says at once why not, see [engine.Link].
 func (l *Link) Send(d *engine.Delivery) engine.Reason {

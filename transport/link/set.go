@@ -352,10 +352,12 @@ type Stats struct {
 	Nodes        int // registered
 	Reachable    int // with at least one live link
 	Able         int // of those, with a link that takes deliveries: not stalled, not draining
+	Unscoped     int // nodes that cannot tell tenants apart
 	Links        int // shards x nodes
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
 	Compressing  int // links whose node has picked a codec
+	Plain        int // nodes that do not know TLS, see Config.Migrate
 	Stalled      int // links whose node owes an overdue ack
 	Queued       int // deliveries that wait to be written
 	QueuedBytes  int
@@ -371,7 +373,10 @@ func (s *Set) Stats() Stats {
 		if n.live.Load() > 0 {
 			t.Reachable++
 		}
-		able := false
+		if n.unscoped.Load() {
+			t.Unscoped++
+		}
+		able, plain := false, false
 		for _, l := range n.links {
 			l.mu.Lock()
 			t.Links++
@@ -385,10 +390,14 @@ func (s *Set) Stats() Stats {
 				l.way.statsLocked(&t)
 			}
 			able = able || live(l.state) == 1 && l.refusal == engine.Sent
+			plain = plain || l.plain
 			l.mu.Unlock()
 		}
 		if able {
 			t.Able++
+		}
+		if plain {
+			t.Plain++
 		}
 	}
 	return t
@@ -443,6 +452,10 @@ type node struct {
 	beats    *metrics.PrometheusHistogram
 
 	live atomic.Int64 // links that are up
+
+	unscoped atomic.Bool // the last hello did not have FEATURE_SCOPE, or there is no Deliver
+
+	inPlain sync.Once // said that it does not know TLS
 
 	unsaid atomic.Int64 // lines of the log that were left out since the last one
 

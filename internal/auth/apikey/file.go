@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -68,7 +71,7 @@ func parse(text []byte) (list *keys, err error) {
 	}
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		id, value := root.Content[i], root.Content[i+1]
-		if id.Kind != yaml.ScalarNode || !isID(id.Value) {
+		if id.Kind != yaml.ScalarNode || !IsID(id.Value) {
 			return nil, fmt.Errorf("%d: the id of a key has %d letters and digits", id.Line, idLen)
 		}
 		if _, twice := list.byID[id.Value]; twice {
@@ -140,4 +143,53 @@ func ParseTime(text string) (time.Time, error) {
 		}
 	}
 	return time.Time{}, errors.New("must be a time such as 2027-01-31T12:00:00Z, or a day such as 2027-01-31")
+}
+
+// Append adds a line to a file of keys, which it makes for its owner alone if there is none. Readers see the file before or
+// after. The file keeps its permissions; it must be right, and not be readable by others.
+func Append(path, line string) (err error) {
+	if target, err := filepath.EvalSymlinks(path); err == nil {
+		path = target // or the link would be replaced
+	}
+	// Two who add at a time would lose one key. The name of the new file is their lock.
+	fresh, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w: another one is adding a key, or was interrupted: then remove it", err)
+	} else if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, fresh.Close(), os.Remove(fresh.Name()))
+		}
+	}()
+	mode := fs.FileMode(0o600)
+	text, err := config.ReadSecretFile(path, maxFile)
+	switch info, statErr := os.Stat(path); {
+	case err == nil && statErr == nil:
+		mode = info.Mode().Perm()
+	case !errors.Is(err, fs.ErrNotExist):
+		return errors.Join(err, statErr)
+	}
+	if len(text) > 0 && text[len(text)-1] != '\n' {
+		text = append(text, '\n')
+	}
+	text = append(append(text, line...), '\n')
+	if len(text) > maxFile {
+		return fmt.Errorf("%s: would be larger than %s", path, config.FormatBytes(maxFile))
+	}
+	if _, err := parse(text); err != nil {
+		return fmt.Errorf("%s:%w", path, err)
+	}
+	if _, err := fresh.Write(text); err != nil {
+		return err
+	}
+	if err := errors.Join(fresh.Chmod(mode), fresh.Sync()); err != nil {
+		return err
+	}
+	if err := os.Rename(fresh.Name(), path); err != nil {
+		return err
+	}
+	_ = fresh.Close() // all of it is on disk
+	return nil
 }

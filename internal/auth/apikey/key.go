@@ -19,13 +19,11 @@ const Prefix = "pmk_"
 const (
 	idLen       = 8
 	secretBytes = 32
+	secretLen   = (secretBytes*8 + 5) / 6 // in base64 without padding
 	sumLen      = 6
 
 	letters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
-
-// secretLen is the length of a secret's text.
-var secretLen = base64.RawURLEncoding.EncodedLen(secretBytes)
 
 // hashPrefix names the hash in the file.
 const hashPrefix = "sha256:"
@@ -54,7 +52,8 @@ func New(name string, notAfter time.Time, comment string) (key, line string, err
 	_, _ = rand.Read(random[:]) // does not fail
 	secret := base64.RawURLEncoding.EncodeToString(random[:])
 	key = Prefix + string(id[:]) + "_" + secret
-	key += "_" + checksum(key)
+	sum := checksum([]byte(key))
+	key += "_" + string(sum[:])
 
 	hash := sha256.Sum256([]byte(secret))
 	line = string(id[:]) + `: {hash: "` + hashPrefix + hex.EncodeToString(hash[:]) + `", name: ` + quote(name)
@@ -73,27 +72,30 @@ func quote(text string) string {
 }
 
 // split takes a key apart. ok is whether it is one: its form and its checksum are right.
-func split(key string) (id, secret string, ok bool) {
-	const idEnd = len(Prefix) + idLen
-	secretEnd := idEnd + 1 + secretLen
+func split(key string) (id string, secret []byte, ok bool) {
+	const (
+		idEnd     = len(Prefix) + idLen
+		secretEnd = idEnd + 1 + secretLen
+	)
 	if len(key) != secretEnd+1+sumLen || key[:len(Prefix)] != Prefix || key[idEnd] != '_' || key[secretEnd] != '_' {
-		return "", "", false
+		return "", nil, false
 	}
-	id, secret = key[len(Prefix):idEnd], key[idEnd+1:secretEnd]
-	return id, secret, isID(id) && checksum(key[:secretEnd]) == key[secretEnd+1:]
+	text := []byte(key)
+	id = key[len(Prefix):idEnd]
+	return id, text[idEnd+1 : secretEnd], IsID(id) && checksum(text[:secretEnd]) == [sumLen]byte(text[secretEnd+1:])
 }
 
-func isID(text string) bool {
+// IsID tells whether a text can be the id of a key.
+func IsID(text string) bool {
 	return len(text) == idLen && strings.Trim(text, letters) == ""
 }
 
 // checksum is CRC-32 in base 62, with zeros in front.
-func checksum(text string) string {
-	sum := crc32.ChecksumIEEE([]byte(text))
-	var digits [sumLen]byte
+func checksum(text []byte) (digits [sumLen]byte) {
+	sum := crc32.ChecksumIEEE(text)
 	for i := range digits {
 		digits[sumLen-1-i] = letters[sum%uint32(len(letters))]
 		sum /= uint32(len(letters))
 	}
-	return string(digits[:])
+	return digits
 }

@@ -98,7 +98,7 @@ func (s *Store) Verify(raw string) (Key, error) {
 		return Key{}, Malformed
 	}
 	e, known := s.current.Load().byID[id]
-	hash := sha256.Sum256([]byte(secret))
+	hash := sha256.Sum256(secret)
 	switch same := subtle.ConstantTimeCompare(hash[:], e.hash[:]); {
 	case !known || same == 0:
 		return Key{}, Unknown
