@@ -711,3 +711,73 @@ func FuzzUnverifiedSocket(f *testing.F) {
 		talk(t, g, "", b)
 	})
 }
+
+// TestTenantsDoNotMeet: the same ids in two tenants are other users and other rooms, and nobody is in a tenant but by its
+// token.
+func TestTenantsDoNotMeet(t *testing.T) {
+	c := newController(t)
+	p := newIDP(t)
+	g, nodeAPI := start(t, c, func(cfg *Config) { cfg.Tokens = p.Verifier })
+	of := func(tenant string) *device {
+		claims := map[string]any{"rooms": []string{"r"}}
+		if tenant != "" {
+			claims["tenant"] = tenant
+		}
+		return admitted(t, g, "room_id=r", p.token("alice", claims))
+	}
+	shop, ship, none := of("shop"), of("ship"), of("")
+	for _, member := range []string{"shop/alice shop/r", "ship/alice ship/r", "alice r"} {
+		user, room, _ := strings.Cut(member, " ")
+		if !c.has(user, room) {
+			t.Errorf("the Controller does not know %s", member)
+		}
+	}
+	if r := pushTo(t, nodeAPI, "shop/r", "sale", "shop/alice"); r.GetDeliveredCount() != 1 {
+		t.Error(r)
+	}
+	shop.want(textFrame("r", "alice", "sale"))
+	if r := pushTo(t, nodeAPI, "", "for one", "ship/alice"); r.GetDeliveredCount() != 1 {
+		t.Error(r)
+	}
+	ship.want(textFrame("", "alice", "for one"))
+	m := &node.Message{Data: []byte("all of it"), Timestamp: 1}
+	if delivered, failed := (sessions{g.users}).BroadcastScope("shop/", m); delivered != 1 || failed != 0 {
+		t.Errorf("a broadcast to a tenant: %d, %d failed", delivered, failed)
+	}
+	shop.want(broadcastFrame("alice", "all of it"))
+	// A route that is out of date may name users of others first.
+	if r := pushTo(t, nodeAPI, "shop/r", "again", "alice", "ship/alice", "shop/alice"); r.GetDeliveredCount() != 1 {
+		t.Error(r)
+	}
+	shop.want(textFrame("r", "alice", "again"))
+	shop.say(`{"type":"refresh","token":"` + p.token("alice", map[string]any{"tenant": "shop", "rooms": []string{"r", "r2"}}) + `"}`)
+	if got := shop.next(); !strings.Contains(got, "refreshed") {
+		t.Errorf("a refresh in the tenant's own room: %s", got)
+	}
+	for _, d := range []*device{shop, ship, none} {
+		d.wantNothing()
+	}
+
+	for name, tc := range map[string]struct {
+		query, token string
+		code         uint16
+	}{
+		"another's user":         {"", p.token("shop/alice", nil), 4401},
+		"another's room":         {"room_id=shop/r", p.token("alice", nil), 4403},
+		"another's room, listed": {"room_id=shop/r", p.token("alice", map[string]any{"rooms": []string{"*", "shop/r"}}), 4403},
+	} {
+		d, _ := dial(t, g, tc.query, nil)
+		d.say(showing(tc.token))
+		t.Log(name)
+		d.wantClose(tc.code)
+	}
+	none.say(`{"type":"join","room_id":"shop/r"}`)
+	none.wantClose(closeForbidden)
+	// A tenant's own ids may have slashes.
+	own := admitted(t, g, "room_id=ship/r", p.token("alice", map[string]any{"tenant": "shop"}))
+	pushTo(t, nodeAPI, "ship/r", "theirs", "ship/alice", "shop/alice")
+	own.wantNothing()
+
+	g2, p2 := startWithTokens(t, newController(t), func(cfg *Config) { cfg.Tenantless = true })
+	admitted(t, g2, "room_id=game/7", p2.token("alice", nil)).wantNothing()
+}

@@ -1,7 +1,6 @@
 package membership
 
 import (
-	"strings"
 	"sync"
 
 	"github.com/push-manager/push-manager/internal/ids"
@@ -87,14 +86,14 @@ func (m *Member) In(room string) bool {
 	return ok
 }
 
-// Rooms are those that the connection is in. The node itself is none.
+// Rooms are those that the connection is in, as its client knows them. The node itself is none.
 func (m *Member) Rooms() []string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	rooms := make([]string, 0, len(m.rooms))
 	for room := range m.rooms {
-		if !strings.HasPrefix(room, Reserved) {
-			rooms = append(rooms, room)
+		if room != m.r.presence {
+			rooms = append(rooms, m.shown(room))
 		}
 	}
 	return rooms
