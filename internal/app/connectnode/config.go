@@ -152,7 +152,7 @@ func (c *Config) missing() string {
 	if !c.ClientTLS.On() {
 		list = append(list, "TLS on HTTP_PORT (TLS_CERT_FILE, TLS_KEY_FILE)")
 	}
-	if c.ClientAuth == "none" {
+	if c.ClientAuth != "jwt" {
 		list = append(list, "authentication of clients (CLIENT_AUTH_MODE=jwt)")
 	}
 	if without := c.TLS.Missing(); without != "" {
