@@ -41,17 +41,20 @@ type identity struct {
 	key        jwt.Key
 	user, name string
 	tenant     node.Tenant
-	noTenants  bool
+	tenantless bool // there are no tenants
 	everyRoom  bool
 	rooms      []string // patterns: exact, or with a star for any rest at the end
 
 	generation uint64 // of the keys by which token is right; owned by the sweep
 }
 
-// allows tells whether the client may be in a room. Without tokens it may be in all. With them none
-// that a tenant's name stands before is for clients without a tenant, whatever their token says.
+// owns tells whether the client may have or name an id at all: those that begin as a tenant's are
+// that tenant's own.
+func (id *identity) owns(plain string) bool { return id.tenantless || id.tenant.Allows(plain) }
+
+// allows tells whether the client may be in a room. Without tokens it may be in all.
 func (id *identity) allows(room string) bool {
-	return id == nil || (id.noTenants || id.tenant.Allows(room)) && (id.everyRoom || slices.ContainsFunc(id.rooms, func(pattern string) bool {
+	return id == nil || id.owns(room) && (id.everyRoom || slices.ContainsFunc(id.rooms, func(pattern string) bool {
 		head, isPrefix := strings.CutSuffix(pattern, "*")
 		return room == pattern || isPrefix && strings.HasPrefix(room, head)
 	}))
@@ -200,7 +203,7 @@ func (g *Gateway) over(id *identity, now time.Time) bool {
 
 // verify verifies a token and reads its claims. The error is a denial.
 func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
-	id := &identity{generation: g.cfg.Tokens.Generation(), noTenants: g.cfg.NoTenants} // before, so that no change is missed
+	id := &identity{tenantless: g.cfg.NoTenants, generation: g.cfg.Tokens.Generation()} // before, so that no change is missed
 	token, err := g.cfg.Tokens.Verify(ctx, raw)
 	if err != nil {
 		reason, _ := errors.AsType[jwt.Reason](err)
@@ -214,7 +217,9 @@ func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
 	switch {
 	case g.over(id, time.Now()):
 		return nil, &denial{string(jwt.Expired), closeToken}
-	case tenantErr != nil || hasTenant && (id.tenant == "" || id.tenant.Check() != nil || id.noTenants), !id.noTenants && !id.tenant.Allows(id.user),
+	case !id.owns(id.user):
+		return nil, &denial{string(jwt.Subject), closeToken}
+	case tenantErr != nil || hasTenant && (id.tenant == "" || id.tenant.Check() != nil || id.tenantless),
 		nameErr != nil || hasName && checkID("name", id.name) != nil,
 		roomsErr != nil || hasRooms && id.rooms == nil, // null: who writes that does not mean all
 		slices.ContainsFunc(id.rooms, badPattern):

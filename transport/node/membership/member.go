@@ -86,7 +86,7 @@ func (m *Member) In(room string) bool {
 	return ok
 }
 
-// Rooms are those that the connection is in. The node itself is none.
+// Rooms are those that the connection is in, as its client knows them. The node itself is none.
 func (m *Member) Rooms() []string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
