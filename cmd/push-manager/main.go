@@ -8,6 +8,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app/pushmanager"
 	"github.com/push-manager/push-manager/internal/certcmd"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/keycmd"
 )
 
 func main() { os.Exit(cli.Main(commandLine(), os.Args[1:])) }
@@ -16,6 +17,6 @@ func commandLine() cli.CommandLine {
 	return cli.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command(), certcmd.Command()},
+		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command(), certcmd.Command(), keycmd.Command()},
 	}
 }

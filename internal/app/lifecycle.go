@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -24,7 +25,7 @@ type Lifecycle struct {
 	names []string
 	stops []func(context.Context) error
 
-	sources []*certs.Source
+	files []files
 }
 
 // Add notes a part that has started. Its stop must end by its context.
@@ -49,10 +50,14 @@ func (l *Lifecycle) Listen(ctx context.Context, host string, port int, key strin
 	return lis, nil
 }
 
-// ListenError names the key that keeps a program from listening: that of the port,
-// unless it is the address that this machine does not have.
-func ListenError(key string, err error) error {
-	if errors.Is(err, syscall.EADDRNOTAVAIL) {
+// ListenError names the key that keeps a program from listening: that of the port, unless it is the address that this
+// machine does not have.
+func ListenError(portKey string, err error) error {
+	key := portKey
+	switch noAddress := errors.Is(err, syscall.EADDRNOTAVAIL); {
+	case noAddress && portKey == "METRICS_PORT":
+		key = "METRICS_ADDRESS"
+	case noAddress:
 		key = "LISTEN_ADDRESS"
 	}
 	return fmt.Errorf("%s: %w", key, err)
@@ -60,6 +65,13 @@ func ListenError(key string, err error) error {
 
 // Etcd makes a client of etcd, which may be away, and adds it.
 func (l *Lifecycle) Etcd(cfg EtcdConfig) (*clientv3.Client, error) {
+	if cfg.Secured() {
+		source, err := l.Certificates(cfg.TLS)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Credentials = source.Client(certs.Side{MinVersion: tls.VersionTLS12, ServerName: cfg.ServerName})
+	}
 	client, err := discovery.NewClient(cfg.ClientConfig)
 	if err != nil {
 		return nil, err

@@ -14,20 +14,72 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
-// CheckListen refuses an address that others can reach while something is missing for that, unless it is allowed:
-// then it tells that it is insecure.
-func CheckListen(s *config.Set, host, missing string, allowed bool) (insecure bool, err error) {
+// CheckListen refuses a host to listen on that is no IP address.
+func CheckListen(s *config.Set, key, host string) error {
 	if ip := net.ParseIP(host); ip == nil && host != "" && host != "localhost" {
-		return false, s.Errorf("listen_address", "%q is not an IP address", host)
+		return s.Errorf(key, "%q is not an IP address", host)
+	}
+	return nil
+}
+
+// BindMetricsAddress adds the key. CheckMetricsAddress must follow Load.
+func BindMetricsAddress(s *config.Set, host *string) {
+	s.Text(host, "metrics_address", "", "Address that metrics_port listens on. Empty: listen_address. It may be one that others reach: what is served there needs no TLS.")
+}
+
+// CheckMetricsAddress puts the default in. Profiles are more than others may have.
+func CheckMetricsAddress(s *config.Set, host *string, listen string, profiles bool, risks *Risks) error {
+	if *host == "" {
+		*host = listen
+	}
+	if err := CheckListen(s, "metrics_address", *host); err != nil {
+		return err
+	}
+	if profiles && !config.Loopback(*host) {
+		return risks.Add("pprof_remote", "profiles are served at %q to others, without TLS and authentication", *host)
+	}
+	return nil
+}
+
+// AllowInsecureHelp is what allow_insecure does.
+const AllowInsecureHelp = "Start although others could use what is not protected: an address that they reach without TLS and authentication, an etcd elsewhere without TLS. It is logged each hour."
+
+// Risks are what is insecure about a program: its start is refused because of them, unless they are allowed.
+type Risks struct {
+	set     *config.Set
+	allowed bool
+	found   []string
+}
+
+// NewRisks has found none yet. allowed is the value of allow_insecure.
+func NewRisks(s *config.Set, allowed bool) *Risks { return &Risks{set: s, allowed: allowed} }
+
+// Add notes one, and refuses it unless it is allowed. The error names the key.
+func (r *Risks) Add(key, format string, args ...any) error {
+	text := fmt.Sprintf(format, args...)
+	if !r.allowed {
+		return r.set.Errorf(key, "%s: only with ALLOW_INSECURE=true", text)
+	}
+	r.found = append(r.found, text)
+	return nil
+}
+
+// Listen is Add for listen_address where others can reach it while something is missing for that.
+func (r *Risks) Listen(host, missing string) error {
+	if err := CheckListen(r.set, "listen_address", host); err != nil {
+		return err
 	}
 	if config.Loopback(host) || missing == "" {
-		return false, nil
+		return nil
 	}
-	if !allowed {
-		return false, s.Errorf("listen_address", "%q can be reached by others, without %s: only with ALLOW_INSECURE=true", host, missing)
-	}
-	return true, nil
+	return r.Add("listen_address", "%q can be reached by others, without %s", host, missing)
 }
+
+// Asked notes one that a key of its own has asked for: it is allowed.
+func (r *Risks) Asked(text string) { r.found = append(r.found, text) }
+
+// Found are all.
+func (r *Risks) Found() []string { return r.found }
 
 // Port is a port to listen on and the key that it is from.
 type Port struct {

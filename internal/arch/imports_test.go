@@ -31,7 +31,10 @@ var layers = []layer{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
 	}},
 	{dir: "docs"}, // what programs carry of it
-	{dir: "internal/certs", ours: []string{"internal/label"}, others: []string{
+	{dir: "internal/auth", ours: []string{"engine", "internal/auth/...", "internal/certs", "internal/config", "internal/label", "internal/reload"}, others: []string{
+		"github.com/VictoriaMetrics/metrics", "github.com/maypok86/otter/v2", "go.yaml.in/yaml/v3", "golang.org/x/sync", "golang.org/x/time",
+	}},
+	{dir: "internal/certs", ours: []string{"internal/label", "internal/reload"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "golang.org/x/time", "google.golang.org/grpc",
 	}},
 	{dir: "internal/ids"},
@@ -39,10 +42,11 @@ var layers = []layer{
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
 	{dir: "internal/pause"},
 	{dir: "internal/plain"},
+	{dir: "internal/reload"},
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine"}, others: []string{"*"}},
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/label", "internal/plain", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/auth", "internal/label", "internal/plain", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{
 		dir:    "transport/link",
@@ -55,7 +59,7 @@ var layers = []layer{
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
 	{dir: "transport/node", ours: []string{"internal/certs", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
-	{dir: "transport/node/membership", ours: []string{"internal/slots", "proto"}, others: []string{"*"}},
+	{dir: "transport/node/membership", ours: []string{"internal/certs", "internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},

@@ -16,6 +16,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/cmdline"
 )
 
 type grammar struct {
@@ -57,29 +58,18 @@ func Command() cli.Command {
 }
 
 // run executes one command line and returns its exit code.
-func run(args []string, out, errOut io.Writer) (code int) {
+func run(args []string, out, errOut io.Writer) int {
 	var g grammar
-	type exit int
-	defer func() {
-		if v := recover(); v != nil {
-			status, ok := v.(exit)
-			if !ok {
-				panic(v)
-			}
-			code = int(status)
-		}
-	}()
 	fail := func(err error, code int) int {
 		_, _ = fmt.Fprintf(errOut, "push-manager certs: %v\n", err)
 		return code
 	}
-	parser, err := kong.New(&g, kong.Name("push-manager certs"), kong.Description("Makes certificates for development and small deployments."),
-		kong.Writers(out, errOut), kong.Exit(func(code int) { panic(exit(code)) }), kong.Bind(&g), kong.BindTo(out, (*io.Writer)(nil)))
-	if err != nil {
-		return fail(err, cli.ExitFailed)
-	}
-	parsed, err := parser.Parse(args)
-	if err != nil {
+	parsed, helped, err := cmdline.Parse(&g, args, out, errOut, kong.Name("push-manager certs"),
+		kong.Description("Makes certificates for development and small deployments."), kong.Bind(&g), kong.BindTo(out, (*io.Writer)(nil)))
+	switch {
+	case helped:
+		return cli.ExitStopped
+	case err != nil:
 		return fail(fmt.Errorf("%w (push-manager certs --help shows how)", err), cli.ExitUsage)
 	}
 	if err := certs.CheckTrustDomain(g.TrustDomain); err != nil || g.TrustDomain == "" {

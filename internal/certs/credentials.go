@@ -45,6 +45,19 @@ func (s *Source) Server(side Side) credentials.TransportCredentials {
 	}}
 }
 
+// ServerConfig is Server for what is not gRPC: an HTTP/1.1 server, which asks for no certificates.
+func (s *Source) ServerConfig(minVersion uint16) *tls.Config {
+	side := Side{MinVersion: minVersion}
+	return &tls.Config{
+		MinVersion: side.MinVersion, // for whoever reads it; that of GetConfigForClient counts
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			c := side.config(s.current.Load())
+			c.NextProtos = []string{"http/1.1"}
+			return c, nil
+		},
+	}
+}
+
 // Client are credentials of a client. Where the Source has no authorities, those of the system count.
 func (s *Source) Client(side Side) credentials.TransportCredentials {
 	return &live{source: s, side: side, config: func(now *set) *tls.Config {

@@ -65,6 +65,28 @@ func Node(trustDomain, id string) Check {
 	}
 }
 
+// SpeaksFor tells whether the holder of a certificate, who has been let in, may report what a Connect-Node knows; an empty
+// id stands for all nodes. A certificate whose URIs name nodes or Push-Managers, of any trust domain, speaks for these nodes
+// alone. One without a URI speaks for the node of its DNS name. Any other is one that nodes share.
+func SpeaksFor(leaf *x509.Certificate, id string) error {
+	got, shared := names(leaf), len(leaf.URIs) > 0
+	for _, name := range got {
+		rest, isURI := strings.CutPrefix(name, "spiffe://")
+		_, path, _ := strings.Cut(rest, "/")
+		kind, of, _ := strings.Cut(path, "/")
+		switch {
+		case id != "" && (isURI && kind == KindNode && of == id || !isURI && name == id):
+			return nil
+		case isURI && (kind == KindNode || kind == KindManager):
+			shared = false
+		}
+	}
+	if shared {
+		return nil
+	}
+	return &PeerError{Want: fmt.Sprintf("node %q", id), Got: got}
+}
+
 // Allowed takes the certificates that one of the patterns names: a URI, a DNS name, or with a slash in it a path of the
 // trust domain. A star at the end stands for any rest.
 func Allowed(trustDomain string, patterns []string) (Check, error) {

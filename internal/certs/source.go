@@ -2,7 +2,6 @@ package certs
 
 import (
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -10,13 +9,11 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/push-manager/push-manager/internal/label"
+	"github.com/push-manager/push-manager/internal/reload"
 )
 
 // DefaultReloadInterval is how often files are read.
 const DefaultReloadInterval = 10 * time.Second
-
-// retryAfter is the pause after a set that has just become bad: its files are likely to be on their way.
-const retryAfter = time.Second
 
 // Config of a Source. Role and Files are required.
 type Config struct {
@@ -37,13 +34,11 @@ type Source struct {
 	cfg                 Config
 	taken, failed       *metrics.Counter
 	handshakeFailures   *metrics.Counter
-	reload              chan struct{} // one token: read now
-	stop                chan struct{}
-	end                 sync.WaitGroup
+	loop                *reload.Loop
 	current             atomic.Pointer[set]
 	sayHandshakeFailure rate.Sometimes
 
-	trouble string // what is wrong with the files, "" for nothing; owned by loop
+	trouble string // what is wrong with the files, "" for nothing; owned by read
 }
 
 // Open reads the files, which must be right, and goes on to read them until Close. Its error is a *FileError.
@@ -61,51 +56,27 @@ func Open(cfg Config) (*Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Source{cfg: cfg, reload: make(chan struct{}, 1), stop: make(chan struct{}), sayHandshakeFailure: rate.Sometimes{Interval: 10 * time.Second}}
+	s := &Source{cfg: cfg, sayHandshakeFailure: rate.Sometimes{Interval: 10 * time.Second}}
 	reloads := func(result string) *metrics.Counter {
 		return cfg.Metrics.GetOrCreateCounter(label.Name("push_manager_tls_reloads_total", "role", cfg.Role, "result", result))
 	}
 	s.taken, s.failed = reloads("ok"), reloads("failed")
 	s.handshakeFailures = cfg.Metrics.GetOrCreateCounter(label.Name("push_manager_tls_handshake_failures_total", "role", cfg.Role))
 	s.current.Store(first)
-	cfg.Metrics.GetOrCreateGauge(label.Name("push_manager_tls_certificate_expiry_timestamp_seconds", "role", cfg.Role), func() float64 {
-		return float64(s.current.Load().expires.Unix())
-	})
-	s.end.Go(s.loop)
+	if cfg.Files != (Files{}) { // the authorities of the system have no end
+		cfg.Metrics.GetOrCreateGauge(label.Name("push_manager_tls_certificate_expiry_timestamp_seconds", "role", cfg.Role), func() float64 {
+			return float64(s.current.Load().expires.Unix())
+		})
+	}
+	s.loop = reload.Start(cfg.ReloadInterval, s.read)
 	return s, nil
 }
 
 // Reload has the files read soon. It does not wait.
-func (s *Source) Reload() {
-	select {
-	case s.reload <- struct{}{}:
-	default:
-	}
-}
+func (s *Source) Reload() { s.loop.Now() }
 
 // Close ends the reading. What the Source has made goes on to work. It is called once.
-func (s *Source) Close() {
-	close(s.stop)
-	s.end.Wait()
-}
-
-func (s *Source) loop() {
-	timer := time.NewTimer(s.cfg.ReloadInterval)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-s.reload:
-		case <-s.stop:
-			return
-		}
-		pause := s.cfg.ReloadInterval
-		if s.read() {
-			pause = min(pause, retryAfter)
-		}
-		timer.Reset(pause)
-	}
-}
+func (s *Source) Close() { s.loop.Close() }
 
 // read takes over what the files hold, if that is another set. It tells whether something is wrong that was
 // not before.

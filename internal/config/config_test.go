@@ -31,6 +31,13 @@ type settings struct {
 	Advertise string
 	CertFile  string
 	Password  string
+	Issuers   []issuer
+}
+
+type issuer struct {
+	Name       string
+	Algorithms []string
+	Retries    int
 }
 
 func bind() (*settings, *config.Set) {
@@ -47,6 +54,11 @@ func bind() (*settings, *config.Set) {
 	s.Text(&c.CertFile, "etcd.tls.cert_file", "", "Certificate.")
 	s.Secret(&c.Password, "etcd.password", "Password.")
 	s.Address(&c.Advertise, "advertise_address", "", "Address.")
+	config.Sections(s, &c.Issuers, "auth.jwt", 3, "Issuers.", func(i *issuer, s *config.Set) {
+		s.Text(&i.Name, "issuer", "", "Name of it.")
+		s.List(&i.Algorithms, "algorithms", "EdDSA", "Algorithms.")
+		s.Int(&i.Retries, "fetch.retries", 3, 0, 9, "Retries.")
+	})
 	return c, s
 }
 
@@ -374,7 +386,7 @@ func TestLoopback(t *testing.T) {
 // FuzzLoad reads any file and any value of one environment variable. What is refused is
 // refused in one line, and what is taken is within the bounds and reads back as it was.
 func FuzzLoad(f *testing.F) {
-	vars := []string{"MANAGER_ID", "GRPC_PORT", "SHARDS", "MAX_DATA", "TRACING_SAMPLE_RATE", "ALLOW_INSECURE", "LOG_LEVEL", "ETCD_DIAL_TIMEOUT", "ETCD_ADDRS", "ADVERTISE_ADDRESS"}
+	vars := []string{"MANAGER_ID", "GRPC_PORT", "SHARDS", "MAX_DATA", "TRACING_SAMPLE_RATE", "ALLOW_INSECURE", "LOG_LEVEL", "ETCD_DIAL_TIMEOUT", "ETCD_ADDRS", "ADVERTISE_ADDRESS", "AUTH_JWT"}
 	for _, text := range []string{
 		"", "etcd:\n  endpoints: [${A:b}, c]\nshards: 3\n", "a: &x\n<<: *x\n? [1]\n: |\n  $${\n",
 		"manager_id: a\ngrpc_port: 0\nmax_data: 64KiB\ntracing: {sample_rate: 0.5}\nallow_insecure: true\nlog_level: debug\n",
@@ -389,7 +401,7 @@ func FuzzLoad(f *testing.F) {
 		f.Add(text[:min(len(text), 4<<10)], uint8(0), "")
 	}
 	for i := range vars {
-		for _, value := range []string{"x", "1", "0", "-1", "65536", "99999999999999999999", "NaN", "+Inf", "1s", "true", "info", "a,b", "a,,b", "h:1", "[::1]:1", "\n", "\xff", "${X:y}", "1KiB", " 1 "} {
+		for _, value := range []string{"x", "1", "0", "-1", "65536", "99999999999999999999", "NaN", "+Inf", "1s", "true", "info", "a,b", "a,,b", "h:1", "[::1]:1", "\n", "\xff", "${X:y}", "1KiB", " 1 ", "[{issuer: a}]", "[{issuer: ${A:b}}, {}]", "[{x: 1}]", "[]", "[", "{}", "[7]", "[{}]\n---\n[]"} {
 			f.Add("", uint8(i), value)
 		}
 	}
@@ -459,6 +471,9 @@ func hostile() map[string]string {
 		"variables":      "manager_id: " + fill("${A:b}"),
 		"open variables": fill("${"),
 		"folded text":    "a: >\n" + fill(" x\n"),
+		"sections":       "auth: {jwt: [" + fill("{},") + "]}",
+		"sections below": "auth: {jwt: [" + fill("{a: [{") + "]}",
+		"wrong fields":   "auth: {jwt: [{" + strings.TrimSuffix(names(20_000, "k%d: 1, "), ", ") + "}]}",
 		"tabs":           fill("\t"),
 		"not UTF-8":      fill("\xff"),
 	}

@@ -98,6 +98,8 @@ func (s *Set) WriteHelp(w io.Writer, file bool) error {
 			line("$"+k.envs[0], k.help)
 		case k.isSwitch:
 			line("--[no-]"+k.Flag(), help)
+		case k.sections != nil:
+			line("--"+k.Flag()+"=YAML", help+k.sections.help())
 		case k.def == "":
 			line("--"+k.Flag()+"=TEXT", help)
 		default:

@@ -38,12 +38,7 @@ func (s *Set) Load(o Options) error {
 	if err != nil {
 		return usageError(err.Error())
 	}
-	var problems []string
-	for _, k := range s.keys {
-		if err := k.load(&o, file); err != nil {
-			problems = append(problems, err.Error())
-		}
-	}
+	problems := s.load(&o, file)
 	for _, k := range s.keys {
 		if k.path == "" {
 			continue
@@ -69,6 +64,16 @@ func (s *Set) Load(o Options) error {
 	return nil
 }
 
+// load fills all keys, and returns what is wrong.
+func (s *Set) load(o *Options, file *document) (problems []string) {
+	for _, k := range s.keys {
+		if err := k.load(o, file); err != nil {
+			problems = append(problems, err.Error())
+		}
+	}
+	return problems
+}
+
 // usageError is the text of an error that wraps ErrUsage without saying so.
 type usageError string
 
@@ -89,6 +94,9 @@ func (s *Set) known(v value) error {
 				return nil
 			}
 			return fmt.Errorf("%s must be a section with keys below it", v.name)
+		}
+		if k.sections != nil && strings.HasPrefix(v.name, k.name+"[") {
+			return k.knownBelow(v)
 		}
 	}
 	return fmt.Errorf("unknown key %q%s", v.name, hint(v.name, func(yield func(string) bool) {
@@ -114,6 +122,19 @@ func (k *Key) load(o *Options, file *document) error {
 		if v.section {
 			return fmt.Errorf("%s: %s has no value", v.where(file.path), k.name)
 		}
+		if v.sections > 0 {
+			if k.sections == nil {
+				return fmt.Errorf("%s: %s: a section is not understood here", v.where(file.path), k.name)
+			}
+			if v.sections > k.sections.most {
+				return fmt.Errorf("%s: %s: has more than %d sections", v.where(file.path), k.name, k.sections.most)
+			}
+			k.source = v.where(file.path)
+			if problems := k.sections.fill(file, v.sections); len(problems) > 0 {
+				return errors.New(strings.Join(problems, "; "))
+			}
+			return nil
+		}
 		return k.take(v.text, v.where(file.path), v.where(file.path)+": "+k.name)
 	}
 	return nil
@@ -135,24 +156,28 @@ func (k *Key) readSecret() error {
 }
 
 func (k *Key) take(text, source, blame string) error {
+	k.source = source
 	if err := k.set(strings.TrimSpace(text)); err != nil {
 		return fmt.Errorf("%s: %w", blame, err)
 	}
-	k.source = source
 	return nil
 }
 
 // Errorf is an error about the value of a key that only its package could
-// find, worded like the ones of Load.
+// find, worded like the ones of Load. The name may go on to a field of a list of sections: "auth.jwt[1].audience".
 func (s *Set) Errorf(name, format string, args ...any) error {
-	blame := strings.ToUpper(strings.ReplaceAll(name, ".", "_"))
+	key, _, below := strings.Cut(name, "[")
+	blame := strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
+	if below {
+		blame += ": " + name
+	}
 	for _, k := range s.keys {
-		if k.name != name || k.source == "" {
+		if k.name != key || k.source == "" {
 			continue
 		}
 		blame = k.source
-		if !k.Overridden() {
-			blame += ": " + k.name
+		if !k.Overridden() || below {
+			blame += ": " + name
 		}
 	}
 	return usageError(blame + ": " + fmt.Sprintf(format, args...))
@@ -222,7 +247,13 @@ func readFile(o *Options) (*document, error) {
 
 // ReadFile reads a regular file of at most limit bytes. A device would have no end, and a pipe
 // would wait for whoever may never write to it.
-func ReadFile(path string, limit int) (text []byte, err error) {
+func ReadFile(path string, limit int) ([]byte, error) { return readRegular(path, limit, 0) }
+
+// ReadSecretFile reads a file as ReadFile does, and refuses one that others than its owner and its group may use.
+func ReadSecretFile(path string, limit int) ([]byte, error) { return readRegular(path, limit, 0o007) }
+
+// readRegular refuses a file that has one of the permissions in forbidden.
+func readRegular(path string, limit int, forbidden fs.FileMode) (text []byte, err error) {
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the open of a pipe waits
 	if err != nil {
 		return nil, err
@@ -234,6 +265,9 @@ func ReadFile(path string, limit int) (text []byte, err error) {
 	}
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s: is no regular file", path)
+	}
+	if info.Mode().Perm()&forbidden != 0 {
+		return nil, fmt.Errorf("%s: has mode %04o, others than its owner and group must not have access to a secret", path, info.Mode().Perm())
 	}
 	text, err = io.ReadAll(io.LimitReader(file, int64(limit)+1))
 	if err == nil && len(text) > limit {

@@ -45,6 +45,7 @@ type Key struct {
 	set      func(text string) error
 	isSwitch bool          // a flag that needs no value
 	text     func() string // the value now, as text
+	sections *sections     // nil: not a list of sections
 
 	// Written by Load.
 	source string

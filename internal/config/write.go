@@ -49,6 +49,12 @@ func (s *Set) WriteTable(w io.Writer) error {
 			help += " Not a flag."
 		}
 		fmt.Fprintf(&b, "| `%s` | `%s` | %s | %s | %s |\n", k.name, k.envs[0], code(k.def), k.bounds, help)
+		if k.sections == nil {
+			continue
+		}
+		for _, field := range k.sections.fields("") {
+			fmt.Fprintf(&b, "| `%s[].%s` | | %s | %s | %s |\n", k.name, field.name, code(field.def), field.bounds, strings.ReplaceAll(field.help, "|", `\|`))
+		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -58,19 +64,26 @@ func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
 	if help {
 		b.WriteString(indent + "# " + k.help + "\n")
 	}
+	if k.sections != nil {
+		k.writeSections(b, indent, name, help)
+		return
+	}
 	text := k.text()
 	if k.secret && text != "" {
 		text = "********"
 	}
-	b.WriteString(indent + name + ": " + quote(text))
-	if !help {
-		source := k.source
-		if source == "" {
-			source = "default"
-		}
-		b.WriteString(" # " + source)
+	b.WriteString(indent + name + ": " + quote(text) + k.comment(help) + "\n")
+}
+
+// comment is the source of a key, unless it has its description above it.
+func (k *Key) comment(help bool) string {
+	switch {
+	case help:
+		return ""
+	case k.source == "":
+		return " # default"
 	}
-	b.WriteString("\n")
+	return " # " + k.source
 }
 
 // ordered returns the keys with those of a section side by side, plain ones

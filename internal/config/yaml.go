@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -20,9 +21,17 @@ type value struct {
 	text    string
 	line    int
 	section bool
+
+	sections int // of a list of sections, how many there are; their leaves follow
 }
 
-func (v *value) where(path string) string { return path + ":" + strconv.Itoa(v.line) }
+// where is the place in a file, or the path alone of what is no file.
+func (v *value) where(path string) string {
+	if v.line == 0 {
+		return path
+	}
+	return path + ":" + strconv.Itoa(v.line)
+}
 
 // document is a parsed file: its leaves in the order of the file.
 type document struct {
@@ -93,6 +102,19 @@ func (d *document) walk(node *yaml.Node, name string, depth int, vars *variables
 		if name == "" {
 			return fmt.Errorf("%d: must hold keys and values", node.Line)
 		}
+		if isSections(node) {
+			d.add(value{name: name, line: node.Line, sections: len(node.Content)})
+			for i, section := range node.Content {
+				path := fmt.Sprintf("%s[%d]", name, i)
+				if section.Kind != yaml.MappingNode {
+					return fmt.Errorf("%d: %s must be a section, as others in the list are", section.Line, path)
+				}
+				if err := d.walk(section, path, depth+1, vars); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
 		text, err := scalar(node, vars)
 		if err != nil {
 			return fmt.Errorf("%d: %s: %w", node.Line, name, err)
@@ -105,7 +127,7 @@ func (d *document) walk(node *yaml.Node, name string, depth int, vars *variables
 	}
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		keyNode, below := node.Content[i], node.Content[i+1]
-		if keyNode.Kind != yaml.ScalarNode || len(keyNode.Value) > maxKey {
+		if keyNode.Kind != yaml.ScalarNode || len(keyNode.Value) > maxKey || strings.Contains(keyNode.Value, "[") { // which is for places in a list
 			return fmt.Errorf("%d: a key is no name", keyNode.Line)
 		}
 		key := vars.restore(keyNode.Value)
@@ -126,6 +148,12 @@ func (d *document) walk(node *yaml.Node, name string, depth int, vars *variables
 		}
 	}
 	return nil
+}
+
+// isSections tells whether a list holds sections.
+func isSections(node *yaml.Node) bool {
+	return node.Kind == yaml.SequenceNode && node.Anchor == "" && node.Style&yaml.TaggedStyle == 0 &&
+		slices.ContainsFunc(node.Content, func(n *yaml.Node) bool { return n.Kind == yaml.MappingNode })
 }
 
 // maxKey bounds the name of a key in its section.

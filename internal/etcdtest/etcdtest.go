@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/authpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
@@ -107,30 +108,43 @@ func (s *Server) Client() *clientv3.Client {
 	return NewClient(s.tb, s.front)
 }
 
+// User is one of an etcd that asks for names and passwords.
+type User struct {
+	Name, Password string
+	Read, Write    string // prefixes: what it may read, and what it may read and write; "" for nothing
+}
+
 // EnableAuth makes a user who may read and write all below prefix, and asks everybody for a name
 // and password from then on.
 func (s *Server) EnableAuth(user, password, prefix string) {
 	s.tb.Helper()
+	s.EnableAuthFor(s.Client(), User{Name: user, Password: password, Write: prefix})
+}
+
+// EnableAuthFor makes users over a client of anybody's, and asks everybody for a name and password from then on.
+func (s *Server) EnableAuthFor(client *clientv3.Client, users ...User) {
+	s.tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	client := s.Client()
-	end := clientv3.GetPrefixRangeEnd(prefix)
-	for _, step := range []func() error{
-		func() error { _, err := client.UserAdd(ctx, "root", "root"); return err },
-		func() error { _, err := client.UserGrantRole(ctx, "root", "root"); return err },
-		func() error { _, err := client.RoleAdd(ctx, "programs"); return err },
-		func() error {
-			_, err := client.RoleGrantPermission(ctx, "programs", prefix, end, clientv3.PermissionType(clientv3.PermReadWrite))
-			return err
-		},
-		func() error { _, err := client.UserAdd(ctx, user, password); return err },
-		func() error { _, err := client.UserGrantRole(ctx, user, "programs"); return err },
-		func() error { _, err := client.AuthEnable(ctx); return err },
-	} {
-		if err := step(); err != nil {
+	must := func(_ any, err error) {
+		s.tb.Helper()
+		if err != nil {
 			s.tb.Fatalf("enable authentication: %v", err)
 		}
 	}
+	must(client.UserAdd(ctx, "root", "root"))
+	must(client.UserGrantRole(ctx, "root", "root"))
+	for _, u := range users {
+		must(client.RoleAdd(ctx, u.Name))
+		for prefix, permission := range map[string]authpb.Permission_Type{u.Read: clientv3.PermRead, u.Write: clientv3.PermReadWrite} {
+			if prefix != "" {
+				must(client.RoleGrantPermission(ctx, u.Name, prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(permission)))
+			}
+		}
+		must(client.UserAdd(ctx, u.Name, u.Password))
+		must(client.UserGrantRole(ctx, u.Name, u.Name))
+	}
+	must(client.AuthEnable(ctx))
 }
 
 // NewClient connects to any endpoint and is closed when the test ends.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/push-manager/push-manager/internal/cmdline"
 	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
 )
 
@@ -69,32 +70,15 @@ func Main() int {
 }
 
 // run executes one command line and returns its exit code.
-func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer) (code int) {
+func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer) int {
 	t := &terminal{in: in, out: out, err: errOut, colour: isTerminal(out)}
 	var cli grammar
-	type exit int
-	defer func() {
-		if e := recover(); e != nil {
-			status, ok := e.(exit)
-			if !ok {
-				panic(e)
-			}
-			code = int(status)
-		}
-	}()
-	parser, err := kong.New(&cli, kong.Name("pushctl"),
-		kong.Description("A person's client of Push-Manager."),
-		kong.Writers(out, errOut),
-		kong.Exit(func(code int) { panic(exit(code)) }), // --help
-		kong.BindTo(ctx, (*context.Context)(nil)),
-		kong.Bind(t),
-		kong.UsageOnError(),
-	)
-	if err != nil {
-		return t.fail(err, exitError)
-	}
-	parsed, err := parser.Parse(args)
-	if err != nil {
+	parsed, helped, err := cmdline.Parse(&cli, args, out, errOut, kong.Name("pushctl"), kong.Description("A person's client of Push-Manager."),
+		kong.BindTo(ctx, (*context.Context)(nil)), kong.Bind(t), kong.UsageOnError())
+	switch {
+	case helped:
+		return exitOK
+	case err != nil:
 		return t.fail(fmt.Errorf("%w (pushctl --help shows how)", err), exitUsage)
 	}
 	t.json = cli.JSON || cli.Output == "json"

@@ -11,6 +11,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/push-manager/push-manager/internal/cmdline"
 	"github.com/push-manager/push-manager/internal/load"
 	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
 )
@@ -36,27 +37,14 @@ func Main() int {
 }
 
 // run executes one command line and returns its exit code.
-func run(ctx context.Context, args []string, out, errOut io.Writer) (code int) {
+func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	var f flags
-	type exit int
-	defer func() {
-		if e := recover(); e != nil {
-			status, ok := e.(exit)
-			if !ok {
-				panic(e)
-			}
-			code = int(status)
-		}
-	}()
-	parser, err := kong.New(&f, kong.Name("pushload"),
-		kong.Description("Pushes to a Push-Manager at a rate and measures what becomes of the pushes."),
-		kong.Writers(out, errOut),
-		kong.Exit(func(code int) { panic(exit(code)) }), // --help
-	)
-	if err != nil {
-		return fail(errOut, err, exitFailed)
-	}
-	if _, err := parser.Parse(args); err != nil {
+	_, helped, err := cmdline.Parse(&f, args, out, errOut, kong.Name("pushload"),
+		kong.Description("Pushes to a Push-Manager at a rate and measures what becomes of the pushes."))
+	switch {
+	case helped:
+		return exitOK
+	case err != nil:
 		return fail(errOut, fmt.Errorf("%w (pushload --help shows how)", err), exitUsage)
 	}
 	cfg, err := f.config()

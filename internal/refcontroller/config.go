@@ -7,6 +7,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/transport/discovery"
 )
@@ -35,6 +36,9 @@ type Config struct {
 	// WatchPending is how many names may wait for a slow change stream before they
 	// become one all=true. Default 10,000.
 	WatchPending int
+	// Credentials secure the port. A node whose certificate says who it is can then only report
+	// as that node. nil: nothing does.
+	Credentials credentials.TransportCredentials
 	// NoReflection switches gRPC reflection off.
 	NoReflection bool
 

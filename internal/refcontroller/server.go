@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
@@ -60,6 +61,7 @@ func New(cfg Config) (*Server, error) {
 		},
 		draining: make(chan struct{}),
 		panicked: s.panicked,
+		log:      cfg.Logger, impostors: rate.Sometimes{Interval: 10 * time.Second},
 	}
 	cfg.Store.Notify(s.svc.hub.tell)
 	var err error
@@ -68,7 +70,11 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.svc.roster = s.roster
 	s.gauges(cfg.Metrics, cfg.Store)
-	s.grpc = grpc.NewServer(s.options()...)
+	options := s.options()
+	if cfg.Credentials != nil {
+		options = append(options, grpc.Creds(cfg.Credentials))
+	}
+	s.grpc = grpc.NewServer(options...)
 	pubsub.RegisterControllerServiceServer(s.grpc, s.svc)
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
 	s.health.SetServingStatus(pubsub.ControllerService_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)

@@ -5,16 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/ids"
+	"github.com/push-manager/push-manager/internal/plain"
 	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -37,7 +43,9 @@ type service struct {
 	// Closed when the server drains.
 	draining chan struct{}
 	// panicked turns a panic into an error.
-	panicked func(method string, p any) error
+	panicked  func(method string, p any) error
+	log       *slog.Logger
+	impostors rate.Sometimes // of what log says about them
 	// Those who hear followers; waited for by the Server.
 	readers sync.WaitGroup
 }
@@ -50,7 +58,7 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 		return nil, err
 	}
 	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId(), Seq: in.GetSeq()}
-	if err := s.checkReporter(by); err != nil {
+	if err := s.checkReporter(ctx, by); err != nil {
 		return nil, err
 	}
 	joined, err := s.store.Join(ctx, Join{
@@ -73,7 +81,7 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
 	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId(), Seq: in.GetSeq()}
 	if by.Node != "" {
-		if err := firstOf(checkID("node_id", by.Node), s.checkReporter(by)); err != nil {
+		if err := firstOf(checkID("node_id", by.Node), s.checkReporter(ctx, by)); err != nil {
 			return nil, err
 		}
 		if in.GetUserId() == "" && in.GetRoomId() == "" {
@@ -88,6 +96,9 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 		}
 	} else {
 		by = Reporter{} // On all nodes: the numbers of one mean nothing there.
+		if err := s.speaksFor(ctx, ""); err != nil {
+			return nil, err
+		}
 	}
 	if err := firstOf(checkID("user_id", in.GetUserId()), checkID("room_id", in.GetRoomId())); err != nil {
 		return nil, err
@@ -124,7 +135,7 @@ func (s *service) answerable(ctx context.Context, by Reporter, doing string) err
 // SyncNode implements ControllerService. It never waits for the warm-up, which waits for it.
 func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pubsub.SyncNodeResponse, error) {
 	by := Reporter{Node: in.GetNodeId(), Boot: in.GetBootId()}
-	if err := firstOf(checkID("node_id", by.Node), checkID("boot_id", by.Boot), checkSlots(in), s.checkReporter(by)); err != nil {
+	if err := firstOf(checkID("node_id", by.Node), checkID("boot_id", by.Boot), checkSlots(in), s.checkReporter(ctx, by)); err != nil {
 		return nil, err
 	}
 	if _, err := s.store.Begin(ctx, by); err != nil {
@@ -197,8 +208,11 @@ func checkSlots(in *pubsub.SyncNodeRequest) error {
 
 // checkReporter refuses a report of a process that is not the one registered: one
 // that has come late, or a second process with the same id. And one of a node that is one
-// too many.
-func (s *service) checkReporter(by Reporter) error {
+// too many, or that the certificate is not for.
+func (s *service) checkReporter(ctx context.Context, by Reporter) error {
+	if err := s.speaksFor(ctx, by.Node); err != nil {
+		return err
+	}
 	if by.Boot == "" {
 		return s.roster.admit(by.Node, time.Now())
 	}
@@ -209,6 +223,30 @@ func (s *service) checkReporter(by Reporter) error {
 		return status.Errorf(codes.Aborted, "node %q is registered in etcd with another boot_id", by.Node)
 	}
 	return s.roster.admit(by.Node, time.Now())
+}
+
+// speaksFor refuses a report about a node, "" for all of them, that the certificate of the connection is not for. Without
+// TLS everybody is believed. The node tries again: somebody may renew its certificate.
+func (s *service) speaksFor(ctx context.Context, node string) error {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil
+	}
+	if len(info.State.PeerCertificates) == 0 {
+		return status.Error(codes.Unauthenticated, "node_id: reports need a certificate")
+	}
+	err := certs.SpeaksFor(info.State.PeerCertificates[0], node)
+	if err == nil {
+		return nil
+	}
+	s.impostors.Do(func() {
+		s.log.Warn("refused a report about a node that the certificate is not for", "node", plain.Line(node, maxIDBytes), "peer", p.Addr.String(), "error", err)
+	})
+	return status.Error(codes.Unauthenticated, "node_id: "+err.Error())
 }
 
 // GetRoomInfo implements ControllerService.

@@ -1,6 +1,7 @@
 package refgateway
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,6 +30,8 @@ type Config struct {
 	Credentials credentials.TransportCredentials
 	// HTTPAddress is where it listens for clients.
 	HTTPAddress string
+	// ClientTLS secures that port: https and wss. HTTP/1.1 is the protocol to offer. Nil: it is plain.
+	ClientTLS *tls.Config
 	// MetricsAddress is where /metrics is served. Empty: nowhere.
 	MetricsAddress string
 	// AdvertiseAddress is what managers dial. Default: where it listens for them.

@@ -2,6 +2,7 @@ package refgateway
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -122,7 +123,11 @@ func (g *Gateway) Start() error {
 
 	g.members.Start()
 	g.loops.Go(func() { g.sweepLoop(ctx) })
-	g.serveHTTP(g.httpLis, g.clientHandler())
+	clients := g.httpLis
+	if g.cfg.ClientTLS != nil {
+		clients = tls.NewListener(clients, g.cfg.ClientTLS)
+	}
+	g.serveHTTP(clients, g.clientHandler())
 	if g.metricsLis != nil {
 		g.serveHTTP(g.metricsLis, g.metricsHandler())
 	}

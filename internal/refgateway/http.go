@@ -3,6 +3,7 @@ package refgateway
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	_ "embed"
 	"encoding/json"
 	"errors"
@@ -114,6 +115,9 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		g.release()
 		return
 	}
+	if secured, ok := netConn.(*tls.Conn); ok {
+		netConn = tlsConn{secured}
+	}
 	c.net, c.member = netConn, g.members.Member(c.user, c.name, c)
 	g.begin(c, unread(rw.Reader))
 }
@@ -180,8 +184,12 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 
 // begin starts a connection that has been admitted.
 func (g *Gateway) begin(c *conn, sent []byte) {
-	if tcp, ok := c.net.(*net.TCPConn); ok {
-		if raw, err := tcp.SyscallConn(); err == nil {
+	socket := c.net
+	if secured, ok := socket.(tlsConn); ok {
+		socket = secured.NetConn()
+	}
+	if tcp, ok := socket.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil && socket == c.net {
 			c.raw = raw
 		}
 		if g.cfg.SocketBuffer > 0 {
@@ -221,6 +229,12 @@ func (g *Gateway) begin(c *conn, sent []byte) {
 		}
 	})
 }
+
+// tlsConn is a connection over TLS that closes without a word. A tls.Conn says goodbye first, and waits up to five seconds for a
+// client that reads nothing.
+type tlsConn struct{ *tls.Conn }
+
+func (c tlsConn) Close() error { return c.NetConn().Close() }
 
 func (g *Gateway) enterRooms(c *conn) {
 	defer g.caught("reader", func() { c.bye(closeOurFault, true) })

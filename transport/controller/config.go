@@ -10,6 +10,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/resolver"
@@ -43,7 +44,9 @@ type Config struct {
 	// the change stream. Default 1 s.
 	MaxBackoff time.Duration
 
-	// DialOptions are added to our own: credentials, resolvers.
+	// Credentials secure the connections. nil: they are plain.
+	Credentials credentials.TransportCredentials
+	// DialOptions are added to our own, such as resolvers.
 	DialOptions []grpc.DialOption
 
 	// Logger, nil to discard.
@@ -67,6 +70,9 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.ProbeAgainAfter, 10*time.Minute)
 	defaultTo(&c.ContactInterval, 5*time.Second)
 	defaultTo(&c.MaxBackoff, time.Second)
+	if c.Credentials == nil {
+		c.Credentials = insecure.NewCredentials()
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -115,7 +121,7 @@ func (c Config) Validate() error {
 func (c Config) dial(own ...grpc.DialOption) (*grpc.ClientConn, error) {
 	target := c.Address
 	opts := append(own,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(c.Credentials),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(c.MaxReplyBytes)),
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -132,7 +138,8 @@ func (c Config) dial(own ...grpc.DialOption) (*grpc.ClientConn, error) {
 		var state resolver.State
 		for addr := range strings.SplitSeq(target, ",") {
 			if addr = strings.TrimSpace(addr); addr != "" {
-				state.Addresses = append(state.Addresses, resolver.Address{Addr: addr})
+				// Without a name of its own each would be asked for a certificate of the name of the list.
+				state.Addresses = append(state.Addresses, resolver.Address{Addr: addr, ServerName: addr})
 			}
 		}
 		list := manual.NewBuilderWithScheme("list")

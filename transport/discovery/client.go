@@ -2,7 +2,6 @@ package discovery
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -14,10 +13,12 @@ import (
 	"unicode"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
 )
 
 // maxReplyBytes bounds one page of a list: 128 values of etcd's largest size.
@@ -33,8 +34,8 @@ const DefaultDialTimeout = time.Second
 
 // ClientConfig says how etcd is reached.
 type ClientConfig struct {
-	// Endpoints are host:port or URLs. At least one. https:// asks for TLS even without TLS
-	// below, http:// for none: all of them must agree with each other and with TLS.
+	// Endpoints are host:port or URLs. At least one. https:// asks for TLS even without
+	// Credentials, http:// for none: all of them must agree with each other and with Credentials.
 	Endpoints []string
 	// DialTimeout bounds one attempt to connect. Default 1 s: an attempt that nobody
 	// answers has to end, and a pause of up to 0.6 s to pass, before an etcd that is back is
@@ -42,8 +43,8 @@ type ClientConfig struct {
 	DialTimeout time.Duration
 	// Username and Password, where etcd asks for them: both or neither.
 	Username, Password string
-	// TLS is nil for plain connections.
-	TLS *tls.Config
+	// Credentials secure the connections. nil: they are plain, or etcd's client does so, for https://.
+	Credentials credentials.TransportCredentials
 }
 
 func (c ClientConfig) withDefaults() ClientConfig {
@@ -59,7 +60,7 @@ func (c ClientConfig) Validate() error {
 	if len(c.Endpoints) == 0 {
 		errs = append(errs, errors.New("Endpoints is empty"))
 	}
-	if err := c.CheckEndpoints(); err != nil {
+	if err := CheckEndpoints(c.Endpoints, c.Credentials != nil); err != nil {
 		errs = append(errs, fmt.Errorf("Endpoints: %w", err))
 	}
 	if (c.Username == "") != (c.Password == "") {
@@ -71,11 +72,12 @@ func (c ClientConfig) Validate() error {
 	return errors.Join(errs...)
 }
 
-// CheckEndpoints tells what is wrong with Endpoints. It finds what etcd's client would take for something else without a word: it
-// looks at the scheme of the first endpoint only, and dials what it cannot parse as it is.
-func (c ClientConfig) CheckEndpoints() error {
+// CheckEndpoints tells what is wrong with endpoints, which are spoken to over TLS if secured. It finds what etcd's client
+// would take for something else without a word: it looks at the scheme of the first endpoint only, and dials what it cannot
+// parse as it is.
+func CheckEndpoints(endpoints []string, secured bool) error {
 	secure := map[bool]string{}
-	for _, e := range c.Endpoints {
+	for _, e := range endpoints {
 		address := e
 		if scheme, rest, found := strings.Cut(e, "://"); found {
 			u, err := url.Parse(e)
@@ -84,13 +86,13 @@ func (c ClientConfig) CheckEndpoints() error {
 				return fmt.Errorf("%q: the scheme is neither http nor https", e)
 			case err != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.User != nil:
 				return fmt.Errorf("%q is no URL of an etcd", e)
-			case scheme == "http" && c.TLS != nil:
+			case scheme == "http" && secured:
 				return fmt.Errorf("%q is plain text, while TLS is configured", e)
 			}
 			secure[scheme == "https"] = e
 			address = strings.TrimSuffix(rest, "/")
 		} else {
-			secure[c.TLS != nil] = e
+			secure[secured] = e
 		}
 		host, port, err := net.SplitHostPort(address)
 		if err != nil || host == "" || strings.ContainsFunc(address, unicode.IsSpace) {
@@ -123,7 +125,7 @@ func NewClient(cfg ClientConfig) (*clientv3.Client, error) {
 
 // etcd is c as etcd's client wants it.
 func (c ClientConfig) etcd() clientv3.Config {
-	return clientv3.Config{
+	cfg := clientv3.Config{
 		Endpoints:            c.Endpoints,
 		DialTimeout:          max(c.DialTimeout, firstAnswer),
 		DialKeepAliveTime:    10 * time.Second, // etcd's own floor is 5 s
@@ -131,30 +133,45 @@ func (c ClientConfig) etcd() clientv3.Config {
 		MaxCallRecvMsgSize:   maxReplyBytes,
 		Username:             c.Username,
 		Password:             c.Password,
-		TLS:                  c.TLS,
 		// Retries are ours, with a backoff of ours; the client's default is 100
 		// in a row.
 		MaxUnaryRetries: 2,
 		Logger:          zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(laterLogin(), keepRequestError()), grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(laterLogin(c.Username != ""), keepRequestError()), grpc.WithConnectParams(grpc.ConnectParams{
 			// gRPC's own backoff grows to two minutes, after each attempt of up to
 			// MinConnectTimeout; an etcd that is back must be found within two seconds.
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: c.DialTimeout,
 		})},
 	}
+	if c.Credentials != nil { // These options come last, and win over what the client makes of the endpoints.
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(c.Credentials))
+	}
+	return cfg
 }
 
 // laterLogin lets etcd's client be made while etcd is away. clientv3.New logs in before it
 // returns, and fails where that fails. So the first login is answered here, with no token. The
 // client asks for a token before each stream, and when etcd refuses a request for the lack of a
 // valid one: that is how it comes to the first, too.
-func laterLogin() grpc.UnaryClientInterceptor {
-	var made atomic.Bool
+//
+// Without a token etcd takes the common name of a client's certificate for the user, if there is
+// one, and denies it what the user of the password may do. The client would leave it at that. So
+// such a denial becomes the lack of a user.
+func laterLogin(hasUser bool) grpc.UnaryClientInterceptor {
+	var made, loggedIn atomic.Bool
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if method == etcdserverpb.Auth_Authenticate_FullMethodName && made.CompareAndSwap(false, true) {
+		login := method == etcdserverpb.Auth_Authenticate_FullMethodName
+		if login && made.CompareAndSwap(false, true) {
 			return nil
 		}
-		return invoke(ctx, method, req, reply, cc, opts...)
+		err := invoke(ctx, method, req, reply, cc, opts...)
+		switch {
+		case login && err == nil:
+			loggedIn.Store(true)
+		case hasUser && !loggedIn.Load() && errors.Is(rpctypes.Error(err), rpctypes.ErrPermissionDenied):
+			return rpctypes.ErrGRPCUserEmpty
+		}
+		return err
 	}
 }

@@ -4,17 +4,21 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"log/slog"
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
@@ -135,6 +139,107 @@ func TestUserSurvivesTokensThatExpire(t *testing.T) {
 	}
 }
 
+// TestSecuredEtcdIsUsedForLongWithTheLeastRights: TLS on both sides, a user for each program with the rights that
+// docs/security.md names, tokens that end every few seconds. SOAK_DURATION says how long it takes.
+func TestSecuredEtcdIsUsedForLongWithTheLeastRights(t *testing.T) {
+	took := 8 * time.Second
+	if text := os.Getenv("SOAK_DURATION"); text != "" {
+		var err error
+		if took, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const ttl = 5 * time.Second
+	ca := etcdtest.NewCA(t)
+	cert, key := ca.Issue("127.0.0.1")
+	clientCert, clientKey := ca.Issue("client")
+	etcd := etcdtest.Start(t, etcdtest.WithTLS(cert, key, ca.File), etcdtest.WithTokenTTL(ttl))
+	creds := trust(t, ca.File, clientCert, clientKey)
+	client := func(user string) *clientv3.Client {
+		c, err := NewClient(ClientConfig{Endpoints: []string{etcd.Endpoint()}, Username: user, Password: user, Credentials: creds})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() }) // an error here is only the client's own cancelled context
+		return c
+	}
+	anybody, err := NewClient(ClientConfig{Endpoints: []string{etcd.Endpoint()}, Credentials: creds})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = anybody.Close() }()
+	etcd.EnableAuthFor(anybody,
+		etcdtest.User{Name: "manager", Password: "manager", Read: ConnectNodePrefix, Write: PushManagerPrefix},
+		etcdtest.User{Name: "node", Password: "node", Write: ConnectNodePrefix},
+		etcdtest.User{Name: "controller", Password: "controller", Read: ConnectNodePrefix})
+
+	log := &logText{}
+	logger := slog.New(slog.NewTextHandler(log, nil))
+	register := func(c *clientv3.Client, prefix, id string) *Registration {
+		r, err := NewRegistration(RegistrationConfig{Client: c, Prefix: prefix, ID: id, Addr: "127.0.0.1:1", Logger: logger})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Start()
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			_ = r.Close(ctx)
+		})
+		return r
+	}
+	var gaps atomic.Int64 // lists of nodes without the one that is always there
+	watch := func(c *clientv3.Client) *Watcher {
+		w, err := New(Config{Client: c, Logger: logger, ProbeInterval: time.Second, ResyncInterval: time.Hour, OnChange: func(nodes []Node) {
+			if len(nodes) > 0 && nodes[0].ID != "always" {
+				gaps.Add(1)
+			}
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Start()
+		t.Cleanup(w.Close)
+		return w
+	}
+	node := client("node")
+	manager := client("manager")
+	registrations := []*Registration{register(node, ConnectNodePrefix, "always"), register(manager, PushManagerPrefix, "pm")}
+	watchers := []*Watcher{watch(manager), watch(client("controller"))}
+	state := func() string { return log.String() }
+	await(t, "everybody is in", func() bool {
+		return registrations[0].Registered() && registrations[1].Registered() && len(watchers[0].Nodes()) == 1 && len(watchers[1].Nodes()) == 1
+	}, state)
+	granted := []int64{registrations[0].lease.Load(), registrations[1].lease.Load()}
+	for end := time.Now().Add(took); time.Now().Before(end); {
+		time.Sleep(min(time.Until(end), ttl+time.Second)) // all tokens of then are over
+		if _, err := node.Put(t.Context(), ConnectNodePrefix+"comes", `{"Op":0,"Addr":"127.0.0.1:2"}`); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "a node that comes is seen", func() bool { return len(watchers[0].Nodes()) == 2 && len(watchers[1].Nodes()) == 2 }, state)
+		if _, err := node.Delete(t.Context(), ConnectNodePrefix+"comes"); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "a node that goes is seen", func() bool { return len(watchers[0].Nodes()) == 1 && len(watchers[1].Nodes()) == 1 }, state)
+	}
+	for i, r := range registrations {
+		if !r.Registered() || r.lease.Load() != granted[i] {
+			t.Errorf("registration %d: %v, lease %d, was %d", i, r.Registered(), r.lease.Load(), granted[i])
+		}
+	}
+	if gaps.Load() > 0 {
+		t.Errorf("%d lists without a node that was always there", gaps.Load())
+	}
+	for _, c := range []*clientv3.Client{manager, node} {
+		if _, err := c.Put(t.Context(), "/elsewhere", ""); err == nil {
+			t.Error("the rights are wider than they need be")
+		}
+	}
+	if _, err := manager.Put(t.Context(), ConnectNodePrefix+"x", ""); err == nil {
+		t.Error("Push-Manager may register nodes")
+	}
+}
+
 func TestWrongPasswordIsNamedAndTriedAgain(t *testing.T) {
 	etcd := etcdtest.Start(t)
 	etcd.EnableAuth("pm", "other", "/services/")
@@ -168,23 +273,15 @@ func TestUserIsFineWhereEtcdAsksNobody(t *testing.T) {
 	startMember(t, ClientConfig{Endpoints: []string{etcd.Endpoint()}, Username: "pm", Password: "secret"}).works(t, "no authentication")
 }
 
-// trust is TLS with the authorities of a file, and with a certificate of ours where there is one.
-func trust(t *testing.T, caFile, certFile, keyFile string) *tls.Config {
+// trust are credentials with the authorities of a file, and with a certificate of ours where there is one.
+func trust(t *testing.T, caFile, certFile, keyFile string) credentials.TransportCredentials {
 	t.Helper()
-	pem, err := os.ReadFile(caFile)
+	source, err := certs.Open(certs.Config{Files: certs.Files{CA: caFile, Cert: certFile, Key: keyFile}, Role: "etcd"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
-	c.RootCAs.AppendCertsFromPEM(pem)
-	if certFile != "" {
-		pair, err := tls.LoadX509KeyPair(certFile, keyFile)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.Certificates = []tls.Certificate{pair}
-	}
-	return c
+	t.Cleanup(source.Close)
+	return source.Client(certs.Side{MinVersion: tls.VersionTLS12})
 }
 
 func TestWhatIsWrongWithTLSIsNamed(t *testing.T) {
@@ -201,7 +298,7 @@ func TestWhatIsWrongWithTLSIsNamed(t *testing.T) {
 
 	for name, tc := range map[string]struct {
 		etcd *etcdtest.Server
-		tls  *tls.Config
+		tls  credentials.TransportCredentials
 		want string // "": it works
 	}{
 		"right CA":                   {secure, trust(t, ca.File, "", ""), ""},
@@ -215,7 +312,7 @@ func TestWhatIsWrongWithTLSIsNamed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			m := startMember(t, ClientConfig{Endpoints: []string{tc.etcd.Endpoint()}, TLS: tc.tls})
+			m := startMember(t, ClientConfig{Endpoints: []string{tc.etcd.Endpoint()}, Credentials: tc.tls})
 			if tc.want == "" {
 				m.works(t, name)
 				return
@@ -249,12 +346,12 @@ func TestSettingsThatEtcdsClientWouldTakeWithoutAWord(t *testing.T) {
 		"a space":             {ClientConfig{Endpoints: []string{"et cd:2379"}}, "is not host:port"},
 		"another scheme":      {ClientConfig{Endpoints: []string{"ftp://etcd:2379"}}, "neither http nor https"},
 		"a path":              {ClientConfig{Endpoints: []string{"http://etcd:2379/v3"}}, "no URL of an etcd"},
-		"plain text with TLS": {ClientConfig{Endpoints: []string{"http://etcd:2379"}, TLS: &tls.Config{}}, "plain text"},
+		"plain text with TLS": {ClientConfig{Endpoints: []string{"http://etcd:2379"}, Credentials: insecure.NewCredentials()}, "plain text"},
 		"both":                {ClientConfig{Endpoints: []string{"a:1", "https://b:1"}}, "plain text"},
 		"user alone":          {ClientConfig{Endpoints: []string{"a:1"}, Username: "u"}, "Password"},
 		"password alone":      {ClientConfig{Endpoints: []string{"a:1"}, Password: "p"}, "Username"},
 		"URLs":                {ClientConfig{Endpoints: []string{"http://a:1", "b:2", "http://[::1]:3/"}}, ""},
-		"names with TLS":      {ClientConfig{Endpoints: []string{"a:1", "https://b:1"}, TLS: &tls.Config{}}, ""},
+		"names with TLS":      {ClientConfig{Endpoints: []string{"a:1", "https://b:1"}, Credentials: insecure.NewCredentials()}, ""},
 	} {
 		err := tc.cfg.Validate()
 		if tc.want == "" {

@@ -4,17 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 // priorityKey is the metadata with the priority of a call, or of all pushes of a PushStream.
 const priorityKey = "x-priority"
+
+// authorizationKey is the metadata with the token or the key of a caller (RFC 6750, section 2.1).
+const authorizationKey = "authorization"
 
 // errTooManyCalls refuses a call for which there is no memory.
 var errTooManyCalls = fmt.Errorf("%w: too many calls are open", engine.ErrOverloaded)
@@ -30,24 +36,28 @@ func (e *rateError) Unwrap() error { return errRate }
 
 // callInfo is what is known of a call before anything is done for it.
 type callInfo struct {
-	priority engine.Priority
-	budget   *budget // nil: nobody counts
-	conn     *throttle.Conn
-	wire     rawCall
-	call     *throttle.Call // nil: it is a PushStream
+	priority  engine.Priority
+	principal *auth.Principal // who calls; nil where nobody is asked (Config.Auth)
+	budget    *budget         // nil: nobody counts
+	conn      *throttle.Conn
+	wire      rawCall
+	call      *throttle.Call // nil: it is a stream
+
+	claimed engine.Priority // by the caller
 }
 
-// admit lets a call in, or says why not; it is all that stands between a caller and the engine but
-// for the places in flight, which the engine counts. Without an error the call owes a leave.
+// admit lets a call in, or says why not; it is all that stands between a caller and the engine but for the places in
+// flight, which the engine counts, and the rights for the ids in the request (authorize). a is the api of a unary call.
+// Without an error the call owes a leave.
 //
 // gRPC decodes a request when its handler asks for it, so a call that is refused here costs no
 // decoding, and its body is not even awaited. A tap would refuse some steps earlier, but it cannot
 // send the trailer that tells clients when to come back.
-func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
-	info = callInfo{priority: min(engine.Normal, s.cfg.priorityMax), conn: throttle.ConnOf(ctx), call: throttle.CallOf(ctx)}
+func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
+	info = callInfo{priority: min(engine.Normal, s.cfg.priorityMax), claimed: engine.Normal, conn: throttle.ConnOf(ctx), call: throttle.CallOf(ctx)}
 	open := s.metrics.inflight.Add(1) // before the look at draining: Drain sees the call, or it sees that
 	defer func() {
-		if v := recover(); v != nil { // Config.Caller is not ours
+		if v := recover(); v != nil { // Config.Caller is not ours, and libraries read tokens
 			s.panicked("admission", v)
 			err = errPanic
 		}
@@ -66,19 +76,27 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 		return info, errForeignTransport
 	}
 	info.wire = w
+	if s.cfg.Auth != nil {
+		if err := s.authenticate(ctx, &info); err != nil {
+			return info, err
+		}
+		if info.call != nil && !info.principal.May(a.method()) {
+			return info, deniedError{api: a, method: true}
+		}
+	}
 	if name := w.RecvCompress(); name != "" && name != "identity" {
 		return info, encodingError(name)
 	}
-	if values := metadata.ValueFromIncomingContext(ctx, priorityKey); values != nil {
-		p, valid := engine.ParsePriority(values[0])
-		if !valid || len(values) > 1 {
+	if values := info.header(ctx, priorityKey); values != nil {
+		valid := len(values) == 1
+		if valid {
+			info.claimed, valid = engine.ParsePriority(values[0])
+		}
+		if !valid {
 			return info, &engine.InvalidError{Field: priorityKey, Code: engine.CodeMalformed, Description: "must be one of low, normal, high, critical"}
 		}
-		info.priority = min(p, s.cfg.priorityMax)
 	}
-	if s.callers != nil {
-		info.budget = s.callers.of(s.cfg.Caller(ctx))
-	}
+	s.grant(ctx, &info)
 	if info.call == nil {
 		return info, s.streams.open(info.conn, info.priority)
 	}
@@ -89,6 +107,95 @@ func (s *Server) admit(ctx context.Context) (info callInfo, err error) {
 		return info, errTooManyCalls
 	}
 	return info, s.admitPush(&info)
+}
+
+// header is what a call has of a header.
+func (e *callInfo) header(ctx context.Context, key string) []string {
+	if e.call != nil {
+		return e.call.Header[key]
+	}
+	return metadata.ValueFromIncomingContext(ctx, key)
+}
+
+// opened makes what is remembered of a connection for authenticate.
+func (s *Server) opened() func(credentials.AuthInfo) any {
+	if s.cfg.Auth == nil {
+		return nil
+	}
+	return func(info credentials.AuthInfo) any {
+		if info, ok := info.(credentials.TLSInfo); ok {
+			return auth.NewSession(&info.State)
+		}
+		return auth.NewSession(nil)
+	}
+}
+
+// authenticate finds out who calls, at first and whenever that may have changed.
+func (s *Server) authenticate(ctx context.Context, info *callInfo) error {
+	session, ours := info.conn.Session.(*auth.Session)
+	if !ours {
+		return errForeignTransport
+	}
+	p, err := s.cfg.Auth.Authenticate(session, info.header(ctx, authorizationKey), time.Now())
+	if err != nil {
+		return err
+	}
+	info.principal = p
+	return nil
+}
+
+// grant gives a call the priority that its caller may claim, and the budget that it pays from.
+func (s *Server) grant(ctx context.Context, info *callInfo) {
+	info.priority = min(info.claimed, s.cfg.priorityMax)
+	if info.principal != nil {
+		info.priority = min(info.priority, info.principal.PriorityMax)
+	}
+	switch {
+	case s.callers == nil:
+	case info.principal != nil:
+		info.budget = s.callers.of(info.principal.Name)
+	default:
+		info.budget = s.callers.of(s.cfg.Caller(ctx))
+	}
+}
+
+// deniedError refuses a push that its caller has no right to: for its method, or for an id in it.
+type deniedError struct {
+	api    api
+	method bool
+}
+
+func (e deniedError) Error() string {
+	if e.method {
+		return e.api.String() + " is not allowed"
+	}
+	return e.api.String() + " is not allowed for all that it names"
+}
+
+// authorize asks for the right to every id of a push. One that is missing refuses the push as a whole, before anything is
+// looked up.
+func (s *Server) authorize(who *auth.Principal, a api, p *engine.Push) error {
+	if s.cfg.Auth == nil {
+		return nil
+	}
+	m := a.method()
+	allowed := who.MayAny(m)
+	if allowed {
+		return nil
+	}
+	switch a {
+	case toRoom:
+		allowed = who.Allows(m, p.Room)
+	case toUser:
+		allowed = who.Allows(m, p.User)
+	case toUsers:
+		allowed = !slices.ContainsFunc(p.Users, func(id string) bool { return !who.Allows(m, id) })
+	case toAll, apis:
+	}
+	if !allowed || !who.May(m) {
+		return deniedError{api: a, method: !who.May(m)}
+	}
+	return nil
 }
 
 // admitPush lets one push in: that of a unary call, or each of a PushStream. The caller pays at last:
@@ -128,15 +235,4 @@ func (e *callInfo) allow(p *engine.Push) {
 	if e.budget != nil { // an interface of a nil budget is not nil
 		p.Budget = e.budget
 	}
-}
-
-// reject makes the error of a unary call that is refused, with the trailer that says when to come
-// back if it is refused for now only.
-func (s *Server) reject(ctx context.Context, a api, p engine.Priority, err error) error {
-	s.metrics.countRefusal(p, err)
-	r := s.refuse(a.String(), err)
-	if r.pushback != nil {
-		_ = grpc.SetTrailer(ctx, r.pushback) // without it there is still RetryInfo
-	}
-	return r.status.Err()
 }

@@ -433,7 +433,7 @@ func BenchmarkAdmission(b *testing.B) {
 			ctx = peer.NewContext(ctx, &peer.Peer{AuthInfo: info})
 			b.ReportAllocs()
 			for b.Loop() {
-				info, err := w.server.admit(w.server.throttle.Tap(ctx))
+				info, err := w.server.admit(w.server.throttle.Tap(ctx, md), toUser)
 				ok(b, err)
 				w.server.leave(&info)
 			}

@@ -4,6 +4,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 )
 
 // api is what a push asks for.
@@ -18,16 +19,19 @@ const (
 )
 
 // String is the name of the method, and the label in metrics.
-func (a api) String() string {
+func (a api) String() string { return a.method().String() }
+
+// idField is the field with the ids that the api pushes to.
+func (a api) idField() string {
 	switch a {
 	case toRoom:
-		return "PushToRoom"
+		return "room_id"
 	case toUser:
-		return "PushToUser"
+		return "user_id"
 	case toUsers:
-		return "PushToUsers"
+		return "user_ids"
 	default:
-		return "BroadcastMessage"
+		return ""
 	}
 }
 
@@ -41,6 +45,20 @@ func (a api) kind() engine.Kind {
 		return engine.ToUsers
 	default:
 		return engine.ToAll
+	}
+}
+
+// method is that of the api, as rights name it.
+func (a api) method() auth.Method {
+	switch a {
+	case toRoom:
+		return auth.PushToRoom
+	case toUser:
+		return auth.PushToUser
+	case toUsers:
+		return auth.PushToUsers
+	default:
+		return auth.BroadcastMessage
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 )
 
 // TraceFunc decides whether the call is sampled. It returns nil, nil when it is
@@ -100,7 +101,9 @@ type Config struct {
 	Rate        int
 	RateBurst   int
 	RateCallers int
-	// Caller names who calls, for Rate. nil: by the address of the connection's other end,
+	// Auth tells who calls, and every call of every service must be from somebody. nil: nobody is asked.
+	Auth *auth.Authenticator
+	// Caller names who calls, for Rate, where nobody is asked. nil: by the address of the connection's other end,
 	// without the port.
 	Caller func(ctx context.Context) string
 	// DisableReflection switches the reflection service off.

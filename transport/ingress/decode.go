@@ -40,9 +40,9 @@ type shape struct {
 
 func newDecoder(limits engine.Limits) *decoder {
 	d := &decoder{limits: limits}
-	d.shapes[toRoom] = shape{id: 1, idName: "room_id", content: 2, list: 3, listName: "exclude_user_ids", listMax: limits.Exclude}
-	d.shapes[toUser] = shape{id: 1, idName: "user_id", content: 2}
-	d.shapes[toUsers] = shape{list: 1, listName: "user_ids", listMax: limits.Users, content: 2}
+	d.shapes[toRoom] = shape{id: 1, idName: toRoom.idField(), content: 2, list: 3, listName: "exclude_user_ids", listMax: limits.Exclude}
+	d.shapes[toUser] = shape{id: 1, idName: toUser.idField(), content: 2}
+	d.shapes[toUsers] = shape{list: 1, listName: toUsers.idField(), listMax: limits.Users, content: 2}
 	d.shapes[toAll] = shape{content: 1}
 	return d
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -20,30 +21,73 @@ func (s *Server) panicked(where string, v any) {
 	s.cfg.Logger.Error("panic in the push API", "where", where, "panic", v, "stack", string(debug.Stack()))
 }
 
-// recoverUnary guards the unary methods of the other services. Those of the push
-// API guard themselves: they know whether anything was sent.
-func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+// services takes services beside the push API: health, reflection. Their calls are let in as pushes are, before anything
+// of a request is read, and a panic in them ends the call alone.
+type services struct {
+	*grpc.Server
+
+	ingress *Server
+}
+
+// RegisterService implements grpc.ServiceRegistrar.
+func (r services) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	d := *desc
+	d.Methods, d.Streams = slices.Clone(d.Methods), slices.Clone(d.Streams)
+	for i := range d.Methods {
+		name, handler := d.ServiceName+"/"+d.Methods[i].MethodName, d.Methods[i].Handler
+		d.Methods[i].Handler = func(srv any, ctx context.Context, decode func(any) error, chain grpc.UnaryServerInterceptor) (any, error) {
+			return r.ingress.guardUnary(ctx, name, func() (any, error) { return handler(srv, ctx, decode, chain) })
+		}
+	}
+	for i := range d.Streams {
+		name, handler := d.ServiceName+"/"+d.Streams[i].StreamName, d.Streams[i].Handler
+		d.Streams[i].Handler = func(srv any, ss grpc.ServerStream) error {
+			return r.ingress.guardStream(ss, name, func() error { return handler(srv, ss) })
+		}
+	}
+	r.Server.RegisterService(&d, impl)
+}
+
+func (s *Server) guardUnary(ctx context.Context, name string, handle func() (any, error)) (resp any, err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			s.panicked(info.FullMethod, v)
+			s.panicked(name, v)
 			resp, err = nil, s.statuses.internal.status.Err()
 		}
 	}()
-	return handler(ctx, req)
+	if _, err := s.admitOther(ctx); err != nil {
+		return nil, s.reject(ctx, name, engine.Normal, err)
+	}
+	return handle()
+}
+
+// admitOther lets a call of another service in, if it is from somebody.
+func (s *Server) admitOther(ctx context.Context) (*throttle.Conn, error) {
+	info := callInfo{conn: throttle.ConnOf(ctx)}
+	if info.conn == nil {
+		return nil, errForeignTransport
+	}
+	if s.cfg.Auth == nil {
+		return info.conn, nil
+	}
+	return info.conn, s.authenticate(ctx, &info)
 }
 
 // guardStream ends the streams of the other services when the server closes, or their connection is
 // too old: their handlers wait for clients that may never come back. A PushStream ends by itself.
-func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if info.FullMethod == pushStreamMethod {
-		return handler(srv, ss)
-	}
-	conn := throttle.ConnOf(ss.Context())
-	if conn == nil {
-		return s.refuse(info.FullMethod, errForeignTransport).status.Err()
+func (s *Server) guardStream(ss grpc.ServerStream, name string, handle func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.panicked(name, v)
+			err = s.statuses.internal.status.Err()
+		}
+	}()
+	conn, err := s.admitOther(ss.Context())
+	if err != nil {
+		return s.rejectStream(ss, name, engine.Normal, err)
 	}
 	if err := s.streams.open(conn, engine.Normal); err != nil {
-		r := s.refuse(info.FullMethod, err)
+		r := s.refuse(name, err) // it is no push: it does not count as one that is refused
 		ss.SetTrailer(r.pushback)
 		return r.status.Err()
 	}
@@ -52,11 +96,11 @@ func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	s.readers.Go(func() {
 		defer func() {
 			if v := recover(); v != nil {
-				s.panicked(info.FullMethod, v)
+				s.panicked(name, v)
 				done <- s.statuses.internal.status.Err()
 			}
 		}()
-		done <- handler(srv, ss)
+		done <- handle()
 	})
 	select {
 	case err := <-done:
@@ -72,6 +116,25 @@ func (s *Server) guardStream(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	case <-linger.C:
 		return s.statuses.draining.status.Err()
 	}
+}
+
+// reject makes the error of a unary call that is refused, with the trailer that says when to come
+// back if it is refused for now only.
+func (s *Server) reject(ctx context.Context, name string, p engine.Priority, err error) error {
+	s.metrics.countRefusal(p, err)
+	r := s.refuse(name, err)
+	if r.pushback != nil {
+		_ = grpc.SetTrailer(ctx, r.pushback) // without it there is still RetryInfo
+	}
+	return r.status.Err()
+}
+
+// rejectStream is reject for a stream.
+func (s *Server) rejectStream(ss grpc.ServerStream, name string, p engine.Priority, err error) error {
+	s.metrics.countRefusal(p, err)
+	r := s.refuse(name, err)
+	ss.SetTrailer(r.pushback)
+	return r.status.Err()
 }
 
 // refuse makes the error of a push, and logs what belongs into a log. Panics are

@@ -8,6 +8,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/label"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
@@ -57,6 +58,10 @@ type instruments struct {
 
 	refused [4][refusals]*metrics.Counter // by rank of the priority, and why
 
+	// Of callers that are not let in, by reason; and of pushes that they have no right to.
+	unauthenticated map[auth.Reason]*metrics.Counter
+	denied          *metrics.Counter
+
 	panics    *metrics.Counter
 	malformed *metrics.Counter // messages of a PushStream that ask for no api
 
@@ -79,6 +84,13 @@ func newInstruments(set *metrics.Set) *instruments {
 		for why, name := range refusalNames {
 			m.refused[p.Rank()][why] = set.GetOrCreateCounter(label.Name("push_manager_refused_total", "priority", p.String(), "reason", name))
 		}
+	}
+	failures := func(reason string) *metrics.Counter {
+		return set.GetOrCreateCounter(label.Name("push_manager_auth_failures_total", "reason", reason))
+	}
+	m.unauthenticated, m.denied = map[auth.Reason]*metrics.Counter{}, failures("permission")
+	for _, reason := range auth.Reasons() { // others would count for nothing
+		m.unauthenticated[reason] = failures(string(reason))
 	}
 	for a := range apis {
 		h := &m.apis[a]
@@ -112,10 +124,20 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 	add(m.offline, res.Offline)
 }
 
-// countRefusal books an error that is about load. Of others it takes no notice.
+// countRefusal books an error that is about load, or about who calls. Of others it takes no notice.
 func (m *instruments) countRefusal(p engine.Priority, err error) {
 	why := refusedLookups
+	var unknown auth.Reason
+	var denied deniedError
 	switch {
+	case errors.As(err, &unknown):
+		if c := m.unauthenticated[unknown]; c != nil {
+			c.Inc()
+		}
+		return
+	case errors.As(err, &denied):
+		m.denied.Inc()
+		return
 	case errors.Is(err, throttle.ErrBusy):
 		why = refusedBusy
 	case errors.Is(err, engine.ErrInFlight):

@@ -121,15 +121,16 @@ func New(cfg Config) (*Server, error) {
 	s.throttle = throttle.New(throttle.Config{
 		Calls: cfg.Calls, Timeout: cfg.ConnectionTimeout, HalfOpen: cfg.Handshakes,
 		Connections: cfg.Connections, ConnectionsPerNetwork: cfg.ConnectionsPerAddress,
-		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked,
+		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked, Opened: s.opened(),
 	})
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
 	s.grpc.RegisterService(s.desc(), s)
-	healthpb.RegisterHealthServer(s.grpc, s.health)
+	others := services{s.grpc, s}
+	healthpb.RegisterHealthServer(others, s.health)
 	s.healthy.Store(true)
 	s.SetServing(true)
 	if !cfg.DisableReflection {
-		reflection.Register(s.grpc)
+		reflection.Register(others)
 	}
 	return s, nil
 }
@@ -181,15 +182,13 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.StaticConnWindowSize(int32(c.ConnWindow)),
 		grpc.InTapHandle(s.tap),
 		grpc.WaitForHandlers(true), // Close leaves no handler behind
-		grpc.ChainUnaryInterceptor(s.recoverUnary),
-		grpc.ChainStreamInterceptor(s.guardStream),
 	}
 }
 
 // tap counts in a unary call of the push API, before more of its connection is read.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
 	if method, ours := strings.CutPrefix(call.FullMethodName, "/"+serviceName+"/"); ours && method != "PushStream" {
-		ctx = s.throttle.Tap(ctx)
+		ctx = s.throttle.Tap(ctx, call.Header)
 	}
 	return ctx, nil
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/plain"
 )
 
@@ -45,12 +46,15 @@ type refusal struct {
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, notReady, deadline, canceled, slow, unavailable, internal *refusal
+	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated *refusal
 
 	// With different delays.
 	overloaded, streams, streamsOfOneConn []*refusal
 	rateLimited                           []atomic.Pointer[refusal]
 	rateDelays                            []time.Duration // of rateLimited
+
+	// denied are for a method and for its ids.
+	denied [apis]struct{ method, ids *refusal }
 
 	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
@@ -60,7 +64,9 @@ type statuses struct {
 
 func newStatuses() *statuses {
 	delays := rateDelays()
-	return &statuses{
+	t := &statuses{
+		// One text, whatever is wrong: it would help none but those who try.
+		unauthenticated:  newRefusal(codes.Unauthenticated, "UNAUTHENTICATED", "no credentials, or none that are valid here"),
 		draining:         later(codes.Unavailable, "DRAINING", "this instance shuts down, or this connection is too old", retryDraining),
 		notReady:         later(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryNotReady),
 		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
@@ -76,6 +82,18 @@ func newStatuses() *statuses {
 		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
 		unread:           status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
+	for a := range apis {
+		t.denied[a].method = newDenied(a, "method", "this method is not allowed to you")
+		t.denied[a].ids = newDenied(a, a.idField(), "not allowed to you")
+	}
+	return t
+}
+
+// newDenied names the method and what of the request is not allowed, but never the value.
+func newDenied(a api, field, text string) *refusal {
+	return refusalWith(codes.PermissionDenied, a.String()+": "+field+": "+text, &errdetails.ErrorInfo{
+		Reason: "PERMISSION_DENIED", Domain: domain, Metadata: map[string]string{"method": a.String(), "field": field},
+	})
 }
 
 // errNotReady refuses a push while the Server does not serve.
@@ -93,9 +111,21 @@ func (t *statuses) of(err error) *refusal {
 	var over *rateError
 	var large *tooLargeError
 	var encoding encodingError
+	var unknown auth.Reason
+	var denied deniedError
 	switch {
 	case errors.Is(err, engine.ErrOverloaded): // the first, because it comes in masses
 		return t.overloaded[rand.IntN(len(t.overloaded))]
+	case errors.As(err, &unknown):
+		if unknown.Temporary() {
+			return t.overloaded[rand.IntN(len(t.overloaded))]
+		}
+		return t.unauthenticated
+	case errors.As(err, &denied):
+		if denied.method {
+			return t.denied[denied.api].method
+		}
+		return t.denied[denied.api].ids
 	case errors.As(err, &over):
 		return t.late(over.after)
 	case errors.Is(err, errTooManyStreams):
@@ -156,7 +186,10 @@ func later(code codes.Code, reason, text string, d time.Duration) *refusal {
 }
 
 func newRefusal(code codes.Code, reason, text string, details ...protoadapt.MessageV1) *refusal {
-	details = append(details, &errdetails.ErrorInfo{Reason: reason, Domain: domain})
+	return refusalWith(code, text, append(details, &errdetails.ErrorInfo{Reason: reason, Domain: domain})...)
+}
+
+func refusalWith(code codes.Code, text string, details ...protoadapt.MessageV1) *refusal {
 	st, err := status.New(code, text).WithDetails(details...)
 	if err != nil {
 		// Only a detail that cannot be encoded gets here: better none than no status.

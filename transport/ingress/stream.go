@@ -39,11 +39,11 @@ type stream struct {
 	wake     chan struct{} // for the writer, one token: done, taken or read have changed
 	freed    chan struct{} // for the reader, one token: answered has changed
 	deadline time.Time     // of the stream, zero for none
-	info     callInfo
 	conn     *throttle.Conn
 	wire     rawCall
 
 	// Owned by the reader.
+	info       callInfo
 	order      engine.Order
 	head       [messageHead]byte
 	takenBytes int64
@@ -91,12 +91,9 @@ type stream struct {
 
 func (s *Server) pushStream(_ any, ss grpc.ServerStream) (err error) {
 	ctx := ss.Context()
-	info, err := s.admit(ctx)
+	info, err := s.admit(ctx, apis)
 	if err != nil {
-		s.metrics.countRefusal(info.priority, err)
-		r := s.refuse("PushStream", err)
-		ss.SetTrailer(r.pushback)
-		return r.status.Err()
+		return s.rejectStream(ss, "PushStream", info.priority, err)
 	}
 	defer s.leave(&info)
 	s.metrics.streams.Add(1)
@@ -204,7 +201,7 @@ func (st *stream) takeSpace(ctx context.Context, bytes int64) error {
 // giveUp ends the stream for a message that does not come in, once all that was taken is
 // answered. The reader ends with the handler.
 func (st *stream) giveUp() {
-	st.srv.metrics.countRefusal(st.info.priority, errSlow)
+	st.srv.metrics.countRefusal(st.share.priority, errSlow)
 	st.slow.Store(true)
 	st.stopped.Store(true)
 	notify(st.wake)
@@ -324,6 +321,12 @@ func (st *stream) start(ctx context.Context, c *call, r *streamRequest, err erro
 
 func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	s := st.srv
+	if s.cfg.Auth != nil && !s.cfg.Auth.Valid(st.info.principal, c.push.Arrived) {
+		if err := s.authenticate(ctx, &st.info); err != nil {
+			return err
+		}
+		s.grant(ctx, &st.info)
+	}
 	st.info.allow(&c.push)
 	if err := s.admitPush(&st.info); err != nil {
 		return err
@@ -332,6 +335,9 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
 	}
 	if err := s.decoder.decode(c.api, body, &c.push); err != nil {
+		return err
+	}
+	if err := s.authorize(st.info.principal, c.api, &c.push); err != nil {
 		return err
 	}
 	c.push.Order = &st.order

@@ -52,10 +52,10 @@ func (s *Server) unaryHandler(a api) grpc.MethodHandler {
 // unary serves one call of a method other than PushStream. A call that is refused before it is read
 // is not in the latencies: how fast a server says no is not how fast it pushes.
 func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
-	info, err := s.admit(ctx)
+	info, err := s.admit(ctx, a)
 	if err != nil {
 		s.metrics.apis[a].requests[refused].Inc()
-		return nil, s.reject(ctx, a, info.priority, err)
+		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	defer s.leave(&info)
 	c := s.takeCall(a)
@@ -70,13 +70,13 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	began := info.call.Began
 	if err := s.read(ctx, info.wire, info.conn, c); err != nil {
 		s.metrics.record(a, nil, err, time.Since(began))
-		return nil, s.reject(ctx, a, info.priority, err)
+		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	c.push.Arrived = began
-	res, err := s.run(ctx, info.conn, c)
+	res, err := s.run(ctx, &info, c)
 	s.metrics.record(a, &res, err, time.Since(began))
 	if err != nil {
-		return nil, s.reject(ctx, a, info.priority, err)
+		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	return s.reply(a, &c.push, &res), nil
 }
@@ -126,7 +126,7 @@ func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, 
 
 // run decodes the push and lets the engine do it. A panic becomes an error that
 // says whether anything may have been sent.
-func (s *Server) run(ctx context.Context, conn *throttle.Conn, c *call) (res engine.Result, err error) {
+func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.Result, err error) {
 	taken := false
 	var end func(engine.Result, error)
 	defer func() {
@@ -144,9 +144,12 @@ func (s *Server) run(ctx context.Context, conn *throttle.Conn, c *call) (res eng
 	if err := s.decoder.decode(c.api, c.in.wire, &c.push); err != nil {
 		return engine.Result{}, err
 	}
+	if err := s.authorize(info.principal, c.api, &c.push); err != nil {
+		return engine.Result{}, err
+	}
 	if c.held > 0 { // gRPC has its buffers back, and lists are known
 		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude)))
-		s.space.release(conn, c.held-kept)
+		s.space.release(info.conn, c.held-kept)
 		c.held = kept
 	}
 	taken = true

@@ -56,7 +56,7 @@ func (w *replyWatch) look() {
 		time.AfterFunc(replyStep, w.look)
 		return
 	}
-	st.srv.metrics.countRefusal(st.info.priority, errUnread)
+	st.srv.metrics.countRefusal(st.share.priority, errUnread)
 	// It ends the write, and with it the stream.
 	_ = st.wire.WriteStatus(st.srv.statuses.unread)
 }

@@ -88,6 +88,8 @@ type Config struct {
 	// Credentials secure the connection to a node and refuse any other node: an error of theirs that has a method NodeID
 	// says by it who is there instead. Nothing is sent before. Nil: connections are plain.
 	Credentials func(nodeID string) credentials.TransportCredentials
+	// Migrate speaks in plain text to nodes that answer Credentials with something that is not TLS.
+	Migrate bool
 	// Dialer connects to an address. Nil means TCP.
 	Dialer func(ctx context.Context, addr string) (net.Conn, error)
 	// DialOptions come after the package's own.

@@ -69,6 +69,7 @@ type Link struct {
 	// Of the session. Guarded by mu.
 	cancel context.CancelFunc // ends it; does nothing between two
 	cause  error              // why it must end
+	plain  bool               // the node does not know TLS, see Config.Migrate
 	way    way                // nil until the node has been reached
 }
 

@@ -105,6 +105,7 @@ func (m *meters) register(s *Set) {
 	m.set.GetOrCreateGauge("push_manager_link_compressing", sum(func(t Stats) int { return t.Compressing }))
 	m.set.GetOrCreateGauge("push_manager_link_dials_waiting", func() float64 { return float64(s.dials.waiting()) })
 	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
+	m.set.GetOrCreateGauge("push_manager_link_plain_nodes", sum(func(t Stats) int { return t.Plain }))
 }
 
 func (m *meters) unregister() {
@@ -112,7 +113,7 @@ func (m *meters) unregister() {
 		"push_manager_nodes",
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
-		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled",
+		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled", "push_manager_link_plain_nodes",
 	} {
 		m.set.UnregisterMetric(name)
 	}

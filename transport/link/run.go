@@ -3,6 +3,7 @@ package link
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 
@@ -213,7 +215,7 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
-		l.cancel = func() {}
+		l.cancel, l.plain = func() {}, false
 		l.mu.Unlock()
 	}()
 	if isClosed {
@@ -224,7 +226,21 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 	raw := &rawConn{dial: l.set.cfg.Dialer}
 	defer raw.close()
 	began := time.Now()
-	conn, s, err := l.connect(ctx, cancel, raw)
+	conn, s, err := l.connect(ctx, cancel, raw, l.set.cfg.Credentials)
+	if l.set.cfg.Migrate && errors.As(err, new(tls.RecordHeaderError)) {
+		if conn != nil {
+			_ = conn.Close() // it has failed
+		}
+		conn, s, err = l.connect(ctx, cancel, raw, nil)
+		if err == nil || errors.Is(err, errUnimplemented) {
+			l.mu.Lock()
+			l.plain = true
+			l.mu.Unlock()
+			l.node.inPlain.Do(func() {
+				l.set.log.Warn("node does not know TLS, spoken to in plain text", "node", l.node.id, "addr", l.node.addr)
+			})
+		}
+	}
 	l.set.dials.done(t, time.Since(began), err)
 	if conn != nil {
 		defer conn.Close() //nolint:errcheck // it is gone either way
@@ -246,8 +262,8 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 	return true, err
 }
 
-// connect dials the node and opens a stream.
-func (l *Link) connect(ctx context.Context, cancel context.CancelFunc, raw *rawConn) (*grpc.ClientConn, *stream, error) {
+// connect dials the node and opens a stream, over TLS if there are credentials.
+func (l *Link) connect(ctx context.Context, cancel context.CancelFunc, raw *rawConn, of func(string) credentials.TransportCredentials) (*grpc.ClientConn, *stream, error) {
 	timer := time.AfterFunc(l.set.cfg.DialTimeout, cancel)
 	defer timer.Stop()
 	if err := raw.connect(ctx, l.node.addr); err != nil {
@@ -258,7 +274,7 @@ func (l *Link) connect(ctx context.Context, cancel context.CancelFunc, raw *rawC
 	}
 	opts := append([]grpc.DialOption{grpc.WithContextDialer(raw.take)}, l.set.dial...)
 	var secured *handshake
-	if of := l.set.cfg.Credentials; of != nil {
+	if of != nil {
 		secured = &handshake{TransportCredentials: of(l.node.id)}
 		opts = append(opts, grpc.WithTransportCredentials(secured))
 	}

@@ -356,6 +356,7 @@ type Stats struct {
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
 	Compressing  int // links whose node has picked a codec
+	Plain        int // nodes that do not know TLS, see Config.Migrate
 	Stalled      int // links whose node owes an overdue ack
 	Queued       int // deliveries that wait to be written
 	QueuedBytes  int
@@ -371,7 +372,7 @@ func (s *Set) Stats() Stats {
 		if n.live.Load() > 0 {
 			t.Reachable++
 		}
-		able := false
+		able, plain := false, false
 		for _, l := range n.links {
 			l.mu.Lock()
 			t.Links++
@@ -385,10 +386,14 @@ func (s *Set) Stats() Stats {
 				l.way.statsLocked(&t)
 			}
 			able = able || live(l.state) == 1 && l.refusal == engine.Sent
+			plain = plain || l.plain
 			l.mu.Unlock()
 		}
 		if able {
 			t.Able++
+		}
+		if plain {
+			t.Plain++
 		}
 	}
 	return t
@@ -443,6 +448,8 @@ type node struct {
 	beats    *metrics.PrometheusHistogram
 
 	live atomic.Int64 // links that are up
+
+	inPlain sync.Once // said that it does not know TLS
 
 	unsaid atomic.Int64 // lines of the log that were left out since the last one
 

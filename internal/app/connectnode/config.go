@@ -22,37 +22,40 @@ import (
 
 // Config is the configuration of the reference Connect-Node.
 type Config struct {
-	ListenAddress string
-	GRPCPort      int
-	HTTPPort      int
-	MetricsPort   int
-	AllowInsecure bool
-	DrainTimeout  time.Duration
+	ListenAddress  string
+	GRPCPort       int
+	HTTPPort       int
+	MetricsPort    int
+	MetricsAddress string
+	AllowInsecure  bool
+	DrainTimeout   time.Duration
 
 	Log     telemetry.LogConfig
 	Gateway refgateway.Config
 	Etcd    app.EtcdConfig
 
-	TLS         app.Certificates
-	TrustDomain string
-	AllowedSANs []string
+	TLS           app.NodeTLS // for Push-Managers
+	ControllerTLS app.ControllerTLS
+	ClientTLS     app.Certificates
+	MinVersion    string // of ClientTLS
+	TrustDomain   string
 
-	managers certs.Check // of the certificates of who comes to the gRPC port
-	insecure bool        // others can reach it
+	insecure []string // what its settings allow
 }
 
 // Bind implements cli.Settings.
 func (c *Config) Bind(s *config.Set) {
 	g, d := &c.Gateway, refgateway.Defaults()
 	s.ID(&g.NodeID, "node_id", "connect-node-1", "Id of this node, another one for each.")
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that all ports listen on. Anything but loopback needs allow_insecure.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and authentication on both ports, or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50052, "Port for Push-Manager.")
 	s.Port(&c.HTTPPort, "http_port", 8080, "Port for clients: the WebSocket at /ws, a page at /.")
 	s.Port(&c.MetricsPort, "metrics_port", 9094, "HTTP port: /metrics, /healthz, /readyz.")
+	app.BindMetricsAddress(s, &c.MetricsAddress)
 	s.Text(&g.Members.Controller, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
 	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
 	s.Address(&g.PushManagerAddress, "push_manager_address", d.PushManagerAddress, "Push-Manager's HOST:PORT, shown on the page.")
-	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
 	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.")
 	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")
 	s.Int(&g.Members.MaxRooms, "max_rooms", d.Members.MaxRooms, 1, 1<<16, "Rooms of one connection.")
@@ -63,19 +66,17 @@ func (c *Config) Bind(s *config.Set) {
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
-	c.TLS.Role = "node"
-	c.TLS.Bind(s, "node.tls", "client_ca_file", "PEM file of the authorities that Push-Managers' certificates are checked with. All three files are set, or none.")
-	s.List(&c.AllowedSANs, "node.tls.allowed_sans", certs.KindManager+"/*", "Names of certificates that may use the gRPC port: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+	c.ClientTLS.Role = "clients"
+	c.ClientTLS.Bind(s, "tls", "", "")
+	app.BindMinVersion(s, &c.MinVersion, "tls", "the port for clients")
+	c.TLS.Bind(s, "node", "Push-Managers", certs.KindManager)
+	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 }
 
 // Validate implements cli.Settings.
 func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
-	var err error
-	if c.insecure, err = app.CheckListen(s, c.ListenAddress, "TLS and authentication", c.AllowInsecure); err != nil {
-		return err
-	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
 	}
@@ -97,26 +98,46 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
 		return err
 	}
-	if c.TLS.On() {
-		if err := c.TLS.Missing(s); err != nil {
-			return err
-		}
-		if err := c.TLS.Validate(s); err != nil {
-			return err
-		}
-		if c.managers, err = certs.Allowed(c.TrustDomain, c.AllowedSANs); err != nil {
-			return s.Errorf("node.tls.allowed_sans", "%v", err)
-		}
-	}
-	if err := c.Etcd.Validate(s); err != nil {
+	if err := c.ClientTLS.Validate(s); err != nil {
 		return err
 	}
-	address := func(port int) string { return net.JoinHostPort(c.ListenAddress, strconv.Itoa(port)) }
-	c.Gateway.GRPCAddress, c.Gateway.HTTPAddress, c.Gateway.MetricsAddress = address(c.GRPCPort), address(c.HTTPPort), address(c.MetricsPort)
+	if err := c.TLS.Validate(s, c.TrustDomain); err != nil {
+		return err
+	}
+	if err := c.ControllerTLS.Validate(s, c.TrustDomain); err != nil {
+		return err
+	}
+	risks := app.NewRisks(s, c.AllowInsecure)
+	if err := risks.Listen(c.ListenAddress, c.missing()); err != nil {
+		return err
+	}
+	if err := app.CheckMetricsAddress(s, &c.MetricsAddress, c.ListenAddress, false, risks); err != nil {
+		return err
+	}
+	if err := c.Etcd.Validate(s, risks); err != nil {
+		return err
+	}
+	c.insecure = risks.Found()
+	address := func(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
+	c.Gateway.GRPCAddress, c.Gateway.HTTPAddress = address(c.ListenAddress, c.GRPCPort), address(c.ListenAddress, c.HTTPPort)
+	c.Gateway.MetricsAddress = address(c.MetricsAddress, c.MetricsPort)
 	if ip := net.ParseIP(c.ListenAddress); c.Gateway.AdvertiseAddress == "" && (c.ListenAddress == "" || ip.IsUnspecified()) {
 		c.Gateway.AdvertiseAddress = app.Advertised("", &net.TCPAddr{IP: net.IPv4zero, Port: c.GRPCPort})
 	}
 	return nil
+}
+
+// missing is what others who can reach the ports would not need.
+func (c *Config) missing() string {
+	var list []string
+	if !c.ClientTLS.On() {
+		list = append(list, "TLS on HTTP_PORT (TLS_CERT_FILE, TLS_KEY_FILE)")
+	}
+	list = append(list, "authentication of clients")
+	if without := c.TLS.Missing(); without != "" {
+		list = append(list, without)
+	}
+	return strings.Join(list, ", ")
 }
 
 // LogConfig implements cli.Settings.

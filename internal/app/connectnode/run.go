@@ -2,14 +2,12 @@ package connectnode
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"log/slog"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
-	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -31,19 +29,24 @@ type ConnectNode struct {
 func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode, err error) {
 	n := &ConnectNode{}
 	defer n.life.StopAfter(ctx, &err)
-	etcd, err := n.life.Etcd(cfg.Etcd)
-	if err != nil {
+	g := cfg.Gateway
+	g.Logger, g.Metrics, g.Pushctl = logger, metrics.NewSet(), invoke.As("pushctl")
+	app.Report(logger, g.Metrics, cfg.TLS.ReloadInterval, &cfg.TLS.Certificates, &cfg.ClientTLS, &cfg.ControllerTLS.Certificates, &cfg.Etcd.TLS)
+	if g.Etcd, err = n.life.Etcd(cfg.Etcd); err != nil {
 		return nil, err
 	}
-	g := cfg.Gateway
-	g.Etcd, g.Logger, g.Metrics, g.Pushctl = etcd, logger, metrics.NewSet(), invoke.As("pushctl")
-	if cfg.TLS.On() {
-		cfg.TLS.Logger, cfg.TLS.Metrics = logger, g.Metrics
-		source, err := n.life.Certificates(cfg.TLS)
+	if g.Credentials, err = n.life.Node(cfg.TLS); err != nil {
+		return nil, err
+	}
+	if g.Members.Credentials, err = n.life.Controller(cfg.ControllerTLS); err != nil {
+		return nil, err
+	}
+	if cfg.ClientTLS.On() {
+		source, err := n.life.Certificates(cfg.ClientTLS)
 		if err != nil {
 			return nil, err
 		}
-		g.Credentials = source.Server(certs.Side{ClientAuth: tls.RequireAndVerifyClientCert, Check: cfg.managers})
+		g.ClientTLS = source.ServerConfig(app.MinVersion(cfg.MinVersion))
 	}
 	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {

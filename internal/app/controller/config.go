@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/refcontroller"
@@ -15,45 +16,65 @@ import (
 
 // Config is the configuration of the reference Controller.
 type Config struct {
-	ListenAddress string
-	GRPCPort      int
-	MetricsPort   int
-	AllowInsecure bool
-	PprofRemote   bool
-	DrainTimeout  time.Duration
+	ListenAddress  string
+	GRPCPort       int
+	MetricsPort    int
+	AllowInsecure  bool
+	MetricsAddress string
+	PprofRemote    bool
+	DrainTimeout   time.Duration
 
 	Log        telemetry.LogConfig
 	Controller refcontroller.Config
 	Etcd       app.EtcdConfig
 
-	insecure bool // others can reach it
+	TLS         app.NodeTLS
+	TrustDomain string
+
+	insecure []string // what its settings allow
 }
 
 // Bind implements cli.Settings.
 func (c *Config) Bind(s *config.Set) {
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs allow_insecure.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs node.tls, or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50051, "Port of the Controller's API, with health and reflection.")
 	s.Port(&c.MetricsPort, "metrics_port", 9095, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
-	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS and authentication.")
+	app.BindMetricsAddress(s, &c.MetricsAddress)
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Int(&c.Controller.MaxUsers, "max_users", 0, 0, math.MaxInt32, "Users in one room; 0 for any number.")
 	s.Duration(&c.Controller.NodeGrace, "node_grace", refcontroller.Defaults().NodeGrace, time.Millisecond, "How long a Connect-Node may be gone from etcd before its users are.")
 	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start while registered Connect-Nodes have not reported their users. 0: not at all.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
 	c.Log.Bind(s)
+	c.TLS.Bind(s, "controller", "Push-Managers and Connect-Nodes", certs.KindManager, certs.KindNode)
+	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 }
 
 // Validate implements cli.Settings.
 func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
-	var err error
-	if c.insecure, err = app.CheckListen(s, c.ListenAddress, "TLS and authentication", c.AllowInsecure); err != nil {
+	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
+		return err
+	}
+	if err := c.TLS.Validate(s, c.TrustDomain); err != nil {
+		return err
+	}
+	risks := app.NewRisks(s, c.AllowInsecure)
+	if err := risks.Listen(c.ListenAddress, c.TLS.Missing()); err != nil {
+		return err
+	}
+	if err := app.CheckMetricsAddress(s, &c.MetricsAddress, c.ListenAddress, c.PprofRemote, risks); err != nil {
 		return err
 	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
 	}
-	return c.Etcd.Validate(s)
+	if err := c.Etcd.Validate(s, risks); err != nil {
+		return err
+	}
+	c.insecure = risks.Found()
+	return nil
 }
 
 // LogConfig implements cli.Settings.

@@ -42,7 +42,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	if c.api, err = c.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, err
 	}
-	ops, err := c.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT")
+	ops, err := c.life.Listen(ctx, cfg.MetricsAddress, cfg.MetricsPort, "METRICS_PORT")
 	if err != nil {
 		return nil, err
 	}
@@ -54,12 +54,16 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	}
 	c.life.Add("metrics and health", app.WithGrace(c.http.Close)) // the last to go: they show how a stop goes on
 	c.life.Insecure(logger, set, cfg.insecure)
+	app.Report(logger, set, cfg.TLS.ReloadInterval, &cfg.TLS.Certificates, &cfg.Etcd.TLS)
 	etcd, err := c.life.Etcd(cfg.Etcd)
 	if err != nil {
 		return nil, err
 	}
 	own := cfg.Controller
 	own.Client, own.Logger, own.Metrics = etcd, logger, set
+	if own.Credentials, err = c.life.Node(cfg.TLS); err != nil {
+		return nil, err
+	}
 	server, err := refcontroller.New(own)
 	if err != nil {
 		return nil, err
@@ -116,6 +120,9 @@ func (c *Controller) notes() (notes []string) {
 	}
 	return notes
 }
+
+// Reload has certificates read again soon.
+func (c *Controller) Reload() { c.life.Reload() }
 
 // Failed implements cli.Program.
 func (c *Controller) Failed() <-chan error { return c.failed }

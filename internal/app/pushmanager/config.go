@@ -35,6 +35,7 @@ type Config struct {
 	AdvertiseAddress string
 	GRPCPort         int
 	MetricsPort      int
+	MetricsAddress   string
 	AllowInsecure    bool
 	TrustDomain      string
 	PprofRemote      bool
@@ -55,12 +56,15 @@ type Config struct {
 	Etcd       app.EtcdConfig
 	Health     health.Config
 	TLS        apiTLS
+	Auth       authConfig
 	LinkTLS    linkTLS
+
+	ControllerTLS app.ControllerTLS
 
 	nodeCheck func(id string) certs.Check // of certificates
 
 	allowNets []string
-	insecure  bool // others can reach it, without TLS or without authentication
+	insecure  []string // what its settings allow
 }
 
 // apiTLS is the section tls.
@@ -73,9 +77,9 @@ type apiTLS struct {
 func (c *apiTLS) bind(s *config.Set) {
 	c.Role = "api"
 	c.Bind(s, "tls", "client_ca_file", "PEM file of the authorities that callers' certificates are checked with. Empty: no certificates of callers.")
-	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach.",
+	s.Choice(&c.ClientAuth, "tls.client_auth", "optional", "Whether callers of the push API need a certificate of these authorities. With require the address may be one that others reach, and without auth.mode=required every holder of one may do everything.",
 		"none", "optional", "require")
-	s.Choice(&c.MinVersion, "tls.min_version", "1.3", "Lowest version of TLS on the push API.", "1.2", "1.3")
+	app.BindMinVersion(s, &c.MinVersion, "tls", "the push API")
 }
 
 func (c *apiTLS) validate(s *config.Set) error {
@@ -88,26 +92,31 @@ func (c *apiTLS) validate(s *config.Set) error {
 	return c.Validate(s)
 }
 
-// missing is what others who can reach the push API would not need.
-func (c *apiTLS) missing() string {
+// certificates tells whether callers can show one.
+func (c *apiTLS) certificates() bool { return c.CA != "" && c.ClientAuth != "none" }
+
+// missing is what others who can reach the push API would not need. policy tells that every caller must be one of the
+// policy; without it, every caller must have a certificate of our authorities.
+func (c *apiTLS) missing(policy bool) string {
+	const authentication = "authentication (AUTH_MODE=required and AUTH_POLICY_FILE, or TLS_CLIENT_AUTH=require and TLS_CLIENT_CA_FILE)"
+	known := policy || c.ClientAuth == "require"
 	switch {
+	case !c.On() && !known:
+		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE) and " + authentication
 	case !c.On():
-		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE) and authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
-	case c.ClientAuth != "require":
-		return "authentication (TLS_CLIENT_AUTH=require, TLS_CLIENT_CA_FILE)"
+		return "TLS (TLS_CERT_FILE, TLS_KEY_FILE)"
+	case !known:
+		return authentication
 	}
 	return ""
 }
 
 func (c *apiTLS) side() certs.Side {
-	side := certs.Side{MinVersion: tls.VersionTLS13}
-	if c.MinVersion == "1.2" {
-		side.MinVersion = tls.VersionTLS12
-	}
+	side := certs.Side{MinVersion: app.MinVersion(c.MinVersion)}
 	switch {
 	case c.ClientAuth == "require":
 		side.ClientAuth = tls.RequireAndVerifyClientCert
-	case c.ClientAuth == "optional" && c.CA != "":
+	case c.certificates():
 		side.ClientAuth = tls.VerifyClientCertIfGiven
 	}
 	return side
@@ -119,6 +128,7 @@ type linkTLS struct {
 
 	Identity    string
 	AllowedSANs []string
+	Migrate     bool
 }
 
 func (c *linkTLS) bind(s *config.Set) {
@@ -126,12 +136,13 @@ func (c *linkTLS) bind(s *config.Set) {
 	c.Bind(s, "link.tls", "ca_file", "PEM file of the authorities that nodes' certificates are checked with. Set: every node is spoken to over TLS.")
 	s.Choice(&c.Identity, "link.tls.identity", "id", "What a node's certificate must name. id: the node that is registered; role: one of link.tls.allowed_sans; none: nothing.", "id", "role", "none")
 	s.List(&c.AllowedSANs, "link.tls.allowed_sans", "", "Names that do for every node with link.tls.identity=role, such as connect-node/*: paths of the trust domain, URIs, DNS names; a star at the end stands for any rest.")
+	s.Bool(&c.Migrate, "link.tls.migrate", false, "Speak in plain text to nodes that do not know TLS, while they are changed one by one. Insecure: whoever can write to etcd or is on the way can be such a node.")
 }
 
 // check returns what judges a node's certificate, by the id that the node is registered under.
 func (c *linkTLS) check(s *config.Set, trustDomain string) (func(id string) certs.Check, error) {
 	switch {
-	case c.CA == "" && (c.On() || c.Identity == "role"):
+	case c.CA == "" && (c.On() || c.Identity == "role" || c.Migrate):
 		return nil, s.Errorf("link.tls.ca_file", "missing, while other keys of link.tls are set")
 	case c.Identity == "none":
 		return func(string) certs.Check { return certs.Anybody }, c.Validate(s)
@@ -155,12 +166,13 @@ const leastLinkTime = 25 * time.Millisecond
 // Bind adds all keys. Validate must follow Load.
 func (c *Config) Bind(s *config.Set) {
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
-	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address that both ports listen on. Anything but loopback needs TLS and tls.client_auth=require, or allow_insecure.")
+	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and auth.mode=required (or tls.client_auth=require), or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
 	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
+	app.BindMetricsAddress(s, &c.MetricsAddress)
 	s.Text(&c.Controller.Address, "controller_address", "localhost:50051", "The Controller, as any gRPC target or several HOST:PORT separated by commas.")
 	s.Address(&c.AdvertiseAddress, "advertise_address", "", "HOST:PORT that others reach the push API at, for etcd. Empty: found out.")
-	s.Bool(&c.AllowInsecure, "allow_insecure", false, "Listen on an address that others can reach, without TLS or without authentication.")
+	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
 	s.Bool(&c.Reflection, "reflection", true, "Serve gRPC reflection on the push API's port.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
@@ -178,7 +190,9 @@ func (c *Config) Bind(s *config.Set) {
 	c.bindLinks(s)
 	c.bindAPI(s)
 	c.TLS.bind(s)
+	c.Auth.bind(s)
 	c.LinkTLS.bind(s)
+	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 	s.Duration(&c.Discovery.Grace, "discovery.grace", discovery.Defaults().Grace, config.Positive, "How long a node stays that is gone from etcd while its streams live.")
@@ -268,6 +282,9 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if err := c.TLS.validate(s); err != nil {
 		return err
 	}
+	if err := c.Auth.validate(s, c.TLS.certificates()); err != nil {
+		return err
+	}
 	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
 		return err
 	}
@@ -275,13 +292,18 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if c.nodeCheck, err = c.LinkTLS.check(s, c.TrustDomain); err != nil {
 		return err
 	}
-	c.LinkTLS.ReloadInterval = c.TLS.ReloadInterval
-	missing := c.TLS.missing()
-	if missing == "" && c.PprofRemote {
-		missing = "TLS on the profiles of PPROF_REMOTE"
-	}
-	if c.insecure, err = app.CheckListen(s, c.ListenAddress, missing, c.AllowInsecure); err != nil {
+	if err := c.ControllerTLS.Validate(s, c.TrustDomain); err != nil {
 		return err
+	}
+	risks := app.NewRisks(s, c.AllowInsecure)
+	if err := risks.Listen(c.ListenAddress, c.TLS.missing(c.Auth.on())); err != nil {
+		return err
+	}
+	if err := app.CheckMetricsAddress(s, &c.MetricsAddress, c.ListenAddress, c.PprofRemote, risks); err != nil {
+		return err
+	}
+	if c.Links.Migrate = c.LinkTLS.Migrate; c.Links.Migrate {
+		risks.Asked("nodes that do not know TLS are spoken to in plain text (LINK_TLS_MIGRATE)")
 	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
@@ -313,9 +335,10 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		}
 		c.Discovery.AllowNets = append(c.Discovery.AllowNets, prefix)
 	}
-	if err := c.Etcd.Validate(s); err != nil {
+	if err := c.Etcd.Validate(s, risks); err != nil {
 		return err
 	}
+	c.insecure = risks.Found()
 	if err := c.Tracing.Validate(lookupEnv); err != nil {
 		return err
 	}
@@ -353,8 +376,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
-	c.TLS.Logger, c.TLS.Metrics = log, set
-	c.LinkTLS.Logger, c.LinkTLS.Metrics = log, set
+	app.Report(log, set, c.TLS.ReloadInterval, &c.TLS.Certificates, &c.LinkTLS.Certificates, &c.ControllerTLS.Certificates, &c.Etcd.TLS)
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

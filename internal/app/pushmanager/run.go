@@ -54,6 +54,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("shards", m.shards.Close)
+	if cfg.Controller.Credentials, err = m.life.Controller(cfg.ControllerTLS); err != nil {
+		return nil, err
+	}
 	if m.controller, err = controller.New(cfg.Controller); err != nil {
 		return nil, err
 	}
@@ -102,6 +105,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
+	}
+	if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set); err != nil {
+		return nil, err
 	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
@@ -154,7 +160,7 @@ func (m *PushManager) Drain(ctx context.Context) error {
 	return m.life.Stop(ctx)
 }
 
-// Reload has certificates read again soon.
+// Reload has certificates, the policy and keys read again soon.
 func (m *PushManager) Reload() { m.life.Reload() }
 
 // Failed gets an error when the push API cannot be served any more.
@@ -187,7 +193,7 @@ func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.List
 	if api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
 		return nil, nil, err
 	}
-	if ops, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
+	if ops, err = m.life.Listen(ctx, cfg.MetricsAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
 		return nil, nil, err
 	}
 	return api, ops, nil

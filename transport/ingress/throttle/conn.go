@@ -21,6 +21,7 @@ type Conn struct {
 	// For whoever serves its calls.
 	Streams atomic.Int64 // that are open
 	Space   int64        // bytes that its requests take; guarded by whoever counts them
+	Session any          // what Config.Opened has made; static
 
 	// Static.
 	throttle *Throttle
@@ -71,6 +72,9 @@ func (h *throttledCredentials) ServerHandshake(raw net.Conn) (conn net.Conn, inf
 		return nil, nil, err //nolint:wrapcheck // gRPC asks whether it is one that it knows
 	}
 	c := newConn(secured, t, s)
+	if t.cfg.Opened != nil {
+		c.Session = t.cfg.Opened(info)
+	}
 	return c, AuthInfo{info, c}, nil
 }
 

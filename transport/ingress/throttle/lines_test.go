@@ -50,7 +50,7 @@ func throttleOf(calls int64) *Throttle {
 // begin counts in a call on c, as the tap does.
 func begin(th *Throttle, c *Conn) *Call {
 	ctx := peer.NewContext(context.Background(), &peer.Peer{AuthInfo: AuthInfo{Conn: c}})
-	return CallOf(th.Tap(ctx))
+	return CallOf(th.Tap(ctx, nil))
 }
 
 // fill makes a Throttle work on so many calls.
@@ -491,7 +491,7 @@ func TestCallsThatAreOverAreForgotten(t *testing.T) {
 	for i := range headers {
 		md := &metadata.MD{"x": {"y"}}
 		headers[i] = weak.Make(md)
-		call := CallOf(th.Tap(context.WithValue(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: AuthInfo{Conn: c}}), md, md)))
+		call := CallOf(th.Tap(context.WithValue(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: AuthInfo{Conn: c}}), md, md), *md))
 		if i == 3 {
 			open = call
 		} else {

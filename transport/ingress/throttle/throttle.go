@@ -11,6 +11,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
 	"github.com/push-manager/push-manager/engine"
@@ -47,9 +48,11 @@ type Config struct {
 	HalfOpen              int           // connections of a network that have not said hello
 	Connections           int           // that have, in all; 0: no bound
 	ConnectionsPerNetwork int           // that have, of a network; 0: no bound
-	Metrics               *metrics.Set
-	Logger                *slog.Logger
-	Panicked              func(where string, v any) // is told of a panic
+	// Opened makes the Session of a connection that its credentials have let in. nil: it has none.
+	Opened   func(credentials.AuthInfo) any
+	Metrics  *metrics.Set
+	Logger   *slog.Logger
+	Panicked func(where string, v any) // is told of a panic
 }
 
 // Throttle keeps the unary calls that are worked on at a time to some hundreds. More of them are
@@ -137,8 +140,9 @@ func (t *Throttle) crowded() bool {
 type Call struct {
 	context.Context //nolint:containedctx // It is one itself.
 
-	Conn  *Conn
-	Began time.Time
+	Conn   *Conn
+	Header metadata.MD // not to be changed
+	Began  time.Time
 
 	held   time.Duration // for so long it was kept waiting before, at the least
 	window *window
@@ -148,12 +152,12 @@ type callKey struct{}
 
 // Tap counts a call in, and returns its context. It is for gRPC's tap. A call that does not come
 // to its handler is forgotten after two windows.
-func (t *Throttle) Tap(ctx context.Context) context.Context {
+func (t *Throttle) Tap(ctx context.Context, header metadata.MD) context.Context {
 	c := ConnOf(ctx)
 	if c == nil {
 		return ctx
 	}
-	call := &Call{Context: ctx, Conn: c, Began: time.Now(), held: c.held}
+	call := &Call{Context: ctx, Conn: c, Header: header, Began: time.Now(), held: c.held}
 	call.window = t.windowsAt(call.Began.Sub(t.began)).now
 	call.window.calls.Add(1)
 	return call

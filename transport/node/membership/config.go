@@ -8,6 +8,8 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 // Config says whose memberships are reported, and to whom. NodeID, BootID and Controller
@@ -25,7 +27,10 @@ type Config struct {
 
 	// Controller is any gRPC target.
 	Controller string
-	// DialOptions are added to those of the connection. Default: without TLS.
+	// Credentials secure the connection: those of NewCredentials, or your own. Default: it
+	// is plain.
+	Credentials credentials.TransportCredentials
+	// DialOptions are added to those of the connection.
 	DialOptions []grpc.DialOption
 	// Timeout bounds one call to the Controller. Default 5 s: the Controller may hold its
 	// answer for 4 s while a Push-Manager does not acknowledge.
@@ -62,6 +67,9 @@ func (c Config) WithDefaults() Config {
 	defaultTo(&c.SyncInterval, 2*time.Second)
 	defaultTo(&c.RejoinPerSecond, 5000)
 	defaultTo(&c.MaxRooms, 100)
+	if c.Credentials == nil {
+		c.Credentials = insecure.NewCredentials()
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

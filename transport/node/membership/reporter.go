@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
@@ -127,8 +126,9 @@ func New(cfg Config) (*Reporter, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("membership config: %w", err)
 	}
+	cfg = cfg.WithDefaults()
 	cc, err := grpc.NewClient(cfg.Controller, append([]grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(cfg.Credentials),
 		grpc.WithIdleTimeout(0), // Its connection tells whether the Controller was restarted.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{
