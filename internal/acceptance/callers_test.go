@@ -69,14 +69,39 @@ type sawNodeJS struct {
 
 type errorNodeJS struct{ Code, Reason, Field string }
 
-func TestNodeJSCallerIsServedAsAnyOther(t *testing.T) {
+// streamedNodeJS is how many pushes the Node.js caller sends on its PushStream.
+const streamedNodeJS = 200
+
+// nodeJS runs the Node.js caller with a certificate and a token, each of which may be empty.
+func (s *secured) nodeJS(t *testing.T, m *manager, cert, token string) sawNodeJS {
+	t.Helper()
 	node := tool(t, "node", "Node.js 20 or later")
 	if _, err := os.Stat("nodejs/node_modules"); err != nil {
 		missing(t, "the packages of the Node.js caller are not installed (make interop-tools)")
 	}
+	work := map[string]any{"address": "localhost" + m.api[strings.LastIndex(m.api, ":"):], "ca": s.file("ca.crt"), "token": token,
+		"user": "alice", "stream": streamedNodeJS, "bytes": 128 << 10}
+	if cert != "" {
+		work["cert"], work["key"] = s.file(cert+".crt"), s.file(cert+".key")
+	}
+	argument, err := json.Marshal(work)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, errOut, err := run(t, "", node, "nodejs/client.mjs", string(argument))
+	var saw sawNodeJS
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &saw)
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s%s", err, out, errOut)
+	}
+	return saw
+}
+
+func TestNodeJSCallerIsServedAsAnyOther(t *testing.T) {
 	s := startSecured(t)
-	m := s.launch(t, "LIMITS_DATA_BYTES=4MiB", "LIMITS_REQUEST_BYTES=5MiB")
-	const streamed = 200
+	m := s.launch(t)
 	for _, test := range []struct {
 		name, cert, token string
 		refused           string // the code, empty if it is let in
@@ -88,40 +113,25 @@ func TestNodeJSCallerIsServedAsAnyOther(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := len(s.users.of("alice"))
-			work := map[string]any{"address": "localhost:" + m.api[strings.LastIndex(m.api, ":")+1:], "ca": s.file("ca.crt"), "token": test.token, "user": "alice", "stream": streamed, "bytes": 4 << 20}
-			if test.cert != "" {
-				work["cert"], work["key"] = s.file(test.cert+".crt"), s.file(test.cert+".key")
-			}
-			argument, err := json.Marshal(work)
-			if err != nil {
-				t.Fatal(err)
-			}
-			out, errOut, err := run(t, "", node, "nodejs/client.mjs", string(argument))
-			var saw sawNodeJS
-			if err == nil {
-				err = json.Unmarshal([]byte(out), &saw)
-			}
-			if err != nil {
-				t.Fatalf("%v\n%s%s", err, out, errOut)
-			}
+			saw := s.nodeJS(t, m, test.cert, test.token)
 			got := s.users.of("alice")[before:]
 			if test.refused != "" {
 				if saw.Error == nil || saw.Error.Code != test.refused || len(got) > 0 {
-					t.Errorf("printed %s, and alice got %d messages", out, len(got))
+					t.Errorf("saw %+v, and alice got %d messages", saw, len(got))
 				}
 				return
 			}
-			if !saw.Delivered || !saw.Large || saw.Streamed != streamed || saw.Error != nil {
-				t.Errorf("printed %s", out)
+			if !saw.Delivered || !saw.Large || saw.Streamed != streamedNodeJS || saw.Error != nil {
+				t.Errorf("saw %+v", saw)
 			}
 			if saw.Invalid == nil || *saw.Invalid != (errorNodeJS{"INVALID_ARGUMENT", "REQUIRED", "user_id"}) {
-				t.Errorf("a user_id that is missing: %s", out)
+				t.Errorf("a user_id that is missing: %+v", saw.Invalid)
 			}
 			want := []string{"from Node.js"}
-			for i := range streamed {
+			for i := range streamedNodeJS {
 				want = append(want, fmt.Sprint("stream ", i+1))
 			}
-			if len(got) != len(want)+1 || !slices.Equal(got[:len(want)], want) || len(got[len(want)]) != 4<<20 {
+			if len(got) != len(want)+1 || !slices.Equal(got[:len(want)], want) || len(got[len(want)]) != 128<<10 {
 				t.Errorf("alice got %d messages, or not in order", len(got))
 			}
 		})
