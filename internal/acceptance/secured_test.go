@@ -121,8 +121,8 @@ func (s *secured) issue(t *testing.T, name string, by *certs.Authority, r certs.
 // launch starts a Push-Manager that lets in callers with a certificate of the authority.
 func (s *secured) launch(t *testing.T, env ...string) *manager {
 	t.Helper()
-	return s.launchPlain(t, append(env, "TLS_CERT_FILE="+s.file("manager-pm.crt"), "TLS_KEY_FILE="+s.file("manager-pm.key"),
-		"TLS_CLIENT_CA_FILE="+s.file("ca.crt"), "TLS_CLIENT_AUTH=require")...)
+	return s.launchPlain(t, append([]string{"TLS_CERT_FILE=" + s.file("manager-pm.crt"), "TLS_KEY_FILE=" + s.file("manager-pm.key"),
+		"TLS_CLIENT_CA_FILE=" + s.file("ca.crt"), "TLS_CLIENT_AUTH=require"}, env...)...)
 }
 
 // launchPlain starts a Push-Manager that lets in anybody.
