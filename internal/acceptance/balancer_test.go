@@ -291,8 +291,12 @@ func nothingBreaksWhileInstancesGo(t *testing.T, s *secured, b *balancer, manage
 	}
 	eventually(t, "connections of both are told to go", func() error {
 		for _, m := range managers {
-			if values, err := m.readMetrics(); err != nil || values["push_manager_api_connections_told_total"] < 2 {
-				return fmt.Errorf("%v, %v", values["push_manager_api_connections_told_total"], err)
+			values, err := m.readMetrics()
+			if err != nil {
+				return err
+			}
+			if told := values["push_manager_api_connections_told_total"]; told < 2 {
+				return fmt.Errorf("%v", told)
 			}
 		}
 		return nil
