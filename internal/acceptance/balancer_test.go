@@ -168,7 +168,7 @@ func TestPushAPIBehindBalancers(t *testing.T) {
 			}
 			errorsArriveWhole(t, api)
 			largeMessagesArrive(t, s, api)
-			manyCallsAtOnce(t, api, 400) // more than one connection may have under way
+			manyCallsAtOnce(t, api, 300) // more than one connection may have under way
 			nothingBreaksWhileInstancesGo(t, s, b, managers)
 		})
 	}
@@ -291,8 +291,12 @@ func nothingBreaksWhileInstancesGo(t *testing.T, s *secured, b *balancer, manage
 	}
 	eventually(t, "connections of both are told to go", func() error {
 		for _, m := range managers {
-			if values, err := m.readMetrics(); err != nil || values["push_manager_api_connections_told_total"] < 2 {
-				return fmt.Errorf("%v, %v", values["push_manager_api_connections_told_total"], err)
+			values, err := m.readMetrics()
+			if err != nil {
+				return err
+			}
+			if told := values["push_manager_api_connections_told_total"]; told < 2 {
+				return fmt.Errorf("%v", told)
 			}
 		}
 		return nil
@@ -332,10 +336,11 @@ func pushStream(ctx context.Context, api pubsub.PushManagerServiceClient, name s
 		if reply, err = stream.Recv(); reply.GetToUser().GetSuccess() {
 			delivered.Add(1)
 		}
+		time.Sleep(5 * time.Millisecond)
 		select {
 		case <-stop:
 			return nil
-		case <-time.After(5 * time.Millisecond): //nolint:forbidigo // it is short
+		default:
 		}
 	}
 	return err
@@ -385,51 +390,28 @@ func TestBalancerThatEndsTLSCutsSilentPushStreamsOnly(t *testing.T) {
 	}
 }
 
-// TestBalancersSendNothingTwice: a Push-Manager that stands still has got what was sent to it.
+// TestBalancersSendNothingTwice: a push that is slow has been sent, and the time-out of a balancer is no reason to send it again.
 func TestBalancersSendNothingTwice(t *testing.T) {
-	s := startSecured(t)
-	for name, begin := range map[string]func(*testing.T, []*manager) *balancer{
-		"HAProxy": func(t *testing.T, m []*manager) *balancer {
+	for name, begin := range map[string]func(*testing.T, *secured, []*manager) *balancer{
+		"HAProxy": func(t *testing.T, s *secured, m []*manager) *balancer {
 			t.Helper()
-			return s.haproxyTLS(t, m, false, "timeout server 1h", "timeout server 4s")
+			return s.haproxyTLS(t, m, false, "timeout server 1h", "timeout server 2s")
 		},
-		"nginx": func(t *testing.T, m []*manager) *balancer {
+		"nginx": func(t *testing.T, s *secured, m []*manager) *balancer {
 			t.Helper()
-			return s.nginxTLS(t, m, false, "grpc_read_timeout 1h", "grpc_read_timeout 4s")
+			return s.nginxTLS(t, m, false, "grpc_read_timeout 1h", "grpc_read_timeout 2s")
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			managers := []*manager{s.launch(t, "MANAGER_ID=pm-1"), s.launch(t, "MANAGER_ID=pm-2")}
-			api := s.connect(t, begin(t, managers).addr, "client-billing")
-			manyCallsAtOnce(t, api, 64) // there are connections to both
-			before := len(s.users.of("alice"))
-			managers[0].signal(syscall.SIGSTOP)
-			var calls sync.WaitGroup
-			var delivered atomic.Int64
-			for i := range 32 {
-				calls.Go(func() {
-					r, err := api.PushToUser(within(t, patience), toAlice(fmt.Appendf(nil, "once %d", i)))
-					switch {
-					case r.GetSuccess():
-						delivered.Add(1)
-					case err == nil:
-						t.Errorf("call %d: %v", i, r)
-					}
-				})
+			s := startSecured(t)
+			s.users.slow = 6 * time.Second
+			b := begin(t, s, []*manager{s.launch(t, "MANAGER_ID=pm-1"), s.launch(t, "MANAGER_ID=pm-2")})
+			r, err := s.connect(t, b.addr, "client-billing").PushToUser(within(t, patience), toAlice([]byte("once")))
+			if status.Code(err) != codes.Unavailable || nothingSent(err) != "" {
+				t.Errorf("the caller is told %v %v, and not that it is unknown", r, err)
 			}
-			calls.Wait()
-			managers[0].signal(syscall.SIGCONT)
-			last := within(t, patience)
-			if r, err := s.connect(t, managers[0].api, "client-billing").PushToUser(last, toAlice([]byte("the last one"))); err != nil || !r.GetSuccess() {
-				t.Fatal(r, err)
-			}
-			got := s.users.of("alice")[before:]
-			slices.Sort(got)
-			if all := slices.Compact(slices.Clone(got)); len(all) != len(got) {
-				t.Errorf("%d messages arrived, and only %d are different", len(got), len(all))
-			}
-			if n := delivered.Load(); n == 0 || n == 32 {
-				t.Errorf("%d of 32 calls were delivered at once: that proves nothing", n)
+			if got := s.users.of("alice"); len(got) != 1 {
+				t.Errorf("alice got %q", got)
 			}
 		})
 	}
