@@ -20,10 +20,11 @@ import (
 )
 
 type grammar struct {
-	CA      caCmd      `cmd:"" name:"ca" help:"Make an authority: ca.crt, which everybody trusts, and ca.key, which signs."`
-	Node    nodeCmd    `cmd:"" help:"Make the certificate of a Connect-Node."`
-	Manager managerCmd `cmd:"" help:"Make the certificate of a Push-Manager, for its push API and for its links to nodes."`
-	Client  clientCmd  `cmd:"" help:"Make the certificate of a caller of the push API."`
+	CA         caCmd         `cmd:"" name:"ca" help:"Make an authority: ca.crt, which everybody trusts, and ca.key, which signs."`
+	Node       nodeCmd       `cmd:"" help:"Make the certificate of a Connect-Node."`
+	Manager    managerCmd    `cmd:"" help:"Make the certificate of a Push-Manager, for its push API and for its links to nodes."`
+	Controller controllerCmd `cmd:"" help:"Make the certificate of a Controller."`
+	Client     clientCmd     `cmd:"" help:"Make the certificate of a caller of the push API."`
 
 	Dir         string `default:"certs" placeholder:"DIR" help:"Folder of all files. (default: certs)"`
 	TrustDomain string `default:"dev" env:"TRUST_DOMAIN" placeholder:"NAME" help:"Trust domain of the names in certificates. (default: dev)"`
@@ -43,6 +44,11 @@ type managerCmd struct {
 	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that callers reach it at. (default: localhost 127.0.0.1 ::1)"`
 }
 
+type controllerCmd struct {
+	ID    string   `arg:"" help:"Name of the Controller."`
+	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that it is reached at. (default: localhost 127.0.0.1 ::1)"`
+}
+
 type clientCmd struct {
 	Name string `arg:"" help:"Name of the caller."`
 }
@@ -52,7 +58,7 @@ type usageError struct{ error }
 
 // Command is push-manager certs.
 func Command() cli.Command {
-	return cli.Command{Name: "certs", Help: "Make certificates: an authority, and of it nodes, Push-Managers, callers.", Main: func(args []string) int {
+	return cli.Command{Name: "certs", Help: "Make certificates: an authority, and of it nodes, Push-Managers, Controllers, callers.", Main: func(args []string) int {
 		return run(args, os.Stdout, os.Stderr)
 	}}
 }
@@ -111,11 +117,8 @@ func (c *nodeCmd) Run(g *grammar, out io.Writer) error {
 
 // Run makes the certificate of a Push-Manager.
 func (c *managerCmd) Run(g *grammar, out io.Writer) error {
-	name, hosts := "manager-"+c.ID, c.Hosts
-	if len(hosts) == 0 {
-		hosts = []string{"localhost", "127.0.0.1", "::1"}
-	}
-	err := g.issue(out, name, certs.KindManager, c.ID, certs.Request{Hosts: hosts, Server: true, Client: true})
+	name := "manager-" + c.ID
+	err := g.issue(out, name, certs.KindManager, c.ID, certs.Request{Hosts: orHere(c.Hosts), Server: true, Client: true})
 	if err != nil {
 		return err
 	}
@@ -123,6 +126,30 @@ func (c *managerCmd) Run(g *grammar, out io.Writer) error {
 	return g.settings(out, "MANAGER_ID="+c.ID, "TRUST_DOMAIN="+g.TrustDomain,
 		"TLS_CERT_FILE="+cert, "TLS_KEY_FILE="+key, "TLS_CLIENT_CA_FILE="+ca, "TLS_CLIENT_AUTH=require",
 		"LINK_TLS_CA_FILE="+ca, "LINK_TLS_CERT_FILE="+cert, "LINK_TLS_KEY_FILE="+key)
+}
+
+// Run makes the certificate of a Controller.
+func (c *controllerCmd) Run(g *grammar, out io.Writer) error {
+	name := "controller-" + c.ID
+	err := g.issue(out, name, "controller", c.ID, certs.Request{Hosts: orHere(c.Hosts), Server: true, Client: true})
+	if err != nil {
+		return err
+	}
+	err = g.settings(out, "TRUST_DOMAIN="+g.TrustDomain,
+		"NODE_TLS_CERT_FILE="+g.path(name+".crt"), "NODE_TLS_KEY_FILE="+g.path(name+".key"), "NODE_TLS_CLIENT_CA_FILE="+g.path("ca.crt"))
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out, "\nAt Push-Managers and Connect-Nodes, beside the files of their own certificate as CONTROLLER_TLS_CERT_FILE and CONTROLLER_TLS_KEY_FILE:\n  CONTROLLER_TLS_CA_FILE=%s\n", g.path("ca.crt"))
+	return err
+}
+
+// orHere are the hosts of a server, this machine's where none are named.
+func orHere(hosts []string) []string {
+	if len(hosts) == 0 {
+		return []string{"localhost", "127.0.0.1", "::1"}
+	}
+	return hosts
 }
 
 // Run makes the certificate of a caller.
