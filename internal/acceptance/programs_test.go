@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
@@ -95,7 +96,8 @@ type got struct{ room, data string }
 type clients struct {
 	mu          sync.Mutex
 	users       map[string][]got
-	traceparent string // of the last delivery on the stream
+	traceparent string        // of the last delivery on the stream
+	slow        time.Duration // how long a delivery on the stream takes after it has reached the user
 }
 
 func newClients(users ...string) *clients {
@@ -156,8 +158,10 @@ func (c *clients) move(user string, to *clients) {
 func (c *clients) Deliver(user string, m *node.Message) node.Outcome {
 	c.mu.Lock()
 	c.traceparent = m.Traceparent
+	slow := c.slow
 	c.mu.Unlock()
 	if c.take(user, m.RoomID, m.Data) {
+		time.Sleep(slow)
 		return node.Delivered
 	}
 	return node.NotHere
