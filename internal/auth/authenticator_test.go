@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -178,7 +179,7 @@ func TestEachCredentialNamesItsCaller(t *testing.T) {
 				if err == nil {
 					got = p.Name
 				}
-				if got != test.want || err != test.err {
+				if got != test.want || !errors.Is(err, test.err) {
 					t.Errorf("%s: %q, %v, want %q, %v", name, got, err, test.want, test.err)
 				}
 				if err == nil && (strings.Contains(p.Credential, "pmk_") || strings.Count(p.Credential, ".") > 1 || p.Credential == "") {
@@ -203,7 +204,7 @@ func TestWhatIsRevokedIsRefused(t *testing.T) {
 		a, b := "Bearer "+files.Token("a", time.Hour), "Bearer "+files.Token("b", 10*time.Minute)
 		wants := func(header, want string, why error) {
 			t.Helper()
-			if got, err := o.ask(s, header); got != want || err != why {
+			if got, err := o.ask(s, header); got != want || !errors.Is(err, why) {
 				t.Errorf("%q, %v, want %q, %v", got, err, want, why)
 			}
 		}
@@ -252,7 +253,7 @@ func TestWhatIsRevokedIsRefused(t *testing.T) {
 			t.Errorf("the certificate: %v", err)
 		}
 		time.Sleep(2 * time.Hour)
-		if _, err := o.Authenticate(cert, nil, time.Now()); err != Expired {
+		if _, err := o.Authenticate(cert, nil, time.Now()); !errors.Is(err, Expired) {
 			t.Errorf("a certificate that ended: %v", err)
 		}
 	})
@@ -299,7 +300,7 @@ func TestABadCredentialIsVerifiedOnceASecond(t *testing.T) {
 		one := "Bearer " + files.Token("nobody", time.Hour)
 		for range 3 {
 			for range 1000 {
-				if _, err := o.ask(s, one); err != NoCaller {
+				if _, err := o.ask(s, one); !errors.Is(err, NoCaller) {
 					t.Fatal(err)
 				}
 			}
