@@ -367,3 +367,26 @@ func TestTheTableOfCredentialsIsBounded(t *testing.T) {
 		t.Errorf("%d are kept", n)
 	}
 }
+
+// BenchmarkAuthenticate is what a call pays whose credential is known.
+func BenchmarkAuthenticate(b *testing.B) {
+	files := authtest.New(b, callersOf("- {name: k, match: [{san: k.internal}], allow: [{methods: [BroadcastMessage]}]}\n", "a", "b"))
+	o := open(b, files)
+	last, other := []string{"Bearer " + files.Token("a", time.Hour)}, []string{"Bearer " + files.Token("b", time.Hour)}
+	s := NewSession(nil)
+	for _, c := range []struct {
+		name    string
+		session *Session
+		headers []string
+	}{{"last token of the connection", s, last}, {"another token", s, other}, {"certificate", certificate(time.Now().Add(time.Hour), "k.internal"), nil}} {
+		b.Run(strings.ReplaceAll(c.name, " ", "-"), func(b *testing.B) {
+			now := time.Now()
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := o.Authenticate(c.session, c.headers, now); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
