@@ -1,4 +1,4 @@
-// Command mutants checks the tests: it breaks a copy of the working tree in fifteen ways, one
+// Command mutants checks the tests: it breaks a copy of the working tree in one way
 // after the other, each a mistake that this code could well have, and runs the test that
 // is to notice.
 //
