@@ -76,7 +76,7 @@ var wrongSettings = map[string]map[string][]string{
 		"node_id":            {"a/b", strings.Repeat("a", 251)},
 		"controller_address": {"http://controller:50051", "a b:1", "a:1,b:1"},
 		"advertise_address":  {"0.0.0.0:1"},
-		"allowed_origins":    {"app.example.com", "https://a b", "https://a/path"},
+		"ws.allowed_origins": {"app.example.com", "https://a b", "https://a/path"},
 		"compression":        {"gzip"},
 		"grpc_port":          {"8080", "9094"},
 		"http_port":          {"50052", "9094"},

@@ -3,6 +3,8 @@ package pushctl
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -20,15 +22,19 @@ import (
 
 	"github.com/lxzan/gws"
 
+	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/invoke"
 )
 
 type listenCmd struct {
-	User  string   `help:"User to be. Default: pushctl and a number."`
+	User  string   `help:"User to be. Default: who the token is for; without one pushctl and a number."`
 	Name  string   `help:"Name of the user. Default: the user."`
 	Room  []string `help:"Room to join, may be repeated."`
 	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" help:"WebSocket of a Connect-Node."`
 	Count int      `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
+
+	TokenFile string `placeholder:"FILE" help:"File with the token to show. It is read again before the token expires, and whenever the Connect-Node refuses it. PUSHCTL_TOKEN holds one without a file."`
+	CA        string `name:"ca" placeholder:"FILE" env:"CONNECT_NODE_CA" help:"With wss://: PEM file of the authorities that the Connect-Node's certificate is checked with. Default: those of the system."`
 }
 
 // The bounds of a connection.
@@ -51,16 +57,31 @@ const (
 // Run prints pushes until it is interrupted. A connection that is lost comes back, in
 // the same rooms; one that was never there is an error.
 func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
-	address, err := c.address()
+	token, err := c.token()
+	if err != nil {
+		return &usageError{fmt.Sprintf("--token-file: %v", err)}
+	}
+	address, err := c.address(token)
 	if err != nil {
 		return err
 	}
-	l := &listener{t: t, count: c.Count}
+	secured, err := c.tls()
+	if err != nil {
+		return &usageError{fmt.Sprintf("--ca: %v", err)}
+	}
+	l := &listener{t: t, count: c.Count, address: address, tls: secured, token: token}
 	pause := againFirst
 	for first := true; ; first = false {
 		opened := time.Now()
-		joined, err := c.connected(ctx, l, address)
+		joined, err := c.connected(ctx, l)
 		var final *finalError
+		if refused := (*tokenError)(nil); errors.As(err, &refused) {
+			next, readErr := c.token()
+			if readErr != nil || next == l.token {
+				return err
+			}
+			l.token = next
+		}
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return nil //nolint:nilerr // Whoever interrupts it has seen enough.
@@ -88,12 +109,85 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 // finalError is an end that would come again.
 type finalError struct{ error }
 
+// tokenError is an end that would come again with the same token.
+type tokenError struct{ error }
+
+// maxToken bounds the file of a token, which a Connect-Node takes up to 8 KiB of.
+const maxToken = 16 << 10
+
+// token reads the token to show, "" for none.
+func (c *listenCmd) token() (string, error) {
+	if c.TokenFile == "" {
+		return strings.TrimSpace(os.Getenv("PUSHCTL_TOKEN")), nil
+	}
+	b, err := config.ReadFile(c.TokenFile, maxToken)
+	if err != nil {
+		return "", fmt.Errorf("read the token: %w", err)
+	}
+	token := strings.TrimSpace(string(b))
+	if token == "" || strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s holds no token", c.TokenFile)
+	}
+	return token, nil
+}
+
+// claims are what a client reads of its own token. The Connect-Node verifies it.
+type claims struct {
+	Subject string  `json:"sub"`
+	Expires float64 `json:"exp"`
+}
+
+// claimsOf are zero for what is no JSON Web Token.
+func claimsOf(token string) (c claims) {
+	if parts := strings.Split(token, "."); len(parts) == 3 {
+		if b, err := base64.RawURLEncoding.DecodeString(parts[1]); err == nil && json.Unmarshal(b, &c) != nil {
+			return claims{}
+		}
+	}
+	return c
+}
+
+// When a new token is looked for: within refreshBefore of the old one's end, or within half of its
+// time where that is less, every refreshEvery until there is one.
+const refreshBefore, refreshEvery = time.Minute, time.Second
+
+// untilRefresh is how long to wait before a new token is looked for; ok is false where it is not
+// known when the old one ends.
+func untilRefresh(token string) (wait time.Duration, ok bool) {
+	seconds := claimsOf(token).Expires
+	if seconds <= 0 || seconds > 1<<40 {
+		return 0, false
+	}
+	left := time.Until(time.UnixMilli(int64(seconds * 1000)))
+	return max(left-min(refreshBefore, left/2), 0), true
+}
+
+// tls is how a Connect-Node's certificate is checked.
+func (c *listenCmd) tls() (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12} // a proxy may have no more
+	if c.CA == "" {
+		return cfg, nil
+	}
+	b, err := config.ReadFile(c.CA, 1<<20)
+	if err != nil {
+		return nil, fmt.Errorf("read the authorities: %w", err)
+	}
+	if cfg.RootCAs = x509.NewCertPool(); !cfg.RootCAs.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s holds no certificate", c.CA)
+	}
+	return cfg, nil
+}
+
 // connected is one connection, from its handshake to its end. It tells whether there
 // was one, and why it ended: nil when enough was seen.
-func (c *listenCmd) connected(ctx context.Context, l *listener, address string) (joined bool, err error) {
+func (c *listenCmd) connected(ctx context.Context, l *listener) (joined bool, err error) {
 	l.done = make(chan error, 1)
+	header := http.Header{}
+	if l.token != "" {
+		header.Set("Authorization", "Bearer "+l.token)
+	}
 	conn, resp, err := gws.NewClient(l, &gws.ClientOption{
-		Addr: address, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
+		Addr: l.address, RequestHeader: header, TlsConfig: l.tls, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
 		PermessageDeflate: gws.PermessageDeflate{},
 	})
 	if resp != nil && resp.Body != nil {
@@ -131,8 +225,8 @@ func (c *listenCmd) connected(ctx context.Context, l *listener, address string) 
 	if len(c.Room) > 0 {
 		where = "room " + strings.Join(c.Room, ", ")
 	}
-	_, _ = fmt.Fprintf(l.t.err, "listening as %q in %s at %s (Ctrl-C ends)\n", c.User, where, c.URL)
-	return true, l.wait(ctx, conn)
+	_, _ = fmt.Fprintf(l.t.err, "listening as %q in %s at %s (Ctrl-C ends)\n", cmp.Or(c.User, clean(claimsOf(l.token).Subject)), where, c.URL)
+	return true, l.wait(ctx, conn, c.token)
 }
 
 // refusal is why a handshake failed. What the node says of the request itself, it will
@@ -168,6 +262,9 @@ func ended(err error) error {
 		return fmt.Errorf("the connection was lost: %w", err)
 	}
 	lost := fmt.Errorf("the Connect-Node closed the connection (%d %s)", said.Code, clean(string(said.Reason)))
+	if said.Code == 4401 {
+		return &tokenError{lost}
+	}
 	// In the range of applications: 4408 and 4429 pass, a client that is not wanted stays so.
 	if said.Code >= 4400 && said.Code < 4500 && said.Code != 4408 && said.Code != 4429 {
 		return &finalError{lost}
@@ -175,8 +272,8 @@ func ended(err error) error {
 	return lost
 }
 
-// address builds the WebSocket's address and fills in who is missing.
-func (c *listenCmd) address() (string, error) {
+// address builds the WebSocket's address. Without a token it fills in who is missing.
+func (c *listenCmd) address(token string) (string, error) {
 	u, err := url.Parse(c.URL)
 	if err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Host == "" {
 		return "", &usageError{fmt.Sprintf("--url: %q is not like ws://HOST:PORT/ws", c.URL)}
@@ -184,10 +281,15 @@ func (c *listenCmd) address() (string, error) {
 	if u.Path == "" || u.Path == "/" {
 		u.Path = "/ws"
 	}
-	c.User = cmp.Or(c.User, fmt.Sprintf("pushctl-%d", os.Getpid()))
+	if token == "" {
+		c.User = cmp.Or(c.User, fmt.Sprintf("pushctl-%d", os.Getpid()))
+	}
 	q := u.Query()
-	q.Set("user_id", c.User)
-	q.Set("user_name", cmp.Or(c.Name, c.User))
+	for field, value := range map[string]string{"user_id": c.User, "user_name": cmp.Or(c.Name, c.User)} {
+		if value != "" {
+			q.Set(field, value)
+		}
+	}
 	if len(c.Room) > 0 {
 		q.Set("room_id", c.Room[0])
 	}
@@ -208,8 +310,13 @@ type listener struct {
 	gws.BuiltinEventHandler
 
 	// Static.
-	t     *terminal
-	count int
+	t       *terminal
+	count   int
+	address string
+	tls     *tls.Config
+
+	// Owned by Run.
+	token string // the latest one shown; "" where none is
 
 	// Static while there is a connection.
 	done chan error // its end, once
@@ -218,15 +325,40 @@ type listener struct {
 	seen int
 }
 
-func (l *listener) wait(ctx context.Context, conn *gws.Conn) error {
+// wait waits for the end of a connection. In time before the token's end it shows the next one.
+func (l *listener) wait(ctx context.Context, conn *gws.Conn, next func() (string, error)) error {
 	ping := time.NewTicker(pingInterval)
 	defer ping.Stop()
+	refresh := time.NewTimer(time.Hour)
+	defer refresh.Stop()
+	if wait, ok := untilRefresh(l.token); ok {
+		refresh.Reset(wait)
+	} else {
+		refresh.Stop()
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-l.done:
 			return err
+		case <-refresh.C:
+			refresh.Reset(refreshEvery)
+			token, err := next()
+			if err != nil || token == l.token { // there is none yet; the Connect-Node says when it is too late
+				continue
+			}
+			message, err := json.Marshal(map[string]string{"type": "refresh", "token": token})
+			if err != nil {
+				return &finalError{fmt.Errorf("refresh: %w", err)}
+			}
+			_ = conn.WriteMessage(gws.OpcodeText, message) // as below
+			l.token = token
+			if wait, ok := untilRefresh(token); ok {
+				refresh.Reset(wait)
+			} else {
+				refresh.Stop()
+			}
 		case <-ping.C:
 			// When it cannot be written the reader has noticed, too.
 			_ = conn.WritePing(nil)
@@ -299,6 +431,7 @@ type frame struct {
 	Metadata  map[string]string `json:"metadata"`
 	Message   string            `json:"message"`
 	Node      string            `json:"node_id"`
+	Expires   int64             `json:"expires"`
 }
 
 type frameData struct {
@@ -333,6 +466,8 @@ func (f *frame) control(raw string) string {
 		return f.Type + " " + clean(f.Room)
 	case "ready":
 		return "ready at " + clean(f.Node)
+	case "refreshed":
+		return "token refreshed, good until " + time.Unix(f.Expires, 0).Format(time.TimeOnly)
 	case "error":
 		return "error: " + clean(f.Message)
 	}

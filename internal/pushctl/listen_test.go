@@ -1,15 +1,25 @@
 package pushctl
 
 import (
+	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/lxzan/gws"
+
+	"github.com/push-manager/push-manager/internal/auth/jwt"
+	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
 // moody is a Connect-Node that ends its connections in ways of its own.
@@ -202,6 +212,195 @@ func TestPushSaysWhomItWasFor(t *testing.T) {
 		}
 		if _, got, _ := strings.Cut(f.push(&terminal{}), "  "); got != want {
 			t.Errorf("%s is printed as %q, want %q", raw, got, want)
+		}
+	}
+}
+
+// asks takes a connection, notes how its client has shown a token, and hands it to then.
+func (m *moody) asks(then func(ws *gws.Conn, message string)) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request) {
+		m.note(r.Header.Get("Authorization") + " " + r.URL.RawQuery)
+		ws, err := gws.NewUpgrader(&answers{then: then}, nil).Upgrade(w, r)
+		if err == nil {
+			then(ws, "")
+			ws.ReadLoop()
+		}
+	}
+}
+
+func (m *moody) note(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked = append(m.asked, what)
+}
+
+type answers struct {
+	gws.BuiltinEventHandler
+
+	then func(ws *gws.Conn, message string)
+}
+
+func (a *answers) OnMessage(ws *gws.Conn, message *gws.Message) {
+	text := string(message.Bytes())
+	_ = message.Close()
+	a.then(ws, text)
+}
+
+// tokenOf is a token that nobody verifies.
+func tokenOf(t *testing.T, sub string, left time.Duration) string {
+	t.Helper()
+	token, err := jwt.Mint(make([]byte, 32), map[string]any{"sub": sub, "exp": float64(time.Now().Add(left).UnixMilli()) / 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
+const aPush = `{"type":"text","room_id":"","user_id":"alice","timestamp":1,"data":{"content":"at last"},"metadata":{}}`
+
+// TestListenShowsItsToken: the one of the file as it is now, and never in the address. One that is refused is not shown again.
+func TestListenShowsItsToken(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(text string) {
+		if err := os.WriteFile(file, []byte(text+"\n"), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	m := &moody{}
+	web := httptest.NewServer(m)
+	defer web.Close()
+	url := "ws" + strings.TrimPrefix(web.URL, "http") + "/ws"
+	first, second := tokenOf(t, "alice", time.Hour), tokenOf(t, "alice", 2*time.Hour)
+	push := m.asks(func(ws *gws.Conn, _ string) { _ = ws.WriteString(aPush) })
+	refuse := m.asks(func(ws *gws.Conn, _ string) { _ = ws.WriteClose(4401, []byte("expired")) })
+	for name, tc := range map[string]struct {
+		queued []func(http.ResponseWriter, *http.Request)
+		args   []string
+		env    string
+		code   int
+		asked  []string
+		errOut string
+	}{
+		"file":                     {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " "}, `listening as "alice"`},
+		"variable":                 {[]func(http.ResponseWriter, *http.Request){push}, nil, first, exitOK, []string{"Bearer " + first + " "}, `listening as "alice"`},
+		"user, too":                {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file, "--user=alice"}, "", exitOK, []string{"Bearer " + first + " user_id=alice&user_name=alice"}, ""},
+		"refused":                  {[]func(http.ResponseWriter, *http.Request){refuse}, []string{"--token-file", file}, "", exitError, []string{"Bearer " + first + " "}, "4401 expired"},
+		"refused, from a variable": {[]func(http.ResponseWriter, *http.Request){refuse}, nil, first, exitError, []string{"Bearer " + first + " "}, "4401 expired"},
+		"another one by then": {
+			[]func(http.ResponseWriter, *http.Request){m.asks(func(ws *gws.Conn, _ string) {
+				write(second)
+				_ = ws.WriteClose(4401, []byte("expired"))
+			}), push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " ", "Bearer " + second + " "}, "connecting again",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			write(first)
+			t.Setenv("PUSHCTL_TOKEN", tc.env)
+			m.mu.Lock()
+			m.asked, m.queued = nil, tc.queued
+			m.mu.Unlock()
+			code, out, errOut := pushctl(t, "", append([]string{"listen", "--count=1", "--url", url}, tc.args...)...)
+			if code != tc.code || !strings.Contains(errOut, tc.errOut) {
+				t.Errorf("exit %d, %q", code, errOut)
+			}
+			if strings.Contains(out+errOut, first) || strings.Contains(out+errOut, second) {
+				t.Error("the token is printed")
+			}
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if !slices.Equal(m.asked, tc.asked) {
+				t.Errorf("asked %q\nwant  %q", m.asked, tc.asked)
+			}
+		})
+	}
+	write("not a token")
+	for args, want := range map[string]string{file: "holds no token", "/nowhere": "no such file", t.TempDir(): "regular file"} {
+		if code, _, errOut := pushctl(t, "", "listen", "--url", url, "--token-file", args); code != exitUsage || !strings.Contains(errOut, want) {
+			t.Errorf("%s: exit %d, %q", args, code, errOut)
+		}
+	}
+	if code, _, errOut := pushctl(t, "", "listen", "--url", url, "--token="+first); code != exitUsage || !strings.Contains(errOut, "unknown flag --token") {
+		t.Errorf("a token as a flag: exit %d, %q", code, errOut)
+	}
+}
+
+// TestListenRefreshesBeforeTheEnd: with what is in the file by then, on the same connection.
+func TestListenRefreshesBeforeTheEnd(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "token")
+	first, second := tokenOf(t, "alice", time.Second), tokenOf(t, "alice", time.Hour)
+	if err := os.WriteFile(file, []byte(first), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := &moody{}
+	m.queued = []func(http.ResponseWriter, *http.Request){m.asks(func(ws *gws.Conn, message string) {
+		if message == "" {
+			if err := os.WriteFile(file, []byte(second), 0o600); err != nil {
+				t.Error(err)
+			}
+			return
+		}
+		var r struct{ Type, Token string }
+		if err := json.Unmarshal([]byte(message), &r); err != nil || r.Type != "refresh" || r.Token != second {
+			t.Errorf("%v: %s", err, message)
+		}
+		_ = ws.WriteString(`{"type":"refreshed","expires":1767225600}`)
+		_ = ws.WriteString(aPush)
+	})}
+	web := httptest.NewServer(m)
+	defer web.Close()
+	code, out, errOut := pushctl(t, "", "listen", "--count=1", "--url", "ws"+strings.TrimPrefix(web.URL, "http")+"/ws", "--token-file", file)
+	if code != exitOK || !strings.Contains(out, "token refreshed, good until ") || !strings.Contains(out, "at last") {
+		t.Errorf("exit %d, %q, %q", code, out, errOut)
+	}
+	if len(m.asked) != 1 {
+		t.Errorf("%d connections", len(m.asked))
+	}
+}
+
+func TestWhenATokenIsRefreshed(t *testing.T) {
+	for left, want := range map[time.Duration]time.Duration{
+		time.Hour: 59 * time.Minute, 2 * time.Minute: time.Minute, time.Minute: 30 * time.Second, 10 * time.Second: 5 * time.Second, -time.Second: 0,
+	} {
+		if got, ok := untilRefresh(tokenOf(t, "alice", left)); !ok || got > want || got < want-5*time.Second {
+			t.Errorf("%v before its end: in %v, want %v", left, got, want)
+		}
+	}
+	for _, token := range []string{"", "opaque", "a.b.c", "a." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"x"}`)) + ".c", "a." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":1e300}`)) + ".c"} {
+		if got, ok := untilRefresh(token); ok {
+			t.Errorf("%q: in %v", token, got)
+		}
+	}
+}
+
+func TestListenOverTLS(t *testing.T) {
+	ca, other := etcdtest.NewCA(t), etcdtest.NewCA(t)
+	certFile, keyFile := ca.Issue("localhost", "127.0.0.1")
+	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &moody{}
+	m.queued = []func(http.ResponseWriter, *http.Request){m.asks(func(ws *gws.Conn, _ string) { _ = ws.WriteString(aPush) })}
+	web := httptest.NewUnstartedServer(m)
+	web.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
+	web.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	web.StartTLS()
+	defer web.Close()
+	url := "wss" + strings.TrimPrefix(web.URL, "https") + "/ws"
+	for name, tc := range map[string]struct {
+		args []string
+		code int
+		text string
+	}{
+		"its authority":     {[]string{"--ca", ca.File}, exitOK, ""},
+		"another authority": {[]string{"--ca", other.File}, exitError, "unknown authority"},
+		"the system's":      {nil, exitError, "unknown authority"},
+		"no file":           {[]string{"--ca", "/nowhere"}, exitUsage, "--ca: "},
+		"no certificate":    {[]string{"--ca", keyFile}, exitUsage, "--ca: "},
+	} {
+		code, _, errOut := pushctl(t, "", append([]string{"listen", "--user=alice", "--count=1", "--url", url}, tc.args...)...)
+		if code != tc.code || !strings.Contains(errOut, tc.text) {
+			t.Errorf("%s: exit %d, %q", name, code, errOut)
 		}
 	}
 }

@@ -19,7 +19,8 @@ import (
 var (
 	errNotText   = errors.New("type: only text messages are understood")
 	errNoType    = errors.New("type: required")
-	errType      = errors.New("type: must be join, leave or ping")
+	errType      = errors.New("type: must be join, leave, refresh or ping")
+	errConnected = errors.New("type: connect comes first, and only where no token came before")
 	errNotJSON   = errors.New("message: not valid JSON")
 	errNotObject = errors.New("message: must be a JSON object")
 )
@@ -36,64 +37,78 @@ type reader struct {
 	control [ws.MaxControlFramePayloadSize]byte
 	message []byte // so far
 	op      ws.OpCode
+	state   ws.State      // within fragments or not
 	due     time.Duration // since the gateway's start: see pace
 	late    bool          // the frame was held back by pace
 }
 
 func newReader(c *conn, from io.Reader) *reader {
-	return &reader{c: c, br: bufio.NewReaderSize(from, readBytes), due: math.MinInt64}
+	return &reader{c: c, br: bufio.NewReaderSize(from, readBytes), state: ws.StateServerSide, due: math.MinInt64}
 }
 
 // loop reads until the connection's end, and returns the close code that the client is
 // to get; 0 when it is not there to get one.
 func (r *reader) loop() (code uint16) {
 	defer r.c.g.caught("reader", func() { code = closeOurFault })
-	state := ws.StateServerSide
+	for {
+		code, err := r.next(r.c.g.cfg.MaxMessageBytes)
+		if err == nil && code == 0 {
+			code = r.c.take(r.op, r.message)
+		}
+		if err != nil || code != 0 {
+			return code
+		}
+	}
+}
+
+// next reads the next message, of most bytes, into op and message, which are valid until it is
+// called again. It returns the close code of a client that is to go, or the error of its socket.
+func (r *reader) next(most int) (code uint16, err error) {
+	if r.message = r.message[:0]; cap(r.message) > readBytes {
+		r.message = nil
+	}
 	for {
 		h, err := ws.ReadHeaderBuffer(r.br, r.header[:])
 		switch {
 		case errors.Is(err, ws.ErrHeaderLengthMSB):
-			return closeProtocol
+			return closeProtocol, nil
 		case err != nil:
-			return 0
-		case ws.CheckHeader(h, state) != nil:
-			return closeProtocol
+			return 0, err //nolint:wrapcheck // The client has gone.
+		case ws.CheckHeader(h, r.state) != nil:
+			return closeProtocol, nil
 		}
 		r.pace()
 		if h.OpCode.IsControl() {
 			payload, err := r.payload(r.control[:0], h)
 			if err != nil {
-				return 0
+				return 0, err
 			}
 			if h.OpCode == ws.OpClose {
-				return closeAnswer(payload)
+				return closeAnswer(payload), nil
 			}
-			if h.OpCode == ws.OpPing {
+			if h.OpCode == ws.OpPing && r.c.member != nil { // who is nobody yet gets no answers
 				r.c.tell(&frame{op: ws.OpPong, head: append([]byte(nil), payload...)})
 			}
 			continue
 		}
-		if h.Length > int64(r.c.g.cfg.MaxMessageBytes-len(r.message)) {
-			return closeTooLarge
+		if h.Length > int64(most-len(r.message)) {
+			return closeTooLarge, nil
 		}
 		if r.message, err = r.payload(r.message, h); err != nil {
-			return 0
+			return 0, err
 		}
 		if h.OpCode != ws.OpContinuation {
 			r.op = h.OpCode
 		}
 		if !h.Fin {
-			state = state.Set(ws.StateFragmented)
+			r.state = r.state.Set(ws.StateFragmented)
 			continue
 		}
-		state = state.Clear(ws.StateFragmented)
+		r.state = r.state.Clear(ws.StateFragmented)
 		if r.op == ws.OpText && !utf8.Valid(r.message) {
-			return closeNotUTF8
+			return closeNotUTF8, nil
 		}
-		r.c.take(r.op, r.message)
-		if r.message = r.message[:0]; cap(r.message) > readBytes {
-			r.message = nil
-		}
+		return 0, nil
 	}
 }
 
@@ -148,44 +163,61 @@ func (r *reader) pace() {
 	}
 }
 
-// take handles a message of the client.
-func (c *conn) take(op ws.OpCode, message []byte) {
+// take handles a message of the client. It returns the close code of one that is to go.
+func (c *conn) take(op ws.OpCode, message []byte) (code uint16) {
 	c.g.count.messages.Inc()
 	room, err := "", errNotText
 	if op == ws.OpText {
 		room, err = c.obey(message)
 	}
+	if err == nil {
+		return 0
+	}
+	code = c.g.deny(c, err)
 	switch {
-	case err == nil:
-		return
+	case code != 0: // the close frame says it
 	case room != "":
 		c.tell(control("error", "message", err.Error(), "room_id", room))
 	default:
 		c.tell(control("error", "message", err.Error()))
 	}
 	c.g.count.badMessages.Inc()
+	return code
 }
 
-// obey does what a client's message asks for. The error is for the client: it names the
-// field, in words that need no knowledge of Go. room is the one that it is about, empty
-// when the message names none, or none that can be.
-func (c *conn) obey(b []byte) (room string, err error) {
-	var m struct {
-		Type   *string `json:"type"`
-		RoomID *string `json:"room_id"`
-	}
+// request is a message of a client.
+type request struct {
+	Type   *string `json:"type"`
+	RoomID *string `json:"room_id"`
+	Token  *string `json:"token"`
+}
+
+// parse reads a message. The error is for the client: it names the field, in words that need no
+// knowledge of Go.
+func parse(b []byte) (m request, err error) {
 	if err := json.Unmarshal(b, &m); err != nil {
 		var wrong *json.UnmarshalTypeError
 		switch {
 		case !errors.As(err, &wrong):
-			return "", errNotJSON
+			return m, errNotJSON
 		case wrong.Field == "":
-			return "", errNotObject
+			return m, errNotObject
 		}
-		return "", errors.New(wrong.Field + ": must be a string")
+		return m, errors.New(wrong.Field + ": must be a string")
 	}
 	if m.Type == nil {
-		return "", errNoType
+		return m, errNoType
+	}
+	return m, nil
+}
+
+// obey does what a client's message asks for. The error is for the client, as parse's is, or a
+// denial. room is the one that it is about, empty when the message names none, or none that
+// can be.
+func (c *conn) obey(b []byte) (room string, err error) {
+	m, err := parse(b)
+	if err != nil {
+		return "", err
 	}
 	switch *m.Type {
 	case "ping":
@@ -201,10 +233,17 @@ func (c *conn) obey(b []byte) (room string, err error) {
 		if err := checkRoom(room); err != nil {
 			return room, err
 		}
-		if *m.Type == "join" {
-			return room, c.member.Join(room)
+		if *m.Type == "leave" {
+			return room, c.member.Leave(room)
 		}
-		return room, c.member.Leave(room)
+		if !c.identity.Load().allows(room) {
+			return room, &denial{deniedRoom, closeForbidden}
+		}
+		return room, c.member.Join(room)
+	case "refresh":
+		return "", c.refresh(m.Token)
+	case "connect":
+		return "", errConnected
 	}
 	return "", errType
 }
@@ -249,9 +288,10 @@ func (g *Gateway) hear(c *conn) {
 	c.pinged.Store(false)
 }
 
-// sweep pings clients that are silent and cuts off those that stay so.
+// sweep pings clients that are silent, cuts off those that stay so, and closes those whose
+// token counts no more.
 func (g *Gateway) sweep() {
-	now := time.Since(g.began)
+	now, date := time.Since(g.began), time.Now()
 	g.users.Each(func(conns []*conn) {
 		for _, c := range conns {
 			silent := now - time.Duration(c.heard.Load())
@@ -263,6 +303,7 @@ func (g *Gateway) sweep() {
 			case silent >= g.cfg.PingInterval && !c.pinged.Swap(true):
 				c.tell(&frame{op: ws.OpPing})
 			}
+			g.checkIdentity(c, date)
 		}
 	})
 }

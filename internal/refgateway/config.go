@@ -12,6 +12,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
 	"github.com/push-manager/push-manager/transport/node/membership"
@@ -45,8 +46,22 @@ type Config struct {
 	// says so to browsers that run there. Default pushctl.
 	Pushctl string
 
+	// Tokens verify the tokens that clients must have then. Nil: they need none, and are who
+	// they say. It is closed after the gateway.
+	Tokens *jwt.Verifier
+	// TokenInQuery also takes them as token in the address.
+	TokenInQuery bool
+	// TokenTimeout is how long a client may take to show its token. Default 5 s.
+	TokenTimeout time.Duration
+	// TokenGrace is how long a connection outlives its token. Default 25 s.
+	TokenGrace time.Duration
+	// Unverified bounds the connections of one address, or of one /64 of IPv6, whose token is
+	// not verified; a quarter of MaxConnections bounds all of them. One more costs the oldest
+	// its place. Default 1024.
+	Unverified int
+
 	// AllowedOrigins are the Origin headers, such as "https://app.example.com",
-	// that browsers may connect with; "*" allows all. Loopback origins always may,
+	// that browsers may connect with; "*" allows all but null. Loopback origins always may,
 	// and pages from the host that they connect to: under its IP address, and under
 	// a name unless the connection comes over loopback, as behind a proxy on the
 	// same machine.
@@ -114,6 +129,9 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.QueueBytes, 1<<20)
 	defaultTo(&c.QueueTotalBytes, 256<<20)
 	defaultTo(&c.MessageRate, 50)
+	defaultTo(&c.TokenTimeout, 5*time.Second)
+	defaultTo(&c.TokenGrace, 25*time.Second)
+	defaultTo(&c.Unverified, 1024) // as api.handshakes: a balancer is one address
 	defaultTo(&c.WriteTimeout, 10*time.Second)
 	defaultTo(&c.CloseTimeout, 2*time.Second)
 	defaultTo(&c.PingInterval, 25*time.Second)
@@ -166,6 +184,7 @@ func (c Config) Validate() error {
 	for field, n := range map[string]int{
 		"MaxConnections": c.MaxConnections, "MaxMessageBytes": c.MaxMessageBytes,
 		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
+		"Unverified": c.Unverified,
 	} {
 		if n < 1 {
 			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))
@@ -173,6 +192,7 @@ func (c Config) Validate() error {
 	}
 	for field, d := range map[string]time.Duration{
 		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "LeaveTimeout": c.LeaveTimeout,
+		"TokenTimeout": c.TokenTimeout, "TokenGrace": c.TokenGrace,
 	} {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))

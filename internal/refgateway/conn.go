@@ -16,14 +16,20 @@ import (
 // a time writes, in whole frames, several in one write where they are there.
 type conn struct {
 	// Static.
-	g        *Gateway
-	net      net.Conn
-	raw      syscall.RawConn // of net, or nil where only net can write
+	g    *Gateway
+	net  net.Conn
+	raw  syscall.RawConn // of net, or nil where only net can write
+	room string          // with which it was opened, or empty
+	// Static once it is among the users. Before, owned by the reader: without tokens they are
+	// what the client says, with tokens what its token says.
 	user     string
 	name     string
+	tenant   string // whose ids its ids are; empty: nobody's
 	userJSON []byte
-	room     string // with which it was opened, or empty
 	member   *membership.Member
+
+	identity atomic.Pointer[identity] // of the latest token; nil without tokens
+	place    place                    // among the unverified, which guard it
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then
@@ -88,16 +94,16 @@ func (c *conn) startLocked() {
 }
 
 // bye closes the connection with a code, which the client gets after what waits for
-// it, or at once, instead of that. The first code counts.
-func (c *conn) bye(code uint16, atOnce bool) {
+// it, or at once, instead of that. The first code counts: bye tells whether this is it.
+func (c *conn) bye(code uint16, atOnce bool) (first bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.byeLocked(code, atOnce)
+	return c.byeLocked(code, atOnce)
 }
 
-func (c *conn) byeLocked(code uint16, atOnce bool) {
+func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 	if c.closed {
-		return
+		return false
 	}
 	c.closed, c.code = true, code
 	if atOnce {
@@ -108,6 +114,7 @@ func (c *conn) byeLocked(code uint16, atOnce bool) {
 		_ = c.net.SetWriteDeadline(time.Now().Add(c.g.cfg.CloseTimeout))
 	}
 	c.startLocked()
+	return true
 }
 
 // dropLocked forgets what is queued.

@@ -115,8 +115,8 @@ func control(kind string, pairs ...string) *frame {
 	return &frame{op: ws.OpText, head: append(b, '}')}
 }
 
-// The close codes that the gateway uses: those of RFC 6455, and 4429 for a client that
-// is too slow.
+// The close codes that the gateway uses: those of RFC 6455, and its own, which resemble the
+// status codes of HTTP.
 const (
 	closeNormal    = 1000
 	closeGoingAway = 1001
@@ -124,6 +124,9 @@ const (
 	closeNotUTF8   = 1007
 	closeTooLarge  = 1009
 	closeOurFault  = 1011
+	closeToken     = 4401
+	closeForbidden = 4403
+	closeNoToken   = 4408
 	closeSlow      = 4429
 )
 
@@ -140,6 +143,12 @@ func closeReason(code uint16) string {
 		return "message is too large"
 	case closeOurFault:
 		return "internal error of the node"
+	case closeToken: // one text for all: whoever tries tokens learns nothing
+		return "token is missing, wrong or expired"
+	case closeForbidden:
+		return "the token does not allow this room"
+	case closeNoToken:
+		return "no token came in time"
 	case closeSlow:
 		return "too slow: too much waits to be read"
 	}

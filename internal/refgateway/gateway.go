@@ -1,6 +1,7 @@
 package refgateway
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -42,17 +43,18 @@ func (e *ListenError) Unwrap() error { return e.Err }
 // Gateway is a Connect-Node whose clients come over WebSocket.
 type Gateway struct {
 	// Static after New.
-	cfg     Config
-	began   time.Time
-	users   *node.Users[*conn]
-	members *membership.Reporter
-	node    *node.Server
-	grpc    *grpc.Server
-	health  *health.Server
-	count   counters
-	cores   int       // that write to clients
-	line    line      // of connections that wait for them
-	idle    sync.Pool // of *writer
+	cfg        Config
+	began      time.Time
+	users      *node.Users[*conn]
+	unverified unverified
+	members    *membership.Reporter
+	node       *node.Server
+	grpc       *grpc.Server
+	health     *health.Server
+	count      counters
+	cores      int       // that write to clients
+	line       line      // of connections that wait for them
+	idle       sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
 	writers atomic.Int64 // clients for whom something waits
@@ -83,6 +85,9 @@ func New(cfg Config) (*Gateway, error) {
 	g := &Gateway{
 		cfg: cfg.withDefaults(), began: time.Now(), users: node.NewUsers[*conn](), health: health.NewServer(),
 		cores: min(runtime.GOMAXPROCS(0), maxWriters),
+	}
+	g.unverified = unverified{
+		mostOfNetwork: g.cfg.Unverified, most: max(1, g.cfg.MaxConnections/unverifiedShare), networks: make(map[string]*list.List),
 	}
 	var err error
 	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g.users}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
@@ -301,6 +306,7 @@ func (g *Gateway) closeClients(ctx context.Context) error {
 			c.bye(closeGoingAway, false)
 		}
 	})
+	g.unverified.each(func(c *conn) { c.bye(closeGoingAway, false) })
 	g.mu.Lock()
 	if g.admitted == 0 {
 		g.mu.Unlock()
@@ -352,6 +358,7 @@ func (g *Gateway) Close() {
 			c.shut()
 		}
 	})
+	g.unverified.each(func(c *conn) { c.shut() })
 	g.clients.Wait()
 	if stop != nil {
 		stop()

@@ -121,6 +121,7 @@ var hostile = []struct {
 	{"ping, length with the top bit", topBit(0x89), 1002},
 	{"all bits", strings.Repeat("\xff", 14), 1002},
 	{"the largest length there is", "\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00", 1009},
+	{"1 GiB", "\x81\xff\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x00\x00", 1009},
 	{"4 GiB", "\x82\xff\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00", 1009},
 	{"fragments over the limit", masked(0x01, strings.Repeat(" ", 16<<10)) + masked(0x80, " "), 1009},
 	{"not masked", "\x81\x01x", 1002},
@@ -402,7 +403,7 @@ func TestCloseEndsAConnectionThatIsJustBeginning(t *testing.T) {
 	defer theirs.Close()
 	c := &conn{g: g, user: "late", net: ours}
 	c.userJSON = appendString(nil, c.user)
-	g.begin(c, nil)
+	g.begin(c, nil, "")
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	select {
@@ -433,42 +434,48 @@ func FuzzSocket(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c := shake(t, g, "user_id=u&room_id=r", "", "")
-		tcp := c.Conn.(*net.TCPConn)
-		_ = tcp.SetLinger(0)
-		_ = tcp.SetReadBuffer(256 << 10)
-		sessions{g.users}.Deliver("u", &node.Message{RoomID: "r", Data: b})
-		go func() {
-			_, _ = tcp.Write(b) // The gateway may have closed.
-			_ = tcp.CloseWrite()
-		}()
-		for closed := false; ; {
-			op, payload, err := c.frame()
-			if err != nil {
-				if e := net.Error(nil); errors.As(err, &e) && e.Timeout() {
-					t.Fatalf("%x: not closed", b)
-				}
-				if strings.HasPrefix(err.Error(), "frame from") {
-					t.Fatalf("%x: %v", b, err)
-				}
-				break
-			}
-			var m struct{ Type string }
-			switch {
-			case closed:
-				t.Fatalf("%x: %v after a close frame", b, op)
-			case op == ws.OpClose:
-				closed = true
-			case op == ws.OpText && (json.Unmarshal(payload, &m) != nil || m.Type == ""):
-				t.Fatalf("%x: answer %q", b, payload)
-			}
-		}
-		_ = c.Close()
-		eventually(t, "forgotten", func() bool {
-			return g.users.Connections() == 0 && g.held.Load() == 0 && g.members.Stats().Memberships == 0
-		})
-		if n := g.count.panics.Get(); n != 0 {
-			t.Fatalf("%x: %d panics", b, n)
-		}
+		talk(t, g, "user_id=u&room_id=r", b)
 	})
+}
+
+// talk sends b on a connection, and checks what is promised of any bytes.
+func talk(t *testing.T, g *Gateway, query string, b []byte) {
+	t.Helper()
+	c := shake(t, g, query, "", "")
+	tcp := c.Conn.(*net.TCPConn)
+	_ = tcp.SetLinger(0)
+	_ = tcp.SetReadBuffer(256 << 10)
+	sessions{g.users}.Deliver("u", &node.Message{RoomID: "r", Data: b})
+	go func() {
+		_, _ = tcp.Write(b) // The gateway may have closed.
+		_ = tcp.CloseWrite()
+	}()
+	for closed := false; ; {
+		op, payload, err := c.frame()
+		if err != nil {
+			if e := net.Error(nil); errors.As(err, &e) && e.Timeout() {
+				t.Fatalf("%x: not closed", b)
+			}
+			if strings.HasPrefix(err.Error(), "frame from") {
+				t.Fatalf("%x: %v", b, err)
+			}
+			break
+		}
+		var m struct{ Type string }
+		switch {
+		case closed:
+			t.Fatalf("%x: %v after a close frame", b, op)
+		case op == ws.OpClose:
+			closed = true
+		case op == ws.OpText && (json.Unmarshal(payload, &m) != nil || m.Type == ""):
+			t.Fatalf("%x: answer %q", b, payload)
+		}
+	}
+	_ = c.Close()
+	eventually(t, "forgotten", func() bool {
+		return g.users.Connections() == 0 && g.unverified.len() == 0 && g.held.Load() == 0 && g.members.Stats().Memberships == 0
+	})
+	if n := g.count.panics.Get(); n != 0 {
+		t.Fatalf("%x: %d panics", b, n)
+	}
 }

@@ -25,7 +25,7 @@ import (
 )
 
 var (
-	errOrigin = errors.New("origin: not allowed here, see ALLOWED_ORIGINS")
+	errOrigin = errors.New("origin: not allowed here, see WS_ALLOWED_ORIGINS")
 	errQuery  = errors.New("query: not encoded as in a URL")
 )
 
@@ -49,7 +49,9 @@ func (g *Gateway) clientHandler() http.Handler {
 			pushctl = g.cfg.Pushctl // A line for this machine: elsewhere it does not run, and its paths are nobody's business.
 		}
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(map[string]string{"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "pushctl": pushctl})
+		_ = json.NewEncoder(w).Encode(map[string]any{
+			"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "pushctl": pushctl, "tokens": g.cfg.Tokens != nil,
+		})
 	})
 	g.healthHandlers(mux)
 	return mux
@@ -83,7 +85,7 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		g.count.refused[reason].Inc()
 		http.Error(w, err.Error(), code)
 	}
-	c, err := clientOf(r)
+	c, token, err := g.clientOf(r)
 	switch {
 	case g.draining.Load():
 		refuse(http.StatusServiceUnavailable, refusedDraining, membership.ErrGoing)
@@ -103,9 +105,8 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusServiceUnavailable, refusedFull, errors.New("too many connections, or node is going"))
 		return
 	}
-	c.g = g
-	// pm.v1 is the one subprotocol there is. A client that asks for others is served without.
-	upgrader := ws.HTTPUpgrader{Timeout: 5 * time.Second, Protocol: func(name string) bool { return name == "pm.v1" }}
+	// The answer names pm.v1 alone, never what carries a token. A client that asks for others is served without.
+	upgrader := ws.HTTPUpgrader{Timeout: 5 * time.Second, Protocol: func(name string) bool { return name == subprotocol }}
 	netConn, rw, _, err := upgrader.Upgrade(r, w)
 	if err != nil {
 		g.count.refused[refusedBad].Inc()
@@ -118,8 +119,8 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	if secured, ok := netConn.(*tls.Conn); ok {
 		netConn = tlsConn{secured}
 	}
-	c.net, c.member = netConn, g.members.Member(c.user, c.name, c)
-	g.begin(c, unread(rw.Reader))
+	c.net = netConn
+	g.begin(c, unread(rw.Reader), token)
 }
 
 // unread is what the client has sent behind its handshake already: 4 KiB at most.
@@ -128,33 +129,40 @@ func unread(br *bufio.Reader) []byte {
 	return bytes.Clone(b)
 }
 
-// clientOf reads who wants to connect. The error names the field.
-func clientOf(r *http.Request) (*conn, error) {
+// clientOf reads who wants to connect, and the token where one came and tokens count. The error
+// names the field, and no value.
+func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, errQuery
+		return nil, "", errQuery
 	}
 	for _, field := range []string{"user_id", "user_name", "room_id"} {
 		if len(query[field]) > 1 {
-			return nil, fmt.Errorf("%s: given %d times", field, len(query[field]))
+			return nil, "", fmt.Errorf("%s: given %d times", field, len(query[field]))
 		}
 	}
-	c := &conn{user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id")}
-	if err := checkID("user_id", c.user); err != nil {
-		return nil, err
+	c = &conn{g: g, user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id")}
+	if g.cfg.Tokens != nil {
+		if token, err = g.tokenOf(r, query); err != nil {
+			return nil, "", err
+		}
+	}
+	if g.cfg.Tokens == nil || query.Has("user_id") {
+		if err := checkID("user_id", c.user); err != nil {
+			return nil, "", err
+		}
 	}
 	if c.name != "" {
 		if err := checkID("user_name", c.name); err != nil {
-			return nil, err
+			return nil, "", err
 		}
 	}
 	if query.Has("room_id") {
 		if err := checkRoom(c.room); err != nil {
-			return nil, err
+			return nil, "", err
 		}
 	}
-	c.userJSON = appendString(nil, c.user)
-	return c, nil
+	return c, token, nil
 }
 
 // originAllowed guards against pages of strangers that use a visitor's network: a
@@ -164,6 +172,9 @@ func clientOf(r *http.Request) (*conn, error) {
 // relies on nobody else getting there.
 func (g *Gateway) originAllowed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
+	if origin == "null" { // a sandboxed frame, or a file: anybody's, also where all are allowed
+		return false
+	}
 	if origin == "" || slices.Contains(g.cfg.AllowedOrigins, origin) || slices.Contains(g.cfg.AllowedOrigins, "*") {
 		return true
 	}
@@ -182,8 +193,9 @@ func (g *Gateway) originAllowed(r *http.Request) bool {
 	return sameHost && ok && !local.IP.IsLoopback()
 }
 
-// begin starts a connection that has been admitted.
-func (g *Gateway) begin(c *conn, sent []byte) {
+// begin starts a connection that has been admitted, with what it has sent already and the token
+// that came with its handshake.
+func (g *Gateway) begin(c *conn, sent []byte, token string) {
 	socket := c.net
 	if secured, ok := socket.(tlsConn); ok {
 		socket = secured.NetConn()
@@ -201,10 +213,32 @@ func (g *Gateway) begin(c *conn, sent []byte) {
 		from = io.MultiReader(bytes.NewReader(sent), c.net)
 	}
 	r := newReader(c, from)
-	g.hear(c)
 	g.count.opened.Inc()
-	g.users.Add(c.user, c)
+	if g.cfg.Tokens != nil {
+		if evicted := g.unverified.add(c); evicted != nil {
+			evicted.shut()
+			g.deny(evicted, &denial{reason: deniedEvicted})
+		}
+	}
+	// The handler's goroutine must end: it holds the request's memory.
+	g.clients.Go(func() {
+		defer g.release()
+		defer g.caught("reader", func() {})
+		defer g.end(c)
+		if code := g.serve(c, r, token); code != 0 {
+			c.bye(code, true)
+			var err error
+			for err == nil { // until the client has closed, or its time is over
+				_, err = r.br.Discard(readBytes)
+			}
+		}
+	})
 	// Whoever closes the clients may have passed before this one was listed.
+	g.endIfGoing(c)
+}
+
+// endIfGoing ends a connection that the gateway's end has not found in its lists.
+func (g *Gateway) endIfGoing(c *conn) {
 	g.mu.Lock()
 	closed := g.closed
 	g.mu.Unlock()
@@ -214,20 +248,25 @@ func (g *Gateway) begin(c *conn, sent []byte) {
 	case g.draining.Load():
 		c.bye(closeGoingAway, false)
 	}
-	// The handler's goroutine must end: it holds the request's memory.
-	g.clients.Go(func() {
-		defer g.release()
-		defer g.caught("reader", func() {})
-		defer g.end(c)
-		g.enterRooms(c)
-		if code := r.loop(); code != 0 {
-			c.bye(code, true)
-			var err error
-			for err == nil { // until the client has closed, or its time is over
-				_, err = r.br.Discard(readBytes)
-			}
+}
+
+// serve is a connection from its token to its end. It returns the close code that the client is
+// to get, 0 when it is not there to get one.
+func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
+	defer g.caught("reader", func() { code = closeOurFault })
+	if g.cfg.Tokens != nil {
+		if err := g.identify(c, r, token); err != nil {
+			return g.deny(c, err)
 		}
-	})
+	}
+	c.userJSON = appendString(nil, c.user)
+	c.member = g.members.Member(c.user, c.name, c)
+	g.hear(c)
+	g.users.Add(c.user, c)
+	g.unverified.remove(c)
+	g.endIfGoing(c)
+	g.enterRooms(c)
+	return r.loop()
 }
 
 // tlsConn is a connection over TLS that closes without a word. A tls.Conn says goodbye first, and waits up to five seconds for a
@@ -250,6 +289,10 @@ func (g *Gateway) enterRooms(c *conn) {
 // end is called once, by the connection's reader.
 func (g *Gateway) end(c *conn) {
 	c.shut()
+	g.unverified.remove(c)
+	if c.member == nil {
+		return
+	}
 	g.users.Remove(c.user, c)
 	c.member.Close()
 }

@@ -1,6 +1,11 @@
 package refgateway
 
-import "github.com/VictoriaMetrics/metrics"
+import (
+	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/auth/jwt"
+	"github.com/push-manager/push-manager/internal/label"
+)
 
 // counters are the gateway's metrics, made once.
 type counters struct {
@@ -30,6 +35,14 @@ func newCounters(g *Gateway) {
 	set.NewGauge("connect_node_connections", func() float64 { return float64(g.users.Connections()) })
 	set.NewGauge("connect_node_users", func() float64 { return float64(g.users.Online()) })
 	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
+	set.NewGauge("connect_node_unverified", func() float64 { return float64(g.unverified.len()) })
+	for _, reason := range []string{
+		string(jwt.Malformed), string(jwt.Algorithm), string(jwt.IssuerWrong), string(jwt.UnknownKey), string(jwt.Signature), string(jwt.Audience),
+		string(jwt.Expired), string(jwt.NotYet), string(jwt.Lifetime), string(jwt.Subject), string(jwt.Unavailable),
+		deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn,
+	} {
+		g.denied(reason) // there is a zero before the first one
+	}
 	g.count = counters{
 		opened: set.NewCounter("connect_node_connections_total"),
 		refused: map[string]*metrics.Counter{
@@ -48,4 +61,9 @@ func newCounters(g *Gateway) {
 		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
 		panics:      set.NewCounter("connect_node_client_panics_total"),
 	}
+}
+
+// denied counts clients that are not let in, or not any more. The reasons are those of jwt and ours.
+func (g *Gateway) denied(reason string) *metrics.Counter {
+	return g.cfg.Metrics.GetOrCreateCounter(label.Name("connect_node_clients_denied_total", "reason", reason))
 }

@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -41,6 +42,70 @@ $("room").value = "first";
 $("go").click();
 visit();
 </script>`
+
+// bearer is what a person does on the page of a node that asks for tokens: pastes what /next gives whenever the page
+// wants another one, connects with the first, and refreshes with those that come while it is connected.
+const bearer = `<script>
+let shown = "";
+const visit = async () => {
+  const next = await fetch("next").then(r => r.text());
+  if (next && next !== shown && !$("bearer").hidden) {
+    shown = next;
+    $("token").value = next;
+    $("token").dispatchEvent(new Event("input"));
+    (wanted ? $("refresh") : $("go")).click();
+  }
+  const body = [$("state").textContent, $("go").textContent, $("user").value, $("tokenLabel").textContent, $("rooms").innerText, $("list").innerText,
+    "stored " + (localStorage.length + sessionStorage.length + document.cookie.length), location.href].join("\n");
+  await fetch("seen", { method: "POST", body });
+  setTimeout(visit, 20);
+};
+$("room").value = "first";
+visit();
+</script>`
+
+// visited serves the pages of a gateway with a script behind its own, and returns what the page shows and where it is.
+func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[string]) (shows func(parts ...string), address string) {
+	t.Helper()
+	var seen atomic.Pointer[string]
+	pages := g.clientHandler()
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/seen":
+			if b, err := io.ReadAll(r.Body); err == nil {
+				seen.Store(new(string(b)))
+			}
+			return
+		case "/next":
+			if text := next.Load(); text != nil {
+				_, _ = io.WriteString(w, *text)
+			}
+			return
+		}
+		pages.ServeHTTP(w, r)
+		if r.URL.Path == "/" {
+			_, _ = io.WriteString(w, script) // the browser has gone if it fails
+		}
+	}))
+	t.Cleanup(web.Close)
+	return func(parts ...string) {
+		t.Helper()
+		text := ""
+		defer func() {
+			if t.Failed() {
+				t.Logf("the page shows %q", text)
+			}
+		}()
+		eventually(t, fmt.Sprintf("the page shows %q", parts), func() bool {
+			p := seen.Load()
+			if p == nil {
+				return false
+			}
+			text = *p
+			return !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(text, part) })
+		})
+	}, web.URL + "/"
+}
 
 // browser runs a page in a browser without a window until the test ends.
 func browser(t *testing.T, address string) {
@@ -88,38 +153,8 @@ func browser(t *testing.T, address string) {
 func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, nil)
-	var seen atomic.Pointer[string]
-	pages := g.clientHandler()
-	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/seen" {
-			if b, err := io.ReadAll(r.Body); err == nil {
-				seen.Store(new(string(b)))
-			}
-			return
-		}
-		pages.ServeHTTP(w, r)
-		if r.URL.Path == "/" {
-			_, _ = io.WriteString(w, visitor) // the browser has gone if it fails
-		}
-	}))
-	t.Cleanup(web.Close)
-	browser(t, web.URL+"/")
-
-	shows := func(parts ...string) {
-		t.Helper()
-		eventually(t, fmt.Sprintf("the page shows %q", parts), func() bool {
-			text := seen.Load()
-			if text == nil {
-				return false
-			}
-			for _, part := range parts {
-				if !strings.Contains(*text, part) {
-					return false
-				}
-			}
-			return true
-		})
-	}
+	shows, address := visited(t, g, visitor, nil)
+	browser(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	if !c.has("u", "first") || !c.has("u", "second") {
 		t.Error("the page shows rooms that the Controller does not know of")
@@ -132,4 +167,30 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 		t.Fatal(err)
 	}
 	shows("to everybody", "to all")
+}
+
+// TestPageShowsItsToken: it connects with the one that was pasted, refreshes, and tells in words why it was closed. The
+// token is in the page's memory alone.
+func TestPageShowsItsToken(t *testing.T) {
+	c := newController(t)
+	g, p := startWithTokens(t, c, func(cfg *Config) { cfg.PingInterval = 80 * time.Millisecond })
+	var next atomic.Pointer[string]
+	paste := func(token string) { next.Store(&token) }
+	shows, address := visited(t, g, bearer, &next)
+	browser(t, address)
+
+	shows("not connected\nConnect\n")
+	paste("x.y.z")
+	shows("token missing, wrong or expired: paste another one\nConnect\n")
+	paste(p.token("älice", map[string]any{"rooms": []string{"first"}}))
+	shows("connected\nDisconnect\nälice\nToken, good until ", "first", "stored 0\n"+address)
+	if !c.has("älice", "first") {
+		t.Error("the Controller does not know who the token names")
+	}
+	paste(p.token("älice", map[string]any{"kid": "k2"}))
+	shows("connected\nDisconnect\n", "The new token counts.")
+	p.publish("k1")
+	shows("token missing, wrong or expired: paste another one\nConnect\nälice\n")
+	paste(p.token("bob", map[string]any{"rooms": []string{"other"}}))
+	shows("the token does not allow this room\nConnect\nbob\n", "stored 0\n"+address)
 }

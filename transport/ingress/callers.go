@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/push-manager/push-manager/engine"
-	"github.com/push-manager/push-manager/transport/ingress/throttle"
+	"github.com/push-manager/push-manager/internal/remote"
 )
 
 // callers has the budgets of those who called lately. Who has not been heard of for so long
@@ -132,5 +132,5 @@ func peerOf(ctx context.Context) string {
 	if !ok {
 		return ""
 	}
-	return throttle.HostOf(p.Addr)
+	return remote.Host(p.Addr)
 }

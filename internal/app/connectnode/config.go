@@ -12,6 +12,7 @@ import (
 	"unicode"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
@@ -40,6 +41,9 @@ type Config struct {
 	MinVersion    string // of ClientTLS
 	TrustDomain   string
 
+	ClientAuth   string
+	ClientTokens jwt.Config
+
 	insecure []string // what its settings allow
 }
 
@@ -56,7 +60,11 @@ func (c *Config) Bind(s *config.Set) {
 	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
 	s.Address(&g.PushManagerAddress, "push_manager_address", d.PushManagerAddress, "Push-Manager's HOST:PORT, shown on the page.")
 	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
-	s.List(&g.AllowedOrigins, "allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.")
+	s.List(&g.AllowedOrigins, "ws.allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all but null. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.").Env("ALLOWED_ORIGINS")
+	s.Bool(&g.TokenInQuery, "ws.token_in_query", false, "Also take the tokens of clients as token in the address. Whatever stands in an address is logged on its way by others.")
+	s.Choice(&c.ClientAuth, "client_auth.mode", "none", "Whether clients need a token. none: they are who they say. jwt: they are who an issuer of client_auth.jwt says.", "none", "jwt")
+	s.Int(&g.Unverified, "client_auth.unverified", d.Unverified, 1, 1<<20, "Connections of one address (IPv6: of one /64) whose token has not been verified; one more costs the oldest its place. They have 5 s.")
+	c.ClientTokens.Bind(s, "client_auth.jwt")
 	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")
 	s.Int(&g.Members.MaxRooms, "max_rooms", d.Members.MaxRooms, 1, 1<<16, "Rooms of one connection.")
 	s.Int(&g.QueueFrames, "queue_frames", d.QueueFrames, 1, 1<<20, "Frames that may wait for one client; one that is behind by more is cut off.")
@@ -89,11 +97,21 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 	for _, origin := range c.Gateway.AllowedOrigins {
 		u, err := url.Parse(origin)
 		if origin != "*" && (err != nil || u.Scheme == "" || u.Host == "" || u.Path != "" || strings.ContainsFunc(origin, unicode.IsSpace)) {
-			return s.Errorf("allowed_origins", "%q is no origin such as https://app.example.com", origin)
+			return s.Errorf("ws.allowed_origins", "%q is no origin such as https://app.example.com", origin)
 		}
 	}
 	if _, err := compression.Parse(c.Gateway.Compression); err != nil {
 		return s.Errorf("compression", "%v", err)
+	}
+	switch jwtOn := c.ClientAuth == "jwt"; {
+	case jwtOn && len(c.ClientTokens.Issuers) == 0:
+		return s.Errorf("client_auth.jwt", "missing, while client_auth.mode is jwt: it says whose tokens count")
+	case !jwtOn && len(c.ClientTokens.Issuers) > 0:
+		return s.Errorf("client_auth.mode", "is none, while client_auth.jwt is set: nobody would be asked for a token")
+	case jwtOn:
+		if err := c.ClientTokens.Check(s, "client_auth.jwt"); err != nil {
+			return err
+		}
 	}
 	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
 		return err
@@ -133,7 +151,9 @@ func (c *Config) missing() string {
 	if !c.ClientTLS.On() {
 		list = append(list, "TLS on HTTP_PORT (TLS_CERT_FILE, TLS_KEY_FILE)")
 	}
-	list = append(list, "authentication of clients")
+	if c.ClientAuth != "jwt" {
+		list = append(list, "authentication of clients (CLIENT_AUTH_MODE=jwt, CLIENT_AUTH_JWT)")
+	}
 	if without := c.TLS.Missing(); without != "" {
 		list = append(list, without)
 	}

@@ -3,11 +3,13 @@ package connectnode
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/internal/app"
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -22,7 +24,8 @@ func Command() cli.Command {
 type ConnectNode struct {
 	*refgateway.Gateway
 
-	life app.Lifecycle
+	life   app.Lifecycle
+	tokens *jwt.Verifier // nil where clients need none
 }
 
 // Start starts a Connect-Node.
@@ -48,6 +51,14 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 		}
 		g.ClientTLS = source.ServerConfig(app.MinVersion(cfg.MinVersion))
 	}
+	if cfg.ClientAuth == "jwt" {
+		cfg.ClientTokens.ReloadInterval, cfg.ClientTokens.Logger, cfg.ClientTokens.Metrics = cfg.TLS.ReloadInterval, logger, g.Metrics
+		if g.Tokens, err = jwt.New(cfg.ClientTokens); err != nil {
+			return nil, fmt.Errorf("client_auth.jwt: %w", err)
+		}
+		n.tokens = g.Tokens
+		n.life.Add("issuers of tokens", app.Closing(g.Tokens.Close))
+	}
 	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {
 		return nil, err
@@ -72,8 +83,13 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 // managers and clients.
 func (n *ConnectNode) Drain(ctx context.Context) error { return n.life.Stop(ctx) }
 
-// Reload has certificates read again soon.
-func (n *ConnectNode) Reload() { n.life.Reload() }
+// Reload has certificates and the issuers' keys read again soon.
+func (n *ConnectNode) Reload() {
+	n.life.Reload()
+	if n.tokens != nil {
+		n.tokens.Reload()
+	}
+}
 
 // Failed implements cli.Program. The gateway logs what ends one of its listeners.
 func (n *ConnectNode) Failed() <-chan error { return nil }

@@ -1,7 +1,6 @@
 package jwt
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -84,13 +83,9 @@ func (s *source) readFile() (*keySet, error) {
 		}
 		return keys, nil
 	}
-	secret, err := config.ReadSecretFile(s.path, maxSecret)
+	secret, err := ReadSecret(s.path)
 	if err != nil {
 		return nil, err
-	}
-	secret = bytes.TrimSpace(secret)
-	if len(secret) < minSecret {
-		return nil, fmt.Errorf("%s: has fewer than %d bytes", s.path, minSecret)
 	}
 	keys := &keySet{byID: map[keyID]any{}, sum: sha256.Sum256(secret), read: time.Now()}
 	for _, algorithm := range s.Algorithms {

@@ -44,8 +44,13 @@ type Token struct {
 	Subject string // the claim that names the caller, as an id: 1 to 256 bytes of UTF-8 without control characters
 	Expires time.Time
 
+	key    any // as in keySet
+	id     keyID
 	claims claims
 }
+
+// Key is what it was signed with.
+func (t *Token) Key() Key { return Key{issuer: t.Issuer, id: t.id, key: t.key} }
 
 // Claim reads a further claim as encoding/json does, and tells whether the token has it. The names of claims are exact.
 // Its error holds nothing of the token.

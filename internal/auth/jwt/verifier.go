@@ -147,7 +147,7 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Token, error) {
 	if err != nil || expires == nil || time.Until(expires.Time) > maxLifetime+leeway {
 		return nil, Lifetime
 	}
-	token := &Token{Issuer: s.Issuer.Issuer, KeyID: id.kid, Subject: c.text(s.CallerClaim), Expires: expires.Time, claims: c}
+	token := &Token{Issuer: s.Issuer.Issuer, KeyID: id.kid, Subject: c.text(s.CallerClaim), Expires: expires.Time, key: key, id: id, claims: c}
 	if ids.Check(token.Subject, ids.MaxBytes) != nil {
 		return nil, Subject
 	}

@@ -4,12 +4,13 @@ import (
 	"container/list"
 	"errors"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/time/rate"
+
+	"github.com/push-manager/push-manager/internal/remote"
 )
 
 var errTooManyConnections = errors.New("too many connections")
@@ -27,12 +28,12 @@ type connections struct {
 	warn rate.Sometimes
 
 	mu             sync.Mutex
-	networks       map[string]*network // none is empty
+	networks       map[string]*neighbors // none is empty
 	open, halfOpen int
 }
 
-// network is an address of IPv4, or a /64 of IPv6: more addresses must not get round a bound.
-type network struct {
+// neighbors are the connections of one network.
+type neighbors struct {
 	open     int
 	halfOpen list.List // of *slot, the oldest first
 }
@@ -60,7 +61,7 @@ func newConnections(cfg *Config) *connections {
 		refused:  cfg.Metrics.GetOrCreateCounter("push_manager_api_connections_refused_total"),
 		evicted:  cfg.Metrics.GetOrCreateCounter("push_manager_api_handshakes_evicted_total"),
 		warn:     rate.Sometimes{Interval: time.Second},
-		networks: make(map[string]*network),
+		networks: make(map[string]*neighbors),
 	}
 	gauge := func(name string, n *int) {
 		cfg.Metrics.GetOrCreateGauge(name, func() float64 {
@@ -77,12 +78,12 @@ func newConnections(cfg *Config) *connections {
 
 // accept gives a connection its slot, until it is closed or its time is over.
 func (s *connections) accept(socket net.Conn) *slot {
-	p := &slot{conns: s, network: networkOf(socket.RemoteAddr()), socket: socket}
+	p := &slot{conns: s, network: remote.Network(socket.RemoteAddr()), socket: socket}
 	var oldest *slot
 	s.mu.Lock()
 	n := s.networks[p.network]
 	if n == nil {
-		n = new(network)
+		n = new(neighbors)
 		s.networks[p.network] = n
 	}
 	p.halfOpen = n.halfOpen.PushBack(p)
@@ -159,7 +160,7 @@ func (p *slot) openLocked() {
 	s := p.conns
 	n := s.networks[p.network]
 	if n == nil {
-		n = new(network)
+		n = new(neighbors)
 		s.networks[p.network] = n
 	}
 	n.open++
@@ -184,29 +185,4 @@ func (p *slot) freeLocked() {
 	if n != nil && n.open == 0 && n.halfOpen.Len() == 0 {
 		delete(s.networks, p.network)
 	}
-}
-
-// networkBits is what a customer has of IPv6 addresses at least (RFC 6177, section 2).
-const networkBits = 64
-
-func networkOf(a net.Addr) string {
-	host := HostOf(a)
-	ip, err := netip.ParseAddr(host)
-	if err != nil || ip.Unmap().Is4() {
-		return host
-	}
-	network, err := ip.WithZone("").Prefix(networkBits)
-	if err != nil {
-		return host
-	}
-	return network.String()
-}
-
-// HostOf is an address without its port.
-func HostOf(a net.Addr) string {
-	text := a.String()
-	if host, _, err := net.SplitHostPort(text); err == nil {
-		return host
-	}
-	return text
 }

@@ -1,6 +1,9 @@
 package membership
 
-import "sync"
+import (
+	"strings"
+	"sync"
+)
 
 // Client is told what the Controller has said. An empty room stands for the node itself:
 // Joined("") means that pushes to the user arrive here from now on. The methods are called
@@ -54,6 +57,19 @@ func (m *Member) In(room string) bool {
 	defer m.mu.RUnlock()
 	_, ok := m.rooms[room]
 	return ok
+}
+
+// Rooms are those that the connection is in. The node itself is none.
+func (m *Member) Rooms() []string {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	rooms := make([]string, 0, len(m.rooms))
+	for room := range m.rooms {
+		if !strings.HasPrefix(room, Reserved) {
+			rooms = append(rooms, room)
+		}
+	}
+	return rooms
 }
 
 func (m *Member) count() int {
