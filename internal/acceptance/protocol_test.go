@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"github.com/lxzan/gws"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/freeport"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -47,9 +49,57 @@ func TestClientProtocolPageSaysWhatTheGatewayDoes(t *testing.T) {
 	if len(transcripts) < 7 {
 		t.Errorf("%s has only %d transcripts", protocolPage, len(transcripts))
 	}
+	secured := d
+	secured.gateways = []string{nodeWithTokens(t, printed)}
+	withTokens := 0
 	for _, transcript := range transcripts {
-		d.replay(t, strings.TrimSpace(transcript[1]))
+		if text := strings.TrimSpace(transcript[1]); strings.Contains(text, "TOKEN") {
+			withTokens++
+			secured.replay(t, filledIn(t, text))
+		} else {
+			d.replay(t, text)
+		}
 	}
+	if withTokens == 0 {
+		t.Errorf("%s has no transcript with a token", protocolPage)
+	}
+}
+
+// clientSecret is what the tokens of the transcripts are signed with.
+const clientSecret = "a secret of at least thirty-two bytes"
+
+// nodeWithTokens adds a node to a development stack whose clients need tokens, and returns where they connect.
+func nodeWithTokens(t *testing.T, printed string) string {
+	t.Helper()
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte(clientSecret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := freeport.Take(t, 3)
+	start(t, binary(t, "connect-node"), []string{
+		"NODE_ID=connect-node-tokens", "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
+		"CONTROLLER_ADDRESS=" + printedAddress(t, printed, `Controller +`), "ETCD_ENDPOINTS=" + printedAddress(t, printed, `etcd +`),
+		"CLIENT_AUTH_MODE=jwt", "CLIENT_AUTH_JWT=[{issuer: idp, audience: gateway, hs_secret_file: " + secret + "}]",
+	})
+	ready(t, p[2])
+	return "127.0.0.1:" + p[1]
+}
+
+// filledIn puts tokens and dates in place of their names: TOKEN user rooms.
+func filledIn(t *testing.T, transcript string) string {
+	t.Helper()
+	exp := time.Now().Add(time.Hour).Unix()
+	transcript = strings.ReplaceAll(transcript, "EXPIRES", strconv.FormatInt(exp, 10))
+	return regexp.MustCompile(`TOKEN (\S+) ([^"\s]+)`).ReplaceAllStringFunc(transcript, func(text string) string {
+		words := strings.Fields(text)
+		token, err := jwt.Mint([]byte(clientSecret), map[string]any{
+			"iss": "idp", "aud": "gateway", "sub": words[1], "exp": exp, "rooms": strings.Split(words[2], ","),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return token
+	})
 }
 
 // replay does what a transcript says, line by line.
@@ -64,7 +114,7 @@ func (d *deployment) replay(t *testing.T, transcript string) {
 		}
 		return
 	}
-	frames := &transcriber{ch: make(chan string, 64)}
+	frames := &transcriber{ch: make(chan string, 64), closed: make(chan error, 1)}
 	conn, _, err := gws.NewClient(frames, &gws.ClientOption{Addr: "ws://" + d.gateways[0] + path})
 	if err != nil {
 		t.Errorf("%s\n%v", transcript, err)
@@ -88,7 +138,11 @@ func (d *deployment) replay(t *testing.T, transcript string) {
 		case "!":
 			err = d.push(t, rest)
 		case "<":
-			err = frames.next(rest)
+			if code, ok := strings.CutPrefix(rest, "close "); ok {
+				err = frames.closedWith(code)
+			} else {
+				err = frames.next(rest)
+			}
 		default:
 			err = fmt.Errorf("%q is not understood", what)
 		}
@@ -153,7 +207,28 @@ func (d *deployment) push(t *testing.T, line string) error {
 type transcriber struct {
 	gws.BuiltinEventHandler
 
-	ch chan string
+	ch     chan string
+	closed chan error
+}
+
+// OnClose implements gws.Event.
+func (f *transcriber) OnClose(_ *gws.Conn, err error) { f.closed <- err }
+
+// closedWith waits for the close frame.
+func (f *transcriber) closedWith(code string) error {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case err := <-f.closed:
+		if got, ok := errors.AsType[*gws.CloseError](err); !ok || strconv.Itoa(int(got.Code)) != code {
+			return fmt.Errorf("closed with %w", err)
+		}
+		return nil
+	case got := <-f.ch:
+		return fmt.Errorf("got %s", got)
+	case <-timer.C:
+		return errors.New("not closed")
+	}
 }
 
 // OnMessage implements gws.Event.

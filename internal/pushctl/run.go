@@ -48,6 +48,8 @@ type grammar struct {
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
+	Token tokenCmd `cmd:"" help:"Make a token for a WebSocket client, signed with a shared secret: for development and tests."`
+
 	Conformance conformanceCmd `cmd:"" help:"Try a Connect-Node of your own: play Push-Manager, and tell what the node does otherwise than its protocol says."`
 
 	Output string `short:"o" default:"table" enum:"table,json" help:"How to print: table, for people, or json, one object a line."`
