@@ -1,7 +1,7 @@
 # Everything a developer needs. `make help` lists the targets.
 #
 # Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
-# (Debian: package prometheus). All other tools run at the versions that the modules in tools/ pin, which never move a
+# (Debian: package prometheus), `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
 # dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
 SHELL := bash
@@ -49,6 +49,16 @@ run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, 
 .PHONY: test
 test: ## Run all tests (or those of PACKAGES) with the race detector, in random order
 	$(GO) test -race -shuffle=on -timeout=1h $(PACKAGES)
+
+.PHONY: interop-tools
+interop-tools: ## Build grpcurl into .tmp/bin and install the packages of the Node.js caller (needs npm)
+	mkdir -p .tmp/bin
+	$(GO) build -modfile=tools/grpcurl/go.mod -o .tmp/bin/ github.com/fullstorydev/grpcurl/cmd/grpcurl
+	cd internal/acceptance/nodejs && npm ci --ignore-scripts --no-audit --no-fund
+
+.PHONY: interop
+interop: interop-tools ## Run the push API with TLS for grpcurl and Node.js, and behind HAProxy and nginx (needs all but grpcurl)
+	$(GO) test -race -shuffle=on -run 'Grpcurl|NodeJS|Balancer|Forwarded' ./internal/acceptance
 
 .PHONY: cover
 cover: ## Run all tests and show the coverage per function (.tmp/cover.html has the lines)

@@ -214,6 +214,7 @@ func ready(t *testing.T, metricsPort string) {
 type manager struct {
 	*process
 	pubsub.PushManagerServiceClient
+	api     string
 	metrics string
 }
 
@@ -223,11 +224,11 @@ func startManager(t *testing.T, etcd, controller string, nodes int, env ...strin
 	t.Helper()
 	p := freeport.Take(t, 2)
 	// What these tests promise is not how fast a machine is, so no push may run out of time on a busy one.
-	env = append([]string{"LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
-	env = append(env, "MANAGER_ID=pm-under-test", "GRPC_PORT="+p[0], "METRICS_PORT="+p[1],
+	env = append([]string{"MANAGER_ID=pm-under-test", "LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
+	env = append(env, "GRPC_PORT="+p[0], "METRICS_PORT="+p[1],
 		"CONTROLLER_ADDRESS="+controller, "ETCD_ENDPOINTS="+etcd, "LOG_LEVEL=debug")
-	m := &manager{process: start(t, binary(t, "push-manager"), env), metrics: "http://127.0.0.1:" + p[1]}
-	m.PushManagerServiceClient = pubsub.NewPushManagerServiceClient(dial(t, "127.0.0.1:"+p[0]))
+	m := &manager{process: start(t, binary(t, "push-manager"), env), api: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[1]}
+	m.PushManagerServiceClient = pubsub.NewPushManagerServiceClient(dial(t, m.api))
 	ready(t, p[1])
 	if nodes > 0 {
 		m.reaches(nodes)

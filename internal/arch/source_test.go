@@ -60,7 +60,7 @@ func sources(t *testing.T) []source {
 }
 
 // files lists all files of the repository, slash-separated and relative to its root, but for those in hidden folders,
-// in testdata, in modules of their own (tools) and in what a build or a run leaves behind.
+// in testdata, in modules of their own (tools), and in what a build, a run or npm leaves behind.
 func files(t *testing.T) []string {
 	t.Helper()
 	var all []string
@@ -88,7 +88,7 @@ func files(t *testing.T) []string {
 
 // belongs tells whether a folder holds sources of this module.
 func belongs(dir, base string) bool {
-	if strings.HasPrefix(base, ".") || base == "testdata" || base == "bin" || base == "push-manager-data" {
+	if strings.HasPrefix(base, ".") || base == "testdata" || base == "node_modules" || base == "bin" || base == "push-manager-data" {
 		return false
 	}
 	_, err := os.Stat(filepath.Join(dir, "go.mod"))
