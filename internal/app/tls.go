@@ -71,7 +71,7 @@ func (c *ControllerTLS) Bind(s *config.Set) {
 	c.Role = "controller"
 	c.Certificates.Bind(s, "controller.tls", "ca_file", "PEM file of the authorities that the Controller's certificate is checked with. Set: the Controller is spoken to over TLS.")
 	s.Text(&c.ServerName, "controller.tls.server_name", "", "Name that the Controller's certificate must carry, in place of the host in controller_address.")
-	s.List(&c.AllowedSANs, "controller.tls.allowed_sans", "", "Names of which the Controller's certificate must carry one, in place of the host: paths of the trust domain such as controller, URIs, DNS names; a star at the end stands for any rest.")
+	s.List(&c.AllowedSANs, "controller.tls.allowed_sans", "", "Names of which the Controller's certificate must carry one, in place of the host: paths of the trust domain such as controller/1, URIs, DNS names; a star at the end stands for any rest.")
 }
 
 // Validate reads the files, if there are any, and checks the rest.

@@ -1,6 +1,7 @@
 package app_test
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,11 +22,14 @@ import (
 
 // otherValues are values of keys that anyValue does not find: those that only some words are right for.
 func otherValues(ca string) map[string]map[string]string {
+	tokens := map[string]string{"CLIENT_AUTH_MODE": "jwt", "CLIENT_AUTH_JWT": "[{issuer: idp, audience: gateway, hs_secret_file: " + ca + ".secret}]"}
 	return map[string]map[string]string{
 		"link.tls.migrate":            {"LINK_TLS_MIGRATE": "true", "LINK_TLS_CA_FILE": ca},
 		"controller.tls.server_name":  {"CONTROLLER_TLS_SERVER_NAME": "c", "CONTROLLER_TLS_CA_FILE": ca},
 		"controller.tls.allowed_sans": {"CONTROLLER_TLS_ALLOWED_SANS": "c", "CONTROLLER_TLS_CA_FILE": ca},
 		"etcd.tls.server_name":        {"ETCD_TLS_SERVER_NAME": "c", "ETCD_TLS_CA_FILE": ca},
+		"client_auth.mode":            tokens,
+		"client_auth.jwt":             tokens,
 		"listen_address":              {"LISTEN_ADDRESS": "127.0.0.9"},
 		"allow_insecure":              {"ALLOW_INSECURE": "true", "LISTEN_ADDRESS": "0.0.0.0"},
 		"metrics_address":             {"METRICS_ADDRESS": "127.0.0.9"},
@@ -83,17 +87,19 @@ var handedTo = map[string]map[string][]string{
 		"etcd.password":   {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 	"connect-node": {
-		"listen_address":  {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress"},
-		"metrics_address": {"Gateway.MetricsAddress", "MetricsAddress"},
-		"tls.min_version": {"MinVersion"},
-		"grpc_port":       {"GRPCPort", "Gateway.GRPCAddress"},
-		"http_port":       {"Gateway.HTTPAddress", "HTTPPort"},
-		"trust_domain":    {"TrustDomain"},
-		"metrics_port":    {"Gateway.MetricsAddress", "MetricsPort"},
-		"allow_insecure":  {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress", "insecure"},
-		"drain_timeout":   {"DrainTimeout"},
-		"etcd.username":   {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
-		"etcd.password":   {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"listen_address":   {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress"},
+		"metrics_address":  {"Gateway.MetricsAddress", "MetricsAddress"},
+		"tls.min_version":  {"MinVersion"},
+		"client_auth.mode": {"ClientAuth", "ClientTokens.Issuers"},
+		"client_auth.jwt":  {"ClientAuth", "ClientTokens.Issuers"},
+		"grpc_port":        {"GRPCPort", "Gateway.GRPCAddress"},
+		"http_port":        {"Gateway.HTTPAddress", "HTTPPort"},
+		"trust_domain":     {"TrustDomain"},
+		"metrics_port":     {"Gateway.MetricsAddress", "MetricsPort"},
+		"allow_insecure":   {"AllowInsecure", "Gateway.AdvertiseAddress", "Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress", "insecure"},
+		"drain_timeout":    {"DrainTimeout"},
+		"etcd.username":    {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
+		"etcd.password":    {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 }
 
@@ -101,6 +107,9 @@ var handedTo = map[string]map[string][]string{
 // it is for. What start does with the fields of the whole has tests of its own.
 func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 	ca := etcdtest.NewCA(t).File
+	if err := os.WriteFile(ca+".secret", bytes.Repeat([]byte("s"), 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, made := range map[string]func() cli.Settings{
 		"serve":        func() cli.Settings { return &pushmanager.Config{} },
 		"controller":   func() cli.Settings { return &controller.Config{} },

@@ -41,10 +41,8 @@ func (r Reason) Temporary() bool { return r == TooMany || r == Reason(jwt.Unavai
 
 // Reasons are all there are.
 func Reasons() []Reason {
-	all := []Reason{NoCredential, Malformed, NoCaller, Expired, TooMany}
-	for _, r := range []jwt.Reason{
-		jwt.Algorithm, jwt.IssuerWrong, jwt.UnknownKey, jwt.Signature, jwt.Audience, jwt.NotYet, jwt.Lifetime, jwt.Subject, jwt.Unavailable,
-	} {
+	all := []Reason{NoCredential, NoCaller, TooMany} // the others have the names of those of tokens
+	for _, r := range jwt.Reasons() {
 		all = append(all, Reason(r))
 	}
 	return all

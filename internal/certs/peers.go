@@ -71,7 +71,8 @@ func Node(trustDomain, id string) Check {
 // id stands for all nodes. A certificate whose URIs name nodes or Push-Managers, of any trust domain, speaks for these nodes
 // alone. One without a URI speaks for the node of its DNS name. Any other is one that nodes share.
 func SpeaksFor(leaf *x509.Certificate, id string) error {
-	got, shared := names(leaf), len(leaf.URIs) > 0
+	got := names(leaf)
+	var ours, shared bool // names of nodes and Push-Managers, names that say neither
 	for _, name := range got {
 		rest, isURI := strings.CutPrefix(name, "spiffe://")
 		_, path, _ := strings.Cut(rest, "/")
@@ -80,10 +81,12 @@ func SpeaksFor(leaf *x509.Certificate, id string) error {
 		case id != "" && (isURI && kind == KindNode && of == id || !isURI && name == id):
 			return nil
 		case isURI && (kind == KindNode || kind == KindManager):
-			shared = false
+			ours = true
+		case strings.Contains(name, "://"):
+			shared = true
 		}
 	}
-	if shared {
+	if shared && !ours {
 		return nil
 	}
 	return &PeerError{Want: fmt.Sprintf("node %q", id), Got: got}

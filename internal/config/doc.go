@@ -8,7 +8,8 @@
 //	s.Duration(&c.Etcd.DialTimeout, "etcd.dial_timeout", 2*time.Second, config.Positive, "...")
 //
 // and has by that the flag --grpc-port, the environment variable GRPC_PORT, the
-// YAML key grpc_port, the default, the bounds and a line of help.
+// YAML key grpc_port, the default, the bounds and a line of help. [Sections] binds
+// a list of sections with such fields; a flag or a variable holds it as YAML.
 //
 // Invariants:
 //

@@ -13,7 +13,7 @@ import (
 // sections is what makes a Key a list of sections with equal fields.
 type sections struct {
 	most   int
-	fields func(path string) []*Key             // of a section that nobody has; path stands before their names
+	fields []*Key                               // of a section that nobody has
 	fill   func(from *document, n int) []string // takes n sections of a document, or returns what is wrong
 	filled []*Set                               // those in force
 }
@@ -37,7 +37,7 @@ func Sections[T any](s *Set, p *[]T, name string, most int, help string, bind fu
 	k := s.add(&Key{name: name, help: help, bounds: fmt.Sprintf("at most %d sections", most)})
 	k.sections = &sections{
 		most:   most,
-		fields: func(path string) []*Key { return bound(path, new(T)).keys },
+		fields: bound("", new(T)).keys,
 		fill: func(from *document, n int) (problems []string) {
 			var items []T // nil for none, as without any source
 			if n > 0 {
@@ -127,17 +127,25 @@ var place = regexp.MustCompile(`^\[\d+\]`)
 func (k *Key) knownBelow(v value) error {
 	rest := strings.TrimPrefix(v.name, k.name)
 	at := place.FindString(rest)
-	set := Set{keys: k.sections.fields(k.name + at + ".")}
-	if rest == "" || rest == at {
+	name := strings.TrimPrefix(rest[len(at):], ".")
+	if name == "" {
 		return nil // the list, or a section without anything
 	}
-	return set.known(v)
+	fields := Set{keys: k.sections.fields}
+	if fields.known(value{name: name, section: v.section}) == nil {
+		return nil
+	}
+	var here Set // the same, as they are named in the list
+	for _, field := range fields.keys {
+		here.keys = append(here.keys, &Key{name: k.name + at + "." + field.name})
+	}
+	return here.known(v)
 }
 
 // help names the fields.
 func (l *sections) help() string {
 	var names []string
-	for _, field := range l.fields("") {
+	for _, field := range l.fields {
 		names = append(names, field.name)
 	}
 	return " A YAML list of sections with " + strings.Join(names, ", ") + "."
@@ -149,7 +157,7 @@ func (k *Key) writeSections(b *strings.Builder, indent, name string, help bool) 
 	if len(l.filled) == 0 {
 		b.WriteString(indent + name + ": []" + k.comment(help) + "\n")
 		if help {
-			for i, field := range l.fields("") {
+			for i, field := range l.fields {
 				dash := "  "
 				if i == 0 {
 					dash = "- "

@@ -52,7 +52,7 @@ func (s *Set) WriteTable(w io.Writer) error {
 		if k.sections == nil {
 			continue
 		}
-		for _, field := range k.sections.fields("") {
+		for _, field := range k.sections.fields {
 			fmt.Fprintf(&b, "| `%s[].%s` | | %s | %s | %s |\n", k.name, field.name, code(field.def), field.bounds, strings.ReplaceAll(field.help, "|", `\|`))
 		}
 	}

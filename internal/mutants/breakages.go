@@ -62,6 +62,30 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			dir: "transport/discovery", test: "TestCompactionWhileDisconnected",
 		},
 		{
+			name:  "ask nobody who calls",
+			file:  "transport/ingress/admission.go",
+			edits: []edit{{"\tif s.cfg.Auth != nil {\n\t\tif err := s.authenticate(ctx, &info)", "\tif s.cfg.Auth == nil {\n\t\tif err := s.authenticate(ctx, &info)"}},
+			dir:   "transport/ingress", test: "TestEveryWayInAsksWhoCalls",
+		},
+		{
+			name:  "let a caller that was removed go on in its stream",
+			file:  "transport/ingress/stream.go",
+			edits: []edit{{"if s.cfg.Auth != nil && !s.cfg.Auth.Valid(", "if s.cfg.Auth == nil && !s.cfg.Auth.Valid("}},
+			dir:   "transport/ingress", test: "TestARevokedCallerIsRefusedWithItsNextMessage",
+		},
+		{
+			name:  "ask for the rights of a unary push alone",
+			file:  "transport/ingress/stream.go",
+			edits: []edit{{"\tif err := s.authorize(st.info.principal, c.api, &c.push); err != nil {\n\t\treturn err\n\t}\n", ""}},
+			dir:   "transport/ingress", test: "TestAPushIsDeniedAsAWhole",
+		},
+		{
+			name:  "leave the policy out of the program",
+			file:  "internal/app/pushmanager/run.go",
+			edits: []edit{{"\tif cfg.Ingress.Auth, err = cfg.Auth.open(", "\tif _, err = cfg.Auth.open("}},
+			dir:   "internal/app/pushmanager", test: "TestCallersArePartOfTheProgram",
+		},
+		{
 			name:  "swap unknown for failed",
 			file:  "engine/delivery.go",
 			edits: []edit{{"d.outcome, d.reason = Unknown, r\n", "d.outcome, d.reason = Failed, r\n"}},

@@ -2,7 +2,6 @@ package pushctl
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -14,12 +13,11 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/stats"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/internal/apiclient"
 	"github.com/push-manager/push-manager/internal/app"
-	"github.com/push-manager/push-manager/internal/certs"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -28,11 +26,9 @@ const maxData = 16 << 20
 
 // messageFlags are the flags of every push.
 type messageFlags struct {
-	Address  string            `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"Push-Manager's HOST:PORT, or any gRPC target."`
-	TLS      bool              `name:"tls" env:"PUSH_MANAGER_TLS" help:"Speak TLS. Any of the next three does so, too."`
-	CA       string            `name:"ca" placeholder:"FILE" env:"PUSH_MANAGER_CA" help:"PEM file of the authorities that Push-Manager's certificate is checked with. Default: those of the system."`
-	Cert     string            `name:"cert" placeholder:"FILE" env:"PUSH_MANAGER_CERT" help:"PEM file of a certificate to show."`
-	Key      string            `name:"key" placeholder:"FILE" env:"PUSH_MANAGER_KEY" help:"PEM file of its key."`
+	Address string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"Push-Manager's HOST:PORT, or any gRPC target."`
+	apiclient.Flags
+
 	Timeout  time.Duration     `default:"5s" help:"Longest time for the push."`
 	Type     string            `default:"text" help:"Type of the message: text, audio, video, translation, system or a number."`
 	DataFile string            `placeholder:"FILE" help:"Read the text from a file, - for standard input."`
@@ -119,17 +115,13 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	if app.CheckTarget(f.Address) != nil {
 		return &usageError{fmt.Sprintf("--address: %q is not HOST:PORT", f.Address)}
 	}
-	creds := insecure.NewCredentials()
-	if files := (certs.Files{Cert: f.Cert, Key: f.Key, CA: f.CA}); f.TLS || files != (certs.Files{}) {
-		source, err := certs.Open(certs.Config{Files: files, Role: "pushctl"})
-		if err != nil {
-			return &usageError{fmt.Sprintf("--%v", strings.Replace(err.Error(), "_file:", ":", 1))}
-		}
-		defer source.Close()
-		creds = source.Client(certs.Side{MinVersion: tls.VersionTLS12}) // a proxy may have no more
+	options, done, err := f.Dial(f.Address)
+	if err != nil {
+		return &usageError{err.Error()}
 	}
+	defer done()
 	var sent sending
-	conn, err := grpc.NewClient(f.Address, grpc.WithTransportCredentials(creds), grpc.WithStatsHandler(&sent))
+	conn, err := grpc.NewClient(f.Address, append(options, grpc.WithStatsHandler(&sent))...)
 	if err != nil {
 		return &usageError{fmt.Sprintf("--address: %v", err)}
 	}

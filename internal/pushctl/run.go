@@ -49,6 +49,7 @@ type grammar struct {
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
 	Token tokenCmd `cmd:"" help:"Make a token for a WebSocket client, signed with a shared secret: for development and tests."`
+	CanI  canICmd  `cmd:"" name:"can-i" help:"Tell whether the policy file allows a caller a push: yes, with exit code 0, or no, with 1."`
 
 	Conformance conformanceCmd `cmd:"" help:"Try a Connect-Node of your own: play Push-Manager, and tell what the node does otherwise than its protocol says."`
 

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -58,8 +59,9 @@ type server struct {
 	err     error
 	wait    bool // answers when the caller has left
 
-	mu  sync.Mutex
-	got proto.Message
+	mu            sync.Mutex
+	got           proto.Message
+	authorization []string // headers of the last PushToUser
 }
 
 func (s *server) keep(m proto.Message) error {
@@ -74,6 +76,9 @@ func (s *server) PushToRoom(_ context.Context, r *pubsub.PushToRoomRequest) (*pu
 }
 
 func (s *server) PushToUser(ctx context.Context, r *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
+	s.mu.Lock()
+	s.authorization = metadata.ValueFromIncomingContext(ctx, "authorization")
+	s.mu.Unlock()
 	s.hang(ctx)
 	return &pubsub.PushToUserResponse{Success: s.success, Message: s.message, Summary: s.summary}, s.keep(r)
 }

@@ -13,18 +13,18 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-
+	"github.com/push-manager/push-manager/internal/apiclient"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/load"
 )
 
 // flags are the command line.
 type flags struct {
-	Address     []string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"HOST:PORT of one or several Push-Managers, comma-separated, or any gRPC targets."`
-	Way         string   `default:"unary" enum:"unary,stream" help:"unary: a call for each push; stream: one PushStream on each connection."`
-	Connections int      `default:"2" help:"Connections in all, at least one for each address."`
+	Address []string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"HOST:PORT of one or several Push-Managers, comma-separated, or any gRPC targets."`
+	apiclient.Flags
+
+	Way         string `default:"unary" enum:"unary,stream" help:"unary: a call for each push; stream: one PushStream on each connection."`
+	Connections int    `default:"2" help:"Connections in all, at least one for each address."`
 
 	Rate     float64       `default:"1000" help:"Pushes a second, sent when they are due whatever the answers do. 0: as fast as --in-flight allows."`
 	Arrival  string        `default:"even" enum:"even,poisson" help:"Distances between pushes: even, or poisson like many independent callers."`
@@ -48,18 +48,22 @@ type flags struct {
 	Quiet     bool    `short:"q" help:"Print only what went wrong."`
 }
 
-// config is the run that the flags ask for.
-func (f *flags) config() (load.Config, error) {
+// config is the run that the flags ask for. done is to be called after it.
+func (f *flags) config() (_ load.Config, done func(), err error) {
 	if err := f.check(); err != nil {
-		return load.Config{}, err
+		return load.Config{}, nil, err
 	}
 	payload, err := f.payload()
 	if err != nil {
-		return load.Config{}, err
+		return load.Config{}, nil, err
+	}
+	options, done, err := f.Dial(f.Address...)
+	if err != nil {
+		return load.Config{}, nil, &usageError{err.Error()}
 	}
 	cfg := load.Config{
 		Addresses: f.Address, Connections: f.Connections,
-		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())},
+		DialOptions: options,
 		Rate:        f.Rate, Poisson: f.Arrival == "poisson", InFlight: f.InFlight,
 		Duration: f.Duration, Warmup: f.Warmup, Timeout: f.Timeout,
 		Mix: load.Mix(f.Mix), Users: f.Users, Rooms: f.Rooms, UsersPerPush: f.UsersPerPush,
@@ -69,9 +73,10 @@ func (f *flags) config() (load.Config, error) {
 		cfg.Way = load.Stream
 	}
 	if err := cfg.Validate(); err != nil {
-		return cfg, &usageError{err.Error()}
+		done()
+		return cfg, nil, &usageError{err.Error()}
 	}
-	return cfg, nil
+	return cfg, done, nil
 }
 
 // check reports everything that is wrong with the flags, by their names.

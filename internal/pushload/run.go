@@ -47,7 +47,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	case err != nil:
 		return fail(errOut, fmt.Errorf("%w (pushload --help shows how)", err), exitUsage)
 	}
-	cfg, err := f.config()
+	cfg, done, err := f.config()
 	var usage *usageError
 	switch {
 	case errors.As(err, &usage):
@@ -55,6 +55,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	case err != nil:
 		return fail(errOut, err, exitFailed)
 	}
+	defer done()
 	return f.measure(ctx, cfg, out, errOut)
 }
 

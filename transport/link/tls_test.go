@@ -56,14 +56,18 @@ func identified(t *testing.T, ca *etcdtest.CA, trusted *etcdtest.CA, name string
 	return source
 }
 
-func newTLSWorld(t *testing.T, check func(id string) certs.Check, asWhom string) *tlsWorld {
+func newTLSWorld(t *testing.T, check func(id string) certs.Check, asWhom string, change ...func(*Config)) *tlsWorld {
 	t.Helper()
 	w := &tlsWorld{ca: etcdtest.NewCA(t), log: &logged{}, set: metrics.NewSet()}
 	mine := identified(t, w.ca, w.ca, asWhom)
-	w.world = newWorld(t, Config{
+	cfg := Config{
 		Logger: slog.New(slog.NewTextHandler(w.log, nil)), Metrics: w.set,
 		Credentials: func(id string) credentials.TransportCredentials { return mine.Client(certs.Side{Check: check(id)}) },
-	})
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	w.world = newWorld(t, cfg)
 	managers, err := certs.Allowed("test", []string{"push-manager/*"})
 	if err != nil {
 		t.Fatal(err)
@@ -164,6 +168,38 @@ func TestPlainNodeIsRefusedWhereTLSIsAskedFor(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	w.until("the log says why", func() bool { return strings.Contains(w.log.String(), "handshake") })
+}
+
+func TestPlainNodesAreReachedDuringAMigrationAlone(t *testing.T) {
+	w := newTLSWorld(t, byID, "spiffe://test/push-manager/pm", func(c *Config) { c.Migrate = true })
+	c, d := w.startReal("c:1", connectnode.Config{NodeID: "C"}), w.startReal("d:1", connectnode.Config{NodeID: "D", UnaryOnly: true})
+	w.mu.Lock()
+	w.users["carol"], w.users["dan"] = "C", "D"
+	w.mu.Unlock()
+	w.register("A", "a:1", "B", "b:1", "C", "c:1", "D", "d:1")
+	w.until("all are reached", func() bool { return w.world.set.Reachable() == 4 })
+	for _, user := range []string{"alice", "carol", "dan"} {
+		if r := w.do(w.toUser(user, "hello")); r.Delivered != 1 {
+			t.Errorf("%s: %+v", user, r)
+		}
+	}
+	if len(c.texts("carol")) != 1 || len(d.texts("dan")) != 1 {
+		t.Error("carol or dan got nothing")
+	}
+	if text := w.metrics(); !strings.Contains(text, "push_manager_link_plain_nodes 2\n") {
+		t.Error("two nodes are not counted as plain")
+	}
+	if text := w.log.String(); strings.Count(text, "does not know TLS") != 2 {
+		t.Errorf("not one line for each plain node:\n%s", text)
+	}
+
+	// A node that knows TLS is never spoken to in plain text, whoever it is.
+	w.register("A", "b:1", "B", "b:1", "C", "c:1")
+	w.until("A is found to be B", func() bool { return strings.Contains(w.metrics(), `wrong_node_total{node_id="A",found="B"}`) })
+	if r := w.do(w.toUser("alice", "hello")); r.Failed != 1 {
+		t.Errorf("%+v", r)
+	}
+	w.until("D is not counted any more", func() bool { return strings.Contains(w.metrics(), "push_manager_link_plain_nodes 1\n") })
 }
 
 func TestWithoutIDsARoleIsEnough(t *testing.T) {

@@ -153,7 +153,7 @@ func (c *Config) missing() string {
 		list = append(list, "TLS on HTTP_PORT (TLS_CERT_FILE, TLS_KEY_FILE)")
 	}
 	if c.ClientAuth != "jwt" {
-		list = append(list, "authentication of clients (CLIENT_AUTH_MODE=jwt, CLIENT_AUTH_JWT)")
+		list = append(list, "authentication of clients (CLIENT_AUTH_MODE=jwt)")
 	}
 	if without := c.TLS.Missing(); without != "" {
 		list = append(list, without)

@@ -17,15 +17,22 @@ func TestNodeOverTLSNeedsAllOfItsFilesAndWhoMayCome(t *testing.T) {
 		change map[string]string
 		want   string // in the error; empty: none
 	}{
-		"all":                {nil, ""},
-		"without authority":  {map[string]string{"NODE_TLS_CLIENT_CA_FILE": ""}, "NODE_TLS_CLIENT_CA_FILE"},
-		"authority alone":    {map[string]string{"NODE_TLS_CERT_FILE": "", "NODE_TLS_KEY_FILE": ""}, "NODE_TLS_CERT_FILE"},
-		"not there":          {map[string]string{"NODE_TLS_KEY_FILE": "/nowhere"}, "NODE_TLS_KEY_FILE"},
-		"no trust domain":    {map[string]string{"TRUST_DOMAIN": ""}, "trust_domain is not set"},
-		"anybody":            {map[string]string{"NODE_TLS_ALLOWED_SANS": "*"}, "NODE_TLS_ALLOWED_SANS"},
-		"by name":            {map[string]string{"TRUST_DOMAIN": "", "NODE_TLS_ALLOWED_SANS": "pm-1,pm-2"}, ""},
-		"open to others":     {map[string]string{"LISTEN_ADDRESS": "0.0.0.0"}, "ALLOW_INSECURE"}, // clients are not asked for anything
-		"wrong trust domain": {map[string]string{"TRUST_DOMAIN": "a/b"}, "TRUST_DOMAIN"},
+		"all":                 {nil, ""},
+		"without authority":   {map[string]string{"NODE_TLS_CLIENT_CA_FILE": ""}, "NODE_TLS_CLIENT_CA_FILE"},
+		"authority alone":     {map[string]string{"NODE_TLS_CERT_FILE": "", "NODE_TLS_KEY_FILE": ""}, "NODE_TLS_CERT_FILE"},
+		"not there":           {map[string]string{"NODE_TLS_KEY_FILE": "/nowhere"}, "NODE_TLS_KEY_FILE"},
+		"no trust domain":     {map[string]string{"TRUST_DOMAIN": ""}, "trust_domain is not set"},
+		"anybody":             {map[string]string{"NODE_TLS_ALLOWED_SANS": "*"}, "NODE_TLS_ALLOWED_SANS"},
+		"by name":             {map[string]string{"TRUST_DOMAIN": "", "NODE_TLS_ALLOWED_SANS": "pm-1,pm-2"}, ""},
+		"open to others":      {map[string]string{"LISTEN_ADDRESS": "0.0.0.0"}, "TLS_CERT_FILE"},
+		"open, not asked who": {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "without authentication of clients (CLIENT_AUTH_MODE=jwt)"},
+		"open, for everybody": {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "NODE_TLS_CERT_FILE": "", "NODE_TLS_KEY_FILE": "", "NODE_TLS_CLIENT_CA_FILE": ""}, "NODE_TLS_CLIENT_CA_FILE"},
+		"open and allowed":    {map[string]string{"LISTEN_ADDRESS": "0.0.0.0", "ALLOW_INSECURE": "true"}, ""},
+		"metrics for others":  {map[string]string{"METRICS_ADDRESS": "0.0.0.0"}, ""},
+		"etcd elsewhere":      {map[string]string{"ETCD_ENDPOINTS": "etcd:2379"}, "ETCD_ENDPOINTS"},
+		"a page without key":  {map[string]string{"TLS_CERT_FILE": cert}, "TLS_KEY_FILE"},
+		"Controller, no CA":   {map[string]string{"CONTROLLER_TLS_CERT_FILE": cert, "CONTROLLER_TLS_KEY_FILE": key}, "CONTROLLER_TLS_CA_FILE"},
+		"wrong trust domain":  {map[string]string{"TRUST_DOMAIN": "a/b"}, "TRUST_DOMAIN"},
 	} {
 		env := maps.Clone(all)
 		maps.Copy(env, tc.change)

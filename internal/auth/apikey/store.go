@@ -4,18 +4,16 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/reload"
 )
 
 // DefaultReloadInterval is how often the file is read.
 const DefaultReloadInterval = 10 * time.Second
-
-// retryAfter is the pause after a file that has just become bad: it is likely to be on its way.
-const retryAfter = time.Second
 
 // Key is a key of the file.
 type Key struct {
@@ -32,7 +30,7 @@ type Reason string
 const (
 	Malformed Reason = "malformed"   // no key: its form or its checksum is wrong
 	Unknown   Reason = "unknown_key" // not in the file, or with another secret
-	Expired   Reason = "expired"     //
+	Expired   Reason = "expired"     // not_after lies behind
 )
 
 func (r Reason) Error() string { return "API key refused: " + string(r) }
@@ -52,13 +50,11 @@ type Store struct {
 	// Static after Open.
 	cfg           Config
 	taken, failed *metrics.Counter
-	reload        chan struct{} // one token: read now
-	stop          chan struct{}
-	end           sync.WaitGroup
+	loop          *reload.Loop
 	current       atomic.Pointer[keys]
 	generation    atomic.Uint64
 
-	trouble string // what is wrong with the file, "" for nothing; owned by loop
+	trouble string // what is wrong with the file, "" for nothing; owned by read
 }
 
 // Check tells what is wrong with a file now.
@@ -82,12 +78,12 @@ func Open(cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{cfg: cfg, reload: make(chan struct{}, 1), stop: make(chan struct{})}
+	s := &Store{cfg: cfg}
 	s.taken = cfg.Metrics.GetOrCreateCounter(`push_manager_api_keys_reloads_total{result="ok"}`)
 	s.failed = cfg.Metrics.GetOrCreateCounter(`push_manager_api_keys_reloads_total{result="failed"}`)
 	s.current.Store(first)
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_keys", func() float64 { return float64(len(s.current.Load().byID)) })
-	s.end.Go(s.loop)
+	s.loop = reload.Start(cfg.ReloadInterval, s.read)
 	return s, nil
 }
 
@@ -113,48 +109,30 @@ func (s *Store) Verify(raw string) (Key, error) {
 func (s *Store) Generation() uint64 { return s.generation.Load() }
 
 // Reload has the file read soon. It does not wait.
-func (s *Store) Reload() {
-	select {
-	case s.reload <- struct{}{}:
-	default:
-	}
-}
+func (s *Store) Reload() { s.loop.Now() }
 
 // Close ends the reading. Keys can still be verified. It is called once.
-func (s *Store) Close() {
-	close(s.stop)
-	s.end.Wait()
-}
+func (s *Store) Close() { s.loop.Close() }
 
-func (s *Store) loop() {
-	timer := time.NewTimer(s.cfg.ReloadInterval)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-s.reload:
-		case <-s.stop:
-			return
+// read takes over what the file holds, if that is something else. It tells whether something is wrong that was not before.
+func (s *Store) read() (worse bool) {
+	next, err := read(s.cfg.File)
+	switch {
+	case err != nil:
+		s.failed.Inc()
+		if worse = s.trouble != err.Error(); worse {
+			s.trouble = err.Error()
+			s.cfg.Logger.Error("file of API keys not taken over, the keys before stay in use", "error", err)
 		}
-		wait := s.cfg.ReloadInterval
-		next, err := read(s.cfg.File)
-		switch {
-		case err != nil:
-			s.failed.Inc()
-			if s.trouble != err.Error() {
-				s.trouble, wait = err.Error(), min(wait, retryAfter)
-				s.cfg.Logger.Error("file of API keys not taken over, the keys before stay in use", "error", err)
-			}
-		case next.sum != s.current.Load().sum:
-			s.current.Store(next)
-			s.generation.Add(1)
-			s.taken.Inc()
-			s.cfg.Logger.Info("API keys taken over", "keys", len(next.byID))
-			s.trouble = ""
-		case s.trouble != "":
-			s.cfg.Logger.Info("file of API keys is as before")
-			s.trouble = ""
-		}
-		timer.Reset(wait)
+		return worse
+	case next.sum != s.current.Load().sum:
+		s.current.Store(next)
+		s.generation.Add(1)
+		s.taken.Inc()
+		s.cfg.Logger.Info("API keys taken over", "keys", len(next.byID))
+	case s.trouble != "":
+		s.cfg.Logger.Info("file of API keys is as before")
 	}
+	s.trouble = ""
+	return false
 }

@@ -2,6 +2,7 @@ package jwt
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -61,7 +62,7 @@ func TestTokenOpensNoFileAndNoConnection(t *testing.T) {
 		t.Errorf("%d connections to where a token points", n)
 	}
 	var events [4096]byte
-	if n, err := unix.Read(watch, events[:]); err != unix.EAGAIN {
+	if n, err := unix.Read(watch, events[:]); !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("a file was opened where a token points: %d bytes of events, %v", n, err)
 	}
 	if _, err := os.ReadFile(file); err != nil { // the watch would have seen it

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -19,7 +20,7 @@ import (
 func refused(t *testing.T, v *Verifier, raw string, want Reason) {
 	t.Helper()
 	token, err := v.Verify(t.Context(), raw)
-	if token != nil || err != want {
+	if token != nil || !errors.Is(err, want) {
 		t.Errorf("%+v, %v, want %s", token, err, want)
 	}
 }
@@ -178,7 +179,7 @@ func TestTimesOfATokenAreChecked(t *testing.T) {
 		"no iat":                   {jwt.MapClaims{"iat": nil}, taken},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if token, err := v.Verify(t.Context(), key.sign(t, good(tc.changes), nil)); tc.want != taken && err != tc.want || tc.want == taken && (err != nil || token == nil) {
+			if token, err := v.Verify(t.Context(), key.sign(t, good(tc.changes), nil)); tc.want != taken && !errors.Is(err, tc.want) || tc.want == taken && (err != nil || token == nil) {
 				t.Errorf("%+v, %v, want %q", token, err, tc.want)
 			}
 		})

@@ -28,12 +28,17 @@ const (
 	UnknownKey  Reason = "unknown_key"   // the issuer has no such key
 	Signature   Reason = "signature"     // not made with this key
 	Audience    Reason = "audience"      // for somebody else
-	Expired     Reason = "expired"       //
+	Expired     Reason = "expired"       // exp lies behind
 	NotYet      Reason = "not_yet_valid" // nbf or iat lies ahead
 	Lifetime    Reason = "lifetime"      // no exp, or one more than 24 h away
 	Subject     Reason = "subject"       // the claim that names the caller is missing or no id
 	Unavailable Reason = "unavailable"   // the caller's context ended first
 )
+
+// Reasons are all reasons, for metrics that have one counter for each.
+func Reasons() []Reason {
+	return []Reason{Malformed, Algorithm, IssuerWrong, UnknownKey, Signature, Audience, Expired, NotYet, Lifetime, Subject, Unavailable}
+}
 
 func (r Reason) Error() string { return "token refused: " + string(r) }
 
@@ -76,19 +81,16 @@ func (c claims) text(name string) string {
 	return text
 }
 
-// errClaim is all that is said about a claim of a wrong type.
-var errClaim = fmt.Errorf("%w", jwt.ErrInvalidType)
-
 // date is a NumericDate, nil where there is none. Dates that no calendar has are refused before they are converted, which
 // is undefined for them.
 func (c claims) date(name string) (*jwt.NumericDate, error) {
 	raw, ok := c[name]
 	if !ok {
-		return nil, nil //nolint:nilnil // as golang-jwt wants it
+		return nil, nil // as golang-jwt wants it
 	}
 	var seconds *float64
 	if err := json.Unmarshal(raw, &seconds); err != nil || seconds == nil || *seconds < 0 || *seconds > 1<<40 {
-		return nil, errClaim
+		return nil, jwt.ErrInvalidType
 	}
 	whole, part := math.Modf(*seconds)
 	return &jwt.NumericDate{Time: time.Unix(int64(whole), int64(part*1e9))}, nil
@@ -107,7 +109,7 @@ func (c claims) GetAudience() (jwt.ClaimStrings, error) {
 		return jwt.ClaimStrings{text}, nil
 	}
 	if raw, ok := c["aud"]; ok && json.Unmarshal(raw, &list) != nil {
-		return nil, errClaim
+		return nil, jwt.ErrInvalidType
 	}
 	return list, nil
 }

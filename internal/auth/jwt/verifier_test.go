@@ -1,7 +1,10 @@
 package jwt
 
 import (
+	"bytes"
+	"log/slog"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/golang-jwt/jwt/v5"
@@ -46,5 +49,52 @@ func TestTokenOfAnIssuerTellsWhoCallsAndItsClaims(t *testing.T) {
 				t.Errorf("%+v", token)
 			}
 		})
+	}
+}
+
+// TestKeyWithoutIdIsForTokensWithoutIt alone.
+func TestKeyWithoutIdIsForTokensWithoutIt(t *testing.T) {
+	key := keyOf(t, "", "EdDSA")
+	v := open(t, Config{Issuers: []Issuer{fileOf(t, key)}})
+	if _, err := v.Verify(t.Context(), key.sign(t, good(nil), map[string]any{"kid": nil})); err != nil {
+		t.Error(err)
+	}
+	refused(t, v, key.sign(t, good(nil), map[string]any{"kid": "x"}), UnknownKey)
+}
+
+// TestNothingOfATokenIsLoggedOrInAnError, whatever becomes of it.
+func TestNothingOfATokenIsLoggedOrInAnError(t *testing.T) {
+	const planted = "planted-5c1f"
+	key := keyOf(t, "k", "EdDSA")
+	var log bytes.Buffer
+	v, err := New(Config{Issuers: []Issuer{fileOf(t, key)}, Logger: slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, raw := range []string{
+		key.sign(t, good(jwt.MapClaims{"iss": planted}), nil),
+		key.sign(t, good(jwt.MapClaims{"aud": planted}), nil),
+		key.sign(t, good(jwt.MapClaims{"sub": planted, "exp": 1}), nil),
+		key.sign(t, good(jwt.MapClaims{"sub": planted + "\n"}), nil),
+		key.sign(t, good(nil), map[string]any{"kid": planted}),
+		raw(`{"alg":"`+planted+`"}`, `{}`, ""),
+		raw(`{"alg":"EdDSA"}`, `{"iss":`+planted, ""),
+		planted,
+	} {
+		if _, err := v.Verify(t.Context(), raw); err == nil || strings.Contains(err.Error(), planted) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("refused with %v", err)
+		}
+	}
+	token, err := v.Verify(t.Context(), key.sign(t, good(jwt.MapClaims{"x": planted}), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var number int
+	if _, err := token.Claim("x", &number); err == nil || strings.Contains(err.Error(), planted) {
+		t.Errorf("a claim of another type: %v", err)
+	}
+	v.Close()
+	if strings.Contains(log.String(), planted) {
+		t.Errorf("logged: %s", &log)
 	}
 }
