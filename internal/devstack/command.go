@@ -166,8 +166,9 @@ func (s *Stack) describeSecured(b *strings.Builder, pushctl, listen, push, addre
 		{"Be alice, with a token, and see what is pushed", fmt.Sprintf("%s listen%s --ca %s --token-file %s", pushctl, listen, ca, file("alice.token"))},
 		{"Push, with a certificate", fmt.Sprintf("%[1]s room lobby \"Hello\"%[2]s\n  %[1]s user alice \"Hello, Alice\"%[2]s\n"+
 			"  grpcurl -cacert %[3]s -cert %[4]s -key %[5]s \\\n    %[6]s \\\n    %[7]s", pushctl, caller, ca, cert, key, hello, method)},
-		{"Push, with an API key in place of it", fmt.Sprintf("%s room lobby \"Hello\"%s --ca %s --token-file %s\n"+
-			"  PM_KEY=$(cat %[4]s) grpcurl -cacert %[3]s -expand-headers -H 'authorization: Bearer ${PM_KEY}' \\\n    %s \\\n    %s", pushctl, push, ca, file(keyFile), hello, method)},
+		{"Push, with an API key in place of it", fmt.Sprintf("%[1]s room lobby \"Hello\"%[2]s --ca %[3]s --token-file %[4]s\n"+
+			"  PM_KEY=$(cat %[4]s) grpcurl -cacert %[3]s -expand-headers -H 'authorization: Bearer ${PM_KEY}' \\\n    %[5]s \\\n    %[6]s",
+			pushctl, push, ca, file(keyFile), hello, method)},
 		{"Make a token for somebody else", fmt.Sprintf(`%s token carol --secret-file %s --issuer %s --audience %s`,
 			pushctl, file(secretFile), clientIssuer, clientAudience)},
 		{"Be bob in a browser. It warns of an authority that it does not know: choose Advanced and go on, or\nhave it trust " + file("ca.crt") +
