@@ -1,5 +1,5 @@
-// Package certcmd is the command push-manager certs: an authority of one's own, and the certificates of nodes,
-// Push-Managers and callers, for development and small deployments.
+// Package certcmd is the command push-manager certs: an authority of one's own, and the certificates of all
+// programs and callers, for development and small deployments.
 package certcmd
 
 import (
@@ -21,10 +21,11 @@ import (
 
 type grammar struct {
 	CA         caCmd         `cmd:"" name:"ca" help:"Make an authority: ca.crt, which everybody trusts, and ca.key, which signs."`
-	Node       nodeCmd       `cmd:"" help:"Make the certificate of a Connect-Node."`
-	Manager    managerCmd    `cmd:"" help:"Make the certificate of a Push-Manager, for its push API and for its links to nodes."`
 	Controller controllerCmd `cmd:"" help:"Make the certificate of a Controller."`
-	Client     clientCmd     `cmd:"" help:"Make the certificate of a caller of the push API."`
+	Node       nodeCmd       `cmd:"" help:"Make the certificate of a Connect-Node, for Push-Manager, and with hosts for clients, too."`
+	Manager    managerCmd    `cmd:"" help:"Make the certificate of a Push-Manager, for its push API and for its links to nodes."`
+	Client     clientCmd     `cmd:"" help:"Make the certificate of a caller of the push API, or of a program that uses etcd."`
+	Etcd       etcdCmd       `cmd:"" help:"Make the certificate of a member of etcd. Give etcd an authority of its own (--dir): whoever it has signed may write there."`
 
 	Dir         string `default:"certs" placeholder:"DIR" help:"Folder of all files. (default: certs)"`
 	TrustDomain string `default:"dev" env:"TRUST_DOMAIN" placeholder:"NAME" help:"Trust domain of the names in certificates. (default: dev)"`
@@ -33,6 +34,11 @@ type grammar struct {
 }
 
 type caCmd struct{}
+
+type controllerCmd struct {
+	ID    string   `arg:"" help:"Name of the instance."`
+	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that nodes and Push-Managers reach it at. (default: localhost 127.0.0.1 ::1)"`
+}
 
 type nodeCmd struct {
 	ID    string   `arg:"" help:"NODE_ID of the node."`
@@ -44,13 +50,13 @@ type managerCmd struct {
 	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that callers reach it at. (default: localhost 127.0.0.1 ::1)"`
 }
 
-type controllerCmd struct {
-	ID    string   `arg:"" help:"Name of the Controller."`
-	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that it is reached at. (default: localhost 127.0.0.1 ::1)"`
-}
-
 type clientCmd struct {
 	Name string `arg:"" help:"Name of the caller."`
+}
+
+type etcdCmd struct {
+	Name  string   `arg:"" help:"Name of the member."`
+	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that it is reached at. (default: localhost 127.0.0.1 ::1)"`
 }
 
 // usageError is a mistake on the command line that kong cannot see.
@@ -58,7 +64,7 @@ type usageError struct{ error }
 
 // Command is push-manager certs.
 func Command() cli.Command {
-	return cli.Command{Name: "certs", Help: "Make certificates: an authority, and of it nodes, Push-Managers, Controllers, callers.", Main: func(args []string) int {
+	return cli.Command{Name: "certs", Help: "Make certificates: an authority, and by it those of programs and callers.", Main: func(args []string) int {
 		return run(args, os.Stdout, os.Stderr)
 	}}
 }
@@ -94,14 +100,17 @@ func run(args []string, out, errOut io.Writer) int {
 
 // Run makes an authority.
 func (*caCmd) Run(g *grammar, out io.Writer) error {
-	_, pair, err := certs.NewAuthority("Push-Manager "+g.TrustDomain, g.until(10))
-	if err != nil {
+	return g.write(out, "ca", func() error { return g.folder().WriteAuthority("Push-Manager "+g.TrustDomain, g.until(10)) })
+}
+
+// Run makes the certificate of a Controller.
+func (c *controllerCmd) Run(g *grammar, out io.Writer) error {
+	name := "controller-" + c.ID
+	if err := g.issue(out, name, certs.KindController, c.ID, certs.Request{Hosts: hosts(c.Hosts), Server: true, Client: true}); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(g.Dir, 0o700); err != nil {
-		return err
-	}
-	return g.write(out, "ca", pair)
+	return g.settings(out, "Set for the Controller", "TRUST_DOMAIN="+g.TrustDomain,
+		"NODE_TLS_CERT_FILE="+g.path(name+".crt"), "NODE_TLS_KEY_FILE="+g.path(name+".key"), "NODE_TLS_CLIENT_CA_FILE="+g.path("ca.crt"))
 }
 
 // Run makes the certificate of a node.
@@ -111,55 +120,65 @@ func (c *nodeCmd) Run(g *grammar, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	return g.settings(out, "NODE_ID="+c.ID, "TRUST_DOMAIN="+g.TrustDomain,
-		"NODE_TLS_CERT_FILE="+g.path(name+".crt"), "NODE_TLS_KEY_FILE="+g.path(name+".key"), "NODE_TLS_CLIENT_CA_FILE="+g.path("ca.crt"))
+	cert, key := g.path(name+".crt"), g.path(name+".key")
+	lines := append([]string{
+		"NODE_ID=" + c.ID, "TRUST_DOMAIN=" + g.TrustDomain,
+		"NODE_TLS_CERT_FILE=" + cert, "NODE_TLS_KEY_FILE=" + key, "NODE_TLS_CLIENT_CA_FILE=" + g.path("ca.crt"),
+	}, g.controllerTLS(name)...)
+	if len(c.Hosts) > 0 {
+		lines = append(lines, "TLS_CERT_FILE="+cert, "TLS_KEY_FILE="+key)
+	}
+	return g.settings(out, "Set for the node", lines...)
 }
 
 // Run makes the certificate of a Push-Manager.
 func (c *managerCmd) Run(g *grammar, out io.Writer) error {
 	name := "manager-" + c.ID
-	err := g.issue(out, name, certs.KindManager, c.ID, certs.Request{Hosts: orHere(c.Hosts), Server: true, Client: true})
+	err := g.issue(out, name, certs.KindManager, c.ID, certs.Request{Hosts: hosts(c.Hosts), Server: true, Client: true})
 	if err != nil {
 		return err
 	}
 	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
-	return g.settings(out, "MANAGER_ID="+c.ID, "TRUST_DOMAIN="+g.TrustDomain,
-		"TLS_CERT_FILE="+cert, "TLS_KEY_FILE="+key, "TLS_CLIENT_CA_FILE="+ca, "TLS_CLIENT_AUTH=require",
-		"LINK_TLS_CA_FILE="+ca, "LINK_TLS_CERT_FILE="+cert, "LINK_TLS_KEY_FILE="+key)
+	return g.settings(out, "Set for Push-Manager", append([]string{
+		"MANAGER_ID=" + c.ID, "TRUST_DOMAIN=" + g.TrustDomain,
+		"TLS_CERT_FILE=" + cert, "TLS_KEY_FILE=" + key, "TLS_CLIENT_CA_FILE=" + ca, "TLS_CLIENT_AUTH=require",
+		"LINK_TLS_CA_FILE=" + ca, "LINK_TLS_CERT_FILE=" + cert, "LINK_TLS_KEY_FILE=" + key,
+	}, g.controllerTLS(name)...)...)
 }
 
-// Run makes the certificate of a Controller.
-func (c *controllerCmd) Run(g *grammar, out io.Writer) error {
-	name := "controller-" + c.ID
-	err := g.issue(out, name, "controller", c.ID, certs.Request{Hosts: orHere(c.Hosts), Server: true, Client: true})
-	if err != nil {
-		return err
-	}
-	err = g.settings(out, "TRUST_DOMAIN="+g.TrustDomain,
-		"NODE_TLS_CERT_FILE="+g.path(name+".crt"), "NODE_TLS_KEY_FILE="+g.path(name+".key"), "NODE_TLS_CLIENT_CA_FILE="+g.path("ca.crt"))
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(out, "\nAt Push-Managers and Connect-Nodes, beside the files of their own certificate as CONTROLLER_TLS_CERT_FILE and CONTROLLER_TLS_KEY_FILE:\n  CONTROLLER_TLS_CA_FILE=%s\n", g.path("ca.crt"))
-	return err
-}
-
-// orHere are the hosts of a server, this machine's where none are named.
-func orHere(hosts []string) []string {
-	if len(hosts) == 0 {
-		return []string{"localhost", "127.0.0.1", "::1"}
-	}
-	return hosts
-}
-
-// Run makes the certificate of a caller.
+// Run makes the certificate of a caller, or of a program that uses etcd.
 func (c *clientCmd) Run(g *grammar, out io.Writer) error {
 	name := "client-" + c.Name
-	if err := g.issue(out, name, "client", c.Name, certs.Request{Client: true}); err != nil {
+	if err := g.issue(out, name, certs.KindClient, c.Name, certs.Request{Client: true}); err != nil {
 		return err
 	}
-	return g.settings(out, "PUSH_MANAGER_CA="+g.path("ca.crt"), "PUSH_MANAGER_CERT="+g.path(name+".crt"), "PUSH_MANAGER_KEY="+g.path(name+".key"))
+	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
+	if err := g.settings(out, "Set for pushctl", "PUSH_MANAGER_CA="+ca, "PUSH_MANAGER_CERT="+cert, "PUSH_MANAGER_KEY="+key); err != nil {
+		return err
+	}
+	return g.settings(out, "Or for a program, where this is the authority of etcd", "ETCD_TLS_CA_FILE="+ca, "ETCD_TLS_CERT_FILE="+cert, "ETCD_TLS_KEY_FILE="+key)
 }
+
+// Run makes the certificate of a member of etcd.
+func (c *etcdCmd) Run(g *grammar, out io.Writer) error {
+	name := "etcd-" + c.Name
+	if err := g.issue(out, name, "etcd", c.Name, certs.Request{Hosts: hosts(c.Hosts), Server: true, Client: true}); err != nil {
+		return err
+	}
+	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
+	return g.settings(out, "Set for etcd", "ETCD_CERT_FILE="+cert, "ETCD_KEY_FILE="+key, "ETCD_TRUSTED_CA_FILE="+ca, "ETCD_CLIENT_CERT_AUTH=true",
+		"ETCD_PEER_CERT_FILE="+cert, "ETCD_PEER_KEY_FILE="+key, "ETCD_PEER_TRUSTED_CA_FILE="+ca, "ETCD_PEER_CLIENT_CERT_AUTH=true")
+}
+
+// hosts are those given, or this machine.
+func hosts(given []string) []string {
+	if len(given) > 0 {
+		return given
+	}
+	return []string{"localhost", "127.0.0.1", "::1"}
+}
+
+func (g *grammar) folder() certs.Folder { return certs.Folder{Path: g.Dir, TrustDomain: g.TrustDomain} }
 
 func (g *grammar) until(times int) time.Time { return time.Now().AddDate(0, 0, g.Days*times) }
 
@@ -173,61 +192,41 @@ func (g *grammar) path(name string) string {
 
 // issue makes a certificate for spiffe://<trust domain>/<kind>/<id> and writes it.
 func (g *grammar) issue(out io.Writer, name, kind, id string, r certs.Request) error {
-	if id == "" || len(id) > 128 || strings.HasPrefix(id, ".") || strings.Trim(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" {
-		return usageError{fmt.Errorf("%q: an id in a certificate has letters, digits, and ._- between them", id)}
+	if err := certs.CheckID(id); err != nil {
+		return usageError{err}
 	}
-	var ca certs.Pair
-	for file, text := range map[string]*[]byte{"ca.crt": &ca.Cert, "ca.key": &ca.Key} {
-		var err error
-		if *text, err = os.ReadFile(g.path(file)); errors.Is(err, fs.ErrNotExist) {
+	r.NotAfter = g.until(1)
+	return g.write(out, name, func() error {
+		err := g.folder().WriteCertificate(name, kind, id, r)
+		if errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("%w (push-manager certs ca makes it)", err)
-		} else if err != nil {
-			return err
 		}
-	}
-	authority, err := certs.LoadAuthority(ca)
-	if err != nil {
 		return err
-	}
-	r.URI, r.NotAfter = "spiffe://"+g.TrustDomain+"/"+kind+"/"+id, g.until(1)
-	pair, err := authority.Issue(r)
-	if err != nil {
-		return err
-	}
-	return g.write(out, name, pair)
+	})
 }
 
-// write writes a certificate and its key, each as a whole: programs may be reading them.
-func (g *grammar) write(out io.Writer, name string, pair certs.Pair) error {
-	for _, file := range []string{name + ".crt", name + ".key"} {
-		if _, err := os.Lstat(g.path(file)); err == nil && !g.Overwrite {
-			return fmt.Errorf("%s exists (--overwrite replaces it)", g.path(file))
+// write has a certificate and its key written, and says so.
+func (g *grammar) write(out io.Writer, name string, write func() error) error {
+	files := []string{g.path(name + ".crt"), g.path(name + ".key")}
+	for _, file := range files {
+		if _, err := os.Lstat(file); err == nil && !g.Overwrite {
+			return fmt.Errorf("%s exists (--overwrite replaces it)", file)
 		}
 	}
-	for _, file := range []struct {
-		name string
-		text []byte
-	}{{name + ".key", pair.Key}, {name + ".crt", pair.Cert}} {
-		fresh, err := os.CreateTemp(g.Dir, ".new-*") // for its owner alone: 0600
-		if err != nil {
-			return err
-		}
-		_, err = fresh.Write(file.text)
-		if err = errors.Join(err, fresh.Close()); err == nil {
-			err = os.Rename(fresh.Name(), g.path(file.name))
-		}
-		if err != nil {
-			return errors.Join(err, os.Remove(fresh.Name()))
-		}
-		if _, err := fmt.Fprintln(out, "wrote", g.path(file.name)); err != nil {
-			return err
-		}
+	if err := write(); err != nil {
+		return err
 	}
-	return nil
-}
-
-// settings prints the variables that use the files.
-func (*grammar) settings(out io.Writer, lines ...string) error {
-	_, err := fmt.Fprintf(out, "\nSet:\n  %s\n", strings.Join(lines, "\n  "))
+	_, err := fmt.Fprintf(out, "wrote %s\nwrote %s\n", files[0], files[1])
 	return err
+}
+
+// settings prints the variables that use the files, and who needs them.
+func (*grammar) settings(out io.Writer, who string, lines ...string) error {
+	_, err := fmt.Fprintf(out, "\n%s:\n  %s\n", who, strings.Join(lines, "\n  "))
+	return err
+}
+
+// controllerTLS are the variables of a program that asks the Controller.
+func (g *grammar) controllerTLS(name string) []string {
+	return []string{"CONTROLLER_TLS_CA_FILE=" + g.path("ca.crt"), "CONTROLLER_TLS_CERT_FILE=" + g.path(name+".crt"), "CONTROLLER_TLS_KEY_FILE=" + g.path(name+".key")}
 }

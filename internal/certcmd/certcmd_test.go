@@ -20,7 +20,7 @@ func command(args ...string) (code int, out, errOut string) {
 func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "certs")
 	for _, args := range [][]string{
-		{"ca"}, {"node", "n1"}, {"node", "n2", "n2.example", "10.0.0.2"}, {"manager", "pm"}, {"controller", "c1"}, {"client", "billing"},
+		{"ca"}, {"node", "n1"}, {"node", "n2", "n2.example", "10.0.0.2"}, {"manager", "pm"}, {"client", "billing"}, {"controller", "c1"}, {"etcd", "e1"},
 	} {
 		code, out, errOut := command(append(args, "--dir="+dir, "--trust-domain=test")...)
 		if code != 0 || errOut != "" {
@@ -35,7 +35,7 @@ func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 		}
 	}
 	entries, err := os.ReadDir(dir)
-	if err != nil || len(entries) != 12 {
+	if err != nil || len(entries) != 14 {
 		t.Fatalf("%d files, %v", len(entries), err)
 	}
 	for _, entry := range entries {
@@ -43,7 +43,7 @@ func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 			t.Errorf("%s: %v, %v", entry.Name(), info.Mode(), err)
 		}
 	}
-	for _, name := range []string{"node-n1", "node-n2", "manager-pm", "controller-c1", "client-billing"} {
+	for _, name := range []string{"node-n1", "node-n2", "manager-pm", "client-billing", "controller-c1", "etcd-e1"} {
 		files := certs.Files{Cert: filepath.Join(dir, name+".crt"), Key: filepath.Join(dir, name+".key"), CA: filepath.Join(dir, "ca.crt")}
 		if err := files.Check(); err != nil {
 			t.Errorf("%s: %v", name, err)

@@ -38,11 +38,23 @@ type Request struct {
 	NotAfter       time.Time
 }
 
-// NewAuthority makes an authority with a key of its own.
-func NewAuthority(name string, notAfter time.Time) (*Authority, Pair, error) {
+// NewAuthority makes an authority with a key of its own. only are names, with what is below them, and IP addresses: where
+// there are any, certificates for others are not believed. Then whoever trusts the authority risks nothing elsewhere.
+func NewAuthority(name string, notAfter time.Time, only ...string) (*Authority, Pair, error) {
 	template := &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, NotAfter: notAfter,
 		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	for _, host := range only {
+		if ip := net.ParseIP(host); ip != nil {
+			if v4 := ip.To4(); v4 != nil {
+				ip = v4
+			}
+			template.PermittedIPRanges = append(template.PermittedIPRanges, &net.IPNet{IP: ip, Mask: net.CIDRMask(8*len(ip), 8*len(ip))})
+		} else {
+			template.PermittedDNSDomains = append(template.PermittedDNSDomains, host)
+		}
+		template.PermittedDNSDomainsCritical = true
 	}
 	return sign(template, nil)
 }

@@ -10,8 +10,10 @@ import (
 
 // The kinds of our own names: spiffe://<trust domain>/<kind>/<id>.
 const (
-	KindManager = "push-manager"
-	KindNode    = "connect-node"
+	KindManager    = "push-manager"
+	KindNode       = "connect-node"
+	KindController = "controller"
+	KindClient     = "client"
 )
 
 // Check judges the certificate of the other side, whose chain has been verified. Its error is a *PeerError.

@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
@@ -36,6 +38,7 @@ type devConfig struct {
 
 	nodes, basePort int
 	dataDir         string
+	secure          bool
 	drainTimeout    time.Duration
 	log             telemetry.LogConfig
 	tracing         telemetry.TracingConfig
@@ -46,7 +49,8 @@ func (c *devConfig) Bind(s *config.Set) {
 	s.Int(&c.nodes, "nodes", 3, 1, maxNodes, "Number of Connect-Nodes.")
 	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, 65535-5-2*maxNodes,
 		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket). 0: any free ones. -1: the usual ones.")
-	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data, which is kept. Empty: a temporary one, which is removed at the end.")
+	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
+	s.Bool(&c.secure, "secure", false, "TLS on every connection, certificates, a policy of callers, API keys, and tokens of clients. The files are made in the directory secure of data_dir. The lines that are printed use them.")
 	s.Duration(&c.drainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to stop everything in good order.")
 	c.log.Level = "warn" // what runs where is told on standard output
 	c.log.Bind(s)
@@ -69,7 +73,7 @@ func (c *devConfig) Timeout() time.Duration { return c.drainTimeout }
 
 // Start implements cli.Settings.
 func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
-	s, err := Start(ctx, Config{Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Tracing: c.tracing, Logger: logger})
+	s, err := Start(ctx, Config{Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Secure: c.secure, Tracing: c.tracing, Logger: logger})
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			err = fmt.Errorf("%w (another set of ports: --base-port 0)", err)
@@ -83,7 +87,7 @@ func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (cli.Program
 		defer cancel()
 		return nil, errors.Join(err, s.Drain(stopCtx))
 	}
-	if err := s.describe(c.out, c.dataDir); err != nil {
+	if err := s.describe(c.out); err != nil {
 		stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.drainTimeout)
 		defer cancel()
 		return nil, errors.Join(err, s.Drain(stopCtx))
@@ -92,34 +96,88 @@ func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (cli.Program
 }
 
 // describe tells what runs where, and how to see a push arrive.
-func (s *Stack) describe(out io.Writer, dataDir string) error {
+func (s *Stack) describe(out io.Writer) error {
 	var b strings.Builder
 	line := func(name, address, more string) { fmt.Fprintf(&b, "  %-16s %-18s %s\n", name, address, more) }
-	b.WriteString("\nEverything runs on this machine:\n\n")
+	with := ""
+	if s.secure != nil {
+		with = ", with TLS on every connection"
+	}
+	fmt.Fprintf(&b, "\nEverything runs on this machine%s:\n\n", with)
 	line("Push-Manager", local(s.Address()), "gRPC; metrics and health at http://"+local(s.pushManager.HTTPAddr()))
 	line("Controller", local(s.ControllerAddress()), "gRPC")
 	for _, n := range s.Nodes() {
-		line(n.ID, local(n.GRPC), "gRPC; page and WebSocket at http://"+local(n.HTTP))
+		line(n.ID, local(n.GRPC), "gRPC; page and WebSocket at "+strings.TrimSuffix(n.Page(), "/"))
 	}
-	data := s.etcd.dir
-	if dataDir == "" {
+	data := s.dir
+	if s.temporary {
 		data += ", removed at the end"
 	}
 	line("etcd", local(s.EtcdEndpoint()), "data in "+data)
 
-	pushctl := invoke.As("pushctl")
-	listen, room, user := pushctl+" listen --user alice --room lobby", pushctl+` room lobby "Hello"`, pushctl+` user alice "Hello, Alice"`
-	if ws := "ws://" + local(s.Nodes()[0].HTTP) + "/ws"; ws != "ws://localhost:8080/ws" {
-		listen += " --url " + ws
+	// Flags that are the default of pushctl are left out.
+	listen, push := " --room lobby", ""
+	if url := s.Nodes()[0].WebSocket(); url != "ws://localhost:8080/ws" {
+		listen += " --url " + url
 	}
-	if address := local(s.Address()); address != "localhost:50053" {
-		room += " --address " + address
-		user += " --address " + address
+	address := local(s.Address())
+	if address != "localhost:50053" {
+		push = " --address " + address
 	}
-	fmt.Fprintf(&b, "\nReady. Open http://%s in a browser, or copy these, each into a terminal of its own:\n\n  %s\n  %s\n  %s\n\nCtrl-C stops everything.\n",
-		local(s.Nodes()[0].HTTP), listen, room, user)
-	_, err := io.WriteString(out, b.String())
+	var err error
+	if pushctl := invoke.As("pushctl"); s.secure == nil {
+		fmt.Fprintf(&b, `
+Ready. Open %s in a browser, or copy these, each into a terminal of its own:
+
+  %s listen --user alice%s
+  %s room lobby "Hello"%s
+  %[2]s user alice "Hello, Alice"%[5]s
+`, strings.TrimSuffix(s.Nodes()[0].Page(), "/"), pushctl, listen, pushctl, push)
+	} else {
+		err = s.describeSecured(&b, pushctl, listen, push, address)
+	}
+	b.WriteString("\nCtrl-C stops everything.\n")
+	if err == nil {
+		_, err = io.WriteString(out, b.String())
+	}
 	return err
+}
+
+// describeSecured tells how callers and clients show who they are.
+func (s *Stack) describeSecured(b *strings.Builder, pushctl, listen, push, address string) error {
+	dir, err := filepath.Abs(s.secure.Path)
+	if err != nil {
+		return err
+	}
+	token, err := s.secure.token("bob", time.Now())
+	if err != nil {
+		return err
+	}
+	file := func(name string) string { return "$PM/" + name }
+	if strings.ContainsFunc(dir, unicode.IsSpace) {
+		file = func(name string) string { return `"$PM/` + name + `"` }
+	}
+	ca, cert, key := file("ca.crt"), file(callerName+".crt"), file(callerName+".key")
+	caller := fmt.Sprintf("%s --ca %s --cert %s --key %s", push, ca, cert, key)
+	const hello = `-d '{"room_id": "lobby", "content": {"data": "SGVsbG8="}}'`
+	method := address + " pubsub.PushManagerService/PushToRoom"
+	for _, part := range []struct{ title, line string }{
+		{"Ready. All files are in one directory. Begin with this in every terminal", "PM=" + invoke.Quote(dir)},
+		{"Be alice, with a token, and see what is pushed", fmt.Sprintf("%s listen%s --ca %s --token-file %s", pushctl, listen, ca, file("alice.token"))},
+		{"Push, with a certificate", fmt.Sprintf("%[1]s room lobby \"Hello\"%[2]s\n  %[1]s user alice \"Hello, Alice\"%[2]s\n"+
+			"  grpcurl -cacert %[3]s -cert %[4]s -key %[5]s \\\n    %[6]s \\\n    %[7]s", pushctl, caller, ca, cert, key, hello, method)},
+		{"Push, with an API key in place of it", fmt.Sprintf("%[1]s room lobby \"Hello\"%[2]s --ca %[3]s --token-file %[4]s\n"+
+			"  PM_KEY=$(cat %[4]s) grpcurl -cacert %[3]s -expand-headers -H 'authorization: Bearer ${PM_KEY}' \\\n    %[5]s \\\n    %[6]s",
+			pushctl, push, ca, file(keyFile), hello, method)},
+		{"Make a token for somebody else", fmt.Sprintf(`%s token carol --secret-file %s --issuer %s --audience %s`,
+			pushctl, file(secretFile), clientIssuer, clientAudience)},
+		{"Be bob in a browser. It warns of an authority that it does not know: choose Advanced and go on, or\nhave it trust " + file("ca.crt") +
+			", which is good for this machine alone", s.Nodes()[0].Page() + "#token=" + token},
+	} {
+		fmt.Fprintf(b, "\n%s:\n\n  %s\n", part.title, part.line)
+	}
+	fmt.Fprintf(b, "\nTokens are good for 24 hours. %s says who may push what; a change counts within 10 s.\n", file(policyFile))
+	return nil
 }
 
 // local writes a loopback address as people do.

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app/connectnode"
 	"github.com/push-manager/push-manager/internal/app/controller"
 	"github.com/push-manager/push-manager/internal/app/pushmanager"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
@@ -30,8 +33,10 @@ type Config struct {
 	// BasePort is the first of the ports in use; 0 takes free ones, ContractPorts
 	// those of the contract.
 	BasePort int
-	// DataDir is etcd's directory. Empty: a temporary one.
+	// DataDir is the directory of etcd's data and the files of Secure. Empty: a temporary one.
 	DataDir string
+	// Secure has every connection over TLS, and callers and clients show who they are.
+	Secure bool
 	// Tracing of Push-Manager; its Service and Instance are Push-Manager's own.
 	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
@@ -42,6 +47,9 @@ type Config struct {
 type Stack struct {
 	// Static after Start.
 	log         *slog.Logger
+	dir         string
+	temporary   bool     // dir is removed at the end
+	secure      *secured // nil: everything is plain
 	etcd        *etcdServer
 	controller  *controller.Controller
 	nodes       []*connectnode.ConnectNode
@@ -55,10 +63,21 @@ type Stack struct {
 // Node is where one Connect-Node listens.
 type Node struct {
 	ID, GRPC, HTTP string
+	Secure         bool // it speaks TLS
 }
 
-// WebSocket is the address for clients.
-func (n Node) WebSocket() string { return "ws://" + n.HTTP + "/ws" }
+// WebSocket is the address for clients, Page the one for browsers.
+func (n Node) WebSocket() string { return "ws" + n.suffix() + "/ws" }
+
+// Page is the address of the page.
+func (n Node) Page() string { return "http" + n.suffix() + "/" }
+
+func (n Node) suffix() string {
+	if n.Secure {
+		return "s://" + local(n.HTTP)
+	}
+	return "://" + local(n.HTTP)
+}
 
 // Start starts everything; WaitReady tells when it has found each other.
 func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
@@ -79,8 +98,21 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 			err = errors.Join(err, s.Drain(stopCtx))
 		}
 	}()
+	if s.dir = cfg.DataDir; s.dir == "" {
+		if s.dir, err = os.MkdirTemp("", "push-manager-dev-"); err != nil {
+			return nil, fmt.Errorf("directory for etcd: %w", err)
+		}
+		s.temporary = true
+	}
+	var etcdFiles *certs.Files
+	if cfg.Secure {
+		if s.secure, err = openSecured(filepath.Join(s.dir, "secure"), cfg.Nodes, time.Now()); err != nil {
+			return nil, err
+		}
+		etcdFiles = new(s.secure.etcd.Files(etcdServerName))
+	}
 	p := layout(cfg.BasePort)
-	if s.etcd, err = startEtcd(ctx, cfg.DataDir, p.etcd, p.etcdPeer); err != nil {
+	if s.etcd, err = startEtcd(ctx, s.dir, s.temporary, etcdFiles, p.etcd, p.etcdPeer); err != nil {
 		return nil, err
 	}
 	if err := s.startController(ctx, p.controller); err != nil {
@@ -91,7 +123,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	}
 	for i := range cfg.Nodes {
 		if err := s.startNode(ctx, i, p); err != nil {
-			return nil, fmt.Errorf("connect-node-%d: %w", i+1, err)
+			return nil, fmt.Errorf("%s: %w", nodeID(i), err)
 		}
 	}
 	s.watching.Go(func() {
@@ -108,9 +140,9 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 
 func (s *Stack) startController(ctx context.Context, port int) error {
 	var c controller.Config
-	err := cli.Fill(&c, map[string]string{
+	err := cli.Fill(&c, s.secure.controller(map[string]string{
 		"GRPC_PORT": strconv.Itoa(port), "METRICS_PORT": "0", "ETCD_ENDPOINTS": s.etcd.endpoint,
-	})
+	}))
 	if err != nil {
 		return err
 	}
@@ -120,11 +152,11 @@ func (s *Stack) startController(ctx context.Context, port int) error {
 
 func (s *Stack) startPushManager(ctx context.Context, p ports, tracing telemetry.TracingConfig) error {
 	var c pushmanager.Config
-	err := cli.Fill(&c, map[string]string{
+	err := cli.Fill(&c, s.secure.pushManager(map[string]string{
 		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
 		"DRAIN_NOTICE": "0s", // there is no balancer
-	})
+	}))
 	if err != nil {
 		return err
 	}
@@ -135,13 +167,13 @@ func (s *Stack) startPushManager(ctx context.Context, p ports, tracing telemetry
 }
 
 func (s *Stack) startNode(ctx context.Context, i int, p ports) error {
-	id := "connect-node-" + strconv.Itoa(i+1)
+	id := nodeID(i)
 	grpcPort, httpPort := p.node(i)
 	var c connectnode.Config
-	err := cli.Fill(&c, map[string]string{
+	err := cli.Fill(&c, s.secure.node(id, map[string]string{
 		"NODE_ID": id, "GRPC_PORT": strconv.Itoa(grpcPort), "HTTP_PORT": strconv.Itoa(httpPort), "METRICS_PORT": "0",
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(), "PUSH_MANAGER_ADDRESS": s.pushManager.GRPCAddr(),
-	})
+	}))
 	if err != nil {
 		return err
 	}
@@ -207,9 +239,21 @@ func (s *Stack) Drain(ctx context.Context) error {
 		errs = append(errs, s.controller.Drain(ctx))
 	}
 	if s.etcd != nil {
-		errs = append(errs, s.etcd.stop(ctx))
+		s.etcd.close(ctx)
+	}
+	if s.temporary {
+		errs = append(errs, os.RemoveAll(s.dir))
 	}
 	return errors.Join(errs...)
+}
+
+// Reload has certificates, policies and keys read again soon.
+func (s *Stack) Reload() {
+	s.controller.Reload()
+	s.pushManager.Reload()
+	for _, n := range s.nodes {
+		n.Reload()
+	}
 }
 
 // Failed gets an error when Push-Manager or etcd cannot go on.
@@ -228,10 +272,13 @@ func (s *Stack) EtcdEndpoint() string { return s.etcd.endpoint }
 func (s *Stack) Nodes() []Node {
 	nodes := make([]Node, len(s.nodes))
 	for i, n := range s.nodes {
-		nodes[i] = Node{ID: s.ids[i], GRPC: n.GRPCAddr().String(), HTTP: n.HTTPAddr().String()}
+		nodes[i] = Node{ID: s.ids[i], GRPC: n.GRPCAddr().String(), HTTP: n.HTTPAddr().String(), Secure: s.secure != nil}
 	}
 	return nodes
 }
+
+// nodeID is the id of the node of a number, 0 being the first.
+func nodeID(i int) string { return "connect-node-" + strconv.Itoa(i+1) }
 
 // ports are where everything listens.
 type ports struct {

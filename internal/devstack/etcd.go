@@ -6,25 +6,26 @@ import (
 	"fmt"
 	"net"
 	"net/url"
-	"os"
 	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/push-manager/push-manager/internal/certs"
 )
 
 // etcdServer is an etcd of one member in this process.
 type etcdServer struct {
-	etcd      *embed.Etcd
-	endpoint  string
-	dir       string
-	temporary bool
-	failed    chan error  // what it cannot go on with, once; the goroutine that found it has ended
-	broken    atomic.Bool // set before that
+	etcd     *embed.Etcd
+	endpoint string
+	dir      string
+	failed   chan error  // what it cannot go on with, once; the goroutine that found it has ended
+	broken   atomic.Bool // set before that
 }
 
 // OnWrite ends the goroutine that has logged the end of etcd, and not the process. etcd panics or
@@ -49,34 +50,28 @@ func (s *etcdServer) fail(err error) {
 	}
 }
 
-// startEtcd runs etcd on loopback. Without a directory its data goes into a
-// temporary one.
-func startEtcd(ctx context.Context, dir string, clientPort, peerPort int) (_ *etcdServer, err error) {
+// startEtcd runs etcd on loopback, over TLS where files is not nil. A crash may lose what is in a temporary directory.
+func startEtcd(ctx context.Context, dir string, temporary bool, files *certs.Files, clientPort, peerPort int) (_ *etcdServer, err error) {
 	s := &etcdServer{dir: dir, failed: make(chan error, 1)}
-	if dir == "" {
-		if s.dir, err = os.MkdirTemp("", "push-manager-dev-"); err != nil {
-			return nil, fmt.Errorf("directory for etcd: %w", err)
-		}
-		s.temporary = true
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.remove())
-		}
-	}()
 	cfg := embed.NewConfig()
 	cfg.Name = "dev"
 	cfg.Dir = s.dir
 	cfg.LogLevel = "panic"
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop().WithOptions(zap.WithFatalHook(s), zap.WithPanicHook(s)))
 	// Data that is removed at the end need not survive a power cut.
-	cfg.UnsafeNoFsync = s.temporary
+	cfg.UnsafeNoFsync = temporary
 	cfg.TickMs, cfg.ElectionMs = 10, 100 // the only member elects itself in 0.1 s
-	client, err := loopbackURL(clientPort)
+	scheme := "http"
+	if files != nil {
+		scheme = "https"
+		cfg.ClientTLSInfo = transport.TLSInfo{CertFile: files.Cert, KeyFile: files.Key, TrustedCAFile: files.CA, ClientCertAuth: true}
+		cfg.PeerTLSInfo = cfg.ClientTLSInfo
+	}
+	client, err := loopbackURL(scheme, clientPort)
 	if err != nil {
 		return nil, fmt.Errorf("etcd: %w", err)
 	}
-	peer, err := loopbackURL(peerPort)
+	peer, err := loopbackURL(scheme, peerPort)
 	if err != nil {
 		return nil, fmt.Errorf("etcd: %w", err)
 	}
@@ -117,12 +112,6 @@ func startEtcd(ctx context.Context, dir string, clientPort, peerPort int) (_ *et
 	return nil, fmt.Errorf("start etcd: %w", err)
 }
 
-// stop ends etcd, whose clients have been closed.
-func (s *etcdServer) stop(ctx context.Context) error {
-	s.close(ctx)
-	return s.remove()
-}
-
 // close ends etcd. One that has failed may wait for a goroutine of its own that is gone, or for a
 // lock that it had: it is left behind at the end of ctx, or after a second.
 func (s *etcdServer) close(ctx context.Context) {
@@ -144,21 +133,14 @@ func (s *etcdServer) close(ctx context.Context) {
 	}
 }
 
-func (s *etcdServer) remove() error {
-	if !s.temporary {
-		return nil
-	}
-	return os.RemoveAll(s.dir)
-}
-
 // loopbackURL is an address to listen on. etcd wants to know its port before it
 // listens, so port 0 is resolved here. A port in use is an error that names it.
-func loopbackURL(port int) (url.URL, error) {
+func loopbackURL(scheme string, port int) (url.URL, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 	if err != nil {
 		return url.URL{}, err
 	}
 	host := l.Addr().String()
-	return url.URL{Scheme: "http", Host: host}, l.Close()
+	return url.URL{Scheme: scheme, Host: host}, l.Close()
 }

@@ -40,11 +40,11 @@ func as(name, self, root, version string) string {
 	case isFile(beside) && beside == inPath:
 		return name
 	case isFile(beside):
-		return quote(beside)
+		return Quote(beside)
 	case inPath != "" && !strings.Contains(self, "go-build"): // where go run puts it
 		return name
 	case isFile(filepath.Join(root, "cmd", name, "main.go")):
-		return "go run -C " + quote(root) + " ./cmd/" + name
+		return "go run -C " + Quote(root) + " ./cmd/" + name
 	case inPath == "" && version != "" && version != "(devel)":
 		return "go run " + module + "/cmd/" + name + "@" + version
 	}
@@ -56,8 +56,8 @@ func isFile(path string) bool {
 	return err == nil && info.Mode().IsRegular()
 }
 
-// quote makes a path one word of a shell.
-func quote(path string) string {
+// Quote makes a path one word of a shell.
+func Quote(path string) string {
 	plain := func(r rune) bool {
 		return r == '/' || r == '.' || r == '-' || r == '_' || r == '+' || r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || r > 0x7f
 	}

@@ -258,15 +258,18 @@ func refusal(resp *http.Response, err error) error {
 	return fmt.Errorf("no connection: what answers there opens no WebSocket, but says %s", said)
 }
 
-// ended is why a connection ended, as the other side has put it.
-func ended(err error) error {
+// ended is why a connection ended, as the other side has put it. shown tells that we have shown a token.
+func ended(err error, shown bool) error {
 	var said *gws.CloseError
 	if !errors.As(err, &said) {
 		return fmt.Errorf("the connection was lost: %w", err)
 	}
 	lost := fmt.Errorf("the Connect-Node closed the connection (%d %s)", said.Code, clean(string(said.Reason)))
-	if said.Code == 4401 {
+	switch {
+	case said.Code == 4401:
 		return &tokenError{lost}
+	case said.Code == 4408 && !shown:
+		return &finalError{fmt.Errorf("%w: it asks for a token (--token-file)", lost)}
 	}
 	// In the range of applications: 4408 and 4429 pass, a client that is not wanted stays so.
 	if said.Code >= 4400 && said.Code < 4500 && said.Code != 4408 && said.Code != 4429 {
@@ -392,7 +395,7 @@ func (l *listener) OnPing(conn *gws.Conn, payload []byte) {
 
 // OnClose implements gws.Event.
 func (l *listener) OnClose(_ *gws.Conn, err error) {
-	l.end(ended(err))
+	l.end(ended(err, l.token != ""))
 }
 
 // OnMessage implements gws.Event.

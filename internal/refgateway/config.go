@@ -42,6 +42,8 @@ type Config struct {
 	// PushManagerAddress is shown on the page in the commands to copy. Default
 	// localhost:50053.
 	PushManagerAddress string
+	// PushManagerTLS tells that these commands need an authority and a certificate.
+	PushManagerTLS bool
 	// Pushctl is how pushctl is called in those commands on this machine, where the page
 	// says so to browsers that run there. Default pushctl.
 	Pushctl string

@@ -60,6 +60,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.Text(&g.Members.Controller, "controller_address", "localhost:50051", "The Controller, as any gRPC target.")
 	s.Address(&g.AdvertiseAddress, "advertise_address", "", "HOST:PORT that Push-Manager reaches this node at, for etcd. Empty: found out.")
 	s.Address(&g.PushManagerAddress, "push_manager_address", d.PushManagerAddress, "Push-Manager's HOST:PORT, shown on the page.")
+	s.Bool(&g.PushManagerTLS, "push_manager_tls", false, "The push API has TLS: the lines on the page show a certificate.")
 	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
 	s.List(&g.AllowedOrigins, "ws.allowed_origins", "", "Origins of pages that may connect, such as https://app.example.com; * for all but null. Pages from this machine always may, and those of the host that they connect to: its IP address, or its name unless the connection comes over loopback.").Env("ALLOWED_ORIGINS")
 	s.Bool(&g.TokenInQuery, "ws.token_in_query", false, "Also take the tokens of clients as token in the address. Whatever stands in an address is logged on its way by others.")
