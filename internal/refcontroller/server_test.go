@@ -210,7 +210,7 @@ func TestJoinListsOnlyFewMembers(t *testing.T) {
 func TestInvalidRequests(t *testing.T) {
 	b := start(t, Config{})
 	ctx := t.Context()
-	long := strings.Repeat("x", 257)
+	long := strings.Repeat("x", 289)
 	join := func(change func(*pubsub.JoinRoomRequest)) func() error {
 		return func() error {
 			in := &pubsub.JoinRoomRequest{UserId: "u", RoomId: "r", NodeId: "n"}

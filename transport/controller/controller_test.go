@@ -47,7 +47,7 @@ func TestRoom(t *testing.T) {
 		case "r":
 			return &pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{Users: []*pubsub.UserInfo{
 				{UserId: "a", NodeId: "n1"}, {UserId: "a", NodeId: "n2"}, {UserId: "b"}, {UserId: ""},
-				{UserId: strings.Repeat("x", 257), NodeId: "n1"}, {UserId: "c", NodeId: "n\x00"},
+				{UserId: strings.Repeat("x", 289), NodeId: "n1"}, {UserId: "c", NodeId: "n\x00"},
 			}}}, nil
 		case "empty":
 			return &pubsub.GetRoomInfoResponse{RoomInfo: &pubsub.RoomInfo{RoomId: "empty"}}, nil
