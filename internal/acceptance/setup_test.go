@@ -99,8 +99,8 @@ func TestSetUpOfTheDocumentsPushes(t *testing.T) {
 		})
 	}
 	for line, says := range map[string]string{
-		strings.Replace(lines[3], "order-7", "other", 1):                                   "is not allowed to you",
-		strings.Replace(lines[2], "user alice", "room order-7", 1):                         "is not allowed to you",
+		strings.Replace(lines[3], "order-7", "other", 1):                                   "not allowed to you",
+		strings.Replace(lines[2], "user alice", "room order-7", 1):                         "not allowed to you",
 		strings.Replace(lines[3], " --token-file=orders.key", "", 1):                       "unauthenticated, nothing was sent",
 		strings.ReplaceAll(lines[2], "client-billing", "node-connect-node-1"):              "unauthenticated, nothing was sent",
 		strings.ReplaceAll(lines[2], "certs/client-billing", "certs/etcd/client-programs"): "nothing was sent",

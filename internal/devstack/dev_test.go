@@ -41,7 +41,7 @@ func stopStack(t *testing.T, s *devstack.Stack) {
 
 func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
 	s := startStack(t, devstack.Config{Nodes: 2})
-	if n := s.Nodes(); len(n) != 2 || n[0].ID != "connect-node-1" || !strings.HasPrefix(n[1].WebSocket(), "ws://127.0.0.1:") {
+	if n := s.Nodes(); len(n) != 2 || n[0].ID != "connect-node-1" || !strings.HasPrefix(n[1].WebSocket(), "ws://localhost:") {
 		t.Errorf("nodes %v", n)
 	}
 	conn, err := grpc.NewClient(s.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))

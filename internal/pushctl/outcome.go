@@ -166,6 +166,8 @@ func words(c codes.Code) string {
 		return "out of time"
 	case codes.ResourceExhausted:
 		return "overloaded"
+	case codes.PermissionDenied:
+		return "not allowed"
 	default:
 		return strings.ToLower(c.String())
 	}

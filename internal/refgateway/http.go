@@ -50,7 +50,7 @@ func (g *Gateway) clientHandler() http.Handler {
 		}
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(map[string]any{
-			"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "push_manager_tls": g.cfg.PushManagerTLS, "pushctl": pushctl, "tokens": g.cfg.Tokens != nil,
+			"node_id": g.cfg.NodeID, "push_manager": g.cfg.PushManagerAddress, "api_tls": g.cfg.PushManagerTLS, "pushctl": pushctl, "tokens": g.cfg.Tokens != nil,
 		})
 	})
 	g.healthHandlers(mux)
