@@ -733,7 +733,7 @@ func TestHTTPSides(t *testing.T) {
 	base, ops := "http://"+g.HTTPAddr().String(), "http://"+g.MetricsAddr().String()
 	for address, want := range map[string]string{
 		base + "/":        "<!doctype html>",
-		base + "/info":    `"node_id":"node-1","push_manager":"localhost:50053","pushctl":"go run ./cmd/pushctl"`,
+		base + "/info":    `{"api_tls":false,"node_id":"node-1","push_manager":"localhost:50053","pushctl":"go run ./cmd/pushctl","tokens":false}`,
 		base + "/healthz": "200 OK ok",
 		base + "/readyz":  "200 OK ok",
 		base + "/ws":      "400 ",
