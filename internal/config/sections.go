@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -120,13 +119,13 @@ func parseSections(name, text string) (d *document, err error) {
 	return d, nil
 }
 
-// place finds where in a list a name stands.
-var place = regexp.MustCompile(`^\[\d+\]`)
-
 // knownBelow tells what is wrong with the name of a value in the list.
 func (k *Key) knownBelow(v value) error {
 	rest := strings.TrimPrefix(v.name, k.name)
-	at := place.FindString(rest)
+	at := "" // where in the list it stands: a name has no brackets of its own
+	if strings.HasPrefix(rest, "[") {
+		at = rest[:strings.Index(rest, "]")+1]
+	}
 	name := strings.TrimPrefix(rest[len(at):], ".")
 	if name == "" {
 		return nil // the list, or a section without anything
