@@ -68,9 +68,11 @@ func (f *Flags) secret() (secret string, err error) {
 			return "", fmt.Errorf("%s: %s holds nothing", from, f.TokenFile)
 		}
 	case os.Getenv("PUSHCTL_API_KEY") != "":
-		from, secret = "PUSHCTL_API_KEY", strings.TrimSpace(os.Getenv("PUSHCTL_API_KEY"))
+		from = "PUSHCTL_API_KEY"
+		secret = strings.TrimSpace(os.Getenv(from))
 	default:
-		from, secret = "PUSHCTL_TOKEN", strings.TrimSpace(os.Getenv("PUSHCTL_TOKEN"))
+		from = "PUSHCTL_TOKEN"
+		secret = strings.TrimSpace(os.Getenv(from))
 	}
 	if strings.ContainsFunc(secret, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return "", errors.New(from + ": must be one token without spaces")

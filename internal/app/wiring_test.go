@@ -23,7 +23,12 @@ import (
 // otherValues are values of keys that anyValue does not find: those that only some words are right for.
 func otherValues(ca string) map[string]map[string]string {
 	tokens := map[string]string{"CLIENT_AUTH_MODE": "jwt", "CLIENT_AUTH_JWT": "[{issuer: idp, audience: gateway, hs_secret_file: " + ca + ".secret}]"}
+	keys := map[string]string{"AUTH_MODE": "required", "AUTH_POLICY_FILE": ca + ".policy", "AUTH_API_KEYS_FILE": ca + ".keys"}
 	return map[string]map[string]string{
+		"auth.mode":                   keys,
+		"auth.policy_file":            keys,
+		"auth.api_keys_file":          keys,
+		"auth.jwt":                    {"AUTH_MODE": "required", "AUTH_POLICY_FILE": ca + ".policy", "AUTH_JWT": "[{issuer: idp, audience: api, hs_secret_file: " + ca + ".secret}]"},
 		"link.tls.migrate":            {"LINK_TLS_MIGRATE": "true", "LINK_TLS_CA_FILE": ca},
 		"controller.tls.server_name":  {"CONTROLLER_TLS_SERVER_NAME": "c", "CONTROLLER_TLS_CA_FILE": ca},
 		"controller.tls.allowed_sans": {"CONTROLLER_TLS_ALLOWED_SANS": "c", "CONTROLLER_TLS_CA_FILE": ca},
@@ -58,6 +63,10 @@ var handedTo = map[string]map[string][]string{
 		"manager_id":               {"Entry.ID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
 		"listen_address":           {"ListenAddress", "MetricsAddress"},
 		"metrics_address":          {"MetricsAddress"},
+		"auth.mode":                {"Auth.KeysFile", "Auth.Mode", "Auth.PolicyFile"},
+		"auth.policy_file":         {"Auth.KeysFile", "Auth.Mode", "Auth.PolicyFile"},
+		"auth.api_keys_file":       {"Auth.KeysFile", "Auth.Mode", "Auth.PolicyFile"},
+		"auth.jwt":                 {"Auth.Mode", "Auth.PolicyFile", "Auth.Tokens.Issuers"},
 		"link.tls.migrate":         {"LinkTLS.Migrate", "Links.Migrate", "insecure"},
 		"grpc_port":                {"GRPCPort"},
 		"metrics_port":             {"MetricsPort"},
@@ -107,8 +116,13 @@ var handedTo = map[string]map[string][]string{
 // it is for. What start does with the fields of the whole has tests of its own.
 func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 	ca := etcdtest.NewCA(t).File
-	if err := os.WriteFile(ca+".secret", bytes.Repeat([]byte("s"), 32), 0o600); err != nil {
-		t.Fatal(err)
+	for file, text := range map[string][]byte{
+		".secret": bytes.Repeat([]byte("s"), 32), ".keys": nil,
+		".policy": []byte("{version: 1, callers: [{name: a, match: [{san: a.b}], allow: [{methods: [BroadcastMessage]}]}]}"),
+	} {
+		if err := os.WriteFile(ca+file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for name, made := range map[string]func() cli.Settings{
 		"serve":        func() cli.Settings { return &pushmanager.Config{} },

@@ -27,7 +27,7 @@ type Reason string
 
 // Reasons of refusals, beside those of the packages jwt and apikey.
 const (
-	NoCredential Reason = "no_credential" // neither a token, nor a key, nor a certificate
+	NoCredential Reason = "no_credential" //nolint:gosec // a word: neither a token, nor a key, nor a certificate
 	Malformed    Reason = "malformed"     // no header that can be understood, or more than one
 	NoCaller     Reason = "policy"        // a good credential that the policy gives to nobody
 	Expired      Reason = "expired"       // the certificate of the connection, too
@@ -217,7 +217,9 @@ func (a *Authenticator) Authenticate(s *Session, authorization []string, now tim
 
 // same tells whether two texts are one in memory. HPACK hands out one text for a header that comes again. A comparison byte by
 // byte would tell, by its time, how much of somebody else's secret is right.
-func same(a, b string) bool { return len(a) == len(b) && unsafe.StringData(a) == unsafe.StringData(b) }
+func same(a, b string) bool {
+	return len(a) == len(b) && unsafe.StringData(a) == unsafe.StringData(b) //nolint:gosec // nothing is read
+}
 
 func (a *Authenticator) ofCertificate(s *Session, now time.Time) (*Principal, error) {
 	if s.leaf == nil {
@@ -243,7 +245,7 @@ func (a *Authenticator) ofCertificate(s *Session, now time.Time) (*Principal, er
 
 // lookup finds the verdict on a credential, or has it verified.
 func (a *Authenticator) lookup(s *Session, header string, now time.Time) *Principal {
-	sum := sha256.Sum256(unsafe.Slice(unsafe.StringData(header), len(header))) // it is only read; a copy would cost memory for each call
+	sum := sha256.Sum256(unsafe.Slice(unsafe.StringData(header), len(header))) //nolint:gosec // It is only read; a copy would cost memory for each call.
 	if p, ok := a.known.GetIfPresent(sum); ok && a.Valid(p, now) {
 		return p
 	}

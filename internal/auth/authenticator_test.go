@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -178,7 +179,7 @@ func TestEachCredentialNamesItsCaller(t *testing.T) {
 				if err == nil {
 					got = p.Name
 				}
-				if got != test.want || err != test.err {
+				if got != test.want || !errors.Is(err, test.err) {
 					t.Errorf("%s: %q, %v, want %q, %v", name, got, err, test.want, test.err)
 				}
 				if err == nil && (strings.Contains(p.Credential, "pmk_") || strings.Count(p.Credential, ".") > 1 || p.Credential == "") {
@@ -203,7 +204,7 @@ func TestWhatIsRevokedIsRefused(t *testing.T) {
 		a, b := "Bearer "+files.Token("a", time.Hour), "Bearer "+files.Token("b", 10*time.Minute)
 		wants := func(header, want string, why error) {
 			t.Helper()
-			if got, err := o.ask(s, header); got != want || err != why {
+			if got, err := o.ask(s, header); got != want || !errors.Is(err, why) {
 				t.Errorf("%q, %v, want %q, %v", got, err, want, why)
 			}
 		}
@@ -252,7 +253,7 @@ func TestWhatIsRevokedIsRefused(t *testing.T) {
 			t.Errorf("the certificate: %v", err)
 		}
 		time.Sleep(2 * time.Hour)
-		if _, err := o.Authenticate(cert, nil, time.Now()); err != Expired {
+		if _, err := o.Authenticate(cert, nil, time.Now()); !errors.Is(err, Expired) {
 			t.Errorf("a certificate that ended: %v", err)
 		}
 	})
@@ -299,7 +300,7 @@ func TestABadCredentialIsVerifiedOnceASecond(t *testing.T) {
 		one := "Bearer " + files.Token("nobody", time.Hour)
 		for range 3 {
 			for range 1000 {
-				if _, err := o.ask(s, one); err != NoCaller {
+				if _, err := o.ask(s, one); !errors.Is(err, NoCaller) {
 					t.Fatal(err)
 				}
 			}
@@ -364,5 +365,28 @@ func TestTheTableOfCredentialsIsBounded(t *testing.T) {
 	o.known.CleanUp()
 	if n := o.known.EstimatedSize(); n > 10 {
 		t.Errorf("%d are kept", n)
+	}
+}
+
+// BenchmarkAuthenticate is what a call pays whose credential is known.
+func BenchmarkAuthenticate(b *testing.B) {
+	files := authtest.New(b, callersOf("- {name: k, match: [{san: k.internal}], allow: [{methods: [BroadcastMessage]}]}\n", "a", "b"))
+	o := open(b, files)
+	last, other := []string{"Bearer " + files.Token("a", time.Hour)}, []string{"Bearer " + files.Token("b", time.Hour)}
+	s := NewSession(nil)
+	for _, c := range []struct {
+		name    string
+		session *Session
+		headers []string
+	}{{"last token of the connection", s, last}, {"another token", s, other}, {"certificate", certificate(time.Now().Add(time.Hour), "k.internal"), nil}} {
+		b.Run(strings.ReplaceAll(c.name, " ", "-"), func(b *testing.B) {
+			now := time.Now()
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := o.Authenticate(c.session, c.headers, now); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

@@ -33,7 +33,7 @@ const (
 )
 
 // methods says more of them.
-var methods = [...]struct {
+var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	name   string
 	target target
 }{

@@ -306,11 +306,11 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 		c := p.Caller("a")
 		for m := range methods {
 			m := Method(m)
-			any := false
+			once := false
 			for range 10 {
 				id := id.Draw(t, "id")
 				want := naive(m.String(), id)
-				any = any || want
+				once = once || want
 				_, _, explained := c.Explain(m, id)
 				if got := c.Allows(m, id); got != want || explained != want {
 					t.Fatalf("%v of %q: %v, explained %v, want %v\n%s", m, id, got, explained, want, text)
@@ -319,7 +319,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 					t.Fatalf("%v is allowed for all but %q\n%s", m, id, text)
 				}
 			}
-			if any && !c.May(m) {
+			if once && !c.May(m) {
 				t.Fatalf("%v is allowed and not\n%s", m, text)
 			}
 		}

@@ -3,6 +3,7 @@ package pushmanager
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -161,9 +162,7 @@ func TestSettingsOfAuthAreChecked(t *testing.T) {
 		"off loopback, nothing":          {map[string]string{"AUTH_MODE": "none", "LISTEN_ADDRESS": "0.0.0.0"}, "without TLS (TLS_CERT_FILE, TLS_KEY_FILE) and authentication (AUTH_MODE=required"},
 	} {
 		env := map[string]string{"AUTH_MODE": "required"}
-		for k, v := range tc.env {
-			env[k] = v
-		}
+		maps.Copy(env, tc.env)
 		_, err := load(t, nil, env, "")
 		switch {
 		case tc.want == "" && err != nil:
