@@ -77,7 +77,7 @@ fuzz: ## The same for ten minutes each, as many at a time as there are processor
 	$(MAKE) fuzz-short FUZZTIME=10m FUZZJOBS="$$(nproc)"
 
 .PHONY: mutants
-mutants: ## Break a copy of the code in nineteen ways, one by one, and see that a test notices each
+mutants: ## Break a copy of the code in twenty-three ways, one by one, and see that a test notices each
 	$(GO) run ./internal/mutants
 
 .PHONY: lint

@@ -97,6 +97,10 @@ func (d *Delivery) Users() []string { return d.users }
 // Everybody tells a broadcast.
 func (d *Delivery) Everybody() bool { return d.push.Kind == ToAll }
 
+// Scope is what the ids of the users begin with for whom a broadcast is, "" for everybody. It
+// says nothing of other deliveries, which name their users.
+func (d *Delivery) Scope() string { return d.push.Scope }
+
 // Targets is the number of users it is for, 0 for everybody.
 func (d *Delivery) Targets() int {
 	if d.group != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -202,6 +203,9 @@ func (w *waiter) Complete(*Push) { w.done <- struct{}{} }
 func (e *Engine) Start(p *Push, c Completer) error {
 	if err := e.limits.Check(&p.Request); err != nil {
 		return err
+	}
+	if p.Scope != "" && p.Kind == ToAll && slices.ContainsFunc(e.network.Links(0), func(l Link) bool { return !l.Scopes() }) {
+		return ErrUnscoped
 	}
 	room := e.gate.enter(p.Priority) // before the look at closed: so Drain sees the push, or it sees that
 	if closed := e.gate.closed.Load(); closed || !room {

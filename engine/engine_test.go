@@ -47,10 +47,12 @@ type testNode struct {
 	kept []*Delivery
 	keep bool // take deliveries and leave them queued
 
-	quiet bool // note nothing
+	quiet    bool // note nothing
+	unscoped bool
 }
 
 func (n *testNode) Node() string { return n.id }
+func (n *testNode) Scopes() bool { return !n.unscoped }
 
 func (n *testNode) Send(d *Delivery) Reason {
 	if n.decline != Sent {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/push-manager/push-manager/internal/ids"
 )
@@ -98,9 +99,9 @@ func (l Limits) Check(r *Request) error {
 	var err error
 	switch r.Kind {
 	case ToRoom:
-		err = l.checkID("room_id", -1, r.Room)
+		err = l.checkID(r.Scope, "room_id", -1, r.Room)
 	case ToUser:
-		err = l.checkID("user_id", -1, r.User)
+		err = l.checkID(r.Scope, "user_id", -1, r.User)
 		list = nil
 	case ToUsers:
 		if list, field = r.Users, "user_ids"; len(list) == 0 {
@@ -120,7 +121,7 @@ func (l Limits) Check(r *Request) error {
 		}
 	}
 	for i, id := range list {
-		if err := l.checkID(field, i, id); err != nil {
+		if err := l.checkID(r.Scope, field, i, id); err != nil {
 			return err
 		}
 	}
@@ -141,8 +142,9 @@ func (l Limits) Check(r *Request) error {
 	return nil
 }
 
-func (l Limits) checkID(field string, index int, id string) error {
-	err := ids.Check(id, l.IDBytes)
+// checkID checks what an id has behind its scope, which is the caller's own part.
+func (l Limits) checkID(scope, field string, index int, id string) error {
+	err := ids.Check(strings.TrimPrefix(id, scope), l.IDBytes)
 	if err == nil {
 		return nil
 	}

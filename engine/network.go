@@ -15,6 +15,9 @@ type Network interface {
 type Link interface {
 	// Node is the node's id.
 	Node() string
+	// Scopes tells whether the node takes a Request.Scope, as far as is known: of a node
+	// that was never reached it is true.
+	Scopes() bool
 	// Send takes d or says at once why not; it never blocks. Sent is the answer
 	// of a link that has taken d: from then on the link owns d until it has
 	// called exactly one of Ack, Drop and Lose (or seen TrySend decline). Of any other
@@ -26,7 +29,7 @@ type Link interface {
 // Reason says why a delivery, or a part of it, did not end as delivered.
 type Reason uint8
 
-// The reasons. Those up to DropTooLarge mean that nothing was written.
+// The reasons. Those that begin with Drop mean that nothing was written.
 const (
 	Sent            Reason = iota // no reason: the link took it
 	DropUnknownNode               // no such node is registered
@@ -37,6 +40,7 @@ const (
 	DropExpired                   // the deadline or the queue's age limit passed before it was written
 	DropRefused                   // the node did nothing with it
 	DropTooLarge                  // it does not fit into a frame
+	DropUnscoped                  // it has a scope, which the node does not know
 	DropNoRoute                   // the Controller could not be asked where the user is
 	DropInternal                  // a fault of our own before anything was written
 	LostStream                    // written, and the stream broke before the ack
@@ -57,6 +61,7 @@ var reasonText = [reasons]string{
 	DropExpired:     "expired before it was sent",
 	DropRefused:     "refused by the node",
 	DropTooLarge:    "too large for a frame",
+	DropUnscoped:    "node cannot tell tenants apart",
 	DropNoRoute:     "controller not reachable",
 	DropInternal:    "internal error before sending",
 	LostStream:      "stream broke before the acknowledgement",

@@ -31,6 +31,7 @@ var (
 	ErrDeadline    = errors.New("deadline passed before anything was sent")
 	ErrCanceled    = errors.New("canceled before anything was sent")
 	ErrInternal    = errors.New("internal error before anything was sent")
+	ErrUnscoped    = errors.New("a node cannot tell scopes apart")
 	ErrUnavailable = route.ErrUnavailable
 )
 
@@ -83,6 +84,10 @@ type Request struct {
 	User    string
 	Users   []string
 	Exclude []string
+	// Scope is what all these ids begin with; limits are for what stands behind it. A push
+	// to all is for the users whose ids begin so, and ErrUnscoped while one of the nodes is
+	// known not to tell them apart. Empty: ids are as they are, and all are all.
+	Scope string
 	// Payload is the encoded MessageContent as the clients' nodes shall get it,
 	// Content what validation needs to know about it. The package says how long the bytes
 	// have to stay.

@@ -76,6 +76,55 @@ func (Codec) EnumDescriptor() ([]byte, []int) {
 	return file_connect_node_proto_rawDescGZIP(), []int{0}
 }
 
+// Feature is something that a node may leave out. Push-Manager uses it with nodes
+// whose hello names it, and with no other.
+type Feature int32
+
+const (
+	Feature_FEATURE_UNSPECIFIED Feature = 0
+	// Deliveries with a scope: a broadcast for the users of one tenant.
+	Feature_FEATURE_SCOPE Feature = 7
+)
+
+// Enum value maps for Feature.
+var (
+	Feature_name = map[int32]string{
+		0: "FEATURE_UNSPECIFIED",
+		7: "FEATURE_SCOPE",
+	}
+	Feature_value = map[string]int32{
+		"FEATURE_UNSPECIFIED": 0,
+		"FEATURE_SCOPE":       7,
+	}
+)
+
+func (x Feature) Enum() *Feature {
+	p := new(Feature)
+	*p = x
+	return p
+}
+
+func (x Feature) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Feature) Descriptor() protoreflect.EnumDescriptor {
+	return file_connect_node_proto_enumTypes[1].Descriptor()
+}
+
+func (Feature) Type() protoreflect.EnumType {
+	return &file_connect_node_proto_enumTypes[1]
+}
+
+func (x Feature) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Feature.Descriptor instead.
+func (Feature) EnumDescriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{1}
+}
+
 type PushMessageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -667,7 +716,9 @@ type Hello struct {
 	Shards uint32 `protobuf:"varint,4,opt,name=shards,proto3" json:"shards,omitempty"`
 	// With what the sender can compress frames, the best first. Empty: it does
 	// not.
-	Codecs []Codec `protobuf:"varint,5,rep,packed,name=codecs,proto3,enum=pubsub.Codec" json:"codecs,omitempty"` // 6 is kept for features.
+	Codecs []Codec `protobuf:"varint,5,rep,packed,name=codecs,proto3,enum=pubsub.Codec" json:"codecs,omitempty"`
+	// What the sender knows, and uses where the node has it.
+	Features []Feature `protobuf:"varint,6,rep,packed,name=features,proto3,enum=pubsub.Feature" json:"features,omitempty"`
 	// Chosen at random when the sender's process starts, at most 64 bytes: with
 	// shard it names the one stream that the process has for this shard. A hello
 	// for the same two supersedes the stream before it, from which nothing is
@@ -749,6 +800,13 @@ func (x *Hello) GetCodecs() []Codec {
 	return nil
 }
 
+func (x *Hello) GetFeatures() []Feature {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
 func (x *Hello) GetInstanceId() string {
 	if x != nil {
 		return x.InstanceId
@@ -793,7 +851,10 @@ type HelloReply struct {
 	OnlineUsers uint32 `protobuf:"varint,6,opt,name=online_users,json=onlineUsers,proto3" json:"online_users,omitempty"`
 	// One of the codecs that hello offers: frames may come compressed with it.
 	// Unset: none do. Any other is an error, and nothing is sent.
-	Codec         Codec `protobuf:"varint,7,opt,name=codec,proto3,enum=pubsub.Codec" json:"codec,omitempty"` // 8 is kept for features.
+	Codec Codec `protobuf:"varint,7,opt,name=codec,proto3,enum=pubsub.Codec" json:"codec,omitempty"`
+	// What the node can do beyond the first version. Values that the sender does
+	// not know are ignored.
+	Features      []Feature `protobuf:"varint,8,rep,packed,name=features,proto3,enum=pubsub.Feature" json:"features,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -877,6 +938,13 @@ func (x *HelloReply) GetCodec() Codec {
 	return Codec_NONE
 }
 
+func (x *HelloReply) GetFeatures() []Feature {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
 // Delivery is one push for the users it names on this node.
 //
 // Fields 16 to 31 are kept for what a later version adds and a node may ignore:
@@ -888,15 +956,20 @@ type Delivery struct {
 	// The room that was pushed to; empty for a push to users or to everybody. A
 	// delivery to an audience leaves it out: the audience knows its room.
 	RoomId string `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
-	// For whom. Exactly one of user_ids, audience and everybody is set; none or
-	// several is a broken stream. An empty list is never "everybody".
+	// For whom. Exactly one of user_ids, audience, everybody and scope is set; none
+	// or several is a broken stream. An empty list is never "everybody".
 	UserIds   []string  `protobuf:"bytes,3,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
 	Audience  *Audience `protobuf:"bytes,4,opt,name=audience,proto3" json:"audience,omitempty"`
 	Everybody bool      `protobuf:"varint,5,opt,name=everybody,proto3" json:"everybody,omitempty"`
 	// Members of the audience that do not get it. Each is a member.
 	ExceptUserIds []string `protobuf:"bytes,6,rep,name=except_user_ids,json=exceptUserIds,proto3" json:"except_user_ids,omitempty"`
 	// W3C trace context of the caller when the push is sampled.
-	Traceparent   string `protobuf:"bytes,7,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
+	Traceparent string `protobuf:"bytes,7,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
+	// Every connection of every user whose id begins with these bytes: a tenant's
+	// name and a slash, such as "shop/". Sent to nodes with FEATURE_SCOPE only. A
+	// node without it would find nobody named here, and break the stream: it cannot
+	// take this for everybody.
+	Scope         string `protobuf:"bytes,8,opt,name=scope,proto3" json:"scope,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -976,6 +1049,13 @@ func (x *Delivery) GetExceptUserIds() []string {
 func (x *Delivery) GetTraceparent() string {
 	if x != nil {
 		return x.Traceparent
+	}
+	return ""
+}
+
+func (x *Delivery) GetScope() string {
+	if x != nil {
+		return x.Scope
 	}
 	return ""
 }
@@ -1263,18 +1343,19 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06misses\x18\x03 \x03(\v2\f.pubsub.MissR\x06misses\x12\x1c\n" +
 	"\theartbeat\x18\x04 \x01(\x04R\theartbeat\x12!\n" +
 	"\fonline_users\x18\x05 \x01(\rR\vonlineUsers\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xfa\x01\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xa7\x02\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
 	"manager_id\x18\x02 \x01(\tR\tmanagerId\x12\x14\n" +
 	"\x05shard\x18\x03 \x01(\rR\x05shard\x12\x16\n" +
 	"\x06shards\x18\x04 \x01(\rR\x06shards\x12%\n" +
-	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\x12\x1f\n" +
+	"\x06codecs\x18\x05 \x03(\x0e2\r.pubsub.CodecR\x06codecs\x12+\n" +
+	"\bfeatures\x18\x06 \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\x12\x1f\n" +
 	"\vinstance_id\x18\a \x01(\tR\n" +
 	"instanceId\x12\x18\n" +
 	"\aattempt\x18\b \x01(\x04R\aattempt\x12\x17\n" +
-	"\anode_id\x18\t \x01(\tR\x06nodeId\"\x84\x02\n" +
+	"\anode_id\x18\t \x01(\tR\x06nodeId\"\xb1\x02\n" +
 	"\n" +
 	"HelloReply\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x17\n" +
@@ -1284,7 +1365,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\vmax_unacked\x18\x05 \x01(\rR\n" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
-	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\"\x86\x02\n" +
+	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\x9c\x02\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -1292,7 +1374,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\baudience\x18\x04 \x01(\v2\x10.pubsub.AudienceR\baudience\x12\x1c\n" +
 	"\teverybody\x18\x05 \x01(\bR\teverybody\x12&\n" +
 	"\x0fexcept_user_ids\x18\x06 \x03(\tR\rexceptUserIds\x12 \n" +
-	"\vtraceparent\x18\a \x01(\tR\vtraceparent\"w\n" +
+	"\vtraceparent\x18\a \x01(\tR\vtraceparent\x12\x14\n" +
+	"\x05scope\x18\b \x01(\tR\x05scope\"w\n" +
 	"\bAudience\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12\x17\n" +
@@ -1312,7 +1395,10 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x022\xb5\x02\n" +
+	"\x04ZSTD\x10\x02*;\n" +
+	"\aFeature\x12\x17\n" +
+	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rFEATURE_SCOPE\x10\a\"\x04\b\x01\x10\x062\xb5\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -1331,52 +1417,55 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 	return file_connect_node_proto_rawDescData
 }
 
-var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
 var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
-	(*PushMessageRequest)(nil),       // 1: pubsub.PushMessageRequest
-	(*PushMessageResponse)(nil),      // 2: pubsub.PushMessageResponse
-	(*PushMessageBatchRequest)(nil),  // 3: pubsub.PushMessageBatchRequest
-	(*PushMessageBatchResponse)(nil), // 4: pubsub.PushMessageBatchResponse
-	(*BroadcastRequest)(nil),         // 5: pubsub.BroadcastRequest
-	(*BroadcastResponse)(nil),        // 6: pubsub.BroadcastResponse
-	(*DeliverRequest)(nil),           // 7: pubsub.DeliverRequest
-	(*DeliverResponse)(nil),          // 8: pubsub.DeliverResponse
-	(*Hello)(nil),                    // 9: pubsub.Hello
-	(*HelloReply)(nil),               // 10: pubsub.HelloReply
-	(*Delivery)(nil),                 // 11: pubsub.Delivery
-	(*Audience)(nil),                 // 12: pubsub.Audience
-	(*AckRange)(nil),                 // 13: pubsub.AckRange
-	(*Miss)(nil),                     // 14: pubsub.Miss
-	(*MessageContent)(nil),           // 15: pubsub.MessageContent
+	(Feature)(0),                     // 1: pubsub.Feature
+	(*PushMessageRequest)(nil),       // 2: pubsub.PushMessageRequest
+	(*PushMessageResponse)(nil),      // 3: pubsub.PushMessageResponse
+	(*PushMessageBatchRequest)(nil),  // 4: pubsub.PushMessageBatchRequest
+	(*PushMessageBatchResponse)(nil), // 5: pubsub.PushMessageBatchResponse
+	(*BroadcastRequest)(nil),         // 6: pubsub.BroadcastRequest
+	(*BroadcastResponse)(nil),        // 7: pubsub.BroadcastResponse
+	(*DeliverRequest)(nil),           // 8: pubsub.DeliverRequest
+	(*DeliverResponse)(nil),          // 9: pubsub.DeliverResponse
+	(*Hello)(nil),                    // 10: pubsub.Hello
+	(*HelloReply)(nil),               // 11: pubsub.HelloReply
+	(*Delivery)(nil),                 // 12: pubsub.Delivery
+	(*Audience)(nil),                 // 13: pubsub.Audience
+	(*AckRange)(nil),                 // 14: pubsub.AckRange
+	(*Miss)(nil),                     // 15: pubsub.Miss
+	(*MessageContent)(nil),           // 16: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	15, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	15, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	15, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	9,  // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	11, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	10, // 5: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	13, // 6: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	14, // 7: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	16, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	16, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	16, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	10, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	12, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	11, // 5: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	14, // 6: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	15, // 7: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
 	0,  // 8: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	0,  // 9: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	15, // 10: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	12, // 11: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	1,  // 12: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	3,  // 13: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	5,  // 14: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	7,  // 15: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	2,  // 16: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	4,  // 17: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	6,  // 18: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	8,  // 19: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	16, // [16:20] is the sub-list for method output_type
-	12, // [12:16] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	1,  // 9: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 10: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 11: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	16, // 12: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	13, // 13: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	2,  // 14: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	4,  // 15: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	6,  // 16: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	8,  // 17: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	3,  // 18: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	5,  // 19: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	7,  // 20: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	9,  // 21: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	18, // [18:22] is the sub-list for method output_type
+	14, // [14:18] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -1390,7 +1479,7 @@ func file_connect_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
-			NumEnums:      1,
+			NumEnums:      2,
 			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -209,6 +209,9 @@ type link string
 // Node implements engine.Link.
 func (l link) Node() string { return string(l) }
 
+// Scopes implements engine.Link.
+func (l link) Scopes() bool { return true }
+
 // Send implements engine.Link.
 func (l link) Send(d *engine.Delivery) engine.Reason {
 	if time.Now().Before(d.Deadline()) && d.TrySend() {

@@ -159,6 +159,30 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			dir:   "internal/refgateway", test: "TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd",
 		},
 		{
+			name:  "keep the connections of a withdrawn key",
+			file:  "internal/refgateway/client.go",
+			edits: []edit{{"\t\t\tg.checkIdentity(c, date)\n", "\t\t\t_ = date\n"}},
+			dir:   "internal/refgateway", test: "TestConnectionEndsWithTheKeyOfItsToken",
+		},
+		{
+			name:  "refresh for another tenant",
+			file:  "internal/refgateway/identity.go",
+			edits: []edit{{"id.user != c.user || id.tenant != c.tenant", "id.user != c.user"}},
+			dir:   "internal/refgateway", test: "TestRefresh",
+		},
+		{
+			name:  "forget the unverified when the node goes",
+			file:  "internal/refgateway/gateway.go",
+			edits: []edit{{"\tg.unverified.each(func(c *conn) { c.bye(closeGoingAway, false) })\n", ""}},
+			dir:   "internal/refgateway", test: "TestNodeThatLeavesTellsTheUnverified",
+		},
+		{
+			name:  "tell a reload to the certificates alone",
+			file:  "internal/app/connectnode/run.go",
+			edits: []edit{{"\t\tn.tokens.Reload()\n", ""}},
+			dir:   "internal/app/connectnode", test: "TestClientsNeedATokenWhereSettingsSaySo",
+		},
+		{
 			name:  "take the last memory limit for the lowest",
 			file:  "internal/cli/memory.go",
 			edits: []edit{{"limit = min(limit, n)", "limit = n"}},

@@ -45,7 +45,7 @@ func TestBreakagesApply(t *testing.T) {
 			t.Errorf("%s: %s has no %s", b.name, b.dir, b.test)
 		}
 	}
-	if len(names) != 19 {
+	if len(names) != 23 {
 		t.Errorf("%d breakages", len(names))
 	}
 }

@@ -69,6 +69,9 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 	if err != nil {
 		return &usageError{fmt.Sprintf("--ca: %v", err)}
 	}
+	if u, err := url.Parse(address); err == nil && token != "" && u.Scheme == "ws" && !config.Loopback(u.Hostname()) {
+		_, _ = fmt.Fprintln(t.err, "the token goes to another machine in plain text, where others may read it: wss:// does not")
+	}
 	l := &listener{t: t, count: c.Count, address: address, tls: secured, token: token}
 	pause := againFirst
 	for first := true; ; first = false {

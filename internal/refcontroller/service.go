@@ -27,7 +27,8 @@ import (
 
 // The limits, which are those of the push API by default.
 const (
-	maxIDBytes         = 256
+	maxIDBytes         = ids.MaxScopedBytes
+	maxNameBytes       = ids.MaxBytes
 	maxMetadataEntries = 32
 	maxMetadataBytes   = 8 << 10
 	maxBatch           = 10_000
@@ -451,8 +452,8 @@ func checkID(field, id string) error {
 }
 
 func checkName(name string) error {
-	if len(name) > maxIDBytes {
-		return invalid("user_name", fmt.Sprintf("has %d bytes, the limit is %d", len(name), maxIDBytes))
+	if len(name) > maxNameBytes {
+		return invalid("user_name", fmt.Sprintf("has %d bytes, the limit is %d", len(name), maxNameBytes))
 	}
 	return nil
 }

@@ -53,6 +53,9 @@ type Config struct {
 	Tokens *jwt.Verifier
 	// TokenInQuery also takes them as token in the address.
 	TokenInQuery bool
+	// Tenantless says that there are no tenants. Otherwise an id that begins as those of a tenant,
+	// such as shop/alice, is not for clients without a tenant.
+	Tenantless bool
 	// TokenTimeout is how long a client may take to show its token. Default 5 s.
 	TokenTimeout time.Duration
 	// TokenGrace is how long a connection outlives its token. Default 25 s.

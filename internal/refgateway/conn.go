@@ -24,7 +24,7 @@ type conn struct {
 	// what the client says, with tokens what its token says.
 	user     string
 	name     string
-	tenant   string // whose ids its ids are; empty: nobody's
+	tenant   node.Tenant // whose ids its ids are
 	userJSON []byte
 	member   *membership.Member
 

@@ -20,6 +20,7 @@
 //	{"type":"join","room_id":"r2"}    answered with {"type":"joined","room_id":"r2"}
 //	{"type":"leave","room_id":"r2"}   answered with {"type":"left","room_id":"r2"}
 //	{"type":"ping"}                   answered with {"type":"pong"}
+//	{"type":"refresh","token":"..."}  answered with {"type":"refreshed","expires":1}
 //
 // and gets {"type":"error","message":"FIELD: WHY"} for what is wrong, with the "room_id" when
 // a join or leave named one that can be. joined and
@@ -29,11 +30,14 @@
 // reach it. Clients should ignore types that they do not know. The subprotocol pm.v1 is
 // accepted; who asks for others is served without.
 //
+// With Config.Tokens a client shows a token first (identity.go), which says who it is. Until that is
+// verified it is in no list but that of unverified.go, and its pings are not answered.
+//
 // A client that is silent for Config.PingInterval is pinged, and cut off after IdleTimeout
 // (sweep in client.go). Frames are read at Config.MessageRate. What a client sends beyond waits in its socket,
 // so nothing is lost and nobody else is held. The close codes (frame.go) are 1001 (the node goes),
 // 4429 (cut off for being slow), 1002, 1007 and 1009 (not WebSocket, not UTF-8, too
-// large), and 1011 (a mistake of the gateway). Slow is who has more waiting than
+// large), 1011 (a mistake of the gateway), 4401, 4403 and 4408 (tokens). Slow is who has more waiting than
 // Config.QueueFrames or QueueBytes, or than its share of QueueTotalBytes when all
 // clients together have half of that waiting. What waited for it is lost although it was
 // acknowledged; what is pushed after that fails, or finds the user offline.
@@ -63,6 +67,8 @@
 //     put in for each.
 //   - What a client sends ends its own connection at worst: it is bounded before memory
 //     is made for it, and the goroutines that work for a client recover.
+//   - With Config.Tokens nobody gets a push, or is told to the Controller, without a token that was
+//     good then. The connection ends soon after the token, and after its key.
 //   - A room is left when the user's last connection in it on this node leaves.
 //
 // # Goroutines

@@ -23,6 +23,7 @@ type frame struct {
 	head, tail []byte
 	op         ws.OpCode
 	gap        bool
+	tenant     node.Tenant // whose clients it is for, if it names a room
 
 	holders atomic.Int32 // queues and writers
 }
@@ -53,13 +54,14 @@ func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
 	return append(b, f.tail...), nil
 }
 
-func newPush(m *node.Message, broadcast bool) *frame {
+// newPush is m for the clients of a tenant, who know the room without it.
+func newPush(m *node.Message, tenant node.Tenant, broadcast bool) *frame {
 	// Both parts come from one buffer; escapes may make it grow.
 	b := make([]byte, 0, 160+len(m.RoomID)+len(m.Data)+len(m.Data)/8)
 	b = append(b, `{"type":`...)
 	b = appendType(b, m.Type)
 	b = append(b, `,"room_id":`...)
-	b = appendString(b, m.RoomID)
+	b = appendString(b, tenant.Plain(m.RoomID))
 	b = append(b, `,"user_id":`...)
 	split := len(b)
 	b = append(b, `,"timestamp":`...)
@@ -87,7 +89,7 @@ func newPush(m *node.Message, broadcast bool) *frame {
 		b = append(b, `,"broadcast":true`...)
 	}
 	b = append(b, '}')
-	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], gap: true}
+	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], gap: true, tenant: tenant}
 }
 
 // appendType writes the lower-case name of the type, or the number as a string

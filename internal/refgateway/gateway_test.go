@@ -805,7 +805,7 @@ func FuzzFrame(f *testing.F) {
 	f.Add("r", "u", []byte("Hello"), "k", "v", int32(0), int64(1))
 	f.Add("\"\\", "\u2028\x00", []byte{0xff}, "\x7f", "\xff", int32(-3), int64(-1))
 	f.Fuzz(func(t *testing.T, room, user string, data []byte, key, value string, kind int32, timestamp int64) {
-		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}}, false)
+		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}}, "", false)
 		id := appendString(nil, user)
 		frame, tail := p.appendTo(nil, id)
 		text := append(frame, tail...)[len(appendHeader(nil, ws.OpText, p.size(id))):]

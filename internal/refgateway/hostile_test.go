@@ -292,6 +292,7 @@ func TestQueuesTogetherAreBounded(t *testing.T) {
 	const bound, size, readers = 2 << 20, 32 << 10, 8
 	g, n := start(t, newController(t), func(c *Config) {
 		c.QueueTotalBytes, c.QueueBytes, c.SocketBuffer, c.CloseTimeout = bound, bound, 4<<10, 100*time.Millisecond
+		c.WriteTimeout = time.Hour // not what cuts them off, however slow this machine is
 	})
 	well := connect(t, g, "well", "")
 	var users []string

@@ -260,9 +260,9 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 		}
 	}
 	c.userJSON = appendString(nil, c.user)
-	c.member = g.members.Member(c.user, c.name, c)
+	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
-	g.users.Add(c.user, c)
+	g.users.Add(c.tenant.ID(c.user), c)
 	g.unverified.remove(c)
 	g.endIfGoing(c)
 	g.enterRooms(c)
@@ -293,7 +293,7 @@ func (g *Gateway) end(c *conn) {
 	if c.member == nil {
 		return
 	}
-	g.users.Remove(c.user, c)
+	g.users.Remove(c.tenant.ID(c.user), c)
 	c.member.Close()
 }
 

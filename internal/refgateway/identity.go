@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/internal/auth/jwt"
+	"github.com/push-manager/push-manager/transport/node"
 )
 
 // The subprotocol, and how one begins that carries a token. Browsers can set no other header.
@@ -37,21 +37,27 @@ var (
 // identity is what a verified token says of a client. It is immutable but for generation; a
 // refresh replaces it as a whole. The token itself is not kept.
 type identity struct {
-	expires            time.Time
-	key                jwt.Key
-	user, tenant, name string
-	everyRoom          bool
-	rooms              []string // patterns: exact, or with a star for any rest at the end
+	expires    time.Time
+	key        jwt.Key
+	user, name string
+	tenant     node.Tenant
+	tenantless bool // there are no tenants
+	everyRoom  bool
+	rooms      []string // patterns: exact, or with a star for any rest at the end
 
 	generation uint64 // of the keys by which token is right; owned by the sweep
 }
 
+// owns tells whether the client may have or name an id at all: those that begin as a tenant's are
+// that tenant's own.
+func (id *identity) owns(plain string) bool { return id.tenantless || id.tenant.Allows(plain) }
+
 // allows tells whether the client may be in a room. Without tokens it may be in all.
 func (id *identity) allows(room string) bool {
-	return id == nil || id.everyRoom || slices.ContainsFunc(id.rooms, func(pattern string) bool {
+	return id == nil || id.owns(room) && (id.everyRoom || slices.ContainsFunc(id.rooms, func(pattern string) bool {
 		head, isPrefix := strings.CutSuffix(pattern, "*")
 		return room == pattern || isPrefix && strings.HasPrefix(room, head)
-	})
+	}))
 }
 
 // tokenOf is the token of a handshake, "" where there is none.
@@ -195,12 +201,9 @@ func (g *Gateway) over(id *identity, now time.Time) bool {
 	return now.After(id.expires.Add(g.cfg.TokenGrace))
 }
 
-// tenantName is what a tenant may be called. It has no slash, which divides it from an id.
-var tenantName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,30}$`) //nolint:gochecknoglobals // compiled once
-
 // verify verifies a token and reads its claims. The error is a denial.
 func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
-	id := &identity{generation: g.cfg.Tokens.Generation()} // before, so that no change is missed
+	id := &identity{tenantless: g.cfg.Tenantless, generation: g.cfg.Tokens.Generation()} // before, so that no change is missed
 	token, err := g.cfg.Tokens.Verify(ctx, raw)
 	if err != nil {
 		reason, _ := errors.AsType[jwt.Reason](err)
@@ -214,7 +217,9 @@ func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
 	switch {
 	case g.over(id, time.Now()):
 		return nil, &denial{string(jwt.Expired), closeToken}
-	case tenantErr != nil || hasTenant && !tenantName.MatchString(id.tenant),
+	case !id.owns(id.user):
+		return nil, &denial{string(jwt.Subject), closeToken}
+	case tenantErr != nil || hasTenant && (id.tenant == "" || id.tenant.Check() != nil),
 		nameErr != nil || hasName && checkID("name", id.name) != nil,
 		roomsErr != nil || hasRooms && id.rooms == nil, // null: who writes that does not mean all
 		slices.ContainsFunc(id.rooms, badPattern):

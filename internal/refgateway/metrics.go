@@ -36,12 +36,8 @@ func newCounters(g *Gateway) {
 	set.NewGauge("connect_node_users", func() float64 { return float64(g.users.Online()) })
 	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
 	set.NewGauge("connect_node_unverified", func() float64 { return float64(g.unverified.len()) })
-	for _, reason := range []string{
-		string(jwt.Malformed), string(jwt.Algorithm), string(jwt.IssuerWrong), string(jwt.UnknownKey), string(jwt.Signature), string(jwt.Audience),
-		string(jwt.Expired), string(jwt.NotYet), string(jwt.Lifetime), string(jwt.Subject), string(jwt.Unavailable),
-		deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn,
-	} {
-		g.denied(reason) // there is a zero before the first one
+	for _, reason := range append(jwt.Reasons(), deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn) {
+		g.denied(string(reason)) // there is a zero before the first one
 	}
 	g.count = counters{
 		opened: set.NewCounter("connect_node_connections_total"),

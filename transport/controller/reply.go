@@ -100,7 +100,7 @@ func (w *walk) member(b []byte) error {
 	if info.Err != nil {
 		return info.Err
 	}
-	if ids.Check(user, ids.MaxBytes) != nil {
+	if ids.Check(user, ids.MaxScopedBytes) != nil {
 		w.skipped++
 		return nil //nolint:nilerr // An id that nobody could name is left out.
 	}

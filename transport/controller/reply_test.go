@@ -55,7 +55,7 @@ func TestWalkAgreesWithUnmarshal(t *testing.T) {
 }
 
 func valid(id string) bool {
-	return id != "" && len(id) <= ids.MaxBytes && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
+	return id != "" && len(id) <= ids.MaxScopedBytes && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
 }
 
 func TestWalkSkipsInvalidUTF8(t *testing.T) {

@@ -43,7 +43,7 @@ func BenchmarkReply(b *testing.B) {
 	p := &engine.Push{Request: engine.Request{User: "user-000001", Room: "room-1"}}
 	usual := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	partial := engine.Result{Found: true, Targets: 100, Delivered: 98, Offline: 1, Failed: 1}
-	s := &Server{usual: newReply(toUser, nil, &usual)}
+	s := &Server{usual: newReply(toUser, new(engine.Push), &usual)}
 	for name, reply := range map[string]func(){
 		"api=unary/user":  func() { s.reply(toUser, p, &usual) },
 		"api=unary/room":  func() { s.reply(toRoom, p, &partial) },

@@ -38,7 +38,7 @@ func newReply(a api, p *engine.Push, res *engine.Result) *reply {
 	r := new(reply)
 	var text [128]byte
 	msg := appendMessage(text[:0], a, p, res)
-	r.set(appendResponse(r.small[:0], a, msg, res))
+	r.set(appendResponse(r.small[:0], a, msg, p.Scope, res))
 	return r
 }
 
@@ -71,8 +71,8 @@ func (s *Server) appendStreamReply(b []byte, id uint64, a api, p *engine.Push, r
 	}
 	var text [128]byte
 	msg := appendMessage(text[:0], a, p, res)
-	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, res)))
-	return appendResponse(b, a, msg, res)
+	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, p.Scope, res)))
+	return appendResponse(b, a, msg, p.Scope, res)
 }
 
 // replies is a PushStreamResponse with a batch of others. Its memory serves for the next
@@ -134,7 +134,7 @@ func messageField(a api) protowire.Number {
 	return 3
 }
 
-func appendResponse(b []byte, a api, msg []byte, res *engine.Result) []byte {
+func appendResponse(b []byte, a api, msg []byte, scope string, res *engine.Result) []byte {
 	if res.Success() {
 		b = wire.AppendUint(b, 1, 1)
 	}
@@ -144,11 +144,11 @@ func appendResponse(b []byte, a api, msg []byte, res *engine.Result) []byte {
 	if len(msg) > 0 {
 		b = wire.AppendBytes(b, messageField(a), msg)
 	}
-	b = wire.AppendLen(b, 10, sizeSummary(res))
-	return appendSummary(b, res)
+	b = wire.AppendLen(b, 10, sizeSummary(scope, res))
+	return appendSummary(b, scope, res)
 }
 
-func sizeResponse(a api, msg []byte, res *engine.Result) int {
+func sizeResponse(a api, msg []byte, scope string, res *engine.Result) int {
 	n := 0
 	if res.Success() {
 		n += 2
@@ -159,10 +159,10 @@ func sizeResponse(a api, msg []byte, res *engine.Result) int {
 	if len(msg) > 0 {
 		n += wire.SizeLen(messageField(a), len(msg))
 	}
-	return n + wire.SizeLen(10, sizeSummary(res))
+	return n + wire.SizeLen(10, sizeSummary(scope, res))
 }
 
-func appendSummary(b []byte, res *engine.Result) []byte {
+func appendSummary(b []byte, scope string, res *engine.Result) []byte {
 	b = wire.AppendUint(b, 1, int32Of(res.Targets))
 	b = wire.AppendUint(b, 2, int32Of(res.Delivered))
 	b = wire.AppendUint(b, 3, int32Of(res.Offline))
@@ -170,28 +170,28 @@ func appendSummary(b []byte, res *engine.Result) []byte {
 	b = wire.AppendUint(b, 5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
 		f := &res.NodeFailures[i]
-		b = wire.AppendLen(b, 6, sizeFailure(f))
+		b = wire.AppendLen(b, 6, sizeFailure(f, scope))
 		b = wire.AppendString(b, 1, plain.Line(f.Node, maxReason))
-		b = wire.AppendString(b, 2, plain.Line(f.Reason, maxReason))
+		b = wire.AppendString(b, 2, reasonOf(f, scope))
 		b = wire.AppendUint(b, 3, int32Of(f.Users))
 	}
 	return b
 }
 
-func sizeSummary(res *engine.Result) int {
+func sizeSummary(scope string, res *engine.Result) int {
 	n := wire.SizeUint(1, int32Of(res.Targets)) +
 		wire.SizeUint(2, int32Of(res.Delivered)) +
 		wire.SizeUint(3, int32Of(res.Offline)) +
 		wire.SizeUint(4, int32Of(res.Failed)) +
 		wire.SizeUint(5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
-		n += wire.SizeLen(6, sizeFailure(&res.NodeFailures[i]))
+		n += wire.SizeLen(6, sizeFailure(&res.NodeFailures[i], scope))
 	}
 	return n
 }
 
-func sizeFailure(f *engine.NodeFailure) int {
-	return wire.SizeString(1, plain.Line(f.Node, maxReason)) + wire.SizeString(2, plain.Line(f.Reason, maxReason)) + wire.SizeUint(3, int32Of(f.Users))
+func sizeFailure(f *engine.NodeFailure, scope string) int {
+	return wire.SizeString(1, plain.Line(f.Node, maxReason)) + wire.SizeString(2, reasonOf(f, scope)) + wire.SizeUint(3, int32Of(f.Users))
 }
 
 // int32Of is n within the range of an int32 that counts.
@@ -222,7 +222,7 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 		return appendCounts(b, a, res)
 	case a == toRoom:
 		b = append(b, "room "...)
-		b = strconv.AppendQuote(b, p.Room)
+		b = strconv.AppendQuote(b, shown(p.Room, p))
 		return append(b, " not found"...)
 	case a == toAll:
 		return append(b, "no connect-node is available"...)
@@ -243,12 +243,12 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 		b = append(b, "not delivered"...)
 	default:
 		b = append(b, "user "...)
-		b = strconv.AppendQuote(b, p.User)
+		b = strconv.AppendQuote(b, shown(p.User, p))
 		return append(b, " is offline"...)
 	}
 	if len(res.NodeFailures) > 0 {
 		b = append(b, ": "...)
-		b = append(b, plain.Line(res.NodeFailures[0].Reason, maxReason)...)
+		b = append(b, reasonOf(&res.NodeFailures[0], p.Scope)...)
 	}
 	return b
 }

@@ -60,7 +60,7 @@ func TestMessages(t *testing.T) {
 // The hand-written encoding is what generated code writes.
 func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 	p := &engine.Push{Request: engine.Request{Room: "r", User: "u"}}
-	server := &Server{usual: newReply(toUser, nil, &engine.Result{Found: true, Targets: 1, Delivered: 1})}
+	server := &Server{usual: newReply(toUser, new(engine.Push), &engine.Result{Found: true, Targets: 1, Delivered: 1})}
 	for _, res := range []engine.Result{
 		{},
 		{Found: true, Targets: 3, Delivered: 3},
@@ -135,7 +135,7 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 func TestUsualReplyIsOneAllocation(t *testing.T) {
 	p := &engine.Push{Request: engine.Request{User: "u"}}
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
-	s := &Server{usual: newReply(toUser, nil, &res)}
+	s := &Server{usual: newReply(toUser, new(engine.Push), &res)}
 	stale := res
 	stale.Stale = 1
 	if s.reply(toUser, p, &stale) == s.usual {

@@ -102,7 +102,7 @@ func New(cfg Config) (*Server, error) {
 		statuses: newStatuses(),
 		metrics:  newInstruments(cfg.Metrics),
 		health:   health.NewServer(),
-		usual:    newReply(toUser, nil, &engine.Result{Found: true, Targets: 1, Delivered: 1}),
+		usual:    newReply(toUser, new(engine.Push), &engine.Result{Found: true, Targets: 1, Delivered: 1}),
 		drained:  make(chan struct{}),
 		idle:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),

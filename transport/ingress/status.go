@@ -46,7 +46,7 @@ type refusal struct {
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated *refusal
+	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated, unscoped *refusal
 
 	// With different delays.
 	overloaded, streams, streamsOfOneConn []*refusal
@@ -79,6 +79,7 @@ func newStatuses() *statuses {
 		slow:             newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
 		unavailable:      later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
 		internal:         newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		unscoped:         newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
 		mayBeSent:        encoded(status.New(codes.Internal, "internal error")),
 		unread:           status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
@@ -148,6 +149,8 @@ func (t *statuses) of(err error) *refusal {
 		return t.canceled
 	case errors.Is(err, errSlow):
 		return t.slow
+	case errors.Is(err, engine.ErrUnscoped):
+		return t.unscoped
 	case errors.Is(err, engine.ErrUnavailable):
 		return t.unavailable
 	case errors.Is(err, errMayBeSent):

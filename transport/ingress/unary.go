@@ -18,8 +18,9 @@ type call struct {
 	head [messageHead]byte
 	held int64 // bytes of Server.space
 
-	push engine.Push
-	api  api
+	push   engine.Push
+	api    api
+	scoped []byte // the ids of a tenant's push, see decode
 
 	// Of a push that came on a PushStream; see there.
 	streamed

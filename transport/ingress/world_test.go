@@ -223,16 +223,19 @@ func (n *network) ackAll() {
 type node struct {
 	id string
 
-	mu      sync.Mutex
-	refuse  engine.Reason
-	keep    bool
-	lose    bool // the stream breaks behind each delivery
-	forget  bool // payloads are not kept
-	kept    []*engine.Delivery
-	payload [][]byte
+	mu       sync.Mutex
+	refuse   engine.Reason
+	keep     bool
+	lose     bool     // the stream breaks behind each delivery
+	forget   bool     // payloads are not kept
+	scopes   []string // of the deliveries
+	unscoped bool
+	kept     []*engine.Delivery
+	payload  [][]byte
 }
 
 func (n *node) Node() string { return n.id }
+func (n *node) Scopes() bool { return !n.unscoped }
 
 func (n *node) Send(d *engine.Delivery) engine.Reason {
 	n.mu.Lock()
@@ -241,6 +244,7 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 		return n.refuse
 	}
 	if !n.forget {
+		n.scopes = append(n.scopes, strings.Clone(d.Scope()))
 		n.payload = append(n.payload, bytes.Clone(d.Payload())) // a push that is answered is used again
 	}
 	if n.keep {

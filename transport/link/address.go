@@ -16,18 +16,19 @@ const (
 	reqFirstSeq, reqDeliveries, reqForget, reqHeartbeat, reqDrain = 2, 3, 4, 5, 6
 	reqCompressed, reqRawBytes                                    = 7, 8
 
-	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent = 1, 2, 3, 4, 5, 6, 7
+	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent, delScope = 1, 2, 3, 4, 5, 6, 7, 8
 
 	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
 )
 
-// address says for whom a delivery is: exactly one of users, minus, audience and
-// everybody.
+// address says for whom a delivery is: exactly one of users, minus, audience,
+// everybody and scope.
 type address struct {
 	users     []string // these
 	minus     []string // of users, not these; sorted like users
 	audience  audienceRef
 	everybody bool
+	scope     string // everybody whose id begins so
 }
 
 // audienceRef names an audience, with its definition or change if there is one.
@@ -65,6 +66,8 @@ func sizeDelivery(d *engine.Delivery, to *address) int {
 	switch {
 	case to.everybody:
 		return n + wire.SizeUint(delEverybody, 1)
+	case to.scope != "":
+		return n + wire.SizeString(delScope, to.scope)
 	case to.audience.id != 0:
 		return n + wire.SizeLen(delAudience, to.audience.size()) + wire.SizeStrings(delExcept, d.Except())
 	default:
@@ -79,6 +82,8 @@ func appendDelivery(b []byte, d *engine.Delivery, to *address, size int) []byte 
 	switch {
 	case to.everybody:
 		b = wire.AppendUint(b, delEverybody, 1)
+	case to.scope != "":
+		b = wire.AppendString(b, delScope, to.scope)
 	case to.audience.id != 0:
 		b = wire.AppendLen(b, delAudience, to.audience.size())
 		b = to.audience.append(b)
@@ -167,7 +172,7 @@ func (a *audiences) address(d *engine.Delivery) address {
 	g := d.Group()
 	switch {
 	case d.Everybody():
-		return address{everybody: true}
+		return address{everybody: d.Scope() == "", scope: d.Scope()}
 	case g == nil:
 		return address{users: d.Users()}
 	}

@@ -179,6 +179,7 @@ type keeper struct{ sent chan *engine.Delivery }
 func (k *keeper) Link(int, string) engine.Link { return k }
 func (k *keeper) Links(int) []engine.Link      { return []engine.Link{k} }
 func (k *keeper) Node() string                 { return "A" }
+func (k *keeper) Scopes() bool                 { return true }
 
 func (k *keeper) Send(d *engine.Delivery) engine.Reason {
 	k.sent <- d

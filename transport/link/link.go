@@ -82,6 +82,10 @@ func newLink(s *Set, n *node, shard int) *Link {
 // Node is the node's id.
 func (l *Link) Node() string { return l.node.id }
 
+// Scopes tells whether the node takes a scope, by its last hello. Of a node that has
+// not said hello yet it is true.
+func (l *Link) Scopes() bool { return !l.node.unscoped.Load() }
+
 // Send takes d or says at once why not, see [engine.Link].
 func (l *Link) Send(d *engine.Delivery) engine.Reason {
 	cfg := &l.set.cfg

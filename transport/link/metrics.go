@@ -98,6 +98,7 @@ func (m *meters) register(s *Set) {
 		return func() float64 { return float64(pick(s.Stats())) }
 	}
 	m.set.GetOrCreateGauge("push_manager_nodes", sum(func(t Stats) int { return t.Nodes }))
+	m.set.GetOrCreateGauge("push_manager_link_unscoped_nodes", sum(func(t Stats) int { return t.Unscoped }))
 	m.set.GetOrCreateGauge("push_manager_link_queue_deliveries", sum(func(t Stats) int { return t.Queued }))
 	m.set.GetOrCreateGauge("push_manager_link_queue_bytes", sum(func(t Stats) int { return t.QueuedBytes }))
 	m.set.GetOrCreateGauge("push_manager_link_window_deliveries", sum(func(t Stats) int { return t.Unacked }))
@@ -110,7 +111,7 @@ func (m *meters) register(s *Set) {
 
 func (m *meters) unregister() {
 	for _, name := range []string{
-		"push_manager_nodes",
+		"push_manager_nodes", "push_manager_link_unscoped_nodes",
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
 		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled", "push_manager_link_plain_nodes",

@@ -313,6 +313,7 @@ func (l *Link) open(ctx context.Context, timer *time.Timer, conn *grpc.ClientCon
 		l.set.meters.strikes.Inc()
 		return nil, fmt.Errorf("%w: %d users, link.node_users is %d", errViolation, h.GetOnlineUsers(), l.set.cfg.NodeUsers)
 	}
+	l.node.unscoped.Store(!hasScopes(h))
 	if l.node.booted(h.GetBootId()) {
 		l.set.meters.restarts.Inc()
 	}
@@ -330,6 +331,7 @@ func (l *Link) greet(rpc grpc.ClientStream) (*pubsub.HelloReply, error) {
 		Shards:          uint32(l.set.cfg.Shards),
 		NodeId:          l.node.id,
 		Codecs:          l.set.compressor.codecs,
+		Features:        []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE},
 	}}).MarshalVT()
 	if err != nil {
 		return nil, fmt.Errorf("hello: %w", err)

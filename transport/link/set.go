@@ -352,6 +352,7 @@ type Stats struct {
 	Nodes        int // registered
 	Reachable    int // with at least one live link
 	Able         int // of those, with a link that takes deliveries: not stalled, not draining
+	Unscoped     int // nodes that cannot tell tenants apart
 	Links        int // shards x nodes
 	Live         int // links with an open stream, or with a connection to a node without Deliver
 	Unary        int // of those, the latter
@@ -371,6 +372,9 @@ func (s *Set) Stats() Stats {
 		t.Nodes++
 		if n.live.Load() > 0 {
 			t.Reachable++
+		}
+		if n.unscoped.Load() {
+			t.Unscoped++
 		}
 		able, plain := false, false
 		for _, l := range n.links {
@@ -448,6 +452,8 @@ type node struct {
 	beats    *metrics.PrometheusHistogram
 
 	live atomic.Int64 // links that are up
+
+	unscoped atomic.Bool // the last hello did not have FEATURE_SCOPE, or there is no Deliver
 
 	inPlain sync.Once // said that it does not know TLS
 

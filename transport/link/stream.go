@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -49,6 +50,7 @@ type stream struct {
 	link    *Link
 	rpc     grpc.ClientStream
 	hello   *pubsub.HelloReply
+	scopes  bool          // the node has FEATURE_SCOPE
 	wake    chan struct{} // wakes the writer; holds one token at most
 	written chan struct{} // closed when the writer has ended
 
@@ -112,12 +114,17 @@ func newStream(l *Link, rpc grpc.ClientStream, hello *pubsub.HelloReply) *stream
 	}
 	members := min(cfg.AudienceMembers, int(hello.GetMaxAudienceMembers()))
 	return &stream{
-		link: l, rpc: rpc, hello: hello,
+		link: l, rpc: rpc, hello: hello, scopes: hasScopes(hello),
 		wake: make(chan struct{}, 1), written: make(chan struct{}),
 		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran,
 		w: writing{auds: newAudiences(members, l.set.meters)},
 		r: reading{online: hello.GetOnlineUsers()},
 	}
+}
+
+// hasScopes tells whether a node can tell the users of a scope apart.
+func hasScopes(hello *pubsub.HelloReply) bool {
+	return slices.Contains(hello.GetFeatures(), pubsub.Feature_FEATURE_SCOPE)
 }
 
 // serve runs the stream to its end, and says why that came. cancel ends the stream.
@@ -289,6 +296,10 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			break
 		}
 		if e.d.Settled() {
+			continue
+		}
+		if e.d.Everybody() && e.d.Scope() != "" && !s.scopes {
+			e.d.Drop(engine.DropUnscoped) // it was taken before the node said what it can
 			continue
 		}
 		if e.d.Targets() == 0 && !e.d.Everybody() {

@@ -87,6 +87,7 @@ func (l *Link) serveCalls(ctx context.Context, conn *grpc.ClientConn) error {
 	l.setLocked(unary)
 	c.wakeLocked() // for what was taken while the node was probed
 	l.mu.Unlock()
+	l.node.unscoped.Store(true)
 	l.node.reachable(true)
 	var dispatcher sync.WaitGroup
 	dispatcher.Go(c.dispatch)
@@ -236,6 +237,10 @@ func (c *calls) deliver(e entry) {
 		l.mu.Unlock()
 	}()
 	if !e.d.TrySend() {
+		return
+	}
+	if e.d.Everybody() && e.d.Scope() != "" {
+		e.d.Drop(engine.DropUnscoped) // Broadcast would reach everybody
 		return
 	}
 	if e.d.Targets() == 0 && !e.d.Everybody() {

@@ -428,6 +428,12 @@ func (n *fakeNode) resolve(d *pubsub.Delivery, rooms map[uint32]*fakeAudience, m
 	if d.GetEverybody() {
 		ways++
 	}
+	if d.GetScope() != "" {
+		ways++
+		if !hasScopes(n.hello) {
+			n.breach("a scope for a node that has not offered it: %v", d)
+		}
+	}
 	ref := d.GetAudience()
 	if ref != nil {
 		ways++
@@ -435,8 +441,8 @@ func (n *fakeNode) resolve(d *pubsub.Delivery, rooms map[uint32]*fakeAudience, m
 	if ways != 1 {
 		n.breach("%d ways to say for whom: %v", ways, d)
 	}
-	if d.GetEverybody() {
-		return []string{"*"}
+	if d.GetEverybody() || d.GetScope() != "" {
+		return []string{d.GetScope() + "*"}
 	}
 	if ref == nil {
 		return d.GetUserIds()

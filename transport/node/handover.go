@@ -64,14 +64,20 @@ func (o *handover) fail(users []string, skip []int32) {
 	}
 }
 
-func (s *Server) broadcast(m *Message, o *handover) {
+// broadcast hands m to everybody, or to those in scope if there is one.
+func (s *Server) broadcast(scope string, m *Message, o *handover) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.panicked("Broadcast", r)
 			*o = handover{failedUsers: int(s.online()), reason: reasonPanic}
 		}
 	}()
-	delivered, failed := s.cfg.Sessions.Broadcast(m)
+	var delivered, failed int
+	if scope == "" {
+		delivered, failed = s.cfg.Sessions.Broadcast(m)
+	} else {
+		delivered, failed = s.scoped.BroadcastScope(scope, m)
+	}
 	o.delivered, o.failedUsers = max(delivered, 0), max(failed, 0)
 }
 

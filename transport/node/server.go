@@ -27,12 +27,14 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg     Config
-	bootID  string
-	codecs  []pubsub.Codec // in which frames may come
-	decoder *compression.Decoder
-	count   counters
-	plain   sync.Once // warns of a grpc.Server without ServerOptions
+	cfg      Config
+	bootID   string
+	scoped   Scoped // Sessions, nil where they cannot tell tenants apart
+	features []pubsub.Feature
+	codecs   []pubsub.Codec // in which frames may come
+	decoder  *compression.Decoder
+	count    counters
+	plain    sync.Once // warns of a grpc.Server without ServerOptions
 
 	warn       rate.Sometimes // of broken streams: who opens them decides how many there are
 	unreported atomic.Int64   // of those, since the last line
@@ -64,6 +66,9 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("node: %w", err)
 	}
 	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}}
+	if scoped, ok := cfg.Sessions.(Scoped); ok {
+		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
+	}
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
 	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
 	return s, nil

@@ -31,6 +31,15 @@ type Sessions interface {
 	Online() int
 }
 
+// Scoped is what Sessions also are that can tell tenants apart, see [Tenant]. The node then says
+// so, and gets the broadcasts of tenants. While one node does not, Push-Manager refuses them.
+type Scoped interface {
+	// BroadcastScope hands m to every connection of the users whose ids begin with scope, such
+	// as "shop/", and to nobody else. It returns how many users were reached and how many were
+	// not.
+	BroadcastScope(scope string, m *Message) (delivered, failed int)
+}
+
 // Outcome is what became of a message for one user.
 type Outcome uint8
 
@@ -64,7 +73,8 @@ type Message struct {
 	// gateways whose clients speak protobuf.
 	Encoded []byte
 	// RoomID is the room that was pushed to, empty for a push to users or to
-	// everybody.
+	// everybody. A tenant's has the tenant before it: what a client is shown is
+	// [Tenant.Plain] of it.
 	RoomID string
 	// Traceparent is the caller's W3C trace context, empty unless sampled.
 	Traceparent string

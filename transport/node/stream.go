@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -180,6 +181,7 @@ func (s *Server) reply(call grpc.ServerStream, hello *pubsub.Hello, codec pubsub
 		MaxUnacked:         clampUint32(s.cfg.MaxUnacked),
 		OnlineUsers:        s.online(),
 		Codec:              codec,
+		Features:           s.features,
 	}})
 	if err != nil {
 		return fmt.Errorf("reply to hello of %q: %w", hello.GetManagerId(), err)
@@ -370,8 +372,8 @@ func (st *stream) deliver(b []byte, left int) error {
 	switch {
 	case st.server.draining.Load():
 		o.refused = true
-	case d.everybody:
-		st.server.broadcast(m, &o)
+	case d.everybody, d.scope != "":
+		st.server.broadcast(d.scope, m, &o)
 		st.reached = max(st.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
@@ -386,18 +388,29 @@ func (st *stream) deliver(b []byte, left int) error {
 	return nil
 }
 
-var errTargets = errors.New("exactly one of user_ids, audience and everybody must be set")
+var (
+	errTargets  = errors.New("exactly one of user_ids, audience, everybody and scope must be set")
+	errScope    = errors.New("scope: must be the name of a tenant and a slash")
+	errUnscoped = errors.New("scope: this node cannot tell tenants apart, and has not said so")
+)
 
 // targets says for whom d is: users without those at the places in skip.
 func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32, err error) {
 	set := 0
-	for _, is := range [...]bool{len(d.users) > 0, d.hasAudience, d.everybody} {
+	for _, is := range [...]bool{len(d.users) > 0, d.hasAudience, d.everybody, d.scope != ""} {
 		if is {
 			set++
 		}
 	}
 	if set != 1 {
 		return nil, nil, errTargets
+	}
+	switch {
+	case d.scope == "":
+	case !ids.IsScope(d.scope):
+		return nil, nil, errScope
+	case st.server.scoped == nil:
+		return nil, nil, errUnscoped
 	}
 	if !d.hasAudience {
 		if len(d.except) > 0 {

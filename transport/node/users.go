@@ -3,6 +3,7 @@ package node
 import (
 	"hash/maphash"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 )
@@ -17,7 +18,7 @@ type Conn interface {
 	Deliver(m *Message) Outcome
 }
 
-// Users are Sessions: they know the connections of each user, and hand messages to them. A gateway
+// Users are Sessions, and Scoped: they know the connections of each user, and hand messages to them. A gateway
 // adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.
@@ -46,7 +47,7 @@ func (u *Users[C]) part(user string) *usersPart[C] {
 	return &u.parts[maphash.String(u.seed, user)%uint64(len(u.parts))]
 }
 
-// Add adds a connection of the user, who may have others.
+// Add adds a connection of the user, who may have others. The id of a tenant's user is [Tenant.ID].
 func (u *Users[C]) Add(user string, c C) {
 	p := u.part(user)
 	p.mu.Lock()
@@ -87,14 +88,19 @@ func (u *Users[C]) Of(user string) []C {
 }
 
 // Each calls f with the connections of every user, without a lock.
-func (u *Users[C]) Each(f func(conns []C)) {
+func (u *Users[C]) Each(f func(conns []C)) { u.eachOf("", f) }
+
+// eachOf is Each for the users whose ids begin with scope.
+func (u *Users[C]) eachOf(scope string, f func(conns []C)) {
 	var users [][]C
 	for i := range u.parts {
 		p := &u.parts[i]
 		p.mu.RLock()
 		users = users[:0]
-		for _, conns := range p.users {
-			users = append(users, conns)
+		for user, conns := range p.users {
+			if strings.HasPrefix(user, scope) {
+				users = append(users, conns)
+			}
 		}
 		p.mu.RUnlock()
 		for _, conns := range users {
@@ -113,8 +119,11 @@ func (u *Users[C]) Online() int { return int(u.online.Load()) }
 func (u *Users[C]) Deliver(user string, m *Message) Outcome { return deliverTo(u.Of(user), m) }
 
 // Broadcast implements Sessions.
-func (u *Users[C]) Broadcast(m *Message) (delivered, failed int) {
-	u.Each(func(conns []C) {
+func (u *Users[C]) Broadcast(m *Message) (delivered, failed int) { return u.BroadcastScope("", m) }
+
+// BroadcastScope implements Scoped. It looks at the ids of all users.
+func (u *Users[C]) BroadcastScope(scope string, m *Message) (delivered, failed int) {
+	u.eachOf(scope, func(conns []C) {
 		switch deliverTo(conns, m) {
 		case Delivered:
 			delivered++

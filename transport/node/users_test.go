@@ -20,7 +20,10 @@ func (d *device) Deliver(m *Message) Outcome {
 	return Delivered
 }
 
-var _ Sessions = (*Users[*device])(nil)
+var (
+	_ Sessions = (*Users[*device])(nil)
+	_ Scoped   = (*Users[*device])(nil)
+)
 
 func TestUsersDeliverToEveryDevice(t *testing.T) {
 	u := NewUsers[*device]()

@@ -73,6 +73,7 @@ type delivery struct {
 	everybody   bool
 	except      []string
 	traceparent string
+	scope       string
 
 	// Of the audience.
 	id, version uint32
@@ -100,6 +101,8 @@ func (d *delivery) parse(b []byte) error {
 			d.except = append(d.except, wire.String(m.Bytes))
 		case m.IsBytes(7):
 			d.traceparent = wire.String(m.Bytes)
+		case m.IsBytes(8):
+			d.scope = wire.String(m.Bytes)
 		}
 	}
 	if m.Err != nil || !d.hasAudience {

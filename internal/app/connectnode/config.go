@@ -65,6 +65,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bool(&g.TokenInQuery, "ws.token_in_query", false, "Also take the tokens of clients as token in the address. Whatever stands in an address is logged on its way by others.")
 	s.Choice(&c.ClientAuth, "client_auth.mode", "none", "Whether clients need a token. none: they are who they say. jwt: they are who an issuer of client_auth.jwt says.", "none", "jwt")
 	s.Int(&g.Unverified, "client_auth.unverified", d.Unverified, 1, 1<<20, "Connections of one address (IPv6: of one /64) whose token has not been verified; one more costs the oldest its place. They have 5 s.")
+	s.Bool(&g.Tenantless, "client_auth.tenantless", false, "There are no tenants: users and rooms of clients whose token names no tenant may begin as those of a tenant do, such as game/7.")
 	c.ClientTokens.Bind(s, "client_auth.jwt")
 	s.Int(&g.MaxConnections, "max_connections", d.MaxConnections, 1, math.MaxInt32, "Clients connected at once.")
 	s.Int(&g.Members.MaxRooms, "max_rooms", d.Members.MaxRooms, 1, 1<<16, "Rooms of one connection.")

@@ -1,6 +1,7 @@
 package connectnode
 
 import (
+	"fmt"
 	"maps"
 	"strings"
 	"testing"
@@ -33,6 +34,10 @@ func TestNodeOverTLSNeedsAllOfItsFilesAndWhoMayCome(t *testing.T) {
 		"a page without key":  {map[string]string{"TLS_CERT_FILE": cert}, "TLS_KEY_FILE"},
 		"Controller, no CA":   {map[string]string{"CONTROLLER_TLS_CERT_FILE": cert, "CONTROLLER_TLS_KEY_FILE": key}, "CONTROLLER_TLS_CA_FILE"},
 		"wrong trust domain":  {map[string]string{"TRUST_DOMAIN": "a/b"}, "TRUST_DOMAIN"},
+		"open to clients with tokens": {map[string]string{
+			"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "CLIENT_AUTH_MODE": "jwt", "CLIENT_AUTH_JWT": fmt.Sprintf(issuers, secretFile(t, "s")),
+			"ETCD_ENDPOINTS": "127.0.0.1:1",
+		}, ""},
 	} {
 		env := maps.Clone(all)
 		maps.Copy(env, tc.change)

@@ -1,8 +1,9 @@
 package membership
 
 import (
-	"strings"
 	"sync"
+
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 // Client is told what the Controller has said. An empty room stands for the node itself:
@@ -24,6 +25,7 @@ type Member struct {
 	// Static.
 	r          *Reporter
 	client     Client
+	scope      string // what its tenant has before its ids, "" without a tenant
 	user, name string
 
 	mu    sync.RWMutex
@@ -34,18 +36,43 @@ type Member struct {
 	leaving map[string]struct{}
 }
 
-// Member is a connection that is in no room yet. Join("") says that its user is here.
+// Member is a connection of a user that is in no room yet. Join("") says that its user is here.
 func (r *Reporter) Member(user, name string, client Client) *Member {
 	return &Member{r: r, client: client, user: user, name: name}
 }
 
+// TenantMember is Member for a connection of a tenant's user. user, and the rooms of Join and
+// Leave and of what the client is told, are the tenant's own; the Controller gets them with the
+// tenant before them, as it has its pushes. In takes the room as a push names it. tenant must be
+// valid, see node.Tenant.
+func (r *Reporter) TenantMember(tenant, user, name string, client Client) *Member {
+	scope := ids.Scope(tenant)
+	return &Member{r: r, client: client, scope: scope, user: scope + user, name: name}
+}
+
+// named is the room as the Controller knows it: the node's own has no name for clients.
+func (m *Member) named(room string) string {
+	if room == "" {
+		return m.r.presence
+	}
+	return m.scope + room
+}
+
+// shown is the room as the client knows it.
+func (m *Member) shown(room string) string {
+	if room == m.r.presence {
+		return ""
+	}
+	return room[len(m.scope):]
+}
+
 // Join puts the connection into the room at once. The client is told when the Controller
 // knows. An empty room says that the user is here; it comes first.
-func (m *Member) Join(room string) error { return m.r.join(m, m.r.named(room)) }
+func (m *Member) Join(room string) error { return m.r.join(m, m.named(room)) }
 
 // Leave takes the connection out of the room at once. The client is told when the
 // Controller knows.
-func (m *Member) Leave(room string) error { return m.r.leave(m, m.r.named(room)) }
+func (m *Member) Leave(room string) error { return m.r.leave(m, m.named(room)) }
 
 // Close takes the connection, which has ended, out of all its rooms.
 func (m *Member) Close() { m.r.drop(m) }
@@ -59,14 +86,14 @@ func (m *Member) In(room string) bool {
 	return ok
 }
 
-// Rooms are those that the connection is in. The node itself is none.
+// Rooms are those that the connection is in, as its client knows them. The node itself is none.
 func (m *Member) Rooms() []string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	rooms := make([]string, 0, len(m.rooms))
 	for room := range m.rooms {
-		if !strings.HasPrefix(room, Reserved) {
-			rooms = append(rooms, room)
+		if room != m.r.presence {
+			rooms = append(rooms, m.shown(room))
 		}
 	}
 	return rooms

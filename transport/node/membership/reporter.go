@@ -211,22 +211,6 @@ func (r *Reporter) Close() {
 	r.loops.Wait()
 }
 
-// named is the room as the Controller knows it: the node's own has no name for clients.
-func (r *Reporter) named(room string) string {
-	if room == "" {
-		return r.presence
-	}
-	return room
-}
-
-// shown is the name for clients.
-func (r *Reporter) shown(room string) string {
-	if room == r.presence {
-		return ""
-	}
-	return room
-}
-
 func (r *Reporter) slotOf(m *membership) *slot { return &r.slots[slots.Of(m.hash)] }
 
 // join puts c into the room. c is told when the Controller knows. A leave of c that waits for
@@ -242,10 +226,10 @@ func (r *Reporter) join(c *Member, room string) error {
 	}
 	r.mu.Unlock()
 	for range left {
-		c.client.Left(r.shown(room))
+		c.client.Left(c.shown(room))
 	}
 	if known {
-		c.client.Joined(r.shown(m.room))
+		c.client.Joined(c.shown(m.room))
 	}
 	return err
 }
@@ -256,7 +240,7 @@ func (r *Reporter) joinLocked(c *Member, room string) (m *membership, known bool
 		return nil, false, ErrGoing
 	}
 	if room != r.presence {
-		if strings.HasPrefix(room, Reserved) {
+		if strings.HasPrefix(room[len(c.scope):], Reserved) {
 			return nil, false, ErrReserved
 		}
 		if !c.In(room) && c.count() > r.cfg.MaxRooms { // Presence is one of them.
@@ -311,7 +295,7 @@ func (r *Reporter) leave(c *Member, room string) error {
 	}
 	r.mu.Unlock()
 	// Another connection of the user stays, or the Controller was never told.
-	c.client.Left(r.shown(room))
+	c.client.Left(c.shown(room))
 	return nil
 }
 
@@ -550,10 +534,10 @@ func (r *Reporter) newsLocked(m *membership) (news []func()) {
 	}
 	for _, c := range m.leavers {
 		delete(c.leaving, m.room)
-		news = append(news, func() { c.client.Left(r.shown(m.room)) })
+		news = append(news, func() { c.client.Left(c.shown(m.room)) })
 	}
 	for _, c := range m.joiners {
-		news = append(news, func() { c.client.Joined(r.shown(m.room)) })
+		news = append(news, func() { c.client.Joined(c.shown(m.room)) })
 	}
 	m.leavers, m.joiners = nil, nil
 	return news
@@ -581,7 +565,7 @@ func (r *Reporter) settleLocked(m *membership) {
 func (r *Reporter) refuseLocked(m *membership, why string) (news []func()) {
 	for _, c := range m.holders {
 		c.exit(m.room)
-		news = append(news, func() { c.client.Refused(r.shown(m.room), why) })
+		news = append(news, func() { c.client.Refused(c.shown(m.room), why) })
 	}
 	m.holders, m.joiners = nil, nil
 	return news

@@ -225,7 +225,7 @@ func becomesTheTruth(t *testing.T, numbered bool, random *rand.Rand) {
 	want := map[string]bool{}
 	for _, m := range members {
 		for _, room := range append(roomNames, r.presence) {
-			in, told := m.In(room), m.told(r.shown(room))
+			in, told := m.In(room), m.told(m.shown(room))
 			if in {
 				want[m.user+" "+room] = true
 			}
@@ -672,4 +672,54 @@ func TestClosedReporterDoesNotStart(t *testing.T) {
 	r := quietReports(t)
 	r.Close()
 	r.Start() // no goroutine is left, see TestMain
+}
+
+// Two tenants may use the same ids: the Controller has them apart, and each client hears of its own.
+func TestTenantsMembersAreToldOfTheirOwnNames(t *testing.T) {
+	r := quietReports(t)
+	join := func(tenant, user string) *member {
+		m := &member{last: map[string]string{}}
+		m.Member = r.TenantMember(tenant, user, "", m)
+		for _, room := range []string{"", "lobby"} {
+			if err := m.Join(room); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := m.Join(Reserved + "node-2"); !errors.Is(err, ErrReserved) {
+			t.Errorf("a room of nodes: %v", err)
+		}
+		return m
+	}
+	shop, bank, none := join("shop", "alice"), join("bank", "alice"), join("", "alice")
+	var got []string
+	for id, m := range r.all {
+		got = append(got, id.user+" "+id.room)
+		if m.told {
+			continue
+		}
+		r.mu.Lock()
+		news := func() []func() { m.told, m.confirmed = true, true; return r.newsLocked(m) }()
+		r.mu.Unlock()
+		for _, tell := range news {
+			tell()
+		}
+	}
+	slices.Sort(got)
+	want := []string{"alice @node:node-1", "alice lobby", "bank/alice @node:node-1", "bank/alice bank/lobby", "shop/alice @node:node-1", "shop/alice shop/lobby"}
+	if !slices.Equal(got, want) {
+		t.Errorf("the Controller is to know %q, want %q", got, want)
+	}
+	for m, own := range map[*member]string{shop: "shop/lobby", bank: "bank/lobby", none: "lobby"} {
+		if m.told("lobby") != "joined" || m.told("") != "joined" || len(m.last) != 2 {
+			t.Errorf("a client was told %v", m.last)
+		}
+		for _, room := range []string{"shop/lobby", "bank/lobby", "lobby"} {
+			if m.In(room) != (room == own) {
+				t.Errorf("who is in %q: %v for %q", own, m.In(room), room)
+			}
+		}
+		if err := m.Leave("lobby"); err != nil || m.In(own) {
+			t.Errorf("leaving: %v", err)
+		}
+	}
 }
