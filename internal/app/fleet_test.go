@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+	"github.com/gobwas/ws/wsutil"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -166,7 +167,11 @@ func (f *fleet) join(n *connectnode.ConnectNode, user string) {
 		f.t.Fatal(err)
 	}
 	var reader sync.WaitGroup
-	reader.Go(func() { _, _ = io.Copy(io.Discard, conn) })
+	reader.Go(func() {
+		for err := error(nil); err == nil; {
+			_, _, err = wsutil.ReadServerData(conn) // it answers pings
+		}
+	})
 	f.t.Cleanup(func() {
 		_ = conn.Close()
 		reader.Wait()
@@ -186,10 +191,10 @@ func (f *fleet) caller() (*certs.Source, credentials.TransportCredentials) {
 
 // load pushes to users at a rate until it is stopped, over connections that it makes anew all the time.
 type load struct {
-	sent atomic.Int64
-	bad  atomic.Pointer[string] // the first push that was not as it must be
-	end  context.CancelFunc
-	all  sync.WaitGroup
+	sent, wrong atomic.Int64
+	bad         atomic.Pointer[string] // the first push that was not as it must be
+	end         context.CancelFunc
+	all         sync.WaitGroup
 }
 
 func startLoad(addr string, creds credentials.TransportCredentials, rate int, users []string, wrong func(*pubsub.PushToUserResponse, error) string) *load {
@@ -210,6 +215,7 @@ func startLoad(addr string, creds credentials.TransportCredentials, rate int, us
 					done()
 					l.sent.Add(1)
 					if text := wrong(reply, callErr); text != "" {
+						l.wrong.Add(1)
 						l.bad.CompareAndSwap(nil, &text)
 					}
 				}
@@ -228,7 +234,7 @@ func (l *load) stop(t *testing.T) {
 	l.end()
 	l.all.Wait()
 	if bad := l.bad.Load(); bad != nil {
-		t.Errorf("of %d pushes one at least: %s", l.sent.Load(), *bad)
+		t.Errorf("%d of %d pushes, the first: %s", l.wrong.Load(), l.sent.Load(), *bad)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/etcdtest"
 )
 
 const issuers = `[{issuer: idp, audience: gateway, hs_secret_file: %s}]`
@@ -52,6 +53,25 @@ func TestSettingsOfClientsTokens(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, tc.want)
 		}
 	}
+	// Others may reach the node once both of its ports have TLS and know who comes.
+	ca := etcdtest.NewCA(t)
+	cert, key := ca.Issue("localhost")
+	open := maps.Clone(good)
+	maps.Copy(open, map[string]string{
+		"LISTEN_ADDRESS": "0.0.0.0", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key,
+		"TRUST_DOMAIN": "test", "NODE_TLS_CERT_FILE": cert, "NODE_TLS_KEY_FILE": key, "NODE_TLS_CLIENT_CA_FILE": ca.File,
+	})
+	if err := cli.Fill(&Config{}, open); err != nil {
+		t.Error(err)
+	}
+	for section, named := range map[string]string{"CLIENT_AUTH_": "CLIENT_AUTH_MODE=jwt", "TLS_": "TLS_CERT_FILE", "NODE_TLS_": "NODE_TLS_CLIENT_CA_FILE"} {
+		env := maps.Clone(open)
+		maps.DeleteFunc(env, func(key, _ string) bool { return strings.HasPrefix(key, section) })
+		if err := cli.Fill(&Config{}, env); err == nil || !strings.Contains(err.Error(), named) || !strings.Contains(err.Error(), "ALLOW_INSECURE") {
+			t.Errorf("without %s: %v", section, err)
+		}
+	}
+
 	var c Config
 	env := maps.Clone(good)
 	maps.Copy(env, map[string]string{"WS_TOKEN_IN_QUERY": "true", "CLIENT_AUTH_UNVERIFIED": "7", "WS_ALLOWED_ORIGINS": "https://a.example"})
