@@ -2,7 +2,11 @@ package devstack_test
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -56,16 +60,48 @@ func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
 	stopStack(t, s)
 }
 
+// TestEtcdOfASecureStackLetsInItsOwnClientsAlone: a caller of the push API who could write there would decide where users are.
+func TestEtcdOfASecureStackLetsInItsOwnClientsAlone(t *testing.T) {
+	dir := t.TempDir()
+	s := startStack(t, devstack.Config{Nodes: 1, DataDir: dir, Secure: true})
+	defer stopStack(t, s)
+	ca, err := os.ReadFile(filepath.Join(dir, "secure", "etcd", "ca.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"etcd/client-programs": true, "client-app": false, "node-connect-node-1": false, "": false} {
+		cfg := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
+		cfg.RootCAs.AppendCertsFromPEM(ca)
+		if name != "" {
+			pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "secure", name+".crt"), filepath.Join(dir, "secure", name+".key"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil } // whoever is asked for
+		}
+		client := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: cfg, DisableKeepAlives: true}}
+		resp, err := client.Get("https://" + s.EtcdEndpoint() + "/version")
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		if (err == nil) != want {
+			t.Errorf("with the certificate %q: %v", name, err)
+		}
+	}
+}
+
 func TestTemporaryDataIsRemovedAndANamedDirectoryIsKept(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
-	stopStack(t, startStack(t, devstack.Config{Nodes: 1}))
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, Secure: true}))
 	if left, err := os.ReadDir(temp); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v %v", left, err)
 	}
 	kept := t.TempDir()
 	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept}))
 	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept})) // on what the first one left
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept, Secure: true}))
+	stopStack(t, startStack(t, devstack.Config{Nodes: 1, DataDir: kept, Secure: true}))
 	if left, err := os.ReadDir(kept); err != nil || len(left) == 0 {
 		t.Errorf("not kept: %v %v", left, err)
 	}
@@ -76,7 +112,7 @@ func TestStartThatFailsLeavesNothing(t *testing.T) {
 	defer stopStack(t, s)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	for _, cfg := range []devstack.Config{{Nodes: -1}, {Nodes: 1000}, {DataDir: "/dev/null/x"}} {
+	for _, cfg := range []devstack.Config{{Nodes: -1}, {Nodes: 1000}, {DataDir: "/dev/null/x"}, {DataDir: "/dev/null/x", Secure: true}} {
 		if s, err := devstack.Start(ctx, cfg); err == nil {
 			stopStack(t, s)
 			t.Errorf("%+v: no error", cfg)
