@@ -57,6 +57,18 @@ func openSecured(dir string, nodes int, now time.Time) (*secured, error) {
 		Folder: certs.Folder{Path: dir, TrustDomain: trustDomain},
 		etcd:   certs.Folder{Path: filepath.Join(dir, "etcd"), TrustDomain: trustDomain},
 	}
+	// Whoever can put an authority or a policy there before us is let in by all programs.
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if info, err := os.Stat(dir); err != nil {
+		return nil, err
+	} else if info.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("%s: others may write there, so nothing in it can be trusted; remove it, and it is made anew", dir)
+	}
+	if err := os.Chmod(dir, 0o700); err != nil { // of somebody else's it fails
+		return nil, err
+	}
 	hosts := []string{"localhost", "127.0.0.1", "::1"}
 	both := certs.Request{Hosts: hosts, Server: true, Client: true}
 	type certificate struct {

@@ -1,6 +1,7 @@
 package devstack
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -94,6 +95,26 @@ func TestHalfOfTheCallersFilesIsAnError(t *testing.T) {
 			if text, ok := before[kept]; ok && after[kept] != text {
 				t.Errorf("without %s: %s is overwritten", name, kept)
 			}
+		}
+	}
+}
+
+// TestDirectoryOfOthersIsNotTrusted: whoever may write there could be the authority.
+func TestDirectoryOfOthersIsNotTrusted(t *testing.T) {
+	for mode, good := range map[os.FileMode]bool{0o700: true, 0o755: true, 0o775: false, 0o1777: false} {
+		dir := filepath.Join(t.TempDir(), "secure")
+		if err := errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, mode)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := openSecured(dir, 1, time.Now())
+		if (err == nil) != good || err != nil && !strings.Contains(err.Error(), dir+": others may write there") {
+			t.Errorf("%o: %v", mode, err)
+		}
+		if info, err := os.Stat(dir); err != nil || good && info.Mode().Perm() != 0o700 {
+			t.Errorf("%o: then %v, %v", mode, info.Mode(), err)
+		}
+		if files := contents(t, dir); !good && len(files) > 0 {
+			t.Errorf("%o: %d files are written", mode, len(files))
 		}
 	}
 }

@@ -30,7 +30,7 @@ func TestConformanceTriesANodeThroughClientsOfItsAuthor(t *testing.T) {
 		t.Errorf("printed\n%s", out)
 	}
 
-	code, out, errOut = pushctl(t, "", "conformance", address["connect-node-2"], "-o", "json", "--only=hello", "--user=nobody-1", "--within=200ms")
+	code, out, errOut = pushctl(t, "", "conformance", address["connect-node-2"], "-o", "json", "--only=hello", "--user=nobody-1", "--within=5s")
 	if code != exitError || !strings.Contains(errOut, "the node fails 1 check") {
 		t.Errorf("exit %d, %q", code, errOut)
 	}

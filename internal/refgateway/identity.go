@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -116,12 +115,15 @@ func (g *Gateway) identify(c *conn, r *reader, token string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), g.cfg.TokenTimeout)
 	defer cancel()
 	if token == "" {
-		_ = c.net.SetReadDeadline(time.Now().Add(g.cfg.TokenTimeout)) // an error shows in the read
+		// Not by a deadline for the read: that is for the answer to a close frame, which others may send.
+		late := time.AfterFunc(g.cfg.TokenTimeout, func() {
+			if c.bye(closeNoToken, true) {
+				g.deny(c, &denial{deniedTimeout, closeNoToken})
+			}
+		})
 		code, err := r.next(firstMessageBytes)
-		_ = c.net.SetReadDeadline(time.Time{}) // the answer to the close frame is read, too
+		late.Stop()
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			return &denial{deniedTimeout, closeNoToken}
 		case err != nil:
 			return err
 		case code != 0:

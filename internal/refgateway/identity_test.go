@@ -3,6 +3,7 @@ package refgateway
 import (
 	"bytes"
 	"container/list"
+	"context"
 	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
@@ -693,6 +694,34 @@ func TestNodeThatLeavesTellsTheUnverified(t *testing.T) {
 	dial(t, g, "", nil)
 	eventually(t, "it waits", func() bool { return g.unverified.len() == 1 })
 	g.Close() // does not return before it has gone
+}
+
+// TestUnverifiedThatDoesNotAnswerHoldsNobodyUp: neither a node that leaves nor, later, its own place.
+func TestUnverifiedThatDoesNotAnswerHoldsNobodyUp(t *testing.T) {
+	for name, tokenTimeout := range map[string]time.Duration{"told to go": time.Hour, "told to go, and late": 50 * time.Millisecond, "late": time.Millisecond} {
+		t.Run(name, func(t *testing.T) {
+			g, _ := startWithTokens(t, newController(t), func(cfg *Config) { cfg.TokenTimeout, cfg.CloseTimeout = tokenTimeout, 100*time.Millisecond })
+			socket, err := net.Dial("tcp", g.HTTPAddr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer socket.Close() //nolint:errcheck // nothing was written to it
+			if _, err := io.WriteString(socket, "GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+				"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "it is there", func() bool { return g.count.opened.Get() == 1 })
+			if name == "late" {
+				eventually(t, "it has gone", func() bool { return g.unverified.len() == 0 })
+				wantDenied(t, g, deniedTimeout, 1)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			if err := g.Drain(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // FuzzUnverifiedSocket: as FuzzSocket, with clients that need a token. t in the input stands for a good one.

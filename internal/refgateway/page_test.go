@@ -56,7 +56,7 @@ const visit = async () => {
     (wanted ? $("refresh") : $("go")).click();
   }
   const body = [$("state").textContent, $("go").textContent, $("user").value, $("tokenLabel").textContent, $("rooms").innerText, $("list").innerText,
-    "stored " + (localStorage.length + sessionStorage.length + document.cookie.length), location.href].join("\n");
+    "stored " + (localStorage.length + sessionStorage.length + document.cookie.length), location.href, "end"].join("\n");
   await fetch("seen", { method: "POST", body });
   setTimeout(visit, 20);
 };
@@ -64,13 +64,21 @@ $("room").value = "first";
 visit();
 </script>`
 
-// visited serves the pages of a gateway with a script behind its own, and returns what the page shows and where it is.
-func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[string]) (shows func(parts ...string), address string) {
+// visited serves the pages of a gateway with a script behind its own, and returns what the page shows and where it is. The
+// page learns about the node when informed is closed, at once where it is nil.
+func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[string], informed <-chan struct{}) (shows func(parts ...string), address string) {
 	t.Helper()
 	var seen atomic.Pointer[string]
 	pages := g.clientHandler()
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
+		case "/info":
+			if informed != nil {
+				select {
+				case <-informed:
+				case <-r.Context().Done():
+				}
+			}
 		case "/seen":
 			if b, err := io.ReadAll(r.Body); err == nil {
 				seen.Store(new(string(b)))
@@ -153,7 +161,7 @@ func browser(t *testing.T, address string) {
 func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, nil)
-	shows, address := visited(t, g, visitor, nil)
+	shows, address := visited(t, g, visitor, nil, nil)
 	browser(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	if !c.has("u", "first") || !c.has("u", "second") {
@@ -176,14 +184,14 @@ func TestPageShowsItsToken(t *testing.T) {
 	g, p := startWithTokens(t, c, func(cfg *Config) { cfg.PingInterval = 80 * time.Millisecond })
 	var next atomic.Pointer[string]
 	paste := func(token string) { next.Store(&token) }
-	shows, address := visited(t, g, bearer, &next)
+	shows, address := visited(t, g, bearer, &next, nil)
 	browser(t, address)
 
 	shows("not connected\nConnect\n")
 	paste("x.y.z")
 	shows("token missing, wrong or expired: paste another one\nConnect\n")
 	paste(p.token("älice", map[string]any{"rooms": []string{"first"}}))
-	shows("connected\nDisconnect\nälice\nToken, good until ", "first", "stored 0\n"+address)
+	shows("connected\nDisconnect\nälice\nToken, good until ", "first", "stored 0\n"+address+"\nend")
 	if !c.has("älice", "first") {
 		t.Error("the Controller does not know who the token names")
 	}
@@ -192,5 +200,16 @@ func TestPageShowsItsToken(t *testing.T) {
 	p.publish("k1")
 	shows("token missing, wrong or expired: paste another one\nConnect\nälice\n")
 	paste(p.token("bob", map[string]any{"rooms": []string{"other"}}))
-	shows("the token does not allow this room\nConnect\nbob\n", "stored 0\n"+address)
+	shows("the token does not allow this room\nConnect\nbob\n", "stored 0\n"+address+"\nend")
+}
+
+// TestTokenOfALinkDoesNotStayInTheAddress, also while the page knows nothing of the node yet.
+func TestTokenOfALinkDoesNotStayInTheAddress(t *testing.T) {
+	g, p := startWithTokens(t, newController(t), nil)
+	informed := make(chan struct{})
+	shows, address := visited(t, g, bearer, new(atomic.Pointer[string]), informed)
+	browser(t, address+"#token="+p.token("alice", nil))
+	shows("not connected\n", "stored 0\n"+address+"\nend")
+	close(informed)
+	shows("connected\nDisconnect\nalice\n", "stored 0\n"+address+"\nend")
 }

@@ -36,6 +36,7 @@ func TestClientsOfTenantsSeeTheirOwnIDs(t *testing.T) {
 		{"shop/alice", "lobby", node.NotHere},
 		{"alice", "shop/lobby", node.NotHere},
 		{"alice", "", node.NotHere},
+		{"shop/alice", "@node:node-1", node.NotHere}, // to everybody is a right of its own
 		{"bank/alice", "bank/lobby", node.Delivered},
 		{"bank/alice", "", node.Delivered},
 	} {

@@ -78,8 +78,12 @@ func (m *Member) Leave(room string) error { return m.r.leave(m, m.named(room)) }
 func (m *Member) Close() { m.r.drop(m) }
 
 // In tells whether the connection is in the room: has joined it and not left. It is
-// cheap enough to be asked for each push.
-func (m *Member) In(room string) bool {
+// cheap enough to be asked for each push. The node's own room is none: a push to it would
+// be a broadcast, which is a right of its own.
+func (m *Member) In(room string) bool { return room != m.r.presence && m.holds(room) }
+
+// holds is In for any room.
+func (m *Member) holds(room string) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	_, ok := m.rooms[room]

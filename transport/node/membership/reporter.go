@@ -276,7 +276,7 @@ func (r *Reporter) joinLocked(c *Member, room string) (m *membership, known bool
 // leave takes c out of the room. c is told when the Controller knows.
 func (r *Reporter) leave(c *Member, room string) error {
 	r.mu.Lock()
-	if !c.In(room) {
+	if !c.holds(room) {
 		r.mu.Unlock()
 		return ErrNotInRoom
 	}

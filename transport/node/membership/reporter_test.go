@@ -225,7 +225,7 @@ func becomesTheTruth(t *testing.T, numbered bool, random *rand.Rand) {
 	want := map[string]bool{}
 	for _, m := range members {
 		for _, room := range append(roomNames, r.presence) {
-			in, told := m.In(room), m.told(m.shown(room))
+			in, told := m.holds(room), m.told(m.shown(room))
 			if in {
 				want[m.user+" "+room] = true
 			}
@@ -713,7 +713,7 @@ func TestTenantsMembersAreToldOfTheirOwnNames(t *testing.T) {
 		if m.told("lobby") != "joined" || m.told("") != "joined" || len(m.last) != 2 {
 			t.Errorf("a client was told %v", m.last)
 		}
-		for _, room := range []string{"shop/lobby", "bank/lobby", "lobby"} {
+		for _, room := range []string{"shop/lobby", "bank/lobby", "lobby", r.presence} {
 			if m.In(room) != (room == own) {
 				t.Errorf("who is in %q: %v for %q", own, m.In(room), room)
 			}
