@@ -166,6 +166,20 @@ func (s *Server) authenticate(ctx context.Context, info *callInfo) error {
 	return nil
 }
 
+// renew asks again who makes a unary call, if the policy or keys have changed since it was let in: its caller decides when
+// the body comes. The call has been paid for, so its account stays.
+func (s *Server) renew(ctx context.Context, info *callInfo, c *call) error {
+	if s.cfg.Auth == nil || s.cfg.Auth.Valid(info.principal, c.push.Arrived) {
+		return nil
+	}
+	if err := s.authenticate(ctx, info); err != nil {
+		return err
+	}
+	info.priority = min(info.priority, info.principal.PriorityMax)
+	info.allow(c)
+	return nil
+}
+
 // grant gives a call the priority that its caller may claim, and the account that it pays from.
 func (s *Server) grant(ctx context.Context, info *callInfo) {
 	info.priority = min(info.claimed, s.cfg.priorityMax)

@@ -510,3 +510,48 @@ func TestWithoutASessionNobodyIsLetIn(t *testing.T) {
 		}
 	}
 }
+
+// TestRightsAreThoseOfWhenTheBodyComes: a caller decides when that is. Calls that it opens in advance are of no use when its
+// rights are gone.
+func TestRightsAreThoseOfWhenTheBodyComes(t *testing.T) {
+	const all = `{methods: ["*"], users: ["*"], rooms: ["*"]}`
+	for name, c := range map[string]struct {
+		change func(*access)
+		want   func(*testing.T, error)
+	}{
+		"nothing has changed": {func(*access) {}, func(t *testing.T, err error) { wantError(t, err, codes.OK, "", "") }},
+		"the policy has changed for others": {
+			func(a *access) { a.WritePolicy(policyOf(caller("a", all), caller("b", all))); a.reload() },
+			func(t *testing.T, err error) { wantError(t, err, codes.OK, "", "") },
+		},
+		"the caller is gone": {
+			func(a *access) { a.WritePolicy(policyOf(caller("b", all))); a.reload() },
+			func(t *testing.T, err error) { wantError(t, err, codes.Unauthenticated, "UNAUTHENTICATED", "") },
+		},
+		"the right is gone": {
+			func(a *access) { a.WritePolicy(policyOf(caller("a", "{methods: [PushToUser], users: [b]}"))); a.reload() },
+			func(t *testing.T, err error) { wantDenied(t, status.Convert(err), "PushToUser", "user_id", "") },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAccess(t, authtest.New(t, policyOf(caller("a", all))))
+				w := newWorld(t, a.set)
+				call, err := w.conn.NewStream(forever(t, a.Token("a", 2*time.Hour)), &grpc.StreamDesc{ClientStreams: true}, methodUser)
+				ok(t, err)
+				synctest.Wait() // its headers are there
+				if n := w.metric("push_manager_api_inflight"); n != "1" {
+					t.Fatalf("%s calls wait for their bodies", n)
+				}
+				c.change(a)
+				ok(t, call.SendMsg(&pubsub.PushToUserRequest{UserId: "d", Content: content("x")}))
+				ok(t, call.CloseSend())
+				err = call.RecvMsg(new(pubsub.PushToUserResponse))
+				c.want(t, err)
+				if sent := len(w.network.nodes[0].payloads()) > 0; sent != (err == nil) {
+					t.Errorf("sent: %v, answered: %v", sent, err)
+				}
+			})
+		})
+	}
+}
