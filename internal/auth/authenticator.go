@@ -95,7 +95,7 @@ const (
 	// verifyBound is the longest that a verification may take. It may wait a second for an issuer's keys.
 	verifyBound = 2 * time.Second
 	// badRate is how many bad credentials one connection may bring in a second for which there is no verdict yet, after
-	// badBurst at once. What it brings beyond that is not looked at.
+	// badBurst at once. What it brings beyond that is not looked at. No more than badBurst are verified at a time.
 	badRate, badBurst = 10, 20
 )
 
@@ -168,8 +168,10 @@ type Session struct {
 	byCertificate atomic.Pointer[Principal]
 	last          atomic.Pointer[sighting]
 
-	// bad pays for credentials that turn out to be bad.
-	bad *rate.Limiter
+	// bad pays for credentials that turn out to be bad. places has a token for each that is being verified: so many more may
+	// turn out to be bad than can be paid for.
+	bad    *rate.Limiter
+	places chan struct{}
 }
 
 // sighting is the credential of a call, and whose it was.
@@ -180,7 +182,7 @@ type sighting struct {
 
 // NewSession begins with a connection. state is nil for one without TLS.
 func NewSession(state *tls.ConnectionState) *Session {
-	s := &Session{bad: rate.NewLimiter(badRate, badBurst)}
+	s := &Session{bad: rate.NewLimiter(badRate, badBurst), places: make(chan struct{}, badBurst)}
 	if state != nil && len(state.VerifiedChains) > 0 {
 		s.leaf = state.VerifiedChains[0][0]
 		s.names = certs.Names(s.leaf)
@@ -246,17 +248,19 @@ func (a *Authenticator) ofCertificate(s *Session, now time.Time) (*Principal, er
 // lookup finds the verdict on a credential, or has it verified.
 func (a *Authenticator) lookup(s *Session, header string, now time.Time) *Principal {
 	sum := sha256.Sum256(unsafe.Slice(unsafe.StringData(header), len(header))) //nolint:gosec // It is only read; a copy would cost memory for each call.
-	if p, ok := a.known.GetIfPresent(sum); ok && a.Valid(p, now) {
+	if p := a.seen(sum, now); p != nil {
 		return p
 	}
-	if p, ok := a.bad.GetIfPresent(sum); ok && a.Valid(p, now) {
+	s.places <- struct{}{} // for two seconds at most, see verifyBound
+	defer func() { <-s.places }()
+	if p := a.seen(sum, now); p != nil {
 		return p
 	}
-	if s.bad.TokensAt(now) < 1 {
+	if s.bad.Tokens() < 1 {
 		return &Principal{err: TooMany}
 	}
 	v, _, _ := a.flights.Do(string(sum[:]), func() (any, error) {
-		if p, ok := a.known.GetIfPresent(sum); ok && a.Valid(p, now) {
+		if p := a.seen(sum, now); p != nil {
 			return p, nil // another call was faster
 		}
 		p := a.verify(header, time.Now())
@@ -264,14 +268,22 @@ func (a *Authenticator) lookup(s *Session, header string, now time.Time) *Princi
 			a.known.Set(sum, p)
 		} else {
 			a.bad.Set(sum, p)
+			s.bad.Reserve() // as a debt if need be: others may have begun meanwhile
 		}
 		return p, nil
 	})
-	p := v.(*Principal)
-	if p.err != nil {
-		s.bad.AllowN(now, 1)
+	return v.(*Principal)
+}
+
+// seen is the verdict on a credential that still holds, nil for none.
+func (a *Authenticator) seen(sum [sha256.Size]byte, now time.Time) *Principal {
+	if p, ok := a.known.GetIfPresent(sum); ok && a.Valid(p, now) {
+		return p
 	}
-	return p
+	if p, ok := a.bad.GetIfPresent(sum); ok && a.Valid(p, now) {
+		return p
+	}
+	return nil
 }
 
 // verify judges a credential.
