@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -138,7 +139,7 @@ func parseHash(text string) (hash [sha256.Size]byte, err error) {
 // ParseTime reads when a key ends: a moment of RFC 3339, or the beginning of a day in UTC.
 func ParseTime(text string) (time.Time, error) {
 	for _, layout := range []string{time.RFC3339, time.DateOnly} {
-		if t, err := time.Parse(layout, text); err == nil {
+		if t, err := time.Parse(layout, text); err == nil && !t.IsZero() { // which stands for a key without end
 			return t, nil
 		}
 	}
@@ -146,7 +147,7 @@ func ParseTime(text string) (time.Time, error) {
 }
 
 // Append adds a line to a file of keys, which it makes for its owner alone if there is none. Readers see the file before or
-// after. The file keeps its permissions; it must be right, and not be readable by others.
+// after. The file keeps its owner and permissions; it must be right, and not be readable by others.
 func Append(path, line string) (err error) {
 	if target, err := filepath.EvalSymlinks(path); err == nil {
 		path = target // or the link would be replaced
@@ -168,6 +169,9 @@ func Append(path, line string) (err error) {
 	switch info, statErr := os.Stat(path); {
 	case err == nil && statErr == nil:
 		mode = info.Mode().Perm()
+		if err := keepOwner(fresh, info); err != nil {
+			return err
+		}
 	case !errors.Is(err, fs.ErrNotExist):
 		return errors.Join(err, statErr)
 	}
@@ -191,5 +195,23 @@ func Append(path, line string) (err error) {
 		return err
 	}
 	_ = fresh.Close() // all of it is on disk
+	return nil
+}
+
+// keepOwner gives a file that takes the place of another one its owner and group. The file of a service must not become that
+// of who adds a key to it, or the service could not read it any more.
+func keepOwner(fresh *os.File, before fs.FileInfo) error {
+	now, err := fresh.Stat()
+	if err != nil {
+		return err
+	}
+	has, isUnix := now.Sys().(*syscall.Stat_t)
+	had, _ := before.Sys().(*syscall.Stat_t)
+	if !isUnix || has.Uid == had.Uid && has.Gid == had.Gid {
+		return nil
+	}
+	if err := fresh.Chown(int(had.Uid), int(had.Gid)); err != nil {
+		return fmt.Errorf("keep owner and group of the file: %w", err)
+	}
 	return nil
 }
