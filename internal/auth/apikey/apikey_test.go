@@ -65,7 +65,7 @@ func TestKeyIsGoodForItsLineAlone(t *testing.T) {
 		}
 		_, other := newKey(t, time.Time{})
 		write(t, path, other, line)
-		list, err := read(path)
+		list, err := read(path, nil)
 		if err != nil {
 			r.Fatalf("%v\n%s", err, line)
 		}

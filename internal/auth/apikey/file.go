@@ -36,10 +36,14 @@ type keys struct {
 	sum  [sha256.Size]byte // of the file
 }
 
-func read(path string) (*keys, error) {
+// read returns before, if the file holds just that.
+func read(path string, before *keys) (*keys, error) {
 	text, err := config.ReadSecretFile(path, maxFile)
 	if err != nil {
 		return nil, err
+	}
+	if before != nil && sha256.Sum256(text) == before.sum {
+		return before, nil
 	}
 	list, err := parse(text)
 	if err != nil {
