@@ -106,7 +106,10 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Token, error) {
 		return nil, Algorithm
 	}
 	key, known := s.key(ctx, id)
-	if !known {
+	switch {
+	case !known && s.keys.Load() == nil:
+		return nil, Unavailable // its keys are on their way: whoever starts with us must not throw its token away
+	case !known:
 		return nil, UnknownKey
 	}
 	if _, secret := key.([]byte); secret {
