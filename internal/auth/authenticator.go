@@ -58,7 +58,7 @@ const (
 	Key         Kind = "key"
 )
 
-// Principal is a caller and how it is known. It is immutable.
+// Principal is a caller and how it is known. It is immutable, but for whether it has been used.
 type Principal struct {
 	*Caller
 
@@ -70,7 +70,12 @@ type Principal struct {
 	err        error     // why there is no Caller; Authenticate returns none of these
 	until      time.Time // then the credential is judged again
 	generation uint64    // of all that it was judged by
+	used       atomic.Bool
 }
+
+// FirstUse tells whether it is asked for the first time. It is for who keeps a list of credentials: a new verdict on a
+// credential that is in the list is a new Principal.
+func (p *Principal) FirstUse() bool { return !p.used.Load() && !p.used.Swap(true) }
 
 // Config of an Authenticator. Policies is required.
 type Config struct {

@@ -158,7 +158,7 @@ func (s *Server) authenticate(ctx context.Context, info *callInfo) error {
 		return err
 	}
 	info.principal = p
-	if s.cfg.Audit != nil && p.Kind == auth.Key && s.cfg.Audit.FirstUse(p.Credential) {
+	if s.cfg.Audit != nil && p.Kind == auth.Key && p.FirstUse() && s.cfg.Audit.FirstUse(p.Credential) {
 		e := auditEntry(p, peerOf(ctx), "", "")
 		e.Event = audit.KeyUsedFirst
 		s.cfg.Audit.Write(e)
