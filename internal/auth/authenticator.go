@@ -164,6 +164,9 @@ func (a *Authenticator) Valid(p *Principal, now time.Time) bool {
 	return p != nil && p.generation == a.generation() && now.Before(p.until)
 }
 
+// Caller is the caller of a name in the policy of this moment, nil for none.
+func (a *Authenticator) Caller(name string) *Caller { return a.policies.Current().Caller(name) }
+
 // Session is what is known of one connection.
 type Session struct {
 	// Static.
