@@ -3,7 +3,9 @@ package certs
 import (
 	"bytes"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -406,4 +408,21 @@ func FuzzParse(f *testing.F) {
 			_ = s.serial()
 		}
 	})
+}
+
+// TestAURIIsNoDNSName: an authority that may sign only some DNS names may often sign any URI.
+func TestAURIIsNoDNSName(t *testing.T) {
+	for _, uri := range []string{"billing.example", "node-1", "/billing.example", "//billing.example", "spiffe:///billing", "spiffe:billing"} {
+		u, err := url.Parse(uri)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf := &x509.Certificate{URIs: []*url.URL{u}, DNSNames: []string{"other.example"}}
+		if got := Names(leaf); len(got) != 1 || got[0] != "other.example" {
+			t.Errorf("%s: %q", uri, got)
+		}
+		if Node("", uri)(leaf) == nil {
+			t.Errorf("%s: is a node's", uri)
+		}
+	}
 }

@@ -9,7 +9,7 @@ import (
 )
 
 // Names are the URIs and DNS names of a certificate that can be compared as text, 32 at most. A URI is left out that
-// could be written in another way.
+// could be written in another way, or that could be taken for a DNS name.
 func Names(leaf *x509.Certificate) []string { return names(leaf) }
 
 // CheckName refuses what Names never returns.
@@ -22,7 +22,7 @@ func CheckName(name string) error {
 		return nil
 	}
 	u, err := url.Parse(name)
-	if err != nil || u.Scheme == "" || u.Host == "" || !slices.Equal(names(&x509.Certificate{URIs: []*url.URL{u}}), []string{name}) {
+	if err != nil || !slices.Equal(names(&x509.Certificate{URIs: []*url.URL{u}}), []string{name}) {
 		return fmt.Errorf("%.64q is no URI such as spiffe://prod.example/billing, of plain letters, digits and ._-", name)
 	}
 	return nil

@@ -143,12 +143,12 @@ func CheckTrustDomain(name string) error {
 }
 
 // names are the URIs and DNS names of a certificate that can be compared as text, 32 at most. A URI is left out that
-// could be written in another way.
+// could be written in another way, or that could be taken for a DNS name.
 func names(leaf *x509.Certificate) []string {
 	const most = 32
 	var list []string
 	for _, u := range leaf.URIs {
-		if len(list) < most && u.Opaque == "" && u.User == nil && u.RawQuery == "" && u.Fragment == "" && plainPath(u.EscapedPath()) {
+		if len(list) < most && u.Scheme != "" && u.Host != "" && u.Opaque == "" && u.User == nil && u.RawQuery == "" && u.Fragment == "" && plainPath(u.EscapedPath()) {
 			list = append(list, u.String())
 		}
 	}

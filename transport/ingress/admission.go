@@ -158,11 +158,25 @@ func (s *Server) authenticate(ctx context.Context, info *callInfo) error {
 		return err
 	}
 	info.principal = p
-	if s.cfg.Audit != nil && p.Kind == auth.Key && s.cfg.Audit.FirstUse(p.Credential) {
+	if s.cfg.Audit != nil && p.Kind == auth.Key && p.FirstUse() && s.cfg.Audit.FirstUse(p.Credential) {
 		e := auditEntry(p, peerOf(ctx), "", "")
 		e.Event = audit.KeyUsedFirst
 		s.cfg.Audit.Write(e)
 	}
+	return nil
+}
+
+// renew asks again who makes a unary call, if the policy or keys have changed since it was let in: its caller decides when
+// the body comes. The call has been paid for, so its account stays.
+func (s *Server) renew(ctx context.Context, info *callInfo, c *call) error {
+	if s.cfg.Auth == nil || s.cfg.Auth.Valid(info.principal, c.push.Arrived) {
+		return nil
+	}
+	if err := s.authenticate(ctx, info); err != nil {
+		return err
+	}
+	info.priority = min(info.priority, info.principal.PriorityMax)
+	info.allow(c)
 	return nil
 }
 

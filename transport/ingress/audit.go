@@ -36,7 +36,7 @@ func traceID(values []string) string {
 	if strings.Trim(trace, "0123456789abcdef") != "" {
 		return ""
 	}
-	return trace
+	return strings.Clone(trace) // a header may be long, and lines wait to be written
 }
 
 // auditRefusal writes that a call or a push was refused for who calls. Other refusals are about load, or about what is

@@ -24,6 +24,8 @@ import (
 	"google.golang.org/grpc/peer"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
@@ -508,5 +510,118 @@ func TestWithoutASessionNobodyIsLetIn(t *testing.T) {
 		if err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestRightsAreThoseOfWhenTheBodyComes: a caller decides when that is. Calls that it opens in advance are of no use when its
+// rights are gone.
+func TestRightsAreThoseOfWhenTheBodyComes(t *testing.T) {
+	const all = `{methods: ["*"], users: ["*"], rooms: ["*"]}`
+	for name, c := range map[string]struct {
+		change func(*access)
+		want   func(*testing.T, error)
+	}{
+		"nothing has changed": {func(*access) {}, func(t *testing.T, err error) { wantError(t, err, codes.OK, "", "") }},
+		"the policy has changed for others": {
+			func(a *access) { a.WritePolicy(policyOf(caller("a", all), caller("b", all))); a.reload() },
+			func(t *testing.T, err error) { wantError(t, err, codes.OK, "", "") },
+		},
+		"the caller is gone": {
+			func(a *access) { a.WritePolicy(policyOf(caller("b", all))); a.reload() },
+			func(t *testing.T, err error) { wantError(t, err, codes.Unauthenticated, "UNAUTHENTICATED", "") },
+		},
+		"the right is gone": {
+			func(a *access) {
+				a.WritePolicy(policyOf(caller("a", "{methods: [PushToUser], users: [b]}")))
+				a.reload()
+			},
+			func(t *testing.T, err error) { wantDenied(t, status.Convert(err), "PushToUser", "user_id", "") },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAccess(t, authtest.New(t, policyOf(caller("a", all))))
+				w := newWorld(t, a.set)
+				call, err := w.conn.NewStream(forever(t, a.Token("a", 2*time.Hour)), &grpc.StreamDesc{ClientStreams: true}, methodUser)
+				ok(t, err)
+				synctest.Wait() // its headers are there
+				if n := w.metric("push_manager_api_inflight"); n != "1" {
+					t.Fatalf("%s calls wait for their bodies", n)
+				}
+				c.change(a)
+				ok(t, call.SendMsg(&pubsub.PushToUserRequest{UserId: "d", Content: content("x")}))
+				ok(t, call.CloseSend())
+				err = call.RecvMsg(new(pubsub.PushToUserResponse))
+				c.want(t, err)
+				if sent := len(w.network.nodes[0].payloads()) > 0; sent != (err == nil) {
+					t.Errorf("sent: %v, answered: %v", sent, err)
+				}
+			})
+		})
+	}
+}
+
+// TestFieldsThatComeTwiceCheatNobody: of a field that comes again, and of members of a oneof, the right is asked for what is
+// pushed.
+func TestFieldsThatComeTwiceCheatNobody(t *testing.T) {
+	a := newAccess(t, authtest.New(t, policyOf(caller("a", `{methods: [PushToUser, PushToUsers], users: [d]}`))))
+	w := newWorld(t, a.set)
+	as := w.as(a.Token("a", time.Hour))
+	text := func(n protowire.Number, s string) string {
+		return string(protowire.AppendString(protowire.AppendTag(nil, n, protowire.BytesType), s))
+	}
+	group := func(n protowire.Number, s string) string {
+		return string(protowire.AppendTag(nil, n, protowire.StartGroupType)) + s + string(protowire.AppendTag(nil, n, protowire.EndGroupType))
+	}
+	body := text(2, text(2, "x"))
+	mine, others := text(1, "d")+body, text(1, "a")+body
+	for name, c := range map[string]struct {
+		method, field, request string
+		sent                   bool
+	}{
+		"mine, then another":         {"PushToUser", "user_id", text(1, "d") + others, false},
+		"another, then mine":         {"PushToUser", "user_id", text(1, "a") + mine, true},
+		"a list behind the content":  {"PushToUsers", "user_ids", mine + text(1, "a"), false},
+		"a list with an empty id":    {"PushToUsers", "user_ids", mine + text(1, ""), false},
+		"mine in a group of unknown": {"PushToUser", "user_id", others + group(30, text(1, "d")), false},
+		"no id at all":               {"PushToUser", "user_id", body, false},
+
+		"stream: mine, then another":           {"PushToUser", "user_id", text(3, mine) + text(3, text(1, "a")), false},
+		"stream: another, then mine":           {"PushToUser", "user_id", text(3, others) + text(3, text(1, "d")), true},
+		"stream: mine, then a broadcast":       {"BroadcastMessage", "method", text(3, mine) + text(4, text(1, text(2, "x"))), false},
+		"stream: a broadcast, then mine":       {"PushToUser", "", text(4, text(1, text(2, "x"))) + text(3, mine), true},
+		"stream: mine, a room, another":        {"PushToUser", "user_id", text(3, mine) + text(2, text(1, "r")+body) + text(3, others), false},
+		"stream: a room in a group, then mine": {"PushToUser", "", group(2, text(1, "r")+body) + text(3, mine), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := len(w.network.nodes[0].payloads())
+			var st *status.Status
+			if strings.HasPrefix(name, "stream: ") {
+				stream, err := w.conn.NewStream(as, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, pushStreamMethod, grpc.ForceCodecV2(rawCodec{}))
+				ok(t, err)
+				request := []byte(c.request)
+				ok(t, stream.SendMsg(&request))
+				var reply []byte
+				ok(t, stream.RecvMsg(&reply))
+				ok(t, stream.CloseSend())
+				r := new(pubsub.PushStreamResponse)
+				ok(t, proto.Unmarshal(reply, r))
+				st = status.FromProto(r.Error)
+			} else {
+				request, reply := []byte(c.request), []byte(nil)
+				st = status.Convert(w.conn.Invoke(as, "/"+serviceName+"/"+c.method, &request, &reply, grpc.ForceCodecV2(rawCodec{})))
+			}
+			if sent := len(w.network.nodes[0].payloads()) - before; sent != map[bool]int{true: 1}[c.sent] {
+				t.Errorf("%d sent", sent)
+			}
+			if c.sent {
+				wantStatus(t, st, codes.OK, "", "")
+			} else {
+				wantDenied(t, st, c.method, c.field, "")
+			}
+		})
+	}
+	if n := w.source.count(); n != 1 { // for d
+		t.Errorf("the Controller was asked %d times", n)
 	}
 }

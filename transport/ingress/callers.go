@@ -25,6 +25,7 @@ type callers struct {
 	// Static.
 	rate      int
 	burst     int
+	auth      *auth.Authenticator            // nil: what is asked for is of the policy of now
 	quotas    *quota.Set                     // nil: there are none
 	addresses *otter.Cache[string, *account] // nil: nobody is limited by address
 	named     sync.Map                       // of *account by *auth.Caller, a pointer, so that a look-up allocates nothing
@@ -37,7 +38,7 @@ type callers struct {
 }
 
 func newCallers(c *Config) (*callers, error) {
-	all := &callers{rate: c.Rate, burst: c.RateBurst, quotas: c.Quotas, latest: map[string]*auth.Caller{}, budgets: map[string]*budget{}, tenants: map[string]*tenant{}}
+	all := &callers{rate: c.Rate, burst: c.RateBurst, auth: c.Auth, quotas: c.Quotas, latest: map[string]*auth.Caller{}, budgets: map[string]*budget{}, tenants: map[string]*tenant{}}
 	if c.Rate == 0 || c.Auth != nil {
 		return all, nil
 	}
@@ -65,6 +66,17 @@ func (c *callers) of(who *auth.Caller) *account {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.auth != nil {
+		// A call may have been let in by the policy before. It must not bring back what others were limited by then.
+		if now := c.auth.Caller(who.Name); now != nil {
+			who = now
+		} else if last := c.latest[who.Name]; last != nil {
+			who = last
+		}
+		if known, ok := c.named.Load(who); ok {
+			return known.(*account).orNil() //nolint:forcetypeassert // Nothing else is in it.
+		}
+	}
 	a := &account{}
 	switch {
 	case who.Rate > 0:

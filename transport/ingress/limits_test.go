@@ -26,6 +26,7 @@ import (
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/auth/apikey"
+	"github.com/push-manager/push-manager/internal/auth/authtest"
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	"github.com/push-manager/push-manager/internal/quota"
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -103,6 +104,39 @@ func TestAnotherPolicyFillsNoBucket(t *testing.T) {
 		}
 		if with(0, 0) != nil {
 			t.Error("there is an account without limits")
+		}
+	})
+}
+
+// TestACallFromBeforeAReloadBringsNoOldLimitsBack: it was let in under the policy before, and asks for its account when others
+// have theirs by the next one.
+func TestACallFromBeforeAReloadBringsNoOldLimitsBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		policy := func(rate, most int, callers string) string {
+			return fmt.Sprintf("version: 1\ntenants: {shop: {rate: %d, max_in_flight: %d}}\ncallers:\n", rate, most) + callers
+		}
+		one := func(name string, rate int) string {
+			return caller(name, "{methods: [PushToUser], users: [d]}", fmt.Sprintf(", tenant: shop, rate: %d", rate))
+		}
+		a := newAccess(t, authtest.New(t, policy(100, 100, one("a", 50)+one("b", 50)+one("gone", 50))))
+		table, err := newCallers(&Config{Auth: a.auth})
+		ok(t, err)
+		before := a.policies.Current()
+		table.of(before.Caller("gone"))
+		a.WritePolicy(policy(10, 10, one("a", 5)+one("b", 5)))
+		a.reload()
+		now := table.of(a.policies.Current().Caller("b"))
+		for _, late := range []string{"a", "b", "gone"} {
+			table.of(before.Caller(late))
+			if most, rate := now.tenant.most.Load(), now.tenantBudget.rate; most != 10 || rate != 10 {
+				t.Errorf("after a late call of %s the tenant may have %d pushes in flight and %v a second, want 10", late, most, rate)
+			}
+		}
+		if rate := now.budget.rate; rate != 5 {
+			t.Errorf("the caller has a rate of %v, want 5", rate)
+		}
+		if table.of(before.Caller("a")) != table.of(a.policies.Current().Caller("a")) {
+			t.Error("a late call has an account of its own")
 		}
 	})
 }

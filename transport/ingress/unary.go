@@ -159,6 +159,9 @@ func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.R
 	if err := s.decoder.decode(c.api, c.in.wire, &c.push); err != nil {
 		return engine.Result{}, err
 	}
+	if err := s.renew(ctx, info, c); err != nil {
+		return engine.Result{}, err
+	}
 	if err := s.authorize(info.principal, c.api, &c.push); err != nil {
 		return engine.Result{}, err
 	}

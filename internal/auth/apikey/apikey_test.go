@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,7 +65,7 @@ func TestKeyIsGoodForItsLineAlone(t *testing.T) {
 		}
 		_, other := newKey(t, time.Time{})
 		write(t, path, other, line)
-		list, err := read(path)
+		list, err := read(path, nil)
 		if err != nil {
 			r.Fatalf("%v\n%s", err, line)
 		}
@@ -185,10 +186,25 @@ func TestFileIsTakenOverAsAWhole(t *testing.T) {
 		if s.Generation() == both {
 			t.Error("a key was withdrawn, and verdicts about it stay")
 		}
-		write(t, path, "")
+		for _, nothing := range []string{"", "\n\n", "# no keys"} { // as while it is written
+			write(t, path, nothing)
+			s.Reload()
+			synctest.Wait()
+			wants(b, nil)
+			if err := Check(path); err == nil || !strings.Contains(err.Error(), path+":1: ") {
+				t.Errorf("%q at the start: %v", nothing, err)
+			}
+		}
+		write(t, path, "{}")
 		s.Reload()
 		synctest.Wait()
 		wants(b, Unknown)
+		if err := Append(path, aLine); err != nil {
+			t.Error(err)
+		}
+		s.Reload()
+		synctest.Wait()
+		wants(a, nil)
 		if text := log.String(); strings.Contains(text, hashPrefix) {
 			t.Errorf("hashes in the log: %s", text)
 		}
@@ -230,6 +246,7 @@ func TestBadFileIsRefusedByLineAndId(t *testing.T) {
 		id + ": {hash: " + hash + ", notafter: 2027-01-01}":        "has a field that is none of hash",
 		id + ": {hash: " + hash + ", not_after: soon}":             "not_after: must be a time such as",
 		id + ": {hash: " + hash + ", not_after: }":                 "not_after: must be a time such as",
+		id + ": {hash: " + hash + ", not_after: 0001-01-01}":       "not_after: must be a time such as", // it would be no end
 		id + ": {hash: " + hash + ", hash: " + hash + "}":          "a field is set twice",
 		id + ": {hash: [" + hash + "]}":                            "a field must be a text",
 		id + ": [" + hash + "]":                                    "must be a hash, or a section with one",
@@ -264,6 +281,30 @@ func TestFileThatOthersCanReadIsRefused(t *testing.T) {
 	}
 	if err := Check("/dev/zero"); err == nil || !strings.Contains(err.Error(), "no regular file") {
 		t.Error(err)
+	}
+}
+
+// TestAFileKeepsItsOwner when somebody else adds a key: its service has to read it.
+func TestAFileKeepsItsOwner(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys")
+	_, line := newKey(t, time.Time{})
+	write(t, path, line)
+	if err := os.Chown(path, 12345, 23456); err != nil {
+		t.Skip("only root can give a file away: ", err)
+	}
+	if err := os.Chmod(path, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	_, line = newKey(t, time.Time{})
+	if err := Append(path, line); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if of, is := info.Sys().(*syscall.Stat_t); !is || of.Uid != 12345 || of.Gid != 23456 || info.Mode().Perm() != 0o640 {
+		t.Errorf("%+v", info.Sys())
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -35,10 +36,14 @@ type keys struct {
 	sum  [sha256.Size]byte // of the file
 }
 
-func read(path string) (*keys, error) {
+// read returns before, if the file holds just that.
+func read(path string, before *keys) (*keys, error) {
 	text, err := config.ReadSecretFile(path, maxFile)
 	if err != nil {
 		return nil, err
+	}
+	if before != nil && sha256.Sum256(text) == before.sum {
+		return before, nil
 	}
 	list, err := parse(text)
 	if err != nil {
@@ -58,8 +63,8 @@ func parse(text []byte) (list *keys, err error) {
 	var doc yaml.Node
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	switch err := decoder.Decode(&doc); {
-	case errors.Is(err, io.EOF): // no key yet
-		return list, nil
+	case errors.Is(err, io.EOF): // a file that somebody is about to write is empty, too
+		return nil, errors.New("1: is empty: {} alone means that there are no keys")
 	case err != nil:
 		return nil, errors.New("1: is no YAML")
 	case !errors.Is(decoder.Decode(new(yaml.Node)), io.EOF):
@@ -138,7 +143,7 @@ func parseHash(text string) (hash [sha256.Size]byte, err error) {
 // ParseTime reads when a key ends: a moment of RFC 3339, or the beginning of a day in UTC.
 func ParseTime(text string) (time.Time, error) {
 	for _, layout := range []string{time.RFC3339, time.DateOnly} {
-		if t, err := time.Parse(layout, text); err == nil {
+		if t, err := time.Parse(layout, text); err == nil && !t.IsZero() { // which stands for a key without end
 			return t, nil
 		}
 	}
@@ -146,7 +151,7 @@ func ParseTime(text string) (time.Time, error) {
 }
 
 // Append adds a line to a file of keys, which it makes for its owner alone if there is none. Readers see the file before or
-// after. The file keeps its permissions; it must be right, and not be readable by others.
+// after. The file keeps its owner and permissions; it must be right, and not be readable by others.
 func Append(path, line string) (err error) {
 	if target, err := filepath.EvalSymlinks(path); err == nil {
 		path = target // or the link would be replaced
@@ -168,8 +173,14 @@ func Append(path, line string) (err error) {
 	switch info, statErr := os.Stat(path); {
 	case err == nil && statErr == nil:
 		mode = info.Mode().Perm()
+		if err := keepOwner(fresh, info); err != nil {
+			return err
+		}
 	case !errors.Is(err, fs.ErrNotExist):
 		return errors.Join(err, statErr)
+	}
+	if list, err := parse(text); err == nil && len(list.byID) == 0 {
+		text = bytes.TrimSuffix(bytes.TrimSpace(text), []byte("{}"))
 	}
 	if len(text) > 0 && text[len(text)-1] != '\n' {
 		text = append(text, '\n')
@@ -191,5 +202,23 @@ func Append(path, line string) (err error) {
 		return err
 	}
 	_ = fresh.Close() // all of it is on disk
+	return nil
+}
+
+// keepOwner gives a file that takes the place of another one its owner and group. The file of a service must not become that
+// of who adds a key to it, or the service could not read it any more.
+func keepOwner(fresh *os.File, before fs.FileInfo) error {
+	now, err := fresh.Stat()
+	if err != nil {
+		return err
+	}
+	has, isUnix := now.Sys().(*syscall.Stat_t)
+	had, _ := before.Sys().(*syscall.Stat_t)
+	if !isUnix || has.Uid == had.Uid && has.Gid == had.Gid {
+		return nil
+	}
+	if err := fresh.Chown(int(had.Uid), int(had.Gid)); err != nil {
+		return fmt.Errorf("keep owner and group of the file: %w", err)
+	}
 	return nil
 }

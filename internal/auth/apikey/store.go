@@ -59,7 +59,7 @@ type Store struct {
 
 // Check tells what is wrong with a file now.
 func Check(file string) error {
-	_, err := read(file)
+	_, err := read(file, nil)
 	return err
 }
 
@@ -74,7 +74,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
 	}
-	first, err := read(cfg.File)
+	first, err := read(cfg.File, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +116,8 @@ func (s *Store) Close() { s.loop.Close() }
 
 // read takes over what the file holds, if that is something else. It tells whether something is wrong that was not before.
 func (s *Store) read() (worse bool) {
-	next, err := read(s.cfg.File)
+	before := s.current.Load()
+	next, err := read(s.cfg.File, before)
 	switch {
 	case err != nil:
 		s.failed.Inc()
@@ -125,7 +126,7 @@ func (s *Store) read() (worse bool) {
 			s.cfg.Logger.Error("file of API keys not taken over, the keys before stay in use", "error", err)
 		}
 		return worse
-	case next.sum != s.current.Load().sum:
+	case next != before:
 		s.current.Store(next)
 		s.generation.Add(1)
 		s.taken.Inc()

@@ -51,9 +51,12 @@ func TestTokenOpensNoFileAndNoConnection(t *testing.T) {
 	for _, text := range []string{bait.URL, template, file, "file://" + file, "../../../" + file, "..\\..\\x", "' OR 1=1 --", "\x00", "{{kid}}"} {
 		header := map[string]any{"kid": text, "jku": bait.URL + "/jwks", "x5u": bait.URL + "/cert", "jwk": stranger.jwk(), "x5c": []string{"MIIB"}}
 		for _, iss := range []string{issuerA, issuerB, text} {
-			want := UnknownKey
-			if iss == text {
-				want = IssuerWrong
+			want := IssuerWrong
+			switch iss {
+			case issuerA:
+				want = UnknownKey
+			case issuerB: // whose set never comes
+				want = Unavailable
 			}
 			refused(t, v, stranger.sign(t, good(jwt.MapClaims{"iss": iss}), header), want)
 		}

@@ -238,7 +238,7 @@ func TestFirstTokensWaitForTheFirstFetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		idp := startProvider(setOf(t, key))
 		defer idp.close()
-		for delay, want := range map[time.Duration]error{800 * time.Millisecond: nil, 3 * time.Second: UnknownKey} {
+		for delay, want := range map[time.Duration]error{800 * time.Millisecond: nil, 3 * time.Second: Unavailable} {
 			idp.answer(func(w http.ResponseWriter, _ *http.Request) {
 				time.Sleep(delay)
 				_, _ = w.Write(*idp.set.Load())
@@ -396,7 +396,7 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) {
+			if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, Unavailable) {
 				t.Error(err)
 			}
 		})
@@ -405,7 +405,7 @@ func TestCloseEndsAFetchThatHangs(t *testing.T) {
 		wg.Wait()
 		time.Sleep(2 * askInterval)
 		began := time.Now()
-		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, UnknownKey) || time.Since(began) > 0 {
+		if _, err := v.Verify(t.Context(), key.sign(t, good(nil), nil)); !errors.Is(err, Unavailable) || time.Since(began) > 0 {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 	})

@@ -32,7 +32,7 @@ const (
 	NotYet      Reason = "not_yet_valid" // nbf or iat lies ahead
 	Lifetime    Reason = "lifetime"      // no exp, or one more than 24 h away
 	Subject     Reason = "subject"       // the claim that names the caller is missing or no id
-	Unavailable Reason = "unavailable"   // the caller's context ended first
+	Unavailable Reason = "unavailable"   // the issuer's keys have never come yet, or the caller's context ended first
 )
 
 // Reasons are all reasons, for metrics that have one counter for each.
