@@ -45,7 +45,7 @@ func (b *Bench) Compare(ctx context.Context, base string, names []string) ([]*Re
 	if err != nil {
 		return nil, err
 	}
-	old, err := w.pushManager(ctx, "base", base, nil)
+	old, err := w.pushManager(ctx, "base", base, nil, access{})
 	if err != nil {
 		return nil, err
 	}
