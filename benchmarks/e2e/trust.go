@@ -1,12 +1,10 @@
 package e2e
 
-import (
-	"context"
-)
+import "context"
 
-// The bars on trust: what a push costs by one in plain text that nobody asks for credentials. All that is compared are
-// processes of their own, each with its own layout in memory. So there are two in plain text: they are the control, and a
-// ratio is to both.
+// The bars on trust: what a push costs by one in plain text that nobody asks for credentials. What is compared are processes
+// of their own, each with its own layout in memory, which is worth a few percent. So there are two of each, and a ratio is
+// one of both to both.
 
 // way is how pushes come in.
 type way struct {
@@ -14,9 +12,17 @@ type way struct {
 	entrance
 }
 
-// ways starts a Push-Manager for each way and two in plain text, which come first, and makes slots of them.
-func (w *World) ways(ctx context.Context, load Load, others ...way) (slots []Slot, err error) {
-	for _, one := range append([]way{{name: "plain"}, {name: "plain again"}}, others...) {
+// twice has each way a second time.
+func twice(ways ...way) (all []way) {
+	for _, one := range ways {
+		all = append(all, one, way{one.name + " again", one.entrance})
+	}
+	return all
+}
+
+// ways starts a Push-Manager for each way and makes slots of them.
+func (w *World) ways(ctx context.Context, load Load, ways []way) (slots []Slot, err error) {
+	for _, one := range ways {
 		pm, err := w.pushManager(ctx, "pm", w.bench.binary, one.env, one.as)
 		if err != nil {
 			return nil, err
@@ -26,8 +32,9 @@ func (w *World) ways(ctx context.Context, load Load, others ...way) (slots []Slo
 	return slots, nil
 }
 
-// both are the turns of two servers in the same rounds, as if they were one's.
-func both(a, b Series) Series {
+// both are the turns of a slot and its second, as if they were one's.
+func (t Table) both(name string) Series {
+	a, b := t[name], t[name+" again"]
 	sum := make(Series, min(len(a), len(b)))
 	for i := range sum {
 		sum[i] = &Turn{Done: a[i].Done + b[i].Done, Failed: a[i].Failed + b[i].Failed, Error: a[i].Error + b[i].Error, CPU: a[i].CPU + b[i].CPU}
@@ -36,7 +43,7 @@ func both(a, b Series) Series {
 }
 
 // tlsSuite has an entrance for each kind of credentials. What a credential adds in allocations is held against the same
-// call without a look at it: gRPC keeps a header in memory of its own, whoever reads it.
+// call without a look at it: gRPC keeps each header in memory of its own, whoever reads it.
 func tlsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
 	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
@@ -48,8 +55,9 @@ func tlsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	const tls, certificate, token, unread = "TLS", "TLS, client certificate", "TLS, cached JWT", "TLS, a JWT nobody reads"
-	slots, err := w.ways(ctx, b.closed(b.users()), way{tls, e.tls}, way{certificate, e.certificate}, way{token, e.token}, way{unread, e.unread})
+	const plain, tls, certificate, token, unread = "plain", "TLS", "TLS, client certificate", "TLS, cached JWT", "TLS, a JWT nobody reads"
+	ways := twice(way{name: plain}, way{tls, e.tls}, way{certificate, e.certificate}, way{token, e.token})
+	slots, err := w.ways(ctx, b.closed(b.users()), append(ways, way{unread, e.unread}))
 	if err != nil {
 		return nil, err
 	}
@@ -57,13 +65,12 @@ func tlsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	r.control("plain", t)
-	plain := both(t["plain"], t["plain again"])
+	r.control(plain, t)
 	for _, bar := range []struct {
 		name  string
 		limit float64
 	}{{tls, 1.05}, {certificate, 1.10}, {token, 1.15}} {
-		r.bar(Bar{What: "PushToUser: CPU over " + bar.name + " / plain text", Figure: Ratio(t[bar.name], plain, CPUPerRequest), Limit: bar.limit, Kind: AtMost}, t[bar.name], plain)
+		r.overPlain("PushToUser", t.both(bar.name), t.both(plain), bar.name, bar.limit)
 	}
 	for _, pair := range [][2]string{{certificate, tls}, {token, unread}} {
 		with, without := t[pair[0]], t[pair[1]]
@@ -71,12 +78,13 @@ func tlsSuite(ctx context.Context, b *Bench) (*Result, error) {
 		for i := range more {
 			more[i] = Allocations(with[i]) - Allocations(without[i])
 		}
+		// Half of one is none: the runtime has a few of its own, more or less of them to a push.
 		r.bar(Bar{What: "PushToUser: allocations, " + pair[0] + " - " + pair[1], Figure: medianOf(more), Limit: 0.5, Kind: AtMost}, with, without)
 	}
 	return r, nil
 }
 
-// tlsStreamSuite does the same to PushStream. Who calls is asked for once in the life of a stream.
+// tlsStreamSuite does the same to PushStream, where the credential is looked at once for each stream.
 func tlsStreamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	nodes := 3
 	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
@@ -88,25 +96,26 @@ func tlsStreamSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	batches, err := w.ways(ctx, b.batching(b.users()), way{"TLS", e.tls})
+	slots, err := w.ways(ctx, b.batching(b.users()), twice(way{name: "plain"}, way{"TLS", e.tls}))
 	if err != nil {
 		return nil, err
 	}
-	const each = ", a message each"
-	slots := batches
-	for _, s := range batches {
-		slots = append(slots, Slot{s.Name + each, s.Server, b.streaming(b.users())})
+	const each = "a message each, "
+	for _, s := range slots { // as they are before
+		slots = append(slots, Slot{each + s.Name, s.Server, b.streaming(b.users())})
 	}
 	r, t, err := b.measure(ctx, "tlsstream", slots)
 	if err != nil {
 		return nil, err
 	}
-	for _, load := range []string{"", each} {
-		one, other, tls := t["plain"+load], t["plain again"+load], t["TLS"+load]
-		plain := both(one, other)
-		r.bar(Bar{What: "A/A control: CPU of plain" + load + " / another", Figure: Ratio(other, one, CPUPerRequest), Limit: 1, Kind: Includes}, one, other)
-		what := "PushStream" + map[string]string{"": ", batches", each: each}[load] + ": CPU over TLS / plain text"
-		r.bar(Bar{What: what, Figure: Ratio(tls, plain, CPUPerRequest), Limit: 1.03, Kind: AtMost}, tls, plain)
+	for _, load := range []struct{ prefix, what string }{{"", "PushStream, batches"}, {each, "PushStream, a message each"}} {
+		r.control(load.prefix+"plain", t)
+		r.overPlain(load.what, t.both(load.prefix+"TLS"), t.both(load.prefix+"plain"), "TLS", 1.03)
 	}
 	return r, nil
+}
+
+// overPlain adds the bar of what pushes cost by those in plain text.
+func (r *Result) overPlain(what string, s, plain Series, over string, limit float64) {
+	r.bar(Bar{What: what + ": CPU over " + over + " / plain text", Figure: Ratio(s, plain, CPUPerRequest), Limit: limit, Kind: AtMost}, s, plain)
 }
