@@ -209,20 +209,20 @@ func (w *World) Rival(ctx context.Context, role string, env ...string) (*Server,
 	if err != nil {
 		return nil, err
 	}
-	return w.server(ctx, role, c, at)
+	return w.server(ctx, role, c, at, access{})
 }
 
-func (w *World) server(ctx context.Context, name string, c *child, at where) (*Server, error) {
+func (w *World) server(ctx context.Context, name string, c *child, at where, as access) (*Server, error) {
 	w.bench.names++
 	s := &Server{Name: name + "-" + strconv.Itoa(w.bench.names), child: c, where: at, bench: w.bench, world: w}
 	w.servers = append(w.servers, s)
-	return s, w.bench.load.call(ctx, "target", target{Name: s.Name, Addr: at.API, Conns: w.bench.opts.Conns}, nil)
+	return s, w.bench.load.call(ctx, "target", target{Name: s.Name, Addr: at.API, Conns: w.bench.opts.Conns, As: as}, nil)
 }
 
 // PushManager starts the product, with extra environment. It has all its streams up
 // when this returns.
 func (w *World) PushManager(ctx context.Context, env ...string) (*Server, error) {
-	return w.pushManager(ctx, "pm", w.bench.binary, env)
+	return w.pushManager(ctx, "pm", w.bench.binary, env, access{})
 }
 
 // pushManager starts a world with the product in it.
@@ -239,7 +239,8 @@ func (b *Bench) pushManager(ctx context.Context, nodes int, rooms []Room, env ..
 	return w, pm, nil
 }
 
-func (w *World) pushManager(ctx context.Context, name, binary string, env []string) (*Server, error) {
+// pushManager starts a build of the product. as is how the load generator calls it.
+func (w *World) pushManager(ctx context.Context, name, binary string, env []string, as access) (*Server, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	env = slices.Concat([]string{
@@ -258,7 +259,7 @@ func (w *World) pushManager(ctx context.Context, name, binary string, env []stri
 	if err := c.runs(ctx, "push-manager runs", &started); err != nil {
 		return nil, err
 	}
-	s, err := w.server(ctx, name, c, where{API: started.GRPC, Ops: started.HTTP})
+	s, err := w.server(ctx, name, c, where{API: started.GRPC, Ops: started.HTTP}, as)
 	if err != nil {
 		return nil, err
 	}

@@ -268,7 +268,7 @@ func (b *Bench) startStack(ctx context.Context, s *stack, binary string) error {
 		w.nodes[room.Room] = at.GRPC
 		s.rooms[n] = room
 	}
-	pm, err := w.pushManager(ctx, s.name, binary, nil)
+	pm, err := w.pushManager(ctx, s.name, binary, nil, access{})
 	if err != nil {
 		return err
 	}

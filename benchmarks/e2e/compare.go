@@ -7,11 +7,15 @@ import (
 )
 
 // named is one of the usual loads: what is profiled, and what two builds are compared
-// with. Those of a rival are for its profile alone.
+// with. Those of a rival, and those over TLS, are for a profile alone.
 type named struct {
 	name, rival string
+	tls         bool
 	Load
 }
+
+// special tells whether a load is for a profile alone, when it is asked for by name.
+func (n *named) special() bool { return n.rival != "" || n.tls }
 
 // usual is the world of the usual loads.
 func (b *Bench) usual(ctx context.Context) (*World, error) {
@@ -22,13 +26,16 @@ func (b *Bench) usual(ctx context.Context) (*World, error) {
 func (b *Bench) usualLoads() []named {
 	mixed := Work{Users: "u", UserN: b.userN(), Rooms: "of100", RoomN: 1, Mix: [3]int{80, 19, 1}, Payload: payload}
 	return []named{
-		{"user", "", b.closed(b.users())},
-		{"stream", "", b.streaming(b.users())},
-		{"batch", "", b.batching(b.users())},
-		{"room", "", b.closed(room(1000))},
-		{"open", "", b.open(mixed, 10_000)},
-		{"echo", "echo", b.closed(b.users())},
-		{"floor", "floor", b.closed(b.users())},
+		{name: "user", Load: b.closed(b.users())},
+		{name: "stream", Load: b.streaming(b.users())},
+		{name: "batch", Load: b.batching(b.users())},
+		{name: "room", Load: b.closed(room(1000))},
+		{name: "open", Load: b.open(mixed, 10_000)},
+		{name: "echo", rival: "echo", Load: b.closed(b.users())},
+		{name: "floor", rival: "floor", Load: b.closed(b.users())},
+		{name: "tlsuser", tls: true, Load: b.closed(b.users())},
+		{name: "tlsstream", tls: true, Load: b.streaming(b.users())},
+		{name: "tlsbatch", tls: true, Load: b.batching(b.users())},
 	}
 }
 
@@ -45,7 +52,7 @@ func (b *Bench) Compare(ctx context.Context, base string, names []string) ([]*Re
 	if err != nil {
 		return nil, err
 	}
-	old, err := w.pushManager(ctx, "base", base, nil)
+	old, err := w.pushManager(ctx, "base", base, nil, access{})
 	if err != nil {
 		return nil, err
 	}
@@ -55,7 +62,7 @@ func (b *Bench) Compare(ctx context.Context, base string, names []string) ([]*Re
 	}
 	var results []*Result
 	for _, load := range b.usualLoads() {
-		if load.rival != "" || len(names) > 0 && !slices.Contains(names, load.name) {
+		if load.special() || len(names) > 0 && !slices.Contains(names, load.name) {
 			continue
 		}
 		r, err := b.compare(ctx, load, pm, old, echo)

@@ -19,6 +19,8 @@
 //     ratio, with a 95 % interval from a bootstrap over rounds.
 //   - An A/A control, the same server twice in each round, stands beside each
 //     table; its interval must include 1.
+//   - What a few percent decide, as between plain text and TLS, has two processes of
+//     each kind, for each process has its own layout in memory.
 //   - CPU time is the operating system's account of the server's process (its
 //     CPU clock), writes and bytes are /proc/PID/io, where sockets count, and
 //     allocations and frames are what the process shows at /metrics.

@@ -30,7 +30,7 @@ func TestSuitesRun(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts many processes")
 	}
-	suites := []string{"user", "stream", "room", "members", "open2k", "allocs", "memory", "change", "payload"}
+	suites := []string{"user", "stream", "room", "members", "tls", "tlsstream", "open2k", "allocs", "memory", "change", "payload"}
 	b, err := e2e.Start(t.Context(), e2e.Options{
 		Rounds: 1, Turn: 20 * time.Millisecond, InFlight: 8, StreamInFlight: 64, Short: true,
 	})

@@ -100,7 +100,7 @@ func (g *generator) flood(ctx context.Context, f Flood) ([]Flooded, error) {
 	var hoses []*hose
 	for priority, n := range floodConns {
 		for range n {
-			w, err := dialWire(ctx, t.Addr)
+			w, err := dialWire(ctx, t.Addr, t.As)
 			if err != nil {
 				return nil, err
 			}

@@ -47,8 +47,10 @@ type wire struct {
 	headers   *hpack.Encoder // into block
 	block     bytes.Buffer
 	blocks    map[string][]byte // by method, once they only refer to what was said before
+	scheme    string
 	authority string
-	priority  string // of all calls, "" for none
+	bearer    string // of all calls, "" for none
+	priority  string // the same
 
 	nextID       uint32
 	received     int                  // bytes of data that the other side has no window for yet
@@ -87,15 +89,15 @@ type queued struct {
 	at time.Time
 }
 
-func dialWire(ctx context.Context, addr string) (*wire, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "tcp", addr)
+func dialWire(ctx context.Context, addr string, as access) (*wire, error) {
+	conn, err := as.dial(ctx, addr)
 	if err != nil {
 		return nil, err
 	}
 	w := &wire{
 		conn: conn, in: bufio.NewReaderSize(conn, 64<<10), nextID: 1, window: startWindow, streamWindow: startWindow,
-		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, blocks: map[string][]byte{}, authority: addr, last: time.Now(),
+		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, blocks: map[string][]byte{}, last: time.Now(),
+		scheme: as.scheme(), authority: addr, bearer: as.bearer(),
 	}
 	w.headers = hpack.NewEncoder(&w.block)
 	w.framer = http2.NewFramer(&w.out, w.in)
@@ -143,9 +145,9 @@ func (w *wire) headersOf(method string) []byte {
 	}
 	w.block.Reset()
 	for _, f := range [...]hpack.HeaderField{
-		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: method}, {Name: ":authority", Value: w.authority},
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: w.scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: w.authority},
 		{Name: "content-type", Value: "application/grpc"}, {Name: "user-agent", Value: "pushbench"}, {Name: "x-priority", Value: w.priority},
-		{Name: "te", Value: "trailers"},
+		{Name: "te", Value: "trailers"}, {Name: "authorization", Value: w.bearer},
 	} {
 		if f.Value != "" {
 			_ = w.headers.WriteField(f) // into memory

@@ -54,6 +54,7 @@ type target struct {
 	Name  string `json:"name"`
 	Addr  string `json:"addr"`
 	Conns int    `json:"conns"`
+	As    access `json:"as"`
 
 	wires []*wire
 }

@@ -55,7 +55,7 @@ func (t *target) wire(ctx context.Context, i int) (*wire, error) {
 		return w, nil
 	}
 	t.broken(i)
-	w, err := dialWire(ctx, t.Addr)
+	w, err := dialWire(ctx, t.Addr, t.As)
 	t.wires[i] = w
 	return w, err
 }

@@ -12,7 +12,8 @@ import (
 
 // Profiles loads Push-Manager with each of user, stream, room and open, or those
 // named, and writes a CPU profile and one of its allocations meanwhile into dir. The
-// rivals echo and floor, when named, get the load of user.
+// rivals echo and floor, when named, get the load of user; tlsuser, tlsstream and tlsbatch,
+// when named, are what they say over TLS.
 func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names []string) (files []string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
 		return nil, err
@@ -23,10 +24,10 @@ func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names
 	}
 	defer w.Close(context.WithoutCancel(ctx))
 	for _, load := range b.usualLoads() {
-		if !slices.Contains(names, load.name) && (len(names) > 0 || load.rival != "") {
+		if !slices.Contains(names, load.name) && (len(names) > 0 || load.special()) {
 			continue
 		}
-		pm, err := w.profiled(ctx, load.rival)
+		pm, err := w.profiled(ctx, &load)
 		if err != nil {
 			return files, err
 		}
@@ -45,11 +46,19 @@ func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names
 }
 
 // profiled is a rival, or else a new Push-Manager, so that allocations are of one load.
-func (w *World) profiled(ctx context.Context, rival string) (*Server, error) {
-	if rival == "" {
+func (w *World) profiled(ctx context.Context, load *named) (*Server, error) {
+	switch {
+	case load.rival != "":
+		return w.Rival(ctx, load.rival)
+	case load.tls:
+		e, err := w.bench.entrances()
+		if err != nil {
+			return nil, err
+		}
+		return w.pushManager(ctx, load.name, w.bench.binary, e.tls.env, e.tls.as)
+	default:
 		return w.PushManager(ctx)
 	}
-	return w.Rival(ctx, rival)
 }
 
 func (b *Bench) profile(ctx context.Context, pm *Server, load Load, prefix string, d time.Duration) (files []string, err error) {

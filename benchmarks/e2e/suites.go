@@ -26,6 +26,8 @@ func Suites() []Suite {
 		{"room", "PushToRoom, saturated, 10 to 10,000 members on 3 nodes, against the naive design", true, roomSuite},
 		{"counts", "pushes to a frame and writes per push, saturated", true, countsSuite},
 		{"members", "bytes to the nodes per room push, 10 to 1,000,000 members on 100 nodes", true, membersSuite},
+		{"tls", "PushToUser, saturated, in plain text, over TLS, with a client's certificate, with a token", true, tlsSuite},
+		{"tlsstream", "PushStream, saturated, in plain text and over TLS", true, tlsStreamSuite},
 		{"open10k", "10,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(10_000)},
 		{"open2k", "2,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(2_000)},
 		{"allocs", "allocations from the decoded push to its outcome, in this process", true, allocsSuite},

@@ -469,9 +469,10 @@ func TestBadTokensStarveNobody(t *testing.T) {
 	floods.Wait()
 }
 
-// TestAKnownCallerCostsACallNothing: admission takes as much memory as without authentication.
+// TestAKnownCallerCostsACallNothing: admission takes as much memory as without authentication, that of a unary call and that
+// of each push of a PushStream, and a rate of the caller's own changes nothing.
 func TestAKnownCallerCostsACallNothing(t *testing.T) {
-	allocations := func(change func(*Config, *engine.Config), headers metadata.MD) float64 {
+	allocations := func(change func(*Config, *engine.Config), headers metadata.MD) (unary, push float64) {
 		w := newWorld(t, change)
 		_, server := net.Pipe()
 		conn, info, err := w.server.throttle.Credentials(insecure.NewCredentials()).ServerHandshake(server)
@@ -479,20 +480,39 @@ func TestAKnownCallerCostsACallNothing(t *testing.T) {
 		defer func() { _ = conn.Close() }()
 		ctx := grpc.NewContextWithServerTransportStream(metadata.NewIncomingContext(context.Background(), headers), quiet{})
 		ctx = peer.NewContext(ctx, &peer.Peer{AuthInfo: info})
-		push := new(engine.Push)
-		push.User = "d"
-		return testing.AllocsPerRun(1000, func() {
+		p := new(engine.Push)
+		p.User = "d"
+		unary = testing.AllocsPerRun(1000, func() {
 			info, err := w.server.admit(w.server.throttle.Tap(ctx, headers), toUser)
 			ok(t, err)
-			ok(t, w.server.authorize(info.principal, toUser, push))
+			ok(t, w.server.authorize(info.principal, toUser, p))
 			w.server.leave(&info)
 		})
+		st := &stream{srv: w.server}
+		st.info, err = w.server.admit(ctx, apis)
+		ok(t, err)
+		defer w.server.leave(&st.info)
+		body := marshal(t, &pubsub.PushToUserRequest{UserId: "d", Content: content("x")})
+		c := new(call)
+		c.api, c.stream = toUser, st
+		push = testing.AllocsPerRun(1000, func() {
+			c.push.Reset()
+			c.push.Arrived = time.Now()
+			ok(t, st.prepare(ctx, c, body))
+			if c.account != nil {
+				c.account.leave(false)
+			}
+		})
+		return unary, push
 	}
-	a := newAccess(t, authtest.New(t, policyOf(caller("a", `{methods: [PushToUser], users: ["x-*", d]}`))))
-	without := allocations(nil, metadata.MD{"x-priority": {"high"}})
-	with := allocations(a.set, metadata.MD{"x-priority": {"high"}, "authorization": {"Bearer " + a.Token("a", time.Hour)}})
-	if with > without {
-		t.Errorf("%v allocations, %v without authentication", with, without)
+	const may = `{methods: [PushToUser], users: ["x-*", d]}`
+	a := newAccess(t, authtest.New(t, policyOf(caller("a", may), caller("b", may, ", rate: 100000"))))
+	unary, push := allocations(nil, metadata.MD{"x-priority": {"high"}})
+	for _, name := range []string{"a", "b"} {
+		u, p := allocations(a.set, metadata.MD{"x-priority": {"high"}, "authorization": {"Bearer " + a.Token(name, time.Hour)}})
+		if u > unary || p > push {
+			t.Errorf("%s: %v and %v allocations, %v and %v without authentication", name, u, p, unary, push)
+		}
 	}
 }
 
