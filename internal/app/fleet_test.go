@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"io"
+	"log/slog"
 	"maps"
 	"math/big"
 	"net"
@@ -68,6 +69,7 @@ type fleet struct {
 	next      authority         // etcd reads its authorities once: it trusts this one from the beginning
 	parts     map[string]string // names of sets of files, and the URIs of their certificates
 	interval  string            // of reloads
+	log       slog.Handler      // of Push-Manager and the nodes
 
 	etcd         *etcdtest.Server
 	controller   *controller.Controller
@@ -77,7 +79,7 @@ type fleet struct {
 
 func newFleet(t *testing.T, interval string) *fleet {
 	t.Helper()
-	f := &fleet{t: t, dir: t.TempDir(), authority: newAuthority(t), next: newAuthority(t), parts: map[string]string{}, interval: interval}
+	f := &fleet{t: t, dir: t.TempDir(), authority: newAuthority(t), next: newAuthority(t), parts: map[string]string{}, interval: interval, log: slog.DiscardHandler}
 	files := f.files("etcd", "spiffe://test/etcd")
 	f.write("etcd.ca", slices.Concat(f.authority.pair.Cert, f.next.pair.Cert))
 	f.etcd = etcdtest.Start(t, etcdtest.WithTLS(files.Cert, files.Key, files.CA))
@@ -138,12 +140,12 @@ func (f *fleet) startPushManager(more map[string]string) *pushmanager.PushManage
 	}, section{"TLS", "CLIENT_CA_FILE", "api", "spiffe://test/api"}, section{"LINK_TLS", "CA_FILE", "link", "spiffe://test/push-manager/pm"},
 		section{"CONTROLLER_TLS", "CA_FILE", "pm-controller", "spiffe://test/push-manager/pm"}, section{"ETCD_TLS", "CA_FILE", "pm-etcd", "spiffe://test/push-manager/pm"})
 	maps.Copy(env, more)
-	f.pm = program(f.t, &pushmanager.Config{}, env).(*pushmanager.PushManager)
+	f.pm = loggingProgram(f.t, f.log, &pushmanager.Config{}, env).(*pushmanager.PushManager)
 	return f.pm
 }
 
 // node starts a Connect-Node; plain leaves its port for Push-Managers without TLS.
-func (f *fleet) node(id string, plain bool) *connectnode.ConnectNode {
+func (f *fleet) node(id string, plain bool, more ...map[string]string) *connectnode.ConnectNode {
 	f.t.Helper()
 	uri := "spiffe://test/connect-node/" + id
 	sections := []section{
@@ -153,7 +155,10 @@ func (f *fleet) node(id string, plain bool) *connectnode.ConnectNode {
 		sections = append(sections, section{"NODE_TLS", "CLIENT_CA_FILE", id, uri})
 	}
 	env := f.env(map[string]string{"NODE_ID": id, "GRPC_PORT": "0", "HTTP_PORT": "0", "CONTROLLER_TLS_SERVER_NAME": "controller.test"}, sections...)
-	n := program(f.t, &connectnode.Config{}, env).(*connectnode.ConnectNode)
+	for _, m := range more {
+		maps.Copy(env, m)
+	}
+	n := loggingProgram(f.t, f.log, &connectnode.Config{}, env).(*connectnode.ConnectNode)
 	eventually(f.t, id+" is ready", func() bool { return n.Ready() == nil })
 	return n
 }

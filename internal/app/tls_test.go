@@ -27,10 +27,15 @@ import (
 // program starts a program, and drains it at the end of the test.
 func program(t *testing.T, settings cli.Settings, env map[string]string) cli.Program {
 	t.Helper()
+	return loggingProgram(t, slog.DiscardHandler, settings, env)
+}
+
+func loggingProgram(t *testing.T, log slog.Handler, settings cli.Settings, env map[string]string) cli.Program {
+	t.Helper()
 	if err := cli.Fill(settings, env); err != nil {
 		t.Fatal(err)
 	}
-	p, err := settings.Start(t.Context(), slog.New(slog.DiscardHandler))
+	p, err := settings.Start(t.Context(), slog.New(log))
 	if err != nil {
 		t.Fatal(err)
 	}

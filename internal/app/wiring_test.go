@@ -119,7 +119,7 @@ var handedTo = map[string]map[string][]string{
 func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 	ca := etcdtest.NewCA(t).File
 	for file, text := range map[string][]byte{
-		".secret": bytes.Repeat([]byte("s"), 32), ".keys": nil,
+		".secret": bytes.Repeat([]byte("s"), 32), ".keys": []byte("{}"),
 		".policy": []byte("{version: 1, callers: [{name: a, match: [{san: a.b}], allow: [{methods: [BroadcastMessage]}]}]}"),
 	} {
 		if err := os.WriteFile(ca+file, text, 0o600); err != nil {

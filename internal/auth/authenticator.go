@@ -15,7 +15,6 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/maypok86/otter/v2"
 	"golang.org/x/sync/singleflight"
-	"golang.org/x/time/rate"
 
 	"github.com/push-manager/push-manager/internal/auth/apikey"
 	"github.com/push-manager/push-manager/internal/auth/jwt"
@@ -31,17 +30,16 @@ const (
 	Malformed    Reason = "malformed"     // no header that can be understood, or more than one
 	NoCaller     Reason = "policy"        // a good credential that the policy gives to nobody
 	Expired      Reason = "expired"       // the certificate of the connection, too
-	TooMany      Reason = "too_many"      // bad credentials on this connection lately: this one has not been looked at
 )
 
 func (r Reason) Error() string { return "not authenticated: " + string(r) }
 
 // Temporary tells whether the same credential may be good if it comes again.
-func (r Reason) Temporary() bool { return r == TooMany || r == Reason(jwt.Unavailable) }
+func (r Reason) Temporary() bool { return r == Reason(jwt.Unavailable) }
 
 // Reasons are all there are.
 func Reasons() []Reason {
-	all := []Reason{NoCredential, NoCaller, TooMany} // the others have the names of those of tokens
+	all := []Reason{NoCredential, NoCaller} // the others have the names of those of tokens
 	for _, r := range jwt.Reasons() {
 		all = append(all, Reason(r))
 	}
@@ -92,19 +90,21 @@ const (
 	// keepBad is for how long a bad credential is not verified again, and badEntries how many of them are known.
 	keepBad    = time.Second
 	badEntries = 1024
-	// verifyBound is the longest that a verification may take. It may wait a second for an issuer's keys.
+	// verifyBound is the longest that a verification may take. It may wait a second for an issuer's keys, and in the line of
+	// its connection.
 	verifyBound = 2 * time.Second
-	// badRate is how many bad credentials one connection may bring in a second for which there is no verdict yet, after
-	// badBurst at once. What it brings beyond that is not looked at.
-	badRate, badBurst = 10, 20
 )
 
 // Authenticator tells who calls. Its methods may be called by any number of goroutines at a time.
 //
 // A credential that is known costs a comparison on its connection, or a SHA-256 on another one. It is known no longer than
 // it is valid, and until the policy or any keys have changed. One that is not known is verified once, however many calls
-// come with it. A bad one is known for a second; a connection that goes on to bring others is made to wait, so that
-// verifying them takes no cores from others.
+// come with it, and a bad one is known for a second.
+//
+// Bad credentials are not counted. A connection may be one of a balancer that many callers share, and nobody is refused for
+// what others of them do. Most bad credentials cost less than the call that they come with. A signature costs several times
+// as much, so one of a connection is verified at a time: however many it brings, new tokens on other connections wait for
+// one of them, and those on the same connection for at most as many as it may have calls.
 type Authenticator struct {
 	// Static.
 	policies *Policies
@@ -164,12 +164,10 @@ type Session struct {
 	// Static.
 	leaf  *x509.Certificate // nil: none was shown
 	names []string          // in it
+	line  jwt.Line          // of its tokens
 
 	byCertificate atomic.Pointer[Principal]
 	last          atomic.Pointer[sighting]
-
-	// bad pays for credentials that turn out to be bad.
-	bad *rate.Limiter
 }
 
 // sighting is the credential of a call, and whose it was.
@@ -180,7 +178,7 @@ type sighting struct {
 
 // NewSession begins with a connection. state is nil for one without TLS.
 func NewSession(state *tls.ConnectionState) *Session {
-	s := &Session{bad: rate.NewLimiter(badRate, badBurst)}
+	s := &Session{line: jwt.NewLine()}
 	if state != nil && len(state.VerifiedChains) > 0 {
 		s.leaf = state.VerifiedChains[0][0]
 		s.names = certs.Names(s.leaf)
@@ -252,30 +250,24 @@ func (a *Authenticator) lookup(s *Session, header string, now time.Time) *Princi
 	if p, ok := a.bad.GetIfPresent(sum); ok && a.Valid(p, now) {
 		return p
 	}
-	if s.bad.TokensAt(now) < 1 {
-		return &Principal{err: TooMany}
-	}
 	v, _, _ := a.flights.Do(string(sum[:]), func() (any, error) {
 		if p, ok := a.known.GetIfPresent(sum); ok && a.Valid(p, now) {
 			return p, nil // another call was faster
 		}
-		p := a.verify(header, time.Now())
-		if p.err == nil {
+		p := a.verify(s, header, time.Now())
+		switch {
+		case p.err == nil:
 			a.known.Set(sum, p)
-		} else {
+		case !errors.Is(p.err, Reason(jwt.Unavailable)): // one for which there was no time is no bad one
 			a.bad.Set(sum, p)
 		}
 		return p, nil
 	})
-	p := v.(*Principal)
-	if p.err != nil {
-		s.bad.AllowN(now, 1)
-	}
-	return p
+	return v.(*Principal)
 }
 
 // verify judges a credential.
-func (a *Authenticator) verify(header string, now time.Time) *Principal {
+func (a *Authenticator) verify(s *Session, header string, now time.Time) *Principal {
 	a.verified.Inc()
 	p := &Principal{generation: a.generation()}
 	scheme, credential, _ := strings.Cut(header, " ")
@@ -285,7 +277,7 @@ func (a *Authenticator) verify(header string, now time.Time) *Principal {
 	case strings.HasPrefix(credential, apikey.Prefix):
 		p.err = a.ofKey(p, credential)
 	default:
-		p.err = a.ofToken(p, credential)
+		p.err = a.ofToken(s, p, credential)
 	}
 	switch {
 	case p.err != nil:
@@ -313,13 +305,13 @@ func (a *Authenticator) ofKey(p *Principal, raw string) error {
 	return nil
 }
 
-func (a *Authenticator) ofToken(p *Principal, raw string) error {
+func (a *Authenticator) ofToken(s *Session, p *Principal, raw string) error {
 	if a.tokens == nil {
 		return Reason(jwt.IssuerWrong)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), verifyBound) // not that of a call: others may wait for it, too
 	defer cancel()
-	token, err := a.tokens.Verify(ctx, raw)
+	token, err := a.tokens.VerifyInLine(ctx, s.line, raw)
 	if err != nil {
 		return reasonOf(err)
 	}

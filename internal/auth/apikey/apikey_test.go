@@ -185,10 +185,25 @@ func TestFileIsTakenOverAsAWhole(t *testing.T) {
 		if s.Generation() == both {
 			t.Error("a key was withdrawn, and verdicts about it stay")
 		}
-		write(t, path, "")
+		for _, nothing := range []string{"", "\n\n", "# no keys"} { // as while it is written
+			write(t, path, nothing)
+			s.Reload()
+			synctest.Wait()
+			wants(b, nil)
+			if err := Check(path); err == nil || !strings.Contains(err.Error(), path+":1: ") {
+				t.Errorf("%q at the start: %v", nothing, err)
+			}
+		}
+		write(t, path, "{}")
 		s.Reload()
 		synctest.Wait()
 		wants(b, Unknown)
+		if err := Append(path, aLine); err != nil {
+			t.Error(err)
+		}
+		s.Reload()
+		synctest.Wait()
+		wants(a, nil)
 		if text := log.String(); strings.Contains(text, hashPrefix) {
 			t.Errorf("hashes in the log: %s", text)
 		}

@@ -18,7 +18,8 @@
 //
 // Invariants:
 //
-//   - The file is taken over as a whole or not at all. One that is bad leaves the keys before it in use.
+//   - The file is taken over as a whole or not at all. One that is bad leaves the keys before it in use. So does one that
+//     holds nothing, as while it is written: {} alone withdraws all keys.
 //   - Others than the file's owner and group must not be able to read it.
 //   - Secrets are compared by their hashes, in constant time. A key with an unknown id costs the same hash.
 //   - Errors and logs hold ids at most.

@@ -58,8 +58,8 @@ func parse(text []byte) (list *keys, err error) {
 	var doc yaml.Node
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	switch err := decoder.Decode(&doc); {
-	case errors.Is(err, io.EOF): // no key yet
-		return list, nil
+	case errors.Is(err, io.EOF): // a file that somebody is about to write is empty, too
+		return nil, errors.New("1: is empty: {} alone means that there are no keys")
 	case err != nil:
 		return nil, errors.New("1: is no YAML")
 	case !errors.Is(decoder.Decode(new(yaml.Node)), io.EOF):
@@ -170,6 +170,9 @@ func Append(path, line string) (err error) {
 		mode = info.Mode().Perm()
 	case !errors.Is(err, fs.ErrNotExist):
 		return errors.Join(err, statErr)
+	}
+	if list, err := parse(text); err == nil && len(list.byID) == 0 {
+		text = bytes.TrimSuffix(bytes.TrimSpace(text), []byte("{}"))
 	}
 	if len(text) > 0 && text[len(text)-1] != '\n' {
 		text = append(text, '\n')

@@ -35,7 +35,7 @@ func New(t testing.TB, policy string) *Files {
 	dir := t.TempDir()
 	f := &Files{Policy: filepath.Join(dir, "policy.yaml"), Keys: filepath.Join(dir, "keys.yaml"), Secret: filepath.Join(dir, "secret"), t: t}
 	f.write(f.Policy, policy)
-	f.write(f.Keys, "")
+	f.writeKeys()
 	f.write(f.Secret, strings.Repeat("s", 64))
 	return f
 }
@@ -62,7 +62,7 @@ func (f *Files) NewKey(notAfter time.Time) (key, id string) {
 		f.t.Fatal(err)
 	}
 	f.lines = append(f.lines, line)
-	f.write(f.Keys, strings.Join(f.lines, "\n"))
+	f.writeKeys()
 	id, _, _ = strings.Cut(line, ":")
 	return key, id
 }
@@ -71,6 +71,15 @@ func (f *Files) NewKey(notAfter time.Time) (key, id string) {
 func (f *Files) DropKey(id string) {
 	f.t.Helper()
 	f.lines = slices.DeleteFunc(f.lines, func(line string) bool { return strings.HasPrefix(line, id) })
+	f.writeKeys()
+}
+
+func (f *Files) writeKeys() {
+	f.t.Helper()
+	if len(f.lines) == 0 {
+		f.write(f.Keys, "{}")
+		return
+	}
 	f.write(f.Keys, strings.Join(f.lines, "\n"))
 }
 

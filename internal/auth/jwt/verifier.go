@@ -76,9 +76,21 @@ func (v *Verifier) Close() {
 	v.end.Wait()
 }
 
+// Line is for tokens that come from one place, such as a connection: one of their signatures is verified at a time. However
+// many it brings, the tokens of others wait for one of them.
+type Line chan struct{}
+
+// NewLine makes a line in which nobody waits.
+func NewLine() Line { return make(Line, 1) }
+
 // Verify tells who signed a token and what it claims. Its error is a Reason. It takes at most GOMAXPROCS signatures at a
 // time; others wait for their turn, or until ctx ends. A token whose key is unknown may wait for its issuer for 1 s.
 func (v *Verifier) Verify(ctx context.Context, raw string) (*Token, error) {
+	return v.VerifyInLine(ctx, nil, raw)
+}
+
+// VerifyInLine is Verify for one of a line. A token does not wait in it for its issuer. nil is no line.
+func (v *Verifier) VerifyInLine(ctx context.Context, line Line, raw string) (*Token, error) {
 	if len(raw) > MaxToken || !isCompact(raw) {
 		return nil, Malformed
 	}
@@ -113,6 +125,14 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Token, error) {
 		id.kid = "" // it was not looked at
 	}
 
+	if line != nil {
+		select {
+		case line <- struct{}{}:
+			defer func() { <-line }()
+		case <-ctx.Done():
+			return nil, Unavailable
+		}
+	}
 	select {
 	case v.cpu <- struct{}{}:
 	case <-ctx.Done():
