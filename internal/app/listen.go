@@ -41,46 +41,6 @@ func CheckMetricsAddress(s *config.Set, host *string, listen string, profiles bo
 	return nil
 }
 
-// AllowInsecureHelp is what allow_insecure does.
-const AllowInsecureHelp = "Start although others could use what is not protected: an address that they reach without TLS and authentication, an etcd elsewhere without TLS. It is logged each hour."
-
-// Risks are what is insecure about a program: its start is refused because of them, unless they are allowed.
-type Risks struct {
-	set     *config.Set
-	allowed bool
-	found   []string
-}
-
-// NewRisks has found none yet. allowed is the value of allow_insecure.
-func NewRisks(s *config.Set, allowed bool) *Risks { return &Risks{set: s, allowed: allowed} }
-
-// Add notes one, and refuses it unless it is allowed. The error names the key.
-func (r *Risks) Add(key, format string, args ...any) error {
-	text := fmt.Sprintf(format, args...)
-	if !r.allowed {
-		return r.set.Errorf(key, "%s: only with ALLOW_INSECURE=true", text)
-	}
-	r.found = append(r.found, text)
-	return nil
-}
-
-// Listen is Add for listen_address where others can reach it while something is missing for that.
-func (r *Risks) Listen(host, missing string) error {
-	if err := CheckListen(r.set, "listen_address", host); err != nil {
-		return err
-	}
-	if config.Loopback(host) || missing == "" {
-		return nil
-	}
-	return r.Add("listen_address", "%q can be reached by others, without %s", host, missing)
-}
-
-// Asked notes one that a key of its own has asked for: it is allowed.
-func (r *Risks) Asked(text string) { r.found = append(r.found, text) }
-
-// Found are all.
-func (r *Risks) Found() []string { return r.found }
-
 // Port is a port to listen on and the key that it is from.
 type Port struct {
 	Key    string

@@ -1,7 +1,6 @@
 package app
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
 	"log/slog"
@@ -211,34 +210,4 @@ func (l *Lifecycle) Reload() {
 	for _, f := range l.files {
 		f.Reload()
 	}
-}
-
-// warnInsecure is how often it is said what is insecure.
-const warnInsecure = time.Hour
-
-// Insecure shows whether a program runs although something about it is insecure, and warns of that.
-func (l *Lifecycle) Insecure(log *slog.Logger, set *metrics.Set, risks []string) {
-	value := float64(min(len(risks), 1))
-	set.GetOrCreateGauge("push_manager_insecure", func() float64 { return value })
-	if len(risks) == 0 {
-		return
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for tick := time.NewTicker(warnInsecure); ; {
-			log.Warn("this program is insecure, as its settings allow", "why", strings.Join(risks, "; "))
-			select {
-			case <-tick.C:
-			case <-ctx.Done():
-				tick.Stop()
-				return
-			}
-		}
-	}()
-	l.Add("warning", Closing(func() {
-		cancel()
-		<-ended
-	}))
 }

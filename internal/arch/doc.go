@@ -6,7 +6,8 @@
 //   - each package says once, in doc.go, what it is for;
 //   - what is committed is finished;
 //   - each metric stands in docs/metrics.md, and nothing else does;
-//   - links between the documents lead somewhere.
+//   - links between the documents lead somewhere;
+//   - docs/architecture.md says of each file what is decided there.
 //
 // The tests read the source files; the one on metrics also asks a running push-manager dev.
 package arch

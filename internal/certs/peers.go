@@ -57,7 +57,7 @@ func Node(trustDomain, id string) Check {
 		want = append(want, "spiffe://"+trustDomain+"/"+KindNode+"/"+id)
 	}
 	return func(leaf *x509.Certificate) error {
-		got := names(leaf)
+		got := Names(leaf)
 		for _, name := range got {
 			if name == want[0] || len(want) > 1 && name == want[1] {
 				return nil
@@ -71,7 +71,7 @@ func Node(trustDomain, id string) Check {
 // id stands for all nodes. A certificate whose URIs name nodes or Push-Managers, of any trust domain, speaks for these nodes
 // alone. One without a URI speaks for the node of its DNS name. Any other is one that nodes share.
 func SpeaksFor(leaf *x509.Certificate, id string) error {
-	got := names(leaf)
+	got := Names(leaf)
 	var ours, shared bool // names of nodes and Push-Managers, names that say neither
 	for _, name := range got {
 		rest, isURI := strings.CutPrefix(name, "spiffe://")
@@ -121,7 +121,7 @@ func Allowed(trustDomain string, patterns []string) (Check, error) {
 	}
 	want := "one of " + strings.Join(full, ", ")
 	return func(leaf *x509.Certificate) error {
-		got := names(leaf)
+		got := Names(leaf)
 		for _, name := range got {
 			for _, p := range full {
 				head, star := strings.CutSuffix(p, "*")
@@ -140,38 +140,4 @@ func CheckTrustDomain(name string) error {
 		return fmt.Errorf("%q is no trust domain such as prod.example", name)
 	}
 	return nil
-}
-
-// names are the URIs and DNS names of a certificate that can be compared as text, 32 at most. A URI is left out that
-// could be written in another way.
-func names(leaf *x509.Certificate) []string {
-	const most = 32
-	var list []string
-	for _, u := range leaf.URIs {
-		if len(list) < most && u.Opaque == "" && u.User == nil && u.RawQuery == "" && u.Fragment == "" && plainPath(u.EscapedPath()) {
-			list = append(list, u.String())
-		}
-	}
-	for _, name := range leaf.DNSNames {
-		if len(list) < most && !strings.Contains(name, "/") {
-			list = append(list, name)
-		}
-	}
-	return list
-}
-
-// plainPath tells that a path has only what SPIFFE allows: letters, digits and ._- in segments that are
-// none of "", "." and "..".
-func plainPath(p string) bool {
-	for segment := range strings.SplitSeq(strings.TrimPrefix(p, "/"), "/") {
-		if segment == "." || segment == ".." || segment == "" && p != "" {
-			return false
-		}
-		for _, c := range []byte(segment) {
-			if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '.' && c != '_' && c != '-' {
-				return false
-			}
-		}
-	}
-	return true
 }

@@ -108,6 +108,10 @@ func TestListenComesBack(t *testing.T) {
 			[]func(http.ResponseWriter, *http.Request){m.closes(4403)},
 			nil, exitError, 1, []string{"pushctl: the Connect-Node closed the connection (4403 so it is)"},
 		},
+		"until a token is asked for, which it has not": {
+			[]func(http.ResponseWriter, *http.Request){m.closes(4408)},
+			nil, exitError, 1, []string{"(4408 so it is): it asks for a token (--token-file)"},
+		},
 		"not where there was none": {
 			[]func(http.ResponseWriter, *http.Request){refuses(503, "full")},
 			nil, exitError, 0, []string{"no connection: the Connect-Node does not take it now, with 503: full"},

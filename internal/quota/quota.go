@@ -31,15 +31,6 @@ const (
 	credit, last = 16, 5
 )
 
-// Resets is when the quotas of now's day end: midnight UTC.
-func Resets(now time.Time) time.Time { return now.UTC().Truncate(24 * time.Hour).Add(24 * time.Hour) }
-
-// UntilReset is how long it is until [Resets] of now.
-func UntilReset() time.Duration {
-	now := time.Now()
-	return Resets(now).Sub(now)
-}
-
 // Quota is the pushes that a tenant or a caller may ask for in a day.
 type Quota struct {
 	// Static.
@@ -139,13 +130,6 @@ func (q *Quota) boundLocked(away, deny bool) {
 	q.floor.Store(floor)
 	q.why.Store(why)
 	q.low.Store(low)
-}
-
-// resetLocked begins a day.
-func (q *Quota) resetLocked() {
-	q.counter, q.revision, q.taken, q.doubted = 0, 0, 0, false
-	q.left.Store(0)
-	q.unmoved = 0
 }
 
 // grantedLocked books what was taken from the counter.

@@ -36,8 +36,6 @@ const (
 	refreshIdle = 5 * time.Second
 	// firstPause and lastPause bound the pause after a request that failed. It doubles.
 	firstPause, lastPause = 100 * time.Millisecond, 2 * time.Second
-	// backwards is how far a clock must go back to be believed: a step at midnight must not begin yesterday again.
-	backwards = time.Hour
 )
 
 // The values of Config.OnError.
@@ -241,23 +239,6 @@ func (s *Set) turn(ctx context.Context) (next time.Duration) {
 	}
 	return next
 }
-
-// begin starts a new day when it is there.
-func (s *Set) begin(now time.Time) {
-	day := dayOf(now)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !day.After(s.day) && s.day.Sub(now) < backwards {
-		return
-	}
-	s.day, s.lease = day, 0
-	for q := range s.all() {
-		q.resetLocked()
-		q.boundLocked(s.away, s.deny())
-	}
-}
-
-func dayOf(now time.Time) time.Time { return now.UTC().Truncate(24 * time.Hour) }
 
 // all is a sequence of the quotas there are.
 func (s *Set) all() func(func(*Quota) bool) {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -17,10 +16,6 @@ import (
 	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
-
-// protocolVersion is the version of Deliver that we speak; the one before it is
-// accepted, too.
-const protocolVersion = 1
 
 // strikesMax is how many protocol violations end a stream.
 const strikesMax = 3
@@ -120,11 +115,6 @@ func newStream(l *Link, rpc grpc.ClientStream, hello *pubsub.HelloReply) *stream
 		w: writing{auds: newAudiences(members, l.set.meters)},
 		r: reading{online: hello.GetOnlineUsers()},
 	}
-}
-
-// hasScopes tells whether a node can tell the users of a scope apart.
-func hasScopes(hello *pubsub.HelloReply) bool {
-	return slices.Contains(hello.GetFeatures(), pubsub.Feature_FEATURE_SCOPE)
 }
 
 // serve runs the stream to its end, and says why that came. cancel ends the stream.
