@@ -14,10 +14,10 @@ import (
 	"github.com/push-manager/push-manager/internal/freeport"
 )
 
-// TestSetUpOfTheDocumentsPushes runs the commands of docs/security.md, in order. Only names of machines and ports are
+// TestSetUpOfTheDocumentsPushes runs the commands of docs/securing.md, in order. Only names of machines and ports are
 // replaced.
 func TestSetUpOfTheDocumentsPushes(t *testing.T) {
-	text, err := os.ReadFile("../../docs/security.md")
+	text, err := os.ReadFile("../../docs/securing.md")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,7 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// TestPlainNodesChangeToTLSOneByOneWithoutAFailedPush: as docs/security.md tells it.
+// TestPlainNodesChangeToTLSOneByOneWithoutAFailedPush: as docs/securing.md tells it.
 func TestPlainNodesChangeToTLSOneByOneWithoutAFailedPush(t *testing.T) {
 	f := newFleet(t, "50ms")
 	m := f.startPushManager(map[string]string{"LINK_TLS_MIGRATE": "true"})

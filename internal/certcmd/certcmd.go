@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -141,7 +142,7 @@ func (c *managerCmd) Run(g *grammar, out io.Writer) error {
 	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
 	return g.settings(out, "Set for Push-Manager", append([]string{
 		"MANAGER_ID=" + c.ID, "TRUST_DOMAIN=" + g.TrustDomain,
-		"TLS_CERT_FILE=" + cert, "TLS_KEY_FILE=" + key, "TLS_CLIENT_CA_FILE=" + ca, "TLS_CLIENT_AUTH=require",
+		"TLS_CERT_FILE=" + cert, "TLS_KEY_FILE=" + key, "TLS_CLIENT_CA_FILE=" + ca, "AUTH_MODE=required", // whoever the authority has signed is not yet a caller
 		"LINK_TLS_CA_FILE=" + ca, "LINK_TLS_CERT_FILE=" + cert, "LINK_TLS_KEY_FILE=" + key,
 	}, g.controllerTLS(name)...)...)
 }
@@ -166,7 +167,9 @@ func (c *etcdCmd) Run(g *grammar, out io.Writer) error {
 		return err
 	}
 	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
-	return g.settings(out, "Set for etcd", "ETCD_CERT_FILE="+cert, "ETCD_KEY_FILE="+key, "ETCD_TRUSTED_CA_FILE="+ca, "ETCD_CLIENT_CERT_AUTH=true",
+	// Without URLs etcd speaks plain text in spite of its certificate.
+	return g.settings(out, "Set for etcd", "ETCD_LISTEN_CLIENT_URLS=https://0.0.0.0:2379",
+		"ETCD_ADVERTISE_CLIENT_URLS=https://"+net.JoinHostPort(hosts(c.Hosts)[0], "2379"), "ETCD_CERT_FILE="+cert, "ETCD_KEY_FILE="+key, "ETCD_TRUSTED_CA_FILE="+ca, "ETCD_CLIENT_CERT_AUTH=true",
 		"ETCD_PEER_CERT_FILE="+cert, "ETCD_PEER_KEY_FILE="+key, "ETCD_PEER_TRUSTED_CA_FILE="+ca, "ETCD_PEER_CLIENT_CERT_AUTH=true")
 }
 

@@ -64,6 +64,32 @@ func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 	}
 }
 
+// TestPrintedVariablesLeaveNothingOpen: etcd with a certificate speaks plain text unless its URLs say https, and nodes have
+// certificates of the authority that callers have theirs from.
+func TestPrintedVariablesLeaveNothingOpen(t *testing.T) {
+	dir := "--dir=" + t.TempDir()
+	for _, tc := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"ca"}, nil},
+		{[]string{"etcd", "e1"}, []string{"ETCD_LISTEN_CLIENT_URLS=https://0.0.0.0:2379", "ETCD_ADVERTISE_CLIENT_URLS=https://localhost:2379"}},
+		{[]string{"etcd", "e2", "etcd.example", "10.0.0.2"}, []string{"ETCD_ADVERTISE_CLIENT_URLS=https://etcd.example:2379"}},
+		{[]string{"etcd", "e3", "fd00::1"}, []string{"ETCD_ADVERTISE_CLIENT_URLS=https://[fd00::1]:2379"}},
+		{[]string{"manager", "pm"}, []string{"AUTH_MODE=required"}},
+	} {
+		code, out, errOut := command(append(tc.args, dir)...)
+		if code != 0 {
+			t.Fatalf("%v: exit %d, %s", tc.args, code, errOut)
+		}
+		for _, want := range tc.want {
+			if !strings.Contains(out, "  "+want+"\n") {
+				t.Errorf("%v does not print %s:\n%s", tc.args, want, out)
+			}
+		}
+	}
+}
+
 func TestWhatCertsCannotDoIsOneLine(t *testing.T) {
 	dir := t.TempDir()
 	for name, tc := range map[string]struct {

@@ -101,7 +101,7 @@ func (s *Stack) describe(out io.Writer) error {
 	line := func(name, address, more string) { fmt.Fprintf(&b, "  %-16s %-18s %s\n", name, address, more) }
 	with := ""
 	if s.secure != nil {
-		with = ", with TLS on every connection"
+		with = ", with TLS on every connection but those to metrics"
 	}
 	fmt.Fprintf(&b, "\nEverything runs on this machine%s:\n\n", with)
 	line("Push-Manager", local(s.Address()), "gRPC; metrics and health at http://"+local(s.pushManager.HTTPAddr()))

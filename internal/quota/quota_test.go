@@ -44,6 +44,36 @@ func instance(t *testing.T, etcd *etcdtest.Server, cfg Config) *Set {
 	return s
 }
 
+// TestQuotasNeedTheRightToTheirPrefix: docs/security.md names it. Without it QUOTA_ON_ERROR decides.
+func TestQuotasNeedTheRightToTheirPrefix(t *testing.T) {
+	for prefix, enough := range map[string]bool{Prefix: true, "/services/push-manager/": false} {
+		etcd := etcdtest.Start(t)
+		etcd.EnableAuth("pm", "secret", prefix)
+		client, err := discovery.NewClient(discovery.ClientConfig{Endpoints: []string{etcd.Endpoint()}, Username: "pm", Password: "secret"})
+		must(t, err)
+		s := New(Config{Client: client, OnError: Deny})
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			s.Close(ctx)
+			_ = client.Close()
+		})
+		s.Update(tenants(100))
+		q, counted := s.Tenant("shop"), false
+		for deadline := time.Now().Add(time.Minute); !counted && s.failed.Get() == 0 && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+			_ = q.Take()
+			reply, err := client.Get(t.Context(), Prefix, clientv3.WithPrefix())
+			counted = err == nil && reply.Count > 0
+		}
+		if counted != enough {
+			t.Errorf("with the right to %s: counted %v", prefix, counted)
+		}
+		if err := q.Take(); !enough && !errors.Is(err, ErrUnavailable) {
+			t.Errorf("without the right: %v", err)
+		}
+	}
+}
+
 // spend takes pushes until nothing is left of the day, and returns how many there were. It asks again while a slice
 // is on its way.
 func spend(t *testing.T, quotas ...*Quota) int64 {

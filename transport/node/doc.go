@@ -26,8 +26,8 @@
 //	srv.Close()
 //
 // examples/connect-node is a whole program. Where managers speak TLS, the grpc.Server also gets
-// grpc.Creds with those of [NewCredentials], with Run as one of RunConfig.Options: docs/security.md
-// says which certificates there are.
+// grpc.Creds with those of [NewCredentials], with Run as one of RunConfig.Options: docs/securing.md
+// says how.
 //
 // # What holds
 //
