@@ -66,7 +66,7 @@ func openSecured(dir string, nodes int, now time.Time) (*secured, error) {
 	} else if info.Mode().Perm()&0o022 != 0 {
 		return nil, fmt.Errorf("%s: others may write there, so nothing in it can be trusted; remove it, and it is made anew", dir)
 	}
-	if err := os.Chmod(dir, 0o700); err != nil { // of somebody else's it fails
+	if err := os.Chmod(dir, 0o700); err != nil { //nolint:gosec // It is a directory. Of somebody else's it fails.
 		return nil, err
 	}
 	hosts := []string{"localhost", "127.0.0.1", "::1"}

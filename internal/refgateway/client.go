@@ -75,7 +75,7 @@ func (r *reader) next(most int) (code uint16, err error) {
 		case err != nil:
 			return 0, err //nolint:wrapcheck // The client has gone.
 		case ws.CheckHeader(h, r.state) != nil:
-			return closeProtocol, nil
+			return closeProtocol, nil //nolint:nilerr // The code says it.
 		}
 		r.pace()
 		if h.OpCode.IsControl() {

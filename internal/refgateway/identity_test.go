@@ -705,7 +705,7 @@ func TestUnverifiedThatDoesNotAnswerHoldsNobodyUp(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer socket.Close() //nolint:errcheck // nothing was written to it
+			defer socket.Close()
 			if _, err := io.WriteString(socket, "GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 				"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"); err != nil {
 				t.Fatal(err)

@@ -30,7 +30,7 @@ func overTLS(t *testing.T) func(*Config) {
 	return func(c *Config) { c.ClientTLS = source.ServerConfig(tls.VersionTLS13) }
 }
 
-var anyServer = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // Who it is is tested in internal/certs.
+var anyServer = &tls.Config{InsecureSkipVerify: true} // who it is is tested in internal/certs
 
 // connectTLS is connect over TLS.
 func connectTLS(t *testing.T, g *Gateway, user string) *device {
