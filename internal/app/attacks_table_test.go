@@ -206,10 +206,12 @@ func (r *target) listen(t *testing.T, user, tenant string, rooms ...string) *lis
 			t.Fatal(err)
 		}
 	}
+	patience, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	for range len(rooms) + 1 {
 		select {
 		case <-joined:
-		case <-time.After(time.Minute):
+		case <-patience.Done():
 			t.Fatal("a client is not let in")
 		}
 	}
@@ -334,14 +336,16 @@ func (r *target) serves(t *testing.T) {
 				}
 				return reply.GetSummary().GetDelivered() == 1
 			})
+			patience, cancel := context.WithTimeout(t.Context(), time.Minute)
 			select {
 			case got := <-l.got:
 				if !strings.Contains(got, text) {
 					t.Errorf("%s got %s", user, got)
 				}
-			case <-time.After(time.Minute):
-				t.Fatalf("%s got nothing", user)
+			case <-patience.Done():
+				t.Errorf("%s got nothing", user)
 			}
+			cancel()
 		}
 	}
 	for line := range strings.Lines(metricsOf(t, r.m)) {

@@ -166,7 +166,7 @@ func (f *fleet) node(id string, plain bool, more ...map[string]string) *connectn
 // join lets a user in over wss, who reads to the end. It returns once pushes arrive.
 func (f *fleet) join(n *connectnode.ConnectNode, user string) {
 	f.t.Helper()
-	dialer := ws.Dialer{TLSConfig: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}} //nolint:gosec // Who it is is tested elsewhere.
+	dialer := ws.Dialer{TLSConfig: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}} // who it is is tested elsewhere
 	conn, _, _, err := dialer.Dial(f.t.Context(), "wss://"+n.HTTPAddr().String()+"/ws?user_id="+user)
 	if err != nil {
 		f.t.Fatal(err)
@@ -270,7 +270,7 @@ func speaks(conn net.Conn) bool {
 // as is a client with a certificate, which believes whoever answers.
 func as(t *testing.T, pair certs.Pair) *tls.Config {
 	t.Helper()
-	c := &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} //nolint:gosec // It plays an attacker.
+	c := &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} // it plays an attacker
 	if len(pair.Cert) > 0 {
 		cert, err := tls.X509KeyPair(pair.Cert, pair.Key)
 		if err != nil {

@@ -90,12 +90,14 @@ func (d *device) move(room string, join bool) {
 	if err != nil {
 		d.e.t.Fatal(err)
 	}
+	patience, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
 	select {
 	case said := <-d.told:
 		if said != word+room {
 			d.e.t.Fatalf("told %q, want %q", said, word+room)
 		}
-	case <-time.After(time.Minute):
+	case <-patience.Done():
 		d.e.t.Fatalf("nobody said %q", word+room)
 	}
 	if room != "" {

@@ -171,7 +171,7 @@ func (s socket) next(t *testing.T) string {
 	if _, err := io.ReadFull(s.br, payload); err != nil {
 		t.Fatal(err)
 	}
-	switch h.OpCode {
+	switch h.OpCode { //nolint:exhaustive // What is no control frame is a message.
 	case ws.OpClose:
 		return fmt.Sprint("close ", int(payload[0])<<8|int(payload[1]))
 	case ws.OpPing:
