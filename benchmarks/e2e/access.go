@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -106,7 +107,7 @@ func (b *Bench) entrances() (*entrances, error) {
 	}
 	server, caller := folder.Files("server"), folder.Files(callerID)
 	overTLS := []string{"TLS_CERT_FILE=" + server.Cert, "TLS_KEY_FILE=" + server.Key}
-	with := func(more ...string) []string { return append(overTLS[:len(overTLS):len(overTLS)], more...) }
+	with := func(more ...string) []string { return append(slices.Clip(overTLS), more...) }
 	return &entrances{
 		tls: entrance{with(), access{Files: certs.Files{CA: server.CA}}},
 		certificate: entrance{
