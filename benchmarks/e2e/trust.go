@@ -55,11 +55,7 @@ func tlsSuite(ctx context.Context, b *Bench) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-<<<<<<< HEAD
-	const plain, tls, certificate, token, unread = "plain", "TLS", "TLS, client certificate", "TLS, cached JWT", "TLS, a JWT nobody reads" //nolint:gosec // Names of lines.
-=======
 	const plain, tls, certificate, token, unread = "plain", "TLS", "TLS, client certificate", "TLS, cached JWT", "TLS, a JWT nobody reads" //nolint:gosec // no credentials, but names of slots
->>>>>>> h/tlsbars
 	ways := twice(way{name: plain}, way{tls, e.tls}, way{certificate, e.certificate}, way{token, e.token})
 	slots, err := w.ways(ctx, b.closed(b.users()), append(ways, way{unread, e.unread}))
 	if err != nil {
