@@ -334,13 +334,15 @@ func (r *target) serves(t *testing.T) {
 				}
 				return reply.GetSummary().GetDelivered() == 1
 			})
-			select {
-			case got := <-l.got:
-				if !strings.Contains(got, text) {
+			for got := ""; !strings.Contains(got, text); {
+				if got != "" {
 					t.Errorf("%s got %s", user, got)
 				}
-			case <-time.After(time.Minute):
-				t.Fatalf("%s got nothing", user)
+				select {
+				case got = <-l.got:
+				case <-time.After(time.Minute):
+					t.Fatalf("%s did not get %q", user, text)
+				}
 			}
 		}
 	}
