@@ -209,7 +209,7 @@ func (r *target) listen(t *testing.T, user, tenant string, rooms ...string) *lis
 	for range len(rooms) + 1 {
 		select {
 		case <-joined:
-		case <-time.After(time.Minute):
+		case <-with(t).Done():
 			t.Fatal("a client is not let in")
 		}
 	}
@@ -340,7 +340,7 @@ func (r *target) serves(t *testing.T) {
 				}
 				select {
 				case got = <-l.got:
-				case <-time.After(time.Minute):
+				case <-with(t).Done():
 					t.Fatalf("%s did not get %q", user, text)
 				}
 			}
