@@ -298,7 +298,7 @@ func attackWithForgedTokens(t *testing.T, r *target) {
 		"expired":             r.a.token(t, map[string]any{"exp": time.Now().Add(-time.Minute).Unix()}, nil),
 		"for ever":            r.a.token(t, map[string]any{"exp": time.Now().AddDate(10, 0, 0).Unix()}, nil),
 		"a name of no caller": r.a.token(t, map[string]any{"sub": "nobody"}, nil),
-		"a key changed":       r.key[:len(r.key)-8] + "0" + r.key[len(r.key)-7:],
+		"a key changed":       r.key[:len(r.key)-8] + string(r.key[len(r.key)-8]^1) + r.key[len(r.key)-7:],
 	} {
 		_, err := api.PushToUser(bearer(t, token), toUser("alice"))
 		refused(t, name, err)

@@ -206,12 +206,10 @@ func (r *target) listen(t *testing.T, user, tenant string, rooms ...string) *lis
 			t.Fatal(err)
 		}
 	}
-	patience, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
 	for range len(rooms) + 1 {
 		select {
 		case <-joined:
-		case <-patience.Done():
+		case <-with(t).Done():
 			t.Fatal("a client is not let in")
 		}
 	}
@@ -336,16 +334,16 @@ func (r *target) serves(t *testing.T) {
 				}
 				return reply.GetSummary().GetDelivered() == 1
 			})
-			patience, cancel := context.WithTimeout(t.Context(), time.Minute)
-			select {
-			case got := <-l.got:
-				if !strings.Contains(got, text) {
+			for got := ""; !strings.Contains(got, text); {
+				if got != "" {
 					t.Errorf("%s got %s", user, got)
 				}
-			case <-patience.Done():
-				t.Errorf("%s got nothing", user)
+				select {
+				case got = <-l.got:
+				case <-with(t).Done():
+					t.Fatalf("%s did not get %q", user, text)
+				}
 			}
-			cancel()
 		}
 	}
 	for line := range strings.Lines(metricsOf(t, r.m)) {
