@@ -420,7 +420,7 @@ callers:
 		ctx := k.as(t.Context(), []string{"a", "b"}[i%2])
 		for range 4 {
 			all.Go(func() {
-				for {
+				for passed.Load() < 2*limit { // or nothing stops them
 					_, err := w.client.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "nobody", Content: content("x")})
 					switch details := fmt.Sprint(status.Convert(err).Details()); {
 					case err == nil:
