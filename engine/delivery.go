@@ -112,6 +112,12 @@ func (d *Delivery) Targets() int {
 // Deadline is when it must be settled.
 func (d *Delivery) Deadline() time.Time { return d.push.deadline }
 
+// Options are those of the push, nil for none.
+func (d *Delivery) Options() *Options { return d.push.Options }
+
+// Arrived is when the push came in, from which its TTL counts.
+func (d *Delivery) Arrived() time.Time { return d.push.Arrived }
+
 // Traceparent is the W3C trace context for the node, "" unless sampled.
 func (d *Delivery) Traceparent() string {
 	if d.trace == nil {
@@ -147,7 +153,22 @@ type Ack struct {
 	FailedUsers int      // the same as a count, for a broadcast
 	Refused     bool     // the node did nothing with it
 	Text        string   // the node's reason
+	Reused      []string // users who had the message id with another content: not reached, not in Failed
+	Duplicates  int      // of Delivered: had the message before
+	Pending     int      // of Delivered: clients that are to acknowledge. Receipts follow
 }
+
+// AwaitsReceipts tells whether anybody still waits for receipts of the delivery. After an Ack with
+// Pending a link keeps the delivery for as long.
+func (d *Delivery) AwaitsReceipts() bool { return false }
+
+// Receipt takes what the node says of clients: how many have acknowledged, who has been given up, and
+// whether that is all. It takes over unacked. The error tells of claims that cannot be; what is still
+// awaited is then given up.
+func (d *Delivery) Receipt(acked int, unacked []string, final bool) error { return nil }
+
+// LoseReceipts gives up what is still awaited: the stream has ended.
+func (d *Delivery) LoseReceipts() {}
 
 // Ack settles the delivery with the node's answer and takes over its slices.
 // False means that it was settled before: the ack came late. The error tells that

@@ -20,7 +20,9 @@ type Config struct {
 	Shards    *shard.Set
 	Directory *route.Directory
 	Network   Network
-	Limits    Limits
+	// Spool keeps what pushes with Options.Store did not deliver. Nil: there are no such pushes.
+	Spool  Spool
+	Limits Limits
 	// Timeout bounds every push, whatever its caller asks for. 0 means 5 s.
 	Timeout time.Duration
 	// MaxInFlight bounds the pushes that are not finished, and with them all that

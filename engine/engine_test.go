@@ -54,6 +54,8 @@ type testNode struct {
 func (n *testNode) Node() string { return n.id }
 func (n *testNode) Scopes() bool { return !n.unscoped }
 
+func (n *testNode) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+
 func (n *testNode) Send(d *Delivery) Reason {
 	if n.decline != Sent {
 		return n.decline

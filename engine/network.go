@@ -24,4 +24,9 @@ type Link interface {
 	// answer the caller keeps d. Deliveries taken by one link reach the
 	// node in the order of the calls.
 	Send(d *Delivery) Reason
+	// Nudge tells the node that a message was stored for a user of its, in place seq, and must not block.
+	// done is called exactly once, from any goroutine: with true when the node has closed the user's
+	// gates, or has no such user; with false at once where it does not know replays or
+	// cannot be reached, and later where it does not answer in time.
+	Nudge(user string, seq uint64, done func(taken bool))
 }

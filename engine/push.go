@@ -97,6 +97,8 @@ type Request struct {
 	Trace Trace
 	// Budget is nil if nobody counts what the push costs.
 	Budget Budget
+	// Options is nil for a push without.
+	Options *Options
 	// Timeout bounds the push. 0, or more than the default, means the default.
 	Timeout time.Duration
 	// Arrived is when the push came in. The zero time means when it is started, and

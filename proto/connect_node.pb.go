@@ -84,6 +84,24 @@ const (
 	Feature_FEATURE_UNSPECIFIED Feature = 0
 	// Deliveries with a scope: a broadcast for the users of one tenant.
 	Feature_FEATURE_SCOPE Feature = 7
+	// The node remembers the message ids that each connection has had, at least the last 64, and
+	// hands none over twice: message_id, payload_hash and sender of a Delivery; duplicates of
+	// AckRange; reused of Miss.
+	Feature_FEATURE_DEDUPE Feature = 1
+	// Clients can acknowledge: want_ack and ack_timeout_ms of a Delivery; pending of AckRange;
+	// receipts.
+	Feature_FEATURE_CLIENT_ACK Feature = 2
+	// The node shows nothing later than ttl_ms of a Delivery.
+	Feature_FEATURE_EXPIRY Feature = 3
+	// collapse_key of a Delivery: while one waits in a connection's queue, a newer one for the
+	// same user takes its place.
+	Feature_FEATURE_COLLAPSE Feature = 4
+	// The node has what is stored for a user replayed when the user connects: replay of a
+	// Delivery; nudges and replay_ends; catchups, replay_taken and nudges_taken. Push-Manager
+	// offers it only while it has a store.
+	Feature_FEATURE_REPLAY Feature = 5
+	// Clients hold positions in the logs of rooms: log of a Delivery; log_marks; log_reads.
+	Feature_FEATURE_ROOM_LOG Feature = 6
 )
 
 // Enum value maps for Feature.
@@ -91,10 +109,22 @@ var (
 	Feature_name = map[int32]string{
 		0: "FEATURE_UNSPECIFIED",
 		7: "FEATURE_SCOPE",
+		1: "FEATURE_DEDUPE",
+		2: "FEATURE_CLIENT_ACK",
+		3: "FEATURE_EXPIRY",
+		4: "FEATURE_COLLAPSE",
+		5: "FEATURE_REPLAY",
+		6: "FEATURE_ROOM_LOG",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
 		"FEATURE_SCOPE":       7,
+		"FEATURE_DEDUPE":      1,
+		"FEATURE_CLIENT_ACK":  2,
+		"FEATURE_EXPIRY":      3,
+		"FEATURE_COLLAPSE":    4,
+		"FEATURE_REPLAY":      5,
+		"FEATURE_ROOM_LOG":    6,
 	}
 )
 
@@ -517,7 +547,11 @@ type DeliverRequest struct {
 	Compressed []byte `protobuf:"bytes,7,opt,name=compressed,proto3" json:"compressed,omitempty"`
 	// The length of that frame once it is decompressed: exactly, and no more than
 	// any frame may have. A node checks it before it makes room.
-	RawBytes      uint32 `protobuf:"varint,8,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
+	RawBytes uint32 `protobuf:"varint,8,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
+	// Of lasting delivery, to nodes that have the feature.
+	Nudges        []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
+	ReplayEnds    []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
+	LogMarks      []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -608,6 +642,209 @@ func (x *DeliverRequest) GetRawBytes() uint32 {
 	return 0
 }
 
+func (x *DeliverRequest) GetNudges() []*Nudge {
+	if x != nil {
+		return x.Nudges
+	}
+	return nil
+}
+
+func (x *DeliverRequest) GetReplayEnds() []*ReplayEnd {
+	if x != nil {
+		return x.ReplayEnds
+	}
+	return nil
+}
+
+func (x *DeliverRequest) GetLogMarks() []*LogMark {
+	if x != nil {
+		return x.LogMarks
+	}
+	return nil
+}
+
+// Nudge says that a message was stored for a user who may be connected here by now. The node
+// has the user's messages replayed again, and answers with nudges_taken as soon as the gates of
+// the user's connections are closed, or at once if the user has none here. FEATURE_REPLAY.
+type Nudge struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// The message's place in the store.
+	Seq uint64 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	// To be echoed.
+	Token         uint64 `protobuf:"varint,3,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Nudge) Reset() {
+	*x = Nudge{}
+	mi := &file_connect_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Nudge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Nudge) ProtoMessage() {}
+
+func (x *Nudge) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
+func (*Nudge) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Nudge) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *Nudge) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Nudge) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+// ReplayEnd answers a Catchup: nothing more is stored for the user, and the gate may open. With
+// an error the store could not be asked: the gate opens, too, and the node asks again later.
+type ReplayEnd struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Gate  uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	// Up to which place in the store everything was sent.
+	Seq           uint64 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	Error         string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayEnd) Reset() {
+	*x = ReplayEnd{}
+	mi := &file_connect_node_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayEnd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayEnd) ProtoMessage() {}
+
+func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
+func (*ReplayEnd) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ReplayEnd) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *ReplayEnd) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *ReplayEnd) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// LogMark says that the manager has nothing open on this node up to a place in a log of
+// rooms: what it had written there before, the node has acknowledged. FEATURE_ROOM_LOG.
+type LogMark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Partition     uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogMark) Reset() {
+	*x = LogMark{}
+	mi := &file_connect_node_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogMark) ProtoMessage() {}
+
+func (x *LogMark) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
+func (*LogMark) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *LogMark) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *LogMark) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
 // DeliverResponse is one frame from the node. The first has hello and nothing
 // else; every later one may hold any of the other fields.
 type DeliverResponse struct {
@@ -627,14 +864,21 @@ type DeliverResponse struct {
 	// The node is going: it takes no further delivery, acks what it has taken,
 	// and waits for Push-Manager to close the stream. A delivery that crosses
 	// this notice on the wire is answered with a Miss that has refused=true.
-	Drain         bool `protobuf:"varint,6,opt,name=drain,proto3" json:"drain,omitempty"`
+	Drain bool `protobuf:"varint,6,opt,name=drain,proto3" json:"drain,omitempty"`
+	// Of lasting delivery.
+	Receipts    []*Receipt     `protobuf:"bytes,7,rep,name=receipts,proto3" json:"receipts,omitempty"`
+	Catchups    []*Catchup     `protobuf:"bytes,8,rep,name=catchups,proto3" json:"catchups,omitempty"`
+	ReplayTaken []*ReplayTaken `protobuf:"bytes,9,rep,name=replay_taken,json=replayTaken,proto3" json:"replay_taken,omitempty"`
+	// The tokens of nudges.
+	NudgesTaken   []uint64   `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
+	LogReads      []*LogRead `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +890,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +903,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{7}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -704,6 +948,305 @@ func (x *DeliverResponse) GetDrain() bool {
 	return false
 }
 
+func (x *DeliverResponse) GetReceipts() []*Receipt {
+	if x != nil {
+		return x.Receipts
+	}
+	return nil
+}
+
+func (x *DeliverResponse) GetCatchups() []*Catchup {
+	if x != nil {
+		return x.Catchups
+	}
+	return nil
+}
+
+func (x *DeliverResponse) GetReplayTaken() []*ReplayTaken {
+	if x != nil {
+		return x.ReplayTaken
+	}
+	return nil
+}
+
+func (x *DeliverResponse) GetNudgesTaken() []uint64 {
+	if x != nil {
+		return x.NudgesTaken
+	}
+	return nil
+}
+
+func (x *DeliverResponse) GetLogReads() []*LogRead {
+	if x != nil {
+		return x.LogReads
+	}
+	return nil
+}
+
+// Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
+// and never in its place. A node gathers them for up to 50 ms.
+type Receipt struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Users who have acknowledged since the last receipt of this seq.
+	Acked uint32 `protobuf:"varint,2,opt,name=acked,proto3" json:"acked,omitempty"`
+	// Users given up since then: their connections are gone, or their time is over.
+	Unacked []string `protobuf:"bytes,3,rep,name=unacked,proto3" json:"unacked,omitempty"`
+	// Nothing more comes: all acked and unacked of this seq together are as many as its AckRange
+	// said were pending.
+	Final         bool `protobuf:"varint,4,opt,name=final,proto3" json:"final,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Receipt) Reset() {
+	*x = Receipt{}
+	mi := &file_connect_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Receipt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Receipt) ProtoMessage() {}
+
+func (x *Receipt) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
+func (*Receipt) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Receipt) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Receipt) GetAcked() uint32 {
+	if x != nil {
+		return x.Acked
+	}
+	return 0
+}
+
+func (x *Receipt) GetUnacked() []string {
+	if x != nil {
+		return x.Unacked
+	}
+	return nil
+}
+
+func (x *Receipt) GetFinal() bool {
+	if x != nil {
+		return x.Final
+	}
+	return false
+}
+
+// Catchup asks for what is stored for a user who has connected here. It is asked once the
+// Controller knows of the connection, of one manager that offers FEATURE_REPLAY.
+type Catchup struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// Chosen by the node, not 0, once on this stream: names the user's gate behind which direct
+	// pushes wait until the replay has ended.
+	Gate uint64 `protobuf:"varint,2,opt,name=gate,proto3" json:"gate,omitempty"`
+	// Messages that may be on their way at a time. 0: the manager's choice.
+	Window        uint32 `protobuf:"varint,3,opt,name=window,proto3" json:"window,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Catchup) Reset() {
+	*x = Catchup{}
+	mi := &file_connect_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Catchup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Catchup) ProtoMessage() {}
+
+func (x *Catchup) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
+func (*Catchup) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Catchup) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *Catchup) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *Catchup) GetWindow() uint32 {
+	if x != nil {
+		return x.Window
+	}
+	return 0
+}
+
+// ReplayTaken says that the client has taken all replayed messages up to seq: they may be
+// forgotten, and the next page may come. A client that acknowledges has acknowledged them;
+// of one that cannot, the connection has taken them.
+type ReplayTaken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Gate          uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayTaken) Reset() {
+	*x = ReplayTaken{}
+	mi := &file_connect_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayTaken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayTaken) ProtoMessage() {}
+
+func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
+func (*ReplayTaken) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReplayTaken) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *ReplayTaken) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+// LogRead asks for what a room's log has behind a position, for members who come back.
+type LogRead struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Chosen by the node, not 0, once on this stream; what is read carries it.
+	Gate          uint64     `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	RoomId        string     `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	UserId        string     `protobuf:"bytes,3,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	After         []*LogMark `protobuf:"bytes,4,rep,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogRead) Reset() {
+	*x = LogRead{}
+	mi := &file_connect_node_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogRead) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogRead) ProtoMessage() {}
+
+func (x *LogRead) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
+func (*LogRead) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *LogRead) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *LogRead) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *LogRead) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *LogRead) GetAfter() []*LogMark {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
 // Hello opens a stream.
 type Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -737,7 +1280,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -749,7 +1292,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -762,7 +1305,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{8}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -861,7 +1404,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +1416,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +1429,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -947,8 +1490,7 @@ func (x *HelloReply) GetFeatures() []Feature {
 
 // Delivery is one push for the users it names on this node.
 //
-// Fields 16 to 31 are kept for what a later version adds and a node may ignore:
-// message id, priority, expiry, client acknowledgement.
+// Fields 16 to 31 are of lasting delivery. Each comes to nodes with its feature only.
 type Delivery struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As the client shall get it.
@@ -969,14 +1511,32 @@ type Delivery struct {
 	// name and a slash, such as "shop/". Sent to nodes with FEATURE_SCOPE only. A
 	// node without it would find nobody named here, and break the stream: it cannot
 	// take this for everybody.
-	Scope         string `protobuf:"bytes,8,opt,name=scope,proto3" json:"scope,omitempty"`
+	Scope string `protobuf:"bytes,8,opt,name=scope,proto3" json:"scope,omitempty"`
+	// Names the message among those of its sender. A connection that has had it does not get it
+	// again, and the user counts as a duplicate, which is delivered.
+	MessageId string `protobuf:"bytes,16,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
+	// CRC-32C of the content as it came from the caller. An id that a connection has had with
+	// another hash was used for another content: the user is reused, which is failed.
+	PayloadHash uint32 `protobuf:"fixed32,17,opt,name=payload_hash,json=payloadHash,proto3" json:"payload_hash,omitempty"`
+	// How long the message may still be shown, from when the frame comes. 0: for ever.
+	TtlMs uint32 `protobuf:"varint,18,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	// Clients that can acknowledge shall do so, within ack_timeout_ms.
+	WantAck      bool   `protobuf:"varint,19,opt,name=want_ack,json=wantAck,proto3" json:"want_ack,omitempty"`
+	AckTimeoutMs uint32 `protobuf:"varint,20,opt,name=ack_timeout_ms,json=ackTimeoutMs,proto3" json:"ack_timeout_ms,omitempty"`
+	CollapseKey  string `protobuf:"bytes,21,opt,name=collapse_key,json=collapseKey,proto3" json:"collapse_key,omitempty"`
+	// Set for a message out of the store.
+	Replay *ReplayPlace `protobuf:"bytes,23,opt,name=replay,proto3" json:"replay,omitempty"`
+	// Set for a message that is in the log of its room.
+	Log *LogPosition `protobuf:"bytes,24,opt,name=log,proto3" json:"log,omitempty"`
+	// Whose message_id it is. Empty where callers are not told apart.
+	Sender        string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -988,7 +1548,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1001,7 +1561,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -1060,6 +1620,177 @@ func (x *Delivery) GetScope() string {
 	return ""
 }
 
+func (x *Delivery) GetMessageId() string {
+	if x != nil {
+		return x.MessageId
+	}
+	return ""
+}
+
+func (x *Delivery) GetPayloadHash() uint32 {
+	if x != nil {
+		return x.PayloadHash
+	}
+	return 0
+}
+
+func (x *Delivery) GetTtlMs() uint32 {
+	if x != nil {
+		return x.TtlMs
+	}
+	return 0
+}
+
+func (x *Delivery) GetWantAck() bool {
+	if x != nil {
+		return x.WantAck
+	}
+	return false
+}
+
+func (x *Delivery) GetAckTimeoutMs() uint32 {
+	if x != nil {
+		return x.AckTimeoutMs
+	}
+	return 0
+}
+
+func (x *Delivery) GetCollapseKey() string {
+	if x != nil {
+		return x.CollapseKey
+	}
+	return ""
+}
+
+func (x *Delivery) GetReplay() *ReplayPlace {
+	if x != nil {
+		return x.Replay
+	}
+	return nil
+}
+
+func (x *Delivery) GetLog() *LogPosition {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
+func (x *Delivery) GetSender() string {
+	if x != nil {
+		return x.Sender
+	}
+	return ""
+}
+
+// ReplayPlace is a stored message's place. It goes to the connections behind the gate that
+// asked for it, and to nobody else. Its client acknowledges it like any other, which the node
+// tells with ReplayTaken.
+type ReplayPlace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Gate          uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayPlace) Reset() {
+	*x = ReplayPlace{}
+	mi := &file_connect_node_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayPlace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayPlace) ProtoMessage() {}
+
+func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
+func (*ReplayPlace) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ReplayPlace) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *ReplayPlace) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+// LogPosition is a message's place in the log of rooms.
+type LogPosition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Partition     uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogPosition) Reset() {
+	*x = LogPosition{}
+	mi := &file_connect_node_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogPosition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogPosition) ProtoMessage() {}
+
+func (x *LogPosition) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
+func (*LogPosition) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *LogPosition) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *LogPosition) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
 // Audience names a set of users that the stream knows, so that a push to a room
 // costs the same whatever its size. The first delivery to an audience brings
 // its definition, one after a change of membership brings the change; they apply
@@ -1083,7 +1814,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1095,7 +1826,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1108,7 +1839,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -1155,14 +1886,18 @@ type AckRange struct {
 	// the message on at least one live connection. What a delivery's users
 	// exceed this count by must be named in its Miss. In a broadcast: all users
 	// it was handed to.
-	Delivered     []uint32 `protobuf:"varint,2,rep,packed,name=delivered,proto3" json:"delivered,omitempty"`
+	Delivered []uint32 `protobuf:"varint,2,rep,packed,name=delivered,proto3" json:"delivered,omitempty"`
+	// Of delivered, with as many entries or none: users all of whose connections had it before.
+	Duplicates []uint32 `protobuf:"varint,3,rep,packed,name=duplicates,proto3" json:"duplicates,omitempty"`
+	// Of delivered, with as many entries or none: users who are to acknowledge. Receipts follow.
+	Pending       []uint32 `protobuf:"varint,4,rep,packed,name=pending,proto3" json:"pending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1174,7 +1909,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1187,7 +1922,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -1200,6 +1935,20 @@ func (x *AckRange) GetFirst() uint64 {
 func (x *AckRange) GetDelivered() []uint32 {
 	if x != nil {
 		return x.Delivered
+	}
+	return nil
+}
+
+func (x *AckRange) GetDuplicates() []uint32 {
+	if x != nil {
+		return x.Duplicates
+	}
+	return nil
+}
+
+func (x *AckRange) GetPending() []uint32 {
+	if x != nil {
+		return x.Pending
 	}
 	return nil
 }
@@ -1218,14 +1967,17 @@ type Miss struct {
 	// A broadcast names nobody: it counts the users that failed.
 	FailedUsers uint32 `protobuf:"varint,5,opt,name=failed_users,json=failedUsers,proto3" json:"failed_users,omitempty"`
 	// The node did nothing with this delivery; its ack counts 0.
-	Refused       bool `protobuf:"varint,6,opt,name=refused,proto3" json:"refused,omitempty"`
+	Refused bool `protobuf:"varint,6,opt,name=refused,proto3" json:"refused,omitempty"`
+	// Users whose connections have had message_id with another content. They are
+	// not named in failed.
+	Reused        []string `protobuf:"bytes,7,rep,name=reused,proto3" json:"reused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +1989,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +2002,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -1295,6 +2047,13 @@ func (x *Miss) GetRefused() bool {
 	return false
 }
 
+func (x *Miss) GetReused() []string {
+	if x != nil {
+		return x.Reused
+	}
+	return nil
+}
+
 var File_connect_node_proto protoreflect.FileDescriptor
 
 const file_connect_node_proto_rawDesc = "" +
@@ -1323,7 +2082,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
-	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xa0\x02\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xa9\x03\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -1336,14 +2095,53 @@ const file_connect_node_proto_rawDesc = "" +
 	"\n" +
 	"compressed\x18\a \x01(\fR\n" +
 	"compressed\x12\x1b\n" +
-	"\traw_bytes\x18\b \x01(\rR\brawBytes\"\xde\x01\n" +
+	"\traw_bytes\x18\b \x01(\rR\brawBytes\x12%\n" +
+	"\x06nudges\x18\t \x03(\v2\r.pubsub.NudgeR\x06nudges\x122\n" +
+	"\vreplay_ends\x18\n" +
+	" \x03(\v2\x11.pubsub.ReplayEndR\n" +
+	"replayEnds\x12,\n" +
+	"\tlog_marks\x18\v \x03(\v2\x0f.pubsub.LogMarkR\blogMarks\"H\n" +
+	"\x05Nudge\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05token\x18\x03 \x01(\x04R\x05token\"G\n" +
+	"\tReplayEnd\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"9\n" +
+	"\aLogMark\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"\xc1\x03\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
 	"\x06misses\x18\x03 \x03(\v2\f.pubsub.MissR\x06misses\x12\x1c\n" +
 	"\theartbeat\x18\x04 \x01(\x04R\theartbeat\x12!\n" +
 	"\fonline_users\x18\x05 \x01(\rR\vonlineUsers\x12\x14\n" +
-	"\x05drain\x18\x06 \x01(\bR\x05drain\"\xa7\x02\n" +
+	"\x05drain\x18\x06 \x01(\bR\x05drain\x12+\n" +
+	"\breceipts\x18\a \x03(\v2\x0f.pubsub.ReceiptR\breceipts\x12+\n" +
+	"\bcatchups\x18\b \x03(\v2\x0f.pubsub.CatchupR\bcatchups\x126\n" +
+	"\freplay_taken\x18\t \x03(\v2\x13.pubsub.ReplayTakenR\vreplayTaken\x12!\n" +
+	"\fnudges_taken\x18\n" +
+	" \x03(\x04R\vnudgesTaken\x12,\n" +
+	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\"a\n" +
+	"\aReceipt\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05acked\x18\x02 \x01(\rR\x05acked\x12\x18\n" +
+	"\aunacked\x18\x03 \x03(\tR\aunacked\x12\x14\n" +
+	"\x05final\x18\x04 \x01(\bR\x05final\"N\n" +
+	"\aCatchup\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x12\n" +
+	"\x04gate\x18\x02 \x01(\x04R\x04gate\x12\x16\n" +
+	"\x06window\x18\x03 \x01(\rR\x06window\"3\n" +
+	"\vReplayTaken\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"v\n" +
+	"\aLogRead\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x17\n" +
+	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x17\n" +
+	"\auser_id\x18\x03 \x01(\tR\x06userId\x12%\n" +
+	"\x05after\x18\x04 \x03(\v2\x0f.pubsub.LogMarkR\x05after\"\xa7\x02\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
@@ -1366,7 +2164,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
 	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
-	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\x9c\x02\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xcb\x04\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -1375,30 +2173,57 @@ const file_connect_node_proto_rawDesc = "" +
 	"\teverybody\x18\x05 \x01(\bR\teverybody\x12&\n" +
 	"\x0fexcept_user_ids\x18\x06 \x03(\tR\rexceptUserIds\x12 \n" +
 	"\vtraceparent\x18\a \x01(\tR\vtraceparent\x12\x14\n" +
-	"\x05scope\x18\b \x01(\tR\x05scope\"w\n" +
+	"\x05scope\x18\b \x01(\tR\x05scope\x12\x1d\n" +
+	"\n" +
+	"message_id\x18\x10 \x01(\tR\tmessageId\x12!\n" +
+	"\fpayload_hash\x18\x11 \x01(\aR\vpayloadHash\x12\x15\n" +
+	"\x06ttl_ms\x18\x12 \x01(\rR\x05ttlMs\x12\x19\n" +
+	"\bwant_ack\x18\x13 \x01(\bR\awantAck\x12$\n" +
+	"\x0eack_timeout_ms\x18\x14 \x01(\rR\fackTimeoutMs\x12!\n" +
+	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
+	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
+	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"3\n" +
+	"\vReplayPlace\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"=\n" +
+	"\vLogPosition\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"w\n" +
 	"\bAudience\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12\x17\n" +
 	"\aroom_id\x18\x03 \x01(\tR\x06roomId\x12\x12\n" +
 	"\x04join\x18\x04 \x03(\tR\x04join\x12\x14\n" +
-	"\x05leave\x18\x05 \x03(\tR\x05leave\">\n" +
+	"\x05leave\x18\x05 \x03(\tR\x05leave\"x\n" +
 	"\bAckRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x1c\n" +
-	"\tdelivered\x18\x02 \x03(\rR\tdelivered\"\xa0\x01\n" +
+	"\tdelivered\x18\x02 \x03(\rR\tdelivered\x12\x1e\n" +
+	"\n" +
+	"duplicates\x18\x03 \x03(\rR\n" +
+	"duplicates\x12\x18\n" +
+	"\apending\x18\x04 \x03(\rR\apending\"\xb8\x01\n" +
 	"\x04Miss\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x19\n" +
 	"\bnot_here\x18\x02 \x03(\tR\anotHere\x12\x16\n" +
 	"\x06failed\x18\x03 \x03(\tR\x06failed\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12!\n" +
 	"\ffailed_users\x18\x05 \x01(\rR\vfailedUsers\x12\x18\n" +
-	"\arefused\x18\x06 \x01(\bR\arefused*#\n" +
+	"\arefused\x18\x06 \x01(\bR\arefused\x12\x16\n" +
+	"\x06reused\x18\a \x03(\tR\x06reused*#\n" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*;\n" +
+	"\x04ZSTD\x10\x02*\xb5\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
-	"\rFEATURE_SCOPE\x10\a\"\x04\b\x01\x10\x062\xb5\x02\n" +
+	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
+	"\x0eFEATURE_DEDUPE\x10\x01\x12\x16\n" +
+	"\x12FEATURE_CLIENT_ACK\x10\x02\x12\x12\n" +
+	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
+	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
+	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x062\xb5\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -1418,7 +2243,7 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
@@ -1429,43 +2254,62 @@ var file_connect_node_proto_goTypes = []any{
 	(*BroadcastRequest)(nil),         // 6: pubsub.BroadcastRequest
 	(*BroadcastResponse)(nil),        // 7: pubsub.BroadcastResponse
 	(*DeliverRequest)(nil),           // 8: pubsub.DeliverRequest
-	(*DeliverResponse)(nil),          // 9: pubsub.DeliverResponse
-	(*Hello)(nil),                    // 10: pubsub.Hello
-	(*HelloReply)(nil),               // 11: pubsub.HelloReply
-	(*Delivery)(nil),                 // 12: pubsub.Delivery
-	(*Audience)(nil),                 // 13: pubsub.Audience
-	(*AckRange)(nil),                 // 14: pubsub.AckRange
-	(*Miss)(nil),                     // 15: pubsub.Miss
-	(*MessageContent)(nil),           // 16: pubsub.MessageContent
+	(*Nudge)(nil),                    // 9: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 10: pubsub.ReplayEnd
+	(*LogMark)(nil),                  // 11: pubsub.LogMark
+	(*DeliverResponse)(nil),          // 12: pubsub.DeliverResponse
+	(*Receipt)(nil),                  // 13: pubsub.Receipt
+	(*Catchup)(nil),                  // 14: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 15: pubsub.ReplayTaken
+	(*LogRead)(nil),                  // 16: pubsub.LogRead
+	(*Hello)(nil),                    // 17: pubsub.Hello
+	(*HelloReply)(nil),               // 18: pubsub.HelloReply
+	(*Delivery)(nil),                 // 19: pubsub.Delivery
+	(*ReplayPlace)(nil),              // 20: pubsub.ReplayPlace
+	(*LogPosition)(nil),              // 21: pubsub.LogPosition
+	(*Audience)(nil),                 // 22: pubsub.Audience
+	(*AckRange)(nil),                 // 23: pubsub.AckRange
+	(*Miss)(nil),                     // 24: pubsub.Miss
+	(*MessageContent)(nil),           // 25: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	16, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	16, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	16, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	10, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	12, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	11, // 5: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	14, // 6: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	15, // 7: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	0,  // 8: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 9: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 10: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 11: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	16, // 12: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	13, // 13: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	2,  // 14: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	4,  // 15: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	6,  // 16: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	8,  // 17: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	3,  // 18: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	5,  // 19: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	7,  // 20: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	9,  // 21: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	18, // [18:22] is the sub-list for method output_type
-	14, // [14:18] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	25, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	25, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	25, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	17, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	19, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	9,  // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	10, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	11, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	18, // 8: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	23, // 9: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	24, // 10: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	13, // 11: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	14, // 12: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	15, // 13: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	16, // 14: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	11, // 15: pubsub.LogRead.after:type_name -> pubsub.LogMark
+	0,  // 16: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 17: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 18: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 19: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	25, // 20: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	22, // 21: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	20, // 22: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	21, // 23: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	2,  // 24: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	4,  // 25: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	6,  // 26: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	8,  // 27: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	3,  // 28: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	5,  // 29: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	7,  // 30: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	12, // 31: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	28, // [28:32] is the sub-list for method output_type
+	24, // [24:28] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -1480,7 +2324,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -176,7 +176,23 @@ type DeliverySummary struct {
 	// acknowledgement: it may have been delivered.
 	Unknown int32 `protobuf:"varint,5,opt,name=unknown,proto3" json:"unknown,omitempty"`
 	// One entry for each node and reason where users failed or are unknown.
-	NodeFailures  []*NodeFailure `protobuf:"bytes,6,rep,name=node_failures,json=nodeFailures,proto3" json:"node_failures,omitempty"`
+	NodeFailures []*NodeFailure `protobuf:"bytes,6,rep,name=node_failures,json=nodeFailures,proto3" json:"node_failures,omitempty"`
+	// Of offline: durably stored, as durably as the store says; it comes when they
+	// connect. With OFFLINE_STORE, offline are all who were not confirmed by a
+	// connection, for whatever reason but that the push had expired.
+	Stored int32 `protobuf:"varint,7,opt,name=stored,proto3" json:"stored,omitempty"`
+	// Of stored: may have got it already, and may so get it twice. Its id tells.
+	Unsure int32 `protobuf:"varint,8,opt,name=unsure,proto3" json:"unsure,omitempty"`
+	// Of delivered: the client itself has acknowledged it.
+	Acked int32 `protobuf:"varint,9,opt,name=acked,proto3" json:"acked,omitempty"`
+	// Of delivered: had it from an earlier push with this id.
+	Duplicates int32 `protobuf:"varint,10,opt,name=duplicates,proto3" json:"duplicates,omitempty"`
+	// The caller's, or the one that was made for it. Empty where there was none, and
+	// from a Push-Manager that does not know PushOptions.
+	MessageId string `protobuf:"bytes,11,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
+	// Of a push to a room that was written into the room's log: where. A client that
+	// resumes from it gets what came after it.
+	Position      string `protobuf:"bytes,12,opt,name=position,proto3" json:"position,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -251,6 +267,48 @@ func (x *DeliverySummary) GetNodeFailures() []*NodeFailure {
 		return x.NodeFailures
 	}
 	return nil
+}
+
+func (x *DeliverySummary) GetStored() int32 {
+	if x != nil {
+		return x.Stored
+	}
+	return 0
+}
+
+func (x *DeliverySummary) GetUnsure() int32 {
+	if x != nil {
+		return x.Unsure
+	}
+	return 0
+}
+
+func (x *DeliverySummary) GetAcked() int32 {
+	if x != nil {
+		return x.Acked
+	}
+	return 0
+}
+
+func (x *DeliverySummary) GetDuplicates() int32 {
+	if x != nil {
+		return x.Duplicates
+	}
+	return 0
+}
+
+func (x *DeliverySummary) GetMessageId() string {
+	if x != nil {
+		return x.MessageId
+	}
+	return ""
+}
+
+func (x *DeliverySummary) GetPosition() string {
+	if x != nil {
+		return x.Position
+	}
+	return ""
 }
 
 // NodeFailure says where and why a part of a push failed or became unknown.
@@ -328,14 +386,24 @@ const file_message_proto_rawDesc = "" +
 	"\bmetadata\x18\x04 \x03(\v2$.pubsub.MessageContent.MetadataEntryR\bmetadata\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcf\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\x02\n" +
 	"\x0fDeliverySummary\x12\x18\n" +
 	"\atargets\x18\x01 \x01(\x05R\atargets\x12\x1c\n" +
 	"\tdelivered\x18\x02 \x01(\x05R\tdelivered\x12\x18\n" +
 	"\aoffline\x18\x03 \x01(\x05R\aoffline\x12\x16\n" +
 	"\x06failed\x18\x04 \x01(\x05R\x06failed\x12\x18\n" +
 	"\aunknown\x18\x05 \x01(\x05R\aunknown\x128\n" +
-	"\rnode_failures\x18\x06 \x03(\v2\x13.pubsub.NodeFailureR\fnodeFailures\"T\n" +
+	"\rnode_failures\x18\x06 \x03(\v2\x13.pubsub.NodeFailureR\fnodeFailures\x12\x16\n" +
+	"\x06stored\x18\a \x01(\x05R\x06stored\x12\x16\n" +
+	"\x06unsure\x18\b \x01(\x05R\x06unsure\x12\x14\n" +
+	"\x05acked\x18\t \x01(\x05R\x05acked\x12\x1e\n" +
+	"\n" +
+	"duplicates\x18\n" +
+	" \x01(\x05R\n" +
+	"duplicates\x12\x1d\n" +
+	"\n" +
+	"message_id\x18\v \x01(\tR\tmessageId\x12\x1a\n" +
+	"\bposition\x18\f \x01(\tR\bposition\"T\n" +
 	"\vNodeFailure\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x14\n" +

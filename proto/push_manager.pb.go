@@ -10,6 +10,7 @@ import (
 	status "google.golang.org/genproto/googleapis/rpc/status"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -22,13 +23,221 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// AckPolicy says whose word makes a message delivered.
+type AckPolicy int32
+
+const (
+	// The node's: it has handed the message to a live connection.
+	AckPolicy_ACK_NODE AckPolicy = 0
+	// The client's, where it can acknowledge. One that cannot counts as with
+	// ACK_NODE.
+	AckPolicy_ACK_CLIENT AckPolicy = 1
+)
+
+// Enum value maps for AckPolicy.
+var (
+	AckPolicy_name = map[int32]string{
+		0: "ACK_NODE",
+		1: "ACK_CLIENT",
+	}
+	AckPolicy_value = map[string]int32{
+		"ACK_NODE":   0,
+		"ACK_CLIENT": 1,
+	}
+)
+
+func (x AckPolicy) Enum() *AckPolicy {
+	p := new(AckPolicy)
+	*p = x
+	return p
+}
+
+func (x AckPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AckPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_push_manager_proto_enumTypes[0].Descriptor()
+}
+
+func (AckPolicy) Type() protoreflect.EnumType {
+	return &file_push_manager_proto_enumTypes[0]
+}
+
+func (x AckPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AckPolicy.Descriptor instead.
+func (AckPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{0}
+}
+
+// OfflinePolicy says what becomes of a message for those who were not reached.
+type OfflinePolicy int32
+
+const (
+	// Nothing.
+	OfflinePolicy_OFFLINE_DROP OfflinePolicy = 0
+	// It is stored, and comes when they connect, before anything newer. Not for
+	// broadcasts, and only where there is a store: INVALID_ARGUMENT otherwise.
+	OfflinePolicy_OFFLINE_STORE OfflinePolicy = 1
+)
+
+// Enum value maps for OfflinePolicy.
+var (
+	OfflinePolicy_name = map[int32]string{
+		0: "OFFLINE_DROP",
+		1: "OFFLINE_STORE",
+	}
+	OfflinePolicy_value = map[string]int32{
+		"OFFLINE_DROP":  0,
+		"OFFLINE_STORE": 1,
+	}
+)
+
+func (x OfflinePolicy) Enum() *OfflinePolicy {
+	p := new(OfflinePolicy)
+	*p = x
+	return p
+}
+
+func (x OfflinePolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OfflinePolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_push_manager_proto_enumTypes[1].Descriptor()
+}
+
+func (OfflinePolicy) Type() protoreflect.EnumType {
+	return &file_push_manager_proto_enumTypes[1]
+}
+
+func (x OfflinePolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OfflinePolicy.Descriptor instead.
+func (OfflinePolicy) EnumDescriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{1}
+}
+
+// Priority decides which pushes are refused first when there is too much to do.
+type Priority int32
+
+const (
+	// That of the call.
+	Priority_PRIORITY_UNSPECIFIED Priority = 0
+	Priority_PRIORITY_LOW         Priority = 1
+	Priority_PRIORITY_NORMAL      Priority = 2
+	Priority_PRIORITY_HIGH        Priority = 3
+	Priority_PRIORITY_CRITICAL    Priority = 4
+)
+
+// Enum value maps for Priority.
+var (
+	Priority_name = map[int32]string{
+		0: "PRIORITY_UNSPECIFIED",
+		1: "PRIORITY_LOW",
+		2: "PRIORITY_NORMAL",
+		3: "PRIORITY_HIGH",
+		4: "PRIORITY_CRITICAL",
+	}
+	Priority_value = map[string]int32{
+		"PRIORITY_UNSPECIFIED": 0,
+		"PRIORITY_LOW":         1,
+		"PRIORITY_NORMAL":      2,
+		"PRIORITY_HIGH":        3,
+		"PRIORITY_CRITICAL":    4,
+	}
+)
+
+func (x Priority) Enum() *Priority {
+	p := new(Priority)
+	*p = x
+	return p
+}
+
+func (x Priority) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Priority) Descriptor() protoreflect.EnumDescriptor {
+	return file_push_manager_proto_enumTypes[2].Descriptor()
+}
+
+func (Priority) Type() protoreflect.EnumType {
+	return &file_push_manager_proto_enumTypes[2]
+}
+
+func (x Priority) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Priority.Descriptor instead.
+func (Priority) EnumDescriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{2}
+}
+
+// ReceiptMode says how the caller hears of acknowledgements by clients.
+type ReceiptMode int32
+
+const (
+	// The reply waits for them.
+	ReceiptMode_RECEIPT_NONE ReceiptMode = 0
+	// The reply comes with the nodes' acknowledgements; the rest comes through
+	// WatchReceipts. Only with ACK_CLIENT and a message_id.
+	ReceiptMode_RECEIPT_ASYNC ReceiptMode = 1
+)
+
+// Enum value maps for ReceiptMode.
+var (
+	ReceiptMode_name = map[int32]string{
+		0: "RECEIPT_NONE",
+		1: "RECEIPT_ASYNC",
+	}
+	ReceiptMode_value = map[string]int32{
+		"RECEIPT_NONE":  0,
+		"RECEIPT_ASYNC": 1,
+	}
+)
+
+func (x ReceiptMode) Enum() *ReceiptMode {
+	p := new(ReceiptMode)
+	*p = x
+	return p
+}
+
+func (x ReceiptMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ReceiptMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_push_manager_proto_enumTypes[3].Descriptor()
+}
+
+func (ReceiptMode) Type() protoreflect.EnumType {
+	return &file_push_manager_proto_enumTypes[3]
+}
+
+func (x ReceiptMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ReceiptMode.Descriptor instead.
+func (ReceiptMode) EnumDescriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{3}
+}
+
 type PushToRoomRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	RoomId  string                 `protobuf:"bytes,1,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
 	Content *MessageContent        `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
 	// At most 10,000 by default. Duplicates and users that are not in the room
 	// are ignored.
-	ExcludeUserIds []string `protobuf:"bytes,3,rep,name=exclude_user_ids,json=excludeUserIds,proto3" json:"exclude_user_ids,omitempty"`
+	ExcludeUserIds []string     `protobuf:"bytes,3,rep,name=exclude_user_ids,json=excludeUserIds,proto3" json:"exclude_user_ids,omitempty"`
+	Options        *PushOptions `protobuf:"bytes,20,opt,name=options,proto3" json:"options,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -80,6 +289,13 @@ func (x *PushToRoomRequest) GetContent() *MessageContent {
 func (x *PushToRoomRequest) GetExcludeUserIds() []string {
 	if x != nil {
 		return x.ExcludeUserIds
+	}
+	return nil
+}
+
+func (x *PushToRoomRequest) GetOptions() *PushOptions {
+	if x != nil {
+		return x.Options
 	}
 	return nil
 }
@@ -158,6 +374,7 @@ type PushToUserRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	Content       *MessageContent        `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	Options       *PushOptions           `protobuf:"bytes,20,opt,name=options,proto3" json:"options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -202,6 +419,13 @@ func (x *PushToUserRequest) GetUserId() string {
 func (x *PushToUserRequest) GetContent() *MessageContent {
 	if x != nil {
 		return x.Content
+	}
+	return nil
+}
+
+func (x *PushToUserRequest) GetOptions() *PushOptions {
+	if x != nil {
+		return x.Options
 	}
 	return nil
 }
@@ -271,6 +495,7 @@ func (x *PushToUserResponse) GetSummary() *DeliverySummary {
 type BroadcastMessageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Content       *MessageContent        `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
+	Options       *PushOptions           `protobuf:"bytes,20,opt,name=options,proto3" json:"options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -308,6 +533,13 @@ func (*BroadcastMessageRequest) Descriptor() ([]byte, []int) {
 func (x *BroadcastMessageRequest) GetContent() *MessageContent {
 	if x != nil {
 		return x.Content
+	}
+	return nil
+}
+
+func (x *BroadcastMessageRequest) GetOptions() *PushOptions {
+	if x != nil {
+		return x.Options
 	}
 	return nil
 }
@@ -388,6 +620,7 @@ type PushToUsersRequest struct {
 	// 1 to 10,000 ids by default.
 	UserIds       []string        `protobuf:"bytes,1,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
 	Content       *MessageContent `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	Options       *PushOptions    `protobuf:"bytes,20,opt,name=options,proto3" json:"options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +665,13 @@ func (x *PushToUsersRequest) GetUserIds() []string {
 func (x *PushToUsersRequest) GetContent() *MessageContent {
 	if x != nil {
 		return x.Content
+	}
+	return nil
+}
+
+func (x *PushToUsersRequest) GetOptions() *PushOptions {
+	if x != nil {
+		return x.Options
 	}
 	return nil
 }
@@ -790,40 +1030,536 @@ func (*PushStreamResponse_Broadcast) isPushStreamResponse_Result() {}
 
 func (*PushStreamResponse_ToUsers) isPushStreamResponse_Result() {}
 
+// PushOptions say what a push is worth. All of them may be left out.
+type PushOptions struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the message: 1 to 64 bytes of valid UTF-8 without control characters,
+	// chosen by the caller, the same at each retry. It is a message's, not a
+	// request's: of pushes of one caller with one id, to whatever targets, each
+	// connection gets the first. The same id with another content is ALREADY_EXISTS
+	// (MESSAGE_ID_REUSED) at the instance that had the first, and failed at a node
+	// that had it. Left out with OFFLINE_STORE: Push-Manager makes a UUIDv7, and
+	// answers it.
+	MessageId string `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
+	// How long it is worth delivering, in milliseconds from when Push-Manager takes
+	// it. Nothing is shown to a client later. 0: until the call's deadline, and in
+	// the store as long as the store keeps (24 h by default). At most 168 h by
+	// default.
+	TtlMs   uint32        `protobuf:"varint,2,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	Ack     AckPolicy     `protobuf:"varint,3,opt,name=ack,proto3,enum=pubsub.AckPolicy" json:"ack,omitempty"`
+	Offline OfflinePolicy `protobuf:"varint,4,opt,name=offline,proto3,enum=pubsub.OfflinePolicy" json:"offline,omitempty"`
+	// At most 64 bytes of valid UTF-8 without control characters. Of messages to one
+	// user with the same key only the latest is worth anything: while it waits in a
+	// queue or in the store, a newer one takes its place. That gives up its order
+	// against others.
+	CollapseKey string `protobuf:"bytes,5,opt,name=collapse_key,json=collapseKey,proto3" json:"collapse_key,omitempty"`
+	// Takes the place of the call's x-priority, up to the caller's highest.
+	Priority Priority    `protobuf:"varint,6,opt,name=priority,proto3,enum=pubsub.Priority" json:"priority,omitempty"`
+	Receipt  ReceiptMode `protobuf:"varint,7,opt,name=receipt,proto3,enum=pubsub.ReceiptMode" json:"receipt,omitempty"`
+	// How long a client may take to acknowledge, in milliseconds, with ACK_CLIENT.
+	// 0: 2 s, or what is left of the deadline. With RECEIPT_ASYNC up to 60 s.
+	AckTimeoutMs  uint32 `protobuf:"varint,8,opt,name=ack_timeout_ms,json=ackTimeoutMs,proto3" json:"ack_timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushOptions) Reset() {
+	*x = PushOptions{}
+	mi := &file_push_manager_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushOptions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushOptions) ProtoMessage() {}
+
+func (x *PushOptions) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushOptions.ProtoReflect.Descriptor instead.
+func (*PushOptions) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PushOptions) GetMessageId() string {
+	if x != nil {
+		return x.MessageId
+	}
+	return ""
+}
+
+func (x *PushOptions) GetTtlMs() uint32 {
+	if x != nil {
+		return x.TtlMs
+	}
+	return 0
+}
+
+func (x *PushOptions) GetAck() AckPolicy {
+	if x != nil {
+		return x.Ack
+	}
+	return AckPolicy_ACK_NODE
+}
+
+func (x *PushOptions) GetOffline() OfflinePolicy {
+	if x != nil {
+		return x.Offline
+	}
+	return OfflinePolicy_OFFLINE_DROP
+}
+
+func (x *PushOptions) GetCollapseKey() string {
+	if x != nil {
+		return x.CollapseKey
+	}
+	return ""
+}
+
+func (x *PushOptions) GetPriority() Priority {
+	if x != nil {
+		return x.Priority
+	}
+	return Priority_PRIORITY_UNSPECIFIED
+}
+
+func (x *PushOptions) GetReceipt() ReceiptMode {
+	if x != nil {
+		return x.Receipt
+	}
+	return ReceiptMode_RECEIPT_NONE
+}
+
+func (x *PushOptions) GetAckTimeoutMs() uint32 {
+	if x != nil {
+		return x.AckTimeoutMs
+	}
+	return 0
+}
+
+type WatchReceiptsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The position of the last receipt that was handled; empty: from now on.
+	After         string `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchReceiptsRequest) Reset() {
+	*x = WatchReceiptsRequest{}
+	mi := &file_push_manager_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchReceiptsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchReceiptsRequest) ProtoMessage() {}
+
+func (x *WatchReceiptsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchReceiptsRequest.ProtoReflect.Descriptor instead.
+func (*WatchReceiptsRequest) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *WatchReceiptsRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type WatchReceiptsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Position      string                 `protobuf:"bytes,1,opt,name=position,proto3" json:"position,omitempty"`
+	Receipt       *PushReceipt           `protobuf:"bytes,2,opt,name=receipt,proto3" json:"receipt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchReceiptsResponse) Reset() {
+	*x = WatchReceiptsResponse{}
+	mi := &file_push_manager_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchReceiptsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchReceiptsResponse) ProtoMessage() {}
+
+func (x *WatchReceiptsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchReceiptsResponse.ProtoReflect.Descriptor instead.
+func (*WatchReceiptsResponse) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *WatchReceiptsResponse) GetPosition() string {
+	if x != nil {
+		return x.Position
+	}
+	return ""
+}
+
+func (x *WatchReceiptsResponse) GetReceipt() *PushReceipt {
+	if x != nil {
+		return x.Receipt
+	}
+	return nil
+}
+
+// PushReceipt is the account of a push after its reply.
+type PushReceipt struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	MessageId string                 `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
+	// "room:r", "user:u", "users" or "everybody".
+	Target  string           `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	Summary *DeliverySummary `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
+	// Nothing more comes of this push. An instance that ends before leaves a push
+	// without: what was not confirmed is unknown then.
+	Final bool `protobuf:"varint,4,opt,name=final,proto3" json:"final,omitempty"`
+	// Of those who have not acknowledged, at most 100.
+	UnackedUserIds []string               `protobuf:"bytes,5,rep,name=unacked_user_ids,json=unackedUserIds,proto3" json:"unacked_user_ids,omitempty"`
+	At             *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PushReceipt) Reset() {
+	*x = PushReceipt{}
+	mi := &file_push_manager_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushReceipt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushReceipt) ProtoMessage() {}
+
+func (x *PushReceipt) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushReceipt.ProtoReflect.Descriptor instead.
+func (*PushReceipt) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PushReceipt) GetMessageId() string {
+	if x != nil {
+		return x.MessageId
+	}
+	return ""
+}
+
+func (x *PushReceipt) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *PushReceipt) GetSummary() *DeliverySummary {
+	if x != nil {
+		return x.Summary
+	}
+	return nil
+}
+
+func (x *PushReceipt) GetFinal() bool {
+	if x != nil {
+		return x.Final
+	}
+	return false
+}
+
+func (x *PushReceipt) GetUnackedUserIds() []string {
+	if x != nil {
+		return x.UnackedUserIds
+	}
+	return nil
+}
+
+func (x *PushReceipt) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+type ForgetUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetUserRequest) Reset() {
+	*x = ForgetUserRequest{}
+	mi := &file_push_manager_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetUserRequest) ProtoMessage() {}
+
+func (x *ForgetUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetUserRequest.ProtoReflect.Descriptor instead.
+func (*ForgetUserRequest) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ForgetUserRequest) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+type ForgetUserResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Messages that were erased.
+	Messages      int32 `protobuf:"varint,1,opt,name=messages,proto3" json:"messages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetUserResponse) Reset() {
+	*x = ForgetUserResponse{}
+	mi := &file_push_manager_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetUserResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetUserResponse) ProtoMessage() {}
+
+func (x *ForgetUserResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetUserResponse.ProtoReflect.Descriptor instead.
+func (*ForgetUserResponse) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ForgetUserResponse) GetMessages() int32 {
+	if x != nil {
+		return x.Messages
+	}
+	return 0
+}
+
+type ReplayRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// Where the user has connected.
+	NodeId        string `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayRequest) Reset() {
+	*x = ReplayRequest{}
+	mi := &file_push_manager_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayRequest) ProtoMessage() {}
+
+func (x *ReplayRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayRequest.ProtoReflect.Descriptor instead.
+func (*ReplayRequest) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ReplayRequest) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *ReplayRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+type ReplayResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Messages that the node has taken; more may follow.
+	Messages      int32 `protobuf:"varint,1,opt,name=messages,proto3" json:"messages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayResponse) Reset() {
+	*x = ReplayResponse{}
+	mi := &file_push_manager_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayResponse) ProtoMessage() {}
+
+func (x *ReplayResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayResponse.ProtoReflect.Descriptor instead.
+func (*ReplayResponse) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReplayResponse) GetMessages() int32 {
+	if x != nil {
+		return x.Messages
+	}
+	return 0
+}
+
 var File_push_manager_proto protoreflect.FileDescriptor
 
 const file_push_manager_proto_rawDesc = "" +
 	"\n" +
-	"\x12push_manager.proto\x12\x06pubsub\x1a\x17google/rpc/status.proto\x1a\rmessage.proto\"\x8e\x01\n" +
+	"\x12push_manager.proto\x12\x06pubsub\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\rmessage.proto\"\xb7\x01\n" +
 	"\x11PushToRoomRequest\x12\x17\n" +
 	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x120\n" +
 	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12(\n" +
-	"\x10exclude_user_ids\x18\x03 \x03(\tR\x0eexcludeUserIdsJ\x04\b\x14\x10\x15\"\xa4\x01\n" +
+	"\x10exclude_user_ids\x18\x03 \x03(\tR\x0eexcludeUserIds\x12-\n" +
+	"\aoptions\x18\x14 \x01(\v2\x13.pubsub.PushOptionsR\aoptions\"\xa4\x01\n" +
 	"\x12PushToRoomResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x121\n" +
 	"\asummary\x18\n" +
-	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"d\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\x8d\x01\n" +
 	"\x11PushToUserRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x120\n" +
-	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontentJ\x04\b\x14\x10\x15\"{\n" +
+	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12-\n" +
+	"\aoptions\x18\x14 \x01(\v2\x13.pubsub.PushOptionsR\aoptions\"{\n" +
 	"\x12PushToUserResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x121\n" +
 	"\asummary\x18\n" +
-	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"Q\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"z\n" +
 	"\x17BroadcastMessageRequest\x120\n" +
-	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontentJ\x04\b\x14\x10\x15\"\xaa\x01\n" +
+	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12-\n" +
+	"\aoptions\x18\x14 \x01(\v2\x13.pubsub.PushOptionsR\aoptions\"\xaa\x01\n" +
 	"\x18BroadcastMessageResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0ftotal_delivered\x18\x02 \x01(\x05R\x0etotalDelivered\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x121\n" +
 	"\asummary\x18\n" +
-	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"g\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\x90\x01\n" +
 	"\x12PushToUsersRequest\x12\x19\n" +
 	"\buser_ids\x18\x01 \x03(\tR\auserIds\x120\n" +
-	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontentJ\x04\b\x14\x10\x15\"\xa5\x01\n" +
+	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12-\n" +
+	"\aoptions\x18\x14 \x01(\v2\x13.pubsub.PushOptionsR\aoptions\"\xa5\x01\n" +
 	"\x13PushToUsersResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
@@ -848,7 +1584,55 @@ const file_push_manager_proto_rawDesc = "" +
 	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsers\x120\n" +
 	"\x05batch\x18\n" +
 	" \x03(\v2\x1a.pubsub.PushStreamResponseR\x05batchB\b\n" +
-	"\x06result2\x86\x03\n" +
+	"\x06result\"\xbf\x02\n" +
+	"\vPushOptions\x12\x1d\n" +
+	"\n" +
+	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x15\n" +
+	"\x06ttl_ms\x18\x02 \x01(\rR\x05ttlMs\x12#\n" +
+	"\x03ack\x18\x03 \x01(\x0e2\x11.pubsub.AckPolicyR\x03ack\x12/\n" +
+	"\aoffline\x18\x04 \x01(\x0e2\x15.pubsub.OfflinePolicyR\aoffline\x12!\n" +
+	"\fcollapse_key\x18\x05 \x01(\tR\vcollapseKey\x12,\n" +
+	"\bpriority\x18\x06 \x01(\x0e2\x10.pubsub.PriorityR\bpriority\x12-\n" +
+	"\areceipt\x18\a \x01(\x0e2\x13.pubsub.ReceiptModeR\areceipt\x12$\n" +
+	"\x0eack_timeout_ms\x18\b \x01(\rR\fackTimeoutMs\",\n" +
+	"\x14WatchReceiptsRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\tR\x05after\"b\n" +
+	"\x15WatchReceiptsResponse\x12\x1a\n" +
+	"\bposition\x18\x01 \x01(\tR\bposition\x12-\n" +
+	"\areceipt\x18\x02 \x01(\v2\x13.pubsub.PushReceiptR\areceipt\"\xe3\x01\n" +
+	"\vPushReceipt\x12\x1d\n" +
+	"\n" +
+	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x121\n" +
+	"\asummary\x18\x03 \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\x12\x14\n" +
+	"\x05final\x18\x04 \x01(\bR\x05final\x12(\n" +
+	"\x10unacked_user_ids\x18\x05 \x03(\tR\x0eunackedUserIds\x12*\n" +
+	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\",\n" +
+	"\x11ForgetUserRequest\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\"0\n" +
+	"\x12ForgetUserResponse\x12\x1a\n" +
+	"\bmessages\x18\x01 \x01(\x05R\bmessages\"A\n" +
+	"\rReplayRequest\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\tR\x06nodeId\",\n" +
+	"\x0eReplayResponse\x12\x1a\n" +
+	"\bmessages\x18\x01 \x01(\x05R\bmessages*)\n" +
+	"\tAckPolicy\x12\f\n" +
+	"\bACK_NODE\x10\x00\x12\x0e\n" +
+	"\n" +
+	"ACK_CLIENT\x10\x01*4\n" +
+	"\rOfflinePolicy\x12\x10\n" +
+	"\fOFFLINE_DROP\x10\x00\x12\x11\n" +
+	"\rOFFLINE_STORE\x10\x01*u\n" +
+	"\bPriority\x12\x18\n" +
+	"\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fPRIORITY_LOW\x10\x01\x12\x13\n" +
+	"\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n" +
+	"\rPRIORITY_HIGH\x10\x03\x12\x15\n" +
+	"\x11PRIORITY_CRITICAL\x10\x04*2\n" +
+	"\vReceiptMode\x12\x10\n" +
+	"\fRECEIPT_NONE\x10\x00\x12\x11\n" +
+	"\rRECEIPT_ASYNC\x10\x012\xd4\x04\n" +
 	"\x12PushManagerService\x12C\n" +
 	"\n" +
 	"PushToRoom\x12\x19.pubsub.PushToRoomRequest\x1a\x1a.pubsub.PushToRoomResponse\x12C\n" +
@@ -857,7 +1641,11 @@ const file_push_manager_proto_rawDesc = "" +
 	"\x10BroadcastMessage\x12\x1f.pubsub.BroadcastMessageRequest\x1a .pubsub.BroadcastMessageResponse\x12F\n" +
 	"\vPushToUsers\x12\x1a.pubsub.PushToUsersRequest\x1a\x1b.pubsub.PushToUsersResponse\x12G\n" +
 	"\n" +
-	"PushStream\x12\x19.pubsub.PushStreamRequest\x1a\x1a.pubsub.PushStreamResponse(\x010\x01B3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"PushStream\x12\x19.pubsub.PushStreamRequest\x1a\x1a.pubsub.PushStreamResponse(\x010\x01\x12N\n" +
+	"\rWatchReceipts\x12\x1c.pubsub.WatchReceiptsRequest\x1a\x1d.pubsub.WatchReceiptsResponse0\x01\x12C\n" +
+	"\n" +
+	"ForgetUser\x12\x19.pubsub.ForgetUserRequest\x1a\x1a.pubsub.ForgetUserResponse\x127\n" +
+	"\x06Replay\x12\x15.pubsub.ReplayRequest\x1a\x16.pubsub.ReplayResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_push_manager_proto_rawDescOnce sync.Once
@@ -871,57 +1659,88 @@ func file_push_manager_proto_rawDescGZIP() []byte {
 	return file_push_manager_proto_rawDescData
 }
 
-var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_push_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_push_manager_proto_goTypes = []any{
-	(*PushToRoomRequest)(nil),        // 0: pubsub.PushToRoomRequest
-	(*PushToRoomResponse)(nil),       // 1: pubsub.PushToRoomResponse
-	(*PushToUserRequest)(nil),        // 2: pubsub.PushToUserRequest
-	(*PushToUserResponse)(nil),       // 3: pubsub.PushToUserResponse
-	(*BroadcastMessageRequest)(nil),  // 4: pubsub.BroadcastMessageRequest
-	(*BroadcastMessageResponse)(nil), // 5: pubsub.BroadcastMessageResponse
-	(*PushToUsersRequest)(nil),       // 6: pubsub.PushToUsersRequest
-	(*PushToUsersResponse)(nil),      // 7: pubsub.PushToUsersResponse
-	(*PushStreamRequest)(nil),        // 8: pubsub.PushStreamRequest
-	(*PushStreamResponse)(nil),       // 9: pubsub.PushStreamResponse
-	(*MessageContent)(nil),           // 10: pubsub.MessageContent
-	(*DeliverySummary)(nil),          // 11: pubsub.DeliverySummary
-	(*status.Status)(nil),            // 12: google.rpc.Status
+	(AckPolicy)(0),                   // 0: pubsub.AckPolicy
+	(OfflinePolicy)(0),               // 1: pubsub.OfflinePolicy
+	(Priority)(0),                    // 2: pubsub.Priority
+	(ReceiptMode)(0),                 // 3: pubsub.ReceiptMode
+	(*PushToRoomRequest)(nil),        // 4: pubsub.PushToRoomRequest
+	(*PushToRoomResponse)(nil),       // 5: pubsub.PushToRoomResponse
+	(*PushToUserRequest)(nil),        // 6: pubsub.PushToUserRequest
+	(*PushToUserResponse)(nil),       // 7: pubsub.PushToUserResponse
+	(*BroadcastMessageRequest)(nil),  // 8: pubsub.BroadcastMessageRequest
+	(*BroadcastMessageResponse)(nil), // 9: pubsub.BroadcastMessageResponse
+	(*PushToUsersRequest)(nil),       // 10: pubsub.PushToUsersRequest
+	(*PushToUsersResponse)(nil),      // 11: pubsub.PushToUsersResponse
+	(*PushStreamRequest)(nil),        // 12: pubsub.PushStreamRequest
+	(*PushStreamResponse)(nil),       // 13: pubsub.PushStreamResponse
+	(*PushOptions)(nil),              // 14: pubsub.PushOptions
+	(*WatchReceiptsRequest)(nil),     // 15: pubsub.WatchReceiptsRequest
+	(*WatchReceiptsResponse)(nil),    // 16: pubsub.WatchReceiptsResponse
+	(*PushReceipt)(nil),              // 17: pubsub.PushReceipt
+	(*ForgetUserRequest)(nil),        // 18: pubsub.ForgetUserRequest
+	(*ForgetUserResponse)(nil),       // 19: pubsub.ForgetUserResponse
+	(*ReplayRequest)(nil),            // 20: pubsub.ReplayRequest
+	(*ReplayResponse)(nil),           // 21: pubsub.ReplayResponse
+	(*MessageContent)(nil),           // 22: pubsub.MessageContent
+	(*DeliverySummary)(nil),          // 23: pubsub.DeliverySummary
+	(*status.Status)(nil),            // 24: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),    // 25: google.protobuf.Timestamp
 }
 var file_push_manager_proto_depIdxs = []int32{
-	10, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
-	11, // 1: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
-	10, // 2: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
-	11, // 3: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
-	10, // 4: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
-	11, // 5: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
-	10, // 6: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
-	11, // 7: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
-	0,  // 8: pubsub.PushStreamRequest.to_room:type_name -> pubsub.PushToRoomRequest
-	2,  // 9: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
-	4,  // 10: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
-	6,  // 11: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
-	8,  // 12: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
-	12, // 13: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
-	1,  // 14: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
-	3,  // 15: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
-	5,  // 16: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
-	7,  // 17: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
-	9,  // 18: pubsub.PushStreamResponse.batch:type_name -> pubsub.PushStreamResponse
-	0,  // 19: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
-	2,  // 20: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
-	4,  // 21: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
-	6,  // 22: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
-	8,  // 23: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
-	1,  // 24: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
-	3,  // 25: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
-	5,  // 26: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
-	7,  // 27: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
-	9,  // 28: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
-	24, // [24:29] is the sub-list for method output_type
-	19, // [19:24] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	22, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
+	14, // 1: pubsub.PushToRoomRequest.options:type_name -> pubsub.PushOptions
+	23, // 2: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
+	22, // 3: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
+	14, // 4: pubsub.PushToUserRequest.options:type_name -> pubsub.PushOptions
+	23, // 5: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
+	22, // 6: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
+	14, // 7: pubsub.BroadcastMessageRequest.options:type_name -> pubsub.PushOptions
+	23, // 8: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
+	22, // 9: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
+	14, // 10: pubsub.PushToUsersRequest.options:type_name -> pubsub.PushOptions
+	23, // 11: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
+	4,  // 12: pubsub.PushStreamRequest.to_room:type_name -> pubsub.PushToRoomRequest
+	6,  // 13: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
+	8,  // 14: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
+	10, // 15: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
+	12, // 16: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
+	24, // 17: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
+	5,  // 18: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
+	7,  // 19: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
+	9,  // 20: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
+	11, // 21: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
+	13, // 22: pubsub.PushStreamResponse.batch:type_name -> pubsub.PushStreamResponse
+	0,  // 23: pubsub.PushOptions.ack:type_name -> pubsub.AckPolicy
+	1,  // 24: pubsub.PushOptions.offline:type_name -> pubsub.OfflinePolicy
+	2,  // 25: pubsub.PushOptions.priority:type_name -> pubsub.Priority
+	3,  // 26: pubsub.PushOptions.receipt:type_name -> pubsub.ReceiptMode
+	17, // 27: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
+	23, // 28: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
+	25, // 29: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
+	4,  // 30: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
+	6,  // 31: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
+	8,  // 32: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
+	10, // 33: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
+	12, // 34: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
+	15, // 35: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
+	18, // 36: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
+	20, // 37: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
+	5,  // 38: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
+	7,  // 39: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
+	9,  // 40: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
+	11, // 41: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
+	13, // 42: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
+	16, // 43: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
+	19, // 44: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
+	21, // 45: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
+	38, // [38:46] is the sub-list for method output_type
+	30, // [30:38] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_push_manager_proto_init() }
@@ -947,13 +1766,14 @@ func file_push_manager_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_push_manager_proto_rawDesc), len(file_push_manager_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   10,
+			NumEnums:      4,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_push_manager_proto_goTypes,
 		DependencyIndexes: file_push_manager_proto_depIdxs,
+		EnumInfos:         file_push_manager_proto_enumTypes,
 		MessageInfos:      file_push_manager_proto_msgTypes,
 	}.Build()
 	File_push_manager_proto = out.File

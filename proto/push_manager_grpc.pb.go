@@ -24,6 +24,9 @@ const (
 	PushManagerService_BroadcastMessage_FullMethodName = "/pubsub.PushManagerService/BroadcastMessage"
 	PushManagerService_PushToUsers_FullMethodName      = "/pubsub.PushManagerService/PushToUsers"
 	PushManagerService_PushStream_FullMethodName       = "/pubsub.PushManagerService/PushStream"
+	PushManagerService_WatchReceipts_FullMethodName    = "/pubsub.PushManagerService/WatchReceipts"
+	PushManagerService_ForgetUser_FullMethodName       = "/pubsub.PushManagerService/ForgetUser"
+	PushManagerService_Replay_FullMethodName           = "/pubsub.PushManagerService/Replay"
 )
 
 // PushManagerServiceClient is the client API for PushManagerService service.
@@ -55,8 +58,8 @@ const (
 // both. On one PushStream the order of sending is enough.
 //
 // Ids are 1 to 256 bytes of valid UTF-8 without control characters. Field 20
-// of every request is kept for PushOptions (message id, time to live,
-// acknowledgement policy, offline storage, conflation key).
+// of every request, PushOptions, says what the push is worth. Without it a push
+// is what it was before there were options.
 type PushManagerServiceClient interface {
 	// Pushes to every member of a room but the excluded ones. An unknown room is
 	// success=false with the message `room "x" not found`; a room without members
@@ -79,6 +82,18 @@ type PushManagerServiceClient interface {
 	// whose replies are not read while others wait for memory ends with
 	// DEADLINE_EXCEEDED without ErrorInfo: what is not answered may be delivered.
 	PushStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PushStreamRequest, PushStreamResponse], error)
+	// The receipts of the caller's pushes with RECEIPT_ASYNC, from now on or from
+	// behind a position. With a store every instance has those of all, for a day;
+	// without one an instance has its own, as far as its memory goes. OUT_OF_RANGE
+	// says that what follows the position is not kept any more: watch from now on.
+	WatchReceipts(ctx context.Context, in *WatchReceiptsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchReceiptsResponse], error)
+	// Erases what is stored for a user. FAILED_PRECONDITION (STORE_OFF) without a
+	// store. What was said to a room is not the user's, and ends with its time.
+	ForgetUser(ctx context.Context, in *ForgetUserRequest, opts ...grpc.CallOption) (*ForgetUserResponse, error)
+	// Sends a user what is stored for them, to their connections on one node: for
+	// gateways that do not ask for it themselves, and for Controllers, at a join.
+	// It is answered when the first page is with the node.
+	Replay(ctx context.Context, in *ReplayRequest, opts ...grpc.CallOption) (*ReplayResponse, error)
 }
 
 type pushManagerServiceClient struct {
@@ -142,6 +157,45 @@ func (c *pushManagerServiceClient) PushStream(ctx context.Context, opts ...grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PushManagerService_PushStreamClient = grpc.BidiStreamingClient[PushStreamRequest, PushStreamResponse]
 
+func (c *pushManagerServiceClient) WatchReceipts(ctx context.Context, in *WatchReceiptsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchReceiptsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &PushManagerService_ServiceDesc.Streams[1], PushManagerService_WatchReceipts_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchReceiptsRequest, WatchReceiptsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PushManagerService_WatchReceiptsClient = grpc.ServerStreamingClient[WatchReceiptsResponse]
+
+func (c *pushManagerServiceClient) ForgetUser(ctx context.Context, in *ForgetUserRequest, opts ...grpc.CallOption) (*ForgetUserResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForgetUserResponse)
+	err := c.cc.Invoke(ctx, PushManagerService_ForgetUser_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *pushManagerServiceClient) Replay(ctx context.Context, in *ReplayRequest, opts ...grpc.CallOption) (*ReplayResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReplayResponse)
+	err := c.cc.Invoke(ctx, PushManagerService_Replay_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PushManagerServiceServer is the server API for PushManagerService service.
 // All implementations must embed UnimplementedPushManagerServiceServer
 // for forward compatibility.
@@ -171,8 +225,8 @@ type PushManagerService_PushStreamClient = grpc.BidiStreamingClient[PushStreamRe
 // both. On one PushStream the order of sending is enough.
 //
 // Ids are 1 to 256 bytes of valid UTF-8 without control characters. Field 20
-// of every request is kept for PushOptions (message id, time to live,
-// acknowledgement policy, offline storage, conflation key).
+// of every request, PushOptions, says what the push is worth. Without it a push
+// is what it was before there were options.
 type PushManagerServiceServer interface {
 	// Pushes to every member of a room but the excluded ones. An unknown room is
 	// success=false with the message `room "x" not found`; a room without members
@@ -195,6 +249,18 @@ type PushManagerServiceServer interface {
 	// whose replies are not read while others wait for memory ends with
 	// DEADLINE_EXCEEDED without ErrorInfo: what is not answered may be delivered.
 	PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error
+	// The receipts of the caller's pushes with RECEIPT_ASYNC, from now on or from
+	// behind a position. With a store every instance has those of all, for a day;
+	// without one an instance has its own, as far as its memory goes. OUT_OF_RANGE
+	// says that what follows the position is not kept any more: watch from now on.
+	WatchReceipts(*WatchReceiptsRequest, grpc.ServerStreamingServer[WatchReceiptsResponse]) error
+	// Erases what is stored for a user. FAILED_PRECONDITION (STORE_OFF) without a
+	// store. What was said to a room is not the user's, and ends with its time.
+	ForgetUser(context.Context, *ForgetUserRequest) (*ForgetUserResponse, error)
+	// Sends a user what is stored for them, to their connections on one node: for
+	// gateways that do not ask for it themselves, and for Controllers, at a join.
+	// It is answered when the first page is with the node.
+	Replay(context.Context, *ReplayRequest) (*ReplayResponse, error)
 	mustEmbedUnimplementedPushManagerServiceServer()
 }
 
@@ -219,6 +285,15 @@ func (UnimplementedPushManagerServiceServer) PushToUsers(context.Context, *PushT
 }
 func (UnimplementedPushManagerServiceServer) PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error {
 	return status.Error(codes.Unimplemented, "method PushStream not implemented")
+}
+func (UnimplementedPushManagerServiceServer) WatchReceipts(*WatchReceiptsRequest, grpc.ServerStreamingServer[WatchReceiptsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchReceipts not implemented")
+}
+func (UnimplementedPushManagerServiceServer) ForgetUser(context.Context, *ForgetUserRequest) (*ForgetUserResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForgetUser not implemented")
+}
+func (UnimplementedPushManagerServiceServer) Replay(context.Context, *ReplayRequest) (*ReplayResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Replay not implemented")
 }
 func (UnimplementedPushManagerServiceServer) mustEmbedUnimplementedPushManagerServiceServer() {}
 func (UnimplementedPushManagerServiceServer) testEmbeddedByValue()                            {}
@@ -320,6 +395,53 @@ func _PushManagerService_PushStream_Handler(srv interface{}, stream grpc.ServerS
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PushManagerService_PushStreamServer = grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]
 
+func _PushManagerService_WatchReceipts_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchReceiptsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(PushManagerServiceServer).WatchReceipts(m, &grpc.GenericServerStream[WatchReceiptsRequest, WatchReceiptsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PushManagerService_WatchReceiptsServer = grpc.ServerStreamingServer[WatchReceiptsResponse]
+
+func _PushManagerService_ForgetUser_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForgetUserRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PushManagerServiceServer).ForgetUser(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PushManagerService_ForgetUser_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PushManagerServiceServer).ForgetUser(ctx, req.(*ForgetUserRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _PushManagerService_Replay_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReplayRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PushManagerServiceServer).Replay(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PushManagerService_Replay_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PushManagerServiceServer).Replay(ctx, req.(*ReplayRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PushManagerService_ServiceDesc is the grpc.ServiceDesc for PushManagerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -343,6 +465,14 @@ var PushManagerService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "PushToUsers",
 			Handler:    _PushManagerService_PushToUsers_Handler,
 		},
+		{
+			MethodName: "ForgetUser",
+			Handler:    _PushManagerService_ForgetUser_Handler,
+		},
+		{
+			MethodName: "Replay",
+			Handler:    _PushManagerService_Replay_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -350,6 +480,11 @@ var PushManagerService_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _PushManagerService_PushStream_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "WatchReceipts",
+			Handler:       _PushManagerService_WatchReceipts_Handler,
+			ServerStreams: true,
 		},
 	},
 	Metadata: "push_manager.proto",

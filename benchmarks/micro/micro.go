@@ -212,6 +212,8 @@ func (l link) Node() string { return string(l) }
 // Scopes implements engine.Link.
 func (l link) Scopes() bool { return true }
 
+func (l link) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+
 // Send implements engine.Link.
 func (l link) Send(d *engine.Delivery) engine.Reason {
 	if time.Now().Before(d.Deadline()) && d.TrySend() {

@@ -237,6 +237,8 @@ type node struct {
 func (n *node) Node() string { return n.id }
 func (n *node) Scopes() bool { return true }
 
+func (n *node) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+
 func (n *node) Send(d *engine.Delivery) engine.Reason {
 	n.mu.Lock()
 	defer n.mu.Unlock()

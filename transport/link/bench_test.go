@@ -181,6 +181,8 @@ func (k *keeper) Links(int) []engine.Link      { return []engine.Link{k} }
 func (k *keeper) Node() string                 { return "A" }
 func (k *keeper) Scopes() bool                 { return true }
 
+func (k *keeper) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+
 func (k *keeper) Send(d *engine.Delivery) engine.Reason {
 	k.sent <- d
 	return engine.Sent

@@ -85,6 +85,10 @@ type Config struct {
 	// without Deliver. 0 means 16.
 	UnaryLanes int
 
+	// Replayer sends nodes what is stored for their users. Nil: there is no store, and nodes are
+	// told so.
+	Replayer Replayer
+
 	// Credentials secure the connection to a node and refuse any other node: an error of theirs that has a method NodeID
 	// says by it who is there instead. Nothing is sent before. Nil: connections are plain.
 	Credentials func(nodeID string) credentials.TransportCredentials

@@ -86,6 +86,9 @@ func (l *Link) Node() string { return l.node.id }
 // not said hello yet it is true.
 func (l *Link) Scopes() bool { return !l.node.unscoped.Load() }
 
+// Nudge implements engine.Link.
+func (l *Link) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+
 // Send takes d or says at once why not, see [engine.Link].
 func (l *Link) Send(d *engine.Delivery) engine.Reason {
 	cfg := &l.set.cfg

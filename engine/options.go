@@ -1,0 +1,78 @@
+package engine
+
+import (
+	"errors"
+	"time"
+)
+
+// Options say what a push is worth. A push without them is given up where it is not delivered.
+// They are read-only once the push has started, and may be shared.
+type Options struct {
+	// MessageID names the message among those of Sender, which is who has chosen it; nobody
+	// is told its ids apart when it is empty. PayloadHash is equal for equal contents, whatever
+	// the stamp. Without MessageID nothing is de-duplicated.
+	MessageID   string
+	Sender      string
+	PayloadHash uint32
+	// TTL is how long after Arrived the message may be shown. 0: until the push ends, and in the
+	// store as long as it keeps.
+	TTL time.Duration
+	// ClientAck: users whose clients can acknowledge are delivered when they have, within
+	// AckTimeout.
+	ClientAck  bool
+	AckTimeout time.Duration
+	// Store: whoever was not confirmed is handed to the Spool.
+	Store bool
+	// CollapseKey is empty for a message that is worth something beside newer ones.
+	CollapseKey string
+	// Async: the push completes with the nodes' acks. What clients say comes to Receipts.
+	Async    bool
+	Receipts Receipts
+	// Replay is set for a message out of the store: it goes to one node and nowhere else.
+	Replay *Replay
+}
+
+// Replay says where a message out of the store goes. A push with one is ToUser.
+type Replay struct {
+	Node      string
+	Gate, Seq uint64
+	Room      string // to which it was pushed, "" for none
+}
+
+// Receipts is told what clients say of pushes that are Async.
+type Receipts interface {
+	// Receipt is called from any goroutine, after Complete, and must not block. The last call for
+	// a push has final set. unacked are at most 100 of those who have not acknowledged.
+	Receipt(p *Push, r Result, unacked []string, final bool)
+}
+
+// Spool keeps messages for users who were not reached.
+type Spool interface {
+	// Append stores m for each of users and must not block. done is called exactly once, by the
+	// deadline, from any goroutine, with one result for each user. m and what it refers to stay as they
+	// are for ever.
+	Append(m *Stored, users []string, deadline time.Time, done func([]Spooled))
+}
+
+// Stored is a message as a Spool keeps it.
+type Stored struct {
+	MessageID, Sender string
+	PayloadHash       uint32
+	Payload           []byte
+	Room              string
+	CollapseKey       string
+	Expires           time.Time // zero: when the Spool says
+}
+
+// Spooled is what became of a message for one user: nil Err is stored, in place Seq.
+type Spooled struct {
+	Seq uint64
+	Err error
+}
+
+// Errors of a Spool. An error with one of them in it says in words what is wrong, without "store".
+var (
+	ErrSpoolQuota = errors.New("too many messages wait for the user")
+	ErrSpoolFull  = errors.New("is full")
+	ErrSpoolDown  = errors.New("not reachable")
+)
