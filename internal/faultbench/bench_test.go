@@ -350,10 +350,13 @@ type request struct {
 	kind     kind
 	key      string
 	users    []string
-	deadline time.Duration // 0: none
-	size     int           // of the payload, 0: as small as can be
-	priority string        // "": none is claimed
-	patient  bool          // the manager's own deadline is not before this one
+	deadline time.Duration       // 0: none
+	size     int                 // of the payload, 0: as small as can be
+	priority string              // "": none is claimed
+	patient  bool                // the manager's own deadline is not before this one
+	options  *pubsub.PushOptions // nil: none. Without a message id the push's own is taken
+	again    *push               // the try before: the message is the same
+	content  string              // in place of the id
 }
 
 func user(id string) request { return request{kind: toUser, key: id, deadline: 4 * time.Second} }
@@ -376,7 +379,10 @@ func (m *manager) push(r request) *push { return m.ask(context.Background(), m, 
 
 // ask pushes through one connection.
 func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, r request) *push {
-	p := &push{kind: r.kind, key: r.key, manager: m.id, limit: defaultDeadline}
+	p := &push{kind: r.kind, key: r.key, users: r.users, options: r.options, manager: m.id, limit: defaultDeadline}
+	if r.again != nil {
+		p.id = r.again.id
+	}
 	if r.deadline > 0 {
 		p.limit = min(p.limit, r.deadline)
 		if r.patient {
@@ -391,25 +397,28 @@ func (m *manager) ask(ctx context.Context, api pubsub.PushManagerServiceClient, 
 	}
 	m.b.ledger.begin(p)
 	content := &pubsub.MessageContent{Data: payload(p.id, r.size)}
+	if r.content != "" {
+		content.Data = []byte(r.content)
+	}
 	var success bool
 	var s *pubsub.DeliverySummary
 	var err error
 	switch r.kind {
 	case toUser:
 		var reply *pubsub.PushToUserResponse
-		reply, err = api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: r.key, Content: content})
+		reply, err = api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: r.key, Content: content, Options: p.options})
 		success, s, p.message = reply.GetSuccess(), reply.GetSummary(), reply.GetMessage()
 	case toUsers:
 		var reply *pubsub.PushToUsersResponse
-		reply, err = api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: r.users, Content: content})
+		reply, err = api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: r.users, Content: content, Options: p.options})
 		success, s = reply.GetSuccess(), reply.GetSummary()
 	case toRoom:
 		var reply *pubsub.PushToRoomResponse
-		reply, err = api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: r.key, Content: content})
+		reply, err = api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: r.key, Content: content, Options: p.options})
 		success, s, p.message = reply.GetSuccess(), reply.GetSummary(), reply.GetMessage()
 	case toAll:
 		var reply *pubsub.BroadcastMessageResponse
-		reply, err = api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: content})
+		reply, err = api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: content, Options: p.options})
 		success, s = reply.GetSuccess(), reply.GetSummary()
 	}
 	m.b.ledger.answer(p, success, s, err)

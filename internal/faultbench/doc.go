@@ -24,6 +24,13 @@
 //   - I7: every call returns by its deadline
 //   - I10: pushes with the same key arrive in the order in which they were made
 //
+// A push with PushOptions is a message, in one try or in several with one id. I3, I1 and I10 then
+// mean the message: no connection gets it twice, who acknowledged it or has it stored gets it,
+// and a user sees messages in the order in which they were made, whatever connections they come
+// to. Beyond these:
+//
+//   - I11: nothing is shown later than it is good for
+//
 // Tests of single faults also hold to these, each for its fault:
 //
 //   - I5: goroutines, descriptors and what waits are back where they were before

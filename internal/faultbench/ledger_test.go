@@ -10,6 +10,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -29,9 +30,11 @@ func (k kind) String() string { return [...]string{"user", "users", "room", "all
 // push is what one caller asked for and what it was told.
 type push struct {
 	// Static once begun.
-	id      string
+	id      string // of the message: tries to push one message share it
 	kind    kind
-	key     string // the user or the room
+	key     string   // the user or the room
+	users   []string // of a push to several
+	options *pubsub.PushOptions
 	manager string // whom it was asked of
 	stream  string // which PushStream it went into, "" for a unary call
 	place   int    // and at which place
@@ -92,6 +95,7 @@ type arrival struct {
 	user   string
 	client string // the connection: the user's device, wherever it is connected
 	node   string
+	repeat bool // it came before, to this connection, which has not acknowledged it
 }
 
 // ledger holds what arrived and what callers were told.
@@ -102,6 +106,11 @@ type ledger struct {
 	// node may hand a push to a connection whose client has just gone, so what is claimed to be
 	// delivered cannot be counted in arrivals: people_test.go judges it.
 	clientsLeave bool
+
+	// What check grants to messages with options. Set before it.
+	stays  func(user string) bool // who did stay, although clients leave; nil: nobody
+	absent func(user string) bool // who did not come back in the end; nil: nobody
+	late   time.Duration          // how much later than its time to live a message may be seen here
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -189,12 +198,19 @@ func (l *ledger) nearFreezeLocked(p *push, of time.Duration) bool {
 	return slices.ContainsFunc(l.frozen, func(f span) bool { return f.within(p.start-of, p.end+of) > 0 })
 }
 
-// begin gives p an id and notes that it is about to be asked for.
+// begin gives p an id, unless it is another try of a message, and notes that it is about to be
+// asked for.
 func (l *ledger) begin(p *push) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.next++
-	p.id = fmt.Sprintf("p%d", l.next)
+	if p.id == "" {
+		l.next++
+		p.id = fmt.Sprintf("p%d", l.next)
+	}
+	if p.options != nil && p.options.GetMessageId() == "" {
+		p.options = proto.CloneOf(p.options)
+		p.options.MessageId = p.id
+	}
 	p.start = l.now()
 	l.pushes = append(l.pushes, p)
 }
@@ -208,9 +224,14 @@ func (l *ledger) answer(p *push, success bool, summary *pubsub.DeliverySummary, 
 
 // arrive notes that a client got a push.
 func (l *ledger) arrive(id, user, client, node string) {
+	l.add(arrival{push: id, user: user, client: client, node: node})
+}
+
+func (l *ledger) add(a arrival) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.arrivals = append(l.arrivals, arrival{l.now(), id, user, client, node})
+	a.at = l.now()
+	l.arrivals = append(l.arrivals, a)
 }
 
 // arrived is the number of arrivals since a moment of which pick says true.
@@ -246,17 +267,31 @@ func (l *ledger) check(slack time.Duration) []violation {
 		byPush[a.push] = append(byPush[a.push], a)
 	}
 	known := make(map[string]*push, len(l.pushes))
+	messages := make(map[string]*message)
 	for _, p := range l.pushes {
 		known[p.id] = p
 		late := slack
 		for _, f := range l.frozen {
 			late += f.within(p.start, p.end)
 		}
-		for _, f := range p.check(byPush[p.id], late, l.clientsLeave) {
+		list := p.checkAnswer(late)
+		if p.options != nil {
+			if messages[p.id] == nil {
+				messages[p.id] = &message{arrived: byPush[p.id]}
+			}
+			messages[p.id].tries = append(messages[p.id].tries, p)
+		} else {
+			list = append(list, p.check(byPush[p.id], l.clientsLeave)...)
+		}
+		for _, f := range list {
 			f.push = p
 			found = append(found, f)
 		}
 	}
+	for _, m := range messages {
+		found = append(found, m.check(l)...)
+	}
+	found = append(found, l.checkMessageOrderLocked(messages)...)
 	for id, list := range byPush {
 		if known[id] == nil {
 			found = append(found, violation{"I1", fmt.Sprintf("%q arrived at %q and was never pushed", id, list[0].client), &push{id: id}})
@@ -265,8 +300,61 @@ func (l *ledger) check(slack time.Duration) []violation {
 	return append(found, l.checkOrderLocked(known)...)
 }
 
-// check holds one push against its arrivals.
-func (p *push) check(arrived []arrival, slack time.Duration, clientsLeave bool) (found []violation) {
+// checkAnswer holds what a caller was told against itself.
+func (p *push) checkAnswer(slack time.Duration) (found []violation) {
+	add := func(rule, format string, args ...any) {
+		found = append(found, violation{rule: rule, text: fmt.Sprintf(format, args...)})
+	}
+	switch {
+	case !p.done:
+		add("I7", "it was never answered")
+		return found
+	case p.took() > p.limit+slack:
+		add("I7", "answered after %v, the limit is %v", p.took(), p.limit)
+	}
+	if p.err != nil {
+		return found
+	}
+	s := p.summary
+	if s == nil {
+		add("I2", "no summary")
+		return found
+	}
+	if sum := s.GetDelivered() + s.GetOffline() + s.GetFailed() + s.GetUnknown(); s.GetTargets() != sum || min(s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown()) < 0 {
+		add("I2", "%d targets, but the outcomes are %d", s.GetTargets(), sum)
+	}
+	whole := s.GetFailed() == 0 && s.GetUnknown() == 0 && len(s.GetNodeFailures()) == 0
+	if p.success && !whole {
+		add("I2", "success although something failed or is unknown")
+	}
+	for _, part := range []struct {
+		what     string
+		is, most int32
+	}{
+		{"stored of offline", s.GetStored(), s.GetOffline()},
+		{"unsure of stored", s.GetUnsure(), s.GetStored()},
+		{"acked of delivered", s.GetAcked(), s.GetDelivered()},
+		{"duplicates of delivered", s.GetDuplicates(), s.GetDelivered()},
+	} {
+		if part.is < 0 || part.is > part.most {
+			add("I2", "%d %s, which are %d", part.is, part.what, part.most)
+		}
+	}
+	store := p.options.GetOffline() == pubsub.OfflinePolicy_OFFLINE_STORE
+	if s.GetStored() > 0 && !store || s.GetAcked() > 0 && p.options.GetAck() != pubsub.AckPolicy_ACK_CLIENT || s.GetDuplicates() > 0 && p.options.GetMessageId() == "" {
+		add("I2", "it says what nobody asked for")
+	}
+	if id := p.options.GetMessageId(); id != s.GetMessageId() && (id != "" || !store) {
+		add("I2", "the message is called %q, not %q", s.GetMessageId(), id)
+	}
+	if store && whole && s.GetTargets() > 0 && s.GetStored() == s.GetOffline() && !p.success && !p.changed() {
+		add("I2", "all is delivered or stored, and it is no success")
+	}
+	return found
+}
+
+// check holds one push without options against its arrivals.
+func (p *push) check(arrived []arrival, clientsLeave bool) (found []violation) {
 	add := func(rule, format string, args ...any) {
 		found = append(found, violation{rule: rule, text: fmt.Sprintf(format, args...)})
 	}
@@ -287,13 +375,6 @@ func (p *push) check(arrived []arrival, slack time.Duration, clientsLeave bool) 
 			add("I3", "%q got it %d times", client, n)
 		}
 	}
-	switch {
-	case !p.done:
-		add("I7", "it was never answered")
-		return found
-	case p.took() > p.limit+slack:
-		add("I7", "answered after %v, the limit is %v", p.took(), p.limit)
-	}
 	if p.err != nil {
 		if p.safe() && len(arrived) > 0 {
 			add("I4", "the error says that nothing was sent, and it arrived %d times", len(arrived))
@@ -302,16 +383,9 @@ func (p *push) check(arrived []arrival, slack time.Duration, clientsLeave bool) 
 	}
 	s := p.summary
 	if s == nil {
-		add("I2", "no summary")
 		return found
 	}
 	delivered, unknown := int(s.GetDelivered()), int(s.GetUnknown())
-	if sum := s.GetDelivered() + s.GetOffline() + s.GetFailed() + s.GetUnknown(); s.GetTargets() != sum || min(s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown()) < 0 {
-		add("I2", "%d targets, but the outcomes are %d", s.GetTargets(), sum)
-	}
-	if whole := s.GetFailed() == 0 && unknown == 0 && len(s.GetNodeFailures()) == 0; p.success && !whole {
-		add("I2", "success although something failed or is unknown")
-	}
 	if delivered > len(reached) && !clientsLeave {
 		add("I1", "%d users are claimed, %d were reached", delivered, len(reached))
 	}
@@ -334,8 +408,8 @@ func (l *ledger) checkOrderLocked(known map[string]*push) (found []violation) {
 	last := make(map[lane]*latest)
 	for _, a := range l.arrivals {
 		p := known[a.push]
-		if p == nil || p.kind == toUsers || !p.done {
-			continue // a list of users is no key
+		if p == nil || p.kind == toUsers || !p.done || p.options != nil {
+			continue // a list of users is no key, and messages are judged by themselves
 		}
 		conn, key := a.client+" on "+a.node, p.kind.String()+" "+p.key
 		own := reach(last, lane{conn, key, p.manager})
@@ -430,6 +504,7 @@ func (l *ledger) history(p *push) string {
 type tally struct {
 	pushes, success                               int
 	targets, delivered, offline, failed, unknown  int
+	stored, unsure, acked, duplicates             int
 	errors                                        map[codes.Code]int
 	bare                                          int           // errors that do not say that nothing was sent
 	late                                          int           // calls that expired near a time in which we could not run
@@ -482,6 +557,10 @@ func (t *tally) add(p *push) {
 	t.offline += int(s.GetOffline())
 	t.failed += int(s.GetFailed())
 	t.unknown += int(s.GetUnknown())
+	t.stored += int(s.GetStored())
+	t.unsure += int(s.GetUnsure())
+	t.acked += int(s.GetAcked())
+	t.duplicates += int(s.GetDuplicates())
 	if s.GetUnknown() > 0 {
 		if t.firstUnknown == 0 || p.end < t.firstUnknown {
 			t.firstUnknown = p.end
@@ -494,6 +573,6 @@ func (t *tally) add(p *push) {
 }
 
 func (t tally) String() string {
-	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered, %d offline, %d failed, %d unknown; errors %v, %d bare, %d late through the machine; median %v, slowest %v",
-		t.pushes, t.success, t.targets, t.delivered, t.offline, t.failed, t.unknown, t.errors, t.bare, t.late, t.median.Round(time.Millisecond), t.slowest.Round(time.Millisecond))
+	return fmt.Sprintf("%d pushes, %d a success; of %d targets %d delivered (%d acked, %d duplicates), %d offline (%d stored, %d unsure), %d failed, %d unknown; errors %v, %d bare, %d late through the machine; median %v, slowest %v",
+		t.pushes, t.success, t.targets, t.delivered, t.acked, t.duplicates, t.offline, t.stored, t.unsure, t.failed, t.unknown, t.errors, t.bare, t.late, t.median.Round(time.Millisecond), t.slowest.Round(time.Millisecond))
 }

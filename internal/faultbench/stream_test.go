@@ -21,7 +21,7 @@ func (m *manager) stream(requests []request) []*push {
 	name := fmt.Sprint(m.id, " stream ", m.streams.Add(1))
 	pushes := make([]*push, len(requests))
 	for i, r := range requests {
-		pushes[i] = &push{kind: r.kind, key: r.key, manager: m.id, stream: name, place: i + 1, limit: defaultDeadline}
+		pushes[i] = &push{kind: r.kind, key: r.key, users: r.users, options: r.options, manager: m.id, stream: name, place: i + 1, limit: defaultDeadline}
 		if r.patient { // the stream itself has all patience
 			pushes[i].limit = r.deadline
 		}
@@ -70,13 +70,13 @@ func streamed(id uint64, p *push, r request) *pubsub.PushStreamRequest {
 	q := &pubsub.PushStreamRequest{Id: id}
 	switch r.kind {
 	case toUser:
-		q.Push = &pubsub.PushStreamRequest_ToUser{ToUser: &pubsub.PushToUserRequest{UserId: r.key, Content: content}}
+		q.Push = &pubsub.PushStreamRequest_ToUser{ToUser: &pubsub.PushToUserRequest{UserId: r.key, Content: content, Options: p.options}}
 	case toUsers:
-		q.Push = &pubsub.PushStreamRequest_ToUsers{ToUsers: &pubsub.PushToUsersRequest{UserIds: r.users, Content: content}}
+		q.Push = &pubsub.PushStreamRequest_ToUsers{ToUsers: &pubsub.PushToUsersRequest{UserIds: r.users, Content: content, Options: p.options}}
 	case toRoom:
-		q.Push = &pubsub.PushStreamRequest_ToRoom{ToRoom: &pubsub.PushToRoomRequest{RoomId: r.key, Content: content}}
+		q.Push = &pubsub.PushStreamRequest_ToRoom{ToRoom: &pubsub.PushToRoomRequest{RoomId: r.key, Content: content, Options: p.options}}
 	case toAll:
-		q.Push = &pubsub.PushStreamRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: content}}
+		q.Push = &pubsub.PushStreamRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: content, Options: p.options}}
 	}
 	return q
 }
