@@ -121,11 +121,25 @@ type gate struct {
 	http    string // where clients connect
 	metrics string
 	env     []string
+	link    *proxy // between Push-Managers and it, nil where there is none
 
 	leaving bool // it takes nobody now; guarded by town.mu
 }
 
+// townPlan is what a town has.
+type townPlan struct {
+	managers, gates        int
+	managerEnv, gatewayEnv []string // more of their settings
+	acks                   bool     // clients acknowledge what asks for it
+	proxied                bool     // Push-Managers reach the gateways through a proxy each
+}
+
 func newTown(t *testing.T) *town {
+	t.Helper()
+	return newTownOf(t, townPlan{managers: 2, gates: 3, managerEnv: prompt("LOOKUP_TIMEOUT=300ms")})
+}
+
+func newTownOf(t *testing.T, plan townPlan) *town {
 	t.Helper()
 	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcdtest.Start(t), unwatch: func() {}}
 	b.ledger.clientsLeave = true
@@ -135,19 +149,23 @@ func newTown(t *testing.T) *town {
 	p := freeport.Take(t, 2)
 	address := "127.0.0.1:" + p[0]
 	b.controller = &controller{address: address} // for those who ask where it is; ours is a process
-	c := &town{bench: b, stop: make(chan struct{}), rooms: names("r", townRooms), users: names("u", townPeople), byUser: map[string][]*visit{}}
+	c := &town{bench: b, plan: plan, stop: make(chan struct{}), rooms: names("r", townRooms), users: names("u", townPeople), byUser: map[string][]*visit{}}
 	c.controllerEnv = []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}
 	c.bootController()
-	for i := range 3 {
+	for i := range plan.gates {
 		p := freeport.Take(t, 3)
 		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], metrics: "http://127.0.0.1:" + p[2]}
-		g.env = []string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
-			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}
+		g.env = append([]string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
+			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...)
+		if plan.proxied {
+			g.link = newProxy(t, "127.0.0.1:"+p[0])
+			g.env = append(g.env, "ADVERTISE_ADDRESS="+g.link.addr())
+		}
 		c.bootGate(g)
 		c.gates = append(c.gates, g)
 	}
-	for i := range 2 {
-		m := c.launch(fmt.Sprint("pm-", i), prompt("LOOKUP_TIMEOUT=300ms", "CONTROLLER_ADDRESS="+address)...)
+	for i := range plan.managers {
+		m := c.launch(fmt.Sprint("pm-", i), append([]string{"CONTROLLER_ADDRESS=" + address}, plan.managerEnv...)...)
 		m.reaches(len(c.gates))
 		c.managers = append(c.managers, m)
 	}

@@ -90,12 +90,13 @@ func (p *push) String() string {
 
 // arrival is one push at one client.
 type arrival struct {
-	at     time.Duration
-	push   string
-	user   string
-	client string // the connection: the user's device, wherever it is connected
-	node   string
-	repeat bool // it came before, to this connection, which has not acknowledged it
+	at       time.Duration
+	push     string
+	user     string
+	client   string // the connection: the user's device, wherever it is connected
+	node     string
+	replayed bool // the gateway said so
+	repeat   bool // it came before, to this connection, which has not acknowledged it
 }
 
 // ledger holds what arrived and what callers were told.

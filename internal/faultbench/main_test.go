@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if spec := os.Getenv(childEnv); spec != "" {
 		os.Exit(serveChild(spec))
 	}
+	if spec := os.Getenv(storeEnv); spec != "" {
+		os.Exit(serveStore(spec))
+	}
 	flag.Parse()
 	if f := flag.Lookup("test.parallel"); f != nil && f.Value.String() == f.DefValue {
 		_ = f.Value.Set("4") // the tests mostly wait
@@ -86,6 +89,17 @@ func slow(t *testing.T) {
 	if os.Getenv(slowEnv) == "" {
 		t.Skipf("slow: set %s=1, or run make faults", slowEnv)
 	}
+}
+
+// longEnv runs the tests of lasting delivery with their full figures.
+const longEnv = "LONG"
+
+// long is one figure for every day, and another one with LONG.
+func long[T any](every, full T) T {
+	if os.Getenv(longEnv) != "" {
+		return full
+	}
+	return every
 }
 
 // eventually waits for ok, which says what is missing while it is not true, and

@@ -23,6 +23,8 @@ type visit struct {
 	gate *gate
 	t    *town
 
+	hushed atomic.Bool // it acknowledges nothing
+
 	ws    *gws.Conn
 	told  chan struct{} // closed when the gateway has said that pushes reach the user
 	ended chan struct{} // closed when the reader has ended
@@ -67,13 +69,21 @@ func (v *visit) mayGet(room string, at time.Duration) bool {
 
 // open connects a user. nil means that the gateway did not take it.
 func (t *town) open(user string, g *gate, room string) *visit {
+	return t.openAt(user, g, g.http, room)
+}
+
+// openAt is open by another way to the gateway than its own address.
+func (t *town) openAt(user string, g *gate, address, room string) *visit {
 	v := &visit{id: fmt.Sprintf("%s/%d", user, t.visits.Add(1)), user: user, gate: g, t: t, told: make(chan struct{}), ended: make(chan struct{})}
 	q := url.Values{"user_id": {user}}
 	if room != "" {
 		q.Set("room_id", room)
 		v.stays = []*stay{{room: room, asked: t.ledger.now()}}
 	}
-	ws, resp, err := gws.NewClient(clientEvents{v: v}, &gws.ClientOption{Addr: "ws://" + g.http + "/ws?" + q.Encode(), HandshakeTimeout: 2 * time.Second})
+	if t.plan.acks {
+		q.Set("ack", "1")
+	}
+	ws, resp, err := gws.NewClient(clientEvents{v: v}, &gws.ClientOption{Addr: "ws://" + address + "/ws?" + q.Encode(), HandshakeTimeout: 2 * time.Second})
 	if resp != nil && resp.Body != nil {
 		_ = resp.Body.Close()
 	}
@@ -179,6 +189,9 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		Data    struct {
 			Content string `json:"content"`
 		} `json:"data"`
+		ID       string `json:"id"`
+		Ack      uint64 `json:"ack"`
+		Replayed bool   `json:"replayed"`
 	}
 	v, t := e.v, e.v.t
 	if err := json.Unmarshal(message.Bytes(), &m); err != nil {
@@ -194,7 +207,14 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		if stranger {
 			t.broken("%s got %s of room %s, in which it is not", v.id, id, m.RoomID)
 		}
-		t.ledger.arrive(id, v.user, v.id, v.gate.id)
+		if !t.plan.acks && (m.ID != "" || m.Ack != 0 || m.Replayed) {
+			t.broken("%s did not ask for acknowledgements, and got %.200q", v.id, message.Bytes())
+		}
+		hushed := v.hushed.Load()
+		t.ledger.add(arrival{push: id, user: v.user, client: v.id, node: v.gate.id, replayed: m.Replayed, repeat: m.Replayed && hushed})
+		if m.Ack != 0 && !hushed {
+			_ = v.ws.WriteMessage(gws.OpcodeText, fmt.Appendf(nil, `{"type":"ack","ack":%d}`, m.Ack))
+		}
 	case "ready", "joined", "left":
 		t.mu.Lock()
 		now := t.ledger.now()
@@ -307,6 +327,7 @@ func (p *person) move() {
 // town is three real gateways, a real Controller and Push-Managers, and the people.
 type town struct {
 	*bench
+	plan            townPlan
 	managers        []*manager
 	gates           []*gate
 	controller      *process

@@ -27,6 +27,7 @@ type toxic struct {
 	drop          bool          // swallowed: the sender believes that they arrive
 	hold          bool          // not read: the sender's buffers fill up
 	flip          int           // each so many-th byte is another one, 0 for none
+	some          int           // on each so many-th connection only, 0 for on all
 }
 
 // proxy passes TCP on to one address and harms it on the way.
@@ -46,7 +47,10 @@ type proxy struct {
 }
 
 // pair is one connection through the proxy.
-type pair struct{ in, out net.Conn }
+type pair struct {
+	in, out net.Conn
+	number  int // in the order of dials
+}
 
 func (c *pair) close() { _, _ = c.in.Close(), c.out.Close() }
 
@@ -136,6 +140,7 @@ func (p *proxy) accept() {
 		p.mu.Lock()
 		target, down := p.target, p.down
 		p.dials++
+		number := p.dials
 		p.mu.Unlock()
 		if down {
 			_ = in.Close()
@@ -146,7 +151,7 @@ func (p *proxy) accept() {
 			_ = in.Close()
 			continue
 		}
-		c := &pair{in, out}
+		c := &pair{in, out, number}
 		p.mu.Lock()
 		p.pairs[c] = struct{}{}
 		p.mu.Unlock()
@@ -173,12 +178,12 @@ func (p *proxy) lane(both *sync.WaitGroup, c *pair, d direction) {
 	both.Go(func() {
 		defer close(pieces)
 		defer c.close()
-		p.read(from, d, pieces)
+		p.read(from, c, d, pieces)
 	})
 	both.Go(func() {
 		defer c.close()
 		for x := range pieces {
-			if !p.write(to, d, x) {
+			if !p.write(to, c, d, x) {
 				c.close()
 				for range pieces { // the reader must not wait for us
 				}
@@ -194,15 +199,15 @@ type piece struct {
 	due  time.Time
 }
 
-func (p *proxy) read(from net.Conn, d direction, pieces chan<- piece) {
+func (p *proxy) read(from net.Conn, c *pair, d direction, pieces chan<- piece) {
 	last := time.Now()
 	for {
-		if _, ok := p.ready(d); !ok {
+		if _, ok := p.ready(c, d); !ok {
 			return
 		}
 		buf := make([]byte, 16<<10)
 		n, err := from.Read(buf)
-		x, ok := p.ready(d)
+		x, ok := p.ready(c, d)
 		if !ok {
 			return
 		}
@@ -229,10 +234,10 @@ func (p *proxy) read(from net.Conn, d direction, pieces chan<- piece) {
 }
 
 // ready waits while the direction is held, and returns what is to be done.
-func (p *proxy) ready(d direction) (toxic, bool) {
+func (p *proxy) ready(c *pair, d direction) (toxic, bool) {
 	for {
 		p.mu.Lock()
-		x, changed := p.toxics[d], p.changed
+		x, changed := p.toxicLocked(c, d), p.changed
 		p.mu.Unlock()
 		if !x.hold {
 			return x, true
@@ -245,13 +250,21 @@ func (p *proxy) ready(d direction) (toxic, bool) {
 	}
 }
 
-func (p *proxy) write(to net.Conn, d direction, x piece) bool {
+// toxicLocked is what is done to a connection.
+func (p *proxy) toxicLocked(c *pair, d direction) toxic {
+	if x := p.toxics[d]; x.some == 0 || c.number%x.some == 0 {
+		return x
+	}
+	return toxic{}
+}
+
+func (p *proxy) write(to net.Conn, c *pair, d direction, x piece) bool {
 	if !p.pause(time.Until(x.due)) {
 		return false
 	}
 	for len(x.data) > 0 {
 		p.mu.Lock()
-		how := p.toxics[d]
+		how := p.toxicLocked(c, d)
 		p.mu.Unlock()
 		n := len(x.data)
 		if how.slice > 0 {
@@ -330,6 +343,10 @@ func TestProxyHarmsWhatItSays(t *testing.T) {
 	begin := time.Now()
 	if got, err := ask(c, patience); got != "hello" || time.Since(begin) < 90*time.Millisecond {
 		t.Errorf("delayed: %q %v after %v", got, err, time.Since(begin))
+	}
+	p.set(replies, toxic{drop: true, some: 7})
+	if got, err := ask(c, patience); got != "hello" {
+		t.Errorf("lost on another connection: %q %v", got, err)
 	}
 	p.set(replies, toxic{flip: 2})
 	if got, err := ask(c, patience); got == "hello" {
