@@ -134,3 +134,4 @@ include internal/faultbench/chaos.mk
 include internal/faultbench/soak.mk
 include internal/faultbench/recovery.mk
 include internal/faultbench/honesty.mk
+include internal/faultbench/lasting.mk

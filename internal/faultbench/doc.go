@@ -49,6 +49,7 @@
 // callers are told is held against what the clients got, and who stayed connected is owed
 // every push. `make soak` looks for what grows: half of the peak load for a long time while
 // a node leaves and joins every five seconds. `make recovery` repeats outages and judges how
-// soon all is well again, and `make rolling` restarts everything behind a balancer;
+// soon all is well again, `make lasting` has messages with ids, acknowledgements and a store
+// survive all of that, and `make rolling` restarts everything behind a balancer;
 // docs/measurements.md has what they have shown.
 package faultbench

@@ -119,6 +119,7 @@ type gate struct {
 
 	id      string
 	http    string // where clients connect
+	grpc    string // where Push-Managers do, without a proxy
 	metrics string
 	env     []string
 	link    *proxy // between Push-Managers and it, nil where there is none
@@ -154,7 +155,7 @@ func newTownOf(t *testing.T, plan townPlan) *town {
 	c.bootController()
 	for i := range plan.gates {
 		p := freeport.Take(t, 3)
-		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], metrics: "http://127.0.0.1:" + p[2]}
+		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], grpc: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[2]}
 		g.env = append([]string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
 			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...)
 		if plan.proxied {

@@ -113,6 +113,8 @@ type ledger struct {
 	absent func(user string) bool // who did not come back in the end; nil: nobody
 	late   time.Duration          // how much later than its time to live a message may be seen here
 
+	unordered bool // a store that does not answer may be overtaken
+
 	mu sync.Mutex
 	// Guarded by mu.
 	pushes   []*push

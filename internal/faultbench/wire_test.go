@@ -278,6 +278,9 @@ func (s *wireStream) receive() error {
 		if f.GetHeartbeat() != 0 && !s.node.conf.deaf {
 			s.put(0, &pubsub.DeliverResponse{Heartbeat: f.GetHeartbeat(), OnlineUsers: uint32(s.node.users.Online())})
 		}
+		if len(f.GetNudges())+len(f.GetReplayEnds())+len(f.GetLogMarks()) > 0 {
+			s.node.breach("a feature that was not offered is used: %v", f)
+		}
 		if f.GetDrain() {
 			return nil
 		}
@@ -287,6 +290,10 @@ func (s *wireStream) receive() error {
 // deliver does with one delivery what the script says.
 func (s *wireStream) deliver(d *pubsub.Delivery) {
 	n := s.node
+	if d.GetMessageId() != "" || d.GetPayloadHash() != 0 || d.GetTtlMs() != 0 || d.GetWantAck() || d.GetAckTimeoutMs() != 0 ||
+		d.GetCollapseKey() != "" || d.GetReplay() != nil || d.GetLog() != nil || d.GetSender() != "" {
+		n.breach("a feature that was not offered is used: %v", d)
+	}
 	data := d.GetContent().GetData()
 	a := &answer{seq: s.next, id: idOf(data), everybody: d.GetEverybody(), take: true}
 	if a.everybody {
