@@ -32,13 +32,21 @@ type Audience struct {
 	// Centrifugo tells that both are a Centrifugo: its clients speak its JSON protocol, and
 	// pushes go through its HTTP API.
 	Centrifugo bool `json:"centrifugo"`
+	// Acks tells that clients acknowledge what asks for it, at the latest ackAfter later.
+	Acks bool `json:"acks"`
 }
+
+// ackAfter is how long a client may gather what it acknowledges at once.
+const ackAfter = 50 * time.Millisecond
 
 // Pushing is what one turn pushes to an audience.
 type Pushing struct {
 	Room     string        `json:"room"`
 	Rate     float64       `json:"rate"` // per second, evenly
 	Duration time.Duration `json:"duration"`
+	Users    bool          `json:"users"` // each push is to one member, in turn, and not to the room
+	IDs      bool          `json:"ids"`   // each push has a message id of its own
+	Acks     bool          `json:"acks"`  // clients acknowledge each push
 }
 
 func (p Pushing) pushes() int { return int(p.Rate * p.Duration.Seconds()) }
@@ -67,6 +75,41 @@ type hall struct {
 type ear struct {
 	mu      sync.Mutex
 	latency Histogram
+	clients []*acker
+}
+
+// acker is a client that owes an acknowledgement, or does not.
+type acker struct {
+	conn       net.Conn
+	got, acked uint64 // guarded by ear.mu
+}
+
+// tell sends a frame at once, whoever else does.
+func tell(conn net.Conn, op ws.OpCode, payload []byte) error {
+	frame, err := ws.CompileFrame(ws.MaskFrame(ws.NewFrame(op, true, payload)))
+	if err == nil {
+		_, err = conn.Write(frame)
+	}
+	return err
+}
+
+// acknowledge sends what some of the clients owe, until they are gone.
+func (e *ear) acknowledge() {
+	for range time.Tick(ackAfter) {
+		e.mu.Lock()
+		clients := slices.Clone(e.clients)
+		e.mu.Unlock()
+		for _, c := range clients {
+			e.mu.Lock()
+			n := c.got
+			owed := n != c.acked
+			c.acked = n
+			e.mu.Unlock()
+			if owed {
+				_ = tell(c.conn, ws.OpText, []byte(`{"type":"ack","ack":`+strconv.FormatUint(n, 10)+`}`)) // what is missing shows
+			}
+		}
+	}
 }
 
 // audienceRole holds the clients of all audiences, and pushes to them.
@@ -81,6 +124,11 @@ func audienceRole(_ context.Context, p *part) error {
 				return none{}, err
 			}
 			h.api = pubsub.NewPushManagerServiceClient(cc)
+		}
+		if a.Acks {
+			for i := range h.ears {
+				go h.ears[i].acknowledge() // as long as the process
+			}
 		}
 		for i := range a.Clients {
 			if err := h.connect(ctx, i); err != nil {
@@ -109,6 +157,9 @@ func audienceRole(_ context.Context, p *part) error {
 // connect opens the i-th client. It ends with the process or the gateway.
 func (h *hall) connect(ctx context.Context, i int) error {
 	url := "ws://" + h.Gateway + "/ws?user_id=" + UserID(h.Room, i) + "&room_id=" + h.Room
+	if h.Acks {
+		url += "&ack=1"
+	}
 	if h.Centrifugo {
 		url = "ws://" + h.Gateway + "/connection/websocket"
 	}
@@ -125,12 +176,17 @@ func (h *hall) connect(ctx context.Context, i int) error {
 	if br == nil {
 		br = bufio.NewReader(conn)
 	}
-	go h.listen(conn, br, &h.ears[i%len(h.ears)])
+	e, c := &h.ears[i%len(h.ears)], &acker{conn: conn}
+	e.mu.Lock()
+	e.clients = append(e.clients, c)
+	e.mu.Unlock()
+	go h.listen(c, br, e)
 	return nil
 }
 
 // listen reads the messages of one client. A connection that breaks shows in what is missing.
-func (h *hall) listen(conn net.Conn, br *bufio.Reader, e *ear) {
+func (h *hall) listen(c *acker, br *bufio.Reader, e *ear) {
+	conn := c.conn
 	defer func() { _ = conn.Close() }()
 	var payload []byte
 	for {
@@ -144,12 +200,17 @@ func (h *hall) listen(conn net.Conn, br *bufio.Reader, e *ear) {
 		}
 		switch {
 		case head.OpCode == ws.OpPing:
-			err = wsutil.WriteClientMessage(conn, ws.OpPong, payload)
+			err = tell(conn, ws.OpPong, payload)
 		default:
 			h.hear(payload, e)
+			if _, rest, found := bytes.Cut(payload, []byte(`"ack":`)); found {
+				e.mu.Lock()
+				c.got = digits(rest)
+				e.mu.Unlock()
+			}
 			// Its ping is a line of its own, maybe beside others.
 			if h.Centrifugo && bytes.Contains(append(append([]byte("\n"), payload...), '\n'), []byte("\n{}\n")) {
-				err = wsutil.WriteClientText(conn, []byte("{}"))
+				err = tell(conn, ws.OpText, []byte("{}"))
 			}
 		}
 		if err != nil {
@@ -170,16 +231,20 @@ func (h *hall) hear(message []byte, e *ear) {
 		if !found {
 			return
 		}
-		at := int64(0)
-		for len(rest) > 0 && rest[0] >= '0' && rest[0] <= '9' {
-			at, rest = 10*at+int64(rest[0]-'0'), rest[1:]
-		}
 		e.mu.Lock()
-		e.latency.Add(time.Duration(now - at))
+		e.latency.Add(time.Duration(now - int64(digits(rest))))
 		e.mu.Unlock()
 		h.delivered.Add(1)
 		message = rest
 	}
+}
+
+// digits reads the number that b begins with.
+func digits(b []byte) (n uint64) {
+	for len(b) > 0 && b[0] >= '0' && b[0] <= '9' {
+		n, b = 10*n+uint64(b[0]-'0'), b[1:]
+	}
+	return n
 }
 
 // push pushes at an even rate and waits until all clients have all.
@@ -196,7 +261,7 @@ func (h *hall) push(ctx context.Context, p Pushing) *Heard {
 		due := begin.Add(time.Duration(float64(n) / p.Rate * float64(time.Second)))
 		time.Sleep(time.Until(due))
 		calls.Go(func() {
-			if err := h.send(ctx, due); err != nil {
+			if err := h.send(ctx, p, n, due); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				out.Failed++
@@ -205,7 +270,10 @@ func (h *hall) push(ctx context.Context, p Pushing) *Heard {
 		})
 	}
 	calls.Wait()
-	want := int64(out.Pushes) * int64(h.Clients)
+	want := int64(out.Pushes)
+	if !p.Users {
+		want *= int64(h.Clients)
+	}
 	for deadline := time.Now().Add(2 * time.Second); h.delivered.Load() < want && time.Now().Before(deadline); {
 		time.Sleep(time.Millisecond)
 	}
@@ -219,15 +287,28 @@ func (h *hall) push(ctx context.Context, p Pushing) *Heard {
 	return out
 }
 
-// send makes one push, which was due at a time.
-func (h *hall) send(ctx context.Context, due time.Time) error {
+// send makes the n-th push, which was due at a time.
+func (h *hall) send(ctx context.Context, p Pushing, n int, due time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, grace)
 	defer cancel()
 	data := letters(payload)
 	if !h.Centrifugo {
-		reply, err := h.api.PushToRoom(ctx, &pubsub.PushToRoomRequest{
-			RoomId: h.Room, Content: &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: data, Timestamp: due.UnixNano()},
-		})
+		content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: data, Timestamp: due.UnixNano()}
+		var options *pubsub.PushOptions
+		if p.IDs {
+			options = &pubsub.PushOptions{MessageId: strconv.FormatInt(due.UnixNano(), 36)}
+			if p.Acks {
+				options.Ack = pubsub.AckPolicy_ACK_CLIENT
+			}
+		}
+		if p.Users {
+			reply, err := h.api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: UserID(h.Room, n%h.Clients), Content: content, Options: options})
+			if err == nil && !reply.GetSuccess() {
+				err = fmt.Errorf("%w: %s", errNoSuccess, reply.GetMessage())
+			}
+			return err
+		}
+		reply, err := h.api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: h.Room, Content: content, Options: options})
 		if err == nil && int(reply.GetDeliveredCount()) != h.Clients {
 			err = fmt.Errorf("%d of %d: %w", reply.GetDeliveredCount(), h.Clients, errNoSuccess)
 		}

@@ -83,7 +83,9 @@ func (b *Bench) Clients(ctx context.Context, base, centrifugo string) ([]*Result
 	for _, load := range b.clientLoads() {
 		for i, s := range stacks {
 			room := s.rooms[load.clients]
-			turn := func() (*Turn, error) { return b.clientTurn(ctx, clients, s, room, load.rate) }
+			turn := func() (*Turn, error) {
+				return b.clientTurn(ctx, clients, s, room, Pushing{Rate: load.rate, Duration: b.span(clientTurn)})
+			}
 			own := []string{load.of(s.name)}
 			if i == 0 { // the A/A control
 				own = append(own, own[0]+" again")
@@ -192,7 +194,7 @@ func perDelivery(figure func(func(*Turn) float64) Figure) []Column {
 }
 
 // clientTurn pushes to a room, and takes the account of the servers on the way.
-func (b *Bench) clientTurn(ctx context.Context, clients *child, s *stack, room *served, rate float64) (*Turn, error) {
+func (b *Bench) clientTurn(ctx context.Context, clients *child, s *stack, room *served, pushing Pushing) (*Turn, error) {
 	processes := maps.Clone(s.shared)
 	processes["gateway"], processes["clients"] = room.gateway, clients
 	account := func() (map[string]time.Duration, error) {
@@ -210,7 +212,7 @@ func (b *Bench) clientTurn(ctx context.Context, clients *child, s *stack, room *
 	if err != nil {
 		return nil, err
 	}
-	pushing := Pushing{Room: room.Room, Rate: rate, Duration: b.span(clientTurn)}
+	pushing.Room = room.Room
 	var out Heard
 	if err := clients.call(ctx, "push", pushing, &out); err != nil {
 		return nil, err
@@ -223,6 +225,9 @@ func (b *Bench) clientTurn(ctx context.Context, clients *child, s *stack, room *
 		return nil, err
 	}
 	missing := pushing.pushes()*room.Clients - out.Delivered
+	if pushing.Users {
+		missing = pushing.pushes() - out.Delivered
+	}
 	t := &Turn{
 		Done: float64(out.Delivered), Failed: float64(out.Failed + missing), Error: out.Error, Elapsed: out.Elapsed,
 		LoadCPU: after["clients"] - before["clients"], Parts: map[string]time.Duration{}, Latency: map[string]*Histogram{"client": out.Latency},

@@ -38,6 +38,7 @@ type Work struct {
 	RoomN   int    `json:"room_n"`  // so many of them
 	Mix     [3]int `json:"mix"`     // shares of users, rooms, broadcasts
 	Payload int    `json:"payload"` // bytes of data
+	Store   bool   `json:"store"`   // messages for those who are away are stored
 }
 
 // RoomID is the id of the i-th room of a kind.
@@ -66,8 +67,12 @@ func (w Work) encode() (*messages, error) {
 		m.unary[c] = append(m.unary[c], raw{append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...)})
 		return err
 	}
+	var options *pubsub.PushOptions
+	if w.Store {
+		options = &pubsub.PushOptions{Offline: pubsub.OfflinePolicy_OFFLINE_STORE} // each push gets an id of its own there
+	}
 	for i := range w.UserN {
-		if err := add(toUser, &pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content}); err != nil {
+		if err := add(toUser, &pubsub.PushToUserRequest{UserId: UserID(w.Users, i), Content: content, Options: options}); err != nil {
 			return nil, err
 		}
 	}
