@@ -1,0 +1,77 @@
+package acceptance
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/push-manager/push-manager/internal/freeport"
+)
+
+// TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts does the four lines of the README and of
+// docs/lasting.md, over a store that outlives its process.
+func TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts(t *testing.T) {
+	pushctl, base, data := binary(t, "pushctl"), freeport.Row(t, 16), t.TempDir()
+	var api, gateway string
+	dev := func() *process {
+		p := start(t, binary(t, "push-manager"), nil, "dev", "--base-port", strconv.Itoa(base), "--data-dir", data)
+		eventually(t, "dev says that it is ready", func() error {
+			if !strings.Contains(p.out.String(), "Ready.") {
+				return fmt.Errorf("printed:\n%s", p.out.String())
+			}
+			return nil
+		})
+		api = printedAddress(t, p.out.String(), `Push-Manager +`)
+		gateway = printedAddress(t, p.out.String(), `connect-node-1 .*WebSocket at http://`)
+		return p
+	}
+	listen := func(until string) *process {
+		l := start(t, pushctl, nil, "listen", "--user", "alice", "--url", "ws://"+gateway+"/ws")
+		eventually(t, "listen prints "+until, func() error {
+			if !strings.Contains(l.out.String(), until) {
+				return fmt.Errorf("printed:\n%s", l.out.String())
+			}
+			return nil
+		})
+		return l
+	}
+	push := func(text string, args ...string) string {
+		out, errOut, err := run(t, "", pushctl, append([]string{"user", "alice", text, "--address", api}, args...)...)
+		if err != nil {
+			t.Errorf("%v\n%s%s", err, out, errOut)
+		}
+		return out
+	}
+	stop := func(p *process, s syscall.Signal) {
+		p.signal(s)
+		select {
+		case <-p.done:
+		case <-time.After(patience):
+			t.Fatalf("%s does not end", p.name)
+		}
+	}
+
+	first := dev()
+	l := listen("alice")
+	if out := push("online"); !strings.Contains(out, "delivered") {
+		t.Errorf("printed %q", out)
+	}
+	stop(l, syscall.SIGINT)
+	for _, text := range []string{"Your order ships", "It arrives at noon"} {
+		if out := push(text, "--store"); !strings.Contains(out, `is offline; stored`) {
+			t.Errorf("printed %q", out)
+		}
+	}
+	stop(first, syscall.SIGKILL) // what is stored survives the process
+	dev()
+	l = listen("It arrives at noon")
+	printed := l.out.String()
+	if strings.Count(printed, "Your order ships") != 1 || strings.Count(printed, "It arrives at noon") != 1 ||
+		strings.Index(printed, "Your order ships") > strings.Index(printed, "It arrives at noon") {
+		t.Errorf("printed:\n%s", printed)
+	}
+	stop(l, syscall.SIGINT)
+}
