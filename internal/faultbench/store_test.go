@@ -34,7 +34,7 @@ func serveStore(spec string) int {
 	}
 	options := &server.Options{
 		ServerName: part[0], Host: "127.0.0.1", Port: port, JetStream: true, StoreDir: part[1],
-		NoSigs: true, NoLog: true, JetStreamMaxStore: 4 << 30,
+		NoSigs: true, NoLog: true, JetStreamMaxStore: 64 << 30, // streams reserve STORE_MAX_BYTES
 	}
 	if len(part) > 3 {
 		if options.Cluster.Port, err = strconv.Atoi(part[3]); err != nil {
