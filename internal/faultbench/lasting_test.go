@@ -407,7 +407,7 @@ func TestLastingSlowStoreHoldsNobodyBack(t *testing.T) {
 	t.Parallel()
 	store := startStore(t)
 	way := newProxy(t, store.address())
-	c := newLastingTown(t, townPlan{managers: 1, gates: 1, managerEnv: []string{"STORE=nats://" + way.addr()}})
+	c := newLastingTown(t, townPlan{managers: 1, gates: 1, managerEnv: []string{"STORE=nats://" + way.addr(), "STORE_REPLICAS=1"}})
 	c.ledger.unordered = true // that is what is given up
 	m := c.managers[0]
 	kept := m.push(user("u").with(lasting()))

@@ -107,6 +107,16 @@ func TestCheckerFindsEachBrokenPromiseOfMessages(t *testing.T) {
 			p := b.try(nil, 0, 5, summary(0, 0, 1, 0), nil)
 			b.arrive(b.try(p, 10, 15, summary(0, 0, 1, 0), nil).id, "u", "c", "n")
 		}},
+		{"not stored, as the store died, and it came", "", func(b book) {
+			s := summary(0, 1, 0, 0)
+			s.NodeFailures = []*pubsub.NodeFailure{{Reason: "failed: store: not reachable", Users: 1}}
+			p := b.try(nil, 0, 5, s, nil)
+			p.success = false
+			b.arrive(p.id, "u", "c", "n")
+		}},
+		{"not stored by anybody's word, and it came", "I1", func(b book) {
+			b.arrive(b.try(nil, 0, 5, summary(0, 1, 0, 0), nil, func(o *pubsub.PushOptions) { o.Offline = pubsub.OfflinePolicy_OFFLINE_DROP }).id, "u", "c", "n")
+		}},
 		{"errors that promise that nothing was sent, and it arrived", "I1", func(b book) {
 			b.arrive(b.try(nil, 0, 5, nil, safeError(t, codes.ResourceExhausted)).id, "u", "c", "n")
 		}},

@@ -54,8 +54,8 @@ func (m *message) check(l *ledger) (found []violation) {
 func (m *message) checkClaims(l *ledger, reached map[string]bool, add func(string, *push, string, ...any)) {
 	may, open := 0, false // how many it may have reached by what was said
 	for _, p := range m.tries {
-		if !p.done || p.err != nil && !p.safe() {
-			open = true
+		if !p.done || p.err != nil && !p.safe() || strings.Contains(failures(p.summary), "store: ") {
+			open = true // a store that dies may have kept what it did not say
 		}
 		s := p.summary
 		may += int(s.GetDelivered() - s.GetDuplicates() + s.GetUnknown() + s.GetStored())
