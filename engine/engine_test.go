@@ -31,6 +31,7 @@ type world struct {
 	lookups []string
 	nodes   map[string]*testNode
 
+	delay      func() // called by each look-up before it looks, if not nil
 	linksPanic bool
 	tune       func(*route.Config) // before build, if not nil
 	pool       int                 // places in each shard's pool; 0 means the default
@@ -129,6 +130,9 @@ func (w *world) wait(ctx context.Context, what string) error {
 	w.lookups = append(w.lookups, what)
 	down, gate := w.down, w.gate
 	w.mu.Unlock()
+	if w.delay != nil {
+		w.delay()
+	}
 	if gate != nil {
 		select {
 		case <-gate:
