@@ -29,6 +29,9 @@ type Config struct {
 	// may wait for look-ups. 0 means 131,072. Priority.Share says how much of it is for
 	// pushes of a priority.
 	MaxInFlight int
+	// MaxAsync bounds the pushes with Options.Async whose receipts are not final. 0 means
+	// 100,000.
+	MaxAsync int
 	// Logger gets faults of our own, never a payload. Nil discards.
 	Logger *slog.Logger
 }
@@ -44,6 +47,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxInFlight == 0 {
 		c.MaxInFlight = 1 << 17
+	}
+	if c.MaxAsync == 0 {
+		c.MaxAsync = 100_000
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -63,6 +69,9 @@ func (c Config) Validate() error {
 	if c.MaxInFlight < 0 {
 		errs = append(errs, fmt.Errorf("engine in-flight limit %d is negative", c.MaxInFlight))
 	}
+	if c.MaxAsync < 0 {
+		errs = append(errs, fmt.Errorf("engine async limit %d is negative", c.MaxAsync))
+	}
 	return errors.Join(append(errs, c.Limits.Validate())...)
 }
 
@@ -72,21 +81,24 @@ type Engine struct {
 	shards    *shard.Set
 	directory *route.Directory
 	network   Network
+	spool     Spool
 	limits    Limits
 	timeout   time.Duration
 	logger    *slog.Logger
 
 	// Safe for concurrent use.
-	gate    gate
-	shed    atomic.Int32 // priorities, from the lowest
-	heals   atomic.Uint64
-	fences  atomic.Uint64 // deliveries that were held back
-	fenced  atomic.Int64  // that are
-	stale   atomic.Uint64 // pushes by a stale answer
-	changed atomic.Uint64 // by one known to have changed
-	panics  atomic.Uint64
-	lanes   []lane    // by shard
-	waiters sync.Pool // of *waiter
+	gate     gate
+	async    asyncs
+	shed     atomic.Int32 // priorities, from the lowest
+	heals    atomic.Uint64
+	fences   atomic.Uint64 // deliveries that were held back
+	fenced   atomic.Int64  // that are
+	stale    atomic.Uint64 // pushes by a stale answer
+	changed  atomic.Uint64 // by one known to have changed
+	panics   atomic.Uint64
+	receipts atomic.Int64 // deliveries that wait for some
+	lanes    []lane       // by shard
+	waiters  sync.Pool    // of *waiter
 }
 
 // lane is what an engine has for one shard.
@@ -147,9 +159,11 @@ func New(config Config) (*Engine, error) {
 		return nil, err
 	}
 	config = config.withDefaults()
+	config.Limits.store = config.Spool != nil
 	return &Engine{
-		shards: config.Shards, directory: config.Directory, network: config.Network,
+		shards: config.Shards, directory: config.Directory, network: config.Network, spool: config.Spool,
 		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight), idle: make(chan struct{}, 1)},
+		async:  asyncs{most: config.MaxAsync, idle: make(chan struct{}, 1), open: make(map[*lasting]struct{})},
 		logger: config.Logger, lanes: make([]lane, config.Shards.Len()),
 	}, nil
 }
@@ -226,6 +240,14 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		timeout = min(timeout, p.Timeout)
 	}
 	p.deadline = p.Arrived.Add(timeout)
+	if p.Options != nil {
+		p.begin(timeout)
+		if p.Options.Async && !e.async.enter(p.lasting) {
+			p.lasting = nil
+			e.gate.leave()
+			return ErrAsync
+		}
+	}
 	p.pending.Store(1)
 	defer func() {
 		if v := recover(); v != nil {
@@ -274,7 +296,8 @@ func (e *Engine) Admit(p Priority) error {
 }
 
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
-// finished or ctx ends.
+// finished and the receipts of Async ones are final, or ctx ends. Shortly before that receipts
+// are not waited for any longer.
 func (e *Engine) Drain(ctx context.Context) error {
 	e.gate.closed.Store(true)
 	for e.gate.inside() > 0 {
@@ -282,10 +305,11 @@ func (e *Engine) Drain(ctx context.Context) error {
 		case <-e.gate.idle:
 			e.gate.tellIdle() // whoever else drains
 		case <-ctx.Done():
+			e.async.each((*lasting).abandon)
 			return fmt.Errorf("drain with %d pushes in flight: %w", e.gate.inside(), ctx.Err())
 		}
 	}
-	return nil
+	return e.async.drain(ctx)
 }
 
 // Stats is a reading of the engine's counters.
@@ -303,6 +327,10 @@ type Stats struct {
 	// Stale counts pushes by an answer that the Controller could not confirm, Changed
 	// those of them where it was known to be true no more.
 	Stale, Changed uint64
+	// Async is how many Async pushes have receipts that are not final, Receipts how many
+	// deliveries of any push wait for some.
+	Async    int
+	Receipts int64
 	// Deliveries counts ended deliveries by the text of their reason; "sent" are
 	// those that were acknowledged.
 	Deliveries map[string]uint64
@@ -315,6 +343,7 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
 		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
+		Async: e.async.len(), Receipts: e.receipts.Load(),
 		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}
 	for i := range e.lanes {
