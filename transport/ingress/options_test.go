@@ -85,12 +85,12 @@ func TestOptionsThatAreRefused(t *testing.T) {
 		"ttl, negative":            {number(2, minusOne), "options.ttl_ms", engine.CodeOutOfRange},
 		"ack timeout, negative":    {number(8, minusOne), "options.ack_timeout_ms", engine.CodeOutOfRange},
 		"ack timeout, over 60 s":   {number(8, 60_001), "options.ack_timeout_ms", engine.CodeOutOfRange},
-		"id, 65 bytes":             {text(1, strings.Repeat("x", 65)), "options.message_id", engine.CodeTooLarge},
-		"id, a control character":  {text(1, "a\tb"), "options.message_id", engine.CodeMalformed},
+		"id, 65 bytes":             {text(1, strings.Repeat("x", 65)), "options.message_id", engine.CodeIDTooLong},
+		"id, a control character":  {text(1, "a\tb"), "options.message_id", engine.CodeIDMalformed},
 		"id, not UTF-8":            {text(1, "\xff"), "options.message_id", engine.CodeMalformed},
 		"id, replaced, not UTF-8":  {append(text(1, "\xff"), text(1, "a")...), "options.message_id", engine.CodeMalformed},
-		"key, 65 bytes":            {text(5, strings.Repeat("x", 65)), "options.collapse_key", engine.CodeTooLarge},
-		"key, a control character": {text(5, "\x00"), "options.collapse_key", engine.CodeMalformed},
+		"key, 65 bytes":            {text(5, strings.Repeat("x", 65)), "options.collapse_key", engine.CodeIDTooLong},
+		"key, a control character": {text(5, "\x00"), "options.collapse_key", engine.CodeIDMalformed},
 		"key, not UTF-8":           {text(5, "\xc3"), "options.collapse_key", engine.CodeMalformed},
 		"receipts of nodes":        {append(text(1, "m"), number(7, 1)...), "options.receipt", engine.CodeRequired},
 		"receipts without an id":   {append(number(3, 1), number(7, 1)...), "options.receipt", engine.CodeRequired},
@@ -98,14 +98,18 @@ func TestOptionsThatAreRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := protowire.AppendBytes([]byte{1<<3 | 2, 1, 'u', 2<<3 | 2, 0, 0xa2, 1}, test.options)
-			_, err := decodeOne(toUser, b)
+			p, err := decodeOne(toUser, b)
+			if err == nil {
+				err = testLimits.Check(&p.Request) // as the engine does
+			}
 			if e := invalid(t, err); e.Field != test.field || e.Code != test.code {
 				t.Errorf("refused as %+v, want field %q, code %q", e, test.field, test.code)
 			}
 			envelope := protowire.AppendBytes([]byte{1 << 3, 7, 3<<3 | 2}, b)
 			r, err := newDecoder(testLimits).stream(envelope)
 			ok(t, err)
-			if _, err = newDecoder(testLimits).decode(r.api, r.body, new(engine.Push)); err == nil {
+			p = new(engine.Push)
+			if _, err = newDecoder(testLimits).decode(r.api, r.body, p); err == nil && testLimits.Check(&p.Request) == nil {
 				t.Error("taken on a stream")
 			}
 		})
