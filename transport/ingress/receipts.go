@@ -13,6 +13,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
@@ -110,7 +111,8 @@ func encodeReceipt(p *engine.Push, res *engine.Result, unacked []string, final b
 	for _, user := range unacked {
 		b = wire.AppendBytes(b, 5, shown(user, p))
 	}
-	seconds, nanos := uint64(at.Unix()), uint64(at.Nanosecond())
+	stamp := timestamppb.New(at)
+	seconds, nanos := uint64(stamp.GetSeconds()), uint64(stamp.GetNanos())
 	b = wire.AppendLen(b, 6, wire.SizeUint(1, seconds)+wire.SizeUint(2, nanos))
 	return wire.AppendUint(wire.AppendUint(b, 1, seconds), 2, nanos)
 }
