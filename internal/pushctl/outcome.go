@@ -41,18 +41,23 @@ func (t *terminal) show(what string, r reply) error {
 		b.WriteString(t.paint(yellow, reached))
 	case code == exitUnknown:
 		b.WriteString(t.paint(yellow, "unknown whether delivered"))
+	case r.GetSuccess() && s.GetStored() > 0:
+		b.WriteString(t.paint(yellow, "stored"))
 	case r.GetSuccess():
 		b.WriteString(t.paint(red, "delivered to nobody"))
 	default:
 		b.WriteString(t.paint(red, "not delivered"))
 	}
-	if rest := counts(s.GetOffline(), s.GetFailed(), s.GetUnknown()); rest != "" {
+	if rest := counts(s); rest != "" {
 		b.WriteString(" (" + rest + ")")
 	}
 	if m := r.GetMessage(); m != "" && !r.GetSuccess() {
 		b.WriteString(": " + clean(m))
-	} else if _, note, ok := strings.Cut(m, "; "); ok {
+	} else if _, note, ok := strings.Cut(m, "; "); ok && s.GetStored() == 0 {
 		b.WriteString("; " + clean(note)) // a success, too, may stand on an old route
+	}
+	if id := s.GetMessageId(); id != "" {
+		b.WriteString(" " + t.paint(grey, "id "+clean(id)))
 	}
 	b.WriteString("\n")
 	for _, f := range s.GetNodeFailures() {
@@ -91,12 +96,20 @@ func isRoom(r reply) bool {
 	return ok
 }
 
-func counts(offline, failed, unknown int32) string {
+func counts(s *pubsub.DeliverySummary) string {
 	var parts []string
 	for _, c := range []struct {
 		n    int32
 		text string
-	}{{offline, "offline"}, {failed, "failed"}, {unknown, "unknown: may have arrived"}} {
+	}{
+		{s.GetAcked(), "acknowledged by clients"},
+		{s.GetDuplicates(), "had it before"},
+		{s.GetOffline(), "offline"},
+		{s.GetStored(), "stored"},
+		{s.GetUnsure(), "may have it already"},
+		{s.GetFailed(), "failed"},
+		{s.GetUnknown(), "unknown: may have arrived"},
+	} {
 		if c.n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", c.n, c.text))
 		}

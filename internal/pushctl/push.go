@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -24,15 +25,29 @@ import (
 // maxData bounds what is read of a file; the server has a limit of its own.
 const maxData = 16 << 20
 
-// messageFlags are the flags of every push.
-type messageFlags struct {
+// apiFlags are the flags of every call.
+type apiFlags struct {
 	Address string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"Push-Manager's HOST:PORT, or any gRPC target."`
 	apiclient.Flags
+}
+
+// messageFlags are the flags of every push.
+type messageFlags struct {
+	apiFlags
 
 	Timeout  time.Duration     `default:"5s" help:"Longest time for the push."`
 	Type     string            `default:"text" help:"Type of the message: text, audio, video, translation, system or a number."`
 	DataFile string            `placeholder:"FILE" help:"Read the text from a file, - for standard input."`
 	Metadata map[string]string `placeholder:"KEY=VALUE" mapsep:"none" help:"Metadata of the message, may be repeated."`
+
+	ID         string        `name:"id" placeholder:"ID" help:"Names the message: who has had it does not get it again with the same ID."`
+	TTL        time.Duration `name:"ttl" placeholder:"1m" help:"How long the message is worth showing."`
+	Ack        string        `default:"node" enum:"node,client" help:"Whose word makes it delivered: node, or client, where the client can acknowledge."`
+	AckTimeout time.Duration `placeholder:"2s" help:"How long clients may take, with --ack=client."`
+	Store      bool          `help:"Store it for those who are not reached."`
+	Collapse   string        `placeholder:"KEY" help:"While it waits, a newer message to the same user with this key takes its place."`
+	Receipt    string        `default:"none" enum:"none,async" help:"none: wait for acknowledgements by clients. async: do not, pushctl receipts shows them."`
+	Priority   string        `default:"" enum:",low,normal,high,critical" placeholder:"high" help:"low, normal, high or critical."`
 }
 
 type roomCmd struct {
@@ -69,15 +84,15 @@ type reply interface {
 
 // Run pushes to a room.
 func (c *roomCmd) Run(ctx context.Context, t *terminal) error {
-	return c.push(ctx, t, c.Text, "room "+strconv.Quote(c.Room), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent) (reply, error) {
-		return api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude})
+	return c.push(ctx, t, c.Text, "room "+strconv.Quote(c.Room), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
+		return api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude, Options: o})
 	})
 }
 
 // Run pushes to a user.
 func (c *userCmd) Run(ctx context.Context, t *terminal) error {
-	return c.push(ctx, t, c.Text, "user "+strconv.Quote(c.User), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent) (reply, error) {
-		return api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: c.User, Content: m})
+	return c.push(ctx, t, c.Text, "user "+strconv.Quote(c.User), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
+		return api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: c.User, Content: m, Options: o})
 	})
 }
 
@@ -89,19 +104,19 @@ func (c *usersCmd) Run(ctx context.Context, t *terminal) error {
 			users = append(users, user)
 		}
 	}
-	return c.push(ctx, t, c.Text, "users "+strconv.Quote(c.Users), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent) (reply, error) {
-		return api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: users, Content: m})
+	return c.push(ctx, t, c.Text, "users "+strconv.Quote(c.Users), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
+		return api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: users, Content: m, Options: o})
 	})
 }
 
 // Run pushes to everybody.
 func (c *broadcastCmd) Run(ctx context.Context, t *terminal) error {
-	return c.push(ctx, t, c.Text, "broadcast", func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent) (reply, error) {
-		return api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: m})
+	return c.push(ctx, t, c.Text, "broadcast", func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
+		return api.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: m, Options: o})
 	})
 }
 
-type call func(context.Context, pubsub.PushManagerServiceClient, *pubsub.MessageContent) (reply, error)
+type call func(context.Context, pubsub.PushManagerServiceClient, *pubsub.MessageContent, *pubsub.PushOptions) (reply, error)
 
 // push does one call and prints its outcome.
 func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string, do call) error {
@@ -109,28 +124,16 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	if err != nil {
 		return err
 	}
-	if f.Timeout <= 0 || f.Timeout > maxTimeout {
-		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", f.Timeout, maxTimeout)}
-	}
-	if app.CheckTarget(f.Address) != nil {
-		return &usageError{fmt.Sprintf("--address: %q is not HOST:PORT", f.Address)}
-	}
-	options, done, err := f.Dial(f.Address)
+	options, err := f.options()
 	if err != nil {
-		return &usageError{err.Error()}
+		return err
 	}
-	defer done()
-	var sent sending
-	conn, err := grpc.NewClient(f.Address, append(options, grpc.WithStatsHandler(&sent))...)
-	if err != nil {
-		return &usageError{fmt.Sprintf("--address: %v", err)}
-	}
-	defer func() { _ = conn.Close() }()
-	ctx, cancel := context.WithTimeout(ctx, f.Timeout)
-	defer cancel()
-	r, err := do(ctx, pubsub.NewPushManagerServiceClient(conn), content)
-	if err != nil {
-		return explain(err, f.Address, f.Timeout, sent.begun.Load())
+	var r reply
+	if err := f.call(ctx, f.Timeout, func(ctx context.Context, api pubsub.PushManagerServiceClient) (err error) {
+		r, err = do(ctx, api, content, options)
+		return err
+	}); err != nil {
+		return err
 	}
 	if err := t.show(what, r); err != nil {
 		return err
@@ -139,6 +142,78 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 		return &outcome{code: code}
 	}
 	return nil
+}
+
+// call does one call within a timeout.
+func (f *apiFlags) call(ctx context.Context, timeout time.Duration, do func(context.Context, pubsub.PushManagerServiceClient) error) error {
+	if timeout <= 0 || timeout > maxTimeout {
+		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", timeout, maxTimeout)}
+	}
+	conn, sent, done, err := f.connect()
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := do(ctx, pubsub.NewPushManagerServiceClient(conn)); err != nil {
+		return explain(err, f.Address, timeout, sent.begun.Load())
+	}
+	return nil
+}
+
+// connect makes a connection, which done closes. sent knows whether a call has left.
+func (f *apiFlags) connect() (conn *grpc.ClientConn, sent *sending, done func(), err error) {
+	if app.CheckTarget(f.Address) != nil {
+		return nil, nil, nil, &usageError{fmt.Sprintf("--address: %q is not HOST:PORT", f.Address)}
+	}
+	options, release, err := f.Dial(f.Address)
+	if err != nil {
+		return nil, nil, nil, &usageError{err.Error()}
+	}
+	sent = new(sending)
+	conn, err = grpc.NewClient(f.Address, append(options, grpc.WithStatsHandler(sent))...)
+	if err != nil {
+		release()
+		return nil, nil, nil, &usageError{fmt.Sprintf("--address: %v", err)}
+	}
+	return conn, sent, func() { _ = conn.Close(); release() }, nil
+}
+
+// options are those of the push, nil if none are asked for.
+func (f *messageFlags) options() (*pubsub.PushOptions, error) {
+	o := &pubsub.PushOptions{MessageId: f.ID, CollapseKey: f.Collapse}
+	for _, text := range []struct{ name, value string }{{"--id", f.ID}, {"--collapse", f.Collapse}} {
+		if !utf8.ValidString(text.value) {
+			return nil, &usageError{text.name + ": not valid UTF-8"}
+		}
+	}
+	for _, d := range []struct {
+		name  string
+		value time.Duration
+		into  *uint32
+	}{{"--ttl", f.TTL, &o.TtlMs}, {"--ack-timeout", f.AckTimeout, &o.AckTimeoutMs}} {
+		if d.value < 0 || d.value.Milliseconds() > math.MaxUint32 || d.value > 0 && d.value < time.Millisecond {
+			return nil, &usageError{fmt.Sprintf("%s: %v must be between 1ms and %v", d.name, d.value, time.Duration(math.MaxUint32)*time.Millisecond)}
+		}
+		*d.into = uint32(d.value.Milliseconds())
+	}
+	if f.Ack == "client" {
+		o.Ack = pubsub.AckPolicy_ACK_CLIENT
+	}
+	if f.Store {
+		o.Offline = pubsub.OfflinePolicy_OFFLINE_STORE
+	}
+	if f.Receipt == "async" {
+		o.Receipt = pubsub.ReceiptMode_RECEIPT_ASYNC
+	}
+	if f.Priority != "" {
+		o.Priority = pubsub.Priority(pubsub.Priority_value["PRIORITY_"+strings.ToUpper(f.Priority)])
+	}
+	if proto.Equal(o, &pubsub.PushOptions{}) {
+		return nil, nil //nolint:nilnil // most pushes have none
+	}
+	return o, nil
 }
 
 // sending notes whether a call has left this process. Before its header goes out,

@@ -48,6 +48,10 @@ type grammar struct {
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
+	Receipts receiptsCmd `cmd:"" help:"Print what clients say of pushes with --receipt=async, until interrupted."`
+	Forget   forgetCmd   `cmd:"" help:"Erase what is stored for a user."`
+	Replay   replayCmd   `cmd:"" help:"Send a user what is stored for them, to their connections on one Connect-Node."`
+
 	Token tokenCmd `cmd:"" help:"Make a token for a WebSocket client, signed with a shared secret: for development and tests."`
 	CanI  canICmd  `cmd:"" name:"can-i" help:"Tell whether the policy file allows a caller a push: yes, with exit code 0, or no, with 1."`
 

@@ -140,7 +140,14 @@ func TestEachCommandSendsWhatItSays(t *testing.T) {
 		"file":           {"", []string{"broadcast", "--data-file", file}, &pubsub.BroadcastMessageRequest{Content: content("\x00\x01\xff")}},
 		"type":           {"", []string{"broadcast", "x", "--type=SYSTEM"}, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: pubsub.MessageType_SYSTEM, Data: []byte("x")}}},
 		"type as number": {"", []string{"broadcast", "x", "--type=77"}, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: 77, Data: []byte("x")}}},
-		"metadata only":  {"", []string{"broadcast", "--metadata=a=1;b=2", "--metadata", "k=v=w"}, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Metadata: map[string]string{"a": "1;b=2", "k": "v=w"}}}},
+		"options": {"", []string{"user", "alice", "x", "--id=m-1", "--ttl=1m", "--ack=client", "--ack-timeout", "300ms", "--store", "--collapse=k", "--receipt=async", "--priority=high"},
+			&pubsub.PushToUserRequest{UserId: "alice", Content: content("x"), Options: &pubsub.PushOptions{
+				MessageId: "m-1", TtlMs: 60_000, Ack: pubsub.AckPolicy_ACK_CLIENT, AckTimeoutMs: 300, Offline: pubsub.OfflinePolicy_OFFLINE_STORE,
+				CollapseKey: "k", Receipt: pubsub.ReceiptMode_RECEIPT_ASYNC, Priority: pubsub.Priority_PRIORITY_HIGH}}},
+		"options of a room":      {"", []string{"room", "r", "x", "--id=m"}, &pubsub.PushToRoomRequest{RoomId: "r", Content: content("x"), Options: &pubsub.PushOptions{MessageId: "m"}}},
+		"options of users":       {"", []string{"users", "u", "x", "--store"}, &pubsub.PushToUsersRequest{UserIds: []string{"u"}, Content: content("x"), Options: &pubsub.PushOptions{Offline: pubsub.OfflinePolicy_OFFLINE_STORE}}},
+		"options of a broadcast": {"", []string{"broadcast", "x", "--ttl=5s"}, &pubsub.BroadcastMessageRequest{Content: content("x"), Options: &pubsub.PushOptions{TtlMs: 5000}}},
+		"metadata only":          {"", []string{"broadcast", "--metadata=a=1;b=2", "--metadata", "k=v=w"}, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Metadata: map[string]string{"a": "1;b=2", "k": "v=w"}}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, out, errOut := pushctl(t, tc.in, append(tc.args, "--address", addr)...)

@@ -32,8 +32,12 @@
 //   - Who is refused for who calls is told to the audit log (audit.go), and nobody waits for that.
 //   - On the way down (server.go) nobody is refused who could not know better: first health says
 //     NOT_SERVING, then, Config.DrainNotice later, every client is told to go and
-//     PushStreams end, and only what still comes after that is refused with DRAINING.
+//     streams end, and only what still comes after that is refused with DRAINING.
 //   - A connection that is older than Config.ConnectionAge goes the same way, alone.
+//   - A push without options is what it was before there were options: it pays a nil check.
+//   - Of a push with a message id that has reached all, a retry is answered and not sent (messageids.go). One that is under
+//     way is waited for: by the goroutine of a unary call, and by nobody for a push of a PushStream.
+//   - A caller sees the receipts of its own pushes only, from memory that no watcher can make grow (receipts.go).
 //
 // Metadata entries are counted as they stand on the wire: a key that comes twice
 // counts twice, and its last value is the one that clients see.
