@@ -15,7 +15,7 @@ import (
 const (
 	delMessageID, delPayloadHash, delTTL, delWantAck, delAckTimeout, delCollapseKey, delReplay, delSender = 16, 17, 18, 19, 20, 21, 23, 25
 
-	placeGate, placeSeq = 1, 2
+	placeGate, placeSeq, placeAfter = 1, 2, 3
 )
 
 // extras is what the options of a delivery add to its message, for one node. The zero value adds nothing.
@@ -103,6 +103,7 @@ func (x *extras) append(b []byte) []byte {
 		b = wire.AppendLen(b, delReplay, sizePlace(o.Replay))
 		b = wire.AppendUint(b, placeGate, o.Replay.Gate)
 		b = wire.AppendUint(b, placeSeq, o.Replay.Seq)
+		b = wire.AppendUint(b, placeAfter, o.Replay.After)
 	}
 	if dedupe {
 		b = wire.AppendString(b, delSender, o.Sender)
@@ -111,5 +112,5 @@ func (x *extras) append(b []byte) []byte {
 }
 
 func sizePlace(r *engine.Replay) int {
-	return wire.SizeUint(placeGate, r.Gate) + wire.SizeUint(placeSeq, r.Seq)
+	return wire.SizeUint(placeGate, r.Gate) + wire.SizeUint(placeSeq, r.Seq) + wire.SizeUint(placeAfter, r.After)
 }
