@@ -984,7 +984,8 @@ func (x *DeliverResponse) GetLogReads() []*LogRead {
 }
 
 // Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
-// and never in its place. A node gathers them for up to 50 ms.
+// and never in its place: one for a delivery that has no ack yet is a violation. A node gathers
+// them for up to 50 ms. One of a delivery for which nobody waits any more is ignored.
 type Receipt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
@@ -1058,7 +1059,8 @@ func (x *Receipt) GetFinal() bool {
 }
 
 // Catchup asks for what is stored for a user who has connected here. It is asked once the
-// Controller knows of the connection, of one manager that offers FEATURE_REPLAY.
+// Controller knows of the connection, of one manager that offers FEATURE_REPLAY. A manager
+// that has too many to do answers one with an error at once: at most 100,000 are open on a stream.
 type Catchup struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -1687,9 +1689,13 @@ func (x *Delivery) GetSender() string {
 // asked for it, and to nobody else. Its client acknowledges it like any other, which the node
 // tells with ReplayTaken.
 type ReplayPlace struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Gate          uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
-	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Gate  uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	Seq   uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The place of the message before it behind this gate, 0 for the first. A node that has
+	// not taken that one as the last one refuses this one: nothing is skipped, and nothing
+	// overtakes what was dropped on the way.
+	After         uint64 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1734,6 +1740,13 @@ func (x *ReplayPlace) GetGate() uint64 {
 func (x *ReplayPlace) GetSeq() uint64 {
 	if x != nil {
 		return x.Seq
+	}
+	return 0
+}
+
+func (x *ReplayPlace) GetAfter() uint64 {
+	if x != nil {
+		return x.After
 	}
 	return 0
 }
@@ -1887,7 +1900,8 @@ type AckRange struct {
 	// exceed this count by must be named in its Miss. In a broadcast: all users
 	// it was handed to.
 	Delivered []uint32 `protobuf:"varint,2,rep,packed,name=delivered,proto3" json:"delivered,omitempty"`
-	// Of delivered, with as many entries or none: users all of whose connections had it before.
+	// Of delivered, with as many entries or none, anything else being malformed: users all of whose
+	// connections had it before.
 	Duplicates []uint32 `protobuf:"varint,3,rep,packed,name=duplicates,proto3" json:"duplicates,omitempty"`
 	// Of delivered, with as many entries or none: users who are to acknowledge. Receipts follow.
 	Pending       []uint32 `protobuf:"varint,4,rep,packed,name=pending,proto3" json:"pending,omitempty"`
@@ -2183,10 +2197,11 @@ const file_connect_node_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
 	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
 	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"3\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"I\n" +
 	"\vReplayPlace\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\"=\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"=\n" +
 	"\vLogPosition\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\"w\n" +
