@@ -25,7 +25,7 @@ type conn struct {
 	user     string
 	name     string
 	tenant   node.Tenant // whose ids its ids are; empty: nobody's
-	userJSON []byte
+	to       recipient
 	member   *membership.Member
 
 	identity atomic.Pointer[identity] // of the latest token; nil without tokens
@@ -37,7 +37,7 @@ type conn struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
-	queue   []*frame
+	queue   []queued
 	frames  int    // queued or being written
 	bytes   int    // of them
 	writing bool   // it is in line for a writer, or has one
@@ -54,32 +54,32 @@ func (c *conn) tell(f *frame) { c.send(f, "") }
 // taken by a connection in it: the lock puts it in front of the word that the client
 // has left, or keeps it out.
 func (c *conn) send(f *frame, room string) node.Outcome {
-	cfg, size := &c.g.cfg, f.size(c.userJSON)
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || room != "" && !c.member.In(room) {
+		return node.NotHere
+	}
+	return c.queueLocked(queued{frame: f})
+}
+
+// queueLocked queues what is for a client that is here, or cuts it off.
+func (c *conn) queueLocked(q queued) node.Outcome {
+	cfg, size := &c.g.cfg, q.size(&c.to)
 	switch {
-	case c.closed:
-		c.mu.Unlock()
-		return node.NotHere
-	case room != "" && !c.member.In(room):
-		c.mu.Unlock()
-		return node.NotHere
 	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):
 		c.byeLocked(closeSlow, true)
-		c.mu.Unlock()
 		c.g.count.slow.Inc()
 		return node.Failed
 	case c.g.crowded(c.frames, c.bytes+size):
 		c.byeLocked(closeSlow, true)
-		c.mu.Unlock()
 		c.g.count.crowded.Inc()
 		return node.Failed
 	}
-	c.g.hold(f)
-	c.queue = append(c.queue, f)
+	c.g.hold(q.frame)
+	c.queue = append(c.queue, q)
 	c.frames++
 	c.bytes += size
 	c.startLocked()
-	c.mu.Unlock()
 	return node.Delivered
 }
 
@@ -124,10 +124,10 @@ func (c *conn) dropLocked() {
 }
 
 // settleLocked takes frames off the books.
-func (c *conn) settleLocked(frames []*frame) {
-	for _, f := range frames {
-		c.bytes -= f.size(c.userJSON)
-		c.g.drop(f)
+func (c *conn) settleLocked(frames []queued) {
+	for _, q := range frames {
+		c.bytes -= q.size(&c.to)
+		c.g.drop(q.frame)
 	}
 	c.frames -= len(frames)
 }
@@ -200,11 +200,12 @@ func (g *Gateway) writeLoop() {
 
 // writer is what a goroutine needs to write to clients.
 type writer struct {
-	queue []*frame // the memory of rest, exchanged for the next queue
-	rest  []*frame // taken from a queue and not settled yet
+	queue []queued // the memory of rest, exchanged for the next queue
+	rest  []queued // taken from a queue and not settled yet
 	b     []byte   // the first of rest, gathered
 	n     int      // so many of them
-	tail  []byte   // the end of the last of them, when it is too long to be copied
+	tail  []byte   // of the last of them, when it is too long to be copied
+	end   []byte   // what comes behind that
 
 	try     func(fd uintptr) bool // writes of b what the socket takes
 	written int                   // by try
@@ -229,7 +230,7 @@ func (g *Gateway) takeWriter() *writer {
 func (c *conn) write(w *writer, wait bool) (ended bool) {
 	defer c.g.caught("writer", func() {
 		c.settle(w.rest)
-		w.rest, w.b, w.n, w.tail = nil, w.b[:0], 0, nil
+		w.rest, w.b, w.n, w.tail, w.end = nil, w.b[:0], 0, nil, nil
 		c.shut()
 		c.g.writers.Add(-1)
 		ended = true
@@ -259,7 +260,7 @@ func (c *conn) write(w *writer, wait bool) (ended bool) {
 				break
 			}
 			for w.n == 0 || w.n < len(w.rest) && len(w.tail) == 0 && len(w.b) < writeBytes {
-				w.b, w.tail = w.rest[w.n].appendTo(w.b, c.userJSON)
+				w.b, w.tail, w.end = w.rest[w.n].appendTo(w.b, &c.to)
 				w.n++
 			}
 			if !wait && (c.raw == nil || len(w.tail) > 0) {
@@ -272,12 +273,12 @@ func (c *conn) write(w *writer, wait bool) (ended bool) {
 				return false
 			}
 			c.settle(w.rest[:w.n])
-			w.rest, w.b, w.n, w.tail = w.rest[w.n:], w.b[:0], 0, nil
+			w.rest, w.b, w.n, w.tail, w.end = w.rest[w.n:], w.b[:0], 0, nil, nil
 		}
 	}
 }
 
-func (c *conn) settle(frames []*frame) {
+func (c *conn) settle(frames []queued) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settleLocked(frames)
@@ -312,8 +313,8 @@ func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
 func (c *conn) writeGathered(w *writer, wait bool) (left bool, err error) {
 	if wait {
 		c.setWriteDeadline(c.g.cfg.WriteTimeout)
-		both := net.Buffers{w.b, w.tail}
-		n, err := both.WriteTo(c.net)
+		all := net.Buffers{w.b, w.tail, w.end}
+		n, err := all.WriteTo(c.net)
 		c.setWriteDeadline(0) // A write that does not wait fails behind a deadline, too.
 		c.g.count.bytesSent.AddInt64(n)
 		return false, err //nolint:wrapcheck // It ends the connection and is shown to nobody.

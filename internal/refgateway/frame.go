@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"time"
 	"unicode/utf8"
 
 	"github.com/gobwas/ws"
@@ -18,40 +19,111 @@ import (
 
 // frame is one message to clients, encoded once and shared by all queues in which it
 // waits. A push has a gap: the recipient's id, the only part that differs between
-// recipients, goes between head and tail.
+// recipients, goes between head and tail. What clients with ack=1 get besides takes the place of the
+// brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
 	room       string // as its clients know it
 	op         ws.OpCode
 	gap        bool
+	lasting    *lasting // nil for a push without options, and for what is no push
 
 	holders atomic.Int32 // queues and writers
+}
+
+// lasting is what a push with options has besides.
+type lasting struct {
+	id      []byte        // a member of the JSON object, with its comma; nil without a message id
+	key     string        // of messages of which only the latest is worth anything; empty: not of such
+	expires time.Duration // since the gateway's start: shown until then; 0: for ever
 }
 
 // bytes is what is shared.
 func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail)) }
 
-// size is the length of the payload for one recipient, whose id is given as a JSON string.
-func (f *frame) size(user []byte) int {
-	n := len(f.head) + len(f.tail)
-	if f.gap {
-		n += len(user)
+// recipient is to whom a frame goes.
+type recipient struct {
+	user []byte // the id as a JSON string
+	acks bool   // it has asked for ids, and to acknowledge
+}
+
+// queued is a frame on its way to one recipient.
+type queued struct {
+	*frame
+
+	ack      uint64 // the number with which it is acknowledged; 0: it need not be
+	replayed bool
+}
+
+// extends tells whether the recipient gets more than the frame.
+func (q queued) extends(to *recipient) bool {
+	return to.acks && (q.ack != 0 || q.replayed || q.lasting != nil && q.lasting.id != nil)
+}
+
+// The members of a push that only clients with ack=1 get. A message with an id has that first.
+const (
+	idMember       = `,"id":`
+	ackMember      = `,"ack":`
+	replayedMember = `,"replayed":true`
+)
+
+// size is the length of the payload.
+func (q queued) size(to *recipient) int {
+	n := len(q.head) + len(q.tail)
+	if q.gap {
+		n += len(to.user)
+	}
+	if q.extends(to) {
+		var b [len(ackMember) + 20 + len(replayedMember)]byte
+		n += len(q.appendMarks(b[:0]))
+		if q.lasting != nil {
+			n += len(q.lasting.id)
+		}
 	}
 	return n
 }
 
-// appendTo appends the WebSocket frame for one recipient, but for a long tail, which it
-// returns.
-func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
-	b = appendHeader(b, f.op, f.size(user))
-	b = append(b, f.head...)
-	if f.gap {
-		b = append(b, user...)
+// appendMarks appends what differs between recipients of the same message.
+func (q queued) appendMarks(b []byte) []byte {
+	if q.ack != 0 {
+		b = strconv.AppendUint(append(b, ackMember...), q.ack, 10)
 	}
-	if len(f.tail) > copyBytes {
-		return b, f.tail
+	if q.replayed {
+		b = append(b, replayedMember...)
 	}
-	return append(b, f.tail...), nil
+	return b
+}
+
+// appendTo appends the WebSocket frame, but for a long tail, which it returns with what
+// comes behind it.
+func (q queued) appendTo(b []byte, to *recipient) (_, tail, end []byte) {
+	b = appendHeader(b, q.op, q.size(to))
+	b = append(b, q.head...)
+	if q.gap {
+		b = append(b, to.user...)
+	}
+	tail = q.tail
+	if !q.extends(to) {
+		if len(tail) > copyBytes {
+			return b, tail, nil
+		}
+		return append(b, tail...), nil, nil
+	}
+	tail = tail[:len(tail)-1]
+	rest := b
+	if len(tail) > copyBytes {
+		rest = nil
+	} else {
+		rest, tail = append(b, tail...), nil
+	}
+	if q.lasting != nil {
+		rest = append(rest, q.lasting.id...)
+	}
+	rest = append(q.appendMarks(rest), '}')
+	if tail == nil {
+		return rest, nil, nil
+	}
+	return b, tail, rest
 }
 
 // newPush encodes m for clients who know its room by that name.

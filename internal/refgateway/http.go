@@ -259,7 +259,7 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 			return g.deny(c, err)
 		}
 	}
-	c.userJSON = appendString(nil, c.user)
+	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
 	g.users.Add(c.tenant.ID(c.user), c)
