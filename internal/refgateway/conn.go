@@ -25,11 +25,12 @@ type conn struct {
 	user     string
 	name     string
 	tenant   node.Tenant // whose ids its ids are; empty: nobody's
-	to       recipient
+	to       recipient // acks is static from the handshake on
 	member   *membership.Member
 
 	identity atomic.Pointer[identity] // of the latest token; nil without tokens
 	place    place                    // among the unverified, which guard it
+	progress bool                     // the client's last message was an acknowledgement of something; owned by the reader
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then
@@ -43,6 +44,7 @@ type conn struct {
 	writing bool   // it is in line for a writer, or has one
 	closed  bool   // nothing is taken any more
 	code    uint16 // of the close frame that is to follow the queue, or 0
+	lasting        // see lasting.go
 
 	behind *conn // in the line; guarded by line.mu
 }
@@ -64,23 +66,36 @@ func (c *conn) send(f *frame, room string) node.Outcome {
 
 // queueLocked queues what is for a client that is here, or cuts it off.
 func (c *conn) queueLocked(q queued) node.Outcome {
-	cfg, size := &c.g.cfg, q.size(&c.to)
+	if !c.roomLocked(q.size(&c.to)) {
+		return node.Failed
+	}
+	c.appendLocked(q)
+	return node.Delivered
+}
+
+// roomLocked tells whether so many bytes more may wait for the client. One that has no room is
+// cut off.
+func (c *conn) roomLocked(size int) bool {
+	cfg := &c.g.cfg
 	switch {
 	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):
 		c.byeLocked(closeSlow, true)
 		c.g.count.slow.Inc()
-		return node.Failed
+		return false
 	case c.g.crowded(c.frames, c.bytes+size):
 		c.byeLocked(closeSlow, true)
 		c.g.count.crowded.Inc()
-		return node.Failed
+		return false
 	}
+	return true
+}
+
+func (c *conn) appendLocked(q queued) {
 	c.g.hold(q.frame)
 	c.queue = append(c.queue, q)
 	c.frames++
-	c.bytes += size
+	c.bytes += q.size(&c.to)
 	c.startLocked()
-	return node.Delivered
 }
 
 // startLocked makes sure that a writer comes.
@@ -106,6 +121,7 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 		return false
 	}
 	c.closed, c.code = true, code
+	c.forgetLocked()
 	if atOnce {
 		c.dropLocked()
 		c.hurried.Store(true)
@@ -121,6 +137,7 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 func (c *conn) dropLocked() {
 	c.settleLocked(c.queue)
 	c.queue = nil
+	clear(c.places)
 }
 
 // settleLocked takes frames off the books.
@@ -260,7 +277,9 @@ func (c *conn) write(w *writer, wait bool) (ended bool) {
 				break
 			}
 			for w.n == 0 || w.n < len(w.rest) && len(w.tail) == 0 && len(w.b) < writeBytes {
-				w.b, w.tail, w.end = w.rest[w.n].appendTo(w.b, &c.to)
+				if q := w.rest[w.n]; q.entry == nil || c.mayWrite(q.entry) {
+					w.b, w.tail, w.end = q.appendTo(w.b, &c.to)
+				}
 				w.n++
 			}
 			if !wait && (c.raw == nil || len(w.tail) > 0) {
@@ -282,6 +301,9 @@ func (c *conn) settle(frames []queued) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settleLocked(frames)
+	if c.inbox.Waiting() {
+		c.popLocked(time.Now())
+	}
 }
 
 // next takes what is queued. When there is nothing the connection has no writer any more, or
@@ -296,6 +318,7 @@ func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
 		return 0, true
 	case len(c.queue) > 0:
 		w.rest, c.queue = c.queue, w.queue[:0]
+		clear(c.places)
 		w.queue = w.rest
 		return 0, false
 	case c.code != 0 && !wait:
@@ -359,6 +382,7 @@ func (c *conn) writeClose(code uint16) {
 func (c *conn) shut() (first bool) {
 	c.mu.Lock()
 	c.closed, c.code = true, 0
+	c.forgetLocked()
 	c.dropLocked()
 	c.mu.Unlock()
 	return !errors.Is(c.net.Close(), net.ErrClosed) // Nothing is left to be done about other errors.

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
-	"time"
 	"unicode/utf8"
 
 	"github.com/gobwas/ws"
@@ -23,49 +22,58 @@ import (
 // brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
+	id         []byte // a member of the JSON object, with its comma; nil without a message id
 	room       string // as its clients know it
 	op         ws.OpCode
 	gap        bool
-	lasting    *lasting // nil for a push without options, and for what is no push
 
-	holders atomic.Int32 // queues and writers
-}
-
-// lasting is what a push with options has besides.
-type lasting struct {
-	id      []byte        // a member of the JSON object, with its comma; nil without a message id
-	key     string        // of messages of which only the latest is worth anything; empty: not of such
-	expires time.Duration // since the gateway's start: shown until then; 0: for ever
+	holders atomic.Int32 // queues, writers and inboxes
 }
 
 // bytes is what is shared.
-func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail)) }
+func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail) + len(f.id)) }
 
-// recipient is to whom a frame goes.
-type recipient struct {
-	user []byte // the id as a JSON string
-	acks bool   // it has asked for ids, and to acknowledge
-}
+// entry is a push with options as the inbox of a connection gives it to the queue.
+type entry = node.Entry[*frame]
 
 // queued is a frame on its way to one recipient.
 type queued struct {
 	*frame
 
-	ack      uint64 // the number with which it is acknowledged; 0: it need not be
-	replayed bool
+	entry *entry // nil for a push without options, and for what is no push
 }
 
-// extends tells whether the recipient gets more than the frame.
-func (q queued) extends(to *recipient) bool {
-	return to.acks && (q.ack != 0 || q.replayed || q.lasting != nil && q.lasting.id != nil)
+// recipient is to whom a frame goes.
+type recipient struct {
+	user []byte // the id as a JSON string
+	acks bool   // it has asked for ids, and acknowledges
 }
 
-// The members of a push that only clients with ack=1 get. A message with an id has that first.
+// The members of a push that only clients with ack=1 get, in this order.
 const (
 	idMember       = `,"id":`
 	ackMember      = `,"ack":`
 	replayedMember = `,"replayed":true`
 )
+
+// marked tells whether the recipient gets more than the frame.
+func (q queued) marked(to *recipient) bool {
+	return to.acks && (q.id != nil || q.entry != nil && (q.entry.Ack != 0 || q.entry.Replayed))
+}
+
+// appendMarks appends what differs between recipients of a message.
+func (q queued) appendMarks(b []byte) []byte {
+	if q.entry == nil {
+		return b
+	}
+	if q.entry.Ack != 0 {
+		b = strconv.AppendUint(append(b, ackMember...), q.entry.Ack, 10)
+	}
+	if q.entry.Replayed {
+		b = append(b, replayedMember...)
+	}
+	return b
+}
 
 // size is the length of the payload.
 func (q queued) size(to *recipient) int {
@@ -73,25 +81,11 @@ func (q queued) size(to *recipient) int {
 	if q.gap {
 		n += len(to.user)
 	}
-	if q.extends(to) {
+	if q.marked(to) {
 		var b [len(ackMember) + 20 + len(replayedMember)]byte
-		n += len(q.appendMarks(b[:0]))
-		if q.lasting != nil {
-			n += len(q.lasting.id)
-		}
+		n += len(q.id) + len(q.appendMarks(b[:0]))
 	}
 	return n
-}
-
-// appendMarks appends what differs between recipients of the same message.
-func (q queued) appendMarks(b []byte) []byte {
-	if q.ack != 0 {
-		b = strconv.AppendUint(append(b, ackMember...), q.ack, 10)
-	}
-	if q.replayed {
-		b = append(b, replayedMember...)
-	}
-	return b
 }
 
 // appendTo appends the WebSocket frame, but for a long tail, which it returns with what
@@ -102,28 +96,14 @@ func (q queued) appendTo(b []byte, to *recipient) (_, tail, end []byte) {
 	if q.gap {
 		b = append(b, to.user...)
 	}
-	tail = q.tail
-	if !q.extends(to) {
-		if len(tail) > copyBytes {
-			return b, tail, nil
-		}
-		return append(b, tail...), nil, nil
+	if tail = q.tail; q.marked(to) {
+		tail = tail[:len(tail)-1]
+		end = append(q.appendMarks(append([]byte(nil), q.id...)), '}')
 	}
-	tail = tail[:len(tail)-1]
-	rest := b
 	if len(tail) > copyBytes {
-		rest = nil
-	} else {
-		rest, tail = append(b, tail...), nil
+		return b, tail, end
 	}
-	if q.lasting != nil {
-		rest = append(rest, q.lasting.id...)
-	}
-	rest = append(q.appendMarks(rest), '}')
-	if tail == nil {
-		return rest, nil, nil
-	}
-	return b, tail, rest
+	return append(append(b, tail...), end...), nil, nil
 }
 
 // newPush encodes m for clients who know its room by that name.
@@ -161,7 +141,11 @@ func newPush(m *node.Message, room string, broadcast bool) *frame {
 		b = append(b, `,"broadcast":true`...)
 	}
 	b = append(b, '}')
-	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], room: room, gap: true}
+	f := &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], room: room, gap: true}
+	if m.Options != nil && m.Options.ID != "" {
+		f.id = appendString([]byte(idMember), m.Options.ID)
+	}
+	return f
 }
 
 // appendType writes the lower-case name of the type, or the number as a string
