@@ -34,9 +34,12 @@ type Options struct {
 
 // Replay says where a message out of the store goes. A push with one is ToUser.
 type Replay struct {
-	Node      string
-	Gate, Seq uint64
-	Room      string // to which it was pushed, "" for none
+	Node string
+	// Gate is the one that has asked, Seq the message's place, After that of the message before it
+	// behind this gate, 0 for the first: the node takes it behind that one and nowhere else.
+	// Gate 0: nobody has asked, and the node gets it like any other message.
+	Gate, Seq, After uint64
+	Room             string // to which it was pushed, "" for none
 }
 
 // Receipts is told what clients say of pushes that are Async.

@@ -1687,9 +1687,13 @@ func (x *Delivery) GetSender() string {
 // asked for it, and to nobody else. Its client acknowledges it like any other, which the node
 // tells with ReplayTaken.
 type ReplayPlace struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Gate          uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
-	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Gate  uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	Seq   uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The place of the message before it behind this gate, 0 for the first. A node that has
+	// not taken that one as the last one refuses this one: nothing is skipped, and nothing
+	// overtakes what was dropped on the way.
+	After         uint64 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1734,6 +1738,13 @@ func (x *ReplayPlace) GetGate() uint64 {
 func (x *ReplayPlace) GetSeq() uint64 {
 	if x != nil {
 		return x.Seq
+	}
+	return 0
+}
+
+func (x *ReplayPlace) GetAfter() uint64 {
+	if x != nil {
+		return x.After
 	}
 	return 0
 }
@@ -2183,10 +2194,11 @@ const file_connect_node_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
 	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
 	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"3\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"I\n" +
 	"\vReplayPlace\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\"=\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"=\n" +
 	"\vLogPosition\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\"w\n" +
