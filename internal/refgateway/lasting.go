@@ -37,7 +37,6 @@ func (c *conn) beginLasting() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.inbox.Acks, c.inbox.Gate = c.to.acks, c.gate
-	c.inbox.Books = c.g.keep
 }
 
 // keep counts the frames that inboxes keep alive.

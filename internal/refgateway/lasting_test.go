@@ -670,7 +670,7 @@ func TestNewerPushTakesThePlaceOfAnOlder(t *testing.T) {
 		t.Errorf("%d bytes, %d frames, %d places on the books of an empty queue", of.bytes, of.frames, len(of.places))
 	}
 	of.mu.Unlock()
-	_, _ = c.Write([]byte(masked(0x81, `{"type":"ack","ack":3}`)))
+	_, _ = c.Write([]byte(masked(0x81, `{"type":"ack","ack":4}`))) // numbers of those that were replaced are left out
 	for _, seq := range []uint64{first, first + 1, first + 2, first + 3, first + 4} {
 		m.wantReceipt(seq, receipt{acked: 1})
 	}
