@@ -61,6 +61,9 @@ type Inbox[F any] struct {
 	// Both are set before the first message.
 	Acks bool
 	Gate *Gate
+	// Books is told when the Inbox begins (+1) and ends (-1) to keep f beside the queue, for gateways
+	// that count the memory of frames. Nil: nobody is told. It must not call the Inbox.
+	Books func(f F, delta int)
 
 	seen    ring
 	last    uint64      // the number of the newest record
@@ -247,8 +250,7 @@ func (b *Inbox[F]) number(h *held[F], o *Options, now time.Time) Entry[F] {
 		r.deadline = latest(r.deadline, now.Add(replayAckTimeout))
 	}
 	r.half = now.Add(r.deadline.Sub(now) / 2)
-	b.records = append(b.records, r)
-	b.bytes += e.Size
+	b.insert(r)
 	b.wakeAt(r.half)
 	return e
 }
@@ -257,7 +259,8 @@ func (b *Inbox[F]) hold(h held[F]) {
 	if h.Collapse != 0 {
 		for i := range b.held {
 			if old := &b.held[i]; old.Collapse == h.Collapse {
-				b.heldBytes += h.Size - old.Size
+				b.keep(&h.Entry, &b.heldBytes, 1)
+				b.keep(&old.Entry, &b.heldBytes, -1)
 				h.waits = joined(old.waits, h.waits)
 				h.wantsAck, h.deadline = h.wantsAck || old.wantsAck, latest(h.deadline, old.deadline)
 				*old = h
@@ -266,7 +269,7 @@ func (b *Inbox[F]) hold(h held[F]) {
 		}
 	}
 	b.held = append(b.held, h)
-	b.heldBytes += h.Size
+	b.keep(&h.Entry, &b.heldBytes, 1)
 	if h.wantsAck {
 		b.wakeAt(h.deadline)
 	}
@@ -293,7 +296,8 @@ func (b *Inbox[F]) Replace(old, e Entry[F]) Entry[F] {
 	if at := b.recordAt(old.number); at >= 0 {
 		e.Ack = old.Ack
 		r := &b.records[at]
-		b.bytes += e.Size - r.Size
+		b.keep(&e, &b.bytes, 1)
+		b.keep(&r.Entry, &b.bytes, -1)
 		r.Entry = e
 	}
 	return e
@@ -345,7 +349,11 @@ func (b *Inbox[F]) Write(e *Entry[F], now time.Time) bool {
 		return false
 	}
 	r := &b.records[i]
-	if expired {
+	if expired { // What nobody wants any more is not asked for again.
+		if r.ask != nil {
+			r.ask.taken(r.seq)
+			r.ask = nil
+		}
 		b.settle(i, false)
 		return false
 	}
@@ -459,21 +467,27 @@ func (b *Inbox[F]) Tick(now time.Time) (ping, cut bool) {
 func (b *Inbox[F]) Close() {
 	b.closed = true
 	for i := range b.records {
-		for _, c := range b.records[i].waits {
-			c.GaveUp()
-		}
+		b.keep(&b.records[i].Entry, &b.bytes, -1)
+		b.giveUp(b.records[i].waits, 0)
 	}
 	for i := range b.held {
-		for _, c := range b.held[i].waits {
-			c.GaveUp()
-		}
+		b.keep(&b.held[i].Entry, &b.heldBytes, -1)
+		b.giveUp(b.held[i].waits, 0)
 	}
-	b.records, b.held, b.again, b.bytes, b.heldBytes, b.due = nil, nil, nil, 0, 0, time.Time{}
+	b.records, b.held, b.again, b.due = nil, nil, nil, time.Time{}
 }
 
 // Kept is how many frames the Inbox keeps alive beside the queue, and their bytes.
 func (b *Inbox[F]) Kept() (frames, bytes int) {
 	return len(b.records) + len(b.held), b.bytes + b.heldBytes
+}
+
+// keep counts a frame that begins or ends to be kept.
+func (b *Inbox[F]) keep(e *Entry[F], bytes *int, delta int) {
+	*bytes += delta * e.Size
+	if b.Books != nil {
+		b.Books(e.Frame, delta)
+	}
 }
 
 func (b *Inbox[F]) wakeAt(t time.Time) {
@@ -508,11 +522,11 @@ func (b *Inbox[F]) search(number uint64) (int, bool) {
 func (b *Inbox[F]) insert(r record[F]) {
 	i, _ := b.search(r.number)
 	b.records = slices.Insert(b.records, i, r)
-	b.bytes += r.Size
+	b.keep(&r.Entry, &b.bytes, 1)
 }
 
 func (b *Inbox[F]) remove(i int) {
-	b.bytes -= b.records[i].Size
+	b.keep(&b.records[i].Entry, &b.bytes, -1)
 	b.records = slices.Delete(b.records, i, i+1)
 	if len(b.records) == 0 {
 		b.records = nil // An idle connection keeps little.
@@ -520,7 +534,7 @@ func (b *Inbox[F]) remove(i int) {
 }
 
 func (b *Inbox[F]) unhold(i int) {
-	b.heldBytes -= b.held[i].Size
+	b.keep(&b.held[i].Entry, &b.heldBytes, -1)
 	b.held = slices.Delete(b.held, i, i+1)
 	if len(b.held) == 0 {
 		b.held = nil

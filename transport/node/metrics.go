@@ -33,12 +33,7 @@ type counters struct {
 	gatesRefused  *metrics.Counter
 }
 
-func newCounters(set *metrics.Set, s *Server) counters {
-	set.NewGauge("connect_node_deliver_streams", func() float64 { return float64(s.Streams()) })
-	set.NewGauge("connect_node_pending_users", func() float64 { return float64(s.pending()) })
-	set.NewGauge("connect_node_replay_gates", func() float64 { gates, _, _ := s.replays.sizes(); return float64(gates) })
-	set.NewGauge("connect_node_replay_gates_closed", func() float64 { _, closed, _ := s.replays.sizes(); return float64(closed) })
-	set.NewGauge("connect_node_replays", func() float64 { _, _, asked := s.replays.sizes(); return float64(asked) })
+func newCounters(set *metrics.Set) counters {
 	return counters{
 		frames:     set.NewCounter("connect_node_deliver_frames_total"),
 		compressed: set.NewCounter("connect_node_deliver_compressed_frames_total"),
@@ -67,4 +62,12 @@ func newCounters(set *metrics.Set, s *Server) counters {
 		opensLate:     set.NewCounter("connect_node_gate_open_without_store_total"),
 		gatesRefused:  set.NewCounter("connect_node_gates_refused_total"),
 	}
+}
+
+func newGauges(set *metrics.Set, s *Server) {
+	set.NewGauge("connect_node_deliver_streams", func() float64 { return float64(s.Streams()) })
+	set.NewGauge("connect_node_pending_users", func() float64 { return float64(s.pending()) })
+	set.NewGauge("connect_node_replay_gates", func() float64 { gates, _, _ := s.replays.sizes(); return float64(gates) })
+	set.NewGauge("connect_node_replay_gates_closed", func() float64 { _, closed, _ := s.replays.sizes(); return float64(closed) })
+	set.NewGauge("connect_node_replays", func() float64 { _, _, asked := s.replays.sizes(); return float64(asked) })
 }

@@ -11,6 +11,9 @@ import (
 // receiptDelay is how long what clients say is gathered.
 const receiptDelay = 50 * time.Millisecond
 
+// expirePause is the least time between two looks at all that is open.
+const expirePause = 10 * time.Millisecond
+
 // receipts are what one stream owes of the deliveries whose users are pending. It ends each of them: with
 // the client's word, when all its connections have given up, or at AckBy, whatever the gateway does. The lock
 // is taken within those of connections, and nothing is locked within it.
@@ -270,17 +273,19 @@ func (r *receipts) take(out []*pubsub.Receipt, below uint64, now time.Time) []*p
 	return out
 }
 
-// expireLocked gives up deliveries whose time is over, and says when to look again: not more often than
-// receipts are written.
+// expireLocked gives up deliveries whose time is over, and says when to look again.
 func (r *receipts) expireLocked(now time.Time) {
 	r.giveUpLocked(func(a *awaited) bool { return !now.Before(a.by) })
+	if len(r.due) > 0 {
+		r.dueAt = now // A manager waits for it.
+	}
 	r.next = time.Time{}
 	for _, a := range r.open {
 		if a.settled < len(a.users) && (r.next.IsZero() || a.by.Before(r.next)) {
 			r.next = a.by
 		}
 	}
-	if soon := now.Add(receiptDelay); !r.next.IsZero() && r.next.Before(soon) {
+	if soon := now.Add(expirePause); !r.next.IsZero() && r.next.Before(soon) {
 		r.next = soon
 	}
 }

@@ -24,6 +24,8 @@ const (
 	// resyncUsers in each tick, 1,000 a second.
 	resyncDelay = time.Second
 	resyncUsers = 200
+	// replayMost bounds the messages of one replay that a client has not taken: more than an Inbox lets be.
+	replayMost = 4 * UnackedFrames
 )
 
 // replays are the gates of a node and what is asked for them. A user's connections have a gate and ask
@@ -346,7 +348,7 @@ func (r *replays) route(number, seq, after uint64, user string, now time.Time) (
 	if a == nil || a.gate.user != user {
 		return nil, false
 	}
-	if after != 0 && after != a.last || after == 0 && a.last != 0 && a.hole {
+	if after != 0 && after != a.last || after == 0 && a.last != 0 && a.hole || len(a.out) >= replayMost {
 		a.hole = true
 		return nil, true
 	}

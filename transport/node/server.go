@@ -81,7 +81,8 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.replays = newReplays(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
-	s.count = newCounters(cfg.Metrics, s)
+	s.count = newCounters(cfg.Metrics)
+	newGauges(cfg.Metrics, s)
 	return s, nil
 }
 
