@@ -36,7 +36,7 @@ func (c *conn) beginLasting() {
 	c.gate = c.g.node.Gate(c.tenant.ID(c.user), c, window)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.inbox.Acks, c.inbox.Gate = c.to.acks, c.gate
+	c.inbox.Acks, c.inbox.Gate, c.inbox.Books = c.to.acks, c.gate, c.g.keep
 }
 
 // keep counts the frames that inboxes keep alive.
