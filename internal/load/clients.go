@@ -52,7 +52,7 @@ type clients struct {
 	atEnd     int        // connected; static after close
 	confirmed chan error // one for each client: its first connection is confirmed, or failed
 
-	connected                               atomic.Int64
+	connected                              atomic.Int64
 	lost, received, acked, replayed, twice atomic.Int64
 }
 

@@ -22,11 +22,11 @@ type conn struct {
 	room string          // with which it was opened, or empty
 	// Static once it is among the users. Before, owned by the reader: without tokens they are
 	// what the client says, with tokens what its token says.
-	user     string
-	name     string
-	tenant   node.Tenant // whose ids its ids are; empty: nobody's
-	to       recipient // acks is static from the handshake on
-	member   *membership.Member
+	user   string
+	name   string
+	tenant node.Tenant // whose ids its ids are; empty: nobody's
+	to     recipient   // acks is static from the handshake on
+	member *membership.Member
 
 	identity atomic.Pointer[identity] // of the latest token; nil without tokens
 	place    place                    // among the unverified, which guard it

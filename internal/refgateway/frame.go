@@ -27,7 +27,8 @@ type frame struct {
 	op         ws.OpCode
 	gap        bool
 
-	holders atomic.Int32 // queues, writers and inboxes
+	holders atomic.Int32 // queues and writers
+	keepers atomic.Int32 // inboxes
 }
 
 // bytes is what is shared.

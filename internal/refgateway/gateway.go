@@ -57,7 +57,8 @@ type Gateway struct {
 	line       line      // of connections that wait for them
 	idle       sync.Pool // of *writer
 
-	held    atomic.Int64 // bytes of the frames in all queues and inboxes, each counted once
+	held    atomic.Int64 // bytes of the frames in all queues, each counted once
+	kept    atomic.Int64 // the same of all inboxes
 	waiting atomic.Int64 // frames in all inboxes, counted for each
 	writers atomic.Int64 // clients for whom something waits
 

@@ -39,14 +39,27 @@ func (c *conn) beginLasting() {
 	c.inbox.Acks, c.inbox.Gate, c.inbox.Books = c.to.acks, c.gate, c.g.keep
 }
 
-// keep counts the frames that inboxes keep alive.
+// keep counts the inboxes that keep a frame alive, and its bytes once.
 func (g *Gateway) keep(f *frame, delta int) {
 	g.waiting.Add(int64(delta))
-	if delta > 0 {
-		g.hold(f)
-	} else {
-		g.drop(f)
+	switch after := f.keepers.Add(int32(delta)); {
+	case delta > 0 && after == 1:
+		g.kept.Add(f.bytes())
+	case delta < 0 && after == 0:
+		g.kept.Add(-f.bytes())
 	}
+}
+
+// overfullLocked tells whether the inbox may not keep more because of all the others. From half of the
+// bound on a client that acknowledges what it gets is not concerned; at the bound nothing is taken. Nobody is
+// cut off.
+func (c *conn) overfullLocked() bool {
+	kept, bound := c.g.kept.Load(), int64(c.g.cfg.QueueTotalBytes)
+	if kept < bound/2 {
+		return false
+	}
+	frames, _ := c.inbox.Kept()
+	return kept >= bound || frames > 0
 }
 
 // push queues a push, or lets it wait for a replay. It never waits itself.
@@ -68,7 +81,12 @@ func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) 
 		c.g.count.settled(outcome)
 		return outcome
 	}
-	if !behind && !c.roomLocked(size) {
+	keeps := behind || c.to.acks && (confirmation != nil || m.Options.Replayed())
+	switch {
+	case keeps && c.overfullLocked():
+		c.g.count.stalled.Inc()
+		return node.Failed
+	case !behind && !c.roomLocked(size):
 		return node.Failed
 	}
 	e, queue, outcome := c.inbox.Take(m, confirmation, f, size, now)
@@ -144,10 +162,13 @@ func (c *conn) mayWrite(e *entry) bool {
 	return true
 }
 
-// forget gives up what the client has not acknowledged, and takes nothing more that it would have to.
+// forget gives up what the client has not acknowledged, and takes nothing more that it would have to. What needs no
+// acknowledgement and waits behind a replay goes to the client.
 func (c *conn) forget() {
+	c.gate.Leave()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.popLocked(time.Now())
 	c.forgetLocked()
 }
 

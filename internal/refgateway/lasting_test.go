@@ -292,7 +292,7 @@ func TestAckIsOneNumberForAllBeforeIt(t *testing.T) {
 	for _, seq := range []uint64{first, first + 1, first + 3} {
 		m.wantReceipt(seq, receipt{acked: 1})
 	}
-	d.say(`{"type":"ack","ack":3}`)      // again is no error
+	d.say(`{"type":"ack","ack":3}`)       // again is no error
 	d.say(` { "ack" : 4, "type":"ack" }`) // nor is another way to write it
 	m.wantReceipt(first+4, receipt{acked: 1})
 	d.wantNothing()
@@ -459,9 +459,9 @@ func TestHalfOpenClientIsCutOff(t *testing.T) {
 // TestWhatIsUnacknowledgedIsGivenUpAtTheEnd of a connection, at once.
 func TestWhatIsUnacknowledgedIsGivenUpAtTheEnd(t *testing.T) {
 	for name, end := range map[string]func(*Gateway, *device){
-		"the client closes":  func(_ *Gateway, d *device) { _ = d.ws.WriteClose(1000, nil) },
+		"the client closes":   func(_ *Gateway, d *device) { _ = d.ws.WriteClose(1000, nil) },
 		"the connection ends": func(_ *Gateway, d *device) { _ = d.ws.NetConn().Close() },
-		"it is cut off":      func(g *Gateway, _ *device) { g.users.Of("u")[0].bye(closeSlow, true) },
+		"it is cut off":       func(g *Gateway, _ *device) { g.users.Of("u")[0].bye(closeSlow, true) },
 		"the node drains": func(g *Gateway, _ *device) {
 			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 			defer cancel()
@@ -497,6 +497,36 @@ func TestUnacknowledgedPushesAreBounded(t *testing.T) {
 	m.wantAck(m.deliver(asking("more", "x", "u")), ack{delivered: 1, pending: 1})
 	if got := g.count.stalled.Get(); got != 1 {
 		t.Errorf("%d stalled pushes are counted", got)
+	}
+}
+
+// TestUnacknowledgedPushesTogetherAreBounded: those who acknowledge are served, the others get no more, and nobody is cut off.
+func TestUnacknowledgedPushesTogetherAreBounded(t *testing.T) {
+	const bound, size = 1 << 20, 64 << 10
+	g, n := start(t, newController(t), func(c *Config) { c.QueueTotalBytes = bound })
+	m := manage(t, n, "pm")
+	for i := range 10 {
+		acker(t, g, fmt.Sprint("mute-", i)).ready(fmt.Sprint("mute-", i))
+	}
+	text := strings.Repeat("x", size)
+	for round := range 3 {
+		for i := range 10 {
+			m.deliver(asking(fmt.Sprint(round), text+fmt.Sprint(i), fmt.Sprint("mute-", i))) // another frame for each
+		}
+	}
+	eventually(t, "they get no more", func() bool { return g.count.stalled.Get() > 10 })
+	if kept := g.kept.Load(); kept < bound/2 || kept > bound/2+3*size {
+		t.Errorf("%d bytes are kept, the bound is half of %d for those who leave something", kept, bound)
+	}
+	well := acker(t, g, "well").ready("well")
+	for i := 1; i <= 3; i++ {
+		seq := m.deliver(asking(fmt.Sprint(i), "y", "well"))
+		well.want(marked("well", "y", fmt.Sprintf(`,"id":"%d","ack":%d`, i, i)))
+		well.say(fmt.Sprintf(`{"type":"ack","ack":%d}`, i))
+		m.wantReceipt(seq, receipt{acked: 1})
+	}
+	if g.users.Connections() != 11 || g.count.crowded.Get() != 0 {
+		t.Error("somebody was cut off")
 	}
 }
 
@@ -586,6 +616,20 @@ func TestHeldPushOfARoomIsNotShownAfterLeft(t *testing.T) {
 	m.send(&pubsub.DeliverRequest{ReplayEnds: []*pubsub.ReplayEnd{{Gate: asked.GetGate()}}})
 	d.want(marked("u", "to the user", `,"id":"2"`))
 	d.wantNothing()
+}
+
+// TestHeldPushIsShownWhenTheNodeDrains: it was answered as delivered.
+func TestHeldPushIsShownWhenTheNodeDrains(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	m := manage(t, n, "pm", pubsub.Feature_FEATURE_REPLAY)
+	d := acker(t, g, "u").ready("u")
+	m.catchup(1)
+	m.wantAck(m.deliver(to("", "x", "u")), ack{delivered: 1})
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	_ = g.Drain(ctx) // the manager does not end its stream
+	d.want(textFrame("", "u", "x"))
+	d.wantClose(closeGoingAway)
 }
 
 // blocked is a client whose socket takes no more, so that pushes wait in its queue.
