@@ -118,7 +118,9 @@ func serveLasting(t testing.TB, cfg Config, features ...pubsub.Feature) *lasting
 	return &lastingBench{serve(t, cfg), users, cfg.Metrics}
 }
 
-func (b *lastingBench) call(user string, acks bool) *phone { return call(b.server, b.users, user, acks) }
+func (b *lastingBench) call(user string, acks bool) *phone {
+	return call(b.server, b.users, user, acks)
+}
 
 func (b *lastingBench) metric(t testing.TB, line string) {
 	t.Helper()
