@@ -49,22 +49,16 @@ type conn struct {
 	behind *conn // in the line; guarded by line.mu
 }
 
-// tell queues a frame that is for this connection alone.
-func (c *conn) tell(f *frame) { c.send(f, "") }
-
-// send queues a frame, or cuts the client off. It never waits. A frame of a room is
-// taken by a connection in it: the lock puts it in front of the word that the client
-// has left, or keeps it out.
-func (c *conn) send(f *frame, room string) node.Outcome {
+// tell queues a frame of the gateway's own for this connection.
+func (c *conn) tell(f *frame) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || room != "" && !c.member.In(room) {
-		return node.NotHere
+	if !c.closed {
+		c.queueLocked(queued{frame: f})
 	}
-	return c.queueLocked(queued{frame: f})
 }
 
-// queueLocked queues what is for a client that is here, or cuts it off.
+// queueLocked queues what is for a client that is here, or cuts it off. It never waits.
 func (c *conn) queueLocked(q queued) node.Outcome {
 	if !c.roomLocked(q.size(&c.to)) {
 		return node.Failed

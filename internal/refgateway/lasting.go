@@ -62,7 +62,8 @@ func (c *conn) overfullLocked() bool {
 	return kept >= bound || frames > 0
 }
 
-// push queues a push, or lets it wait for a replay. It never waits itself.
+// push queues a push, or lets it wait behind a replay. It never waits itself. A push to a room is taken by a
+// connection in it: the lock puts it in front of the word that the client has left, or keeps it out.
 func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) node.Outcome {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -86,6 +87,8 @@ func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) 
 	case keeps && c.overfullLocked():
 		c.g.count.stalled.Inc()
 		return node.Failed
+	case m.Options.Replayed() && !c.spareLocked():
+		return node.Failed // It stays in the store, and is asked for again: no reason to cut the client off.
 	case !behind && !c.roomLocked(size):
 		return node.Failed
 	}
@@ -125,15 +128,20 @@ func (c *conn) placeLocked(e entry) {
 	c.g.count.collapsed.Inc()
 }
 
-// popLocked queues what has waited in the inbox, as long as enough room is left for what comes directly.
-func (c *conn) popLocked(now time.Time) {
+// spareLocked tells whether enough room is left in the queue for what comes directly.
+func (c *conn) spareLocked() bool {
 	cfg := &c.g.cfg
-	for !c.closed && (c.frames == 0 || c.frames < cfg.QueueFrames/2 && c.bytes < cfg.QueueBytes/2) {
+	return c.frames == 0 || c.frames < cfg.QueueFrames/2 && c.bytes < cfg.QueueBytes/2
+}
+
+// popLocked queues what has waited in the inbox.
+func (c *conn) popLocked(now time.Time) {
+	for !c.closed && c.spareLocked() {
 		e, ok := c.inbox.Pop(now)
 		if !ok {
 			return
 		}
-		if room := e.Frame.room; room != "" && !e.Replayed && !c.member.In(c.tenant.ID(room)) {
+		if room := e.Frame.room; room != "" && !c.member.In(c.tenant.ID(room)) {
 			continue // It has left meanwhile, and been told so.
 		}
 		c.placeLocked(e)
@@ -226,21 +234,8 @@ func (c *conn) acknowledge(number uint64) error {
 
 // tick does what is due for a connection.
 func (c *conn) tick(now time.Time) {
-	c.mu.Lock()
-	c.armed = time.Time{}
-	if due := c.inbox.Due(); due.IsZero() || now.Before(due) {
-		c.armLocked()
-		c.mu.Unlock()
-		return
-	}
-	before, _ := c.inbox.Kept()
-	ping, cut := c.inbox.Tick(now)
-	after, _ := c.inbox.Kept()
-	c.g.count.givenUp.Add(before - after)
-	c.popLocked(now)
-	c.armLocked()
-	c.mu.Unlock()
-	switch {
+	defer c.g.caught("wheel", func() { c.shut() })
+	switch ping, cut := c.due(now); {
 	case cut:
 		if c.shut() {
 			c.g.count.unanswered.Inc()
@@ -248,6 +243,23 @@ func (c *conn) tick(now time.Time) {
 	case ping:
 		c.tell(&frame{op: ws.OpPing})
 	}
+}
+
+// due has the inbox do what is due, and tells what is to be done with the client.
+func (c *conn) due(now time.Time) (ping, cut bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer c.armLocked()
+	c.armed = time.Time{}
+	if due := c.inbox.Due(); due.IsZero() || now.Before(due) {
+		return false, false
+	}
+	before, _ := c.inbox.Kept()
+	ping, cut = c.inbox.Tick(now)
+	after, _ := c.inbox.Kept()
+	c.g.count.givenUp.Add(before - after)
+	c.popLocked(now)
+	return ping, cut
 }
 
 // armLocked has the wheel come when the inbox has something to do.

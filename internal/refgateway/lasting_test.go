@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -583,6 +584,42 @@ func TestWhatWasStoredComesFirst(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStoredPushesDoNotCutAClientOff: what its queue has no room for stays in the store, and is asked for again.
+func TestStoredPushesDoNotCutAClientOff(t *testing.T) {
+	g, n := start(t, newController(t), func(c *Config) { c.QueueFrames, c.SocketBuffer = 16, 4<<10 })
+	m := manage(t, n, "pm", pubsub.Feature_FEATURE_REPLAY)
+	c := deaf(t, g, "u")
+	asked := m.catchup(1)
+	text := strings.Repeat("x", 128<<10)
+	const all = 40
+	seq := uint64(1)
+	for ; seq <= all; seq++ {
+		first := m.deliver(stored(asked.GetGate(), seq, fmt.Sprint("s-", seq), text+fmt.Sprint(seq), "u"))
+		taken := false
+		eventually(t, "it is acked", func() (ok bool) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			var got ack
+			got, ok = m.acks[first]
+			taken = got.delivered == 1
+			return ok
+		})
+		if !taken {
+			break
+		}
+	}
+	if seq > all || g.users.Connections() != 1 || g.count.slow.Get() != 0 {
+		t.Fatalf("of a client that does not read: %d taken, %d connections, %d cut off", seq-1, g.users.Connections(), g.count.slow.Get())
+	}
+	go func() { _, _ = io.Copy(io.Discard, c.br) }()
+	m.send(&pubsub.DeliverRequest{ReplayEnds: []*pubsub.ReplayEnd{{Gate: asked.GetGate(), Error: "not taken"}}})
+	eventually(t, "it has read what waited", func() bool { return g.writers.Load() == 0 })
+	rest := stored(m.catchup(2).GetGate(), seq, fmt.Sprint("s-", seq), text, "u")
+	rest.Replay.After = 0
+	m.wantAck(m.deliver(rest), ack{delivered: 1})
+	_ = c.Close()
 }
 
 // TestNothingIsHeldWithoutAStore: no manager can replay.
