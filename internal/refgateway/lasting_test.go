@@ -125,18 +125,25 @@ func (m *manager) deliver(ds ...*pubsub.Delivery) uint64 {
 	return first
 }
 
-// wantAck demands what the node says of a delivery at once.
-func (m *manager) wantAck(seq uint64, want ack) *pubsub.Miss {
+// ackOf waits for what the node says of a delivery at once.
+func (m *manager) ackOf(seq uint64) (got ack) {
 	m.t.Helper()
-	var got ack
-	var miss *pubsub.Miss
 	eventually(m.t, "it is acked", func() (ok bool) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		got, ok = m.acks[seq]
-		miss = m.misses[seq]
 		return ok
 	})
+	return got
+}
+
+// wantAck demands what the node says of a delivery at once.
+func (m *manager) wantAck(seq uint64, want ack) *pubsub.Miss {
+	m.t.Helper()
+	got := m.ackOf(seq)
+	m.mu.Lock()
+	miss := m.misses[seq]
+	m.mu.Unlock()
 	if got != want {
 		m.t.Fatalf("delivery %d: %+v %v, want %+v", seq, got, miss, want)
 	}
@@ -464,9 +471,13 @@ func TestWhatIsUnacknowledgedIsGivenUpAtTheEnd(t *testing.T) {
 		"the connection ends": func(_ *Gateway, d *device) { _ = d.ws.NetConn().Close() },
 		"it is cut off":       func(g *Gateway, _ *device) { g.users.Of("u")[0].bye(closeSlow, true) },
 		"the node drains": func(g *Gateway, _ *device) {
-			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-			defer cancel()
-			_ = g.Drain(ctx) // the manager does not end its stream
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			var wg sync.WaitGroup
+			wg.Go(func() { _ = g.Drain(ctx) }) // which waits for the manager, that does not end its stream
+			t.Cleanup(func() {
+				cancel()
+				wg.Wait()
+			})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -474,8 +485,12 @@ func TestWhatIsUnacknowledgedIsGivenUpAtTheEnd(t *testing.T) {
 			d, m := acker(t, g, "u").ready("u"), manage(t, n, "pm")
 			seq := m.deliver(asking("m", "x", "u"))
 			d.want(marked("u", "x", `,"id":"m","ack":1`))
+			began := time.Now()
 			end(g, d)
 			m.wantReceipt(seq, receipt{unacked: 1})
+			if took := time.Since(began); took > patience/4 {
+				t.Errorf("after %v", took)
+			}
 		})
 	}
 }
@@ -597,16 +612,7 @@ func TestStoredPushesDoNotCutAClientOff(t *testing.T) {
 	seq := uint64(1)
 	for ; seq <= all; seq++ {
 		first := m.deliver(stored(asked.GetGate(), seq, fmt.Sprint("s-", seq), text+fmt.Sprint(seq), "u"))
-		taken := false
-		eventually(t, "it is acked", func() (ok bool) {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			var got ack
-			got, ok = m.acks[first]
-			taken = got.delivered == 1
-			return ok
-		})
-		if !taken {
+		if m.ackOf(first).delivered == 0 {
 			break
 		}
 	}
@@ -616,9 +622,11 @@ func TestStoredPushesDoNotCutAClientOff(t *testing.T) {
 	go func() { _, _ = io.Copy(io.Discard, c.br) }()
 	m.send(&pubsub.DeliverRequest{ReplayEnds: []*pubsub.ReplayEnd{{Gate: asked.GetGate(), Error: "not taken"}}})
 	eventually(t, "it has read what waited", func() bool { return g.writers.Load() == 0 })
-	rest := stored(m.catchup(2).GetGate(), seq, fmt.Sprint("s-", seq), text, "u")
-	rest.Replay.After = 0
-	m.wantAck(m.deliver(rest), ack{delivered: 1})
+	for n, taken := 2, false; !taken; n++ { // the node asks again and again
+		rest := stored(m.catchup(n).GetGate(), seq, fmt.Sprint("s-", seq), text, "u")
+		rest.Replay.After = 0
+		taken = m.ackOf(m.deliver(rest)).delivered == 1
+	}
 	_ = c.Close()
 }
 
