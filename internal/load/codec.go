@@ -38,6 +38,12 @@ type Targets struct {
 	Offline   int64 `json:"offline"`
 	Failed    int64 `json:"failed"`
 	Unknown   int64 `json:"unknown"`
+
+	// Parts of the above, of pushes with options.
+	Stored     int64 `json:"stored"`     // of offline
+	Unsure     int64 `json:"unsure"`     // of stored
+	Acked      int64 `json:"acked"`      // of delivered
+	Duplicates int64 `json:"duplicates"` // of delivered
 }
 
 func (t *Targets) add(o *Targets) {
@@ -46,6 +52,10 @@ func (t *Targets) add(o *Targets) {
 	t.Offline += o.Offline
 	t.Failed += o.Failed
 	t.Unknown += o.Unknown
+	t.Stored += o.Stored
+	t.Unsure += o.Unsure
+	t.Acked += o.Acked
+	t.Duplicates += o.Duplicates
 }
 
 // reply is what a load generator wants to know of any reply.
@@ -128,6 +138,14 @@ func (r *reply) readSummary(b []byte) error {
 			r.targets.Unknown = n
 		case 6<<3 | bytes:
 			r.nodes++
+		case 7<<3 | varint:
+			r.targets.Stored = n
+		case 8<<3 | varint:
+			r.targets.Unsure = n
+		case 9<<3 | varint:
+			r.targets.Acked = n
+		case 10<<3 | varint:
+			r.targets.Duplicates = n
 		default: // newer than this
 		}
 		return nil

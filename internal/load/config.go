@@ -96,6 +96,20 @@ type Config struct {
 	Payload      []byte
 	Seed         uint64
 
+	// IDs gives every push a message id that no other run has. Repeat is the share of pushes that are
+	// sent twice, one after the other, with the same id: for those who had the first the second is a
+	// duplicate.
+	IDs    bool
+	Repeat float64
+	// ClientAck asks for acknowledgements by clients (ACK_CLIENT).
+	ClientAck bool
+
+	// Clients is the number of WebSocket clients that the generator itself is, at ClientURLs in turn:
+	// the first of Users, each in a room. They acknowledge, and look for messages that come twice.
+	// They are there before the first push, and stay until the last is answered.
+	Clients    int
+	ClientURLs []string
+
 	// OnProgress is called about twice a second, from one goroutine. nil: never.
 	OnProgress func(Progress)
 
@@ -112,6 +126,7 @@ const (
 	MaxPayload     = 16 << 20
 	MaxDuration    = 7 * 24 * time.Hour
 	MaxTimeout     = time.Hour
+	MaxClients     = 50_000 // two goroutines and a descriptor each
 )
 
 // Calls and pushes that a Push-Manager takes from one connection and one PushStream
@@ -141,6 +156,7 @@ func (c Config) WithDefaults() Config {
 	setDefault(&c.Rooms, 100)
 	setDefault(&c.UserPattern, "u%d")
 	setDefault(&c.RoomPattern, "r%d")
+	c.IDs = c.IDs || c.Repeat > 0
 	if c.nap == nil {
 		c.nap = nap
 	}
@@ -180,6 +196,11 @@ func (c Config) Validate() error {
 	within("Users", float64(c.Users), 1, MaxKeys)
 	within("UsersPerPush", float64(c.UsersPerPush), 1, MaxKeys)
 	within("Rooms", float64(c.Rooms), 1, MaxKeys)
+	within("Repeat", c.Repeat, 0, 1)
+	within("Clients", float64(c.Clients), 0, float64(min(c.Users, MaxClients)))
+	if c.Clients > 0 && len(c.ClientURLs) == 0 {
+		errs = append(errs, errors.New("load: ClientURLs is empty"))
+	}
 	within("len(Payload)", float64(len(c.Payload)), 0, MaxPayload)
 	sum := 0.0
 	for k, weight := range c.Mix {

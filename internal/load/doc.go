@@ -18,11 +18,12 @@
 //   - Each push that was due in the measured window is answered, ended without an
 //     answer, or unsent, and the Result counts it once.
 //   - Run returns at most Config.Timeout and a second after the last push was sent,
-//     and leaves no goroutine behind.
+//     and leaves no goroutine behind. A client of its own that is about to connect may take
+//     five seconds more.
 //   - The generator's own part is measured as well: how late it sent when nothing but
 //     itself could be the reason, its CPU, and how long its goroutines waited for it.
 //
 // Who owns what: a lane's schedule, its random numbers and the encoding of its pushes
 // belong to the one goroutine that paces it. A recorder has a lock of its own and is
-// shared by few. Requests are encoded by hand around one copy of the content.
+// shared by few. Clients of the generator's own (clients.go) belong to a goroutine each. Requests are encoded by hand around one copy of the content.
 package load

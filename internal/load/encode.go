@@ -1,7 +1,9 @@
 package load
 
 import (
+	"fmt"
 	"math/rand/v2"
+	"strconv"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -12,6 +14,7 @@ import (
 const (
 	fieldTarget  protowire.Number = 1 // room_id, user_id, user_ids
 	fieldContent protowire.Number = 2 // 1 in a BroadcastMessageRequest
+	fieldOptions protowire.Number = 20
 )
 
 // streamField is the field of a kind in PushStreamRequest and PushStreamResponse;
@@ -71,6 +74,7 @@ type order struct {
 	kind Kind
 	key  int    // the room or the user
 	seed uint64 // of the users of kind ToUsers
+	id   string // of the message; empty: it has none
 }
 
 // chooser draws the pushes of a lane. One goroutine has it.
@@ -78,10 +82,17 @@ type chooser struct {
 	random *rand.Rand
 	limits [kinds]float64 // cumulative, of 1
 	cfg    *Config
+	ids    string // begin of its message ids; empty: it gives none
+	given  int
+	again  *order // to be sent once more; nil for none
 }
 
-func newChooser(cfg *Config, lane int) *chooser {
+func newChooser(r *run, lane int) *chooser {
+	cfg := &r.cfg
 	c := &chooser{random: rand.New(rand.NewPCG(cfg.Seed, uint64(lane))), cfg: cfg}
+	if cfg.IDs {
+		c.ids = fmt.Sprintf("%s-%d-", r.ids, lane)
+	}
 	sum := 0.0
 	for k, weight := range cfg.Mix {
 		sum += weight
@@ -99,6 +110,23 @@ func newChooser(cfg *Config, lane int) *chooser {
 }
 
 func (c *chooser) next() order {
+	if c.again != nil {
+		o := *c.again
+		c.again = nil
+		return o
+	}
+	o := c.draw()
+	if c.ids != "" {
+		c.given++
+		o.id = c.ids + strconv.Itoa(c.given)
+	}
+	if c.cfg.Repeat > 0 && c.random.Float64() < c.cfg.Repeat {
+		c.again = &o
+	}
+	return o
+}
+
+func (c *chooser) draw() order {
 	x := c.random.Float64()
 	var o order
 	for o.kind < ToAll && x >= c.limits[o.kind] {
@@ -123,6 +151,7 @@ type encoder struct {
 	users, rooms pattern
 	userCount    int
 	perPush      int
+	clientAck    bool
 }
 
 func newEncoder(cfg *Config) (*encoder, error) {
@@ -136,7 +165,7 @@ func newEncoder(cfg *Config) (*encoder, error) {
 	}
 	return &encoder{
 		content: newContent(cfg.Payload), users: users, rooms: rooms,
-		userCount: cfg.Users, perPush: cfg.UsersPerPush,
+		userCount: cfg.Users, perPush: cfg.UsersPerPush, clientAck: cfg.ClientAck,
 	}, nil
 }
 
@@ -154,7 +183,27 @@ func (e *encoder) head(b []byte, o order) []byte {
 		}
 	default: // everybody
 	}
+	if n := e.optionsSize(o); n > 0 {
+		b = protowire.AppendVarint(protowire.AppendTag(b, fieldOptions, protowire.BytesType), uint64(n))
+		if o.id != "" {
+			b = protowire.AppendString(protowire.AppendTag(b, 1, protowire.BytesType), o.id)
+		}
+		if e.clientAck {
+			b = protowire.AppendVarint(protowire.AppendTag(b, 3, protowire.VarintType), uint64(pubsub.AckPolicy_ACK_CLIENT))
+		}
+	}
 	return b
+}
+
+// optionsSize is the length of a push's PushOptions; 0: it has none.
+func (e *encoder) optionsSize(o order) (n int) {
+	if o.id != "" {
+		n += protowire.SizeTag(1) + protowire.SizeBytes(len(o.id))
+	}
+	if e.clientAck {
+		n += protowire.SizeTag(3) + protowire.SizeVarint(uint64(pubsub.AckPolicy_ACK_CLIENT))
+	}
+	return n
 }
 
 // streamHead appends the head of a PushStreamRequest.
@@ -165,21 +214,23 @@ func (e *encoder) streamHead(b []byte, id uint64, o order) []byte {
 	return e.head(b, o)
 }
 
-func (e *encoder) headSize(o order) int {
+func (e *encoder) headSize(o order) (n int) {
+	if options := e.optionsSize(o); options > 0 {
+		n = protowire.SizeTag(fieldOptions) + protowire.SizeBytes(options)
+	}
 	switch o.kind {
 	case ToUser:
-		return idSize(&e.users, o.key)
+		n += idSize(&e.users, o.key)
 	case ToRoom:
-		return idSize(&e.rooms, o.key)
+		n += idSize(&e.rooms, o.key)
 	case ToUsers:
-		random, n := rand.NewPCG(o.seed, 0), 0
+		random := rand.NewPCG(o.seed, 0)
 		for range e.perPush {
 			n += idSize(&e.users, int(random.Uint64()%uint64(e.userCount)))
 		}
-		return n
-	default:
-		return 0
+	default: // everybody
 	}
+	return n
 }
 
 func appendID(b []byte, p *pattern, n int) []byte {

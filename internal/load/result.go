@@ -36,6 +36,7 @@ type Result struct {
 
 	Timeline  []Interval
 	Generator Generator
+	Clients   Clients // of the whole run, the warm-up included
 }
 
 // Figures count the pushes that were due in the window and have ended.
@@ -87,6 +88,7 @@ func (w *watch) result(started time.Time) *Result {
 		Window: time.Duration(r.window.end.Load() - r.window.begin),
 		Unsent: r.unsentCount.Load(), Unfinished: r.unfinished.Load(),
 		Lag: newHistogram(), Held: newHistogram(), Full: r.full.Load(), Timeline: w.timeline,
+		Clients: r.clients.ledger(),
 	}
 	var all tally
 	var each [kinds]tally

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"runtime"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +40,8 @@ type run struct {
 	encoder   *encoder
 	conns     []*grpc.ClientConn
 	clock     clock
+	ids       string // begin of the message ids of this run
+	clients   *clients
 	window    *window
 	stop      chan struct{} // closed after the window's end has been moved to now
 	recorders []*recorder
@@ -72,8 +76,15 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &run{cfg: cfg, encoder: encoder, conns: conns, stop: make(chan struct{}), window: &window{begin: int64(cfg.Warmup)}}
+	r := &run{
+		cfg: cfg, encoder: encoder, conns: conns, stop: make(chan struct{}), window: &window{begin: int64(cfg.Warmup)},
+		ids: strconv.FormatUint(rand.Uint64(), 36), clients: newClients(),
+	}
 	r.window.end.Store(int64(cfg.Warmup + cfg.Duration))
+	defer r.clients.close()
+	if err := r.clients.connect(ctx, &cfg, encoder); err != nil {
+		return nil, err
+	}
 	return r.do(ctx)
 }
 
@@ -93,6 +104,7 @@ func (r *run) do(ctx context.Context) (*Result, error) {
 	pace()
 	close(done)
 	group.Wait()
+	r.clients.close()
 	if r.window.end.Load() <= r.window.begin {
 		return nil, ErrNothingMeasured
 	}
@@ -104,7 +116,7 @@ func (r *run) prepare(ctx context.Context) (pace func()) {
 	if r.cfg.Way == Stream {
 		n := len(r.conns)
 		for i, conn := range r.conns {
-			l := &lane{run: r, conn: conn, recorder: newRecorder(r.window), choose: newChooser(&r.cfg, i)}
+			l := &lane{run: r, conn: conn, recorder: newRecorder(r.window), choose: newChooser(r, i)}
 			// The first ones get what does not divide.
 			l.table = newTable(max(1, (r.cfg.InFlight+n-1-i)/n))
 			if r.cfg.Rate > 0 {

@@ -33,7 +33,7 @@ func (u *callers) recorder(caller int) *recorder { return u.recorders[caller%len
 // open paces the open loop and waits for the callers.
 func (u *callers) open(ctx context.Context) {
 	r := u.run
-	p, s, choose := r.pacer(), newSchedule(&r.cfg, 0, 1), newChooser(&r.cfg, 0)
+	p, s, choose := r.pacer(), newSchedule(&r.cfg, 0, 1), newChooser(r, 0)
 	held := false // since the last time that nothing was overdue
 	due := s.next()
 	for n := 0; p.wait(due); n++ {
@@ -95,7 +95,7 @@ func (u *callers) closed(ctx context.Context) {
 	r := u.run
 	for i := range r.cfg.InFlight {
 		u.group.Go(func() {
-			c, choose := u.caller(i), newChooser(&r.cfg, i)
+			c, choose := u.caller(i), newChooser(r, i)
 			for n := i; !r.over(); n++ {
 				now := r.clock.now()
 				if !c.call(ctx, job{order: choose.next(), due: now, conn: n % len(r.conns)}, now) {

@@ -32,6 +32,9 @@ type listenCmd struct {
 	Room  []string `help:"Room to join, may be repeated."`
 	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" help:"WebSocket of a Connect-Node."`
 	Count int      `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
+	// On, so that a push with ACK_CLIENT, and one out of the store, is confirmed by what was printed.
+	// A Connect-Node that does not know it ignores it.
+	Ack bool `default:"true" negatable:"" help:"Acknowledge what was printed, where the push asks for it, and print no message id twice."`
 
 	TokenFile string `placeholder:"FILE" help:"File with the token to show. It is read again before the token expires, and whenever the Connect-Node refuses it. PUSHCTL_TOKEN holds one without a file."`
 	CA        string `name:"ca" placeholder:"FILE" env:"CONNECT_NODE_CA" help:"With wss://: PEM file of the authorities that the Connect-Node's certificate is checked with. Default: those of the system."`
@@ -184,7 +187,7 @@ func (c *listenCmd) tls() (*tls.Config, error) {
 // connected is one connection, from its handshake to its end. It tells whether there
 // was one, and why it ended: nil when enough was seen.
 func (c *listenCmd) connected(ctx context.Context, l *listener) (joined bool, err error) {
-	l.done = make(chan error, 1)
+	l.done, l.acks = make(chan error, 1), newAcks()
 	header := http.Header{}
 	if l.token != "" {
 		header.Set("Authorization", "Bearer "+l.token)
@@ -211,6 +214,7 @@ func (c *listenCmd) connected(ctx context.Context, l *listener) (joined bool, er
 		conn.ReadLoop()
 	}()
 	defer func() {
+		l.acks.flush(conn)
 		_ = conn.WriteClose(1000, nil)
 		_ = conn.NetConn().Close()
 		<-readDone
@@ -299,6 +303,9 @@ func (c *listenCmd) address(token string) (string, error) {
 	if len(c.Room) > 0 {
 		q.Set("room_id", c.Room[0])
 	}
+	if c.Ack {
+		q.Set("ack", "1")
+	}
 	u.RawQuery = q.Encode()
 	return u.String(), nil
 }
@@ -326,15 +333,20 @@ type listener struct {
 
 	// Static while there is a connection.
 	done chan error // its end, once
+	acks *acks
 
 	// Owned by the reader.
 	seen int
+	had  had // by all connections
 }
 
 // wait waits for the end of a connection. In time before the token's end it shows the next one.
 func (l *listener) wait(ctx context.Context, conn *gws.Conn, next func() (string, error)) error {
 	ping := time.NewTicker(pingInterval)
 	defer ping.Stop()
+	ack := time.NewTimer(time.Hour)
+	defer ack.Stop()
+	ack.Stop()
 	refresh := time.NewTimer(time.Hour)
 	defer refresh.Stop()
 	if wait, ok := untilRefresh(l.token); ok {
@@ -365,6 +377,10 @@ func (l *listener) wait(ctx context.Context, conn *gws.Conn, next func() (string
 			} else {
 				refresh.Stop()
 			}
+		case <-l.acks.owed:
+			ack.Reset(ackWithin)
+		case <-ack.C:
+			l.acks.flush(conn)
 		case <-ping.C:
 			// When it cannot be written the reader has noticed, too.
 			_ = conn.WritePing(nil)
@@ -405,6 +421,10 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 	raw := message.Bytes()
 	var f frame
 	isPush := json.Unmarshal(raw, &f) == nil && f.Data != nil
+	if isPush && l.had.before(&f) {
+		l.acks.handled(conn, f.Ack)
+		return
+	}
 	line := string(raw)
 	switch {
 	case l.t.json:
@@ -420,6 +440,7 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 	if !isPush {
 		return
 	}
+	l.acks.handled(conn, f.Ack)
 	if l.seen++; l.count > 0 && l.seen >= l.count {
 		l.end(nil)
 	}
@@ -438,6 +459,9 @@ type frame struct {
 	Message   string            `json:"message"`
 	Node      string            `json:"node_id"`
 	Expires   int64             `json:"expires"`
+	ID        string            `json:"id"`
+	Ack       uint64            `json:"ack"` // to be acknowledged with; 0: not to be
+	Replayed  bool              `json:"replayed"`
 }
 
 type frameData struct {
@@ -459,6 +483,9 @@ func (f *frame) push(t *terminal) string {
 		b.WriteString("[" + clean(f.Type) + "] ")
 	}
 	b.WriteString(f.text())
+	if f.Replayed {
+		b.WriteString("  " + t.paint(yellow, "(replayed)"))
+	}
 	for _, k := range slices.Sorted(maps.Keys(f.Metadata)) {
 		b.WriteString("  " + t.paint(grey, clean(k)+"="+clean(f.Metadata[k])))
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -43,6 +44,12 @@ type flags struct {
 	PayloadFile  string `placeholder:"FILE" help:"Push the content of a file instead."`
 	Seed         uint64 `default:"1" help:"The same seed gives the same pushes."`
 
+	MessageIDs bool     `name:"message-ids" help:"Give every push a message id."`
+	Repeat     float64  `default:"0" help:"Share of pushes that are sent twice, with the same message id."`
+	ClientAck  bool     `help:"Ask for acknowledgements by clients: ACK_CLIENT."`
+	Clients    int      `default:"0" help:"WebSocket clients to be, which acknowledge: the first of --users, each in one of --rooms."`
+	ClientURL  []string `name:"client-url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" help:"WebSockets of one or several Connect-Nodes for them, comma-separated."`
+
 	MaxErrors float64 `default:"0.01" help:"Largest share of pushes that may go wrong for exit code 0."`
 	JSON      string  `name:"json" placeholder:"FILE" help:"Write the results as JSON, - for standard output."`
 	Quiet     bool    `short:"q" help:"Print only what went wrong."`
@@ -68,6 +75,7 @@ func (f *flags) config() (_ load.Config, done func(), err error) {
 		Duration: f.Duration, Warmup: f.Warmup, Timeout: f.Timeout,
 		Mix: load.Mix(f.Mix), Users: f.Users, Rooms: f.Rooms, UsersPerPush: f.UsersPerPush,
 		UserPattern: f.UserPattern, RoomPattern: f.RoomPattern, Payload: payload, Seed: f.Seed,
+		IDs: f.MessageIDs, Repeat: f.Repeat, ClientAck: f.ClientAck, Clients: f.Clients, ClientURLs: f.ClientURL,
 	}
 	if f.Way == "stream" {
 		cfg.Way = load.Stream
@@ -98,6 +106,12 @@ func (f *flags) check() error {
 	}
 	wrong(!(f.Rate >= 0 && f.Rate <= load.MaxRate), "rate", "%v must be from 0 to %.0f", f.Rate, load.MaxRate)
 	wrong(!(f.MaxErrors >= 0 && f.MaxErrors <= 1), "max-errors", "%v must be from 0 to 1", f.MaxErrors)
+	wrong(!(f.Repeat >= 0 && f.Repeat <= 1), "repeat", "%v must be from 0 to 1", f.Repeat)
+	number("clients", f.Clients, 0, min(f.Users, load.MaxClients))
+	for _, address := range f.ClientURL {
+		u, err := url.Parse(address)
+		wrong(err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Host == "", "client-url", "%q is not like ws://HOST:PORT/ws", address)
+	}
 	number("connections", f.Connections, 1, load.MaxConnections)
 	number("in-flight", f.InFlight, 0, load.MaxInFlight)
 	number("users", f.Users, 1, load.MaxKeys)

@@ -36,10 +36,21 @@ type report struct {
 	SendLag   *latency  `json:"send_lag_ms"`
 	Held      *latency  `json:"held_ms"`
 	Timeline  []point   `json:"timeline"`
+	Clients   *clients  `json:"clients"`
 	Generator generator `json:"generator"`
 
 	Short    []string `json:"short"`    // why the exit code is 1
 	Warnings []string `json:"warnings"` // what speaks against the figures
+}
+
+// clients is what came to the generator's own clients. It is null where there were none.
+type clients struct {
+	Connected int   `json:"connected"`
+	Lost      int64 `json:"lost"`
+	Received  int64 `json:"received"`
+	Acked     int64 `json:"acked"`
+	Replayed  int64 `json:"replayed"`
+	Twice     int64 `json:"twice"`
 }
 
 type settings struct {
@@ -121,6 +132,9 @@ func newReport(r *load.Result, maxErrors float64) *report {
 		},
 		Timeline: []point{}, Short: []string{}, Warnings: append([]string{}, r.Doubts()...),
 	}
+	if c.Clients > 0 {
+		rep.Clients = (*clients)(&r.Clients)
+	}
 	if c.Poisson {
 		rep.Settings.Arrival = "poisson"
 	}
@@ -145,6 +159,9 @@ func (rep *report) judge(maxErrors float64) {
 	if rep.AchievedRate < rep.AskedRate*(1-shortfall) {
 		rep.Short = append(rep.Short, fmt.Sprintf("the rate fell short: %s of %s a second",
 			thousands(int64(rep.AchievedRate)), thousands(int64(rep.AskedRate))))
+	}
+	if rep.Clients != nil && rep.Clients.Twice > 0 {
+		rep.Short = append(rep.Short, fmt.Sprintf("%s messages came twice to the same connection", thousands(rep.Clients.Twice)))
 	}
 	if rep.ErrorShare > maxErrors {
 		rep.Short = append(rep.Short, fmt.Sprintf("too many errors: %s of the pushes, %s are allowed", percent(rep.ErrorShare), percent(maxErrors)))
@@ -230,6 +247,14 @@ func (rep *report) text(p *pen) error {
 	t := rep.Total.Targets
 	fmt.Fprintf(&b, "  users      %s\n", list(
 		some(t.Delivered, "delivered"), some(t.Offline, "offline"), some(t.Failed, "failed"), some(t.Unknown, "unknown")))
+	if t.Acked+t.Duplicates+t.Stored > 0 {
+		fmt.Fprintf(&b, "  of them    %s\n", list(
+			some(t.Acked, "acknowledged"), some(t.Duplicates, "duplicates"), some(t.Stored, "stored"), some(t.Unsure, "unsure")))
+	}
+	if c := rep.Clients; c != nil {
+		fmt.Fprintf(&b, "  clients    %s: %s\n", thousands(int64(c.Connected)), list(thousands(c.Received)+" pushes received",
+			some(c.Acked, "acknowledged"), some(c.Replayed, "replayed"), some(c.Twice, "twice"), some(c.Lost, "connections lost")))
+	}
 	if len(rep.Total.Codes) > 0 {
 		fmt.Fprintf(&b, "  statuses   %s\n", p.paint(red, rep.statuses()))
 	}

@@ -20,6 +20,7 @@ var (
 	errNotText   = errors.New("type: only text messages are understood")
 	errNoType    = errors.New("type: required")
 	errType      = errors.New("type: must be join, leave, refresh or ping")
+	errTypeOrAck = errors.New("type: must be join, leave, refresh, ping or ack")
 	errConnected = errors.New("type: connect comes first, and only where no token came before")
 	errNotJSON   = errors.New("message: not valid JSON")
 	errNotObject = errors.New("message: must be a JSON object")
@@ -53,7 +54,9 @@ func (r *reader) loop() (code uint16) {
 	for {
 		code, err := r.next(r.c.g.cfg.MaxMessageBytes)
 		if err == nil && code == 0 {
-			code = r.c.take(r.op, r.message)
+			if code = r.c.take(r.op, r.message); r.c.progress {
+				r.due -= r.c.g.interval() // There are no more of these than the gateway has sent frames.
+			}
 		}
 		if err != nil || code != 0 {
 			return code
@@ -153,7 +156,7 @@ func closeAnswer(payload []byte) uint16 {
 // counts as gone: nobody could tell it from a client that has gone and left a backlog.
 func (r *reader) pace() {
 	cfg := &r.c.g.cfg
-	interval := time.Second / time.Duration(cfg.MessageRate)
+	interval := r.c.g.interval()
 	burst := interval * time.Duration(cfg.Members.MaxRooms+2*cfg.MessageRate)
 	now := time.Since(r.c.g.began)
 	r.due = max(r.due, now-burst) + interval
@@ -163,12 +166,20 @@ func (r *reader) pace() {
 	}
 }
 
+// interval is the distance of a client's frames at Config.MessageRate.
+func (g *Gateway) interval() time.Duration { return time.Second / time.Duration(g.cfg.MessageRate) }
+
 // take handles a message of the client. It returns the close code of one that is to go.
 func (c *conn) take(op ws.OpCode, message []byte) (code uint16) {
 	c.g.count.messages.Inc()
+	c.progress = false
 	room, err := "", errNotText
 	if op == ws.OpText {
-		room, err = c.obey(message)
+		if number, ok := ackOf(message); ok && c.to.acks {
+			err = c.acknowledge(number)
+		} else {
+			room, err = c.obey(message)
+		}
 	}
 	if err == nil {
 		return 0
@@ -190,6 +201,8 @@ type request struct {
 	Type   *string `json:"type"`
 	RoomID *string `json:"room_id"`
 	Token  *string `json:"token"`
+
+	Ack json.RawMessage `json:"ack"`
 }
 
 // parse reads a message. The error is for the client: it names the field, in words that need no
@@ -242,8 +255,15 @@ func (c *conn) obey(b []byte) (room string, err error) {
 		return room, c.member.Join(room)
 	case "refresh":
 		return "", c.refresh(m.Token)
+	case "ack":
+		if c.to.acks {
+			return "", c.acknowledgeJSON(m.Ack)
+		}
 	case "connect":
 		return "", errConnected
+	}
+	if c.to.acks {
+		return "", errTypeOrAck
 	}
 	return "", errType
 }
@@ -262,6 +282,9 @@ func checkRoom(room string) error {
 // Joined implements membership.Client, as Left and Refused do. For a connection that
 // was opened without a room, the first news is that it is known at all.
 func (c *conn) Joined(room string) {
+	if room == "" {
+		c.gate.Ready()
+	}
 	switch {
 	case room != "":
 		c.tell(control("joined", "room_id", room))
@@ -286,6 +309,11 @@ func (c *conn) Refused(room, why string) {
 func (g *Gateway) hear(c *conn) {
 	c.heard.Store(int64(time.Since(g.began)))
 	c.pinged.Store(false)
+	if c.to.acks {
+		c.mu.Lock()
+		c.inbox.Heard()
+		c.mu.Unlock()
+	}
 }
 
 // sweep pings clients that are silent, cuts off those that stay so, and closes those whose

@@ -22,14 +22,15 @@ type conn struct {
 	room string          // with which it was opened, or empty
 	// Static once it is among the users. Before, owned by the reader: without tokens they are
 	// what the client says, with tokens what its token says.
-	user     string
-	name     string
-	tenant   node.Tenant // whose ids its ids are; empty: nobody's
-	userJSON []byte
-	member   *membership.Member
+	user   string
+	name   string
+	tenant node.Tenant // whose ids its ids are; empty: nobody's
+	to     recipient   // acks is static from the handshake on
+	member *membership.Member
 
 	identity atomic.Pointer[identity] // of the latest token; nil without tokens
 	place    place                    // among the unverified, which guard it
+	progress bool                     // the client's last message was an acknowledgement of something; owned by the reader
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then
@@ -37,50 +38,58 @@ type conn struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
-	queue   []*frame
+	queue   []queued
 	frames  int    // queued or being written
 	bytes   int    // of them
 	writing bool   // it is in line for a writer, or has one
 	closed  bool   // nothing is taken any more
 	code    uint16 // of the close frame that is to follow the queue, or 0
+	lasting        // see lasting.go
 
 	behind *conn // in the line; guarded by line.mu
 }
 
-// tell queues a frame that is for this connection alone.
-func (c *conn) tell(f *frame) { c.send(f, "") }
-
-// send queues a frame, or cuts the client off. It never waits. A frame of a room is
-// taken by a connection in it: the lock puts it in front of the word that the client
-// has left, or keeps it out.
-func (c *conn) send(f *frame, room string) node.Outcome {
-	cfg, size := &c.g.cfg, f.size(c.userJSON)
+// tell queues a frame of the gateway's own for this connection.
+func (c *conn) tell(f *frame) {
 	c.mu.Lock()
-	switch {
-	case c.closed:
-		c.mu.Unlock()
-		return node.NotHere
-	case room != "" && !c.member.In(room):
-		c.mu.Unlock()
-		return node.NotHere
-	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):
-		c.byeLocked(closeSlow, true)
-		c.mu.Unlock()
-		c.g.count.slow.Inc()
-		return node.Failed
-	case c.g.crowded(c.frames, c.bytes+size):
-		c.byeLocked(closeSlow, true)
-		c.mu.Unlock()
-		c.g.count.crowded.Inc()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.queueLocked(queued{frame: f})
+	}
+}
+
+// queueLocked queues what is for a client that is here, or cuts it off. It never waits.
+func (c *conn) queueLocked(q queued) node.Outcome {
+	if !c.roomLocked(q.size(&c.to)) {
 		return node.Failed
 	}
-	c.g.hold(f)
-	c.queue = append(c.queue, f)
-	c.frames++
-	c.bytes += size
-	c.startLocked()
-	c.mu.Unlock()
+	c.appendLocked(q)
 	return node.Delivered
+}
+
+// roomLocked tells whether so many bytes more may wait for the client. One that has no room is
+// cut off.
+func (c *conn) roomLocked(size int) bool {
+	cfg := &c.g.cfg
+	switch {
+	case c.frames > 0 && (c.frames >= cfg.QueueFrames || c.bytes+size > cfg.QueueBytes):
+		c.byeLocked(closeSlow, true)
+		c.g.count.slow.Inc()
+		return false
+	case c.g.crowded(c.frames, c.bytes+size):
+		c.byeLocked(closeSlow, true)
+		c.g.count.crowded.Inc()
+		return false
+	}
+	return true
+}
+
+func (c *conn) appendLocked(q queued) {
+	c.g.hold(q.frame)
+	c.queue = append(c.queue, q)
+	c.frames++
+	c.bytes += q.size(&c.to)
+	c.startLocked()
 }
 
 // startLocked makes sure that a writer comes.
@@ -106,6 +115,7 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 		return false
 	}
 	c.closed, c.code = true, code
+	c.forgetLocked()
 	if atOnce {
 		c.dropLocked()
 		c.hurried.Store(true)
@@ -121,13 +131,14 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 func (c *conn) dropLocked() {
 	c.settleLocked(c.queue)
 	c.queue = nil
+	clear(c.places)
 }
 
 // settleLocked takes frames off the books.
-func (c *conn) settleLocked(frames []*frame) {
-	for _, f := range frames {
-		c.bytes -= f.size(c.userJSON)
-		c.g.drop(f)
+func (c *conn) settleLocked(frames []queued) {
+	for _, q := range frames {
+		c.bytes -= q.size(&c.to)
+		c.g.drop(q.frame)
 	}
 	c.frames -= len(frames)
 }
@@ -200,11 +211,12 @@ func (g *Gateway) writeLoop() {
 
 // writer is what a goroutine needs to write to clients.
 type writer struct {
-	queue []*frame // the memory of rest, exchanged for the next queue
-	rest  []*frame // taken from a queue and not settled yet
+	queue []queued // the memory of rest, exchanged for the next queue
+	rest  []queued // taken from a queue and not settled yet
 	b     []byte   // the first of rest, gathered
 	n     int      // so many of them
-	tail  []byte   // the end of the last of them, when it is too long to be copied
+	tail  []byte   // of the last of them, when it is too long to be copied
+	end   []byte   // what comes behind that
 
 	try     func(fd uintptr) bool // writes of b what the socket takes
 	written int                   // by try
@@ -229,7 +241,7 @@ func (g *Gateway) takeWriter() *writer {
 func (c *conn) write(w *writer, wait bool) (ended bool) {
 	defer c.g.caught("writer", func() {
 		c.settle(w.rest)
-		w.rest, w.b, w.n, w.tail = nil, w.b[:0], 0, nil
+		w.rest, w.b, w.n, w.tail, w.end = nil, w.b[:0], 0, nil, nil
 		c.shut()
 		c.g.writers.Add(-1)
 		ended = true
@@ -259,7 +271,9 @@ func (c *conn) write(w *writer, wait bool) (ended bool) {
 				break
 			}
 			for w.n == 0 || w.n < len(w.rest) && len(w.tail) == 0 && len(w.b) < writeBytes {
-				w.b, w.tail = w.rest[w.n].appendTo(w.b, c.userJSON)
+				if q := w.rest[w.n]; q.entry == nil || c.mayWrite(q.entry) {
+					w.b, w.tail, w.end = q.appendTo(w.b, &c.to)
+				}
 				w.n++
 			}
 			if !wait && (c.raw == nil || len(w.tail) > 0) {
@@ -272,15 +286,18 @@ func (c *conn) write(w *writer, wait bool) (ended bool) {
 				return false
 			}
 			c.settle(w.rest[:w.n])
-			w.rest, w.b, w.n, w.tail = w.rest[w.n:], w.b[:0], 0, nil
+			w.rest, w.b, w.n, w.tail, w.end = w.rest[w.n:], w.b[:0], 0, nil, nil
 		}
 	}
 }
 
-func (c *conn) settle(frames []*frame) {
+func (c *conn) settle(frames []queued) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settleLocked(frames)
+	if c.inbox.Waiting() {
+		c.popLocked(time.Now())
+	}
 }
 
 // next takes what is queued. When there is nothing the connection has no writer any more, or
@@ -295,6 +312,7 @@ func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
 		return 0, true
 	case len(c.queue) > 0:
 		w.rest, c.queue = c.queue, w.queue[:0]
+		clear(c.places)
 		w.queue = w.rest
 		return 0, false
 	case c.code != 0 && !wait:
@@ -312,8 +330,8 @@ func (c *conn) next(w *writer, wait, first bool) (code uint16, more bool) {
 func (c *conn) writeGathered(w *writer, wait bool) (left bool, err error) {
 	if wait {
 		c.setWriteDeadline(c.g.cfg.WriteTimeout)
-		both := net.Buffers{w.b, w.tail}
-		n, err := both.WriteTo(c.net)
+		all := net.Buffers{w.b, w.tail, w.end}
+		n, err := all.WriteTo(c.net)
 		c.setWriteDeadline(0) // A write that does not wait fails behind a deadline, too.
 		c.g.count.bytesSent.AddInt64(n)
 		return false, err //nolint:wrapcheck // It ends the connection and is shown to nobody.
@@ -358,6 +376,7 @@ func (c *conn) writeClose(code uint16) {
 func (c *conn) shut() (first bool) {
 	c.mu.Lock()
 	c.closed, c.code = true, 0
+	c.forgetLocked()
 	c.dropLocked()
 	c.mu.Unlock()
 	return !errors.Is(c.net.Close(), net.ErrClosed) // Nothing is left to be done about other errors.

@@ -3,9 +3,9 @@
 //
 // # What clients see
 //
-//	ws://HOST:PORT/ws?user_id=u&user_name=n&room_id=r
+//	ws://HOST:PORT/ws?user_id=u&user_name=n&room_id=r&ack=1
 //
-// user_name and room_id may be left out. A push is a text message:
+// user_name, room_id and ack may be left out. A push is a text message:
 //
 //	{"type":"text","room_id":"r","user_id":"u","timestamp":1,"data":{"content":"Hello"},"metadata":{}}
 //
@@ -13,7 +13,8 @@
 // this version has no name for it. room_id is empty unless a room was pushed to.
 // user_id is the recipient. data that is not UTF-8 comes as content_base64. All
 // these keys are always there; metadata is sorted by key. A push to everybody also has
-// "broadcast":true.
+// "broadcast":true. With ack=1 a push also has, behind all these, its "id" if it has one, "ack", the number
+// with which the client acknowledges it if it is to, and "replayed":true if it comes again or out of the store.
 //
 // A client may send, as text messages:
 //
@@ -21,6 +22,7 @@
 //	{"type":"leave","room_id":"r2"}   answered with {"type":"left","room_id":"r2"}
 //	{"type":"ping"}                   answered with {"type":"pong"}
 //	{"type":"refresh","token":"..."}  answered with {"type":"refreshed","expires":1}
+//	{"type":"ack","ack":18}           not answered; with ack=1, for all pushes up to that number
 //
 // and gets {"type":"error","message":"FIELD: WHY"} for what is wrong, with the "room_id" when
 // a join or leave named one that can be. joined and
@@ -64,7 +66,13 @@
 //     taken it.
 //   - Pushes to a connection leave in the order in which they were delivered.
 //   - A push is encoded once, and held once by all queues. Only the recipient's id is
-//     put in for each.
+//     put in for each, and what clients with ack=1 get besides. Those without get the same bytes
+//     whatever options a push has.
+//   - A message id reaches a connection once (node.Inbox), but for what is marked as replayed. Nothing that has
+//     expired is written. An acknowledgement confirms nothing that was not written.
+//   - A client that leaves a push unacknowledged for half of its time is pinged, and cut off when it does not
+//     answer. What is unacknowledged when a connection is closed, or the node drains, is given up in that
+//     moment.
 //   - What a client sends ends its own connection at worst: it is bounded before memory
 //     is made for it, and the goroutines that work for a client recover.
 //   - With Config.Tokens nobody gets a push, or is told to the Controller, without a token that was
@@ -76,7 +84,8 @@
 // Each connection has a reader. As many writers as there are cores work off the connections
 // for which something waits, while there are any. They do not wait for a client: one whose
 // socket takes no more gets a writer of its own until its queue is empty. Gateway.clients
-// counts them all, and Close waits for them. The servers and the sweep end with Close, too.
-// No lock is held while another package is called, and no two of ours nest, but for that of
-// the line of connections, which is the innermost.
+// counts them all, and Close waits for them. The servers, the sweep and the wheel, which has the timers of
+// everything unacknowledged, end with Close, too. No lock is held while another package is called, but for a
+// connection's Inbox, Gate and Member; and no two of ours nest, but for those of the line of connections and of the wheel, which
+// are the innermost.
 package refgateway

@@ -18,40 +18,93 @@ import (
 
 // frame is one message to clients, encoded once and shared by all queues in which it
 // waits. A push has a gap: the recipient's id, the only part that differs between
-// recipients, goes between head and tail.
+// recipients, goes between head and tail. What clients with ack=1 get besides takes the place of the
+// brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
+	id         []byte // a member of the JSON object, with its comma; nil without a message id
 	room       string // as its clients know it
 	op         ws.OpCode
 	gap        bool
 
 	holders atomic.Int32 // queues and writers
+	keepers atomic.Int32 // inboxes
 }
 
 // bytes is what is shared.
-func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail)) }
+func (f *frame) bytes() int64 { return int64(len(f.head) + len(f.tail) + len(f.id)) }
 
-// size is the length of the payload for one recipient, whose id is given as a JSON string.
-func (f *frame) size(user []byte) int {
-	n := len(f.head) + len(f.tail)
-	if f.gap {
-		n += len(user)
+// entry is a push with options as the inbox of a connection gives it to the queue.
+type entry = node.Entry[*frame]
+
+// queued is a frame on its way to one recipient.
+type queued struct {
+	*frame
+
+	entry *entry // nil for a push without options, and for what is no push
+}
+
+// recipient is to whom a frame goes.
+type recipient struct {
+	user []byte // the id as a JSON string
+	acks bool   // it has asked for ids, and acknowledges
+}
+
+// The members of a push that only clients with ack=1 get, in this order.
+const (
+	idMember       = `,"id":`
+	ackMember      = `,"ack":`
+	replayedMember = `,"replayed":true`
+)
+
+// marked tells whether the recipient gets more than the frame.
+func (q queued) marked(to *recipient) bool {
+	return to.acks && (q.id != nil || q.entry != nil && (q.entry.Ack != 0 || q.entry.Replayed))
+}
+
+// appendMarks appends what differs between recipients of a message.
+func (q queued) appendMarks(b []byte) []byte {
+	if q.entry == nil {
+		return b
+	}
+	if q.entry.Ack != 0 {
+		b = strconv.AppendUint(append(b, ackMember...), q.entry.Ack, 10)
+	}
+	if q.entry.Replayed {
+		b = append(b, replayedMember...)
+	}
+	return b
+}
+
+// size is the length of the payload.
+func (q queued) size(to *recipient) int {
+	n := len(q.head) + len(q.tail)
+	if q.gap {
+		n += len(to.user)
+	}
+	if q.marked(to) {
+		var b [len(ackMember) + 20 + len(replayedMember)]byte
+		n += len(q.id) + len(q.appendMarks(b[:0]))
 	}
 	return n
 }
 
-// appendTo appends the WebSocket frame for one recipient, but for a long tail, which it
-// returns.
-func (f *frame) appendTo(b, user []byte) (_, tail []byte) {
-	b = appendHeader(b, f.op, f.size(user))
-	b = append(b, f.head...)
-	if f.gap {
-		b = append(b, user...)
+// appendTo appends the WebSocket frame, but for a long tail, which it returns with what
+// comes behind it.
+func (q queued) appendTo(b []byte, to *recipient) (_, tail, end []byte) {
+	b = appendHeader(b, q.op, q.size(to))
+	b = append(b, q.head...)
+	if q.gap {
+		b = append(b, to.user...)
 	}
-	if len(f.tail) > copyBytes {
-		return b, f.tail
+	if tail = q.tail; q.marked(to) {
+		tail = tail[:len(tail)-1]
+		end = append(q.appendMarks(append([]byte(nil), q.id...)), '}')
 	}
-	return append(b, f.tail...), nil
+	if len(tail) > copyBytes {
+		return b, tail, end
+	}
+	return append(append(b, tail...), end...), nil, nil
 }
 
 // newPush encodes m for clients who know its room by that name.
@@ -89,7 +142,11 @@ func newPush(m *node.Message, room string, broadcast bool) *frame {
 		b = append(b, `,"broadcast":true`...)
 	}
 	b = append(b, '}')
-	return &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], room: room, gap: true}
+	f := &frame{op: ws.OpText, head: b[:split:split], tail: b[split:], room: room, gap: true}
+	if m.Options != nil && m.Options.ID != "" {
+		f.id = appendString([]byte(idMember), m.Options.ID)
+	}
+	return f
 }
 
 // appendType writes the lower-case name of the type, or the number as a string

@@ -46,6 +46,7 @@ type Gateway struct {
 	cfg        Config
 	began      time.Time
 	users      *node.Users[*conn]
+	wheel      wheel // of connections with something unacknowledged
 	unverified unverified
 	members    *membership.Reporter
 	node       *node.Server
@@ -57,6 +58,8 @@ type Gateway struct {
 	idle       sync.Pool // of *writer
 
 	held    atomic.Int64 // bytes of the frames in all queues, each counted once
+	kept    atomic.Int64 // the same of all inboxes
+	waiting atomic.Int64 // frames in all inboxes, counted for each
 	writers atomic.Int64 // clients for whom something waits
 
 	panicLogged atomic.Int64 // when, in ns since began
@@ -83,7 +86,7 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway config: %w", err)
 	}
 	g := &Gateway{
-		cfg: cfg.withDefaults(), began: time.Now(), users: node.NewUsers[*conn](), health: health.NewServer(),
+		cfg: cfg.withDefaults(), began: time.Now(), users: newUsers(), health: health.NewServer(),
 		cores: min(runtime.GOMAXPROCS(0), maxWriters),
 	}
 	g.unverified = unverified{
@@ -128,6 +131,7 @@ func (g *Gateway) Start() error {
 
 	g.members.Start()
 	g.loops.Go(func() { g.sweepLoop(ctx) })
+	g.loops.Go(func() { g.wheelLoop(ctx) })
 	clients := g.httpLis
 	if g.cfg.ClientTLS != nil {
 		clients = tls.NewListener(clients, g.cfg.ClientTLS)
@@ -281,6 +285,12 @@ func (g *Gateway) Drain(ctx context.Context) error {
 		bounded, cancel := context.WithTimeout(ctx, g.cfg.LeaveTimeout)
 		defer cancel()
 		leaves = g.members.Drain(bounded)
+	})
+	// What clients have not acknowledged is the managers' again before the clients are elsewhere.
+	g.users.Each(func(conns []*conn) {
+		for _, c := range conns {
+			c.forget()
+		}
 	})
 	// A manager that is stuck must not take the time of the clients.
 	bounded, cancel := halfOf(ctx)

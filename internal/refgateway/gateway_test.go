@@ -805,12 +805,12 @@ func FuzzFrame(f *testing.F) {
 	f.Add("r", "u", []byte("Hello"), "k", "v", int32(0), int64(1))
 	f.Add("\"\\", "\u2028\x00", []byte{0xff}, "\x7f", "\xff", int32(-3), int64(-1))
 	f.Fuzz(func(t *testing.T, room, user string, data []byte, key, value string, kind int32, timestamp int64) {
-		p := newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}}, room, false)
-		id := appendString(nil, user)
-		frame, tail := p.appendTo(nil, id)
-		text := append(frame, tail...)[len(appendHeader(nil, ws.OpText, p.size(id))):]
-		if len(text) != p.size(id) {
-			t.Errorf("%d bytes, the header says %d", len(text), p.size(id))
+		p := queued{frame: newPush(&node.Message{Type: pubsub.MessageType(kind), Data: data, Timestamp: timestamp, RoomID: room, Metadata: map[string]string{key: value}}, room, false)}
+		to := &recipient{user: appendString(nil, user)}
+		frame, tail, _ := p.appendTo(nil, to)
+		text := append(frame, tail...)[len(appendHeader(nil, ws.OpText, p.size(to))):]
+		if len(text) != p.size(to) {
+			t.Errorf("%d bytes, the header says %d", len(text), p.size(to))
 		}
 		var got struct {
 			Type      string `json:"type"`
@@ -850,7 +850,7 @@ func BenchmarkPushToRoom(b *testing.B) {
 			var ids []string
 			for i := range users {
 				c := &conn{g: g, user: fmt.Sprint("user-", i), writing: true}
-				c.userJSON = appendString(nil, c.user)
+				c.to.user = appendString(nil, c.user)
 				g.users.Add(c.user, c)
 				ids = append(ids, c.user)
 			}

@@ -403,7 +403,7 @@ func TestCloseEndsAConnectionThatIsJustBeginning(t *testing.T) {
 	ours, theirs := net.Pipe() // a client that never closes
 	defer theirs.Close()
 	c := &conn{g: g, user: "late", net: ours}
-	c.userJSON = appendString(nil, c.user)
+	c.to.user = appendString(nil, c.user)
 	g.begin(c, nil, "")
 	timer := time.NewTimer(patience)
 	defer timer.Stop()

@@ -136,12 +136,19 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	if err != nil {
 		return nil, "", errQuery
 	}
-	for _, field := range []string{"user_id", "user_name", "room_id"} {
+	for _, field := range []string{"user_id", "user_name", "room_id", "ack"} {
 		if len(query[field]) > 1 {
 			return nil, "", fmt.Errorf("%s: given %d times", field, len(query[field]))
 		}
 	}
 	c = &conn{g: g, user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id")}
+	switch query.Get("ack") {
+	case "", "0":
+	case "1":
+		c.to.acks = true
+	default:
+		return nil, "", errors.New("ack: must be 1, or left out")
+	}
 	if g.cfg.Tokens != nil {
 		if token, err = g.tokenOf(r, query); err != nil {
 			return nil, "", err
@@ -259,9 +266,10 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 			return g.deny(c, err)
 		}
 	}
-	c.userJSON = appendString(nil, c.user)
+	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
+	c.beginLasting()
 	g.users.Add(c.tenant.ID(c.user), c)
 	g.unverified.remove(c)
 	g.endIfGoing(c)
@@ -293,6 +301,7 @@ func (g *Gateway) end(c *conn) {
 	if c.member == nil {
 		return
 	}
+	c.gate.Leave()
 	g.users.Remove(c.tenant.ID(c.user), c)
 	c.member.Close()
 }

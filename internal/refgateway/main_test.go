@@ -151,8 +151,8 @@ func start(t testing.TB, c *controller, change func(*Config)) (*Gateway, pubsub.
 	}
 	t.Cleanup(func() {
 		g.Close()
-		if held, writers := g.held.Load(), g.writers.Load(); held != 0 || writers != 0 {
-			t.Errorf("%d bytes and %d writers on the books of a closed gateway", held, writers)
+		if held, writers, kept, waiting := g.held.Load(), g.writers.Load(), g.kept.Load(), g.waiting.Load(); held != 0 || writers != 0 || kept != 0 || waiting != 0 {
+			t.Errorf("%d bytes and %d writers, %d bytes and %d frames in inboxes on the books of a closed gateway", held, writers, kept, waiting)
 		}
 	})
 	conn, err := grpc.NewClient(g.GRPCAddr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -5,6 +5,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/label"
+	"github.com/push-manager/push-manager/transport/node"
 )
 
 // counters are the gateway's metrics, made once.
@@ -20,6 +21,31 @@ type counters struct {
 	badMessages *metrics.Counter
 	paced       *metrics.Counter
 	panics      *metrics.Counter
+
+	// Of pushes with options.
+	acks       *metrics.Counter // messages of clients
+	acked      *metrics.Counter
+	givenUp    *metrics.Counter
+	unanswered *metrics.Counter // clients that were cut off
+	duplicates *metrics.Counter
+	stalled    *metrics.Counter
+	expired    *metrics.Counter
+	collapsed  *metrics.Counter
+	held       *metrics.Counter
+	replayed   *metrics.Counter
+}
+
+// settled counts a push that the inbox of a connection has not taken.
+func (c *counters) settled(outcome node.Outcome) {
+	switch outcome {
+	case node.Duplicate:
+		c.duplicates.Inc()
+	case node.Stalled:
+		c.stalled.Inc()
+	case node.Expired:
+		c.expired.Inc()
+	default: // the node counts the others
+	}
 }
 
 // The reasons for refusing a handshake.
@@ -35,6 +61,8 @@ func newCounters(g *Gateway) {
 	set.NewGauge("connect_node_connections", func() float64 { return float64(g.users.Connections()) })
 	set.NewGauge("connect_node_users", func() float64 { return float64(g.users.Online()) })
 	set.NewGauge("connect_node_queue_bytes", func() float64 { return float64(g.held.Load()) })
+	set.NewGauge("connect_node_inbox_frames", func() float64 { return float64(g.waiting.Load()) })
+	set.NewGauge("connect_node_inbox_bytes", func() float64 { return float64(g.kept.Load()) })
 	set.NewGauge("connect_node_unverified", func() float64 { return float64(g.unverified.len()) })
 	for _, reason := range append(jwt.Reasons(), deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn) {
 		g.denied(string(reason)) // there is a zero before the first one
@@ -56,6 +84,17 @@ func newCounters(g *Gateway) {
 		badMessages: set.NewCounter("connect_node_client_errors_total"),
 		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
 		panics:      set.NewCounter("connect_node_client_panics_total"),
+
+		acks:       set.NewCounter("connect_node_client_acks_total"),
+		acked:      set.NewCounter("connect_node_push_frames_acked_total"),
+		givenUp:    set.NewCounter("connect_node_push_frames_given_up_total"),
+		unanswered: set.NewCounter("connect_node_unanswered_clients_total"),
+		duplicates: set.NewCounter("connect_node_push_frames_duplicate_total"),
+		stalled:    set.NewCounter("connect_node_push_frames_stalled_total"),
+		expired:    set.NewCounter("connect_node_push_frames_expired_total"),
+		collapsed:  set.NewCounter("connect_node_push_frames_collapsed_total"),
+		held:       set.NewCounter("connect_node_push_frames_held_total"),
+		replayed:   set.NewCounter("connect_node_push_frames_replayed_total"),
 	}
 }
 

@@ -66,7 +66,7 @@ visit();
 
 // visited serves the pages of a gateway with a script behind its own, and returns what the page shows and where it is. The
 // page learns about the node when informed is closed, at once where it is nil.
-func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[string], informed <-chan struct{}) (shows func(parts ...string), address string) {
+func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[string], informed <-chan struct{}) (shows func(parts ...string) string, address string) {
 	t.Helper()
 	var seen atomic.Pointer[string]
 	pages := g.clientHandler()
@@ -96,7 +96,7 @@ func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[strin
 		}
 	}))
 	t.Cleanup(web.Close)
-	return func(parts ...string) {
+	return func(parts ...string) string {
 		t.Helper()
 		text := ""
 		defer func() {
@@ -112,6 +112,7 @@ func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[strin
 			text = *p
 			return !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(text, part) })
 		})
+		return text
 	}, web.URL + "/"
 }
 
@@ -175,6 +176,32 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 		t.Fatal(err)
 	}
 	shows("to everybody", "to all")
+}
+
+// TestPageAcknowledgesWhatItShows: each message once, over its connections, and marks what comes again.
+func TestPageAcknowledgesWhatItShows(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	shows, address := visited(t, g, visitor, nil, nil)
+	browser(t, address)
+	shows("connected\nEnter is taken\n", "first", "second")
+	m := manage(t, n, "pm", pubsub.Feature_FEATURE_REPLAY)
+	seq := m.deliver(asking("m-1", "to be acknowledged", "u"))
+	m.wantReceipt(seq, receipt{acked: 1})
+	shows("to be acknowledged")
+	for _, c := range g.users.Of("u") {
+		c.bye(closeGoingAway, false)
+	}
+	asked := m.catchup(2)
+	m.deliver(stored(asked.GetGate(), 1, "m-1", "to be acknowledged", "u"), stored(asked.GetGate(), 2, "m-2", "while away", "u"))
+	m.wantTaken(asked.GetGate(), 2)
+	m.send(&pubsub.DeliverRequest{ReplayEnds: []*pubsub.ReplayEnd{{Gate: asked.GetGate(), Seq: 2}}})
+	const twice = "to u\n"
+	shows("while away", "replayed")
+	m.wantReceipt(m.deliver(asking("m-3", "the end", "u")), receipt{acked: 1})
+	text := shows("the end")
+	if strings.Count(text, "to be acknowledged") != 1 || strings.Count(text, "replayed") != 1 || strings.Count(text, twice) != 3 {
+		t.Errorf("the page shows %q", text)
+	}
 }
 
 // TestPageShowsItsToken: it connects with the one that was pasted, refreshes, and tells in words why it was closed. The
