@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,8 +18,9 @@ import (
 // SpoolConfig is what a Spool needs. Store and Usage must be set; zero values of the rest stand for the defaults.
 type SpoolConfig struct {
 	Store Store
-	// Usage asks the store how many bytes it keeps: it is also how a store that has failed is found to be back.
-	Usage func(ctx context.Context) (int64, error)
+	// Usage asks the part of the store behind a lane how many bytes it keeps. It is also how one that has failed is found
+	// to be back.
+	Usage func(ctx context.Context, lane int) (int64, error)
 	// Lanes is the number of queues, and Lane that of a user, which must not change: what is stored for a user is stored
 	// in order. A lane whose part of the store does not answer keeps no other waiting. Default 1.
 	Lanes int
@@ -73,8 +75,9 @@ const (
 	fastBatch = 60 * time.Millisecond
 	// maxFailures is how often a lane fails before it refuses what comes, until a probe succeeds.
 	maxFailures = 3
-	// probeInterval is the pause between two probes.
+	// probeInterval is the pause between two probes of a lane that refuses what comes, usageInterval that of others.
 	probeInterval = time.Second
+	usageInterval = 5 * time.Second
 )
 
 // errBusy and errClosed are engine.ErrSpoolDown with the reason.
@@ -100,14 +103,11 @@ func (spoolError) Unwrap() error   { return engine.ErrSpoolDown }
 //   - A lane of the store that has failed three times, or not answered for a second, refuses at once. It is probed each second.
 type Spool struct {
 	// Static after NewSpool.
-	cfg     SpoolConfig
-	lanes   []*lane
-	m       spoolMetrics
-	stopped context.Context // ends what is under way
-	stop    context.CancelFunc
-	wg      sync.WaitGroup
-
-	usage atomic.Int64 // bytes kept, as of the last probe
+	cfg   SpoolConfig
+	lanes []*lane
+	m     spoolMetrics
+	stop  context.CancelFunc // ends what is under way
+	wg    sync.WaitGroup
 
 	mu     sync.Mutex
 	closed bool // guarded by mu
@@ -120,7 +120,9 @@ var _ engine.Spool = (*Spool)(nil)
 
 // lane is a queue and the state of the part of the store behind it.
 type lane struct {
-	wake chan struct{} // has room for one
+	index int
+	wake  chan struct{} // has room for one
+	usage atomic.Int64  // bytes kept, as of the last probe
 
 	queue    []item // guarded by Spool.mu
 	failures int    // in a row, guarded by Spool.mu; maxFailures: it is down
@@ -140,21 +142,18 @@ type call struct {
 	timer   *time.Timer
 
 	mu      sync.Mutex
-	results []Result // guarded by mu
+	results []engine.Spooled // guarded by mu
 	left    int      // guarded by mu; 0: done was called
-	done    func([]Result)
+	done    func([]engine.Spooled)
 }
-
-// Result is engine.Spooled.
-type Result = engine.Spooled
 
 type spoolMetrics struct {
 	stored, quota, full, down, refused, late *metrics.Counter
 	seconds                                  *metrics.Histogram
 }
 
-// NewSpool starts a Spool.
-func NewSpool(cfg SpoolConfig) (*Spool, error) {
+// NewSpool starts a Spool. Lanes whose part of the store does not answer within ctx, or a second, begin by refusing what comes.
+func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 	if cfg.Store == nil || cfg.Usage == nil {
 		return nil, errors.New("spool: Store or Usage is nil")
 	}
@@ -166,17 +165,36 @@ func NewSpool(cfg SpoolConfig) (*Spool, error) {
 		stored: result("stored"), quota: result("quota"), full: result("full"), down: result("down"), refused: result("refused"), late: result("late"),
 		seconds: cfg.Metrics.GetOrCreateHistogram("push_manager_store_append_seconds"),
 	}}
-	s.stopped, s.stop = context.WithCancel(context.Background())
-	for range cfg.Lanes {
-		l := &lane{wake: make(chan struct{}, 1)}
+	for i := range cfg.Lanes {
+		l := &lane{index: i, wake: make(chan struct{}, 1)}
 		s.lanes = append(s.lanes, l)
-		s.wg.Go(func() { s.loop(l) })
+		s.wg.Go(func() {
+			try, cancel := context.WithTimeout(ctx, answerTimeout)
+			defer cancel()
+			usage, err := cfg.Usage(try, i)
+			if l.usage.Store(usage); err != nil {
+				l.failures = maxFailures
+				cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err)
+			}
+		})
 	}
-	s.wg.Go(s.probeLoop)
+	s.wg.Wait()
+	var running context.Context
+	running, s.stop = context.WithCancel(context.Background())
+	for _, l := range s.lanes {
+		s.wg.Go(func() { s.loop(running, l) })
+		s.wg.Go(func() { s.probeLoop(running, l) })
+	}
 	gauge := func(name string, value func() float64) { cfg.Metrics.GetOrCreateGauge(name, value) }
 	gauge("push_manager_store_queue_bytes", func() float64 { bytes, _ := s.queued(); return float64(bytes) })
 	gauge("push_manager_store_queue_entries", func() float64 { _, n := s.queued(); return float64(n) })
-	gauge("push_manager_store_bytes", func() float64 { return float64(s.usage.Load()) })
+	gauge("push_manager_store_bytes", func() float64 {
+		sum := int64(0)
+		for _, l := range s.lanes {
+			sum += l.usage.Load()
+		}
+		return float64(sum)
+	})
 	gauge("push_manager_store_max_bytes", func() float64 { return float64(cfg.MaxBytes) })
 	gauge("push_manager_store_up", func() float64 {
 		if s.Up() {
@@ -191,12 +209,7 @@ func NewSpool(cfg SpoolConfig) (*Spool, error) {
 func (s *Spool) Up() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, l := range s.lanes {
-		if l.failures >= maxFailures {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(s.lanes, func(l *lane) bool { return l.failures >= maxFailures })
 }
 
 func (s *Spool) queued() (bytes, length int) {
@@ -212,7 +225,7 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 		return
 	}
 	now := time.Now()
-	c := &call{message: m, users: users, expires: m.Expires, results: make([]Result, len(users)), left: len(users), done: done}
+	c := &call{message: m, users: users, expires: m.Expires, results: make([]engine.Spooled, len(users)), left: len(users), done: done}
 	if c.expires.IsZero() {
 		c.expires = now.Add(s.cfg.TTL)
 	}
@@ -241,7 +254,7 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 	s.mu.Unlock()
 	for i, err := range refused {
 		if err != nil {
-			s.settle(item{c, i}, Result{Err: err})
+			s.settle(item{c, i}, engine.Spooled{Err: err})
 		}
 	}
 }
@@ -254,7 +267,7 @@ func (l *lane) signal() {
 }
 
 // settle notes what became of an item, and calls done after the last one.
-func (s *Spool) settle(it item, r Result) {
+func (s *Spool) settle(it item, r engine.Spooled) {
 	c := it.call
 	c.mu.Lock()
 	if c.left == 0 { // its deadline has passed
@@ -315,18 +328,18 @@ func (s *Spool) count(err error) {
 }
 
 // loop stores what comes into a lane, batch by batch.
-func (s *Spool) loop(l *lane) {
+func (s *Spool) loop(ctx context.Context, l *lane) {
 	for most := maxBatch; ; {
 		batch := s.take(l, most)
 		if len(batch) == 0 {
 			select {
 			case <-l.wake:
 				continue
-			case <-s.stopped.Done():
+			case <-ctx.Done():
 				return
 			}
 		}
-		switch took := s.store(l, batch); {
+		switch took := s.store(ctx, l, batch); {
 		case took > slowBatch:
 			most = max(most/2, 1)
 		case took < fastBatch:
@@ -367,12 +380,12 @@ func (s *Spool) freeLocked(it item) {
 }
 
 // store stores a batch and answers for it.
-func (s *Spool) store(l *lane, batch []item) (took time.Duration) {
+func (s *Spool) store(ctx context.Context, l *lane, batch []item) (took time.Duration) {
 	entries := make([]Entry, len(batch))
 	for i, it := range batch {
 		entries[i] = Entry{User: it.call.users[it.at], Message: it.call.message, Expires: it.call.expires}
 	}
-	ctx, cancel := context.WithTimeout(s.stopped, answerTimeout)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	began := time.Now()
 	errs := s.cfg.Store.Append(ctx, entries)
@@ -390,12 +403,12 @@ func (s *Spool) store(l *lane, batch []item) (took time.Duration) {
 	}
 	was := l.failures
 	switch {
-	case failed == 0:
-		l.failures = 0
-	case took >= answerTimeout:
+	case failed > 0 && took >= answerTimeout:
 		l.failures = maxFailures
-	default:
+	case failed == len(batch):
 		l.failures = min(l.failures+1, maxFailures)
+	default: // it answers, even if it does not like something
+		l.failures = 0
 	}
 	var abandoned []item // what waits behind it would wait for as long
 	broken := l.failures >= maxFailures
@@ -410,10 +423,10 @@ func (s *Spool) store(l *lane, batch []item) (took time.Duration) {
 		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", errors.Join(firstDown(errs), context.Cause(ctx)))
 	}
 	for i, it := range batch {
-		s.settle(it, Result{Seq: entries[i].Seq, Err: plain(errs[i])})
+		s.settle(it, engine.Spooled{Seq: entries[i].Seq, Err: plain(errs[i])})
 	}
 	for _, it := range abandoned {
-		s.settle(it, Result{Err: engine.ErrSpoolDown})
+		s.settle(it, engine.Spooled{Err: engine.ErrSpoolDown})
 	}
 	return took
 }
@@ -435,49 +448,52 @@ func firstDown(errs []error) error {
 	return nil
 }
 
-// probeLoop asks the store for what it keeps. When it answers, lanes that have refused try again.
-func (s *Spool) probeLoop() {
-	for tick := time.NewTicker(probeInterval); ; {
-		ctx, cancel := context.WithTimeout(s.stopped, answerTimeout)
-		usage, err := s.cfg.Usage(ctx)
-		cancel()
-		if err == nil {
-			s.usage.Store(usage)
-		}
-		s.probed(err)
+// probeLoop keeps asking the part of the store behind a lane for what it keeps.
+func (s *Spool) probeLoop(ctx context.Context, l *lane) {
+	tick := time.NewTicker(probeInterval)
+	defer tick.Stop()
+	for last := time.Now(); ; {
 		select {
 		case <-tick.C:
-		case <-s.stopped.Done():
-			tick.Stop()
+		case <-ctx.Done():
 			return
+		}
+		if s.refuses(l) || time.Since(last) >= usageInterval {
+			last = time.Now()
+			s.probe(ctx, l)
 		}
 	}
 }
 
-// probed has lanes try again, or refuse what comes.
-func (s *Spool) probed(err error) {
-	if s.stopped.Err() != nil {
+func (s *Spool) refuses(l *lane) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return l.failures >= maxFailures
+}
+
+// probe asks once. A lane that has refused what comes goes on when there is an answer; one more failure is enough then.
+func (s *Spool) probe(ctx context.Context, l *lane) {
+	try, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	usage, err := s.cfg.Usage(try, l.index)
+	if err != nil && ctx.Err() != nil {
 		return
 	}
 	s.mu.Lock()
-	changed := false
-	for _, l := range s.lanes {
-		switch down := l.failures >= maxFailures; {
-		case err == nil && down:
-			l.failures, changed = maxFailures-1, true // one more failure is enough
-		case err != nil && !down && len(l.queue) == 0:
-			// Nothing is under way that would find out.
-			l.failures++
-			changed = changed || l.failures >= maxFailures
-		}
+	was := l.failures
+	switch {
+	case err == nil:
+		l.usage.Store(usage)
+		l.failures = min(l.failures, maxFailures-1)
+	case len(l.queue) == 0: // or Append finds out
+		l.failures = min(l.failures+1, maxFailures)
 	}
+	now := l.failures
 	s.mu.Unlock()
-	if !changed {
-		return
-	}
-	if err != nil {
+	switch {
+	case was < maxFailures && now >= maxFailures:
 		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err)
-	} else {
+	case was >= maxFailures && now < maxFailures:
 		s.cfg.Logger.Info("store: answers")
 	}
 }
@@ -509,7 +525,7 @@ func (s *Spool) Close(ctx context.Context) error {
 	}
 	s.mu.Unlock()
 	for _, it := range rest {
-		s.settle(it, Result{Err: errClosed})
+		s.settle(it, engine.Spooled{Err: errClosed})
 	}
 	return err
 }

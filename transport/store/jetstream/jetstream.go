@@ -279,21 +279,17 @@ func (s *Store) Durability() store.Durability {
 	return store.OfProcess
 }
 
-// Usage is the bytes that are kept on one replica. It asks the leader of each partition, so it also tells whether they are there.
-func (s *Store) Usage(ctx context.Context) (int64, error) {
+// Usage is the bytes that one replica of a partition keeps. Its leader says so, which tells that it is there.
+func (s *Store) Usage(ctx context.Context, partition int) (int64, error) {
 	streams, err := s.ready()
 	if err != nil {
 		return 0, err
 	}
-	total := int64(0)
-	for _, stream := range streams {
-		info, err := stream.Info(ctx)
-		if err != nil {
-			return 0, down(err)
-		}
-		total += int64(info.State.Bytes) //nolint:gosec // it is bounded by MaxBytes
+	info, err := streams[partition].Info(ctx)
+	if err != nil {
+		return 0, down(err)
 	}
-	return total, nil
+	return int64(info.State.Bytes), nil //nolint:gosec // MaxBytes bounds it
 }
 
 // ready returns the streams.
