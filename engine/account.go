@@ -49,6 +49,11 @@ type Result struct {
 	Targets, Delivered, Offline, Failed, Unknown int
 	NodeFailures                                 []NodeFailure
 
+	// Of a push with Options. Stored: of Offline, kept by the Spool. Unsure: of Stored, may have
+	// got it already. Acked: of Delivered, the client itself has said so. Duplicates: of
+	// Delivered, had it from an earlier try with the same message id.
+	Stored, Unsure, Acked, Duplicates int
+
 	// Stale is set where the Controller could not confirm the route: how long before the
 	// push it was last known to be true. It may be true still.
 	Stale time.Duration
@@ -57,9 +62,10 @@ type Result struct {
 	Changed bool
 }
 
-// Success tells whether the push reached what it was for.
+// Success tells whether the push reached what it was for, or is stored for all whom it did not
+// reach.
 func (r *Result) Success() bool {
-	return !r.Changed && r.Found && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
+	return !r.Changed && (r.Found || r.Stored > 0 && r.Stored == r.Offline) && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
 }
 
 // NodeFailure is a node where users failed or are unknown, and why. Node is ""

@@ -81,8 +81,14 @@ func (d *Delivery) Payload() []byte { return d.push.Payload }
 // Priority is that of the push.
 func (d *Delivery) Priority() Priority { return d.push.Priority }
 
-// Room is the room that was pushed to, "" for a push to users or to everybody.
-func (d *Delivery) Room() string { return d.push.Room }
+// Room is the room that was pushed to, "" for a push to users or to everybody. Of a message out
+// of the store it is the room that it was pushed to once.
+func (d *Delivery) Room() string {
+	if o := d.push.Options; o != nil && o.Replay != nil {
+		return o.Replay.Room
+	}
+	return d.push.Room
+}
 
 // Group is the room's members on the node. It is nil when the delivery names
 // its users itself, and for everybody. The same pointer means the same members.
@@ -117,6 +123,15 @@ func (d *Delivery) Options() *Options { return d.push.Options }
 
 // Arrived is when the push came in, from which its TTL counts.
 func (d *Delivery) Arrived() time.Time { return d.push.Arrived }
+
+// Expires is when the message must not be shown any more: TTL after Arrived. The zero time is
+// never. A link drops with DropExpired what it has not written by then.
+func (d *Delivery) Expires() time.Time {
+	if o := d.push.Options; o != nil && o.TTL > 0 {
+		return d.push.Arrived.Add(o.TTL)
+	}
+	return time.Time{}
+}
 
 // Traceparent is the W3C trace context for the node, "" unless sampled.
 func (d *Delivery) Traceparent() string {

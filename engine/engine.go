@@ -29,6 +29,9 @@ type Config struct {
 	// may wait for look-ups. 0 means 131,072. Priority.Share says how much of it is for
 	// pushes of a priority.
 	MaxInFlight int
+	// MaxAsync bounds the pushes with Options.Async whose receipts are not final. 0 means
+	// 100,000.
+	MaxAsync int
 	// Logger gets faults of our own, never a payload. Nil discards.
 	Logger *slog.Logger
 }
@@ -44,6 +47,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxInFlight == 0 {
 		c.MaxInFlight = 1 << 17
+	}
+	if c.MaxAsync == 0 {
+		c.MaxAsync = 100_000
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -62,6 +68,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxInFlight < 0 {
 		errs = append(errs, fmt.Errorf("engine in-flight limit %d is negative", c.MaxInFlight))
+	}
+	if c.MaxAsync < 0 {
+		errs = append(errs, fmt.Errorf("engine async limit %d is negative", c.MaxAsync))
 	}
 	return errors.Join(append(errs, c.Limits.Validate())...)
 }

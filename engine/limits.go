@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/push-manager/push-manager/internal/ids"
 )
@@ -17,6 +18,8 @@ type Limits struct {
 	MetadataBytes   int // of keys and values together; 0 means 8 KiB
 	Exclude         int // users in an exclude list; 0 means 10,000
 	Users           int // users in a user list; 0 means 10,000
+	// MaxTTL bounds Options.TTL. 0 means 168 h.
+	MaxTTL time.Duration
 }
 
 func (l Limits) withDefaults() Limits {
@@ -35,12 +38,15 @@ func (l Limits) withDefaults() Limits {
 			*f.v = f.def
 		}
 	}
+	if l.MaxTTL == 0 {
+		l.MaxTTL = 168 * time.Hour
+	}
 	return l
 }
 
 // Validate reports everything that is wrong with l.
 func (l Limits) Validate() error {
-	if min(l.IDBytes, l.DataBytes, l.MetadataEntries, l.MetadataBytes, l.Exclude, l.Users) < 0 {
+	if min(l.IDBytes, l.DataBytes, l.MetadataEntries, l.MetadataBytes, l.Exclude, l.Users) < 0 || l.MaxTTL < 0 {
 		return errors.New("limits must not be negative")
 	}
 	return nil

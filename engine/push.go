@@ -39,6 +39,7 @@ var (
 var (
 	ErrInFlight = fmt.Errorf("%w: too many pushes in flight", ErrOverloaded)
 	ErrMemory   = fmt.Errorf("%w: memory runs out", ErrOverloaded)
+	ErrAsync    = fmt.Errorf("%w: too many pushes wait for receipts", ErrOverloaded)
 )
 
 // Budget is what its caller may spend on pushes.

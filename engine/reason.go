@@ -11,9 +11,11 @@ const (
 	DropDraining                  // the node has announced that it goes
 	DropStalled                   // the node does not acknowledge what it has
 	DropQueueFull                 // the link's queue is at its bound of bytes or deliveries
-	DropExpired                   // the deadline or the queue's age limit passed before it was written
+	DropExpired                   // the deadline, the message's TTL or the queue's age limit passed before it was written
 	DropRefused                   // the node did nothing with it
 	DropTooLarge                  // it does not fit into a frame
+	DropReplaced                  // a newer message with its collapse key has taken its place
+	DropReused                    // the user has had the message id with another content
 	DropUnscoped                  // it has a scope, which the node does not know
 	DropNoRoute                   // the Controller could not be asked where the user is
 	DropInternal                  // a fault of our own before anything was written
@@ -21,6 +23,7 @@ const (
 	LostAck                       // written, and the ack deadline passed
 	LostDeadline                  // written, and the caller's deadline passed or the caller left
 	LostCount                     // acknowledged with numbers that do not add up
+	LostReceipt                   // handed over, and the client has not acknowledged
 	LostInternal                  // a fault of our own after it may have been written
 	reasons                       // how many there are
 )
@@ -35,6 +38,8 @@ var reasonText = [reasons]string{
 	DropExpired:     "expired before it was sent",
 	DropRefused:     "refused by the node",
 	DropTooLarge:    "too large for a frame",
+	DropReplaced:    "replaced by a newer message",
+	DropReused:      "message id was used for another payload",
 	DropUnscoped:    "node cannot tell tenants apart",
 	DropNoRoute:     "controller not reachable",
 	DropInternal:    "internal error before sending",
@@ -42,6 +47,7 @@ var reasonText = [reasons]string{
 	LostAck:         "no acknowledgement in time",
 	LostDeadline:    "deadline passed before the acknowledgement",
 	LostCount:       "acknowledgement does not add up",
+	LostReceipt:     "not acknowledged by the client in time",
 	LostInternal:    "internal error after sending",
 }
 
