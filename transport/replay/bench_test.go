@@ -9,7 +9,7 @@ import (
 // counting is an asker that only counts.
 type counting struct{ ends atomic.Int64 }
 
-func (c *counting) Node() string               { return "n" }
+func (c *counting) Node() string              { return "n" }
 func (c *counting) End(_, _ uint64, _ string) { c.ends.Add(1) }
 
 // BenchmarkStorm is 100,000 users without messages who connect at once, all of Push-Manager's side but the stream.
