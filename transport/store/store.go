@@ -16,10 +16,12 @@ type Store interface {
 	// ErrSpoolDown, or one that wraps it. A nil error is durable as Durability says. It sets Entry.Seq of those.
 	Append(ctx context.Context, entries []Entry) []error
 	// Read returns what is stored for user behind place after, in order: all whose Append had
-	// returned before Read was called, as far as most messages and bytes go, and at least one. Messages that have
-	// expired are left out, and so is what a later one with the same collapse key has replaced. More tells that something follows.
+	// returned before Read was called, as far as most messages and bytes of payload go, and at least one. Messages that
+	// have expired are left out, and so is what a later one with the same collapse key has replaced. More tells that
+	// something may follow: whoever wants all reads on behind the last one until it is false.
 	Read(ctx context.Context, user string, after uint64, most, bytes int) (page []Entry, more bool, err error)
-	// Any tells for each of up to 1,000 users whether anything may be stored: one round trip.
+	// Any tells for each of up to 1,000 users whether anything may be stored: one round trip. Who is said to have
+	// nothing has nothing whose Append had returned before.
 	Any(ctx context.Context, users []string) ([]bool, error)
 	// Trim forgets what is stored for user up to place seq.
 	Trim(ctx context.Context, user string, seq uint64) error
