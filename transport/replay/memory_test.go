@@ -1,7 +1,9 @@
 package replay
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -9,14 +11,17 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/transport/store"
+	"github.com/push-manager/push-manager/transport/store/storetest"
 )
 
 // memory is a store in memory. Its hooks are called before the call does its work, without the lock.
 type memory struct {
 	onRead, onAny, onTrim, onAppend func(ctx context.Context) error
+	limits                          storetest.Limits
 
 	mu    sync.Mutex
 	last  uint64
+	bytes int // ever stored
 	users map[string][]store.Entry
 	trims map[string][]uint64
 	anys  []int // users of each call
@@ -24,20 +29,47 @@ type memory struct {
 }
 
 func newMemory() *memory {
-	return &memory{users: map[string][]store.Entry{}, trims: map[string][]uint64{}}
+	return &memory{users: map[string][]store.Entry{}, trims: map[string][]uint64{}, limits: storetest.Limits{MaxPerUser: 1000, MaxBytes: 1 << 30}}
 }
 
-const mostOfUser = 1000
+// kept is memory as storetest sees it: what it keeps outlives its store.
+type kept struct{ *memory }
+
+func (k kept) Open(_ *testing.T, limits storetest.Limits) store.Store {
+	k.limits = storetest.Limits{MaxPerUser: cmp.Or(limits.MaxPerUser, 1000), MaxBytes: cmp.Or(limits.MaxBytes, 1<<30)}
+	return k.memory
+}
+
+func (k kept) Files() string { return "" }
+
+// The tests here rest on a store that keeps the rules of stores.
+func TestMemory(t *testing.T) {
+	storetest.Run(t, func(*testing.T) storetest.Data { return kept{newMemory()} })
+}
+
+// overQuota says how many messages a user has.
+type overQuota int
+
+func (n overQuota) Error() string { return fmt.Sprintf("user has %d messages waiting", int(n)) }
+func (overQuota) Unwrap() error   { return engine.ErrSpoolQuota }
+
+// before is what each call begins with.
+func before(ctx context.Context, hook func(context.Context) error) error {
+	if hook != nil {
+		if err := hook(ctx); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
 
 func (m *memory) Append(ctx context.Context, entries []store.Entry) []error {
 	errs := make([]error, len(entries))
-	if m.onAppend != nil {
-		if err := m.onAppend(ctx); err != nil {
-			for i := range errs {
-				errs[i] = err
-			}
-			return errs
+	if err := before(ctx, m.onAppend); err != nil {
+		for i := range errs {
+			errs[i] = fmt.Errorf("%w: %w", engine.ErrSpoolDown, err)
 		}
+		return errs
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -47,10 +79,19 @@ func (m *memory) Append(ctx context.Context, entries []store.Entry) []error {
 		if key := e.Message.CollapseKey; key != "" {
 			list = slices.DeleteFunc(list, func(o store.Entry) bool { return o.Message.CollapseKey == key })
 		}
-		if len(list) >= mostOfUser {
-			errs[i] = engine.ErrSpoolQuota
+		if len(list) >= m.limits.MaxPerUser {
+			errs[i] = overQuota(len(list))
 			continue
 		}
+		if len(e.Message.Payload) > 64<<20 {
+			errs[i] = fmt.Errorf("%w: for so large a message", engine.ErrSpoolFull)
+			continue
+		}
+		if m.bytes+len(e.Message.Payload) > m.limits.MaxBytes {
+			errs[i] = engine.ErrSpoolFull
+			continue
+		}
+		m.bytes += len(e.Message.Payload)
 		m.last++
 		e.Seq = m.last
 		m.users[e.User] = append(list, *e)
@@ -63,10 +104,8 @@ func (m *memory) unexpired(user string) []store.Entry {
 }
 
 func (m *memory) Read(ctx context.Context, user string, after uint64, most, bytes int) (page []store.Entry, more bool, err error) {
-	if m.onRead != nil {
-		if err := m.onRead(ctx); err != nil {
-			return nil, false, err
-		}
+	if err := before(ctx, m.onRead); err != nil {
+		return nil, false, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -86,10 +125,8 @@ func (m *memory) Read(ctx context.Context, user string, after uint64, most, byte
 }
 
 func (m *memory) Any(ctx context.Context, users []string) ([]bool, error) {
-	if m.onAny != nil {
-		if err := m.onAny(ctx); err != nil {
-			return nil, err
-		}
+	if err := before(ctx, m.onAny); err != nil {
+		return nil, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -102,10 +139,8 @@ func (m *memory) Any(ctx context.Context, users []string) ([]bool, error) {
 }
 
 func (m *memory) Trim(ctx context.Context, user string, seq uint64) error {
-	if m.onTrim != nil {
-		if err := m.onTrim(ctx); err != nil {
-			return err
-		}
+	if err := before(ctx, m.onTrim); err != nil {
+		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -114,7 +149,10 @@ func (m *memory) Trim(ctx context.Context, user string, seq uint64) error {
 	return nil
 }
 
-func (m *memory) Forget(_ context.Context, user string) (int, error) {
+func (m *memory) Forget(ctx context.Context, user string) (int, error) {
+	if err := before(ctx, nil); err != nil {
+		return 0, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := len(m.users[user])
