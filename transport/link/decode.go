@@ -8,6 +8,7 @@ import (
 	"slices"
 	"unicode/utf8"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/push-manager/push-manager/internal/plain"
@@ -18,10 +19,17 @@ import (
 // Field numbers of proto/connect_node.proto.
 const (
 	respHello, respAcks, respMisses, respHeartbeat, respOnline, respDrain = 1, 2, 3, 4, 5, 6
+	respReceipts, respCatchups, respReplayTaken, respNudgesTaken          = 7, 8, 9, 10
 
-	ackFirst, ackDelivered = 1, 2
+	ackFirst, ackDelivered, ackDuplicates, ackPending = 1, 2, 3, 4
 
-	missSeq, missNotHere, missFailed, missReason, missFailedUsers, missRefused = 1, 2, 3, 4, 5, 6
+	missSeq, missNotHere, missFailed, missReason, missFailedUsers, missRefused, missReused = 1, 2, 3, 4, 5, 6, 7
+
+	receiptSeq, receiptAcked, receiptUnacked, receiptFinal = 1, 2, 3, 4
+
+	catchupUser, catchupGate, catchupWindow = 1, 2, 3
+
+	takenGate, takenSeq = 1, 2
 )
 
 // textMax is what is kept of the words of a node. All words of nodes that go anywhere go
@@ -31,6 +39,9 @@ const textMax = 256
 var (
 	errWire     = errors.New("bytes that are no DeliverResponse")
 	errAckFlood = errors.New("more acks in a frame than deliveries are owed")
+	errFlood    = errors.New("more receipts, catchups or answers in a frame than can be open")
+	errText     = errors.New("text that is not UTF-8")
+	errCounts   = errors.New("counts beside an ack are not as many as it has")
 )
 
 // response is one decoded DeliverResponse. Its memory is reused for the next.
@@ -42,13 +53,38 @@ type response struct {
 	heartbeat uint64
 	online    uint32
 	drain     bool
+
+	// Of lasting delivery.
+	receipts []receipt
+	catchups []catchup
+	taken    []taken
+	tokens   []uint64 // of nudges
+
+	duplicates, pending []uint32 // scratch of decodeAcks
 }
 
 type ack struct {
-	seq       uint64
-	delivered uint32
-	miss      *miss // what the frame says beside it, nil for nothing
+	seq        uint64
+	delivered  uint32
+	duplicates uint32 // of delivered
+	pending    uint32 // of delivered
+	miss       *miss  // what the frame says beside it, nil for nothing
 }
+
+type receipt struct {
+	seq     uint64
+	acked   uint32
+	unacked []string
+	final   bool
+}
+
+type catchup struct {
+	user   string
+	gate   uint64
+	window uint64
+}
+
+type taken struct{ gate, seq uint64 }
 
 type miss struct {
 	seq         uint64
@@ -57,6 +93,7 @@ type miss struct {
 	reason      string
 	failedUsers uint32
 	refused     bool
+	reused      []string
 	acked       bool // its ack is in the same frame
 }
 
@@ -64,7 +101,10 @@ type miss struct {
 // without meaning. It does not keep b. maxAcks bounds the acks.
 func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
-	*r = response{acks: r.acks[:0], misses: r.misses[:0]}
+	*r = response{
+		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
+		taken: emptied(r.taken), tokens: r.tokens[:0], duplicates: r.duplicates, pending: r.pending,
+	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
 		var err error
@@ -86,6 +126,8 @@ func (r *response) decode(b []byte, maxAcks int) error {
 			r.online = saturated(m.Uint)
 		case m.IsUint(respDrain):
 			r.drain = m.Uint != 0
+		case m.Number() >= respReceipts && m.Number() <= respNudgesTaken:
+			err = r.decodeLasting(&m)
 		case m.Number() <= respDrain:
 			return fmt.Errorf("%w: field %d has another type", errWire, m.Number())
 		}
@@ -114,10 +156,20 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	return nil
 }
 
+// emptied is list with its memory for the next frame, unless that is a lot: such a frame is rare.
+func emptied[T any](list []T) []T {
+	if cap(list) > 1024 {
+		return nil
+	}
+	clear(list)
+	return list[:0]
+}
+
 // decodeAcks flattens an AckRange. Its first may stand behind its counts.
 func (r *response) decodeAcks(b []byte, maxAcks int) error {
 	start := len(r.acks)
 	var first uint64
+	r.duplicates, r.pending = r.duplicates[:0], r.pending[:0]
 	add := func(v uint64) error {
 		if len(r.acks) >= maxAcks {
 			return errAckFlood
@@ -135,6 +187,10 @@ func (r *response) decodeAcks(b []byte, maxAcks int) error {
 			err = wire.Uints(m.Bytes, add)
 		case m.IsUint(ackDelivered):
 			err = add(m.Uint)
+		case m.Number() == ackDuplicates:
+			r.duplicates, err = appendCounts(r.duplicates, &m, maxAcks)
+		case m.Number() == ackPending:
+			r.pending, err = appendCounts(r.pending, &m, maxAcks)
 		}
 		if err != nil {
 			return err
@@ -146,16 +202,143 @@ func (r *response) decodeAcks(b []byte, maxAcks int) error {
 	for i := range r.acks[start:] {
 		r.acks[start+i].seq = first + uint64(i)
 	}
+	if len(r.duplicates)+len(r.pending) > 0 {
+		return cmp.Or(m.Err, r.besideAcks(start))
+	}
+	return m.Err
+}
+
+// besideAcks gives the acks from start on their further counts. There are as many as acks, or none.
+func (r *response) besideAcks(start int) error {
+	acks := r.acks[start:]
+	if n := len(r.duplicates); n != 0 && n != len(acks) {
+		return errCounts
+	}
+	if n := len(r.pending); n != 0 && n != len(acks) {
+		return errCounts
+	}
+	for i, v := range r.duplicates {
+		acks[i].duplicates = v
+	}
+	for i, v := range r.pending {
+		acks[i].pending = v
+	}
+	return nil
+}
+
+// appendCounts reads a packed list of counts, or one of a list that is not packed. A field of another type is an unknown one.
+func appendCounts(list []uint32, m *wire.Reader, most int) ([]uint32, error) {
+	add := func(v uint64) error {
+		if len(list) >= most {
+			return errAckFlood
+		}
+		list = append(list, saturated(v))
+		return nil
+	}
+	var err error
+	switch m.Type() { //nolint:exhaustive // See above.
+	case protowire.BytesType:
+		err = wire.Uints(m.Bytes, add)
+	case protowire.VarintType:
+		err = add(m.Uint)
+	}
+	return list, err
+}
+
+// decodeLasting reads a field of lasting delivery. Each list is as long as it may become, at most.
+func (r *response) decodeLasting(m *wire.Reader) error {
+	token := func(v uint64) error {
+		if len(r.tokens) >= nudgesMax {
+			return errFlood
+		}
+		r.tokens = append(r.tokens, v)
+		return nil
+	}
+	switch {
+	case m.IsBytes(respReceipts):
+		if len(r.receipts) >= receiptsMax {
+			return errFlood
+		}
+		r.receipts = append(r.receipts, receipt{})
+		return r.receipts[len(r.receipts)-1].decode(m.Bytes)
+	case m.IsBytes(respCatchups):
+		if len(r.catchups) >= gatesMax {
+			return errFlood
+		}
+		r.catchups = append(r.catchups, catchup{})
+		return r.catchups[len(r.catchups)-1].decode(m.Bytes)
+	case m.IsBytes(respReplayTaken):
+		if len(r.taken) >= gatesMax {
+			return errFlood
+		}
+		r.taken = append(r.taken, taken{})
+		return r.taken[len(r.taken)-1].decode(m.Bytes)
+	case m.IsBytes(respNudgesTaken):
+		return wire.Uints(m.Bytes, token)
+	case m.IsUint(respNudgesTaken):
+		return token(m.Uint)
+	}
+	return fmt.Errorf("field %d has another type", m.Number())
+}
+
+func (s *receipt) decode(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(receiptSeq):
+			s.seq = m.Uint
+		case m.IsUint(receiptAcked):
+			s.acked = saturated(m.Uint)
+		case m.IsBytes(receiptUnacked):
+			if !utf8.Valid(m.Bytes) {
+				return errText
+			}
+			s.unacked = append(s.unacked, string(m.Bytes))
+		case m.IsUint(receiptFinal):
+			s.final = m.Uint != 0
+		}
+	}
+	return m.Err
+}
+
+func (s *catchup) decode(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsBytes(catchupUser):
+			if !utf8.Valid(m.Bytes) {
+				return errText
+			}
+			s.user = string(m.Bytes)
+		case m.IsUint(catchupGate):
+			s.gate = m.Uint
+		case m.IsUint(catchupWindow):
+			s.window = m.Uint
+		}
+	}
+	return m.Err
+}
+
+func (s *taken) decode(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(takenGate):
+			s.gate = m.Uint
+		case m.IsUint(takenSeq):
+			s.seq = m.Uint
+		}
+	}
 	return m.Err
 }
 
 func (s *miss) decode(b []byte) error {
 	m := wire.Reader{Rest: b}
 	for m.Next() {
-		isText := m.IsBytes(missNotHere) || m.IsBytes(missFailed) || m.IsBytes(missReason)
+		isText := m.IsBytes(missNotHere) || m.IsBytes(missFailed) || m.IsBytes(missReason) || m.IsBytes(missReused)
 		switch {
 		case isText && !utf8.Valid(m.Bytes):
-			return errors.New("text that is not UTF-8")
+			return errText
 		case m.IsUint(missSeq):
 			s.seq = m.Uint
 		case m.IsBytes(missNotHere):
@@ -168,6 +351,8 @@ func (s *miss) decode(b []byte) error {
 			s.failedUsers = saturated(m.Uint)
 		case m.IsUint(missRefused):
 			s.refused = m.Uint != 0
+		case m.IsBytes(missReused):
+			s.reused = append(s.reused, string(m.Bytes))
 		}
 	}
 	return m.Err

@@ -77,7 +77,7 @@ func (l *Link) greet(rpc grpc.ClientStream) (*pubsub.HelloReply, error) {
 		Shards:          uint32(l.set.cfg.Shards),
 		NodeId:          l.node.id,
 		Codecs:          l.set.compressor.codecs,
-		Features:        []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE},
+		Features:        l.set.offers,
 	}}).MarshalVT()
 	if err != nil {
 		return nil, fmt.Errorf("hello: %w", err)
@@ -105,5 +105,32 @@ func (l *Link) greet(rpc grpc.ClientStream) (*pubsub.HelloReply, error) {
 
 // hasScopes tells whether a node can tell the users of a scope apart.
 func hasScopes(hello *pubsub.HelloReply) bool {
-	return slices.Contains(hello.GetFeatures(), pubsub.Feature_FEATURE_SCOPE)
+	return featuresOf(hello.GetFeatures()).has(pubsub.Feature_FEATURE_SCOPE)
 }
+
+// offers are the features that our hello names. Replays need somebody who reads the store.
+func offers(cfg *Config) []pubsub.Feature {
+	list := []pubsub.Feature{
+		pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
+		pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE,
+	}
+	if cfg.Replayer != nil {
+		list = append(list, pubsub.Feature_FEATURE_REPLAY)
+	}
+	return list
+}
+
+// features is a set of them.
+type features uint32
+
+// featuresOf makes the set of a list, in which those that are unknown are left out.
+func featuresOf(list []pubsub.Feature) (f features) {
+	for _, x := range list {
+		if x > pubsub.Feature_FEATURE_UNSPECIFIED && x < 32 {
+			f |= 1 << x
+		}
+	}
+	return f
+}
+
+func (f features) has(x pubsub.Feature) bool { return f>>x&1 == 1 }

@@ -86,32 +86,81 @@ func (l *Link) Node() string { return l.node.id }
 // not said hello yet it is true.
 func (l *Link) Scopes() bool { return !l.node.unscoped.Load() }
 
-// Nudge implements engine.Link.
-func (l *Link) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
-
 // Send takes d or says at once why not, see [engine.Link].
 func (l *Link) Send(d *engine.Delivery) engine.Reason {
 	cfg := &l.set.cfg
 	e := entry{d: d, size: d.Size(), deadline: l.set.clock.of(d.Deadline())}
+	var key collapseKey
+	if o := d.Options(); o != nil {
+		e.deadline = min(e.deadline, l.set.clock.of(d.Expires()))
+		key = collapseKeyOf(d, o)
+	}
 	if e.size > cfg.MaxFrameBytes {
 		return engine.DropTooLarge
 	}
 	e.at = l.set.clock.ran.Load()
+	if key != (collapseKey{}) {
+		return l.sendLatest(e, key)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.refusal != engine.Sent {
 		return l.refusal
 	}
-	// An empty queue takes a delivery of any size.
-	if p := d.Priority(); l.load.len > 0 && (l.load.len >= p.Share(cfg.QueueLen) || l.load.bytes+e.size > p.Share(cfg.QueueBytes)) {
+	if !l.hasRoomLocked(&e) {
 		return engine.DropQueueFull
 	}
 	l.queue.push(e)
+	l.queuedLocked()
+	return engine.Sent
+}
+
+// sendLatest is Send for a delivery of which only the latest is worth anything: it takes the place of the
+// one before, if that still waits.
+func (l *Link) sendLatest(e entry, key collapseKey) engine.Reason {
+	l.mu.Lock()
+	if l.refusal != engine.Sent {
+		defer l.mu.Unlock()
+		return l.refusal
+	}
+	older := l.queue.latestOf(key, e.d)
+	if older == nil && !l.hasRoomLocked(&e) || older != nil && !l.mayGrowLocked(e.size-older.size, e.d.Priority()) {
+		l.mu.Unlock()
+		return engine.DropQueueFull
+	}
+	var replaced *engine.Delivery
+	if older != nil {
+		replaced = l.queue.replace(older, e, key)
+	} else {
+		l.queue.pushLatest(e, key)
+	}
+	l.queuedLocked()
+	l.mu.Unlock()
+	if replaced != nil {
+		l.set.meters.replaced.Inc()
+		replaced.Drop(engine.DropReplaced)
+	}
+	return engine.Sent
+}
+
+// hasRoomLocked tells whether the queue takes e. An empty one takes a delivery of any size.
+func (l *Link) hasRoomLocked(e *entry) bool {
+	cfg, p := &l.set.cfg, e.d.Priority()
+	return l.load.len == 0 || l.load.len < p.Share(cfg.QueueLen) && l.load.bytes+e.size <= p.Share(cfg.QueueBytes)
+}
+
+// mayGrowLocked tells whether what takes the place of an entry, with priority p, may be so many bytes longer. What is
+// alone in the queue may have any size.
+func (l *Link) mayGrowLocked(by int, p engine.Priority) bool {
+	return by <= 0 || l.load.len == 1 || l.load.bytes+by <= p.Share(l.set.cfg.QueueBytes)
+}
+
+// queuedLocked has what was queued sent.
+func (l *Link) queuedLocked() {
 	l.tickNow()
 	if l.way != nil {
 		l.way.wakeLocked()
 	}
-	return engine.Sent
 }
 
 // tickNow makes the clock look at the link with its next tick.
@@ -248,6 +297,7 @@ func (l *Link) tick(now, ran int64, out *due) {
 			drop(out.stalled, engine.DropInternal)
 			lose(out.late, engine.LostInternal)
 			lose(out.left, engine.LostInternal)
+			l.refused(out.nudged)
 			*out = due{}
 		}
 	}()
@@ -270,6 +320,8 @@ func (l *Link) tick(now, ran int64, out *due) {
 	drop(out.stalled, engine.DropStalled)
 	lose(out.late, engine.LostAck)
 	lose(out.left, engine.LostDeadline)
+	l.refused(out.nudged)
+	out.nudged = out.nudged[:0]
 	for _, list := range []*[]*engine.Delivery{&out.expired, &out.stalled, &out.late, &out.left} {
 		clear(*list)
 		*list = (*list)[:0]
@@ -282,6 +334,7 @@ type due struct {
 	stalled []*engine.Delivery // waiting for a stalled node
 	late    []*engine.Delivery // written: no ack in time
 	left    []*engine.Delivery // written: the caller's deadline
+	nudged  []func(bool)       // no answer in time
 }
 
 func drop(list []*engine.Delivery, why engine.Reason) {

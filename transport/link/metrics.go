@@ -47,6 +47,15 @@ type meters struct {
 	audForgotten *metrics.Counter
 	audListed    *metrics.Counter
 
+	replaced        *metrics.Counter
+	receipts        *metrics.Counter
+	lateReceipts    *metrics.Counter
+	receiptsLost    *metrics.Counter
+	nudges          *metrics.Counter
+	nudgesRefused   *metrics.Counter
+	catchups        *metrics.Counter
+	catchupsRefused *metrics.Counter
+
 	mu    sync.Mutex
 	wrong map[string][]string // guarded by mu: names of the counters of wrongNode, by node
 }
@@ -85,6 +94,15 @@ func newMeters(s *metrics.Set) *meters {
 		unaryFailures: c("unary_call_failures_total"),
 		panics:        c("panics_total"),
 
+		replaced:        c("replaced_total"),
+		receipts:        c("receipts_total"),
+		lateReceipts:    c("late_receipts_total"),
+		receiptsLost:    c("receipts_over_limit_total"),
+		nudges:          c("nudges_total"),
+		nudgesRefused:   c("nudges_not_taken_total"),
+		catchups:        c("catchups_total"),
+		catchupsRefused: c("catchups_refused_total"),
+
 		audDefined:   c("audiences_defined_total"),
 		audChanged:   c("audiences_changed_total"),
 		audForgotten: c("audiences_forgotten_total"),
@@ -103,6 +121,9 @@ func (m *meters) register(s *Set) {
 	m.set.GetOrCreateGauge("push_manager_link_queue_bytes", sum(func(t Stats) int { return t.QueuedBytes }))
 	m.set.GetOrCreateGauge("push_manager_link_window_deliveries", sum(func(t Stats) int { return t.Unacked }))
 	m.set.GetOrCreateGauge("push_manager_link_window_bytes", sum(func(t Stats) int { return t.UnackedBytes }))
+	m.set.GetOrCreateGauge("push_manager_link_unconfirmed_deliveries", sum(func(t Stats) int { return t.Unconfirmed }))
+	m.set.GetOrCreateGauge("push_manager_link_nudges", sum(func(t Stats) int { return t.Nudges }))
+	m.set.GetOrCreateGauge("push_manager_link_gates", sum(func(t Stats) int { return t.Gates }))
 	m.set.GetOrCreateGauge("push_manager_link_compressing", sum(func(t Stats) int { return t.Compressing }))
 	m.set.GetOrCreateGauge("push_manager_link_dials_waiting", func() float64 { return float64(s.dials.waiting()) })
 	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
@@ -114,6 +135,7 @@ func (m *meters) unregister() {
 		"push_manager_nodes", "push_manager_link_unscoped_nodes",
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
+		"push_manager_link_unconfirmed_deliveries", "push_manager_link_nudges", "push_manager_link_gates",
 		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled", "push_manager_link_plain_nodes",
 	} {
 		m.set.UnregisterMetric(name)

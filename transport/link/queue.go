@@ -27,6 +27,10 @@ type queue struct {
 	head int     // index of the first entry
 	len  int
 	due  int64 // no entry has an earlier deadline; only a bound
+
+	// Of entries with a collapse key, see collapse.go. An entry's place is base and its index.
+	latest map[collapseKey]uint64 // the place of the latest with the key; nil while there are none
+	base   uint64
 }
 
 func (q *queue) slot(i int) *entry { return &q.ring[(q.head+i)&(len(q.ring)-1)] }
@@ -51,6 +55,10 @@ func (q *queue) pushFront(e entry) {
 	q.slot(q.len - 1).d = nil // there it is the last one
 	q.head = (q.head - 1) & (len(q.ring) - 1)
 	*q.slot(0) = e
+	q.base--
+	if o := e.d.Options(); o != nil {
+		q.returns(collapseKeyOf(e.d, o))
+	}
 }
 
 // pop takes the first entry. The queue is not empty.
@@ -62,6 +70,10 @@ func (q *queue) pop() entry {
 	q.len--
 	q.load.len--
 	q.load.bytes -= e.size
+	if q.latest != nil {
+		q.leaves(e.d)
+	}
+	q.base++
 	return e
 }
 
@@ -74,7 +86,7 @@ func (q *queue) popAll(dst []*engine.Delivery) []*engine.Delivery {
 }
 
 // popExpired appends to dst the entries that were queued at or before aged, those
-// whose deadline is at or before now, and drops those that are settled already.
+// whose deadline is at or before now, and those that are settled already.
 func (q *queue) popExpired(dst []*engine.Delivery, aged, now int64) []*engine.Delivery {
 	for q.len > 0 && q.slot(0).at <= aged {
 		dst = append(dst, q.pop().d)
@@ -99,6 +111,9 @@ func (q *queue) popExpired(dst []*engine.Delivery, aged, now int64) []*engine.De
 		q.slot(i).d = nil
 	}
 	q.len, q.due = kept, due
+	if q.latest != nil {
+		q.index()
+	}
 	return dst
 }
 

@@ -226,7 +226,10 @@ func TestHelloNamesTheStream(t *testing.T) {
 			shards[h.GetShard()], last = h.GetAttempt(), max(last, h.GetAttempt())
 			want := &pubsub.Hello{
 				ProtocolVersion: 1, ManagerId: "pm", Shard: h.GetShard(), Shards: 2, NodeId: "A",
-				InstanceId: instance, Attempt: h.GetAttempt(), Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, pubsub.Codec_S2}, Features: []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE},
+				InstanceId: instance, Attempt: h.GetAttempt(), Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, pubsub.Codec_S2}, Features: []pubsub.Feature{
+					pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
+					pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE,
+				},
 			}
 			if !proto.Equal(h, want) {
 				t.Errorf("hello %v, want %v", h, want)

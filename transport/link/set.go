@@ -24,6 +24,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/plain"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 var _ engine.Network = (*Set)(nil)
@@ -53,6 +54,7 @@ type Set struct {
 	// Static after New.
 	cfg        Config
 	instance   string // tells this process from all others
+	offers     []pubsub.Feature
 	log        *slog.Logger
 	meters     *meters
 	clock      *clock
@@ -88,7 +90,7 @@ func New(cfg Config) (*Set, error) {
 	}
 	cfg = cfg.withDefaults()
 	s := &Set{
-		cfg: cfg, instance: rand.Text(), log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
+		cfg: cfg, instance: rand.Text(), offers: offers(&cfg), log: cfg.Logger, meters: newMeters(cfg.Metrics), clock: newClock(),
 		dial: dialOptions(&cfg), call: callOptions(&cfg), stop: make(chan struct{}),
 	}
 	var err error
@@ -363,6 +365,9 @@ type Stats struct {
 	QueuedBytes  int
 	Unacked      int // deliveries that were written
 	UnackedBytes int
+	Unconfirmed  int // deliveries whose receipts are open
+	Nudges       int // without an answer
+	Gates        int // whose replays have not ended
 }
 
 // Stats walks all links.

@@ -26,6 +26,8 @@ const (
 	frameSpare = 64
 	// controlBytes is the most that a heartbeat and a drain take.
 	controlBytes = 16
+	// controlsMax is how many nudges, and how many ends of replays, are in a frame at most.
+	controlsMax = 256
 )
 
 var (
@@ -45,7 +47,8 @@ type stream struct {
 	link    *Link
 	rpc     grpc.ClientStream
 	hello   *pubsub.HelloReply
-	scopes  bool          // the node has FEATURE_SCOPE
+	can     features      // what we have offered and the node has
+	asker   *asker        // the node, as one that asks for replays
 	wake    chan struct{} // wakes the writer; holds one token at most
 	written chan struct{} // closed when the writer has ended
 
@@ -63,7 +66,10 @@ type stream struct {
 	begun     int64     // running time of the start
 	inAt      int64     // running time of the last frame from the node
 	ackAt     int64     // running time of the last ack, or of the start of a stall
+	leftAt    int64     // running time from which on only receipts were awaited, 0 before the node drains
 	drainSent bool
+	receipts  receipts
+	nudges    nudges
 
 	w writing
 	r reading
@@ -76,6 +82,9 @@ type writing struct {
 	kept    []entry // encoded, on their way into the window
 	control control
 	out     outFrame
+	// Of the controls: the nudges up to this token, and so many ends of replays, are in the frame.
+	nudged uint64
+	ended  int
 }
 
 // reading is what the reader owns.
@@ -93,6 +102,9 @@ type control struct {
 	first uint64
 	beat  uint64
 	drain bool
+	// As many as find room, in order.
+	nudges []nudge
+	ends   []replayEnd
 }
 
 // owed is a delivery with the node's answer to it.
@@ -108,13 +120,15 @@ func newStream(l *Link, rpc grpc.ClientStream, hello *pubsub.HelloReply) *stream
 		limit = min(limit, int(n))
 	}
 	members := min(cfg.AudienceMembers, int(hello.GetMaxAudienceMembers()))
-	return &stream{
-		link: l, rpc: rpc, hello: hello, scopes: hasScopes(hello),
+	s := &stream{
+		link: l, rpc: rpc, hello: hello, can: featuresOf(hello.GetFeatures()) & featuresOf(l.set.offers),
 		wake: make(chan struct{}, 1), written: make(chan struct{}),
-		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran,
+		win: newWindow(limit), begun: ran, inAt: ran, ackAt: ran, beatAt: ran, nudges: newNudges(),
 		w: writing{auds: newAudiences(members, l.set.meters)},
 		r: reading{online: hello.GetOnlineUsers()},
 	}
+	s.asker = &asker{link: l, stream: s}
+	return s
 }
 
 // serve runs the stream to its end, and says why that came. cancel ends the stream.
@@ -136,12 +150,21 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 	l.way = nil
 	l.setLocked(connecting)
 	list := s.win.popAll(nil)
+	unconfirmed, nudged := s.receipts.popAll(), s.nudges.popAll()
+	s.asker.closeLocked()
 	l.mu.Unlock()
 	why := engine.LostStream
 	if errors.Is(err, errPanic) {
 		why = engine.LostInternal
 	}
 	lose(list, why)
+	for _, d := range unconfirmed {
+		d.LoseReceipts()
+	}
+	l.refused(nudged)
+	if s.can.has(pubsub.Feature_FEATURE_REPLAY) {
+		l.set.cfg.Replayer.Gone(s.asker)
+	}
 	cancel()
 	<-s.written
 	l.mu.Lock()
@@ -155,7 +178,7 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 // workLocked tells whether the writer can send something now.
 func (s *stream) workLocked() bool {
 	l := s.link
-	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent {
+	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent || s.nudges.waiting() || len(s.asker.ends) > 0 {
 		return true
 	}
 	return l.queue.len > 0 && !l.stalled && l.state == up && s.win.free() > 0 && s.win.bytes < l.set.cfg.WindowBytes
@@ -258,7 +281,11 @@ func (s *stream) pick() bool {
 		}
 		s.win.full = s.win.full || len(s.w.batch) == s.win.free()
 	}
-	s.w.control = control{first: s.win.next, drain: l.leaving && l.queue.len == 0 && !s.drainSent}
+	s.w.control = control{
+		first: s.win.next, drain: l.leaving && l.queue.len == 0 && !s.drainSent,
+		nudges: s.nudges.unwritten(s.w.control.nudges[:0], controlsMax),
+		ends:   append(s.w.control.ends[:0], s.asker.ends[:min(len(s.asker.ends), controlsMax)]...),
+	}
 	s.drainSent = s.drainSent || s.w.control.drain
 	if s.beatDue {
 		s.beatDue = false
@@ -275,7 +302,7 @@ func (s *stream) pick() bool {
 // encode appends the frame to b. Deliveries that it contains are claimed and in
 // kept; those from batch[rest] on found no room.
 func (s *stream) encode(b []byte) ([]byte, int) {
-	cfg := &s.link.set.cfg
+	l, cfg := s.link, &s.link.set.cfg
 	s.w.kept = s.w.kept[:0]
 	b = wire.AppendUint(b, reqFirstSeq, s.w.control.first)
 	rest := len(s.w.batch)
@@ -288,7 +315,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		if e.d.Settled() {
 			continue
 		}
-		if e.d.Everybody() && e.d.Scope() != "" && !s.scopes {
+		if e.d.Everybody() && e.d.Scope() != "" && !s.can.has(pubsub.Feature_FEATURE_SCOPE) {
 			e.d.Drop(engine.DropUnscoped) // it was taken before the node said what it can
 			continue
 		}
@@ -298,8 +325,17 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			}
 			continue
 		}
+		var more extras
+		if o := e.d.Options(); o != nil {
+			var why engine.Reason
+			if more, why = extrasOf(e.d, o, s.can, time.Now()); why != engine.Sent {
+				e.d.Drop(why)
+				continue
+			}
+			e.deadline = l.set.clock.of(e.d.Deadline()) // what it is worth is for the node to mind
+		}
 		to := s.w.auds.address(e.d)
-		size := sizeDelivery(e.d, &to)
+		size := sizeDelivery(e.d, &to) + more.size()
 		if len(b)+size+frameSpare > cfg.MaxFrameBytes {
 			s.w.auds.undo(e.d.Room(), &to)
 			if len(s.w.kept) > 0 {
@@ -313,7 +349,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			s.w.auds.undo(e.d.Room(), &to)
 			continue
 		}
-		b = appendDelivery(b, e.d, &to, size)
+		b = more.append(appendDelivery(b, e.d, &to, size))
 		e.size = size
 		s.w.kept = append(s.w.kept, *e)
 	}
@@ -321,11 +357,38 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		b = b[:0]
 	}
 	b = s.w.auds.endFrame(b, cfg.MaxFrameBytes-controlBytes)
+	b = s.w.appendControls(b, cfg.MaxFrameBytes-controlBytes)
 	b = wire.AppendUint(b, reqHeartbeat, s.w.control.beat)
 	if s.w.control.drain && rest == len(s.w.batch) {
 		b = wire.AppendUint(b, reqDrain, 1)
 	}
 	return b, rest
+}
+
+// appendControls appends to a frame the controls for which it has room below most bytes.
+func (w *writing) appendControls(b []byte, most int) []byte {
+	w.nudged, w.ended = 0, 0
+	for i := range w.control.nudges {
+		n := &w.control.nudges[i]
+		size := n.size()
+		if len(b)+wire.SizeLen(reqNudges, size) > most {
+			break
+		}
+		if n.done != nil {
+			b = n.append(b, size)
+		}
+		w.nudged = n.token
+	}
+	for i := range w.control.ends {
+		e := &w.control.ends[i]
+		size := e.size()
+		if len(b)+wire.SizeLen(reqReplayEnds, size) > most {
+			break
+		}
+		b = e.append(b, size)
+		w.ended = i + 1
+	}
+	return b
 }
 
 // commit puts what was encoded into the window, just before it is written, and
@@ -362,8 +425,13 @@ func (s *stream) commit(rest int) bool {
 		e.at = ran
 		s.win.push(e)
 	}
+	s.nudges.wrote(s.w.nudged + 1)
+	if s.w.ended > 0 {
+		s.asker.wroteLocked(s.w.ended)
+	}
 	l.tickNow()
 	l.mu.Unlock()
+	clear(s.w.control.nudges)
 	clear(s.w.batch)
 	s.w.batch = s.w.batch[:0]
 	return true
@@ -467,9 +535,9 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 	l, m := s.link, s.link.set.meters
 	for i := range s.r.owed {
 		o := &s.r.owed[i]
-		a := engine.Ack{Delivered: int(o.ack.delivered)}
+		a := engine.Ack{Delivered: int(o.ack.delivered), Duplicates: int(o.ack.duplicates), Pending: int(o.ack.pending)}
 		if miss := o.ack.miss; miss != nil {
-			a.NotHere, a.Failed = miss.notHere, miss.failed
+			a.NotHere, a.Failed, a.Reused = miss.notHere, miss.failed, miss.reused
 			a.FailedUsers, a.Refused, a.Text = int(miss.failedUsers), miss.refused, miss.reason
 		}
 		// A claim about a broadcast is cut to the users that the node has.
@@ -484,9 +552,12 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 			strikes++
 		case !ok:
 			late++
+		case a.Pending > 0 && o.d.AwaitsReceipts():
+			s.await(o.ack.seq, o.d)
 		}
 		o.d = nil
 	}
+	strikes += s.confirm() + s.replays()
 	if n := len(s.r.resp.acks); n > 0 {
 		m.acks.Add(n)
 	}
@@ -521,6 +592,16 @@ func (s *stream) drainedLocked() error {
 	switch {
 	case s.link.state != draining || s.win.live > 0:
 		return nil
+	case s.win.empty() && len(s.receipts.open) > 0:
+		// A node that goes gives them up at once. It is not kept from going by people.
+		ran := s.link.set.clock.ran.Load()
+		if s.leftAt == 0 {
+			s.leftAt = ran
+		}
+		if ran-s.leftAt < int64(s.link.set.cfg.AckTimeout) {
+			return nil
+		}
+		return errDrained
 	case s.win.empty():
 		return errDrained
 	case s.win.stalled():
@@ -535,6 +616,8 @@ func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
 	s.win.measure(ran, int64(cfg.AckTimeout))
 	out.late = s.win.popOverdue(out.late, ran-int64(cfg.AckTimeout))
 	out.left = s.win.popExpired(out.left, now)
+	s.receipts.sweep(ran)
+	out.nudged = s.nudges.popLate(out.nudged, ran-int64(cfg.AckTimeout))
 	if s.win.stalled() && !l.stalled {
 		l.stalled = true
 		s.ackAt = ran
@@ -558,7 +641,7 @@ func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
 		return 0, errOwing
 	case s.drainSent && s.win.live == 0 && ran-max(s.inAt, s.ackAt) >= int64(cfg.AckTimeout):
 		return 0, errDrained
-	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent:
+	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent || len(s.nudges.list) > 0:
 		return 0, s.drainedLocked()
 	}
 	return min(s.beatAt+int64(cfg.Heartbeat), s.inAt+int64(cfg.Silence)), nil
@@ -568,12 +651,18 @@ func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
 func (s *stream) popLocked(dst []*engine.Delivery) []*engine.Delivery { return dst }
 
 // owesLocked implements way.
-func (s *stream) owesLocked() (awaited, anything bool) { return s.win.live > 0, !s.win.empty() }
+func (s *stream) owesLocked() (awaited, anything bool) {
+	open := len(s.receipts.open) > 0
+	return s.win.live > 0 || open, !s.win.empty() || open
+}
 
 // statsLocked implements way.
 func (s *stream) statsLocked(t *Stats) {
 	t.Unacked += s.win.live
 	t.UnackedBytes += s.win.bytes
+	t.Unconfirmed += len(s.receipts.open)
+	t.Nudges += s.nudges.open()
+	t.Gates += len(s.asker.open)
 	if s.hello.GetCodec() != pubsub.Codec_NONE {
 		t.Compressing++
 	}

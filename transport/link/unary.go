@@ -243,6 +243,13 @@ func (c *calls) deliver(e entry) {
 		e.d.Drop(engine.DropUnscoped) // Broadcast would reach everybody
 		return
 	}
+	if o := e.d.Options(); o != nil {
+		if _, why := extrasOf(e.d, o, 0, time.Now()); why != engine.Sent {
+			e.d.Drop(why)
+			return
+		}
+		e.deadline = l.set.clock.of(e.d.Deadline())
+	}
 	if e.d.Targets() == 0 && !e.d.Everybody() {
 		_, _ = e.d.Ack(engine.Ack{}) // nobody is left that it is for
 		return

@@ -126,6 +126,11 @@ func (w *window) ack(seq uint64) (*engine.Delivery, bool) {
 	return d, true
 }
 
+// wasAcked tells whether a delivery was written as seq and has been acknowledged.
+func (w *window) wasAcked(seq uint64) bool {
+	return seq != 0 && seq < w.next && (seq < w.low || w.slot(seq).acked)
+}
+
 // popOverdue appends to dst the deliveries that were written at or before aged.
 // From then on the window is stalled.
 func (w *window) popOverdue(dst []*engine.Delivery, aged int64) []*engine.Delivery {
