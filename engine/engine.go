@@ -166,6 +166,9 @@ func New(config Config) (*Engine, error) {
 // Limits returns the limits in force, for those who can refuse earlier.
 func (e *Engine) Limits() Limits { return e.limits }
 
+// Timeout is the longest that any push takes, from when it has arrived.
+func (e *Engine) Timeout() time.Duration { return e.timeout }
+
 // Do pushes and waits for the account. It returns by the context's deadline or the
 // engine's timeout, whichever is first. An error means that nothing was written.
 func (e *Engine) Do(ctx context.Context, p *Push) (Result, error) {

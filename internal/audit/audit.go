@@ -24,6 +24,8 @@ const (
 	PushDenied     = "push.denied" // no right, no rate or no quota left
 	Push           = "push"        // a sample of what was let in
 	Broadcast      = "broadcast"   // every one that was let in
+	UserForgotten  = "user.forgotten"
+	UserReplayed   = "user.replayed"
 	ConfigReloaded = "config.reloaded"
 	TLSReloaded    = "tls.reloaded"
 	KeyUsedFirst   = "key.used_first" // since the start
@@ -71,6 +73,7 @@ type Entry struct {
 	Outcome    string
 	Reason     string
 	TraceID    string
+	MessageID  string // Write and Refused clone it
 
 	// Results of a push, or nil.
 	Results *Results
@@ -169,7 +172,7 @@ func (l *Log) Sampled() bool {
 
 // Write queues a line. It does not wait: one for which there is no place is lost, and counted.
 func (l *Log) Write(e Entry) {
-	e.time, e.Target = time.Now(), strings.Clone(e.Target)
+	e.time, e.Target, e.MessageID = time.Now(), strings.Clone(e.Target), strings.Clone(e.MessageID)
 	select {
 	case l.queue <- e:
 	default:
@@ -190,7 +193,7 @@ func (l *Log) Refused(e Entry) {
 		l.lost.Inc()
 		return
 	}
-	e.time, e.Target, e.count = time.Now(), strings.Clone(e.Target), 1
+	e.time, e.Target, e.MessageID, e.count = time.Now(), strings.Clone(e.Target), strings.Clone(e.MessageID), 1
 	l.gathered[k] = &e
 }
 
@@ -296,6 +299,7 @@ func (l *Log) add(e *Entry) {
 		{"target", target},
 		{"outcome", e.Outcome},
 		{"reason", e.Reason},
+		{"message_id", e.MessageID},
 		{"trace_id", e.TraceID},
 	} {
 		if field.value != "" {

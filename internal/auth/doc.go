@@ -9,7 +9,7 @@
 //
 //   - What no rule allows is refused. There are no rules that forbid.
 //   - Names are compared byte for byte. A star stands at the end of a pattern only, for any rest, the empty one included.
-//   - BroadcastMessage is allowed by its name, or by the star in methods.
+//   - BroadcastMessage and WatchReceipts are allowed by their name, or by the star in methods.
 //   - A policy is immutable. A file with one mistake is refused as a whole, with the line of the mistake.
 //   - One credential belongs to one caller.
 package auth

@@ -30,6 +30,9 @@ const (
 	PushToUser
 	PushToUsers
 	BroadcastMessage
+	WatchReceipts
+	ForgetUser
+	Replay
 )
 
 // methods says more of them.
@@ -41,6 +44,18 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	PushToUser:       {"PushToUser", users},
 	PushToUsers:      {"PushToUsers", users},
 	BroadcastMessage: {"BroadcastMessage", nobody},
+	WatchReceipts:    {"WatchReceipts", nobody},
+	ForgetUser:       {"ForgetUser", users},
+	Replay:           {"Replay", users},
+}
+
+// Methods are the names of all of them.
+func Methods() []string {
+	names := make([]string, len(methods))
+	for i := range methods {
+		names[i] = methods[i].name
+	}
+	return names
 }
 
 // MethodOf is the method of a name.

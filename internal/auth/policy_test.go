@@ -265,7 +265,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 				w = written{methods: []string{"*"}, users: list.Draw(t, "users"), rooms: list.Draw(t, "rooms")}
 				text = fmt.Sprintf("users: %s, rooms: %s", quoted(w.users), quoted(w.rooms))
 			} else {
-				w.methods = rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"PushToUser", "PushToUsers", "BroadcastMessage"}), 1, 3, rapid.ID[string]).Draw(t, "methods")
+				w.methods = rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"PushToUser", "PushToUsers", "ForgetUser", "BroadcastMessage", "WatchReceipts"}), 1, 3, rapid.ID[string]).Draw(t, "methods")
 				if strings.Contains(strings.Join(w.methods, ""), "User") {
 					w.users = list.Draw(t, "users")
 					text = "users: " + quoted(w.users)
@@ -292,7 +292,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 				if method == "PushToRoom" {
 					patterns = w.rooms
 				}
-				if named && method == "BroadcastMessage" {
+				if named && (method == "BroadcastMessage" || method == "WatchReceipts") {
 					return true
 				}
 				for _, p := range patterns {

@@ -4,13 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 
 	"github.com/push-manager/push-manager/internal/auth"
 )
 
 type canICmd struct {
-	Method string `arg:"" help:"Method of the push API: PushToRoom, PushToUser, PushToUsers or BroadcastMessage."`
-	ID     string `arg:"" optional:"" help:"The room or the user; none for BroadcastMessage."`
+	Method string `arg:"" help:"Method of the push API, such as PushToRoom."`
+	ID     string `arg:"" optional:"" help:"The room or the user; none for BroadcastMessage and WatchReceipts."`
 	As     string `required:"" placeholder:"NAME" help:"Name of the caller in the policy."`
 	Policy string `placeholder:"FILE" env:"AUTH_POLICY_FILE" help:"The policy file."`
 }
@@ -30,7 +31,7 @@ func (c *canICmd) Run(_ context.Context, t *terminal) error {
 	method, known := auth.MethodOf(c.Method)
 	switch target := method.Target(); {
 	case !known:
-		return &usageError{fmt.Sprintf("%q is no method: PushToRoom, PushToUser, PushToUsers, BroadcastMessage", c.Method)}
+		return &usageError{fmt.Sprintf("%q is no method: %s", c.Method, strings.Join(auth.Methods(), ", "))}
 	case target != "" && c.ID == "":
 		return &usageError{fmt.Sprintf("%s needs the id of a %s", c.Method, target)}
 	case target == "" && c.ID != "":

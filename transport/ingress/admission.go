@@ -54,9 +54,10 @@ type callInfo struct {
 	wire      rawCall
 	call      *throttle.Call // nil: it is a stream
 
-	claimed engine.Priority // by the caller
-	entered bool            // account is owed a leave, for the push of a unary call
-	unsent  bool            // that was refused later
+	claimed     engine.Priority // by the caller
+	priorityMax engine.Priority // that it may claim
+	entered     bool            // account is owed a leave, for the push of a unary call
+	unsent      bool            // that was refused later
 }
 
 // admit lets a call in, or says why not; it is all that stands between a caller and the engine but for the places in
@@ -93,7 +94,7 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 		if err := s.authenticate(ctx, &info); err != nil {
 			return info, err
 		}
-		if info.call != nil && !info.principal.May(a.method()) {
+		if a != apis && !info.principal.May(a.method()) { // of a PushStream each push is asked for
 			return info, deniedError{api: a, method: true}
 		}
 	}
@@ -116,7 +117,7 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 	if err := info.call.Admit(ctx, info.priority); err != nil {
 		return info, err
 	}
-	if open-s.metrics.streams.Load() > s.mostOpen[info.priority.Rank()] {
+	if open-s.metrics.streams.Load()-s.metrics.watchers.Load() > s.mostOpen[info.priority.Rank()] {
 		return info, errTooManyCalls
 	}
 	if err := s.admitPush(&info); err != nil {
@@ -175,17 +176,19 @@ func (s *Server) renew(ctx context.Context, info *callInfo, c *call) error {
 	if err := s.authenticate(ctx, info); err != nil {
 		return err
 	}
-	info.priority = min(info.priority, info.principal.PriorityMax)
+	info.priorityMax = min(info.priorityMax, info.principal.PriorityMax)
+	info.priority = min(info.priority, info.priorityMax)
 	info.allow(c)
 	return nil
 }
 
 // grant gives a call the priority that its caller may claim, and the account that it pays from.
 func (s *Server) grant(ctx context.Context, info *callInfo) {
-	info.priority = min(info.claimed, s.cfg.priorityMax)
+	info.priorityMax = s.cfg.priorityMax
 	if info.principal != nil {
-		info.priority = min(info.priority, info.principal.PriorityMax)
+		info.priorityMax = min(info.priorityMax, info.principal.PriorityMax)
 	}
+	info.priority = min(info.claimed, info.priorityMax)
 	switch {
 	case info.principal != nil:
 		info.account = s.callers.of(info.principal.Caller)
@@ -228,7 +231,7 @@ func (s *Server) authorize(who *auth.Principal, a api, p *engine.Push) error {
 		allowed = who.Allows(m, p.User)
 	case toUsers:
 		allowed = !slices.ContainsFunc(p.Users, func(id string) bool { return !who.Allows(m, id) })
-	case toAll, apis:
+	default: // names nobody
 	}
 	if !allowed || !who.May(m) {
 		return deniedError{api: a, method: !who.May(m)}

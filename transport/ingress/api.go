@@ -7,7 +7,7 @@ import (
 	"github.com/push-manager/push-manager/internal/auth"
 )
 
-// api is what a push asks for.
+// api is what a call asks for.
 type api uint8
 
 const (
@@ -15,7 +15,12 @@ const (
 	toUser
 	toUsers
 	toAll
-	apis // how many there are
+	apis // how many ask for a push; of a call: that it is a PushStream
+
+	forgetUser
+	replay
+	watchReceipts
+	methods // how many there are
 )
 
 // String is the name of the method, and the label in metrics.
@@ -30,6 +35,8 @@ func (a api) idField() string {
 		return "user_id"
 	case toUsers:
 		return "user_ids"
+	case forgetUser, replay:
+		return "user_id"
 	default:
 		return ""
 	}
@@ -57,6 +64,12 @@ func (a api) method() auth.Method {
 		return auth.PushToUser
 	case toUsers:
 		return auth.PushToUsers
+	case forgetUser:
+		return auth.ForgetUser
+	case replay:
+		return auth.Replay
+	case watchReceipts:
+		return auth.WatchReceipts
 	default:
 		return auth.BroadcastMessage
 	}

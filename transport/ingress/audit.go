@@ -89,6 +89,9 @@ func (s *Server) auditPush(a api, push *engine.Push, res *engine.Result, entry f
 }
 
 func auditTarget(e *audit.Entry, push *engine.Push) {
+	if push.Options != nil {
+		e.MessageID = push.Options.MessageID
+	}
 	switch {
 	case push.Kind == engine.ToRoom && push.Room != "": // without it is not decoded
 		e.TargetKind, e.Target = "room", push.Room

@@ -31,7 +31,7 @@ func BenchmarkDecode(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				p := new(engine.Push)
-				if err := d.decode(test.api, roomy(test.wire), p); err != nil {
+				if _, err := d.decode(test.api, roomy(test.wire), p); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -61,17 +61,17 @@ func BenchmarkReply(b *testing.B) {
 }
 
 func BenchmarkRecord(b *testing.B) {
-	m := newInstruments(metrics.NewSet())
+	m, p := newInstruments(metrics.NewSet()), new(engine.Push)
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	b.Run("callers=1", func(b *testing.B) {
 		for b.Loop() {
-			m.record(toUser, &res, nil, time.Millisecond)
+			m.record(toUser, p, &res, nil, time.Millisecond)
 		}
 	})
 	b.Run("callers=cores", func(b *testing.B) {
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				m.record(toUser, &res, nil, time.Millisecond)
+				m.record(toUser, p, &res, nil, time.Millisecond)
 			}
 		})
 	})

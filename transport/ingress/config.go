@@ -112,6 +112,8 @@ type Config struct {
 	// Caller names who calls, for Rate, where nobody is asked. nil: by the address of the connection's other end,
 	// without the port.
 	Caller func(ctx context.Context) string
+	// Lasting serves what is stored for users. nil: there is no store.
+	Lasting Lasting
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server. They must not set credentials.

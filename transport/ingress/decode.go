@@ -57,6 +57,8 @@ func (s *shape) name(m *wire.Reader) string {
 		return s.listName
 	case m.Number() == s.content:
 		return "content"
+	case m.Number() == optionsField:
+		return "options"
 	}
 	return "request"
 }
@@ -70,16 +72,23 @@ type walk struct {
 	content []byte
 	merged  bool // content came in several fields and has a buffer of its own
 	facts   engine.Content
+	options *options // nil for none
 }
 
 // decode fills p from the bytes of a request and owns b from the call on. The
 // space behind b, up to its capacity, must be nobody else's: a timestamp may be
-// written there.
-func (d *decoder) decode(a api, b []byte, p *engine.Push) error {
+// written there. The options are nil for a request without.
+func (d *decoder) decode(a api, b []byte, p *engine.Push) (*options, error) {
 	s := &d.shapes[a]
 	w, err := d.walk(s, b)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if w.options != nil {
+		if err := w.options.finish(w.content); err != nil {
+			return nil, err
+		}
+		p.Options = &w.options.engine
 	}
 	p.Kind = a.kind()
 	switch a {
@@ -89,11 +98,11 @@ func (d *decoder) decode(a api, b []byte, p *engine.Push) error {
 		p.User = wire.String(w.id)
 	case toUsers:
 		p.Users = s.collect(b, &w)
-	case toAll, apis: // names nobody
+	default: // names nobody
 	}
 	p.Content = w.facts
 	p.Payload = w.payload(b)
-	return nil
+	return w.options, nil
 }
 
 // walk checks that b is a well-formed message and that its list is within its
@@ -123,6 +132,13 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 			}
 			if w.listed++; w.listed > s.listMax {
 				return w, d.tooMany(s.listName, w.listed)
+			}
+		case optionsField:
+			if w.options == nil {
+				w.options = new(options)
+			}
+			if err := w.options.read(m.Bytes); err != nil {
+				return w, err
 			}
 		}
 	}

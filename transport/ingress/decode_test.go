@@ -34,7 +34,8 @@ func marshal(t testing.TB, m proto.Message) []byte {
 
 func decodeOne(a api, b []byte) (*engine.Push, error) {
 	p := new(engine.Push)
-	return p, newDecoder(testLimits).decode(a, roomy(b), p)
+	_, err := newDecoder(testLimits).decode(a, roomy(b), p)
+	return p, err
 }
 
 func invalid(t testing.TB, err error) *engine.InvalidError {
@@ -298,7 +299,7 @@ func TestDecodeRefusesMillionsOfStringsWithoutMakingThem(t *testing.T) {
 			best := time.Hour
 			refuse := func() {
 				began := time.Now()
-				if err := d.decode(test.api, test.wire, new(engine.Push)); err == nil {
+				if _, err := d.decode(test.api, test.wire, new(engine.Push)); err == nil {
 					t.Error("taken")
 				}
 				best = min(best, time.Since(began))
@@ -346,17 +347,21 @@ func TestDecodeAllocates(t *testing.T) {
 	streamed := marshal(t, &pubsub.PushStreamRequest{Id: 1, Push: &pubsub.PushStreamRequest_ToUser{
 		ToUser: &pubsub.PushToUserRequest{UserId: "u", Content: &pubsub.MessageContent{Data: []byte("hello")}}}})
 	p := new(engine.Push)
+	decode := func(a api, b []byte) error {
+		_, err := d.decode(a, b, p)
+		return err
+	}
 	for name, test := range map[string]struct {
 		run  func() error
 		wire []byte
 		want float64
 	}{
-		"stamped by the caller": {func() error { return d.decode(toUser, roomy(stamped), p) }, stamped, 0},
-		"stamped here":          {func() error { return d.decode(toUser, roomy(bare), p) }, bare, 0},
-		"a list":                {func() error { return d.decode(toUsers, roomy(users), p) }, users, 1},
+		"stamped by the caller": {func() error { return decode(toUser, roomy(stamped)) }, stamped, 0},
+		"stamped here":          {func() error { return decode(toUser, roomy(bare)) }, bare, 0},
+		"a list":                {func() error { return decode(toUsers, roomy(users)) }, users, 1},
 		"in a stream": {func() error {
 			r, err := d.stream(roomy(streamed))
-			return errors.Join(err, d.decode(r.api, r.body, p))
+			return errors.Join(err, decode(r.api, r.body))
 		}, streamed, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -421,7 +426,7 @@ func FuzzDecode(f *testing.F) {
 		m := newRequest(a)
 		want := proto.Unmarshal(b, m)
 		p := new(engine.Push)
-		got := d.decode(a, roomy(b), p)
+		_, got := d.decode(a, roomy(b), p)
 		compare(t, p, m, got, want)
 	})
 }
@@ -439,7 +444,7 @@ func fuzzStream(t *testing.T, d *decoder, b []byte) {
 		return
 	}
 	if got == nil && r.asked {
-		got = d.decode(r.api, r.body, p)
+		_, got = d.decode(r.api, r.body, p)
 	}
 	if want == nil && got == nil && (r.id != m.Id || r.asked != (m.Push != nil)) {
 		t.Fatalf("envelope %+v, want that of %v", r, m)

@@ -38,19 +38,19 @@ func newReply(a api, p *engine.Push, res *engine.Result) *reply {
 	r := new(reply)
 	var text [128]byte
 	msg := appendMessage(text[:0], a, p, res)
-	r.set(appendResponse(r.small[:0], a, msg, p.Scope, res))
+	r.set(appendResponse(r.small[:0], a, msg, p, res))
 	return r
 }
 
 // usual tells whether a push was one to a user that simply reached them, as most are:
 // the reply is then always the same.
-func usual(a api, res *engine.Result) bool {
-	return a == toUser && res.Found && res.Targets == 1 && res.Delivered == 1 && len(res.NodeFailures) == 0 && res.Stale == 0
+func usual(a api, p *engine.Push, res *engine.Result) bool {
+	return a == toUser && p.Options == nil && res.Found && res.Targets == 1 && res.Delivered == 1 && len(res.NodeFailures) == 0 && res.Stale == 0
 }
 
 // reply is the encoded reply of a unary call.
 func (s *Server) reply(a api, p *engine.Push, res *engine.Result) *reply {
-	if usual(a, res) {
+	if usual(a, p, res) {
 		return s.usual
 	}
 	return newReply(a, p, res)
@@ -66,13 +66,13 @@ func (s *Server) newStreamReply(id uint64, a api, p *engine.Push, res *engine.Re
 func (s *Server) appendStreamReply(b []byte, id uint64, a api, p *engine.Push, res *engine.Result) []byte {
 	b = wire.AppendUint(b, 1, id)
 	b = protowire.AppendTag(b, a.resultField(), protowire.BytesType)
-	if usual(a, res) {
+	if usual(a, p, res) {
 		return protowire.AppendBytes(b, s.usual.buffer)
 	}
 	var text [128]byte
 	msg := appendMessage(text[:0], a, p, res)
-	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, p.Scope, res)))
-	return appendResponse(b, a, msg, p.Scope, res)
+	b = protowire.AppendVarint(b, uint64(sizeResponse(a, msg, p, res)))
+	return appendResponse(b, a, msg, p, res)
 }
 
 // replies is a PushStreamResponse with a batch of others. Its memory serves for the next
@@ -134,7 +134,7 @@ func messageField(a api) protowire.Number {
 	return 3
 }
 
-func appendResponse(b []byte, a api, msg []byte, scope string, res *engine.Result) []byte {
+func appendResponse(b []byte, a api, msg []byte, p *engine.Push, res *engine.Result) []byte {
 	if res.Success() {
 		b = wire.AppendUint(b, 1, 1)
 	}
@@ -144,11 +144,11 @@ func appendResponse(b []byte, a api, msg []byte, scope string, res *engine.Resul
 	if len(msg) > 0 {
 		b = wire.AppendBytes(b, messageField(a), msg)
 	}
-	b = wire.AppendLen(b, 10, sizeSummary(scope, res))
-	return appendSummary(b, scope, res)
+	b = wire.AppendLen(b, 10, sizeSummary(p, res))
+	return appendSummary(b, p, res)
 }
 
-func sizeResponse(a api, msg []byte, scope string, res *engine.Result) int {
+func sizeResponse(a api, msg []byte, p *engine.Push, res *engine.Result) int {
 	n := 0
 	if res.Success() {
 		n += 2
@@ -159,10 +159,10 @@ func sizeResponse(a api, msg []byte, scope string, res *engine.Result) int {
 	if len(msg) > 0 {
 		n += wire.SizeLen(messageField(a), len(msg))
 	}
-	return n + wire.SizeLen(10, sizeSummary(scope, res))
+	return n + wire.SizeLen(10, sizeSummary(p, res))
 }
 
-func appendSummary(b []byte, scope string, res *engine.Result) []byte {
+func appendSummary(b []byte, p *engine.Push, res *engine.Result) []byte {
 	b = wire.AppendUint(b, 1, int32Of(res.Targets))
 	b = wire.AppendUint(b, 2, int32Of(res.Delivered))
 	b = wire.AppendUint(b, 3, int32Of(res.Offline))
@@ -170,22 +170,34 @@ func appendSummary(b []byte, scope string, res *engine.Result) []byte {
 	b = wire.AppendUint(b, 5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
 		f := &res.NodeFailures[i]
-		b = wire.AppendLen(b, 6, sizeFailure(f, scope))
+		b = wire.AppendLen(b, 6, sizeFailure(f, p.Scope))
 		b = wire.AppendString(b, 1, plain.Line(f.Node, maxReason))
-		b = wire.AppendString(b, 2, reasonOf(f, scope))
+		b = wire.AppendString(b, 2, reasonOf(f, p.Scope))
 		b = wire.AppendUint(b, 3, int32Of(f.Users))
+	}
+	if p.Options != nil {
+		b = wire.AppendUint(b, 7, int32Of(res.Stored))
+		b = wire.AppendUint(b, 8, int32Of(res.Unsure))
+		b = wire.AppendUint(b, 9, int32Of(res.Acked))
+		b = wire.AppendUint(b, 10, int32Of(res.Duplicates))
+		b = wire.AppendString(b, 11, p.Options.MessageID)
 	}
 	return b
 }
 
-func sizeSummary(scope string, res *engine.Result) int {
+func sizeSummary(p *engine.Push, res *engine.Result) int {
 	n := wire.SizeUint(1, int32Of(res.Targets)) +
 		wire.SizeUint(2, int32Of(res.Delivered)) +
 		wire.SizeUint(3, int32Of(res.Offline)) +
 		wire.SizeUint(4, int32Of(res.Failed)) +
 		wire.SizeUint(5, int32Of(res.Unknown))
 	for i := range res.NodeFailures {
-		n += wire.SizeLen(6, sizeFailure(&res.NodeFailures[i], scope))
+		n += wire.SizeLen(6, sizeFailure(&res.NodeFailures[i], p.Scope))
+	}
+	if p.Options != nil {
+		n += wire.SizeUint(7, int32Of(res.Stored)) + wire.SizeUint(8, int32Of(res.Unsure)) +
+			wire.SizeUint(9, int32Of(res.Acked)) + wire.SizeUint(10, int32Of(res.Duplicates)) +
+			wire.SizeString(11, p.Options.MessageID)
 	}
 	return n
 }
@@ -227,7 +239,9 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 	case a == toAll:
 		return append(b, "no connect-node is available"...)
 	default:
-		return append(b, "none of the users is online"...)
+		b = append(b, "none of the users is online"...)
+		b, _ = appendCount(b, "; ", res.Stored, " stored")
+		return b
 	}
 }
 
@@ -244,7 +258,10 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 	default:
 		b = append(b, "user "...)
 		b = strconv.AppendQuote(b, shown(p.User, p))
-		return append(b, " is offline"...)
+		b = append(b, " is offline"...)
+		if res.Stored > 0 {
+			return append(b, "; stored"...)
+		}
 	}
 	if len(res.NodeFailures) > 0 {
 		b = append(b, ": "...)
@@ -282,6 +299,9 @@ func appendCounts(b []byte, a api, res *engine.Result) []byte {
 	}
 	sep := ": "
 	b, sep = appendCount(b, sep, res.Offline, " offline")
+	if res.Stored > 0 {
+		b, _ = appendCount(b, " (", res.Stored, " stored)")
+	}
 	b, sep = appendCount(b, sep, res.Failed, " failed")
 	b, sep = appendCount(b, sep, res.Unknown, " unknown")
 	switch {

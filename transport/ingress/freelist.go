@@ -103,6 +103,7 @@ func (st *stream) release(c *call, free *chain) {
 	if c.push.Reusable() {
 		if c.api == toUser {
 			c.push.Forget()
+			c.push.Options = nil
 		} else {
 			c.push.Reset() // the members of rooms are too much to hold on to, too
 		}

@@ -40,10 +40,11 @@ const (
 	refusedTenantInFlight              // too many pushes of the tenant are in flight
 	refusedQuota                       // nothing is left of the caller's quota
 	refusedTenantQuota                 // nothing is left of the tenant's quota
+	refusedReceipts                    // too many pushes wait for receipts
 	refusals                           // how many there are
 )
 
-var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "unread", "lookups", "tenant_rate", "tenant_in_flight", "quota", "tenant_quota"}
+var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "space", "open", "streams", "slow", "unread", "lookups", "tenant_rate", "tenant_in_flight", "quota", "tenant_quota", "receipts"}
 
 // apiMetrics are the handles of one api.
 type apiMetrics struct {
@@ -55,10 +56,13 @@ type apiMetrics struct {
 // instruments are all handles of a Server, made once: looking one up by its name
 // costs twenty times its use.
 type instruments struct {
-	apis [apis]apiMetrics
+	apis [methods]apiMetrics // of unary calls, and pushes of PushStreams
 
 	// Per target user; total is the sum of the others.
 	total, success, failed, unknown, offline *metrics.Counter
+
+	// Parts of offline, of stored, and twice of success.
+	stored, unsure, acked, duplicates *metrics.Counter
 
 	refused [4][refusals]*metrics.Counter // by rank of the priority, and why
 
@@ -69,20 +73,25 @@ type instruments struct {
 	panics    *metrics.Counter
 	malformed *metrics.Counter // messages of a PushStream that ask for no api
 
-	// Shown as gauges. In flight are unary calls and open PushStreams alike.
+	// Shown as gauges. In flight are unary calls and open streams alike.
 	inflight atomic.Int64
 	streams  atomic.Int64
+	watchers atomic.Int64
 }
 
 func newInstruments(set *metrics.Set) *instruments {
 	m := &instruments{
-		total:     set.GetOrCreateCounter("push_manager_push_total"),
-		success:   set.GetOrCreateCounter("push_manager_push_success_total"),
-		failed:    set.GetOrCreateCounter("push_manager_push_failed_total"),
-		unknown:   set.GetOrCreateCounter("push_manager_push_unknown_total"),
-		offline:   set.GetOrCreateCounter("push_manager_push_offline_total"),
-		panics:    set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
-		malformed: set.GetOrCreateCounter("push_manager_stream_malformed_total"),
+		total:      set.GetOrCreateCounter("push_manager_push_total"),
+		success:    set.GetOrCreateCounter("push_manager_push_success_total"),
+		failed:     set.GetOrCreateCounter("push_manager_push_failed_total"),
+		unknown:    set.GetOrCreateCounter("push_manager_push_unknown_total"),
+		offline:    set.GetOrCreateCounter("push_manager_push_offline_total"),
+		stored:     set.GetOrCreateCounter("push_manager_push_stored_total"),
+		unsure:     set.GetOrCreateCounter("push_manager_push_unsure_total"),
+		acked:      set.GetOrCreateCounter("push_manager_push_acked_total"),
+		duplicates: set.GetOrCreateCounter("push_manager_push_duplicate_total"),
+		panics:     set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
+		malformed:  set.GetOrCreateCounter("push_manager_stream_malformed_total"),
 	}
 	for _, p := range engine.Priorities() {
 		for why, name := range refusalNames {
@@ -96,7 +105,10 @@ func newInstruments(set *metrics.Set) *instruments {
 	for _, reason := range auth.Reasons() { // others would count for nothing
 		m.unauthenticated[reason] = failures(string(reason))
 	}
-	for a := range apis {
+	for a := range methods {
+		if a == apis || a == watchReceipts {
+			continue
+		}
 		h := &m.apis[a]
 		for r, name := range resultNames {
 			h.requests[r] = set.GetOrCreateCounter(label.Name("push_manager_api_requests_total", "api", a.String(), "status", name))
@@ -108,16 +120,13 @@ func newInstruments(set *metrics.Set) *instruments {
 	}
 	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })
 	set.GetOrCreateGauge("push_manager_api_streams", func() float64 { return float64(m.streams.Load()) })
+	set.GetOrCreateGauge("push_manager_receipt_watchers", func() float64 { return float64(m.watchers.Load()) })
 	return m
 }
 
 // record books one push. It is the only place that does, whichever way it came.
-func (m *instruments) record(a api, res *engine.Result, err error, took time.Duration) {
-	h := &m.apis[a]
-	h.requests[resultOf(res, err)].Inc()
-	seconds := took.Seconds()
-	h.duration.Update(seconds)
-	h.latency.Update(seconds)
+func (m *instruments) record(a api, p *engine.Push, res *engine.Result, err error, took time.Duration) {
+	m.recordCall(a, resultOf(res, err), took)
 	if err != nil {
 		return
 	}
@@ -126,6 +135,21 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 	add(m.failed, res.Failed)
 	add(m.unknown, res.Unknown)
 	add(m.offline, res.Offline)
+	if p.Options != nil {
+		add(m.stored, res.Stored)
+		add(m.unsure, res.Unsure)
+		add(m.acked, res.Acked)
+		add(m.duplicates, res.Duplicates)
+	}
+}
+
+// recordCall books a call of any unary method, and each push of a PushStream.
+func (m *instruments) recordCall(a api, result uint8, took time.Duration) {
+	h := &m.apis[a]
+	h.requests[result].Inc()
+	seconds := took.Seconds()
+	h.duration.Update(seconds)
+	h.latency.Update(seconds)
 }
 
 // countRefusal books an error that is about load, or about who calls. Of others it takes no notice.
@@ -168,6 +192,8 @@ func (m *instruments) countRefusal(p engine.Priority, err error) {
 		why = refusedOpen
 	case errors.Is(err, errTooManyStreams), errors.Is(err, errStreamsOfOneConn):
 		why = refusedStreams
+	case errors.Is(err, engine.ErrAsync):
+		why = refusedReceipts
 	case errors.Is(err, errSlow):
 		why = refusedSlow
 	case errors.Is(err, errUnread):

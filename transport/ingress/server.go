@@ -24,7 +24,8 @@ import (
 
 const (
 	serviceName      = "pubsub.PushManagerService"
-	pushStreamMethod = "/" + serviceName + "/PushStream"
+	pushStreamName   = "PushStream"
+	pushStreamMethod = "/" + serviceName + "/" + pushStreamName
 )
 
 // lingerWatchers is how long a health watcher is given to be told NOT_SERVING once
@@ -60,6 +61,9 @@ type Server struct {
 	streams  *streams
 	mostOpen [4]int64 // unary calls that are open, by rank of the priority
 	usual    *reply   // of a PushToUser that was delivered
+	// What is remembered of pushes with a message id, and of those with receipts.
+	messageIDs *messageIDs
+	receipts   *receipts
 
 	calls sync.Pool // of *call
 
@@ -118,6 +122,8 @@ func New(cfg Config) (*Server, error) {
 		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls))
 	}
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
+	s.messageIDs = newMessageIDs(idsMost, cfg.Metrics)
+	s.receipts = newReceipts(receiptsMost, receiptsBytes, cfg.Metrics, s.panicked)
 	s.throttle = throttle.New(throttle.Config{
 		Calls: cfg.Calls, Timeout: cfg.ConnectionTimeout, HalfOpen: cfg.Handshakes,
 		Connections: cfg.Connections, ConnectionsPerNetwork: cfg.ConnectionsPerAddress,
@@ -187,7 +193,7 @@ func (s *Server) options() []grpc.ServerOption {
 
 // tap counts in a unary call of the push API, before more of its connection is read.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
-	if method, ours := strings.CutPrefix(call.FullMethodName, "/"+serviceName+"/"); ours && method != "PushStream" {
+	if method, ours := strings.CutPrefix(call.FullMethodName, "/"+serviceName+"/"); ours && method != pushStreamName && method != watchReceipts.String() {
 		ctx = s.throttle.Tap(ctx, call.Header)
 	}
 	return ctx, nil
@@ -200,15 +206,22 @@ func (s *Server) desc() *grpc.ServiceDesc {
 		ServiceName: serviceName,
 		HandlerType: (*any)(nil),
 		Streams: []grpc.StreamDesc{{
-			StreamName:    "PushStream",
+			StreamName:    pushStreamName,
 			Handler:       s.pushStream,
 			ServerStreams: true,
 			ClientStreams: true,
+		}, {
+			StreamName:    watchReceipts.String(),
+			Handler:       s.watchReceipts,
+			ServerStreams: true,
 		}},
 		Metadata: pubsub.PushManagerService_ServiceDesc.Metadata,
 	}
 	for a := range apis {
 		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.unaryHandler(a)})
+	}
+	for _, a := range [...]api{forgetUser, replay} {
+		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.lastingHandler(a)})
 	}
 	return d
 }

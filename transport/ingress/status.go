@@ -33,6 +33,8 @@ const (
 	retryUnavailable = 500 * time.Millisecond // a Controller that restarts
 	retryQuota       = 50 * time.Millisecond  // a request to etcd
 	retryQuotaAway   = time.Second            // an etcd that elects a leader
+	retryEarlier     = 50 * time.Millisecond  // the other push is over
+	retryStore       = time.Second            // a store that elects a leader
 )
 
 // pushbackKey is the trailer that gRPC clients with a retry policy obey.
@@ -68,15 +70,20 @@ type statuses struct {
 
 	rateLimited, tenantRateLimited rateRefusals
 
+	// Of message ids, of receipts and of the store.
+	idReused, earlierUnsent, receiptsGone, storeOff, storeDown *refusal
+
 	// Of quotas: while they cannot be checked, and used up, of a caller and of a tenant.
 	quotaUnavailable          *refusal
 	quotaUsedUp, tenantUsedUp dayRefusal
 
 	// denied are for a method and for its ids.
-	denied [apis]struct{ method, ids *refusal }
+	denied [methods]struct{ method, ids *refusal }
 
 	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
+	// earlierOpen and lastingOpen have none: what the call was to do may have been done.
+	earlierOpen, lastingOpen *refusal
 	// unread ends a PushStream, and has none either: what is not answered may be sent.
 	unread *status.Status
 }
@@ -100,16 +107,26 @@ func newStatuses() *statuses {
 		rateLimited:       rateRefusals{reasonRate, "you push faster than you may", delays, make([]atomic.Pointer[refusal], len(delays))},
 		tenantRateLimited: rateRefusals{reasonTenantRate, "your tenant pushes faster than it may", delays, make([]atomic.Pointer[refusal], len(delays))},
 
-		deadline:    newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
-		canceled:    newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
-		slow:        newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
-		unavailable: later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
-		internal:    newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
-		unscoped:    newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
-		mayBeSent:   encoded(status.New(codes.Internal, "internal error")),
-		unread:      status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
+		deadline:      newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
+		canceled:      newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		slow:          newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
+		unavailable:   later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
+		internal:      newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		unscoped:      newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
+		idReused:      newRefusal(codes.AlreadyExists, "MESSAGE_ID_REUSED", "options.message_id: was used for another content"),
+		earlierUnsent: later(codes.Unavailable, "EARLIER_PUSH_UNSENT", errEarlierUnsent.Error(), retryEarlier),
+		receiptsGone:  newRefusal(codes.OutOfRange, "RECEIPTS_GONE", errReceiptsGone.Error()+": watch from now on"),
+		storeOff:      newRefusal(codes.FailedPrecondition, "STORE_OFF", errStoreOff.Error()),
+		storeDown:     later(codes.Unavailable, "STORE_DOWN", "the store is "+engine.ErrSpoolDown.Error(), retryStore),
+		earlierOpen:   encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
+		lastingOpen:   encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
+		mayBeSent:     encoded(status.New(codes.Internal, "internal error")),
+		unread:        status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
-	for a := range apis {
+	for a := range methods {
+		if a == apis {
+			continue
+		}
 		t.denied[a].method = newDenied(a, "method", "this method is not allowed to you")
 		t.denied[a].ids = newDenied(a, a.idField(), "not allowed to you")
 	}
@@ -189,6 +206,22 @@ func (t *statuses) of(err error) *refusal {
 		return t.unavailable
 	case errors.Is(err, errMayBeSent):
 		return t.mayBeSent
+	case errors.Is(err, errIDReused):
+		return t.idReused
+	case errors.Is(err, errEarlierUnsent):
+		return t.earlierUnsent
+	case errors.Is(err, errEarlierOpen):
+		return t.earlierOpen
+	case errors.Is(err, errReceiptsGone):
+		return t.receiptsGone
+	case errors.Is(err, errStoreOff):
+		return t.storeOff
+	case errors.Is(err, engine.ErrSpoolDown):
+		return t.storeDown
+	case errors.Is(err, errLastingOpen):
+		return t.lastingOpen
+	case errors.Is(err, ErrNotTaken):
+		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
 	default:
 		return t.internal
 	}

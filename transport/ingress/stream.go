@@ -20,14 +20,17 @@ import (
 // streamed is the part of a call that came on a PushStream.
 type streamed struct {
 	// Owned by the reader until the push has finished, by the writer from then on.
-	stream  *stream
-	message *message
-	id      uint64
-	known   bool            // api is what the message asked for
-	err     error           // refused: the engine has not got it
-	account *account        // owed a leave; nil for none
-	who     *auth.Principal // for the audit log
-	end     func(engine.Result, error)
+	stream   *stream
+	message  *message
+	id       uint64
+	known    bool            // api is what the message asked for
+	err      error           // refused: the engine has not got it
+	account  *account        // owed a leave; nil for none
+	who      *auth.Principal // for the audit log
+	end      func(engine.Result, error)
+	claim    *idClaim      // of a push with a message id that the engine has
+	result   engine.Result // of one that it did not get, if answered
+	answered bool
 
 	finished atomic.Bool // so that a panic cannot answer a push twice
 	next     *call       // in stream.done and stream.free
@@ -323,7 +326,11 @@ func (st *stream) start(ctx context.Context, c *call, r *streamRequest, err erro
 	}
 	if err == nil {
 		given = true
-		err = st.srv.cfg.Engine.Start(&c.push, c)
+		if c.push.Options != nil && c.push.Options.MessageID != "" {
+			err = c.startOnce()
+		} else {
+			err = st.srv.cfg.Engine.Start(&c.push, c)
+		}
 	}
 	if err != nil { // otherwise Complete is called, or was
 		c.err = err
@@ -349,10 +356,14 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 	if s.cfg.Trace != nil {
 		c.push.Trace, c.end = s.cfg.Trace(ctx, c.api.String())
 	}
-	if err := s.decoder.decode(c.api, body, &c.push); err != nil {
+	o, err := s.decoder.decode(c.api, body, &c.push)
+	if err != nil {
 		return err
 	}
 	if err := s.authorize(st.info.principal, c.api, &c.push); err != nil {
+		return err
+	}
+	if err := s.applyOptions(&st.info, &c.push, o); err != nil {
 		return err
 	}
 	c.enterTenant()
@@ -364,7 +375,13 @@ func (st *stream) prepare(ctx context.Context, c *call, body []byte) error {
 }
 
 // Complete is called by the engine once, on any goroutine.
-func (c *call) Complete(*engine.Push) { c.stream.complete(c) }
+func (c *call) Complete(p *engine.Push) {
+	if c.claim != nil {
+		res, err := p.Result()
+		c.stream.srv.messageIDs.finish(c.claim, res, err)
+	}
+	c.stream.complete(c)
+}
 
 // complete puts c on the list of the writer and never waits. Who finds the list
 // empty wakes the writer, so a burst wakes it once.
@@ -529,7 +546,9 @@ func (st *stream) answerInto(b *replies, c *call, now time.Time) {
 func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 	var res engine.Result
 	err := c.err
-	if err == nil {
+	if c.answered {
+		res = c.result
+	} else if err == nil {
 		res, err = c.push.Result()
 	}
 	if c.end != nil {
@@ -550,7 +569,7 @@ func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 		}
 	}
 	if c.known {
-		st.srv.metrics.record(c.api, &res, err, now.Sub(c.push.Arrived))
+		st.srv.metrics.record(c.api, &c.push, &res, err, now.Sub(c.push.Arrived))
 	} else {
 		st.srv.metrics.malformed.Inc()
 	}

@@ -15,12 +15,20 @@ import (
 // short list.
 const scopedKeep = 1 << 10
 
-// scopeBytes is what stands before each id of a tenant.
+// scopeBytes is the length of scopeOf.
 func scopeBytes(tenant string) int {
 	if tenant == "" {
 		return 0
 	}
 	return len(tenant) + 1
+}
+
+// scopeOf is what stands before each id of a tenant.
+func scopeOf(tenant string) string {
+	if tenant == "" {
+		return ""
+	}
+	return tenant + string(ids.Separator)
 }
 
 // enterTenant puts the tenant of the caller, if it has one, before all ids of a push that has been decoded

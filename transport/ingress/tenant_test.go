@@ -15,7 +15,8 @@ func tenantCall(t testing.TB, c *call, a api, wire []byte) {
 	t.Helper()
 	c.push.Request = engine.Request{}
 	c.api, c.tenant = a, "shop"
-	ok(t, newDecoder(testLimits).decode(a, roomy(wire), &c.push))
+	_, err := newDecoder(testLimits).decode(a, roomy(wire), &c.push)
+	ok(t, err)
 	c.enterTenant()
 }
 
@@ -46,7 +47,8 @@ func TestAllIDsOfAPushGetTheTenant(t *testing.T) {
 		}
 	}
 	c.tenant = ""
-	ok(t, newDecoder(testLimits).decode(toUser, roomy(user), &c.push))
+	_, err = newDecoder(testLimits).decode(toUser, roomy(user), &c.push)
+	ok(t, err)
 	c.push.Scope = ""
 	if c.enterTenant(); c.push.User != "bank/u" || c.push.Scope != "" {
 		t.Errorf("without a tenant: %q in %q", c.push.User, c.push.Scope)
@@ -60,7 +62,7 @@ func TestIDsOfATenantCostNoAllocation(t *testing.T) {
 	wire = roomy(wire)
 	d, c := newDecoder(testLimits), &call{api: toUser, tenant: "shop"}
 	if n := testing.AllocsPerRun(100, func() {
-		_ = d.decode(toUser, wire, &c.push)
+		_, _ = d.decode(toUser, wire, &c.push)
 		c.enterTenant()
 	}); n > 0 {
 		t.Errorf("%v allocations", n)

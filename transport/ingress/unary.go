@@ -76,13 +76,13 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	}()
 	began := info.call.Began
 	if err := s.read(ctx, info.wire, info.conn, c); err != nil {
-		s.metrics.record(a, nil, err, time.Since(began))
+		s.metrics.record(a, &c.push, nil, err, time.Since(began))
 		info.unsent = true
 		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	c.push.Arrived = began
 	res, err := s.run(ctx, &info, c)
-	s.metrics.record(a, &res, err, time.Since(began))
+	s.metrics.record(a, &c.push, &res, err, time.Since(began))
 	if err != nil {
 		info.unsent = !errors.Is(err, errMayBeSent)
 		if s.cfg.Audit != nil {
@@ -156,13 +156,17 @@ func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.R
 	if s.cfg.Trace != nil {
 		c.push.Trace, end = s.cfg.Trace(ctx, c.api.String())
 	}
-	if err := s.decoder.decode(c.api, c.in.wire, &c.push); err != nil {
+	o, err := s.decoder.decode(c.api, c.in.wire, &c.push)
+	if err != nil {
 		return engine.Result{}, err
 	}
 	if err := s.renew(ctx, info, c); err != nil {
 		return engine.Result{}, err
 	}
 	if err := s.authorize(info.principal, c.api, &c.push); err != nil {
+		return engine.Result{}, err
+	}
+	if err := s.applyOptions(info, &c.push, o); err != nil {
 		return engine.Result{}, err
 	}
 	c.enterTenant()
@@ -172,6 +176,9 @@ func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.R
 		c.held = kept
 	}
 	taken = true
+	if o != nil && o.engine.MessageID != "" {
+		return s.messageIDs.once(ctx, s.cfg.Engine, &c.push)
+	}
 	return s.cfg.Engine.Do(ctx, &c.push)
 }
 

@@ -1,0 +1,140 @@
+package ingress
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
+	"github.com/push-manager/push-manager/internal/ids"
+	"github.com/push-manager/push-manager/internal/wire"
+)
+
+// Lasting serves what is stored for users. Users are named with the tenant before them. Its methods return by the end of
+// ctx. An error that is or wraps engine.ErrSpoolDown, engine.ErrOverloaded, engine.ErrDraining or ErrNotTaken is told to
+// the caller as that, and so is an *engine.InvalidError.
+type Lasting interface {
+	// Forget erases everything of a user, and says how many messages it was.
+	Forget(ctx context.Context, user string) (messages int, err error)
+	// Replay sends a node what is stored for a user, and says how many messages the node has taken when
+	// the first of them are with it.
+	Replay(ctx context.Context, user, node string) (messages int, err error)
+}
+
+// ErrNotTaken is an error of Lasting.Replay: the node has not the user, cannot be reached or refuses. Its text is for the
+// caller.
+var ErrNotTaken = errors.New("the connect-node has not taken it")
+
+var (
+	// errStoreOff refuses what needs a store.
+	errStoreOff = errors.New("there is no store")
+	// errLastingOpen ends a call whose deadline has passed while the store was at work.
+	errLastingOpen = errors.New("the deadline passed, and some of it may have been done")
+)
+
+// lastingHandler serves ForgetUser and Replay. Their calls are let in, paid for and told to the audit log as pushes are.
+func (s *Server) lastingHandler(a api) grpc.MethodHandler {
+	return func(_ any, ctx context.Context, _ func(any) error, _ grpc.UnaryServerInterceptor) (_ any, err error) {
+		info, err := s.admit(ctx, a)
+		if err != nil {
+			s.metrics.apis[a].requests[refused].Inc()
+			if s.cfg.Audit != nil {
+				s.auditRefusal(info.auditEntry(ctx, a.String()), nil, err)
+			}
+			return nil, s.reject(ctx, a.String(), info.priority, err)
+		}
+		defer s.leave(&info)
+		var user string
+		messages, err := s.lasting(ctx, &info, a, &user)
+		took := time.Since(info.call.Began)
+		if err != nil {
+			s.metrics.recordCall(a, refused, took)
+			info.unsent = !errors.Is(err, errLastingOpen)
+			if s.cfg.Audit != nil {
+				s.auditRefusal(info.auditEntry(ctx, a.String()), nil, err)
+			}
+			return nil, s.reject(ctx, a.String(), info.priority, err)
+		}
+		s.metrics.recordCall(a, success, took)
+		if s.cfg.Audit != nil {
+			e := info.auditEntry(ctx, a.String())
+			e.Event, e.TargetKind, e.Target = audit.UserForgotten, "user", user
+			if a == replay {
+				e.Event = audit.UserReplayed
+			}
+			s.cfg.Audit.Write(e)
+		}
+		r := new(reply)
+		r.set(wire.AppendUint(r.small[:0], 1, int32Of(messages)))
+		return r, nil
+	}
+}
+
+// lasting does what a call asks for. user is set to the id in it once that is allowed.
+func (s *Server) lasting(ctx context.Context, info *callInfo, a api, user *string) (messages int, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.panicked(a.String(), v)
+			messages, err = 0, errMayBeSent
+		}
+	}()
+	b, err := s.readSmall(info)
+	if err != nil {
+		return 0, err
+	}
+	var id, node string
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsBytes(1):
+			id = string(m.Bytes)
+		case m.IsBytes(2) && a == replay:
+			node = string(m.Bytes)
+		}
+	}
+	if m.Err != nil {
+		return 0, malformed("request")
+	}
+	limits := s.cfg.Engine.Limits()
+	// An id is what it is in a push, and content is not asked for.
+	if err := limits.Check(&engine.Request{Kind: engine.ToUser, User: id, Content: engine.Content{Present: true}}); err != nil {
+		return 0, err
+	}
+	if err := ids.Check(node, ids.MaxBytes); err != nil && a == replay {
+		return 0, &engine.InvalidError{Field: "node_id", Code: engine.CodeIDMalformed, Description: err.Error()}
+	}
+	if s.cfg.Auth != nil {
+		if !s.cfg.Auth.Valid(info.principal, time.Now()) { // the caller decides when its request comes
+			if err := s.authenticate(ctx, info); err != nil {
+				return 0, err
+			}
+		}
+		if !info.principal.Allows(a.method(), id) {
+			return 0, deniedError{api: a, method: !info.principal.May(a.method())}
+		}
+	}
+	*user = id
+	if s.cfg.Lasting == nil {
+		return 0, errStoreOff
+	}
+	ctx, cancel := context.WithDeadline(ctx, info.call.Began.Add(s.cfg.Engine.Timeout()))
+	defer cancel()
+	scoped := scopeOf(info.tenant()) + id
+	if a == replay {
+		messages, err = s.cfg.Lasting.Replay(ctx, scoped, node)
+	} else {
+		messages, err = s.cfg.Lasting.Forget(ctx, scoped)
+	}
+	switch {
+	case err == nil:
+		return messages, nil
+	case ctx.Err() != nil:
+		return 0, errLastingOpen
+	default:
+		return 0, fmt.Errorf("%s: %w", a, err)
+	}
+}

@@ -1,0 +1,240 @@
+package ingress
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/ids"
+	"github.com/push-manager/push-manager/internal/wire"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+// optionsField is PushOptions in every request.
+const optionsField protowire.Number = 20
+
+// The fields of PushOptions.
+const (
+	optionMessageID   protowire.Number = 1
+	optionTTL         protowire.Number = 2
+	optionAck         protowire.Number = 3
+	optionOffline     protowire.Number = 4
+	optionCollapseKey protowire.Number = 5
+	optionPriority    protowire.Number = 6
+	optionReceipt     protowire.Number = 7
+	optionAckTimeout  protowire.Number = 8
+)
+
+const (
+	// optionBytes bounds message_id and collapse_key.
+	optionBytes = 64
+	// usualAckTimeout is how long clients may take where the caller does not say.
+	usualAckTimeout = 2 * time.Second
+	// maxAckTimeout is the longest that a caller may ask for.
+	maxAckTimeout = 60 * time.Second
+)
+
+// options are the PushOptions of one push.
+type options struct {
+	engine engine.Options
+	// priority is what the push claims, if it claims any.
+	priority       engine.Priority
+	claimsPriority bool
+
+	// As they stand on the wire. Of a field that comes again the last one counts.
+	messageID, collapseKey          []byte
+	ttl, ackTimeout                 uint64
+	ack, offline, claimed, receipts uint64
+}
+
+// read notes the fields of one PushOptions; of several in one request each is read into the
+// same options, which merges them as protobuf has it.
+func (o *options) read(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch m.Type() {
+		case protowire.BytesType:
+			switch m.Number() {
+			case optionMessageID:
+				o.messageID = m.Bytes
+			case optionCollapseKey:
+				o.collapseKey = m.Bytes
+			default:
+				continue
+			}
+			if !utf8.Valid(m.Bytes) { // here, because one that is replaced has to be valid, too
+				return invalidUTF8(engine.CodeMalformed, optionName(m.Number()))
+			}
+		case protowire.VarintType:
+			switch m.Number() {
+			case optionTTL:
+				o.ttl = m.Uint
+			case optionAck:
+				o.ack = m.Uint
+			case optionOffline:
+				o.offline = m.Uint
+			case optionPriority:
+				o.claimed = m.Uint
+			case optionReceipt:
+				o.receipts = m.Uint
+			case optionAckTimeout:
+				o.ackTimeout = m.Uint
+			}
+		}
+	}
+	if m.Err != nil {
+		return malformed("options")
+	}
+	return nil
+}
+
+func optionName(n protowire.Number) string {
+	if n == optionCollapseKey {
+		return "options.collapse_key"
+	}
+	return "options.message_id"
+}
+
+// finish checks what read has noted and makes the engine's options of it. content is that of the
+// request, without a stamp. What only the engine knows, it checks itself: whether there is a
+// store, and how long a message may last.
+func (o *options) finish(content []byte) error {
+	e := &o.engine
+	for _, field := range []struct {
+		number protowire.Number
+		text   []byte
+		into   *string
+	}{{optionMessageID, o.messageID, &e.MessageID}, {optionCollapseKey, o.collapseKey, &e.CollapseKey}} {
+		if len(field.text) == 0 {
+			continue
+		}
+		if err := ids.Check(field.text, optionBytes); err != nil {
+			code := engine.CodeMalformed
+			if errors.Is(err, ids.ErrTooLong) {
+				code = engine.CodeTooLarge
+			}
+			return &engine.InvalidError{Field: optionName(field.number), Code: code, Description: err.Error()}
+		}
+		*field.into = wire.String(field.text)
+	}
+	for _, field := range []struct {
+		name  string
+		value uint64
+		names map[int32]string
+	}{
+		{"ack", o.ack, pubsub.AckPolicy_name},
+		{"offline", o.offline, pubsub.OfflinePolicy_name},
+		{"priority", o.claimed, pubsub.Priority_name},
+		{"receipt", o.receipts, pubsub.ReceiptMode_name},
+	} {
+		if field.value >= uint64(len(field.names)) { // they count from 0
+			return optionOutOfRange(field.name, fmt.Sprintf("is none of the %d values that are known", len(field.names)))
+		}
+	}
+	if o.ttl > math.MaxUint32 {
+		return optionOutOfRange("ttl_ms", "must be milliseconds, from 0 to 2^32 - 1")
+	}
+	if o.ackTimeout > uint64(maxAckTimeout.Milliseconds()) {
+		return optionOutOfRange("ack_timeout_ms", fmt.Sprintf("must be milliseconds, from 0 to %d", maxAckTimeout.Milliseconds()))
+	}
+	e.TTL = time.Duration(o.ttl) * time.Millisecond
+	e.ClientAck = o.ack == uint64(pubsub.AckPolicy_ACK_CLIENT)
+	e.Store = o.offline == uint64(pubsub.OfflinePolicy_OFFLINE_STORE)
+	e.Async = o.receipts == uint64(pubsub.ReceiptMode_RECEIPT_ASYNC)
+	if e.ClientAck {
+		if e.AckTimeout = time.Duration(o.ackTimeout) * time.Millisecond; e.AckTimeout == 0 {
+			e.AckTimeout = usualAckTimeout
+		}
+	}
+	if e.Async && (!e.ClientAck || e.MessageID == "") {
+		return &engine.InvalidError{Field: "options.receipt", Code: engine.CodeRequired, Description: "RECEIPT_ASYNC needs ACK_CLIENT and a message_id"}
+	}
+	if o.claimsPriority = o.claimed != uint64(pubsub.Priority_PRIORITY_UNSPECIFIED); o.claimsPriority {
+		o.priority = priorityOf(pubsub.Priority(o.claimed))
+	}
+	if e.Store && e.MessageID == "" {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return fmt.Errorf("make a message id: %w", err)
+		}
+		e.MessageID = id.String()
+	}
+	if e.MessageID != "" {
+		e.PayloadHash = contentHash(content)
+	}
+	return nil
+}
+
+func optionOutOfRange(name, description string) error {
+	return &engine.InvalidError{Field: "options." + name, Code: engine.CodeOutOfRange, Description: description}
+}
+
+func priorityOf(p pubsub.Priority) engine.Priority {
+	switch p {
+	case pubsub.Priority_PRIORITY_LOW:
+		return engine.Low
+	case pubsub.Priority_PRIORITY_HIGH:
+		return engine.High
+	case pubsub.Priority_PRIORITY_CRITICAL:
+		return engine.Critical
+	default:
+		return engine.Normal
+	}
+}
+
+// contentHash is a CRC-32C of an encoded MessageContent. Entries of its metadata count in any order:
+// generated code writes those of one map in another order each time, and a retry must have the hash
+// of the first try.
+func contentHash(content []byte) uint32 {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	var hash, entries uint32
+	m := wire.Reader{Rest: content}
+	for rest := content; m.Next(); rest = m.Rest {
+		field := rest[:len(rest)-len(m.Rest)]
+		if m.IsBytes(contentMetadata) {
+			entries += crc32.Checksum(field, table)
+		} else {
+			hash = crc32.Update(hash, table, field)
+		}
+	}
+	if entries == 0 {
+		return hash
+	}
+	return crc32.Update(hash, table, binary.LittleEndian.AppendUint32(nil, entries))
+}
+
+// applyOptions does what the options of a push ask of the API: o is nil for none. The push must have been decoded,
+// and info must be of now.
+func (s *Server) applyOptions(info *callInfo, p *engine.Push, o *options) error {
+	if o == nil {
+		return nil
+	}
+	o.engine.Sender = info.sender()
+	if o.engine.Async {
+		o.engine.Receipts = s.receipts
+	}
+	if !o.claimsPriority {
+		return nil
+	}
+	p.Priority = min(o.priority, info.priorityMax)
+	if p.Priority >= info.priority {
+		return nil
+	}
+	return s.cfg.Engine.Admit(p.Priority) // it was let in as more than it is
+}
+
+// sender is the name by which the ids of the caller's messages are told apart from those of others.
+func (e *callInfo) sender() string {
+	if e.principal == nil {
+		return ""
+	}
+	return e.principal.Name
+}
