@@ -78,8 +78,9 @@ type NodeFailure struct {
 
 // tally gathers the outcomes of one push.
 type tally struct {
-	count    [Delivered + 1]int
-	failures []NodeFailure
+	count                             [Delivered + 1]int
+	stored, unsure, acked, duplicates int
+	failures                          []NodeFailure
 }
 
 func (b *tally) add(o Outcome, n int) { b.count[o] += n }
@@ -112,21 +113,51 @@ func (b *tally) blame(o Outcome, node, reason string, n int) {
 	b.failures = append(b.failures, NodeFailure{node, reason, n})
 }
 
-// settled takes n off what the push waits for. The last one takes the account
-// and tells the caller.
+// settled takes n off what the push waits for. The last one finishes it, or has it go on with
+// what comes after its deliveries.
 func (p *Push) settled(n int) {
 	if p.pending.Add(-int32(n)) != 0 {
 		return
 	}
-	if _, p.plain = p.plainAccount(); !p.plain {
-		p.result, p.err = p.account()
+	r, plain := p.plainAccount()
+	if l := p.lasting; l != nil && !(plain && l.idle(r)) {
+		l.delivered()
+		return
 	}
+	if p.plain = plain; !plain {
+		p.result, p.err = p.account()
+		p.engine.book(p.result)
+	}
+	p.release()
+	p.complete()
+}
+
+// book counts the final account of a push that is not plain.
+func (e *Engine) book(r Result) {
+	if r.Stale > 0 {
+		e.stale.Add(1) // in this order, see Stats
+		if r.Changed {
+			e.changed.Add(1)
+		}
+	}
+	e.stored.Add(uint64(r.Stored))
+	e.unsure.Add(uint64(r.Unsure))
+	e.acked.Add(uint64(r.Acked))
+	e.duplicates.Add(uint64(r.Duplicates))
+}
+
+// release lets go of what a push has while it has deliveries under way.
+func (p *Push) release() {
 	if p.slow != nil && p.slow.timer != nil {
 		p.slow.timer.Stop()
 	}
 	if p.Order != nil {
 		p.Order.leave(p)
 	}
+}
+
+// complete tells the caller.
+func (p *Push) complete() {
 	p.engine.gate.leave()
 	p.done.Complete(p)
 }
@@ -157,14 +188,11 @@ func (p *Push) account() (Result, error) {
 	r := Result{
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
+		Stored: b.stored, Unsure: b.unsure, Acked: b.acked, Duplicates: b.duplicates,
 	}
 	r.Targets = b.total()
 	if p.slow != nil && p.slow.stale.is {
 		r.Stale, r.Changed = max(p.Arrived.Sub(p.slow.stale.known), 1), p.slow.stale.changed
-		p.engine.stale.Add(1) // in this order, see Stats
-		if r.Changed {
-			p.engine.changed.Add(1)
-		}
 	}
 	if p.Kind == ToUser || p.Kind == ToUsers {
 		r.Found = r.Offline < r.Targets // whatever the Controller said at first
@@ -178,12 +206,18 @@ func (p *Push) account() (Result, error) {
 // unsent tells whether nothing was written although there was something to
 // write, and why.
 func (p *Push) unsent() error {
+	if p.stores() {
+		return nil // it was stored, or has failed to be
+	}
 	for _, d := range p.deliveries {
 		if d.outcome != Failed || d.reason != DropExpired && d.reason != DropInternal {
 			return nil
 		}
 	}
 	expired := p.expiry()
+	if errors.Is(expired, errLapsed) {
+		return nil
+	}
 	if len(p.deliveries) > 0 && expired == nil && !time.Now().Before(p.deadline) {
 		return ErrDeadline
 	}
@@ -229,30 +263,105 @@ func (d *Delivery) tallyAll(b *tally) {
 		b.blame(d.outcome, d.node, d.reasonText(), 0)
 		return
 	}
-	b.add(Delivered, d.delivered)
-	b.fail(Failed, d.node, d.failedText(), d.details().failedUsers)
+	r := d.details()
+	delivered := d.delivered - len(r.unacked) - r.silent
+	b.add(Delivered, delivered)
+	b.acked += r.acked
+	b.duplicates += min(r.duplicates, delivered)
+	b.fail(Failed, d.node, d.failedText(), r.failedUsers)
+	b.fail(Failed, d.node, DropReused.String(), len(r.reused))
+	b.fail(Unknown, d.node, LostReceipt.String(), len(r.unacked)+r.silent)
+}
+
+// part is how a node's answer speaks of one of the users of a delivery. A user is in one of them.
+type part uint8
+
+const (
+	rest    part = iota // not by name: most users, and all where there is no answer
+	missed              // not there
+	failed              // there, and not reached
+	reused              // had the message id with another content
+	unacked             // reached, and the client has not acknowledged
+	parts               // how many there are
+)
+
+// partOf is the part of one user of the delivery.
+func (d *Delivery) partOf(user string) part {
+	r := d.short
+	switch {
+	case d.outcome != Delivered || r == nil:
+		return rest
+	case has(r.notHere, user):
+		return missed
+	case has(r.failed, user):
+		return failed
+	case has(r.reused, user):
+		return reused
+	case has(r.unacked, user):
+		return unacked
+	default:
+		return rest
+	}
+}
+
+// sizes is how many users are in each part.
+func (d *Delivery) sizes() (n [parts]int) {
+	if n[rest] = d.Targets(); d.outcome == Delivered && d.short != nil {
+		r := d.short
+		n[missed], n[failed], n[reused], n[unacked] = len(r.notHere), len(r.failed), len(r.reused), len(r.unacked)
+		n[rest] -= n[missed] + n[failed] + n[reused] + n[unacked]
+	}
+	return n
+}
+
+// outcomeOf is how a user in a part of the delivery ended, before heals. Where not all of the
+// rest were reached, and nobody knows who was, all are unknown.
+func (d *Delivery) outcomeOf(in part) Outcome {
+	if d.outcome != Delivered {
+		return d.outcome
+	}
+	switch r := d.details(); {
+	case in == missed:
+		return d.missedAs()
+	case in == failed || in == reused:
+		return Failed
+	case in == unacked || r.unexplained+r.silent > 0:
+		return Unknown
+	default:
+		return Delivered
+	}
 }
 
 // tallyUsers counts all other pushes: delivery by delivery, except for the users
-// with more than one delivery, of whose outcomes the best counts.
+// with more than one delivery, of whose outcomes the best counts, and those that were stored.
 func (p *Push) tallyUsers(b *tally) {
-	b.add(Offline, p.offline)
-	if p.slow != nil {
-		for _, gone := range p.slow.dropped {
-			b.fail(Failed, "", gone.why.String(), gone.users)
+	in := make([][parts]int, len(p.deliveries)) // how many of each part count with a delivery
+	for i, d := range p.deliveries {
+		in[i] = d.sizes()
+	}
+	away := 0 // users without a delivery who are stored
+	for user, e := range p.byName(in) {
+		switch stored := p.tallyStored(b, user, e); {
+		case stored && e.delivery < 0:
+			away++
+		case stored || e.delivery < 0: // excluded, or counted below
+		case e.outcome == Offline: // or gone, which the delivery does not tell
+			p.tallyOffline(b, 1)
+		default:
+			in[e.delivery][e.part]++
 		}
 	}
-	alone := p.countedAlone()
-	for _, d := range p.deliveries {
-		d.tally(b, alone)
+	for i, d := range p.deliveries {
+		d.tally(b, in[i])
 	}
-	for _, a := range alone {
-		switch {
-		case a.d == nil: // excluded, or dropped before there was a delivery
-		case a.outcome == Failed || a.outcome == Unknown:
-			b.fail(a.outcome, a.d.node, a.d.userText(a.outcome), 1)
-		default:
-			b.add(a.outcome, 1)
+	n := min(away, p.offline)
+	p.tallyOffline(b, p.offline-n)
+	away -= n
+	if p.slow != nil {
+		for _, gone := range p.slow.dropped {
+			n := min(away, gone.users)
+			b.fail(Failed, "", gone.why.String(), gone.users-n)
+			away -= n
 		}
 	}
 	if lost := p.targets - b.total(); lost > 0 {
@@ -260,14 +369,75 @@ func (p *Push) tallyUsers(b *tally) {
 	}
 }
 
-// best is the best outcome so far of a user that is counted by itself.
-type best struct {
-	outcome Outcome
-	d       *Delivery
+// ending is how one user ended that is counted by name.
+type ending struct {
+	delivery int // with which it counts, by its place in Push.deliveries, -1 for none
+	part     part
+	outcome  Outcome
+	acked    bool // it is certain that the client has acknowledged
+	barred   bool // not to be stored: the message would be wrong there, or is not worth it
 }
 
-// countedAlone lists the users that cannot be counted delivery by delivery.
-func (p *Push) countedAlone() map[string]best {
+// byName lists how the users ended that cannot be counted delivery by delivery, and takes them off
+// in: those with more than one delivery, and all of a push that may be stored.
+func (p *Push) byName(in [][parts]int) map[string]ending {
+	ends := p.countedAlone()
+	if p.stores() {
+		if ends == nil {
+			ends = make(map[string]ending, p.targets)
+		}
+		if p.Kind == ToUser {
+			ends[p.User] = ending{delivery: -1}
+		}
+		for _, user := range p.Users {
+			ends[user] = ending{delivery: -1}
+		}
+	}
+	for i, d := range p.deliveries {
+		if r := d.short; r != nil {
+			slices.Sort(r.resent)
+			slices.Sort(r.gone)
+		}
+		if p.stores() {
+			for _, user := range d.all() {
+				e, known := ends[user]
+				if !known {
+					e.delivery = -1
+				}
+				ends[user] = e.with(d, i, user, in)
+			}
+			continue
+		}
+		for user, e := range ends {
+			if d.has(user) {
+				ends[user] = e.with(d, i, user, in)
+			}
+		}
+	}
+	return ends
+}
+
+// with is e once the i-th delivery, d, is looked at. The better one counts.
+func (e ending) with(d *Delivery, i int, user string, in [][parts]int) ending {
+	r, at := d.details(), d.partOf(user)
+	in[i][at]--
+	e.barred = e.barred || at == reused || d.outcome == Failed && (d.reason == DropReplaced || d.reason == DropTooLarge)
+	if has(r.resent, user) {
+		return e // another delivery answers
+	}
+	o := d.outcomeOf(at)
+	if has(r.gone, user) {
+		o = Offline
+	}
+	acked := o == Delivered && r.acked > 0 && r.acked == d.sizes()[rest]
+	if o > e.outcome || o == e.outcome && acked && !e.acked {
+		e.delivery, e.part, e.outcome, e.acked = i, at, o, acked
+	}
+	return e
+}
+
+// countedAlone lists the users with more than one delivery.
+func (p *Push) countedAlone() map[string]ending {
 	var shared []string
 	if p.slow != nil {
 		shared = p.slow.shared
@@ -280,76 +450,51 @@ func (p *Push) countedAlone() map[string]best {
 	if n == 0 {
 		return nil
 	}
-	alone := make(map[string]best, n)
+	alone := make(map[string]ending, n)
 	for _, user := range shared {
-		alone[user] = best{}
+		alone[user] = ending{delivery: -1}
 	}
 	for _, d := range p.deliveries {
 		r := d.details()
 		for _, user := range slices.Concat(r.resent, r.gone) {
-			alone[user] = best{}
+			alone[user] = ending{delivery: -1}
 		}
 	}
 	return alone
 }
 
-// tally adds the delivery's users to the tally but for those in alone, whose
-// best outcomes it updates.
-func (d *Delivery) tally(b *tally, alone map[string]best) {
-	n := d.counts()
-	if len(alone) > 0 {
-		r := d.details()
-		slices.Sort(r.resent)
-		slices.Sort(r.gone)
-		unnamed := 0
-		for user, sofar := range alone {
-			if !d.has(user) {
-				continue
-			}
-			o := d.outcomeOf(user)
-			if r.unexplained > 0 && o == Unknown {
-				unnamed++
-			} else {
-				n[o]--
-			}
-			if has(r.gone, user) {
-				o = Offline
-			}
-			if !has(r.resent, user) && o > sofar.outcome {
-				alone[user] = best{o, d}
-			}
-		}
-		// Whom the ack of a short count reached nobody can tell: it may have been
-		// those counted alone, so only the count beyond them is sure of the rest.
-		if unnamed > 0 {
-			rest := n[Delivered] + n[Unknown] - unnamed
-			n[Delivered] = max(0, n[Delivered]-unnamed)
-			n[Unknown] = rest - n[Delivered]
-		}
+// tally counts so many users of each part of the delivery, those who count with it.
+func (d *Delivery) tally(b *tally, in [parts]int) {
+	if d.outcome != Delivered {
+		b.fail(d.outcome, d.node, d.reasonText(), in[rest])
+		return
 	}
-	b.add(Delivered, n[Delivered])
-	b.add(Offline, n[Offline])
-	b.fail(Failed, d.node, d.failedText(), n[Failed])
-	b.fail(Unknown, d.node, d.unknownText(), n[Unknown])
+	r, missing := d.details(), in[missed]
+	if d.missedAs() == Offline {
+		b.add(Offline, missing)
+		missing = 0
+	}
+	b.fail(Failed, d.node, d.failedText(), in[failed]+missing)
+	b.fail(Failed, d.node, DropReused.String(), in[reused])
+	b.fail(Unknown, d.node, LostReceipt.String(), in[unacked])
+	// What the node says of the rest are counts. They may be about those who count elsewhere, so
+	// only what is beyond them is certain.
+	elsewhere := d.sizes()[rest] - in[rest]
+	certain := func(n int) int { return max(0, n-elsewhere) }
+	delivered := certain(d.delivered - len(r.unacked) - r.silent)
+	b.add(Delivered, delivered)
+	b.acked += certain(r.acked)
+	b.duplicates += min(certain(r.duplicates), delivered)
+	unknown := in[rest] - delivered
+	silent := min(unknown, r.silent)
+	b.fail(Unknown, d.node, LostReceipt.String(), silent)
+	b.fail(Unknown, d.node, LostCount.String(), unknown-silent)
 }
 
 // has tells whether user is in a sorted list.
 func has(sorted []string, user string) bool {
 	_, ok := slices.BinarySearch(sorted, user)
 	return ok
-}
-
-// counts is how the delivery's users ended, before heals.
-func (d *Delivery) counts() [Delivered + 1]int {
-	var n [Delivered + 1]int
-	if d.outcome != Delivered {
-		n[d.outcome] = d.Targets()
-		return n
-	}
-	r := d.details()
-	n[Delivered], n[Failed], n[Unknown] = d.delivered, len(r.failed), r.unexplained
-	n[d.missedAs()] += len(r.notHere)
-	return n
 }
 
 // missedAs is the outcome of users that the node does not have: offline once the
@@ -359,24 +504,6 @@ func (d *Delivery) missedAs() Outcome {
 		return Failed
 	}
 	return Offline
-}
-
-// outcomeOf is how one user of the delivery ended, before heals. A user whom an
-// ack neither names nor accounts for is unknown.
-func (d *Delivery) outcomeOf(user string) Outcome {
-	r := d.details()
-	switch {
-	case d.outcome != Delivered:
-		return d.outcome
-	case has(r.notHere, user):
-		return d.missedAs()
-	case has(r.failed, user):
-		return Failed
-	case r.unexplained > 0:
-		return Unknown
-	default:
-		return Delivered
-	}
 }
 
 // reasonText says in words why the delivery as a whole was not delivered.
@@ -399,18 +526,4 @@ func (d *Delivery) failedText() string {
 	default:
 		return "not taken by the client's connection"
 	}
-}
-
-func (d *Delivery) unknownText() string {
-	if d.outcome == Unknown {
-		return d.reasonText()
-	}
-	return LostCount.String()
-}
-
-func (d *Delivery) userText(o Outcome) string {
-	if o == Unknown {
-		return d.unknownText()
-	}
-	return d.failedText()
 }

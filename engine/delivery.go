@@ -49,11 +49,18 @@ type details struct {
 	text        string   // the node's own words beside the reason
 	notHere     []string // sorted; offline, unless a heal says otherwise
 	failed      []string // sorted
+	reused      []string // sorted; had the message id with another content
 	failedUsers int      // of a broadcast
 	unexplained int      // users that the node's ack did not account for
+	duplicates  int      // of delivered: had it before
 	resent      []string // users for whom another delivery answers
 	gone        []string // users that the Controller has nowhere any more
 	heal        Reason   // why notHere could not be looked up, Sent if it could
+
+	// What clients said of delivered, once nobody waits for that any longer.
+	acked   int
+	unacked []string // sorted; given up by name
+	silent  int      // given up, and nobody knows who it is
 }
 
 // details reads it, mostly nothing.
@@ -115,7 +122,7 @@ func (d *Delivery) Targets() int {
 	return len(d.users)
 }
 
-// Deadline is when it must be settled.
+// Deadline is when it must be settled, its receipts left aside.
 func (d *Delivery) Deadline() time.Time { return d.push.deadline }
 
 // Options are those of the push, nil for none.
@@ -173,18 +180,6 @@ type Ack struct {
 	Pending     int      // of Delivered: clients that are to acknowledge. Receipts follow
 }
 
-// AwaitsReceipts tells whether anybody still waits for receipts of the delivery. After an Ack with
-// Pending a link keeps the delivery for as long.
-func (d *Delivery) AwaitsReceipts() bool { return false }
-
-// Receipt takes what the node says of clients: how many have acknowledged, who has been given up, and
-// whether that is all. It takes over unacked. The error tells of claims that cannot be; what is still
-// awaited is then given up.
-func (d *Delivery) Receipt(acked int, unacked []string, final bool) error { return nil }
-
-// LoseReceipts gives up what is still awaited: the stream has ended.
-func (d *Delivery) LoseReceipts() {}
-
 // Ack settles the delivery with the node's answer and takes over its slices.
 // False means that it was settled before: the ack came late. The error tells that
 // the ack claims what cannot be; the delivery is then unknown as a whole.
@@ -196,18 +191,24 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 		return false, nil
 	}
 	d.outcome, d.delivered = Delivered, a.Delivered
-	named := len(a.NotHere) + len(a.Failed)
-	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || !d.Everybody() && a.Delivered != d.Targets() {
+	named := len(a.NotHere) + len(a.Failed) + len(a.Reused)
+	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || a.Duplicates > 0 || a.Pending > 0 ||
+		!d.Everybody() && a.Delivered != d.Targets() {
 		slices.Sort(a.NotHere)
 		slices.Sort(a.Failed)
+		slices.Sort(a.Reused)
 		r := d.ensureDetails()
 		r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
+		r.reused, r.duplicates = a.Reused, a.Duplicates
 		switch {
 		case a.Refused:
 			d.outcome, d.reason = Failed, DropRefused
 		case !d.Everybody():
 			r.unexplained = d.Targets() - a.Delivered - named
 		}
+	}
+	if a.Pending > 0 {
+		d.push.lasting.expect(d, a.Pending)
 	}
 	d.settle(a.NotHere)
 	return true, nil
@@ -278,13 +279,13 @@ func (d *Delivery) close() {
 }
 
 // expire settles whatever the delivery still waits for: with drop what was not
-// written, with lose what was.
+// written, with lose what was, unless that is Sent.
 func (d *Delivery) expire(drop, lose Reason) {
 	switch {
 	case d.state.CompareAndSwap(queued, claimed):
 		d.outcome, d.reason = Failed, drop
 		d.settle(nil)
-	case d.state.CompareAndSwap(written, claimed):
+	case lose != Sent && d.state.CompareAndSwap(written, claimed):
 		d.outcome, d.reason = Unknown, lose
 		d.settle(nil)
 	default:
@@ -334,9 +335,20 @@ func (d *Delivery) has(user string) bool {
 // check refuses an ack that claims what cannot be.
 func (d *Delivery) check(a *Ack) error {
 	named := len(a.NotHere) + len(a.Failed)
-	switch {
-	case a.Delivered < 0 || a.FailedUsers < 0:
+	if !d.Everybody() { // of a broadcast nobody knows whom it is for
+		named += len(a.Reused)
+	}
+	switch o := d.push.Options; {
+	case min(a.Delivered, a.FailedUsers, a.Duplicates, a.Pending) < 0:
 		return errors.New("negative count")
+	case a.Duplicates > a.Delivered || a.Pending > a.Delivered:
+		return fmt.Errorf("%d duplicates and %d pending of %d delivered", a.Duplicates, a.Pending, a.Delivered)
+	case a.Pending > 0 && (o == nil || !o.ClientAck):
+		return errors.New("clients were not to acknowledge")
+	case (a.Duplicates > 0 || len(a.Reused) > 0) && (o == nil || o.MessageID == ""):
+		return errors.New("there was no message id")
+	case a.Refused && len(a.Reused) > 0:
+		return fmt.Errorf("refused, and %d have had the message id", len(a.Reused))
 	case a.Refused && (a.Delivered > 0 || named > 0):
 		return fmt.Errorf("refused, and %d delivered, %d missed", a.Delivered, named)
 	case d.Everybody() && named > 0:
@@ -351,7 +363,7 @@ func (d *Delivery) check(a *Ack) error {
 	}
 	// Each user named is one it was for, and named once.
 	seen := make(map[string]struct{}, named)
-	for _, users := range [][]string{a.NotHere, a.Failed} {
+	for _, users := range [][]string{a.NotHere, a.Failed, a.Reused} {
 		for _, user := range users {
 			if !d.has(user) {
 				return fmt.Errorf("user %q was not asked for", user)
@@ -371,7 +383,7 @@ func (d *Delivery) describe() string {
 	switch {
 	case d.outcome != Delivered:
 		return d.outcome.String() + ": " + d.reason.String()
-	case len(r.failed) > 0 || r.failedUsers > 0 || r.unexplained > 0:
+	case len(r.failed) > 0 || len(r.reused) > 0 || r.failedUsers > 0 || r.unexplained > 0:
 		return "partial"
 	case len(r.notHere) > 0:
 		return "not here"

@@ -81,12 +81,14 @@ type Engine struct {
 	shards    *shard.Set
 	directory *route.Directory
 	network   Network
+	spool     Spool
 	limits    Limits
 	timeout   time.Duration
 	logger    *slog.Logger
 
 	// Safe for concurrent use.
 	gate    gate
+	async   asyncs
 	shed    atomic.Int32 // priorities, from the lowest
 	heals   atomic.Uint64
 	fences  atomic.Uint64 // deliveries that were held back
@@ -94,6 +96,10 @@ type Engine struct {
 	stale   atomic.Uint64 // pushes by a stale answer
 	changed atomic.Uint64 // by one known to have changed
 	panics  atomic.Uint64
+
+	stored, unsure, acked, duplicates atomic.Uint64 // users, see Result
+	receipts                          atomic.Int64  // deliveries that wait for receipts
+
 	lanes   []lane    // by shard
 	waiters sync.Pool // of *waiter
 }
@@ -156,9 +162,11 @@ func New(config Config) (*Engine, error) {
 		return nil, err
 	}
 	config = config.withDefaults()
+	config.Limits.store = config.Spool != nil
 	return &Engine{
-		shards: config.Shards, directory: config.Directory, network: config.Network,
+		shards: config.Shards, directory: config.Directory, network: config.Network, spool: config.Spool,
 		limits: config.Limits, timeout: config.Timeout, gate: gate{most: bounds(config.MaxInFlight), idle: make(chan struct{}, 1)},
+		async:  asyncs{most: config.MaxAsync, idle: make(chan struct{}, 1), open: make(map[*lasting]struct{})},
 		logger: config.Logger, lanes: make([]lane, config.Shards.Len()),
 	}, nil
 }
@@ -238,6 +246,14 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		timeout = min(timeout, p.Timeout)
 	}
 	p.deadline = p.Arrived.Add(timeout)
+	if p.Options != nil {
+		p.begin(timeout)
+		if p.Options.Async && !e.async.enter(p.lasting) {
+			p.lasting = nil
+			e.gate.leave()
+			return ErrAsync
+		}
+	}
 	p.pending.Store(1)
 	defer func() {
 		if v := recover(); v != nil {
@@ -286,7 +302,8 @@ func (e *Engine) Admit(p Priority) error {
 }
 
 // Drain refuses new pushes with ErrDraining and waits until those in flight are
-// finished or ctx ends.
+// finished and the receipts of Async ones are final, or ctx ends. Shortly before that receipts
+// are not waited for any longer.
 func (e *Engine) Drain(ctx context.Context) error {
 	e.gate.closed.Store(true)
 	for e.gate.inside() > 0 {
@@ -294,10 +311,11 @@ func (e *Engine) Drain(ctx context.Context) error {
 		case <-e.gate.idle:
 			e.gate.tellIdle() // whoever else drains
 		case <-ctx.Done():
+			e.async.each((*lasting).abandon)
 			return fmt.Errorf("drain with %d pushes in flight: %w", e.gate.inside(), ctx.Err())
 		}
 	}
-	return nil
+	return e.async.drain(ctx)
 }
 
 // Stats is a reading of the engine's counters.
@@ -315,6 +333,13 @@ type Stats struct {
 	// Stale counts pushes by an answer that the Controller could not confirm, Changed
 	// those of them where it was known to be true no more.
 	Stale, Changed uint64
+	// Stored, Unsure, Acked and Duplicates are the sums of those of Result: of an Async push
+	// once its receipts are final.
+	Stored, Unsure, Acked, Duplicates uint64
+	// Async is how many Async pushes have receipts that are not final, Receipts how many
+	// deliveries of any push wait for some.
+	Async    int
+	Receipts int64
 	// Deliveries counts ended deliveries by the text of their reason; "sent" are
 	// those that were acknowledged.
 	Deliveries map[string]uint64
@@ -327,6 +352,8 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
 		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
+		Stored: e.stored.Load(), Unsure: e.unsure.Load(), Acked: e.acked.Load(), Duplicates: e.duplicates.Load(),
+		Async: e.async.len(), Receipts: e.receipts.Load(),
 		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}
 	for i := range e.lanes {

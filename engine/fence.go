@@ -560,14 +560,19 @@ func (p *Push) holds(h *healer) bool {
 	return false
 }
 
-// bound has p ended with its deadline, for what waits for others.
+// bound has p ended with its deadline, or what it has not sent with its TTL, for what waits for
+// others.
 func (p *Push) bound() {
 	if !p.retain() {
 		return
 	}
 	p.mu.Lock()
 	if a := p.ensureSlowPath(); a.timer == nil {
-		a.timer = time.AfterFunc(time.Until(p.deadline), func() { p.expire(ErrDeadline) })
+		at, why := p.expires(), ErrDeadline
+		if at.Before(p.deadline) {
+			why = errLapsed
+		}
+		a.timer = time.AfterFunc(time.Until(at), func() { p.expire(why) })
 	}
 	p.mu.Unlock()
 	p.settled(1)

@@ -32,7 +32,7 @@ func (h *healer) start() {
 		return // expired while it waited
 	}
 	// Expired while the ack was being counted: nobody else ends the heal then.
-	if p.ended() || !time.Now().Before(p.deadline) {
+	if p.ended() || !time.Now().Before(p.expires()) {
 		d.endHeal(DropExpired)
 		return
 	}

@@ -20,6 +20,8 @@ type Limits struct {
 	Users           int // users in a user list; 0 means 10,000
 	// MaxTTL bounds Options.TTL. 0 means 168 h.
 	MaxTTL time.Duration
+
+	store bool // there is a Spool
 }
 
 func (l Limits) withDefaults() Limits {
@@ -69,6 +71,7 @@ const (
 	CodeMetadataLarge = "METADATA_TOO_LARGE"
 	CodeMalformed     = "MALFORMED"
 	CodeOutOfRange    = "OUT_OF_RANGE"
+	CodeUnavailable   = "NOT_AVAILABLE" // not here, or not for this kind of push
 )
 
 func (e *InvalidError) Error() string { return e.Field + ": " + e.Description }
@@ -145,12 +148,56 @@ func (l Limits) Check(r *Request) error {
 	case c.InvalidUTF8:
 		return &InvalidError{"content.metadata", CodeMalformed, "must be valid UTF-8"}
 	}
+	if r.Options == nil {
+		return nil
+	}
+	return l.checkOptions(r)
+}
+
+// Limits of Options that no setting changes.
+const (
+	optionIDBytes = 64          // of a message id and of a collapse key
+	maxAckTimeout = time.Minute // a node holds on to what is not acknowledged for so long
+)
+
+func (l Limits) checkOptions(r *Request) error {
+	o := r.Options
+	for _, id := range []struct{ field, id string }{{"options.message_id", o.MessageID}, {"options.collapse_key", o.CollapseKey}} {
+		if id.id == "" {
+			continue // not given
+		}
+		if err := checkID(id.field, -1, id.id, optionIDBytes); err != nil {
+			return err
+		}
+	}
+	switch {
+	case o.TTL < 0 || o.TTL > l.MaxTTL:
+		return &InvalidError{"options.ttl_ms", CodeOutOfRange, fmt.Sprintf("must be between 0 and %d", l.MaxTTL.Milliseconds())}
+	case o.AckTimeout < 0 || o.AckTimeout > maxAckTimeout:
+		return &InvalidError{"options.ack_timeout_ms", CodeOutOfRange, fmt.Sprintf("must be between 0 and %d", maxAckTimeout.Milliseconds())}
+	case o.Async && (!o.ClientAck || o.MessageID == ""):
+		return &InvalidError{"options.receipt", CodeRequired, "needs acknowledgements by clients and a message id"}
+	case o.Store && !l.store:
+		return &InvalidError{"options.offline", CodeUnavailable, "there is no store here"}
+	case o.Store && r.Kind == ToAll:
+		return &InvalidError{"options.offline", CodeUnavailable, "a broadcast cannot be stored"}
+	case o.Store && r.Kind == ToRoom:
+		return &InvalidError{"options.offline", CodeUnavailable, "a push to a room cannot be stored: rooms have no log yet"}
+	case o.Replay != nil && (r.Kind != ToUser || o.Store || o.Async):
+		return &InvalidError{"options.replay", CodeMalformed, "goes to one user, and is not stored again"}
+	}
 	return nil
 }
 
 // checkID checks what an id has behind its scope, which is the caller's own part.
 func (l Limits) checkID(scope, field string, index int, id string) error {
-	err := ids.Check(strings.TrimPrefix(id, scope), l.IDBytes)
+	return checkID(field, index, strings.TrimPrefix(id, scope), l.IDBytes)
+}
+
+// checkID checks an id that may have so many bytes. An index below 0 is for a field that is no
+// list.
+func checkID(field string, index int, id string, most int) error {
+	err := ids.Check(id, most)
 	if err == nil {
 		return nil
 	}

@@ -15,17 +15,21 @@ type Options struct {
 	Sender      string
 	PayloadHash uint32
 	// TTL is how long after Arrived the message may be shown. 0: until the push ends, and in the
-	// store as long as it keeps.
+	// store as long as it keeps. When it has passed, what is not written has failed, and nobody
+	// is stored.
 	TTL time.Duration
 	// ClientAck: users whose clients can acknowledge are delivered when they have, within
-	// AckTimeout.
+	// AckTimeout from Arrived, 2 s if it is 0, at most a minute. What has not come by then, or by
+	// the end of a push that is not Async, does not come: Delivery.AckBy tells nodes.
 	ClientAck  bool
 	AckTimeout time.Duration
-	// Store: whoever was not confirmed is handed to the Spool.
+	// Store: whoever was not confirmed is handed to the Spool, with what is left of the push's
+	// time when 150 ms are. Push.Result is then never an error.
 	Store bool
 	// CollapseKey is empty for a message that is worth something beside newer ones.
 	CollapseKey string
-	// Async: the push completes with the nodes' acks. What clients say comes to Receipts.
+	// Async: the push completes with the nodes' acks, and whoever has not acknowledged yet counts
+	// as delivered. What clients say comes to Receipts, nil if nobody asks.
 	Async    bool
 	Receipts Receipts
 	// Replay is set for a message out of the store: it goes to one node and nowhere else.
@@ -44,8 +48,10 @@ type Replay struct {
 
 // Receipts is told what clients say of pushes that are Async.
 type Receipts interface {
-	// Receipt is called from any goroutine, after Complete, and must not block. The last call for
-	// a push has final set. unacked are at most 100 of those who have not acknowledged.
+	// Receipt is called from any goroutine, after Complete, and must not block: once for a push whose
+	// Result was no error, with final set, when all have acknowledged or AckTimeout has passed and,
+	// with Store, the Spool has answered. r counts anew from the beginning. unacked are at most 100 of those
+	// who were reached and have not acknowledged.
 	Receipt(p *Push, r Result, unacked []string, final bool)
 }
 

@@ -124,9 +124,10 @@ type state struct {
 	// Static after start, or once routed.
 	engine   *Engine
 	done     Completer
-	deadline time.Time
-	shard    int  // that of Room or User
-	waits    bool // keys may have been put in line, deliveries held back; the starter's own
+	deadline time.Time // when its deliveries are settled, see lasting
+	lasting  *lasting  // nil for a push that ends with its deliveries
+	shard    int       // that of Room or User
+	waits    bool      // keys may have been put in line, deliveries held back; the starter's own
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of deliveries
 	// and block.
@@ -164,7 +165,7 @@ type state struct {
 // cached, it leaves somebody out, somebody gets it twice, it was ended before its time.
 type slowPath struct {
 	except  []string               // Exclude, sorted, each once
-	timer   *time.Timer            // ends the push if it has to wait in line, else nil
+	timer   *time.Timer            // ends what the push has not sent if it has to wait in line, else nil
 	waiting int                    // keys in line
 	holds   bool                   // some of its deliveries are behind a fence, or were
 	lookup  error                  // of the keys that were not found out
@@ -206,7 +207,8 @@ type dropped struct {
 // over more nodes must not make every push as large.
 const keepDeliveries = 64
 
-// Reusable tells whether a finished push, and its bytes, may be used again after Reset.
+// Reusable tells whether a finished push, and its bytes, may be used again after Reset. One whose
+// clients acknowledge never is: its link may still ask for it. Nor is one that was stored.
 func (p *Push) Reusable() bool { return p.plain && p.Trace == nil }
 
 // Reset prepares a reusable push for another use, whose fields the caller then sets.
@@ -223,7 +225,9 @@ func (p *Push) Reset() {
 // Forget lets go of what belongs to the caller of a reusable push to one user, its id and
 // the payload. It is for those who keep pushes for later: Reset would do the same, and
 // touch all of the push.
-func (p *Push) Forget() { p.User, p.Payload, p.user[0], p.mark = "", nil, "", [1]mark{} }
+func (p *Push) Forget() {
+	p.User, p.Payload, p.Options, p.user[0], p.mark = "", nil, nil, "", [1]mark{}
+}
 
 // Lookup opens a span for a look-up on behalf of the push.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
@@ -251,6 +255,10 @@ func (p *Push) route() {
 		table, key, room = e.directory.Rooms, p.Room, 1
 	case ToUser:
 		p.targets = 1
+		if p.Options != nil && p.Options.Replay != nil {
+			p.sendReplay()
+			return
+		}
 	case ToUsers:
 		p.routeUsers()
 		return
@@ -285,6 +293,18 @@ func (p *Push) route() {
 		deliveries = hold(deliveries, p.takeLater())
 	}
 	p.send(deliveries)
+}
+
+// sendReplay sends a message out of the store to the node that it is for. Nobody is looked up,
+// and what is not delivered there stays in the store. So it is with its link when Start returns,
+// behind what was started before for the user.
+func (p *Push) sendReplay() {
+	p.shard = p.engine.shards.For(p.User).Index()
+	p.user[0] = p.User
+	d := &p.one[0]
+	d.node, d.users, d.healed = p.Options.Replay.Node, p.user[:], true
+	p.add(d)
+	p.send(p.deliveries)
 }
 
 // takeLater takes what has been staged to be held back.
@@ -617,25 +637,45 @@ func (p *Push) retain() bool {
 	return false
 }
 
-// expire ends the push now, for one of ErrDeadline, ErrCanceled and ErrInternal.
-// What is written becomes unknown, all else failed. The push finishes before expire
-// returns or, if some other goroutine is just settling a part of it, right after.
+// expires is when nothing more of the push is sent.
+func (p *Push) expires() time.Time {
+	if o := p.Options; o != nil && o.TTL > 0 && p.Arrived.Add(o.TTL).Before(p.deadline) {
+		return p.Arrived.Add(o.TTL)
+	}
+	return p.deadline
+}
+
+// errLapsed ends what a push has not sent when its TTL has passed. It is no error of the push.
+var errLapsed = errors.New("ttl passed")
+
+// expire ends the push now, for one of ErrDeadline, ErrCanceled, ErrInternal and errLapsed.
+// What is written becomes unknown, all else failed; what is written and has lapsed is still
+// waited for. The deliveries are settled before expire returns or, if some other goroutine is
+// just settling one of them, right after. Receipts are not waited for any longer.
 func (p *Push) expire(cause error) {
 	drop, lose := DropExpired, LostDeadline
-	if errors.Is(cause, ErrInternal) {
+	switch {
+	case errors.Is(cause, ErrInternal):
 		drop, lose = DropInternal, LostInternal
+	case errors.Is(cause, errLapsed):
+		lose = Sent
 	}
 	if !p.retain() {
+		if l := p.lasting; l != nil && !p.Options.Async && !errors.Is(cause, errLapsed) {
+			l.giveUp()
+		}
 		return
 	}
 	p.mu.Lock()
-	if p.expiry() != nil {
+	if e := p.expiry(); e != nil && !errors.Is(e, errLapsed) {
 		p.mu.Unlock()
 		p.settled(1)
 		return
 	}
 	a := p.ensureSlowPath()
-	a.expired = cause
+	if a.expired == nil {
+		a.expired = cause
+	}
 	waiting := a.waiting
 	a.waiting = 0
 	if waiting > 0 {

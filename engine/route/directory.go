@@ -238,6 +238,33 @@ func (d *Directory) Stats() Stats {
 	return s
 }
 
+// Locate has w told where users are now, by one look-up that begins after the call. It takes
+// nothing from memory, does not join a look-up under way, and leaves nothing in memory. w is
+// told once about all of users, in their order; where the pool of the shard is full, before
+// Locate returns. It keeps the slice until then.
+func (d *Directory) Locate(shard int, users []string, w Waiter) {
+	ln := &d.Users.lanes[shard]
+	err := d.cfg.Go(shard, func() {
+		timeout := d.timeout(ln.running.Add(1))
+		snaps := make([]*Snapshot, len(users))
+		err := errPanicked
+		defer func() {
+			// Runs on a panic of the source, too: nobody is left waiting.
+			ln.running.Add(-1)
+			if err != nil {
+				ln.lookupErrors.Add(1)
+				snaps = nil
+			}
+			w.Routed(users, snaps, err)
+		}()
+		ln.lookups.Add(1)
+		err = d.lookup(d.Users, w, timeout, users, make([]*Snapshot, len(users)), snaps)
+	})
+	if err != nil {
+		w.Routed(users, nil, errors.Join(ErrOverloaded, err))
+	}
+}
+
 // lookup fills snaps for keys from the source.
 func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
