@@ -71,6 +71,25 @@ func (s *Source) Client(side Side) credentials.TransportCredentials {
 	}}
 }
 
+// ClientConfig is Client for what is not gRPC and goes by the name of the host, or of side. Files that were read again
+// count for the next connection.
+func (s *Source) ClientConfig(side Side) *tls.Config {
+	c := side.config(s.current.Load())
+	c.Certificates = nil
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		if cert := s.current.Load().cert; cert != nil {
+			return cert, nil
+		}
+		return &tls.Certificate{}, nil // none
+	}
+	c.ServerName = side.ServerName
+	c.InsecureSkipVerify = true // Authorities that were there at first would count for ever. VerifyConnection does all of it.
+	c.VerifyConnection = func(state tls.ConnectionState) error {
+		return verifyServer(state, s.current.Load().cas, func(leaf *x509.Certificate) error { return leaf.VerifyHostname(state.ServerName) })
+	}
+	return c
+}
+
 func (side *Side) config(now *set) *tls.Config {
 	c := &tls.Config{MinVersion: side.MinVersion}
 	if c.MinVersion == 0 {

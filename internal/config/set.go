@@ -29,7 +29,7 @@ const (
 	sourceEnv  = "environment variable "
 )
 
-// maxDuration bounds every duration: a deadline further away is a typing error.
+// maxDuration bounds durations: a deadline further away is a typing error.
 const maxDuration = 24 * time.Hour
 
 // Key is one setting.
@@ -324,9 +324,14 @@ func (s *Set) Bool(p *bool, name string, def bool, help string) *Key {
 
 // Duration binds a length of time of at least lo, as "300ms" or "1m30s".
 func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, help string) *Key {
+	return s.DurationUpTo(p, name, def, lo, maxDuration, help)
+}
+
+// DurationUpTo is Duration for what may be longer than a day.
+func (s *Set) DurationUpTo(p *time.Duration, name string, def, lo, hi time.Duration, help string) *Key {
 	*p = def
 	return s.add(&Key{
-		name: name, help: help, def: formatDuration(def), bounds: bounds(formatDuration(lo), formatDuration(maxDuration), false),
+		name: name, help: help, def: formatDuration(def), bounds: bounds(formatDuration(lo), formatDuration(hi), false),
 		text: func() string { return formatDuration(*p) },
 		set: func(text string) error {
 			d, err := time.ParseDuration(text)
@@ -335,8 +340,8 @@ func (s *Set) Duration(p *time.Duration, name string, def, lo time.Duration, hel
 				return fmt.Errorf("%q is not a duration like 300ms or 1m30s", text)
 			case d < 0 || d == 0 && lo > 0:
 				return fmt.Errorf("%s must be above zero", text)
-			case d < lo || d > maxDuration:
-				return fmt.Errorf("%s must be %s", text, bounds(formatDuration(lo), formatDuration(maxDuration), false))
+			case d < lo || d > hi:
+				return fmt.Errorf("%s must be %s", text, bounds(formatDuration(lo), formatDuration(hi), false))
 			}
 			*p = d
 			return nil

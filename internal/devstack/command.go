@@ -49,7 +49,7 @@ func (c *devConfig) Bind(s *config.Set) {
 	s.Int(&c.nodes, "nodes", 3, 1, maxNodes, "Number of Connect-Nodes.")
 	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, 65535-5-2*maxNodes,
 		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket). 0: any free ones. -1: the usual ones.")
-	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
+	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data, messages that are stored, and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
 	s.Bool(&c.secure, "secure", false, "TLS on every connection, certificates, a policy of callers, API keys, and tokens of clients. The files are made in the directory secure of data_dir. The lines that are printed use them.")
 	s.Duration(&c.drainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to stop everything in good order.")
 	c.log.Level = "warn" // what runs where is told on standard output

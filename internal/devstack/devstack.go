@@ -33,7 +33,7 @@ type Config struct {
 	// BasePort is the first of the ports in use; 0 takes free ones, ContractPorts
 	// those of the contract.
 	BasePort int
-	// DataDir is the directory of etcd's data and the files of Secure. Empty: a temporary one.
+	// DataDir is the directory of etcd's data, the messages that are stored, and the files of Secure. Empty: a temporary one.
 	DataDir string
 	// Secure has every connection over TLS, and callers and clients show who they are.
 	Secure bool
@@ -155,6 +155,7 @@ func (s *Stack) startPushManager(ctx context.Context, p ports, tracing telemetry
 	err := cli.Fill(&c, s.secure.pushManager(map[string]string{
 		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
+		"STORE": "embedded", "STORE_DIR": filepath.Join(s.dir, "store"),
 		"DRAIN_NOTICE": "0s", // there is no balancer
 	}))
 	if err != nil {

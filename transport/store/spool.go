@@ -143,7 +143,7 @@ type call struct {
 
 	mu      sync.Mutex
 	results []engine.Spooled // guarded by mu
-	left    int      // guarded by mu; 0: done was called
+	left    int              // guarded by mu; 0: done was called
 	done    func([]engine.Spooled)
 }
 

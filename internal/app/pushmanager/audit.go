@@ -24,7 +24,7 @@ func (m *PushManager) openAudit(cfg *Config) (err error) {
 	}
 	m.life.Add("audit log", app.WithGrace(m.audit.Close))
 	cfg.Ingress.Audit = m.audit
-	for _, c := range []*app.Certificates{&cfg.TLS.Certificates, &cfg.LinkTLS.Certificates, &cfg.ControllerTLS.Certificates, &cfg.Etcd.TLS} {
+	for _, c := range []*app.Certificates{&cfg.TLS.Certificates, &cfg.LinkTLS.Certificates, &cfg.ControllerTLS.Certificates, &cfg.Etcd.TLS, &cfg.Store.Files} {
 		c.OnReload = func(role string, err error) { auditReload(m.audit, audit.TLSReloaded, role, err) }
 	}
 	return nil

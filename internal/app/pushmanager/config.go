@@ -62,6 +62,7 @@ type Config struct {
 	Quotas     quota.Config
 	Audit      audit.Config
 	LinkTLS    linkTLS
+	Store      storeConfig
 
 	ControllerTLS app.ControllerTLS
 
@@ -198,6 +199,7 @@ func (c *Config) Bind(s *config.Set) {
 	bindQuota(&c.Quotas, s)
 	bindAudit(&c.Audit, s)
 	c.LinkTLS.bind(s)
+	c.Store.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
@@ -344,6 +346,9 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if err := c.Etcd.Validate(s, risks); err != nil {
 		return err
 	}
+	if err := c.Store.validate(s, risks); err != nil {
+		return err
+	}
 	c.insecure = risks.Found()
 	if err := c.Tracing.Validate(lookupEnv); err != nil {
 		return err
@@ -383,9 +388,10 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
-	app.Report(log, set, c.TLS.ReloadInterval, &c.TLS.Certificates, &c.LinkTLS.Certificates, &c.ControllerTLS.Certificates, &c.Etcd.TLS)
+	app.Report(log, set, c.TLS.ReloadInterval, &c.TLS.Certificates, &c.LinkTLS.Certificates, &c.ControllerTLS.Certificates, &c.Etcd.TLS, &c.Store.Files)
 	c.Quotas.Logger, c.Quotas.Metrics = log, set
 	c.Audit.Logger, c.Audit.Metrics = log, set
+	c.Store.Logger, c.Store.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

@@ -25,6 +25,7 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/link"
+	"github.com/push-manager/push-manager/transport/store"
 )
 
 // deregisterTimeout bounds leaving etcd, which may be away: the lease ends by itself.
@@ -96,6 +97,11 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	}
 	m.life.Add("discovery", app.Closing(m.watcher.Close))
 
+	// The store of messages for users who are not reached. It is done when the engine is.
+	if err = m.openStore(ctx, &cfg); err != nil {
+		return nil, err
+	}
+
 	// The engine, and the push API in front of it.
 	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
 	if err = m.startEngine(cfg.Engine, cfg.Pressure); err != nil {
@@ -149,6 +155,8 @@ type PushManager struct {
 	directory  *route.Directory
 	links      *link.Set
 	watcher    *discovery.Watcher
+	store      store.Store  // nil: nothing is stored
+	spool      *store.Spool // nil, too, then
 	engine     *engine.Engine
 	ingress    *ingress.Server
 	health     *health.Monitor
@@ -254,7 +262,7 @@ func (m *PushManager) startEngine(cfg engine.Config, watch pressure.Config) (err
 func (m *PushManager) serve() {
 	m.serving.Go(func() {
 		if err := m.ingress.Serve(m.api); err != nil {
-			m.failed <- err
+			m.fail(err)
 		}
 	})
 }
