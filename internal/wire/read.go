@@ -15,7 +15,7 @@ type Reader struct {
 	Rest []byte // not read yet: the message, at first
 	Err  error  // why Next has ended early
 
-	Uint  uint64 // value of a varint
+	Uint  uint64 // value of a varint or of a fixed32
 	Bytes []byte // value of a length-delimited field: a part of the message, with no room behind it
 
 	tag uint64 // number and type
@@ -37,8 +37,13 @@ func (r *Reader) IsUint(number protowire.Number) bool {
 	return r.tag == protowire.EncodeTag(number, protowire.VarintType)
 }
 
+// IsFixed32 tells whether the field is a fixed32.
+func (r *Reader) IsFixed32(number protowire.Number) bool {
+	return r.tag == protowire.EncodeTag(number, protowire.Fixed32Type)
+}
+
 // Next reads the next field. It returns false at the end and on an error. Fields of other
-// types than varint and length-delimited have neither Uint nor Bytes.
+// types than varint, length-delimited and fixed32 have neither Uint nor Bytes.
 func (r *Reader) Next() bool {
 	b := r.Rest
 	// Most fields have a number below 16 and a value or a length below 128.
@@ -76,6 +81,10 @@ func (r *Reader) next(b []byte) bool {
 		case protowire.BytesType:
 			r.Bytes, n = protowire.ConsumeBytes(b)
 			r.Bytes = slices.Clip(r.Bytes)
+		case protowire.Fixed32Type:
+			var v uint32
+			v, n = protowire.ConsumeFixed32(b)
+			r.Uint = uint64(v)
 		default:
 			n = protowire.ConsumeFieldValue(number, kind, b)
 		}

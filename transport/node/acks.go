@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -21,6 +22,7 @@ type acks struct {
 	// Static after newAcks.
 	maxUnacked int
 	online     func() uint32
+	receipts   *receipts
 	wake       chan struct{} // 1: something is owed
 	gone       chan struct{} // closed when the sender has ended
 
@@ -30,8 +32,11 @@ type acks struct {
 	// Guarded by mu.
 	first     uint64 // seq of counts[0]
 	counts    []uint32
+	dups      []uint32 // of counts, empty as long as all are 0
+	pending   []uint32 // likewise
 	misses    []*pubsub.Miss
 	missBytes int
+	replay    owedReplay
 	reached   uint32 // users of the largest broadcast among counts
 	heartbeat uint64
 	behind    uint64 // heartbeat follows the acks below this seq
@@ -41,7 +46,30 @@ type acks struct {
 	dead      bool   // the sender has ended
 }
 
-func newAcks(maxUnacked int, online func() uint32) *acks {
+// tally is what the deliveries of a frame have become.
+type tally struct {
+	counts        []uint32
+	dups, pending []uint32 // of counts, empty where all are 0
+	misses        []*pubsub.Miss
+	reached       uint32 // to how many users the largest broadcast was handed over, or failed
+}
+
+// padded is list, which is empty or has had n entries, with those of more behind it, likewise.
+func padded(list []uint32, n int, more []uint32, k int) []uint32 {
+	if len(list) == 0 && len(more) == 0 {
+		return list
+	}
+	for len(list) < n {
+		list = append(list, 0)
+	}
+	list = append(list, more...)
+	for len(list) < n+k {
+		list = append(list, 0)
+	}
+	return list
+}
+
+func newAcks(maxUnacked int, online func() uint32, count *counters) *acks {
 	a := &acks{
 		maxUnacked: maxUnacked,
 		online:     online,
@@ -50,16 +78,16 @@ func newAcks(maxUnacked int, online func() uint32) *acks {
 		first:      1,
 	}
 	a.room.L = &a.mu
+	a.receipts = newReceipts(maxUnacked, a.signal, count)
 	return a
 }
 
 // add takes over what the deliveries since the last call have become. It waits
 // only while a manager that does not read leaves more than pendingMissBytes
 // here: then it is the manager's own stream that stands.
-// reached is to how many users the largest broadcast among them was handed over, or failed.
-func (a *acks) add(counts []uint32, misses []*pubsub.Miss, reached uint32) error {
+func (a *acks) add(t *tally) error {
 	size := 0
-	for _, m := range misses {
+	for _, m := range t.misses {
 		size += missSize(m)
 	}
 	a.mu.Lock()
@@ -70,13 +98,16 @@ func (a *acks) add(counts []uint32, misses []*pubsub.Miss, reached uint32) error
 	if a.dead {
 		return errSenderGone
 	}
-	if len(a.counts)+len(counts) > a.maxUnacked {
+	n, k := len(a.counts), len(t.counts)
+	if n+k > a.maxUnacked {
 		return errTooManyUnacked
 	}
-	a.counts = append(a.counts, counts...)
-	a.misses = append(a.misses, misses...)
+	a.counts = append(a.counts, t.counts...)
+	a.dups = padded(a.dups, n, t.dups, k)
+	a.pending = padded(a.pending, n, t.pending, k)
+	a.misses = append(a.misses, t.misses...)
 	a.missBytes += size
-	a.reached = max(a.reached, reached)
+	a.reached = max(a.reached, t.reached)
 	a.signal()
 	return nil
 }
@@ -90,8 +121,10 @@ func (a *acks) beat(n uint64) {
 	a.signal()
 }
 
-// drain owes the notice that the node goes.
+// drain owes the notice that the node goes, and gives up what clients have not acknowledged: managers
+// store it before the clients are elsewhere.
 func (a *acks) drain() {
+	a.receipts.giveUpAll()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.notice = true
@@ -127,12 +160,29 @@ func (a *acks) sendLoop(stream grpc.ServerStream) error {
 	defer func() {
 		a.mu.Lock()
 		a.dead = true
+		a.replay = owedReplay{}
 		a.mu.Unlock()
+		a.receipts.forget()
 		a.room.Broadcast()
 		close(a.gone)
 	}()
 	var out outgoing
-	for range a.wake {
+	var timer *time.Timer // of receipts; nil as long as there were none
+	for {
+		var due <-chan time.Time
+		if wait, open := a.receipts.wait(time.Now()); open {
+			if timer == nil {
+				timer = time.NewTimer(wait)
+				defer timer.Stop()
+			} else {
+				timer.Reset(wait)
+			}
+			due = timer.C
+		}
+		select {
+		case <-a.wake:
+		case <-due:
+		}
 		for a.take(&out) {
 			// Of a broadcast's users some have come since the last heartbeat, and some are gone
 			// by now: they must not be taken for a claim that is too large.
@@ -144,13 +194,12 @@ func (a *acks) sendLoop(stream grpc.ServerStream) error {
 			}
 		}
 		a.mu.Lock()
-		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice
+		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice && len(a.replay.nudges) == 0
 		a.mu.Unlock()
 		if done {
 			return nil
 		}
 	}
-	return nil
 }
 
 // outgoing is the frame being written and what it is made of. Owned by the
@@ -171,10 +220,13 @@ func (a *acks) take(o *outgoing) bool {
 	o.reached = 0
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	written := a.first // The acks below are in frames before this one.
 	n, k, size := a.fitLocked()
 	if n > 0 {
 		o.acks.First = a.first
 		o.acks.Delivered = append(o.acks.Delivered[:0], a.counts[:n]...)
+		o.acks.Duplicates, a.dups = taken(o.acks.Duplicates, a.dups, n)
+		o.acks.Pending, a.pending = taken(o.acks.Pending, a.pending, n)
 		o.ranges[0] = &o.acks
 		r.Acks = o.ranges[:]
 		clear(o.misses)
@@ -197,7 +249,101 @@ func (a *acks) take(o *outgoing) bool {
 		r.Heartbeat, a.heartbeat = a.heartbeat, 0
 	}
 	r.Drain, a.notice = a.notice, false
-	return n > 0 || r.Heartbeat != 0 || r.Drain
+	a.replay.take(r)
+	r.Receipts = a.receipts.take(nil, written, time.Now())
+	return n > 0 || r.Heartbeat != 0 || r.Drain || len(r.Receipts) > 0 ||
+		len(r.Catchups) > 0 || len(r.ReplayTaken) > 0 || len(r.NudgesTaken) > 0
+}
+
+// taken moves n entries of list, which may be empty, into out: none if all are 0.
+func taken(out, list []uint32, n int) (moved, rest []uint32) {
+	out = out[:0]
+	if len(list) == 0 {
+		return out, list
+	}
+	for _, v := range list[:n] {
+		if v != 0 {
+			out = append(out, list[:n]...)
+			break
+		}
+	}
+	return out, list[:copy(list, list[n:])]
+}
+
+// owedReplay is what a stream owes of replay. Guarded by acks.mu.
+type owedReplay struct {
+	catchups []*pubsub.Catchup
+	taken    []*pubsub.ReplayTaken
+	byGate   map[uint64]*pubsub.ReplayTaken // those in taken
+	nudges   []uint64
+}
+
+func (a *acks) askCatchup(c *pubsub.Catchup) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dead {
+		return
+	}
+	a.replay.catchups = append(a.replay.catchups, c)
+	a.signal()
+}
+
+func (a *acks) replayTaken(gate, seq uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dead {
+		return
+	}
+	r := &a.replay
+	if t := r.byGate[gate]; t != nil {
+		t.Seq = seq
+		return
+	}
+	t := &pubsub.ReplayTaken{Gate: gate, Seq: seq}
+	if r.byGate == nil {
+		r.byGate = make(map[uint64]*pubsub.ReplayTaken)
+	}
+	r.byGate[gate], r.taken = t, append(r.taken, t)
+	a.signal()
+}
+
+// nudgesTaken answers nudges.
+func (a *acks) nudgesTaken(tokens []uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.replay.nudges = append(a.replay.nudges, tokens...)
+	a.signal()
+}
+
+// overdue tells that a manager that does not read has brought about more than it may.
+func (a *acks) overdue() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	r := &a.replay
+	return max(len(r.catchups), len(r.taken), len(r.nudges)) > a.maxUnacked
+}
+
+// take moves up to a frame full into r.
+func (o *owedReplay) take(r *pubsub.DeliverResponse) {
+	size, n := 0, 0
+	for n < len(o.catchups) && size < ackFrameBytes {
+		size += len(o.catchups[n].GetUserId()) + 24
+		n++
+	}
+	r.Catchups, o.catchups = cut(o.catchups, n)
+	r.ReplayTaken, o.taken = cut(o.taken, ackFrameBytes/24)
+	for _, t := range r.ReplayTaken {
+		delete(o.byGate, t.GetGate())
+	}
+	r.NudgesTaken, o.nudges = cut(o.nudges, ackFrameBytes/16)
+}
+
+// cut takes up to n entries from the front.
+func cut[T any](list []T, n int) (front, rest []T) {
+	if n = min(n, len(list)); n == len(list) {
+		return list, nil
+	}
+	return list[:n:n], list[n:]
 }
 
 // fitLocked says how many counts and misses go into the next frame, and the
@@ -229,6 +375,9 @@ func missSize(m *pubsub.Miss) int {
 		n += len(u) + 3
 	}
 	for _, u := range m.Failed {
+		n += len(u) + 3
+	}
+	for _, u := range m.Reused {
 		n += len(u) + 3
 	}
 	return n

@@ -42,6 +42,9 @@ type Config struct {
 	// Then it is refused and comes again, so keep it below the manager's dial timeout
 	// (1 s). Default 500 ms.
 	TakeoverTimeout time.Duration
+	// MaxGates bounds the connections that take part in replay, about 200 bytes each; those beyond it
+	// get direct messages only. Default 1,048,576.
+	MaxGates int
 	// FlushTimeout bounds how long a stream that ends waits for its last acks
 	// to be written. Default 1 s.
 	FlushTimeout time.Duration
@@ -80,6 +83,9 @@ func (c Config) withDefaults() Config {
 	if c.TakeoverTimeout == 0 {
 		c.TakeoverTimeout = 500 * time.Millisecond
 	}
+	if c.MaxGates == 0 {
+		c.MaxGates = 1 << 20
+	}
 	if c.FlushTimeout == 0 {
 		c.FlushTimeout = time.Second
 	}
@@ -112,6 +118,9 @@ func (c Config) Validate() error {
 	}
 	if c.TakeoverTimeout < 0 {
 		errs = append(errs, fmt.Errorf("TakeoverTimeout: negative: %v", c.TakeoverTimeout))
+	}
+	if c.MaxGates < 0 {
+		errs = append(errs, fmt.Errorf("MaxGates: negative: %d", c.MaxGates))
 	}
 	if c.FlushTimeout < 0 {
 		errs = append(errs, fmt.Errorf("FlushTimeout: negative: %v", c.FlushTimeout))

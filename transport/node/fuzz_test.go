@@ -22,7 +22,7 @@ func newStream(t testing.TB, s Sessions) *stream {
 	}
 	return &stream{
 		server: server,
-		acks:   newAcks(1<<20, server.online),
+		acks:   newAcks(1<<20, server.online, &server.count),
 		aud:    audiences{byID: map[uint32]*audience{}, maxMembers: server.cfg.MaxAudienceMembers},
 		next:   1,
 	}
@@ -54,7 +54,7 @@ func FuzzDeliverRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		st := newStream(t, everyone{})
 		_ = st.take(b)
-		if len(st.counts) > 0 {
+		if len(st.tally.counts) > 0 {
 			t.Error("acks left behind")
 		}
 		members := 0

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"fmt"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -9,8 +10,12 @@ import (
 // handover is what became of one push on this node.
 type handover struct {
 	delivered   int
+	duplicates  int // of delivered
+	pending     int // of delivered
 	notHere     []string
 	failed      []string
+	reused      []string
+	expired     int // of failed
 	failedUsers int // of a broadcast
 	refused     bool
 	reason      string
@@ -53,11 +58,16 @@ func (s *Server) handOver(users []string, skip []int32, m *Message, o *handover)
 // not called again for this push: what it may have left locked is unknown.
 func (o *handover) fail(users []string, skip []int32) {
 	o.reason = reasonPanic
+	o.failFrom(o.next, users, skip)
+}
+
+// failFrom fails the users from the one at first on, but those at the places in skip.
+func (o *handover) failFrom(first int, users []string, skip []int32) {
 	skipped := make(map[int32]bool, len(skip))
 	for _, i := range skip {
 		skipped[i] = true
 	}
-	for i := o.next; i < len(users); i++ {
+	for i := first; i < len(users); i++ {
 		if !skipped[int32(i)] {
 			o.failed = append(o.failed, users[i])
 		}
@@ -85,18 +95,18 @@ func (s *Server) broadcast(scope string, m *Message, o *handover) {
 func (o *handover) miss(seq uint64) *pubsub.Miss {
 	switch {
 	case o.refused:
-		return &pubsub.Miss{Seq: seq, Refused: true, Reason: "node is draining"}
-	case len(o.notHere) == 0 && len(o.failed) == 0 && o.failedUsers == 0:
+		return &pubsub.Miss{Seq: seq, Refused: true, Reason: cmp.Or(o.reason, "node is draining")}
+	case len(o.notHere) == 0 && len(o.failed) == 0 && len(o.reused) == 0 && o.failedUsers == 0:
 		return nil
 	}
-	m := &pubsub.Miss{Seq: seq, NotHere: o.notHere, Failed: o.failed, FailedUsers: clampUint32(o.failedUsers), Reason: o.reason}
+	m := &pubsub.Miss{Seq: seq, NotHere: o.notHere, Failed: o.failed, Reused: o.reused, FailedUsers: clampUint32(o.failedUsers), Reason: o.reason}
 	if m.Reason == "" && (len(o.failed) > 0 || o.failedUsers > 0) {
 		m.Reason = reasonNotTaken
 	}
 	if missSize(m) <= maxMissBytes {
 		return m
 	}
-	if o.delivered == 0 && len(o.failed) == 0 {
+	if o.delivered == 0 && len(o.failed) == 0 && len(o.reused) == 0 {
 		// Nothing was done for anybody: that can be said without naming them, and
 		// has them looked up again just the same.
 		return &pubsub.Miss{Seq: seq, Refused: true, Reason: "none of the users is here"}
@@ -106,7 +116,7 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 }
 
 // sum is what has become of several deliveries.
-type sum struct{ deliveries, refused, delivered, notHere, failed int }
+type sum struct{ deliveries, refused, delivered, notHere, failed, duplicates, reused, expired int }
 
 func (s *sum) of(o *handover) {
 	s.deliveries++
@@ -116,7 +126,10 @@ func (s *sum) of(o *handover) {
 	}
 	s.delivered += o.delivered
 	s.notHere += len(o.notHere)
-	s.failed += len(o.failed) + o.failedUsers
+	s.failed += len(o.failed) + len(o.reused) + o.failedUsers
+	s.duplicates += o.duplicates
+	s.reused += len(o.reused)
+	s.expired += o.expired
 }
 
 // add counts them.
@@ -126,6 +139,9 @@ func (c *counters) add(s *sum) {
 	c.delivered.Add(s.delivered)
 	c.notHere.Add(s.notHere)
 	c.failed.Add(s.failed)
+	c.duplicates.Add(s.duplicates)
+	c.reused.Add(s.reused)
+	c.expired.Add(s.expired)
 }
 
 func (o *handover) count(c *counters) {
@@ -138,10 +154,11 @@ func (o *handover) count(c *counters) {
 // their users as not accounted for.
 func trimMiss(m *pubsub.Miss) {
 	room := maxMissBytes - 128
-	all := len(m.NotHere) + len(m.Failed)
+	all := len(m.NotHere) + len(m.Failed) + len(m.Reused)
+	m.Reused = fitting(m.Reused, &room)
 	m.Failed = fitting(m.Failed, &room)
 	m.NotHere = fitting(m.NotHere, &room)
-	m.Reason = fmt.Sprintf("%d users do not fit into the ack", all-len(m.NotHere)-len(m.Failed))
+	m.Reason = fmt.Sprintf("%d users do not fit into the ack", all-len(m.NotHere)-len(m.Failed)-len(m.Reused))
 }
 
 func fitting(ids []string, room *int) []string {

@@ -17,10 +17,23 @@ type counters struct {
 	panics     *metrics.Counter
 	unary      *metrics.Counter // unary calls
 	members    *metrics.Gauge
+
+	// Of lasting delivery: users.
+	duplicates *metrics.Counter // part of delivered
+	reused     *metrics.Counter // part of failed
+	expired    *metrics.Counter // part of failed
+	acked      *metrics.Counter
+	unacked    *metrics.Counter // given up
+
+	catchups      *metrics.Counter // asked
+	replaysFailed *metrics.Counter // to be asked again
+	replayed      *metrics.Counter // messages out of the store
+	nudges        *metrics.Counter
+	opensLate     *metrics.Counter // gates that opened without an answer
+	gatesRefused  *metrics.Counter
 }
 
-func newCounters(set *metrics.Set, streams func() float64) counters {
-	set.NewGauge("connect_node_deliver_streams", streams)
+func newCounters(set *metrics.Set) counters {
 	return counters{
 		frames:     set.NewCounter("connect_node_deliver_frames_total"),
 		compressed: set.NewCounter("connect_node_deliver_compressed_frames_total"),
@@ -35,5 +48,26 @@ func newCounters(set *metrics.Set, streams func() float64) counters {
 		panics:     set.NewCounter("connect_node_sessions_panics_total"),
 		unary:      set.NewCounter("connect_node_unary_calls_total"),
 		members:    set.NewGauge("connect_node_audience_members", nil),
+
+		duplicates: set.NewCounter("connect_node_duplicate_users_total"),
+		reused:     set.NewCounter("connect_node_reused_users_total"),
+		expired:    set.NewCounter("connect_node_expired_users_total"),
+		acked:      set.NewCounter(`connect_node_receipts_total{result="acked"}`),
+		unacked:    set.NewCounter(`connect_node_receipts_total{result="unacked"}`),
+
+		catchups:      set.NewCounter("connect_node_replay_catchups_total"),
+		replaysFailed: set.NewCounter("connect_node_replay_failed_total"),
+		replayed:      set.NewCounter("connect_node_replay_messages_total"),
+		nudges:        set.NewCounter("connect_node_nudges_total"),
+		opensLate:     set.NewCounter("connect_node_gate_open_without_store_total"),
+		gatesRefused:  set.NewCounter("connect_node_gates_refused_total"),
 	}
+}
+
+func newGauges(set *metrics.Set, s *Server) {
+	set.NewGauge("connect_node_deliver_streams", func() float64 { return float64(s.Streams()) })
+	set.NewGauge("connect_node_pending_users", func() float64 { return float64(s.pending()) })
+	set.NewGauge("connect_node_replay_gates", func() float64 { gates, _, _ := s.replays.sizes(); return float64(gates) })
+	set.NewGauge("connect_node_replay_gates_closed", func() float64 { _, closed, _ := s.replays.sizes(); return float64(closed) })
+	set.NewGauge("connect_node_replays", func() float64 { _, _, asked := s.replays.sizes(); return float64(asked) })
 }

@@ -29,7 +29,10 @@ type Server struct {
 	// Static after New.
 	cfg      Config
 	bootID   string
-	scoped   Scoped // Sessions, nil where they cannot tell tenants apart
+	scoped   Scoped  // Sessions, nil where they cannot tell tenants apart
+	lasting  Lasting // Sessions, nil where they take no part in lasting delivery
+	does     lastingParts
+	replays  *replays
 	features []pubsub.Feature
 	codecs   []pubsub.Codec // in which frames may come
 	decoder  *compression.Decoder
@@ -69,8 +72,17 @@ func New(cfg Config) (*Server, error) {
 	if scoped, ok := cfg.Sessions.(Scoped); ok {
 		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}
+	if lasting, ok := cfg.Sessions.(Lasting); ok {
+		features := lasting.Features()
+		if s.does, err = partsOf(features); err != nil {
+			return nil, fmt.Errorf("node config: %w", err)
+		}
+		s.lasting, s.features = lasting, append(s.features, features...)
+	}
+	s.replays = newReplays(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
-	s.count = newCounters(cfg.Metrics, func() float64 { return float64(s.Streams()) })
+	s.count = newCounters(cfg.Metrics)
+	newGauges(cfg.Metrics, s)
 	return s, nil
 }
 
@@ -142,7 +154,29 @@ func (s *Server) Close() {
 	s.mu.Lock()
 	s.draining.Store(true)
 	s.mu.Unlock()
+	s.replays.close()
 	s.calls.Wait()
+}
+
+// goUntilClose runs f, which Close ends and waits for, unless the node drains.
+func (s *Server) goUntilClose(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining.Load() {
+		return false
+	}
+	s.calls.Go(f)
+	return true
+}
+
+// pending is the number of users whose clients are waited for.
+func (s *Server) pending() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.streams {
+		n += st.acks.receipts.pending()
+	}
+	return n
 }
 
 // enter admits a stream.

@@ -43,7 +43,7 @@ type Scoped interface {
 // Outcome is what became of a message for one user.
 type Outcome uint8
 
-// The outcomes. Any other value counts as Failed.
+// The outcomes. Any other value counts as Failed. Those from Duplicate on are for messages with Options.
 const (
 	_ Outcome = iota
 	// Delivered: at least one live connection of the user has taken it.
@@ -54,6 +54,18 @@ const (
 	NotHere
 	// Failed: the user is here, and no connection took it.
 	Failed
+	// Duplicate: every connection that would take it has had the message's id. The user counts as
+	// delivered.
+	Duplicate
+	// Pending: taken, and nobody of those who took it is without a client that can acknowledge. What
+	// becomes of it is said to the [Confirmation].
+	Pending
+	// Reused: a connection has had the message's id with another content. The user counts as failed.
+	Reused
+	// Expired: nobody may be shown it any more. The user counts as failed.
+	Expired
+	// Stalled: the client leaves too much unacknowledged. The user counts as failed.
+	Stalled
 )
 
 // Message is one push. All its users share it: nothing but Prepared may be
@@ -78,6 +90,9 @@ type Message struct {
 	RoomID string
 	// Traceparent is the caller's W3C trace context, empty unless sampled.
 	Traceparent string
+
+	// Options are nil for a push without any, which is most of them.
+	Options *Options
 
 	// Prepared is the gateway's own: nil at first.
 	Prepared any

@@ -44,10 +44,9 @@ type stream struct {
 	next     uint64 // seq of the next delivery
 	request  request
 	delivery delivery
-	counts   []uint32 // since the last hand-over to acks
-	misses   []*pubsub.Miss
-	users    int    // handed over since then
-	reached  uint32 // users of the largest broadcast since then
+	came     time.Time // the frame in hand; zero until it is asked for
+	tally    tally     // since the last hand-over to acks
+	users    int       // handed over since then
 	messages []Message
 	sum      sum // not counted yet
 }
@@ -67,7 +66,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 	}
 	st := &stream{
 		server: s,
-		acks:   newAcks(s.cfg.MaxUnacked, s.online),
+		acks:   newAcks(s.cfg.MaxUnacked, s.online, &s.count),
 		aud:    audiences{byID: make(map[uint32]*audience), maxMembers: s.cfg.MaxAudienceMembers},
 		next:   1,
 		codec:  s.pick(hello),
@@ -88,6 +87,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		// The error is that of the stream, which the reader gets, too.
 		_ = st.acks.sendLoop(countingStream{call, s})
 	})
+	s.replays.join(st, hello, time.Now())
 	read := make(chan error, 1)
 	s.calls.Go(func() { read <- st.read(call) })
 	select {
@@ -99,6 +99,8 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 			err = errSuperseded // the end of the call ends the reader
 		}
 	}
+	s.replays.part(st, time.Now())
+	st.acks.receipts.forget() // The manager knows no more of them.
 	st.acks.finish()
 	// The sender writes what is owed. A manager that does not read must not keep the call:
 	// its end cancels the stream, and the sender with it.
@@ -174,6 +176,7 @@ func (st *stream) read(call grpc.ServerStream) (err error) {
 // the rest.
 func (st *stream) take(data []byte) error {
 	r := &st.request
+	st.came = time.Time{}
 	if err := r.parse(data); err != nil {
 		return fmt.Errorf("%w: frame: %w", errBroken, err)
 	}
@@ -199,11 +202,42 @@ func (st *stream) take(data []byte) error {
 	for _, id := range r.forget {
 		st.aud.forget(id)
 	}
+	if err := st.replay(r); err != nil {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
 	if r.heartbeat != 0 {
 		st.acks.beat(r.heartbeat)
 	}
 	if r.drain {
 		return errDrained
+	}
+	return nil
+}
+
+// replay takes what a frame says of replay.
+func (st *stream) replay(r *request) error {
+	if !st.server.does.replay || len(r.ends) == 0 && len(r.nudges) == 0 {
+		return nil
+	}
+	for _, b := range r.ends {
+		var e replayEnd
+		if err := e.parse(b); err != nil {
+			return err
+		}
+		st.server.replays.end(st, e.gate, e.failure, time.Now())
+	}
+	tokens := make([]uint64, 0, len(r.nudges))
+	for _, b := range r.nudges {
+		var n nudge
+		if err := n.parse(b); err != nil {
+			return err
+		}
+		st.server.replays.nudge(n.user, time.Now())
+		tokens = append(tokens, n.token)
+	}
+	st.acks.nudgesTaken(tokens) // now that the gates are closed
+	if st.acks.overdue() {
+		return errTooManyUnacked
 	}
 	return nil
 }
@@ -260,14 +294,16 @@ func (st *stream) deliverAll(deliveries [][]byte) error {
 
 // handAcks gives what has happened since the last call to the sender.
 func (st *stream) handAcks() error {
-	if len(st.counts) == 0 {
+	t := &st.tally
+	if len(t.counts) == 0 {
 		return nil
 	}
 	st.server.count.add(&st.sum) // before anybody is told
 	st.sum = sum{}
-	err := st.acks.add(st.counts, st.misses, st.reached)
-	clear(st.misses)
-	st.counts, st.misses, st.users, st.reached = st.counts[:0], st.misses[:0], 0, 0
+	err := st.acks.add(t)
+	clear(t.misses)
+	*t = tally{counts: t.counts[:0], dups: t.dups[:0], pending: t.pending[:0], misses: t.misses[:0]}
+	st.users = 0
 	if errors.Is(err, errTooManyUnacked) {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
@@ -295,20 +331,37 @@ func (st *stream) deliver(b []byte, left int) error {
 		return err
 	}
 	var o handover
+	if d.isLasting && st.server.lasting != nil {
+		m.Options = st.options(d)
+	}
 	switch {
 	case st.server.draining.Load():
 		o.refused = true
+	case m.Options != nil:
+		st.deliverLasting(users, skip, m, &o)
 	case d.everybody, d.scope != "":
 		st.server.broadcast(d.scope, m, &o)
-		st.reached = max(st.reached, clampUint32(o.delivered+o.failedUsers))
+		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
 	}
 	// The ack is kept until handAcks.
+	t := &st.tally
 	st.users += o.delivered + len(o.notHere) + len(o.failed)
-	st.counts = append(st.counts, clampUint32(o.delivered))
+	n := len(t.counts)
+	t.counts = append(t.counts, clampUint32(o.delivered))
+	if o.duplicates > 0 {
+		t.dups = padded(t.dups, n, []uint32{clampUint32(o.duplicates)}, 1)
+	} else if len(t.dups) > 0 {
+		t.dups = append(t.dups, 0)
+	}
+	if o.pending > 0 {
+		t.pending = padded(t.pending, n, []uint32{clampUint32(o.pending)}, 1)
+	} else if len(t.pending) > 0 {
+		t.pending = append(t.pending, 0)
+	}
 	if miss := o.miss(st.next); miss != nil {
-		st.misses = append(st.misses, miss)
+		t.misses = append(t.misses, miss)
 	}
 	st.sum.of(&o)
 	return nil

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // Conn is a connection of a user, as [Users] knows it.
@@ -22,8 +24,10 @@ type Conn interface {
 // adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.
-	seed  maphash.Seed
-	parts [64]usersPart[C]
+	seed     maphash.Seed
+	features []pubsub.Feature
+	lasting  func(c C, m *Message, wait *Confirmation) Outcome // nil: they take no part in lasting delivery
+	parts    [64]usersPart[C]
 
 	online, connections atomic.Int64
 }
@@ -40,6 +44,14 @@ func NewUsers[C Conn]() *Users[C] {
 	for i := range u.parts {
 		u.parts[i].users = make(map[string][]C)
 	}
+	return u
+}
+
+// NewLastingUsers is NewUsers for connections that take part in lasting delivery, in the features that are named:
+// see [Lasting].
+func NewLastingUsers[C LastingConn](features ...pubsub.Feature) *Users[C] {
+	u := NewUsers[C]()
+	u.features, u.lasting = features, C.DeliverLasting
 	return u
 }
 
@@ -118,17 +130,31 @@ func (u *Users[C]) Online() int { return int(u.online.Load()) }
 // Deliver implements Sessions.
 func (u *Users[C]) Deliver(user string, m *Message) Outcome { return deliverTo(u.Of(user), m) }
 
+// Features implements Lasting.
+func (u *Users[C]) Features() []pubsub.Feature { return u.features }
+
+// DeliverLasting implements Lasting.
+func (u *Users[C]) DeliverLasting(user string, m *Message, wait *Confirmation) Outcome {
+	return u.deliverLasting(u.Of(user), m, wait)
+}
+
 // Broadcast implements Sessions.
 func (u *Users[C]) Broadcast(m *Message) (delivered, failed int) { return u.BroadcastScope("", m) }
 
 // BroadcastScope implements Scoped. It looks at the ids of all users.
 func (u *Users[C]) BroadcastScope(scope string, m *Message) (delivered, failed int) {
 	u.eachOf(scope, func(conns []C) {
-		switch deliverTo(conns, m) {
-		case Delivered:
+		var outcome Outcome
+		if m.Options == nil || u.lasting == nil {
+			outcome = deliverTo(conns, m)
+		} else {
+			outcome = u.deliverLasting(conns, m, nil)
+		}
+		switch outcome {
+		case Delivered, Pending, Duplicate:
 			delivered++
 		case NotHere: // The user has just gone.
-		case Failed:
+		default:
 			failed++
 		}
 	})
@@ -147,4 +173,38 @@ func deliverTo[C Conn](conns []C, m *Message) Outcome {
 		}
 	}
 	return outcome
+}
+
+// deliverLasting is deliverTo for a message with Options. Where one connection has taken it, the user is delivered
+// as soon as that is worth it: at once if one of them cannot acknowledge, else when one has. A user is a duplicate
+// if no connection has taken it and one had it before.
+func (u *Users[C]) deliverLasting(conns []C, m *Message, wait *Confirmation) Outcome {
+	outcome := NotHere
+	for _, c := range conns {
+		got := u.lasting(c, m, wait)
+		if worth(got) > worth(outcome) {
+			outcome = got
+		}
+	}
+	return outcome
+}
+
+// worth orders outcomes: of those of one user's connections the best is the user's.
+func worth(o Outcome) int {
+	switch o {
+	case NotHere:
+		return 0
+	case Reused:
+		return 2
+	case Expired, Stalled:
+		return 3
+	case Duplicate:
+		return 4
+	case Pending:
+		return 5
+	case Delivered:
+		return 6
+	default:
+		return 1
+	}
 }

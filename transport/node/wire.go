@@ -21,16 +21,21 @@ type request struct {
 	compressed []byte // a frame
 	rawBytes   uint32 // its length
 	isPacked   bool   // compressed or rawBytes is there
+	nudges     [][]byte
+	ends       [][]byte // of replays
 }
 
 // hasMore tells that there is something besides hello.
 func (r *request) hasMore() bool {
-	return len(r.deliveries) > 0 || len(r.forget) > 0 || r.heartbeat != 0 || r.drain || r.firstSeq != 0
+	return len(r.deliveries) > 0 || len(r.forget) > 0 || r.heartbeat != 0 || r.drain || r.firstSeq != 0 ||
+		len(r.nudges) > 0 || len(r.ends) > 0
 }
 
 func (r *request) parse(frame []byte) error {
 	clear(r.deliveries)
-	*r = request{deliveries: r.deliveries[:0], forget: r.forget[:0]}
+	clear(r.nudges)
+	clear(r.ends)
+	*r = request{deliveries: r.deliveries[:0], forget: r.forget[:0], nudges: r.nudges[:0], ends: r.ends[:0]}
 	var err error
 	m := wire.Reader{Rest: frame}
 	for err == nil && m.Next() {
@@ -57,6 +62,10 @@ func (r *request) parse(frame []byte) error {
 			r.compressed, r.isPacked = m.Bytes, true
 		case m.IsUint(8):
 			r.rawBytes, r.isPacked = uint32(m.Uint), true
+		case m.IsBytes(9):
+			r.nudges = append(r.nudges, m.Bytes)
+		case m.IsBytes(10):
+			r.ends = append(r.ends, m.Bytes)
 		}
 	}
 	return cmp.Or(err, m.Err)
@@ -74,6 +83,18 @@ type delivery struct {
 	except      []string
 	traceparent string
 	scope       string
+
+	// Of lasting delivery.
+	isLasting   bool // one of these fields is there
+	messageID   string
+	sender      string
+	payloadHash uint32
+	ttl         uint32 // ms, 0: for ever
+	wantAck     bool
+	ackTimeout  uint32 // ms
+	collapse    string
+	hasReplay   bool
+	replay      replayPlace
 
 	// Of the audience.
 	id, version uint32
@@ -103,7 +124,27 @@ func (d *delivery) parse(b []byte) error {
 			d.traceparent = wire.String(m.Bytes)
 		case m.IsBytes(8):
 			d.scope = wire.String(m.Bytes)
+		case m.IsBytes(16):
+			d.messageID = wire.String(m.Bytes)
+		case m.IsFixed32(17):
+			d.payloadHash = uint32(m.Uint)
+		case m.IsUint(18):
+			d.ttl = uint32(m.Uint)
+		case m.IsUint(19):
+			d.wantAck = m.Uint != 0
+		case m.IsUint(20):
+			d.ackTimeout = uint32(m.Uint)
+		case m.IsBytes(21):
+			d.collapse = wire.String(m.Bytes)
+		case m.IsBytes(23):
+			d.hasReplay = true
+			if err := d.replay.parse(m.Bytes); err != nil {
+				return err
+			}
+		case m.IsBytes(25):
+			d.sender = wire.String(m.Bytes)
 		}
+		d.isLasting = d.isLasting || m.Number() >= 16
 	}
 	if m.Err != nil || !d.hasAudience {
 		return m.Err
@@ -129,6 +170,71 @@ func (d *delivery) parseAudience() error {
 	}
 	if m.Err != nil {
 		return fmt.Errorf("audience: %w", m.Err)
+	}
+	return nil
+}
+
+// replayPlace is a ReplayPlace.
+type replayPlace struct{ gate, seq, after uint64 }
+
+func (p *replayPlace) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			p.gate = m.Uint
+		case m.IsUint(2):
+			p.seq = m.Uint
+		case m.IsUint(3):
+			p.after = m.Uint
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("replay: %w", m.Err)
+	}
+	return nil
+}
+
+// nudge is a Nudge.
+type nudge struct {
+	user  string
+	token uint64
+}
+
+func (n *nudge) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsBytes(1):
+			n.user = wire.String(m.Bytes)
+		case m.IsUint(3):
+			n.token = m.Uint
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("nudge: %w", m.Err)
+	}
+	return nil
+}
+
+// replayEnd is a ReplayEnd.
+type replayEnd struct {
+	gate    uint64
+	failure string
+}
+
+func (e *replayEnd) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			e.gate = m.Uint
+		case m.IsBytes(3):
+			e.failure = wire.String(m.Bytes)
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("replay end: %w", m.Err)
 	}
 	return nil
 }
