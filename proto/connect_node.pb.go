@@ -984,7 +984,8 @@ func (x *DeliverResponse) GetLogReads() []*LogRead {
 }
 
 // Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
-// and never in its place. A node gathers them for up to 50 ms.
+// and never in its place: one for a delivery that has no ack yet is a violation. A node gathers
+// them for up to 50 ms. One of a delivery for which nobody waits any more is ignored.
 type Receipt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
@@ -1058,7 +1059,8 @@ func (x *Receipt) GetFinal() bool {
 }
 
 // Catchup asks for what is stored for a user who has connected here. It is asked once the
-// Controller knows of the connection, of one manager that offers FEATURE_REPLAY.
+// Controller knows of the connection, of one manager that offers FEATURE_REPLAY. A manager
+// that has too many to do answers one with an error at once: at most 100,000 are open on a stream.
 type Catchup struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -1898,7 +1900,8 @@ type AckRange struct {
 	// exceed this count by must be named in its Miss. In a broadcast: all users
 	// it was handed to.
 	Delivered []uint32 `protobuf:"varint,2,rep,packed,name=delivered,proto3" json:"delivered,omitempty"`
-	// Of delivered, with as many entries or none: users all of whose connections had it before.
+	// Of delivered, with as many entries or none, anything else being malformed: users all of whose
+	// connections had it before.
 	Duplicates []uint32 `protobuf:"varint,3,rep,packed,name=duplicates,proto3" json:"duplicates,omitempty"`
 	// Of delivered, with as many entries or none: users who are to acknowledge. Receipts follow.
 	Pending       []uint32 `protobuf:"varint,4,rep,packed,name=pending,proto3" json:"pending,omitempty"`

@@ -70,11 +70,34 @@ func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
 		}
 	}
 	for range rapid.IntRange(0, 4).Draw(t, "acks") {
-		r.Acks = append(r.Acks, &pubsub.AckRange{
+		a := &pubsub.AckRange{
 			First:     rapid.Uint64Range(0, math.MaxUint64-100).Draw(t, "first"),
 			Delivered: rapid.SliceOfN(rapid.Uint32(), 0, 5).Draw(t, "delivered"),
+		}
+		if rapid.Bool().Draw(t, "with duplicates") {
+			a.Duplicates = rapid.SliceOfN(rapid.Uint32(), len(a.Delivered), len(a.Delivered)).Draw(t, "duplicates")
+		}
+		if rapid.Bool().Draw(t, "with pending") {
+			a.Pending = rapid.SliceOfN(rapid.Uint32(), len(a.Delivered), len(a.Delivered)).Draw(t, "pending")
+		}
+		r.Acks = append(r.Acks, a)
+	}
+	users := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3)
+	for range rapid.IntRange(0, 3).Draw(t, "receipts") {
+		r.Receipts = append(r.Receipts, &pubsub.Receipt{
+			Seq: rapid.Uint64().Draw(t, "seq"), Acked: rapid.Uint32().Draw(t, "acked"),
+			Unacked: users.Draw(t, "unacked"), Final: rapid.Bool().Draw(t, "final"),
 		})
 	}
+	for range rapid.IntRange(0, 3).Draw(t, "catchups") {
+		r.Catchups = append(r.Catchups, &pubsub.Catchup{
+			UserId: drawText(t, "user"), Gate: rapid.Uint64().Draw(t, "gate"), Window: rapid.Uint32().Draw(t, "window"),
+		})
+	}
+	for range rapid.IntRange(0, 3).Draw(t, "taken") {
+		r.ReplayTaken = append(r.ReplayTaken, &pubsub.ReplayTaken{Gate: rapid.Uint64().Draw(t, "gate"), Seq: rapid.Uint64().Draw(t, "seq")})
+	}
+	r.NudgesTaken = rapid.SliceOfN(rapid.Uint64(), 0, 4).Draw(t, "nudges")
 	for i := range rapid.IntRange(0, 4).Draw(t, "misses") {
 		r.Misses = append(r.Misses, &pubsub.Miss{
 			Seq:         uint64(10 - i),
@@ -82,6 +105,7 @@ func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
 			Failed:      rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3).Draw(t, "failed"),
 			Reason:      rapid.StringN(0, 20, 60).Draw(t, "reason"),
 			FailedUsers: rapid.Uint32().Draw(t, "failed users"), Refused: rapid.Bool().Draw(t, "refused"),
+			Reused: users.Draw(t, "reused"),
 		})
 	}
 	return r
@@ -115,14 +139,22 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 	var acks, got []ack
 	for _, a := range want.GetAcks() {
 		for i, n := range a.GetDelivered() {
-			acks = append(acks, ack{seq: a.GetFirst() + uint64(i), delivered: n})
+			one := ack{seq: a.GetFirst() + uint64(i), delivered: n}
+			if len(a.GetDuplicates()) > 0 {
+				one.duplicates = a.GetDuplicates()[i]
+			}
+			if len(a.GetPending()) > 0 {
+				one.pending = a.GetPending()[i]
+			}
+			acks = append(acks, one)
 		}
 	}
 	for _, a := range r.acks {
 		if (a.miss != nil) != slices.ContainsFunc(want.GetMisses(), func(m *pubsub.Miss) bool { return m.GetSeq() == a.seq }) {
 			t.Fatalf("ack of %d has miss %v of %v", a.seq, a.miss, want)
 		}
-		got = append(got, ack{seq: a.seq, delivered: a.delivered})
+		a.miss = nil
+		got = append(got, a)
 	}
 	if !slices.Equal(acks, got) {
 		t.Fatalf("%+v of %v", r.acks, want)
@@ -134,10 +166,36 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		found := false
 		for _, got := range r.misses {
 			found = found || got.seq == m.GetSeq() && slices.Equal(got.notHere, m.GetNotHere()) && slices.Equal(got.failed, m.GetFailed()) &&
-				got.reason == plain.Line(m.GetReason(), textMax) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused()
+				got.reason == plain.Line(m.GetReason(), textMax) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused() &&
+				slices.Equal(got.reused, m.GetReused())
 		}
 		if !found {
 			t.Fatalf("%v not in %+v", m, r.misses)
+		}
+	}
+	compareLasting(t, r, want)
+}
+
+// compareLasting is compare for what is of lasting delivery.
+func compareLasting(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.DeliverResponse) {
+	if !slices.Equal(r.tokens, want.GetNudgesTaken()) || len(r.receipts) != len(want.GetReceipts()) ||
+		len(r.catchups) != len(want.GetCatchups()) || len(r.taken) != len(want.GetReplayTaken()) {
+		t.Fatalf("%+v of %v", r, want)
+	}
+	for i, m := range want.GetReceipts() {
+		got := &r.receipts[i]
+		if got.seq != m.GetSeq() || got.acked != m.GetAcked() || got.final != m.GetFinal() || !slices.Equal(got.unacked, m.GetUnacked()) {
+			t.Fatalf("%+v of %v", got, m)
+		}
+	}
+	for i, m := range want.GetCatchups() {
+		if got := r.catchups[i]; got != (catchup{m.GetUserId(), m.GetGate(), uint64(m.GetWindow())}) {
+			t.Fatalf("%+v of %v", got, m)
+		}
+	}
+	for i, m := range want.GetReplayTaken() {
+		if got := r.taken[i]; got != (taken{m.GetGate(), m.GetSeq()}) {
+			t.Fatalf("%+v of %v", got, m)
 		}
 	}
 }
@@ -152,7 +210,36 @@ func TestHostileFramesAreRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	encoded := func(r *pubsub.DeliverResponse) []byte {
+		b, err := proto.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	floods := &pubsub.DeliverResponse{NudgesTaken: make([]uint64, nudgesMax+1)}
+	var receipts, catchups, taken pubsub.DeliverResponse
+	for range gatesMax + 1 {
+		receipts.Receipts = append(receipts.Receipts, &pubsub.Receipt{})
+		catchups.Catchups = append(catchups.Catchups, &pubsub.Catchup{})
+		taken.ReplayTaken = append(taken.ReplayTaken, &pubsub.ReplayTaken{})
+	}
 	tests := map[string][]byte{
+		"more answers to nudges than can be open": encoded(floods),
+		"more receipts than can be open":          encoded(&receipts),
+		"more catchups than can be open":          encoded(&catchups),
+		"more of replays than can be open":        encoded(&taken),
+		"fewer duplicates than acks":              encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1}, Duplicates: []uint32{1}}}}),
+		"more duplicates than acks":               encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1}, Duplicates: []uint32{0, 1}}}}),
+		"fewer pending than acks":                 encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1}, Pending: []uint32{1}}}}),
+		"pending without acks":                    encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Pending: []uint32{1}}}}),
+		"a flood of pending":                      encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Pending: many}}}),
+		"a receipt's user that is not UTF-8":      {0x3a, 0x03, 0x1a, 0x01, 0xff},
+		"a catchup's user that is not UTF-8":      {0x42, 0x03, 0x0a, 0x01, 0xff},
+		"a reused user that is not UTF-8":         {0x1a, 0x03, 0x3a, 0x01, 0xff},
+		"receipts of wrong type":                  {0x38, 0x01},
+		"a truncated receipt":                     {0x3a, 0x02, 0x08, 0x80},
+
 		"truncated":                {0x12, 0x05, 0x08},
 		"not a message":            {0xff, 0xff, 0xff},
 		"heartbeat of wrong type":  {0x22, 0x01, 0x00},
@@ -189,6 +276,10 @@ func FuzzResponse(f *testing.F) {
 		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 2, 300}}, {First: 9, Delivered: []uint32{math.MaxUint32}}}},
 		{Misses: []*pubsub.Miss{{Seq: 2, NotHere: []string{"u1", "u2"}, Failed: []string{"u3"}, Reason: "full"}, {Seq: 1, Refused: true, FailedUsers: 3}}},
 		{Heartbeat: 5, OnlineUsers: 6, Drain: true},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 2}, Duplicates: []uint32{1, 0}, Pending: []uint32{0, 2}}}},
+		{Receipts: []*pubsub.Receipt{{Seq: 1, Acked: 2, Unacked: []string{"u1"}, Final: true}, {Seq: math.MaxUint64, Acked: math.MaxUint32}}},
+		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1, Window: 64}, {UserId: "", Gate: math.MaxUint64}}, ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 2}}},
+		{NudgesTaken: []uint64{1, 2, math.MaxUint64}, Misses: []*pubsub.Miss{{Seq: 1, Reused: []string{"u1"}}}},
 	} {
 		b, err := proto.Marshal(r)
 		if err != nil {
@@ -205,7 +296,11 @@ func FuzzResponse(f *testing.F) {
 		if len(r.acks) > 1000 || len(r.misses) > 1000 {
 			t.Fatalf("%d acks, %d misses", len(r.acks), len(r.misses))
 		}
-		if err := proto.Unmarshal(b, new(pubsub.DeliverResponse)); err != nil {
+		if len(r.receipts) > receiptsMax || len(r.catchups) > gatesMax || len(r.taken) > gatesMax || len(r.tokens) > nudgesMax {
+			t.Fatalf("%d receipts, %d catchups, %d taken, %d nudges", len(r.receipts), len(r.catchups), len(r.taken), len(r.tokens))
+		}
+		var want pubsub.DeliverResponse
+		if err := proto.Unmarshal(b, &want); err != nil {
 			t.Fatalf("accepted what is no DeliverResponse: %v", err)
 		}
 	})

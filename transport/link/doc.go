@@ -15,6 +15,10 @@
 //   - Deliveries taken by one link reach the node in the order of the Send calls.
 //     Over unary methods that holds for each room, and for each user among the
 //     deliveries to that user alone.
+//   - What is of lasting delivery goes to nodes that have the feature, and to no other. A delivery
+//     without options is encoded as if there were none.
+//   - Each Nudge has exactly one answer, each stream that may ask for replays goes exactly once, and
+//     a delivery whose clients are to acknowledge is told when nobody can tell any more.
 //   - Send never blocks, and answers at once when nothing can come of it: the node
 //     is down, stalled, draining, or its queue is full.
 //   - Everything a node says is input: it is bounded, checked, counted, and three
@@ -95,6 +99,22 @@
 // audience therefore make room only in the next frame, and until then a delivery
 // that finds no room names its users itself.
 //
+// # Lasting delivery
+//
+// What the options of a delivery add to it is encoded in options.go. A message waits in the queue no
+// longer than it is worth anything. One with a collapse key takes the place of the one before it in the
+// queue, for the same user, or for the same members of a room (collapse.go).
+//
+// An ack with pending users settles the delivery, and frees its place in the window: nothing waits for
+// people. The delivery stays with the stream (receipts.go) until its last receipt, until nobody awaits
+// one any more, or until the stream ends. A stream on which only receipts are awaited stays for the
+// ack timeout when its node goes.
+//
+// The node asks for what is stored for its users, which the reader hands to Config.Replayer, and
+// is told the end of it (replay.go). A nudge has it ask again (nudge.go). Both, as heartbeats, are
+// controls: they are beside the deliveries of a frame, wait for no window, and go out at once. They
+// overtake what is queued.
+//
 // # Compression
 //
 // Where Config.Compression offers codecs and the node's hello picks one, the writer
@@ -109,6 +129,11 @@
 // audience may be as large as the maximum, about 800,000 members on one node. A
 // delivery beyond it is dropped as too large. From the node, a frame may have 1 MiB: a
 // delivery to 10,000 users of whom none is there names them all in its Miss.
+//
+// Of what waits beside the queue and the window there is, for each stream, at most: 65,536
+// deliveries or 64 MiB with open receipts, beyond which they are given up at once; 4096 nudges, beyond which
+// they are not taken; 100,000 gates, beyond which the node hears that there are too many. A frame with
+// more entries of a list than can be open is malformed.
 //
 // # Locks
 //

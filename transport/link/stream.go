@@ -545,6 +545,7 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 			m.clamped.Inc()
 			a.Delivered = min(a.Delivered, online)
 			a.FailedUsers = min(a.FailedUsers, online-a.Delivered)
+			a.Duplicates, a.Pending = min(a.Duplicates, a.Delivered), min(a.Pending, a.Delivered)
 		}
 		ok, err := o.d.Ack(a)
 		switch {
