@@ -52,7 +52,7 @@ type sent struct {
 type verdict struct {
 	decline engine.Reason // of the link, at once
 	ack     *engine.Ack   // nil: one user reached
-	keep    bool          // it is answered by release, or never
+	keep    bool          // it is answered by release, or the deadline settles it
 	drop    engine.Reason // of the link, later
 	unseen  bool          // the node is not reached: it is not in got
 }
@@ -77,6 +77,7 @@ func (n *scripted) Send(d *engine.Delivery) engine.Reason {
 		n.got = append(n.got, sent{d.Users()[0], string(d.Payload()), d.Room(), *o.Replay, *o, d.Deadline()})
 		if v.keep {
 			n.kept = append(n.kept, d)
+			time.AfterFunc(time.Until(d.Deadline()), func() { d.Lose(engine.LostDeadline) }) // as links do
 		}
 		n.mu.Unlock()
 	}
@@ -125,11 +126,8 @@ func (n *scripted) Room(context.Context, string, func(user, node []byte)) (bool,
 	return false, errors.New("a replay looks up nobody")
 }
 
-func (n *scripted) Users(_ context.Context, users []string, nodes [][]string) error {
-	for i := range users {
-		nodes[i] = []string{"n"}
-	}
-	return nil // XXX errors.New("a replay looks up nobody")
+func (n *scripted) Users(context.Context, []string, [][]string) error {
+	return errors.New("a replay looks up nobody")
 }
 
 // asker is a stream of a node. It notes how its replays ended.

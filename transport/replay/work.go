@@ -318,18 +318,17 @@ func (s *Service) send(r *replay, page []store.Entry) []message {
 		w.left.Add(1)
 		if err := s.cfg.Start(&m.push, m); err != nil {
 			w.left.Add(-1)
-			var invalid *engine.InvalidError
-			m.never, m.why = errors.As(err, &invalid), err
+			_, invalid := errors.AsType[*engine.InvalidError](err)
+			m.never, m.why = invalid, err
 			m.settled.Store(true)
 		}
-		switch {
-		case !m.settled.Load() || m.taken:
-			after = page[i].Seq
-		case !m.never:
+		refused := m.settled.Load() && !m.taken
+		if refused && !m.never {
 			sent = sent[:i+1]
-		}
-		if len(sent) == i+1 {
 			break
+		}
+		if !refused {
+			after = page[i].Seq
 		}
 	}
 	w.leave()
