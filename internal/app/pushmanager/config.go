@@ -358,6 +358,7 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	}
 	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
 	c.Quotas.RequestTimeout = c.Etcd.RequestTimeout
+	l.MaxTTL, c.Store.MaxMessageBytes = c.Store.MaxTTL, l.DataBytes+l.MetadataBytes+besidePayload
 	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
 	c.Ingress.DrainNotice = min(c.Ingress.DrainNotice, c.DrainTimeout/2) // what is under way needs some time, too

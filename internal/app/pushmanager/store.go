@@ -30,8 +30,8 @@ const (
 	embeddedKey = "/push-manager/store/embedded"
 	// maxStoreTTL bounds how long a message may be kept.
 	maxStoreTTL = 366 * 24 * time.Hour
-	// beside is what is stored beside the data and the metadata of a message: ids and names.
-	beside = 8 << 10
+	// besidePayload is what is stored beside the data and the metadata of a message: ids and names.
+	besidePayload = 8 << 10
 	// openTimeout bounds finding the messages of an embedded store: after a kill all of them are read, a million in 6 s.
 	openTimeout = 5 * time.Minute
 )
@@ -147,14 +147,13 @@ func (c *storeConfig) validateURLs(s *config.Set, risks *app.Risks) error {
 	return nil
 }
 
-// openStore opens the store, if there is one, and puts the spool in front of it. It fills in what others have of it.
+// openStore opens the store, if there is one, and puts the spool in front of it. It fills in what the engine and the entry
+// in etcd have of it.
 func (m *PushManager) openStore(ctx context.Context, cfg *Config) (err error) {
 	c := &cfg.Store
-	cfg.Engine.Limits.MaxTTL = c.MaxTTL
 	if !c.on() {
 		return nil
 	}
-	c.MaxMessageBytes = cfg.Engine.Limits.DataBytes + cfg.Engine.Limits.MetadataBytes + beside
 	if c.embedded() {
 		if err := m.claimStore(ctx, cfg); err != nil {
 			return err
