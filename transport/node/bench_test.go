@@ -74,3 +74,53 @@ func TestAllocationsPerFrame(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkRing looks for an id that is not there, the usual case.
+func BenchmarkRing(b *testing.B) {
+	for _, ids := range []int{8, 64} {
+		b.Run(fmt.Sprintf("ids=%d", ids), func(b *testing.B) {
+			var r ring
+			for i := range ids {
+				r.add(uint64(i)+1, 1)
+			}
+			for b.Loop() {
+				if r.find(1<<40) >= 0 {
+					b.Fatal("found")
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkLasting measures one frame of 100 deliveries with ids from the wire to the acks, for a user who acknowledges
+// what wants it.
+func BenchmarkLasting(b *testing.B) {
+	for _, acks := range []bool{false, true} {
+		b.Run(fmt.Sprintf("acks=%t", acks), func(b *testing.B) {
+			users := NewLastingUsers[*phone](everyFeature...)
+			st := newStream(b, users)
+			p := call(st.server, users, "u", true)
+			p.answer, p.desk.inbox.Books = true, nil
+			r := &pubsub.DeliverRequest{FirstSeq: 1}
+			for i := range 100 {
+				d := lasting(fmt.Sprint(i), "u")
+				d.WantAck = acks
+				r.Deliveries = append(r.Deliveries, d)
+			}
+			data, err := r.MarshalVT()
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				st.next = 1
+				p.desk.inbox.seen, p.desk.wire = ring{}, p.desk.wire[:0]
+				if err := st.take(data); err != nil {
+					b.Fatal(err)
+				}
+				st.acks.counts, st.acks.pending = st.acks.counts[:0], st.acks.pending[:0]
+				st.acks.receipts.open, st.acks.receipts.due = nil, nil
+			}
+		})
+	}
+}

@@ -2,6 +2,7 @@ package node
 
 import (
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -20,6 +21,7 @@ func newStream(t testing.TB, s Sessions) *stream {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(server.Close)
 	return &stream{
 		server: server,
 		acks:   newAcks(1<<20, server.online, &server.count),
@@ -43,6 +45,12 @@ func FuzzDeliverRequest(f *testing.F) {
 		{Hello: &pubsub.Hello{ProtocolVersion: 1, Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, 99}}},
 		{Compressed: []byte{1, 0, 7}, RawBytes: 1},
 		{Compressed: []byte{}, RawBytes: 1 << 31, FirstSeq: 1},
+		{FirstSeq: 1, Deliveries: []*pubsub.Delivery{
+			{UserIds: []string{"u", "v"}, MessageId: "m", Sender: "s", PayloadHash: 1 << 31, TtlMs: 1000, WantAck: true, AckTimeoutMs: 9, CollapseKey: "k"},
+			{UserIds: []string{"u"}, MessageId: "m", PayloadHash: 7, WantAck: true},
+			{UserIds: []string{"u"}, MessageId: "n", Replay: &pubsub.ReplayPlace{Gate: 1, Seq: 2, After: 1}, Log: &pubsub.LogPosition{Seq: 1}},
+			{Scope: "shop/", MessageId: "o", TtlMs: 1},
+		}, Nudges: []*pubsub.Nudge{{UserId: "u", Seq: 3, Token: 4}, {}}, ReplayEnds: []*pubsub.ReplayEnd{{Gate: 1, Seq: 5, Error: "e"}}, LogMarks: []*pubsub.LogMark{{Seq: 1}}},
 	} {
 		b, err := proto.Marshal(r)
 		if err != nil {
@@ -52,8 +60,18 @@ func FuzzDeliverRequest(f *testing.F) {
 	}
 	f.Add([]byte("\x1a\x05\x0a\x03\x0a\x01\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		st := newStream(t, everyone{})
+		users := NewLastingUsers[*phone](everyFeature...)
+		st := newStream(t, users)
+		hello := &pubsub.Hello{Features: everyFeature}
+		st.server.replays.join(st, hello, time.Now())
+		p := call(st.server, users, "u", true)
+		p.desk.inbox.Gate.Ready()
 		_ = st.take(b)
+		p.hangUp(users)
+		st.acks.receipts.giveUpAll()
+		if n := st.acks.receipts.pending(); n != 0 {
+			t.Errorf("%d users are pending for ever", n)
+		}
 		if len(st.tally.counts) > 0 {
 			t.Error("acks left behind")
 		}
@@ -88,7 +106,21 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 	}
 	got := &pubsub.DeliverRequest{
 		FirstSeq: r.firstSeq, ForgetAudiences: r.forget, Heartbeat: r.heartbeat, Drain: r.drain,
-		Compressed: r.compressed, RawBytes: r.rawBytes,
+		Compressed: r.compressed, RawBytes: r.rawBytes, LogMarks: want.GetLogMarks(),
+	}
+	for i, part := range r.nudges {
+		var n nudge
+		if err := n.parse(part); err != nil {
+			t.Fatalf("nudge %d: protobuf decodes it: %v", i, err)
+		}
+		got.Nudges = append(got.Nudges, &pubsub.Nudge{UserId: n.user, Token: n.token, Seq: want.GetNudges()[i].GetSeq()})
+	}
+	for i, part := range r.ends {
+		var e replayEnd
+		if err := e.parse(part); err != nil {
+			t.Fatalf("end %d: protobuf decodes it: %v", i, err)
+		}
+		got.ReplayEnds = append(got.ReplayEnds, &pubsub.ReplayEnd{Gate: e.gate, Error: e.failure, Seq: want.GetReplayEnds()[i].GetSeq()})
 	}
 	if r.hasHello {
 		got.Hello = new(pubsub.Hello)
@@ -101,7 +133,9 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 		if err := d.parse(part); err != nil {
 			t.Fatalf("delivery %d: protobuf decodes it: %v", i, err)
 		}
-		got.Deliveries = append(got.Deliveries, d.decoded(t, want.GetDeliveries()[i].GetContent() != nil))
+		decoded := d.decoded(t, want.GetDeliveries()[i].GetContent() != nil)
+		decoded.Log = want.GetDeliveries()[i].GetLog()
+		got.Deliveries = append(got.Deliveries, decoded)
 	}
 	got.ProtoReflect().SetUnknown(want.ProtoReflect().GetUnknown())
 	stripUnknown(want)
@@ -113,7 +147,13 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 
 func (d *delivery) decoded(t *testing.T, hasContent bool) *pubsub.Delivery {
 	t.Helper()
-	out := &pubsub.Delivery{RoomId: d.room, UserIds: d.users, Everybody: d.everybody, ExceptUserIds: d.except, Traceparent: d.traceparent}
+	out := &pubsub.Delivery{
+		RoomId: d.room, UserIds: d.users, Everybody: d.everybody, ExceptUserIds: d.except, Traceparent: d.traceparent, Scope: d.scope,
+		MessageId: d.messageID, Sender: d.sender, PayloadHash: d.payloadHash, TtlMs: d.ttl, WantAck: d.wantAck, AckTimeoutMs: d.ackTimeout, CollapseKey: d.collapse,
+	}
+	if d.hasReplay {
+		out.Replay = &pubsub.ReplayPlace{Gate: d.replay.gate, Seq: d.replay.seq, After: d.replay.after}
+	}
 	var m Message
 	if err := m.parseContent(d.content); err != nil {
 		t.Fatalf("protobuf decodes it: %v", err)
@@ -141,5 +181,14 @@ func stripUnknown(r *pubsub.DeliverRequest) {
 		if a := d.GetAudience(); a != nil {
 			a.ProtoReflect().SetUnknown(nil)
 		}
+		if p := d.GetReplay(); p != nil {
+			p.ProtoReflect().SetUnknown(nil)
+		}
+	}
+	for _, n := range r.GetNudges() {
+		n.ProtoReflect().SetUnknown(nil)
+	}
+	for _, e := range r.GetReplayEnds() {
+		e.ProtoReflect().SetUnknown(nil)
 	}
 }
