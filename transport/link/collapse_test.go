@@ -204,6 +204,9 @@ func TestNewerMessageTakesThePlaceOfTheOlderInTheQueue(t *testing.T) {
 func TestWhatIsNotForOneTargetIsNotReplaced(t *testing.T) {
 	w := newWorld(t, Config{})
 	w.room("r", "A", "u1", "u2")
+	for _, user := range []string{"u1", "u2"} {
+		w.delivery(t, w.toUser(user, "so that the route is known"))
+	}
 	o := &engine.Options{CollapseKey: "k"}
 	users := w.push(&engine.Push{Request: engine.Request{Kind: engine.ToUsers, Users: []string{"u1", "u2"}}}, "x")
 	stored := w.toUser("u1", "x")

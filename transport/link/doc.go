@@ -140,6 +140,6 @@
 // Set.mu is taken before Link.mu by nobody: the set decides under its own lock which
 // links start and end, releases it and then acts. Link.mu is a leaf, held for lines:
 // no send, no callback and no other package's lock inside (but for the delivery's own
-// compare-and-swaps). Settling a delivery may call Send of any link, so it
+// compare-and-swaps, and the lock of its push that AwaitsReceipts takes, which is a leaf). Settling a delivery may call Send of any link, so it
 // happens with no lock held. Set.mu -> node.mu is the only nesting.
 package link

@@ -4,9 +4,11 @@ import (
 	"math"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -32,6 +34,15 @@ func FuzzAcks(f *testing.F) {
 		{Heartbeat: math.MaxUint64, OnlineUsers: math.MaxUint32},
 		{Drain: true},
 		{Hello: &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "A"}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 3, 3}, Duplicates: []uint32{1, 0, 0}, Pending: []uint32{0, 3, 0}}},
+			Receipts: []*pubsub.Receipt{{Seq: 2, Acked: 2, Unacked: []string{"u3"}, Final: true}}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 3, 3}, Pending: []uint32{0, 2, 0}}},
+			Receipts: []*pubsub.Receipt{{Seq: 2, Acked: 1}, {Seq: 2, Acked: math.MaxUint32}, {Seq: 2, Final: true}}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 3, 3}, Duplicates: []uint32{2, 4, 1 << 31}, Pending: []uint32{1, 4, 1}}}},
+		{Receipts: []*pubsub.Receipt{{Seq: 1, Acked: 1, Final: true}, {Seq: 2, Unacked: []string{"u1", "u1"}}, {Seq: math.MaxUint64}, {}}}, // before the ack
+		{Acks: []*pubsub.AckRange{{First: 2, Delivered: []uint32{1}}}, Misses: []*pubsub.Miss{{Seq: 2, Reused: []string{"u1", "u2"}}}},
+		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1}, {UserId: "u1", Gate: 1}, {UserId: "\x00", Gate: 2}, {}},
+			ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 1}, {}}, NudgesTaken: []uint64{0, 1, math.MaxUint64}},
 	} {
 		first, err := proto.Marshal(r)
 		if err != nil {
@@ -58,8 +69,8 @@ func FuzzAcks(f *testing.F) {
 
 // answerWith has a node answer one push of each kind with frames.
 func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
-	w := newWorld(t, Config{})
-	n := &fakeNode{id: "A"}
+	w := newWorld(t, Config{Replayer: &replayer{then: func(a Asker, gate uint64) { a.End(gate, 1, "") }}})
+	n := scripted(lasting...).fakeNode
 	answered, seqs := make(chan struct{}), map[string]uint64{}
 	n.deliver = func(st deliverStream) error {
 		if _, err := n.greet(st); err != nil {
@@ -91,14 +102,28 @@ func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
 	w.room("r", "A", "u1", "u2", "u3")
 	claimed := frames
 	texts := []string{"x", "y", "z"}
-	pushes := []*pending{w.begin(w.toUser("u1", texts[0])), w.begin(w.toRoom("r", texts[1])), w.begin(w.toAll(texts[2]))}
+	list := []*engine.Push{w.toUser("u1", texts[0]), w.toRoom("r", texts[1]), w.toAll(texts[2])}
+	list[0].Options = &engine.Options{MessageID: "m", TTL: time.Minute}
+	list[1].Options = &engine.Options{ClientAck: true, AckTimeout: time.Second}
+	var pushes []*pending
+	for _, p := range list {
+		pushes = append(pushes, w.begin(p))
+	}
 	synctest.Wait()
 	<-answered
 	for i, f := range pushes {
 		r := w.end(f)
-		acks := uint64(0)
+		acks, clients := uint64(0), uint64(0)
 		for _, frame := range claimed {
 			acks += claims(frame, seqs[texts[i]])
+			for _, receipt := range frame.GetReceipts() {
+				if receipt.GetSeq() == seqs[texts[i]] {
+					clients += uint64(receipt.GetAcked())
+				}
+			}
+		}
+		if uint64(r.Acked) > clients || r.Acked > r.Delivered || r.Duplicates > r.Delivered {
+			t.Errorf("push %d: %d acked by clients of %d: %+v", i, r.Acked, clients, r)
 		}
 		if uint64(r.Delivered) > acks {
 			t.Errorf("push %d: %d delivered, the node has acknowledged %d: %v", i, r.Delivered, acks, claimed)

@@ -90,17 +90,15 @@ func (l *Link) Scopes() bool { return !l.node.unscoped.Load() }
 func (l *Link) Send(d *engine.Delivery) engine.Reason {
 	cfg := &l.set.cfg
 	e := entry{d: d, size: d.Size(), deadline: l.set.clock.of(d.Deadline())}
-	var key collapseKey
-	if o := d.Options(); o != nil {
-		e.deadline = min(e.deadline, l.set.clock.of(d.Expires()))
-		key = collapseKeyOf(d, o)
-	}
 	if e.size > cfg.MaxFrameBytes {
 		return engine.DropTooLarge
 	}
 	e.at = l.set.clock.ran.Load()
-	if key != (collapseKey{}) {
-		return l.sendLatest(e, key)
+	if o := d.Options(); o != nil {
+		e.deadline = min(e.deadline, l.set.clock.of(d.Expires()))
+		if key := collapseKeyOf(d, o); key != (collapseKey{}) {
+			return l.sendLatest(e, key)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

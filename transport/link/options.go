@@ -23,6 +23,7 @@ type extras struct {
 	options *engine.Options
 	can     features // of the node
 	ttl     uint64   // ms that are left, 0 for ever
+	acks    uint64   // ms that clients have to acknowledge, 0 where they are not asked to
 }
 
 // extrasOf works out what a delivery with options brings to a node at the moment now, in which its
@@ -39,17 +40,17 @@ func extrasOf(d *engine.Delivery, o *engine.Options, can features, now time.Time
 		}
 		x.ttl = milliseconds(left)
 	}
+	if o.ClientAck {
+		x.acks = milliseconds(d.AckBy().Sub(now))
+	}
 	return x, engine.Sent
 }
 
 // toGate tells a message out of the store that a gate has asked for.
 func toGate(o *engine.Options) bool { return o.Replay != nil && o.Replay.Gate != 0 }
 
-// milliseconds rounds down, so that nobody is later for it, but no time to 0, which says something else.
+// milliseconds rounds down, so that nobody is later for it, but not to 0, which says something else.
 func milliseconds(d time.Duration) uint64 {
-	if d <= 0 {
-		return 0
-	}
 	return uint64(min(max(d.Milliseconds(), 1), math.MaxUint32))
 }
 
@@ -66,8 +67,8 @@ func (x *extras) size() int {
 	if x.can.has(pubsub.Feature_FEATURE_EXPIRY) {
 		n += wire.SizeUint(delTTL, x.ttl)
 	}
-	if o.ClientAck && x.can.has(pubsub.Feature_FEATURE_CLIENT_ACK) {
-		n += wire.SizeUint(delWantAck, 1) + wire.SizeUint(delAckTimeout, milliseconds(o.AckTimeout))
+	if x.acks > 0 && x.can.has(pubsub.Feature_FEATURE_CLIENT_ACK) {
+		n += wire.SizeUint(delWantAck, 1) + wire.SizeUint(delAckTimeout, x.acks)
 	}
 	if x.can.has(pubsub.Feature_FEATURE_COLLAPSE) {
 		n += wire.SizeString(delCollapseKey, o.CollapseKey)
@@ -92,9 +93,9 @@ func (x *extras) append(b []byte) []byte {
 	if x.can.has(pubsub.Feature_FEATURE_EXPIRY) {
 		b = wire.AppendUint(b, delTTL, x.ttl)
 	}
-	if o.ClientAck && x.can.has(pubsub.Feature_FEATURE_CLIENT_ACK) {
+	if x.acks > 0 && x.can.has(pubsub.Feature_FEATURE_CLIENT_ACK) {
 		b = wire.AppendUint(b, delWantAck, 1)
-		b = wire.AppendUint(b, delAckTimeout, milliseconds(o.AckTimeout))
+		b = wire.AppendUint(b, delAckTimeout, x.acks)
 	}
 	if x.can.has(pubsub.Feature_FEATURE_COLLAPSE) {
 		b = wire.AppendString(b, delCollapseKey, o.CollapseKey)

@@ -86,7 +86,7 @@ func TestOptionsAreEncodedForNodesWithTheFeature(t *testing.T) {
 				want.TtlMs = uint32(o.TTL.Milliseconds())
 			}
 			if has(pubsub.Feature_FEATURE_CLIENT_ACK) && o.ClientAck {
-				want.WantAck, want.AckTimeoutMs = true, uint32(o.AckTimeout.Milliseconds())
+				want.WantAck, want.AckTimeoutMs = true, uint32(max(d.AckBy().Sub(now).Milliseconds(), 1))
 			}
 			if has(pubsub.Feature_FEATURE_COLLAPSE) {
 				want.CollapseKey = o.CollapseKey
