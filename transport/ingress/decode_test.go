@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 var testLimits = engine.Limits{
 	IDBytes: 256, DataBytes: 256 << 10, MetadataEntries: 32, MetadataBytes: 8 << 10, Exclude: 10_000, Users: 10_000,
+	MaxTTL: 168 * time.Hour,
 }
 
 // roomy returns b as the codec would: with space for a timestamp behind it.
@@ -82,6 +84,7 @@ func same(t *testing.T, p *engine.Push, m proto.Message) {
 	if p.Room != room || p.User != user || !slices.Equal(p.Users, users) || !slices.Equal(p.Exclude, exclude) {
 		t.Fatalf("push = %+v, want what %v has", p, m)
 	}
+	sameOptions(t, p.Options, m.(interface{ GetOptions() *pubsub.PushOptions }).GetOptions())
 	if p.Content.Present != (want != nil) {
 		t.Fatalf("content present = %v, want %v", p.Content.Present, want != nil)
 	}
@@ -107,6 +110,24 @@ func same(t *testing.T, p *engine.Push, m proto.Message) {
 	}
 	if !proto.Equal(got, want) {
 		t.Fatalf("payload = %v, want %v", got, want)
+	}
+}
+
+// sameOptions fails unless o says what the options on the wire do.
+func sameOptions(t *testing.T, o *engine.Options, want *pubsub.PushOptions) {
+	t.Helper()
+	if (o != nil) != (want != nil) {
+		t.Fatalf("options %+v, want %v", o, want)
+	}
+	if o == nil {
+		return
+	}
+	made := want.MessageId == "" && want.Offline == pubsub.OfflinePolicy_OFFLINE_STORE
+	if !made && o.MessageID != want.MessageId || made && len(o.MessageID) != 36 || o.CollapseKey != want.CollapseKey ||
+		o.TTL != time.Duration(want.TtlMs)*time.Millisecond || o.AckTimeout != time.Duration(want.AckTimeoutMs)*time.Millisecond ||
+		o.ClientAck != (want.Ack == pubsub.AckPolicy_ACK_CLIENT) || o.Store != (want.Offline == pubsub.OfflinePolicy_OFFLINE_STORE) ||
+		o.Async != (want.Receipt == pubsub.ReceiptMode_RECEIPT_ASYNC) {
+		t.Fatalf("options %+v, want %v", o, want)
 	}
 }
 
@@ -186,8 +207,8 @@ func TestDecodeKeepsUnknownFieldsOfContentAndIgnoresThoseOfTheRequest(t *testing
 	c := marshal(t, content("x"))
 	c = protowire.AppendString(protowire.AppendTag(c, 77, protowire.BytesType), "later")
 	b := protowire.AppendBytes([]byte{1<<3 | 2, 1, 'u', 2<<3 | 2}, c)
-	b = protowire.AppendString(protowire.AppendTag(b, 20, protowire.BytesType), "options") // PushOptions
-	b = protowire.AppendVarint(protowire.AppendTag(b, 1, protowire.VarintType), 9)         // the id as a number: unknown, too
+	b = protowire.AppendString(protowire.AppendTag(b, 21, protowire.BytesType), "later")
+	b = protowire.AppendVarint(protowire.AppendTag(b, 1, protowire.VarintType), 9) // the id as a number: unknown, too
 	p, err := decodeOne(toUser, b)
 	if err != nil {
 		t.Fatal(err)
@@ -399,7 +420,15 @@ func TestDecodeStreamEnvelope(t *testing.T) {
 
 func FuzzDecode(f *testing.F) {
 	c := &pubsub.MessageContent{Type: 1, Data: []byte("d"), Timestamp: 3, Metadata: map[string]string{"k": "v"}}
+	o := &pubsub.PushOptions{
+		MessageId: "m", TtlMs: 1 << 20, Ack: pubsub.AckPolicy_ACK_CLIENT, CollapseKey: "k", Priority: pubsub.Priority_PRIORITY_HIGH,
+		Receipt: pubsub.ReceiptMode_RECEIPT_ASYNC, AckTimeoutMs: 300,
+	}
 	for _, m := range []proto.Message{
+		&pubsub.PushToUserRequest{UserId: "u", Content: c, Options: o},
+		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, Options: &pubsub.PushOptions{}},
+		&pubsub.BroadcastMessageRequest{Content: c, Options: &pubsub.PushOptions{Offline: pubsub.OfflinePolicy_OFFLINE_STORE}},
+		&pubsub.PushStreamRequest{Id: 5, Push: &pubsub.PushStreamRequest_ToUsers{ToUsers: &pubsub.PushToUsersRequest{UserIds: []string{"a"}, Content: c, Options: o}}},
 		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{"a", "b"}},
 		&pubsub.PushToUserRequest{UserId: "u", Content: &pubsub.MessageContent{}},
 		&pubsub.PushToUsersRequest{UserIds: []string{"a", "b"}, Content: c},
@@ -416,6 +445,8 @@ func FuzzDecode(f *testing.F) {
 	f.Add(uint8(toRoom), []byte{1<<3 | 2, 1, 0xff})
 	f.Add(uint8(toUser), []byte{9<<3 | 3, 1<<3 | 2, 1, 0xff, 9<<3 | 4})
 	f.Add(uint8(apis), []byte{2<<3 | 2, 1, 0xff, 3<<3 | 2, 0})
+	f.Add(uint8(toAll), []byte{0xa2, 1, 3, 1<<3 | 2, 1, 0xff, 0xa2, 1, 3, 1<<3 | 2, 1, 'a'})
+	f.Add(uint8(toAll), []byte{0xa2, 1, 11, 3 << 3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
 	d := newDecoder(testLimits)
 	f.Fuzz(func(t *testing.T, which uint8, b []byte) {
 		if which%uint8(apis+1) == uint8(apis) {
@@ -473,7 +504,8 @@ func compare(t *testing.T, p *engine.Push, m proto.Message, got, want error) {
 			t.Fatalf("took what generated code refuses with %v", want)
 		}
 	case got != nil:
-		if e := invalid(t, got); e.Code != engine.CodeTooMany && e.Code != engine.CodeTooLarge {
+		if e := invalid(t, got); e.Code != engine.CodeTooMany && e.Code != engine.CodeTooLarge &&
+			!(strings.HasPrefix(e.Field, "options.") && e.Code == engine.CodeOutOfRange) {
 			t.Fatalf("refused what generated code takes: %v", got)
 		}
 	case m != nil:

@@ -41,6 +41,12 @@ func TestMessages(t *testing.T) {
 		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, Stale: 1, Changed: true}, "delivered; by a route of 1 s ago, which has changed since"},
 		{toUser, engine.Result{Targets: 1, Offline: 1, Stale: 1}, `user "u" is offline; by a route of 1 s ago`},
 		{toUsers, engine.Result{Targets: 3, Offline: 3}, "none of the users is online"},
+		{toUser, engine.Result{Targets: 1, Offline: 1, Stored: 1}, `user "u" is offline; stored`},
+		{toUser, engine.Result{Targets: 1, Offline: 1, Stored: 1, Unsure: 1}, `user "u" is offline; stored`},
+		{toUser, engine.Result{Targets: 1, Offline: 1, NodeFailures: []engine.NodeFailure{{Reason: "failed: store: is full", Users: 1}}}, `user "u" is offline: failed: store: is full`},
+		{toUsers, engine.Result{Targets: 3, Offline: 3, Stored: 2}, "none of the users is online; 2 stored"},
+		{toUsers, engine.Result{Found: true, Targets: 4, Delivered: 1, Offline: 2, Stored: 2, Failed: 1, NodeFailures: failures}, "delivered to 1 of 4 users: 2 offline (2 stored), 1 failed"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2, Stored: 1}, "delivered to nobody: 2 offline (1 stored)"},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "not delivered: 1 offline, 2 failed"},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 1, Unknown: 1, NodeFailures: failures}, "unknown whether delivered: 1 offline, 1 failed, 1 unknown"},
 		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2}, "delivered to nobody: 2 offline"},
@@ -59,7 +65,10 @@ func TestMessages(t *testing.T) {
 
 // The hand-written encoding is what generated code writes.
 func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
-	p := &engine.Push{Request: engine.Request{Room: "r", User: "u"}}
+	plain := &engine.Push{Request: engine.Request{Room: "r", User: "u"}}
+	empty, named := new(engine.Push), new(engine.Push)
+	empty.Request, named.Request = plain.Request, plain.Request
+	empty.Options, named.Options = &engine.Options{}, &engine.Options{MessageID: strings.Repeat("é", 32)}
 	server := &Server{usual: newReply(toUser, new(engine.Push), &engine.Result{Found: true, Targets: 1, Delivered: 1})}
 	for _, res := range []engine.Result{
 		{},
@@ -70,16 +79,20 @@ func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 		{Found: true, Targets: 1, Failed: 1, NodeFailures: []engine.NodeFailure{
 			{Node: "n\xff1", Reason: strings.Repeat("ы", 300), Users: 1 << 40}}},
 		{Found: true, Targets: 1, Delivered: 1},
+		{Targets: 9, Delivered: 4, Offline: 3, Failed: 2, Stored: 3, Unsure: 2, Acked: 1, Duplicates: 4},
+		{Found: true, Targets: 1, Delivered: 1, Acked: math.MaxInt, Duplicates: 1},
 	} {
 		for a := range apis {
-			got := pubsub.PushStreamResponse{}
-			ok(t, proto.Unmarshal(server.newStreamReply(300, a, p, &res).buffer, &got))
-			if want := generated(300, a, p, &res); !proto.Equal(&got, want) {
-				t.Errorf("stream reply\n%v, want\n%v", &got, want)
-			}
-			unary := marshal(t, answerOf(generated(0, a, p, &res)))
-			if string(newReply(a, p, &res).buffer) != string(unary) {
-				t.Errorf("reply of %v to %+v is not what generated code writes", a, res)
+			for _, p := range []*engine.Push{plain, empty, named} {
+				got := pubsub.PushStreamResponse{}
+				ok(t, proto.Unmarshal(server.newStreamReply(300, a, p, &res).buffer, &got))
+				if want := generated(300, a, p, &res); !proto.Equal(&got, want) {
+					t.Errorf("stream reply\n%v, want\n%v", &got, want)
+				}
+				unary := marshal(t, answerOf(generated(0, a, p, &res)))
+				if string(newReply(a, p, &res).buffer) != string(unary) || string(server.reply(a, p, &res).buffer) != string(unary) {
+					t.Errorf("reply of %v to %+v is not what generated code writes", a, res)
+				}
 			}
 		}
 	}
@@ -112,6 +125,10 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 		Offline: i32(res.Offline), Failed: i32(res.Failed), Unknown: i32(res.Unknown)}
 	for _, f := range res.NodeFailures {
 		sum.NodeFailures = append(sum.NodeFailures, &pubsub.NodeFailure{NodeId: text(f.Node), Reason: text(f.Reason), Users: i32(f.Users)})
+	}
+	if p.Options != nil {
+		sum.Stored, sum.Unsure, sum.Acked, sum.Duplicates = i32(res.Stored), i32(res.Unsure), i32(res.Acked), i32(res.Duplicates)
+		sum.MessageId = p.Options.MessageID
 	}
 	msg := string(appendMessage(nil, a, p, res))
 	r := &pubsub.PushStreamResponse{Id: id}

@@ -112,7 +112,19 @@ func TestInput(t *testing.T) {
 		{"unknown service", "/pubsub.Nothing/PushToRoom", room("r"), codes.Unimplemented, "", ""},
 		{"an empty segment", "//PushToRoom", room("r"), codes.Unimplemented, "", ""},
 		{"two slashes in front", "/" + methodRoom, room("r"), codes.Unimplemented, "", ""},
-		{"unknown fields", methodRoom, protowire.AppendString(append(marshal(t, room("r")), 20<<3&0x7f|2|0x80, 1), "options"), codes.OK, "", ""},
+		{"message id of 64 bytes", methodUser, withID(strings.Repeat("x", 64)), codes.OK, "", ""},
+		{"message id of 65 bytes", methodUser, withID(strings.Repeat("x", 65)), codes.InvalidArgument, "ID_TOO_LONG", "options.message_id"},
+		{"message id of 1 MiB", methodUser, withID(strings.Repeat("x", 1<<20-64)), codes.InvalidArgument, "ID_TOO_LONG", "options.message_id"},
+		{"message id that is empty", methodUser, withID(""), codes.OK, "", ""},
+		{"message id with NUL", methodUser, withID("a\x00b"), codes.InvalidArgument, "ID_MALFORMED", "options.message_id"},
+		{"message id with a new line", methodUser, withID("a\n"), codes.InvalidArgument, "ID_MALFORMED", "options.message_id"},
+		{"message id with an escape", methodUser, withID("\x1b[31m"), codes.InvalidArgument, "ID_MALFORMED", "options.message_id"},
+		{"message id with DEL", methodUser, withID("\x7f"), codes.InvalidArgument, "ID_MALFORMED", "options.message_id"},
+		{"message id with C1", methodUser, withID("\u0085"), codes.InvalidArgument, "ID_MALFORMED", "options.message_id"},
+		{"message id not UTF-8", methodUser, withID("\xff"), codes.InvalidArgument, "MALFORMED", "options.message_id"},
+		{"message id in Greek", methodUser, withID("κόσμος"), codes.OK, "", ""},
+		{"garbage as options", methodUser, protowire.AppendBytes(append(marshal(t, user("a")), 0xa2, 1), []byte{0x0a, 9}), codes.InvalidArgument, "MALFORMED", "options"},
+		{"unknown fields", methodRoom, protowire.AppendString(append(marshal(t, room("r")), 21<<3&0x7f|2|0x80, 1), "later"), codes.OK, "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			wire, is := test.wire.([]byte)

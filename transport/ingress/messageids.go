@@ -110,6 +110,7 @@ func newMessageIDs(most int, set *metrics.Set) *messageIDs {
 // idClaim is a push that is under way with its message id. It owes a finish.
 type idClaim struct {
 	id, target *idEntry
+	async      bool // its clients' word comes later, see confirm
 	finished   bool // guarded by messageIDs.mu
 }
 
@@ -187,7 +188,7 @@ func (m *messageIDs) begin(p *engine.Push, wait func() *idWaiter) (verdict, erro
 	}
 	target.open = true
 	id.underway++
-	return verdict{claim: &idClaim{id: id, target: target}}, nil
+	return verdict{claim: &idClaim{id: id, target: target, async: p.Options.Async}}, nil
 }
 
 // leave takes back a wait for the push p. Whoever is told all the same must not mind.
@@ -216,7 +217,7 @@ func (m *messageIDs) finish(claim *idClaim, res engine.Result, err error) {
 	waiting := target.waiting
 	target.waiting = nil
 	switch {
-	case err == nil && leftNobody(&res):
+	case err == nil && !claim.async && leftNobody(&res):
 		target.done, target.result = true, newIDResult(&res)
 	case !id.sent:
 		m.dropLocked(target)
@@ -227,6 +228,19 @@ func (m *messageIDs) finish(claim *idClaim, res engine.Result, err error) {
 	m.mu.Unlock()
 	for w := range waiting {
 		w.told(res, err)
+	}
+}
+
+// confirm is told the final result of a push that was answered before its clients had acknowledged.
+func (m *messageIDs) confirm(p *engine.Push, res *engine.Result) {
+	if !leftNobody(res) {
+		return
+	}
+	_, key := m.keys(p)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if target := m.entries[key]; target != nil && target.payload == p.Options.PayloadHash {
+		target.done, target.result = true, newIDResult(res)
 	}
 }
 

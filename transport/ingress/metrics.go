@@ -136,11 +136,18 @@ func (m *instruments) record(a api, p *engine.Push, res *engine.Result, err erro
 	add(m.unknown, res.Unknown)
 	add(m.offline, res.Offline)
 	if p.Options != nil {
-		add(m.stored, res.Stored)
-		add(m.unsure, res.Unsure)
-		add(m.acked, res.Acked)
 		add(m.duplicates, res.Duplicates)
+		if !p.Options.Async {
+			m.recordConfirmed(res)
+		}
 	}
+}
+
+// recordConfirmed books what is known of a push when its clients have acknowledged or have had their time.
+func (m *instruments) recordConfirmed(res *engine.Result) {
+	add(m.stored, res.Stored)
+	add(m.unsure, res.Unsure)
+	add(m.acked, res.Acked)
 }
 
 // recordCall books a call of any unary method, and each push of a PushStream.

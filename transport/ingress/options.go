@@ -2,7 +2,6 @@ package ingress
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"math"
@@ -13,7 +12,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
-	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -31,15 +29,6 @@ const (
 	optionPriority    protowire.Number = 6
 	optionReceipt     protowire.Number = 7
 	optionAckTimeout  protowire.Number = 8
-)
-
-const (
-	// optionBytes bounds message_id and collapse_key.
-	optionBytes = 64
-	// usualAckTimeout is how long clients may take where the caller does not say.
-	usualAckTimeout = 2 * time.Second
-	// maxAckTimeout is the longest that a caller may ask for.
-	maxAckTimeout = 60 * time.Second
 )
 
 // options are the PushOptions of one push.
@@ -103,28 +92,11 @@ func optionName(n protowire.Number) string {
 	return "options.message_id"
 }
 
-// finish checks what read has noted and makes the engine's options of it. content is that of the
-// request, without a stamp. What only the engine knows, it checks itself: whether there is a
-// store, and how long a message may last.
+// finish makes the engine's options of what read has noted. content is that of the request, without a stamp. It checks
+// what is lost by that: numbers that are none of ours. All else is the engine's to check.
 func (o *options) finish(content []byte) error {
 	e := &o.engine
-	for _, field := range []struct {
-		number protowire.Number
-		text   []byte
-		into   *string
-	}{{optionMessageID, o.messageID, &e.MessageID}, {optionCollapseKey, o.collapseKey, &e.CollapseKey}} {
-		if len(field.text) == 0 {
-			continue
-		}
-		if err := ids.Check(field.text, optionBytes); err != nil {
-			code := engine.CodeMalformed
-			if errors.Is(err, ids.ErrTooLong) {
-				code = engine.CodeTooLarge
-			}
-			return &engine.InvalidError{Field: optionName(field.number), Code: code, Description: err.Error()}
-		}
-		*field.into = wire.String(field.text)
-	}
+	e.MessageID, e.CollapseKey = wire.String(o.messageID), wire.String(o.collapseKey)
 	for _, field := range []struct {
 		name  string
 		value uint64
@@ -139,24 +111,19 @@ func (o *options) finish(content []byte) error {
 			return optionOutOfRange(field.name, fmt.Sprintf("is none of the %d values that are known", len(field.names)))
 		}
 	}
-	if o.ttl > math.MaxUint32 {
-		return optionOutOfRange("ttl_ms", "must be milliseconds, from 0 to 2^32 - 1")
+	for _, field := range []struct {
+		name  string
+		value uint64
+		into  *time.Duration
+	}{{"ttl_ms", o.ttl, &e.TTL}, {"ack_timeout_ms", o.ackTimeout, &e.AckTimeout}} {
+		if field.value > math.MaxUint32 {
+			return optionOutOfRange(field.name, "must not be negative, nor 2^32 or more")
+		}
+		*field.into = time.Duration(field.value) * time.Millisecond
 	}
-	if o.ackTimeout > uint64(maxAckTimeout.Milliseconds()) {
-		return optionOutOfRange("ack_timeout_ms", fmt.Sprintf("must be milliseconds, from 0 to %d", maxAckTimeout.Milliseconds()))
-	}
-	e.TTL = time.Duration(o.ttl) * time.Millisecond
 	e.ClientAck = o.ack == uint64(pubsub.AckPolicy_ACK_CLIENT)
 	e.Store = o.offline == uint64(pubsub.OfflinePolicy_OFFLINE_STORE)
 	e.Async = o.receipts == uint64(pubsub.ReceiptMode_RECEIPT_ASYNC)
-	if e.ClientAck {
-		if e.AckTimeout = time.Duration(o.ackTimeout) * time.Millisecond; e.AckTimeout == 0 {
-			e.AckTimeout = usualAckTimeout
-		}
-	}
-	if e.Async && (!e.ClientAck || e.MessageID == "") {
-		return &engine.InvalidError{Field: "options.receipt", Code: engine.CodeRequired, Description: "RECEIPT_ASYNC needs ACK_CLIENT and a message_id"}
-	}
 	if o.claimsPriority = o.claimed != uint64(pubsub.Priority_PRIORITY_UNSPECIFIED); o.claimsPriority {
 		o.priority = priorityOf(pubsub.Priority(o.claimed))
 	}

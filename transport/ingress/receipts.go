@@ -47,6 +47,7 @@ type receipts struct {
 	total  *metrics.Counter
 	lost   *metrics.Counter
 	faults func(where string, v any)
+	booked func(p *engine.Push, res *engine.Result) // is told of each push that is over; nil for nobody
 
 	mu sync.Mutex
 	// Guarded by mu, and so are the logs.
@@ -90,6 +91,9 @@ func (r *receipts) Receipt(p *engine.Push, res engine.Result, unacked []string, 
 			r.faults("receipts", v)
 		}
 	}()
+	if final && r.booked != nil {
+		r.booked(p, &res)
+	}
 	r.append(p.Scope+p.Options.Sender, encodeReceipt(p, &res, unacked, final, time.Now()))
 }
 
