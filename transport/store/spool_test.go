@@ -347,7 +347,9 @@ func TestALaneThatDoesNotAnswerKeepsNoOtherWaiting(t *testing.T) {
 		stuck := &memory{}
 		b := spool(t, SpoolConfig{
 			Lanes: 2, Lane: func(user string) int { return int(user[0]) % 2 }, Store: lanes{fine, stuck},
-			Usage: func(ctx context.Context, lane int) (int64, error) { return []*memory{fine, stuck}[lane].usage(ctx, lane) },
+			Usage: func(ctx context.Context, lane int) (int64, error) {
+				return []*memory{fine, stuck}[lane].usage(ctx, lane)
+			},
 		})
 		stuck.set(func() { stuck.silent = true })
 		slow, fast := b.push("m", time.Minute, "a"), b.push("m", time.Minute, "b") // 'a' is odd

@@ -4,7 +4,7 @@
 //
 //	stream PM_INBOX_<p>
 //	pmi.<p>.<user>.m       messages of a user, in order; at most Config.MaxPerUser
-//	pmi.<p>.<user>.<key>   the latest message of a user with a collapse key
+//	pmi.<p>.<user>.k.<key> the latest message of a user with a collapse key
 //	pmi.<p>.head           one message that stays, see below
 //
 // user and key are hashes of 128 bits: no byte of a subject comes from outside. The message itself holds the user's id,

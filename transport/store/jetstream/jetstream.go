@@ -254,12 +254,18 @@ func (s *Store) place(user string) (p int, prefix string) {
 	return p, subjectPrefix(p) + token(sum) + "."
 }
 
+// What follows a user's prefix: nothing else than plainSuffix, or keyedSuffix and the token of a collapse key.
+const (
+	plainSuffix = "m"
+	keyedSuffix = "k."
+)
+
 // subjectOf is the subject of a message of somebody with this prefix.
 func subjectOf(prefix, collapseKey string) string {
 	if collapseKey == "" {
-		return prefix + "m"
+		return prefix + plainSuffix
 	}
-	return prefix + token(sha256.Sum256([]byte(collapseKey)))
+	return prefix + keyedSuffix + token(sha256.Sum256([]byte(collapseKey)))
 }
 
 func token(sum [sha256.Size]byte) string { return base64.RawURLEncoding.EncodeToString(sum[:16]) }

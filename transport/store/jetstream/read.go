@@ -1,11 +1,15 @@
 package jetstream
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -23,14 +27,15 @@ const (
 	// anyBytes bounds what Any reads: it only wants to know whether there is something.
 	anyBytes = 256 << 10
 	// Replicas that lag are asked again so often, after such a pause.
-	lagRetries = 3
-	lagPause   = 5 * time.Millisecond
+	lagRetries = 20
+	lagPause   = 10 * time.Millisecond
 )
 
 // getRequest is a request for messages, of which a direct get answers several.
 type getRequest struct {
 	Seq       uint64   `json:"seq,omitempty"`
 	NextFor   string   `json:"next_by_subj,omitempty"`
+	LastFor   string   `json:"last_by_subj,omitempty"`
 	MultiLast []string `json:"multi_last,omitempty"`
 	Batch     int      `json:"batch,omitempty"`
 	MaxBytes  int      `json:"max_bytes,omitempty"`
@@ -46,12 +51,13 @@ type stored struct {
 // batch is the answer to a direct get.
 type batch struct {
 	messages []stored
-	pending  bool   // more matches follow
+	through  uint64 // the place up to which messages are all that match
 	upTo     uint64 // the last place of the replica; only of an answer to MultiLast that has messages
 	cut      bool   // nothing is said of matches that are not among messages
 }
 
-// Read implements store.Store.
+// Read implements store.Store. The messages of a user's two kinds are found in two ways, and merged: a server finds those of
+// one subject by an index, while it looks at everything where a subject has a star in it.
 func (s *Store) Read(ctx context.Context, user string, after uint64, most, bytes int) ([]store.Entry, bool, error) {
 	if _, err := s.ready(); err != nil {
 		return nil, false, err
@@ -59,31 +65,109 @@ func (s *Store) Read(ctx context.Context, user string, after uint64, most, bytes
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	p, prefix := s.place(user)
+	least, err := s.leaderPlace(ctx, p)
+	if err != nil {
+		return nil, false, err
+	}
 	page := page{user: user, most: max(most, 1), bytes: bytes, now: time.Now()}
 	for next := after + 1; ; {
 		// One more than fits: it tells that more follows.
-		got, err := s.direct(ctx, p, getRequest{Seq: next, NextFor: prefix + "*", Batch: min(page.most-len(page.entries)+1, maxBatch), MaxBytes: max(bytes-page.size, 1)})
+		want := getRequest{Seq: next, Batch: min(page.most-len(page.entries)+1, maxBatch), MaxBytes: max(bytes-page.size, 1)}
+		plain, err := s.plain(ctx, p, prefix, want)
 		if err != nil {
 			return nil, false, err
 		}
-		if len(got.messages) == 0 && s.cfg.Replicas > 1 { // it may be a replica that lags
-			if got.messages, err = s.askLeader(ctx, p, getRequest{Seq: next, NextFor: prefix + "*"}); err != nil {
-				return nil, false, err
+		keyed, err := s.keyed(ctx, p, prefix, want, least)
+		if err != nil {
+			return nil, false, err
+		}
+		known := min(plain.through, keyed.through)
+		messages := slices.Concat(plain.messages, keyed.messages)
+		slices.SortFunc(messages, func(a, b stored) int { return cmp.Compare(a.seq, b.seq) })
+		for _, m := range messages {
+			if m.seq > known {
+				break
 			}
-		}
-		if len(got.messages) == 0 {
-			return page.entries, false, nil
-		}
-		for _, m := range got.messages {
+			if !strings.HasPrefix(m.subject, prefix) { // the message head
+				continue
+			}
 			if !page.add(m, s.corrupt.Inc) {
 				return page.entries, true, nil
 			}
-			next = m.seq + 1
 		}
-		if !got.pending && s.cfg.Replicas == 1 { // the only replica has said so
+		if known == math.MaxUint64 {
 			return page.entries, false, nil
 		}
+		next = known + 1
 	}
+}
+
+// plain returns messages without a collapse key.
+func (s *Store) plain(ctx context.Context, p int, prefix string, want getRequest) (batch, error) {
+	want.NextFor = prefix + plainSuffix
+	got, err := s.direct(ctx, p, want)
+	if err != nil || got.through != math.MaxUint64 || s.cfg.Replicas == 1 {
+		return got, err
+	}
+	// The replica knows of no more. The leader may.
+	last := want.Seq - 1
+	if n := len(got.messages); n > 0 {
+		last = got.messages[n-1].seq
+	}
+	newest, err := s.askLeader(ctx, p, getRequest{LastFor: want.NextFor})
+	if err != nil || len(newest) == 0 || newest[0].seq <= last {
+		return got, err
+	}
+	following, err := s.askLeader(ctx, p, getRequest{Seq: last + 1, NextFor: want.NextFor})
+	for _, m := range following {
+		got.messages, got.through = append(got.messages, m), m.seq
+	}
+	return got, err
+}
+
+// keyed returns messages with a collapse key, of a replica that has got to place least.
+func (s *Store) keyed(ctx context.Context, p int, prefix string, want getRequest, least uint64) (batch, error) {
+	want.MultiLast = []string{prefix + keyedSuffix + "*"}
+	if s.cfg.Replicas > 1 {
+		want.MultiLast = append(want.MultiLast, headSubject(p))
+	}
+	got, err := s.fresh(ctx, p, want, least)
+	if err != nil {
+		return batch{}, err
+	}
+	if got.cut { // too many keys for an answer
+		want.MultiLast, want.NextFor = nil, prefix+keyedSuffix+"*"
+		return s.direct(ctx, p, want)
+	}
+	return got, nil
+}
+
+// leaderPlace is the last place of a partition; 0 where the only replica is always up to date.
+func (s *Store) leaderPlace(ctx context.Context, p int) (uint64, error) {
+	if s.cfg.Replicas == 1 {
+		return 0, nil
+	}
+	streams, err := s.ready()
+	if err != nil {
+		return 0, err
+	}
+	info, err := streams[p].Info(ctx)
+	if err != nil {
+		return 0, down(err)
+	}
+	return info.State.LastSeq, nil
+}
+
+// fresh is direct for the last messages of subjects, from a replica that has got to place least.
+func (s *Store) fresh(ctx context.Context, p int, request getRequest, least uint64) (batch, error) {
+	for range lagRetries {
+		got, err := s.direct(ctx, p, request)
+		if err != nil || got.cut || got.upTo >= least {
+			return got, err
+		}
+		pause(ctx, lagPause)
+	}
+	return batch{}, down(errors.New("replicas lag"))
 }
 
 // page is what Read returns, while it grows.
@@ -152,42 +236,25 @@ func (s *Store) Any(ctx context.Context, users []string) ([]bool, error) {
 func (s *Store) anyOf(ctx context.Context, p int, prefixes map[string][]int, anything []bool) error {
 	request := getRequest{Batch: maxBatch, MaxBytes: anyBytes}
 	for prefix := range prefixes {
-		request.MultiLast = append(request.MultiLast, prefix+"*")
+		request.MultiLast = append(request.MultiLast, prefix+">")
 	}
-	least := uint64(0)
 	if s.cfg.Replicas > 1 {
 		request.MultiLast = append(request.MultiLast, headSubject(p))
-		streams, err := s.ready()
-		if err != nil {
-			return err
-		}
-		info, err := streams[p].Info(ctx) // the leader's
-		if err != nil {
-			return down(err)
-		}
-		least = info.State.LastSeq
 	}
-	var got batch
-	for try := range lagRetries {
-		var err error
-		if got, err = s.direct(ctx, p, request); err != nil {
-			return err
-		}
-		if got.upTo >= least {
-			break
-		}
-		if got.cut = true; try < lagRetries-1 {
-			pause(ctx, lagPause)
-		}
+	least, err := s.leaderPlace(ctx, p)
+	if err != nil {
+		return err
+	}
+	got, err := s.fresh(ctx, p, request, least)
+	if err != nil {
+		return err
 	}
 	for _, m := range got.messages {
-		if prefix, ok := prefixOf(m.subject); ok {
-			for _, i := range prefixes[prefix] {
-				anything[i] = true
-			}
+		for _, i := range prefixes[prefixOf(m.subject)] {
+			anything[i] = true
 		}
 	}
-	if got.cut || got.pending {
+	if got.cut || got.through != math.MaxUint64 {
 		for _, all := range prefixes {
 			for _, i := range all {
 				anything[i] = true
@@ -206,14 +273,17 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// prefixOf is a subject without its last part.
-func prefixOf(subject string) (string, bool) {
-	for i := len(subject) - 1; i >= 0; i-- {
+// prefixOf is the part of a subject that is a user's: that up to its third dot.
+func prefixOf(subject string) string {
+	dots := 0
+	for i := range len(subject) {
 		if subject[i] == '.' {
-			return subject[:i+1], true
+			if dots++; dots == 3 {
+				return subject[:i+1]
+			}
 		}
 	}
-	return "", false
+	return ""
 }
 
 // Trim implements store.Store.
@@ -225,7 +295,7 @@ func (s *Store) Trim(ctx context.Context, user string, seq uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	p, prefix := s.place(user)
-	if err := streams[p].Purge(ctx, jetstream.WithPurgeSubject(prefix+"*"), jetstream.WithPurgeSequence(seq+1)); err != nil {
+	if err := streams[p].Purge(ctx, jetstream.WithPurgeSubject(prefix+">"), jetstream.WithPurgeSequence(seq+1)); err != nil {
 		return down(err)
 	}
 	return nil
@@ -241,29 +311,30 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	}
 	p, prefix := s.place(user)
 	count := 0
-	for next := uint64(1); ; {
-		step, cancel := context.WithTimeout(ctx, requestTimeout)
-		messages, err := s.askLeader(step, p, getRequest{Seq: next, NextFor: prefix + "*"})
-		if err == nil && len(messages) > 0 {
-			next = messages[0].seq + 1
-			err = streams[p].SecureDeleteMsg(step, messages[0].seq)
-			if errors.Is(err, jetstream.ErrMsgNotFound) || errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) {
-				err = nil // it has expired meanwhile, or Purge takes it
-			} else if err == nil {
-				count++
+	for _, subject := range []string{prefix + plainSuffix, prefix + keyedSuffix + "*"} {
+		for last := uint64(math.MaxUint64); ; {
+			step, cancel := context.WithTimeout(ctx, requestTimeout)
+			messages, err := s.askLeader(step, p, getRequest{LastFor: subject})
+			if err != nil || len(messages) == 0 || messages[0].seq >= last { // the last one could not be erased: Purge takes it
+				cancel()
+				if err != nil {
+					return count, err
+				}
+				break
 			}
-		}
-		cancel()
-		if err != nil {
-			return count, down(err)
-		}
-		if len(messages) == 0 {
-			break
+			last = messages[0].seq
+			err = streams[p].SecureDeleteMsg(step, last)
+			cancel()
+			if api := (&jetstream.APIError{}); err == nil {
+				count++
+			} else if !errors.As(err, &api) { // an answer: it has expired meanwhile, for example
+				return count, down(err)
+			}
 		}
 	}
 	step, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	if err := streams[p].Purge(step, jetstream.WithPurgeSubject(prefix+"*")); err != nil {
+	if err := streams[p].Purge(step, jetstream.WithPurgeSubject(prefix+">")); err != nil {
 		return count, down(err)
 	}
 	return count, nil
@@ -322,9 +393,13 @@ func (b *batch) take(msg *nats.Msg, last *uint64) (end bool, err error) {
 		if before := number("Nats-Last-Sequence"); before != *last {
 			return false, fmt.Errorf("the answer has a gap: message %d is missing", before)
 		}
-		b.pending, b.upTo = number("Nats-Num-Pending") > 0, number("Nats-UpTo-Sequence")
+		b.through, b.upTo = math.MaxUint64, number("Nats-UpTo-Sequence")
+		if number("Nats-Num-Pending") > 0 && len(b.messages) > 0 {
+			b.through = *last
+		}
 		return true, nil
 	case "404":
+		b.through = math.MaxUint64
 		return true, nil
 	case "413": // more subjects match than an answer may have messages
 		b.cut = true
