@@ -57,6 +57,13 @@ func (w *world) startReal(addr string, cfg connectnode.Config, opts ...grpc.Serv
 	if cfg.Sessions == nil {
 		cfg.Sessions = c
 	}
+	w.serveReal(addr, cfg, opts...)
+	return c
+}
+
+// serveReal is startReal for a test that has Sessions of its own.
+func (w *world) serveReal(addr string, cfg connectnode.Config, opts ...grpc.ServerOption) *connectnode.Server {
+	w.t.Helper()
 	s, err := connectnode.New(cfg)
 	if err != nil {
 		w.t.Fatal(err)
@@ -72,7 +79,7 @@ func (w *world) startReal(addr string, cfg connectnode.Config, opts ...grpc.Serv
 		n.kill()
 		s.Close()
 	})
-	return c
+	return s
 }
 
 // patient is for tests that give a busy machine more to do than a second may hold.

@@ -60,16 +60,19 @@ type response struct {
 	taken    []taken
 	tokens   []uint64 // of nudges
 
+	more                []counts // beside acks
 	duplicates, pending []uint32 // scratch of decodeAcks
 }
 
 type ack struct {
-	seq        uint64
-	delivered  uint32
-	duplicates uint32 // of delivered
-	pending    uint32 // of delivered
-	miss       *miss  // what the frame says beside it, nil for nothing
+	seq       uint64
+	delivered uint32
+	more      uint32 // counts beside it: more-1 is their place in response.more, 0 for none
+	miss      *miss  // what the frame says beside it, nil for nothing
 }
+
+// counts are of delivered.
+type counts struct{ duplicates, pending uint32 }
 
 type receipt struct {
 	seq     uint64
@@ -103,7 +106,7 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
 	*r = response{
 		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
-		taken: emptied(r.taken), tokens: r.tokens[:0], duplicates: r.duplicates, pending: r.pending,
+		taken: emptied(r.taken), tokens: r.tokens[:0], more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
 	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
@@ -217,11 +220,16 @@ func (r *response) besideAcks(start int) error {
 	if n := len(r.pending); n != 0 && n != len(acks) {
 		return errCounts
 	}
-	for i, v := range r.duplicates {
-		acks[i].duplicates = v
-	}
-	for i, v := range r.pending {
-		acks[i].pending = v
+	for i := range acks {
+		var c counts
+		if len(r.duplicates) > 0 {
+			c.duplicates = r.duplicates[i]
+		}
+		if len(r.pending) > 0 {
+			c.pending = r.pending[i]
+		}
+		r.more = append(r.more, c)
+		acks[i].more = uint32(len(r.more))
 	}
 	return nil
 }
@@ -279,6 +287,14 @@ func (r *response) decodeLasting(m *wire.Reader) error {
 		return token(m.Uint)
 	}
 	return fmt.Errorf("field %d has another type", m.Number())
+}
+
+// counts of an ack are mostly zero.
+func (r *response) counts(a *ack) counts {
+	if a.more == 0 {
+		return counts{}
+	}
+	return r.more[a.more-1]
 }
 
 func (s *receipt) decode(b []byte) error {

@@ -136,10 +136,14 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 			t.Fatalf("%+v of %v", r.hello, h)
 		}
 	}
-	var acks, got []ack
+	type whole struct {
+		ack
+		counts
+	}
+	var acks, got []whole
 	for _, a := range want.GetAcks() {
 		for i, n := range a.GetDelivered() {
-			one := ack{seq: a.GetFirst() + uint64(i), delivered: n}
+			one := whole{ack: ack{seq: a.GetFirst() + uint64(i), delivered: n}}
 			if len(a.GetDuplicates()) > 0 {
 				one.duplicates = a.GetDuplicates()[i]
 			}
@@ -153,8 +157,7 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		if (a.miss != nil) != slices.ContainsFunc(want.GetMisses(), func(m *pubsub.Miss) bool { return m.GetSeq() == a.seq }) {
 			t.Fatalf("ack of %d has miss %v of %v", a.seq, a.miss, want)
 		}
-		a.miss = nil
-		got = append(got, a)
+		got = append(got, whole{ack{seq: a.seq, delivered: a.delivered}, r.counts(&a)})
 	}
 	if !slices.Equal(acks, got) {
 		t.Fatalf("%+v of %v", r.acks, want)

@@ -535,7 +535,8 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 	l, m := s.link, s.link.set.meters
 	for i := range s.r.owed {
 		o := &s.r.owed[i]
-		a := engine.Ack{Delivered: int(o.ack.delivered), Duplicates: int(o.ack.duplicates), Pending: int(o.ack.pending)}
+		more := s.r.resp.counts(o.ack)
+		a := engine.Ack{Delivered: int(o.ack.delivered), Duplicates: int(more.duplicates), Pending: int(more.pending)}
 		if miss := o.ack.miss; miss != nil {
 			a.NotHere, a.Failed, a.Reused = miss.notHere, miss.failed, miss.reused
 			a.FailedUsers, a.Refused, a.Text = int(miss.failedUsers), miss.refused, miss.reason
