@@ -27,6 +27,7 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/link"
+	"github.com/push-manager/push-manager/transport/replay"
 )
 
 // Config is the Configs of the packages that Push-Manager is made of, and what is
@@ -63,6 +64,7 @@ type Config struct {
 	Audit      audit.Config
 	LinkTLS    linkTLS
 	Store      storeConfig
+	Replays    replay.Config
 
 	ControllerTLS app.ControllerTLS
 
@@ -200,6 +202,7 @@ func (c *Config) Bind(s *config.Set) {
 	bindAudit(&c.Audit, s)
 	c.LinkTLS.bind(s)
 	c.Store.bind(s)
+	bindReplays(&c.Replays, s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
@@ -393,6 +396,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Quotas.Logger, c.Quotas.Metrics = log, set
 	c.Audit.Logger, c.Audit.Metrics = log, set
 	c.Store.Logger, c.Store.Metrics = log, set
+	c.Replays.Logger, c.Replays.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

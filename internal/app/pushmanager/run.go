@@ -73,6 +73,17 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	}
 	m.life.Add("directory", app.Closing(m.directory.Close))
 
+	if cfg.Discovery.Client, err = m.life.Etcd(cfg.Etcd); err != nil {
+		return nil, err
+	}
+	// The store of messages for users who are not reached, and what sends them later. It goes when links and engine are done with it.
+	if err = m.openStore(ctx, &cfg); err != nil {
+		return nil, err
+	}
+	if err = m.openReplays(&cfg); err != nil {
+		return nil, err
+	}
+
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
 	if cfg.LinkTLS.On() {
@@ -88,19 +99,11 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("links", m.stopLinks)
-	if cfg.Discovery.Client, err = m.life.Etcd(cfg.Etcd); err != nil {
-		return nil, err
-	}
 	cfg.Discovery.OnChange, cfg.Discovery.Alive = m.update, m.links.Alive
 	if m.watcher, err = discovery.New(cfg.Discovery); err != nil {
 		return nil, err
 	}
 	m.life.Add("discovery", app.Closing(m.watcher.Close))
-
-	// The store of messages for users who are not reached. It is done when the engine is.
-	if err = m.openStore(ctx, &cfg); err != nil {
-		return nil, err
-	}
 
 	// The engine, and the push API in front of it.
 	cfg.Engine.Shards, cfg.Engine.Directory, cfg.Engine.Network = m.shards, m.directory, m.links
