@@ -781,3 +781,39 @@ func TestOptionsThatAreRefused(t *testing.T) {
 		})
 	}
 }
+
+// TestNudgesGoWhereThePushWentWhileNobodyCanBeAsked has the Controller go away while the message is
+// stored, and the store answer after the push's time: nudged is all the same.
+func TestNudgesGoWhereThePushWentWhileNobodyCanBeAsked(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w, spool := newWorld(), newSpool()
+			w.config.Spool = spool
+			e := w.engine(t)
+			w.users["u"] = []string{"A"}
+			w.nodes["A"].decline = DropQueueFull
+			spool.answer = func(done func()) {
+				w.mu.Lock()
+				w.down = errors.New("away")
+				w.mu.Unlock()
+				if late {
+					time.AfterFunc(time.Minute, done)
+					return
+				}
+				done()
+			}
+			nudged := make(chan string, 10)
+			w.nodes["A"].nudge = func(user string, seq uint64, done func(bool)) {
+				nudged <- fmt.Sprint(user, seq)
+				done(false)
+			}
+			r := do(t, e, with(toUser("u"), Options{Store: true}))
+			if late && (r.Failed != 1 || r.Stored != 0) || !late && r.Stored != 1 {
+				t.Errorf("late %v: %+v", late, r)
+			}
+			if got := <-nudged; got != "u1" || len(nudged) > 0 {
+				t.Errorf("nudged %s", got)
+			}
+		})
+	}
+}
