@@ -270,6 +270,8 @@ func TestStoreTakesWhomNobodyCouldSend(t *testing.T) {
 				if p.Reusable() {
 					t.Error("a push whose bytes are stored is used again")
 				}
+				w.nodes["A"].mu.Lock()
+				defer w.nodes["A"].mu.Unlock()
 				for _, d := range w.nodes["A"].kept {
 					if d.TrySend() {
 						t.Error("written after it was stored")
@@ -641,7 +643,12 @@ func TestExpiryFailsWhatIsNotWritten(t *testing.T) {
 			}
 			p := with(toUsers("u", "v"), Options{TTL: 100 * time.Millisecond})
 			began := time.Now()
-			time.AfterFunc(100*time.Millisecond, func() { w.nodes["B"].kept[0].Drop(DropExpired) })
+			time.AfterFunc(100*time.Millisecond, func() {
+				w.nodes["B"].mu.Lock()
+				d := w.nodes["B"].kept[0]
+				w.nodes["B"].mu.Unlock()
+				d.Drop(DropExpired)
+			})
 			r := do(t, e, p)
 			if r.Failed != 2 || time.Since(began) != time.Second || e.Stats().Heals != 0 {
 				t.Errorf("got %+v after %s", r, time.Since(began))
