@@ -239,6 +239,9 @@ func TestDrainGivesUpReceiptsBehindAPushThatHangs(t *testing.T) {
 		if r, _, n := book.last(); n != 1 || !slices.Equal(r.NodeFailures, want) {
 			t.Errorf("told %d times: %+v", n, r)
 		}
-		w.nodes["B"].kept[0].Drop(DropStalled)
+		w.nodes["B"].mu.Lock()
+		d := w.nodes["B"].kept[0]
+		w.nodes["B"].mu.Unlock()
+		d.Drop(DropStalled)
 	})
 }
