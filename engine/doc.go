@@ -10,6 +10,11 @@
 // look-up) runs in the shard's pool. What a settled delivery brings about, heals and what a
 // fence held back, is done by one goroutine for each shard, in the order of coming.
 //
+// With Options.ClientAck or Options.Store a push goes on once its deliveries are settled, see
+// lasting.go:
+//
+//	deliveries settled ─ receipts ─ Spool.Append ─ Directory.Locate ─ Link.Nudge ─ finish
+//
 // Invariants:
 //
 //   - Every target of a push ends in exactly one of delivered, offline, failed and
@@ -23,10 +28,21 @@
 //   - Pushes of one Order reach a connection in the order of their start, for each
 //     room and user, those that are sent again, too: see fence.go.
 //   - A push by a route that is known to have changed is no success.
-//   - Completer.Complete is called exactly once for each push that Start took.
+//   - Completer.Complete is called exactly once for each push that Start took, and Receipts.Receipt
+//     at most once for an Async one.
+//   - Stored is a part of Offline, Unsure of Stored, Acked and Duplicates of Delivered. Users
+//     count as acked only where it is certain, and as unsure where they may have got the message.
+//   - A message is stored for nobody whom it has reached for certain. It is stored for nobody once
+//     its TTL has passed, where a newer one with its collapse key has taken its place, where its id
+//     was used for another content, and where it is too large. Of users whom nobody can tell apart
+//     all are stored if one may be missing.
+//   - The books of a message that is stored close when each node that a look-up names, which
+//     began after the Spool's answer, has taken a nudge, or for want of time.
 //   - Nothing waits without a bound: whoever holds a delivery settles it by its
 //     deadline, so a push whose route is known needs no timer. One that has to wait
-//     in line has its own.
+//     in line has its own, and so has one that waits for receipts or the Spool.
+//   - A message out of the store (Options.Replay) goes to its node and nowhere else, in the
+//     order of the calls of Start for its user.
 //
 // Overload: a push is admitted if its priority's share of the places in flight is not used
 // up (Config.MaxInFlight) and nobody has said to shed it (Shed). Admit tells beforehand, at
@@ -41,8 +57,10 @@
 //   - Nobody refers to a finished push that has gone the usual way: its caller may use it and
 //     the bytes again (Push.Reusable, Push.Reset).
 //   - The bytes of any other push stay as they are for ever. It is garbage when the last
-//     reference goes.
+//     reference goes. So a Spool may keep a push's bytes without a copy: what is stored is not
+//     Reusable, and neither is a push with ClientAck, whose links come back to it.
 //
 // Locks: Push.mu guards the list of deliveries of one push. It is a leaf. Order.mu comes
-// before the Push.mu of earlier pushes of that Order. backlog.mu is a leaf.
+// before the Push.mu of earlier pushes of that Order. backlog.mu, lasting.mu and asyncs.mu are
+// leaves.
 package engine

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,9 +31,12 @@ type world struct {
 	lookups []string
 	nodes   map[string]*testNode
 
+	delay      func() // called by each look-up before it looks, if not nil
 	linksPanic bool
 	tune       func(*route.Config) // before build, if not nil
 	pool       int                 // places in each shard's pool; 0 means the default
+	shards     int                 // 0 means 2
+	config     Config              // the rest of the engine's
 }
 
 // testNode is an engine.Link that answers by its script, on the caller's goroutine
@@ -49,12 +53,19 @@ type testNode struct {
 
 	quiet    bool // note nothing
 	unscoped bool
+	nudge    func(user string, seq uint64, done func(bool)) // nil: it knows no replays
 }
 
 func (n *testNode) Node() string { return n.id }
 func (n *testNode) Scopes() bool { return !n.unscoped }
 
-func (n *testNode) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
+func (n *testNode) Nudge(user string, seq uint64, done func(bool)) {
+	if n.nudge == nil {
+		done(false)
+		return
+	}
+	n.nudge(user, seq, done)
+}
 
 func (n *testNode) Send(d *Delivery) Reason {
 	if n.decline != Sent {
@@ -119,6 +130,9 @@ func (w *world) wait(ctx context.Context, what string) error {
 	w.lookups = append(w.lookups, what)
 	down, gate := w.down, w.gate
 	w.mu.Unlock()
+	if w.delay != nil {
+		w.delay()
+	}
 	if gate != nil {
 		select {
 		case <-gate:
@@ -171,7 +185,7 @@ func (w *world) engine(t *testing.T) *Engine {
 }
 
 func (w *world) build() (*Engine, func(), error) {
-	shards, err := shard.New(shard.Config{Count: 2, PoolSize: w.pool})
+	shards, err := shard.New(shard.Config{Count: cmp.Or(w.shards, 2), PoolSize: w.pool})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -187,7 +201,8 @@ func (w *world) build() (*Engine, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	e, err := New(Config{Shards: shards, Directory: directory, Network: w})
+	w.config.Shards, w.config.Directory, w.config.Network = shards, directory, w
+	e, err := New(w.config)
 	return e, func() {
 		directory.Close()
 		if err := shards.Close(context.Background()); err != nil {

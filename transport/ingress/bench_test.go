@@ -61,17 +61,17 @@ func BenchmarkReply(b *testing.B) {
 }
 
 func BenchmarkRecord(b *testing.B) {
-	m, p := newInstruments(metrics.NewSet()), new(engine.Push)
+	m := newInstruments(metrics.NewSet())
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	b.Run("callers=1", func(b *testing.B) {
 		for b.Loop() {
-			m.record(toUser, p, &res, nil, time.Millisecond)
+			m.record(toUser, &res, nil, time.Millisecond)
 		}
 	})
 	b.Run("callers=cores", func(b *testing.B) {
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				m.record(toUser, p, &res, nil, time.Millisecond)
+				m.record(toUser, &res, nil, time.Millisecond)
 			}
 		})
 	})
