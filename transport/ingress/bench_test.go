@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ func BenchmarkDecode(b *testing.B) {
 		wire []byte
 	}{
 		"api=user":             {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c})},
+		"api=user/id":          {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c, Options: named("message-000001")})},
 		"api=users/users=100":  {toUsers, marshal(b, &pubsub.PushToUsersRequest{UserIds: users, Content: c})},
 		"api=room/exclude=100": {toRoom, marshal(b, &pubsub.PushToRoomRequest{RoomId: "room", Content: c, ExcludeUserIds: users})},
 	} {
@@ -57,6 +59,32 @@ func BenchmarkReply(b *testing.B) {
 				reply()
 			}
 		})
+	}
+}
+
+// BenchmarkMessageIDs is what a push with an id of its own pays for being remembered, with the memory full.
+func BenchmarkMessageIDs(b *testing.B) {
+	m := newMessageIDs(idsMost, metrics.NewSet())
+	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "user-000001", Arrived: time.Now()}}
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	id := make([]byte, 16)
+	n := 0
+	push := func() {
+		n++
+		binary.LittleEndian.PutUint64(id, uint64(n))
+		p.Options = &engine.Options{MessageID: string(id)}
+		v, err := m.begin(p, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		m.finish(v.claim, res, nil)
+	}
+	for range idsMost {
+		push()
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		push()
 	}
 }
 
