@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ func BenchmarkDecode(b *testing.B) {
 		wire []byte
 	}{
 		"api=user":             {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c})},
+		"api=user/id":          {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c, Options: named("message-000001")})},
 		"api=users/users=100":  {toUsers, marshal(b, &pubsub.PushToUsersRequest{UserIds: users, Content: c})},
 		"api=room/exclude=100": {toRoom, marshal(b, &pubsub.PushToRoomRequest{RoomId: "room", Content: c, ExcludeUserIds: users})},
 	} {
@@ -60,18 +62,44 @@ func BenchmarkReply(b *testing.B) {
 	}
 }
 
+// BenchmarkMessageIDs is what a push with an id of its own pays for being remembered, with the memory full.
+func BenchmarkMessageIDs(b *testing.B) {
+	m := newMessageIDs(idsMost, metrics.NewSet())
+	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "user-000001", Arrived: time.Now()}}
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	id := make([]byte, 16)
+	n := 0
+	push := func() {
+		n++
+		binary.LittleEndian.PutUint64(id, uint64(n))
+		p.Options = &engine.Options{MessageID: string(id)}
+		v, err := m.begin(p, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		m.finish(v.claim, res, nil)
+	}
+	for range idsMost {
+		push()
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		push()
+	}
+}
+
 func BenchmarkRecord(b *testing.B) {
-	m, p := newInstruments(metrics.NewSet()), new(engine.Push)
+	m := newInstruments(metrics.NewSet())
 	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	b.Run("callers=1", func(b *testing.B) {
 		for b.Loop() {
-			m.record(toUser, p, &res, nil, time.Millisecond)
+			m.record(toUser, &res, nil, time.Millisecond)
 		}
 	})
 	b.Run("callers=cores", func(b *testing.B) {
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				m.record(toUser, p, &res, nil, time.Millisecond)
+				m.record(toUser, &res, nil, time.Millisecond)
 			}
 		})
 	})
