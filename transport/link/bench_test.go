@@ -198,7 +198,9 @@ func keptDeliveries(b *testing.B) map[string]*engine.Delivery {
 		b.Fatal(err)
 	}
 	all, data := make(map[string]*engine.Delivery), string(make([]byte, 128))
-	for name, p := range map[string]*engine.Push{"user": w.toUser("u001", data), "room": w.toRoom("r", data), "all": w.toAll(data)} {
+	named := w.toUser("u001", data)
+	named.Options = &engine.Options{MessageID: "0198f0a2-7c1e-7b4a-9d53-2f6f0c9c1a11", Sender: "billing", PayloadHash: 7}
+	for name, p := range map[string]*engine.Push{"user": w.toUser("u001", data), "user-with-id": named, "room": w.toRoom("r", data), "all": w.toAll(data)} {
 		f := &pending{p: p, done: make(chan struct{})}
 		if err := e.Start(p, f); err != nil {
 			b.Fatal(err)
@@ -233,14 +235,18 @@ func BenchmarkFrameBuild(b *testing.B) {
 	const deliveries = 100
 	for name, d := range keptDeliveries(b) {
 		b.Run("push="+name, func(b *testing.B) {
-			auds := newAudiences(1<<20, newMeters(metrics.NewSet()))
+			auds, can := newAudiences(1<<20, newMeters(metrics.NewSet())), featuresOf(lasting)
 			var frame []byte
 			b.ReportAllocs()
 			for b.Loop() {
 				frame = frame[:0]
 				for range deliveries {
+					var more extras
+					if o := d.Options(); o != nil {
+						more, _ = extrasOf(d, o, can, time.Now())
+					}
 					to := auds.address(d)
-					frame = appendDelivery(frame, d, &to, sizeDelivery(d, &to))
+					frame = more.append(appendDelivery(frame, d, &to, sizeDelivery(d, &to)+more.size()))
 				}
 				frame = auds.endFrame(frame, 16<<20)
 			}
