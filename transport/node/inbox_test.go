@@ -589,3 +589,64 @@ func randomInbox(seed uint64) error {
 	}
 	return nil
 }
+
+func TestAnOpenGateLetsNothingOvertakeWhatWasHeld(t *testing.T) {
+	d := newDesk(true)
+	d.inbox.Gate = new(Gate)
+	d.inbox.Gate.closed.Store(true)
+	d.offer(d.message("a"), nil)
+	d.inbox.Gate.closed.Store(false)
+	d.offer(d.message("b"), nil) // Nobody has called Pop yet.
+	d.fill()
+	d.write(9)
+	if got := d.shown(); !slices.Equal(got, []string{"a", "b"}) {
+		t.Errorf("written: %q", got)
+	}
+}
+
+func TestWhatIsHeldIsGivenUpInTimeAndCountsAsUnacknowledgedOnceItGoes(t *testing.T) {
+	w := newWaits()
+	d := newDesk(true)
+	d.inbox.Gate = new(Gate)
+	d.inbox.Gate.closed.Store(true)
+	d.offer(d.message("late", d.ackBy(time.Second)), w.of1("late"))
+	for _, id := range []string{"a", "b", "c"} {
+		m := d.message(id, d.ackBy(time.Minute))
+		m.Data = make([]byte, HeldBytes/3-8)
+		d.offer(m, w.of1(id))
+	}
+	if d.tick(time.Second); len(d.queue) > 0 {
+		t.Error("the gate is closed")
+	}
+	w.is(t, "late", false)
+	d.inbox.records = []record[string]{{Entry: Entry[string]{Size: UnackedBytes / 2, number: 1}}}
+	d.inbox.last, d.inbox.bytes = 1, UnackedBytes/2
+	d.inbox.Gate.closed.Store(false)
+	if d.fill(); len(d.queue) != 1 {
+		t.Errorf("%d frames go beside what is unacknowledged, want 1", len(d.queue))
+	}
+}
+
+func TestWhatWasNotWrittenIsNotRepeated(t *testing.T) {
+	w := newWaits()
+	d := newDesk(true)
+	d.offer(d.message("a", d.ackBy(8*time.Second)), w.of1("a"))
+	d.tick(4 * time.Second)
+	d.write(9)
+	if got := d.shown(); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("written: %q", got)
+	}
+}
+
+func TestRetriesThatWaitForOneFrameAreBounded(t *testing.T) {
+	w := newWaits()
+	d := newDesk(true)
+	for i := range UnackedFrames + 10 {
+		d.offer(d.message("a", d.ackBy(time.Minute)), w.of1(fmt.Sprint(i)))
+	}
+	if n := len(d.inbox.records[0].waits); n != UnackedFrames {
+		t.Errorf("%d wait", n)
+	}
+	w.is(t, "9", false)
+	w.open(t, "10")
+}

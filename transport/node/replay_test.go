@@ -389,7 +389,11 @@ func TestAClientThatDoesNotAcknowledgeAReplayIsAskedAgain(t *testing.T) {
 		p.desk.tick(time.Since(p.desk.now))
 		p.flushLocked()
 		p.mu.Unlock()
+		began := time.Now()
 		c = m.asked()
+		if took := time.Since(began); took > firstRetry+replayTick {
+			t.Errorf("asked again after %v", took)
+		}
 		p.want(t, "a", "live")
 		m.deliver(stored(c, "a", 1, 0))
 		m.waitAck(3)
