@@ -86,12 +86,78 @@ func (g *gateway) Online() int {
 	return len(g.users)
 }
 
+// lastingConn is a connection of a node that takes part in lasting delivery. What is queued is written at once.
+type lastingConn struct {
+	got func(string)
+
+	mu    sync.Mutex
+	inbox node.Inbox[string] // Guarded by mu.
+}
+
+func (c *lastingConn) Deliver(m *node.Message) node.Outcome { return c.DeliverLasting(m, nil) }
+
+func (c *lastingConn) DeliverLasting(m *node.Message, confirm *node.Confirmation) node.Outcome {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if out, settled := c.inbox.Check(m, confirm, len(m.Data), now); settled {
+		return out
+	}
+	e, queue, out := c.inbox.Take(m, confirm, string(m.Data), len(m.Data), now)
+	if queue {
+		c.write(e, now)
+	}
+	return out
+}
+
+func (c *lastingConn) write(e node.Entry[string], now time.Time) {
+	if c.inbox.Write(&e, now) {
+		c.got(e.Frame)
+		if e.Ack > 0 {
+			_ = c.inbox.Ack(e.Ack)
+		}
+	}
+}
+
+func (c *lastingConn) Opened() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	for {
+		e, ok := c.inbox.Pop(now)
+		if !ok {
+			return
+		}
+		c.write(e, now)
+	}
+}
+
 func TestOurNodeConforms(t *testing.T) {
-	for name, unaryOnly := range map[string]bool{"deliver": false, "unary": true} {
+	for name, unaryOnly := range map[string]bool{"deliver": false, "unary": true, "lasting": false, "lasting without acks": false} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			lasting := strings.HasPrefix(name, "lasting")
 			g := &gateway{users: make(map[string]func(string))}
-			srv, err := node.New(node.Config{NodeID: "ours", Sessions: g, UnaryOnly: unaryOnly})
+			cfg, client := node.Config{NodeID: "ours", Sessions: g, UnaryOnly: unaryOnly}, g.client
+			var srv *node.Server
+			if lasting {
+				users := node.NewLastingUsers[*lastingConn](every...)
+				cfg.Sessions = users
+				client = func(ctx context.Context, user string, got func(string)) error {
+					c := &lastingConn{got: got}
+					c.inbox.Acks = name == "lasting"
+					gate := srv.Gate(user, c, 100)
+					c.inbox.Gate = gate
+					users.Add(user, c)
+					gate.Ready()
+					<-ctx.Done()
+					gate.Leave()
+					users.Remove(user, c)
+					return ctx.Err()
+				}
+			}
+			var err error
+			srv, err = node.New(cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -100,7 +166,7 @@ func TestOurNodeConforms(t *testing.T) {
 			var drained sync.WaitGroup
 			defer drained.Wait()
 			failed, skips := try(t, Config{
-				Address: addr, NodeID: "ours", Users: []string{"alice", "bob", "carol"}, Client: g.client, Within: patience,
+				Address: addr, NodeID: "ours", Users: []string{"alice", "bob", "carol"}, Client: client, Within: patience,
 				Drain: func(context.Context) error {
 					drained.Go(func() { _ = srv.Drain(context.Background()) }) // until the managers have gone
 					return nil
@@ -110,7 +176,7 @@ func TestOurNodeConforms(t *testing.T) {
 				t.Errorf("%s: %s", check, got)
 			}
 			for check, why := range skips {
-				if !unaryOnly || why != "the node has no Deliver stream" {
+				if (!unaryOnly || why != "the node has no Deliver stream") && (lasting || !strings.HasPrefix(why, "the node does not do it")) {
 					t.Errorf("%s was skipped: %s", check, why)
 				}
 			}
@@ -237,6 +303,14 @@ func TestEachCheckCanFail(t *testing.T) {
 		"frames of any size":                 {"size/misses"},
 		"few acks at a time":                 {"size/max-unacked"},
 		"lengths are not checked":            {"size/compression"},
+		"duplicates unnamed":                 {"lasting/unnamed"},
+		"ids are not remembered":             {"lasting/dedupe"},
+		"no receipt is final":                {"lasting/receipts"},
+		"everything expires":                 {"lasting/expiry"},
+		"the first of a key stays":           {"lasting/collapse"},
+		"live ones overtake":                 {"lasting/replay"},
+		"nudges are not answered":            {"lasting/nudge"},
+		"asks once":                          {"lasting/replay-fails"},
 		"absent users are an error":          {"unary/user"},
 		"nobody is an unknown error":         {"unary/empty"},
 		"too_many_pings":                     {"keepalive"},

@@ -44,6 +44,10 @@ type link struct {
 	online  uint32
 	beat    uint64 // the last one that was answered
 	drained bool
+	awaited map[uint64]*awaited // deliveries with pending users, and what receipts have said
+	asked   []*pubsub.Catchup
+	taken   map[uint64]uint64 // by gate
+	nudged  map[uint64]bool
 	wrong   error // the first rule that the node broke
 	ended   bool
 	end     error // nil for OK
@@ -55,6 +59,15 @@ type outcome struct {
 	notHere, failed []string
 	failedUsers     uint32
 	refused         bool
+	duplicates      uint32
+	pending         uint32
+	reused          []string
+}
+
+// awaited is a delivery with pending users.
+type awaited struct {
+	users, acked, unacked int
+	final                 bool
 }
 
 // helloOf is the usual hello of a manager that nobody else is.
@@ -95,6 +108,7 @@ func (t *tester) dial(ctx context.Context) (*link, error) {
 	l := &link{
 		t: t, stream: stream, cancel: cancel, done: make(chan struct{}), next: 1, changed: make(chan struct{}),
 		owed: make(map[uint64]*pubsub.Delivery), size: make(map[uint64]int), acked: make(map[uint64]outcome),
+		awaited: make(map[uint64]*awaited), taken: make(map[uint64]uint64), nudged: make(map[uint64]bool),
 	}
 	go l.readLoop()
 	return l, nil
@@ -176,7 +190,12 @@ func (l *link) fence(ctx context.Context, n uint64) error {
 // until waits for what the node has to say. An end of the stream, and a rule that it
 // breaks meanwhile, are errors.
 func (l *link) until(ctx context.Context, what string, ok func() bool) error {
-	timer := time.NewTimer(l.t.cfg.Within)
+	return l.within(ctx, l.t.cfg.Within, what, ok)
+}
+
+// within is until with a time of its own.
+func (l *link) within(ctx context.Context, patience time.Duration, what string, ok func() bool) error {
+	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	for {
 		l.mu.Lock()
@@ -195,7 +214,7 @@ func (l *link) until(ctx context.Context, what string, ok func() bool) error {
 		select {
 		case <-changed:
 		case <-timer.C:
-			return fmt.Errorf("%s did not come within %v", what, l.t.cfg.Within)
+			return fmt.Errorf("%s did not come within %v", what, patience)
 		case <-ctx.Done():
 			return fmt.Errorf("%s did not come: %w", what, context.Cause(ctx))
 		}
@@ -284,13 +303,19 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 	for _, r := range f.GetAcks() {
 		for i, n := range r.GetDelivered() {
 			seq := r.GetFirst() + uint64(i)
-			l.settle(seq, n, misses[seq])
+			l.settle(seq, n, at(r.GetDuplicates(), i), at(r.GetPending(), i), misses[seq])
 			delete(misses, seq)
+		}
+		for what, list := range map[string][]uint32{"duplicates": r.GetDuplicates(), "pending": r.GetPending()} {
+			if len(list) > 0 && len(list) != len(r.GetDelivered()) {
+				l.fault("%d entries of %s beside %d of delivered", len(list), what, len(r.GetDelivered()))
+			}
 		}
 	}
 	for seq := range misses {
 		l.fault("the miss of seq %d is not in the frame of its ack", seq)
 	}
+	l.takeLasting(f)
 	if f.GetHeartbeat() != 0 {
 		l.beat = f.GetHeartbeat()
 	}
@@ -298,16 +323,17 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 }
 
 // settle looks at the ack of one delivery.
-func (l *link) settle(seq uint64, delivered uint32, m *pubsub.Miss) {
+func (l *link) settle(seq uint64, delivered, duplicates, pending uint32, m *pubsub.Miss) {
 	d, ok := l.owed[seq]
 	if !ok {
 		l.fault("an ack of seq %d, which is not outstanding", seq)
 		return
 	}
 	delete(l.owed, seq)
-	o := outcome{delivered, m.GetNotHere(), m.GetFailed(), m.GetFailedUsers(), m.GetRefused()}
+	o := outcome{delivered, m.GetNotHere(), m.GetFailed(), m.GetFailedUsers(), m.GetRefused(), duplicates, pending, m.GetReused()}
 	l.acked[seq] = o
-	named := len(o.notHere) + len(o.failed)
+	l.settleLasting(seq, d, &o)
+	named := len(o.notHere) + len(o.failed) + len(o.reused)
 	switch size := l.size[seq]; {
 	case o.refused:
 		if delivered != 0 {
@@ -325,7 +351,7 @@ func (l *link) settle(seq uint64, delivered uint32, m *pubsub.Miss) {
 		for _, u := range users {
 			asked[u] = true
 		}
-		for _, u := range slices.Concat(o.notHere, o.failed) {
+		for _, u := range slices.Concat(o.notHere, o.failed, o.reused) {
 			if !asked[u] {
 				l.fault("seq %d: the miss names %q, who was not asked for or is named twice", seq, u)
 			}

@@ -36,10 +36,12 @@ type plain struct {
 	draining bool
 	boots    int
 	calls    int
+	lasting  plainLasting
 }
 
 func newPlain(fault string, users ...string) *plain {
 	p := &plain{fault: fault, users: make(map[string]func(string)), streams: make(map[string]*plainStream)}
+	p.lasting = plainLasting{had: map[string]uint32{}, keys: map[string]bool{}, asked: map[uint64]*plainGate{}, closed: map[string]*plainGate{}}
 	for _, user := range users {
 		p.users[user] = func(string) {}
 	}
@@ -99,6 +101,11 @@ type plainStream struct {
 	key      string
 	attempt  uint64
 	late     string // held back
+
+	// Of the delivery, and of the frame, in hand.
+	dups, waits uint32
+	receipts    []*pubsub.Receipt
+	taken       []*pubsub.ReplayTaken
 
 	mu sync.Mutex // guards what follows, and Send
 	// Guarded by mu.
@@ -173,7 +180,7 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 		boot = fmt.Sprint("boot-", p.boots)
 	}
 	p.mu.Unlock()
-	reply := &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "plain", BootId: boot, MaxAudienceMembers: 1 << 20, MaxUnacked: 20_000, OnlineUsers: p.online(), Features: []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}}
+	reply := &pubsub.HelloReply{ProtocolVersion: 1, NodeId: "plain", BootId: boot, MaxAudienceMembers: 1 << 20, MaxUnacked: 20_000, OnlineUsers: p.online(), Features: p.features()}
 	if p.bare {
 		reply.MaxAudienceMembers, reply.MaxUnacked = 0, 0
 	}
@@ -197,7 +204,9 @@ func (p *plain) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pub
 	var sender sync.WaitGroup
 	stop := make(chan struct{})
 	sender.Go(func() { st.sendLoop(stop) })
+	st.askAll(h)
 	err = st.readLoop()
+	st.endAll()
 	close(stop)
 	sender.Wait()
 	return err
@@ -297,6 +306,7 @@ func (st *plainStream) readLoop() error {
 		if proto.Size(out) > 0 {
 			st.send(out)
 		}
+		st.rest(f)
 		if f.Drain {
 			switch st.p.fault {
 			case "drain is an error":
@@ -316,7 +326,16 @@ func (st *plainStream) ack(out *pubsub.DeliverResponse, delivered uint32, miss *
 	if st.p.fault == "acks of absent users are left out" && delivered == 0 {
 		return
 	}
-	out.Acks = append(out.Acks, &pubsub.AckRange{First: seq, Delivered: []uint32{delivered}})
+	r := &pubsub.AckRange{First: seq, Delivered: []uint32{delivered}}
+	if st.dups > 0 {
+		r.Duplicates = []uint32{st.dups}
+	}
+	if st.waits > 0 {
+		r.Pending = []uint32{st.waits}
+		st.receipts = append(st.receipts, &pubsub.Receipt{Seq: seq, Acked: st.waits, Final: st.p.fault != "no receipt is final"})
+	}
+	st.dups, st.waits = 0, 0
+	out.Acks = append(out.Acks, r)
 	if st.p.fault == "acks come twice" && seq%100 == 0 {
 		st.send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: seq, Delivered: []uint32{delivered}}}})
 	}
@@ -419,16 +438,21 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 		defer st.p.hand(users[0], late)
 	}
 	for _, user := range users {
-		if st.p.hand(user, d.Content) {
+		switch here, reason := st.handLasting(user, d); {
+		case here:
 			delivered++
-		} else {
+		case reason == "reused":
+			miss.Reused = append(miss.Reused, user)
+		case reason != "":
+			miss.Failed, miss.Reason = append(miss.Failed, user), reason
+		default:
 			miss.NotHere = append(miss.NotHere, user)
 		}
 	}
 	switch {
-	case len(miss.NotHere) == 0:
+	case len(miss.NotHere)+len(miss.Failed)+len(miss.Reused) == 0:
 		miss = nil
-	case st.p.fault == "one of many is named":
+	case st.p.fault == "one of many is named" && len(miss.NotHere) > 0:
 		miss.NotHere = miss.NotHere[:1]
 	}
 	if st.p.fault == "a delivery is for one" {

@@ -194,7 +194,7 @@ func (a *acks) sendLoop(stream grpc.ServerStream) error {
 			}
 		}
 		a.mu.Lock()
-		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice && len(a.replay.nudges) == 0
+		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice && len(a.replay.nudges) == 0 && a.receipts.said()
 		a.mu.Unlock()
 		if done {
 			return nil

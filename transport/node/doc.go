@@ -59,5 +59,37 @@
 //     views into the frame, which nobody writes to and which lives as long as they
 //     do. Ids of audiences are copied.
 //
+// # Lasting delivery
+//
+// A gateway whose clients acknowledge, or that has what was stored replayed to them, uses [NewLastingUsers] with
+// connections that keep an [Inbox], and a [Gate] for each of them: they are [LastingConn] and [Gated]. It names the features that
+// it has; what it does not name it never sees, and [Message].Options are nil. For each connection:
+//
+//	c.inbox.Acks = true                     // its client acknowledges
+//	c.inbox.Gate = srv.Gate(user, c, 32)    // closed
+//	users.Add(user, c)
+//	member.Join("")                         // of membership; its Joined("") calls
+//	c.inbox.Gate.Ready()                    // what is stored is asked for
+//	...
+//	users.Remove(user, c)
+//	c.inbox.Close()                         // under the connection's lock
+//	c.inbox.Gate.Leave()
+//
+// What holds of it:
+//
+//   - A message without options costs a nil check.
+//   - A connection is given no id twice: one that it has had is not shown and counts as [Duplicate]. The last 64 are
+//     remembered, and one that was given up is not.
+//   - A user who is [Pending] is settled once: by the first acknowledgement, with the last connection that gives up, at
+//     Options.AckBy, or with [Server.Drain], whichever is first. A stream that ends tells nobody.
+//   - Receipts are written after the frame with their ack, gathered for 50 ms.
+//   - Behind a closed gate direct messages keep their order, and go behind what is out of the store. A gate is closed for no longer
+//     than 2 s without a word from the store.
+//   - What is stored is asked for of one manager. When its stream ends another is asked; when a stream begins, all
+//     users are asked for once more, 1,000 a second.
+//   - The store is told to forget what the client has acknowledged, or the connection has taken where the client cannot.
+//   - Locks: a connection's, then that of the gates or of a stream's receipts, then that of a stream's acks. Nothing is called back
+//     with one of ours held.
+//
 // proto/README.md tells the protocol for nodes in other languages.
 package node

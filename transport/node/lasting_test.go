@@ -432,6 +432,30 @@ func TestANodeThatDrainsGivesUpAtOnce(t *testing.T) {
 	})
 }
 
+func TestWhatIsHandedOverWhileTheNodeBeginsToDrainIsGivenUp(t *testing.T) {
+	b := serveLasting(t, Config{})
+	st := b.take(t, nil)
+	st.acks.drain()
+	a := st.acks.receipts.await(1, time.Now().Add(time.Minute))
+	a.settle(a.confirmation("u"), Pending)
+	a.handedOver()
+	if got := st.acks.receipts.take(nil, 2, time.Now()); len(got) != 1 || !got[0].GetFinal() || len(got[0].GetUnacked()) != 1 {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestAManagerThatGoesHearsWhatClientsHaveSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLasting(t, Config{})
+		b.call("u", true).answer = true
+		m := b.mustOpen(t)
+		m.send(&pubsub.DeliverRequest{FirstSeq: 1, Deliveries: []*pubsub.Delivery{wantAck(lasting("a", "u"), time.Minute)}, Drain: true})
+		wantFrame(t, m.recv(), &pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1}, Pending: []uint32{1}}}})
+		wantFrame(t, m.recv(), &pubsub.DeliverResponse{Receipts: []*pubsub.Receipt{{Seq: 1, Acked: 1, Final: true}}})
+		_ = m.wantEnd(codes.OK)
+	})
+}
+
 func TestAStreamThatEndsForgetsItsReceipts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := serveLasting(t, Config{})

@@ -11,7 +11,7 @@ import (
 // receiptDelay is how long what clients say is gathered.
 const receiptDelay = 50 * time.Millisecond
 
-// expirePause is the least time between two looks at all that is open.
+// expirePause is the least time between two looks at what cannot be written yet, or at all that is open.
 const expirePause = 10 * time.Millisecond
 
 // receipts are what one stream owes of the deliveries whose users are pending. It ends each of them: with
@@ -25,11 +25,13 @@ type receipts struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
-	open  map[uint64]*awaited // by seq
-	due   []*awaited          // with something to say
-	dueAt time.Time           // when it is said; zero: nothing is due
-	next  time.Time           // no later than the first AckBy; zero: none
-	dead  bool                // the stream has ended: nobody is told
+	open   map[uint64]*awaited // by seq
+	due    []*awaited          // with something to say
+	dueAt  time.Time           // when it is said; zero: nothing is due
+	next   time.Time           // no later than the first AckBy; zero: none
+	hasty  bool                // nothing is gathered any more
+	leaves bool                // the node does: nobody is waited for
+	dead   bool                // the stream has ended: nobody is told
 
 	waiting int // users that are not settled
 }
@@ -108,6 +110,9 @@ func (a *awaited) handedOver() (pending int) {
 	if r.next.IsZero() || a.by.Before(r.next) {
 		r.next = a.by
 	}
+	if r.leaves {
+		a.giveUpLocked()
+	}
 	if a.settled > 0 {
 		r.listLocked(a, time.Now())
 	}
@@ -174,30 +179,40 @@ func (r *receipts) listLocked(a *awaited, now time.Time) {
 	a.listed = true
 	r.due = append(r.due, a)
 	if r.dueAt.IsZero() {
-		r.dueAt = now.Add(receiptDelay)
+		r.dueAt = now
+		if !r.hasty {
+			r.dueAt = now.Add(receiptDelay)
+		}
 		r.signal()
 	}
 }
 
-// giveUpAll gives up all who have not acknowledged, and has it said at once.
+// giveUpAll gives up all who have not acknowledged, also those who come yet, and has it said at once.
 func (r *receipts) giveUpAll() {
 	r.mu.Lock()
+	r.leaves = true
+	for _, a := range r.open {
+		a.giveUpLocked()
+	}
+	r.mu.Unlock()
+	r.hurry()
+}
+
+// hurry has everything said at once.
+func (r *receipts) hurry() {
+	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.giveUpLocked(func(*awaited) bool { return true })
+	r.hasty = true
 	if len(r.due) > 0 {
 		r.dueAt = time.Now()
 		r.signal()
 	}
 }
 
-func (r *receipts) giveUpLocked(which func(*awaited) bool) {
-	for _, a := range r.open {
-		if !which(a) {
-			continue
-		}
-		for _, c := range a.users {
-			r.settleLocked(c, false)
-		}
+// giveUpLocked gives up those who have not acknowledged.
+func (a *awaited) giveUpLocked() {
+	for _, c := range a.users {
+		a.receipts.settleLocked(c, false)
 	}
 }
 
@@ -207,6 +222,13 @@ func (r *receipts) forget() {
 	defer r.mu.Unlock()
 	r.dead, r.waiting = true, 0
 	r.open, r.due, r.dueAt, r.next = nil, nil, time.Time{}, time.Time{}
+}
+
+// said tells that there is nothing to say.
+func (r *receipts) said() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.due) == 0
 }
 
 // wait is how long until there is something to take, or less. False: nothing is open.
@@ -265,7 +287,7 @@ func (r *receipts) take(out []*pubsub.Receipt, below uint64, now time.Time) []*p
 	case len(rest) == 0:
 		r.due, r.dueAt = nil, time.Time{}
 	case len(out) == 0: // Their acks are not written yet.
-		r.dueAt = now.Add(receiptDelay)
+		r.dueAt = now.Add(expirePause)
 	}
 	if len(r.open) == 0 {
 		r.open, r.next = nil, time.Time{}
@@ -275,7 +297,11 @@ func (r *receipts) take(out []*pubsub.Receipt, below uint64, now time.Time) []*p
 
 // expireLocked gives up deliveries whose time is over, and says when to look again.
 func (r *receipts) expireLocked(now time.Time) {
-	r.giveUpLocked(func(a *awaited) bool { return !now.Before(a.by) })
+	for _, a := range r.open {
+		if !now.Before(a.by) {
+			a.giveUpLocked()
+		}
+	}
 	if len(r.due) > 0 {
 		r.dueAt = now // A manager waits for it.
 	}

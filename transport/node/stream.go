@@ -100,7 +100,11 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		}
 	}
 	s.replays.part(st, time.Now())
-	st.acks.receipts.forget() // The manager knows no more of them.
+	if errors.Is(err, errDrained) {
+		st.acks.receipts.hurry()
+	} else {
+		st.acks.receipts.forget() // The manager knows no more of them.
+	}
 	st.acks.finish()
 	// The sender writes what is owed. A manager that does not read must not keep the call:
 	// its end cancels the stream, and the sender with it.
