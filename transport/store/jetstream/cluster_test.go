@@ -135,7 +135,7 @@ func (d clusterData) empty(t *testing.T) storetest.Data {
 // TestClusterKeepsTheContract is slow: all that is stored goes through three servers.
 func TestClusterKeepsTheContract(t *testing.T) {
 	if os.Getenv("LONG") == "" {
-		t.Skip("slow: LONG=1 runs it")
+		t.Skip("slow: make store-long runs it")
 	}
 	data := clusterData{startCluster(t), 2}
 	storetest.Run(t, data.empty)
