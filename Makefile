@@ -50,6 +50,10 @@ run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, 
 test: ## Run all tests (or those of PACKAGES) with the race detector, in random order
 	$(GO) test -race -shuffle=on -timeout=1h $(PACKAGES)
 
+.PHONY: store-long
+store-long: ## Test the store in a cluster of three servers, and kill it ten times amid 100,000 writes
+	LONG=1 $(GO) test -timeout=2h ./transport/store/...
+
 .PHONY: interop-tools
 interop-tools: ## Build grpcurl into .tmp/bin and install the packages of the Node.js caller (needs npm)
 	mkdir -p .tmp/bin

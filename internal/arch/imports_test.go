@@ -60,6 +60,11 @@ var layers = []layer{
 		"google.golang.org/grpc",
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
+	{dir: "transport/store", ours: []string{"engine"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
+	{dir: "transport/store/jetstream", ours: []string{"engine", "internal/wire", "transport/store"}, others: []string{
+		"github.com/VictoriaMetrics/metrics", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nats.go",
+	}},
+	{dir: "transport/store/storetest", ours: []string{"engine", "transport/store"}},
 	{dir: "transport/node", ours: []string{"internal/certs", "internal/ids", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/certs", "internal/ids", "internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},

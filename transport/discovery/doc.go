@@ -5,7 +5,7 @@
 //
 // A [Watcher] keeps the set of nodes below one prefix and reports the complete
 // set after each change. A [Registration] keeps one key there for as long as its
-// process lives. Both use a client that the caller owns and closes after them;
+// process lives. A [Claim] keeps a key that only one process has. All use a client that the caller owns and closes after them;
 // [NewClient] makes a suitable one.
 //
 // # What the Watcher promises
@@ -44,6 +44,11 @@
 //     who registers last is the node. It is claimed again when it is free.
 //   - Close deletes the key at once by revoking the lease, so that nobody waits
 //     for the TTL.
+//
+// # What the Claim promises
+//
+//   - Of several holders one has the key, whenever they come: etcd decides. The others are told who has it.
+//   - It is kept as a Registration keeps its key. A holder who finds another one there has lost it, and is told.
 //
 // Values are the JSON of etcd's naming/endpoints package, so etcd's own gRPC
 // resolver reads what a Registration writes, and a Watcher reads what etcd's

@@ -1,5 +1,3 @@
-// Package store keeps messages for users who were not reached, behind an interface with an implementation for each
-// system that can hold them.
 package store
 
 import (

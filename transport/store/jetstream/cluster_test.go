@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -133,8 +134,8 @@ func (d clusterData) empty(t *testing.T) storetest.Data {
 
 // TestClusterKeepsTheContract is slow: all that is stored goes through three servers.
 func TestClusterKeepsTheContract(t *testing.T) {
-	if testing.Short() {
-		t.Skip("slow")
+	if os.Getenv("LONG") == "" {
+		t.Skip("slow: make store-long runs it")
 	}
 	data := clusterData{startCluster(t), 2}
 	storetest.Run(t, data.empty)

@@ -1,5 +1,7 @@
 // Package jetstream is a store.Store in NATS JetStream: in a server of this process, or in one or a cluster elsewhere.
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // A partition is one stream. The hash of a user's id chooses it, so their number is fixed when the store is made.
 //
 //	stream PM_INBOX_<p>

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -17,8 +18,16 @@ import (
 	"github.com/push-manager/push-manager/transport/store/storetest"
 )
 
-// The pool library keeps two goroutines of a pool of its own from the start on.
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
+func TestMain(m *testing.M) {
+	if os.Getenv(serverDir) != "" {
+		if err := serve(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) // the pool library keeps two goroutines of a pool of its own from the start on
+}
 
 // embeddedData is that of an embedded store.
 type embeddedData struct {

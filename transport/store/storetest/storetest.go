@@ -1,5 +1,3 @@
-// Package storetest is the contract of a store.Store as tests. An implementation runs them against itself, in each form
-// that it has.
 package storetest
 
 import (
