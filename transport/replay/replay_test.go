@@ -678,6 +678,10 @@ func TestStormIsAskedForTogether(t *testing.T) {
 			w.service.Catchup(a, gate+1, fmt.Sprint("u", gate), 0)
 		}
 		time.Sleep(time.Second)
+		w.store.mu.Lock()
+		defer w.store.mu.Unlock()
+		a.mu.Lock()
+		defer a.mu.Unlock()
 		if n := len(w.store.anys); n > 6 || slices.Max(w.store.anys) > 1000 || len(a.ends) != 5000 {
 			t.Errorf("%d questions of %v users, %d ends", n, w.store.anys, len(a.ends))
 		}
