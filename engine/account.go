@@ -140,10 +140,6 @@ func (e *Engine) book(r Result) {
 			e.changed.Add(1)
 		}
 	}
-	e.stored.Add(uint64(r.Stored))
-	e.unsure.Add(uint64(r.Unsure))
-	e.acked.Add(uint64(r.Acked))
-	e.duplicates.Add(uint64(r.Duplicates))
 }
 
 // release lets go of what a push has while it has deliveries under way.

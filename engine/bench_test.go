@@ -95,3 +95,74 @@ func BenchmarkOrderAfterAMove(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// BenchmarkPush is a push to a user whose route is cached, from Start to Complete and back to use:
+// without options, and with those that change nothing for a user who is reached at once.
+func BenchmarkPush(b *testing.B) {
+	for _, bm := range []struct {
+		name    string
+		options *Options
+	}{
+		{"options=none", nil},
+		{"options=id", &Options{MessageID: "m-1", Sender: "s", PayloadHash: 1}},
+		{"options=id,store", &Options{MessageID: "m-1", Sender: "s", PayloadHash: 1, Store: true}},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			push := quietWorld(b, bm.options)
+			b.ReportAllocs()
+			for b.Loop() {
+				push()
+			}
+		})
+	}
+}
+
+// quietWorld has a user with a cached route. push starts and ends one push to it, with the same memory
+// each time.
+func quietWorld(tb testing.TB, o *Options) (push func()) {
+	w := newWorld()
+	w.config.Spool = newSpool()
+	w.users["u"] = []string{"A"}
+	w.nodes["A"].quiet = true
+	e, stop, err := w.build()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(stop)
+	e.directory.Vouch(time.Now().Add(time.Hour))
+	var p Push
+	var done order
+	payload := []byte("x")
+	arrived := time.Now()
+	push = func() {
+		p.Kind, p.User, p.Payload, p.Options = ToUser, "u", payload, o
+		p.Content = Content{Present: true, DataLen: 1}
+		p.Arrived, p.Timeout = arrived, time.Hour
+		if err := e.Start(&p, &done); err != nil {
+			tb.Fatal(err)
+		}
+		if !p.Reusable() {
+			tb.Fatal("a push that went the usual way cannot be used again")
+		}
+		p.Reset()
+	}
+	first := toUser("u")
+	if _, err := e.Do(tb.Context(), first); err != nil {
+		tb.Fatal(err)
+	}
+	for e.directory.Users.Cached(e.shards.For("u").Index(), "u", time.Now()) == nil {
+		runtime.Gosched()
+	}
+	return push
+}
+
+// TestPushWithAnIDAllocatesNothing holds a push with a message id, which goes the usual way, against one
+// without options.
+func TestPushWithAnIDAllocatesNothing(t *testing.T) {
+	for name, o := range map[string]*Options{"none": nil, "id": {MessageID: "m-1"}, "ttl": {MessageID: "m-1", TTL: time.Hour, CollapseKey: "k"}} {
+		push := quietWorld(t, o)
+		if n := testing.AllocsPerRun(1000, push); n != 0 {
+			t.Errorf("options %s: %v allocations", name, n)
+		}
+	}
+}

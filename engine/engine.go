@@ -87,21 +87,18 @@ type Engine struct {
 	logger    *slog.Logger
 
 	// Safe for concurrent use.
-	gate    gate
-	async   asyncs
-	shed    atomic.Int32 // priorities, from the lowest
-	heals   atomic.Uint64
-	fences  atomic.Uint64 // deliveries that were held back
-	fenced  atomic.Int64  // that are
-	stale   atomic.Uint64 // pushes by a stale answer
-	changed atomic.Uint64 // by one known to have changed
-	panics  atomic.Uint64
-
-	stored, unsure, acked, duplicates atomic.Uint64 // users, see Result
-	receipts                          atomic.Int64  // deliveries that wait for receipts
-
-	lanes   []lane    // by shard
-	waiters sync.Pool // of *waiter
+	gate     gate
+	async    asyncs
+	shed     atomic.Int32 // priorities, from the lowest
+	heals    atomic.Uint64
+	fences   atomic.Uint64 // deliveries that were held back
+	fenced   atomic.Int64  // that are
+	stale    atomic.Uint64 // pushes by a stale answer
+	changed  atomic.Uint64 // by one known to have changed
+	panics   atomic.Uint64
+	receipts atomic.Int64 // deliveries that wait for some
+	lanes    []lane       // by shard
+	waiters  sync.Pool    // of *waiter
 }
 
 // lane is what an engine has for one shard.
@@ -333,9 +330,6 @@ type Stats struct {
 	// Stale counts pushes by an answer that the Controller could not confirm, Changed
 	// those of them where it was known to be true no more.
 	Stale, Changed uint64
-	// Stored, Unsure, Acked and Duplicates are the sums of those of Result: of an Async push
-	// once its receipts are final.
-	Stored, Unsure, Acked, Duplicates uint64
 	// Async is how many Async pushes have receipts that are not final, Receipts how many
 	// deliveries of any push wait for some.
 	Async    int
@@ -352,7 +346,6 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		InFlight: e.gate.inside(), Heals: e.heals.Load(), Fences: e.fences.Load(), Fenced: e.fenced.Load(),
 		Changed: e.changed.Load(), Stale: e.stale.Load(), Panics: e.panics.Load(),
-		Stored: e.stored.Load(), Unsure: e.unsure.Load(), Acked: e.acked.Load(), Duplicates: e.duplicates.Load(),
 		Async: e.async.len(), Receipts: e.receipts.Load(),
 		Deliveries: make(map[string]uint64, reasons), Directory: e.directory.Stats(),
 	}

@@ -24,7 +24,6 @@ type EngineMetrics struct {
 	heals, hits, misses, lookups, lookupErrors  *metrics.Counter
 	staleServed, refreshes, confirmed, doubted  *metrics.Counter
 	fences, stale, changed, rejected            *metrics.Counter
-	stored, unsure, acked, duplicates           *metrics.Counter
 	panics, poolPanics                          *metrics.Counter
 }
 
@@ -44,10 +43,6 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		backlog:       gauge("push_manager_backlog"),
 		async:         gauge("push_manager_push_async_open"),
 		receipts:      gauge("push_manager_receipts_awaited"),
-		stored:        set.NewCounter("push_manager_push_stored_total"),
-		unsure:        set.NewCounter("push_manager_push_unsure_total"),
-		acked:         set.NewCounter("push_manager_push_acked_total"),
-		duplicates:    set.NewCounter("push_manager_push_duplicate_total"),
 		cachedRooms:   gauge(`push_manager_route_cached{what="rooms"}`),
 		cachedUsers:   gauge(`push_manager_route_cached{what="users"}`),
 		cachedMembers: gauge(`push_manager_route_cached{what="members"}`),
@@ -107,10 +102,6 @@ func (m *EngineMetrics) Collect() {
 	m.backlog.Set(float64(s.Backlog))
 	m.async.Set(float64(s.Async))
 	m.receipts.Set(float64(s.Receipts))
-	m.stored.Set(s.Stored)
-	m.unsure.Set(s.Unsure)
-	m.acked.Set(s.Acked)
-	m.duplicates.Set(s.Duplicates)
 	m.stale.Set(s.Stale - s.Changed)
 	m.changed.Set(s.Changed)
 	// The reasons are a fixed set of texts of the engine's own.

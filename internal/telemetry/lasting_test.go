@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 
@@ -14,8 +13,7 @@ import (
 	"github.com/push-manager/push-manager/shard"
 )
 
-// lastingWorld is a Controller that has three users on one node, the node, which has one of them
-// acknowledge, one be a duplicate and one be lost, and a store.
+// lastingWorld is a Controller that has everybody on one node, and the node, whose clients take their time.
 type lastingWorld struct{ awaited []*engine.Delivery }
 
 func (w *lastingWorld) Room(context.Context, string, func(user, node []byte)) (bool, error) {
@@ -23,10 +21,8 @@ func (w *lastingWorld) Room(context.Context, string, func(user, node []byte)) (b
 }
 
 func (w *lastingWorld) Users(_ context.Context, users []string, nodes [][]string) error {
-	for i, user := range users {
-		if user != "away" {
-			nodes[i] = []string{"A"}
-		}
+	for i := range users {
+		nodes[i] = []string{"A"}
 	}
 	return nil
 }
@@ -36,28 +32,14 @@ func (w *lastingWorld) Links(int) []engine.Link                   { return []eng
 func (w *lastingWorld) Node() string                              { return "A" }
 func (w *lastingWorld) Scopes() bool                              { return true }
 func (w *lastingWorld) Nudge(_ string, _ uint64, done func(bool)) { done(true) }
-func (w *lastingWorld) Append(_ *engine.Stored, users []string, _ time.Time, done func([]engine.Spooled)) {
-	done(make([]engine.Spooled, len(users)))
-}
-
 func (w *lastingWorld) Send(d *engine.Delivery) engine.Reason {
 	d.TrySend()
-	switch d.Users()[0] {
-	case "acks":
-		_, _ = d.Ack(engine.Ack{Delivered: 1, Pending: 1})
-		_ = d.Receipt(1, nil, true)
-	case "waits":
-		_, _ = d.Ack(engine.Ack{Delivered: 1, Pending: 1})
-		w.awaited = append(w.awaited, d)
-	case "twice":
-		_, _ = d.Ack(engine.Ack{Delivered: 1, Duplicates: 1})
-	default:
-		d.Lose(engine.LostStream)
-	}
+	_, _ = d.Ack(engine.Ack{Delivered: 1, Pending: 1})
+	w.awaited = append(w.awaited, d)
 	return engine.Sent
 }
 
-func TestLastingPushesAreCounted(t *testing.T) {
+func TestPushesThatWaitForClientsAreShown(t *testing.T) {
 	shards, err := shard.New(shard.Config{Count: 1})
 	if err != nil {
 		t.Fatal(err)
@@ -72,27 +54,18 @@ func TestLastingPushesAreCounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer directory.Close()
-	e, err := engine.New(engine.Config{Shards: shards, Directory: directory, Network: w, Spool: w})
+	e, err := engine.New(engine.Config{Shards: shards, Directory: directory, Network: w})
 	if err != nil {
 		t.Fatal(err)
 	}
 	set := metrics.NewSet()
 	m := NewEngineMetrics(e, set)
-	do := func(user string, async bool) {
-		_, err := e.Do(t.Context(), &engine.Push{Request: engine.Request{
-			Kind: engine.ToUser, User: user, Payload: []byte{}, Content: engine.Content{Present: true},
-			Options: &engine.Options{MessageID: "m", ClientAck: true, Store: true, Async: async},
-		}})
-		if err != nil {
-			t.Fatal(err)
-		}
+	if _, err := e.Do(t.Context(), &engine.Push{Request: engine.Request{
+		Kind: engine.ToUser, User: "u", Payload: []byte{}, Content: engine.Content{Present: true},
+		Options: &engine.Options{MessageID: "m", ClientAck: true, Async: true},
+	}}); err != nil {
+		t.Fatal(err)
 	}
-	for user, times := range map[string]int{"away": 4, "lost": 3, "acks": 2, "twice": 1} {
-		for range times {
-			do(user, false)
-		}
-	}
-	do("waits", true)
 	has := func(want map[string]int) {
 		t.Helper()
 		m.Collect()
@@ -105,12 +78,11 @@ func TestLastingPushesAreCounted(t *testing.T) {
 		}
 	}
 	has(map[string]int{
-		"push_manager_push_stored_total": 7, "push_manager_push_unsure_total": 3, "push_manager_push_acked_total": 2,
-		"push_manager_push_duplicate_total": 1, "push_manager_push_async_open": 1, "push_manager_receipts_awaited": 1,
+		"push_manager_push_async_open": 1, "push_manager_receipts_awaited": 1,
 	})
 	_ = w.awaited[0].Receipt(1, nil, true)
 	if err := e.Drain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	has(map[string]int{"push_manager_push_async_open": 0, "push_manager_receipts_awaited": 0, "push_manager_push_acked_total": 3})
+	has(map[string]int{"push_manager_push_async_open": 0, "push_manager_receipts_awaited": 0})
 }
