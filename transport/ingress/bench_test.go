@@ -66,7 +66,7 @@ func BenchmarkReply(b *testing.B) {
 func BenchmarkMessageIDs(b *testing.B) {
 	m := newMessageIDs(idsMost, metrics.NewSet())
 	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "user-000001", Arrived: time.Now()}}
-	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	p, res := new(engine.Push), engine.Result{Found: true, Targets: 1, Delivered: 1}
 	id := make([]byte, 16)
 	n := 0
 	push := func() {
@@ -90,16 +90,16 @@ func BenchmarkMessageIDs(b *testing.B) {
 
 func BenchmarkRecord(b *testing.B) {
 	m := newInstruments(metrics.NewSet())
-	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	p, res := new(engine.Push), engine.Result{Found: true, Targets: 1, Delivered: 1}
 	b.Run("callers=1", func(b *testing.B) {
 		for b.Loop() {
-			m.record(toUser, &res, nil, time.Millisecond)
+			m.record(toUser, p, &res, nil, time.Millisecond)
 		}
 	})
 	b.Run("callers=cores", func(b *testing.B) {
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				m.record(toUser, &res, nil, time.Millisecond)
+				m.record(toUser, p, &res, nil, time.Millisecond)
 			}
 		})
 	})

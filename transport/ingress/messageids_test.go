@@ -83,6 +83,9 @@ func TestARetryThatNobodyNeedsIsNotSent(t *testing.T) {
 			t.Errorf("%s: %s, want %s", result, got, want)
 		}
 	}
+	if n := w.metric("push_manager_push_duplicate_total"); n != "4" {
+		t.Errorf("%s duplicates are counted", n)
+	}
 	if n := w.metric("push_manager_message_ids"); n != "2" {
 		t.Errorf("%s entries are shown", n)
 	}

@@ -61,6 +61,9 @@ type instruments struct {
 	// Per target user; total is the sum of the others.
 	total, success, failed, unknown, offline *metrics.Counter
 
+	// Parts of offline, of stored, and twice of success.
+	stored, unsure, acked, duplicates *metrics.Counter
+
 	refused [4][refusals]*metrics.Counter // by rank of the priority, and why
 
 	// Of callers that are not let in, by reason; and of pushes that they have no right to.
@@ -78,13 +81,17 @@ type instruments struct {
 
 func newInstruments(set *metrics.Set) *instruments {
 	m := &instruments{
-		total:     set.GetOrCreateCounter("push_manager_push_total"),
-		success:   set.GetOrCreateCounter("push_manager_push_success_total"),
-		failed:    set.GetOrCreateCounter("push_manager_push_failed_total"),
-		unknown:   set.GetOrCreateCounter("push_manager_push_unknown_total"),
-		offline:   set.GetOrCreateCounter("push_manager_push_offline_total"),
-		panics:    set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
-		malformed: set.GetOrCreateCounter("push_manager_stream_malformed_total"),
+		total:      set.GetOrCreateCounter("push_manager_push_total"),
+		success:    set.GetOrCreateCounter("push_manager_push_success_total"),
+		failed:     set.GetOrCreateCounter("push_manager_push_failed_total"),
+		unknown:    set.GetOrCreateCounter("push_manager_push_unknown_total"),
+		offline:    set.GetOrCreateCounter("push_manager_push_offline_total"),
+		stored:     set.GetOrCreateCounter("push_manager_push_stored_total"),
+		unsure:     set.GetOrCreateCounter("push_manager_push_unsure_total"),
+		acked:      set.GetOrCreateCounter("push_manager_push_acked_total"),
+		duplicates: set.GetOrCreateCounter("push_manager_push_duplicate_total"),
+		panics:     set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
+		malformed:  set.GetOrCreateCounter("push_manager_stream_malformed_total"),
 	}
 	for _, p := range engine.Priorities() {
 		for why, name := range refusalNames {
@@ -118,7 +125,7 @@ func newInstruments(set *metrics.Set) *instruments {
 }
 
 // record books one push. It is the only place that does, whichever way it came.
-func (m *instruments) record(a api, res *engine.Result, err error, took time.Duration) {
+func (m *instruments) record(a api, p *engine.Push, res *engine.Result, err error, took time.Duration) {
 	m.recordCall(a, resultOf(res, err), took)
 	if err != nil {
 		return
@@ -128,6 +135,19 @@ func (m *instruments) record(a api, res *engine.Result, err error, took time.Dur
 	add(m.failed, res.Failed)
 	add(m.unknown, res.Unknown)
 	add(m.offline, res.Offline)
+	if p.Options != nil {
+		add(m.duplicates, res.Duplicates)
+		if !p.Options.Async {
+			m.recordConfirmed(res)
+		}
+	}
+}
+
+// recordConfirmed books what is known of a push when its clients have acknowledged or have had their time.
+func (m *instruments) recordConfirmed(res *engine.Result) {
+	add(m.stored, res.Stored)
+	add(m.unsure, res.Unsure)
+	add(m.acked, res.Acked)
 }
 
 // recordCall books a call of any unary method, and each push of a PushStream.

@@ -87,6 +87,9 @@ func TestReceiptsComeToWhoeverWatches(t *testing.T) {
 	if r := nextReceipt(t, w.watch(w.context(), first.Position)); r.Receipt.MessageId != "m-2" {
 		t.Errorf("from behind the first: %v", r)
 	}
+	if n := w.metric("push_manager_push_acked_total"); n != "1" {
+		t.Errorf("%s are counted as acknowledged", n)
+	}
 	// What clients have confirmed is known: a retry is answered. What they have not is sent again.
 	for id, duplicates := range map[string]int32{"m-1": 1, "m-2": 0} {
 		w.network.nodes[0].setKeep(false)

@@ -124,7 +124,10 @@ func New(cfg Config) (*Server, error) {
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
 	s.messageIDs = newMessageIDs(idsMost, cfg.Metrics)
 	s.receipts = newReceipts(receiptsMost, receiptsBytes, cfg.Metrics, s.panicked)
-	s.receipts.booked = s.messageIDs.confirm
+	s.receipts.booked = func(p *engine.Push, res *engine.Result) {
+		s.metrics.recordConfirmed(res)
+		s.messageIDs.confirm(p, res)
+	}
 	s.throttle = throttle.New(throttle.Config{
 		Calls: cfg.Calls, Timeout: cfg.ConnectionTimeout, HalfOpen: cfg.Handshakes,
 		Connections: cfg.Connections, ConnectionsPerNetwork: cfg.ConnectionsPerAddress,

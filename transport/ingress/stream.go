@@ -569,7 +569,7 @@ func (st *stream) book(c *call, now time.Time) (engine.Result, error) {
 		}
 	}
 	if c.known {
-		st.srv.metrics.record(c.api, &res, err, now.Sub(c.push.Arrived))
+		st.srv.metrics.record(c.api, &c.push, &res, err, now.Sub(c.push.Arrived))
 	} else {
 		st.srv.metrics.malformed.Inc()
 	}

@@ -76,13 +76,13 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 	}()
 	began := info.call.Began
 	if err := s.read(ctx, info.wire, info.conn, c); err != nil {
-		s.metrics.record(a, nil, err, time.Since(began))
+		s.metrics.record(a, &c.push, nil, err, time.Since(began))
 		info.unsent = true
 		return nil, s.reject(ctx, a.String(), info.priority, err)
 	}
 	c.push.Arrived = began
 	res, err := s.run(ctx, &info, c)
-	s.metrics.record(a, &res, err, time.Since(began))
+	s.metrics.record(a, &c.push, &res, err, time.Since(began))
 	if err != nil {
 		info.unsent = !errors.Is(err, errMayBeSent)
 		if s.cfg.Audit != nil {
