@@ -860,7 +860,7 @@ func BenchmarkPushToRoom(b *testing.B) {
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				m := &node.Message{Data: data, RoomID: "room"}
+				m := &node.Message{Data: data} // connections without a Controller are in no room
 				for _, id := range ids {
 					s.Deliver(id, m)
 				}
