@@ -38,12 +38,12 @@ func TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts(t *testing.T) {
 		})
 		return l
 	}
-	push := func(text string, args ...string) string {
-		out, errOut, err := run(t, "", pushctl, append([]string{"user", "alice", text, "--address", api}, args...)...)
-		if err != nil {
-			t.Errorf("%v\n%s%s", err, out, errOut)
+	push := func(text string, code int, args ...string) string {
+		p := start(t, pushctl, nil, append([]string{"user", "alice", text, "--address", api}, args...)...)
+		if got := p.exit(patience); got != code {
+			t.Errorf("exit code %d, not %d", got, code)
 		}
-		return out
+		return p.out.String()
 	}
 	stop := func(p *process, s syscall.Signal) {
 		p.signal(s)
@@ -56,12 +56,12 @@ func TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts(t *testing.T) {
 
 	first := dev()
 	l := listen("alice")
-	if out := push("online"); !strings.Contains(out, "delivered") {
+	if out := push("online", 0); !strings.Contains(out, "delivered") {
 		t.Errorf("printed %q", out)
 	}
 	stop(l, syscall.SIGINT)
 	for _, text := range []string{"Your order ships", "It arrives at noon"} {
-		if out := push(text, "--store"); !strings.Contains(out, `is offline; stored`) {
+		if out := push(text, 3, "--store"); !strings.Contains(out, `user "alice": stored`) {
 			t.Errorf("printed %q", out)
 		}
 	}

@@ -51,7 +51,7 @@ var layers = []layer{
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{
 		dir:    "transport/link",
-		ours:   []string{"engine/...", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
+		ours:   []string{"engine/...", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
 		others: []string{"*"},
 	},
 	{dir: "transport/replay", ours: []string{"engine", "internal/ids", "internal/label", "transport/link", "transport/store"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
