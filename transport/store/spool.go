@@ -165,6 +165,7 @@ func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 		stored: result("stored"), quota: result("quota"), full: result("full"), down: result("down"), refused: result("refused"), late: result("late"),
 		seconds: cfg.Metrics.GetOrCreateHistogram("push_manager_store_append_seconds"),
 	}}
+	var silent sync.Once // of several lanes
 	for i := range cfg.Lanes {
 		l := &lane{index: i, wake: make(chan struct{}, 1)}
 		s.lanes = append(s.lanes, l)
@@ -174,7 +175,7 @@ func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 			usage, err := cfg.Usage(try, i)
 			if l.usage.Store(usage); err != nil {
 				l.failures = maxFailures
-				cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err)
+				silent.Do(func() { cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err) })
 			}
 		})
 	}

@@ -1,9 +1,11 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -337,6 +339,25 @@ func TestAStoreThatIsAwayAtFirstRefusesUntilItIsThere(t *testing.T) {
 		}
 		if err := s.Close(t.Context()); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+func TestAStoreThatIsAwayAtFirstIsToldOnceForAllLanes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		away := &memory{err: engine.ErrSpoolDown}
+		var log bytes.Buffer
+		s, err := NewSpool(t.Context(), SpoolConfig{
+			Store: away, Usage: away.usage, Lanes: 4, Lane: func(string) int { return 0 }, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if got := strings.Count(log.String(), "does not answer"); got != 1 {
+			t.Errorf("told %d times:\n%s", got, &log)
 		}
 	})
 }

@@ -180,6 +180,9 @@ func (s *Store) prepare(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	first, err := s.js.Stream(ctx, streamName(0))
+	if errors.Is(err, nats.ErrReconnectBufExceeded) { // so it says that there is none
+		return errors.New("no connection to a server, or none that lets us in")
+	}
 	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
 		return fmt.Errorf("look for stream %s: %w", streamName(0), err)
 	}

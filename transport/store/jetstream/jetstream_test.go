@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -84,6 +85,20 @@ func TestOneStoreHasADirectoryAndKeepsItsPartitions(t *testing.T) {
 	}
 	if errs[0] != nil || errs[1] != nil || !errors.Is(errs[2], engine.ErrSpoolQuota) {
 		t.Errorf("limits of a later start do not count: %v", errs)
+	}
+}
+
+func TestTheLogSaysThatThereIsNoConnection(t *testing.T) {
+	var log bytes.Buffer
+	s, err := Open(t.Context(), Config{URLs: []string{"nats://127.0.0.1:1"}, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "no connection to a server") {
+		t.Errorf("the log says:\n%s", &log)
 	}
 }
 
