@@ -432,8 +432,8 @@ func (x *PushToUserRequest) GetOptions() *PushOptions {
 
 type PushToUserResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// True exactly when the user was reached; `user "x" is offline` otherwise
-	// says why not.
+	// True exactly when the user was reached, or the message is stored for them.
+	// message says why it is false: `user "x" is offline`.
 	Success       bool             `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	Message       string           `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
 	Summary       *DeliverySummary `protobuf:"bytes,10,opt,name=summary,proto3" json:"summary,omitempty"`
@@ -679,7 +679,8 @@ func (x *PushToUsersRequest) GetOptions() *PushOptions {
 type PushToUsersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// True exactly when nothing failed, nothing is unknown and at least one of
-	// the users is online. Users that are offline are counted in the summary.
+	// the users is online, or the message is stored for all of them. Users that
+	// are offline are counted in the summary.
 	Success bool `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	// The same number as summary.delivered.
 	DeliveredCount int32            `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
