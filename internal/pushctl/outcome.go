@@ -29,35 +29,36 @@ func (t *terminal) show(what string, r reply) error {
 		return err
 	}
 	s := r.GetSummary()
-	var b strings.Builder
-	b.WriteString(what + ": ")
-	reached := fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets())
+	verdict, colour := fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets()), yellow
 	switch code := exitCode(r); {
 	case code == exitOK && s.GetDelivered() > 0:
-		b.WriteString(t.paint(green, reached))
+		colour = green
 	case code == exitOK:
-		b.WriteString(t.paint(yellow, "nobody to deliver to"))
+		verdict = "nobody to deliver to"
 	case s.GetDelivered() > 0:
-		b.WriteString(t.paint(yellow, reached))
 	case code == exitUnknown:
-		b.WriteString(t.paint(yellow, "unknown whether delivered"))
+		verdict = "unknown whether delivered"
 	case r.GetSuccess() && s.GetStored() > 0:
-		b.WriteString(t.paint(yellow, "stored"))
+		verdict = "stored"
 	case r.GetSuccess():
-		b.WriteString(t.paint(red, "delivered to nobody"))
+		verdict, colour = "delivered to nobody", red
 	default:
-		b.WriteString(t.paint(red, "not delivered"))
+		verdict, colour = "not delivered", red
 	}
+	var b strings.Builder
+	b.WriteString(what + ": " + t.paint(colour, verdict))
 	if rest := counts(s); rest != "" {
 		b.WriteString(" (" + rest + ")")
 	}
-	if m := r.GetMessage(); m != "" && !r.GetSuccess() {
-		b.WriteString(": " + clean(m))
+	// The message of the server may begin with the same words.
+	m := r.GetMessage()
+	if why := strings.TrimPrefix(m, verdict+": "); why != "" && why != verdict && !r.GetSuccess() {
+		b.WriteString(": " + clean(why))
 	} else if _, note, ok := strings.Cut(m, "; "); ok && s.GetStored() == 0 {
 		b.WriteString("; " + clean(note)) // a success, too, may stand on an old route
 	}
 	if id := s.GetMessageId(); id != "" {
-		b.WriteString(" " + t.paint(grey, "id "+clean(id)))
+		b.WriteString(t.paint(grey, ", id "+clean(id)))
 	}
 	b.WriteString("\n")
 	for _, f := range s.GetNodeFailures() {
@@ -181,6 +182,10 @@ func words(c codes.Code) string {
 		return "overloaded"
 	case codes.PermissionDenied:
 		return "not allowed"
+	case codes.AlreadyExists:
+		return "already used"
+	case codes.FailedPrecondition:
+		return "not possible"
 	default:
 		return strings.ToLower(c.String())
 	}

@@ -3,7 +3,6 @@ package pushmanager
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/config"
@@ -41,7 +40,12 @@ type lasting struct{ *replay.Service }
 func (l lasting) Replay(ctx context.Context, user, node string) (messages int, err error) {
 	messages, err = l.Service.Replay(ctx, user, node)
 	if errors.Is(err, replay.ErrNotTaken) {
-		err = fmt.Errorf("%w: %w", ingress.ErrNotTaken, err)
+		err = notTaken{err}
 	}
 	return messages, err
 }
+
+// notTaken is an ingress.ErrNotTaken that says once what the replay says.
+type notTaken struct{ error }
+
+func (notTaken) Is(target error) bool { return target == ingress.ErrNotTaken }
