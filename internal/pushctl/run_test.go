@@ -191,6 +191,8 @@ func TestOutcomeIsToldHonestly(t *testing.T) {
 			exitOffline, []string{`not delivered (1 offline): user "bob" is offline`}, nil, "",
 		},
 		"refused": {&server{err: info(codes.InvalidArgument, "user_id: must not be empty", "REQUIRED")}, 1, nil, []string{"invalid, nothing was sent: user_id: must not be empty [REQUIRED]"}, ""},
+		"reused":  {&server{err: info(codes.AlreadyExists, "options.message_id: was used for another content", "MESSAGE_ID_REUSED")}, 1, nil, []string{"already used, nothing was sent: options.message_id"}, ""},
+		"tenant":  {&server{err: info(codes.FailedPrecondition, "no scope", "NO_SCOPE")}, 1, nil, []string{"not possible, nothing was sent: no scope"}, ""},
 		"away":    {&server{err: info(codes.Unavailable, "controller not reachable", "CONTROLLER_UNAVAILABLE")}, 1, nil, []string{"unavailable, nothing was sent"}, "push-manager dev"},
 		"broken":  {&server{err: status.Error(codes.Internal, "oops")}, exitUnknown, nil, []string{"may have been delivered: oops"}, ""},
 	} {
