@@ -81,7 +81,7 @@ func exitCode(r reply) int {
 		return exitUnknown
 	case s.GetFailed() > 0 || len(s.GetNodeFailures()) > 0:
 		return exitFailed
-	case s.GetDelivered() == 0 && s.GetOffline() > 0:
+	case s.GetDelivered() == 0 && s.GetOffline() > s.GetStored():
 		return exitOffline
 	case r.GetSuccess():
 		return exitOK
