@@ -61,7 +61,7 @@ func TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts(t *testing.T) {
 	}
 	stop(l, syscall.SIGINT)
 	for _, text := range []string{"Your order ships", "It arrives at noon"} {
-		if out := push(text, 3, "--store"); !strings.Contains(out, `user "alice": stored`) {
+		if out := push(text, 0, "--store"); !strings.Contains(out, `user "alice": stored`) {
 			t.Errorf("printed %q", out)
 		}
 	}

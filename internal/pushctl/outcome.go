@@ -33,13 +33,13 @@ func (t *terminal) show(what string, r reply) error {
 	switch code := exitCode(r); {
 	case code == exitOK && s.GetDelivered() > 0:
 		colour = green
+	case s.GetDelivered() == 0 && s.GetStored() > 0 && r.GetSuccess():
+		verdict = "stored"
 	case code == exitOK:
 		verdict = "nobody to deliver to"
 	case s.GetDelivered() > 0:
 	case code == exitUnknown:
 		verdict = "unknown whether delivered"
-	case r.GetSuccess() && s.GetStored() > 0:
-		verdict = "stored"
 	case r.GetSuccess():
 		verdict, colour = "delivered to nobody", red
 	default:
@@ -82,7 +82,7 @@ func exitCode(r reply) int {
 		return exitUnknown
 	case s.GetFailed() > 0 || len(s.GetNodeFailures()) > 0:
 		return exitFailed
-	case s.GetDelivered() == 0 && s.GetOffline() > 0:
+	case s.GetDelivered() == 0 && s.GetOffline() > s.GetStored():
 		return exitOffline
 	case r.GetSuccess():
 		return exitOK

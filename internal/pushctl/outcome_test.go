@@ -37,7 +37,7 @@ func TestEachOutcomeHasItsWordsAndItsExitCode(t *testing.T) {
 		"some failed":                {"room", false, "partly", &summary{Targets: 2, Delivered: 1, Failed: 1, NodeFailures: gone}, exitFailed, `room "x": delivered to 1 of 2 (1 failed): partly`},
 		"unknown":                    {"room", false, "unknown whether delivered", &summary{Targets: 1, Unknown: 1, NodeFailures: silent}, exitUnknown, `room "x": unknown whether delivered (1 unknown: may have arrived)`},
 		"failed and unknown":         {"room", false, "m", &summary{Targets: 2, Failed: 1, Unknown: 1}, exitUnknown, `room "x": unknown whether delivered (1 failed, 1 unknown: may have arrived): m`},
-		"stored":                     {"room", true, `user "x" is offline; stored`, &summary{Targets: 1, Offline: 1, Stored: 1, MessageId: "m-1"}, exitOffline, `room "x": stored (1 offline, 1 stored), id m-1`},
+		"stored":                     {"room", true, `user "x" is offline; stored`, &summary{Targets: 1, Offline: 1, Stored: 1, MessageId: "m-1"}, exitOK, `room "x": stored (1 offline, 1 stored), id m-1`},
 		"had it, and says so":        {"room", true, "", &summary{Targets: 2, Delivered: 2, Acked: 1, Duplicates: 1, MessageId: "m-1"}, exitOK, `room "x": delivered to 2 of 2 (1 acknowledged by clients, 1 had it before), id m-1`},
 		"some stored":                {"room", true, "", &summary{Targets: 3, Delivered: 1, Offline: 2, Stored: 2, Unsure: 1}, exitOK, `room "x": delivered to 1 of 3 (2 offline, 2 stored, 1 may have it already)`},
 		"broadcast":                  {"broadcast", true, "", &summary{Targets: 9, Delivered: 9}, exitOK, "broadcast: delivered to 9 of 9"},

@@ -21,7 +21,7 @@ const (
 	exitOK      = 0
 	exitError   = 1
 	exitUsage   = 2
-	exitOffline = 3 // nobody was there
+	exitOffline = 3 // nobody was there, and not all are stored
 	exitFailed  = 4
 	exitUnknown = 5 // it may have been delivered
 )
