@@ -95,7 +95,8 @@ func tell(conn net.Conn, op ws.OpCode, payload []byte) error {
 
 // acknowledge sends what some of the clients owe, until they are gone.
 func (e *ear) acknowledge() {
-	for range time.Tick(ackAfter) {
+	for {
+		time.Sleep(ackAfter)
 		e.mu.Lock()
 		clients := slices.Clone(e.clients)
 		e.mu.Unlock()

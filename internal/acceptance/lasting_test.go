@@ -1,12 +1,12 @@
 package acceptance
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/push-manager/push-manager/internal/freeport"
 )
@@ -47,9 +47,11 @@ func TestWhatIsPushedWhileListenIsStoppedComesWhenItStarts(t *testing.T) {
 	}
 	stop := func(p *process, s syscall.Signal) {
 		p.signal(s)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
 		select {
 		case <-p.done:
-		case <-time.After(patience):
+		case <-ctx.Done():
 			t.Fatalf("%s does not end", p.name)
 		}
 	}

@@ -25,7 +25,7 @@ func lastingChecks() []check {
 }
 
 // every is the features of lasting delivery that are checked.
-var every = []pubsub.Feature{
+var every = []pubsub.Feature{ //nolint:gochecknoglobals // a constant
 	pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK, pubsub.Feature_FEATURE_EXPIRY,
 	pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY,
 }

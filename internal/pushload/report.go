@@ -161,7 +161,7 @@ func (rep *report) judge(maxErrors float64) {
 			thousands(int64(rep.AchievedRate)), thousands(int64(rep.AskedRate))))
 	}
 	if rep.Clients != nil && rep.Clients.Twice > 0 {
-		rep.Short = append(rep.Short, fmt.Sprintf("%s messages came twice to the same connection", thousands(rep.Clients.Twice)))
+		rep.Short = append(rep.Short, thousands(rep.Clients.Twice)+" messages came twice to the same connection")
 	}
 	if rep.ErrorShare > maxErrors {
 		rep.Short = append(rep.Short, fmt.Sprintf("too many errors: %s of the pushes, %s are allowed", percent(rep.ErrorShare), percent(maxErrors)))

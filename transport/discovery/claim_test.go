@@ -75,9 +75,11 @@ func TestAHolderWhoseKeyIsGoneTakesItBackAndOneWhoLostItIsTold(t *testing.T) {
 	if _, err := client.Put(t.Context(), "/k", "no JSON"); err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	select {
 	case <-c.Taken():
-	case <-time.After(time.Minute):
+	case <-ctx.Done():
 		t.Error("nobody is told")
 	}
 }

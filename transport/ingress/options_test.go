@@ -213,7 +213,8 @@ func (w *world) lookAt(ctx context.Context, o *pubsub.PushOptions) *engine.Deliv
 		select {
 		case err := <-done:
 			w.t.Fatalf("it has ended: %v", err)
-		case <-time.After(time.Millisecond):
+		default:
+			time.Sleep(time.Millisecond)
 		}
 	}
 	d := n.take()[0]

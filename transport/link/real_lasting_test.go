@@ -70,6 +70,7 @@ func TestClientsOfARealNodeAcknowledge(t *testing.T) {
 		if r, took := push("all", ask, "acks1", "acks2", "plain"); r.Delivered != 3 || r.Acked != 2 || took > time.Second {
 			t.Errorf("all that can: %+v after %v", r, took)
 		}
+		synctest.Wait()
 		o := g.last["acks1"]
 		if o.ID != "m" || o.Sender != "s" || o.PayloadHash != 7 || !o.WantsAck || time.Until(o.Expires) < 50*time.Second || time.Until(o.AckBy) > 3*time.Second {
 			t.Errorf("arrived: %+v", o)
@@ -140,6 +141,7 @@ func TestRealNodeHasWhatIsStoredReplayed(t *testing.T) {
 		w.room("r", "A", "u1")
 		gate.Ready()
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if got := d.told; !slices.Equal(got, []string{"stored one", "stored two", "opened"}) {
 			t.Errorf("the connection: %q", got)
 		}
@@ -153,6 +155,7 @@ func TestRealNodeHasWhatIsStoredReplayed(t *testing.T) {
 		w.set.Link(0, "A").Nudge("u1", 12, answer.done)
 		w.set.Link(1, "A").Nudge("nobody", 12, nobody.done)
 		time.Sleep(time.Second)
+		synctest.Wait()
 		answer.is(t, "for the user", true)
 		nobody.is(t, "for nobody", true)
 		if got := d.told[3:]; !slices.Equal(got, []string{"stored three", "opened"}) {

@@ -142,7 +142,7 @@ func partsOf(features []pubsub.Feature) (p lastingParts, err error) {
 }
 
 // hashKey keys the hashes of ids, so that nobody outside can choose two that collide.
-var hashKey = maphash.MakeSeed()
+var hashKey = maphash.MakeSeed() //nolint:gochecknoglobals // a constant of the process: all streams and servers compare keys
 
 // hashOf is the hash of name among those of sender, never 0.
 func hashOf(kind byte, sender, name string) uint64 {

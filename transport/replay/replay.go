@@ -100,7 +100,7 @@ type Service struct {
 	// Static after New.
 	cfg    Config
 	meters *meters
-	ctx    context.Context // of all calls of the store; ends with Close
+	ctx    context.Context //nolint:containedctx // of all calls of the store; ends with Close
 	cancel context.CancelFunc
 
 	goroutines sync.WaitGroup // workers and the sweeper

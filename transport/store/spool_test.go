@@ -18,6 +18,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/pause"
 )
 
 // The pool library keeps two goroutines of a pool of its own from the start on.
@@ -46,10 +47,7 @@ func (s *memory) Append(ctx context.Context, entries []Entry) []error {
 		<-ctx.Done()
 	}
 	if delay != nil {
-		select {
-		case <-time.After(delay(len(entries))):
-		case <-ctx.Done():
-		}
+		pause.For(ctx, delay(len(entries)))
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

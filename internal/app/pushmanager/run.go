@@ -86,14 +86,8 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
-	if cfg.LinkTLS.On() {
-		source, err := m.life.Certificates(cfg.LinkTLS.Certificates)
-		if err != nil {
-			return nil, err
-		}
-		cfg.Links.Credentials = func(id string) credentials.TransportCredentials {
-			return source.Client(certs.Side{Check: cfg.nodeCheck(id)})
-		}
+	if err = m.secureLinks(&cfg); err != nil {
+		return nil, err
 	}
 	if m.links, err = link.New(cfg.Links); err != nil {
 		return nil, err
@@ -144,6 +138,21 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
 	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
 	return m, nil
+}
+
+// secureLinks gives the links their credentials, where they have TLS.
+func (m *PushManager) secureLinks(cfg *Config) error {
+	if !cfg.LinkTLS.On() {
+		return nil
+	}
+	source, err := m.life.Certificates(cfg.LinkTLS.Certificates)
+	if err != nil {
+		return err
+	}
+	cfg.Links.Credentials = func(id string) credentials.TransportCredentials {
+		return source.Client(certs.Side{Check: cfg.nodeCheck(id)})
+	}
+	return nil
 }
 
 // PushManager is Push-Manager, running.

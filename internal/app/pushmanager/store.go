@@ -76,7 +76,7 @@ func (c *storeConfig) validate(s *config.Set, risks *app.Risks) error {
 	}
 	c.SyncAlways = c.Sync == "always"
 	if !c.on() || c.embedded() {
-		where := fmt.Sprintf("has no effect while store is %s", c.Where)
+		where := "has no effect while store is " + c.Where
 		for _, key := range []struct {
 			name string
 			set  bool

@@ -2,6 +2,7 @@ package pushmanager
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"log/slog"
 	"os"
@@ -198,6 +199,8 @@ func TestPushManagersThatStartWithoutEtcdAreToldApartWhenItIsThere(t *testing.T)
 		all = append(all, m)
 	}
 	etcd.Restart()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	select {
 	case err := <-all[0].Failed():
 		if !strings.Contains(err.Error(), `"pm-2"`) {
@@ -207,7 +210,7 @@ func TestPushManagersThatStartWithoutEtcdAreToldApartWhenItIsThere(t *testing.T)
 		if !strings.Contains(err.Error(), `"pm-1"`) {
 			t.Error(err)
 		}
-	case <-time.After(time.Minute):
+	case <-ctx.Done():
 		t.Error("both have an embedded store")
 	}
 }

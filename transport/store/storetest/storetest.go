@@ -697,9 +697,11 @@ func deadlines(t *testing.T, data Data) {
 			t.Error("forget: no error")
 		}
 	}()
+	ctx, cancel := context.WithTimeout(t.Context(), wait)
+	defer cancel()
 	select {
 	case <-returned:
-	case <-time.After(wait):
+	case <-ctx.Done():
 		t.Fatal("calls do not return")
 	}
 	if got := o.all("u"); len(got) == 0 || got[0] != "message" {
