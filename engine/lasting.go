@@ -8,6 +8,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 // lasting is what only a push has whose clients acknowledge, or which is stored for those whom it
@@ -46,6 +48,7 @@ type lasting struct {
 type receipts struct {
 	pending, acked int
 	unacked        []string
+	unnamed        int                 // of a broadcast, given up beyond mostUnacked
 	named          map[string]struct{} // unacked
 	closed         bool                // all are there, or given up
 }
@@ -307,12 +310,13 @@ func (l *lasting) receive(d *Delivery, take func(r *receipts) (last bool)) {
 
 // take adds what a receipt says.
 func (r *receipts) take(d *Delivery, acked int, unacked []string, final bool) error {
-	all := r.acked + len(r.unacked) + acked + len(unacked)
+	gone := len(r.unacked) + r.unnamed
+	all := r.acked + gone + acked + len(unacked)
 	switch {
 	case acked < 0:
 		return errors.New("negative count")
 	case all > r.pending || final && all < r.pending:
-		return fmt.Errorf("%d acknowledged and %d given up of %d", r.acked+acked, len(r.unacked)+len(unacked), r.pending)
+		return fmt.Errorf("%d acknowledged and %d given up of %d", r.acked+acked, gone+len(unacked), r.pending)
 	}
 	if r.named == nil && len(unacked) > 0 {
 		r.named = make(map[string]struct{}, len(unacked))
@@ -324,6 +328,11 @@ func (r *receipts) take(d *Delivery, acked int, unacked []string, final bool) er
 			return fmt.Errorf("user %q is given up twice", user)
 		case !d.Everybody() && (!d.has(user) || d.partOf(user) != rest):
 			return fmt.Errorf("user %q was not reached", user)
+		case d.Everybody() && ids.Check(user, ids.MaxScopedBytes) != nil:
+			return errors.New("who is given up is not a user")
+		case d.Everybody() && len(r.unacked) == mostUnacked: // nobody knows whom it was for: any node could name any number
+			r.unnamed++
+			continue
 		}
 		r.named[user] = struct{}{}
 		r.unacked = append(r.unacked, unacked[i])

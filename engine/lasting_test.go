@@ -513,6 +513,51 @@ func TestReceiptsOfABroadcastAreCounted(t *testing.T) {
 	}
 }
 
+// TestNamesOfABroadcastAreBounded has nodes give up more users than anybody asks for, of whom nobody knows whether
+// they are, and then one that is none. All count.
+func TestNamesOfABroadcastAreBounded(t *testing.T) {
+	w := newWorld()
+	e := w.engine(t)
+	for _, n := range w.nodes {
+		n.answer = func(d *Delivery) {
+			_, _ = d.Ack(Ack{Delivered: 1000, Pending: 1000})
+			for i := range 9 {
+				users := make([]string, 100)
+				for j := range users {
+					users[j] = fmt.Sprint(i, "-", j)
+				}
+				if err := d.Receipt(0, users, false); err != nil {
+					t.Error(err)
+				}
+			}
+			l := d.push.lasting
+			l.mu.Lock()
+			if r := l.receipts[d]; len(r.unacked) != mostUnacked || len(r.named) != mostUnacked {
+				t.Errorf("%d names are kept", len(r.unacked))
+			}
+			l.mu.Unlock()
+			if err := d.Receipt(0, make([]string, 101), false); err == nil {
+				t.Error("1,001 of 1,000 are taken")
+			}
+		}
+	}
+	r := do(t, e, with(push(&Push{Request: Request{Kind: ToAll}}), Options{ClientAck: true, MessageID: "m"}))
+	if r.Targets != 3000 || r.Unknown != 3000 || r.Acked != 0 {
+		t.Errorf("%+v", r)
+	}
+	for _, n := range w.nodes {
+		n.answer = func(d *Delivery) {
+			_, _ = d.Ack(Ack{Delivered: 1, Pending: 1})
+			if err := d.Receipt(0, []string{strings.Repeat("x", 1<<20)}, true); err == nil {
+				t.Error("1 MiB is taken for a user")
+			}
+		}
+	}
+	if r := do(t, e, with(push(&Push{Request: Request{Kind: ToAll}}), Options{ClientAck: true, MessageID: "n"})); r.Unknown != 3 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // TestCallerWhoLeavesEndsTheWaitForReceipts cancels while nothing but receipts is missing.
 func TestCallerWhoLeavesEndsTheWaitForReceipts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

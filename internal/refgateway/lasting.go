@@ -25,7 +25,7 @@ type lasting struct {
 	// Guarded by conn.mu.
 	inbox  node.Inbox[*frame]
 	places map[uint64]int // in the queue, of what a newer push with the same collapse key replaces
-	armed  time.Time      // when the wheel looks at the inbox, in whole steps; zero: it does not
+	armed  time.Time      // for when the wheel has the connection, in whole steps; zero: it has not
 }
 
 // beginLasting comes before the connection is among the users.
@@ -233,9 +233,9 @@ func (c *conn) acknowledge(number uint64) error {
 }
 
 // tick does what is due for a connection.
-func (c *conn) tick(now time.Time) {
+func (c *conn) tick(t timer, now time.Time) {
 	defer c.g.caught("wheel", func() { c.shut() })
-	switch ping, cut := c.due(now); {
+	switch ping, cut := c.due(t, now); {
 	case cut:
 		if c.shut() {
 			c.g.count.unanswered.Inc()
@@ -245,10 +245,14 @@ func (c *conn) tick(now time.Time) {
 	}
 }
 
-// due has the inbox do what is due, and tells what is to be done with the client.
-func (c *conn) due(now time.Time) (ping, cut bool) {
+// due has the inbox do what is due, and tells what is to be done with the client. A timer in whose place an earlier one
+// has come does nothing, or there would be one more with each.
+func (c *conn) due(t timer, now time.Time) (ping, cut bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !t.armed.Equal(c.armed) {
+		return false, false
+	}
 	defer c.armLocked()
 	c.armed = time.Time{}
 	if due := c.inbox.Due(); due.IsZero() || now.Before(due) {
@@ -266,7 +270,7 @@ func (c *conn) due(now time.Time) (ping, cut bool) {
 func (c *conn) armLocked() {
 	if due := c.inbox.Due(); !due.IsZero() && (c.armed.IsZero() || due.Before(c.armed)) {
 		c.armed = due.Truncate(wheelStep) // a little sooner is not worth another place
-		c.g.wheel.add(c, due)
+		c.g.wheel.add(timer{c, c.armed}, due)
 	}
 }
 
@@ -277,30 +281,36 @@ const (
 	wheelSlots = 64
 )
 
-// wheel is the timers of all inboxes. It holds a connection as often as its next time has moved nearer.
+// timer is a connection and what it was armed for.
+type timer struct {
+	conn  *conn
+	armed time.Time
+}
+
+// wheel is the timers of all inboxes. For one turn it holds a connection as often as its next time has moved nearer.
 type wheel struct {
 	mu sync.Mutex // the innermost, like that of the line
 	// Guarded by mu.
-	slots [wheelSlots][]*conn
+	slots [wheelSlots][]timer
 	at    int // the slot that comes next
 }
 
-func (w *wheel) add(c *conn, due time.Time) {
+func (w *wheel) add(t timer, due time.Time) {
 	steps := min(max(int(time.Until(due)/wheelStep)+1, 1), wheelSlots-1)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	i := (w.at + steps) % wheelSlots
-	w.slots[i] = append(w.slots[i], c)
+	w.slots[i] = append(w.slots[i], t)
 }
 
-// next is the connections whose time has come.
-func (w *wheel) next() []*conn {
+// next is the timers whose time has come.
+func (w *wheel) next() []timer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	conns := w.slots[w.at]
+	timers := w.slots[w.at]
 	w.slots[w.at] = nil
 	w.at = (w.at + 1) % wheelSlots
-	return conns
+	return timers
 }
 
 func (g *Gateway) wheelLoop(ctx context.Context) {
@@ -314,8 +324,8 @@ func (g *Gateway) wheelLoop(ctx context.Context) {
 		}
 		now := time.Now()
 		for ; now.Sub(turned) >= wheelStep; turned = turned.Add(wheelStep) { // ticks may be left out
-			for _, c := range g.wheel.next() {
-				c.tick(now)
+			for _, t := range g.wheel.next() {
+				t.conn.tick(t, now)
 			}
 		}
 	}

@@ -771,7 +771,7 @@ func TestNewerPushTakesThePlaceOfAnOlder(t *testing.T) {
 // TestWheelComesInTime, also to what is further away than it reaches, and keeps nothing.
 func TestWheelComesInTime(t *testing.T) {
 	var w wheel
-	c := new(conn)
+	c := timer{conn: new(conn)}
 	for _, d := range []time.Duration{-time.Hour, 0, wheelStep / 2, wheelStep, 10 * wheelStep, time.Hour} {
 		w.add(c, time.Now().Add(d))
 		turns := 0
@@ -785,4 +785,31 @@ func TestWheelComesInTime(t *testing.T) {
 			t.Errorf("%v: after %d turns, want %d", d, turns, want)
 		}
 	}
+}
+
+// TestWheelForgetsTimersThatWereReplaced: each timer that comes while something is unacknowledged would be set again for it.
+func TestWheelForgetsTimersThatWereReplaced(t *testing.T) {
+	g, n := start(t, newController(t), nil)
+	m := manage(t, n, "pm")
+	acker(t, g, "u").ready("u")
+	c := g.users.Of("u")[0]
+	m.deliver(asking("long", "long", "u"))
+	eventually(t, "something is unacknowledged", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return !c.armed.IsZero()
+	})
+	for i := range 20 {
+		now := time.Now()
+		g.wheel.add(timer{c, now.Add(-time.Duration(i+1) * time.Hour)}, now)
+	}
+	eventually(t, "one timer is left", func() bool {
+		g.wheel.mu.Lock()
+		defer g.wheel.mu.Unlock()
+		timers := 0
+		for _, slot := range g.wheel.slots {
+			timers += len(slot)
+		}
+		return timers == 1
+	})
 }

@@ -128,6 +128,7 @@ func (s *Server) lasting(ctx context.Context, info *callInfo, a api, user *strin
 		messages, err = s.cfg.Lasting.Replay(ctx, scoped, node)
 	} else {
 		messages, err = s.cfg.Lasting.Forget(ctx, scoped)
+		s.messageIDs.erase() // some may be gone, whatever is said
 	}
 	switch {
 	case err == nil:

@@ -15,7 +15,7 @@ import (
 
 const (
 	// idsMost is how many message ids are remembered, if each has gone to one target. They and their
-	// targets have an entry of about 150 bytes each: 30 MB at the most.
+	// targets have an entry of about 190 bytes each: 38 MB at the most.
 	idsMost = 100_000
 	// idsKept is how long an id is remembered after its last use: as long as a client may
 	// reasonably retry.
@@ -50,6 +50,7 @@ type messageIDs struct {
 	// Guarded by mu.
 	entries map[uint64]*idEntry
 	recent  idEntry // the head of a ring: next is the last used one
+	erased  uint64  // how often something was erased from the store
 }
 
 // idEntry is one of messageIDs. It may be pushed out while it is under way: whoever has it then changes
@@ -68,6 +69,8 @@ type idEntry struct {
 	waiting map[*idWaiter]struct{} // for it; nil for nobody
 	done    bool                   // result is that of a push that has left nobody over
 	result  idResult
+	erased  uint64    // messageIDs.erased when it was sent
+	expires time.Time // what it has stored; zero: when the store says
 
 	next, prev *idEntry
 }
@@ -178,7 +181,7 @@ func (m *messageIDs) begin(p *engine.Push, wait func() *idWaiter) (verdict, erro
 		target.waiting[w] = struct{}{}
 		m.counts[idWaited].Inc()
 		return verdict{waiter: w}, nil
-	case target.done:
+	case target.done && m.holdsLocked(target, p.Arrived):
 		m.counts[idAnswered].Inc()
 		return verdict{result: target.result.again(p.Kind)}, nil
 	case id.sent:
@@ -186,7 +189,10 @@ func (m *messageIDs) begin(p *engine.Push, wait func() *idWaiter) (verdict, erro
 	default:
 		m.counts[idFirst].Inc()
 	}
-	target.open = true
+	target.open, target.done, target.erased, target.expires = true, false, m.erased, time.Time{}
+	if ttl := p.Options.TTL; ttl > 0 {
+		target.expires = p.Arrived.Add(ttl)
+	}
 	id.underway++
 	return verdict{claim: &idClaim{id: id, target: target, async: p.Options.Async}}, nil
 }
@@ -242,6 +248,19 @@ func (m *messageIDs) confirm(p *engine.Push, res *engine.Result) {
 	if target := m.entries[key]; target != nil && target.payload == p.Options.PayloadHash {
 		target.done, target.result = true, newIDResult(res)
 	}
+}
+
+// erase is told that messages have been erased from the store. Whose they were is known to nobody here: no result that
+// counts on the store is answered again.
+func (m *messageIDs) erase() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.erased++
+}
+
+// holdsLocked tells whether the store still has what it had when a push was done.
+func (m *messageIDs) holdsLocked(e *idEntry, now time.Time) bool {
+	return e.result.stored == 0 || e.erased == m.erased && (e.expires.IsZero() || now.Before(e.expires))
 }
 
 // leftNobody tells whether a push has reached all whom it was for, or has stored it for them.

@@ -132,6 +132,57 @@ func TestATargetIsAllThatItNames(t *testing.T) {
 	wantSummary(t, users("a"), 1, 0, "m")
 }
 
+// TestARetryCountsOnNothingThatTheStoreHasNotAnyMore: it is sent again, and its answer says what is true now.
+func TestARetryCountsOnNothingThatTheStoreHasNotAnyMore(t *testing.T) {
+	start := time.Now()
+	stored := engine.Result{Targets: 1, Offline: 1, Stored: 1}
+	reached := engine.Result{Found: true, Targets: 1, Delivered: 1}
+	for _, c := range []struct {
+		name   string
+		ttl    time.Duration
+		result engine.Result
+		erase  string // when ForgetUser comes
+		after  time.Duration
+		sent   bool
+	}{
+		{"kept", time.Second, stored, "", 999 * time.Millisecond, false},
+		{"expired", time.Second, stored, "", time.Second, true},
+		{"without a time of its own", 0, stored, "", time.Minute, false},
+		{"erased", 0, stored, "after", time.Second, true},
+		{"erased while it was under way", 0, stored, "amid", time.Second, true},
+		{"erased before", 0, stored, "before", time.Second, false},
+		{"delivered", time.Second, reached, "after", time.Minute, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMessageIDs(10, metrics.NewSet())
+			begin := func(at time.Time) verdict {
+				v, err := m.begin(&engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "u", Arrived: at, Options: &engine.Options{MessageID: "m", Store: true, TTL: c.ttl}}}, nil)
+				ok(t, err)
+				return v
+			}
+			erase := func(when string) {
+				if when == c.erase {
+					m.erase()
+				}
+			}
+			erase("before")
+			v := begin(start)
+			erase("amid")
+			m.finish(v.claim, c.result, nil)
+			erase("after")
+			if v = begin(start.Add(c.after)); (v.claim != nil) != c.sent {
+				t.Fatalf("sent again: %t", v.claim != nil)
+			}
+			if c.sent { // and what it finds counts anew
+				m.finish(v.claim, c.result, nil)
+				if v = begin(start.Add(c.after)); v.claim != nil {
+					t.Error("sent a third time")
+				}
+			}
+		})
+	}
+}
+
 func TestWhomAPushHasLeftOverIsTriedAgain(t *testing.T) {
 	w := newWorld(t, nil)
 	node := w.network.nodes[0]

@@ -343,6 +343,9 @@ func TestForgetAndReplay(t *testing.T) {
 	ok(t, err)
 	r, err := w.client.Replay(w.context(), &pubsub.ReplayRequest{UserId: "u", NodeId: "n1"})
 	ok(t, err)
+	if w.server.messageIDs.erased != 1 {
+		t.Error("results that count on the store are still answered")
+	}
 	if f.Messages != 7 || r.Messages != 7 || !slices.Equal(s.asked, []string{"forget u", "replay u to n1"}) {
 		t.Errorf("%v, %v, asked %q", f, r, s.asked)
 	}
