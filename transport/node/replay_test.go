@@ -235,6 +235,22 @@ func TestANudgeClosesTheGatesAndHasTheStoreReadAgain(t *testing.T) {
 	})
 }
 
+// A message is stored once more when a caller tries again before the first copy was shown.
+func TestWhatIsStoredTwiceDoesNotHoldUpItsReplay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLasting(t, Config{})
+		m := b.replaying(t, "pm")
+		p := b.call("u", true)
+		p.desk.inbox.Gate.Ready()
+		c := m.asked()
+		m.deliver(stored(c, "a", 1, 0), stored(c, "b", 2, 1), stored(c, "a", 3, 2))
+		m.waitAck(3)
+		p.want(t, "a", "b")
+		p.ack()
+		wantFrame(t, m.recv(), &pubsub.DeliverResponse{ReplayTaken: []*pubsub.ReplayTaken{{Gate: c.GetGate(), Seq: 3}}})
+	})
+}
+
 func TestNudgesKeepNoGateClosed(t *testing.T) {
 	nudge := func(m *manager, token uint64) {
 		m.send(&pubsub.DeliverRequest{Nudges: []*pubsub.Nudge{{UserId: "u", Seq: token, Token: token}}})
