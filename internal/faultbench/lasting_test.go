@@ -377,7 +377,7 @@ func TestLastingReplayComesBeforeWhatIsNew(t *testing.T) {
 	})
 	wait(200 * time.Millisecond)
 	v := c.enter("u", c.gates[0])
-	v.awaits(long(200, 1500))
+	v.awaits(long(200, 900)) // one after the other: each takes the 50 ms in which a gateway gathers acknowledgements
 	v.close()
 	wait(200 * time.Millisecond)
 	again := c.enter("u", c.gates[1]) // elsewhere, with what was stored meanwhile

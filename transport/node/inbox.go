@@ -181,7 +181,11 @@ func (b *Inbox[F]) repeated(o *Options, c *Confirmation, payload uint32, now tim
 	}
 	if i := b.recordOf(o.Key); i >= 0 && b.wantsAck(o, c) {
 		r := &b.records[i]
-		if o.Replayed() {
+		switch {
+		case !o.Replayed():
+		case r.ask == o.ask: // It was stored twice. The first place stands for both.
+			o.Taken()
+		default:
 			r.ask, r.seq = o.ask, o.Seq
 			r.deadline = latest(r.deadline, now.Add(replayAckTimeout))
 		}

@@ -65,7 +65,8 @@ type replayer struct {
 type gateState struct {
 	isReady  bool // the Controller knows of the connection
 	gone     bool
-	closedAt time.Time // of one that is not ready
+	closedAt time.Time // or the last sign of life of the replay that it is closed for
+	repeats  bool      // that has ended: it is closed for what was stored meanwhile, and signs of life do not count
 	ask      *ask      // nil: nothing is asked
 	again    bool      // nudged since
 	failures int       // in a row
@@ -136,10 +137,20 @@ func (r *replays) gate(user string, conn Gated, window int, now time.Time) *Gate
 	return g
 }
 
+// closeLocked closes g. One that is closed stays so for no longer than it would have.
 func (r *replays) closeLocked(g *Gate, now time.Time) {
-	g.closed.Store(true)
-	g.closedAt = now
+	if !g.closed.Swap(true) {
+		g.closedAt, g.repeats = now, false
+	}
 	r.waitLocked(g)
+}
+
+// lives notes a sign of life of a replay.
+func (a *ask) lives(now time.Time) {
+	a.since = now
+	if g := a.gate; !g.repeats {
+		g.closedAt = now
+	}
 }
 
 func (r *replays) openLocked(g *Gate) {
@@ -172,6 +183,7 @@ func (r *replays) ready(g *Gate, now time.Time) {
 	}
 	g.isReady = true
 	r.askLocked(g, now, len(r.streams) > 0)
+	g.closedAt = now // The Controller was waited for until now.
 }
 
 func (r *replays) leave(g *Gate) {
@@ -216,7 +228,7 @@ func (r *replays) askLocked(g *Gate, now time.Time, closed bool) {
 	a := &ask{replays: r, gate: g, number: r.numbers, on: st, since: now}
 	g.ask, r.asks[a.number] = a, a
 	if closed {
-		g.closed.Store(true)
+		r.closeLocked(g, now)
 	}
 	r.waitLocked(g)
 	r.server.count.catchups.Inc()
@@ -299,7 +311,11 @@ func (r *replays) end(st *stream, number uint64, failure string, now time.Time) 
 	case failure != "":
 		r.failLocked(g, now)
 	case g.again:
-		r.askLocked(g, now, true)
+		r.closeLocked(g, now)
+		if !g.repeats { // All that follow have one patience: what waits may be why more is stored.
+			g.repeats, g.closedAt = true, now
+		}
+		r.askLocked(g, now, false)
 	default:
 		r.dropLocked(g)
 		g.failures = 0
@@ -352,7 +368,7 @@ func (r *replays) route(number, seq, after uint64, user string, now time.Time) (
 		a.hole = true
 		return nil, true
 	}
-	a.since = now
+	a.lives(now)
 	a.out = append(a.out, handedOver{seq: seq})
 	return a, false
 }
@@ -391,7 +407,7 @@ func (a *ask) taken(seq uint64) {
 	}
 	upTo := a.out[n-1].seq
 	a.out = slices.Delete(a.out, 0, n)
-	a.since = now
+	a.lives(now)
 	if a.on != nil {
 		a.on.acks.replayTaken(a.number, upTo)
 	}
@@ -469,13 +485,14 @@ func (r *replays) lookAtLocked(g *Gate, now time.Time) {
 		if len(a.out) > 0 { // It is the client that is waited for, and the connection that knows for how long.
 			patience += replayAckTimeout
 		}
-		if late := now.Sub(a.since); late >= patience+g.backoff() {
+		if g.closed.Load() && now.Sub(g.closedAt) >= patience {
+			r.server.count.opensLate.Inc()
+			r.openLocked(g)
+		}
+		if now.Sub(a.since) >= patience+g.backoff() {
 			g.failures++
 			r.server.count.replaysFailed.Inc()
 			r.askLocked(g, now, false)
-		} else if late >= patience && g.closed.Load() {
-			r.server.count.opensLate.Inc()
-			r.openLocked(g)
 		}
 	case !g.retryAt.IsZero():
 		if !now.Before(g.retryAt) {

@@ -235,6 +235,71 @@ func TestANudgeClosesTheGatesAndHasTheStoreReadAgain(t *testing.T) {
 	})
 }
 
+// A message is stored once more when a caller tries again before the first copy was shown.
+func TestWhatIsStoredTwiceDoesNotHoldUpItsReplay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLasting(t, Config{})
+		m := b.replaying(t, "pm")
+		p := b.call("u", true)
+		p.desk.inbox.Gate.Ready()
+		c := m.asked()
+		m.deliver(stored(c, "a", 1, 0), stored(c, "b", 2, 1), stored(c, "a", 3, 2))
+		m.waitAck(3)
+		p.want(t, "a", "b")
+		p.ack()
+		wantFrame(t, m.recv(), &pubsub.DeliverResponse{ReplayTaken: []*pubsub.ReplayTaken{{Gate: c.GetGate(), Seq: 3}}})
+	})
+}
+
+func TestNudgesKeepNoGateClosed(t *testing.T) {
+	nudge := func(m *manager, token uint64) {
+		m.send(&pubsub.DeliverRequest{Nudges: []*pubsub.Nudge{{UserId: "u", Seq: token, Token: token}}})
+		wantFrame(m.t, m.recv(), &pubsub.DeliverResponse{NudgesTaken: []uint64{token}})
+	}
+	t.Run("of a connection that the Controller does not know", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := serveLasting(t, Config{})
+			m := b.replaying(t, "pm")
+			p := b.call("u", true)
+			m.deliver(toUsers("live", "u"))
+			m.waitAck(1)
+			for i := range uint64(4) {
+				nudge(m, i+1)
+				time.Sleep(replayPatience / 3)
+			}
+			p.want(t, "live")
+		})
+	})
+	t.Run("of one for whom more is stored all the while", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := serveLasting(t, Config{})
+			m := b.replaying(t, "pm")
+			p := b.call("u", true)
+			p.desk.inbox.Gate.Ready()
+			c := m.asked()
+			m.deliver(toUsers("live", "u"))
+			m.waitAck(1)
+			for i := range uint64(8) { // each replay brings something in time, and more is stored before it ends
+				time.Sleep(replayPatience / 3)
+				if slices.Contains(p.shown(), "live") {
+					if i < 3 {
+						t.Errorf("shown %q", p.shown())
+					}
+					return
+				}
+				m.deliver(stored(c, fmt.Sprint("stored-", i), i+1, 0))
+				m.waitAck(i + 2)
+				p.ack()
+				m.recv()
+				nudge(m, i+1)
+				m.end(c, "")
+				c = m.asked()
+			}
+			t.Errorf("shown %q", p.shown())
+		})
+	})
+}
+
 func TestWhatAnEndedStreamWasAskedIsAskedElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := serveLasting(t, Config{})

@@ -306,6 +306,24 @@ func TestTakenBeforeTheAck(t *testing.T) {
 	})
 }
 
+// The rest of a page may be taken while the store trims the beginning.
+func TestWhatIsTakenDuringATrimIsTrimmed(t *testing.T) {
+	in(t, Config{}, func(t *testing.T, w *world) {
+		a, places := newAsker(), w.store.fill(t, "u", 3)
+		w.store.onTrim = func(context.Context) error {
+			w.service.Taken(a, 1, places[2])
+			return nil
+		}
+		w.service.Catchup(a, 1, "u", 0)
+		w.open(a, 1)
+		w.service.Taken(a, 1, places[0])
+		w.expect(a, 1, places[2], "")
+		if left := w.store.places("u"); len(left) > 0 {
+			t.Errorf("left in the store: %v", left)
+		}
+	})
+}
+
 func TestWindowOfTheNodeBoundsAPage(t *testing.T) {
 	in(t, Config{}, func(t *testing.T, w *world) {
 		a, places := newAsker(), w.store.fill(t, "u", 10)

@@ -158,7 +158,7 @@ func (s *Service) advance(r *replay) {
 	}
 	s.mu.Lock()
 	r.trimmed = max(r.trimmed, to)
-	next := r.taken >= r.delivered
+	next := r.taken >= r.delivered && r.trimmable() == 0 // more may have been taken meanwhile
 	s.mu.Unlock()
 	if next && !r.gone.Load() && !s.page(r) {
 		return

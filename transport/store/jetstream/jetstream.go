@@ -54,6 +54,8 @@ type Store struct {
 	stop    context.CancelFunc
 	wg      sync.WaitGroup
 
+	prepares chan struct{} // 1: streams have to be looked for
+
 	streams atomic.Pointer[[]jetstream.Stream] // by partition; nil until all of them are there
 }
 
@@ -63,7 +65,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	s := &Store{cfg: cfg, corrupt: cfg.Metrics.GetOrCreateCounter("push_manager_store_corrupt_total"), stop: func() {}}
+	s := &Store{cfg: cfg, corrupt: cfg.Metrics.GetOrCreateCounter("push_manager_store_corrupt_total"), stop: func() {}, prepares: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("store: %w", err), s.Close(context.WithoutCancel(ctx)))
@@ -83,12 +85,14 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	first, cancel := context.WithTimeout(ctx, firstTry)
 	defer cancel()
 	switch err := s.prepare(first); {
-	case err == nil:
+	case err == nil && cfg.embedded():
 		return s, nil
+	case err == nil:
 	case cfg.embedded() || permanent(err):
 		return nil, err
 	default:
 		cfg.Logger.Warn("store: not reachable, trying again", "err", err)
+		s.prepareSoon()
 	}
 	background, stop := context.WithCancel(context.Background())
 	s.stop = stop
@@ -98,23 +102,34 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 
 func permanent(err error) bool { return errors.Is(err, ErrPartitions) || errors.Is(err, ErrReplicas) }
 
-// prepareLoop tries until the streams are there.
+// prepareSoon has the streams looked for: servers that have come back may have lost them.
+func (s *Store) prepareSoon() {
+	select {
+	case s.prepares <- struct{}{}:
+	default:
+	}
+}
+
+// prepareLoop prepares whenever that is due, and tries until the streams are there.
 func (s *Store) prepareLoop(ctx context.Context) {
-	last := ""
-	for tick := time.NewTicker(prepareAgain); ; {
+	for {
 		select {
-		case <-tick.C:
+		case <-s.prepares:
+			s.prepareUntil(ctx)
 		case <-ctx.Done():
-			tick.Stop()
 			return
 		}
+	}
+}
+
+func (s *Store) prepareUntil(ctx context.Context) {
+	for last := ""; ctx.Err() == nil; pause(ctx, prepareAgain) {
 		try, cancel := context.WithTimeout(ctx, requestTimeout)
 		err := s.prepare(try)
 		cancel()
 		switch {
 		case err == nil:
 			s.cfg.Logger.Info("store: reachable")
-			tick.Stop()
 			return
 		case ctx.Err() == nil && err.Error() != last:
 			last = err.Error()
@@ -145,7 +160,10 @@ func (s *Store) connect() error {
 				log.Warn("store: connection lost", "err", err)
 			}
 		}),
-		nats.ReconnectHandler(func(nc *nats.Conn) { log.Info("store: connected again", "server", nc.ConnectedUrlRedacted()) }),
+		nats.ReconnectHandler(func(nc *nats.Conn) {
+			log.Info("store: connected again", "server", nc.ConnectedUrlRedacted())
+			s.prepareSoon()
+		}),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { log.Warn("store: connection", "err", err) }),
 	}
 	if s.srv != nil {

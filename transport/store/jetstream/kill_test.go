@@ -225,3 +225,32 @@ func TestWhatWasAcknowledgedIsThereAfterTheStoreIsKilled(t *testing.T) {
 		read()
 	}
 }
+
+// TestServersThatComeBackEmptyAreUsed: a server was replaced, and with it its disk.
+func TestServersThatComeBackEmptyAreUsed(t *testing.T) {
+	p := &process{t: t, dir: t.TempDir(), addr: freeport.Addr(t)}
+	p.start()
+	t.Cleanup(func() { p.kill() })
+	s, err := Open(t.Context(), Config{URLs: []string{"nats://" + p.addr}, Partitions: 2, Replicas: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close(context.Background()) })
+	stored := func() {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+			err := s.Append(t.Context(), []store.Entry{message("u", "payload")})[0]
+			if err == nil {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatal(err)
+			}
+		}
+	}
+	stored()
+	p.kill()
+	p.dir = t.TempDir()
+	p.start()
+	stored()
+}
