@@ -206,5 +206,41 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"limit = min(limit, n)", "limit = n"}},
 			dir:   "internal/cli", test: "TestContainerLimitIsTheLowestOnTheWayUp",
 		},
+		{
+			name:  "hand an id out twice",
+			file:  "transport/node/inbox.go",
+			edits: []edit{{"\t\t\tb.seen.add(o.Key, o.PayloadHash)\n", ""}},
+			dir:   "transport/node", test: "TestAnIdIsShownOnce",
+		},
+		{
+			name:  "let what is new overtake what is stored",
+			file:  "transport/node/replay.go",
+			edits: []edit{{"\tif len(r.streams) > 0 {\n\t\tr.closeLocked(g, now)\n\t}\n", ""}},
+			dir:   "transport/node", test: "TestWhatWasStoredComesBeforeWhatIsNew",
+		},
+		{
+			name:  "keep whatever comes behind a closed gate",
+			file:  "transport/node/inbox.go",
+			edits: []edit{{"if len(b.held) >= HeldFrames || len(b.held) > 0 && b.heldBytes+size > HeldBytes {", "if b.closed {"}},
+			dir:   "transport/node", test: "TestWhatWaitsBehindTheGateIsBounded",
+		},
+		{
+			name:  "nudge the nodes of the route as it was",
+			file:  "engine/keeping.go",
+			edits: []edit{{"l.push.engine.directory.Locate(l.shard, k.stored, k)", "k.Routed(k.stored, nil, errNoAnswer)"}},
+			dir:   "engine", test: "TestStoredMessagesReachWhoeverConnects",
+		},
+		{
+			name:  "wait for no nudge",
+			file:  "engine/keeping.go",
+			edits: []edit{{"\t\t\t\tk.open.Add(1)\n\t\t\t\tl.Nudge(user, k.places[i], func(bool) { k.nudged() })", "\t\t\t\tl.Nudge(user, k.places[i], func(bool) {})"}},
+			dir:   "engine", test: "TestStoredMessagesReachWhoeverConnects",
+		},
+		{
+			name:  "erase what the client has not taken",
+			file:  "transport/replay/replay.go",
+			edits: []edit{{"to := min(r.taken, r.delivered)", "to := r.delivered"}},
+			dir:   "transport/replay", test: "TestProtocol",
+		},
 	}
 }

@@ -41,7 +41,7 @@ type entry = node.Entry[*frame]
 type queued struct {
 	*frame
 
-	entry *entry // nil for a push without options, and for what is no push
+	entry *entry // nil for a push of which the inbox wants to know no more, and for what is no push
 }
 
 // recipient is to whom a frame goes.
@@ -97,14 +97,21 @@ func (q queued) appendTo(b []byte, to *recipient) (_, tail, end []byte) {
 	if q.gap {
 		b = append(b, to.user...)
 	}
-	if tail = q.tail; q.marked(to) {
+	tail, marked := q.tail, q.marked(to)
+	if marked {
 		tail = tail[:len(tail)-1]
-		end = append(q.appendMarks(append([]byte(nil), q.id...)), '}')
 	}
-	if len(tail) > copyBytes {
-		return b, tail, end
+	if len(tail) <= copyBytes {
+		b, tail = append(b, tail...), nil
 	}
-	return append(append(b, tail...), end...), nil, nil
+	switch {
+	case !marked:
+	case tail == nil:
+		b = append(q.appendMarks(append(b, q.id...)), '}')
+	default:
+		end = append(q.appendMarks(append(end, q.id...)), '}')
+	}
+	return b, tail, end
 }
 
 // newPush encodes m for clients who know its room by that name.

@@ -105,8 +105,14 @@ func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) 
 // placeLocked queues what the inbox has given, in the place of an older push with its collapse key if
 // there is one.
 func (c *conn) placeLocked(e entry) {
+	if e.Plain() { // most are, and need no memory of their own
+		c.appendLocked(queued{frame: e.Frame})
+		return
+	}
+	kept := new(entry)
+	*kept = e
 	if e.Collapse == 0 {
-		c.appendLocked(queued{frame: e.Frame, entry: &e})
+		c.appendLocked(queued{frame: e.Frame, entry: kept})
 		return
 	}
 	at, ok := c.places[e.Collapse]
@@ -115,12 +121,12 @@ func (c *conn) placeLocked(e entry) {
 			c.places = make(map[uint64]int)
 		}
 		c.places[e.Collapse] = len(c.queue)
-		c.appendLocked(queued{frame: e.Frame, entry: &e})
+		c.appendLocked(queued{frame: e.Frame, entry: kept})
 		return
 	}
 	old := c.queue[at]
-	e = c.inbox.Replace(*old.entry, e)
-	replacing := queued{frame: e.Frame, entry: &e}
+	*kept = c.inbox.Replace(*old.entry, e)
+	replacing := queued{frame: kept.Frame, entry: kept}
 	c.queue[at] = replacing
 	c.bytes += replacing.size(&c.to) - old.size(&c.to)
 	c.g.hold(replacing.frame)

@@ -96,6 +96,12 @@ type Entry[F any] struct {
 	expires time.Time
 }
 
+// Plain tells that there is nothing in the entry but its frame: it is not acknowledged, not marked, not
+// replaced, and Write would say that it may be written. The gateway may forget the rest of it.
+func (e *Entry[F]) Plain() bool {
+	return e.Ack == 0 && !e.Replayed && e.Collapse == 0 && e.expires.IsZero()
+}
+
 // record is a frame between being taken and being acknowledged or given up.
 type record[F any] struct {
 	Entry[F]

@@ -650,3 +650,85 @@ func TestRetriesThatWaitForOneFrameAreBounded(t *testing.T) {
 	w.is(t, "9", false)
 	w.open(t, "10")
 }
+
+func TestWhatExpiresBehindTheGateIsGoneAndItsRetryIsNot(t *testing.T) {
+	d := newDesk(true)
+	d.inbox.Gate = new(Gate)
+	d.inbox.Gate.closed.Store(true)
+	d.offer(d.message("a", func(o *Options) { o.Expires = d.now.Add(time.Second) }), nil)
+	d.now = d.now.Add(time.Second)
+	d.inbox.Gate.closed.Store(false)
+	if d.fill(); len(d.queue) > 0 {
+		t.Error("it takes the place of another in the queue")
+	}
+	if out := d.offer(d.message("a"), nil); out != Delivered {
+		t.Errorf("a retry that has not expired: %v", out)
+	}
+}
+
+func TestOfACollapseKeyTheNewestWaitsBehindTheGate(t *testing.T) {
+	w := newWaits()
+	d := newDesk(true)
+	d.inbox.Gate = new(Gate)
+	d.inbox.Gate.closed.Store(true)
+	key := func(o *Options) { o.Collapse = 7 }
+	d.offer(d.message("old", key, d.ackBy(time.Minute)), w.of1("old"))
+	d.offer(d.message("other"), nil)
+	d.offer(d.message("new", key, d.ackBy(time.Minute)), w.of1("new"))
+	if frames, _ := d.inbox.Kept(); frames != 2 || d.books["old"] != 0 {
+		t.Errorf("%d frames are kept, of the old one %d", frames, d.books["old"])
+	}
+	d.inbox.Gate.closed.Store(false)
+	d.fill()
+	d.write(9)
+	if got := d.shown(); !slices.Equal(got, []string{"new", "other"}) {
+		t.Errorf("written: %q", got)
+	}
+	if err := d.inbox.Ack(d.wire[0].Ack); err != nil {
+		t.Fatal(err)
+	}
+	w.is(t, "old", true) // the client has what took its place
+	w.is(t, "new", true)
+}
+
+func TestWhatWaitsBehindTheGateIsBounded(t *testing.T) {
+	for name, size := range map[string]int{"frames": 1, "bytes": HeldBytes / 8} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(false)
+			d.inbox.Gate = new(Gate)
+			d.inbox.Gate.closed.Store(true)
+			taken := 0
+			for i := range HeldFrames + 10 {
+				m := d.message(fmt.Sprint(i))
+				m.Data = make([]byte, size)
+				if d.offer(m, nil) == Delivered {
+					taken++
+				}
+			}
+			if want := min(HeldFrames, HeldBytes/size); taken != want {
+				t.Errorf("%d are taken, want %d", taken, want)
+			}
+		})
+	}
+}
+
+func TestOnlyAnEntryThatWriteNeverRefusesIsPlain(t *testing.T) {
+	d := newDesk(true)
+	for name, c := range map[string]struct {
+		m    *Message
+		c    *Confirmation
+		want bool
+	}{
+		"an id":              {d.message("a"), nil, true},
+		"expires":            {d.message("b", func(o *Options) { o.Expires = d.now.Add(time.Second) }), nil, false},
+		"collapses":          {d.message("c", func(o *Options) { o.Collapse = 7 }), nil, false},
+		"is acknowledged":    {d.message("d", d.ackBy(time.Second)), newWaits().of1("d"), false},
+		"out of the store":   {d.message("e", func(o *Options) { o.ask = &ask{} }), nil, false},
+		"nothing whatsoever": {d.message(""), nil, true},
+	} {
+		d.queue = nil
+		if d.offer(c.m, c.c); len(d.queue) != 1 || d.queue[0].Plain() != c.want {
+			t.Errorf("%s: %+v, want plain %t", name, d.queue, c.want)
+		}
+	}
+}
