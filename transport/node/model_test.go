@@ -25,7 +25,7 @@ var (
 
 // variant is what is left out.
 type variant struct {
-	noNudge, earlyRead, nudgeNotAwaited, noGate, staleLastRead bool
+	noNudge, earlyRead, noGate, staleLastRead bool
 }
 
 type storedMsg struct {
@@ -265,9 +265,7 @@ func (w *world) push(pm int, id string, wait func(func() bool)) string {
 	if c := w.presence; c != nil && !w.v.noNudge {
 		l := w.links[pm][c.node]
 		l.send(&pubsub.DeliverRequest{Nudges: []*pubsub.Nudge{{UserId: "u", Seq: seq, Token: seq}}})
-		if !w.v.nudgeNotAwaited {
-			wait(func() bool { return l.nudged[seq] })
-		}
+		wait(func() bool { return l.nudged[seq] })
 	}
 	return "stored"
 }
@@ -447,18 +445,18 @@ func TestReplayLosesAndInvertsNothing(t *testing.T) {
 	}
 }
 
-// TestEachPartOfReplayIsNeeded leaves one out at a time: the schedules above must then find it.
+// TestEachPartOfReplayIsNeeded leaves one out at a time: the schedules above must then find it. What comes of a
+// nudge that nobody waits for shows in the model of transport/replay, which has the engine in it.
 func TestEachPartOfReplayIsNeeded(t *testing.T) {
 	nodes := modelNodes(t)
 	for name, v := range map[string]variant{
 		"no second look-up and nudge":            {noNudge: true},
 		"store read before the Controller knows": {earlyRead: true},
-		"answered before the nudge is taken":     {nudgeNotAwaited: true},
 		"no gate":                                {noGate: true},
 		"last read from any replica":             {staleLastRead: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for seed := range uint64(100_000) { // the rarest is found in one of 10,000 or so
+			for seed := range uint64(20_000) { // all are found in the first 1,000 or so
 				if err := schedule(nodes, v, seed); err != nil {
 					t.Logf("seed %d: %v", seed, err)
 					if !errors.Is(err, errLost) && !errors.Is(err, errInverted) {
