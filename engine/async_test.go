@@ -84,7 +84,7 @@ func TestAsyncPushAnswersWithTheNodesAndTellsOfClientsLater(t *testing.T) {
 				if _, _, n := book.last(); n != 0 {
 					t.Error("told before")
 				}
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				synctest.Wait()
 				if r, unacked, finals := book.last(); fmt.Sprintf("%+v", r) != fmt.Sprintf("%+v", last) || !slices.Equal(unacked, []string{"b"}) || finals != 1 {
 					t.Errorf("told %+v, %v, %d times", r, unacked, finals)
@@ -119,7 +119,7 @@ func TestAsyncPushIsFinalInItsTime(t *testing.T) {
 		if _, _, n := silent.last(); n != 0 {
 			t.Error("told before")
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if r, _, n := silent.last(); n != 1 || r.Unknown != 1 {
 			t.Errorf("after %s: %+v, %d times", time.Since(began), r, n)

@@ -120,6 +120,7 @@ func BenchmarkPush(b *testing.B) {
 // quietWorld has a user with a cached route. push starts and ends one push to it, with the same memory
 // each time.
 func quietWorld(tb testing.TB, o *Options) (push func()) {
+	tb.Helper()
 	w := newWorld()
 	w.config.Spool = newSpool()
 	w.users["u"] = []string{"A"}

@@ -62,7 +62,7 @@ func audienceLife(ctx context.Context, t *tester) error {
 			return fmt.Errorf("%s: %w", step.what, err)
 		}
 	}
-	return l.fence(ctx, 1)
+	return l.fence(ctx)
 }
 
 func audienceExcept(ctx context.Context, t *tester) error {

@@ -137,7 +137,7 @@ func deliverAcks(ctx context.Context, t *tester) error {
 	if err := l.all(ctx); err != nil {
 		return err
 	}
-	return l.fence(ctx, 1) // an ack that comes twice comes before its answer
+	return l.fence(ctx) // an ack that comes twice comes before its answer
 }
 
 func deliverOrder(ctx context.Context, t *tester) error {

@@ -127,5 +127,5 @@ func unknownFields(ctx context.Context, t *tester) error {
 	if err := l.all(ctx); err != nil {
 		return err
 	}
-	return l.fence(ctx, 1)
+	return l.fence(ctx)
 }

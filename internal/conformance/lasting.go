@@ -153,7 +153,7 @@ func unnamed(ctx context.Context, t *tester) error {
 			return err
 		}
 	}
-	if err := l.fence(ctx, 1); err != nil || t.cfg.Client == nil {
+	if err := l.fence(ctx); err != nil || t.cfg.Client == nil {
 		return err
 	}
 	if err := t.nobody(ctx, "no message", user); err != nil { // whatever was before has arrived

@@ -180,11 +180,11 @@ func (l *link) all(ctx context.Context) error {
 }
 
 // fence waits for the answer to a heartbeat: whatever the node did before it has shown.
-func (l *link) fence(ctx context.Context, n uint64) error {
-	if err := l.write(&pubsub.DeliverRequest{Heartbeat: n}); err != nil {
+func (l *link) fence(ctx context.Context) error {
+	if err := l.write(&pubsub.DeliverRequest{Heartbeat: 1}); err != nil {
 		return err
 	}
-	return l.until(ctx, fmt.Sprintf("the answer to heartbeat %d", n), func() bool { return l.beat == n })
+	return l.until(ctx, "the answer to the heartbeat", func() bool { return l.beat == 1 })
 }
 
 // until waits for what the node has to say. An end of the stream, and a rule that it

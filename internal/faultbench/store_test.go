@@ -41,7 +41,7 @@ func serveStore(spec string) int {
 			return complain(err)
 		}
 		options.Cluster.Name, options.Cluster.Host, options.Cluster.Advertise = "faultbench", "127.0.0.1", part[4]
-		for _, peer := range strings.Fields(part[5]) {
+		for peer := range strings.FieldsSeq(part[5]) {
 			options.Routes = append(options.Routes, &url.URL{Scheme: "nats", Host: peer})
 		}
 	}

@@ -111,8 +111,10 @@ func TestHadForgetsTheOldest(t *testing.T) {
 	var h had
 	content := "x"
 	push := func(id string) *frame { return &frame{ID: id, Data: &frameData{Content: &content}} }
-	if h.before(push("")) || h.before(push("")) || h.ring != nil {
-		t.Error("a push without an id is remembered")
+	for range 2 {
+		if h.before(push("")) || h.ring != nil {
+			t.Error("a push without an id is remembered")
+		}
 	}
 	for i := range hadMost + 1 {
 		if h.before(push(fmt.Sprint(i))) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -85,15 +86,16 @@ func (c *receiptsCmd) Run(ctx context.Context, t *terminal) error {
 
 func receiptLine(t *terminal, r *pubsub.PushReceipt) string {
 	s := r.GetSummary()
-	line := fmt.Sprintf("%s %s %s: delivered to %d of %d", t.paint(grey, r.GetAt().AsTime().Local().Format(time.TimeOnly)),
+	var line strings.Builder
+	fmt.Fprintf(&line, "%s %s %s: delivered to %d of %d", t.paint(grey, r.GetAt().AsTime().Local().Format(time.TimeOnly)),
 		clean(r.GetMessageId()), clean(r.GetTarget()), s.GetDelivered(), s.GetTargets())
 	if rest := counts(s); rest != "" {
-		line += " (" + rest + ")"
+		line.WriteString(" (" + rest + ")")
 	}
 	for _, user := range r.GetUnackedUserIds() {
-		line += "\n  not acknowledged by " + clean(user)
+		line.WriteString("\n  not acknowledged by " + clean(user))
 	}
-	return line
+	return line.String()
 }
 
 // tell prints an answer, as a line of text or of JSON.

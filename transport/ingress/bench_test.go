@@ -66,7 +66,7 @@ func BenchmarkReply(b *testing.B) {
 func BenchmarkMessageIDs(b *testing.B) {
 	m := newMessageIDs(idsMost, metrics.NewSet())
 	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "user-000001", Arrived: time.Now()}}
-	p, res := new(engine.Push), engine.Result{Found: true, Targets: 1, Delivered: 1}
+	res := engine.Result{Found: true, Targets: 1, Delivered: 1}
 	id := make([]byte, 16)
 	n := 0
 	push := func() {

@@ -267,7 +267,7 @@ func (m *messageIDs) holdsLocked(e *idEntry, now time.Time) bool {
 func leftNobody(res *engine.Result) bool { return res.Success() && res.Offline == res.Stored }
 
 func newIDResult(res *engine.Result) idResult {
-	n := func(v int) int32 { return int32(int32Of(v)) } //nolint:gosec // int32Of is within the range
+	n := func(v int) int32 { return int32(int32Of(v)) }
 	return idResult{n(res.Targets), n(res.Delivered), n(res.Stored), n(res.Unsure), n(res.Acked)}
 }
 

@@ -244,7 +244,7 @@ func appendCounts(list []uint32, m *wire.Reader, most int) ([]uint32, error) {
 		return nil
 	}
 	var err error
-	switch m.Type() { //nolint:exhaustive // See above.
+	switch m.Type() {
 	case protowire.BytesType:
 		err = wire.Uints(m.Bytes, add)
 	case protowire.VarintType:

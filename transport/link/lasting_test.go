@@ -540,7 +540,7 @@ func TestWhatCannotBeAskedIsAViolation(t *testing.T) {
 				r, n := &replayer{}, scripted(test.features...)
 				w := scriptedWorld(t, Config{Replayer: r}, n)
 				n.say(test.say)
-				if got := w.set.meters.strikes.Get(); uint64(got) != test.strikes {
+				if got := w.set.meters.strikes.Get(); got != test.strikes {
 					t.Errorf("%d strikes, want %d", got, test.strikes)
 				}
 				if n := len(r.heard()); n > 1 {

@@ -155,7 +155,7 @@ func TestReceiptsThatCannotBeAreViolations(t *testing.T) {
 				w := scriptedWorld(t, Config{}, n)
 				f := w.begun(w.toClients("x"))
 				n.say(&pubsub.DeliverResponse{Receipts: test.say})
-				if got := w.set.meters.strikes.Get(); uint64(got) != test.strikes {
+				if got := w.set.meters.strikes.Get(); got != test.strikes {
 					t.Errorf("%d strikes, want %d", got, test.strikes)
 				}
 				w.end(f)

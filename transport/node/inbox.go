@@ -9,11 +9,15 @@ import (
 
 // The bounds of what an Inbox keeps, and its times.
 const (
-	// UnackedFrames and UnackedBytes bound what one client may leave unacknowledged. What would
-	// go beyond it is not taken. A single frame may be larger.
-	UnackedFrames, UnackedBytes = 256, 256 << 10
-	// HeldFrames and HeldBytes bound what waits behind a closed gate, likewise.
-	HeldFrames, HeldBytes = 256, 256 << 10
+	// UnackedFrames is how many frames one client may leave unacknowledged. What would go beyond it is
+	// not taken.
+	UnackedFrames = 256
+	// UnackedBytes is the same in bytes. A single frame may be larger.
+	UnackedBytes = 256 << 10
+	// HeldFrames is how many frames wait behind a closed gate, likewise.
+	HeldFrames = 256
+	// HeldBytes is the same in bytes.
+	HeldBytes = 256 << 10
 	// PongTimeout is how long a client may take to answer the ping that it is sent when half of
 	// its time to acknowledge is over.
 	PongTimeout = 2 * time.Second

@@ -161,26 +161,26 @@ func hashOf(kind byte, sender, name string) uint64 {
 func (st *stream) options(d *delivery) *Options {
 	does := &st.server.does
 	o := new(Options)
-	any := false
+	takes := false
 	if does.dedupe && d.messageID != "" {
-		o.ID, o.Sender, o.PayloadHash, any = d.messageID, d.sender, d.payloadHash, true
+		o.ID, o.Sender, o.PayloadHash, takes = d.messageID, d.sender, d.payloadHash, true
 		o.Key = hashOf('i', d.sender, d.messageID)
 	}
 	if does.expiry && d.ttl > 0 {
-		o.Expires, any = st.now().Add(time.Duration(d.ttl)*time.Millisecond), true
+		o.Expires, takes = st.now().Add(time.Duration(d.ttl)*time.Millisecond), true
 	}
 	if does.clientAck && d.wantAck {
-		o.WantsAck, any = true, true
+		o.WantsAck, takes = true, true
 		o.AckBy = st.now().Add(time.Duration(cmp.Or(d.ackTimeout, defaultAckTimeout)) * time.Millisecond)
 	}
 	if does.collapse && d.collapse != "" {
-		o.CollapseKey, any = d.collapse, true
+		o.CollapseKey, takes = d.collapse, true
 		o.Collapse = hashOf('c', d.sender, d.collapse)
 	}
 	if does.replay && d.hasReplay {
-		o.Seq, any = d.replay.seq, true
+		o.Seq, takes = d.replay.seq, true
 	}
-	if !any {
+	if !takes {
 		return nil
 	}
 	return o

@@ -258,7 +258,7 @@ func storeID(dir string) (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "id")
-	id, err := os.ReadFile(path) //nolint:gosec // a setting names it
+	id, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		id = []byte(rand.Text())
 		err = os.WriteFile(path, id, 0o600)

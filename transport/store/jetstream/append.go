@@ -57,14 +57,14 @@ func (s *Store) Append(ctx context.Context, entries []store.Entry) []error {
 	for i := range entries {
 		acks[i], errs[i] = s.publish(&entries[i], now)
 	}
-	for i, ack := range acks {
+	for i := range entries {
 		if errs[i] != nil {
 			continue
 		}
 		select {
-		case ok := <-ack.Ok():
+		case ok := <-acks[i].Ok():
 			entries[i].Seq = ok.Sequence
-		case err := <-ack.Err():
+		case err := <-acks[i].Err():
 			errs[i] = s.appendError(err)
 		case <-ctx.Done():
 			errs[i] = down(context.Cause(ctx))

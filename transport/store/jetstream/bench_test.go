@@ -113,7 +113,7 @@ func BenchmarkRead10AtRandom(b *testing.B) {
 			before := cpu(b)
 			b.ResetTimer()
 			for b.Loop() {
-				page, _, err := s.Read(b.Context(), fmt.Sprintf("user %d", rand.IntN(users)), 0, 100, 256<<10) //nolint:gosec // any will do
+				page, _, err := s.Read(b.Context(), fmt.Sprintf("user %d", rand.IntN(users)), 0, 100, 256<<10)
 				if err != nil || len(page) != 10 {
 					b.Fatal(len(page), err)
 				}

@@ -20,7 +20,7 @@ func serverOptions(cfg *Config) *server.Options {
 		ServerName: "push-manager",
 		DontListen: true,
 		NoSigs:     true,
-		MaxPayload: int32(cfg.MaxMessageBytes), //nolint:gosec // Validate bounds it
+		MaxPayload: int32(cfg.MaxMessageBytes),
 		MaxPending: max(int64(cfg.MaxMessageBytes), server.MAX_PENDING_SIZE),
 
 		JetStream:          true,

@@ -271,7 +271,7 @@ func (s *Store) Partition(user string) int {
 // place is where a user's messages are: the partition, and the prefix of their subjects.
 func (s *Store) place(user string) (p int, prefix string) {
 	sum := sha256.Sum256([]byte(user))
-	p = int(binary.BigEndian.Uint64(sum[16:24]) % uint64(s.cfg.Partitions)) //nolint:gosec // it is below Partitions
+	p = int(binary.BigEndian.Uint64(sum[16:24]) % uint64(s.cfg.Partitions))
 	return p, subjectPrefix(p) + token(sum) + "."
 }
 
@@ -316,7 +316,7 @@ func (s *Store) Usage(ctx context.Context, partition int) (int64, error) {
 	if err != nil {
 		return 0, down(err)
 	}
-	return int64(info.State.Bytes), nil //nolint:gosec // MaxBytes bounds it
+	return int64(info.State.Bytes), nil
 }
 
 // ready returns the streams.

@@ -54,7 +54,7 @@ func (p *process) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.cmd = exec.CommandContext(context.Background(), os.Args[0]) //nolint:gosec // this binary
+	p.cmd = exec.CommandContext(context.Background(), os.Args[0])
 	p.cmd.Env = append(os.Environ(), serverDir+"="+p.dir, serverPort+"="+port)
 	p.cmd.Stderr = os.Stderr
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {

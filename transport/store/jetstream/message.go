@@ -55,7 +55,7 @@ func decode(data []byte) (store.Entry, error) {
 		case r.IsBytes(fieldSender):
 			m.Sender = string(r.Bytes)
 		case r.IsUint(fieldPayloadHash):
-			m.PayloadHash = uint32(r.Uint) //nolint:gosec // it was one
+			m.PayloadHash = uint32(r.Uint)
 		case r.IsBytes(fieldRoom):
 			m.Room = string(r.Bytes)
 		case r.IsBytes(fieldCollapseKey):
