@@ -252,7 +252,7 @@ func nothingBreaksWhileInstancesGo(t *testing.T, s *secured, b *balancer, manage
 	t.Helper()
 	before := len(s.users.of("alice"))
 	stop := make(chan struct{})
-	var delivered, refused atomic.Int64
+	var delivered, refused, unanswered atomic.Int64
 	var callers sync.WaitGroup
 	stopped := func() bool {
 		select {
@@ -283,7 +283,11 @@ func nothingBreaksWhileInstancesGo(t *testing.T, s *secured, b *balancer, manage
 		callers.Go(func() {
 			for n := 0; !stopped(); n++ {
 				err := pushStream(within(t, patience), api, fmt.Sprintf("stream %d %d", i, n), &delivered, stop)
-				if err != nil && nothingSent(err) != "DRAINING" {
+				switch {
+				case err == nil, nothingSent(err) == "DRAINING":
+				case status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "502 (Bad Gateway)"):
+					unanswered.Add(1) // opened while an instance closed its listener: nginx cannot open a stream again elsewhere
+				default:
 					t.Errorf("a PushStream: %v", err)
 				}
 			}
@@ -319,7 +323,10 @@ func nothingBreaksWhileInstancesGo(t *testing.T, s *secured, b *balancer, manage
 	if len(slices.Compact(slices.Clone(got))) != len(got) || int64(len(got)) != delivered.Load() {
 		t.Errorf("%d messages arrived, %d of them different, and %d are said to be delivered", len(got), len(slices.Compact(got)), delivered.Load())
 	}
-	t.Logf("%d delivered, %d refused", delivered.Load(), refused.Load())
+	if n := int(unanswered.Load()); n > 4*len(managers) { // each stream once for each instance that goes
+		t.Errorf("%d streams met an instance that was gone", n)
+	}
+	t.Logf("%d delivered, %d refused, %d streams met an instance that was gone", delivered.Load(), refused.Load(), unanswered.Load())
 	if strings.Contains(b.name, "haproxy") && !strings.Contains(b.out.String(), "Layer7 wrong status, code: 503") {
 		t.Error("HAProxy has not heard from /readyz that one stops")
 	}
