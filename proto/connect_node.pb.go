@@ -100,8 +100,6 @@ const (
 	// Delivery; nudges and replay_ends; catchups, replay_taken and nudges_taken. Push-Manager
 	// offers it only while it has a store.
 	Feature_FEATURE_REPLAY Feature = 5
-	// Clients hold positions in the logs of rooms: log of a Delivery; log_marks; log_reads.
-	Feature_FEATURE_ROOM_LOG Feature = 6
 )
 
 // Enum value maps for Feature.
@@ -114,7 +112,6 @@ var (
 		3: "FEATURE_EXPIRY",
 		4: "FEATURE_COLLAPSE",
 		5: "FEATURE_REPLAY",
-		6: "FEATURE_ROOM_LOG",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
@@ -124,7 +121,6 @@ var (
 		"FEATURE_EXPIRY":      3,
 		"FEATURE_COLLAPSE":    4,
 		"FEATURE_REPLAY":      5,
-		"FEATURE_ROOM_LOG":    6,
 	}
 )
 
@@ -551,7 +547,6 @@ type DeliverRequest struct {
 	// Of lasting delivery, to nodes that have the feature.
 	Nudges        []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
 	ReplayEnds    []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
-	LogMarks      []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,13 +647,6 @@ func (x *DeliverRequest) GetNudges() []*Nudge {
 func (x *DeliverRequest) GetReplayEnds() []*ReplayEnd {
 	if x != nil {
 		return x.ReplayEnds
-	}
-	return nil
-}
-
-func (x *DeliverRequest) GetLogMarks() []*LogMark {
-	if x != nil {
-		return x.LogMarks
 	}
 	return nil
 }
@@ -791,60 +779,6 @@ func (x *ReplayEnd) GetError() string {
 	return ""
 }
 
-// LogMark says that the manager has nothing open on this node up to a place in a log of
-// rooms: what it had written there before, the node has acknowledged. FEATURE_ROOM_LOG.
-type LogMark struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Partition     uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
-	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *LogMark) Reset() {
-	*x = LogMark{}
-	mi := &file_connect_node_proto_msgTypes[9]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *LogMark) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*LogMark) ProtoMessage() {}
-
-func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
-func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
-}
-
-func (x *LogMark) GetPartition() uint32 {
-	if x != nil {
-		return x.Partition
-	}
-	return 0
-}
-
-func (x *LogMark) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
-	}
-	return 0
-}
-
 // DeliverResponse is one frame from the node. The first has hello and nothing
 // else; every later one may hold any of the other fields.
 type DeliverResponse struct {
@@ -870,15 +804,14 @@ type DeliverResponse struct {
 	Catchups    []*Catchup     `protobuf:"bytes,8,rep,name=catchups,proto3" json:"catchups,omitempty"`
 	ReplayTaken []*ReplayTaken `protobuf:"bytes,9,rep,name=replay_taken,json=replayTaken,proto3" json:"replay_taken,omitempty"`
 	// The tokens of nudges.
-	NudgesTaken   []uint64   `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
-	LogReads      []*LogRead `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
+	NudgesTaken   []uint64 `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -890,7 +823,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -903,7 +836,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -976,13 +909,6 @@ func (x *DeliverResponse) GetNudgesTaken() []uint64 {
 	return nil
 }
 
-func (x *DeliverResponse) GetLogReads() []*LogRead {
-	if x != nil {
-		return x.LogReads
-	}
-	return nil
-}
-
 // Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
 // and never in its place: one for a delivery that has no ack yet is a violation. A node gathers
 // them for up to 50 ms. One of a delivery for which nobody waits any more is ignored.
@@ -1002,7 +928,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +940,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +953,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1075,7 +1001,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1087,7 +1013,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1100,7 +1026,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1137,7 +1063,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1075,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1088,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1177,76 +1103,6 @@ func (x *ReplayTaken) GetSeq() uint64 {
 		return x.Seq
 	}
 	return 0
-}
-
-// LogRead asks for what a room's log has behind a position, for members who come back.
-type LogRead struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Chosen by the node, not 0, once on this stream; what is read carries it.
-	Gate          uint64     `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
-	RoomId        string     `protobuf:"bytes,2,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
-	UserId        string     `protobuf:"bytes,3,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
-	After         []*LogMark `protobuf:"bytes,4,rep,name=after,proto3" json:"after,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *LogRead) Reset() {
-	*x = LogRead{}
-	mi := &file_connect_node_proto_msgTypes[14]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *LogRead) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*LogRead) ProtoMessage() {}
-
-func (x *LogRead) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
-func (*LogRead) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
-}
-
-func (x *LogRead) GetGate() uint64 {
-	if x != nil {
-		return x.Gate
-	}
-	return 0
-}
-
-func (x *LogRead) GetRoomId() string {
-	if x != nil {
-		return x.RoomId
-	}
-	return ""
-}
-
-func (x *LogRead) GetUserId() string {
-	if x != nil {
-		return x.UserId
-	}
-	return ""
-}
-
-func (x *LogRead) GetAfter() []*LogMark {
-	if x != nil {
-		return x.After
-	}
-	return nil
 }
 
 // Hello opens a stream.
@@ -1282,7 +1138,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1150,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1163,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -1406,7 +1262,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1418,7 +1274,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1431,7 +1287,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -1528,8 +1384,6 @@ type Delivery struct {
 	CollapseKey  string `protobuf:"bytes,21,opt,name=collapse_key,json=collapseKey,proto3" json:"collapse_key,omitempty"`
 	// Set for a message out of the store.
 	Replay *ReplayPlace `protobuf:"bytes,23,opt,name=replay,proto3" json:"replay,omitempty"`
-	// Set for a message that is in the log of its room.
-	Log *LogPosition `protobuf:"bytes,24,opt,name=log,proto3" json:"log,omitempty"`
 	// Whose message_id it is. Empty where callers are not told apart.
 	Sender        string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1538,7 +1392,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1404,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1417,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -1671,13 +1525,6 @@ func (x *Delivery) GetReplay() *ReplayPlace {
 	return nil
 }
 
-func (x *Delivery) GetLog() *LogPosition {
-	if x != nil {
-		return x.Log
-	}
-	return nil
-}
-
 func (x *Delivery) GetSender() string {
 	if x != nil {
 		return x.Sender
@@ -1702,7 +1549,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1561,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1574,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -1747,59 +1594,6 @@ func (x *ReplayPlace) GetSeq() uint64 {
 func (x *ReplayPlace) GetAfter() uint64 {
 	if x != nil {
 		return x.After
-	}
-	return 0
-}
-
-// LogPosition is a message's place in the log of rooms.
-type LogPosition struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Partition     uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
-	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *LogPosition) Reset() {
-	*x = LogPosition{}
-	mi := &file_connect_node_proto_msgTypes[19]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *LogPosition) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*LogPosition) ProtoMessage() {}
-
-func (x *LogPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
-func (*LogPosition) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
-}
-
-func (x *LogPosition) GetPartition() uint32 {
-	if x != nil {
-		return x.Partition
-	}
-	return 0
-}
-
-func (x *LogPosition) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
 	}
 	return 0
 }
@@ -1827,7 +1621,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1839,7 +1633,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1852,7 +1646,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{20}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -1911,7 +1705,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +1717,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +1730,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{21}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -1991,7 +1785,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +1797,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +1810,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{22}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -2096,7 +1890,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
-	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xa9\x03\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\x81\x03\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -2113,8 +1907,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06nudges\x18\t \x03(\v2\r.pubsub.NudgeR\x06nudges\x122\n" +
 	"\vreplay_ends\x18\n" +
 	" \x03(\v2\x11.pubsub.ReplayEndR\n" +
-	"replayEnds\x12,\n" +
-	"\tlog_marks\x18\v \x03(\v2\x0f.pubsub.LogMarkR\blogMarks\"H\n" +
+	"replayEndsJ\x04\b\v\x10\f\"H\n" +
 	"\x05Nudge\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
@@ -2122,10 +1915,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\tReplayEnd\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"9\n" +
-	"\aLogMark\x12\x1c\n" +
-	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\"\xc1\x03\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\x99\x03\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
@@ -2137,8 +1927,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\bcatchups\x18\b \x03(\v2\x0f.pubsub.CatchupR\bcatchups\x126\n" +
 	"\freplay_taken\x18\t \x03(\v2\x13.pubsub.ReplayTakenR\vreplayTaken\x12!\n" +
 	"\fnudges_taken\x18\n" +
-	" \x03(\x04R\vnudgesTaken\x12,\n" +
-	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\"a\n" +
+	" \x03(\x04R\vnudgesTakenJ\x04\b\v\x10\f\"a\n" +
 	"\aReceipt\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05acked\x18\x02 \x01(\rR\x05acked\x12\x18\n" +
@@ -2150,12 +1939,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06window\x18\x03 \x01(\rR\x06window\"3\n" +
 	"\vReplayTaken\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\"v\n" +
-	"\aLogRead\x12\x12\n" +
-	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x17\n" +
-	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x17\n" +
-	"\auser_id\x18\x03 \x01(\tR\x06userId\x12%\n" +
-	"\x05after\x18\x04 \x03(\v2\x0f.pubsub.LogMarkR\x05after\"\xa7\x02\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"\xa7\x02\n" +
 	"\x05Hello\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12\x1d\n" +
 	"\n" +
@@ -2178,7 +1962,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
 	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
-	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xcb\x04\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xaa\x04\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -2195,16 +1979,12 @@ const file_connect_node_proto_rawDesc = "" +
 	"\bwant_ack\x18\x13 \x01(\bR\awantAck\x12$\n" +
 	"\x0eack_timeout_ms\x18\x14 \x01(\rR\fackTimeoutMs\x12!\n" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
-	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
-	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"I\n" +
+	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12\x16\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17J\x04\b\x18\x10\x19\"I\n" +
 	"\vReplayPlace\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\x04R\x05after\"=\n" +
-	"\vLogPosition\x12\x1c\n" +
-	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\"w\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"w\n" +
 	"\bAudience\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12\x17\n" +
@@ -2229,7 +2009,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xb5\x01\n" +
+	"\x04ZSTD\x10\x02*\xa5\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -2237,8 +2017,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x12FEATURE_CLIENT_ACK\x10\x02\x12\x12\n" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
-	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
-	"\x10FEATURE_ROOM_LOG\x10\x062\xb5\x02\n" +
+	"\x0eFEATURE_REPLAY\x10\x05\"\x04\b\x06\x10\x062\xb5\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -2258,7 +2037,7 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
@@ -2271,60 +2050,53 @@ var file_connect_node_proto_goTypes = []any{
 	(*DeliverRequest)(nil),           // 8: pubsub.DeliverRequest
 	(*Nudge)(nil),                    // 9: pubsub.Nudge
 	(*ReplayEnd)(nil),                // 10: pubsub.ReplayEnd
-	(*LogMark)(nil),                  // 11: pubsub.LogMark
-	(*DeliverResponse)(nil),          // 12: pubsub.DeliverResponse
-	(*Receipt)(nil),                  // 13: pubsub.Receipt
-	(*Catchup)(nil),                  // 14: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 15: pubsub.ReplayTaken
-	(*LogRead)(nil),                  // 16: pubsub.LogRead
-	(*Hello)(nil),                    // 17: pubsub.Hello
-	(*HelloReply)(nil),               // 18: pubsub.HelloReply
-	(*Delivery)(nil),                 // 19: pubsub.Delivery
-	(*ReplayPlace)(nil),              // 20: pubsub.ReplayPlace
-	(*LogPosition)(nil),              // 21: pubsub.LogPosition
-	(*Audience)(nil),                 // 22: pubsub.Audience
-	(*AckRange)(nil),                 // 23: pubsub.AckRange
-	(*Miss)(nil),                     // 24: pubsub.Miss
-	(*MessageContent)(nil),           // 25: pubsub.MessageContent
+	(*DeliverResponse)(nil),          // 11: pubsub.DeliverResponse
+	(*Receipt)(nil),                  // 12: pubsub.Receipt
+	(*Catchup)(nil),                  // 13: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 14: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 15: pubsub.Hello
+	(*HelloReply)(nil),               // 16: pubsub.HelloReply
+	(*Delivery)(nil),                 // 17: pubsub.Delivery
+	(*ReplayPlace)(nil),              // 18: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 19: pubsub.Audience
+	(*AckRange)(nil),                 // 20: pubsub.AckRange
+	(*Miss)(nil),                     // 21: pubsub.Miss
+	(*MessageContent)(nil),           // 22: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	25, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	25, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	25, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	17, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	19, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	22, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	22, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	22, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	15, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	17, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
 	9,  // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
 	10, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	11, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
-	18, // 8: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	23, // 9: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	24, // 10: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	13, // 11: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	14, // 12: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	15, // 13: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	16, // 14: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
-	11, // 15: pubsub.LogRead.after:type_name -> pubsub.LogMark
-	0,  // 16: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 17: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 18: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 19: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	25, // 20: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	22, // 21: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	20, // 22: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	21, // 23: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	2,  // 24: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	4,  // 25: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	6,  // 26: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	8,  // 27: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	3,  // 28: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	5,  // 29: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	7,  // 30: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	12, // 31: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	28, // [28:32] is the sub-list for method output_type
-	24, // [24:28] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	16, // 7: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	20, // 8: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	21, // 9: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	12, // 10: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	13, // 11: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	14, // 12: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	0,  // 13: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 14: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 15: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 16: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	22, // 17: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	19, // 18: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	18, // 19: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	2,  // 20: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	4,  // 21: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	6,  // 22: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	8,  // 23: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	3,  // 24: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	5,  // 25: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	7,  // 26: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	11, // 27: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	24, // [24:28] is the sub-list for method output_type
+	20, // [20:24] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -2339,7 +2111,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   23,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -278,7 +278,7 @@ func (s *wireStream) receive() error {
 		if f.GetHeartbeat() != 0 && !s.node.conf.deaf {
 			s.put(0, &pubsub.DeliverResponse{Heartbeat: f.GetHeartbeat(), OnlineUsers: uint32(s.node.users.Online())})
 		}
-		if len(f.GetNudges())+len(f.GetReplayEnds())+len(f.GetLogMarks()) > 0 {
+		if len(f.GetNudges())+len(f.GetReplayEnds()) > 0 {
 			s.node.breach("a feature that was not offered is used: %v", f)
 		}
 		if f.GetDrain() {
@@ -291,7 +291,7 @@ func (s *wireStream) receive() error {
 func (s *wireStream) deliver(d *pubsub.Delivery) {
 	n := s.node
 	if d.GetMessageId() != "" || d.GetPayloadHash() != 0 || d.GetTtlMs() != 0 || d.GetWantAck() || d.GetAckTimeoutMs() != 0 ||
-		d.GetCollapseKey() != "" || d.GetReplay() != nil || d.GetLog() != nil || d.GetSender() != "" {
+		d.GetCollapseKey() != "" || d.GetReplay() != nil || d.GetSender() != "" {
 		n.breach("a feature that was not offered is used: %v", d)
 	}
 	data := d.GetContent().GetData()
