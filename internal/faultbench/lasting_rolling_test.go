@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"sync"
 	"sync/atomic"
@@ -46,6 +47,9 @@ func (t *town) dwell(user string, r *rand.Rand) {
 // twice at one connection, or out of order.
 func TestLastingRollingRestartLosesNothing(t *testing.T) {
 	t.Parallel()
+	if os.Getenv(longEnv) == "" {
+		t.Skip("make lasting runs it")
+	}
 	if _, err := exec.LookPath("haproxy"); err != nil {
 		t.Skip("there is no haproxy (Debian: package haproxy)")
 	}
@@ -139,6 +143,9 @@ func (t *town) mark(g *gate, leaving bool) {
 // drained and the store's process is killed, and what callers of pushes with options are told.
 func TestLastingChaos(t *testing.T) {
 	t.Parallel()
+	if os.Getenv(longEnv) == "" {
+		t.Skip("make lasting runs it")
+	}
 	store := startStore(t)
 	c := newLastingTown(t, townPlan{managers: 3, gates: 3, managerEnv: prompt(storeAt(store)...)})
 	c.ledger.clientsLeave, c.ledger.unordered = true, true // links break, and the store does not always answer
