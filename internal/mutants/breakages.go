@@ -95,8 +95,8 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			name: "lose the bound of the queue",
 			file: "transport/link/link.go",
 			edits: []edit{{
-				"l.load.len > 0 && (l.load.len >= p.Share(cfg.QueueLen) || l.load.bytes+e.size > p.Share(cfg.QueueBytes))",
-				"p > 100", // neither bound is left
+				"l.load.len == 0 || l.load.len < p.Share(cfg.QueueLen) && l.load.bytes+e.size <= p.Share(cfg.QueueBytes)",
+				"p < 100", // neither bound is left
 			}},
 			dir: "transport/link", test: "TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow",
 		},

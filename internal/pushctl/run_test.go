@@ -111,7 +111,7 @@ func serve(t *testing.T, s *server) string {
 // pushctl runs one command line.
 func pushctl(t *testing.T, in string, args ...string) (code int, out, errOut string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	var o, e bytes.Buffer
 	code = run(ctx, args, strings.NewReader(in), &o, &e)
