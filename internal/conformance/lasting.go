@@ -303,6 +303,9 @@ func (l *link) catchup(ctx context.Context, user string, after int) (*pubsub.Cat
 		}
 		return false
 	})
+	if err != nil {
+		err = fmt.Errorf("%w (it may have asked another manager that has a store: try the node without one)", err)
+	}
 	return c, err
 }
 

@@ -1,6 +1,7 @@
 package devstack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,8 @@ type Config struct {
 	DataDir string
 	// Secure has every connection over TLS, and callers and clients show who they are.
 	Secure bool
+	// Store is Push-Manager's: "off", or "embedded", which "" means.
+	Store string
 	// Tracing of Push-Manager; its Service and Instance are Push-Manager's own.
 	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
@@ -118,7 +121,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err := s.startController(ctx, p.controller); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
-	if err := s.startPushManager(ctx, p, cfg.Tracing); err != nil {
+	if err := s.startPushManager(ctx, p, cmp.Or(cfg.Store, "embedded"), cfg.Tracing); err != nil {
 		return nil, fmt.Errorf("push-manager: %w", err)
 	}
 	for i := range cfg.Nodes {
@@ -150,12 +153,12 @@ func (s *Stack) startController(ctx context.Context, port int) error {
 	return err
 }
 
-func (s *Stack) startPushManager(ctx context.Context, p ports, tracing telemetry.TracingConfig) error {
+func (s *Stack) startPushManager(ctx context.Context, p ports, store string, tracing telemetry.TracingConfig) error {
 	var c pushmanager.Config
 	err := cli.Fill(&c, s.secure.pushManager(map[string]string{
 		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
-		"STORE": "embedded", "STORE_DIR": filepath.Join(s.dir, "store"),
+		"STORE": store, "STORE_DIR": filepath.Join(s.dir, "store"),
 		"DRAIN_NOTICE": "0s", // there is no balancer
 	}))
 	if err != nil {

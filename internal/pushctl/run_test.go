@@ -291,7 +291,7 @@ var built struct {
 
 // dev is a push-manager dev with two nodes: where its parts listen, by their names, and
 // the lines to copy.
-func dev(t *testing.T) (address map[string]string, webSocket string, lines []string) {
+func dev(t *testing.T, flags ...string) (address map[string]string, webSocket string, lines []string) {
 	t.Helper()
 	built.once.Do(func() {
 		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
@@ -305,7 +305,7 @@ func dev(t *testing.T) (address map[string]string, webSocket string, lines []str
 	if built.err != nil {
 		t.Fatal(built.err)
 	}
-	cmd := exec.Command(filepath.Join(built.dir, "push-manager"), "dev", "--base-port=0", "--nodes=2")
+	cmd := exec.Command(filepath.Join(built.dir, "push-manager"), append([]string{"dev", "--base-port=0", "--nodes=2"}, flags...)...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
