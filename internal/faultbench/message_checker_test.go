@@ -93,6 +93,25 @@ func TestCheckerFindsEachBrokenPromiseOfMessages(t *testing.T) {
 			b.arrive(p.id, "u", "c", "n")
 			b.add(arrival{push: p.id, user: "u", client: "c", node: "n", repeat: true})
 		}},
+		{"marked, and stored because it may have arrived", "", func(b book) {
+			s := stored()
+			s.Unsure = 1
+			p := b.try(nil, 0, 5, s, nil)
+			b.arrive(p.id, "u", "c", "n")
+			b.add(arrival{push: p.id, user: "u", client: "c", node: "n", replayed: true})
+		}},
+		{"marked, and acknowledged before", "I3", func(b book) {
+			p := b.try(nil, 0, 5, acked(), nil)
+			b.arrive(p.id, "u", "c", "n")
+			b.add(arrival{push: p.id, user: "u", client: "c", node: "n", replayed: true})
+		}},
+		{"not marked, and stored because it may have arrived", "I3", func(b book) {
+			s := stored()
+			s.Unsure = 1
+			p := b.try(nil, 0, 5, s, nil)
+			b.arrive(p.id, "u", "c", "n")
+			b.arrive(p.id, "u", "c", "n")
+		}},
 		{"unknown, and the retry a duplicate", "", func(b book) {
 			p := b.try(nil, 0, 5, summary(0, 0, 0, 1), nil)
 			b.arrive(p.id, "u", "c", "n")

@@ -20,7 +20,8 @@ func (m *message) last() *push  { return m.tries[len(m.tries)-1] }
 
 // check holds a message against its arrivals:
 //
-//   - no connection gets it twice, but for a repeat of what it has not acknowledged
+//   - no connection gets it twice, but for a repeat of what it has not acknowledged, and, marked as
+//     such, for what callers were told that it may have already
 //   - who is said to have acknowledged it has got it, and so has who it is stored for, when
 //     they have come back
 //   - who is said to have it from nobody has not got it
@@ -32,9 +33,10 @@ func (m *message) check(l *ledger) (found []violation) {
 	p := m.first()
 	clients := make(map[string]int, len(m.arrived))
 	reached := make(map[string]bool, len(m.arrived))
+	unsure := slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetUnsure() > 0 })
 	for _, a := range m.arrived {
-		if !a.repeat {
-			clients[a.client+" on "+a.node]++
+		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && unsure && clients[client] > 0) {
+			clients[client]++
 		}
 		reached[a.user] = true
 		if p.kind == toUser && a.user != p.key || p.kind == toUsers && !slices.Contains(p.users, a.user) {

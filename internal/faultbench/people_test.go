@@ -33,6 +33,7 @@ type visit struct {
 	ready  time.Duration // told so
 	closed time.Duration // the client began to close it, or saw that it was over, or the gateway was asked to go
 	stays  []*stay
+	asked  map[uint64]bool // numbers that it was asked to acknowledge
 }
 
 // stay is one membership of a connection. A room that is left and entered again is two.
@@ -203,6 +204,13 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		id := idOf([]byte(m.Data.Content))
 		t.mu.Lock()
 		stranger := m.RoomID != "" && !v.mayGet(m.RoomID, t.ledger.now())
+		again := v.asked[m.Ack] // its acknowledgement has come too late: a repeat has the old number
+		if m.Ack != 0 {
+			if v.asked == nil {
+				v.asked = make(map[uint64]bool)
+			}
+			v.asked[m.Ack] = true
+		}
 		t.mu.Unlock()
 		if stranger {
 			t.broken("%s got %s of room %s, in which it is not", v.id, id, m.RoomID)
@@ -211,7 +219,7 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 			t.broken("%s did not ask for acknowledgements, and got %.200q", v.id, message.Bytes())
 		}
 		hushed := v.hushed.Load()
-		t.ledger.add(arrival{push: id, user: v.user, client: v.id, node: v.gate.id, replayed: m.Replayed, repeat: m.Replayed && hushed})
+		t.ledger.add(arrival{push: id, user: v.user, client: v.id, node: v.gate.id, replayed: m.Replayed, repeat: m.Replayed && (hushed || again)})
 		if m.Ack != 0 && !hushed {
 			_ = v.ws.WriteMessage(gws.OpcodeText, fmt.Appendf(nil, `{"type":"ack","ack":%d}`, m.Ack))
 		}
