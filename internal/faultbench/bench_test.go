@@ -314,8 +314,11 @@ func (m *manager) until(name string, ok func(float64) bool) time.Duration {
 }
 
 // read returns the manager's metrics by name with labels.
-func (m *manager) read() (map[string]float64, error) {
-	_, body, err := get(m.metrics + "/metrics")
+func (m *manager) read() (map[string]float64, error) { return readMetrics(m.metrics) }
+
+// readMetrics reads all metrics of a program.
+func readMetrics(at string) (map[string]float64, error) {
+	_, body, err := get(at + "/metrics")
 	if err != nil {
 		return nil, err
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -585,9 +584,6 @@ func TestLastingNodeKilledBeforeTheClientAcknowledges(t *testing.T) {
 // connection.
 func TestLastingConnectingMomentLosesNothing(t *testing.T) {
 	t.Parallel()
-	if os.Getenv(longEnv) == "" {
-		t.Skip("make lasting runs it; the models of transport/replay and transport/node have it every day")
-	}
 	c := newLastingTown(t, townPlan{managers: 3, gates: 3, managerEnv: storeAt(startStores(t, 200*time.Millisecond)...)})
 	eventually(t, "the store takes messages", func() error {
 		q := user("first").with(lasting())
