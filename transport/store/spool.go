@@ -28,7 +28,8 @@ type SpoolConfig struct {
 
 	// TTL is that of messages without one, MaxTTL the longest of any. Default 24 h and 168 h.
 	TTL, MaxTTL time.Duration
-	// QueueBytes and QueueLen bound what waits in all lanes, or is being stored; each user of a message counts. Default 16 MiB, 65,536.
+	// QueueBytes and QueueLen bound what waits in all lanes, or is being stored. Each user of a message counts, and its
+	// payload once for all of them. Default 16 MiB, 65,536.
 	QueueBytes, QueueLen int
 	// MaxBytes is how much the store may keep. It is shown beside what it keeps. 0: not known.
 	MaxBytes int
@@ -141,6 +142,8 @@ type call struct {
 	expires time.Time
 	timer   *time.Timer
 
+	queued int // of users, whose messages wait or are being stored; guarded by Spool.mu
+
 	mu      sync.Mutex
 	results []engine.Spooled // guarded by mu
 	left    int              // guarded by mu; 0: done was called
@@ -234,7 +237,6 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 		c.expires = most
 	}
 	c.timer = time.AfterFunc(deadline.Sub(now), func() { s.expire(c) })
-	size := len(m.Payload) + entryBytes
 	refused := make([]error, len(users)) // answered without the lock
 	s.mu.Lock()
 	for i, user := range users {
@@ -244,10 +246,11 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 			refused[i] = errClosed
 		case l.failures >= maxFailures:
 			refused[i] = engine.ErrSpoolDown
-		case s.bytes+size > s.cfg.QueueBytes || s.length >= s.cfg.QueueLen:
+		case s.bytes+c.costLocked() > s.cfg.QueueBytes || s.length >= s.cfg.QueueLen:
 			refused[i] = errBusy
 		default:
-			s.bytes, s.length = s.bytes+size, s.length+1
+			s.bytes, s.length = s.bytes+c.costLocked(), s.length+1
+			c.queued++
 			l.queue = append(l.queue, item{c, i})
 			l.signal()
 		}
@@ -373,8 +376,17 @@ func (s *Spool) take(l *lane, most int) []item {
 	return batch
 }
 
+// costLocked is what one more user costs: the first one brings the payload.
+func (c *call) costLocked() int {
+	if c.queued > 0 {
+		return entryBytes
+	}
+	return entryBytes + len(c.message.Payload)
+}
+
 func (s *Spool) freeLocked(it item) {
-	s.bytes, s.length = s.bytes-len(it.call.message.Payload)-entryBytes, s.length-1
+	it.call.queued--
+	s.bytes, s.length = s.bytes-it.call.costLocked(), s.length-1
 	if s.closed && s.length == 0 {
 		close(s.idle)
 	}

@@ -404,7 +404,7 @@ func TestTheQueueIsBounded(t *testing.T) {
 		payload int
 		fits    int
 	}{
-		"bytes":   {SpoolConfig{QueueBytes: 10 * (1000 + entryBytes)}, 1000, 10},
+		"bytes":   {SpoolConfig{QueueBytes: 1000 + 10*entryBytes}, 1000, 10}, // they share the payload
 		"entries": {SpoolConfig{QueueLen: 7}, 10, 7},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -413,7 +413,7 @@ func TestTheQueueIsBounded(t *testing.T) {
 				b.memory.set(func() { b.memory.delay = func(int) time.Duration { return 100 * time.Millisecond } })
 				answers := b.push(strings.Repeat("x", test.payload), time.Minute, strings.Split("abcdefghijkl", "")...)
 				bytes, length := b.queued()
-				if length != test.fits || bytes != test.fits*(test.payload+entryBytes) {
+				if length != test.fits || bytes != test.payload+test.fits*entryBytes {
 					t.Errorf("%d entries, %d bytes wait", length, bytes)
 				}
 				got := <-answers
