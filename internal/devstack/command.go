@@ -47,7 +47,7 @@ type devConfig struct {
 // Bind implements cli.Settings.
 func (c *devConfig) Bind(s *config.Set) {
 	s.Int(&c.nodes, "nodes", 3, 1, maxNodes, "Number of Connect-Nodes.")
-	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, 65535-5-2*maxNodes,
+	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, highestPort,
 		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket). 0: any free ones. -1: the usual ones.")
 	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data, messages that are stored, and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
 	s.Choice(&c.store, "store", "embedded", "Where messages wait for users who were not reached. embedded: in data_dir; off: nowhere.", "embedded", "off")
@@ -60,6 +60,9 @@ func (c *devConfig) Bind(s *config.Set) {
 
 // Validate implements cli.Settings.
 func (c *devConfig) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if last := c.basePort + portsOf(c.nodes) - 1; c.basePort > 0 && last > highestPort {
+		return s.Errorf("base_port", "%d is too high: the last port of %d nodes would be %d, and there is none above %d", c.basePort, c.nodes, last, highestPort)
+	}
 	if info, err := os.Stat(c.dataDir); err == nil && !info.IsDir() {
 		return s.Errorf("data_dir", "%s is no directory", c.dataDir)
 	}

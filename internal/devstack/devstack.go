@@ -312,6 +312,12 @@ func layout(base int) ports {
 	return ports{base, base + 1, base + 2, base + 3, base + 4, base}
 }
 
+// highestPort is that of TCP.
+const highestPort = 65535
+
+// portsOf is how many ports a stack with a base of its own has.
+func portsOf(nodes int) int { return 5 + 2*nodes }
+
 // node is where the node of a number listens, 0 being the first.
 func (p ports) node(i int) (grpcPort, httpPort int) {
 	switch {

@@ -133,8 +133,10 @@ func TestSpaceComesBackHoweverACallEnds(t *testing.T) {
 	n1.setKeep(true)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	_, err = w.client.PushToRoom(ctx, big) // its deadline passes
-	wantError(t, err, codes.DeadlineExceeded, "", "")
+	reply, err := w.client.PushToRoom(ctx, big) // its deadline passes
+	if err != nil || reply.Success { // the server may be the first to notice
+		wantError(t, err, codes.DeadlineExceeded, "", "")
+	}
 	w.spaceIsFree()
 	n1.setKeep(false)
 	st, err := w.conn.NewStream(w.context(), &grpc.StreamDesc{ClientStreams: true}, methodRoom, grpc.ForceCodecV2(rawCodec{}))

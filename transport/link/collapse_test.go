@@ -208,9 +208,16 @@ func TestWhatIsNotForOneTargetIsNotReplaced(t *testing.T) {
 		w.delivery(t, w.toUser(user, "so that the route is known"))
 	}
 	o := &engine.Options{CollapseKey: "k"}
-	users := w.push(&engine.Push{Request: engine.Request{Kind: engine.ToUsers, Users: []string{"u1", "u2"}}}, "x")
+	several := func() *engine.Push {
+		p := w.push(&engine.Push{Request: engine.Request{Kind: engine.ToUsers, Users: []string{"u1", "u2"}}}, "x")
+		p.Options = o
+		return p
+	}
+	for w.delivery(t, several()).Targets() < 2 { // a route is published right behind the first push that uses it
+		time.Sleep(time.Millisecond)
+	}
 	stored := w.toUser("u1", "x")
-	for what, p := range map[string]*engine.Push{"several users": users, "everybody": w.toAll("x"), "a message out of the store": stored} {
+	for what, p := range map[string]*engine.Push{"several users": several(), "everybody": w.toAll("x"), "a message out of the store": stored} {
 		p.Options = o
 		d := w.delivery(t, p)
 		of := *o
