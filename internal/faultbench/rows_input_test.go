@@ -155,7 +155,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 			t.Logf("%d frames; slowest call of the others %v, and %v before; memory %.0f MiB, and %.0f before",
 				sent.Load(), flooded.slowest, calm.slowest, now/(1<<20), w.m.baseline["process_resident_memory_bytes"]/(1<<20))
 			most := 64.0 * (1 << 20)
-			if raceEnabled {
+			if raceProgram() {
 				most *= 8 // the detector keeps much for each byte
 			}
 			if grown := now - w.m.baseline["process_resident_memory_bytes"]; grown > most {

@@ -77,7 +77,7 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit), "LINK_WINDOW_BYTES=1GiB", "LINK_QUEUE_BYTES=1GiB",
 		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m", "LOOKUP_TIMEOUT=1m",
 		"API_BODY_BYTES=1GiB") // or there is never so much that memory runs out
-	if !raceEnabled {
+	if !raceProgram() {
 		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": 256 << 20})
 	}
 	m.good(room("mixed"))
@@ -158,8 +158,8 @@ func TestRequestsWithinAllLimitsFitTheMemory(t *testing.T) {
 	s.wire("bad", s.bad...)
 	s.wire("good", s.good...)
 	const limit = 256 << 20
-	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit*9/10), "PUSH_TIMEOUT=30s", "LOOKUP_TIMEOUT=30s")
-	if !raceEnabled {
+	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit*9/10), "PUSH_TIMEOUT=30s", "LOOKUP_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_SILENCE=31s") // the test's own node shares the machine
+	if !raceProgram() {
 		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": limit})
 	}
 	m.good(room("mixed"))
