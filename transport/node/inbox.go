@@ -21,6 +21,9 @@ const (
 	// PongTimeout is how long a client may take to answer the ping that it is sent when half of
 	// its time to acknowledge is over.
 	PongTimeout = 2 * time.Second
+	// idleRecords is for how many unacknowledged frames an idle connection keeps the memory: most clients
+	// acknowledge one after the other.
+	idleRecords = 2
 	// replayAckTimeout is how long a client may take for a message out of the store.
 	replayAckTimeout = 10 * time.Second
 )
@@ -534,7 +537,10 @@ func (b *Inbox[F]) search(number uint64) (int, bool) {
 }
 
 func (b *Inbox[F]) insert(r record[F]) {
-	i, _ := b.search(r.number)
+	i := len(b.records)
+	if i > 0 && b.records[i-1].number > r.number { // one that takes another's place
+		i, _ = b.search(r.number)
+	}
 	b.records = slices.Insert(b.records, i, r)
 	b.keep(&r.Entry, &b.bytes, 1)
 }
@@ -542,8 +548,8 @@ func (b *Inbox[F]) insert(r record[F]) {
 func (b *Inbox[F]) remove(i int) {
 	b.keep(&b.records[i].Entry, &b.bytes, -1)
 	b.records = slices.Delete(b.records, i, i+1)
-	if len(b.records) == 0 {
-		b.records = nil // An idle connection keeps little.
+	if len(b.records) == 0 && cap(b.records) > idleRecords {
+		b.records = nil
 	}
 }
 
@@ -558,11 +564,17 @@ func (b *Inbox[F]) unhold(i int) {
 // expect adds c to those who wait.
 func expect(waits []*Confirmation, c *Confirmation) []*Confirmation {
 	c.Expect()
+	if len(waits) == 0 {
+		return []*Confirmation{c}
+	}
 	return joined(waits, []*Confirmation{c})
 }
 
 // joined is older and newer together, without the oldest if they are too many for one record.
 func joined(older, newer []*Confirmation) []*Confirmation {
+	if len(older) == 0 {
+		return newer
+	}
 	all := append(older, newer...)
 	for len(all) > UnackedFrames {
 		all[0].GaveUp()

@@ -159,7 +159,7 @@ type waits struct {
 func newWaits() *waits {
 	count := newCounters(metrics.NewSet())
 	r := newReceipts(1<<20, func() {}, &count)
-	return &waits{receipts: r, of: r.await(1, time.Unix(1<<40, 0)), all: map[string]*Confirmation{}}
+	return &waits{receipts: r, of: r.await(1, time.Unix(1<<40, 0), 1), all: map[string]*Confirmation{}}
 }
 
 func (w *waits) of1(name string) *Confirmation {

@@ -221,7 +221,7 @@ func (st *stream) deliverLasting(users []string, skip []int32, m *Message, o *ha
 	}
 	var waits *awaited
 	if m.Options.WantsAck {
-		if waits = st.acks.receipts.await(st.next, m.Options.AckBy); waits == nil {
+		if waits = st.acks.receipts.await(st.next, m.Options.AckBy, len(users)-len(skip)); waits == nil {
 			st.failAll(users, skip, reasonTooMany, o)
 			return
 		}
@@ -312,7 +312,7 @@ func (st *stream) deliverReplay(users []string, m *Message, o *handover) {
 	m.Options.ask = a
 	var waits *awaited
 	if m.Options.WantsAck {
-		waits = st.acks.receipts.await(st.next, m.Options.AckBy)
+		waits = st.acks.receipts.await(st.next, m.Options.AckBy, 1)
 	}
 	out := Failed
 	func() {

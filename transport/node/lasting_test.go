@@ -436,7 +436,7 @@ func TestWhatIsHandedOverWhileTheNodeBeginsToDrainIsGivenUp(t *testing.T) {
 	b := serveLasting(t, Config{})
 	st := b.take(t, nil)
 	st.acks.drain()
-	a := st.acks.receipts.await(1, time.Now().Add(time.Minute))
+	a := st.acks.receipts.await(1, time.Now().Add(time.Minute), 1)
 	a.settle(a.confirmation("u"), Pending)
 	a.handedOver()
 	if got := st.acks.receipts.take(nil, 2, time.Now()); len(got) != 1 || !got[0].GetFinal() || len(got[0].GetUnacked()) != 1 {

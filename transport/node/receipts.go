@@ -43,6 +43,9 @@ type awaited struct {
 	seq      uint64
 	by       time.Time
 
+	// Of whoever hands it over.
+	free []Confirmation // made together: of most deliveries all are used
+
 	// Guarded by receipts.mu.
 	users   []*Confirmation // that are not settled
 	settled int             // of those
@@ -56,19 +59,28 @@ func newReceipts(most int, signal func(), count *counters) *receipts {
 	return &receipts{most: most, signal: signal, count: count}
 }
 
-// await begins a delivery. It returns nil where too many are open.
-func (r *receipts) await(seq uint64, by time.Time) *awaited {
+// mostTogether is how many confirmations are made together. One that is open keeps all of them alive.
+const mostTogether = 64
+
+// await begins a delivery to so many users. It returns nil where too many are open.
+func (r *receipts) await(seq uint64, by time.Time, users int) *awaited {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.open) >= r.most {
 		return nil
 	}
-	return &awaited{receipts: r, seq: seq, by: by}
+	return &awaited{receipts: r, seq: seq, by: by, users: make([]*Confirmation, 0, users)}
 }
 
 // confirmation is what a user's connections are given.
 func (a *awaited) confirmation(user string) *Confirmation {
-	return &Confirmation{of: a, user: user, open: 1}
+	if len(a.free) == 0 {
+		a.free = make([]Confirmation, max(1, min(cap(a.users), mostTogether)))
+	}
+	c := &a.free[0]
+	a.free = a.free[1:]
+	c.of, c.user, c.open = a, user, 1
+	return c
 }
 
 // settle ends the handing over to one user. It tells whether a receipt will follow.
