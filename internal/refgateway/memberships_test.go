@@ -115,6 +115,7 @@ func TestWhatTheControllerHasWrongIsRepaired(t *testing.T) {
 // A Controller that has forgotten everything answers nothing until it knows
 // everything: no look-up ever sees a part.
 func TestRestartedControllerNeverAnswersInPart(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	etcd := etcdtest.Start(t)
 	cfg := refcontroller.Config{Client: etcd.Client(), Warmup: time.Minute}
 	first, addr := startController(t, freeport.Addr(t), cfg)
@@ -171,6 +172,7 @@ func TestRestartedControllerNeverAnswersInPart(t *testing.T) {
 // Its workers may all hang in reports that a Controller holds while it warms up. The
 // warm-up waits for this node's comparisons, and they do not wait for the workers.
 func TestReportsThatAreHeldDoNotProlongTheWarmup(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	etcd := etcdtest.Start(t)
 	cfg := refcontroller.Config{Client: etcd.Client(), Warmup: time.Hour}
 	first, addr := startController(t, freeport.Addr(t), cfg)
