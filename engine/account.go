@@ -54,6 +54,9 @@ type Result struct {
 	// Delivered, had it from an earlier try with the same message id.
 	Stored, Unsure, Acked, Duplicates int
 
+	// Place is where a push to a room stands in its log, zero if it does not.
+	Place Place
+
 	// Stale is set where the Controller could not confirm the route: how long before the
 	// push it was last known to be true. It may be true still.
 	Stale time.Duration

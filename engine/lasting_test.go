@@ -25,6 +25,10 @@ type testSpool struct {
 
 func newSpool() *testSpool { return &testSpool{kept: map[string][]*Stored{}} }
 
+func (s *testSpool) AppendLog(_ *Stored, _ time.Time, done func(Place, error)) {
+	done(Place{}, ErrSpoolDown)
+}
+
 func (s *testSpool) Append(m *Stored, users []string, deadline time.Time, done func([]Spooled)) {
 	s.mu.Lock()
 	s.calls++

@@ -61,6 +61,17 @@ type Spool interface {
 	// deadline, from any goroutine, with one result for each user. m and what it refers to stay as they
 	// are for ever.
 	Append(m *Stored, users []string, deadline time.Time, done func([]Spooled))
+	// AppendLog writes m once into the log of its Room and must not block. done is called exactly once, by
+	// the deadline, from any goroutine. With an error the message may stand in the log after all. Messages to
+	// one room are written in the order of the calls.
+	AppendLog(m *Stored, deadline time.Time, done func(Place, error))
+}
+
+// Place is where a message stands in the logs of rooms. The zero Place is none.
+type Place struct {
+	Epoch     uint64 // of the logs: places of another one mean nothing
+	Partition uint32
+	Seq       uint64 // rises within the partition, not by one, from 1
 }
 
 // Stored is a message as a Spool keeps it.
@@ -71,6 +82,7 @@ type Stored struct {
 	Room              string
 	CollapseKey       string
 	Expires           time.Time // zero: when the Spool says
+	Exclude           []string  // of Room, who does not get it; sorted
 }
 
 // Spooled is what became of a message for one user: nil Err is stored, in place Seq.

@@ -64,6 +64,10 @@ func (x *protocol) note(format string, a ...any) {
 }
 
 // Append implements Spool.
+func (x *protocol) AppendLog(_ *Stored, _ time.Time, done func(Place, error)) {
+	done(Place{}, ErrSpoolDown)
+}
+
 func (x *protocol) Append(m *Stored, users []string, _ time.Time, done func([]Spooled)) {
 	go func() {
 		x.pause(10 * time.Millisecond)

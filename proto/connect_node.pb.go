@@ -100,6 +100,9 @@ const (
 	// Delivery; nudges and replay_ends; catchups, replay_taken and nudges_taken. Push-Manager
 	// offers it only while it has a store.
 	Feature_FEATURE_REPLAY Feature = 5
+	// The node knows which members of rooms have had what of the log: log of a Delivery; log_marks
+	// and log_pages; log_reads and log_follow. Push-Manager offers it only while it has a store.
+	Feature_FEATURE_ROOM_LOG Feature = 6
 )
 
 // Enum value maps for Feature.
@@ -112,6 +115,7 @@ var (
 		3: "FEATURE_EXPIRY",
 		4: "FEATURE_COLLAPSE",
 		5: "FEATURE_REPLAY",
+		6: "FEATURE_ROOM_LOG",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
@@ -121,6 +125,7 @@ var (
 		"FEATURE_EXPIRY":      3,
 		"FEATURE_COLLAPSE":    4,
 		"FEATURE_REPLAY":      5,
+		"FEATURE_ROOM_LOG":    6,
 	}
 )
 
@@ -547,6 +552,8 @@ type DeliverRequest struct {
 	// Of lasting delivery, to nodes that have the feature.
 	Nudges        []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
 	ReplayEnds    []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
+	LogMarks      []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
+	LogPages      []*LogPage   `protobuf:"bytes,12,rep,name=log_pages,json=logPages,proto3" json:"log_pages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -651,6 +658,273 @@ func (x *DeliverRequest) GetReplayEnds() []*ReplayEnd {
 	return nil
 }
 
+func (x *DeliverRequest) GetLogMarks() []*LogMark {
+	if x != nil {
+		return x.LogMarks
+	}
+	return nil
+}
+
+func (x *DeliverRequest) GetLogPages() []*LogPage {
+	if x != nil {
+		return x.LogPages
+	}
+	return nil
+}
+
+// LogMark tells a node that follows the logs of rooms what was written into one partition of
+// them: behind after and up to seq nothing but what it names. Marks of a partition come in
+// order, the first behind the place that LogFollow has named or, if that is not known any more,
+// behind a later one: the node then reads again what the rooms of its members have behind its own.
+// A mark comes some time after its messages, so that a live delivery of them has arrived by then if it is
+// coming at all. FEATURE_ROOM_LOG.
+type LogMark struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Partition uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	Seq       uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	After     uint64                 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`
+	Rooms     []*LogRoom             `protobuf:"bytes,4,rep,name=rooms,proto3" json:"rooms,omitempty"`
+	// Of which logs it speaks: places of another epoch mean nothing.
+	Epoch uint64 `protobuf:"fixed64,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// How many partitions there are.
+	Partitions    uint32 `protobuf:"varint,6,opt,name=partitions,proto3" json:"partitions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogMark) Reset() {
+	*x = LogMark{}
+	mi := &file_connect_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogMark) ProtoMessage() {}
+
+func (x *LogMark) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
+func (*LogMark) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LogMark) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *LogMark) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *LogMark) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *LogMark) GetRooms() []*LogRoom {
+	if x != nil {
+		return x.Rooms
+	}
+	return nil
+}
+
+func (x *LogMark) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *LogMark) GetPartitions() uint32 {
+	if x != nil {
+		return x.Partitions
+	}
+	return 0
+}
+
+// LogRoom is the places of a room's messages, rising.
+type LogRoom struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RoomId        string                 `protobuf:"bytes,1,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	Seqs          []uint64               `protobuf:"varint,2,rep,packed,name=seqs,proto3" json:"seqs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogRoom) Reset() {
+	*x = LogRoom{}
+	mi := &file_connect_node_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogRoom) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogRoom) ProtoMessage() {}
+
+func (x *LogRoom) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogRoom.ProtoReflect.Descriptor instead.
+func (*LogRoom) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LogRoom) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *LogRoom) GetSeqs() []uint64 {
+	if x != nil {
+		return x.Seqs
+	}
+	return nil
+}
+
+// LogPage answers a LogRead.
+type LogPage struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Gate      uint64                 `protobuf:"varint,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	Partition uint32                 `protobuf:"varint,2,opt,name=partition,proto3" json:"partition,omitempty"`
+	// In the order of the log, with their places, and without an address: they are for the members who
+	// wait for this read, each from its own place on. What has expired is left out.
+	Entries []*Delivery `protobuf:"bytes,3,rep,name=entries,proto3" json:"entries,omitempty"`
+	// Up to here all of the room is in this page and in those before it. Without more, that is
+	// everything that was stored when the read came.
+	Seq uint64 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The node may read on behind seq.
+	More bool `protobuf:"varint,5,opt,name=more,proto3" json:"more,omitempty"`
+	// Something behind the place that was asked for is not kept any more.
+	Gap bool `protobuf:"varint,6,opt,name=gap,proto3" json:"gap,omitempty"`
+	// Not empty: the log could not be read; nothing else is set but gate.
+	Error         string `protobuf:"bytes,7,opt,name=error,proto3" json:"error,omitempty"`
+	Epoch         uint64 `protobuf:"fixed64,8,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogPage) Reset() {
+	*x = LogPage{}
+	mi := &file_connect_node_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogPage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogPage) ProtoMessage() {}
+
+func (x *LogPage) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogPage.ProtoReflect.Descriptor instead.
+func (*LogPage) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *LogPage) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *LogPage) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *LogPage) GetEntries() []*Delivery {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *LogPage) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *LogPage) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+func (x *LogPage) GetGap() bool {
+	if x != nil {
+		return x.Gap
+	}
+	return false
+}
+
+func (x *LogPage) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *LogPage) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // Nudge says that a message was stored for a user who may be connected here by now. The node
 // has the user's messages replayed again, and answers with nudges_taken as soon as the gates of
 // the user's connections are closed, or at once if the user has none here. FEATURE_REPLAY.
@@ -667,7 +941,7 @@ type Nudge struct {
 
 func (x *Nudge) Reset() {
 	*x = Nudge{}
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +953,7 @@ func (x *Nudge) String() string {
 func (*Nudge) ProtoMessage() {}
 
 func (x *Nudge) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,7 +966,7 @@ func (x *Nudge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
 func (*Nudge) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{7}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Nudge) GetUserId() string {
@@ -730,7 +1004,7 @@ type ReplayEnd struct {
 
 func (x *ReplayEnd) Reset() {
 	*x = ReplayEnd{}
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +1016,7 @@ func (x *ReplayEnd) String() string {
 func (*ReplayEnd) ProtoMessage() {}
 
 func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +1029,7 @@ func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
 func (*ReplayEnd) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{8}
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReplayEnd) GetGate() uint64 {
@@ -804,14 +1078,16 @@ type DeliverResponse struct {
 	Catchups    []*Catchup     `protobuf:"bytes,8,rep,name=catchups,proto3" json:"catchups,omitempty"`
 	ReplayTaken []*ReplayTaken `protobuf:"bytes,9,rep,name=replay_taken,json=replayTaken,proto3" json:"replay_taken,omitempty"`
 	// The tokens of nudges.
-	NudgesTaken   []uint64 `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
+	NudgesTaken   []uint64   `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
+	LogReads      []*LogRead `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
+	LogFollow     *LogFollow `protobuf:"bytes,12,opt,name=log_follow,json=logFollow,proto3" json:"log_follow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +1099,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +1112,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -909,6 +1185,148 @@ func (x *DeliverResponse) GetNudgesTaken() []uint64 {
 	return nil
 }
 
+func (x *DeliverResponse) GetLogReads() []*LogRead {
+	if x != nil {
+		return x.LogReads
+	}
+	return nil
+}
+
+func (x *DeliverResponse) GetLogFollow() *LogFollow {
+	if x != nil {
+		return x.LogFollow
+	}
+	return nil
+}
+
+// LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
+// time. FEATURE_ROOM_LOG.
+type LogFollow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Up to where the node knows the log, by partition. None, or another epoch: it knows nothing, and
+	// the marks begin at the end of the log.
+	Epoch         uint64   `protobuf:"fixed64,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	After         []uint64 `protobuf:"varint,2,rep,packed,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogFollow) Reset() {
+	*x = LogFollow{}
+	mi := &file_connect_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogFollow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogFollow) ProtoMessage() {}
+
+func (x *LogFollow) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogFollow.ProtoReflect.Descriptor instead.
+func (*LogFollow) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LogFollow) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *LogFollow) GetAfter() []uint64 {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+// LogRead asks the manager that the node follows for what the log of a room has behind a place, and is
+// answered by one LogPage. At most 64 are open on a stream: one more is answered with an error. FEATURE_ROOM_LOG.
+type LogRead struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RoomId string                 `protobuf:"bytes,1,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	// Chosen by the node, not 0, once on this stream.
+	Gate  uint64 `protobuf:"varint,2,opt,name=gate,proto3" json:"gate,omitempty"`
+	Epoch uint64 `protobuf:"fixed64,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The place, by partition: the node need not know in which one the room is.
+	After         []uint64 `protobuf:"varint,4,rep,packed,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogRead) Reset() {
+	*x = LogRead{}
+	mi := &file_connect_node_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogRead) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogRead) ProtoMessage() {}
+
+func (x *LogRead) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
+func (*LogRead) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *LogRead) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *LogRead) GetGate() uint64 {
+	if x != nil {
+		return x.Gate
+	}
+	return 0
+}
+
+func (x *LogRead) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *LogRead) GetAfter() []uint64 {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
 // Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
 // and never in its place: one for a delivery that has no ack yet is a violation. A node gathers
 // them for up to 50 ms. One of a delivery for which nobody waits any more is ignored.
@@ -928,7 +1346,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1358,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1371,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1001,7 +1419,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1431,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1444,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1063,7 +1481,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1075,7 +1493,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1088,7 +1506,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1138,7 +1556,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1568,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1581,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -1262,7 +1680,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1692,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1705,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -1384,6 +1802,9 @@ type Delivery struct {
 	CollapseKey  string `protobuf:"bytes,21,opt,name=collapse_key,json=collapseKey,proto3" json:"collapse_key,omitempty"`
 	// Set for a message out of the store.
 	Replay *ReplayPlace `protobuf:"bytes,23,opt,name=replay,proto3" json:"replay,omitempty"`
+	// Set for a message to a room that stands in the room's log. Every member of the room here gets it who
+	// reads the log, named or not, but the excluded.
+	Log *LogPosition `protobuf:"bytes,24,opt,name=log,proto3" json:"log,omitempty"`
 	// Whose message_id it is. Empty where callers are not told apart.
 	Sender        string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1392,7 +1813,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1404,7 +1825,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1417,7 +1838,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -1525,11 +1946,88 @@ func (x *Delivery) GetReplay() *ReplayPlace {
 	return nil
 }
 
+func (x *Delivery) GetLog() *LogPosition {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
 func (x *Delivery) GetSender() string {
 	if x != nil {
 		return x.Sender
 	}
 	return ""
+}
+
+// LogPosition is a message's place in the logs of rooms.
+type LogPosition struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Partition uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	Seq       uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Users of the room who do not get it.
+	ExcludeUserIds []string `protobuf:"bytes,3,rep,name=exclude_user_ids,json=excludeUserIds,proto3" json:"exclude_user_ids,omitempty"`
+	Epoch          uint64   `protobuf:"fixed64,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *LogPosition) Reset() {
+	*x = LogPosition{}
+	mi := &file_connect_node_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogPosition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogPosition) ProtoMessage() {}
+
+func (x *LogPosition) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
+func (*LogPosition) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *LogPosition) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *LogPosition) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *LogPosition) GetExcludeUserIds() []string {
+	if x != nil {
+		return x.ExcludeUserIds
+	}
+	return nil
+}
+
+func (x *LogPosition) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 // ReplayPlace is a stored message's place. It goes to the connections behind the gate that
@@ -1549,7 +2047,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +2059,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +2072,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -1621,7 +2119,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +2131,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +2144,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -1705,7 +2203,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +2215,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,7 +2228,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -1785,7 +2283,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +2295,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2308,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
+	return file_connect_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -1890,7 +2388,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
-	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\x81\x03\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xd7\x03\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -1907,7 +2405,30 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06nudges\x18\t \x03(\v2\r.pubsub.NudgeR\x06nudges\x122\n" +
 	"\vreplay_ends\x18\n" +
 	" \x03(\v2\x11.pubsub.ReplayEndR\n" +
-	"replayEndsJ\x04\b\v\x10\f\"H\n" +
+	"replayEnds\x12,\n" +
+	"\tlog_marks\x18\v \x03(\v2\x0f.pubsub.LogMarkR\blogMarks\x12,\n" +
+	"\tlog_pages\x18\f \x03(\v2\x0f.pubsub.LogPageR\blogPages\"\xac\x01\n" +
+	"\aLogMark\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\x12%\n" +
+	"\x05rooms\x18\x04 \x03(\v2\x0f.pubsub.LogRoomR\x05rooms\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\x06R\x05epoch\x12\x1e\n" +
+	"\n" +
+	"partitions\x18\x06 \x01(\rR\n" +
+	"partitions\"6\n" +
+	"\aLogRoom\x12\x17\n" +
+	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12\x12\n" +
+	"\x04seqs\x18\x02 \x03(\x04R\x04seqs\"\xcb\x01\n" +
+	"\aLogPage\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x1c\n" +
+	"\tpartition\x18\x02 \x01(\rR\tpartition\x12*\n" +
+	"\aentries\x18\x03 \x03(\v2\x10.pubsub.DeliveryR\aentries\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\x12\x10\n" +
+	"\x03gap\x18\x06 \x01(\bR\x03gap\x12\x14\n" +
+	"\x05error\x18\a \x01(\tR\x05error\x12\x14\n" +
+	"\x05epoch\x18\b \x01(\x06R\x05epoch\"H\n" +
 	"\x05Nudge\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
@@ -1915,7 +2436,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\tReplayEnd\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"\x99\x03\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\xf3\x03\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
@@ -1927,7 +2448,18 @@ const file_connect_node_proto_rawDesc = "" +
 	"\bcatchups\x18\b \x03(\v2\x0f.pubsub.CatchupR\bcatchups\x126\n" +
 	"\freplay_taken\x18\t \x03(\v2\x13.pubsub.ReplayTakenR\vreplayTaken\x12!\n" +
 	"\fnudges_taken\x18\n" +
-	" \x03(\x04R\vnudgesTakenJ\x04\b\v\x10\f\"a\n" +
+	" \x03(\x04R\vnudgesTaken\x12,\n" +
+	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\x120\n" +
+	"\n" +
+	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\"7\n" +
+	"\tLogFollow\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x14\n" +
+	"\x05after\x18\x02 \x03(\x04R\x05after\"b\n" +
+	"\aLogRead\x12\x17\n" +
+	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12\x12\n" +
+	"\x04gate\x18\x02 \x01(\x04R\x04gate\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x06R\x05epoch\x12\x14\n" +
+	"\x05after\x18\x04 \x03(\x04R\x05after\"a\n" +
 	"\aReceipt\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05acked\x18\x02 \x01(\rR\x05acked\x12\x18\n" +
@@ -1962,7 +2494,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
 	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
-	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xaa\x04\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xcb\x04\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -1979,8 +2511,14 @@ const file_connect_node_proto_rawDesc = "" +
 	"\bwant_ack\x18\x13 \x01(\bR\awantAck\x12$\n" +
 	"\x0eack_timeout_ms\x18\x14 \x01(\rR\fackTimeoutMs\x12!\n" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
-	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17J\x04\b\x18\x10\x19\"I\n" +
+	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
+	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"}\n" +
+	"\vLogPosition\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12(\n" +
+	"\x10exclude_user_ids\x18\x03 \x03(\tR\x0eexcludeUserIds\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x06R\x05epoch\"I\n" +
 	"\vReplayPlace\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
@@ -2009,7 +2547,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xa5\x01\n" +
+	"\x04ZSTD\x10\x02*\xb5\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -2017,7 +2555,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x12FEATURE_CLIENT_ACK\x10\x02\x12\x12\n" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
-	"\x0eFEATURE_REPLAY\x10\x05\"\x04\b\x06\x10\x062\xb5\x02\n" +
+	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x062\xb5\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -2037,7 +2576,7 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
@@ -2048,55 +2587,68 @@ var file_connect_node_proto_goTypes = []any{
 	(*BroadcastRequest)(nil),         // 6: pubsub.BroadcastRequest
 	(*BroadcastResponse)(nil),        // 7: pubsub.BroadcastResponse
 	(*DeliverRequest)(nil),           // 8: pubsub.DeliverRequest
-	(*Nudge)(nil),                    // 9: pubsub.Nudge
-	(*ReplayEnd)(nil),                // 10: pubsub.ReplayEnd
-	(*DeliverResponse)(nil),          // 11: pubsub.DeliverResponse
-	(*Receipt)(nil),                  // 12: pubsub.Receipt
-	(*Catchup)(nil),                  // 13: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 14: pubsub.ReplayTaken
-	(*Hello)(nil),                    // 15: pubsub.Hello
-	(*HelloReply)(nil),               // 16: pubsub.HelloReply
-	(*Delivery)(nil),                 // 17: pubsub.Delivery
-	(*ReplayPlace)(nil),              // 18: pubsub.ReplayPlace
-	(*Audience)(nil),                 // 19: pubsub.Audience
-	(*AckRange)(nil),                 // 20: pubsub.AckRange
-	(*Miss)(nil),                     // 21: pubsub.Miss
-	(*MessageContent)(nil),           // 22: pubsub.MessageContent
+	(*LogMark)(nil),                  // 9: pubsub.LogMark
+	(*LogRoom)(nil),                  // 10: pubsub.LogRoom
+	(*LogPage)(nil),                  // 11: pubsub.LogPage
+	(*Nudge)(nil),                    // 12: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 13: pubsub.ReplayEnd
+	(*DeliverResponse)(nil),          // 14: pubsub.DeliverResponse
+	(*LogFollow)(nil),                // 15: pubsub.LogFollow
+	(*LogRead)(nil),                  // 16: pubsub.LogRead
+	(*Receipt)(nil),                  // 17: pubsub.Receipt
+	(*Catchup)(nil),                  // 18: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 19: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 20: pubsub.Hello
+	(*HelloReply)(nil),               // 21: pubsub.HelloReply
+	(*Delivery)(nil),                 // 22: pubsub.Delivery
+	(*LogPosition)(nil),              // 23: pubsub.LogPosition
+	(*ReplayPlace)(nil),              // 24: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 25: pubsub.Audience
+	(*AckRange)(nil),                 // 26: pubsub.AckRange
+	(*Miss)(nil),                     // 27: pubsub.Miss
+	(*MessageContent)(nil),           // 28: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	22, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	22, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	22, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	15, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	17, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	9,  // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
-	10, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	16, // 7: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	20, // 8: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	21, // 9: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	12, // 10: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	13, // 11: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	14, // 12: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	0,  // 13: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 14: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 15: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 16: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	22, // 17: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	19, // 18: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	18, // 19: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	2,  // 20: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	4,  // 21: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	6,  // 22: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	8,  // 23: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	3,  // 24: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	5,  // 25: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	7,  // 26: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	11, // 27: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	24, // [24:28] is the sub-list for method output_type
-	20, // [20:24] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	28, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	28, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	28, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	20, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	22, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	12, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	13, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	9,  // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	11, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
+	10, // 9: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
+	22, // 10: pubsub.LogPage.entries:type_name -> pubsub.Delivery
+	21, // 11: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	26, // 12: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	27, // 13: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	17, // 14: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	18, // 15: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	19, // 16: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	16, // 17: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	15, // 18: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
+	0,  // 19: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 20: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 21: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 22: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	28, // 23: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	25, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	24, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	23, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	2,  // 27: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	4,  // 28: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	6,  // 29: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	8,  // 30: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	3,  // 31: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	5,  // 32: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	7,  // 33: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	14, // 34: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	31, // [31:35] is the sub-list for method output_type
+	27, // [27:31] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -2111,7 +2663,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   20,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

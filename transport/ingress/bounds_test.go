@@ -134,7 +134,7 @@ func TestSpaceComesBackHoweverACallEnds(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	reply, err := w.client.PushToRoom(ctx, big) // its deadline passes
-	if err != nil || reply.Success { // the server may be the first to notice
+	if err != nil || reply.Success {            // the server may be the first to notice
 		wantError(t, err, codes.DeadlineExceeded, "", "")
 	}
 	w.spaceIsFree()

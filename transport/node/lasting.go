@@ -33,6 +33,8 @@ type Options struct {
 	Collapse    uint64
 	// Seq is the message's place in the store, 0 for one that is not out of it.
 	Seq uint64
+	// Log is the place of a message to a room in the room's log, nil for one that does not stand there.
+	Log *LogPlace
 
 	ask *ask // whose answer it is; nil: not out of the store
 }

@@ -263,6 +263,11 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 	}
 }
 
+// AppendLog implements engine.Spool.
+func (s *Spool) AppendLog(_ *engine.Stored, _ time.Time, done func(engine.Place, error)) {
+	done(engine.Place{}, engine.ErrSpoolDown) // FOUNDATION: the part "store" replaces this
+}
+
 func (l *lane) signal() {
 	select {
 	case l.wake <- struct{}{}:

@@ -1,0 +1,49 @@
+package node
+
+// LogPlace is where a message to a room stands in the logs of rooms. Seq rises within the partition.
+type LogPlace struct {
+	Epoch     uint64
+	Partition uint32
+	Seq       uint64
+	// Exclude are users of the room who do not get it; sorted.
+	Exclude []string
+	// Read says that it was read from the log, for a client that had missed it.
+	Read bool
+}
+
+// LogConn is a connection whose client keeps its position in the logs of rooms, see [Cursor].
+type LogConn interface {
+	// DeliverLasting is that of [LastingConn]. A message of a log (Options.Log) that the connection does not
+	// take now, it is given again.
+	DeliverLasting(m *Message, c *Confirmation) Outcome
+	// Resume gives the client its position, behind everything that the connection has taken so far. False: there is no room in its queue, it is
+	// called again. It is called at most once a second, from any goroutine, without a lock.
+	Resume(position string) bool
+	// Gap tells the client that messages of the room are missing which are not kept any more. It is called as Resume is.
+	Gap(room string) bool
+}
+
+// Cursor is one connection's part in the logs of the rooms that its client is in. A gateway makes it when the connection
+// begins, calls Join and Leave as the client joins and leaves rooms, asks Holds for each message of a log before it takes it, and
+// calls Close when the connection has ended. The methods may be called from any goroutine; they call nobody back and wait for
+// nobody. A nil Cursor is that of a client that keeps no position.
+type Cursor struct{} // FOUNDATION: the part "node" replaces this
+
+// Cursor returns one for a connection of user, as managers know it ([Tenant.ID]). position is what the client has kept from
+// its last connection or from the answer to a push, "" for a client that has none: what was said before is not for it then. The error, for a
+// position that is none, is position.ErrMalformed.
+func (s *Server) Cursor(user string, conn LogConn, position string) (*Cursor, error) { return nil, nil }
+
+// Join says that the client has joined a room, as managers know it, and will take its messages from now on: what the log has behind the
+// client's position is read for it, before newer ones of the log are shown.
+func (c *Cursor) Join(room string) {}
+
+// Leave says that the client has left a room.
+func (c *Cursor) Leave(room string) {}
+
+// Holds tells that m, which is a live one, must not be taken now: it comes out of the log, behind what the client is being
+// given from there. The connection answers Failed, which the manager books as stored.
+func (c *Cursor) Holds(m *Message) bool { return false }
+
+// Close says that the connection has ended. It may be called again.
+func (c *Cursor) Close() {}
