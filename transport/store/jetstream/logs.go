@@ -154,7 +154,11 @@ func (s *Store) ReadLog(ctx context.Context, room string, after uint64, most, by
 				first = m.seq
 			}
 			e, ok := s.logEntry(logs, p, m)
-			if ok && e.Message.Room == room && e.Expires.After(now) {
+			if ok && e.Message.Room != room { // a collision of 128 bits, or written by somebody else
+				s.corrupt.Inc()
+				ok = false
+			}
+			if ok && e.Expires.After(now) {
 				length := len(e.Message.Payload)
 				if n := len(page.Entries); n > 0 && (n >= most || size+length > bytes) {
 					page.More = true

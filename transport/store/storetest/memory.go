@@ -19,7 +19,11 @@ var (
 
 	errRenewed = errors.New("the logs were made anew")
 	errBehind  = errors.New("the log ends before this place")
+	errSize    = fmt.Errorf("%w: takes messages of at most %d bytes", engine.ErrSpoolFull, maxMessage)
 )
+
+// maxMessage is the largest message that Logs take.
+const maxMessage = 16 << 20
 
 // Logs are store.Logs in memory, for tests of what stands on them. They keep the contract of RunLogs, and
 // a test may hold up a call, have it fail, or have messages dropped.
@@ -30,6 +34,7 @@ type Logs struct {
 	before  func(ctx context.Context, call, room string) error
 	calls   map[string]int
 	perRoom int // 0: no limit
+	bytes   int // of a partition's payloads; 0: no limit
 	epoch   uint64
 	parts   []logPart
 	changed chan struct{} // closed and replaced with each change
@@ -74,11 +79,11 @@ func (l *Logs) Calls(call string) int {
 	return l.calls[call]
 }
 
-// Limit has at most so many messages kept for a room: the oldest ones go.
-func (l *Logs) Limit(perRoom int) {
+// Limit has at most so many messages kept for a room, and so many bytes of payload in a partition: the oldest ones go. 0: no limit.
+func (l *Logs) Limit(perRoom, bytes int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.perRoom = perRoom
+	l.perRoom, l.bytes = perRoom, bytes
 }
 
 // Drop drops a partition's messages up to a place, as for want of room.
@@ -144,6 +149,10 @@ func (l *Logs) AppendLog(ctx context.Context, entries []store.LogEntry) []error 
 	defer l.mu.Unlock()
 	for i := range entries {
 		e := &entries[i]
+		if len(e.Message.Payload) > maxMessage {
+			errs[i] = errSize
+			continue
+		}
 		partition := l.Partition(e.Message.Room)
 		p := &l.parts[partition]
 		p.last++
@@ -151,30 +160,32 @@ func (l *Logs) AppendLog(ctx context.Context, entries []store.LogEntry) []error 
 		kept := *e.Message
 		kept.Expires = e.Expires
 		p.entries = append(p.entries, store.LogEntry{Message: &kept, Expires: e.Expires, Place: e.Place})
-		l.trimLocked(p, e.Message.Room)
+		if l.perRoom > 0 || l.bytes > 0 {
+			l.trimLocked(p, e.Message.Room)
+		}
 	}
 	l.wakeLocked()
 	return errs
 }
 
-// trimLocked drops what a room has too much.
+// trimLocked drops what a room or the partition has too much.
 func (l *Logs) trimLocked(p *logPart, room string) {
-	if l.perRoom == 0 {
-		return
-	}
 	ofRoom := func(e store.LogEntry) bool { return e.Message.Room == room }
-	count := 0
+	count, size := 0, 0
 	for _, e := range p.entries {
-		if ofRoom(e) {
+		if size += len(e.Message.Payload); ofRoom(e) {
 			count++
 		}
 	}
-	if count <= l.perRoom {
-		return
+	if l.perRoom > 0 && count > l.perRoom {
+		i := slices.IndexFunc(p.entries, ofRoom)
+		p.ofRoom[room] = p.entries[i].Place.Seq
+		p.entries = slices.Delete(p.entries, i, i+1)
 	}
-	i := slices.IndexFunc(p.entries, ofRoom)
-	p.ofRoom[room] = p.entries[i].Place.Seq
-	p.entries = slices.Delete(p.entries, i, i+1)
+	for l.bytes > 0 && size > l.bytes {
+		size -= len(p.entries[0].Message.Payload)
+		p.dropped, p.entries = p.entries[0].Place.Seq, p.entries[1:]
+	}
 }
 
 // ReadLog implements store.Logs.
@@ -185,7 +196,7 @@ func (l *Logs) ReadLog(ctx context.Context, room string, after uint64, most, byt
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p, now, size := &l.parts[l.Partition(room)], time.Now(), 0
-	page := store.LogPage{Last: after, Gap: after < p.dropped || after < p.ofRoom[room]}
+	page := store.LogPage{Last: after, Gap: after < p.dropped || after < p.ofRoom[room] || after > p.last}
 	for _, e := range p.entries {
 		if e.Place.Seq <= after || e.Message.Room != room {
 			continue
@@ -218,7 +229,7 @@ func (l *Logs) Heads(ctx context.Context) (epoch uint64, heads []uint64, err err
 // Follow implements store.Logs.
 func (l *Logs) Follow(ctx context.Context, partition int, after uint64, f func(e store.LogEntry) bool, caughtUp func(seq uint64)) error {
 	if err := l.begin(ctx, CallFollow, ""); err != nil {
-		return err
+		return ended(ctx, err)
 	}
 	l.mu.Lock()
 	epoch, changed := l.epoch, l.changed
