@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
+	"hash/crc32"
 	"slices"
 	"sync"
 	"time"
@@ -278,7 +278,5 @@ func ended(ctx context.Context, err error) error {
 
 // Partition implements store.Logs.
 func (l *Logs) Partition(room string) int {
-	h := fnv.New32a()
-	h.Write([]byte(room)) //nolint:errcheck,gosec // never fails
-	return int(h.Sum32() % uint32(l.partitions))
+	return int(crc32.ChecksumIEEE([]byte(room)) % uint32(l.partitions))
 }
