@@ -90,18 +90,67 @@ func (s *memory) set(change func()) {
 	change()
 }
 
-// bench is a Spool in front of a memory.
+// memoryLogs are logs in a memory, of which a Spool uses these methods only. The user is the room.
+type memoryLogs struct {
+	Logs
+	*memory
+}
+
+func (l memoryLogs) Partition(room string) int { return int(room[0]) }
+
+func (l memoryLogs) AppendLog(ctx context.Context, logged []LogEntry) []error {
+	entries := make([]Entry, len(logged))
+	for i, e := range logged {
+		entries[i] = Entry{User: e.Message.Room, Message: e.Message, Expires: e.Expires}
+	}
+	errs := l.memory.Append(ctx, entries)
+	for i, e := range entries {
+		if errs[i] == nil {
+			logged[i].Place = engine.Place{Epoch: 7, Partition: uint32(l.Partition(e.User)), Seq: e.Seq}
+		}
+	}
+	return errs
+}
+
+func (l memoryLogs) Heads(ctx context.Context) (uint64, []uint64, error) {
+	_, err := l.usage(ctx, 0)
+	return 7, nil, err
+}
+
+func newMemory() *memory {
+	return &memory{users: map[string][]*engine.Stored{}, until: map[string][]time.Time{}}
+}
+
+// bench is a Spool in front of a memory for users and one for rooms.
 type bench struct {
 	*Spool
 
 	t      *testing.T
 	memory *memory
+	logs   *memory
 	set    *metrics.Set
+}
+
+// logged is what an AppendLog was answered.
+type logged struct {
+	place engine.Place
+	err   error
+	after time.Duration
+}
+
+// log appends to the log of a room.
+func (b *bench) log(room, payload string, timeout time.Duration) <-chan logged {
+	answers, began := make(chan logged, 2), time.Now() // room for one that is too many
+	b.AppendLog(&engine.Stored{Room: room, Payload: []byte(payload)}, began.Add(timeout), func(place engine.Place, err error) {
+		answers <- logged{place, err, time.Since(began)}
+	})
+	return answers
 }
 
 func spool(t *testing.T, cfg SpoolConfig) *bench {
 	t.Helper()
-	b := &bench{t: t, memory: &memory{users: map[string][]*engine.Stored{}, until: map[string][]time.Time{}}, set: metrics.NewSet()}
+	b := &bench{t: t, memory: newMemory(), logs: newMemory(), set: metrics.NewSet()}
+	cfg.Logs = memoryLogs{memory: b.logs}
 	if cfg.Metrics = b.set; cfg.Store == nil {
 		cfg.Store, cfg.Usage = b.memory, b.memory.usage
 	}
@@ -362,7 +411,7 @@ func TestAStoreThatIsAwayAtFirstIsToldOnceForAllLanes(t *testing.T) {
 
 func TestALaneThatDoesNotAnswerKeepsNoOtherWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		fine := &memory{users: map[string][]*engine.Stored{}, until: map[string][]time.Time{}}
+		fine := newMemory()
 		stuck := &memory{}
 		b := spool(t, SpoolConfig{
 			Lanes: 2, Lane: func(user string) int { return int(user[0]) % 2 }, Store: lanes{fine, stuck},
@@ -557,6 +606,262 @@ func TestSpoolKeepsOrderAndAnswersOnceWhateverHappens(t *testing.T) {
 					case r.Seq != 0 || !errors.Is(r.Err, engine.ErrSpoolDown):
 						t.Fatalf("push %s: %+v", p.id, r)
 					}
+				}
+			}
+		})
+	})
+}
+
+func TestWhatIsAppendedToARoomIsStoredOnceAndAnsweredOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{LogUsage: func(context.Context, int) (int64, error) { return 17, nil }})
+		for i := range 3 {
+			answers := b.log("r", "hello", time.Second)
+			if got := <-answers; got.err != nil || got.place != (engine.Place{Epoch: 7, Partition: 'r', Seq: uint64(i + 1)}) {
+				t.Errorf("%+v", got)
+			}
+			time.Sleep(time.Minute)
+			if len(answers) != 0 {
+				t.Error("answered twice")
+			}
+		}
+		if len(b.logs.users["r"]) != 3 || len(b.memory.users) != 0 {
+			t.Errorf("%v, %v", b.logs.users, b.memory.users)
+		}
+		if b.counted("stored") != "3" || b.metric("push_manager_store_log_bytes") != "17" || b.metric("push_manager_store_bytes") != "42" {
+			t.Errorf("stored %s, bytes %s and %s", b.counted("stored"), b.metric("push_manager_store_log_bytes"), b.metric("push_manager_store_bytes"))
+		}
+	})
+}
+
+func TestWithoutLogsAppendLogIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{})
+		s, err := NewSpool(t.Context(), SpoolConfig{Store: b.memory, Usage: b.memory.usage})
+		if err != nil {
+			t.Fatal(err)
+		}
+		without := &bench{Spool: s, t: t}
+		if got := <-without.log("r", "m", time.Second); !errors.Is(got.err, engine.ErrSpoolDown) || got.after != 0 {
+			t.Errorf("%+v", got)
+		}
+		if err := s.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestExpiryInALogIsThatOfTheMessageWithinTheLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{TTL: time.Hour, MaxTTL: 2 * time.Hour})
+		now := time.Now()
+		for ttl, want := range map[time.Duration]time.Duration{0: time.Hour, time.Minute: time.Minute, 3 * time.Hour: 2 * time.Hour} {
+			m, done := &engine.Stored{Room: ttl.String()}, make(chan struct{})
+			if ttl != 0 {
+				m.Expires = now.Add(ttl)
+			}
+			b.AppendLog(m, now.Add(time.Second), func(engine.Place, error) { close(done) })
+			<-done
+			if got := b.logs.until[m.Room][0]; !got.Equal(now.Add(want)) {
+				t.Errorf("ttl %v: kept for %v, want %v", ttl, got.Sub(now), want)
+			}
+		}
+	})
+}
+
+func TestAppendLogIsAnsweredByItsDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{})
+		b.logs.set(func() { b.logs.delay = func(int) time.Duration { return 500 * time.Millisecond } })
+		first := b.log("r", "first", 150*time.Millisecond)
+		synctest.Wait()
+		queued := b.log("s", "queued", 100*time.Millisecond)
+		for name, test := range map[string]struct {
+			answers <-chan logged
+			after   time.Duration
+		}{"being stored": {first, 150 * time.Millisecond}, "queued": {queued, 100 * time.Millisecond}, "past": {b.log("r", "past", -time.Second), 0}} {
+			if got := <-test.answers; got.after != test.after || !errors.Is(got.err, engine.ErrSpoolDown) || got.err.Error() != "did not answer in time" || got.place != (engine.Place{}) {
+				t.Errorf("%s: %+v", name, got)
+			}
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if len(first)+len(queued) != 0 {
+			t.Error("done was called twice")
+		}
+		if len(b.logs.users["s"]) != 0 {
+			t.Error("what nobody waits for any more was stored")
+		}
+		if b.counted("late") != "3" {
+			t.Errorf("%s were late", b.counted("late"))
+		}
+	})
+}
+
+func TestLogsAndInboxesDoNotRefuseForEachOther(t *testing.T) {
+	for _, name := range []string{"rooms", "users"} {
+		t.Run(name+" are down", func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := spool(t, SpoolConfig{})
+				down, up := b.logs, b.memory
+				inDown, inUp := func() error { return (<-b.log("r", "m", time.Second)).err }, func() error { return (<-b.push("m", time.Second, "u")).results[0].Err }
+				if name == "users" {
+					down, up, inDown, inUp = up, down, inUp, inDown
+				}
+				down.set(func() { down.err = engine.ErrSpoolDown })
+				for range maxFailures {
+					if err := inDown(); !errors.Is(err, engine.ErrSpoolDown) {
+						t.Fatal(err)
+					}
+				}
+				asked := len(down.sizes)
+				for range 20 { // across probes
+					if err := inUp(); err != nil {
+						t.Fatal(err)
+					}
+					if err := inDown(); !errors.Is(err, engine.ErrSpoolDown) || b.Up() {
+						t.Fatalf("%v, up %v", err, b.Up())
+					}
+					time.Sleep(300 * time.Millisecond)
+				}
+				if len(down.sizes) != asked {
+					t.Errorf("asked %d times although it is down", len(down.sizes)-asked)
+				}
+				down.set(func() { down.err = nil })
+				time.Sleep(probeInterval + time.Millisecond)
+				if err := inDown(); err != nil || !b.Up() || len(up.sizes) != 20 {
+					t.Errorf("after the probe: %v, up %v", err, b.Up())
+				}
+			})
+		})
+	}
+}
+
+func TestRoomsAndUsersShareTheQueue(t *testing.T) {
+	for name, test := range map[string]struct {
+		cfg  SpoolConfig
+		fits int
+	}{
+		"bytes":   {SpoolConfig{QueueBytes: 5 * (1000 + 2*(50+stringBytes) + entryBytes)}, 5},
+		"entries": {SpoolConfig{QueueLen: 7}, 7},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := spool(t, test.cfg)
+				b.logs.set(func() { b.logs.delay = func(int) time.Duration { return 100 * time.Millisecond } })
+				m := &engine.Stored{Room: "r", Payload: make([]byte, 1000), Exclude: []string{strings.Repeat("a", 50), strings.Repeat("b", 50)}}
+				errs := make(chan error, 10)
+				for range 10 {
+					b.AppendLog(m, time.Now().Add(time.Minute), func(_ engine.Place, err error) { errs <- err })
+				}
+				if _, length := b.queued(); length != test.fits {
+					t.Errorf("%d entries wait", length)
+				}
+				if got := <-b.push(strings.Repeat("x", 1000), time.Minute, "u"); got.results[0].Err == nil || got.results[0].Err.Error() != "cannot keep up" {
+					t.Errorf("a user beside a full queue: %v", got.results[0].Err)
+				}
+				busy := 0
+				for range 10 {
+					if err := <-errs; errors.Is(err, errBusy) {
+						busy++
+					} else if err != nil {
+						t.Error(err)
+					}
+				}
+				if busy != 10-test.fits {
+					t.Errorf("%d were refused", busy)
+				}
+				if bytes, length := b.queued(); bytes != 0 || length != 0 {
+					t.Errorf("%d bytes, %d entries are left", bytes, length)
+				}
+			})
+		})
+	}
+}
+
+func TestBatchesToRoomsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{})
+		b.logs.set(func() { b.logs.delay = func(int) time.Duration { return 10 * time.Millisecond } })
+		var all []<-chan logged
+		for i := range 2000 {
+			all = append(all, b.log(fmt.Sprint(i%9), "m", time.Minute))
+		}
+		for _, answers := range all {
+			if got := <-answers; got.err != nil {
+				t.Fatal(got.err)
+			}
+		}
+		if most := slices.Max(b.logs.sizes); most != maxBatch || len(b.logs.sizes) > 6 {
+			t.Errorf("batches of %d", b.logs.sizes)
+		}
+	})
+}
+
+func TestCloseStoresWhatWaitsForRooms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := spool(t, SpoolConfig{})
+		b.logs.set(func() { b.logs.delay = func(int) time.Duration { return 50 * time.Millisecond } })
+		var all []<-chan logged
+		for range 10 {
+			all = append(all, b.log("r", "m", time.Minute))
+		}
+		if err := b.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+		for i, answers := range all {
+			if got := <-answers; got.err != nil {
+				t.Errorf("message %d: %v", i, got.err)
+			}
+		}
+		if got := <-b.log("r", "m", time.Minute); got.after != 0 || !errors.Is(got.err, errClosed) {
+			t.Errorf("afterwards: %+v", got)
+		}
+	})
+}
+
+// TestLogsKeepOrderAndAnswerOnceWhateverHappens: against logs that fail, stall and recover at random.
+func TestLogsKeepOrderAndAnswerOnceWhateverHappens(t *testing.T) {
+	rapid.Check(t, func(r *rapid.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := spool(t, SpoolConfig{Lanes: 3, QueueLen: 20})
+			type pushed struct {
+				id, room string
+				answers  <-chan logged
+			}
+			var all []pushed
+			for i := range rapid.IntRange(1, 60).Draw(r, "pushes") {
+				b.logs.set(func() {
+					switch rapid.IntRange(0, 9).Draw(r, "logs") {
+					case 0:
+						b.logs.err = engine.ErrSpoolDown
+					case 1:
+						b.logs.silent = true
+					case 2, 3:
+						b.logs.delay = func(int) time.Duration { return 80 * time.Millisecond }
+					case 4, 5, 6:
+						b.logs.err, b.logs.silent, b.logs.delay = nil, false, nil
+					}
+				})
+				id, room := fmt.Sprint(i), rapid.SampledFrom(strings.Split("abcde", "")).Draw(r, "room")
+				all = append(all, pushed{id, room, b.log(room, id, time.Duration(rapid.IntRange(0, 2000).Draw(r, "timeout"))*time.Millisecond)})
+				time.Sleep(time.Duration(rapid.IntRange(0, 200).Draw(r, "pause")) * time.Millisecond)
+			}
+			b.logs.set(func() { b.logs.silent = false })
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			last := map[string]uint64{}
+			for _, p := range all {
+				if len(p.answers) != 1 {
+					t.Fatalf("push %s was answered %d times", p.id, len(p.answers))
+				}
+				switch got := <-p.answers; {
+				case got.err == nil && got.place.Seq <= last[p.room]:
+					t.Fatalf("push %s to %s is in place %d, behind %d", p.id, p.room, got.place.Seq, last[p.room])
+				case got.err == nil:
+					last[p.room] = got.place.Seq
+				case got.place != engine.Place{} || !errors.Is(got.err, engine.ErrSpoolDown):
+					t.Fatalf("push %s: %+v", p.id, got)
 				}
 			}
 		})

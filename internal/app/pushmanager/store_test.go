@@ -114,7 +114,7 @@ func TestEmbeddedStoreKeepsMessagesAcrossStarts(t *testing.T) {
 		t.Errorf("%s, %v", got.Kvs[0].Value, err)
 	}
 	_, metrics := get(t, "http://"+m.HTTPAddr()+"/metrics")
-	for _, want := range []string{`push_manager_store_append_total{result="stored"} 1`, "push_manager_store_up 1", "push_manager_store_max_bytes 10737418240"} {
+	for _, want := range []string{`push_manager_store_append_total{result="stored"} 1`, "push_manager_store_up 1", "push_manager_store_max_bytes 8053063680", "push_manager_store_log_bytes 0"} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("no metric %s", want)
 		}
@@ -129,6 +129,57 @@ func TestEmbeddedStoreKeepsMessagesAcrossStarts(t *testing.T) {
 	wantStored(t, m, "u", "message")
 	if m.store.Durability() != store.OfMachine {
 		t.Errorf("durability %d", m.store.Durability())
+	}
+}
+
+// TestPushesToRoomsAreLoggedAcrossStarts holds that the Spool is wired to the logs of the store, with its limits.
+func TestPushesToRoomsAreLoggedAcrossStarts(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	env := withStore(t, etcd.Endpoint(), "pm-1")
+	env["STORE_TTL"], env["STORE_PARTITIONS"] = "2h", "3"
+	logged := func(m *PushManager, room string) engine.Place {
+		t.Helper()
+		type answer struct {
+			place engine.Place
+			err   error
+		}
+		done := make(chan answer, 1)
+		entry := &engine.Stored{MessageID: "m", Room: room, Payload: []byte("message"), Exclude: []string{"u"}}
+		m.spool.AppendLog(entry, time.Now().Add(20*time.Second), func(place engine.Place, err error) { done <- answer{place, err} })
+		got := <-done
+		if got.err != nil {
+			t.Fatal(got.err)
+		}
+		return got.place
+	}
+	m := startPushManager(t, env)
+	first, partitions := map[string]engine.Place{}, map[uint32]bool{}
+	for _, room := range []string{"a", "b", "c", "d", "e", "f", "g", "h"} {
+		first[room] = logged(m, room)
+		partitions[first[room].Partition] = true
+	}
+	if len(partitions) != 3 {
+		t.Errorf("partitions %v of 3", partitions)
+	}
+	eventually(t, "the size is shown", func() bool {
+		_, metrics := get(t, "http://"+m.HTTPAddr()+"/metrics")
+		return strings.Contains(metrics, "push_manager_store_log_bytes ") && !strings.Contains(metrics, "push_manager_store_log_bytes 0\n")
+	})
+	drain(t, m, 8*time.Second)
+	m = startPushManager(t, env)
+	defer drain(t, m, 8*time.Second)
+	for room, place := range first {
+		again := logged(m, room)
+		if again.Epoch != place.Epoch || again.Partition != place.Partition || again.Seq <= place.Seq {
+			t.Errorf("%q: place %+v follows %+v", room, again, place)
+		}
+		page, err := m.store.(store.Logs).ReadLog(t.Context(), room, 0, 10, 1<<20)
+		if err != nil || page.Gap || len(page.Entries) != 2 || page.Entries[0].Place != place || page.Entries[0].Message.Exclude[0] != "u" {
+			t.Fatalf("read: %+v, %v", page, err)
+		}
+		if left := time.Until(page.Entries[0].Expires); left < time.Hour || left > 2*time.Hour {
+			t.Errorf("expires in %v", left)
+		}
 	}
 }
 

@@ -25,7 +25,7 @@ func opened(b *testing.B, sync bool, partitions int) (*Store, *store.Spool) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	spool, err := store.NewSpool(b.Context(), store.SpoolConfig{Store: s, Usage: s.Usage, Lanes: s.Partitions(), Lane: s.Partition})
+	spool, err := store.NewSpool(b.Context(), store.SpoolConfig{Store: s, Usage: s.Usage, Lanes: s.Partitions(), Lane: s.Partition, Logs: s, LogUsage: s.LogUsage})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -155,4 +155,86 @@ func BenchmarkReadNothing(b *testing.B) {
 		}
 	}
 	report(b, before)
+}
+
+func BenchmarkSpoolAppendLog(b *testing.B) {
+	for _, underWay := range []int{1, 20_000} {
+		b.Run(fmt.Sprintf("under-way=%d", underWay), func(b *testing.B) {
+			_, spool := opened(b, false, 1)
+			payload := []byte(strings.Repeat("x", 128))
+			room := make(chan struct{}, underWay)
+			var wg sync.WaitGroup
+			before := cpu(b)
+			b.ResetTimer()
+			for i := range b.N {
+				room <- struct{}{}
+				wg.Add(1)
+				spool.AppendLog(&engine.Stored{MessageID: "message", Room: fmt.Sprintf("room %d", i%2000), Payload: payload}, time.Now().Add(time.Minute), func(_ engine.Place, err error) {
+					if err != nil {
+						b.Error(err)
+					}
+					<-room
+					wg.Done()
+				})
+			}
+			wg.Wait()
+			report(b, before)
+		})
+	}
+}
+
+// BenchmarkLogs is about a log of 2,000 rooms with 100 messages each, in turn.
+func BenchmarkLogs(b *testing.B) {
+	s, _ := opened(b, false, 1)
+	payload := []byte(strings.Repeat("x", 128))
+	for range 100 {
+		entries := make([]store.LogEntry, 2000)
+		for i := range entries {
+			entries[i] = store.LogEntry{Message: &engine.Stored{MessageID: "message", Room: fmt.Sprintf("room %d", i), Payload: payload}, Expires: time.Now().Add(time.Hour)}
+		}
+		for _, err := range s.AppendLog(b.Context(), entries) {
+			if err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	_, heads, err := s.Heads(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, bench := range []struct {
+		name  string
+		after uint64
+		n     int
+	}{{"nothing", heads[0], 0}, {"last-10", heads[0] - 20_000, 10}, {"first-100", 0, 100}} {
+		b.Run("read="+bench.name, func(b *testing.B) {
+			before := cpu(b)
+			for b.Loop() {
+				page, err := s.ReadLog(b.Context(), fmt.Sprintf("room %d", rand.IntN(2000)), bench.after, 100, 256<<10)
+				if err != nil || len(page.Entries) != bench.n || page.Gap {
+					b.Fatal(len(page.Entries), page.Gap, err)
+				}
+			}
+			report(b, before)
+		})
+	}
+	b.Run("heads", func(b *testing.B) {
+		before := cpu(b)
+		for b.Loop() {
+			if _, _, err := s.Heads(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+		}
+		report(b, before)
+	})
+	b.Run("follow=200000", func(b *testing.B) {
+		before := cpu(b)
+		for b.Loop() {
+			told := 0
+			if err := s.Follow(b.Context(), 0, 0, func(store.LogEntry) bool { told++; return told < int(heads[0]) }, func(uint64) {}); err != nil {
+				b.Fatal(err)
+			}
+		}
+		report(b, before)
+	})
 }

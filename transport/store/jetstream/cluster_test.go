@@ -106,7 +106,7 @@ func (d clusterData) Open(t *testing.T, limits storetest.Limits) store.Store {
 func waitReady(t *testing.T, s *Store) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := s.ready(); err == nil {
+		if _, err := s.readyLogs(); err == nil { // they come last
 			return
 		}
 		if time.Now().After(deadline) {
@@ -125,8 +125,10 @@ func (d clusterData) empty(t *testing.T) storetest.Data {
 	defer func() { _ = s.Close(context.Background()) }()
 	waitReady(t, s)
 	for p := range d.partitions {
-		if err := s.js.DeleteStream(t.Context(), streamName(p)); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
-			t.Fatal(err)
+		for _, name := range []string{streamName(p), logName(p)} {
+			if err := s.js.DeleteStream(t.Context(), name); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+				t.Fatal(err)
+			}
 		}
 	}
 	return d
