@@ -79,8 +79,10 @@ type OfflinePolicy int32
 const (
 	// Nothing.
 	OfflinePolicy_OFFLINE_DROP OfflinePolicy = 0
-	// It is stored, and comes when they connect, before anything newer. Not for
-	// broadcasts, and only where there is a store: INVALID_ARGUMENT otherwise.
+	// It is stored, and comes when they connect, before anything newer. A push to a
+	// room is written once, into the room's log, where members who come back with a
+	// position read it. Not for broadcasts, and only where there is a store:
+	// INVALID_ARGUMENT otherwise.
 	OfflinePolicy_OFFLINE_STORE OfflinePolicy = 1
 )
 
