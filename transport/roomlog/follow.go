@@ -109,6 +109,7 @@ func (s *Service) adoptLocked(epoch uint64, heads []uint64) (out []answer) {
 		if same {
 			for i := range heads {
 				g.parts[i].head = heads[i]
+				g.parts[i].checkLocked(time.Now())
 			}
 			return nil
 		}
@@ -160,16 +161,23 @@ func (g *generation) pending() (list []*read) {
 func (s *Service) follow(g *generation, p *partition) {
 	wait := retryMin
 	for g.ctx.Err() == nil {
+		ctx, cancel := context.WithCancel(g.ctx)
 		s.mu.Lock()
 		after := p.to
+		p.stop = cancel
 		s.mu.Unlock()
 		err := s.guard(func() error {
-			return s.cfg.Logs.Follow(g.ctx, int(p.number), after,
+			return s.cfg.Logs.Follow(ctx, int(p.number), after,
 				func(e store.LogEntry) bool { return s.tell(g, p, &e) },
 				func(seq uint64) { s.caughtUp(g, p, seq) })
 		})
+		stopped := ctx.Err() != nil
+		cancel()
 		if g.ctx.Err() != nil {
 			return
+		}
+		if stopped {
+			err = errLate
 		}
 		s.meters.errors[callFollow].Inc()
 		s.mu.Lock()

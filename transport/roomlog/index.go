@@ -2,6 +2,7 @@ package roomlog
 
 import (
 	"cmp"
+	"context"
 	"slices"
 	"time"
 	"unique"
@@ -23,10 +24,13 @@ type partition struct {
 	most     int
 	last     map[unique.Handle[string]]uint64 // of each room in records, its last place
 
-	head    uint64    // the store had so much when it was asked last
-	floor   uint64    // and must have as much when it is asked now
-	waiting []*read   // for to to come as far as they want
-	broken  time.Time // since when it is not followed, zero while it is
+	head    uint64             // the store had so much when it was asked last
+	floor   uint64             // and must have as much when it is asked now
+	waiting []*read            // for to to come as far as they want
+	stop    context.CancelFunc // of the call of Follow
+	stands  uint64             // to has been there, behind head, since
+	since   time.Time          // zero: it is not behind
+	broken  time.Time          // since when it is not followed, zero while it is
 }
 
 // record is the place of a message.
@@ -85,6 +89,19 @@ func (p *partition) behind(after uint64) int {
 
 // lastOf is the last place of a room that the index knows, 0 for none.
 func (p *partition) lastOf(room string) uint64 { return p.last[unique.Make(room)] }
+
+// checkLocked has Follow called anew where the store has more and nothing comes: it may wait for ever.
+func (p *partition) checkLocked(now time.Time) {
+	switch {
+	case p.to >= p.head:
+		p.since = time.Time{}
+	case p.since.IsZero() || p.to != p.stands:
+		p.since, p.stands = now, p.to
+	case now.Sub(p.since) >= stuck && p.stop != nil:
+		p.since = time.Time{}
+		p.stop()
+	}
+}
 
 const (
 	// markMost and markBytes bound a mark, about.
