@@ -26,12 +26,18 @@ type SpoolConfig struct {
 	Lanes int
 	Lane  func(user string) int
 
+	// Logs are those of rooms, with lanes of their own, as many, chosen by Logs.Partition: where the logs do not answer, users do
+	// not wait, and the other way round. nil: AppendLog refuses.
+	Logs Logs
+	// LogUsage is Usage for the lanes of rooms. nil: Logs.Heads tells whether they are there.
+	LogUsage func(ctx context.Context, lane int) (int64, error)
+
 	// TTL is that of messages without one, MaxTTL the longest of any. Default 24 h and 168 h.
 	TTL, MaxTTL time.Duration
 	// QueueBytes and QueueLen bound what waits in all lanes, or is being stored. Each user of a message counts, and its
-	// payload once for all of them. Default 16 MiB, 65,536.
+	// payload once for all of them; a message to a room counts as one user, and with its Exclude. Default 16 MiB, 65,536.
 	QueueBytes, QueueLen int
-	// MaxBytes is how much the store may keep. It is shown beside what it keeps. 0: not known.
+	// MaxBytes is how much the store may keep for users. It is shown beside what it keeps. 0: not known.
 	MaxBytes int
 
 	Logger  *slog.Logger // nil: nothing is logged
@@ -46,6 +52,12 @@ func (c SpoolConfig) withDefaults() SpoolConfig {
 	defaultTo(&c.QueueLen, 64<<10)
 	if c.Lane == nil {
 		c.Lane = func(string) int { return 0 }
+	}
+	if c.LogUsage == nil {
+		c.LogUsage = func(ctx context.Context, _ int) (int64, error) {
+			_, _, err := c.Logs.Heads(ctx)
+			return 0, err
+		}
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -66,6 +78,8 @@ func defaultTo[T comparable](p *T, value T) {
 const (
 	// entryBytes is what an entry costs beside the payload that all users of a message share.
 	entryBytes = 128
+	// stringBytes is what a string costs beside its bytes.
+	stringBytes = 16
 	// maxBatch and maxBatchBytes bound one call of Append, so that a second is enough for it.
 	maxBatch      = 500
 	maxBatchBytes = 4 << 20
@@ -93,19 +107,21 @@ type spoolError string
 func (e spoolError) Error() string { return string(e) }
 func (spoolError) Unwrap() error   { return engine.ErrSpoolDown }
 
-// Spool is an engine.Spool in front of a Store: bounded queues, each of whose loops stores batches.
+// Spool is an engine.Spool in front of a Store and of Logs: bounded queues, each of whose loops stores batches.
 //
 // Invariants:
 //
-//   - Append never waits. What does not fit into the queue is refused at once.
-//   - done is called once for each Append, by its deadline. Whoever is not stored by then gets an error, although the
+//   - Append and AppendLog never wait. What does not fit into the queue is refused at once.
+//   - done is called once for each call, by its deadline. Whoever is not stored by then gets an error, although the
 //     store may have the message after all.
-//   - For each user messages are stored in the order of Append.
+//   - For each user and for each room messages are stored in the order of the calls.
 //   - A lane of the store that has failed three times, or not answered for a second, refuses at once. It is probed each second.
 type Spool struct {
 	// Static after NewSpool.
 	cfg   SpoolConfig
-	lanes []*lane
+	users []*lane
+	rooms []*lane // none without Logs
+	all   []*lane // both
 	m     spoolMetrics
 	stop  context.CancelFunc // ends what is under way
 	wg    sync.WaitGroup
@@ -121,31 +137,38 @@ var _ engine.Spool = (*Spool)(nil)
 
 // lane is a queue and the state of the part of the store behind it.
 type lane struct {
-	index int
-	wake  chan struct{} // has room for one
-	usage atomic.Int64  // bytes kept, as of the last probe
+	// Static after NewSpool.
+	index  int
+	of     string // "users" or "rooms"
+	append func(ctx context.Context, batch []item) ([]engine.Place, []error)
+	probe  func(ctx context.Context, lane int) (int64, error)
+	wake   chan struct{} // has room for one
+
+	usage atomic.Int64 // bytes kept, as of the last probe
 
 	queue    []item // guarded by Spool.mu
 	failures int    // in a row, guarded by Spool.mu; maxFailures: it is down
 }
 
-// item is one user of a message.
+// item is one user of a message, or its room.
 type item struct {
 	call *call
 	at   int // in call.users
 }
 
-// call is one Append.
+// call is one Append or AppendLog. The latter has one item.
 type call struct {
 	message *engine.Stored
-	users   []string
+	users   []string // nil for AppendLog
+	size    int      // of message
 	expires time.Time
 	timer   *time.Timer
 
-	queued int // of users, whose messages wait or are being stored; guarded by Spool.mu
+	queued int // of items, which wait or are being stored; guarded by Spool.mu
 
 	mu      sync.Mutex
 	results []engine.Spooled // guarded by mu
+	place   engine.Place     // of AppendLog, guarded by mu
 	left    int              // guarded by mu; 0: done was called
 	done    func([]engine.Spooled)
 }
@@ -168,37 +191,41 @@ func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 		stored: result("stored"), quota: result("quota"), full: result("full"), down: result("down"), refused: result("refused"), late: result("late"),
 		seconds: cfg.Metrics.GetOrCreateHistogram("push_manager_store_append_seconds"),
 	}}
-	var silent sync.Once // of several lanes
 	for i := range cfg.Lanes {
-		l := &lane{index: i, wake: make(chan struct{}, 1)}
-		s.lanes = append(s.lanes, l)
+		s.users = append(s.users, &lane{index: i, of: "users", append: s.appendUsers, probe: cfg.Usage, wake: make(chan struct{}, 1)})
+		if cfg.Logs != nil {
+			s.rooms = append(s.rooms, &lane{index: i, of: "rooms", append: s.appendRooms, probe: cfg.LogUsage, wake: make(chan struct{}, 1)})
+		}
+	}
+	s.all = slices.Concat(s.users, s.rooms)
+	var silent sync.Once // of several lanes
+	for _, l := range s.all {
 		s.wg.Go(func() {
 			try, cancel := context.WithTimeout(ctx, answerTimeout)
 			defer cancel()
-			usage, err := cfg.Usage(try, i)
+			usage, err := l.probe(try, l.index)
 			if l.usage.Store(usage); err != nil {
 				l.failures = maxFailures
-				silent.Do(func() { cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err) })
+				silent.Do(func() {
+					cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "for", l.of, "err", err)
+				})
 			}
 		})
 	}
 	s.wg.Wait()
 	var running context.Context
 	running, s.stop = context.WithCancel(context.Background())
-	for _, l := range s.lanes {
+	for _, l := range s.all {
 		s.wg.Go(func() { s.loop(running, l) })
 		s.wg.Go(func() { s.probeLoop(running, l) })
 	}
 	gauge := func(name string, value func() float64) { cfg.Metrics.GetOrCreateGauge(name, value) }
 	gauge("push_manager_store_queue_bytes", func() float64 { bytes, _ := s.queued(); return float64(bytes) })
 	gauge("push_manager_store_queue_entries", func() float64 { _, n := s.queued(); return float64(n) })
-	gauge("push_manager_store_bytes", func() float64 {
-		sum := int64(0)
-		for _, l := range s.lanes {
-			sum += l.usage.Load()
-		}
-		return float64(sum)
-	})
+	gauge("push_manager_store_bytes", func() float64 { return usage(s.users) })
+	if cfg.Logs != nil {
+		gauge("push_manager_store_log_bytes", func() float64 { return usage(s.rooms) })
+	}
 	gauge("push_manager_store_max_bytes", func() float64 { return float64(cfg.MaxBytes) })
 	gauge("push_manager_store_up", func() float64 {
 		if s.Up() {
@@ -209,11 +236,19 @@ func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 	return s, nil
 }
 
+func usage(lanes []*lane) float64 {
+	sum := int64(0)
+	for _, l := range lanes {
+		sum += l.usage.Load()
+	}
+	return float64(sum)
+}
+
 // Up tells whether no lane refuses what comes.
 func (s *Spool) Up() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !slices.ContainsFunc(s.lanes, func(l *lane) bool { return l.failures >= maxFailures })
+	return !slices.ContainsFunc(s.all, func(l *lane) bool { return l.failures >= maxFailures })
 }
 
 func (s *Spool) queued() (bytes, length int) {
@@ -228,19 +263,46 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 		done(nil)
 		return
 	}
+	c := &call{message: m, users: users, results: make([]engine.Spooled, len(users)), left: len(users), done: done}
+	s.enqueue(c, deadline, func(i int) *lane { return s.users[s.cfg.Lane(users[i])%len(s.users)] })
+}
+
+// AppendLog implements engine.Spool.
+func (s *Spool) AppendLog(m *engine.Stored, deadline time.Time, done func(engine.Place, error)) {
+	if s.cfg.Logs == nil {
+		s.count(engine.ErrSpoolDown)
+		done(engine.Place{}, engine.ErrSpoolDown)
+		return
+	}
+	c := &call{message: m, results: make([]engine.Spooled, 1), left: 1}
+	c.done = func(r []engine.Spooled) {
+		if err := r[0].Err; err != nil {
+			done(engine.Place{}, err)
+			return
+		}
+		done(c.place, nil)
+	}
+	s.enqueue(c, deadline, func(int) *lane { return s.rooms[s.cfg.Logs.Partition(m.Room)%len(s.rooms)] })
+}
+
+// enqueue puts each item of a call into its lane, or refuses it.
+func (s *Spool) enqueue(c *call, deadline time.Time, laneOf func(i int) *lane) {
 	now := time.Now()
-	c := &call{message: m, users: users, expires: m.Expires, results: make([]engine.Spooled, len(users)), left: len(users), done: done}
-	if c.expires.IsZero() {
+	c.size = len(c.message.Payload)
+	for _, user := range c.message.Exclude {
+		c.size += len(user) + stringBytes
+	}
+	if c.expires = c.message.Expires; c.expires.IsZero() {
 		c.expires = now.Add(s.cfg.TTL)
 	}
 	if most := now.Add(s.cfg.MaxTTL); c.expires.After(most) {
 		c.expires = most
 	}
+	refused := make([]error, len(c.results)) // answered without the lock
 	c.timer = time.AfterFunc(deadline.Sub(now), func() { s.expire(c) })
-	refused := make([]error, len(users)) // answered without the lock
 	s.mu.Lock()
-	for i, user := range users {
-		l := s.lanes[s.cfg.Lane(user)%len(s.lanes)]
+	for i := range refused {
+		l := laneOf(i)
 		switch {
 		case s.closed:
 			refused[i] = errClosed
@@ -258,14 +320,9 @@ func (s *Spool) Append(m *engine.Stored, users []string, deadline time.Time, don
 	s.mu.Unlock()
 	for i, err := range refused {
 		if err != nil {
-			s.settle(item{c, i}, engine.Spooled{Err: err})
+			s.settle(item{c, i}, engine.Place{}, err)
 		}
 	}
-}
-
-// AppendLog implements engine.Spool.
-func (s *Spool) AppendLog(_ *engine.Stored, _ time.Time, done func(engine.Place, error)) {
-	done(engine.Place{}, engine.ErrSpoolDown) // FOUNDATION: the part "store" replaces this
 }
 
 func (l *lane) signal() {
@@ -276,18 +333,18 @@ func (l *lane) signal() {
 }
 
 // settle notes what became of an item, and calls done after the last one.
-func (s *Spool) settle(it item, r engine.Spooled) {
+func (s *Spool) settle(it item, place engine.Place, err error) {
 	c := it.call
 	c.mu.Lock()
 	if c.left == 0 { // its deadline has passed
 		c.mu.Unlock()
 		return
 	}
-	c.results[it.at] = r
+	c.results[it.at], c.place = engine.Spooled{Seq: place.Seq, Err: err}, place
 	c.left--
 	last := c.left == 0
 	c.mu.Unlock()
-	s.count(r.Err)
+	s.count(err)
 	if last {
 		c.timer.Stop()
 		c.done(c.results)
@@ -364,7 +421,7 @@ func (s *Spool) take(l *lane, most int) []item {
 	var batch []item
 	taken, size := 0, 0
 	for _, it := range l.queue {
-		if len(batch) == most || size > 0 && size+len(it.call.message.Payload) > maxBatchBytes {
+		if len(batch) == most || size > 0 && size+it.call.size > maxBatchBytes {
 			break
 		}
 		taken++
@@ -372,7 +429,7 @@ func (s *Spool) take(l *lane, most int) []item {
 			s.freeLocked(it)
 			continue
 		}
-		batch, size = append(batch, it), size+len(it.call.message.Payload)
+		batch, size = append(batch, it), size+it.call.size
 	}
 	clear(l.queue[:taken])
 	if l.queue = l.queue[taken:]; len(l.queue) == 0 {
@@ -386,7 +443,7 @@ func (c *call) costLocked() int {
 	if c.queued > 0 {
 		return entryBytes
 	}
-	return entryBytes + len(c.message.Payload)
+	return entryBytes + c.size
 }
 
 func (s *Spool) freeLocked(it item) {
@@ -397,16 +454,38 @@ func (s *Spool) freeLocked(it item) {
 	}
 }
 
-// store stores a batch and answers for it.
-func (s *Spool) store(ctx context.Context, l *lane, batch []item) (took time.Duration) {
-	entries := make([]Entry, len(batch))
+// appendUsers stores a batch of a lane of users.
+func (s *Spool) appendUsers(ctx context.Context, batch []item) ([]engine.Place, []error) {
+	entries, places := make([]Entry, len(batch)), make([]engine.Place, len(batch))
 	for i, it := range batch {
 		entries[i] = Entry{User: it.call.users[it.at], Message: it.call.message, Expires: it.call.expires}
 	}
+	errs := s.cfg.Store.Append(ctx, entries)
+	for i := range entries {
+		places[i].Seq = entries[i].Seq
+	}
+	return places, errs
+}
+
+// appendRooms stores a batch of a lane of rooms.
+func (s *Spool) appendRooms(ctx context.Context, batch []item) ([]engine.Place, []error) {
+	entries, places := make([]LogEntry, len(batch)), make([]engine.Place, len(batch))
+	for i, it := range batch {
+		entries[i] = LogEntry{Message: it.call.message, Expires: it.call.expires}
+	}
+	errs := s.cfg.Logs.AppendLog(ctx, entries)
+	for i := range entries {
+		places[i] = entries[i].Place
+	}
+	return places, errs
+}
+
+// store stores a batch and answers for it.
+func (s *Spool) store(ctx context.Context, l *lane, batch []item) (took time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	began := time.Now()
-	errs := s.cfg.Store.Append(ctx, entries)
+	places, errs := l.append(ctx, batch)
 	took = time.Since(began)
 	s.m.seconds.Update(took.Seconds())
 	failed := 0
@@ -438,13 +517,13 @@ func (s *Spool) store(ctx context.Context, l *lane, batch []item) (took time.Dur
 	}
 	s.mu.Unlock()
 	if broken && was < maxFailures {
-		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", errors.Join(firstDown(errs), context.Cause(ctx)))
+		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "for", l.of, "err", errors.Join(firstDown(errs), context.Cause(ctx)))
 	}
 	for i, it := range batch {
-		s.settle(it, engine.Spooled{Seq: entries[i].Seq, Err: plain(errs[i])})
+		s.settle(it, places[i], plain(errs[i]))
 	}
 	for _, it := range abandoned {
-		s.settle(it, engine.Spooled{Err: engine.ErrSpoolDown})
+		s.settle(it, engine.Place{}, engine.ErrSpoolDown)
 	}
 	return took
 }
@@ -478,7 +557,7 @@ func (s *Spool) probeLoop(ctx context.Context, l *lane) {
 		}
 		if s.refuses(l) || time.Since(last) >= usageInterval {
 			last = time.Now()
-			s.probe(ctx, l)
+			s.ask(ctx, l)
 		}
 	}
 }
@@ -489,11 +568,11 @@ func (s *Spool) refuses(l *lane) bool {
 	return l.failures >= maxFailures
 }
 
-// probe asks once. A lane that has refused what comes goes on when there is an answer; one more failure is enough then.
-func (s *Spool) probe(ctx context.Context, l *lane) {
+// ask probes once. A lane that has refused what comes goes on when there is an answer; one more failure is enough then.
+func (s *Spool) ask(ctx context.Context, l *lane) {
 	try, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
-	usage, err := s.cfg.Usage(try, l.index)
+	usage, err := l.probe(try, l.index)
 	if err != nil && ctx.Err() != nil {
 		return
 	}
@@ -510,9 +589,9 @@ func (s *Spool) probe(ctx context.Context, l *lane) {
 	s.mu.Unlock()
 	switch {
 	case was < maxFailures && now >= maxFailures:
-		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "err", err)
+		s.cfg.Logger.Warn("store: does not answer; nothing is stored until it does", "for", l.of, "err", err)
 	case was >= maxFailures && now < maxFailures:
-		s.cfg.Logger.Info("store: answers")
+		s.cfg.Logger.Info("store: answers", "for", l.of)
 	}
 }
 
@@ -537,13 +616,13 @@ func (s *Spool) Close(ctx context.Context) error {
 	s.wg.Wait()
 	s.mu.Lock()
 	var rest []item
-	for _, l := range s.lanes {
+	for _, l := range s.all {
 		rest = append(rest, l.queue...)
 		l.queue = nil
 	}
 	s.mu.Unlock()
 	for _, it := range rest {
-		s.settle(it, engine.Spooled{Err: errClosed})
+		s.settle(it, engine.Place{}, errClosed)
 	}
 	return err
 }

@@ -53,10 +53,10 @@ func (c *storeConfig) bind(s *config.Set) {
 	s.Text(&c.Directory, "store_dir", "push-manager-store", "Directory of an embedded store. One process has it at a time.")
 	s.Choice(&c.Sync, "store_sync", "1s", "When an embedded store writes to the disk. always: before a message counts as stored, which then survives a power cut. 1s: each second; it survives the end of the process.", "1s", "always")
 	s.DurationUpTo(&c.TTL, "store_ttl", 24*time.Hour, time.Second, maxStoreTTL, "How long messages without a ttl_ms of their own are kept.")
-	s.DurationUpTo(&c.MaxTTL, "store_max_ttl", 168*time.Hour, time.Second, maxStoreTTL, "The longest ttl_ms that a push may ask for, and the longest time that a message is kept.")
+	s.DurationUpTo(&c.MaxTTL, "store_max_ttl", 168*time.Hour, time.Second, maxStoreTTL, "The longest ttl_ms that a push may ask for, and the longest time that a message is kept. Logs of rooms keep all messages for so long.")
 	s.Int(&c.MaxPerUser, "store_max_per_user", 1000, 1, 1<<20, "Messages kept for a user; one more is refused. When it is lowered, users who have more lose their oldest ones.")
-	s.Bytes(&c.MaxBytes, "store_max_bytes", 10<<30, 1<<20, 1<<50, "Size of all messages kept, on one replica. What does not fit is refused.")
-	s.Auto(&c.Partitions, "store_partitions", 0, jetstream.MaxPartitions, "Streams that the messages are spread over. It cannot be changed once the store is made. auto: 1 embedded, 4 elsewhere.")
+	s.Bytes(&c.MaxBytes, "store_max_bytes", 10<<30, 1<<20, 1<<50, "Size of all messages kept, on one replica. A quarter of it is for the logs of rooms, where the oldest messages make room for new ones; what does not fit into the rest is refused.")
+	s.Auto(&c.Partitions, "store_partitions", 0, jetstream.MaxPartitions, "Streams that the messages of users are spread over, and those of rooms over as many. It cannot be changed once the store is made. auto: 1 embedded, 4 elsewhere.")
 	s.Auto(&c.Replicas, "store_replicas", 0, 5, "Servers that keep each message. auto: 1 embedded, 3 elsewhere.")
 	s.Text(&c.Username, "store_username", "", "User at NATS, where it asks for one.")
 	s.Secret(&c.Password, "store_password", "Password at NATS.")
@@ -182,8 +182,8 @@ func (m *PushManager) openStore(ctx context.Context, cfg *Config) (err error) {
 	m.store = opened
 	m.life.Add("store", app.WithGrace(opened.Close))
 	m.spool, err = store.NewSpool(opening, store.SpoolConfig{
-		Store: opened, Usage: opened.Usage, Lanes: opened.Partitions(), Lane: opened.Partition,
-		TTL: c.TTL, MaxTTL: c.MaxTTL, MaxBytes: c.MaxBytes, Logger: c.Logger, Metrics: c.Metrics,
+		Store: opened, Usage: opened.Usage, Lanes: opened.Partitions(), Lane: opened.Partition, Logs: opened, LogUsage: opened.LogUsage,
+		TTL: c.TTL, MaxTTL: c.MaxTTL, MaxBytes: c.UserBytes(), Logger: c.Logger, Metrics: c.Metrics,
 	})
 	if err != nil {
 		return err

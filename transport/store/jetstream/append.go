@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,7 +18,7 @@ import (
 )
 
 const (
-	// maxPending bounds messages that are sent and not acknowledged, over all calls of Append.
+	// maxPending bounds messages that are sent and not acknowledged, over all calls of Append and AppendLog.
 	maxPending = 16 << 10
 	// maxTTL keeps a TTL within what a header may say.
 	maxTTL = 10 * 365 * 24 * time.Hour
@@ -46,24 +48,52 @@ func (sizeError) Unwrap() error { return engine.ErrSpoolFull }
 
 // Append implements store.Store. Entries of a user are stored in their order.
 func (s *Store) Append(ctx context.Context, entries []store.Entry) []error {
-	errs := make([]error, len(entries))
 	if _, err := s.ready(); err != nil {
-		for i := range errs {
-			errs[i] = err
+		return slices.Repeat([]error{err}, len(entries))
+	}
+	now := time.Now()
+	return s.publish(ctx, len(entries), math.MaxInt64, func(i int) *nats.Msg { return s.message(&entries[i], now) }, func(i int, seq uint64) { entries[i].Seq = seq })
+}
+
+// message is an entry as a message.
+func (s *Store) message(e *store.Entry, now time.Time) *nats.Msg {
+	_, prefix := s.place(e.User)
+	ttl := min(max(e.Expires.Sub(now), 0), maxTTL)
+	msg := &nats.Msg{
+		Subject: subjectOf(prefix, e.Message.CollapseKey),
+		Header:  nats.Header{jetstream.MsgTTLHeader: {strconv.Itoa(int(ttl/time.Second)+1) + "s"}},
+		Data:    encode(e.User, e.Message, e.Expires),
+	}
+	if e.Message.CollapseKey != "" {
+		msg.Header.Set(jetstream.MsgRollup, jetstream.MsgRollupSubject)
+	}
+	return msg
+}
+
+// publish sends n messages of at most so many bytes, one behind the other, and waits for their answers. stored is told the places.
+func (s *Store) publish(ctx context.Context, n int, most int64, message func(i int) *nats.Msg, stored func(i int, seq uint64)) []error {
+	most = min(most, s.nc.MaxPayload()-1<<10) // a place for headers
+	errs, acks := make([]error, n), make([]jetstream.PubAckFuture, n)
+	for i := range n {
+		msg := message(i)
+		if size := int64(len(msg.Data)); size > most {
+			errs[i] = sizeError{size, most}
+			continue
 		}
-		return errs
+		// A second attempt would come behind what followed the first.
+		ack, err := s.js.PublishMsgAsync(msg, jetstream.WithRetryAttempts(0))
+		if err != nil {
+			errs[i] = down(err)
+		}
+		acks[i] = ack
 	}
-	acks, now := make([]jetstream.PubAckFuture, len(entries)), time.Now()
-	for i := range entries {
-		acks[i], errs[i] = s.publish(&entries[i], now)
-	}
-	for i := range entries {
+	for i := range n {
 		if errs[i] != nil {
 			continue
 		}
 		select {
 		case ok := <-acks[i].Ok():
-			entries[i].Seq = ok.Sequence
+			stored(i, ok.Sequence)
 		case err := <-acks[i].Err():
 			errs[i] = s.appendError(err)
 		case <-ctx.Done():
@@ -71,28 +101,6 @@ func (s *Store) Append(ctx context.Context, entries []store.Entry) []error {
 		}
 	}
 	return errs
-}
-
-func (s *Store) publish(e *store.Entry, now time.Time) (jetstream.PubAckFuture, error) {
-	_, prefix := s.place(e.User)
-	ttl := min(max(e.Expires.Sub(now), 0), maxTTL)
-	msg := &nats.Msg{
-		Subject: subjectOf(prefix, e.Message.CollapseKey),
-		Header:  nats.Header{jetstream.MsgTTLHeader: {strconv.Itoa(int(ttl/time.Second)+1) + "s"}},
-		Data:    encode(e),
-	}
-	if e.Message.CollapseKey != "" {
-		msg.Header.Set(jetstream.MsgRollup, jetstream.MsgRollupSubject)
-	}
-	if most := s.nc.MaxPayload() - 1<<10; int64(len(msg.Data)) > most { // a place for headers
-		return nil, sizeError{int64(len(msg.Data)), most}
-	}
-	// A second attempt would come behind what followed the first.
-	ack, err := s.js.PublishMsgAsync(msg, jetstream.WithRetryAttempts(0))
-	if err != nil {
-		return nil, down(err)
-	}
-	return ack, nil
 }
 
 // appendError is an error of JetStream in the words of an engine.Spool.

@@ -30,15 +30,19 @@ type Config struct {
 	Username, Password string
 	CredentialsFile    string
 
-	// Partitions is the number of streams. It must be that of the store that is there. Default 1 embedded, 4 elsewhere.
+	// Partitions is the number of streams for users, and of those for rooms. It must be that of the store that is there. Default 1 embedded, 4 elsewhere.
 	Partitions int
 	// Replicas of each stream. Default 1 embedded, 3 elsewhere.
 	Replicas int
 	// MaxPerUser is the number of messages kept for a user, those with a collapse key aside. Default 1,000.
 	MaxPerUser int
-	// MaxBytes is the size of all messages together, on one replica. Default 10 GiB.
+	// MaxPerRoom is the number of messages kept in the log of a room: one more takes the place of the oldest. A larger number than
+	// before hides what was dropped under the smaller one. Default 10,000.
+	MaxPerRoom int
+	// MaxBytes is the size of all messages together, on one replica. A quarter of it is for the logs of rooms, where
+	// the oldest messages make room for new ones. The rest is for users. Default 10 GiB.
 	MaxBytes int
-	// MaxTTL is how long a message is kept at most. Default 168 h.
+	// MaxTTL is how long a message is kept at most. The log of a room keeps all messages for so long, the expired ones, too. Default 168 h.
 	MaxTTL time.Duration
 	// MaxMessageBytes is the largest message of an embedded server, with all that is stored beside the payload. Default 1 MiB.
 	MaxMessageBytes int
@@ -55,6 +59,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.Partitions, partitions)
 	defaultTo(&c.Replicas, replicas)
 	defaultTo(&c.MaxPerUser, 1000)
+	defaultTo(&c.MaxPerRoom, 10_000)
 	defaultTo(&c.MaxBytes, 10<<30)
 	defaultTo(&c.MaxTTL, 168*time.Hour)
 	defaultTo(&c.MaxMessageBytes, 1<<20)
@@ -74,6 +79,14 @@ func defaultTo[T comparable](p *T, value T) {
 	}
 }
 
+// logShare is the part of MaxBytes that is for the logs of rooms: one in so many.
+const logShare = 4
+
+// UserBytes is the part of MaxBytes that is for users.
+func (c *Config) UserBytes() int { return c.MaxBytes - c.logBytes() }
+
+func (c *Config) logBytes() int { return c.MaxBytes / logShare }
+
 func (c *Config) embedded() bool { return c.Dir != "" }
 
 // Validate reports everything that is wrong with c.
@@ -89,7 +102,7 @@ func (c Config) Validate() error {
 		name      string
 		value, hi int
 	}{
-		{"Partitions", c.Partitions, MaxPartitions}, {"Replicas", c.Replicas, 5}, {"MaxPerUser", c.MaxPerUser, math.MaxInt},
+		{"Partitions", c.Partitions, MaxPartitions}, {"Replicas", c.Replicas, 5}, {"MaxPerUser", c.MaxPerUser, math.MaxInt}, {"MaxPerRoom", c.MaxPerRoom, math.MaxInt},
 		{"MaxBytes", c.MaxBytes, math.MaxInt}, {"MaxMessageBytes", c.MaxMessageBytes, 64 << 20},
 	} {
 		if number.value < 0 || number.value > number.hi {

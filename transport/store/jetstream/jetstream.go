@@ -28,6 +28,8 @@ const (
 	requestTimeout = 5 * time.Second
 	// firstTry is how long Open waits for servers elsewhere before it goes on without them.
 	firstTry = 2 * time.Second
+	// prepareTimeout bounds one attempt to find the streams, or to make them.
+	prepareTimeout = 10 * time.Second
 	// prepareAgain is the pause between attempts to find the streams.
 	prepareAgain = time.Second
 	// partitionsKey is in the metadata of each stream.
@@ -40,7 +42,10 @@ var (
 	ErrReplicas   = errors.New("a server that is not of a cluster keeps one replica")
 )
 
-var _ store.Store = (*Store)(nil)
+var (
+	_ store.Store = (*Store)(nil)
+	_ store.Logs  = (*Store)(nil)
+)
 
 // Store is a store in JetStream.
 type Store struct {
@@ -56,7 +61,8 @@ type Store struct {
 
 	prepares chan struct{} // 1: streams have to be looked for
 
-	streams atomic.Pointer[[]jetstream.Stream] // by partition; nil until all of them are there
+	streams atomic.Pointer[[]jetstream.Stream] // of users, by partition; nil until all of them are there
+	logs    atomic.Pointer[logStreams]         // of rooms, likewise
 }
 
 // Open opens a store, or makes it. Servers elsewhere may be away: then it returns, and its calls fail until they are back.
@@ -82,7 +88,11 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err := s.connect(); err != nil {
 		return nil, err
 	}
-	first, cancel := context.WithTimeout(ctx, firstTry)
+	wait := firstTry
+	if cfg.embedded() {
+		wait = prepareTimeout
+	}
+	first, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	switch err := s.prepare(first); {
 	case err == nil && cfg.embedded():
@@ -124,7 +134,7 @@ func (s *Store) prepareLoop(ctx context.Context) {
 
 func (s *Store) prepareUntil(ctx context.Context) {
 	for last := ""; ctx.Err() == nil; pause(ctx, prepareAgain) {
-		try, cancel := context.WithTimeout(ctx, requestTimeout)
+		try, cancel := context.WithTimeout(ctx, prepareTimeout)
 		err := s.prepare(try)
 		cancel()
 		switch {
@@ -193,10 +203,16 @@ func (s *Store) connect() error {
 	return err
 }
 
-// prepare finds the streams, makes those that are missing, and has all of them follow the configuration.
+// prepare finds the streams, makes those that are missing, and has all of them follow the configuration. Where those of rooms
+// cannot be used, those of users can.
 func (s *Store) prepare(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
+	if err := s.prepareUsers(ctx); err != nil {
+		return err
+	}
+	return s.prepareLogs(ctx)
+}
+
+func (s *Store) prepareUsers(ctx context.Context) error {
 	first, err := s.js.Stream(ctx, streamName(0))
 	if errors.Is(err, nats.ErrReconnectBufExceeded) { // so it says that there is none
 		return errors.New("no connection to a server, or none that lets us in")
@@ -211,11 +227,8 @@ func (s *Store) prepare(ctx context.Context) error {
 	}
 	streams := make([]jetstream.Stream, s.cfg.Partitions)
 	for p := range streams {
-		if streams[p], err = s.js.CreateOrUpdateStream(ctx, s.streamConfig(p)); err != nil {
-			if api := (&jetstream.APIError{}); errors.As(err, &api) && api.ErrorCode == codeNotClustered {
-				err = ErrReplicas
-			}
-			return fmt.Errorf("stream %s: %w", streamName(p), err)
+		if streams[p], err = s.createStream(ctx, s.streamConfig(p)); err != nil {
+			return err
 		}
 		if s.cfg.Replicas > 1 {
 			if err := s.putHead(ctx, p); err != nil {
@@ -227,7 +240,19 @@ func (s *Store) prepare(ctx context.Context) error {
 	return nil
 }
 
-// streamConfig is a partition's. Shares of MaxBytes are equal: hashes are.
+// createStream makes a stream, or has it follow its configuration.
+func (s *Store) createStream(ctx context.Context, cfg jetstream.StreamConfig) (jetstream.Stream, error) {
+	stream, err := s.js.CreateOrUpdateStream(ctx, cfg)
+	if api := (&jetstream.APIError{}); errors.As(err, &api) && api.ErrorCode == codeNotClustered {
+		err = ErrReplicas
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", cfg.Name, err)
+	}
+	return stream, nil
+}
+
+// streamConfig is a partition's of users. Shares of MaxBytes are equal: hashes are.
 func (s *Store) streamConfig(p int) jetstream.StreamConfig {
 	return jetstream.StreamConfig{
 		Name:                 streamName(p),
@@ -238,7 +263,7 @@ func (s *Store) streamConfig(p int) jetstream.StreamConfig {
 		Discard:              jetstream.DiscardNew,
 		DiscardNewPerSubject: true,
 		MaxMsgsPerSubject:    int64(s.cfg.MaxPerUser),
-		MaxBytes:             int64(max(s.cfg.MaxBytes/s.cfg.Partitions, 1)),
+		MaxBytes:             int64(max(s.cfg.UserBytes()/s.cfg.Partitions, 1)),
 		MaxAge:               s.cfg.MaxTTL,
 		AllowMsgTTL:          true,
 		AllowRollup:          true, // for collapse keys
@@ -262,17 +287,22 @@ func (s *Store) putHead(ctx context.Context, p int) error {
 // Partitions is their number.
 func (s *Store) Partitions() int { return s.cfg.Partitions }
 
-// Partition is that of a user.
-func (s *Store) Partition(user string) int {
-	p, _ := s.place(user)
+// Partition is that of a user, or of a room.
+func (s *Store) Partition(id string) int {
+	p, _ := s.hash(id)
 	return p
 }
 
 // place is where a user's messages are: the partition, and the prefix of their subjects.
 func (s *Store) place(user string) (p int, prefix string) {
-	sum := sha256.Sum256([]byte(user))
-	p = int(binary.BigEndian.Uint64(sum[16:24]) % uint64(s.cfg.Partitions))
-	return p, subjectPrefix(p) + token(sum) + "."
+	p, token := s.hash(user)
+	return p, subjectPrefix(p) + token + "."
+}
+
+// hash is the partition of an id, and what stands for the id in subjects.
+func (s *Store) hash(id string) (p int, text string) {
+	sum := sha256.Sum256([]byte(id))
+	return int(binary.BigEndian.Uint64(sum[16:24]) % uint64(s.cfg.Partitions)), token(sum)
 }
 
 // What follows a user's prefix: nothing else than plainSuffix, or keyedSuffix and the token of a collapse key.
@@ -306,20 +336,33 @@ func (s *Store) Durability() store.Durability {
 	return store.OfProcess
 }
 
-// Usage is the bytes that one replica of a partition keeps. Its leader says so, which tells that it is there.
+// Usage is the bytes that one replica of a partition keeps for users. Its leader says so, which tells that it is there.
 func (s *Store) Usage(ctx context.Context, partition int) (int64, error) {
 	streams, err := s.ready()
 	if err != nil {
 		return 0, err
 	}
-	info, err := streams[partition].Info(ctx)
+	return usage(ctx, streams[partition])
+}
+
+// LogUsage is Usage for rooms.
+func (s *Store) LogUsage(ctx context.Context, partition int) (int64, error) {
+	logs, err := s.readyLogs()
+	if err != nil {
+		return 0, err
+	}
+	return usage(ctx, logs.streams[partition])
+}
+
+func usage(ctx context.Context, stream jetstream.Stream) (int64, error) {
+	info, err := stream.Info(ctx)
 	if err != nil {
 		return 0, down(err)
 	}
 	return int64(info.State.Bytes), nil
 }
 
-// ready returns the streams.
+// ready returns the streams of users.
 func (s *Store) ready() ([]jetstream.Stream, error) {
 	streams := s.streams.Load()
 	if streams == nil {

@@ -73,7 +73,8 @@ func (s *Store) Read(ctx context.Context, user string, after uint64, most, bytes
 	for next := after + 1; ; {
 		// One more than fits: it tells that more follows.
 		want := getRequest{Seq: next, Batch: min(page.most-len(page.entries)+1, maxBatch), MaxBytes: max(bytes-page.size, 1)}
-		plain, err := s.plain(ctx, p, prefix, want)
+		want.NextFor = prefix + plainSuffix
+		plain, err := s.inOrder(ctx, streamName(p), want)
 		if err != nil {
 			return nil, false, err
 		}
@@ -102,23 +103,21 @@ func (s *Store) Read(ctx context.Context, user string, after uint64, most, bytes
 	}
 }
 
-// plain returns messages without a collapse key.
-func (s *Store) plain(ctx context.Context, p int, prefix string, want getRequest) (batch, error) {
-	want.NextFor = prefix + plainSuffix
-	got, err := s.direct(ctx, p, want)
+// inOrder returns messages of one subject, want.NextFor. Where a replica knows of no more, the leader is asked.
+func (s *Store) inOrder(ctx context.Context, stream string, want getRequest) (batch, error) {
+	got, err := s.direct(ctx, stream, want)
 	if err != nil || got.through != math.MaxUint64 || s.cfg.Replicas == 1 {
 		return got, err
 	}
-	// The replica knows of no more. The leader may.
 	last := want.Seq - 1
 	if n := len(got.messages); n > 0 {
 		last = got.messages[n-1].seq
 	}
-	newest, err := s.askLeader(ctx, p, getRequest{LastFor: want.NextFor})
+	newest, err := s.askLeader(ctx, stream, getRequest{LastFor: want.NextFor})
 	if err != nil || len(newest) == 0 || newest[0].seq <= last {
 		return got, err
 	}
-	following, err := s.askLeader(ctx, p, getRequest{Seq: last + 1, NextFor: want.NextFor})
+	following, err := s.askLeader(ctx, stream, getRequest{Seq: last + 1, NextFor: want.NextFor})
 	for _, m := range following {
 		got.messages, got.through = append(got.messages, m), m.seq
 	}
@@ -127,7 +126,7 @@ func (s *Store) plain(ctx context.Context, p int, prefix string, want getRequest
 
 // keyed returns messages with a collapse key, of a replica that has got to place least.
 func (s *Store) keyed(ctx context.Context, p int, prefix string, want getRequest, least uint64) (batch, error) {
-	want.MultiLast = []string{prefix + keyedSuffix + "*"}
+	want.NextFor, want.MultiLast = "", []string{prefix + keyedSuffix + "*"}
 	if s.cfg.Replicas > 1 {
 		want.MultiLast = append(want.MultiLast, headSubject(p))
 	}
@@ -137,7 +136,7 @@ func (s *Store) keyed(ctx context.Context, p int, prefix string, want getRequest
 	}
 	if got.cut { // too many keys for an answer
 		want.MultiLast, want.NextFor = nil, prefix+keyedSuffix+"*"
-		return s.direct(ctx, p, want)
+		return s.direct(ctx, streamName(p), want)
 	}
 	return got, nil
 }
@@ -161,7 +160,7 @@ func (s *Store) leaderPlace(ctx context.Context, p int) (uint64, error) {
 // fresh is direct for the last messages of subjects, from a replica that has got to place least.
 func (s *Store) fresh(ctx context.Context, p int, request getRequest, least uint64) (batch, error) {
 	for range lagRetries {
-		got, err := s.direct(ctx, p, request)
+		got, err := s.direct(ctx, streamName(p), request)
 		if err != nil || got.cut || got.upTo >= least {
 			return got, err
 		}
@@ -314,7 +313,7 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	for _, subject := range []string{prefix + plainSuffix, prefix + keyedSuffix + "*"} {
 		for last := uint64(math.MaxUint64); ; {
 			step, cancel := context.WithTimeout(ctx, requestTimeout)
-			messages, err := s.askLeader(step, p, getRequest{LastFor: subject})
+			messages, err := s.askLeader(step, streamName(p), getRequest{LastFor: subject})
 			if err != nil || len(messages) == 0 || messages[0].seq >= last { // the last one could not be erased: Purge takes it
 				cancel()
 				if err != nil {
@@ -340,8 +339,8 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	return count, nil
 }
 
-// direct asks any replica for a batch of messages.
-func (s *Store) direct(ctx context.Context, p int, request getRequest) (batch, error) {
+// direct asks any replica of a stream for a batch of messages.
+func (s *Store) direct(ctx context.Context, stream string, request getRequest) (batch, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return batch{}, err
@@ -352,7 +351,7 @@ func (s *Store) direct(ctx context.Context, p int, request getRequest) (batch, e
 		return batch{}, down(err)
 	}
 	defer func() { _ = sub.Unsubscribe() }() // of a connection that is gone, too
-	if err := s.nc.PublishRequest(directGet+streamName(p), inbox, body); err != nil {
+	if err := s.nc.PublishRequest(directGet+stream, inbox, body); err != nil {
 		return batch{}, down(err)
 	}
 	var got batch
@@ -410,12 +409,12 @@ func (b *batch) take(msg *nats.Msg, last *uint64) (end bool, err error) {
 }
 
 // askLeader returns the message that a request names, none if there is no such message.
-func (s *Store) askLeader(ctx context.Context, p int, request getRequest) ([]stored, error) {
+func (s *Store) askLeader(ctx context.Context, stream string, request getRequest) ([]stored, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return nil, err
 	}
-	msg, err := s.nc.RequestWithContext(ctx, leaderGet+streamName(p), body)
+	msg, err := s.nc.RequestWithContext(ctx, leaderGet+stream, body)
 	if err != nil {
 		return nil, down(err)
 	}
