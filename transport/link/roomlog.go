@@ -24,8 +24,9 @@ const (
 	// not taken, and a page gives way to an error.
 	logMarksBytes = 1 << 20
 	logPagesBytes = 8 << 20
-	// logEntryBytes is what a message of a page counts beside its payload, about.
-	logEntryBytes = 128
+	// logEntryBytes and logUserBytes are what a message of a page, and a user who does not get it, count beside
+	// the payload, about.
+	logEntryBytes, logUserBytes = 128, 32
 )
 
 // What nodes hear in place of a page.
@@ -160,7 +161,8 @@ func (a *logAsker) Mark(m *LogMark) bool {
 func (a *logAsker) Page(p *LogPage) {
 	size := logEntryBytes
 	for i := range p.Entries {
-		size += len(p.Entries[i].Message.Payload) + logEntryBytes
+		m := p.Entries[i].Message
+		size += len(m.Payload) + logUserBytes*len(m.Exclude) + logEntryBytes
 	}
 	a.link.mu.Lock()
 	defer a.link.mu.Unlock()
