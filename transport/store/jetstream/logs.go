@@ -200,7 +200,7 @@ func (s *Store) gap(ctx context.Context, logs *logStreams, p int, asked getReque
 		return true, nil
 	}
 	if info.State.Subjects[asked.NextFor] >= uint64(s.cfg.MaxPerRoom) {
-		oldest, err := s.askLeader(ctx, logName(p), getRequest{Seq: 1, NextFor: asked.NextFor})
+		oldest, err := s.leaderOf(ctx, logName(p), getRequest{Seq: 1, NextFor: asked.NextFor})
 		if err != nil || len(oldest) == 0 || oldest[0].seq >= asked.Seq {
 			return true, err
 		}
@@ -209,7 +209,7 @@ func (s *Store) gap(ctx context.Context, logs *logStreams, p int, asked getReque
 		return false, nil
 	}
 	// The replica that has answered may have dropped what the leader has not dropped yet.
-	next, err := s.askLeader(ctx, logName(p), asked)
+	next, err := s.leaderOf(ctx, logName(p), asked)
 	return len(next) > 0 && next[0].seq < first, err
 }
 
@@ -336,16 +336,19 @@ func (s *Store) followed(ctx context.Context, logs *logStreams, p int) (*jetstre
 	return info, nil
 }
 
-// following returns some of a partition's next messages behind a place. None: nothing is kept up to place through.
+// following returns some of a partition's next messages behind a place, up to place through. None: nothing of these is kept.
 func (s *Store) following(ctx context.Context, p int, after, through uint64) ([]stored, error) {
 	step, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	got, err := s.direct(step, logName(p), getRequest{Seq: after + 1, Batch: maxBatch, MaxBytes: followBytes})
+	got, err := s.directOf(step, logName(p), getRequest{Seq: after + 1, Batch: maxBatch, MaxBytes: followBytes})
+	if i := slices.IndexFunc(got.messages, func(m stored) bool { return m.seq > through }); i >= 0 { // the leader has not told of these
+		got.messages = got.messages[:i]
+	}
 	if err != nil || len(got.messages) > 0 || s.cfg.Replicas == 1 {
 		return got.messages, err
 	}
 	// The replica may lag.
-	next, err := s.askLeader(step, logName(p), getRequest{Seq: after + 1, NextFor: logPrefix(p) + ">"})
+	next, err := s.leaderOf(step, logName(p), getRequest{Seq: after + 1, NextFor: logPrefix(p) + ">"})
 	if len(next) > 0 && next[0].seq > through {
 		next = nil
 	}

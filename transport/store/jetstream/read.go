@@ -105,7 +105,7 @@ func (s *Store) Read(ctx context.Context, user string, after uint64, most, bytes
 
 // inOrder returns messages of one subject, want.NextFor. Where a replica knows of no more, the leader is asked.
 func (s *Store) inOrder(ctx context.Context, stream string, want getRequest) (batch, error) {
-	got, err := s.direct(ctx, stream, want)
+	got, err := s.directOf(ctx, stream, want)
 	if err != nil || got.through != math.MaxUint64 || s.cfg.Replicas == 1 {
 		return got, err
 	}
@@ -113,11 +113,11 @@ func (s *Store) inOrder(ctx context.Context, stream string, want getRequest) (ba
 	if n := len(got.messages); n > 0 {
 		last = got.messages[n-1].seq
 	}
-	newest, err := s.askLeader(ctx, stream, getRequest{LastFor: want.NextFor})
+	newest, err := s.leaderOf(ctx, stream, getRequest{LastFor: want.NextFor})
 	if err != nil || len(newest) == 0 || newest[0].seq <= last {
 		return got, err
 	}
-	following, err := s.askLeader(ctx, stream, getRequest{Seq: last + 1, NextFor: want.NextFor})
+	following, err := s.leaderOf(ctx, stream, getRequest{Seq: last + 1, NextFor: want.NextFor})
 	for _, m := range following {
 		got.messages, got.through = append(got.messages, m), m.seq
 	}
@@ -136,7 +136,7 @@ func (s *Store) keyed(ctx context.Context, p int, prefix string, want getRequest
 	}
 	if got.cut { // too many keys for an answer
 		want.MultiLast, want.NextFor = nil, prefix+keyedSuffix+"*"
-		return s.direct(ctx, streamName(p), want)
+		return s.direct(ctx, p, want)
 	}
 	return got, nil
 }
@@ -160,7 +160,7 @@ func (s *Store) leaderPlace(ctx context.Context, p int) (uint64, error) {
 // fresh is direct for the last messages of subjects, from a replica that has got to place least.
 func (s *Store) fresh(ctx context.Context, p int, request getRequest, least uint64) (batch, error) {
 	for range lagRetries {
-		got, err := s.direct(ctx, streamName(p), request)
+		got, err := s.direct(ctx, p, request)
 		if err != nil || got.cut || got.upTo >= least {
 			return got, err
 		}
@@ -313,7 +313,7 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	for _, subject := range []string{prefix + plainSuffix, prefix + keyedSuffix + "*"} {
 		for last := uint64(math.MaxUint64); ; {
 			step, cancel := context.WithTimeout(ctx, requestTimeout)
-			messages, err := s.askLeader(step, streamName(p), getRequest{LastFor: subject})
+			messages, err := s.askLeader(step, p, getRequest{LastFor: subject})
 			if err != nil || len(messages) == 0 || messages[0].seq >= last { // the last one could not be erased: Purge takes it
 				cancel()
 				if err != nil {
@@ -339,8 +339,13 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	return count, nil
 }
 
-// direct asks any replica of a stream for a batch of messages.
-func (s *Store) direct(ctx context.Context, stream string, request getRequest) (batch, error) {
+// direct asks any replica of a partition for a batch of messages.
+func (s *Store) direct(ctx context.Context, p int, request getRequest) (batch, error) {
+	return s.directOf(ctx, streamName(p), request)
+}
+
+// directOf asks any replica of a stream.
+func (s *Store) directOf(ctx context.Context, stream string, request getRequest) (batch, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return batch{}, err
@@ -408,8 +413,13 @@ func (b *batch) take(msg *nats.Msg, last *uint64) (end bool, err error) {
 	}
 }
 
-// askLeader returns the message that a request names, none if there is no such message.
-func (s *Store) askLeader(ctx context.Context, stream string, request getRequest) ([]stored, error) {
+// askLeader returns the message of a partition that a request names, none if there is no such message.
+func (s *Store) askLeader(ctx context.Context, p int, request getRequest) ([]stored, error) {
+	return s.leaderOf(ctx, streamName(p), request)
+}
+
+// leaderOf asks the leader of a stream.
+func (s *Store) leaderOf(ctx context.Context, stream string, request getRequest) ([]stored, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return nil, err

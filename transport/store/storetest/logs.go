@@ -407,7 +407,9 @@ func (o *openedLogs) follow(ctx context.Context, partition int, after uint64) *f
 // until waits until everything up to a place is told, and returns it.
 func (f *followed) until(t *testing.T, seq uint64) []string {
 	t.Helper()
-	for deadline := time.After(wait); ; {
+	ctx, cancel := context.WithTimeout(t.Context(), wait)
+	defer cancel()
+	for {
 		f.mu.Lock()
 		payloads, caughtUp, wrong := slices.Clone(f.payloads), f.caughtUp, f.wrong
 		f.mu.Unlock()
@@ -421,7 +423,7 @@ func (f *followed) until(t *testing.T, seq uint64) []string {
 		case <-f.changed:
 		case err := <-f.ended:
 			t.Fatalf("follow has ended: %v", err)
-		case <-deadline:
+		case <-ctx.Done():
 			t.Fatalf("told up to %d, not up to %d", caughtUp, seq)
 		}
 	}
@@ -429,10 +431,12 @@ func (f *followed) until(t *testing.T, seq uint64) []string {
 
 func (f *followed) end(t *testing.T) error {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), wait)
+	defer cancel()
 	select {
 	case err := <-f.ended:
 		return err
-	case <-time.After(wait):
+	case <-ctx.Done():
 		t.Fatal("follow does not end")
 		return nil
 	}
@@ -684,9 +688,11 @@ func logDeadlines(t *testing.T, data LogData) {
 			t.Errorf("follow: %v", err)
 		}
 	}()
+	ctx, stop := context.WithTimeout(t.Context(), wait)
+	defer stop()
 	select {
 	case <-returned:
-	case <-time.After(wait):
+	case <-ctx.Done():
 		t.Fatal("calls do not return")
 	}
 	if got, _, _ := o.read("r", 0, 10, 1<<20); len(got) == 0 || got[0] != "message" {
