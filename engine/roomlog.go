@@ -99,16 +99,13 @@ func (l *lasting) logged(at Place, err error) {
 	})
 }
 
-// routeLate is route for a push that has waited since its start. It may have ended meanwhile.
+// routeLate is route for a push that has waited since its start. It may have ended meanwhile, see stage.
 func (p *Push) routeLate() {
 	defer func() {
 		if v := recover(); v != nil {
 			p.engine.panicked(p, v)
 		}
 	}()
-	if p.ended() {
-		return
-	}
 	rooms, keys := p.engine.directory.Rooms, []string{p.Room}
 	if s := rooms.Cached(p.shard, p.Room, p.Arrived); s != nil {
 		p.Routed(keys, []*route.Snapshot{s}, nil)
