@@ -91,7 +91,7 @@ func logEntry(seq uint64, size int, ttl time.Duration) LogEntry {
 			MessageID: fmt.Sprint("m", seq), Sender: "s", PayloadHash: 7, Payload: content(strings.Repeat("x", size)),
 			Room: "r", CollapseKey: "k", Exclude: []string{"u1", "u2"},
 		},
-		Place: engine.Place{Epoch: 5, Partition: 2, Seq: seq}, Expires: time.Now().Add(ttl).UnixMilli(),
+		Place: engine.Place{Epoch: 5, Partition: 2, Seq: seq}, Expires: time.Now().Add(ttl),
 	}
 }
 
