@@ -55,6 +55,7 @@ var layers = []layer{
 		others: []string{"*"},
 	},
 	{dir: "transport/replay", ours: []string{"engine", "internal/ids", "internal/label", "transport/link", "transport/store"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
+	{dir: "transport/roomlog", ours: []string{"engine", "internal/label", "internal/pause", "transport/link", "transport/store"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
 	{dir: "transport/discovery", ours: []string{"internal/ids", "internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",
 		"google.golang.org/grpc",

@@ -282,6 +282,7 @@ func FuzzResponse(f *testing.F) {
 		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 2}, Duplicates: []uint32{1, 0}, Pending: []uint32{0, 2}}}},
 		{Receipts: []*pubsub.Receipt{{Seq: 1, Acked: 2, Unacked: []string{"u1"}, Final: true}, {Seq: math.MaxUint64, Acked: math.MaxUint32}}},
 		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1, Window: 64}, {UserId: "", Gate: math.MaxUint64}}, ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 2}}},
+		{LogFollow: &pubsub.LogFollow{Epoch: 5, After: []uint64{1, math.MaxUint64}}, LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1, Epoch: math.MaxUint64, After: make([]uint64, 64)}, {}}},
 		{NudgesTaken: []uint64{1, 2, math.MaxUint64}, Misses: []*pubsub.Miss{{Seq: 1, Reused: []string{"u1"}}}},
 	} {
 		b, err := proto.Marshal(r)
@@ -302,9 +303,28 @@ func FuzzResponse(f *testing.F) {
 		if len(r.receipts) > receiptsMax || len(r.catchups) > gatesMax || len(r.taken) > gatesMax || len(r.tokens) > nudgesMax {
 			t.Fatalf("%d receipts, %d catchups, %d taken, %d nudges", len(r.receipts), len(r.catchups), len(r.taken), len(r.tokens))
 		}
+		if len(r.logReads) > 2*logReadsMax || len(r.follow.after) > logPartitionsMax {
+			t.Fatalf("%d reads, %d places", len(r.logReads), len(r.follow.after))
+		}
+		for i := range r.logReads {
+			if n := len(r.logReads[i].After); n > logPartitionsMax {
+				t.Fatalf("%d places", n)
+			}
+		}
 		var want pubsub.DeliverResponse
 		if err := proto.Unmarshal(b, &want); err != nil {
 			t.Fatalf("accepted what is no DeliverResponse: %v", err)
+		}
+		if got := want.GetLogFollow(); r.follows != (got != nil) || r.follow.epoch != got.GetEpoch() || !slices.Equal(r.follow.after, got.GetAfter()) {
+			t.Fatalf("follow %+v, want %v", r.follow, got)
+		}
+		if len(r.logReads) != len(want.GetLogReads()) {
+			t.Fatalf("%d reads, want %d", len(r.logReads), len(want.GetLogReads()))
+		}
+		for i, got := range r.logReads {
+			if read := want.GetLogReads()[i]; got.Room != read.GetRoomId() || got.Gate != read.GetGate() || got.Epoch != read.GetEpoch() || !slices.Equal(got.After, read.GetAfter()) {
+				t.Fatalf("read %+v, want %v", got, read)
+			}
 		}
 	})
 }

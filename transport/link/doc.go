@@ -115,6 +115,13 @@
 // controls: they are beside the deliveries of a frame, wait for no window, and go out at once. They
 // overtake what is queued.
 //
+// # Logs of rooms
+//
+// A node that has FEATURE_ROOM_LOG follows the logs of rooms and reads them (roomlog.go). The reader hands both to Config.RoomLogs,
+// whose marks and pages the writer sends as controls. They go behind the deliveries of a frame, and only one page goes
+// into a frame that is full without, so that deliveries wait for one page at most. A page is encoded when it is written:
+// what has expired by then is left out, and what does not fit into a frame is left for another read.
+//
 // # Compression
 //
 // Where Config.Compression offers codecs and the node's hello picks one, the writer
@@ -132,7 +139,8 @@
 //
 // Of what waits beside the queue and the window there is, for each stream, at most: 65,536
 // deliveries or 64 MiB with open receipts, beyond which they are given up at once; 4096 nudges, beyond which
-// they are not taken; 100,000 gates, beyond which the node hears that there are too many. A frame with
+// they are not taken; 100,000 gates, beyond which the node hears that there are too many; 64 reads of logs, as well; 1 MiB of marks,
+// beyond which none is taken, and 8 MiB of pages, beyond which an error takes their place. A frame with
 // more entries of a list than can be open is malformed.
 //
 // # Locks

@@ -2,6 +2,7 @@ package link
 
 import (
 	"math"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -43,6 +44,8 @@ func FuzzAcks(f *testing.F) {
 		{Acks: []*pubsub.AckRange{{First: 2, Delivered: []uint32{1}}}, Misses: []*pubsub.Miss{{Seq: 2, Reused: []string{"u1", "u2"}}}},
 		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1}, {UserId: "u1", Gate: 1}, {UserId: "\x00", Gate: 2}, {}},
 			ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 1}, {}}, NudgesTaken: []uint64{0, 1, math.MaxUint64}},
+		{LogFollow: &pubsub.LogFollow{Epoch: 5, After: []uint64{1, math.MaxUint64}}, LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1, Epoch: 5, After: []uint64{0, 3}}}},
+		{LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1}, {RoomId: "r", Gate: 1}, {RoomId: "\x00", Gate: 2}, {}, {RoomId: "r", After: make([]uint64, 65)}}, LogFollow: &pubsub.LogFollow{}},
 	} {
 		first, err := proto.Marshal(r)
 		if err != nil {
@@ -69,8 +72,11 @@ func FuzzAcks(f *testing.F) {
 
 // answerWith has a node answer one push of each kind with frames.
 func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
-	w := newWorld(t, Config{Replayer: &replayer{then: func(a Asker, gate uint64) { a.End(gate, 1, "") }}})
-	n := scripted(lasting...).fakeNode
+	w := newWorld(t, Config{Replayer: &replayer{then: func(a Asker, gate uint64) { a.End(gate, 1, "") }}, RoomLogs: &roomLogs{then: func(a LogAsker, read LogRead) {
+		a.Mark(&LogMark{Epoch: read.Epoch, Seq: 1, Rooms: []LogRoom{{read.Room, []uint64{1}}}})
+		a.Page(&LogPage{Gate: read.Gate, Seq: 1, Entries: []LogEntry{logEntry(1, 1, time.Minute)}})
+	}}})
+	n := scripted(append(slices.Clone(lasting), pubsub.Feature_FEATURE_ROOM_LOG)...).fakeNode
 	answered, seqs := make(chan struct{}), map[string]uint64{}
 	n.deliver = func(st deliverStream) error {
 		if _, err := n.greet(st); err != nil {

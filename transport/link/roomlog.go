@@ -112,7 +112,7 @@ type LogEntry struct {
 	Message *engine.Stored
 	Place   engine.Place
 	// Expires is that of store.LogEntry: the link makes ttl_ms of what is left when it writes the page.
-	Expires int64 // unix milliseconds
+	Expires time.Time
 }
 
 var _ LogAsker = (*logAsker)(nil)
@@ -334,7 +334,7 @@ func (w *writing) appendPage(b []byte, p *LogPage, most int, now time.Time) (_ [
 	w.sizes = w.sizes[:0]
 	for i := range p.Entries {
 		e := &p.Entries[i]
-		n, left := 0, e.Expires-now.UnixMilli()
+		n, left := 0, e.Expires.Sub(now).Milliseconds()
 		if left > 0 {
 			n = e.size(left)
 		}
@@ -366,7 +366,7 @@ func (w *writing) appendPage(b []byte, p *LogPage, most int, now time.Time) (_ [
 	b = wire.AppendUint(b, pagePartition, uint64(p.Partition))
 	for i, n := range w.sizes {
 		if e := &p.Entries[i]; n > 0 {
-			b = e.append(b, n, e.Expires-now.UnixMilli())
+			b = e.append(b, n, e.Expires.Sub(now).Milliseconds())
 		}
 	}
 	b = wire.AppendUint(b, pageSeq, out.Seq)

@@ -309,7 +309,7 @@ func (f *fill) check(page *store.LogPage) error {
 	}
 	page.Last = max(page.Last, last)
 	if !page.More {
-		if page.Last < f.last {
+		if page.Last < f.last && !page.Gap {
 			return errLate // of a replica that lags
 		}
 		page.Last = max(page.Last, f.to)

@@ -109,5 +109,5 @@ func (t *tails) drop(l *tail) {
 func sizeOf(m *engine.Stored) int { return messageBytes + len(m.Payload) + userBytes*len(m.Exclude) }
 
 func entryOf(e *store.LogEntry) link.LogEntry {
-	return link.LogEntry{Message: e.Message, Place: e.Place, Expires: e.Expires.UnixMilli()}
+	return link.LogEntry{Message: e.Message, Place: e.Place, Expires: e.Expires}
 }

@@ -83,6 +83,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	if err = m.openReplays(&cfg); err != nil {
 		return nil, err
 	}
+	if err = m.openRoomLogs(&cfg); err != nil {
+		return nil, err
+	}
 
 	// The way to them: a stream from each shard to each node that is found in etcd.
 	cfg.Links.Shards, cfg.Links.Go = m.shards.Len(), m.goOn
@@ -168,6 +171,7 @@ type PushManager struct {
 	links      *link.Set
 	watcher    *discovery.Watcher
 	store      store.Store  // nil: nothing is stored
+	logs       store.Logs   // of rooms; nil, too, then
 	spool      *store.Spool // nil, too, then
 	engine     *engine.Engine
 	ingress    *ingress.Server
