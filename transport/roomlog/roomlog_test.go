@@ -631,7 +631,7 @@ func TestPagesJoin(t *testing.T) {
 
 func TestWhatIsNotKeptAnyMoreIsAGap(t *testing.T) {
 	bubble(t, 1, func(t *testing.T, w *world) {
-		w.logs.Limit(5)
+		w.logs.Limit(5, 0)
 		w.push("r", 20)
 		w.close()
 		w.open(Config{})
