@@ -60,7 +60,8 @@ type cursorState struct {
 	has    bool
 	broken bool // given is of another epoch
 
-	settled time.Time     // when it was told its position, or has begun or joined
+	joined  time.Time     // when it has begun with a position, or joined a room from it
+	settled time.Time     // when it was told its position, or has begun
 	dirty   bool          // it is to be told one
 	byAge   *list.Element // in roomLogs.byAge
 }

@@ -625,6 +625,7 @@ func (r *roomLogs) wait(now time.Time) (wait time.Duration, is bool) {
 // told is what one client is told.
 type told struct {
 	c      *Cursor
+	joined time.Time // what it was then
 	places []uint64
 	text   string
 }
@@ -644,12 +645,12 @@ func (r *roomLogs) tell(now time.Time) {
 	for _, c := range r.dirty {
 		switch {
 		case c.closed:
-		case now.Sub(c.settled) < resumeEvery:
+		case now.Sub(c.settled) < resumeEvery || now.Sub(c.joined) < joinQuiet:
 			kept = append(kept, c)
 			continue
 		default:
 			if places, text, is := r.positionLocked(c); is {
-				list = append(list, told{c, places, text})
+				list = append(list, told{c, c.joined, places, text})
 			}
 			c.settled = now
 			r.byAge.MoveToBack(c.byAge)
@@ -671,7 +672,7 @@ func (r *roomLogs) tell(now time.Time) {
 		r.mu.Lock()
 		if !ok {
 			r.dirtyLocked(t.c, now)
-		} else if t.c.base != nil { // The logs are the same.
+		} else if t.c.base != nil && t.c.joined.Equal(t.joined) { // The logs are the same, and so are the rooms.
 			t.c.base, t.c.has, t.c.broken = t.places, true, false
 		}
 		r.mu.Unlock()

@@ -20,6 +20,9 @@ import (
 const (
 	// resumeEvery is how often a client is told its position at most, and resumeAge how old it may become.
 	resumeEvery, resumeAge = time.Second, 10 * time.Minute
+	// A client joins its rooms one after the other, each from the position that it has: it is told no other one until it has
+	// begun joinQuiet ago, and joined none since.
+	joinQuiet = 5 * time.Second
 	// resumeTick is how often clients that are to be told something are looked at.
 	resumeTick = 250 * time.Millisecond
 	// A manager that is followed and says nothing for feederPatience is left for another one.
@@ -160,7 +163,7 @@ func (r *roomLogs) cursor(user string, conn LogConn, text string, now time.Time)
 		if err != nil {
 			return nil, err //nolint:wrapcheck // It says all.
 		}
-		c.given, c.has = &given, true
+		c.given, c.has, c.joined = &given, true, now
 	}
 	if !r.server.does.roomLog {
 		return nil, nil //nolint:nilnil // A nil Cursor keeps no position.
@@ -276,8 +279,7 @@ func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 		r.dirtyLocked(c, now) // From its first position on nothing is lost.
 		return
 	}
-	c.settled = now // A client joins its rooms one after the other: it is not told a new position in between.
-	r.byAge.MoveToBack(c.byAge)
+	c.joined = now
 	up := r.behindLocked(m, now)
 	up.all, up.hold, up.joined = true, true, now
 	c.holding.Add(1)
