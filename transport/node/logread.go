@@ -383,6 +383,7 @@ func (r *roomLogs) page(st *stream, p *logPage, now time.Time) error {
 // given is what became of a page for one member.
 type given struct {
 	to    *logMember
+	after uint64   // where the page begins
 	place uint64   // all: what it has had
 	lacks []uint64 // else: what it lacked
 	taken int      // messages
@@ -392,17 +393,24 @@ type given struct {
 
 // handOut gives a page to those for whom it was read.
 func (r *roomLogs) handOut(read *logRead) {
+	after := read.after[read.page.partition]
 	r.mu.Lock()
 	list := make([]given, 0, len(read.members))
 	for _, m := range read.members {
 		if m.up == nil || m.up.read != read {
 			continue
 		}
+		// What it has missed since, and stands before the page, is for the next read.
 		place, known := m.start()
-		if !known {
-			continue
+		lacks := slices.Clone(m.up.lacks)
+		if !m.up.all {
+			n, _ := slices.BinarySearch(lacks, after+1)
+			lacks, place = lacks[n:], after
+			known = len(lacks) > 0
 		}
-		list = append(list, given{to: m, place: place, lacks: slices.Clone(m.up.lacks)})
+		if known && place >= after {
+			list = append(list, given{to: m, after: after, place: place, lacks: lacks})
+		}
 	}
 	r.mu.Unlock()
 	for i := range list {
@@ -484,7 +492,7 @@ func (r *roomLogs) advanceLocked(g *given, p *logPage, now time.Time) {
 	} else {
 		up.lacks = slices.DeleteFunc(up.lacks, func(seq uint64) bool {
 			_, was := slices.BinarySearch(g.lacks, seq)
-			return was && seq <= upTo || whole && !up.late
+			return was && seq <= upTo || whole && !up.late && seq > g.after
 		})
 		if len(up.lacks) == 0 {
 			r.caughtUpLocked(m, now)

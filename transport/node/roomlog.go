@@ -685,9 +685,6 @@ func (r *roomLogs) againLocked(room *logRoom, now time.Time) {
 	r.forgetCameLocked(room)
 	room.partition = -1
 	for _, m := range room.members {
-		if m.cursor.base == nil {
-			continue
-		}
 		up := r.behindLocked(m, now)
 		up.toAll(0)
 		up.placed = false

@@ -513,9 +513,6 @@ func logSchedule(t testing.TB, v logVariant, seed uint64) (twice int, err error)
 	case w.broken != nil:
 		return w.twice, w.broken
 	case !done:
-		if dbg != nil {
-			dbg(w)
-		}
 		return w.twice, errors.New("does not come to rest")
 	}
 	for _, client := range w.clients {
@@ -530,7 +527,7 @@ func logSchedule(t testing.TB, v logVariant, seed uint64) (twice int, err error)
 
 func TestMembersWhoMoveMissNothingOfTheLogs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for seed := range uint64(300) {
+		for seed := range uint64(150) {
 			twice, err := logSchedule(t, logVariant{}, seed)
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
@@ -567,4 +564,3 @@ func TestEachPartOfTheLogsIsNeeded(t *testing.T) {
 	}
 }
 
-var dbg func(w *logWorld)
