@@ -66,7 +66,7 @@ var layers = []layer{
 		"github.com/VictoriaMetrics/metrics", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nats.go",
 	}},
 	{dir: "transport/store/storetest", ours: []string{"engine", "transport/store"}},
-	{dir: "transport/node", ours: []string{"internal/certs", "internal/ids", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
+	{dir: "transport/node", ours: []string{"internal/certs", "internal/ids", "internal/position", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/certs", "internal/ids", "internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},
 	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},

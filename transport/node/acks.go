@@ -252,7 +252,8 @@ func (a *acks) take(o *outgoing) bool {
 	a.replay.take(r)
 	r.Receipts = a.receipts.take(nil, written, time.Now())
 	return n > 0 || r.Heartbeat != 0 || r.Drain || len(r.Receipts) > 0 ||
-		len(r.Catchups) > 0 || len(r.ReplayTaken) > 0 || len(r.NudgesTaken) > 0
+		len(r.Catchups) > 0 || len(r.ReplayTaken) > 0 || len(r.NudgesTaken) > 0 ||
+		len(r.LogReads) > 0 || r.LogFollow != nil
 }
 
 // taken moves n entries of list, which may be empty, into out: none if all are 0.
@@ -270,12 +271,14 @@ func taken(out, list []uint32, n int) (moved, rest []uint32) {
 	return out, list[:copy(list, list[n:])]
 }
 
-// owedReplay is what a stream owes of replay. Guarded by acks.mu.
+// owedReplay is what a stream owes of replay and of the logs of rooms. Guarded by acks.mu.
 type owedReplay struct {
 	catchups []*pubsub.Catchup
 	taken    []*pubsub.ReplayTaken
 	byGate   map[uint64]*pubsub.ReplayTaken // those in taken
 	nudges   []uint64
+	reads    []*pubsub.LogRead
+	follow   *pubsub.LogFollow // the last one
 }
 
 func (a *acks) askCatchup(c *pubsub.Catchup) {
@@ -285,6 +288,26 @@ func (a *acks) askCatchup(c *pubsub.Catchup) {
 		return
 	}
 	a.replay.catchups = append(a.replay.catchups, c)
+	a.signal()
+}
+
+func (a *acks) askRead(read *pubsub.LogRead) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dead {
+		return
+	}
+	a.replay.reads = append(a.replay.reads, read)
+	a.signal()
+}
+
+func (a *acks) follow(f *pubsub.LogFollow) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dead {
+		return
+	}
+	a.replay.follow = f
 	a.signal()
 }
 
@@ -336,6 +359,13 @@ func (o *owedReplay) take(r *pubsub.DeliverResponse) {
 		delete(o.byGate, t.GetGate())
 	}
 	r.NudgesTaken, o.nudges = cut(o.nudges, ackFrameBytes/16)
+	r.LogFollow, o.follow = o.follow, nil
+	size, n = 0, 0
+	for n < len(o.reads) && size < ackFrameBytes {
+		size += len(o.reads[n].GetRoomId()) + 10*len(o.reads[n].GetAfter()) + 32
+		n++
+	}
+	r.LogReads, o.reads = cut(o.reads, n)
 }
 
 // cut takes up to n entries from the front.

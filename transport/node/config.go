@@ -43,7 +43,8 @@ type Config struct {
 	// (1 s). Default 500 ms.
 	TakeoverTimeout time.Duration
 	// MaxGates bounds the connections that take part in replay, about 200 bytes each; those beyond it
-	// get direct messages only. Default 1,048,576.
+	// get direct messages only. It bounds those that keep a position in the logs of rooms, too, about 500 bytes
+	// each, and a quarter of the rooms that these are in, about 50 bytes for each of their rooms. Default 1,048,576.
 	MaxGates int
 	// FlushTimeout bounds how long a stream that ends waits for its last acks
 	// to be written. Default 1 s.

@@ -88,8 +88,29 @@
 //   - What is stored is asked for of one manager. When its stream ends another is asked; when a stream begins, all
 //     users are asked for once more, 1,000 a second.
 //   - The store is told to forget what the client has acknowledged, or the connection has taken where the client cannot.
-//   - Locks: a connection's, then that of the gates or of a stream's receipts, then that of a stream's acks. Nothing is called back
-//     with one of ours held.
+//   - Locks: a connection's, then that of the gates, of the logs of rooms or of a stream's receipts, then that of a stream's acks. Nothing
+//     is called back with one of ours held.
+//
+// # Logs of rooms
+//
+// Clients that keep a position get what was pushed to their rooms while they were away. Their connections are [LogConn] and have a
+// [Cursor]; Sessions name FEATURE_ROOM_LOG, and FEATURE_DEDUPE because a message may come live and out of the log:
+//
+//	c.cursor, err = srv.Cursor(user, c, position)  // "": the client has none yet
+//	users.Add(user, c)
+//	c.cursor.Join(room)                            // once the connection takes messages of the room
+//	...
+//	c.cursor.Close()
+//
+// What holds of it:
+//
+//   - What stands in the log of a room behind the position with which a client has joined it comes to the connection, or the client is
+//     told of a gap. This does not depend on any live message.
+//   - A position that a client is told speaks only of what the connection has taken before.
+//   - What was stored comes in order, and before what is new, unless the log does not answer for 2 s or the room does not come to rest for
+//     10 s.
+//   - A message comes twice to one connection only if 64 others came in between.
+//   - A node without cursors follows nobody, and notes nothing. Idle cursors cost memory alone.
 //
 // proto/README.md tells the protocol for nodes in other languages.
 package node

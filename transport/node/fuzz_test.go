@@ -50,7 +50,21 @@ func FuzzDeliverRequest(f *testing.F) {
 			{UserIds: []string{"u"}, MessageId: "m", PayloadHash: 7, WantAck: true},
 			{UserIds: []string{"u"}, MessageId: "n", Replay: &pubsub.ReplayPlace{Gate: 1, Seq: 2, After: 1}},
 			{Scope: "shop/", MessageId: "o", TtlMs: 1},
+			{UserIds: []string{"u"}, RoomId: "r", MessageId: "p", Log: &pubsub.LogPosition{Partition: 1, Seq: 11, Epoch: testEpoch, ExcludeUserIds: []string{"v"}}},
+			{UserIds: []string{"u"}, RoomId: "r", MessageId: "q", Log: &pubsub.LogPosition{Partition: 1<<32 - 1, Seq: 1<<64 - 1, Epoch: 1}},
 		}, Nudges: []*pubsub.Nudge{{UserId: "u", Seq: 3, Token: 4}, {}}, ReplayEnds: []*pubsub.ReplayEnd{{Gate: 1, Seq: 5, Error: "e"}}},
+		{LogMarks: []*pubsub.LogMark{
+			{Partition: 1, Partitions: 2, Epoch: testEpoch, After: 10, Seq: 1 << 40, Rooms: []*pubsub.LogRoom{{RoomId: "r", Seqs: []uint64{11, 12, 1 << 39}}, {RoomId: "s", Seqs: []uint64{13}}}},
+			{Partition: 1, Partitions: 2, Epoch: testEpoch, After: 1 << 50, Seq: 1<<64 - 1},
+			{Partition: 1, Partitions: 2, Epoch: testEpoch, After: 3, Seq: 4},
+			{Partition: 0, Partitions: 64, Epoch: 1, After: 3, Seq: 4},
+		}, LogPages: []*pubsub.LogPage{
+			{Gate: fuzzGate, Partition: 1, Epoch: testEpoch, Seq: 12, More: true, Gap: true, Entries: []*pubsub.Delivery{logged(11, "r"), logged(12, "r")}},
+			{Gate: fuzzGate, Error: "e"},
+		}},
+		{LogMarks: []*pubsub.LogMark{{Partition: 1<<32 - 1, Partitions: 1<<32 - 1, Epoch: testEpoch}}},
+		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 1<<32 - 1, Epoch: testEpoch, Seq: 1<<64 - 1, More: true}}},
+		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 0, Epoch: testEpoch, Seq: 1<<64 - 1}, {Gate: fuzzGate}}},
 	} {
 		b, err := proto.Marshal(r)
 		if err != nil {
@@ -60,13 +74,15 @@ func FuzzDeliverRequest(f *testing.F) {
 	}
 	f.Add([]byte("\x1a\x05\x0a\x03\x0a\x01\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		users := NewLastingUsers[*phone](everyFeature...)
+		users := NewLastingUsers[*phone](logFeatures...)
 		st := newStream(t, users)
-		hello := &pubsub.Hello{Features: everyFeature}
+		hello := &pubsub.Hello{Features: logFeatures}
 		st.server.replays.join(st, hello, time.Now())
+		checkLogs := readingLogs(t, st, hello)
 		p := call(st.server, users, "u", true)
 		p.desk.inbox.Gate.Ready()
 		_ = st.take(b)
+		checkLogs()
 		p.hangUp(users)
 		st.acks.receipts.giveUpAll()
 		if n := st.acks.receipts.pending(); n != 0 {
@@ -92,6 +108,56 @@ func FuzzDeliverRequest(f *testing.F) {
 		}
 		compareWithProtobuf(t, b)
 	})
+}
+
+// fuzzGate is that of the read that is open while the frame comes.
+const fuzzGate = 2
+
+// readingLogs has st followed, with a member of room "r" who is read for. The function that it returns does what is due, and checks what
+// is kept.
+func readingLogs(t *testing.T, st *stream, hello *pubsub.Hello) (check func()) {
+	t.Helper()
+	logs, start := st.server.roomLogs, time.Now()
+	logs.looping = true // The test is the loop.
+	logs.join(st, hello, start)
+	c, err := st.server.Cursor("u", &reader{desk: newDesk(false)}, at(5, 3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for partition, place := range []uint64{5, 10} {
+		if err := logs.mark(st, &logMark{partition: uint32(partition), partitions: 2, epoch: testEpoch, after: place, seq: place}, start); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Join("r")
+	logs.look(start.Add(time.Second))
+	if logs.reads[fuzzGate] == nil {
+		t.Fatal("nothing is read")
+	}
+	return func() {
+		for read := logs.nextPage(); read != nil; read = logs.nextPage() {
+			logs.handOut(read)
+		}
+		for i := range 20 {
+			logs.look(start.Add(time.Duration(i) * 10 * time.Second))
+			logs.tell(start.Add(time.Duration(i) * 10 * time.Second))
+			logs.wait(start)
+		}
+		came := 0
+		for _, room := range logs.rooms {
+			came += len(room.came)
+			if len(room.came) > cameMost || len(room.members) == 0 || len(room.behind) > len(room.members) {
+				t.Errorf("room %q: %d places, %d members, %d behind", room.name, len(room.came), len(room.members), len(room.behind))
+			}
+		}
+		if came != logs.came || logs.pageBytes != 0 || len(logs.reads) > logReadsMost {
+			t.Errorf("%d places are kept, counted %d; %d bytes of pages, %d reads", came, logs.came, logs.pageBytes, len(logs.reads))
+		}
+		c.Close()
+		if len(logs.rooms)+logs.members+logs.behind+logs.came+len(logs.due)+logs.byAge.Len() != 0 || c.holding.Load() != 0 {
+			t.Error("something of a closed cursor is kept")
+		}
+	}
 }
 
 func compareWithProtobuf(t *testing.T, b []byte) {
@@ -121,6 +187,36 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 			t.Fatalf("end %d: protobuf decodes it: %v", i, err)
 		}
 		got.ReplayEnds = append(got.ReplayEnds, &pubsub.ReplayEnd{Gate: e.gate, Error: e.failure, Seq: want.GetReplayEnds()[i].GetSeq()})
+	}
+	for i, part := range r.marks {
+		var k logMark
+		if err := k.parse(part); err != nil {
+			t.Fatalf("mark %d: protobuf decodes it: %v", i, err)
+		}
+		mark := &pubsub.LogMark{Partition: k.partition, Partitions: k.partitions, Epoch: k.epoch, After: k.after, Seq: k.seq}
+		for _, b := range k.rooms {
+			var room markedRoom
+			if err := room.parse(b); err != nil {
+				t.Fatalf("mark %d: protobuf decodes it: %v", i, err)
+			}
+			mark.Rooms = append(mark.Rooms, &pubsub.LogRoom{RoomId: room.room, Seqs: room.seqs})
+		}
+		got.LogMarks = append(got.LogMarks, mark)
+	}
+	for i, part := range r.pages {
+		var p logPage
+		if err := p.parse(part); err != nil {
+			t.Fatalf("page %d: protobuf decodes it: %v", i, err)
+		}
+		page := &pubsub.LogPage{Gate: p.gate, Partition: p.partition, Seq: p.seq, More: p.more, Gap: p.gap, Error: p.failure, Epoch: p.epoch}
+		var d delivery
+		for k, b := range p.entries {
+			if err := d.parse(b); err != nil {
+				t.Fatalf("page %d: protobuf decodes it: %v", i, err)
+			}
+			page.Entries = append(page.Entries, d.decoded(t, want.GetLogPages()[i].GetEntries()[k].GetContent() != nil))
+		}
+		got.LogPages = append(got.LogPages, page)
 	}
 	if r.hasHello {
 		got.Hello = new(pubsub.Hello)
@@ -153,6 +249,9 @@ func (d *delivery) decoded(t *testing.T, hasContent bool) *pubsub.Delivery {
 	if d.hasReplay {
 		out.Replay = &pubsub.ReplayPlace{Gate: d.replay.gate, Seq: d.replay.seq, After: d.replay.after}
 	}
+	if d.hasLog {
+		out.Log = &pubsub.LogPosition{Partition: d.log.Partition, Seq: d.log.Seq, Epoch: d.log.Epoch, ExcludeUserIds: d.log.Exclude}
+	}
 	var m Message
 	if err := m.parseContent(d.content); err != nil {
 		t.Fatalf("protobuf decodes it: %v", err)
@@ -173,15 +272,18 @@ func stripUnknown(r *pubsub.DeliverRequest) {
 		h.ProtoReflect().SetUnknown(nil)
 	}
 	for _, d := range r.GetDeliveries() {
-		d.ProtoReflect().SetUnknown(nil)
-		if c := d.GetContent(); c != nil {
-			c.ProtoReflect().SetUnknown(nil)
+		stripDelivery(d)
+	}
+	for _, k := range r.GetLogMarks() {
+		k.ProtoReflect().SetUnknown(nil)
+		for _, room := range k.GetRooms() {
+			room.ProtoReflect().SetUnknown(nil)
 		}
-		if a := d.GetAudience(); a != nil {
-			a.ProtoReflect().SetUnknown(nil)
-		}
-		if p := d.GetReplay(); p != nil {
-			p.ProtoReflect().SetUnknown(nil)
+	}
+	for _, p := range r.GetLogPages() {
+		p.ProtoReflect().SetUnknown(nil)
+		for _, d := range p.GetEntries() {
+			stripDelivery(d)
 		}
 	}
 	for _, n := range r.GetNudges() {
@@ -189,5 +291,21 @@ func stripUnknown(r *pubsub.DeliverRequest) {
 	}
 	for _, e := range r.GetReplayEnds() {
 		e.ProtoReflect().SetUnknown(nil)
+	}
+}
+
+func stripDelivery(d *pubsub.Delivery) {
+	d.ProtoReflect().SetUnknown(nil)
+	if c := d.GetContent(); c != nil {
+		c.ProtoReflect().SetUnknown(nil)
+	}
+	if a := d.GetAudience(); a != nil {
+		a.ProtoReflect().SetUnknown(nil)
+	}
+	if p := d.GetReplay(); p != nil {
+		p.ProtoReflect().SetUnknown(nil)
+	}
+	if p := d.GetLog(); p != nil {
+		p.ProtoReflect().SetUnknown(nil)
 	}
 }

@@ -135,7 +135,13 @@ type manager struct {
 
 func (b *bench) open(t testing.TB, hello *pubsub.Hello) (*manager, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	return b.openFor(t, hello, 20*time.Second)
+}
+
+// openFor opens a stream that ends by itself.
+func (b *bench) openFor(t testing.TB, hello *pubsub.Hello, life time.Duration) (*manager, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), life)
 	t.Cleanup(cancel)
 	stream, err := b.client.Deliver(ctx)
 	if err != nil {

@@ -31,6 +31,16 @@ type counters struct {
 	nudges        *metrics.Counter
 	opensLate     *metrics.Counter // gates that opened without an answer
 	gatesRefused  *metrics.Counter
+
+	// Of the logs of rooms.
+	logMarks       *metrics.Counter
+	logIgnored     *metrics.Counter // marks, pages and places that mean nothing here
+	logReads       *metrics.Counter // asked
+	logReadsFailed *metrics.Counter // to be asked again
+	logMessages    *metrics.Counter // out of the log, for each connection
+	logMissed      *metrics.Counter // named by a mark, and had not come
+	logGaps        *metrics.Counter
+	cursorsRefused *metrics.Counter
 }
 
 func newCounters(set *metrics.Set) counters {
@@ -61,6 +71,15 @@ func newCounters(set *metrics.Set) counters {
 		nudges:        set.NewCounter("connect_node_nudges_total"),
 		opensLate:     set.NewCounter("connect_node_gate_open_without_store_total"),
 		gatesRefused:  set.NewCounter("connect_node_gates_refused_total"),
+
+		logMarks:       set.NewCounter("connect_node_room_log_marks_total"),
+		logIgnored:     set.NewCounter("connect_node_room_log_ignored_total"),
+		logReads:       set.NewCounter("connect_node_room_log_reads_total"),
+		logReadsFailed: set.NewCounter("connect_node_room_log_reads_failed_total"),
+		logMessages:    set.NewCounter("connect_node_room_log_messages_total"),
+		logMissed:      set.NewCounter("connect_node_room_log_missed_total"),
+		logGaps:        set.NewCounter("connect_node_room_log_gaps_total"),
+		cursorsRefused: set.NewCounter("connect_node_cursors_refused_total"),
 	}
 }
 
@@ -70,4 +89,7 @@ func newGauges(set *metrics.Set, s *Server) {
 	set.NewGauge("connect_node_replay_gates", func() float64 { gates, _, _ := s.replays.sizes(); return float64(gates) })
 	set.NewGauge("connect_node_replay_gates_closed", func() float64 { _, closed, _ := s.replays.sizes(); return float64(closed) })
 	set.NewGauge("connect_node_replays", func() float64 { _, _, asked := s.replays.sizes(); return float64(asked) })
+	set.NewGauge("connect_node_cursors", func() float64 { return float64(s.roomLogs.total.Load()) })
+	set.NewGauge("connect_node_cursors_behind", func() float64 { behind, _ := s.roomLogs.sizes(); return float64(behind) })
+	set.NewGauge("connect_node_room_log_reads", func() float64 { _, reads := s.roomLogs.sizes(); return float64(reads) })
 }

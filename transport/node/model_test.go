@@ -76,6 +76,7 @@ type proc struct {
 	next func() (func() bool, bool)
 	stop func()
 	cond func() bool
+	wait func(func() bool) // what it calls to let others run
 }
 
 func now() bool { return true }
@@ -83,7 +84,8 @@ func now() bool { return true }
 // spawn starts a process. It calls wait to let others run until a condition holds.
 func (w *world) spawn(f func(wait func(func() bool))) {
 	type stopped struct{}
-	next, stop := iter.Pull(func(yield func(func() bool) bool) {
+	p := &proc{cond: now}
+	p.next, p.stop = iter.Pull(func(yield func(func() bool) bool) {
 		defer func() {
 			if v := recover(); v != nil {
 				if _, ok := v.(stopped); !ok {
@@ -91,13 +93,14 @@ func (w *world) spawn(f func(wait func(func() bool))) {
 				}
 			}
 		}()
-		f(func(c func() bool) {
+		p.wait = func(c func() bool) {
 			if !yield(c) {
 				panic(stopped{})
 			}
-		})
+		}
+		f(p.wait)
 	})
-	w.procs = append(w.procs, &proc{next: next, stop: stop, cond: now})
+	w.procs = append(w.procs, p)
 }
 
 // run lets processes run, one step of a random one at a time, until none can.

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"hash/maphash"
 	"slices"
 	"sync"
@@ -45,20 +44,13 @@ type replays struct {
 	total    int
 	asks     map[uint64]*ask // by gate number, which is not used twice
 	numbers  uint64
-	streams  []replayer
+	streams  offers
 	waiting  map[*Gate]struct{} // for an answer or a time
 	opened   []*Gate            // to be told so
 	looping  bool
 	closed   bool
 	resyncAt time.Time // zero: not due
 	resync   []string  // users yet to be asked for again
-}
-
-// replayer is a stream of a manager that offers replay.
-type replayer struct {
-	st      *stream
-	manager uint64 // hash
-	stream  uint64 // hash
 }
 
 // gateState is what replays know of a gate.
@@ -238,25 +230,7 @@ func (r *replays) askLocked(g *Gate, now time.Time, closed bool) {
 // pickLocked is the stream on which to ask: always of the same manager for a user, as long as the managers
 // are the same and answer.
 func (r *replays) pickLocked(g *Gate) *stream {
-	user := maphash.String(r.seed, g.user) + uint64(g.failures)
-	var best replayer
-	var high [2]uint64
-	for _, s := range r.streams {
-		at := [2]uint64{mix(user ^ s.manager), mix(user ^ s.stream)}
-		if best.st == nil || cmp.Or(cmp.Compare(at[0], high[0]), cmp.Compare(at[1], high[1])) > 0 {
-			best, high = s, at
-		}
-	}
-	return best.st
-}
-
-// mix spreads the bits of a hash (splitmix64).
-func mix(x uint64) uint64 {
-	x ^= x >> 30
-	x *= 0xbf58476d1ce4e5b9
-	x ^= x >> 27
-	x *= 0x94d049bb133111eb
-	return x ^ x>>31
+	return r.streams.pick(maphash.String(r.seed, g.user) + uint64(g.failures))
 }
 
 // join makes st known as one that replays.
@@ -264,12 +238,10 @@ func (r *replays) join(st *stream, hello *pubsub.Hello, now time.Time) {
 	if !r.server.does.replay || !slices.Contains(hello.GetFeatures(), pubsub.Feature_FEATURE_REPLAY) {
 		return
 	}
-	name := cmp.Or(hello.GetInstanceId(), hello.GetManagerId())
-	manager := maphash.String(r.seed, name)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.numbers++
-	r.streams = append(r.streams, replayer{st: st, manager: manager, stream: mix(manager + r.numbers)})
+	r.streams.add(st, hello, r.seed, r.numbers)
 	if r.total > 0 && r.resyncAt.IsZero() {
 		r.resyncAt = now.Add(resyncDelay)
 		r.signal()
@@ -280,9 +252,7 @@ func (r *replays) join(st *stream, hello *pubsub.Hello, now time.Time) {
 func (r *replays) part(st *stream, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	was := len(r.streams)
-	r.streams = slices.DeleteFunc(r.streams, func(s replayer) bool { return s.st == st })
-	if len(r.streams) == was {
+	if !r.streams.remove(st) {
 		return
 	}
 	for _, a := range r.asks {

@@ -33,6 +33,7 @@ type Server struct {
 	lasting  Lasting // Sessions, nil where they take no part in lasting delivery
 	does     lastingParts
 	replays  *replays
+	roomLogs *roomLogs
 	features []pubsub.Feature
 	codecs   []pubsub.Codec // in which frames may come
 	decoder  *compression.Decoder
@@ -77,9 +78,12 @@ func New(cfg Config) (*Server, error) {
 		if s.does, err = partsOf(features); err != nil {
 			return nil, fmt.Errorf("node config: %w", err)
 		}
+		if s.does.roomLog && !s.does.dedupe {
+			return nil, fmt.Errorf("node config: %w", errRoomLogAlone)
+		}
 		s.lasting, s.features = lasting, append(s.features, features...)
 	}
-	s.replays = newReplays(s)
+	s.replays, s.roomLogs = newReplays(s), newRoomLogs(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)
 	s.count = newCounters(cfg.Metrics)
 	newGauges(cfg.Metrics, s)
@@ -155,6 +159,7 @@ func (s *Server) Close() {
 	s.draining.Store(true)
 	s.mu.Unlock()
 	s.replays.close()
+	s.roomLogs.close()
 	s.calls.Wait()
 }
 

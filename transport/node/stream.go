@@ -88,6 +88,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		_ = st.acks.sendLoop(countingStream{call, s})
 	})
 	s.replays.join(st, hello, time.Now())
+	s.roomLogs.join(st, hello, time.Now())
 	read := make(chan error, 1)
 	s.calls.Go(func() { read <- st.read(call) })
 	select {
@@ -100,6 +101,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 		}
 	}
 	s.replays.part(st, time.Now())
+	s.roomLogs.part(st, time.Now())
 	if errors.Is(err, errDrained) {
 		st.acks.receipts.hurry()
 	} else {
@@ -209,6 +211,9 @@ func (st *stream) take(data []byte) error {
 	if err := st.replay(r); err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
+	if err := st.roomLog(r); err != nil {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
 	if r.heartbeat != 0 {
 		st.acks.beat(r.heartbeat)
 	}
@@ -242,6 +247,32 @@ func (st *stream) replay(r *request) error {
 	st.acks.nudgesTaken(tokens) // now that the gates are closed
 	if st.acks.overdue() {
 		return errTooManyUnacked
+	}
+	return nil
+}
+
+// roomLog takes what a frame says of the logs of rooms.
+func (st *stream) roomLog(r *request) error {
+	if !st.server.does.roomLog {
+		return nil
+	}
+	for _, b := range r.marks {
+		var m logMark
+		if err := m.parse(b); err != nil {
+			return err
+		}
+		if err := st.server.roomLogs.mark(st, &m, time.Now()); err != nil {
+			return err
+		}
+	}
+	for _, b := range r.pages {
+		p, err := st.logPage(b)
+		if err != nil {
+			return err
+		}
+		if err := st.server.roomLogs.page(st, p, time.Now()); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -348,6 +379,9 @@ func (st *stream) deliver(b []byte, left int) error {
 		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
+	}
+	if m.Options != nil && m.Options.Log != nil && !o.refused {
+		st.server.roomLogs.live(m)
 	}
 	// The ack is kept until handAcks.
 	t := &st.tally

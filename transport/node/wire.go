@@ -23,19 +23,26 @@ type request struct {
 	isPacked   bool   // compressed or rawBytes is there
 	nudges     [][]byte
 	ends       [][]byte // of replays
+	marks      [][]byte // of the logs of rooms
+	pages      [][]byte // likewise
 }
 
 // hasMore tells that there is something besides hello.
 func (r *request) hasMore() bool {
 	return len(r.deliveries) > 0 || len(r.forget) > 0 || r.heartbeat != 0 || r.drain || r.firstSeq != 0 ||
-		len(r.nudges) > 0 || len(r.ends) > 0
+		len(r.nudges) > 0 || len(r.ends) > 0 || len(r.marks) > 0 || len(r.pages) > 0
 }
 
 func (r *request) parse(frame []byte) error {
 	clear(r.deliveries)
 	clear(r.nudges)
 	clear(r.ends)
-	*r = request{deliveries: r.deliveries[:0], forget: r.forget[:0], nudges: r.nudges[:0], ends: r.ends[:0]}
+	clear(r.marks)
+	clear(r.pages)
+	*r = request{
+		deliveries: r.deliveries[:0], forget: r.forget[:0], nudges: r.nudges[:0], ends: r.ends[:0],
+		marks: r.marks[:0], pages: r.pages[:0],
+	}
 	var err error
 	m := wire.Reader{Rest: frame}
 	for err == nil && m.Next() {
@@ -66,6 +73,10 @@ func (r *request) parse(frame []byte) error {
 			r.nudges = append(r.nudges, m.Bytes)
 		case m.IsBytes(10):
 			r.ends = append(r.ends, m.Bytes)
+		case m.IsBytes(11):
+			r.marks = append(r.marks, m.Bytes)
+		case m.IsBytes(12):
+			r.pages = append(r.pages, m.Bytes)
 		}
 	}
 	return cmp.Or(err, m.Err)
@@ -95,6 +106,8 @@ type delivery struct {
 	collapse    string
 	hasReplay   bool
 	replay      replayPlace
+	hasLog      bool
+	log         LogPlace // its Exclude is not reused
 
 	// Of the audience.
 	id, version uint32
@@ -139,6 +152,11 @@ func (d *delivery) parse(b []byte) error {
 		case m.IsBytes(23):
 			d.hasReplay = true
 			if err := d.replay.parse(m.Bytes); err != nil {
+				return err
+			}
+		case m.IsBytes(24):
+			d.hasLog = true
+			if err := d.log.parse(m.Bytes); err != nil {
 				return err
 			}
 		case m.IsBytes(25):
@@ -300,4 +318,125 @@ func reuse(s []string) []string {
 	}
 	clear(s)
 	return s[:0]
+}
+
+// parse reads a LogPosition.
+func (p *LogPlace) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			p.Partition = uint32(m.Uint)
+		case m.IsUint(2):
+			p.Seq = m.Uint
+		case m.IsBytes(3):
+			p.Exclude = append(p.Exclude, wire.String(m.Bytes))
+		case m.IsFixed64(4):
+			p.Epoch = m.Uint
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("log: %w", m.Err)
+	}
+	return nil
+}
+
+// logMark is a LogMark.
+type logMark struct {
+	partition, partitions uint32
+	epoch, after, seq     uint64
+	rooms                 [][]byte
+}
+
+func (k *logMark) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			k.partition = uint32(m.Uint)
+		case m.IsUint(2):
+			k.seq = m.Uint
+		case m.IsUint(3):
+			k.after = m.Uint
+		case m.IsBytes(4):
+			k.rooms = append(k.rooms, m.Bytes)
+		case m.IsFixed64(5):
+			k.epoch = m.Uint
+		case m.IsUint(6):
+			k.partitions = uint32(m.Uint)
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("log mark: %w", m.Err)
+	}
+	return nil
+}
+
+// markedRoom is a LogRoom.
+type markedRoom struct {
+	room string
+	seqs []uint64
+}
+
+func (r *markedRoom) parse(b []byte) error {
+	*r = markedRoom{seqs: r.seqs[:0]}
+	m := wire.Reader{Rest: b}
+	var err error
+	for err == nil && m.Next() {
+		switch {
+		case m.IsBytes(1):
+			r.room = wire.String(m.Bytes)
+		case m.IsUint(2):
+			r.seqs = append(r.seqs, m.Uint)
+		case m.IsBytes(2):
+			err = wire.Uints(m.Bytes, func(seq uint64) error {
+				r.seqs = append(r.seqs, seq)
+				return nil
+			})
+		}
+	}
+	if err = cmp.Or(err, m.Err); err != nil {
+		return fmt.Errorf("log mark: room: %w", err)
+	}
+	return nil
+}
+
+// logPage is a LogPage, with its entries as they stand in it.
+type logPage struct {
+	gate, epoch, seq uint64
+	partition        uint32
+	entries          [][]byte
+	more, gap        bool
+	failure          string
+	bytes            int
+	messages         []*Message // those of entries; their Options have Log
+}
+
+func (p *logPage) parse(b []byte) error {
+	p.bytes = len(b)
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			p.gate = m.Uint
+		case m.IsUint(2):
+			p.partition = uint32(m.Uint)
+		case m.IsBytes(3):
+			p.entries = append(p.entries, m.Bytes)
+		case m.IsUint(4):
+			p.seq = m.Uint
+		case m.IsUint(5):
+			p.more = m.Uint != 0
+		case m.IsUint(6):
+			p.gap = m.Uint != 0
+		case m.IsBytes(7):
+			p.failure = wire.String(m.Bytes)
+		case m.IsFixed64(8):
+			p.epoch = m.Uint
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("log page: %w", m.Err)
+	}
+	return nil
 }

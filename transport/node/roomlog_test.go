@@ -1,0 +1,758 @@
+package node
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/push-manager/push-manager/internal/position"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+var logFeatures = append(slices.Clone(everyFeature), pubsub.Feature_FEATURE_ROOM_LOG)
+
+// reader is a connection of a client that keeps its position.
+type reader struct {
+	user   string
+	cursor *Cursor
+
+	mu   sync.Mutex
+	desk *desk    // Guarded by mu. The client has read what stands on the wire, and told what was told behind that.
+	told []string // positions, each with the number of frames before it
+	gaps []string
+	deaf bool // it takes no position
+}
+
+func (p *reader) Deliver(m *Message) Outcome { return p.DeliverLasting(m, nil) }
+
+func (p *reader) DeliverLasting(m *Message, c *Confirmation) Outcome {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.desk.now = time.Now()
+	if p.cursor.Holds(m) {
+		return Failed
+	}
+	return p.desk.offer(m, c)
+}
+
+func (p *reader) Resume(position string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.deaf {
+		return false
+	}
+	p.told = append(p.told, position)
+	return true
+}
+
+func (p *reader) Gap(room string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gaps = append(p.gaps, room)
+	return true
+}
+
+func (p *reader) shown() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.desk.write(len(p.desk.queue))
+	return p.desk.shown()
+}
+
+func (p *reader) want(t testing.TB, frames ...string) {
+	t.Helper()
+	synctest.Wait()
+	if got := p.shown(); !slices.Equal(got, frames) {
+		t.Errorf("%s was shown %q, want %q", p.user, got, frames)
+	}
+}
+
+// position is the last that the client was told, "" for none.
+func (p *reader) position(t testing.TB) *position.Position {
+	t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.told) == 0 {
+		return nil
+	}
+	at, err := position.Parse(p.told[len(p.told)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &at
+}
+
+type logBench struct {
+	*bench
+
+	users *Users[*reader]
+}
+
+func serveLogs(t testing.TB, cfg Config) *logBench {
+	t.Helper()
+	users := NewLastingUsers[*reader](logFeatures...)
+	cfg.Sessions = users
+	return &logBench{serve(t, cfg), users}
+}
+
+// come connects a client that has a position.
+func (b *logBench) come(t testing.TB, user, position string, rooms ...string) *reader {
+	t.Helper()
+	p := &reader{user: user, desk: newDesk(false)}
+	c, err := b.server.Cursor(user, p, position)
+	if err != nil || c == nil {
+		t.Fatalf("a cursor: %v, %v", c, err)
+	}
+	p.cursor = c
+	b.users.Add(user, p)
+	for _, room := range rooms {
+		c.Join(room)
+	}
+	return p
+}
+
+func (b *logBench) go1(p *reader) {
+	b.users.Remove(p.user, p)
+	p.mu.Lock()
+	p.desk.inbox.Close()
+	p.mu.Unlock()
+	p.cursor.Close()
+}
+
+// logger is a manager that has logs.
+type logger struct {
+	*manager
+
+	t      testing.TB
+	follow chan *pubsub.LogFollow
+	reads  chan *pubsub.LogRead
+	ended  chan error
+
+	mu   sync.Mutex
+	acks map[uint64]uint32
+}
+
+const testEpoch = 77
+
+func (b *logBench) logger(t testing.TB, instance string) *logger {
+	t.Helper()
+	m, err := b.openFor(t, &pubsub.Hello{ProtocolVersion: 1, ManagerId: instance, InstanceId: instance, Features: logFeatures}, 24*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &logger{
+		manager: m, t: t, follow: make(chan *pubsub.LogFollow, 1000), reads: make(chan *pubsub.LogRead, 10_000), ended: make(chan error, 1),
+		acks: map[uint64]uint32{},
+	}
+	go func() {
+		for {
+			r, err := m.stream.Recv()
+			if err != nil {
+				l.ended <- err
+				return
+			}
+			if r.LogFollow != nil {
+				l.follow <- r.LogFollow
+			}
+			for _, read := range r.GetLogReads() {
+				l.reads <- read
+			}
+			l.mu.Lock()
+			for _, a := range r.GetAcks() {
+				for i, n := range a.GetDelivered() {
+					l.acks[a.GetFirst()+uint64(i)] = n
+				}
+			}
+			l.mu.Unlock()
+		}
+	}()
+	synctest.Wait()
+	return l
+}
+
+func (l *logger) mark(partition uint32, after, seq uint64, room string, seqs ...uint64) {
+	l.t.Helper()
+	k := &pubsub.LogMark{Partition: partition, Partitions: 2, Epoch: testEpoch, After: after, Seq: seq}
+	if room != "" {
+		k.Rooms = []*pubsub.LogRoom{{RoomId: room, Seqs: seqs}}
+	}
+	l.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{k}})
+	synctest.Wait()
+}
+
+// begin marks where the logs are.
+func (l *logger) begin(seq0, seq1 uint64) {
+	l.t.Helper()
+	l.mark(0, seq0, seq0, "")
+	l.mark(1, seq1, seq1, "")
+}
+
+// logged is a message to a room at a place in partition 1.
+func logged(seq uint64, room string, users ...string) *pubsub.Delivery {
+	d := lasting(fmt.Sprintf("%s-%d", room, seq), users...)
+	d.RoomId = room
+	d.Log = &pubsub.LogPosition{Partition: 1, Seq: seq, Epoch: testEpoch}
+	return d
+}
+
+// page answers a read.
+func (l *logger) page(read *pubsub.LogRead, seq uint64, more bool, seqs ...uint64) {
+	l.t.Helper()
+	p := &pubsub.LogPage{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: seq, More: more}
+	for _, s := range seqs {
+		p.Entries = append(p.Entries, logged(s, read.GetRoomId()))
+	}
+	l.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{p}})
+	synctest.Wait()
+}
+
+// read is the only one that was asked, within a second.
+func (l *logger) read(room string, after uint64) *pubsub.LogRead {
+	l.t.Helper()
+	time.Sleep(time.Second)
+	synctest.Wait()
+	select {
+	case r := <-l.reads:
+		if r.GetRoomId() != room || r.GetEpoch() != testEpoch || len(r.GetAfter()) != 2 || r.GetAfter()[1] != after || r.GetGate() == 0 {
+			l.t.Fatalf("asked %v, want %s behind %d", r, room, after)
+		}
+		if len(l.reads) > 0 {
+			l.t.Fatalf("one more read: %v", <-l.reads)
+		}
+		return r
+	default:
+		l.t.Fatalf("no read of %s", room)
+		return nil
+	}
+}
+
+func (l *logger) noRead(wait time.Duration) {
+	l.t.Helper()
+	time.Sleep(wait)
+	synctest.Wait()
+	if len(l.reads) > 0 {
+		l.t.Errorf("asked %v", <-l.reads)
+	}
+}
+
+func (l *logger) wantFollow(epoch uint64, after ...uint64) {
+	l.t.Helper()
+	synctest.Wait()
+	select {
+	case f := <-l.follow:
+		if f.GetEpoch() != epoch || !slices.Equal(f.GetAfter(), after) {
+			l.t.Errorf("follows %v, want epoch %d behind %v", f, epoch, after)
+		}
+	default:
+		l.t.Error("does not follow")
+	}
+}
+
+func at(seq0, seq1 uint64) string {
+	p := position.Position{Epoch: testEpoch, Places: []position.Place{{Partition: 0, Seq: seq0}, {Partition: 1, Seq: seq1}}}
+	return p.String()
+}
+
+// logTest is a node with a manager, which says that the logs are at 5 and 10.
+func logTest(t *testing.T, f func(t *testing.T, b *logBench, m *logger)) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLogs(t, Config{})
+		first := b.come(t, "first", "")
+		m := b.logger(t, "pm")
+		m.wantFollow(0)
+		m.begin(5, 10)
+		b.go1(first)
+		f(t, b, m)
+	})
+}
+
+func TestAMemberWhoComesBackGetsWhatItHasMissedInOrderAndOnceWhileLiveOnesGoOn(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", at(5, 3), "r")
+		var want []string
+		seqs := func(from, to uint64) (list []uint64) {
+			for s := from; s <= to; s++ {
+				list = append(list, s)
+				want = append(want, fmt.Sprintf("r-%d", s))
+			}
+			return list
+		}
+		m.deliver(logged(104, "r", "u"))
+		read := m.read("r", 3)
+		p.want(t) // 104 is held
+		m.deliver(logged(105, "r", "u"))
+		synctest.Wait()
+		m.page(read, 103, true, seqs(4, 103)...)
+		p.want(t, want...)
+		m.deliver(logged(106, "r", "u"))
+		synctest.Wait()
+		read = m.read("r", 103)
+		m.page(read, 105, false, seqs(104, 105)...)
+		read = m.read("r", 105) // 106 was held, and behind the page
+		m.page(read, 107, false, seqs(106, 107)...)
+		m.deliver(logged(107, "r", "u"), logged(108, "r", "u"))
+		want = append(want, "r-108")
+		p.want(t, want...)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for seq, delivered := range map[uint64]uint32{1: 0, 2: 0, 3: 0, 4: 1, 5: 1} {
+			if m.acks[seq] != delivered {
+				t.Errorf("delivery %d was acknowledged with %d, want %d", seq, m.acks[seq], delivered)
+			}
+		}
+	})
+}
+
+func TestWhatAMarkNamesAndHasNotComeIsRead(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, q := b.come(t, "u", "", "r"), b.come(t, "v", "", "r")
+		m.deliver(logged(11, "r", "u")) // "v" is not named, and gets it all the same.
+		m.mark(1, 10, 11, "r", 11)
+		m.noRead(2 * joinQuiet)
+		for _, c := range []*reader{p, q} {
+			if got := c.position(t); got == nil || c.told[len(c.told)-1] != at(5, 11) {
+				t.Errorf("%s was told %v", c.user, got)
+			}
+		}
+		m.deliver(logged(14, "r", "u"))
+		m.mark(1, 11, 14, "r", 12, 14)
+		read := m.read("r", 11)
+		m.deliver(logged(15, "r", "u")) // Nothing is held.
+		p.want(t, "r-11", "r-14", "r-15")
+		m.page(read, 15, false, 12, 14, 15)
+		p.want(t, "r-11", "r-14", "r-15", "r-12")
+		q.want(t, "r-11", "r-14", "r-15", "r-12")
+		m.noRead(2 * joinQuiet)
+		if got := p.told[len(p.told)-1]; got != at(5, 14) {
+			t.Errorf("told %v", p.position(t))
+		}
+	})
+}
+
+func TestAPositionIsNotBeyondWhatOneConnectionHasNotTaken(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, q := b.come(t, "u", "", "r"), b.come(t, "v", "", "r")
+		p.desk.room = 1
+		m.deliver(logged(11, "r", "u", "v"), logged(12, "r", "u", "v"))
+		m.mark(1, 10, 20, "r", 11, 12)
+		read := m.read("r", 11)
+		time.Sleep(2 * time.Second)
+		if p.told[len(p.told)-1] != at(5, 11) || q.told[len(q.told)-1] != at(5, 20) {
+			t.Errorf("told %v and %v", p.position(t), q.position(t))
+		}
+		m.page(read, 20, false, 12) // still full
+		read = m.read("r", 11)
+		p.want(t, "r-11")
+		m.page(read, 20, false, 12)
+		p.want(t, "r-11", "r-12")
+		m.noRead(2 * joinQuiet)
+		if p.told[len(p.told)-1] != at(5, 20) {
+			t.Errorf("told %v", p.position(t))
+		}
+		q.want(t, "r-11", "r-12")
+	})
+}
+
+func TestAnExcludedUserGetsAMessageOfARoomNeitherLiveNorOutOfTheLog(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, q := b.come(t, "u", "", "r"), b.come(t, "v", at(5, 10), "r")
+		read := m.read("r", 10)
+		d := logged(11, "r", "w")
+		d.Log.ExcludeUserIds = []string{"a", "u", "v"}
+		m.deliver(d)
+		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 11, Entries: []*pubsub.Delivery{d}}}})
+		m.mark(1, 10, 11, "r", 11)
+		m.noRead(2 * joinQuiet)
+		p.want(t)
+		q.want(t)
+		if p.told[len(p.told)-1] != at(5, 11) || q.told[len(q.told)-1] != at(5, 11) {
+			t.Errorf("told %v and %v", p.position(t), q.position(t))
+		}
+	})
+}
+
+func TestLiveMessagesAreHeldForNoLongerThanTwoSecondsWithoutTheLog(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", at(5, 3), "r")
+		m.deliver(logged(11, "r", "u"))
+		read := m.read("r", 3)
+		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Error: "no"}}})
+		time.Sleep(logPatience)
+		m.deliver(logged(12, "r", "u"))
+		p.want(t, "r-12")
+		read = m.read("r", 3) // again after 1 s
+		m.page(read, 12, false, 4, 11, 12)
+		p.want(t, "r-12", "r-4", "r-11")
+		m.noRead(time.Minute)
+	})
+}
+
+func TestAReadThatFailsIsAskedAgainLaterAndLater(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		b.come(t, "u", at(5, 3), "r")
+		began := time.Now()
+		for _, wait := range []time.Duration{0, 1, 2, 4, 8, 16, 30, 30} {
+			read := <-m.reads
+			if got := time.Since(began).Round(time.Second); got != wait*time.Second {
+				t.Errorf("asked after %v, want %v s", got, wait)
+			}
+			began = time.Now()
+			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Error: "no"}}})
+		}
+		read := <-m.reads
+		began = time.Now()
+		<-m.reads // That one was not answered.
+		if got := time.Since(began); got < logReadTimeout {
+			t.Errorf("asked again after %v", got)
+		}
+		m.page(read, 10, false) // too late
+	})
+}
+
+func TestAnotherManagerIsFollowedFromWhereTheNodeIs(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", "", "r")
+		q := b.come(t, "v", at(5, 10), "s")
+		m.read("s", 10)
+		m2 := b.logger(t, "pm-2")
+		if len(m2.follow) > 0 {
+			t.Error("two are followed")
+		}
+		m.mark(1, 10, 12, "")
+		m.stream.CloseSend()
+		m2.wantFollow(testEpoch, 5, 12)
+		m2.page(m2.read("s", 10), 12, false, 11)
+		q.want(t, "s-11")
+		m2.mark(1, 12, 13, "r", 13)
+		m2.page(m2.read("r", 12), 13, false, 13)
+		p.want(t, "r-13")
+
+		// A hole: everything of these two rooms behind 13 is read, nothing behind it is told before.
+		m3 := b.logger(t, "pm-3")
+		m2.stream.CloseSend()
+		m3.wantFollow(testEpoch, 5, 13)
+		m3.mark(1, 20, 30, "")
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if len(m3.reads) != 2 {
+			t.Fatalf("%d reads", len(m3.reads))
+		}
+		if p.told[len(p.told)-1] != at(5, 13) {
+			t.Errorf("told %v", p.position(t))
+		}
+		for range 2 {
+			read := <-m3.reads
+			if read.GetAfter()[1] != 13 {
+				t.Errorf("read behind %v", read.GetAfter())
+			}
+			m3.page(read, 30, false, 17)
+		}
+		p.want(t, "r-13", "r-17")
+		q.want(t, "s-11", "s-17")
+		time.Sleep(2 * time.Second)
+		if p.told[len(p.told)-1] != at(5, 30) {
+			t.Errorf("told %v", p.position(t))
+		}
+	})
+}
+
+func TestAManagerThatSaysNothingIsLeftForAnother(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		b.come(t, "u", "", "r")
+		m2 := b.logger(t, "pm-2")
+		time.Sleep(10 * feederPatience)
+		synctest.Wait()
+		if len(m2.follow) == 0 {
+			t.Error("is followed for ever")
+		}
+	})
+}
+
+func TestAPositionOfAnotherEpochIsAGapInEachRoom(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		old := position.Position{Epoch: 1, Places: []position.Place{{Partition: 1, Seq: 99}}}
+		p := b.come(t, "u", old.String(), "r", "s")
+		m.noRead(time.Second)
+		m.deliver(logged(11, "r", "u"))
+		p.want(t, "r-11")
+		if !slices.Equal(p.gaps, []string{"r", "s"}) {
+			t.Errorf("gaps %v", p.gaps)
+		}
+		time.Sleep(2 * joinQuiet)
+		if got := p.position(t); got == nil || p.told[0] != at(5, 10) {
+			t.Errorf("told %v", p.position(t))
+		}
+		// The epoch changes while it is there: once, and not again at once.
+		time.Sleep(epochPause)
+		for _, epoch := range []uint64{2, testEpoch, 2} {
+			for partition := range uint32(2) {
+				m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Partition: partition, Partitions: 2, Epoch: epoch, After: 3, Seq: 3}}})
+			}
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		slices.Sort(p.gaps)
+		if !slices.Equal(p.gaps, []string{"r", "r", "s", "s"}) {
+			t.Errorf("gaps %v", p.gaps)
+		}
+		if got := p.position(t); got.Epoch != 2 {
+			t.Errorf("told %v", got)
+		}
+	})
+}
+
+func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, q := b.come(t, "u", at(5, 3), "r"), b.come(t, "v", at(5, 7), "r")
+		read := m.read("r", 3)
+		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{
+			Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 10, Gap: true, Entries: []*pubsub.Delivery{logged(6, "r"), logged(9, "r")},
+		}}})
+		m.noRead(time.Second)
+		p.want(t, "r-6", "r-9")
+		q.want(t, "r-9")
+		if !slices.Equal(p.gaps, []string{"r"}) || len(q.gaps) > 0 {
+			t.Errorf("gaps %v and %v", p.gaps, q.gaps)
+		}
+	})
+}
+
+func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", "", "r")
+		m.noRead(time.Second)
+		if got := p.told; !slices.Equal(got, []string{at(5, 10)}) {
+			t.Errorf("told %v", got)
+		}
+		// It keeps it over a room that it left: that is read from there.
+		p.cursor.Leave("r")
+		m.mark(1, 10, 20, "r", 15)
+		p.cursor.Join("r")
+		m.page(m.read("r", 10), 20, false, 15)
+		p.want(t, "r-15")
+	})
+}
+
+func TestAPositionIsToldAtMostOnceASecondAndNotToTheIdle(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, idle := b.come(t, "u", "", "r"), b.come(t, "v", "", "s")
+		time.Sleep(time.Second)
+		for seq := uint64(11); seq <= 50; seq++ {
+			m.deliver(logged(seq, "r", "u"))
+			m.mark(1, seq-1, seq, "r", seq)
+			time.Sleep(100 * time.Millisecond)
+		}
+		synctest.Wait()
+		if n := len(p.told); n < 3 || n > 6 {
+			t.Errorf("told %d times", n)
+		}
+		if n := len(idle.told); n != 1 {
+			t.Errorf("the idle one was told %d times", n)
+		}
+		time.Sleep(resumeAge)
+		synctest.Wait()
+		if n := len(idle.told); n != 2 || idle.told[1] != at(5, 50) {
+			t.Errorf("the idle one was told %d times", n)
+		}
+		// Who has no room in its queue is told later.
+		p.deaf = true
+		n := len(p.told)
+		m.mark(1, 50, 51, "r", 51)
+		m.page(m.read("r", 50), 51, false, 51)
+		time.Sleep(5 * time.Second)
+		p.deaf = false
+		time.Sleep(2 * time.Second)
+		if len(p.told) != n+1 || p.told[n] != at(5, 51) {
+			t.Errorf("told %d times, at last %v", len(p.told)-n, p.position(t))
+		}
+	})
+}
+
+func TestMembersWhoComeBackTogetherAreReadForTogether(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		const members = 10_000
+		reads := 0
+		stop := make(chan struct{})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				select {
+				case <-stop:
+					return
+				case read := <-m.reads:
+					reads++
+					p := &pubsub.LogPage{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 110}
+					for s := max(read.GetAfter()[1]+1, 11); s <= 110; s++ {
+						p.Entries = append(p.Entries, logged(s, "r"))
+					}
+					m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{p}})
+				}
+			}
+		}()
+		all := make([]*reader, members)
+		for i := range all {
+			all[i] = b.come(t, fmt.Sprint(i), at(5, 10), "r")
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Second)
+		close(stop)
+		<-done
+		for _, p := range all {
+			if got := p.shown(); len(got) != 100 || got[0] != "r-11" || got[99] != "r-110" {
+				t.Fatalf("%s was shown %d", p.user, len(got))
+			}
+		}
+		t.Logf("%d reads", reads)
+		if reads > 120 {
+			t.Errorf("%d reads", reads)
+		}
+	})
+}
+
+func TestAManagerThatBreaksTheRulesOfTheLogsIsCutOff(t *testing.T) {
+	for name, f := range map[string]func(m *logger, read *pubsub.LogRead){
+		"no partitions": func(m *logger, _ *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Epoch: testEpoch}}})
+		},
+		"2^32 partitions": func(m *logger, _ *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Epoch: testEpoch, Partitions: 1<<32 - 1, Partition: 1<<32 - 2}}})
+		},
+		"a partition beyond the last": func(m *logger, _ *pubsub.LogRead) { m.mark(2, 0, 0, "") },
+		"other partitions": func(m *logger, _ *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Epoch: testEpoch, Partitions: 3}}})
+		},
+		"a mark from behind":           func(m *logger, _ *pubsub.LogRead) { m.mark(1, 12, 11, "") },
+		"places that fall":             func(m *logger, _ *pubsub.LogRead) { m.mark(1, 10, 20, "r", 12, 11) },
+		"a place beyond the mark":      func(m *logger, _ *pubsub.LogRead) { m.mark(1, 10, 20, "r", 21) },
+		"a room in two partitions":     func(m *logger, _ *pubsub.LogRead) { m.mark(0, 5, 20, "r", 11) },
+		"a page with places that fall": func(m *logger, read *pubsub.LogRead) { m.page(read, 20, false, 12, 11) },
+		"a page with a place beyond":   func(m *logger, read *pubsub.LogRead) { m.page(read, 20, false, 21) },
+		"a page without an end":        func(m *logger, read *pubsub.LogRead) { m.page(read, 10, true) },
+		"a page of another partition": func(m *logger, read *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 9, Seq: 20}}})
+		},
+		"an entry without a place": func(m *logger, read *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 20, Entries: []*pubsub.Delivery{lasting("x")}}}})
+		},
+		"an entry of another room": func(m *logger, read *pubsub.LogRead) {
+			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 20, Entries: []*pubsub.Delivery{logged(11, "s")}}}})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			logTest(t, func(t *testing.T, b *logBench, m *logger) {
+				p := b.come(t, "u", "", "r")
+				m.mark(1, 10, 11, "r", 11)
+				f(m, m.read("r", 10))
+				if err := <-m.ended; status.Code(err) != codes.FailedPrecondition {
+					t.Errorf("ended with %v", err)
+				}
+				m2 := b.logger(t, "pm-2")
+				m2.mark(1, 11, 11, "")
+				m2.page(m2.read("r", 10), 11, false, 11)
+				p.want(t, "r-11")
+			})
+		})
+	}
+}
+
+func TestWhatMeansNothingHereIsIgnored(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", "", "r")
+		far := logged(11, "r", "u")
+		far.Log.Partition = 1<<32 - 1
+		other := logged(12, "r", "u")
+		other.Log.Epoch = 1
+		m.deliver(far, other, logged(13, "r", "u"))
+		m.mark(1, 10, 13, "r", 13)
+		m.mark(1, 10, 12, "r", 12)                                                                                 // again
+		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: 999, Partition: 77}, {Gate: 0, Seq: 9}}}) // asked by nobody
+		p.want(t, "r-11", "r-12", "r-13")
+		m.noRead(2 * joinQuiet)
+		if p.told[len(p.told)-1] != at(5, 13) {
+			t.Errorf("told %v", p.position(t))
+		}
+		if got := b.server.count.logIgnored.Get(); got != 5 {
+			t.Errorf("%d ignored", got)
+		}
+	})
+}
+
+func TestPlacesThatNoMarkCoversAreBounded(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", "", "r")
+		for seq := uint64(11); seq < 11+2*cameMost; seq++ {
+			m.deliver(logged(seq, "r", "u"))
+		}
+		synctest.Wait()
+		p.shown()
+		logs := b.server.roomLogs
+		logs.mu.Lock()
+		if n := len(logs.rooms["r"].came); n != cameMost || logs.came != n {
+			t.Errorf("%d are kept, counted %d", n, logs.came)
+		}
+		logs.mu.Unlock()
+		b.go1(p)
+		logs.mu.Lock()
+		defer logs.mu.Unlock()
+		if len(logs.rooms)+logs.came+logs.members+logs.behind+len(logs.log[1].fresh) > 0 {
+			t.Error("a room without members is kept")
+		}
+	})
+}
+
+func TestACursorIsForThoseWhoMayHaveOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLogs(t, Config{MaxGates: 1})
+		for _, text := range []string{"?", "AQ", at(1, 2) + "A"} {
+			if _, err := b.server.Cursor("u", &reader{}, text); err != position.ErrMalformed {
+				t.Errorf("%q: %v", text, err)
+			}
+		}
+		p := b.come(t, "u", at(1, 2), "r")
+		none, err := b.server.Cursor("v", &reader{}, "")
+		if none != nil || err != nil {
+			t.Errorf("one more: %v, %v", none, err)
+		}
+		none.Join("r")
+		none.Leave("r")
+		none.Close()
+		if none.Holds(&Message{Options: &Options{Log: &LogPlace{}}}) {
+			t.Error("nothing holds")
+		}
+		for i := range cursorRoomsMost + 5 {
+			p.cursor.Join(fmt.Sprint("room-", i))
+		}
+		p.cursor.Join("room-1")
+		time.Sleep(time.Second)
+		if n := len(p.gaps); n == 0 || b.server.roomLogs.members > membersFactor {
+			t.Errorf("%d gaps, %d members", n, b.server.roomLogs.members)
+		}
+		b.go1(p)
+		p.cursor.Close()
+		p.cursor.Join("r")
+		b.come(t, "v", "")
+	})
+	if _, err := New(Config{NodeID: "n", Sessions: NewLastingUsers[*reader](pubsub.Feature_FEATURE_ROOM_LOG)}); err == nil {
+		t.Error("the logs of rooms without message ids")
+	}
+}
+
+func TestIdleCursorsCostNothing(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		for i := range 1000 {
+			b.come(t, fmt.Sprint(i), "", "r")
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if wait, is := b.server.roomLogs.wait(time.Now()); !is || wait < resumeAge-time.Minute {
+			t.Errorf("the loop wakes after %v", wait)
+		}
+	})
+}
