@@ -59,7 +59,7 @@ func (o *Options) Expired(now time.Time) bool {
 // by clients, expiry, collapse keys and replay. [Users] made with [NewLastingUsers] are. Other Sessions
 // get no message with Options.
 type Lasting interface {
-	// Features says in which: of FEATURE_DEDUPE, _CLIENT_ACK, _EXPIRY, _COLLAPSE and _REPLAY. It is
+	// Features says in which: of FEATURE_DEDUPE, _CLIENT_ACK, _EXPIRY, _COLLAPSE, _REPLAY and _ROOM_LOG. It is
 	// asked once, by New.
 	Features() []pubsub.Feature
 	// DeliverLasting is Deliver for a message with Options. Where the outcome is Pending, c has
@@ -121,7 +121,7 @@ func (c *Confirmation) GaveUp() {
 var errFeature = errors.New("Sessions.Features: not a feature of lasting delivery")
 
 // lastingParts are the features that Lasting names.
-type lastingParts struct{ dedupe, clientAck, expiry, collapse, replay bool }
+type lastingParts struct{ dedupe, clientAck, expiry, collapse, replay, roomLog bool }
 
 func partsOf(features []pubsub.Feature) (p lastingParts, err error) {
 	for _, f := range features {
@@ -136,6 +136,8 @@ func partsOf(features []pubsub.Feature) (p lastingParts, err error) {
 			p.collapse = true
 		case pubsub.Feature_FEATURE_REPLAY:
 			p.replay = true
+		case pubsub.Feature_FEATURE_ROOM_LOG:
+			p.roomLog = true
 		default:
 			return p, fmt.Errorf("%w: %v", errFeature, f)
 		}
