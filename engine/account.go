@@ -54,7 +54,8 @@ type Result struct {
 	// Delivered, had it from an earlier try with the same message id.
 	Stored, Unsure, Acked, Duplicates int
 
-	// Place is where a push to a room stands in its log, zero if it does not.
+	// Place is where a push to a room stands in its log, zero if it does not. Everybody whom such a push has
+	// not reached counts as Offline and Stored; a room of which nobody could tell who is in it counts as one.
 	Place Place
 
 	// Stale is set where the Controller could not confirm the route: how long before the
@@ -66,9 +67,10 @@ type Result struct {
 }
 
 // Success tells whether the push reached what it was for, or is stored for all whom it did not
-// reach.
+// reach: for a room that is who comes back to it, though the Controller has forgotten the room.
 func (r *Result) Success() bool {
-	return !r.Changed && (r.Found || r.Stored > 0 && r.Stored == r.Offline) && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
+	stored := r.Stored > 0 && r.Stored == r.Offline || r.Place != Place{}
+	return !r.Changed && (r.Found || stored) && r.Failed == 0 && r.Unknown == 0 && len(r.NodeFailures) == 0
 }
 
 // NodeFailure is a node where users failed or are unknown, and why. Node is ""
@@ -84,9 +86,42 @@ type tally struct {
 	count                             [Delivered + 1]int
 	stored, unsure, acked, duplicates int
 	failures                          []NodeFailure
+
+	// Of a push that was to be written into a room's log.
+	logged  bool // it stands there, and can be read
+	tooLate bool // it could be read no more when the receipts were there
+	missed  int  // who would be stored if it stood there
 }
 
 func (b *tally) add(o Outcome, n int) { b.count[o] += n }
+
+// miss counts n users whom the push did not reach: who reads the log they are in has it stored there, all
+// others are what they are.
+func (b *tally) miss(o Outcome, node, reason string, n int) {
+	if b.logged {
+		b.add(Offline, n)
+		b.stored += n
+		if o == Unknown {
+			b.unsure += n
+		}
+		return
+	}
+	b.missed += n
+	if o == Offline {
+		b.add(Offline, n)
+		return
+	}
+	b.fail(o, node, reason, n)
+}
+
+// missReceipt counts n users who have not acknowledged.
+func (b *tally) missReceipt(node string, n int) {
+	if b.tooLate {
+		b.fail(Unknown, node, LostReceipt.String(), n)
+		return
+	}
+	b.miss(Unknown, node, LostReceipt.String(), n)
+}
 
 func (b *tally) total() int {
 	n := 0
@@ -177,14 +212,19 @@ func (p *Push) account() (Result, error) {
 		return Result{}, err
 	}
 	var b tally
-	if p.Kind == ToAll {
+	var at Place
+	switch {
+	case p.Kind == ToAll:
 		for _, d := range p.deliveries {
 			d.tallyAll(&b)
 		}
-	} else {
+	case p.logs():
+		at = p.tallyLogged(&b)
+	default:
 		p.tallyUsers(&b)
 	}
 	r := Result{
+		Place: at,
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 		Stored: b.stored, Unsure: b.unsure, Acked: b.acked, Duplicates: b.duplicates,
@@ -344,6 +384,8 @@ func (p *Push) tallyUsers(b *tally) {
 		case stored && e.delivery < 0:
 			away++
 		case stored || e.delivery < 0: // excluded, or counted below
+		case b.logged && e.barred != Sent && e.outcome != Delivered:
+			b.fail(e.outcome, p.deliveries[e.delivery].node, e.barred.String(), 1)
 		case e.outcome == Offline: // or gone, which the delivery does not tell
 			p.tallyOffline(b, 1)
 		default:
@@ -359,7 +401,7 @@ func (p *Push) tallyUsers(b *tally) {
 	if p.slow != nil {
 		for _, gone := range p.slow.dropped {
 			n := min(away, gone.users)
-			b.fail(Failed, "", gone.why.String(), gone.users-n)
+			b.miss(Failed, "", gone.why.String(), gone.users-n)
 			away -= n
 		}
 	}
@@ -373,15 +415,27 @@ type ending struct {
 	delivery int // with which it counts, by its place in Push.deliveries, -1 for none
 	part     part
 	outcome  Outcome
-	acked    bool // it is certain that the client has acknowledged
-	barred   bool // not to be stored: the message would be wrong there, or is not worth it
+	acked    bool   // it is certain that the client has acknowledged
+	barred   Reason // why it is not to be stored: the message would be wrong there, or is not worth it; else Sent
+}
+
+// tallyLogged counts a push to a room that was to be written into the room's log, and tells where it
+// stands there.
+func (p *Push) tallyLogged(b *tally) Place {
+	l := p.lasting
+	b.logged, b.tooLate = l.place != Place{} && !l.lapsed, l.tooLate
+	p.tallyUsers(b)
+	if l.place == (Place{}) && !l.lapsed {
+		b.blame(Failed, "", "store: "+l.unasked.Error(), b.missed)
+	}
+	return l.place
 }
 
 // byName lists how the users ended that cannot be counted delivery by delivery, and takes them off
-// in: those with more than one delivery, and all of a push that may be stored.
+// in: those with more than one delivery, and all of a push that may be stored for each of them.
 func (p *Push) byName(in [][parts]int) map[string]ending {
 	ends := p.countedAlone()
-	if p.stores() {
+	if p.copies() {
 		if ends == nil {
 			ends = make(map[string]ending, p.targets)
 		}
@@ -397,7 +451,7 @@ func (p *Push) byName(in [][parts]int) map[string]ending {
 			slices.Sort(r.resent)
 			slices.Sort(r.gone)
 		}
-		if p.stores() {
+		if p.copies() {
 			for _, user := range d.all() {
 				e, known := ends[user]
 				if !known {
@@ -420,7 +474,12 @@ func (p *Push) byName(in [][parts]int) map[string]ending {
 func (e ending) with(d *Delivery, i int, user string, in [][parts]int) ending {
 	r, at := d.details(), d.partOf(user)
 	in[i][at]--
-	e.barred = e.barred || at == reused || d.outcome == Failed && (d.reason == DropReplaced || d.reason == DropTooLarge)
+	switch {
+	case at == reused:
+		e.barred = DropReused
+	case d.barred():
+		e.barred = d.reason
+	}
 	if has(r.resent, user) {
 		return e // another delivery answers
 	}
@@ -465,17 +524,21 @@ func (p *Push) countedAlone() map[string]ending {
 // tally counts so many users of each part of the delivery, those who count with it.
 func (d *Delivery) tally(b *tally, in [parts]int) {
 	if d.outcome != Delivered {
-		b.fail(d.outcome, d.node, d.reasonText(), in[rest])
+		if d.barred() {
+			b.fail(d.outcome, d.node, d.reasonText(), in[rest])
+		} else {
+			b.miss(d.outcome, d.node, d.reasonText(), in[rest])
+		}
 		return
 	}
 	r, missing := d.details(), in[missed]
 	if d.missedAs() == Offline {
-		b.add(Offline, missing)
+		b.miss(Offline, "", "", missing)
 		missing = 0
 	}
-	b.fail(Failed, d.node, d.failedText(), in[failed]+missing)
+	b.miss(Failed, d.node, d.failedText(), in[failed]+missing)
 	b.fail(Failed, d.node, DropReused.String(), in[reused])
-	b.fail(Unknown, d.node, LostReceipt.String(), in[unacked])
+	b.missReceipt(d.node, in[unacked])
 	// What the node says of the rest are counts. They may be about those who count elsewhere, so
 	// only what is beyond them is certain.
 	elsewhere := d.sizes()[rest] - in[rest]
@@ -486,8 +549,13 @@ func (d *Delivery) tally(b *tally, in [parts]int) {
 	b.duplicates += min(certain(r.duplicates), delivered)
 	unknown := in[rest] - delivered
 	silent := min(unknown, r.silent)
-	b.fail(Unknown, d.node, LostReceipt.String(), silent)
-	b.fail(Unknown, d.node, LostCount.String(), unknown-silent)
+	b.missReceipt(d.node, silent)
+	b.miss(Unknown, d.node, LostCount.String(), unknown-silent)
+}
+
+// barred tells whether the message is not to be stored for those whom the delivery did not reach.
+func (d *Delivery) barred() bool {
+	return d.outcome == Failed && (d.reason == DropReplaced || d.reason == DropTooLarge)
 }
 
 // has tells whether user is in a sorted list.

@@ -151,6 +151,9 @@ func (d *Delivery) Traceparent() string {
 // Size estimates the bytes that a frame needs for it, its audience left aside.
 func (d *Delivery) Size() int {
 	n := len(d.push.Payload) + len(d.push.Room) + 64
+	if d.push.lasting != nil {
+		n += d.logSize()
+	}
 	for _, u := range d.users {
 		n += len(u) + 3
 	}

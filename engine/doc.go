@@ -15,6 +15,11 @@
 //
 //	deliveries settled ─ receipts ─ Spool.Append ─ Directory.Locate ─ Link.Nudge ─ finish
 //
+// A push to a room with Options.Store is written into the room's log once, before it is routed, and
+// ends with its receipts, see roomlog.go:
+//
+//	validate ─ admit ─ Spool.AppendLog ─ route ─ as above ─ receipts ─ finish
+//
 // Invariants:
 //
 //   - Every target of a push ends in exactly one of delivered, offline, failed and
@@ -36,7 +41,11 @@
 //     its TTL has passed, where a newer one with its collapse key has taken its place, where its id
 //     was used for another content, and where it is too large. Of users whom nobody can tell apart
 //     all are stored if one may be missing.
-//   - The books of a message that is stored close when each node that a look-up names, which
+//   - A push to a room that stands in the room's log has a place (Result.Place), which each of its
+//     deliveries tells its link. Whom it has not reached is stored, by number: nobody is listed.
+//   - Live delivery to a room does not hang on the Spool: without an answer in 150 ms, or half of
+//     the push's time, the push goes without a place. So do those behind it in its Order, which wait for it.
+//   - The books of a message that is stored for a user close when each node that a look-up names, which
 //     began after the Spool's answer, has taken a nudge, or for want of time.
 //   - Nothing waits without a bound: whoever holds a delivery settles it by its
 //     deadline, so a push whose route is known needs no timer. One that has to wait

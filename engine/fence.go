@@ -60,6 +60,9 @@ type Order struct {
 	end     uint64              // from where on numbers are not ours
 	fences  map[uint64][]*fence // by key, then by age
 	marks   map[uint64]*mark    // by key, the latest one
+	lines   map[string][]turn   // by room, from the first push on that is being written into its log, by start
+
+	lined atomic.Int32 // pushes in lines
 }
 
 // place is a push in an Order, as long as Push.seq is its number.

@@ -44,6 +44,11 @@ var errNoAnswer = errors.New("no answer in time")
 // keep stores the push for those whom it has not reached, by then, and goes on.
 func (l *lasting) keep(by time.Time, then func()) {
 	p := l.push
+	if p.logs() {
+		l.lapse()
+		then()
+		return
+	}
 	k := &keeping{l: l, by: by, then: then}
 	l.mu.Lock()
 	skip := !p.Options.Store || l.abandoned
@@ -58,6 +63,17 @@ func (l *lasting) keep(by time.Time, then func()) {
 		return
 	}
 	p.engine.offload(l.shard, k.append)
+}
+
+// lapse notes whether the TTL of a push that stands in a log has passed: nobody is shown it any more. Whom it
+// was stored for when its deliveries were settled stays so.
+func (l *lasting) lapse() {
+	o := l.push.Options
+	passed := o.TTL > 0 && !time.Now().Before(l.push.Arrived.Add(o.TTL))
+	if !o.Async || !l.replied {
+		l.lapsed = passed
+	}
+	l.tooLate = passed
 }
 
 // guard ends the keeping after a fault of our own. It is deferred.
@@ -106,14 +122,7 @@ func (l *lasting) keptLocked(users []string, said func(i int) error) {
 func (k *keeping) append() {
 	defer k.guard()
 	l, p := k.l, k.l.push
-	o := p.Options
-	m := &Stored{
-		MessageID: o.MessageID, Sender: o.Sender, PayloadHash: o.PayloadHash,
-		Payload: p.Payload, Room: p.Room, CollapseKey: o.CollapseKey,
-	}
-	if o.TTL > 0 {
-		m.Expires = p.Arrived.Add(o.TTL)
-	}
+	o, m := p.Options, p.stored()
 	users := l.missed()
 	lapsed := o.TTL > 0 && !time.Now().Before(m.Expires)
 	l.mu.Lock()
@@ -139,12 +148,25 @@ func (k *keeping) append() {
 	}
 }
 
+// stored is the message as the Spool gets it.
+func (p *Push) stored() *Stored {
+	o := p.Options
+	m := &Stored{
+		MessageID: o.MessageID, Sender: o.Sender, PayloadHash: o.PayloadHash,
+		Payload: p.Payload, Room: p.Room, CollapseKey: o.CollapseKey,
+	}
+	if o.TTL > 0 {
+		m.Expires = p.Arrived.Add(o.TTL)
+	}
+	return m
+}
+
 // missed lists for whom the push is to be stored.
 func (l *lasting) missed() []string {
 	p := l.push
 	var users []string
 	for user, e := range p.byName(make([][parts]int, len(p.deliveries))) {
-		if _, tried := l.kept[user]; !tried && e.outcome != Delivered && !e.barred {
+		if _, tried := l.kept[user]; !tried && e.outcome != Delivered && e.barred == Sent {
 			users = append(users, user)
 		}
 	}
@@ -230,7 +252,7 @@ func (p *Push) tried(user string) (nodes []string) {
 // tallyStored counts a user for whom the push is stored. False means that it is not, and that it
 // stands in the failures where it should have been.
 func (p *Push) tallyStored(b *tally, user string, e ending) bool {
-	if !p.stores() || e.outcome == Delivered {
+	if !p.copies() || e.outcome == Delivered {
 		return false
 	}
 	l := p.lasting
@@ -245,7 +267,7 @@ func (p *Push) tallyStored(b *tally, user string, e ending) bool {
 		return true
 	case tried:
 		b.blame(Failed, "", "store: "+err.Error(), 1)
-	case l.unasked != nil && !e.barred:
+	case l.unasked != nil && e.barred == Sent:
 		b.blame(Failed, "", "store: "+l.unasked.Error(), 1)
 	}
 	return false
@@ -258,5 +280,5 @@ func (p *Push) tallyOffline(b *tally, n int) {
 		b.fail(Failed, "", DropExpired.String(), n)
 		return
 	}
-	b.add(Offline, n)
+	b.miss(Offline, "", "", n)
 }

@@ -13,7 +13,8 @@ import (
 )
 
 // lasting is what only a push has whose clients acknowledge, or which is stored for those whom it
-// does not reach: it goes on once its deliveries are settled.
+// does not reach: it goes on once its deliveries are settled. A push to a room is stored before, see
+// roomlog.go, and passes the keeping by.
 //
 //	deliveries ─▶ receipts ─▶ keeping ─▶ the books close, Complete
 //	deliveries ─▶ keeping ─▶ Complete ─▶ receipts ─▶ keeping ─▶ Receipts.Receipt    (Async)
@@ -29,15 +30,18 @@ type lasting struct {
 
 	// Whoever takes the push a step further has these; what a keeping writes is guarded by mu.
 	kept    map[string]error // by user: what the Spool said
-	lapsed  bool             // the TTL had passed before the Spool was asked
-	unasked error            // why the Spool was not asked for those who are not in kept
+	lapsed  bool             // the TTL had passed before the Spool was asked; of a room, when its deliveries were settled
+	tooLate bool             // of a room: the TTL had passed when the receipts were there
+	unasked error            // why the Spool was not asked for those who are not in kept, or no room's log was written
+	place   Place            // in the log of the room, see logged
 
 	mu sync.Mutex // a leaf
 	// Guarded by mu.
+	noted     bool // it is known whether the push stands in its room's log
 	receipts  map[*Delivery]*receipts
 	open      int         // of receipts
 	waiting   bool        // for receipts, with timer
-	timer     *time.Timer // ends that
+	timer     *time.Timer // ends that, and before it the wait for the log
 	hurry     bool        // nobody waits for receipts any longer
 	keeping   *keeping    // that is under way
 	replied   bool        // of an Async push
@@ -69,6 +73,9 @@ const (
 // stores tells whether the push is stored for those whom it does not reach.
 func (p *Push) stores() bool { return p.Options != nil && p.Options.Store }
 
+// copies tells whether it is stored for each of those by name.
+func (p *Push) copies() bool { return p.stores() && p.Kind != ToRoom }
+
 // begin makes a push with options, which has so much time, a lasting one if it is to be.
 func (p *Push) begin(timeout time.Duration) {
 	o := p.Options
@@ -76,7 +83,7 @@ func (p *Push) begin(timeout time.Duration) {
 		return
 	}
 	l := &lasting{push: p, ends: p.deadline}
-	if o.Store {
+	if o.Store && p.Kind != ToRoom { // nothing comes behind the deliveries to a room
 		p.deadline = p.deadline.Add(-min(storeTime, timeout/2))
 	}
 	if o.ClientAck {
@@ -85,8 +92,11 @@ func (p *Push) begin(timeout time.Duration) {
 			l.ackBy = p.deadline
 		}
 	}
-	key := p.User // no room is stored
-	if p.Kind == ToUsers {
+	key := p.User
+	switch p.Kind {
+	case ToRoom:
+		key = p.Room
+	case ToUsers:
 		key = p.Users[0]
 	}
 	l.shard = p.engine.shards.For(key).Index()
@@ -99,6 +109,9 @@ func (l *lasting) idle(r Result) bool { return !l.push.Options.ClientAck && r.Of
 // delivered goes on with a push all of whose deliveries are settled.
 func (l *lasting) delivered() {
 	l.push.release()
+	if l.push.logs() {
+		l.logged(Place{}, errNoAnswer) // it has ended before the answer, if this is the first call
+	}
 	if l.push.Options.Async {
 		l.keep(l.ends, l.reply)
 		return

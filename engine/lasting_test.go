@@ -21,12 +21,44 @@ type testSpool struct {
 	answer func(done func())        // when to call done; nil: at once
 	by     func(deadline time.Time) // told, if not nil
 	silent bool                     // never answers, against the contract
+
+	log     []*Stored             // of all rooms
+	fail    func(m *Stored) error // whether it is not written into the log; nil: never
+	nowhere bool                  // its log answers without a place and without an error
+	hold    func(*Stored, func()) // when to call done of the log; nil: at once
 }
 
 func newSpool() *testSpool { return &testSpool{kept: map[string][]*Stored{}} }
 
-func (s *testSpool) AppendLog(_ *Stored, _ time.Time, done func(Place, error)) {
-	done(Place{}, ErrSpoolDown)
+// testEpoch is that of a testSpool's log, which has one partition.
+const testEpoch = 7
+
+func (s *testSpool) AppendLog(m *Stored, deadline time.Time, done func(Place, error)) {
+	s.mu.Lock()
+	s.calls++
+	var at Place
+	var err error
+	if s.fail != nil {
+		err = s.fail(m)
+	}
+	if err == nil {
+		s.log = append(s.log, m)
+		at = Place{Epoch: testEpoch, Partition: 1, Seq: uint64(len(s.log))}
+	}
+	if s.nowhere {
+		at = Place{}
+	}
+	s.mu.Unlock()
+	if s.by != nil {
+		s.by(deadline)
+	}
+	switch {
+	case s.silent:
+	case s.hold != nil:
+		s.hold(m, func() { done(at, err) })
+	default:
+		done(at, err)
+	}
 }
 
 func (s *testSpool) Append(m *Stored, users []string, deadline time.Time, done func([]Spooled)) {
@@ -805,7 +837,8 @@ func TestOptionsThatAreRefused(t *testing.T) {
 		"key with a NUL":            {e, toUser("u"), Options{CollapseKey: "\x00"}, "options.collapse_key"},
 		"store":                     {e, toUser("u"), Options{Store: true}, ""},
 		"store for all":             {e, all, Options{Store: true}, "options.offline"},
-		"store for a room":          {e, toRoom("r"), Options{Store: true}, "options.offline"},
+		"store for a room":          {e, toRoom("r"), Options{Store: true}, ""},
+		"room where no store is":    {bare, toRoom("r"), Options{Store: true}, "options.offline"},
 		"store where none is":       {bare, toUser("u"), Options{Store: true}, "options.offline"},
 		"ttl of a week":             {e, toUser("u"), Options{TTL: 168 * time.Hour}, ""},
 		"ttl of more":               {e, toUser("u"), Options{TTL: 168*time.Hour + time.Millisecond}, "options.ttl_ms"},

@@ -181,8 +181,6 @@ func (l Limits) checkOptions(r *Request) error {
 		return &InvalidError{"options.offline", CodeUnavailable, "there is no store here"}
 	case o.Store && r.Kind == ToAll:
 		return &InvalidError{"options.offline", CodeUnavailable, "a broadcast cannot be stored"}
-	case o.Store && r.Kind == ToRoom:
-		return &InvalidError{"options.offline", CodeUnavailable, "a push to a room cannot be stored: rooms have no log yet"}
 	case o.Replay != nil && (r.Kind != ToUser || o.Store || o.Async):
 		return &InvalidError{"options.replay", CodeMalformed, "goes to one user, and is not stored again"}
 	}

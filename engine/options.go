@@ -24,8 +24,11 @@ type Options struct {
 	ClientAck  bool
 	AckTimeout time.Duration
 	// Store: whoever was not confirmed is handed to the Spool, with what is left of the push's
-	// time when 150 ms are. Push.Result is then never an error.
+	// time when 150 ms are. A push to a room is written into the room's log first, within 150 ms and half of
+	// the push's time, and for nobody by name. Push.Result is then never an error.
 	Store bool
+	// Place is that of an earlier try of the same push in the log of its room, where it stands: it is not written again.
+	Place Place
 	// CollapseKey is empty for a message that is worth something beside newer ones.
 	CollapseKey string
 	// Async: the push completes with the nodes' acks, and whoever has not acknowledged yet counts
@@ -55,7 +58,7 @@ type Receipts interface {
 	Receipt(p *Push, r Result, unacked []string, final bool)
 }
 
-// Spool keeps messages for users who were not reached.
+// Spool keeps messages for users who were not reached, and the logs of rooms.
 type Spool interface {
 	// Append stores m for each of users and must not block. done is called exactly once, by the
 	// deadline, from any goroutine, with one result for each user. m and what it refers to stay as they

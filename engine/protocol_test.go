@@ -63,11 +63,12 @@ func (x *protocol) note(format string, a ...any) {
 	x.steps = append(x.steps, fmt.Sprintf(format, a...))
 }
 
-// Append implements Spool.
+// AppendLog implements Spool.
 func (x *protocol) AppendLog(_ *Stored, _ time.Time, done func(Place, error)) {
 	done(Place{}, ErrSpoolDown)
 }
 
+// Append implements Spool.
 func (x *protocol) Append(m *Stored, users []string, _ time.Time, done func([]Spooled)) {
 	go func() {
 		x.pause(10 * time.Millisecond)

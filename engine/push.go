@@ -166,7 +166,7 @@ type state struct {
 type slowPath struct {
 	except  []string               // Exclude, sorted, each once
 	timer   *time.Timer            // ends what the push has not sent if it has to wait in line, else nil
-	waiting int                    // keys in line
+	waiting int                    // keys in line, or a room whose log is written
 	holds   bool                   // some of its deliveries are behind a fence, or were
 	lookup  error                  // of the keys that were not found out
 	expired error                  // why the push was ended before its time
@@ -268,6 +268,9 @@ func (p *Push) route() {
 	}
 	hash := e.shards.Hash(key)
 	p.shard, p.mark[0].key = e.shards.Index(hash), hash<<1|room
+	if p.Kind == ToRoom && p.comesLater() {
+		return
+	}
 	s := table.Cached(p.shard, key, p.Arrived)
 	if s == nil {
 		if p.await(1) {

@@ -724,8 +724,8 @@ func TestLastingForgetLeavesNothing(t *testing.T) {
 	c.settle()
 }
 
-// TestLastingRoomsAndBroadcastsAreNotStoredYet: nothing is promised that nobody keeps.
-func TestLastingRoomsAndBroadcastsAreNotStoredYet(t *testing.T) {
+// TestLastingBroadcastsAreNotStored: nothing is promised that nobody keeps.
+func TestLastingBroadcastsAreNotStored(t *testing.T) {
 	t.Parallel()
 	c := newLastingTown(t, townPlan{managers: 2, gates: 1})
 	for _, q := range []request{user("u"), room("r"), everybody()} { // without a store, of any kind
@@ -735,10 +735,8 @@ func TestLastingRoomsAndBroadcastsAreNotStoredYet(t *testing.T) {
 	}
 	stored := c.launch("pm-store", append(lenient(storeAt(startStore(t))...), "CONTROLLER_ADDRESS="+c.bench.controller.address)...)
 	stored.reaches(1)
-	for _, q := range []request{room("r"), everybody()} {
-		if p := stored.push(q.with(lasting())); p.code() != codes.InvalidArgument || !strings.Contains(p.err.Error(), "options.offline") {
-			t.Errorf("%v", p)
-		}
+	if p := stored.push(everybody().with(lasting())); p.code() != codes.InvalidArgument || !strings.Contains(p.err.Error(), "options.offline") {
+		t.Errorf("%v", p)
 	}
 }
 

@@ -18,6 +18,22 @@ func SizeUint(number protowire.Number, v uint64) int {
 	return protowire.SizeVarint(uint64(number)<<3) + protowire.SizeVarint(v)
 }
 
+// AppendFixed64 appends a fixed64, unless it is 0.
+func AppendFixed64(b []byte, number protowire.Number, v uint64) []byte {
+	if v == 0 {
+		return b
+	}
+	return protowire.AppendFixed64(protowire.AppendTag(b, number, protowire.Fixed64Type), v)
+}
+
+// SizeFixed64 is the size of what AppendFixed64 appends.
+func SizeFixed64(number protowire.Number, v uint64) int {
+	if v == 0 {
+		return 0
+	}
+	return protowire.SizeTag(number) + protowire.SizeFixed64()
+}
+
 // AppendLen begins a length-delimited field whose n bytes the caller appends.
 func AppendLen(b []byte, number protowire.Number, n int) []byte {
 	return appendTwo(b, protowire.EncodeTag(number, protowire.BytesType), uint64(n))

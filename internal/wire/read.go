@@ -15,7 +15,7 @@ type Reader struct {
 	Rest []byte // not read yet: the message, at first
 	Err  error  // why Next has ended early
 
-	Uint  uint64 // value of a varint or of a fixed32
+	Uint  uint64 // value of a varint, a fixed32 or a fixed64
 	Bytes []byte // value of a length-delimited field: a part of the message, with no room behind it
 
 	tag uint64 // number and type
@@ -42,8 +42,13 @@ func (r *Reader) IsFixed32(number protowire.Number) bool {
 	return r.tag == protowire.EncodeTag(number, protowire.Fixed32Type)
 }
 
+// IsFixed64 tells whether the field is a fixed64.
+func (r *Reader) IsFixed64(number protowire.Number) bool {
+	return r.tag == protowire.EncodeTag(number, protowire.Fixed64Type)
+}
+
 // Next reads the next field. It returns false at the end and on an error. Fields of other
-// types than varint, length-delimited and fixed32 have neither Uint nor Bytes.
+// types than varint, length-delimited, fixed32 and fixed64 have neither Uint nor Bytes.
 func (r *Reader) Next() bool {
 	b := r.Rest
 	// Most fields have a number below 16 and a value or a length below 128.
@@ -85,6 +90,8 @@ func (r *Reader) next(b []byte) bool {
 			var v uint32
 			v, n = protowire.ConsumeFixed32(b)
 			r.Uint = uint64(v)
+		case protowire.Fixed64Type:
+			r.Uint, n = protowire.ConsumeFixed64(b)
 		default:
 			n = protowire.ConsumeFieldValue(number, kind, b)
 		}

@@ -52,6 +52,26 @@ func TestWhatIsWrittenIsWhatGeneratedCodeWrites(t *testing.T) {
 	})
 }
 
+func TestFixed64(t *testing.T) {
+	for _, v := range []uint64{0, 1, math.MaxUint64} {
+		want, err := proto.Marshal(&pubsub.LogFollow{Epoch: v})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := wire.AppendFixed64(nil, 1, v)
+		if !bytes.Equal(b, want) || wire.SizeFixed64(1, v) != len(want) {
+			t.Errorf("got %x, measured %d, want %x", b, wire.SizeFixed64(1, v), want)
+		}
+		m := wire.Reader{Rest: b}
+		if m.Next() != (v != 0) || v != 0 && (!m.IsFixed64(1) || m.IsUint(1) || m.Uint != v) || m.Next() || m.Err != nil {
+			t.Errorf("%d came back as %d, %v", v, m.Uint, m.Err)
+		}
+		if m := (wire.Reader{Rest: b[:len(b)/2]}); v != 0 && (m.Next() || m.Err == nil) {
+			t.Errorf("half of %x is read", b)
+		}
+	}
+}
+
 func TestLargeNumbersOfFieldsAndLengths(t *testing.T) {
 	for _, number := range []protowire.Number{1, 15, 16, 2047, 2048, protowire.MaxValidNumber} {
 		for _, n := range []int{0, 1, 127, 128, 1 << 15} {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/plain"
+	"github.com/push-manager/push-manager/internal/position"
 	"github.com/push-manager/push-manager/internal/wire"
 )
 
@@ -181,6 +182,7 @@ func appendSummary(b []byte, p *engine.Push, res *engine.Result) []byte {
 		b = wire.AppendUint(b, 9, int32Of(res.Acked))
 		b = wire.AppendUint(b, 10, int32Of(res.Duplicates))
 		b = wire.AppendString(b, 11, p.Options.MessageID)
+		b = wire.AppendString(b, 12, positionOf(res))
 	}
 	return b
 }
@@ -197,9 +199,19 @@ func sizeSummary(p *engine.Push, res *engine.Result) int {
 	if p.Options != nil {
 		n += wire.SizeUint(7, int32Of(res.Stored)) + wire.SizeUint(8, int32Of(res.Unsure)) +
 			wire.SizeUint(9, int32Of(res.Acked)) + wire.SizeUint(10, int32Of(res.Duplicates)) +
-			wire.SizeString(11, p.Options.MessageID)
+			wire.SizeString(11, p.Options.MessageID) + wire.SizeString(12, positionOf(res))
 	}
 	return n
+}
+
+// positionOf is where a push to a room stands in the room's log, for those who read on behind it. It is "" for one that
+// stands in none.
+func positionOf(res *engine.Result) string {
+	if res.Place == (engine.Place{}) {
+		return ""
+	}
+	at := position.Position{Epoch: res.Place.Epoch, Places: []position.Place{{Partition: res.Place.Partition, Seq: res.Place.Seq}}}
+	return at.String()
 }
 
 func sizeFailure(f *engine.NodeFailure, scope string) int {
@@ -230,17 +242,48 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 	switch {
 	case a == toUser:
 		return appendUserMessage(b, p, res)
+	case a == toRoom:
+		return appendRoomMessage(b, p, res)
 	case res.Found:
 		return appendCounts(b, a, res)
-	case a == toRoom:
-		b = append(b, "room "...)
-		b = strconv.AppendQuote(b, shown(p.Room, p))
-		return append(b, " not found"...)
 	case a == toAll:
 		return append(b, "no connect-node is available"...)
 	default:
 		b = append(b, "none of the users is online"...)
 		b, _ = appendCount(b, "; ", res.Stored, " stored")
+		return b
+	}
+}
+
+// appendRoomMessage says what became of a push to a room, in a word or two whether it stands in the room's log.
+func appendRoomMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
+	stored := res.Place != engine.Place{}
+	switch {
+	case res.Found && res.Targets > 0 && stored:
+		return appendCounts(b, toRoom, res) // which says for how many
+	case res.Found:
+		b = appendCounts(b, toRoom, res)
+	case res.Failed > 0: // the Controller could not be asked, or not in time
+		b = append(b, "not delivered"...)
+		stored = false // for nobody
+	default:
+		b = append(b, "room "...)
+		b = strconv.AppendQuote(b, shown(p.Room, p))
+		if res.Targets > 0 {
+			b = append(b, " could not be looked up"...)
+		} else {
+			b = append(b, " not found"...)
+		}
+	}
+	switch {
+	case stored:
+		return append(b, "; stored"...)
+	case res.Found && p.Options != nil && p.Options.Store:
+		return append(b, "; not stored"...)
+	case !res.Found && len(res.NodeFailures) > 0:
+		b = append(b, ": "...)
+		return append(b, reasonOf(&res.NodeFailures[0], p.Scope)...)
+	default:
 		return b
 	}
 }

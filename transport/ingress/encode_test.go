@@ -10,12 +10,14 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/plain"
+	"github.com/push-manager/push-manager/internal/position"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 func TestMessages(t *testing.T) {
 	p := &engine.Push{Request: engine.Request{Room: "r\"1", User: "u"}}
 	failures := []engine.NodeFailure{{Node: "n1", Reason: "failed: queue full", Users: 1}}
+	place := engine.Place{Epoch: 1, Partition: 2, Seq: 3}
 	for _, test := range []struct {
 		api  api
 		res  engine.Result
@@ -47,6 +49,15 @@ func TestMessages(t *testing.T) {
 		{toUsers, engine.Result{Targets: 3, Offline: 3, Stored: 2}, "none of the users is online; 2 stored"},
 		{toUsers, engine.Result{Found: true, Targets: 4, Delivered: 1, Offline: 2, Stored: 2, Failed: 1, NodeFailures: failures}, "delivered to 1 of 4 users: 2 offline (2 stored), 1 failed"},
 		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2, Stored: 1}, "delivered to nobody: 2 offline (1 stored)"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2, Stored: 2, Place: place}, "delivered to nobody: 2 offline (2 stored)"},
+		{toRoom, engine.Result{Found: true, Targets: 3, Delivered: 1, Offline: 2, Stored: 2, Unsure: 1, Place: place}, "delivered to 1 of 3 users: 2 offline (2 stored)"},
+		{toRoom, engine.Result{Found: true, Targets: 2, Delivered: 2, Place: place}, "delivered to 2 users"},
+		{toRoom, engine.Result{Found: true, Place: place}, "nobody to deliver to; stored"},
+		{toRoom, engine.Result{Place: place}, `room "r\"1" not found; stored`},
+		{toRoom, engine.Result{Targets: 1, Offline: 1, Stored: 1, Place: place}, `room "r\"1" could not be looked up; stored`},
+		{toRoom, engine.Result{Targets: 1, Failed: 1, Place: place, NodeFailures: failures}, "not delivered: failed: queue full"},
+		{toRoom, engine.Result{Targets: 1, Failed: 1, NodeFailures: failures}, "not delivered: failed: queue full"},
+		{toRoom, engine.Result{NodeFailures: []engine.NodeFailure{{Reason: "failed: store: is full"}}}, `room "r\"1" not found: failed: store: is full`},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 2, NodeFailures: failures}, "not delivered: 1 offline, 2 failed"},
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 1, Unknown: 1, NodeFailures: failures}, "unknown whether delivered: 1 offline, 1 failed, 1 unknown"},
 		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2}, "delivered to nobody: 2 offline"},
@@ -60,6 +71,10 @@ func TestMessages(t *testing.T) {
 		if got := string(appendMessage(nil, test.api, p, &test.res)); got != test.want {
 			t.Errorf("%v %+v: %q, want %q", test.api, test.res, got, test.want)
 		}
+	}
+	p.Options = &engine.Options{Store: true}
+	if got := string(appendMessage(nil, toRoom, p, &engine.Result{Found: true, Targets: 2, Delivered: 2, NodeFailures: failures})); got != "delivered to 2 users; not stored" {
+		t.Errorf("of a room whose log was not written: %q", got)
 	}
 }
 
@@ -81,6 +96,8 @@ func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 		{Found: true, Targets: 1, Delivered: 1},
 		{Targets: 9, Delivered: 4, Offline: 3, Failed: 2, Stored: 3, Unsure: 2, Acked: 1, Duplicates: 4},
 		{Found: true, Targets: 1, Delivered: 1, Acked: math.MaxInt, Duplicates: 1},
+		{Found: true, Targets: 9, Offline: 9, Stored: 9, Place: engine.Place{Epoch: math.MaxUint64, Partition: 63, Seq: math.MaxUint64}},
+		{Found: true, Place: engine.Place{Seq: 1}},
 	} {
 		for a := range apis {
 			for _, p := range []*engine.Push{plain, empty, named} {
@@ -129,6 +146,9 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 	if p.Options != nil {
 		sum.Stored, sum.Unsure, sum.Acked, sum.Duplicates = i32(res.Stored), i32(res.Unsure), i32(res.Acked), i32(res.Duplicates)
 		sum.MessageId = p.Options.MessageID
+		if at := res.Place; at != (engine.Place{}) {
+			sum.Position = (&position.Position{Epoch: at.Epoch, Places: []position.Place{{Partition: at.Partition, Seq: at.Seq}}}).String()
+		}
 	}
 	msg := string(appendMessage(nil, a, p, res))
 	r := &pubsub.PushStreamResponse{Id: id}

@@ -15,7 +15,7 @@ import (
 
 const (
 	// idsMost is how many message ids are remembered, if each has gone to one target. They and their
-	// targets have an entry of about 190 bytes each: 38 MB at the most.
+	// targets have an entry of about 210 bytes each: 42 MB at the most.
 	idsMost = 100_000
 	// idsKept is how long an id is remembered after its last use: as long as a client may
 	// reasonably retry.
@@ -69,14 +69,18 @@ type idEntry struct {
 	waiting map[*idWaiter]struct{} // for it; nil for nobody
 	done    bool                   // result is that of a push that has left nobody over
 	result  idResult
-	erased  uint64    // messageIDs.erased when it was sent
-	expires time.Time // what it has stored; zero: when the store says
+	erased  uint64       // messageIDs.erased when it was sent
+	place   engine.Place // in the log of its room, zero for none
+	expires time.Time    // what it has stored; zero: when the store says
 
 	next, prev *idEntry
 }
 
 // idResult is what is kept of a Result that has left nobody over: such a one names no failures.
-type idResult struct{ targets, delivered, stored, unsure, acked int32 }
+type idResult struct {
+	targets, delivered, stored, unsure, acked int32
+	found                                     bool
+}
 
 // idWaiter waits for a push that is under way.
 type idWaiter struct {
@@ -156,7 +160,8 @@ func (m *messageIDs) keys(p *engine.Push) (id, target uint64) {
 	return id, h.Sum64()
 }
 
-// begin tells what to do with a push that has a message id. wait makes the waiter, if it comes to that. The error is
+// begin tells what to do with a push that has a message id. One that stands in the log of its room already is given its
+// place there, so that it is not written again though it is sent again. wait makes the waiter, if it comes to that. The error is
 // errIDReused.
 func (m *messageIDs) begin(p *engine.Push, wait func() *idWaiter) (verdict, error) {
 	idKey, targetKey := m.keys(p)
@@ -183,16 +188,20 @@ func (m *messageIDs) begin(p *engine.Push, wait func() *idWaiter) (verdict, erro
 		return verdict{waiter: w}, nil
 	case target.done && m.holdsLocked(target, p.Arrived):
 		m.counts[idAnswered].Inc()
-		return verdict{result: target.result.again(p.Kind)}, nil
+		return verdict{result: target.again()}, nil
 	case id.sent:
 		m.counts[idAgain].Inc()
 	default:
 		m.counts[idFirst].Inc()
 	}
-	target.open, target.done, target.erased, target.expires = true, false, m.erased, time.Time{}
-	if ttl := p.Options.TTL; ttl > 0 {
-		target.expires = p.Arrived.Add(ttl)
+	target.open, target.done, target.erased = true, false, m.erased
+	if target.place == (engine.Place{}) || target.expired(p.Arrived) {
+		target.place, target.expires = engine.Place{}, time.Time{}
+		if ttl := p.Options.TTL; ttl > 0 {
+			target.expires = p.Arrived.Add(ttl)
+		}
 	}
+	p.Options.Place = target.place
 	id.underway++
 	return verdict{claim: &idClaim{id: id, target: target, async: p.Options.Async}}, nil
 }
@@ -222,6 +231,9 @@ func (m *messageIDs) finish(claim *idClaim, res engine.Result, err error) {
 	target.open = false
 	waiting := target.waiting
 	target.waiting = nil
+	if err == nil {
+		target.place = res.Place
+	}
 	switch {
 	case err == nil && !claim.async && leftNobody(&res):
 		target.done, target.result = true, newIDResult(&res)
@@ -258,23 +270,31 @@ func (m *messageIDs) erase() {
 	m.erased++
 }
 
-// holdsLocked tells whether the store still has what it had when a push was done.
+// holdsLocked tells whether the store still has what it had when a push was done. The logs of rooms keep what they have
+// when a user is erased.
 func (m *messageIDs) holdsLocked(e *idEntry, now time.Time) bool {
-	return e.result.stored == 0 || e.erased == m.erased && (e.expires.IsZero() || now.Before(e.expires))
+	if e.place != (engine.Place{}) {
+		return !e.expired(now)
+	}
+	return e.result.stored == 0 || e.erased == m.erased && !e.expired(now)
 }
+
+// expired tells whether the TTL has passed of what a push has stored.
+func (e *idEntry) expired(now time.Time) bool { return !e.expires.IsZero() && !now.Before(e.expires) }
 
 // leftNobody tells whether a push has reached all whom it was for, or has stored it for them.
 func leftNobody(res *engine.Result) bool { return res.Success() && res.Offline == res.Stored }
 
 func newIDResult(res *engine.Result) idResult {
 	n := func(v int) int32 { return int32(int32Of(v)) }
-	return idResult{n(res.Targets), n(res.Delivered), n(res.Stored), n(res.Unsure), n(res.Acked)}
+	return idResult{n(res.Targets), n(res.Delivered), n(res.Stored), n(res.Unsure), n(res.Acked), res.Found}
 }
 
 // again is the result for a push that is not sent, because an earlier one has reached all.
-func (r *idResult) again(kind engine.Kind) engine.Result {
+func (e *idEntry) again() engine.Result {
+	r := &e.result
 	return engine.Result{
-		Found:   r.delivered > 0 || kind == engine.ToRoom || kind == engine.ToAll,
+		Found: r.found, Place: e.place,
 		Targets: int(r.targets), Delivered: int(r.delivered), Offline: int(r.stored), Stored: int(r.stored),
 		Unsure: int(r.unsure), Acked: int(r.acked), Duplicates: int(r.delivered),
 	}

@@ -11,10 +11,15 @@ import (
 type collapseKey struct{ user, room, key string }
 
 // collapseKeyOf is the key of a delivery to one user, or to a room. It is zero for one that others do not
-// replace: without a key, out of the store (it may be older than what waits), to several users or to everybody.
+// replace: without a key, out of the store (it may be older than what waits), to several users or to everybody. Nor do they
+// where the message stands in the log of its room: it would be read there all the same, behind the newer one.
 func collapseKeyOf(d *engine.Delivery, o *engine.Options) collapseKey {
+	if o.CollapseKey == "" {
+		return collapseKey{}
+	}
+	at, _ := d.Log()
 	switch {
-	case o.CollapseKey == "" || o.Replay != nil || d.Everybody():
+	case o.Replay != nil || d.Everybody() || at != engine.Place{}:
 	case d.Group() != nil:
 		return collapseKey{room: d.Room(), key: o.CollapseKey}
 	case len(d.Users()) == 1:

@@ -200,7 +200,8 @@ func TestNewerMessageTakesThePlaceOfTheOlderInTheQueue(t *testing.T) {
 	})
 }
 
-// A message out of the store, which is an old one, takes nobody's place, nor does one to several users or to everybody.
+// A message out of the store, which is an old one, takes nobody's place, nor does one to several users, to everybody or in the log of
+// its room.
 func TestWhatIsNotForOneTargetIsNotReplaced(t *testing.T) {
 	w := newWorld(t, Config{})
 	w.room("r", "A", "u1", "u2")
@@ -216,13 +217,18 @@ func TestWhatIsNotForOneTargetIsNotReplaced(t *testing.T) {
 	for w.delivery(t, several()).Targets() < 2 { // a route is published right behind the first push that uses it
 		time.Sleep(time.Millisecond)
 	}
-	stored := w.toUser("u1", "x")
-	for what, p := range map[string]*engine.Push{"several users": several(), "everybody": w.toAll("x"), "a message out of the store": stored} {
-		p.Options = o
+	stored, logged := w.toUser("u1", "x"), w.toRoom("r", "x")
+	for what, p := range map[string]*engine.Push{"several users": several(), "everybody": w.toAll("x"), "a message out of the store": stored, "a message in a log": logged} {
+		if p.Options = o; p == logged {
+			p.Options = &engine.Options{CollapseKey: "k", Store: true}
+		}
 		d := w.delivery(t, p)
 		of := *o
 		if p == stored {
 			of.Replay = &engine.Replay{Node: "A", Gate: 1, Seq: 1}
+		}
+		if p == logged {
+			of = *p.Options
 		}
 		if key := collapseKeyOf(d, &of); key != (collapseKey{}) {
 			t.Errorf("%s: %+v", what, key)

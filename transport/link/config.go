@@ -88,6 +88,8 @@ type Config struct {
 	// Replayer sends nodes what is stored for their users. Nil: there is no store, and nodes are
 	// told so.
 	Replayer Replayer
+	// RoomLogs answers nodes that follow and read the logs of rooms; nil: nobody is asked.
+	RoomLogs RoomLogs
 
 	// Credentials secure the connection to a node and refuse any other node: an error of theirs that has a method NodeID
 	// says by it who is there instead. Nothing is sent before. Nil: connections are plain.

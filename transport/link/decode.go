@@ -20,6 +20,7 @@ import (
 const (
 	respHello, respAcks, respMisses, respHeartbeat, respOnline, respDrain = 1, 2, 3, 4, 5, 6
 	respReceipts, respCatchups, respReplayTaken, respNudgesTaken          = 7, 8, 9, 10
+	respLogReads, respLogFollow                                           = 11, 12
 
 	ackFirst, ackDelivered, ackDuplicates, ackPending = 1, 2, 3, 4
 
@@ -30,6 +31,10 @@ const (
 	catchupUser, catchupGate, catchupWindow = 1, 2, 3
 
 	takenGate, takenSeq = 1, 2
+
+	readRoom, readGate, readEpoch, readAfter = 1, 2, 3, 4
+
+	followEpoch, followAfter = 1, 2
 )
 
 // textMax is what is kept of the words of a node. All words of nodes that go anywhere go
@@ -60,6 +65,11 @@ type response struct {
 	taken    []taken
 	tokens   []uint64 // of nudges
 
+	// Of the logs of rooms.
+	logReads []LogRead
+	follow   logFollow
+	follows  bool // follow is there
+
 	more                []counts // beside acks
 	duplicates, pending []uint32 // scratch of decodeAcks
 }
@@ -89,6 +99,11 @@ type catchup struct {
 
 type taken struct{ gate, seq uint64 }
 
+type logFollow struct {
+	epoch uint64
+	after []uint64
+}
+
 type miss struct {
 	seq         uint64
 	notHere     []string
@@ -106,7 +121,7 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
 	*r = response{
 		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
-		taken: emptied(r.taken), tokens: r.tokens[:0], more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
+		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
 	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
@@ -131,6 +146,8 @@ func (r *response) decode(b []byte, maxAcks int) error {
 			r.drain = m.Uint != 0
 		case m.Number() >= respReceipts && m.Number() <= respNudgesTaken:
 			err = r.decodeLasting(&m)
+		case m.Number() == respLogReads || m.Number() == respLogFollow:
+			err = r.decodeLogs(&m)
 		case m.Number() <= respDrain:
 			return fmt.Errorf("%w: field %d has another type", errWire, m.Number())
 		}
@@ -289,6 +306,22 @@ func (r *response) decodeLasting(m *wire.Reader) error {
 	return fmt.Errorf("field %d has another type", m.Number())
 }
 
+// decodeLogs reads a field of the logs of rooms. Reads that are too many have an error for an answer, as many again as can be open.
+func (r *response) decodeLogs(m *wire.Reader) error {
+	switch {
+	case m.IsBytes(respLogReads):
+		if len(r.logReads) >= 2*logReadsMax {
+			return errFlood
+		}
+		r.logReads = append(r.logReads, LogRead{})
+		return decodeLogRead(&r.logReads[len(r.logReads)-1], m.Bytes)
+	case m.IsBytes(respLogFollow):
+		r.follows = true
+		return r.follow.decode(m.Bytes)
+	}
+	return fmt.Errorf("field %d has another type", m.Number())
+}
+
 // counts of an ack are mostly zero.
 func (r *response) counts(a *ack) counts {
 	if a.more == 0 {
@@ -346,6 +379,58 @@ func (s *taken) decode(b []byte) error {
 		}
 	}
 	return m.Err
+}
+
+func decodeLogRead(s *LogRead, b []byte) (err error) {
+	m := wire.Reader{Rest: b}
+	for err == nil && m.Next() {
+		switch {
+		case m.IsBytes(readRoom):
+			if !utf8.Valid(m.Bytes) {
+				return errText
+			}
+			s.Room = string(m.Bytes)
+		case m.IsUint(readGate):
+			s.Gate = m.Uint
+		case m.IsFixed64(readEpoch):
+			s.Epoch = m.Uint
+		case m.Number() == readAfter:
+			s.After, err = appendPlaces(s.After, &m)
+		}
+	}
+	return cmp.Or(err, m.Err)
+}
+
+func (s *logFollow) decode(b []byte) (err error) {
+	m := wire.Reader{Rest: b}
+	for err == nil && m.Next() {
+		switch {
+		case m.IsFixed64(followEpoch):
+			s.epoch = m.Uint
+		case m.Number() == followAfter:
+			s.after, err = appendPlaces(s.after, &m)
+		}
+	}
+	return cmp.Or(err, m.Err)
+}
+
+// appendPlaces reads a packed list of places by partition, or one of a list that is not packed.
+func appendPlaces(list []uint64, m *wire.Reader) ([]uint64, error) {
+	add := func(v uint64) error {
+		if len(list) >= logPartitionsMax {
+			return errFlood
+		}
+		list = append(list, v)
+		return nil
+	}
+	var err error
+	switch m.Type() {
+	case protowire.BytesType:
+		err = wire.Uints(m.Bytes, add)
+	case protowire.VarintType:
+		err = add(m.Uint)
+	}
+	return list, err
 }
 
 func (s *miss) decode(b []byte) error {

@@ -108,7 +108,7 @@ func hasScopes(hello *pubsub.HelloReply) bool {
 	return featuresOf(hello.GetFeatures()).has(pubsub.Feature_FEATURE_SCOPE)
 }
 
-// offers are the features that our hello names. Replays need somebody who reads the store.
+// offers are the features that our hello names. Replays and logs of rooms need somebody who reads the store.
 func offers(cfg *Config) []pubsub.Feature {
 	list := []pubsub.Feature{
 		pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
@@ -116,6 +116,9 @@ func offers(cfg *Config) []pubsub.Feature {
 	}
 	if cfg.Replayer != nil {
 		list = append(list, pubsub.Feature_FEATURE_REPLAY)
+	}
+	if cfg.RoomLogs != nil {
+		list = append(list, pubsub.Feature_FEATURE_ROOM_LOG)
 	}
 	return list
 }

@@ -56,6 +56,13 @@ type meters struct {
 	catchups        *metrics.Counter
 	catchupsRefused *metrics.Counter
 
+	logFollows      *metrics.Counter
+	logReads        *metrics.Counter
+	logReadsRefused *metrics.Counter
+	logMarks        *metrics.Counter
+	logPages        *metrics.Counter
+	logEntries      *metrics.Counter
+
 	mu    sync.Mutex
 	wrong map[string][]string // guarded by mu: names of the counters of wrongNode, by node
 }
@@ -103,6 +110,13 @@ func newMeters(s *metrics.Set) *meters {
 		catchups:        c("catchups_total"),
 		catchupsRefused: c("catchups_refused_total"),
 
+		logFollows:      c("log_follows_total"),
+		logReads:        c("log_reads_total"),
+		logReadsRefused: c("log_reads_refused_total"),
+		logMarks:        c("log_marks_total"),
+		logPages:        c("log_pages_total"),
+		logEntries:      c("log_messages_total"),
+
 		audDefined:   c("audiences_defined_total"),
 		audChanged:   c("audiences_changed_total"),
 		audForgotten: c("audiences_forgotten_total"),
@@ -124,6 +138,8 @@ func (m *meters) register(s *Set) {
 	m.set.GetOrCreateGauge("push_manager_link_unconfirmed_deliveries", sum(func(t Stats) int { return t.Unconfirmed }))
 	m.set.GetOrCreateGauge("push_manager_link_nudges", sum(func(t Stats) int { return t.Nudges }))
 	m.set.GetOrCreateGauge("push_manager_link_gates", sum(func(t Stats) int { return t.Gates }))
+	m.set.GetOrCreateGauge("push_manager_link_log_reads", sum(func(t Stats) int { return t.LogReads }))
+	m.set.GetOrCreateGauge("push_manager_link_log_bytes", sum(func(t Stats) int { return t.LogBytes }))
 	m.set.GetOrCreateGauge("push_manager_link_compressing", sum(func(t Stats) int { return t.Compressing }))
 	m.set.GetOrCreateGauge("push_manager_link_dials_waiting", func() float64 { return float64(s.dials.waiting()) })
 	m.set.GetOrCreateGauge("push_manager_link_stalled", sum(func(t Stats) int { return t.Stalled }))
@@ -136,6 +152,7 @@ func (m *meters) unregister() {
 		"push_manager_link_queue_deliveries", "push_manager_link_queue_bytes",
 		"push_manager_link_window_deliveries", "push_manager_link_window_bytes",
 		"push_manager_link_unconfirmed_deliveries", "push_manager_link_nudges", "push_manager_link_gates",
+		"push_manager_link_log_reads", "push_manager_link_log_bytes",
 		"push_manager_link_compressing", "push_manager_link_dials_waiting", "push_manager_link_stalled", "push_manager_link_plain_nodes",
 	} {
 		m.set.UnregisterMetric(name)

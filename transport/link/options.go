@@ -24,6 +24,9 @@ type extras struct {
 	can     features // of the node
 	ttl     uint64   // ms that are left, 0 for ever
 	acks    uint64   // ms that clients have to acknowledge, 0 where they are not asked to
+
+	log     engine.Place // in the log of the room, zero where the node is not told
+	exclude []string     // of the room
 }
 
 // extrasOf works out what a delivery with options brings to a node at the moment now, in which its
@@ -42,6 +45,9 @@ func extrasOf(d *engine.Delivery, o *engine.Options, can features, now time.Time
 	}
 	if o.ClientAck {
 		x.acks = milliseconds(d.AckBy().Sub(now))
+	}
+	if can.has(pubsub.Feature_FEATURE_ROOM_LOG) {
+		x.log, x.exclude = d.Log()
 	}
 	return x, engine.Sent
 }
@@ -76,6 +82,9 @@ func (x *extras) size() int {
 	if toGate(o) {
 		n += wire.SizeLen(delReplay, sizePlace(o.Replay))
 	}
+	if x.log != (engine.Place{}) {
+		n += wire.SizeLen(delLog, sizeLogPlace(x.log, x.exclude))
+	}
 	return n
 }
 
@@ -105,6 +114,9 @@ func (x *extras) append(b []byte) []byte {
 		b = wire.AppendUint(b, placeGate, o.Replay.Gate)
 		b = wire.AppendUint(b, placeSeq, o.Replay.Seq)
 		b = wire.AppendUint(b, placeAfter, o.Replay.After)
+	}
+	if x.log != (engine.Place{}) {
+		b = appendLogPlace(b, x.log, x.exclude)
 	}
 	if dedupe {
 		b = wire.AppendString(b, delSender, o.Sender)

@@ -19,12 +19,30 @@ var lasting = []pubsub.Feature{
 	pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY,
 }
 
+// placed is a Spool in whose logs every message stands at the same place.
+type placed engine.Place
+
+func (placed) Append(_ *engine.Stored, users []string, _ time.Time, done func([]engine.Spooled)) {
+	done(make([]engine.Spooled, len(users)))
+}
+
+func (p placed) AppendLog(_ *engine.Stored, _ time.Time, done func(engine.Place, error)) {
+	done(engine.Place(p), nil)
+}
+
 // delivery is what a link gets of a push. The end of the test drops it.
 func (w *world) delivery(t interface {
 	Fatal(...any)
 }, p *engine.Push) *engine.Delivery {
+	return w.deliveryAt(t, p, engine.Place{Epoch: 1, Partition: 2, Seq: 3})
+}
+
+// deliveryAt is delivery with a place in the log, for a push that is written into one.
+func (w *world) deliveryAt(t interface {
+	Fatal(...any)
+}, p *engine.Push, at engine.Place) *engine.Delivery {
 	k := &keeper{make(chan *engine.Delivery, 1)}
-	e, err := engine.New(engine.Config{Shards: w.shards, Directory: w.dir, Network: k})
+	e, err := engine.New(engine.Config{Shards: w.shards, Directory: w.dir, Network: k, Spool: placed(at)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +66,7 @@ func TestOptionsAreEncodedForNodesWithTheFeature(t *testing.T) {
 	now := time.Now()
 	rapid.Check(t, func(t *rapid.T) {
 		var can []pubsub.Feature
-		for _, x := range lasting {
+		for _, x := range append(lasting, pubsub.Feature_FEATURE_ROOM_LOG) {
 			if rapid.Bool().Draw(t, x.String()) {
 				can = append(can, x)
 			}
@@ -68,8 +86,12 @@ func TestOptionsAreEncodedForNodesWithTheFeature(t *testing.T) {
 				AckTimeout:  time.Duration(rapid.IntRange(0, 60_000).Draw(t, "timeout")) * time.Millisecond,
 				CollapseKey: rapid.StringMatching(`[a-z]{0,3}`).Draw(t, "key"),
 			}
+			if p.Kind == engine.ToRoom && rapid.Bool().Draw(t, "store") {
+				p.Options.Store, p.Options.TTL = true, max(p.Options.TTL, time.Minute)
+			}
 		}
-		d := w.delivery(t, p)
+		at := engine.Place{Epoch: rapid.Uint64().Draw(t, "epoch"), Partition: rapid.Uint32().Draw(t, "partition"), Seq: rapid.Uint64Min(1).Draw(t, "seq")}
+		d := w.deliveryAt(t, p, at)
 		want := &pubsub.Delivery{Content: &pubsub.MessageContent{Data: []byte("x")}}
 		if p.Kind == engine.ToRoom {
 			want.Audience = &pubsub.Audience{Id: 1, Version: 1, RoomId: "r", Join: []string{"u1", "u2", "u3"}}
@@ -90,6 +112,9 @@ func TestOptionsAreEncodedForNodesWithTheFeature(t *testing.T) {
 			}
 			if has(pubsub.Feature_FEATURE_COLLAPSE) {
 				want.CollapseKey = o.CollapseKey
+			}
+			if has(pubsub.Feature_FEATURE_ROOM_LOG) && o.Store {
+				want.Log = &pubsub.LogPosition{Epoch: at.Epoch, Partition: at.Partition, Seq: at.Seq, ExcludeUserIds: []string{"u2"}}
 			}
 		}
 		var more extras

@@ -368,6 +368,8 @@ type Stats struct {
 	Unconfirmed  int // deliveries whose receipts are open
 	Nudges       int // without an answer
 	Gates        int // whose replays have not ended
+	LogReads     int // reads of logs of rooms whose pages are not written
+	LogBytes     int // of the marks and pages of logs that wait to be written
 }
 
 // Stats walks all links.

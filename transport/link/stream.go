@@ -49,6 +49,7 @@ type stream struct {
 	hello   *pubsub.HelloReply
 	can     features      // what we have offered and the node has
 	asker   *asker        // the node, as one that asks for replays
+	logs    *logAsker     // and for logs of rooms
 	wake    chan struct{} // wakes the writer; holds one token at most
 	written chan struct{} // closed when the writer has ended
 
@@ -85,6 +86,9 @@ type writing struct {
 	// Of the controls: the nudges up to this token, and so many ends of replays, are in the frame.
 	nudged uint64
 	ended  int
+	// Of the logs of rooms: so many marks, pages and messages of these are in the frame.
+	marked, paged, entries int
+	sizes                  []int // scratch: of the messages of a page, 0 for those that are left out
 }
 
 // reading is what the reader owns.
@@ -105,6 +109,8 @@ type control struct {
 	// As many as find room, in order.
 	nudges []nudge
 	ends   []replayEnd
+	marks  []*LogMark
+	pages  []*LogPage
 }
 
 // owed is a delivery with the node's answer to it.
@@ -128,6 +134,7 @@ func newStream(l *Link, rpc grpc.ClientStream, hello *pubsub.HelloReply) *stream
 		r: reading{online: hello.GetOnlineUsers()},
 	}
 	s.asker = &asker{link: l, stream: s}
+	s.logs = &logAsker{link: l, stream: s}
 	return s
 }
 
@@ -152,6 +159,7 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 	list := s.win.popAll(nil)
 	unconfirmed, nudged := s.receipts.popAll(), s.nudges.popAll()
 	s.asker.closeLocked()
+	s.logs.closeLocked()
 	l.mu.Unlock()
 	why := engine.LostStream
 	if errors.Is(err, errPanic) {
@@ -164,6 +172,9 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 	l.refused(nudged)
 	if s.can.has(pubsub.Feature_FEATURE_REPLAY) {
 		l.set.cfg.Replayer.Gone(s.asker)
+	}
+	if s.can.has(pubsub.Feature_FEATURE_ROOM_LOG) {
+		l.set.cfg.RoomLogs.Gone(s.logs)
 	}
 	cancel()
 	<-s.written
@@ -178,7 +189,7 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 // workLocked tells whether the writer can send something now.
 func (s *stream) workLocked() bool {
 	l := s.link
-	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent || s.nudges.waiting() || len(s.asker.ends) > 0 {
+	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent || s.nudges.waiting() || len(s.asker.ends)+len(s.logs.marks)+len(s.logs.pages) > 0 {
 		return true
 	}
 	return l.queue.len > 0 && !l.stalled && l.state == up && s.win.free() > 0 && s.win.bytes < l.set.cfg.WindowBytes
@@ -222,6 +233,11 @@ func (s *stream) writeLoop() {
 		if n := len(s.w.kept); n > 0 {
 			m.deliveries.Add(n)
 			m.perFrame.Update(float64(n))
+		}
+		if s.w.marked+s.w.paged > 0 {
+			m.logMarks.Add(s.w.marked)
+			m.logPages.Add(s.w.paged)
+			m.logEntries.Add(s.w.entries)
 		}
 		clear(s.w.kept) // the window has them
 		s.w.kept = s.w.kept[:0]
@@ -285,6 +301,11 @@ func (s *stream) pick() bool {
 		first: s.win.next, drain: l.leaving && l.queue.len == 0 && !s.drainSent,
 		nudges: s.nudges.unwritten(s.w.control.nudges[:0], controlsMax),
 		ends:   append(s.w.control.ends[:0], s.asker.ends[:min(len(s.asker.ends), controlsMax)]...),
+		marks:  append(s.w.control.marks[:0], s.logs.marks[:min(len(s.logs.marks), controlsMax)]...),
+		pages:  s.w.control.pages[:0],
+	}
+	for _, p := range s.logs.pages {
+		s.w.control.pages = append(s.w.control.pages, p.LogPage)
 	}
 	s.drainSent = s.drainSent || s.w.control.drain
 	if s.beatDue {
@@ -358,6 +379,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 	}
 	b = s.w.auds.endFrame(b, cfg.MaxFrameBytes-controlBytes)
 	b = s.w.appendControls(b, cfg.MaxFrameBytes-controlBytes)
+	b = s.w.appendLogs(b, cfg.FrameBytes, cfg.MaxFrameBytes-controlBytes, time.Now())
 	b = wire.AppendUint(b, reqHeartbeat, s.w.control.beat)
 	if s.w.control.drain && rest == len(s.w.batch) {
 		b = wire.AppendUint(b, reqDrain, 1)
@@ -429,9 +451,14 @@ func (s *stream) commit(rest int) bool {
 	if s.w.ended > 0 {
 		s.asker.wroteLocked(s.w.ended)
 	}
+	if s.w.marked+s.w.paged > 0 {
+		s.logs.wroteLocked(s.w.marked, s.w.paged)
+	}
 	l.tickNow()
 	l.mu.Unlock()
 	clear(s.w.control.nudges)
+	clear(s.w.control.marks)
+	clear(s.w.control.pages)
 	clear(s.w.batch)
 	s.w.batch = s.w.batch[:0]
 	return true
@@ -559,7 +586,7 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 		}
 		o.d = nil
 	}
-	strikes += s.confirm() + s.replays()
+	strikes += s.confirm() + s.replays() + s.roomLogs()
 	if n := len(s.r.resp.acks); n > 0 {
 		m.acks.Add(n)
 	}
@@ -665,6 +692,8 @@ func (s *stream) statsLocked(t *Stats) {
 	t.Unconfirmed += len(s.receipts.open)
 	t.Nudges += s.nudges.open()
 	t.Gates += len(s.asker.open)
+	t.LogReads += len(s.logs.open) + len(s.logs.pages)
+	t.LogBytes += s.logs.markBytes + s.logs.pageBytes
 	if s.hello.GetCodec() != pubsub.Codec_NONE {
 		t.Compressing++
 	}
