@@ -2,6 +2,7 @@ package refgateway
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -306,8 +307,14 @@ func TestGapIsToldForWhatIsNotKeptAnyMore(t *testing.T) {
 	m.keeps(11, 12, logged(12, "r", "two"))
 	d := resumer(t, g, "u", "r", at(1))
 	m.following(12)
-	d.wantFrame(`{"type":"gap","room_id":"r"}`)
-	d.wantFrame(inRoom("two", `,"id":"m-12","replayed":true`))
+	want := []string{`{"type":"gap","room_id":"r"}`, inRoom("two", `,"id":"m-12","replayed":true`)} // whichever is first
+	for len(want) > 0 {
+		got := d.next()
+		if strings.HasPrefix(got, `{"type":"resume"`) && slices.Contains(want, `{"type":"gap","room_id":"r"}`) {
+			t.Fatal("the position is behind a gap that was not told")
+		}
+		want = slices.DeleteFunc(want, func(w string) bool { return w == got })
+	}
 	old := &position.Position{Epoch: logEpoch + 1, Places: []position.Place{{Seq: 3}}}
 	resumer(t, g, "v", "r", old.String()).wantFrame(`{"type":"gap","room_id":"r"}`)
 }
