@@ -190,8 +190,10 @@ type DeliverySummary struct {
 	// The caller's, or the one that was made for it. Empty where there was none, and
 	// from a Push-Manager that does not know PushOptions.
 	MessageId string `protobuf:"bytes,11,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// Of a push to a room that was written into the room's log: where. A client that
-	// resumes from it gets what came after it.
+	// Of a push to a room with OFFLINE_STORE that was written into the room's log:
+	// where, as text. Whoever shows the message can give it to a client, which then
+	// resumes from it: it gets what came after the message, and not the message. Empty
+	// where the log was not written: node_failures says why.
 	Position      string `protobuf:"bytes,12,opt,name=position,proto3" json:"position,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

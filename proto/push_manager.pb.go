@@ -79,10 +79,10 @@ type OfflinePolicy int32
 const (
 	// Nothing.
 	OfflinePolicy_OFFLINE_DROP OfflinePolicy = 0
-	// It is stored, and comes when they connect, before anything newer. A push to a
-	// room is written once, into the room's log, where members who come back with a
-	// position read it. Not for broadcasts, and only where there is a store:
-	// INVALID_ARGUMENT otherwise.
+	// It is stored, and comes when they connect, before anything newer. A message to
+	// a room is written once, into the log of the room: members get it who come back
+	// with a position from before it, see DeliverySummary.position. Not for
+	// broadcasts, and only where there is a store: INVALID_ARGUMENT otherwise.
 	OfflinePolicy_OFFLINE_STORE OfflinePolicy = 1
 )
 
@@ -1054,7 +1054,7 @@ type PushOptions struct {
 	// At most 64 bytes of valid UTF-8 without control characters. Of messages to one
 	// user with the same key only the latest is worth anything: while it waits in a
 	// queue or in the store, a newer one takes its place. That gives up its order
-	// against others.
+	// against others. In the log of a room all of them stand.
 	CollapseKey string `protobuf:"bytes,5,opt,name=collapse_key,json=collapseKey,proto3" json:"collapse_key,omitempty"`
 	// Takes the place of the call's x-priority, up to the caller's highest.
 	Priority Priority    `protobuf:"varint,6,opt,name=priority,proto3,enum=pubsub.Priority" json:"priority,omitempty"`

@@ -20,6 +20,8 @@ import (
 type deployment struct {
 	manager  pubsub.PushManagerServiceClient
 	gateways []string // host:port of their WebSockets
+	kept     int      // pushes of transcripts to the logs of rooms
+	position string   // of the first
 }
 
 // TestDevProgramServesRealClients runs what the README's first command runs.

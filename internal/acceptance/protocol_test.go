@@ -51,17 +51,25 @@ func TestClientProtocolPageSaysWhatTheGatewayDoes(t *testing.T) {
 	}
 	secured := d
 	secured.gateways = []string{nodeWithTokens(t, printed)}
-	withTokens := 0
+	withTokens, withPosition := 0, 0
 	for _, transcript := range transcripts {
-		if text := strings.TrimSpace(transcript[1]); strings.Contains(text, "TOKEN") {
+		text := strings.TrimSpace(transcript[1])
+		switch {
+		case strings.Contains(text, "TOKEN"):
 			withTokens++
 			secured.replay(t, filledIn(t, text))
-		} else {
+		case strings.Contains(text, "POSITION"):
+			withPosition++
+			d.replay(t, strings.ReplaceAll(text, "POSITION", d.position))
+		default:
 			d.replay(t, text)
 		}
 	}
 	if withTokens == 0 {
 		t.Errorf("%s has no transcript with a token", protocolPage)
+	}
+	if withPosition == 0 {
+		t.Errorf("%s has no transcript with a position", protocolPage)
 	}
 }
 
@@ -183,6 +191,9 @@ func (d *deployment) push(t *testing.T, line string) error {
 	}
 	ctx := within(t, patience)
 	kind, id, _ := strings.Cut(whom, " ")
+	if kind == "kept" {
+		return d.keep(t, id, content)
+	}
 	var reply interface {
 		GetSummary() *pubsub.DeliverySummary
 	}
@@ -201,6 +212,26 @@ func (d *deployment) push(t *testing.T, line string) error {
 		err = fmt.Errorf("not delivered: %v", reply)
 	}
 	return err
+}
+
+// keep pushes to a room, with its log, and remembers where the first such push stands.
+func (d *deployment) keep(t *testing.T, room string, content *pubsub.MessageContent) error {
+	t.Helper()
+	d.kept++
+	reply, err := d.manager.PushToRoom(within(t, patience), &pubsub.PushToRoomRequest{RoomId: room, Content: content, Options: &pubsub.PushOptions{
+		MessageId: fmt.Sprint("kept-", d.kept), Offline: pubsub.OfflinePolicy_OFFLINE_STORE,
+	}})
+	if err != nil {
+		return err
+	}
+	position := reply.GetSummary().GetPosition()
+	if position == "" {
+		return fmt.Errorf("not kept: %v", reply)
+	}
+	if d.position == "" {
+		d.position = position
+	}
+	return nil
 }
 
 // transcriber keeps what a client gets.
@@ -237,26 +268,34 @@ func (f *transcriber) OnMessage(_ *gws.Conn, m *gws.Message) {
 	_ = m.Close()
 }
 
-// next compares the next message with JSON, or with the name of a type alone.
+// next compares the next message with JSON, or with the name of a type alone. Positions come in between.
 func (f *transcriber) next(want string) error {
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
-	select {
-	case got := <-f.ch:
-		var g, w map[string]any
-		if err := json.Unmarshal([]byte(got), &g); err != nil {
-			return fmt.Errorf("got %s: %w", got, err)
+	for {
+		select {
+		case got := <-f.ch:
+			var g, w map[string]any
+			if err := json.Unmarshal([]byte(got), &g); err != nil {
+				return fmt.Errorf("got %s: %w", got, err)
+			}
+			if g["type"] == "resume" && want != "resume" {
+				continue
+			}
+			if !strings.HasPrefix(want, "{") {
+				w = map[string]any{"type": want, "message": g["message"]}
+				if g["type"] == "resume" {
+					w = map[string]any{"type": want, "token": g["token"]}
+				}
+			} else if err := json.Unmarshal([]byte(want), &w); err != nil {
+				return err
+			}
+			if !reflect.DeepEqual(g, w) {
+				return fmt.Errorf("got %s", got)
+			}
+			return nil
+		case <-timer.C:
+			return errors.New("nothing came")
 		}
-		if !strings.HasPrefix(want, "{") {
-			w = map[string]any{"type": want, "message": g["message"]}
-		} else if err := json.Unmarshal([]byte(want), &w); err != nil {
-			return err
-		}
-		if !reflect.DeepEqual(g, w) {
-			return fmt.Errorf("got %s", got)
-		}
-		return nil
-	case <-timer.C:
-		return errors.New("nothing came")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -165,6 +166,20 @@ func (c *controller) begin(ctx context.Context) (*world, error) {
 		return nil, status.Error(codes.Unavailable, "by script")
 	}
 	return tell, nil
+}
+
+// JoinRoom learns from a gateway where a user is. Who is in a room is the script's to say.
+func (c *controller) JoinRoom(_ context.Context, r *pubsub.JoinRoomRequest) (*pubsub.JoinRoomResponse, error) {
+	c.world.place(r.GetNodeId(), r.GetUserId())
+	return &pubsub.JoinRoomResponse{Success: true}, nil
+}
+
+// LeaveRoom is the end of that, where it is the gateway itself that a user leaves.
+func (c *controller) LeaveRoom(_ context.Context, r *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
+	if strings.HasPrefix(r.GetRoomId(), "@node:") {
+		c.world.place("", r.GetUserId())
+	}
+	return &pubsub.LeaveRoomResponse{Success: true}, nil
 }
 
 // GetRoomInfo tells who is in a room.

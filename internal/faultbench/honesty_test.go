@@ -132,6 +132,8 @@ type townPlan struct {
 	managers, gates        int
 	managerEnv, gatewayEnv []string // more of their settings
 	acks                   bool     // clients acknowledge what asks for it
+	resumes                bool     // clients keep their positions in the logs of rooms
+	highest                bool     // the position is that of the last message they saw, and not what they were told: a mistake
 	proxied                bool     // Push-Managers reach the gateways through a proxy each
 }
 

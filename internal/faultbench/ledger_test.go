@@ -347,6 +347,13 @@ func (p *push) checkAnswer(slack time.Duration) (found []violation) {
 	if s.GetStored() > 0 && !store || s.GetAcked() > 0 && p.options.GetAck() != pubsub.AckPolicy_ACK_CLIENT || s.GetDuplicates() > 0 && p.options.GetMessageId() == "" {
 		add("I2", "it says what nobody asked for")
 	}
+	notKept := strings.Contains(failures(s), "store: ")
+	switch position := s.GetPosition(); {
+	case position != "" && (p.kind != toRoom || !store):
+		add("I2", "it stands in a log, and nobody asked for it")
+	case position == "" && p.kind == toRoom && (s.GetStored() > 0 || store && !notKept):
+		add("I2", "it stands in no log, and nothing says why")
+	}
 	if id := p.options.GetMessageId(); id != s.GetMessageId() && (id != "" || !store) {
 		add("I2", "the message is called %q, not %q", s.GetMessageId(), id)
 	}

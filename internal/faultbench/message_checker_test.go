@@ -180,6 +180,22 @@ func TestCheckerFindsEachBrokenPromiseOfMessages(t *testing.T) {
 			p.limit = time.Minute
 			b.arrive(p.id, "u", "c", "n")
 		}},
+		{"stored in a room's log and read by one who was no target", "", func(b book) { b.toRoom(stored(), "AQ-1", "u", "v") }},
+		{"twice at one connection, marked, out of a log", "", func(b book) {
+			p := b.toRoom(acked(), "AQ-1", "u")
+			b.add(arrival{push: p.id, user: "u", client: "u", node: "n", replayed: true})
+		}},
+		{"twice at one connection, not marked, out of a log", "I3", func(b book) { b.toRoom(acked(), "AQ-1", "u", "u") }},
+		{"stored for a room, and in no log", "I2", func(b book) { b.toRoom(stored(), "") }},
+		{"in a log of users", "I2", func(b book) {
+			s := acked()
+			s.Position = "AQ-1"
+			b.arrive(b.try(nil, 0, 5, s, nil).id, "u", "c", "n")
+		}},
+		{"in no log, and nobody says why", "I2", func(b book) { b.toRoom(acked(), "", "u") }},
+		{"in a log, and nobody asked for it", "I2", func(b book) {
+			b.toRoom(acked(), "AQ-1", "u").options.Offline = pubsub.OfflinePolicy_OFFLINE_DROP
+		}},
 		{"in order over two connections", "", func(b book) { storedInOrder(b, 1, 2) }},
 		{"in another order over two connections", "I10", func(b book) { storedInOrder(b, 2, 1) }},
 		{"what came again is in no order", "", func(b book) { storedInOrder(b, 1, 2, 1) }},
@@ -207,6 +223,17 @@ func TestCheckerFindsEachBrokenPromiseOfMessages(t *testing.T) {
 			}
 		})
 	}
+}
+
+// toRoom is a message to a room, with where it stands, and whose clients got it.
+func (b book) toRoom(s *pubsub.DeliverySummary, position string, users ...string) *push {
+	s.Position = position
+	p := b.try(nil, 0, 5, s, nil)
+	p.kind, p.key = toRoom, "r"
+	for _, user := range users {
+		b.arrive(p.id, user, user, "n")
+	}
+	return p
 }
 
 // storedInOrder stores one message, has the next one acknowledged, and has them arrive in the

@@ -21,7 +21,7 @@ func (m *message) last() *push  { return m.tries[len(m.tries)-1] }
 // check holds a message against its arrivals:
 //
 //   - no connection gets it twice, but for a repeat of what it has not acknowledged, and, marked as
-//     such, for what callers were told that it may have already
+//     such, for what callers were told that it may have already, and for what stands in the log of a room
 //   - who is said to have acknowledged it has got it, and so has who it is stored for, when
 //     they have come back
 //   - who is said to have it from nobody has not got it
@@ -34,8 +34,9 @@ func (m *message) check(l *ledger) (found []violation) {
 	clients := make(map[string]int, len(m.arrived))
 	reached := make(map[string]bool, len(m.arrived))
 	unsure := slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetUnsure() > 0 })
+	logged := m.logged()
 	for _, a := range m.arrived {
-		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && unsure && clients[client] > 0) {
+		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && (unsure || logged) && clients[client] > 0) {
 			clients[client]++
 		}
 		reached[a.user] = true
@@ -53,8 +54,14 @@ func (m *message) check(l *ledger) (found []violation) {
 	return found
 }
 
+// logged tells that the message stands in the log of its room: then members get it of whom its callers were told nothing, and
+// town.checkLogs judges who has to.
+func (m *message) logged() bool {
+	return slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetPosition() != "" })
+}
+
 func (m *message) checkClaims(l *ledger, reached map[string]bool, add func(string, *push, string, ...any)) {
-	may, open := 0, false // how many it may have reached by what was said
+	may, open := 0, m.logged() // how many it may have reached by what was said
 	for _, p := range m.tries {
 		if !p.done || p.err != nil && !p.safe() || strings.Contains(failures(p.summary), "store: ") {
 			open = true // a store that dies may have kept what it did not say
@@ -69,7 +76,7 @@ func (m *message) checkClaims(l *ledger, reached map[string]bool, add func(strin
 			add("I1", p, "%d users are claimed, %d were reached", claimed, len(reached))
 		}
 		// A list is judged as a whole: nobody says who of it is stored.
-		if stored := int(s.GetStored()); stored > 0 && p.options.GetTtlMs() == 0 && p.options.GetCollapseKey() == "" {
+		if stored := int(s.GetStored()); stored > 0 && p.options.GetTtlMs() == 0 && p.options.GetCollapseKey() == "" && p.kind != toRoom {
 			away := 0
 			for _, user := range append([]string{p.key}, p.users...) {
 				if l.absent != nil && l.absent(user) {

@@ -84,6 +84,9 @@ func (t *town) openAt(user string, g *gate, address, room string) *visit {
 	if t.plan.acks {
 		q.Set("ack", "1")
 	}
+	if t.plan.resumes {
+		q.Set("resume", t.positionOf(user))
+	}
 	ws, resp, err := gws.NewClient(clientEvents{v: v}, &gws.ClientOption{Addr: "ws://" + address + "/ws?" + q.Encode(), HandshakeTimeout: 2 * time.Second})
 	if resp != nil && resp.Body != nil {
 		_ = resp.Body.Close()
@@ -193,6 +196,7 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		ID       string `json:"id"`
 		Ack      uint64 `json:"ack"`
 		Replayed bool   `json:"replayed"`
+		Token    string `json:"token"`
 	}
 	v, t := e.v, e.v.t
 	if err := json.Unmarshal(message.Bytes(), &m); err != nil {
@@ -215,7 +219,7 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		if stranger {
 			t.broken("%s got %s of room %s, in which it is not", v.id, id, m.RoomID)
 		}
-		if !t.plan.acks && (m.ID != "" || m.Ack != 0 || m.Replayed) {
+		if !t.plan.acks && !t.plan.resumes && (m.ID != "" || m.Ack != 0 || m.Replayed) {
 			t.broken("%s did not ask for acknowledgements, and got %.200q", v.id, message.Bytes())
 		}
 		hushed := v.hushed.Load()
@@ -223,6 +227,8 @@ func (e clientEvents) OnMessage(_ *gws.Conn, message *gws.Message) {
 		if m.Ack != 0 && !hushed {
 			_ = v.ws.WriteMessage(gws.OpcodeText, fmt.Appendf(nil, `{"type":"ack","ack":%d}`, m.Ack))
 		}
+	case "resume", "gap":
+		t.told(v, m.Type, m.RoomID, m.Token)
 	case "ready", "joined", "left":
 		t.mu.Lock()
 		now := t.ledger.now()
@@ -352,6 +358,8 @@ type town struct {
 	// Guarded by mu.
 	byUser map[string][]*visit
 	wrong  []string // promises that were broken
+
+	positions map[string]*kept // of users, where townPlan.resumes; nil in the beginning
 }
 
 // broken notes a broken promise.

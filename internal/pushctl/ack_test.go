@@ -106,6 +106,53 @@ func TestListenWithoutAckIsAnOldClient(t *testing.T) {
 	}
 }
 
+// TestListenGoesOnFromItsPosition: over its connections, and from one session to the next; and tells a gap.
+func TestListenGoesOnFromItsPosition(t *testing.T) {
+	m := &moody{}
+	at := func(token string) string { return fmt.Sprintf(`{"type":"resume","token":%q}`, token) }
+	m.queued = []func(http.ResponseWriter, *http.Request){
+		m.asks(func(ws *gws.Conn, message string) {
+			if message == "" {
+				_ = ws.WriteString(at("AQ-1"))
+				_ = ws.WriteString(at("AQ&2=%"))
+				_ = ws.WriteString(at(strings.Repeat("A", maxPosition+1)))
+				_ = ws.WriteClose(1001, nil)
+			}
+		}),
+		m.asks(func(ws *gws.Conn, message string) {
+			if message == "" {
+				_ = ws.WriteString(`{"type":"gap","room_id":"r\u001b[31m"}`)
+				_ = ws.WriteString(numbered("m-1", "missed", 1, `,"replayed":true`))
+				_ = ws.WriteString(at("AQ_3"))
+				_ = ws.WriteString(numbered("m-2", "the end", 2, ""))
+			}
+		}),
+	}
+	web := httptest.NewServer(m)
+	defer web.Close()
+	url := "ws" + strings.TrimPrefix(web.URL, "http") + "/ws"
+	code, out, errOut := pushctl(t, "", "listen", "--user=alice", "--resume=AQ0", "--count=2", "--url", url)
+	if code != exitOK {
+		t.Errorf("exit %d, %q", code, errOut)
+	}
+	for _, want := range []string{"gap: something that was said in r\\x1b[31m is missing", "missed  (replayed)", "the end"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in %q", want, out)
+		}
+	}
+	if strings.Contains(out, "AQ") || !strings.Contains(errOut, "position: AQ_3 (--resume goes on from there)\n") {
+		t.Errorf("printed %q, and %q", out, errOut)
+	}
+	m.queued = m.queued[:1]
+	if _, out, _ := pushctl(t, "", "listen", "--user=alice", "--count=2", "-v", "--url", url); strings.Count(out, "position AQ_3") != 1 {
+		t.Errorf("printed %q", out)
+	}
+	query := " ack=1&user_id=alice&user_name=alice&resume="
+	if want := []string{query + "AQ0", query + "AQ%262%3D%25", query}; !slices.Equal(m.asked, want) {
+		t.Errorf("asked %q, want %q", m.asked, want)
+	}
+}
+
 // TestHadForgetsTheOldest, and a push without an id is always new.
 func TestHadForgetsTheOldest(t *testing.T) {
 	var h had

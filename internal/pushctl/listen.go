@@ -35,6 +35,9 @@ type listenCmd struct {
 	// On, so that a push with ACK_CLIENT, and one out of the store, is confirmed by what was printed.
 	// A Connect-Node that does not know it ignores it.
 	Ack bool `default:"true" negatable:"" help:"Acknowledge what was printed, where the push asks for it, and print no message id twice."`
+	// Sent with --ack, too: what rooms have said meanwhile, and keep, comes after a loss of the connection.
+	Resume  string `placeholder:"POSITION" help:"Begin with what the rooms have said since this position, which listen prints at its end, or a push to a room with --store."`
+	Verbose bool   `short:"v" help:"Print each position in the logs of the rooms, too."`
 
 	TokenFile string `placeholder:"FILE" help:"File with the token to show. It is read again before the token expires, and whenever the Connect-Node refuses it. PUSHCTL_TOKEN holds one without a file."`
 	CA        string `name:"ca" placeholder:"FILE" env:"CONNECT_NODE_CA" help:"With wss://: PEM file of the authorities that the Connect-Node's certificate is checked with. Default: those of the system."`
@@ -44,6 +47,7 @@ type listenCmd struct {
 const (
 	handshakeTimeout = 5 * time.Second
 	maxFrame         = 4 << 20
+	maxPosition      = 4 << 10
 	pingInterval     = 10 * time.Second
 	silence          = 3 * pingInterval // a connection that gives no sign of life for so long is dead
 )
@@ -75,11 +79,12 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 	if u, err := url.Parse(address); err == nil && token != "" && u.Scheme == "ws" && !config.Loopback(u.Hostname()) {
 		_, _ = fmt.Fprintln(t.err, "the token goes to another machine in plain text, where others may read it: wss:// does not")
 	}
-	l := &listener{t: t, count: c.Count, address: address, tls: secured, token: token}
+	l := &listener{t: t, count: c.Count, verbose: c.Verbose, tls: secured, token: token, position: c.Resume}
+	defer l.sayPosition(c.Resume)
 	pause := againFirst
 	for first := true; ; first = false {
 		opened := time.Now()
-		joined, err := c.connected(ctx, l)
+		joined, err := c.connected(ctx, l, c.resuming(address, l.position))
 		var final *finalError
 		if refused := (*tokenError)(nil); errors.As(err, &refused) {
 			next, readErr := c.token()
@@ -186,14 +191,14 @@ func (c *listenCmd) tls() (*tls.Config, error) {
 
 // connected is one connection, from its handshake to its end. It tells whether there
 // was one, and why it ended: nil when enough was seen.
-func (c *listenCmd) connected(ctx context.Context, l *listener) (joined bool, err error) {
+func (c *listenCmd) connected(ctx context.Context, l *listener, address string) (joined bool, err error) {
 	l.done, l.acks = make(chan error, 1), newAcks()
 	header := http.Header{}
 	if l.token != "" {
 		header.Set("Authorization", "Bearer "+l.token)
 	}
 	conn, resp, err := gws.NewClient(l, &gws.ClientOption{
-		Addr: l.address, RequestHeader: header, TlsConfig: l.tls, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
+		Addr: address, RequestHeader: header, TlsConfig: l.tls, HandshakeTimeout: handshakeTimeout, ReadMaxPayloadSize: maxFrame,
 		PermessageDeflate: gws.PermessageDeflate{},
 	})
 	if resp != nil && resp.Body != nil {
@@ -310,6 +315,19 @@ func (c *listenCmd) address(token string) (string, error) {
 	return u.String(), nil
 }
 
+// resuming is the address for a client with this position. One with none yet is told positions from now on. An old client
+// does not ask for them.
+func (c *listenCmd) resuming(address, position string) string {
+	if !c.Ack && position == "" {
+		return address
+	}
+	joint := "?"
+	if strings.Contains(address, "?") {
+		joint = "&"
+	}
+	return address + joint + "resume=" + url.QueryEscape(position)
+}
+
 func (c *listenCmd) explain(err error) error {
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
 		return fmt.Errorf("no Connect-Node answers at %s; start everything on this machine with: %s dev", c.URL, invoke.As("push-manager"))
@@ -325,7 +343,7 @@ type listener struct {
 	// Static.
 	t       *terminal
 	count   int
-	address string
+	verbose bool
 	tls     *tls.Config
 
 	// Owned by Run.
@@ -335,9 +353,10 @@ type listener struct {
 	done chan error // its end, once
 	acks *acks
 
-	// Owned by the reader.
-	seen int
-	had  had // by all connections
+	// Owned by the reader, and by Run while there is none.
+	seen     int
+	had      had    // by all connections
+	position string // the latest one told; "" for none
 }
 
 // wait waits for the end of a connection. In time before the token's end it shows the next one.
@@ -388,6 +407,13 @@ func (l *listener) wait(ctx context.Context, conn *gws.Conn, next func() (string
 	}
 }
 
+// sayPosition tells where another listen goes on.
+func (l *listener) sayPosition(begun string) {
+	if l.position != begun {
+		_, _ = fmt.Fprintf(l.t.err, "position: %s (--resume goes on from there)\n", clean(l.position))
+	}
+}
+
 func (l *listener) end(err error) {
 	select {
 	case l.done <- err:
@@ -425,6 +451,12 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 		l.acks.handled(conn, f.Ack)
 		return
 	}
+	if f.Type == "resume" && len(f.Token) <= maxPosition {
+		l.position = f.Token
+		if !l.verbose {
+			return
+		}
+	}
 	line := string(raw)
 	switch {
 	case l.t.json:
@@ -457,6 +489,7 @@ type frame struct {
 	Data      *frameData        `json:"data"`
 	Metadata  map[string]string `json:"metadata"`
 	Message   string            `json:"message"`
+	Token     string            `json:"token"`
 	Node      string            `json:"node_id"`
 	Expires   int64             `json:"expires"`
 	ID        string            `json:"id"`
@@ -501,6 +534,10 @@ func (f *frame) control(raw string) string {
 		return "ready at " + clean(f.Node)
 	case "refreshed":
 		return "token refreshed, good until " + time.Unix(f.Expires, 0).Format(time.TimeOnly)
+	case "resume":
+		return "position " + clean(f.Token)
+	case "gap":
+		return "gap: something that was said in " + clean(f.Room) + " is missing, and is not kept any more"
 	case "error":
 		return "error: " + clean(f.Message)
 	}

@@ -285,16 +285,16 @@ func TestListenShowsItsToken(t *testing.T) {
 		asked  []string
 		errOut string
 	}{
-		"file":                     {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " ack=1"}, `listening as "alice"`},
-		"variable":                 {[]func(http.ResponseWriter, *http.Request){push}, nil, first, exitOK, []string{"Bearer " + first + " ack=1"}, `listening as "alice"`},
-		"user, too":                {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file, "--user=alice"}, "", exitOK, []string{"Bearer " + first + " ack=1&user_id=alice&user_name=alice"}, ""},
-		"refused":                  {[]func(http.ResponseWriter, *http.Request){refuse}, []string{"--token-file", file}, "", exitError, []string{"Bearer " + first + " ack=1"}, "4401 expired"},
-		"refused, from a variable": {[]func(http.ResponseWriter, *http.Request){refuse}, nil, first, exitError, []string{"Bearer " + first + " ack=1"}, "4401 expired"},
+		"file":                     {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " ack=1&resume="}, `listening as "alice"`},
+		"variable":                 {[]func(http.ResponseWriter, *http.Request){push}, nil, first, exitOK, []string{"Bearer " + first + " ack=1&resume="}, `listening as "alice"`},
+		"user, too":                {[]func(http.ResponseWriter, *http.Request){push}, []string{"--token-file", file, "--user=alice"}, "", exitOK, []string{"Bearer " + first + " ack=1&user_id=alice&user_name=alice&resume="}, ""},
+		"refused":                  {[]func(http.ResponseWriter, *http.Request){refuse}, []string{"--token-file", file}, "", exitError, []string{"Bearer " + first + " ack=1&resume="}, "4401 expired"},
+		"refused, from a variable": {[]func(http.ResponseWriter, *http.Request){refuse}, nil, first, exitError, []string{"Bearer " + first + " ack=1&resume="}, "4401 expired"},
 		"another one by then": {
 			[]func(http.ResponseWriter, *http.Request){m.asks(func(ws *gws.Conn, _ string) {
 				write(second)
 				_ = ws.WriteClose(4401, []byte("expired"))
-			}), push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " ack=1", "Bearer " + second + " ack=1"}, "connecting again",
+			}), push}, []string{"--token-file", file}, "", exitOK, []string{"Bearer " + first + " ack=1&resume=", "Bearer " + second + " ack=1&resume="}, "connecting again",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -33,7 +33,7 @@ func (t *terminal) show(what string, r reply) error {
 	switch code := exitCode(r); {
 	case code == exitOK && s.GetDelivered() > 0:
 		colour = green
-	case s.GetDelivered() == 0 && s.GetStored() > 0 && r.GetSuccess():
+	case s.GetDelivered() == 0 && (s.GetStored() > 0 || s.GetPosition() != "") && r.GetSuccess():
 		verdict = "stored"
 	case code == exitOK:
 		verdict = "nobody to deliver to"
@@ -59,6 +59,9 @@ func (t *terminal) show(what string, r reply) error {
 	}
 	if id := s.GetMessageId(); id != "" {
 		b.WriteString(t.paint(grey, ", id "+clean(id)))
+	}
+	if position := s.GetPosition(); position != "" {
+		b.WriteString(t.paint(grey, ", position "+clean(position)))
 	}
 	b.WriteString("\n")
 	for _, f := range s.GetNodeFailures() {

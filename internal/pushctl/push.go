@@ -44,7 +44,7 @@ type messageFlags struct {
 	TTL        time.Duration `name:"ttl" placeholder:"1m" help:"How long the message is worth showing. Default: to the end of the push; in the store STORE_TTL of the server."`
 	Ack        string        `default:"node" enum:"node,client" help:"Whose word makes it delivered: node, or client, where the client can acknowledge."`
 	AckTimeout time.Duration `placeholder:"2s" help:"How long clients may take, with --ack=client."`
-	Store      bool          `help:"Store it for users who are not reached. Not for rooms and broadcasts."`
+	Store      bool          `help:"Store it for users who are not reached. Not for broadcasts."`
 	Collapse   string        `placeholder:"KEY" help:"While it waits, a newer message to the same user with this key takes its place."`
 	Receipt    string        `default:"none" enum:"none,async" help:"none: wait for acknowledgements by clients. async, with --ack=client and an id: do not wait, pushctl receipts shows them."`
 	Priority   string        `default:"" enum:",low,normal,high,critical" placeholder:"high" help:"low, normal, high or critical."`

@@ -247,7 +247,11 @@ func (c *conn) obey(b []byte) (room string, err error) {
 			return room, err
 		}
 		if *m.Type == "leave" {
-			return room, c.member.Leave(room)
+			if err := c.member.Leave(room); err != nil {
+				return room, err
+			}
+			c.unfollow(c.tenant.ID(room))
+			return room, nil
 		}
 		if !c.identity.Load().allows(room) {
 			return room, &denial{deniedRoom, closeForbidden}
@@ -288,6 +292,7 @@ func (c *conn) Joined(room string) {
 	switch {
 	case room != "":
 		c.tell(control("joined", "room_id", room))
+		c.follow(c.tenant.ID(room))
 	case c.room == "":
 		c.tell(control("ready", "user_id", c.user, "node_id", c.g.cfg.NodeID))
 	}
@@ -302,6 +307,7 @@ func (c *conn) Refused(room, why string) {
 		c.tell(control("error", "message", "user_id: "+why))
 		return
 	}
+	c.unfollow(c.tenant.ID(room))
 	c.tell(control("error", "message", "room_id: "+why, "room_id", room))
 }
 

@@ -18,7 +18,7 @@ import (
 
 // frame is one message to clients, encoded once and shared by all queues in which it
 // waits. A push has a gap: the recipient's id, the only part that differs between
-// recipients, goes between head and tail. What clients with ack=1 get besides takes the place of the
+// recipients, goes between head and tail. What clients get besides who have asked for ids takes the place of the
 // brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
@@ -47,10 +47,11 @@ type queued struct {
 // recipient is to whom a frame goes.
 type recipient struct {
 	user []byte // the id as a JSON string
-	acks bool   // it has asked for ids, and acknowledges
+	acks bool   // it acknowledges
+	ids  bool   // it has asked for ids: with ack=1, or to resume
 }
 
-// The members of a push that only clients with ack=1 get, in this order.
+// The members of a push that only clients get who have asked for ids, in this order.
 const (
 	idMember       = `,"id":`
 	ackMember      = `,"ack":`
@@ -59,7 +60,7 @@ const (
 
 // marked tells whether the recipient gets more than the frame.
 func (q queued) marked(to *recipient) bool {
-	return to.acks && (q.id != nil || q.entry != nil && (q.entry.Ack != 0 || q.entry.Replayed))
+	return to.ids && (q.id != nil || q.entry != nil && (q.entry.Ack != 0 || q.entry.Replayed))
 }
 
 // appendMarks appends what differs between recipients of a message.

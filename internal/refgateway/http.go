@@ -21,6 +21,7 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/internal/exposition"
+	"github.com/push-manager/push-manager/internal/position"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -136,7 +137,7 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	if err != nil {
 		return nil, "", errQuery
 	}
-	for _, field := range []string{"user_id", "user_name", "room_id", "ack"} {
+	for _, field := range []string{"user_id", "user_name", "room_id", "ack", "resume"} {
 		if len(query[field]) > 1 {
 			return nil, "", fmt.Errorf("%s: given %d times", field, len(query[field]))
 		}
@@ -145,9 +146,17 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	switch query.Get("ack") {
 	case "", "0":
 	case "1":
-		c.to.acks = true
+		c.to.acks, c.to.ids = true, true
 	default:
 		return nil, "", errors.New("ack: must be 1, or left out")
+	}
+	if query.Has("resume") {
+		c.resumes, c.to.ids = true, true
+		if c.position = query.Get("resume"); c.position != "" {
+			if _, err := position.Parse(c.position); err != nil {
+				return nil, "", fmt.Errorf("resume: %w", err)
+			}
+		}
 	}
 	if g.cfg.Tokens != nil {
 		if token, err = g.tokenOf(r, query); err != nil {
@@ -269,7 +278,10 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
-	c.beginLasting()
+	if err := c.beginLasting(); err != nil {
+		g.cfg.Logger.Error("position not taken", slog.Any("error", err)) // clientOf has read it
+		return closeOurFault
+	}
 	g.users.Add(c.tenant.ID(c.user), c)
 	g.unverified.remove(c)
 	g.endIfGoing(c)
@@ -302,6 +314,7 @@ func (g *Gateway) end(c *conn) {
 		return
 	}
 	c.gate.Leave()
+	c.cursor.Close()
 	g.users.Remove(c.tenant.ID(c.user), c)
 	c.member.Close()
 }

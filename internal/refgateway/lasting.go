@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -20,23 +21,34 @@ var (
 // lasting is what a connection keeps for pushes with options: ids that it has had, what its client has
 // not acknowledged, and what waits behind a replay.
 type lasting struct {
-	gate *node.Gate // static once the connection is among the users
+	// Static once the connection is among the users.
+	gate     *node.Gate
+	cursor   *node.Cursor // nil for a client that keeps no position
+	resumes  bool         // it does
+	position string       // with which it has come
 
 	// Guarded by conn.mu.
 	inbox  node.Inbox[*frame]
-	places map[uint64]int // in the queue, of what a newer push with the same collapse key replaces
-	armed  time.Time      // for when the wheel has the connection, in whole steps; zero: it has not
+	places map[uint64]int      // in the queue, of what a newer push with the same collapse key replaces
+	logs   map[string]struct{} // rooms, as pushes name them, that the cursor has joined
+	armed  time.Time           // for when the wheel has the connection, in whole steps; zero: it has not
 }
 
 // beginLasting comes before the connection is among the users.
-func (c *conn) beginLasting() {
+func (c *conn) beginLasting() (err error) {
 	// Replayed messages come when the client acknowledges: half of what may be unacknowledged, and of what may
 	// wait, leaves room for others.
 	window := max(1, min(node.UnackedFrames, c.g.cfg.QueueFrames)/2)
 	c.gate = c.g.node.Gate(c.tenant.ID(c.user), c, window)
+	if c.resumes {
+		if c.cursor, err = c.g.node.Cursor(c.tenant.ID(c.user), c, c.position); err != nil {
+			return fmt.Errorf("resume: %w", err)
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.inbox.Acks, c.inbox.Gate, c.inbox.Books = c.to.acks, c.gate, c.g.keep
+	return nil
 }
 
 // keep counts the inboxes that keep a frame alive, and its bytes once.
@@ -71,6 +83,9 @@ func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) 
 	if c.closed || m.RoomID != "" && !m.Options.Replayed() && !c.member.In(m.RoomID) {
 		return node.NotHere
 	}
+	if out, settled := c.loggedLocked(m); settled {
+		return out
+	}
 	behind := c.inbox.Behind(m)
 	if m.Options == nil && !behind {
 		return c.queueLocked(queued{frame: f})
@@ -87,7 +102,7 @@ func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) 
 	case keeps && c.overfullLocked():
 		c.g.count.stalled.Inc()
 		return node.Failed
-	case m.Options.Replayed() && !c.spareLocked():
+	case (m.Options.Replayed() || isRead(m)) && !behind && !c.spareLocked():
 		return node.Failed // It stays in the store, and is asked for again: no reason to cut the client off.
 	case !behind && !c.roomLocked(size):
 		return node.Failed

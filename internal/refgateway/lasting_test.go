@@ -28,6 +28,8 @@ type manager struct {
 	stream grpc.BidiStreamingClient[pubsub.DeliverRequest, pubsub.DeliverResponse]
 	reply  *pubsub.HelloReply
 
+	sending sync.Mutex // one Send at a time
+
 	mu sync.Mutex
 	// Guarded by mu.
 	next     uint64
@@ -36,6 +38,9 @@ type manager struct {
 	misses   map[uint64]*pubsub.Miss
 	catchups []*pubsub.Catchup
 	taken    map[uint64]uint64 // by gate
+	follows  []*pubsub.LogFollow
+	reads    []*pubsub.LogRead
+	log      *roomLog // nil: the test answers what is read
 }
 
 type ack struct{ delivered, duplicates, pending uint32 }
@@ -75,6 +80,8 @@ func manage(t testing.TB, n pubsub.ConnectNodeServiceClient, name string, featur
 
 func (m *manager) send(r *pubsub.DeliverRequest) {
 	m.t.Helper()
+	m.sending.Lock()
+	defer m.sending.Unlock()
 	if err := m.stream.Send(r); err != nil {
 		m.t.Fatal(err)
 	}
@@ -107,10 +114,22 @@ func (m *manager) read() {
 			m.receipts[got.GetSeq()] = receipt{of.acked + got.GetAcked(), of.unacked + len(got.GetUnacked()), of.final || got.GetFinal()}
 		}
 		m.catchups = append(m.catchups, r.GetCatchups()...)
+		m.reads = append(m.reads, r.GetLogReads()...)
+		if r.GetLogFollow() != nil {
+			m.follows = append(m.follows, r.GetLogFollow())
+		}
+		log := m.log
 		for _, taken := range r.GetReplayTaken() {
 			m.taken[taken.GetGate()] = taken.GetSeq()
 		}
 		m.mu.Unlock()
+		for _, read := range r.GetLogReads() {
+			if log != nil {
+				m.sending.Lock()
+				_ = m.stream.Send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{log.page(read)}}) // the next Recv says why not
+				m.sending.Unlock()
+			}
+		}
 	}
 }
 
@@ -247,7 +266,7 @@ func TestClientsWithAckGetMoreAndOthersTheOldBytes(t *testing.T) {
 	g, n := start(t, newController(t), nil)
 	old, with := connect(t, g, "u", ""), acker(t, g, "u").ready("u")
 	m := manage(t, n, "pm")
-	if !slices.Contains(m.reply.GetFeatures(), pubsub.Feature_FEATURE_CLIENT_ACK) || len(m.reply.GetFeatures()) != 6 {
+	if !slices.Contains(m.reply.GetFeatures(), pubsub.Feature_FEATURE_CLIENT_ACK) || len(m.reply.GetFeatures()) != 7 {
 		t.Errorf("the node does %v", m.reply.GetFeatures())
 	}
 	long := strings.Repeat("x", 3*copyBytes)
@@ -348,7 +367,7 @@ func TestHostileAcksChangeNothing(t *testing.T) {
 			t.Errorf("%s: %s", query, got)
 		}
 	}
-	if _, _, err := dialQuery(g, "user_id=v&ack=0&resume=token", nil); err != nil {
+	if _, _, err := dialQuery(g, "user_id=v&ack=0&later=token", nil); err != nil {
 		t.Error(err)
 	}
 }

@@ -204,6 +204,54 @@ func TestPageAcknowledgesWhatItShows(t *testing.T) {
 	}
 }
 
+// reloader is a visitor who comes again as the same user whenever the page is loaded.
+const reloader = `<script>
+$("user").value = "u";
+$("room").value = "first";
+$("go").click();
+const visit = async () => {
+  await fetch("seen", { method: "POST", body: [$("state").textContent, $("list").innerText].join("\n") });
+  if (await fetch("next").then(r => r.text()) === "reload" && !sessionStorage.getItem("reloaded")) {
+    sessionStorage.setItem("reloaded", "yes");
+    location.reload();
+    return;
+  }
+  setTimeout(visit, 20);
+};
+visit();
+</script>`
+
+// TestPageKeepsItsPosition over a loss and over a reload, and shows a gap.
+func TestPageKeepsItsPosition(t *testing.T) {
+	g, _ := start(t, newController(t), nil)
+	var next atomic.Pointer[string]
+	shows, address := visited(t, g, reloader, &next, nil)
+	browser(t, address)
+	shows("connected\n")
+	came := func(want string) *conn {
+		t.Helper()
+		var of *conn
+		eventually(t, fmt.Sprintf("the page comes with position %q", want), func() bool {
+			conns := g.users.Of("u")
+			if len(conns) == 1 && conns[0].resumes && conns[0].position == want {
+				of = conns[0]
+			}
+			return of != nil
+		})
+		return of
+	}
+	of := came("")
+	of.Resume(at(1))
+	of.Resume(at(2))
+	of.Gap("first")
+	shows("gap", "room first", "is missing")
+	of.bye(closeGoingAway, false)
+	came(at(2))
+	next.Store(new("reload"))
+	eventually(t, "the page has connected anew", func() bool { return g.count.opened.Get() == 3 })
+	came(at(2))
+}
+
 // TestPageShowsItsToken: it connects with the one that was pasted, refreshes, and tells in words why it was closed. The
 // token is in the page's memory alone.
 func TestPageShowsItsToken(t *testing.T) {

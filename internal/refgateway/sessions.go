@@ -10,7 +10,7 @@ type sessions struct{ *node.Users[*conn] }
 
 func newUsers() *node.Users[*conn] {
 	return node.NewLastingUsers[*conn](pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK, pubsub.Feature_FEATURE_EXPIRY,
-		pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY)
+		pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY, pubsub.Feature_FEATURE_ROOM_LOG)
 }
 
 // Broadcast implements node.Sessions.

@@ -93,7 +93,7 @@ type Entry[F any] struct {
 	Size int
 	// Ack is the number with which the client acknowledges this frame and all before it. 0: it does not.
 	Ack uint64
-	// Replayed says that the frame is out of the store, or was sent before.
+	// Replayed says that the frame is out of the store or a log, or was sent before.
 	Replayed bool
 	// Collapse is that of the message's Options, 0 for a message whose place no other takes.
 	Collapse uint64
@@ -101,6 +101,7 @@ type Entry[F any] struct {
 	number  uint64 // its place in the queue among those with Options
 	key     uint64
 	expires time.Time
+	logged  bool // it is shown even if its acknowledgement is given up: the client's position will be behind it
 }
 
 // Plain tells that there is nothing in the entry but its frame: it is not acknowledged, not marked, not
@@ -129,6 +130,14 @@ type held[F any] struct {
 	waits    []*Confirmation
 	wantsAck bool
 	deadline time.Time // zero for one that wants no ack
+}
+
+// unasked gives up the acknowledgement, and not the message.
+func (h *held[F]) unasked() {
+	for _, c := range h.waits {
+		c.GaveUp()
+	}
+	h.wantsAck, h.waits, h.deadline = false, nil, time.Time{}
 }
 
 // Behind tells that m must wait behind the gate, and goes to Take whether or not the queue has room. m may
@@ -220,7 +229,8 @@ func (b *Inbox[F]) Take(m *Message, c *Confirmation, f F, size int, now time.Tim
 	h := held[F]{}
 	out = Delivered
 	if o != nil {
-		e.key, e.expires, e.Replayed = o.Key, o.Expires, o.Replayed()
+		e.key, e.expires, e.logged = o.Key, o.Expires, o.Log != nil
+		e.Replayed = o.Replayed() || e.logged && o.Log.Read
 		if !e.Replayed {
 			e.Collapse = o.Collapse
 		}
@@ -328,15 +338,18 @@ func (b *Inbox[F]) Pop(now time.Time) (e Entry[F], ok bool) {
 		b.again = b.again[1:]
 		if i >= 0 {
 			e = b.records[i].Entry
-			e.Replayed, e.Collapse = true, 0
+			e.Replayed, e.Collapse, e.logged = true, 0, false
 			return e, true
 		}
 	}
 	for len(b.held) > 0 && !b.Gate.isClosed() {
 		h := b.held[0]
 		expired := !h.expires.IsZero() && !now.Before(h.expires)
+		late := h.wantsAck && !now.Before(h.deadline)
 		switch {
-		case expired || h.wantsAck && !now.Before(h.deadline):
+		case late && h.logged && !expired:
+			b.held[0].unasked()
+		case expired || late:
 			b.unhold(0)
 			b.giveUp(h.waits, h.key)
 		case h.wantsAck && b.fullFor(h.Size):
@@ -348,6 +361,10 @@ func (b *Inbox[F]) Pop(now time.Time) (e Entry[F], ok bool) {
 	}
 	return e, false
 }
+
+// Holds tells that messages were taken which Pop has not given yet or, after Close, will not give any more: what is
+// queued now would overtake them.
+func (b *Inbox[F]) Holds() bool { return b.closed || len(b.held) > 0 }
 
 // Waiting tells that Pop may have something once the queue has room.
 func (b *Inbox[F]) Waiting() bool {
@@ -363,7 +380,7 @@ func (b *Inbox[F]) Write(e *Entry[F], now time.Time) bool {
 	}
 	i := b.recordAt(e.Ack)
 	if i < 0 {
-		return false
+		return e.logged && !expired
 	}
 	r := &b.records[i]
 	if expired { // What nobody wants any more is not asked for again.
@@ -456,13 +473,15 @@ func (b *Inbox[F]) Tick(now time.Time) (ping, cut bool) {
 		h := &b.held[i]
 		switch {
 		case !h.wantsAck:
-		case !now.Before(h.deadline):
+		case now.Before(h.deadline):
+			b.wakeAt(h.deadline)
+		case h.logged:
+			h.unasked()
+		default:
 			waits, key := h.waits, h.key
 			b.unhold(i)
 			b.giveUp(waits, key)
 			continue
-		default:
-			b.wakeAt(h.deadline)
 		}
 		i++
 	}

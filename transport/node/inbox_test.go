@@ -732,3 +732,56 @@ func TestOnlyAnEntryThatWriteNeverRefusesIsPlain(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatStandsInALogIsShownAlthoughItsAckIsGivenUp: the client is told that it is behind it, and is not given it again.
+func TestWhatStandsInALogIsShownAlthoughItsAckIsGivenUp(t *testing.T) {
+	logged := func(o *Options) { o.Log = &LogPlace{Seq: 1} }
+	t.Run("in the queue", func(t *testing.T) {
+		w, d := newWaits(), newDesk(true)
+		d.offer(d.message("logged", logged, d.ackBy(time.Second)), w.of1("logged"))
+		d.offer(d.message("not", d.ackBy(time.Second)), w.of1("not"))
+		d.offer(d.message("expired", logged, d.ackBy(time.Second), func(o *Options) { o.Expires = d.now.Add(time.Second) }), w.of1("expired"))
+		d.tick(time.Second)
+		d.write(9)
+		if got := d.shown(); !slices.Equal(got, []string{"logged"}) {
+			t.Errorf("written: %q", got)
+		}
+		w.is(t, "logged", false)
+		w.is(t, "not", false)
+	})
+	t.Run("behind the gate", func(t *testing.T) {
+		w, d := newWaits(), newDesk(true)
+		d.inbox.Gate = new(Gate)
+		d.inbox.Gate.closed.Store(true)
+		for _, id := range []string{"one", "two"} {
+			d.offer(d.message(id, logged, d.ackBy(time.Second)), w.of1(id))
+		}
+		if d.tick(500 * time.Millisecond); !d.inbox.Holds() {
+			t.Error("nothing is held")
+		}
+		d.tick(500 * time.Millisecond)
+		w.is(t, "one", false)
+		w.is(t, "two", false)
+		d.inbox.Gate.closed.Store(false)
+		d.fill()
+		d.write(9)
+		if got := d.shown(); !slices.Equal(got, []string{"one", "two"}) || d.inbox.Holds() {
+			t.Errorf("written: %q", got)
+		}
+		if d.wire[0].Ack != 0 {
+			t.Error("an acknowledgement is asked for, and nobody waits for it")
+		}
+		if d.inbox.Close(); !d.inbox.Holds() {
+			t.Error("a closed inbox takes nothing any more: whatever is queued overtakes that")
+		}
+	})
+}
+
+func TestWhatIsReadFromALogIsMarkedAsReplayed(t *testing.T) {
+	d := newDesk(false)
+	for id, read := range map[string]bool{"live": false, "read": true} {
+		if d.offer(d.message(id, func(o *Options) { o.Log = &LogPlace{Seq: 1, Read: read} }), nil); d.queue[len(d.queue)-1].Replayed != read {
+			t.Errorf("%s: marked %t", id, !read)
+		}
+	}
+}

@@ -161,7 +161,7 @@ func TestFeaturesOfSessionsAreNamedInTheReplyToHello(t *testing.T) {
 	if got := serve(t, Config{Sessions: NewUsers[*phone]()}).mustOpen(t).reply.GetFeatures(); !slices.Equal(got, want[:1]) {
 		t.Errorf("of Sessions that take no part: %v", got)
 	}
-	if _, err := New(Config{NodeID: "n", Sessions: NewLastingUsers[*phone](pubsub.Feature(6))}); err == nil {
+	if _, err := New(Config{NodeID: "n", Sessions: NewLastingUsers[*phone](pubsub.Feature(99))}); err == nil {
 		t.Error("a feature that there is not is named")
 	}
 }

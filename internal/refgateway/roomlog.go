@@ -1,0 +1,73 @@
+package refgateway
+
+import (
+	"github.com/push-manager/push-manager/transport/node"
+)
+
+// follow has the client read the log of a room, once the Controller has let the client in: what others wrote there is not
+// for one whom it refuses. The lock keeps what comes live behind that.
+func (c *conn) follow(room string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.logs[room]; ok || c.cursor == nil || !c.member.In(room) { // it may have left meanwhile
+		return
+	}
+	if c.logs == nil {
+		c.logs = make(map[string]struct{})
+	}
+	c.logs[room] = struct{}{}
+	c.cursor.Join(room)
+}
+
+// unfollow comes when the connection is out of the room.
+func (c *conn) unfollow(room string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.logs[room]; ok {
+		delete(c.logs, room)
+		c.cursor.Leave(room)
+	}
+}
+
+// loggedLocked settles a message of a log that must not be taken now by a client that keeps its position. Failed is no
+// loss: it comes out of the log.
+func (c *conn) loggedLocked(m *node.Message) (outcome node.Outcome, settled bool) {
+	if c.cursor == nil || m.Options == nil || m.Options.Log == nil {
+		return 0, false
+	}
+	_, follows := c.logs[m.RoomID]
+	switch {
+	case m.Options.Log.Read:
+		return node.NotHere, !follows // read for an earlier stay
+	case !follows, c.cursor.Holds(m):
+		return node.Failed, true
+	}
+	return 0, false
+}
+
+// isRead tells that m was read from a log.
+func isRead(m *node.Message) bool {
+	return m.Options != nil && m.Options.Log != nil && m.Options.Log.Read
+}
+
+// Resume implements node.LogConn. A position must not overtake what was taken and is not in the queue.
+func (c *conn) Resume(position string) bool { return c.say(control("resume", "token", position)) }
+
+// Gap implements node.LogConn. It stands behind what was taken, as a position does, which may follow it.
+func (c *conn) Gap(room string) bool {
+	return c.say(control("gap", "room_id", c.tenant.Plain(room)))
+}
+
+// say queues a frame behind all that was taken, if there is room for it now. Nobody is cut off for it.
+func (c *conn) say(f *frame) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.closed:
+		return true // It reaches nobody any more.
+	case c.inbox.Holds() || !c.spareLocked() || c.g.crowded(c.frames, c.bytes+len(f.head)):
+		return false
+	}
+	c.appendLocked(queued{frame: f})
+	return true
+}
