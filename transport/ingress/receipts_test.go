@@ -138,7 +138,7 @@ func TestReceiptsAreBounded(t *testing.T) {
 	if some, _, err := r.next("a", r.end("a")-10); err != nil || len(some) != 10 || some[0][0] != 20 {
 		t.Errorf("%v, %v", some, err)
 	}
-	if _, _, err := r.next("a", 0); !errors.Is(err, errReceiptsGone) {
+	if _, _, err := r.next("a", 0); !errors.Is(err, ErrReceiptsGone) {
 		t.Errorf("behind the log: %v", err)
 	}
 	for i := range 20 {

@@ -9,7 +9,10 @@
 //	pmi.<p>.<user>.k.<key> the latest message of a user with a collapse key
 //	pmi.<p>.head           one message that stays, see below
 //
-// user and key are hashes of 128 bits: no byte of a subject comes from outside. The message itself holds the user's id,
+//	stream PM_RCPT
+//	pmr.<sender>           receipts of a sender's pushes; at most Config.MaxReceipts, for a day
+//
+// user, key and sender are hashes of 128 bits: no byte of a subject comes from outside. The message itself holds the user's id,
 // and what is read is compared with it.
 //
 // Invariants:

@@ -56,7 +56,8 @@ type Store struct {
 
 	prepares chan struct{} // 1: streams have to be looked for
 
-	streams atomic.Pointer[[]jetstream.Stream] // by partition; nil until all of them are there
+	streams  atomic.Pointer[[]jetstream.Stream] // by partition; nil until all of them are there
+	receipts atomic.Pointer[receipts]           // nil: to be looked for
 }
 
 // Open opens a store, or makes it. Servers elsewhere may be away: then it returns, and its calls fail until they are back.

@@ -340,8 +340,13 @@ func (s *Store) Forget(ctx context.Context, user string) (int, error) {
 	return count, nil
 }
 
-// direct asks any replica for a batch of messages.
+// direct asks any replica of a partition for a batch of messages.
 func (s *Store) direct(ctx context.Context, p int, request getRequest) (batch, error) {
+	return s.directOf(ctx, streamName(p), request)
+}
+
+// directOf asks any replica of a stream.
+func (s *Store) directOf(ctx context.Context, stream string, request getRequest) (batch, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return batch{}, err
@@ -352,7 +357,7 @@ func (s *Store) direct(ctx context.Context, p int, request getRequest) (batch, e
 		return batch{}, down(err)
 	}
 	defer func() { _ = sub.Unsubscribe() }() // of a connection that is gone, too
-	if err := s.nc.PublishRequest(directGet+streamName(p), inbox, body); err != nil {
+	if err := s.nc.PublishRequest(directGet+stream, inbox, body); err != nil {
 		return batch{}, down(err)
 	}
 	var got batch
@@ -409,13 +414,18 @@ func (b *batch) take(msg *nats.Msg, last *uint64) (end bool, err error) {
 	}
 }
 
-// askLeader returns the message that a request names, none if there is no such message.
+// askLeader returns the message of a partition that a request names, none if there is no such message.
 func (s *Store) askLeader(ctx context.Context, p int, request getRequest) ([]stored, error) {
+	return s.leaderOf(ctx, streamName(p), request)
+}
+
+// leaderOf asks the leader of a stream.
+func (s *Store) leaderOf(ctx context.Context, stream string, request getRequest) ([]stored, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return nil, err
 	}
-	msg, err := s.nc.RequestWithContext(ctx, leaderGet+streamName(p), body)
+	msg, err := s.nc.RequestWithContext(ctx, leaderGet+stream, body)
 	if err != nil {
 		return nil, down(err)
 	}
