@@ -446,7 +446,7 @@ type receiptTail struct {
 	mu       sync.Mutex
 	watchers int // guarded by mu, as the rest
 	started  chan struct{}
-	live     bool          // started is closed
+	live     bool // started is closed
 	epoch    uint64
 	floor    uint64
 	head     uint64
@@ -599,4 +599,3 @@ func (t *receiptTail) next(sender string, epoch, after uint64) (some []Receipt, 
 	}
 	return nil, t.head, s.changed, nil
 }
-

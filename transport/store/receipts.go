@@ -38,7 +38,7 @@ type Receipt struct {
 type ReceiptPage struct {
 	Receipts []Receipt
 	Last     uint64 // up to which the page goes, also where what stands there cannot be read; after if it is empty
-	More     bool // something may follow the last one
+	More     bool   // something may follow the last one
 	Gap      bool
 	Missing  uint64
 }
