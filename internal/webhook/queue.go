@@ -5,6 +5,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/VictoriaMetrics/metrics"
 )
 
 const (
@@ -31,8 +33,12 @@ type queued struct {
 	at time.Time
 }
 
-// NewQueue makes an empty one.
-func NewQueue() *Queue { return &Queue{first: 1} }
+// NewQueue makes an empty one. Its gauge goes into set.
+func NewQueue(set *metrics.Set) *Queue {
+	q := &Queue{first: 1}
+	set.GetOrCreateGauge("push_manager_receipt_webhook_queue_entries", func() float64 { return float64(q.Len()) })
+	return q
+}
 
 // Append takes a receipt. It never waits.
 func (q *Queue) Append(sender string, receipt []byte) {
