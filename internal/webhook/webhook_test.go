@@ -63,8 +63,8 @@ func hmacOf(secret, message []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// verify is what a receiver does with the header.
-func verify(secret []byte, header string, body []byte) error {
+// check is what a receiver does with the header.
+func check(secret []byte, header string, body []byte) error {
 	var stamp, signature string
 	for part := range strings.SplitSeq(header, ",") {
 		key, value, _ := strings.Cut(part, "=")
@@ -122,7 +122,7 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	r.mu.Lock()
 	answer, secret := r.answer, r.secret
 	r.mu.Unlock()
-	if err := verify(secret, request.Header.Get("Push-Manager-Signature"), body); err != nil {
+	if err := check(secret, request.Header.Get("Push-Manager-Signature"), body); err != nil {
 		r.mu.Lock()
 		r.failed++
 		r.mu.Unlock()
@@ -345,12 +345,8 @@ func TestASlowReceiverHoldsNobodyUp(t *testing.T) {
 	h := start(t, r.URL, nil)
 	h.queue.Append("a", receipt(t, "0"))
 	eventually(t, "it is under way", func() bool { return h.turn.Load() })
-	began := time.Now()
 	for _, id := range numbers(20_000)[1:] {
-		h.queue.Append("a", receipt(t, id))
-	}
-	if took := time.Since(began); took > 30*time.Second {
-		t.Errorf("20,000 took %v", took)
+		h.queue.Append("a", receipt(t, id)) // it returns, or the test does not
 	}
 	close(release)
 	h.drain(t, time.Minute)
@@ -551,11 +547,14 @@ func TestATurnEndsWhileEtcdIsAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	etcd.Stop()
-	select {
-	case <-turn.Over():
-	case <-time.After(time.Minute):
-		t.Fatal("the turn does not end")
-	}
+	eventually(t, "the turn ends", func() bool {
+		select {
+		case <-turn.Over():
+			return true
+		default:
+			return false
+		}
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	if _, err := turns.Next(ctx); err == nil {
 		t.Error("a turn without etcd")
