@@ -184,14 +184,13 @@ func newClient(timeout time.Duration) *http.Client {
 }
 
 // Drain ends the sending: once what there is has been sent, or with Config.Shared what is under way. At the end of ctx that is cut off.
-func (w *Webhook) Drain(ctx context.Context) error {
+func (w *Webhook) Drain(ctx context.Context) {
 	close(w.drain)
 	cut := context.AfterFunc(ctx, w.stop)
 	w.wg.Wait()
 	cut()
 	w.stop()
 	w.client.CloseIdleConnections()
-	return nil
 }
 
 // loop sends whenever it is our turn.

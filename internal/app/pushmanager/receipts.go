@@ -3,6 +3,7 @@ package pushmanager
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/url"
 	"time"
 
@@ -92,18 +93,26 @@ func (m *PushManager) openWebhook(cfg *Config) error {
 	}
 	m.life.AddFiles("secret of the webhook", secret)
 	c.Secret = secret.Current
+	left := func() int { return 0 } // that nobody else sends
 	if m.store != nil {
 		c.Shared, c.Source = true, receiptSource{m.store}
 		c.Turns = &webhook.EtcdTurns{Client: cfg.Discovery.Client, Prefix: webhookKey, Name: cfg.ManagerID, RequestTimeout: cfg.Etcd.RequestTimeout}
 	} else {
 		queue := webhook.NewQueue(c.Metrics)
 		c.Source, c.Turns, cfg.Ingress.OnReceipt = queue, queue, queue.Append
+		left = queue.Len
 	}
 	hook, err := webhook.Start(c.Config)
 	if err != nil {
 		return err
 	}
-	m.life.Add("webhook of receipts", app.WithTimeout(webhookDrain, hook.Drain))
+	m.life.Add("webhook of receipts", app.WithTimeout(webhookDrain, func(ctx context.Context) error {
+		hook.Drain(ctx)
+		if n := left(); n > 0 {
+			return fmt.Errorf("%d receipts were not sent: %w", n, context.Cause(ctx))
+		}
+		return nil
+	}))
 	return nil
 }
 
