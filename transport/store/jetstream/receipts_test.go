@@ -4,7 +4,11 @@ import (
 	"context"
 	"errors"
 	"os"
+	"strconv"
 	"testing"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/transport/store"
@@ -96,4 +100,81 @@ func FuzzDecodeReceipt(f *testing.F) {
 			t.Errorf("%+v comes back as %+v, %v", r, again, err)
 		}
 	})
+}
+
+// TestReceiptsOutliveALeader: what is appended at one instance while the stream's leader ends comes to a watcher at
+// another; what was stored without an answer comes twice.
+func TestReceiptsOutliveALeader(t *testing.T) {
+	if os.Getenv("LONG") == "" {
+		t.Skip("slow: make store-long runs it")
+	}
+	c := startCluster(t)
+	set := metrics.NewSet()
+	instance := func(set *metrics.Set) (*Store, *store.ReceiptLog) {
+		s, err := Open(t.Context(), Config{URLs: c.urls, Partitions: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		waitReady(t, s)
+		l, err := store.NewReceiptLog(store.ReceiptLogConfig{Receipts: s, Metrics: set})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			_ = l.Close(ctx)
+			_ = s.Close(ctx)
+		})
+		return s, l
+	}
+	s, writer := instance(set)
+	_, other := instance(nil)
+	var reader *store.ReceiptReader
+	for deadline := time.Now().Add(time.Minute); reader == nil; time.Sleep(100 * time.Millisecond) {
+		var err error
+		if reader, err = other.Watch(t.Context(), "a", ""); err != nil && time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	defer reader.Close()
+	const all = 3000
+	go func() {
+		for i := range all {
+			writer.Append("a", strconv.Itoa(i), []byte(strconv.Itoa(i)))
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	seen, again, stopped := map[string]bool{}, 0, false
+	for deadline := time.Now().Add(2 * time.Minute); len(seen) < all; {
+		changed, err := reader.Next(t.Context(), func(_ string, receipt []byte) error {
+			if seen[string(receipt)] {
+				again++
+			}
+			seen[string(receipt)] = true
+			return nil
+		})
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("after %d, %d again: %v", len(seen), again, err)
+		}
+		if len(seen) > 500 && !stopped {
+			stopped = true
+			info, err := s.receipts.Load().stream.Info(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, srv := range c.servers {
+				if srv.Name() == info.Cluster.Leader {
+					stopServer(srv)
+				}
+			}
+		}
+		if changed != nil {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	if lost := set.GetOrCreateCounter("push_manager_receipts_lost_total").Get(); lost != 0 || !stopped {
+		t.Errorf("%d are lost, stopped: %v", lost, stopped)
+	}
+	t.Logf("%d came again", again)
 }
