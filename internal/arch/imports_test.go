@@ -61,7 +61,7 @@ var layers = []layer{
 		"google.golang.org/grpc",
 	}},
 	{dir: "transport/controller", ours: []string{"engine/route", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto"}, others: []string{"*"}},
-	{dir: "transport/store", ours: []string{"engine"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
+	{dir: "transport/store", ours: []string{"engine", "internal/pause"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
 	{dir: "transport/store/jetstream", ours: []string{"engine", "internal/wire", "transport/store"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nats.go",
 	}},

@@ -114,6 +114,10 @@ type Config struct {
 	Caller func(ctx context.Context) string
 	// Lasting serves what is stored for users. nil: there is no store.
 	Lasting Lasting
+	// Receipts keeps the receipts of pushes. nil: this instance's own are kept in its memory.
+	Receipts ReceiptLog
+	// OnReceipt is told of each receipt, from any goroutine, and must not block. nil: nobody is.
+	OnReceipt func(sender string, receipt []byte)
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server. They must not set credentials.

@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"strconv"
-	"strings"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,72 +17,53 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/wire"
+	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
 
 const (
-	// receiptsMost is how many receipts are kept for one sender, receiptsBytes for all together.
-	receiptsMost  = 100_000
-	receiptsBytes = 64 << 20
-	// receiptCost is what a receipt takes besides its bytes.
-	receiptCost = 64
-	// receiptsAtOnce is how many a watcher takes out at a time.
-	receiptsAtOnce = 64
 	// watchLook is how often a watcher that has nothing to send looks whether its caller may still watch.
 	watchLook = time.Second
+	// unreadWatches is Server.unread. Connections whose watches are unread for longer are closed.
+	unreadWatches = 2 * time.Second
 )
 
 var (
-	// errReceiptsGone ends a watch: what follows its position is not kept.
-	errReceiptsGone = errors.New("what follows the position is not kept any more")
-	errPosition     = &engine.InvalidError{Field: "after", Code: engine.CodeMalformed, Description: "must be a position that WatchReceipts has answered, or empty"}
+	// ErrReceiptsGone is an error of a ReceiptLog: what follows a position is not kept.
+	ErrReceiptsGone = errors.New("what follows the position is not kept any more")
+	// ErrReceiptPosition is an error of a ReceiptLog: nobody has been told such a position.
+	ErrReceiptPosition = errors.New("must be a position that WatchReceipts has answered, or empty")
+	// ErrReceiptsElsewhere is an error of a ReceiptLog: a log of another kind has told the position.
+	ErrReceiptsElsewhere = errors.New("the position is of an instance that keeps receipts elsewhere")
 )
 
-// receipts keeps the receipts of this instance, for each sender of pushes a log of its own. A caller sees those of its own
-// pushes, and cannot push out another's: when all together take too much, the log that is largest loses its oldest.
-type receipts struct {
-	// Static after newReceipts.
-	epoch  uint64 // of positions: they mean nothing to another instance
-	most   int    // in one log
-	bytes  int    // of all
-	total  *metrics.Counter
-	lost   *metrics.Counter
-	faults func(where string, v any)
-	booked func(p *engine.Push, res *engine.Result) // is told of each push that is over; nil for nobody
-
-	mu sync.Mutex
-	// Guarded by mu, and so are the logs.
-	logs  map[string]*receiptLog // by sender, as receiptSender has it
-	taken int                    // bytes
-	kept  int                    // receipts
+// ReceiptLog keeps receipts, for each sender of pushes a log of its own. Its methods are safe for concurrent use.
+type ReceiptLog interface {
+	// Append takes a receipt, and keeps it. It never waits. Of receipts with the same sender and id, the first stands first.
+	Append(sender, messageID string, receipt []byte)
+	// Watch begins behind a position, or behind what has been kept until now if that is empty. Its error is or wraps one of
+	// those above, or engine.ErrSpoolDown.
+	Watch(ctx context.Context, sender, after string) (ReceiptReader, error)
 }
 
-// receiptLog has the receipts of one sender.
-type receiptLog struct {
-	first   uint64 // the place of the first that is kept
-	kept    [][]byte
-	bytes   int
-	changed chan struct{} // closed when there are more; nil while nobody waits
+// ReceiptReader reads the log of one sender. It is used by one goroutine.
+type ReceiptReader interface {
+	// Next calls send with some receipts that follow those before, in order. changed is not nil where none follows: there
+	// may be more when it is closed, or without that. Its errors are those of send and of Watch.
+	Next(ctx context.Context, send func(position string, receipt []byte) error) (changed <-chan struct{}, err error)
+	Close()
+}
+
+// receipts books the pushes with receipts, and hands their receipts to a log.
+type receipts struct {
+	// Static.
+	log    ReceiptLog
+	told   func(sender string, receipt []byte)      // of each receipt; nil for nobody
+	booked func(p *engine.Push, res *engine.Result) // of each push that is over; nil for nobody
+	total  *metrics.Counter
+	faults func(where string, v any)
 }
 
 var _ engine.Receipts = (*receipts)(nil)
-
-func newReceipts(most, bytes int, set *metrics.Set, faults func(where string, v any)) *receipts {
-	r := &receipts{
-		epoch: rand.Uint64(), logs: make(map[string]*receiptLog), most: most, bytes: bytes, faults: faults,
-		total: set.GetOrCreateCounter("push_manager_receipts_total"),
-		lost:  set.GetOrCreateCounter("push_manager_receipts_dropped_total"),
-	}
-	gauge := func(name string, value *int) {
-		set.GetOrCreateGauge(name, func() float64 {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			return float64(*value)
-		})
-	}
-	gauge("push_manager_receipts", &r.kept)
-	gauge("push_manager_receipts_bytes", &r.taken)
-	return r
-}
 
 // Receipt implements engine.Receipts.
 func (r *receipts) Receipt(p *engine.Push, res engine.Result, unacked []string, final bool) {
@@ -95,7 +75,12 @@ func (r *receipts) Receipt(p *engine.Push, res engine.Result, unacked []string, 
 	if final && r.booked != nil {
 		r.booked(p, &res)
 	}
-	r.append(p.Scope+p.Options.Sender, encodeReceipt(p, &res, unacked, final, time.Now()))
+	r.total.Inc()
+	sender, receipt := p.Scope+p.Options.Sender, encodeReceipt(p, &res, unacked, final, time.Now())
+	r.log.Append(sender, p.Options.MessageID, receipt)
+	if r.told != nil {
+		r.told(sender, receipt)
+	}
 }
 
 // encodeReceipt encodes a PushReceipt.
@@ -131,103 +116,6 @@ func targetOf(p *engine.Push) string {
 	}
 }
 
-// logLocked is the log of a sender.
-func (r *receipts) logLocked(sender string) *receiptLog {
-	l := r.logs[sender]
-	if l == nil {
-		l = &receiptLog{first: 1}
-		r.logs[strings.Clone(sender)] = l
-	}
-	return l
-}
-
-func (r *receipts) append(sender string, receipt []byte) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	l := r.logLocked(sender)
-	l.kept = append(l.kept, receipt)
-	l.bytes += len(receipt) + receiptCost
-	r.taken += len(receipt) + receiptCost
-	r.kept++
-	r.total.Inc()
-	if len(l.kept) > r.most {
-		r.dropLocked(l)
-	}
-	for r.taken > r.bytes {
-		largest := l
-		for _, other := range r.logs { // no more than the callers of a policy
-			if other.bytes > largest.bytes {
-				largest = other
-			}
-		}
-		r.dropLocked(largest)
-	}
-	if l.changed != nil {
-		close(l.changed)
-		l.changed = nil
-	}
-}
-
-// dropLocked drops the oldest of a log. The slice moves to new memory when it has to grow the next time.
-func (r *receipts) dropLocked(l *receiptLog) {
-	cost := len(l.kept[0]) + receiptCost
-	l.kept[0] = nil
-	l.kept = l.kept[1:]
-	l.first++
-	l.bytes -= cost
-	r.taken -= cost
-	r.kept--
-	r.lost.Inc()
-}
-
-// position is what a caller gets for a place, and parse the place of it.
-func (r *receipts) position(place uint64) string {
-	return strconv.FormatUint(r.epoch, 36) + "-" + strconv.FormatUint(place, 36)
-}
-
-func (r *receipts) parse(position string) (place uint64, err error) {
-	epoch, rest, found := strings.Cut(position, "-")
-	of, err1 := strconv.ParseUint(epoch, 36, 64)
-	place, err2 := strconv.ParseUint(rest, 36, 64)
-	switch {
-	case !found || err1 != nil || err2 != nil:
-		return 0, errPosition
-	case of != r.epoch:
-		return 0, errReceiptsGone
-	default:
-		return place, nil
-	}
-}
-
-// end is the place of the last receipt of a sender.
-func (r *receipts) end(sender string) uint64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	l := r.logLocked(sender)
-	return l.first + uint64(len(l.kept)) - 1
-}
-
-// next returns the receipts of a sender behind a place, the first of them in place+1, or a channel that is closed when
-// there are any.
-func (r *receipts) next(sender string, place uint64) (some [][]byte, changed <-chan struct{}, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	l := r.logLocked(sender)
-	switch end := l.first + uint64(len(l.kept)); {
-	case place >= end:
-		return nil, nil, errPosition
-	case place+1 < l.first:
-		return nil, nil, errReceiptsGone
-	case place+1 == end:
-		if l.changed == nil {
-			l.changed = make(chan struct{})
-		}
-		return nil, l.changed, nil
-	}
-	behind := l.kept[place+1-l.first:]
-	return append([][]byte(nil), behind[:min(len(behind), receiptsAtOnce)]...), nil, nil
-}
-
 // watchReceipts serves WatchReceipts. It reads from the log as fast as its client reads the stream, so a slow client costs
 // no memory; one that falls behind the log is told so.
 func (s *Server) watchReceipts(_ any, ss grpc.ServerStream) (err error) {
@@ -248,6 +136,8 @@ func (s *Server) watchReceipts(_ any, ss grpc.ServerStream) (err error) {
 	}()
 	s.metrics.watchers.Add(1)
 	defer s.metrics.watchers.Add(-1)
+	s.watching.begin(info.conn)
+	defer s.watching.end(info.conn, s.drained)
 	over := make(chan struct{})
 	defer close(over)
 	s.readers.Go(func() { s.endWatch(&info, over) })
@@ -271,11 +161,15 @@ func (s *Server) watch(ctx context.Context, ss grpc.ServerStream, info *callInfo
 		return err
 	}
 	sender := info.receiptSender()
-	place := s.receipts.end(sender)
-	if after != "" {
-		if place, err = s.receipts.parse(after); err != nil {
-			return err
-		}
+	reader, err := s.receipts.log.Watch(ctx, sender, after)
+	if err != nil {
+		return receiptError(err)
+	}
+	defer reader.Close()
+	send := func(position string, receipt []byte) error {
+		r := new(reply)
+		r.set(wire.AppendBytes(wire.AppendString(r.small[:0], 1, position), 2, receipt))
+		return ss.SendMsg(r)
 	}
 	look := time.NewTicker(watchLook)
 	defer look.Stop()
@@ -283,19 +177,11 @@ func (s *Server) watch(ctx context.Context, ss grpc.ServerStream, info *callInfo
 		if err := s.mayWatch(ctx, info, sender); err != nil {
 			return err
 		}
-		some, changed, err := s.receipts.next(sender, place)
+		changed, err := reader.Next(ctx, send)
 		if err != nil {
-			return err
+			return receiptError(err)
 		}
-		for _, receipt := range some {
-			place++
-			r := new(reply)
-			r.set(wire.AppendBytes(wire.AppendString(r.small[:0], 1, s.receipts.position(place)), 2, receipt))
-			if err := ss.SendMsg(r); err != nil {
-				return err
-			}
-		}
-		if some != nil {
+		if changed == nil {
 			select {
 			case <-s.drained:
 				return engine.ErrDraining
@@ -316,6 +202,14 @@ func (s *Server) watch(ctx context.Context, ss grpc.ServerStream, info *callInfo
 	}
 }
 
+// receiptError names the field that a wrong position stands in.
+func receiptError(err error) error {
+	if errors.Is(err, ErrReceiptPosition) {
+		return &engine.InvalidError{Field: "after", Code: engine.CodeMalformed, Description: ErrReceiptPosition.Error()}
+	}
+	return err
+}
+
 // endWatch ends a watch when the server drains, if the watch does not do so itself: it may wait for its client to send its
 // request, or to read. It returns when over is closed.
 func (s *Server) endWatch(info *callInfo, over <-chan struct{}) {
@@ -331,6 +225,45 @@ func (s *Server) endWatch(info *callInfo, over <-chan struct{}) {
 	case <-over:
 	case <-linger.C:
 		_ = info.wire.WriteStatus(s.statuses.draining.status) // it fails for a client that has gone
+	}
+}
+
+// watching has the connections on which receipts are watched, with the number of watches. Once the server drains, none is taken out: what
+// was sent, and the end of the watch, may wait for a client that does not read.
+type watching struct {
+	mu    sync.Mutex
+	conns map[*throttle.Conn]int // guarded by mu
+}
+
+func (w *watching) begin(c *throttle.Conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conns == nil {
+		w.conns = make(map[*throttle.Conn]int)
+	}
+	w.conns[c]++
+}
+
+func (w *watching) end(c *throttle.Conn, drained <-chan struct{}) {
+	select {
+	case <-drained:
+		return
+	default:
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conns[c]--; w.conns[c] == 0 {
+		delete(w.conns, c)
+	}
+}
+
+// cutOff closes all connections, and those that are closed already.
+func (w *watching) cutOff() {
+	w.mu.Lock()
+	conns := slices.Collect(maps.Keys(w.conns))
+	w.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Conn.Close() // it may be closed. Its reader notices, and closes the rest of it.
 	}
 }
 

@@ -102,7 +102,7 @@ func TestReceiptsComeToWhoeverWatches(t *testing.T) {
 
 func TestPositionsThatAreNone(t *testing.T) {
 	w := newWorld(t, nil)
-	epoch, _, _ := strings.Cut(w.server.receipts.position(0), "-")
+	epoch, _, _ := strings.Cut(w.ring().position(0), "-")
 	for after, want := range map[string]struct {
 		code          codes.Code
 		reason, field string
@@ -113,6 +113,7 @@ func TestPositionsThatAreNone(t *testing.T) {
 		epoch + "-zzzzzz":                      {codes.InvalidArgument, "MALFORMED", "after"}, // nobody has had it
 		epoch + "-" + strings.Repeat("z", 100): {codes.InvalidArgument, "MALFORMED", "after"},
 		"abc-1":                                {codes.OutOfRange, "RECEIPTS_GONE", ""}, // of another instance
+		"s.abc.1":                              {codes.OutOfRange, "RECEIPTS_GONE", ""}, // of a store
 		strings.Repeat("x", 5000):              {codes.InvalidArgument, "PAYLOAD_TOO_LARGE", "request"},
 	} {
 		st, err := w.client.WatchReceipts(w.context(), &pubsub.WatchReceiptsRequest{After: after})
@@ -124,22 +125,25 @@ func TestPositionsThatAreNone(t *testing.T) {
 	wantError(t, err, codes.InvalidArgument, "MALFORMED", "request")
 }
 
+// ring is the log of a server without a store.
+func (w *world) ring() *receiptRing { return w.server.receipts.log.(*receiptRing) }
+
 // TestReceiptsAreBounded: each sender's by their number, all by their bytes, and the largest log pays.
 func TestReceiptsAreBounded(t *testing.T) {
-	r := newReceipts(10, 50*(receiptCost+100), metrics.NewSet(), nil)
-	r.append("small", make([]byte, 100))
+	r := newReceiptRing(10, 50*(receiptCost+100), metrics.NewSet())
+	r.Append("small", "m", make([]byte, 100))
 	for i := range 30 {
-		r.append("a", []byte{byte(i)})
+		r.Append("a", "m", []byte{byte(i)})
 	}
 	if some, _, err := r.next("a", r.end("a")-10); err != nil || len(some) != 10 || some[0][0] != 20 {
 		t.Errorf("%v, %v", some, err)
 	}
-	if _, _, err := r.next("a", 0); !errors.Is(err, errReceiptsGone) {
+	if _, _, err := r.next("a", 0); !errors.Is(err, ErrReceiptsGone) {
 		t.Errorf("behind the log: %v", err)
 	}
 	for i := range 20 {
 		for range 10 {
-			r.append(fmt.Sprint("sender ", i), make([]byte, 100))
+			r.Append(fmt.Sprint("sender ", i), "m", make([]byte, 100))
 		}
 		if r.taken > r.bytes {
 			t.Fatalf("%d bytes", r.taken)
@@ -160,7 +164,7 @@ func TestReceiptsAreBounded(t *testing.T) {
 // TestASlowWatcherCostsNoMemoryAndIsToldWhatItMissed.
 func TestASlowWatcherCostsNoMemoryAndIsToldWhatItMissed(t *testing.T) {
 	w := newWorld(t, nil)
-	w.server.receipts.most = 100
+	w.ring().most = 100
 	st := w.watch(w.context(), "")
 	p := &engine.Push{Request: engine.Request{Kind: engine.ToUser, User: "d", Options: &engine.Options{MessageID: strings.Repeat("m", 64)}}}
 	unacked := slices.Repeat([]string{strings.Repeat("u", 200)}, 100)
@@ -238,6 +242,7 @@ func TestAWatchEndsWithItsCredentials(t *testing.T) {
 // TestAWatchEndsWhenTheServerDrains, also one whose client reads late, or has not asked.
 func TestAWatchEndsWhenTheServerDrains(t *testing.T) {
 	w := newWorld(t, nil)
+	w.server.unread = time.Minute
 	idle := w.watch(w.context(), "")
 	slow := w.watch(w.context(), "")
 	silent, err := w.conn.NewStream(w.context(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, "/pubsub.PushManagerService/WatchReceipts")
@@ -266,6 +271,38 @@ func TestAWatchEndsWhenTheServerDrains(t *testing.T) {
 	if n := w.metric("push_manager_receipt_watchers"); n != "0" {
 		t.Errorf("%s watch still", n)
 	}
+}
+
+// TestAWatchThatIsNeverReadHoldsNoDrain: what was sent to it waits behind its window for ever, and so does its end.
+func TestAWatchThatIsNeverReadHoldsNoDrain(t *testing.T) {
+	w := newWorld(t, nil)
+	w.server.unread = 50 * time.Millisecond
+	w.watch(w.context(), "")
+	p := &engine.Push{Request: engine.Request{Kind: engine.ToAll, Options: &engine.Options{MessageID: "m"}}}
+	for range 200 { // 4 MB
+		w.server.receipts.Receipt(p, engine.Result{}, slices.Repeat([]string{strings.Repeat("u", 200)}, 100), true)
+	}
+	ctx, cancel := context.WithTimeout(w.context(), time.Minute)
+	defer cancel()
+	ok(t, w.server.Drain(ctx))
+	if n := len(w.server.watching.conns); n != 1 {
+		t.Errorf("%d connections are watched on", n)
+	}
+}
+
+// TestConnectionsOfWatchesThatHaveEndedAreForgotten: a drain later has nothing to cut off.
+func TestConnectionsOfWatchesThatHaveEndedAreForgotten(t *testing.T) {
+	w := newWorld(t, nil)
+	ctx, cancel := context.WithCancel(w.context())
+	w.watch(ctx, "")
+	w.watch(ctx, "")
+	cancel()
+	w.wait("they have ended", func() bool { return w.metric("push_manager_receipt_watchers") == "0" })
+	w.wait("the connection is forgotten", func() bool {
+		w.server.watching.mu.Lock()
+		defer w.server.watching.mu.Unlock()
+		return len(w.server.watching.conns) == 0
+	})
 }
 
 func TestWatchesCountAsStreams(t *testing.T) {

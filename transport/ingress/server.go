@@ -64,6 +64,8 @@ type Server struct {
 	// What is remembered of pushes with a message id, and of those with receipts.
 	messageIDs *messageIDs
 	receipts   *receipts
+	watching   watching
+	unread     time.Duration // how long watches may stay unread once the server has drained otherwise
 
 	calls sync.Pool // of *call
 
@@ -107,6 +109,7 @@ func New(cfg Config) (*Server, error) {
 		metrics:  newInstruments(cfg.Metrics),
 		health:   health.NewServer(),
 		usual:    newReply(toUser, new(engine.Push), &engine.Result{Found: true, Targets: 1, Delivered: 1}),
+		unread:   unreadWatches,
 		drained:  make(chan struct{}),
 		idle:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),
@@ -123,10 +126,15 @@ func New(cfg Config) (*Server, error) {
 	}
 	cfg.Metrics.GetOrCreateGauge("push_manager_api_open_limit", func() float64 { return float64(cfg.OpenCalls) })
 	s.messageIDs = newMessageIDs(idsMost, cfg.Metrics)
-	s.receipts = newReceipts(receiptsMost, receiptsBytes, cfg.Metrics, s.panicked)
-	s.receipts.booked = func(p *engine.Push, res *engine.Result) {
-		s.metrics.recordConfirmed(res)
-		s.messageIDs.confirm(p, res)
+	s.receipts = &receipts{
+		log: cfg.Receipts, told: cfg.OnReceipt, faults: s.panicked, total: cfg.Metrics.GetOrCreateCounter("push_manager_receipts_total"),
+		booked: func(p *engine.Push, res *engine.Result) {
+			s.metrics.recordConfirmed(res)
+			s.messageIDs.confirm(p, res)
+		},
+	}
+	if cfg.Receipts == nil {
+		s.receipts.log = newReceiptRing(receiptsMost, receiptsBytes, cfg.Metrics)
 	}
 	s.throttle = throttle.New(throttle.Config{
 		Calls: cfg.Calls, Timeout: cfg.ConnectionTimeout, HalfOpen: cfg.Handshakes,
@@ -265,6 +273,8 @@ func (s *Server) Drain(ctx context.Context) error {
 	if stopped == nil {
 		stopped = s.stopGracefully()
 	}
+	pause(ctx, stopped, s.unread)
+	s.watching.cutOff()
 	select {
 	case <-stopped:
 		return nil

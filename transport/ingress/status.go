@@ -71,7 +71,7 @@ type statuses struct {
 	rateLimited, tenantRateLimited rateRefusals
 
 	// Of message ids, of receipts and of the store.
-	idReused, earlierUnsent, receiptsGone, storeOff, storeDown *refusal
+	idReused, earlierUnsent, receiptsGone, receiptsElsewhere, storeOff, storeDown *refusal
 
 	// Of quotas: while they cannot be checked, and used up, of a caller and of a tenant.
 	quotaUnavailable          *refusal
@@ -107,21 +107,22 @@ func newStatuses() *statuses {
 		rateLimited:       rateRefusals{reasonRate, "you push faster than you may", delays, make([]atomic.Pointer[refusal], len(delays))},
 		tenantRateLimited: rateRefusals{reasonTenantRate, "your tenant pushes faster than it may", delays, make([]atomic.Pointer[refusal], len(delays))},
 
-		deadline:      newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
-		canceled:      newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
-		slow:          newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
-		unavailable:   later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
-		internal:      newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
-		unscoped:      newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
-		idReused:      newRefusal(codes.AlreadyExists, "MESSAGE_ID_REUSED", "options.message_id: was used for another content"),
-		earlierUnsent: later(codes.Unavailable, "EARLIER_PUSH_UNSENT", errEarlierUnsent.Error(), retryEarlier),
-		receiptsGone:  newRefusal(codes.OutOfRange, "RECEIPTS_GONE", errReceiptsGone.Error()+": watch from now on"),
-		storeOff:      newRefusal(codes.FailedPrecondition, "STORE_OFF", errStoreOff.Error()),
-		storeDown:     later(codes.Unavailable, "STORE_DOWN", "the store is "+engine.ErrSpoolDown.Error(), retryStore),
-		earlierOpen:   encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
-		lastingOpen:   encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
-		mayBeSent:     encoded(status.New(codes.Internal, "internal error")),
-		unread:        status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
+		deadline:          newRefusal(codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline passed before anything was sent"),
+		canceled:          newRefusal(codes.Canceled, "CANCELLED", "cancelled before anything was sent"),
+		slow:              newRefusal(codes.DeadlineExceeded, "REQUEST_TOO_SLOW", "the request did not come in while there was memory for it"),
+		unavailable:       later(codes.Unavailable, "CONTROLLER_UNAVAILABLE", "the controller does not answer and the route is not known", retryUnavailable),
+		internal:          newRefusal(codes.Internal, "INTERNAL", "internal error before anything was sent"),
+		unscoped:          newRefusal(codes.FailedPrecondition, "TENANT_BROADCAST_UNSUPPORTED", "a connect-node cannot tell tenants apart, so nothing was sent"),
+		idReused:          newRefusal(codes.AlreadyExists, "MESSAGE_ID_REUSED", "options.message_id: was used for another content"),
+		earlierUnsent:     later(codes.Unavailable, "EARLIER_PUSH_UNSENT", errEarlierUnsent.Error(), retryEarlier),
+		receiptsGone:      newRefusal(codes.OutOfRange, "RECEIPTS_GONE", ErrReceiptsGone.Error()+": watch from now on"),
+		receiptsElsewhere: newRefusal(codes.OutOfRange, "RECEIPTS_GONE", ErrReceiptsElsewhere.Error()+": watch from now on"),
+		storeOff:          newRefusal(codes.FailedPrecondition, "STORE_OFF", errStoreOff.Error()),
+		storeDown:         later(codes.Unavailable, "STORE_DOWN", "the store is "+engine.ErrSpoolDown.Error(), retryStore),
+		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
+		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
+		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
+		unread:            status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
 	for a := range methods {
 		if a == apis {
@@ -212,8 +213,10 @@ func (t *statuses) of(err error) *refusal {
 		return t.earlierUnsent
 	case errors.Is(err, errEarlierOpen):
 		return t.earlierOpen
-	case errors.Is(err, errReceiptsGone):
+	case errors.Is(err, ErrReceiptsGone):
 		return t.receiptsGone
+	case errors.Is(err, ErrReceiptsElsewhere):
+		return t.receiptsElsewhere
 	case errors.Is(err, errStoreOff):
 		return t.storeOff
 	case errors.Is(err, engine.ErrSpoolDown):

@@ -65,6 +65,7 @@ type Config struct {
 	LinkTLS    linkTLS
 	Store      storeConfig
 	Replays    replay.Config
+	Webhook    webhookConfig
 
 	ControllerTLS app.ControllerTLS
 
@@ -203,6 +204,7 @@ func (c *Config) Bind(s *config.Set) {
 	c.LinkTLS.bind(s)
 	c.Store.bind(s)
 	bindReplays(&c.Replays, s)
+	c.Webhook.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
@@ -352,6 +354,9 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if err := c.Store.validate(s, risks); err != nil {
 		return err
 	}
+	if err := c.Webhook.validate(s, risks); err != nil {
+		return err
+	}
 	c.insecure = risks.Found()
 	if err := c.Tracing.Validate(lookupEnv); err != nil {
 		return err
@@ -397,6 +402,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Audit.Logger, c.Audit.Metrics = log, set
 	c.Store.Logger, c.Store.Metrics = log, set
 	c.Replays.Logger, c.Replays.Metrics = log, set
+	c.Webhook.Logger, c.Webhook.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

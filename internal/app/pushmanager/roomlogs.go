@@ -4,10 +4,10 @@ import "github.com/push-manager/push-manager/transport/roomlog"
 
 // openRoomLogs makes what tells nodes of the logs of rooms, if there is a store.
 func (m *PushManager) openRoomLogs(cfg *Config) error {
-	if m.logs == nil {
+	if m.store == nil {
 		return nil
 	}
-	logs, err := roomlog.New(roomlog.Config{Logs: m.logs, Logger: cfg.Store.Logger, Metrics: cfg.Store.Metrics})
+	logs, err := roomlog.New(roomlog.Config{Logs: m.store, Logger: cfg.Store.Logger, Metrics: cfg.Store.Metrics})
 	if err != nil {
 		return err
 	}

@@ -26,6 +26,7 @@ import (
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/link"
 	"github.com/push-manager/push-manager/transport/store"
+	"github.com/push-manager/push-manager/transport/store/jetstream"
 )
 
 // deregisterTimeout bounds leaving etcd, which may be away: the lease ends by itself.
@@ -81,6 +82,12 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	if err = m.openReplays(&cfg); err != nil {
+		return nil, err
+	}
+	if err = m.openReceipts(&cfg); err != nil {
+		return nil, err
+	}
+	if err = m.openWebhook(&cfg); err != nil {
 		return nil, err
 	}
 	if err = m.openRoomLogs(&cfg); err != nil {
@@ -170,9 +177,8 @@ type PushManager struct {
 	directory  *route.Directory
 	links      *link.Set
 	watcher    *discovery.Watcher
-	store      store.Store  // nil: nothing is stored
-	logs       store.Logs   // of rooms; nil, too, then
-	spool      *store.Spool // nil, too, then
+	store      *jetstream.Store // nil: nothing is stored
+	spool      *store.Spool     // nil, too, then
 	engine     *engine.Engine
 	ingress    *ingress.Server
 	health     *health.Monitor

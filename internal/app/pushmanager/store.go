@@ -179,7 +179,7 @@ func (m *PushManager) openStore(ctx context.Context, cfg *Config) (err error) {
 	case err != nil:
 		return fmt.Errorf("STORE: %w", err)
 	}
-	m.store, m.logs = opened, opened
+	m.store = opened
 	m.life.Add("store", app.WithGrace(opened.Close))
 	m.spool, err = store.NewSpool(opening, store.SpoolConfig{
 		Store: opened, Usage: opened.Usage, Lanes: opened.Partitions(), Lane: opened.Partition, Logs: opened, LogUsage: opened.LogUsage,

@@ -173,7 +173,7 @@ func TestPushesToRoomsAreLoggedAcrossStarts(t *testing.T) {
 		if again.Epoch != place.Epoch || again.Partition != place.Partition || again.Seq <= place.Seq {
 			t.Errorf("%q: place %+v follows %+v", room, again, place)
 		}
-		page, err := m.store.(store.Logs).ReadLog(t.Context(), room, 0, 10, 1<<20)
+		page, err := m.store.ReadLog(t.Context(), room, 0, 10, 1<<20)
 		if err != nil || page.Gap || len(page.Entries) != 2 || page.Entries[0].Place != place || page.Entries[0].Message.Exclude[0] != "u" {
 			t.Fatalf("read: %+v, %v", page, err)
 		}

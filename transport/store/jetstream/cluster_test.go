@@ -94,7 +94,7 @@ func (clusterData) Files() string { return "" }
 
 func (d clusterData) Open(t *testing.T, limits storetest.Limits) store.Store {
 	t.Helper()
-	s, err := Open(t.Context(), Config{URLs: d.urls, Partitions: d.partitions, MaxPerUser: limits.MaxPerUser, MaxBytes: limits.MaxBytes})
+	s, err := Open(t.Context(), Config{URLs: d.urls, Partitions: d.partitions, MaxPerUser: limits.MaxPerUser, MaxBytes: limits.MaxBytes, MaxReceipts: limits.MaxReceipts})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,6 +130,9 @@ func (d clusterData) empty(t *testing.T) storetest.Data {
 				t.Fatal(err)
 			}
 		}
+	}
+	if err := s.js.DeleteStream(t.Context(), receiptStream); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+		t.Fatal(err)
 	}
 	return d
 }

@@ -42,6 +42,9 @@ type Config struct {
 	// MaxBytes is the size of all messages together, on one replica. A quarter of it is for the logs of rooms, where
 	// the oldest messages make room for new ones. The rest is for users. Default 10 GiB.
 	MaxBytes int
+	// ReceiptBytes is the size of all receipts together, on one replica, and MaxReceipts their number of one sender. Default a tenth
+	// of MaxBytes, 1 GiB at the most, and 100,000.
+	ReceiptBytes, MaxReceipts int
 	// MaxTTL is how long a message is kept at most. The log of a room keeps all messages for so long, the expired ones, too. Default 168 h.
 	MaxTTL time.Duration
 	// MaxMessageBytes is the largest message of an embedded server, with all that is stored beside the payload. Default 1 MiB.
@@ -61,6 +64,8 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.MaxPerUser, 1000)
 	defaultTo(&c.MaxPerRoom, 10_000)
 	defaultTo(&c.MaxBytes, 10<<30)
+	defaultTo(&c.ReceiptBytes, min(max(c.MaxBytes/10, 64<<10), 1<<30))
+	defaultTo(&c.MaxReceipts, maxReceipts)
 	defaultTo(&c.MaxTTL, 168*time.Hour)
 	defaultTo(&c.MaxMessageBytes, 1<<20)
 	if c.Logger == nil {
@@ -104,6 +109,7 @@ func (c Config) Validate() error {
 	}{
 		{"Partitions", c.Partitions, MaxPartitions}, {"Replicas", c.Replicas, 5}, {"MaxPerUser", c.MaxPerUser, math.MaxInt}, {"MaxPerRoom", c.MaxPerRoom, math.MaxInt},
 		{"MaxBytes", c.MaxBytes, math.MaxInt}, {"MaxMessageBytes", c.MaxMessageBytes, 64 << 20},
+		{"ReceiptBytes", c.ReceiptBytes, math.MaxInt}, {"MaxReceipts", c.MaxReceipts, math.MaxInt},
 	} {
 		if number.value < 0 || number.value > number.hi {
 			errs = append(errs, fmt.Errorf("%s: %d is not from 1 to %d", number.name, number.value, number.hi))

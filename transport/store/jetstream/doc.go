@@ -11,8 +11,10 @@
 //	pmi.<p>.head           one message that stays, see below
 //	stream PM_LOG_<p>
 //	pmg.<p>.<room>         messages to a room, in order; at most Config.MaxPerRoom
+//	stream PM_RCPT
+//	pmr.<sender>           receipts of a sender's pushes; at most Config.MaxReceipts, for a day
 //
-// user, key and room are hashes of 128 bits: no byte of a subject comes from outside. The message itself holds the id,
+// user, key, room and sender are hashes of 128 bits: no byte of a subject comes from outside. The message itself holds the id,
 // and what is read is compared with it.
 //
 // Invariants:

@@ -61,8 +61,9 @@ type Store struct {
 
 	prepares chan struct{} // 1: streams have to be looked for
 
-	streams atomic.Pointer[[]jetstream.Stream] // of users, by partition; nil until all of them are there
-	logs    atomic.Pointer[logStreams]         // of rooms, likewise
+	streams  atomic.Pointer[[]jetstream.Stream] // of users, by partition; nil until all of them are there
+	logs     atomic.Pointer[logStreams]         // of rooms, likewise
+	receipts atomic.Pointer[receipts]           // nil: to be looked for
 }
 
 // Open opens a store, or makes it. Servers elsewhere may be away: then it returns, and its calls fail until they are back.

@@ -40,7 +40,7 @@ func (d embeddedData) Files() string { return d.dir }
 
 func (d embeddedData) Open(t *testing.T, limits storetest.Limits) store.Store {
 	t.Helper()
-	s, err := Open(t.Context(), Config{Dir: d.dir, Partitions: d.partitions, MaxPerUser: limits.MaxPerUser, MaxBytes: limits.MaxBytes})
+	s, err := Open(t.Context(), Config{Dir: d.dir, Partitions: d.partitions, MaxPerUser: limits.MaxPerUser, MaxBytes: limits.MaxBytes, MaxReceipts: limits.MaxReceipts})
 	if err != nil {
 		t.Fatal(err)
 	}

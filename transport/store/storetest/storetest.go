@@ -23,7 +23,7 @@ const wait = time.Minute
 
 // Limits are those of a store. Zero is the implementation's default, which keeps at least 1,000 messages for a user.
 type Limits struct {
-	MaxPerUser, MaxBytes int
+	MaxPerUser, MaxBytes, MaxReceipts int
 }
 
 // Data is what a store keeps, across the times that it is open.
