@@ -203,25 +203,26 @@ func (s *Service) tell(g *generation, p *partition, e *store.LogEntry) bool {
 	if e.Message == nil || e.Place.Epoch != g.epoch {
 		return false
 	}
-	s.mu.Lock()
 	var out []answer
-	if s.followedLocked(p); e.Place.Seq > p.to {
-		p.add(e.Message.Room, e.Place.Seq, time.Now())
-		g.tails.add(e)
-		out = s.arrivedLocked(g, p)
-	}
-	s.mu.Unlock()
+	s.locked(func() {
+		if s.followedLocked(p); e.Place.Seq > p.to {
+			p.add(e.Message.Room, e.Place.Seq, time.Now())
+			g.tails.add(e)
+			out = s.arrivedLocked(g, p)
+		}
+	})
 	send(out)
 	return true
 }
 
 // caughtUp notes that a partition has come as far as a place.
 func (s *Service) caughtUp(g *generation, p *partition, seq uint64) {
-	s.mu.Lock()
-	s.followedLocked(p)
-	p.to = max(p.to, seq)
-	out := s.arrivedLocked(g, p)
-	s.mu.Unlock()
+	var out []answer
+	s.locked(func() {
+		s.followedLocked(p)
+		p.to = max(p.to, seq)
+		out = s.arrivedLocked(g, p)
+	})
 	send(out)
 }
 
@@ -294,13 +295,14 @@ type marking struct {
 
 // look does what there is to do at a moment.
 func (s *Service) look(now time.Time) {
-	s.mu.Lock()
-	out := s.sweepLocked(now)
+	var out []answer
 	var marks []marking
-	if s.gen != nil {
-		marks = s.marksLocked(s.gen, now)
-	}
-	s.mu.Unlock()
+	s.locked(func() {
+		out = s.sweepLocked(now)
+		if s.gen != nil {
+			marks = s.marksLocked(s.gen, now)
+		}
+	})
 	send(out)
 	var refused *marking // what follows it for the same stream and partition has to wait, too
 	for i := range marks {

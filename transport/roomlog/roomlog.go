@@ -195,6 +195,13 @@ func (s *Service) guard(f func() error) (err error) {
 	return f()
 }
 
+// locked calls f with the lock, which a panic gives back, too.
+func (s *Service) locked(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
 // signal puts a token into wake.
 func signal(wake chan struct{}) {
 	select {
