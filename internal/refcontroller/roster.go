@@ -217,6 +217,9 @@ func (r *roster) believed() error {
 
 // waiting says for whom the Controller waits, in words.
 func (r *roster) waiting() string {
+	if r.shared != nil && r.store.ID() == "" {
+		return "it has not reached its store yet"
+	}
 	awaited := *r.awaited.Load()
 	switch n := len(awaited); {
 	case n == 0:

@@ -1,6 +1,8 @@
 package redisstore
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/url"
@@ -71,11 +73,6 @@ func (t Target) Addresses() []string {
 	return nil
 }
 
-// TLS tells whether it is spoken to with TLS.
-func (t Target) TLS() bool {
-	return t.single != nil && t.single.TLSConfig != nil || t.failover != nil && t.failover.TLSConfig != nil || t.cluster != nil && t.cluster.TLSConfig != nil
-}
-
 // client is one with our times. Calls end with their context, and no reader is sent to a replica.
 func (t Target) client() redis.UniversalClient {
 	off := &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
@@ -101,3 +98,24 @@ func (t Target) client() redis.UniversalClient {
 		return redis.NewClient(&o)
 	}
 }
+
+func (t Target) tls() *tls.Config {
+	switch {
+	case t.failover != nil:
+		return t.failover.TLSConfig
+	case t.cluster != nil:
+		return t.cluster.TLSConfig
+	case t.single != nil:
+		return t.single.TLSConfig
+	}
+	return nil
+}
+
+// TLS tells whether it is spoken to with TLS.
+func (t Target) TLS() bool { return t.tls() != nil }
+
+// Unverified tells whether its certificate is not checked.
+func (t Target) Unverified() bool { return t.TLS() && t.tls().InsecureSkipVerify }
+
+// Trust has its certificate checked with these authorities. It is for one with TLS.
+func (t Target) Trust(roots *x509.CertPool) { t.tls().RootCAs = roots }
