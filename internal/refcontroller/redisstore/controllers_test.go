@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine/route"
@@ -212,8 +214,14 @@ type gateway struct {
 	line    *etcdtest.Proxy
 }
 
-func startGateway(t *testing.T, etcd *etcdtest.Server, id, controllers string, users int) *gateway {
+func startGateway(t *testing.T, etcd *etcdtest.Server, id string, controllers []string, users int) *gateway {
 	t.Helper()
+	list := manual.NewBuilderWithScheme("list")
+	var state resolver.State
+	for _, addr := range controllers {
+		state.Addresses = append(state.Addresses, resolver.Address{Addr: addr})
+	}
+	list.InitialState(state)
 	g := &gateway{line: etcdtest.NewProxy(t, etcd.Endpoint())}
 	r, err := discovery.Register(t.Context(), discovery.RegistrationConfig{
 		Client: etcdtest.NewClient(t, g.line.Addr()), ID: id, Addr: "10.0.0.1:1", Metadata: map[string]string{"boot_id": "boot of " + id},
@@ -226,7 +234,7 @@ func startGateway(t *testing.T, etcd *etcdtest.Server, id, controllers string, u
 		defer cancel()
 		_ = r.Close(ctx)
 	})
-	if g.reports, err = membership.New(membership.Config{NodeID: id, BootID: "boot of " + id, Controller: controllers}); err != nil {
+	if g.reports, err = membership.New(membership.Config{NodeID: id, BootID: "boot of " + id, Controller: "list:///controllers", DialOptions: []grpc.DialOption{grpc.WithResolvers(list)}}); err != nil {
 		t.Fatal(err)
 	}
 	g.reports.Start()
@@ -278,8 +286,7 @@ func TestKilledControllerLeavesNobodyStale(t *testing.T) {
 	first, second := "127.0.0.1:"+ports[0], "127.0.0.1:"+ports[1]
 	doomed := startChild(t, first, redis.URL(), etcd.Endpoint())
 	startChild(t, second, redis.URL(), etcd.Endpoint())
-	controllers := "ipv4:" + first + "," + second
-	g := startGateway(t, etcd, "n1", controllers, users)
+	g := startGateway(t, etcd, "n1", []string{first, second}, users)
 	whole(t, dial(t, second), "n1", users)
 	m := []*route.Directory{manager(t, first+","+second), manager(t, second+","+first)}
 
@@ -353,8 +360,8 @@ func TestRedisThatRestartsEmptyIsWholeAgain(t *testing.T) {
 	cfg := refcontroller.Config{Client: etcd.Client(), Warmup: 15 * time.Second}
 	first, _ := startHere(t, redis.URL(), cfg)
 	second, server := startHere(t, redis.URL(), cfg)
-	startGateway(t, etcd, "n1", "ipv4:"+first, users)
-	startGateway(t, etcd, "n2", "ipv4:"+second, 10)
+	startGateway(t, etcd, "n1", []string{first}, users)
+	startGateway(t, etcd, "n2", []string{second}, 10)
 	asked := []pubsub.ControllerServiceClient{dial(t, first), dial(t, second)}
 	for _, c := range asked {
 		whole(t, c, "n1", users)
@@ -423,8 +430,8 @@ func TestUsersOfAKilledNodeGoWithItsLease(t *testing.T) {
 	first, _ := startHere(t, redis.URL(), cfg)
 	second, _ := startHere(t, redis.URL(), cfg)
 	c := dial(t, second)
-	lives := startGateway(t, etcd, "n2", "ipv4:"+second, 10)
-	g := startGateway(t, etcd, "n1", "ipv4:"+first, users)
+	startGateway(t, etcd, "n2", []string{second}, 10)
+	g := startGateway(t, etcd, "n1", []string{first}, users)
 	whole(t, c, "n1", users)
 	whole(t, c, "n2", 10)
 
@@ -450,5 +457,4 @@ func TestUsersOfAKilledNodeGoWithItsLease(t *testing.T) {
 	if n, err := count(t.Context(), c, "n2", 10); err != nil || n != 10 {
 		t.Errorf("%d of the other node's users are online, %v", n, err)
 	}
-	_ = lives
 }

@@ -13,6 +13,9 @@ func newHandles(s *Store, set *metrics.Set) handles {
 	set.GetOrCreateGauge("controller_redis_unsettled", func() float64 {
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		if len(s.others) == 0 {
+			return 0
+		}
 		return float64(s.change - min(s.change, s.settled))
 	})
 	return handles{
