@@ -2,6 +2,7 @@
 package redistest
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ type Server struct {
 	Port string
 	args []string
 	log  string
+	conf string // of a Sentinel, which keeps there what it finds out
 
 	cmd *exec.Cmd // nil while it is down
 }
@@ -47,6 +49,22 @@ func StartAt(tb testing.TB, port string, args ...string) *Server {
 	return s
 }
 
+// Sentinel starts one that watches primary by the name "primary". The first call of Start skips
+// the test where there is no Redis.
+func Sentinel(tb testing.TB, primary *Server) *Server {
+	tb.Helper()
+	dir := tb.TempDir()
+	s := &Server{tb: tb, Port: freeport.Take(tb, 1)[0], log: filepath.Join(dir, "sentinel.log"), conf: filepath.Join(dir, "sentinel.conf")}
+	text := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel monitor primary 127.0.0.1 %s 1\nsentinel down-after-milliseconds primary 1000\nsentinel failover-timeout primary 10000\n",
+		s.Port, dir, primary.Port)
+	if err := os.WriteFile(s.conf, []byte(text), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	s.Up()
+	tb.Cleanup(s.Kill)
+	return s
+}
+
 // Addr is its host and port.
 func (s *Server) Addr() string { return net.JoinHostPort("127.0.0.1", s.Port) }
 
@@ -61,7 +79,11 @@ func (s *Server) Up() {
 		s.tb.Fatal(err)
 	}
 	defer log.Close()
-	s.cmd = exec.Command("redis-server", append([]string{"--port", s.Port}, s.args...)...)
+	args := append([]string{"--port", s.Port}, s.args...)
+	if s.conf != "" {
+		args = []string{s.conf, "--sentinel"}
+	}
+	s.cmd = exec.Command("redis-server", args...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	if err := s.cmd.Start(); err != nil {
 		s.tb.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -65,6 +66,7 @@ type roster struct {
 
 	// Owned by loop.
 	began, looked time.Time
+	failures      rate.Sometimes       // to end memberships
 	missing       map[string]time.Time // since when a node with memberships is not registered
 }
 
@@ -103,6 +105,7 @@ func newRoster(cfg Config) (*roster, error) {
 		words:   map[string]word{},
 		missing: map[string]time.Time{},
 
+		failures:  rate.Sometimes{Interval: 10 * time.Second},
 		strangers: map[string]time.Time{},
 	}
 	r.awaited.Store(&[]string{})
@@ -272,11 +275,11 @@ func (r *roster) look(ctx context.Context, now time.Time) {
 		}
 		close(w.warm)
 	}
-	if r.watcher == nil {
+	if r.watcher == nil || r.store.ID() == "" {
 		return
 	}
 	if err := r.reap(ctx, now); err != nil && ctx.Err() == nil {
-		r.log.Warn("cannot end the memberships of dead nodes", "err", err)
+		r.failures.Do(func() { r.log.Warn("cannot end the memberships of dead nodes", "err", err) })
 	}
 }
 

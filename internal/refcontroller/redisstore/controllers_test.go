@@ -440,6 +440,7 @@ func TestUsersOfAKilledNodeGoWithItsLease(t *testing.T) {
 	killed := time.Now()
 	var unregistered, gone time.Duration
 	eventually(t, "all are offline", func() bool {
+		time.Sleep(100 * time.Millisecond) // The looking is not to hold up what is looked for.
 		if unregistered == 0 {
 			got, err := etcd.Client().Get(t.Context(), discovery.ConnectNodePrefix+"n1")
 			if err == nil && got.Count == 0 {

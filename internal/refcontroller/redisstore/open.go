@@ -1,11 +1,13 @@
 package redisstore
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -73,8 +75,16 @@ func (t Target) Addresses() []string {
 	return nil
 }
 
+// silent takes what go-redis would print by itself: its errors are returned, too.
+type silent struct{}
+
+func (silent) Printf(context.Context, string, ...any) {}
+
+var silence = sync.OnceFunc(func() { redis.SetLogger(silent{}) }) //nolint:gochecknoglobals // So is its logger.
+
 // client is one with our times. Calls end with their context, and no reader is sent to a replica.
 func (t Target) client() redis.UniversalClient {
+	silence()
 	off := &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	switch {
 	case t.failover != nil:

@@ -5,14 +5,17 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 
 	"github.com/push-manager/push-manager/internal/redistest"
 	"github.com/push-manager/push-manager/internal/refcontroller"
 	"github.com/push-manager/push-manager/internal/refcontroller/storetest"
+	"github.com/push-manager/push-manager/internal/slots"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -58,9 +61,9 @@ func running(tb testing.TB, cfg Config, url string, tell func(refcontroller.Chan
 
 func eventually(tb testing.TB, what string, ok func() bool) {
 	tb.Helper()
-	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			tb.Fatal("not within 30 s: " + what)
+			tb.Fatal("not within two minutes: " + what)
 		}
 	}
 }
@@ -259,6 +262,34 @@ func TestClusterIsAStore(t *testing.T) {
 	})
 }
 
+// A replica takes over: it is another store, with what it had, and reports go on there.
+func TestReplicaThatTakesOverIsAnotherStore(t *testing.T) {
+	primary := redistest.Start(t)
+	replica := redistest.Start(t, "--replicaof", "127.0.0.1", primary.Port)
+	sentinel := redistest.Sentinel(t, primary)
+	s := opened(t, Config{}, sentinel.URL()+"?master_name=primary&addr="+sentinel.Addr(), nothing)
+	if err := join(s, "u"); err != nil {
+		t.Fatal(err)
+	}
+	asked := redis.NewSentinelClient(&redis.Options{Addr: sentinel.Addr()})
+	defer asked.Close()
+	copied := redis.NewClient(&redis.Options{Addr: replica.Addr()})
+	defer copied.Close()
+	eventually(t, "the replica has a copy, and is known", func() bool {
+		list, err := asked.Replicas(t.Context(), "primary").Result()
+		n, countErr := copied.HGet(t.Context(), s.keys[0], "count").Int()
+		return err == nil && len(list) == 1 && list[0]["master-link-status"] == "ok" && countErr == nil && n == 1
+	})
+	before := s.ID()
+	primary.Kill()
+	eventually(t, "the replica is found", func() bool { return s.ID() != before && s.ID() != "" })
+	eventually(t, "reports are taken", func() bool { return join(s, "v") == nil })
+	presences, err := s.Users(t.Context(), []string{"u", "v"})
+	if err != nil || len(presences[0].Nodes) != 1 || len(presences[1].Nodes) != 1 {
+		t.Errorf("%v, %v", presences, err)
+	}
+}
+
 // FuzzStored reads what may stand in Redis.
 func FuzzStored(f *testing.F) {
 	f.Add("u\x00n", "1 00000000000000000001 1 1700000000 1 2\n", "1 2 3")
@@ -297,6 +328,40 @@ func TestURLsOfAllForms(t *testing.T) {
 		}
 		if got != want {
 			t.Errorf("%s: %s, want %s (%v)", text, got, want, err)
+		}
+	}
+}
+
+func BenchmarkJoin(b *testing.B) {
+	s := opened(b, Config{}, redistest.Start(b).URL(), nothing)
+	var n atomic.Int64
+	b.ReportAllocs()
+	b.SetParallelism(16)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			i := n.Add(1)
+			_, err := s.Join(b.Context(), refcontroller.Join{Reporter: refcontroller.Reporter{Node: "n"}, User: fmt.Sprint("u", i), Room: fmt.Sprint("r", i%1000)})
+			if err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
+
+func BenchmarkDropNode(b *testing.B) {
+	s := opened(b, Config{}, redistest.Start(b).URL(), nothing)
+	for b.Loop() {
+		b.StopTimer()
+		for i := range 10_000 {
+			hi, lo := halves(slots.Hash(fmt.Sprint("u", i), "r"))
+			if _, err := s.do(b.Context(), "join", "n", "", number(0), fmt.Sprint("u", i), "r", slots.Of(slots.Hash(fmt.Sprint("u", i), "r")), hi, lo, "", 0, 0); err != nil {
+				b.Fatal(err)
+			}
+		}
+		b.StartTimer()
+		if n, err := s.DropNode(b.Context(), "n"); n != 10_000 || err != nil {
+			b.Fatal(n, err)
 		}
 	}
 }
