@@ -52,9 +52,9 @@ func TestReportIsAnsweredOnceEveryFollowerHasAcknowledged(t *testing.T) {
 			t.Fatalf("%d wait", h.waiting())
 		}
 		time.Sleep(10 * time.Millisecond)
-		say(t, one, one.follow(time.Now())[0].GetSeq(), 0)
+		say(t, one, one.follow(time.Now(), time.Now())[0].GetSeq(), 0)
 		time.Sleep(10 * time.Millisecond)
-		two.follow(time.Now())
+		two.follow(time.Now(), time.Now())
 		synctest.Wait()
 		select {
 		case <-done:
@@ -109,7 +109,7 @@ func TestFollowerThatStandsStillIsWaitedForUntilItsLeaseEnds(t *testing.T) {
 		w := h.join(3 * time.Second)
 		time.Sleep(time.Second)
 		say(t, w, 0, 1)
-		if out := w.follow(time.Now()); len(out) != 1 || out[0].GetMark() != 1 {
+		if out := w.follow(time.Now(), time.Now()); len(out) != 1 || out[0].GetMark() != 1 {
 			t.Fatalf("got %v", out)
 		}
 		time.Sleep(500 * time.Millisecond)
@@ -131,12 +131,12 @@ func TestFollowerThatStandsStillIsWaitedForUntilItsLeaseEnds(t *testing.T) {
 
 		// It wakes up. Its word is good again once it has acknowledged what it owed.
 		say(t, w, 0, 2)
-		out := w.follow(time.Now())
+		out := w.follow(time.Now(), time.Now())
 		if len(out) != 1 || len(out[0].GetChanges().GetUserIds()) != 3 || out[0].GetMark() != 0 {
 			t.Fatalf("got %v", out)
 		}
 		say(t, w, out[0].GetSeq(), 0)
-		if out = w.follow(time.Now()); len(out) != 1 || out[0].GetMark() != 2 {
+		if out = w.follow(time.Now(), time.Now()); len(out) != 1 || out[0].GetMark() != 2 {
 			t.Fatalf("got %v", out)
 		}
 		h.tell(Change{Users: []string{"u"}})
@@ -145,7 +145,7 @@ func TestFollowerThatStandsStillIsWaitedForUntilItsLeaseEnds(t *testing.T) {
 		if h.waiting() != 1 {
 			t.Error("not waited for after it caught up")
 		}
-		say(t, w, w.follow(time.Now())[0].GetSeq(), 0)
+		say(t, w, w.follow(time.Now(), time.Now())[0].GetSeq(), 0)
 		<-done
 	})
 }
@@ -167,7 +167,7 @@ func TestLeaseOfOneThatDoesNotAcknowledgeIsNotRenewed(t *testing.T) {
 				case <-tick.C:
 				}
 				_ = w.hear(&pubsub.FollowRoutesRequest{Mark: mark}, time.Now())
-				w.follow(time.Now())
+				w.follow(time.Now(), time.Now())
 			}
 		}()
 		defer close(stop)
@@ -208,7 +208,7 @@ func TestFollowerThatIsLateAgainAndAgainIsNotWaitedFor(t *testing.T) {
 					say(0, mark)
 					mark++
 				case <-w.wake:
-					for _, out := range w.follow(time.Now()) {
+					for _, out := range w.follow(time.Now(), time.Now()) {
 						if seq := out.GetSeq(); seq != 0 {
 							time.AfterFunc(time.Duration(delay.Load()), func() { say(seq, 0) })
 						}
@@ -260,14 +260,14 @@ func TestMarkIsBehindEverythingFromBeforeIt(t *testing.T) {
 		h.tell(c)
 		say(t, w, 0, 7)
 		say(t, w, 0, 8)
-		out := w.follow(time.Now())
+		out := w.follow(time.Now(), time.Now())
 		for i, frame := range out {
 			last := i == len(out)-1
 			if last != (frame.GetMark() == 8) || last != (frame.GetSeq() != 0) {
 				t.Errorf("message %d of %d has seq %d and mark %d", i, len(out), frame.GetSeq(), frame.GetMark())
 			}
 		}
-		if out := w.follow(time.Now()); len(out) != 0 {
+		if out := w.follow(time.Now(), time.Now()); len(out) != 0 {
 			t.Errorf("sent twice: %v", out)
 		}
 	})
@@ -321,7 +321,7 @@ func tellMany(t *testing.T, rng *rand.Rand) {
 				case <-ctx.Done():
 					return
 				case <-w.wake:
-					out := w.follow(time.Now())
+					out := w.follow(time.Now(), time.Now())
 					slowSend()
 					for _, frame := range out {
 						down <- frame

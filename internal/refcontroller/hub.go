@@ -40,6 +40,8 @@ type hub struct {
 	overflows *metrics.Counter
 	changes   *metrics.Counter
 	lapses    *metrics.Counter // leases that ran out while a report waited
+	// Every change that was visible before this has been told. nil: before now.
+	told func() time.Time
 
 	mu       sync.RWMutex
 	watchers map[*watcher]struct{}
@@ -113,6 +115,14 @@ func (h *hub) leave(w *watcher) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.releaseLocked(w.noted)
+}
+
+// toldUntil is the time before which all that was visible has been told.
+func (h *hub) toldUntil(now time.Time) time.Time {
+	if h.told == nil {
+		return now
+	}
+	return h.told()
 }
 
 func (h *hub) len() int {
@@ -266,9 +276,15 @@ func (h *hub) waiting() int {
 
 // tell notes a change for all watchers. It does not block.
 func (h *hub) tell(c Change) {
-	h.changes.Inc()
 	h.mu.RLock()
 	defer h.mu.RUnlock()
+	if !c.All && len(c.Rooms)+len(c.Users) == 0 {
+		for w := range h.watchers {
+			w.recheck()
+		}
+		return
+	}
+	h.changes.Inc()
 	for w := range h.watchers {
 		if w.note(c, h.most) {
 			h.overflows.Inc()
@@ -281,6 +297,11 @@ func (w *watcher) note(c Change, most int) (overflow bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.noted++
+	if c.All {
+		w.all = true
+		clear(w.rooms)
+		clear(w.users)
+	}
 	if !w.all {
 		for _, room := range c.Rooms {
 			w.rooms[room] = struct{}{}
@@ -297,9 +318,18 @@ func (w *watcher) note(c Change, most int) (overflow bool) {
 	return overflow
 }
 
+// recheck has the sender of a mark look again.
+func (w *watcher) recheck() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.mark != 0 {
+		w.rouse()
+	}
+}
+
 // follow empties what is pending into messages for a follower: the changes, and the
-// mark behind them.
-func (w *watcher) follow(now time.Time) []*pubsub.FollowRoutesResponse {
+// mark behind them if it came before told: all that was visible then is among them.
+func (w *watcher) follow(now, told time.Time) []*pubsub.FollowRoutesResponse {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var out []*pubsub.FollowRoutesResponse
@@ -313,7 +343,7 @@ func (w *watcher) follow(now time.Time) []*pubsub.FollowRoutesResponse {
 	// Renewing the lease of one that does not acknowledge would have reports wait for
 	// it without an end.
 	late := len(w.waits) > 0 && now.Sub(w.waits[0].since) >= ackWithin
-	if w.mark == 0 || w.acked < w.owed || late || now.Before(w.muted) {
+	if w.mark == 0 || w.marked.After(told) || w.acked < w.owed || late || now.Before(w.muted) {
 		return out
 	}
 	if len(out) == 0 {

@@ -2,215 +2,13 @@ package refcontroller
 
 import (
 	"cmp"
-	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"testing"
 	"time"
 
-	"pgregory.net/rapid"
-
 	"github.com/push-manager/push-manager/internal/slots"
 )
-
-// member is a membership in the model.
-type member struct{ user, room, node string }
-
-// model is the store as a map: what it answers is computed from scratch.
-type model struct {
-	joined map[member]int // when
-	names  map[member]string
-	clock  int
-}
-
-// answers is what every look-up over a small world says.
-type answers struct {
-	rooms map[string]string
-	users map[string]string
-}
-
-var (
-	worldUsers = []string{"u1", "u2", "u3"}
-	worldRooms = []string{"r1", "r2", "r3"}
-	worldNodes = []string{"n1", "n2", "n3"}
-)
-
-func (m *model) answers() answers {
-	a := answers{map[string]string{}, map[string]string{}}
-	for _, room := range worldRooms {
-		var lines []string
-		for k := range m.joined {
-			if k.room == room {
-				lines = append(lines, fmt.Sprintf("%s@%s(%s)", k.user, k.node, m.names[k]))
-			}
-		}
-		slices.Sort(lines)
-		a.rooms[room] = fmt.Sprint(lines)
-	}
-	for _, user := range worldUsers {
-		var own []member
-		for k := range m.joined {
-			if k.user == user {
-				own = append(own, k)
-			}
-		}
-		slices.SortFunc(own, func(a, b member) int { return cmp.Compare(m.joined[b], m.joined[a]) })
-		var nodes []string
-		for _, k := range own {
-			if !slices.Contains(nodes, k.node) {
-				nodes = append(nodes, k.node)
-			}
-		}
-		a.users[user] = fmt.Sprint(nodes)
-		if len(own) > 0 {
-			a.users[user] += " in " + own[0].room
-		}
-	}
-	return a
-}
-
-func storeAnswers(t *rapid.T, s Store) answers {
-	a := answers{map[string]string{}, map[string]string{}}
-	for _, room := range worldRooms {
-		info, err := s.Room(context.Background(), room)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var lines []string
-		for _, u := range info.GetUsers() {
-			lines = append(lines, fmt.Sprintf("%s@%s(%s)", u.GetUserId(), u.GetNodeId(), u.GetUserName()))
-		}
-		if info != nil && len(lines) == 0 {
-			t.Fatalf("room %q is known and empty", room)
-		}
-		slices.Sort(lines)
-		a.rooms[room] = fmt.Sprint(lines)
-	}
-	presences, err := s.Users(context.Background(), worldUsers)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, p := range presences {
-		a.users[worldUsers[i]] = fmt.Sprint(p.Nodes)
-		if p.Room != "" {
-			a.users[worldUsers[i]] += " in " + p.Room
-		}
-	}
-	return a
-}
-
-// The store answers like the model, and names every answer that has changed.
-func TestMemoryAgreesWithItsModel(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		s := NewMemory(0)
-		m := model{joined: map[member]int{}, names: map[member]string{}}
-		named := answers{map[string]string{}, map[string]string{}}
-		s.Notify(func(c Change) {
-			for _, r := range c.Rooms {
-				named.rooms[r] = "changed"
-			}
-			for _, u := range c.Users {
-				named.users[u] = "changed"
-			}
-		})
-		before := m.answers()
-		ctx := context.Background()
-		draw := func() member {
-			return member{
-				rapid.SampledFrom(worldUsers).Draw(t, "user"), rapid.SampledFrom(worldRooms).Draw(t, "room"),
-				rapid.SampledFrom(worldNodes).Draw(t, "node"),
-			}
-		}
-		t.Repeat(map[string]func(*rapid.T){
-			"join": func(t *rapid.T) {
-				k, name := draw(), rapid.SampledFrom([]string{"", "name"}).Draw(t, "name")
-				if _, err := s.Join(ctx, Join{Reporter: Reporter{Node: k.node}, User: k.user, Room: k.room, Name: name}); err != nil {
-					t.Fatal(err)
-				}
-				m.clock++
-				m.joined[k], m.names[k] = m.clock, name
-			},
-			"leave": func(t *rapid.T) {
-				k := draw()
-				_, want := m.joined[k]
-				got, err := s.Leave(ctx, Leave{Reporter: Reporter{Node: k.node}, User: k.user, Room: k.room})
-				if err != nil || got != want {
-					t.Fatal(got, err)
-				}
-				delete(m.joined, k)
-			},
-			"leave all nodes": func(t *rapid.T) {
-				k := draw()
-				count := len(m.joined)
-				maps.DeleteFunc(m.joined, func(o member, _ int) bool { return o.user == k.user && o.room == k.room })
-				got, err := s.Leave(ctx, Leave{User: k.user, Room: k.room})
-				if err != nil || got != (len(m.joined) < count) {
-					t.Fatal(got, err)
-				}
-			},
-			"drop node": func(t *rapid.T) {
-				k := draw()
-				count := len(m.joined)
-				maps.DeleteFunc(m.joined, func(o member, _ int) bool { return o.node == k.node })
-				got, err := s.DropNode(ctx, k.node)
-				if err != nil || got != count-len(m.joined) {
-					t.Fatal(got, err)
-				}
-			},
-			"": func(t *rapid.T) {
-				want, got := m.answers(), storeAnswers(t, s)
-				if !maps.Equal(want.rooms, got.rooms) || !maps.Equal(want.users, got.users) {
-					t.Fatalf("got %v\nwant %v", got, want)
-				}
-				checkNamed(t, "room", before.rooms, got.rooms, named.rooms)
-				checkNamed(t, "user", before.users, got.users, named.users)
-				checkCounts(t, s, &m)
-				before = got
-				clear(named.rooms)
-				clear(named.users)
-			},
-		})
-	})
-}
-
-func checkNamed(t *rapid.T, what string, before, after, named map[string]string) {
-	for key := range after {
-		if before[key] != after[key] && named[key] == "" {
-			t.Fatalf("%s %q changed from %s to %s and was not named", what, key, before[key], after[key])
-		}
-	}
-}
-
-func checkCounts(t *rapid.T, s *Memory, m *model) {
-	perRoom := map[string]map[string]bool{}
-	users := map[string]bool{}
-	for k := range m.joined {
-		if perRoom[k.room] == nil {
-			perRoom[k.room] = map[string]bool{}
-		}
-		perRoom[k.room][k.user] = true
-		users[k.user] = true
-	}
-	if got, want := s.Counts(), (Counts{len(perRoom), len(users), len(m.joined)}); got != want {
-		t.Fatalf("counts %v, want %v", got, want)
-	}
-	stats, err := s.Rooms(context.Background())
-	if err != nil || len(stats) != len(perRoom) {
-		t.Fatal(stats, err)
-	}
-	for _, r := range stats {
-		if int(r.GetUserCount()) != len(perRoom[r.GetRoomId()]) {
-			t.Fatalf("room %q counts %d users", r.GetRoomId(), r.GetUserCount())
-		}
-	}
-	for _, n := range s.nodes {
-		if n.count == 0 {
-			t.Fatalf("node %q is kept without members", n.id)
-		}
-	}
-}
 
 func TestDropNodeSparesJoinsAfterTheCall(t *testing.T) {
 	s := NewMemory(0)
@@ -343,5 +141,27 @@ func TestChangeIsVisibleAndToldInOneStep(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestMemoryCountsAndKeepsNothingOfWhoHasLeft(t *testing.T) {
+	s := NewMemory(0)
+	for _, node := range []string{"n", "m"} {
+		for _, user := range []string{"u", "v", "w"} {
+			if _, err := s.Join(t.Context(), Join{Reporter: Reporter{Node: node}, User: user, Room: "of " + user}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if c := s.Counts(); c != (Counts{Rooms: 3, Users: 3, Memberships: 6}) {
+		t.Error(c)
+	}
+	for _, node := range []string{"n", "m"} {
+		if _, err := s.DropNode(t.Context(), node); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c := s.Counts(); c != (Counts{}) || len(s.nodes) > 0 {
+		t.Error(c, s.nodes)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -47,12 +48,14 @@ type roster struct {
 	dropped *metrics.Counter
 	refused *metrics.Counter
 	watcher *discovery.Watcher // nil without etcd
-	warm    chan struct{}      // closed by loop when the Controller may be believed
+	shared  Shared             // store, if others work on it, too
 	wake    chan struct{}      // holds a token when something has happened
 
 	// The nodes registered; replaced by the watcher, never changed. nil before etcd
 	// has been listed.
 	registered atomic.Pointer[map[string]discovery.Node]
+	// Whether the store there is may be believed; replaced by loop when there is another one.
+	warmth atomic.Pointer[warmth]
 	// For whom the Controller waits before it is believed; replaced by loop.
 	awaited atomic.Pointer[[]string]
 
@@ -63,14 +66,31 @@ type roster struct {
 
 	// Owned by loop.
 	began, looked time.Time
+	failures      rate.Sometimes       // to end memberships
 	missing       map[string]time.Time // since when a node with memberships is not registered
 }
 
 // word is the latest SyncNode of a node.
 type word struct {
-	boot     string
-	at       time.Time
-	complete bool // it has reported everything
+	boot string
+	at   time.Time
+	told string // the ID of the store that it has reported everything to
+}
+
+// warmth is whether a store may be believed.
+type warmth struct {
+	store string        // its ID
+	warm  chan struct{} // closed when it may
+	cold  chan struct{} // closed when another one has taken its place
+}
+
+func (w *warmth) isWarm() bool {
+	select {
+	case <-w.warm:
+		return true
+	default:
+		return false
+	}
 }
 
 func newRoster(cfg Config) (*roster, error) {
@@ -81,17 +101,16 @@ func newRoster(cfg Config) (*roster, error) {
 		log:     cfg.Logger,
 		dropped: cfg.Metrics.GetOrCreateCounter("controller_nodes_dropped_total"),
 		refused: cfg.Metrics.GetOrCreateCounter("controller_reports_refused_total"),
-		warm:    make(chan struct{}),
 		wake:    make(chan struct{}, 1),
 		words:   map[string]word{},
 		missing: map[string]time.Time{},
 
+		failures:  rate.Sometimes{Interval: 10 * time.Second},
 		strangers: map[string]time.Time{},
 	}
 	r.awaited.Store(&[]string{})
-	if r.warmup == 0 {
-		close(r.warm)
-	}
+	r.shared, _ = cfg.Store.(Shared)
+	r.find(cfg.Store.ID())
 	if cfg.Client == nil {
 		return r, nil
 	}
@@ -103,6 +122,17 @@ func newRoster(cfg Config) (*roster, error) {
 		Logger:        cfg.Logger, Metrics: cfg.Metrics, MetricsPrefix: "controller",
 	})
 	return r, err
+}
+
+// find begins anew with the store that there is now.
+func (r *roster) find(id string) {
+	w := &warmth{store: id, warm: make(chan struct{}), cold: make(chan struct{})}
+	if r.warmup == 0 {
+		close(w.warm)
+	}
+	if before := r.warmth.Swap(w); before != nil {
+		close(before.cold)
+	}
 }
 
 func (r *roster) onNodes(nodes []discovery.Node) {
@@ -166,22 +196,18 @@ func (r *roster) boot(id string) string {
 }
 
 // heard notes that a node has called.
-func (r *roster) heard(node, boot string, complete bool, now time.Time) {
+func (r *roster) heard(node, boot, told string, now time.Time) {
 	r.mu.Lock()
-	r.words[node] = word{boot, now, complete}
+	r.words[node] = word{boot, now, told}
 	r.mu.Unlock()
-	if complete && !r.isWarm() {
+	if told != "" && !r.isWarm() {
 		r.nudge()
 	}
 }
 
 func (r *roster) isWarm() bool {
-	select {
-	case <-r.warm:
-		return true
-	default:
-		return false
-	}
+	w := r.warmth.Load()
+	return w.isWarm() && w.store == r.store.ID()
 }
 
 // believed is an error while look-ups must not be answered.
@@ -194,6 +220,9 @@ func (r *roster) believed() error {
 
 // waiting says for whom the Controller waits, in words.
 func (r *roster) waiting() string {
+	if r.shared != nil && r.store.ID() == "" {
+		return "it has not reached its store yet"
+	}
 	awaited := *r.awaited.Load()
 	switch n := len(awaited); {
 	case n == 0:
@@ -236,22 +265,67 @@ func (r *roster) look(ctx context.Context, now time.Time) {
 	maps.DeleteFunc(r.words, func(_ string, w word) bool { return now.Sub(w.at) > wordMemory })
 	maps.DeleteFunc(r.strangers, func(id string, last time.Time) bool { return now.Sub(last) > wordMemory || r.isRegistered(id) })
 	r.mu.Unlock()
-	if !r.isWarm() && r.warmedUp(now) {
-		r.awaited.Store(&[]string{})
-		close(r.warm)
+	if r.shared != nil {
+		r.share(ctx, now)
 	}
-	if r.watcher == nil {
+	if w := r.warmth.Load(); !w.isWarm() && r.warmedUp(w.store, now) {
+		r.awaited.Store(&[]string{})
+		if r.shared != nil {
+			r.shared.Believe(w.store)
+		}
+		close(w.warm)
+	}
+	if r.watcher == nil || r.store.ID() == "" {
 		return
 	}
 	if err := r.reap(ctx, now); err != nil && ctx.Err() == nil {
-		r.log.Warn("cannot end the memberships of dead nodes", "err", err)
+		r.failures.Do(func() { r.log.Warn("cannot end the memberships of dead nodes", "err", err) })
+	}
+}
+
+// share finds out whether the store is still the one from before, and what nodes have said to
+// other Controllers.
+func (r *roster) share(ctx context.Context, now time.Time) {
+	id := r.store.ID()
+	if id != r.warmth.Load().store {
+		r.began = now
+		r.find(id)
+	}
+	if id == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	words, err := r.shared.Words(ctx)
+	if err != nil || r.store.ID() != id {
+		return // What else is asked of the store says why.
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for node, said := range words {
+		w := word{boot: said.Boot, at: now.Add(-said.Ago)}
+		if said.Complete {
+			w.told = id
+		}
+		if r.words[node].at.Before(w.at) {
+			r.words[node] = w
+		}
 	}
 }
 
 // warmedUp tells whether all registered nodes have reported everything, or enough
 // time has passed for those that have not.
-func (r *roster) warmedUp(now time.Time) bool {
+func (r *roster) warmedUp(store string, now time.Time) bool {
 	took := now.Sub(r.began)
+	if r.shared != nil {
+		switch {
+		case store == "":
+			return false // It has not been reached.
+		case r.shared.Believed() && r.store.ID() == store:
+			r.log.Info("another controller has kept the store: look-ups are answered", "took", took)
+			return true
+		}
+	}
 	known := r.registered.Load()
 	if r.watcher == nil || known == nil {
 		if took < r.warmup {
@@ -266,7 +340,7 @@ func (r *roster) warmedUp(now time.Time) bool {
 	for id, n := range *known {
 		w, ok := r.words[id]
 		ok = ok && (n.BootID == "" || n.BootID == w.boot)
-		if ok && w.complete {
+		if ok && w.told == store {
 			continue
 		}
 		awaited = append(awaited, id)

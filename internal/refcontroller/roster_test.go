@@ -196,9 +196,9 @@ func TestWordsOfNodesDoNotPileUp(t *testing.T) {
 	without.began = time.Now()
 	for name, r := range map[string]*roster{"without etcd": without, "etcd is silent": quietRoster(t, Config{})} {
 		for i := range 100 {
-			r.heard(fmt.Sprint("node-", i), "b", true, r.began)
+			r.heard(fmt.Sprint("node-", i), "b", r.store.ID(), r.began)
 		}
-		r.heard("lives", "b", true, r.began.Add(wordMemory))
+		r.heard("lives", "b", r.store.ID(), r.began.Add(wordMemory))
 		r.at(t, wordMemory)
 		if n := len(r.words); n != 101 {
 			t.Errorf("%s: %d words", name, n)
@@ -339,34 +339,34 @@ func TestWarmupEnds(t *testing.T) {
 		over   time.Duration
 	}{
 		"when a node says nothing: after the time": {
-			before: func(r *roster, at func(time.Duration) time.Time) { r.heard("new", "b", true, at(0)) },
+			before: func(r *roster, at func(time.Duration) time.Time) { r.heard("new", "b", r.store.ID(), at(0)) },
 			nodes:  nodes, over: warmup,
 		},
 		"when all have reported: at once": {
 			before: func(r *roster, at func(time.Duration) time.Time) {
-				r.heard("new", "b", true, at(0))
-				r.heard("old", "x", true, at(0))
+				r.heard("new", "b", r.store.ID(), at(0))
+				r.heard("old", "x", r.store.ID(), at(0))
 			},
 			nodes: nodes, over: 0,
 		},
 		"when one is still reporting: later": {
 			before: func(r *roster, at func(time.Duration) time.Time) {
-				r.heard("old", "x", true, at(0))
-				r.heard("new", "b", false, at(warmupMost*warmup))
+				r.heard("old", "x", r.store.ID(), at(0))
+				r.heard("new", "b", "", at(warmupMost*warmup))
 			},
 			nodes: nodes, over: warmupMost * warmup,
 		},
 		"when one has begun and died: after the time": {
 			before: func(r *roster, at func(time.Duration) time.Time) {
-				r.heard("old", "x", true, at(0))
-				r.heard("new", "b", false, at(time.Second))
+				r.heard("old", "x", r.store.ID(), at(0))
+				r.heard("new", "b", "", at(time.Second))
 			},
 			nodes: nodes, over: warmup,
 		},
 		"when an earlier process has reported: after the time": {
 			before: func(r *roster, at func(time.Duration) time.Time) {
-				r.heard("old", "x", true, at(0))
-				r.heard("new", "a", true, at(0))
+				r.heard("old", "x", r.store.ID(), at(0))
+				r.heard("new", "a", r.store.ID(), at(0))
 			},
 			nodes: nodes, over: warmup,
 		},
@@ -421,7 +421,7 @@ func TestMembershipsLiveAsLongAsTheirNode(t *testing.T) {
 				t.Fatal(err)
 			}
 			if tc.spoke >= 0 {
-				r.heard("n", tc.boot, true, r.began.Add(tc.spoke))
+				r.heard("n", tc.boot, r.store.ID(), r.began.Add(tc.spoke))
 			}
 			r.set(tc.nodes...)
 			r.at(t, 0)
@@ -448,7 +448,7 @@ func TestPausedControllerDoesNotTakeItsNodesForSilent(t *testing.T) {
 	if _, err := store.Join(t.Context(), Join{Reporter: Reporter{Node: "n", Boot: "b", Seq: 1}, User: "u", Room: "r"}); err != nil {
 		t.Fatal(err)
 	}
-	r.heard("n", "b", true, r.began)
+	r.heard("n", "b", r.store.ID(), r.began)
 	r.set() // Its lease has ended meanwhile.
 	r.look(t.Context(), r.began.Add(10*time.Second))
 	if store.Counts().Memberships == 0 {

@@ -63,12 +63,16 @@ func New(cfg Config) (*Server, error) {
 		panicked: s.panicked,
 		log:      cfg.Logger, impostors: rate.Sometimes{Interval: 10 * time.Second},
 	}
-	cfg.Store.Notify(s.svc.hub.tell)
 	var err error
 	if s.roster, err = newRoster(cfg); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	s.svc.roster = s.roster
+	cfg.Store.Notify(s.svc.hub.tell)
+	if s.svc.shared = s.roster.shared; s.svc.shared != nil {
+		s.svc.hub.told = s.told
+		cfg.Store.Notify(s.tell)
+	}
 	s.gauges(cfg.Metrics, cfg.Store)
 	options := s.options()
 	if cfg.Credentials != nil {
@@ -128,11 +132,31 @@ func (s *Server) Serve(lis net.Listener) error {
 			s.roster.watcher.Start()
 		}
 		s.wg.Go(func() { s.roster.loop(ctx) })
+		if s.svc.shared != nil {
+			s.wg.Go(func() { s.svc.shared.Run(ctx, s.svc.hub.settle) })
+		}
 	})
 	if err := s.grpc.Serve(lis); err != nil {
 		return fmt.Errorf("serve: %w", err)
 	}
 	return nil
+}
+
+// tell passes on what a shared store says.
+func (s *Server) tell(c Change) {
+	s.svc.hub.tell(c)
+	if s.roster.warmth.Load().store != s.roster.store.ID() {
+		s.roster.nudge()
+	}
+}
+
+// told is the time before which all that was visible in a shared store has been told. Of one that was
+// lost nobody knows.
+func (s *Server) told() time.Time {
+	if !s.roster.isWarm() {
+		return time.Time{}
+	}
+	return s.svc.shared.Told()
 }
 
 // WarmingUp says why look-ups are not answered yet, "" when they are. Reports are

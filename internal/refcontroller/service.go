@@ -1,6 +1,7 @@
 package refcontroller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,6 +42,7 @@ type service struct {
 	store  Store
 	hub    *hub
 	roster *roster
+	shared Shared // store, if others work on it, too
 	// Closed when the server drains.
 	draining chan struct{}
 	// panicked turns a panic into an error.
@@ -90,7 +92,7 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 			if err != nil {
 				return nil, storeError("leave", err)
 			}
-			if err := s.hub.settle(ctx); err != nil {
+			if err := s.settle(ctx); err != nil {
 				return nil, storeError("leave", err)
 			}
 			return &pubsub.LeaveRoomResponse{Success: true, Message: fmt.Sprintf("%d memberships of node %q ended", n, by.Node)}, nil
@@ -127,10 +129,18 @@ func (s *service) answerable(ctx context.Context, by Reporter, doing string) err
 			return err
 		}
 	}
-	if err := s.hub.settle(ctx); err != nil {
+	if err := s.settle(ctx); err != nil {
 		return storeError(doing, err)
 	}
 	return nil
+}
+
+// settle returns once who watches, at any Controller, knows of what is reported so far.
+func (s *service) settle(ctx context.Context) error {
+	if err := s.hub.settle(ctx); err != nil || s.shared == nil {
+		return err
+	}
+	return s.shared.Settle(ctx)
 }
 
 // SyncNode implements ControllerService. It never waits for the warm-up, which waits for it.
@@ -165,15 +175,26 @@ func (s *service) SyncNode(ctx context.Context, in *pubsub.SyncNodeRequest) (*pu
 			out.Differing = append(out.Differing, slot)
 		}
 	}
-	s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now())
+	if err := s.heard(ctx, by, in.GetReportedTo()); err != nil {
+		return nil, storeError("sync", err)
+	}
 	if len(in.GetSlots()) > 0 {
-		err := s.hub.settle(ctx)
-		s.roster.heard(by.Node, by.Boot, in.GetReportedTo() == out.GetStoreId(), time.Now()) // While it waited it was not silent.
-		if err != nil {
+		settled := s.settle(ctx)
+		err := s.heard(ctx, by, in.GetReportedTo()) // While it waited it was not silent.
+		if err := cmp.Or(settled, err); err != nil {
 			return nil, storeError("sync", err)
 		}
 	}
 	return out, nil
+}
+
+// heard notes that a node has called, for all Controllers.
+func (s *service) heard(ctx context.Context, by Reporter, told string) error {
+	s.roster.heard(by.Node, by.Boot, told, time.Now())
+	if s.shared == nil {
+		return nil
+	}
+	return s.shared.Hear(ctx, by, told)
 }
 
 // checkSlots refuses what does not keep to the rules of SyncNode.
@@ -259,6 +280,9 @@ func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest
 	if err != nil {
 		return nil, storeError("get room", err)
 	}
+	if err := s.roster.believed(); err != nil {
+		return nil, err // The store has been lost meanwhile, and this may be what is left.
+	}
 	return &pubsub.GetRoomInfoResponse{RoomInfo: info}, nil
 }
 
@@ -270,6 +294,9 @@ func (s *service) GetUserNode(ctx context.Context, in *pubsub.GetUserNodeRequest
 	presences, err := s.store.Users(ctx, []string{in.GetUserId()})
 	if err != nil {
 		return nil, storeError("get user", err)
+	}
+	if err := s.roster.believed(); err != nil {
+		return nil, err
 	}
 	return s.presence(presences[0]), nil
 }
@@ -290,6 +317,9 @@ func (s *service) GetUserNodes(ctx context.Context, in *pubsub.GetUserNodesReque
 	presences, err := s.store.Users(ctx, in.GetUserIds())
 	if err != nil {
 		return nil, storeError("get users", err)
+	}
+	if err := s.roster.believed(); err != nil {
+		return nil, err
 	}
 	out := &pubsub.GetUserNodesResponse{Users: make([]*pubsub.GetUserNodeResponse, len(presences))}
 	for i, p := range presences {
@@ -323,23 +353,38 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 // warm waits until look-ups are answered. A change stream does: who is in sync forgets the
 // routes it has, and not before there are better ones. A report does: see answerable.
 func (s *service) warm(ctx context.Context) error {
-	select {
-	case <-s.roster.warm:
-		return nil
-	case <-s.draining:
-		return status.Error(codes.Unavailable, "the controller is going")
-	case <-ctx.Done():
-		return status.FromContextError(ctx.Err()).Err()
+	for {
+		w := s.roster.warmth.Load()
+		next := w.warm
+		if w.isWarm() {
+			if w.store == s.store.ID() {
+				return nil
+			}
+			next = w.cold
+		}
+		select {
+		case <-next:
+		case <-s.draining:
+			return status.Error(codes.Unavailable, "the controller is going")
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
 	}
 }
+
+var errCold = status.Error(codes.Unavailable, "the controller's store was lost: it waits for the nodes")
 
 // WatchRoutes implements ControllerService.
 func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
 	if err := s.warm(stream.Context()); err != nil {
 		return err
 	}
+	cold := s.roster.warmth.Load().cold
 	w := s.hub.join(0)
 	defer s.hub.leave(w)
+	if err := s.vouch(stream.Context(), 0); err != nil {
+		return err
+	}
 	if err := stream.Send(&pubsub.WatchRoutesResponse{Synced: true}); err != nil {
 		return err
 	}
@@ -347,6 +392,8 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 		select {
 		case <-s.draining:
 			return status.Error(codes.Unavailable, "the controller is going")
+		case <-cold:
+			return errCold
 		case <-stream.Context().Done():
 			return status.FromContextError(stream.Context().Err()).Err()
 		case <-w.wake:
@@ -357,6 +404,17 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 			}
 		}
 	}
+}
+
+// vouch has the other Controllers know that somebody here trusts what is answered.
+func (s *service) vouch(ctx context.Context, leaseMs uint32) error {
+	if s.shared == nil {
+		return nil
+	}
+	if err := s.shared.Vouch(ctx, time.Duration(leaseMs)*time.Millisecond); err != nil {
+		return storeError("watch", err)
+	}
+	return nil
 }
 
 // FollowRoutes implements ControllerService.
@@ -371,8 +429,12 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 	if err := s.warm(stream.Context()); err != nil {
 		return err
 	}
+	cold := s.roster.warmth.Load().cold
 	w := s.hub.join(time.Duration(first.GetLeaseMs()) * time.Millisecond)
 	defer s.hub.leave(w)
+	if err := s.vouch(stream.Context(), first.GetLeaseMs()); err != nil {
+		return err
+	}
 	// The stream's end, which this method's return is at the latest, ends the reader.
 	ended := make(chan error, 1)
 	s.readers.Go(func() { ended <- s.readFollower(stream, w) })
@@ -383,10 +445,12 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 		select {
 		case <-s.draining:
 			return status.Error(codes.Unavailable, "the controller is going")
+		case <-cold:
+			return errCold
 		case err := <-ended:
 			return err
 		case <-w.wake:
-			for _, frame := range w.follow(time.Now()) {
+			for _, frame := range w.follow(time.Now(), s.hub.toldUntil(time.Now())) {
 				if err := stream.Send(frame); err != nil {
 					return err
 				}

@@ -3,6 +3,7 @@ package refcontroller
 import (
 	"context"
 	"errors"
+	"time"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -56,11 +57,45 @@ type Store interface {
 	Counts() Counts
 
 	// Notify has each change told to tell, the Server's call before any other. A change
-	// becomes visible and is told in one step: no look-up that shows it is answered and no
-	// report that finds it made returns before tell has. Else that report would be answered
-	// while those who watch have been told nothing. A store that cannot do both under one
-	// lock has such reports wait for tell. tell does not block, and calls no store.
+	// becomes visible and is told in one step: no report that finds it made returns before
+	// tell has. Else that report would be answered while those who watch have been told
+	// nothing. A store that cannot do both under one lock has such reports wait for tell; a
+	// look-up may then show what is yet to be told. tell does not block, and calls no store.
 	Notify(tell func(Change))
+}
+
+// Shared is a Store that several Controllers work on. Each of them tells its watchers
+// what any of them has changed.
+type Shared interface {
+	Store
+	// Run follows what all Controllers change, and keeps the others aware of this one,
+	// until ctx ends. settle returns once no watcher of this Controller trusts an answer
+	// from before what has been told.
+	Run(ctx context.Context, settle func(context.Context) error)
+	// Settle returns once the watchers of all other Controllers, too, trust nothing from
+	// before the changes that reports have made or found here.
+	Settle(ctx context.Context) error
+	// Told is the time before which every change that was visible has been told.
+	Told() time.Time
+	// Vouch returns once every change has been told that was visible at the call, and the
+	// other Controllers know that a watcher here may trust its answers for lease.
+	Vouch(ctx context.Context, lease time.Duration) error
+
+	// Hear notes the latest SyncNode of a node, and the ID of the store that it has told
+	// everything: all Controllers see it in Words.
+	Hear(ctx context.Context, by Reporter, told string) error
+	Words(ctx context.Context) (map[string]Word, error)
+	// Believe says that the store of this id knows all there is to know. Believed is for
+	// how the others see it: it ends soon after the last of them has.
+	Believe(id string)
+	Believed() bool
+}
+
+// Word is the latest SyncNode of a node.
+type Word struct {
+	Boot     string
+	Ago      time.Duration
+	Complete bool // it has told this store everything
 }
 
 // Reporter is who makes a report.
@@ -105,8 +140,13 @@ type Presence struct {
 	Room string
 }
 
-// Change names what a look-up answers differently from now on.
-type Change struct{ Rooms, Users []string }
+// Change names what a look-up answers differently from now on. One that names nothing
+// says that a Shared store has got on: by Told, or to another ID.
+type Change struct {
+	Rooms, Users []string
+	// All: names were missed, everything may have changed.
+	All bool
+}
 
 // Counts are the sizes of a Store. A user counts once.
 type Counts struct{ Rooms, Users, Memberships int }

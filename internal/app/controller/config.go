@@ -26,6 +26,7 @@ type Config struct {
 
 	Log        telemetry.LogConfig
 	Controller refcontroller.Config
+	Store      StoreConfig
 	Etcd       app.EtcdConfig
 
 	TLS         app.NodeTLS
@@ -42,9 +43,10 @@ func (c *Config) Bind(s *config.Set) {
 	app.BindMetricsAddress(s, &c.MetricsAddress)
 	s.Bool(&c.AllowInsecure, "allow_insecure", false, app.AllowInsecureHelp)
 	s.Bool(&c.PprofRemote, "pprof_remote", false, "Let clients of other machines read profiles.")
+	c.Store.bind(s)
 	s.Int(&c.Controller.MaxUsers, "max_users", 0, 0, math.MaxInt32, "Users in one room; 0 for any number.")
 	s.Duration(&c.Controller.NodeGrace, "node_grace", refcontroller.Defaults().NodeGrace, time.Millisecond, "How long a Connect-Node may be gone from etcd before its users are.")
-	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start while registered Connect-Nodes have not reported their users. 0: not at all.")
+	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start, or after the store was lost, while registered Connect-Nodes have not reported their users. 0: not at all.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
 	c.Log.Bind(s)
 	c.TLS.Bind(s, "controller", "Push-Managers and Connect-Nodes", certs.KindManager, certs.KindNode)
@@ -71,6 +73,9 @@ func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
 		return err
 	}
 	if err := c.Etcd.Validate(s, risks); err != nil {
+		return err
+	}
+	if err := c.Store.validate(s, risks); err != nil {
 		return err
 	}
 	c.insecure = risks.Found()

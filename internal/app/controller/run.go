@@ -13,6 +13,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/refcontroller"
+	"github.com/push-manager/push-manager/internal/refcontroller/redisstore"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
@@ -63,6 +64,13 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	own.Client, own.Logger, own.Metrics = etcd, logger, set
 	if own.Credentials, err = c.life.Node(cfg.TLS); err != nil {
 		return nil, err
+	}
+	if cfg.Store.Kind == storeRedis {
+		store := redisstore.New(redisstore.Config{
+			Target: cfg.Store.redis, Prefix: cfg.Store.RedisPrefix, MaxUsers: own.MaxUsers, Logger: logger, Metrics: set,
+		})
+		c.life.Add("Redis", func(context.Context) error { return store.Close() })
+		own.Store, own.MaxUsers = store, 0
 	}
 	server, err := refcontroller.New(own)
 	if err != nil {
