@@ -24,6 +24,8 @@ type Command struct {
 	File bool
 	// New returns the program's configuration, unset.
 	New func() Settings
+	// Check, where it is set, is called in place of a start, with settings that are valid.
+	Check func(ctx context.Context, settings Settings, r *Report)
 	// Main, where it is set, runs the command in place of all that, with the arguments after its name, and returns the exit code.
 	Main func(args []string) int
 	// Missing says why this build has no such program. Empty: it has.
@@ -101,6 +103,9 @@ func Main(c CommandLine, args []string) int {
 		_, _ = fmt.Fprintln(os.Stdout, c.Name, telemetry.Version())
 		return ExitStopped
 	}
+	if cmd.Check != nil && !flags.PrintConfig {
+		return runCheck(cmd, settings, set, flags.Options)
+	}
 	if err := set.Load(flags.Options); err != nil {
 		return fail(err)
 	}
@@ -111,7 +116,8 @@ func Main(c CommandLine, args []string) int {
 		return printed(set.Write(os.Stdout, false))
 	}
 
-	logger, err := telemetry.NewLogger(os.Stderr, settings.LogConfig())
+	level := new(slog.LevelVar)
+	logger, err := telemetry.NewLogger(os.Stderr, settings.LogConfig(), level)
 	if err != nil {
 		return fail(err)
 	}
@@ -121,9 +127,31 @@ func Main(c CommandLine, args []string) int {
 		garbage = light.GarbageShare()
 	}
 	TuneMemoryShare(logger, garbage)
-	return Run(logger, settings.Timeout(), func(ctx context.Context) (Program, error) {
+	again := func() { readLevel(cmd, flags.Options, level, logger) }
+	return Run(logger, settings.Timeout(), again, func(ctx context.Context) (Program, error) {
 		return settings.Start(ctx, logger)
 	})
+}
+
+// readLevel reads the settings again and takes over the level of the log, and nothing else: parts read their files
+// themselves. Settings that cannot be read leave the level as it is.
+func readLevel(cmd Command, o config.Options, level *slog.LevelVar, logger *slog.Logger) {
+	settings, set := cmd.New(), config.New()
+	settings.Bind(set)
+	if err := set.Load(o); err != nil {
+		logger.Error("the settings cannot be read again: the log level stays", "error", err)
+		return
+	}
+	next, err := telemetry.ParseLevel(settings.LogConfig().Level)
+	if err != nil {
+		logger.Error("the log level stays", "error", err)
+		return
+	}
+	if was := level.Level(); was != next {
+		level.Set(min(was, next)) // so that the log tells of it, too
+		logger.Info("log level changed", "from", was, "to", next)
+		level.Set(next)
+	}
 }
 
 // help lists the commands.
