@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/buildinfo"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/stdlog"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -69,6 +70,15 @@ func Main(c CommandLine, args []string) int {
 		}
 		return ExitStopped
 	}
+	if len(args) > 0 && args[0] == "version" {
+		switch {
+		case len(args) == 1:
+			return printed(buildinfo.Write(os.Stdout, c.Name, false))
+		case len(args) == 2 && args[1] == "--json":
+			return printed(buildinfo.Write(os.Stdout, c.Name, true))
+		}
+		return fail(config.Usage(errors.New("version takes --json, and nothing else")))
+	}
 	cmd, name, description := c.Commands[0], c.Name, c.Description
 	if len(c.Commands) > 1 {
 		if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
@@ -100,8 +110,7 @@ func Main(c CommandLine, args []string) int {
 		_, _ = fmt.Fprintf(os.Stdout, "Usage: %s [flags]\n\n%s\n\n", name, description)
 		return printed(set.WriteHelp(os.Stdout, cmd.File))
 	case flags.Version:
-		_, _ = fmt.Fprintln(os.Stdout, c.Name, telemetry.Version())
-		return ExitStopped
+		return printed(buildinfo.Write(os.Stdout, c.Name, false))
 	}
 	if cmd.Check != nil && !flags.PrintConfig {
 		return runCheck(cmd, settings, set, flags.Options)
@@ -161,6 +170,7 @@ func (c CommandLine) help(w io.Writer) error {
 	for _, cmd := range c.Commands {
 		fmt.Fprintf(&b, "  %-14s %s\n", cmd.Name, cmd.Help)
 	}
+	fmt.Fprintf(&b, "  %-14s %s\n", "version", "Print the version and exit; with --json all that is known of the build.")
 	fmt.Fprintf(&b, "\nFlags:\n  -h, --help     Show this.\n  --version      Print the version and exit.\n\nRun \"%s <command> --help\" for more information on a command.\n", c.Name)
 	_, err := io.WriteString(w, b.String())
 	return err

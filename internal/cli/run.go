@@ -54,6 +54,7 @@ func Run(logger *slog.Logger, drainTimeout time.Duration, again func(), start fu
 		signal.Notify(hangups, syscall.SIGHUP)
 		defer signal.Stop(hangups)
 	}
+	notifySystemd(logger, "READY=1")
 	code := ExitStopped
 	for running := true; running; {
 		select {
@@ -69,6 +70,7 @@ func Run(logger *slog.Logger, drainTimeout time.Duration, again func(), start fu
 		}
 		running = false
 	}
+	notifySystemd(logger, "STOPPING=1")
 	return drain(logger, signals, drainTimeout, p, code)
 }
 
