@@ -14,6 +14,7 @@ GO ?= go
 PROMTOOL ?= $(firstword $(wildcard .tmp/bin/promtool) promtool)
 LINT = $(GO) tool -modfile=tools/lint/go.mod golangci-lint
 BUF = $(GO) tool -modfile=tools/buf/go.mod buf
+RELEASE_FLAGS = -trimpath -ldflags="-s -w"
 FUZZTIME ?= 10s
 PACKAGES ?= ./...
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
@@ -40,6 +41,26 @@ build: ## Build all commands into bin/
 build-nodev: ## Build push-manager into bin/ without the development stack (no etcd server in it)
 	mkdir -p bin
 	$(GO) build -tags nodev -o bin/ ./cmd/push-manager
+
+.PHONY: release
+release: ## Build all commands into bin/ as they are shipped: static, without paths of this machine
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -o bin/ ./cmd/...
+
+.PHONY: reproducible
+reproducible: ## Build push-manager twice, from two clones with a cache each, and fail if the files differ
+	rm -rf .tmp/reproducible
+	for copy in one two; do \
+	  git clone --quiet . ".tmp/reproducible/$$copy/src"; \
+	  (cd ".tmp/reproducible/$$copy/src" && CGO_ENABLED=0 GOCACHE="$$(dirname "$$PWD")/cache" $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../push-manager ./cmd/push-manager); \
+	done
+	sha256sum .tmp/reproducible/*/push-manager
+	cmp .tmp/reproducible/one/push-manager .tmp/reproducible/two/push-manager
+	rm -rf .tmp/reproducible
+
+.PHONY: image
+image: ## Build the container image with buildah, without a registry: on this machine's Go, from nothing (needs root and buildah)
+	bash deploy/docker/build-here
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)

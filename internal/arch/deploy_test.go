@@ -37,7 +37,7 @@ func TestWhatIsShippedListensOnLoopback(t *testing.T) {
 			}
 		}
 	}
-	if found < 4 {
-		t.Errorf("%d files, and there are two for each balancer", found)
+	if found < 6 {
+		t.Errorf("%d files, and there are three for each balancer", found)
 	}
 }
