@@ -48,12 +48,12 @@ release: ## Build all commands into bin/ as they are shipped: static, without pa
 	CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -o bin/ ./cmd/...
 
 .PHONY: reproducible
-reproducible: ## Build push-manager twice, from two clones with a cache each, and fail if the files differ
+reproducible: ## Build push-manager twice, from two clones, the second time with an empty cache, and fail if the files differ
 	rm -rf .tmp/reproducible
-	for copy in one two; do \
-	  git clone --quiet . ".tmp/reproducible/$$copy/src"; \
-	  (cd ".tmp/reproducible/$$copy/src" && CGO_ENABLED=0 GOCACHE="$$(dirname "$$PWD")/cache" $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../push-manager ./cmd/push-manager); \
-	done
+	git clone --quiet . .tmp/reproducible/one/src
+	git clone --quiet . .tmp/reproducible/two/elsewhere/src
+	cd .tmp/reproducible/one/src && CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../push-manager ./cmd/push-manager
+	cd .tmp/reproducible/two/elsewhere/src && CGO_ENABLED=0 GOCACHE="$$(cd ../.. && pwd)/cache" $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../../push-manager ./cmd/push-manager
 	sha256sum .tmp/reproducible/*/push-manager
 	cmp .tmp/reproducible/one/push-manager .tmp/reproducible/two/push-manager
 	rm -rf .tmp/reproducible
@@ -140,6 +140,10 @@ check-generate: ## Fail if the committed generated code differs from what the pr
 	$(BUF) generate -o .tmp/generate/fresh
 	cp proto/*.pb.go .tmp/generate/committed
 	diff -ru .tmp/generate/committed .tmp/generate/fresh/proto || { echo "run: make generate"; exit 1; }
+
+.PHONY: envoy
+envoy: ## Check the configuration of Envoy against Envoy's own definitions
+	$(GO) -C tools/envoy run . ../../deploy/envoy/calls.yaml
 
 .PHONY: alerts
 alerts: ## Check the alert rules and run their tests (needs promtool)
