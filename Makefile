@@ -14,6 +14,7 @@ GO ?= go
 PROMTOOL ?= $(firstword $(wildcard .tmp/bin/promtool) promtool)
 LINT = $(GO) tool -modfile=tools/lint/go.mod golangci-lint
 BUF = $(GO) tool -modfile=tools/buf/go.mod buf
+RELEASE_FLAGS = -trimpath -ldflags="-s -w"
 FUZZTIME ?= 10s
 PACKAGES ?= ./...
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
@@ -40,6 +41,26 @@ build: ## Build all commands into bin/
 build-nodev: ## Build push-manager into bin/ without the development stack (no etcd server in it)
 	mkdir -p bin
 	$(GO) build -tags nodev -o bin/ ./cmd/push-manager
+
+.PHONY: release
+release: ## Build all commands into bin/ as they are shipped: static, without paths of this machine
+	mkdir -p bin
+	CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -o bin/ ./cmd/...
+
+.PHONY: reproducible
+reproducible: ## Build push-manager twice, from two clones, the second time with an empty cache, and fail if the files differ
+	rm -rf .tmp/reproducible
+	git clone --quiet . .tmp/reproducible/one/src
+	git clone --quiet . .tmp/reproducible/two/elsewhere/src
+	cd .tmp/reproducible/one/src && CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../push-manager ./cmd/push-manager
+	cd .tmp/reproducible/two/elsewhere/src && CGO_ENABLED=0 GOCACHE="$$(cd ../.. && pwd)/cache" $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../../push-manager ./cmd/push-manager
+	sha256sum .tmp/reproducible/*/push-manager
+	cmp .tmp/reproducible/one/push-manager .tmp/reproducible/two/push-manager
+	rm -rf .tmp/reproducible
+
+.PHONY: image
+image: ## Build the container image with buildah, without a registry: on this machine's Go, from nothing (needs root and buildah)
+	bash deploy/docker/build-here
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
@@ -119,6 +140,10 @@ check-generate: ## Fail if the committed generated code differs from what the pr
 	$(BUF) generate -o .tmp/generate/fresh
 	cp proto/*.pb.go .tmp/generate/committed
 	diff -ru .tmp/generate/committed .tmp/generate/fresh/proto || { echo "run: make generate"; exit 1; }
+
+.PHONY: envoy
+envoy: ## Check the configuration of Envoy against Envoy's own definitions
+	$(GO) -C tools/envoy run . ../../deploy/envoy/calls.yaml
 
 .PHONY: alerts
 alerts: ## Check the alert rules and run their tests (needs promtool)

@@ -17,6 +17,6 @@ func commandLine() cli.CommandLine {
 	return cli.CommandLine{
 		Name:        "push-manager",
 		Description: "Fans pushes out to the Connect-Nodes that hold the users.",
-		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command(), certcmd.Command(), keycmd.Command()},
+		Commands:    []cli.Command{pushmanager.Command(), dev(), controller.Command(), connectnode.Command(), pushmanager.CheckCommand(), certcmd.Command(), keycmd.Command()},
 	}
 }

@@ -98,6 +98,7 @@ type clients struct {
 	users       map[string][]got
 	traceparent string        // of the last delivery on the stream
 	slow        time.Duration // how long a delivery on the stream takes after it has reached the user
+	hold        chan struct{} // until when it takes, nil for no longer
 }
 
 func newClients(users ...string) *clients {
@@ -158,10 +159,13 @@ func (c *clients) move(user string, to *clients) {
 func (c *clients) Deliver(user string, m *node.Message) node.Outcome {
 	c.mu.Lock()
 	c.traceparent = m.Traceparent
-	slow := c.slow
+	slow, hold := c.slow, c.hold
 	c.mu.Unlock()
 	if c.take(user, m.RoomID, m.Data) {
 		time.Sleep(slow)
+		if hold != nil {
+			<-hold
+		}
 		return node.Delivered
 	}
 	return node.NotHere

@@ -8,6 +8,19 @@ import (
 	"testing"
 )
 
+// TestEnvoyIsShippedOnLoopback: its listener, and the instances that stand there as an example.
+func TestEnvoyIsShippedOnLoopback(t *testing.T) {
+	addresses := regexp.MustCompile(`socket_address: \{address: ([^,]+),`).FindAllStringSubmatch(read(t, "deploy/envoy/calls.yaml"), -1)
+	if len(addresses) != 4 {
+		t.Errorf("%d addresses, want a listener and three instances", len(addresses))
+	}
+	for _, a := range addresses {
+		if ip, err := netip.ParseAddr(a[1]); err != nil || !ip.IsLoopback() {
+			t.Errorf("%s is open to a network", a[1])
+		}
+	}
+}
+
 // TestWhatIsShippedListensOnLoopback: what somebody copies without a look is not open to a
 // network. An address that stands in a variable is the owner's own.
 func TestWhatIsShippedListensOnLoopback(t *testing.T) {
@@ -37,7 +50,7 @@ func TestWhatIsShippedListensOnLoopback(t *testing.T) {
 			}
 		}
 	}
-	if found < 4 {
-		t.Errorf("%d files, and there are two for each balancer", found)
+	if found < 6 {
+		t.Errorf("%d files, and there are three for each balancer", found)
 	}
 }

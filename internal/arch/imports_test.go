@@ -69,7 +69,8 @@ var layers = []layer{
 	{dir: "transport/node", ours: []string{"internal/certs", "internal/ids", "internal/position", "internal/wire", "proto", "transport/compression", "transport/discovery"}, others: []string{"*"}},
 	{dir: "transport/node/membership", ours: []string{"internal/certs", "internal/ids", "internal/slots", "proto"}, others: []string{"*"}},
 	{dir: "internal/app", ours: []string{"internal/certs", "internal/config", "transport/discovery"}, others: []string{"*"}},
-	{dir: "internal/cli", ours: []string{"internal/config", "internal/stdlog", "internal/telemetry"}},
+	{dir: "internal/buildinfo"},
+	{dir: "internal/cli", ours: []string{"internal/buildinfo", "internal/config", "internal/plain", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},
 	{dir: "internal/...", ours: []string{"docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "examples/...", ours: []string{"proto", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have

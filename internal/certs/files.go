@@ -58,6 +58,16 @@ func (f Files) Check() error {
 	return err
 }
 
+// Expires is when the first certificate of our chain ends, or without one the last of the authorities. Its error is a
+// *FileError.
+func (f Files) Expires() (time.Time, error) {
+	s, err := f.load(time.Now())
+	if err != nil {
+		return time.Time{}, err
+	}
+	return s.expires, nil
+}
+
 func (f Files) load(now time.Time) (*set, error) {
 	switch {
 	case f.Cert == "" && f.Key != "":

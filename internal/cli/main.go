@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/buildinfo"
 	"github.com/push-manager/push-manager/internal/config"
 	"github.com/push-manager/push-manager/internal/stdlog"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -24,6 +25,8 @@ type Command struct {
 	File bool
 	// New returns the program's configuration, unset.
 	New func() Settings
+	// Check, where it is set, is called in place of a start, with settings that are valid.
+	Check func(ctx context.Context, settings Settings, r *Report)
 	// Main, where it is set, runs the command in place of all that, with the arguments after its name, and returns the exit code.
 	Main func(args []string) int
 	// Missing says why this build has no such program. Empty: it has.
@@ -67,6 +70,15 @@ func Main(c CommandLine, args []string) int {
 		}
 		return ExitStopped
 	}
+	if len(args) > 0 && args[0] == "version" {
+		switch {
+		case len(args) == 1:
+			return printed(buildinfo.Write(os.Stdout, c.Name, false))
+		case len(args) == 2 && args[1] == "--json":
+			return printed(buildinfo.Write(os.Stdout, c.Name, true))
+		}
+		return fail(config.Usage(errors.New("version takes --json, and nothing else")))
+	}
 	cmd, name, description := c.Commands[0], c.Name, c.Description
 	if len(c.Commands) > 1 {
 		if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
@@ -98,8 +110,10 @@ func Main(c CommandLine, args []string) int {
 		_, _ = fmt.Fprintf(os.Stdout, "Usage: %s [flags]\n\n%s\n\n", name, description)
 		return printed(set.WriteHelp(os.Stdout, cmd.File))
 	case flags.Version:
-		_, _ = fmt.Fprintln(os.Stdout, c.Name, telemetry.Version())
-		return ExitStopped
+		return printed(buildinfo.Write(os.Stdout, c.Name, false))
+	}
+	if cmd.Check != nil && !flags.PrintConfig {
+		return runCheck(cmd, settings, set, flags.Options)
 	}
 	if err := set.Load(flags.Options); err != nil {
 		return fail(err)
@@ -111,7 +125,8 @@ func Main(c CommandLine, args []string) int {
 		return printed(set.Write(os.Stdout, false))
 	}
 
-	logger, err := telemetry.NewLogger(os.Stderr, settings.LogConfig())
+	level := new(slog.LevelVar)
+	logger, err := telemetry.NewLogger(os.Stderr, settings.LogConfig(), level)
 	if err != nil {
 		return fail(err)
 	}
@@ -121,9 +136,31 @@ func Main(c CommandLine, args []string) int {
 		garbage = light.GarbageShare()
 	}
 	TuneMemoryShare(logger, garbage)
-	return Run(logger, settings.Timeout(), func(ctx context.Context) (Program, error) {
+	again := func() { readLevel(cmd, flags.Options, level, logger) }
+	return Run(logger, settings.Timeout(), again, func(ctx context.Context) (Program, error) {
 		return settings.Start(ctx, logger)
 	})
+}
+
+// readLevel reads the settings again and takes over the level of the log, and nothing else: parts read their files
+// themselves. Settings that cannot be read leave the level as it is.
+func readLevel(cmd Command, o config.Options, level *slog.LevelVar, logger *slog.Logger) {
+	settings, set := cmd.New(), config.New()
+	settings.Bind(set)
+	if err := set.Load(o); err != nil {
+		logger.Error("the settings cannot be read again: the log level stays", "error", err)
+		return
+	}
+	next, err := telemetry.ParseLevel(settings.LogConfig().Level)
+	if err != nil {
+		logger.Error("the log level stays", "error", err)
+		return
+	}
+	if was := level.Level(); was != next {
+		level.Set(min(was, next)) // so that the log tells of it, too
+		logger.Info("log level changed", "from", was, "to", next)
+		level.Set(next)
+	}
 }
 
 // help lists the commands.
@@ -133,6 +170,7 @@ func (c CommandLine) help(w io.Writer) error {
 	for _, cmd := range c.Commands {
 		fmt.Fprintf(&b, "  %-14s %s\n", cmd.Name, cmd.Help)
 	}
+	fmt.Fprintf(&b, "  %-14s %s\n", "version", "Print the version and exit; with --json all that is known of the build.")
 	fmt.Fprintf(&b, "\nFlags:\n  -h, --help     Show this.\n  --version      Print the version and exit.\n\nRun \"%s <command> --help\" for more information on a command.\n", c.Name)
 	_, err := io.WriteString(w, b.String())
 	return err

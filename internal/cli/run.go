@@ -25,13 +25,13 @@ const hardStop = 9500 * time.Millisecond
 type Program interface {
 	// Drain stops it in order, by the end of ctx at the latest.
 	Drain(ctx context.Context) error
-	// Failed gets an error when it cannot go on. A Program that also has Reload() gets SIGHUP by it.
+	// Failed gets an error when it cannot go on. A Program that also has Reload() gets SIGHUP by it, after Run's again.
 	Failed() <-chan error
 }
 
-// Run starts a program and runs it until a signal or its failure. It returns the
+// Run starts a program and runs it until a signal or its failure. On SIGHUP it calls again. It returns the
 // exit code.
-func Run(logger *slog.Logger, drainTimeout time.Duration, start func(context.Context) (Program, error)) int {
+func Run(logger *slog.Logger, drainTimeout time.Duration, again func(), start func(context.Context) (Program, error)) int {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
@@ -54,10 +54,12 @@ func Run(logger *slog.Logger, drainTimeout time.Duration, start func(context.Con
 		signal.Notify(hangups, syscall.SIGHUP)
 		defer signal.Stop(hangups)
 	}
+	notifySystemd(logger, "READY=1")
 	code := ExitStopped
 	for running := true; running; {
 		select {
 		case <-hangups:
+			again()
 			reloader.Reload()
 			continue
 		case s := <-signals:
@@ -68,6 +70,7 @@ func Run(logger *slog.Logger, drainTimeout time.Duration, start func(context.Con
 		}
 		running = false
 	}
+	notifySystemd(logger, "STOPPING=1")
 	return drain(logger, signals, drainTimeout, p, code)
 }
 

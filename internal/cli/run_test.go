@@ -27,7 +27,7 @@ func TestSIGHUPReloadsAndEndsNothing(t *testing.T) {
 	p := &reloading{waiting: make(chan struct{}), reloads: make(chan struct{}, 3)}
 	code := make(chan int)
 	go func() {
-		code <- Run(slog.New(slog.DiscardHandler), time.Second, func(context.Context) (Program, error) { return p, nil })
+		code <- Run(slog.New(slog.DiscardHandler), time.Second, func() {}, func(context.Context) (Program, error) { return p, nil })
 	}()
 	<-p.waiting
 	for range 3 {

@@ -274,6 +274,7 @@ func TestCommandLineThatIsWrongSaysWhatWasMeant(t *testing.T) {
 	for arg, ok := range map[string]func(config.CommandLine) bool{
 		"--help": func(c config.CommandLine) bool { return c.Help }, "-h": func(c config.CommandLine) bool { return c.Help },
 		"--version": func(c config.CommandLine) bool { return c.Version }, "--print-config": func(c config.CommandLine) bool { return c.PrintConfig },
+		"--config=y":      func(c config.CommandLine) bool { return c.File == "y" },
 		"--config-file=x": func(c config.CommandLine) bool { return c.File == "x" && !c.NoFile },
 	} {
 		if c, err := s.Parse([]string{arg}, true); err != nil || !ok(c) {

@@ -16,7 +16,7 @@ type CommandLine struct {
 	Help, Version, PrintConfig bool
 }
 
-// Parse reads flags: one for each key, --config-file (with a file), --print-config,
+// Parse reads flags: one for each key, --config-file and --config for short (with a file), --print-config,
 // --help and --version. Flags carry text only: bounds are checked by Load, which treats
 // all sources alike.
 func (s *Set) Parse(args []string, file bool) (CommandLine, error) {
@@ -27,6 +27,7 @@ func (s *Set) Parse(args []string, file bool) (CommandLine, error) {
 	fs.BoolVar(&c.Version, "version", false, "")
 	if file {
 		fs.StringVar(&c.File, "config-file", "", "")
+		fs.StringVar(&c.File, "config", "", "")
 	}
 	for _, k := range s.keys {
 		name := k.Flag()
@@ -83,7 +84,7 @@ func (s *Set) WriteHelp(w io.Writer, file bool) error {
 	line("--version", "Print the version and exit.")
 	line("--print-config", "Print the settings in force, as YAML with their sources, and exit.")
 	if file {
-		line("--config-file="+DefaultFile, "YAML file with these settings. ($CONFIG_FILE)")
+		line("--config-file="+DefaultFile, "YAML file with these settings; --config for short. ($CONFIG_FILE)")
 	}
 	section := ""
 	for _, k := range s.ordered() {

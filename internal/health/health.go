@@ -90,8 +90,8 @@ type Monitor struct {
 
 // finding is the outcome of a look: nothing while ready.
 type finding struct {
-	reasons []string
-	checks  []bool // whose they are
+	starting bool     // there was no look yet
+	why      []string // what each check says, "" for nothing
 }
 
 // New makes a Monitor that is not ready. Start begins to look.
@@ -109,7 +109,7 @@ func New(cfg Config) (*Monitor, error) {
 		cfg.Metrics = metrics.NewSet()
 	}
 	m := &Monitor{cfg: cfg, stop: make(chan struct{})}
-	m.found.Store(&finding{reasons: []string{starting}, checks: make([]bool, len(cfg.Checks))})
+	m.found.Store(&finding{starting: true, why: make([]string, len(cfg.Checks))})
 	m.register()
 	return m, nil
 }
@@ -126,7 +126,7 @@ func (m *Monitor) register() {
 	gauge("push_manager_ready", func() bool { return len(m.NotReady()) == 0 })
 	gauge(notReady(draining), m.draining.Load)
 	for i, c := range m.cfg.Checks {
-		gauge(notReady(c.Name), func() bool { return m.found.Load().checks[i] })
+		gauge(notReady(c.Name), func() bool { return m.found.Load().why[i] != "" })
 	}
 }
 
@@ -154,13 +154,30 @@ func (m *Monitor) Close() {
 // Drain ends readiness for good, at once.
 func (m *Monitor) Drain() { m.draining.Store(true) }
 
-// NotReady says why pushes cannot be delivered, nothing when they can.
-func (m *Monitor) NotReady() []string {
-	reasons := m.found.Load().reasons
-	if m.draining.Load() {
-		return append([]string{draining}, reasons...)
+// Names are those of the checks.
+func (m *Monitor) Names() []string {
+	names := make([]string, len(m.cfg.Checks))
+	for i, c := range m.cfg.Checks {
+		names[i] = c.Name
 	}
-	return slices.Clone(reasons)
+	return names
+}
+
+// NotReady says why pushes cannot be delivered, nothing when they can. What the checks named in exclude say is left out.
+func (m *Monitor) NotReady(exclude ...string) (reasons []string) {
+	if m.draining.Load() {
+		reasons = append(reasons, draining)
+	}
+	found := m.found.Load()
+	if found.starting {
+		reasons = append(reasons, starting)
+	}
+	for i, why := range found.why {
+		if why != "" && !slices.Contains(exclude, m.cfg.Checks[i].Name) {
+			reasons = append(reasons, why)
+		}
+	}
+	return reasons
 }
 
 func (m *Monitor) loop() {
@@ -184,15 +201,16 @@ func (m *Monitor) loop() {
 // look asks all checks and tells whether readiness has changed; passed is the time
 // since the last look.
 func (m *Monitor) look(passed time.Duration) (changed bool) {
-	all, was := &finding{checks: make([]bool, len(m.cfg.Checks))}, m.ready
+	all, was := &finding{why: make([]string, len(m.cfg.Checks))}, m.ready
+	var reasons []string
 	for i, c := range m.cfg.Checks {
 		if why := c.Why(); why != "" {
-			all.reasons = append(all.reasons, why)
-			all.checks[i] = true
+			reasons = append(reasons, why)
+			all.why[i] = why
 		}
 	}
 	switch {
-	case len(all.reasons) == 0:
+	case len(reasons) == 0:
 		m.ready, m.known, m.doubt, m.bad = true, true, false, 0
 	case m.ready:
 		if m.doubt {
@@ -202,11 +220,11 @@ func (m *Monitor) look(passed time.Duration) (changed bool) {
 	case !m.known:
 		if m.bad += passed; m.bad >= startup {
 			m.known = true
-			m.cfg.Logger.Warn("not ready since the start: pushes cannot be delivered", "reasons", strings.Join(all.reasons, "; "))
+			m.cfg.Logger.Warn("not ready since the start: pushes cannot be delivered", "reasons", strings.Join(reasons, "; "))
 		}
 	}
 	if m.ready {
-		m.found.Store(&finding{checks: make([]bool, len(m.cfg.Checks))})
+		m.found.Store(&finding{why: make([]string, len(m.cfg.Checks))})
 	} else {
 		m.found.Store(all)
 	}
@@ -216,7 +234,7 @@ func (m *Monitor) look(passed time.Duration) (changed bool) {
 	case m.ready:
 		m.cfg.Logger.Info("ready: pushes can be delivered")
 	default:
-		m.cfg.Logger.Warn("not ready: pushes cannot be delivered", "reasons", strings.Join(all.reasons, "; "))
+		m.cfg.Logger.Warn("not ready: pushes cannot be delivered", "reasons", strings.Join(reasons, "; "))
 	}
 	return true
 }

@@ -215,6 +215,32 @@ func TestDrainIsForGood(t *testing.T) {
 	})
 }
 
+// TestExcludedChecksGiveNoReason: nothing else is left out, above all not that it starts or drains.
+func TestExcludedChecksGiveNoReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := start(t, 0, map[string]string{"nodes": "no node", "controller": "no controller"})
+		check := func(want []string, exclude ...string) {
+			t.Helper()
+			if got := p.NotReady(exclude...); !slices.Equal(got, want) {
+				t.Errorf("without %q: %q, want %q", exclude, got, want)
+			}
+		}
+		check([]string{"no controller"}, "nodes")
+		check([]string{"no node"}, "controller", "other")
+		check(nil, p.Names()...)
+		p.after(t, 0, "no node", "no controller")
+		p.Drain()
+		check([]string{"draining"}, p.Names()...)
+		m, err := New(p.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Monitor, m = m, p.Monitor
+		m.Close()
+		check([]string{"starting"}, p.Names()...)
+	})
+}
+
 func TestConfigNamesWhatIsWrong(t *testing.T) {
 	_, err := New(Config{Patience: -1, Checks: []Check{{Name: "x"}, {Why: func() string { return "" }}}})
 	if err == nil || strings.Count(err.Error(), "\n") != 2 {

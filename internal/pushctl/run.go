@@ -57,6 +57,8 @@ type grammar struct {
 
 	Conformance conformanceCmd `cmd:"" help:"Try a Connect-Node of your own: play Push-Manager, and tell what the node does otherwise than its protocol says."`
 
+	Version versionCmd `cmd:"" help:"Print the version; with --json all that is known of the build."`
+
 	Output string `short:"o" default:"table" enum:"table,json" help:"How to print: table, for people, or json, one object a line."`
 	JSON   bool   `name:"json" help:"The same as -o json."`
 }

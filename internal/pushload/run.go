@@ -7,10 +7,12 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/alecthomas/kong"
 
+	"github.com/push-manager/push-manager/internal/buildinfo"
 	"github.com/push-manager/push-manager/internal/cmdline"
 	"github.com/push-manager/push-manager/internal/load"
 	_ "github.com/push-manager/push-manager/internal/stdlog" // libraries do not write to standard error
@@ -38,6 +40,12 @@ func Main() int {
 
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, out, errOut io.Writer) int {
+	if len(args) > 0 && args[0] == "version" {
+		if err := buildinfo.Write(out, "pushload", slices.Contains(args[1:], "--json")); err != nil {
+			return fail(errOut, err, exitFailed)
+		}
+		return exitOK
+	}
 	var f flags
 	_, helped, err := cmdline.Parse(&f, args, out, errOut, kong.Name("pushload"),
 		kong.Description("Pushes to a Push-Manager at a rate and measures what becomes of the pushes."))

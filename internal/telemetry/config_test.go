@@ -2,6 +2,7 @@ package telemetry
 
 import (
 	"bytes"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -39,7 +40,7 @@ func TestLogHasLevelAndFormat(t *testing.T) {
 		"empty": {LogConfig{}, "msg=shown"},
 	} {
 		var out bytes.Buffer
-		logger, err := NewLogger(&out, tc.cfg)
+		logger, err := NewLogger(&out, tc.cfg, new(slog.LevelVar))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -50,7 +51,7 @@ func TestLogHasLevelAndFormat(t *testing.T) {
 		}
 	}
 	for _, bad := range []LogConfig{{Level: "loud"}, {Format: "xml"}} {
-		if _, err := NewLogger(&bytes.Buffer{}, bad); err == nil {
+		if _, err := NewLogger(&bytes.Buffer{}, bad, new(slog.LevelVar)); err == nil {
 			t.Errorf("%v: no error", bad)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/buildinfo"
 	"github.com/push-manager/push-manager/internal/label"
 )
 
@@ -131,24 +132,6 @@ func BuildInfo(set *metrics.Set) {
 	if !ok {
 		return
 	}
-	set.GetOrCreateGauge(label.Name("push_manager_build_info", "version", Version(), "go", info.GoVersion),
+	set.GetOrCreateGauge(label.Name("push_manager_build_info", "version", buildinfo.Version(), "go", info.GoVersion),
 		func() float64 { return 1 })
-}
-
-// Version is the version of the program: the module's, or the commit it was built
-// from.
-func Version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if v := info.Main.Version; v != "" && v != "(devel)" {
-		return v
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value
-		}
-	}
-	return "devel"
 }

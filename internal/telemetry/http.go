@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -29,9 +30,11 @@ type HTTPConfig struct {
 	Metrics *metrics.Set
 	// Collect is called before each reading of Metrics, to refresh gauges.
 	Collect func()
-	// NotReady returns why the process must get no traffic, nothing when it may.
-	// nil: always ready.
-	NotReady func() []string
+	// NotReady returns why the process must get no traffic, nothing when it may. It leaves out what
+	// the checks named in exclude say. nil: always ready.
+	NotReady func(exclude ...string) []string
+	// Checks are the names that exclude may hold.
+	Checks []string
 	// Notes are added to the answer that the process is ready. nil: none.
 	Notes func() []string
 	// PprofRemote lets clients of other machines read profiles.
@@ -129,10 +132,25 @@ func index(w http.ResponseWriter, _ *http.Request) {
 // restart would not bring them back.
 func healthz(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok\n") }
 
-func (h *HTTP) readyz(w http.ResponseWriter, _ *http.Request) {
+// readyz answers 400 to a check in ?exclude= that it does not have: a probe with a typing error shows at once, not when
+// that check first fails.
+func (h *HTTP) readyz(w http.ResponseWriter, r *http.Request) {
+	var exclude []string
+	for _, list := range r.URL.Query()["exclude"] {
+		for name := range strings.SplitSeq(list, ",") {
+			if name == "" {
+				continue
+			}
+			if !slices.Contains(h.cfg.Checks, name) {
+				plain(w, http.StatusBadRequest, "exclude: there is no such check. There are: "+strings.Join(h.cfg.Checks, ",")+"\n")
+				return
+			}
+			exclude = append(exclude, name)
+		}
+	}
 	var reasons []string
 	if h.cfg.NotReady != nil {
-		reasons = h.cfg.NotReady()
+		reasons = h.cfg.NotReady(exclude...)
 	}
 	if len(reasons) > 0 {
 		plain(w, http.StatusServiceUnavailable, strings.Join(reasons, "\n")+"\n")

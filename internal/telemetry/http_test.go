@@ -138,7 +138,7 @@ func TestMetricsAreCompressedForClientsThatAcceptGzip(t *testing.T) {
 
 func TestReadinessNamesItsReasonsWhileHealthStaysGreen(t *testing.T) {
 	var reasons []string
-	get := startHTTP(t, telemetry.HTTPConfig{NotReady: func() []string { return reasons }})
+	get := startHTTP(t, telemetry.HTTPConfig{NotReady: func(...string) []string { return reasons }})
 	for _, tc := range []struct {
 		reasons []string
 		status  int
@@ -153,6 +153,25 @@ func TestReadinessNamesItsReasonsWhileHealthStaysGreen(t *testing.T) {
 		}
 		if status, _ := get("/healthz"); status != 200 {
 			t.Errorf("healthz %d", status)
+		}
+	}
+}
+
+func TestReadinessLeavesOutTheChecksThatAreNamed(t *testing.T) {
+	get := startHTTP(t, telemetry.HTTPConfig{Checks: []string{"nodes", "controller"}, NotReady: func(exclude ...string) []string { return exclude }})
+	for query, want := range map[string]struct {
+		status int
+		body   string
+	}{
+		"":                                   {200, "ok\n"},
+		"?exclude=":                          {200, "ok\n"},
+		"?exclude=controller,nodes":          {503, "controller\nnodes\n"},
+		"?exclude=nodes&exclude=controller,": {503, "nodes\ncontroller\n"},
+		"?exclude=nodes,draining":            {400, "exclude: there is no such check. There are: nodes,controller\n"},
+		"?exclude=Nodes":                     {400, "exclude: there is no such check. There are: nodes,controller\n"},
+	} {
+		if status, body := get("/readyz" + query); status != want.status || body != want.body {
+			t.Errorf("readyz%s: %d %q, want %d %q", query, status, body, want.status, want.body)
 		}
 	}
 }
@@ -216,7 +235,7 @@ func TestCloseDoesNotWaitForASlowReader(t *testing.T) {
 	block := make(chan struct{})
 	defer close(block)
 	entered := make(chan struct{})
-	h, err := telemetry.StartHTTP(telemetry.HTTPConfig{Address: "127.0.0.1:0", NotReady: func() []string {
+	h, err := telemetry.StartHTTP(telemetry.HTTPConfig{Address: "127.0.0.1:0", NotReady: func(...string) []string {
 		close(entered)
 		<-block
 		return nil

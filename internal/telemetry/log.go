@@ -24,16 +24,25 @@ func (c *LogConfig) Bind(s *config.Set) {
 	s.Choice(&c.Format, "log_format", "text", "Format of the log on standard error: text or json.", "text", "json")
 }
 
-// NewLogger makes a logger that writes to w.
-func NewLogger(w io.Writer, c LogConfig) (*slog.Logger, error) {
-	opts := &slog.HandlerOptions{}
-	if c.Level != "" {
-		var level slog.Level
-		if err := level.UnmarshalText([]byte(strings.ToUpper(c.Level))); err != nil {
-			return nil, fmt.Errorf("log level: %w", err)
-		}
-		opts.Level = level
+// ParseLevel is the level of a word, info for none.
+func ParseLevel(text string) (level slog.Level, err error) {
+	if text == "" {
+		return slog.LevelInfo, nil
 	}
+	if err := level.UnmarshalText([]byte(strings.ToUpper(text))); err != nil {
+		return 0, fmt.Errorf("log level: %w", err)
+	}
+	return level, nil
+}
+
+// NewLogger makes a logger that writes to w, and sets level, which may be changed while it is in use.
+func NewLogger(w io.Writer, c LogConfig, level *slog.LevelVar) (*slog.Logger, error) {
+	first, err := ParseLevel(c.Level)
+	if err != nil {
+		return nil, err
+	}
+	level.Set(first)
+	opts := &slog.HandlerOptions{Level: level}
 	switch c.Format {
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, opts)), nil

@@ -49,7 +49,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	}
 	set := metrics.NewSet()
 	if c.http, err = telemetry.StartHTTP(telemetry.HTTPConfig{
-		Listener: ops, Metrics: set, NotReady: c.NotReady, Notes: c.notes, PprofRemote: cfg.PprofRemote, Logger: logger,
+		Listener: ops, Metrics: set, NotReady: func(...string) []string { return c.NotReady() }, Notes: c.notes, PprofRemote: cfg.PprofRemote, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}

@@ -120,6 +120,9 @@ func TestReadinessTellsWhetherPushesCanBeDelivered(t *testing.T) {
 
 	stop()
 	o.until(t, 503, "controller: away for ")
+	if code, body := get(t, string(o)+"/readyz?exclude=controller,nodes"); code != http.StatusOK {
+		t.Errorf("without the reason that is left out: %d %q", code, body)
+	}
 	o.until(t, 503, "connection refused")
 	wantHealth(t, watch, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	wantMetrics(t, o, "push_manager_ready 0", `push_manager_not_ready{reason="nodes"} 0`, `push_manager_not_ready{reason="controller"} 1`)

@@ -300,7 +300,7 @@ func (m *PushManager) stopServing(ctx context.Context) error {
 func (m *PushManager) operations(cfg Config, set *metrics.Set) telemetry.HTTPConfig {
 	return telemetry.HTTPConfig{
 		Listener: m.ops, Metrics: set, Collect: telemetry.NewEngineMetrics(m.engine, set).Collect,
-		NotReady: m.NotReady, PprofRemote: cfg.PprofRemote, Logger: m.log,
+		NotReady: m.health.NotReady, Checks: m.health.Names(), PprofRemote: cfg.PprofRemote, Logger: m.log,
 	}
 }
 
