@@ -31,6 +31,9 @@
 //
 //   - I11: nothing is shown later than it is good for
 //
+// A message to a room that stands in the room's log is owed to every member who was in the room and had a position when it was
+// pushed, wherever the member is in the end (roomlog_people_test.go).
+//
 // Tests of single faults also hold to these, each for its fault:
 //
 //   - I5: goroutines, descriptors and what waits are back where they were before

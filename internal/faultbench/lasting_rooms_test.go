@@ -134,7 +134,7 @@ func TestLastingRoomOfAHundredThousand(t *testing.T) {
 		return m.push(q)
 	}
 	marker := push()
-	appended, wrote, memory := m.sum("store_append_total"), store.written(), m.residentBytes()
+	appended, wrote, before := m.sum("store_append_total"), store.written(), m.residentBytes()
 	var ids []string
 	for range pushes {
 		p := push()
@@ -153,6 +153,7 @@ func TestLastingRoomOfAHundredThousand(t *testing.T) {
 	}
 
 	reads := m.sum("room_log_store_reads_total")
+	memory := m.residentBytes()
 	begun := time.Now()
 	q := url.Values{"room_id": {"r"}, "resume": {marker.summary.GetPosition()}}
 	var dialing, reading sync.WaitGroup
@@ -206,8 +207,8 @@ func TestLastingRoomOfAHundredThousand(t *testing.T) {
 	if more > 64<<20 && !raceEnabled {
 		t.Errorf("%v bytes more in Push-Manager", more)
 	}
-	t.Logf("%d members had their %d messages after %v: %v reads of the store, %v MiB more in Push-Manager",
-		back, pushes, took.Round(time.Millisecond), m.sum("room_log_store_reads_total")-reads, int(more)>>20)
+	t.Logf("%d members had their %d messages after %v: %v reads of the store, %v MiB more in Push-Manager, which the pushes had brought %v MiB",
+		back, pushes, took.Round(time.Millisecond), m.sum("room_log_store_reads_total")-reads, int(more)>>20, int(memory-before)>>20)
 }
 
 // residentBytes is the memory of the process.

@@ -60,6 +60,12 @@ func (t *town) told(v *visit, what, room, token string) {
 
 // highestOf is the mistaken position of a client that takes the furthest message it has seen for one that has seen all.
 func (t *town) highestOf(user string) string {
+	t.mu.Lock()
+	var told position.Position
+	if k := t.positions[user]; k != nil && k.token != "" {
+		told, _ = position.Parse(k.token)
+	}
+	t.mu.Unlock()
 	l := t.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -67,7 +73,10 @@ func (t *town) highestOf(user string) string {
 	for _, p := range l.pushes {
 		at[p.id] = p.summary.GetPosition()
 	}
-	all := position.Position{}
+	all := position.Position{Epoch: told.Epoch}
+	for _, at := range told.Places { // of which it has seen nothing, it reads all: that is no mistake
+		all.Places = append(all.Places, position.Place{Partition: at.Partition})
+	}
 	for _, a := range l.arrivals {
 		if a.user != user || at[a.push] == "" {
 			continue
