@@ -638,6 +638,13 @@ func TestAManagerThatBreaksTheRulesOfTheLogsIsCutOff(t *testing.T) {
 		"a page of another partition": func(m *logger, read *pubsub.LogRead) {
 			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 9, Seq: 20}}})
 		},
+		"a page of many": func(m *logger, read *pubsub.LogRead) {
+			seqs := make([]uint64, pageEntriesMost+1)
+			for i := range seqs {
+				seqs[i] = 11 + uint64(i)
+			}
+			m.page(read, 1<<20, false, seqs...)
+		},
 		"an entry without a place": func(m *logger, read *pubsub.LogRead) {
 			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 20, Entries: []*pubsub.Delivery{lasting("x")}}}})
 		},
