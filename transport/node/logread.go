@@ -24,6 +24,8 @@ const (
 	logReadsMost = 64
 	// pageBytesMost bounds the pages that have come and were not handed over. What comes beyond it is asked for again.
 	pageBytesMost = 32 << 20
+	// pageEntriesMost bounds the messages of a page: a manager sends 100.
+	pageEntriesMost = 1 << 10
 	// A connection that has taken a part of a page is tried again takeRetry later. One that takes nothing, and a room that cannot be
 	// read, after firstRetry, then twice as long each.
 	takeRetry = 200 * time.Millisecond
@@ -313,6 +315,9 @@ func (st *stream) logPage(b []byte) (*logPage, error) {
 	p := new(logPage)
 	if err := p.parse(b); err != nil {
 		return nil, err
+	}
+	if len(p.entries) > pageEntriesMost {
+		return nil, fmt.Errorf("%w: %d entries", errPage, len(p.entries))
 	}
 	d := &st.delivery
 	for _, e := range p.entries {

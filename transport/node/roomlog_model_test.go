@@ -563,4 +563,3 @@ func TestEachPartOfTheLogsIsNeeded(t *testing.T) {
 		})
 	}
 }
-

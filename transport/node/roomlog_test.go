@@ -88,6 +88,39 @@ func (p *reader) position(t testing.TB) *position.Position {
 	return &at
 }
 
+// tellings are the positions that the client was told, and the rooms of which it was told a gap.
+func (p *reader) tellings() (told, gaps []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.told), slices.Clone(p.gaps)
+}
+
+// last is the last position that the client was told, "" for none.
+func (p *reader) last() string {
+	told, _ := p.tellings()
+	if len(told) == 0 {
+		return ""
+	}
+	return told[len(told)-1]
+}
+
+func (p *reader) times() int {
+	told, _ := p.tellings()
+	return len(told)
+}
+
+func (p *reader) missing() []string {
+	_, gaps := p.tellings()
+	slices.Sort(gaps)
+	return gaps
+}
+
+func (p *reader) turn(deaf bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.deaf = deaf
+}
+
 type logBench struct {
 	*bench
 
@@ -316,7 +349,7 @@ func TestWhatAMarkNamesAndHasNotComeIsRead(t *testing.T) {
 		m.mark(1, 10, 11, "r", 11)
 		m.noRead(2 * joinQuiet)
 		for _, c := range []*reader{p, q} {
-			if got := c.position(t); got == nil || c.told[len(c.told)-1] != at(5, 11) {
+			if got := c.position(t); got == nil || c.last() != at(5, 11) {
 				t.Errorf("%s was told %v", c.user, got)
 			}
 		}
@@ -329,7 +362,7 @@ func TestWhatAMarkNamesAndHasNotComeIsRead(t *testing.T) {
 		p.want(t, "r-11", "r-14", "r-15", "r-12")
 		q.want(t, "r-11", "r-14", "r-15", "r-12")
 		m.noRead(2 * joinQuiet)
-		if got := p.told[len(p.told)-1]; got != at(5, 14) {
+		if got := p.last(); got != at(5, 14) {
 			t.Errorf("told %v", p.position(t))
 		}
 	})
@@ -343,7 +376,7 @@ func TestAPositionIsNotBeyondWhatOneConnectionHasNotTaken(t *testing.T) {
 		m.mark(1, 10, 20, "r", 11, 12)
 		read := m.read("r", 11)
 		time.Sleep(2 * time.Second)
-		if p.told[len(p.told)-1] != at(5, 11) || q.told[len(q.told)-1] != at(5, 20) {
+		if p.last() != at(5, 11) || q.last() != at(5, 20) {
 			t.Errorf("told %v and %v", p.position(t), q.position(t))
 		}
 		m.page(read, 20, false, 12) // still full
@@ -352,7 +385,7 @@ func TestAPositionIsNotBeyondWhatOneConnectionHasNotTaken(t *testing.T) {
 		m.page(read, 20, false, 12)
 		p.want(t, "r-11", "r-12")
 		m.noRead(2 * joinQuiet)
-		if p.told[len(p.told)-1] != at(5, 20) {
+		if p.last() != at(5, 20) {
 			t.Errorf("told %v", p.position(t))
 		}
 		q.want(t, "r-11", "r-12")
@@ -371,7 +404,7 @@ func TestAnExcludedUserGetsAMessageOfARoomNeitherLiveNorOutOfTheLog(t *testing.T
 		m.noRead(2 * joinQuiet)
 		p.want(t)
 		q.want(t)
-		if p.told[len(p.told)-1] != at(5, 11) || q.told[len(q.told)-1] != at(5, 11) {
+		if p.last() != at(5, 11) || q.last() != at(5, 11) {
 			t.Errorf("told %v and %v", p.position(t), q.position(t))
 		}
 	})
@@ -443,7 +476,7 @@ func TestAnotherManagerIsFollowedFromWhereTheNodeIs(t *testing.T) {
 		if len(m3.reads) != 2 {
 			t.Fatalf("%d reads", len(m3.reads))
 		}
-		if p.told[len(p.told)-1] != at(5, 13) {
+		if p.last() != at(5, 13) {
 			t.Errorf("told %v", p.position(t))
 		}
 		for range 2 {
@@ -456,7 +489,7 @@ func TestAnotherManagerIsFollowedFromWhereTheNodeIs(t *testing.T) {
 		p.want(t, "r-13", "r-17")
 		q.want(t, "s-11", "s-17")
 		time.Sleep(2 * time.Second)
-		if p.told[len(p.told)-1] != at(5, 30) {
+		if p.last() != at(5, 30) {
 			t.Errorf("told %v", p.position(t))
 		}
 	})
@@ -481,11 +514,11 @@ func TestAPositionOfAnotherEpochIsAGapInEachRoom(t *testing.T) {
 		m.noRead(time.Second)
 		m.deliver(logged(11, "r", "u"))
 		p.want(t, "r-11")
-		if !slices.Equal(p.gaps, []string{"r", "s"}) {
-			t.Errorf("gaps %v", p.gaps)
+		if !slices.Equal(p.missing(), []string{"r", "s"}) {
+			t.Errorf("gaps %v", p.missing())
 		}
 		time.Sleep(2 * joinQuiet)
-		if got := p.position(t); got == nil || p.told[0] != at(5, 10) {
+		if told, _ := p.tellings(); len(told) == 0 || told[0] != at(5, 10) {
 			t.Errorf("told %v", p.position(t))
 		}
 		// The epoch changes while it is there: once, and not again at once.
@@ -497,9 +530,8 @@ func TestAPositionOfAnotherEpochIsAGapInEachRoom(t *testing.T) {
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		slices.Sort(p.gaps)
-		if !slices.Equal(p.gaps, []string{"r", "r", "s", "s"}) {
-			t.Errorf("gaps %v", p.gaps)
+		if !slices.Equal(p.missing(), []string{"r", "r", "s", "s"}) {
+			t.Errorf("gaps %v", p.missing())
 		}
 		if got := p.position(t); got.Epoch != 2 {
 			t.Errorf("told %v", got)
@@ -517,8 +549,8 @@ func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
 		m.noRead(time.Second)
 		p.want(t, "r-6", "r-9")
 		q.want(t, "r-9")
-		if !slices.Equal(p.gaps, []string{"r"}) || len(q.gaps) > 0 {
-			t.Errorf("gaps %v and %v", p.gaps, q.gaps)
+		if !slices.Equal(p.missing(), []string{"r"}) || len(q.missing()) > 0 {
+			t.Errorf("gaps %v and %v", p.missing(), q.missing())
 		}
 	})
 }
@@ -527,7 +559,7 @@ func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p := b.come(t, "u", "", "r")
 		m.noRead(time.Second)
-		if got := p.told; !slices.Equal(got, []string{at(5, 10)}) {
+		if got, _ := p.tellings(); !slices.Equal(got, []string{at(5, 10)}) {
 			t.Errorf("told %v", got)
 		}
 		// It keeps it over a room that it left: that is read from there.
@@ -549,27 +581,27 @@ func TestAPositionIsToldAtMostOnceASecondAndNotToTheIdle(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		synctest.Wait()
-		if n := len(p.told); n < 3 || n > 6 {
+		if n := p.times(); n < 3 || n > 6 {
 			t.Errorf("told %d times", n)
 		}
-		if n := len(idle.told); n != 1 {
+		if n := idle.times(); n != 1 {
 			t.Errorf("the idle one was told %d times", n)
 		}
 		time.Sleep(resumeAge)
 		synctest.Wait()
-		if n := len(idle.told); n != 2 || idle.told[1] != at(5, 50) {
+		if n := idle.times(); n != 2 || idle.last() != at(5, 50) {
 			t.Errorf("the idle one was told %d times", n)
 		}
 		// Who has no room in its queue is told later.
-		p.deaf = true
-		n := len(p.told)
+		p.turn(true)
+		n := p.times()
 		m.mark(1, 50, 51, "r", 51)
 		m.page(m.read("r", 50), 51, false, 51)
 		time.Sleep(5 * time.Second)
-		p.deaf = false
+		p.turn(false)
 		time.Sleep(2 * time.Second)
-		if len(p.told) != n+1 || p.told[n] != at(5, 51) {
-			t.Errorf("told %d times, at last %v", len(p.told)-n, p.position(t))
+		if p.times() != n+1 || p.last() != at(5, 51) {
+			t.Errorf("told %d times, at last %v", p.times()-n, p.position(t))
 		}
 	})
 }
@@ -638,6 +670,13 @@ func TestAManagerThatBreaksTheRulesOfTheLogsIsCutOff(t *testing.T) {
 		"a page of another partition": func(m *logger, read *pubsub.LogRead) {
 			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 9, Seq: 20}}})
 		},
+		"a page of many": func(m *logger, read *pubsub.LogRead) {
+			seqs := make([]uint64, pageEntriesMost+1)
+			for i := range seqs {
+				seqs[i] = 11 + uint64(i)
+			}
+			m.page(read, 1<<20, false, seqs...)
+		},
 		"an entry without a place": func(m *logger, read *pubsub.LogRead) {
 			m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 20, Entries: []*pubsub.Delivery{lasting("x")}}}})
 		},
@@ -675,7 +714,7 @@ func TestWhatMeansNothingHereIsIgnored(t *testing.T) {
 		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: 999, Partition: 77}, {Gate: 0, Seq: 9}}}) // asked by nobody
 		p.want(t, "r-11", "r-12", "r-13")
 		m.noRead(2 * joinQuiet)
-		if p.told[len(p.told)-1] != at(5, 13) {
+		if p.last() != at(5, 13) {
 			t.Errorf("told %v", p.position(t))
 		}
 		if got := b.server.count.logIgnored.Get(); got != 5 {
@@ -731,8 +770,12 @@ func TestACursorIsForThoseWhoMayHaveOne(t *testing.T) {
 		}
 		p.cursor.Join("room-1")
 		time.Sleep(time.Second)
-		if n := len(p.gaps); n == 0 || b.server.roomLogs.members > membersFactor {
-			t.Errorf("%d gaps, %d members", n, b.server.roomLogs.members)
+		logs := b.server.roomLogs
+		logs.mu.Lock()
+		members := logs.members
+		logs.mu.Unlock()
+		if n := len(p.missing()); n == 0 || members > membersFactor {
+			t.Errorf("%d gaps, %d members", n, members)
 		}
 		b.go1(p)
 		p.cursor.Close()

@@ -2,6 +2,7 @@ package node
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 
 	"github.com/push-manager/push-manager/internal/wire"
@@ -372,6 +373,11 @@ func (k *logMark) parse(b []byte) error {
 	return nil
 }
 
+// markedMost bounds the places of a room that one mark names: far more than a manager keeps.
+const markedMost = 1 << 20
+
+var errMarkedMost = errors.New("too many places")
+
 // markedRoom is a LogRoom.
 type markedRoom struct {
 	room string
@@ -390,6 +396,9 @@ func (r *markedRoom) parse(b []byte) error {
 			r.seqs = append(r.seqs, m.Uint)
 		case m.IsBytes(2):
 			err = wire.Uints(m.Bytes, func(seq uint64) error {
+				if len(r.seqs) >= markedMost {
+					return errMarkedMost
+				}
 				r.seqs = append(r.seqs, seq)
 				return nil
 			})
