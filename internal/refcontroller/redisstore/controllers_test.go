@@ -292,6 +292,7 @@ func TestKilledControllerLeavesNobodyStale(t *testing.T) {
 
 	var done, failed, offline, stale, changes atomic.Int64
 	var wg sync.WaitGroup
+	var killed sync.Once
 	for w := range 4 { // pushes
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(w), 1))
@@ -303,8 +304,8 @@ func TestKilledControllerLeavesNobodyStale(t *testing.T) {
 				case !on:
 					offline.Add(1)
 				}
-				if done.Load() == lookups/3 {
-					kill(doomed)
+				if done.Load() >= lookups/3 {
+					killed.Do(func() { kill(doomed) })
 				}
 			}
 		})
