@@ -98,6 +98,7 @@ func (p *Push) begin(timeout time.Duration) {
 		key = p.Room
 	case ToUsers:
 		key = p.Users[0]
+	case ToUser, ToAll: // a broadcast has none
 	}
 	l.shard = p.engine.shards.For(key).Index()
 	p.lasting = l

@@ -181,11 +181,13 @@ func drainFailsNoCallThatIsTriedTwice(t *testing.T, s *secured, clients []pubsub
 	for _, api := range clients {
 		for range 4 {
 			callers.Go(func() {
+				pace := time.NewTicker(2 * time.Millisecond)
+				defer pace.Stop()
 				for {
 					select {
 					case <-stop:
 						return
-					case <-time.After(2 * time.Millisecond):
+					case <-pace.C:
 					}
 					r, err := api.PushToUser(within(t, patience), toAlice([]byte("x")))
 					if nothingSent(err) != "" {

@@ -95,7 +95,7 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 		}
 		switch {
 		case err == nil || ctx.Err() != nil:
-			return nil //nolint:nilerr // Whoever interrupts it has seen enough.
+			return nil // Whoever interrupts it has seen enough.
 		case first && !joined:
 			return c.explain(err)
 		case errors.As(err, &final):

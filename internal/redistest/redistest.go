@@ -78,7 +78,7 @@ func (s *Server) Up() {
 	if err != nil {
 		s.tb.Fatal(err)
 	}
-	defer log.Close()
+	defer func() { _ = log.Close() }()
 	args := append([]string{"--port", s.Port}, s.args...)
 	if s.conf != "" {
 		args = []string{s.conf, "--sentinel"}

@@ -38,7 +38,7 @@ const (
 	// lookPause is how often it is looked for receipts while there are none. What comes meanwhile goes together.
 	lookPause = 200 * time.Millisecond
 	// Pauses between attempts to send the same receipts; they double.
-	retryMin, retryMax = time.Second, time.Minute
+	firstPause, lastPause = time.Second, time.Minute
 	// turnPause is the pause before the turn is asked for again after an error.
 	turnPause = time.Second
 )
@@ -129,8 +129,8 @@ func Start(cfg Config) (*Webhook, error) {
 		return nil, errors.New("webhook: URL, Secret, Source or Turns is missing")
 	}
 	defaultTo(&cfg.Timeout, 10*time.Second)
-	defaultTo(&cfg.RetryMin, retryMin)
-	defaultTo(&cfg.RetryMax, retryMax)
+	defaultTo(&cfg.RetryMin, firstPause)
+	defaultTo(&cfg.RetryMax, lastPause)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}

@@ -133,7 +133,7 @@ var (
 func newRoomLogs(s *Server) *roomLogs {
 	return &roomLogs{
 		server: s, seed: maphash.MakeSeed(), wake: make(chan struct{}, 1), stop: make(chan struct{}),
-		rooms: make(map[string]*logRoom), reads: make(map[uint64]*logRead), turn: rand.Uint64(), //nolint:gosec // spreads nodes over managers
+		rooms: make(map[string]*logRoom), reads: make(map[uint64]*logRead), turn: rand.Uint64(), // spreads nodes over managers
 	}
 }
 
@@ -228,7 +228,7 @@ func (r *roomLogs) placesLocked() []uint64 {
 func (r *roomLogs) textOf(places []uint64) string {
 	p := position.Position{Epoch: r.epoch, Places: make([]position.Place, len(places))}
 	for i, seq := range places {
-		p.Places[i] = position.Place{Partition: uint32(i), Seq: seq} //nolint:gosec // below MaxPartitions
+		p.Places[i] = position.Place{Partition: uint32(i), Seq: seq}
 	}
 	return p.String()
 }

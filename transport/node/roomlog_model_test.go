@@ -417,7 +417,8 @@ func (w *logWorld) run() bool {
 	return false
 }
 
-func logSchedule(t testing.TB, v logVariant, seed uint64) (twice int, err error) {
+func logSchedule(tb testing.TB, v logVariant, seed uint64) (twice int, err error) {
+	tb.Helper()
 	w := &logWorld{v: v, present: map[*modelReader]bool{}}
 	w.r = rand.New(rand.NewPCG(seed, 1))
 	defer func() {
@@ -429,7 +430,7 @@ func logSchedule(t testing.TB, v logVariant, seed uint64) (twice int, err error)
 		w.users[n] = NewLastingUsers[*modelReader](logFeatures...)
 		s, err := New(Config{NodeID: fmt.Sprint(n), Sessions: w.users[n]})
 		if err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 		defer s.Close()
 		w.nodes[n] = s

@@ -42,7 +42,7 @@ type generation struct {
 
 // heads asks for the ends of the logs: for reads, each of which has a call that begins after it came, and to find a new epoch.
 func (s *Service) heads() {
-	wait := retryMin
+	wait := firstPause
 	for {
 		s.mu.Lock()
 		batch := s.fresh
@@ -77,7 +77,7 @@ func (s *Service) heads() {
 				}
 			}
 		} else {
-			wait = retryMin
+			wait = firstPause
 			s.answers++
 			out = append(s.adoptLocked(epoch, heads), s.resolveLocked(batch)...)
 		}
@@ -87,7 +87,7 @@ func (s *Service) heads() {
 		next := headsEvery
 		if !known {
 			next = pause.Jitter(wait)
-			wait = min(2*wait, retryMax)
+			wait = min(2*wait, lastPause)
 		}
 		timer := time.NewTimer(next)
 		select {
@@ -159,7 +159,7 @@ func (g *generation) pending() (list []*read) {
 
 // follow follows a partition for as long as the generation lives.
 func (s *Service) follow(g *generation, p *partition) {
-	wait := retryMin
+	wait := firstPause
 	for g.ctx.Err() == nil {
 		ctx, cancel := context.WithCancel(g.ctx)
 		s.mu.Lock()
@@ -182,7 +182,7 @@ func (s *Service) follow(g *generation, p *partition) {
 		s.meters.errors[callFollow].Inc()
 		s.mu.Lock()
 		if p.to > after || p.broken.IsZero() {
-			wait = retryMin
+			wait = firstPause
 		}
 		first := p.broken.IsZero()
 		if first {
@@ -194,7 +194,7 @@ func (s *Service) follow(g *generation, p *partition) {
 		}
 		signal(s.asked) // it may be another epoch
 		pause.For(g.ctx, pause.Jitter(wait))
-		wait = min(2*wait, retryMax)
+		wait = min(2*wait, lastPause)
 	}
 }
 

@@ -63,8 +63,8 @@ const (
 	storeTimeout = 2 * time.Second
 	// headsEvery is how often the store is asked for its epoch where nobody reads.
 	headsEvery = 10 * time.Second
-	// retryMin and retryMax bound the pause before the store is asked or followed again after an error.
-	retryMin, retryMax = 100 * time.Millisecond, 5 * time.Second
+	// firstPause and lastPause bound the pause before the store is asked or followed again after an error.
+	firstPause, lastPause = 100 * time.Millisecond, 5 * time.Second
 
 	// maxReads bounds the reads that are open, some hundred bytes each.
 	maxReads = 1 << 14

@@ -279,7 +279,7 @@ func TestEachPartitionHasAFirstMarkAtOnceAndThenNowAndThen(t *testing.T) {
 			t.Errorf("%s partitions are broken", got)
 		}
 		w.logs.Before(nil)
-		time.Sleep(2 * retryMax)
+		time.Sleep(2 * lastPause)
 		if got := texts(a.told()); !slices.Contains(got, fmt.Sprintf("%d: 0-1 r [1]", w.logs.Partition("r"))) {
 			t.Errorf("afterwards: %q", got)
 		}
@@ -824,7 +824,7 @@ func TestTheStoreMayBeAwayAtTheStart(t *testing.T) {
 			t.Errorf("%d calls in a minute", got)
 		}
 		w.logs.Before(nil)
-		time.Sleep(2 * retryMax)
+		time.Sleep(2 * lastPause)
 		if got := texts(a.told()); len(got) < 2 || !strings.HasPrefix(got[0], "0: ") || !strings.HasPrefix(got[1], "1: ") {
 			t.Errorf("told %q", got)
 		}
@@ -926,7 +926,7 @@ func TestPagesOfTheStoreAreNotBelieved(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				defer s.Close(context.Background()) //nolint:errcheck // without a deadline
+				defer s.Close(context.Background())
 				logs.AppendLog(context.Background(), []store.LogEntry{{Message: &engine.Stored{Room: "r"}, Expires: time.Now().Add(time.Hour)}})
 				synctest.Wait()
 				a := &asking{}

@@ -2,6 +2,7 @@ package roomlog
 
 import (
 	"container/list"
+	"slices"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/transport/link"
@@ -71,7 +72,7 @@ func (t *tails) put(l *tail, from uint64, older []link.LogEntry) {
 			l.entries = l.entries[1:]
 		}
 	}
-	all, bytes := append(older[:len(older):len(older)], l.entries...), 0
+	all, bytes := append(slices.Clip(older), l.entries...), 0
 	for i := range all {
 		bytes += sizeOf(all[i].Message)
 	}
@@ -96,7 +97,7 @@ func (t *tails) set(l *tail, entries []link.LogEntry, bytes int) {
 	l.entries, l.bytes = entries, bytes
 	t.bytes += l.bytes + l.dropped
 	for t.bytes > t.most {
-		t.drop(t.recent.Back().Value.(*tail)) //nolint:forcetypeassert,revive // see recent
+		t.drop(t.recent.Back().Value.(*tail)) //nolint:forcetypeassert // see recent
 	}
 }
 

@@ -51,7 +51,7 @@ const (
 	// receiptTimeout is how long the store may take for one batch of receipts.
 	receiptTimeout = 2 * time.Second
 	// Pauses between attempts to store a batch.
-	receiptPauseMin, receiptPauseMax = 50 * time.Millisecond, time.Second
+	receiptFirstPause, receiptLastPause = 50 * time.Millisecond, time.Second
 	// followPause is how often the line is read while it has nothing new, checkInterval how often it is made sure that it is the same line.
 	followPause   = 50 * time.Millisecond
 	checkInterval = 5 * time.Second
@@ -163,7 +163,7 @@ func (l *ReceiptLog) writeLoop(ctx context.Context) {
 				return
 			}
 		}
-		for wait, down := receiptPauseMin, false; len(batch) > 0; wait = min(2*wait, receiptPauseMax) {
+		for wait, down := receiptFirstPause, false; len(batch) > 0; wait = min(2*wait, receiptLastPause) {
 			rest, err := l.write(ctx, batch)
 			l.queue.settle(batch, rest)
 			batch = rest
@@ -171,7 +171,7 @@ func (l *ReceiptLog) writeLoop(ctx context.Context) {
 			case err == nil && down:
 				l.cfg.Logger.Info("receipts: are stored again")
 			case err == nil:
-			case !down && wait > receiptPauseMin: // the second attempt failed, too
+			case !down && wait > receiptFirstPause: // the second attempt failed, too
 				down = true
 				l.cfg.Logger.Warn("receipts: cannot be stored, trying again; those that do not fit into the queue are lost", "err", err)
 			}
@@ -407,7 +407,7 @@ func (l *ReceiptLog) followLoop(ctx context.Context) {
 		}
 		if err := l.follow(ctx); err != nil && ctx.Err() == nil {
 			l.cfg.Logger.Debug("receipts: the store does not answer", "err", err)
-			pause.For(ctx, pause.Jitter(receiptPauseMax))
+			pause.For(ctx, pause.Jitter(receiptLastPause))
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package pushmanager
 
 import (
+	"context"
 	"slices"
 	"strings"
 	"testing"
@@ -77,12 +78,13 @@ func TestNodesFollowAndReadTheLogsOfRooms(t *testing.T) {
 	gs := grpc.NewServer()
 	pubsub.RegisterConnectNodeServiceServer(gs, n)
 	registerNode(t, etcd.Client(), serveGRPC(t, "127.0.0.1:0", gs))
-	wait := time.After(time.Minute)
+	wait, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	next := func(what string) *pubsub.LogMark {
 		select {
 		case m := <-n.marks:
 			return m
-		case <-wait:
+		case <-wait.Done():
 			t.Fatalf("no %s", what)
 			return nil
 		}

@@ -81,17 +81,10 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	if err = m.openStore(ctx, &cfg); err != nil {
 		return nil, err
 	}
-	if err = m.openReplays(&cfg); err != nil {
-		return nil, err
-	}
-	if err = m.openReceipts(&cfg); err != nil {
-		return nil, err
-	}
-	if err = m.openWebhook(&cfg); err != nil {
-		return nil, err
-	}
-	if err = m.openRoomLogs(&cfg); err != nil {
-		return nil, err
+	for _, open := range []func(*Config) error{m.openReplays, m.openRoomLogs, m.openReceipts, m.openWebhook} {
+		if err = open(&cfg); err != nil {
+			return nil, err
+		}
 	}
 
 	// The way to them: a stream from each shard to each node that is found in etcd.

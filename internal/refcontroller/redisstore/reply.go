@@ -99,7 +99,7 @@ func members(info *pubsub.RoomInfo, fields []string, seen map[string]struct{}) e
 	if len(fields)%2 != 0 {
 		return errReply
 	}
-	for i := 0; i < len(fields); i += 2 {
+	for i := 0; i+1 < len(fields); i += 2 {
 		if fields[i] == "" {
 			continue // the room's own
 		}
@@ -157,7 +157,7 @@ func parseDigests(fields []string) ([]uint64, error) {
 	if len(fields)%2 != 0 {
 		return nil, errReply
 	}
-	for i := 0; i < len(fields); i += 2 {
+	for i := 0; i+1 < len(fields); i += 2 {
 		slot, err := strconv.Atoi(fields[i])
 		high, low, ok := strings.Cut(fields[i+1], " ")
 		hi, errHi := strconv.ParseUint(high, 10, 32)

@@ -290,7 +290,7 @@ func (s *Store) Follow(ctx context.Context, partition int, after uint64, f func(
 		info, err := s.followed(ctx, logs, partition)
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // That ctx has ended is no error.
 		case err != nil:
 			return err
 		case info.State.LastSeq < told:
@@ -301,7 +301,7 @@ func (s *Store) Follow(ctx context.Context, partition int, after uint64, f func(
 			messages, err := s.following(ctx, partition, told, info.State.LastSeq)
 			switch {
 			case ctx.Err() != nil:
-				return nil
+				return nil //nolint:nilerr // likewise
 			case err != nil:
 				return err
 			case len(messages) == 0: // they are not kept any more

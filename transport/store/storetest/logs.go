@@ -79,9 +79,10 @@ func logEntry(room, payload string) store.LogEntry {
 	return store.LogEntry{Message: &engine.Stored{MessageID: "m", Room: room, Payload: []byte(payload)}, Expires: time.Now().Add(time.Hour)}
 }
 
-func logEntries(room string, payloads []string) (all []store.LogEntry) {
+// logEntries are those of the room "r".
+func logEntries(payloads []string) (all []store.LogEntry) {
 	for _, payload := range payloads {
-		all = append(all, logEntry(room, payload))
+		all = append(all, logEntry("r", payload))
 	}
 	return all
 }
@@ -205,7 +206,7 @@ func logReadsItsWrites(t *testing.T, data LogData) {
 func logPages(t *testing.T, data LogData) {
 	o := openLogs(t, data, LogLimits{})
 	want := numbered(0, 25)
-	places := o.add(logEntries("r", want)...)
+	places := o.add(logEntries(want)...)
 	size := len("message 00")
 	for _, test := range []struct{ most, bytes, first int }{
 		{10, 1 << 20, 10}, {25, 1 << 20, 25}, {24, 1 << 20, 24}, {100, 1 << 20, 25}, {100, 3 * size, 3}, {100, 1, 1}, {100, 0, 1}, {1, 0, 1}, {0, 0, 1},
@@ -276,9 +277,9 @@ func logExpiry(t *testing.T, data LogData) {
 func gapOfRoom(t *testing.T, data LogData) {
 	o := openLogs(t, data, LogLimits{MaxPerRoom: 20})
 	first := o.add(logEntry("first", "message"))[0]
-	places := o.add(logEntries("r", numbered(0, 20))...)
+	places := o.add(logEntries(numbered(0, 20))...)
 	o.want("r", places[0], numbered(1, 20)...)
-	places = append(places, o.add(logEntries("r", numbered(20, 25))...)...)
+	places = append(places, o.add(logEntries(numbered(20, 25))...)...)
 	got, _, gap := o.read("r", places[3], 100, 1<<20) // message 4 is gone
 	if !gap || !slices.Equal(got, numbered(5, 25)) {
 		t.Errorf("behind a message that was dropped: gap %v, %s", gap, brief(got))
@@ -291,7 +292,7 @@ func gapOfRoom(t *testing.T, data LogData) {
 	o.want("first", 0, "message")
 	o.want("first", first)
 	for i := range 3 { // batches, in which everything before is dropped
-		o.add(logEntries("r", numbered(100*i, 100*i+100))...)
+		o.add(logEntries(numbered(100*i, 100*i+100))...)
 	}
 	if got, _, gap := o.read("r", places[24], 100, 1<<20); !gap || !slices.Equal(got, numbered(280, 300)) {
 		t.Errorf("behind much that was dropped: gap %v, %s", gap, brief(got))
@@ -505,7 +506,7 @@ func follow(t *testing.T, data LogData) {
 
 func followEnds(t *testing.T, data LogData) {
 	o := openLogs(t, data, LogLimits{})
-	places, p := o.add(logEntries("r", numbered(0, 10))...), o.Partition("r")
+	places, p := o.add(logEntries(numbered(0, 10))...), o.Partition("r")
 	told := 0
 	err := o.Follow(t.Context(), p, 0, func(store.LogEntry) bool { told++; return told < 4 }, func(uint64) {})
 	if err != nil || told != 4 {
@@ -628,7 +629,7 @@ func logLarge(t *testing.T, data LogData) {
 	for i := range 6 {
 		want = append(want, fmt.Sprintf("%d%s", i, strings.Repeat(string(rune('a'+i)), 256<<10-1)))
 	}
-	places := o.add(logEntries("r", want)...)
+	places := o.add(logEntries(want)...)
 	o.want("r", 0, want...)
 	if page := o.page("r", 0, 100, 256<<10); len(page.Entries) != 1 || !page.More {
 		t.Errorf("a page as large as one of them: %d, %v", len(page.Entries), page.More)
@@ -644,7 +645,7 @@ func logLarge(t *testing.T, data LogData) {
 
 func logReopen(t *testing.T, data LogData) {
 	o := openLogs(t, data, LogLimits{})
-	places := o.add(logEntries("r", numbered(0, 50))...)
+	places := o.add(logEntries(numbered(0, 50))...)
 	o.close()
 	o = openLogs(t, data, LogLimits{})
 	o.want("r", places[9], numbered(10, 50)...)

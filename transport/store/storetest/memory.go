@@ -232,13 +232,13 @@ func (l *Logs) Follow(ctx context.Context, partition int, after uint64, f func(e
 		return ended(ctx, err)
 	}
 	l.mu.Lock()
-	epoch, changed := l.epoch, l.changed
+	epoch := l.epoch
 	l.mu.Unlock()
 	for told, first := after, true; ; first = false {
 		l.mu.Lock()
 		p := &l.parts[partition]
 		renewed, last := l.epoch != epoch, p.last
-		changed = l.changed
+		changed := l.changed
 		i, _ := slices.BinarySearchFunc(p.entries, told+1, func(e store.LogEntry, seq uint64) int { return cmp.Compare(e.Place.Seq, seq) })
 		next := slices.Clone(p.entries[i:])
 		l.mu.Unlock()
@@ -271,7 +271,7 @@ func (l *Logs) Follow(ctx context.Context, partition int, after uint64, f func(e
 // ended is the error of a Follow: that ctx has ended is none.
 func ended(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // see above
 	}
 	return err
 }

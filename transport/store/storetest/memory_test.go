@@ -35,7 +35,7 @@ func TestLogsInMemoryKeepTheContract(t *testing.T) {
 func TestHooksOfLogsInMemory(t *testing.T) {
 	l := NewLogs(1)
 	o := openLogs(t, memoryData{l}, LogLimits{})
-	places := o.add(logEntries("r", numbered(0, 5))...)
+	places := o.add(logEntries(numbered(0, 5))...)
 	l.Drop(0, places[1])
 	if got, _, gap := o.read("r", 0, 10, 1<<20); len(got) != 3 || !gap {
 		t.Errorf("two were dropped: %q, gap %v", got, gap)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -158,7 +159,7 @@ func receiptsReadTheirWrites(t *testing.T, data Data) {
 	_, l := openLine(t, data, Limits{})
 	last := uint64(0)
 	for i := range 100 {
-		text := fmt.Sprint(i)
+		text := strconv.Itoa(i)
 		place := l.add("a", text)[0]
 		if got, _ := l.read("a", last, 10); !slices.Equal(got, []string{text}) {
 			t.Fatalf("behind %d: %q, want %q", last, got, text)
@@ -175,7 +176,7 @@ func receiptsInLine(t *testing.T, data Data) {
 	var want []string
 	first := l.add("a", "first")[0]
 	for i := range 20 {
-		want = append(want, fmt.Sprint(i))
+		want = append(want, strconv.Itoa(i))
 		l.add(fmt.Sprint("sender ", i%3), want[i])
 	}
 	for _, most := range []int{1, 7, 100} {
