@@ -117,7 +117,7 @@ func TestNodesFollowAndReadTheLogsOfRooms(t *testing.T) {
 		if e := p.GetEntries()[0]; e.GetMessageId() != "m" || string(e.GetContent().GetData()) != "x" || !slices.Equal(e.GetLog().GetExcludeUserIds(), []string{"eve"}) {
 			t.Errorf("%v", e)
 		}
-	case <-wait:
+	case <-wait.Done():
 		t.Fatal("no page")
 	}
 	_, metrics := get(t, "http://"+m.HTTPAddr()+"/metrics")
