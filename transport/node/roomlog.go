@@ -58,6 +58,7 @@ type roomLogs struct {
 	// Guarded by mu.
 	rooms   map[string]*logRoom
 	members int
+	joins   uint64    // members that there ever were
 	behind  int       // cursors
 	byAge   list.List // of *Cursor, the one that was told its position first in front
 	looping bool
@@ -120,6 +121,7 @@ type logRoom struct {
 type logMember struct {
 	cursor *Cursor
 	room   *logRoom
+	number uint64   // rises
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
 	gap    bool     // in roomLogs.gaps
@@ -271,12 +273,16 @@ func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 		room = &logRoom{name: strings.Clone(name), partition: -1, dueIndex: -1}
 		r.rooms[room.name] = room
 	}
-	m := &logMember{cursor: c, room: room, index: len(room.members)}
+	r.joins++
+	m := &logMember{cursor: c, room: room, number: r.joins, index: len(room.members)}
 	room.members = append(room.members, m)
 	c.rooms = slices.Insert(c.rooms, at, m)
 	r.members++
 	if !c.has {
-		r.dirtyLocked(c, now) // From its first position on nothing is lost.
+		for _, seq := range room.came { // From its first position on nothing is lost: these are behind it.
+			r.missLocked(m, seq, now)
+		}
+		r.dirtyLocked(c, now)
 		return
 	}
 	c.joined = now
@@ -378,7 +384,7 @@ func (r *roomLogs) live(m *Message) {
 		r.mu.Unlock()
 		return
 	}
-	members := slices.Clone(room.members)
+	members, joins := slices.Clone(room.members), r.joins
 	r.mu.Unlock()
 	missed := members[:0]
 	for _, to := range members {
@@ -395,6 +401,13 @@ func (r *roomLogs) live(m *Message) {
 	for _, to := range missed {
 		if to.index >= 0 {
 			r.missLocked(to, log.Seq, now)
+		}
+	}
+	if r.joins > joins {
+		for _, to := range room.members { // who has come meanwhile
+			if to.number > joins && !log.excludes(to.cursor.user) {
+				r.missLocked(to, log.Seq, now)
+			}
 		}
 	}
 	r.cameLocked(room, log.Seq)

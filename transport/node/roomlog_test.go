@@ -21,6 +21,7 @@ var logFeatures = append(slices.Clone(everyFeature), pubsub.Feature_FEATURE_ROOM
 type reader struct {
 	user   string
 	cursor *Cursor
+	asked  func() // before it takes a message; nil: nothing
 
 	mu   sync.Mutex
 	desk *desk    // Guarded by mu. The client has read what stands on the wire, and told what was told behind that.
@@ -32,6 +33,9 @@ type reader struct {
 func (p *reader) Deliver(m *Message) Outcome { return p.DeliverLasting(m, nil) }
 
 func (p *reader) DeliverLasting(m *Message, c *Confirmation) Outcome {
+	if p.asked != nil {
+		p.asked()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.desk.now = time.Now()
@@ -568,6 +572,38 @@ func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
 		p.cursor.Join("r")
 		m.page(m.read("r", 10), 20, false, 15)
 		p.want(t, "r-15")
+	})
+}
+
+// TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne: until a client has joined, its connection takes nothing of the log, and
+// the push is told that it is stored.
+func TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		other := b.come(t, "other", "", "r")
+		late, during := b.come(t, "late", ""), b.come(t, "during", "")
+		m.deliver(logged(11, "r", "other"))
+		synctest.Wait()
+		late.cursor.Join("r")
+		calls := 0
+		other.asked = func() {
+			if calls++; calls == 2 { // as one of the room's members
+				during.cursor.Join("r")
+			}
+		}
+		out := logged(13, "r", "other")
+		out.Log.ExcludeUserIds = []string{"during"}
+		m.deliver(logged(12, "r", "other"), out)
+		m.page(m.read("r", 10), 13, false, 11, 12, 13)
+		late.want(t, "r-12", "r-13", "r-11")
+		during.want(t, "r-11", "r-12")
+		other.want(t, "r-11", "r-12", "r-13")
+		m.mark(1, 10, 13, "r", 11, 12, 13)
+		m.noRead(2 * joinQuiet)
+		for _, p := range []*reader{late, during, other} {
+			if p.last() != at(5, 13) {
+				t.Errorf("%s was told %v", p.user, p.position(t))
+			}
+		}
 	})
 }
 
