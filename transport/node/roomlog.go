@@ -720,7 +720,7 @@ func (r *roomLogs) restartLocked(now time.Time) {
 	}
 	for e := r.byAge.Front(); e != nil; e = e.Next() {
 		c := e.Value.(*Cursor)
-		c.base, c.given, c.has, c.broken = nil, nil, false, false
+		c.base, c.given, c.broken = nil, nil, c.has
 	}
 	clear(r.log[:])
 	r.hasEpoch, r.partitions, r.placed, r.ready, r.places = false, 0, 0, false, nil

@@ -543,6 +543,33 @@ func TestAPositionOfAnotherEpochIsAGapInEachRoom(t *testing.T) {
 	})
 }
 
+// TestARoomJoinedAfterTheLogsHaveBegunAnewIsMissedAsTheOthers: the client's position was of the logs before.
+func TestARoomJoinedAfterTheLogsHaveBegunAnewIsMissedAsTheOthers(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		time.Sleep(epochPause)
+		p, q := b.come(t, "u", at(5, 3)), b.come(t, "v", "")
+		for partition := range uint32(2) {
+			m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Partition: partition, Partitions: 2, Epoch: 2, After: 3, Seq: 3}}})
+		}
+		synctest.Wait()
+		p.cursor.Join("r")
+		q.cursor.Join("r")
+		time.Sleep(2 * joinQuiet)
+		if got := p.position(t); !slices.Equal(p.missing(), []string{"r"}) || got == nil || got.Epoch != 2 {
+			t.Errorf("gaps %v, told %v", p.missing(), got)
+		}
+		if len(q.missing()) > 0 {
+			t.Error("who had no position is told of a gap")
+		}
+		p.cursor.Join("s")
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if len(p.missing()) != 1 {
+			t.Errorf("gaps %v", p.missing())
+		}
+	})
+}
+
 func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", at(5, 3), "r"), b.come(t, "v", at(5, 7), "r")
