@@ -658,7 +658,7 @@ func (r *roomLogs) tell(now time.Time) {
 	for _, c := range r.dirty {
 		switch {
 		case c.closed:
-		case now.Sub(c.settled) < resumeEvery || now.Sub(c.joined) < joinQuiet:
+		case now.Sub(c.settled) < resumeEvery || now.Sub(c.joined) < joinQuiet || len(c.expected) > 0:
 			kept = append(kept, c)
 			continue
 		default:

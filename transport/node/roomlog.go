@@ -248,17 +248,37 @@ func (r *roomLogs) leave(c *Cursor) {
 	for _, m := range c.rooms {
 		r.partLocked(m)
 	}
-	c.rooms = nil
+	c.rooms, c.expected = nil, nil
 }
 
 func (c *cursorState) find(room string) (int, bool) {
 	return slices.BinarySearchFunc(c.rooms, room, func(m *logMember, name string) int { return strings.Compare(m.room.name, name) })
 }
 
+// expect is Expect. One without a position has nothing to lose.
+func (r *roomLogs) expect(c *Cursor, name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, is := c.find(name); is || c.closed || !c.has || len(c.expected) >= cursorRoomsMost {
+		return
+	}
+	if c.expected == nil {
+		c.expected = make(map[string]struct{})
+	}
+	c.expected[strings.Clone(name)] = struct{}{}
+}
+
+func (c *cursorState) come(name string) {
+	if delete(c.expected, name); len(c.expected) == 0 {
+		c.expected = nil
+	}
+}
+
 // enter is Join.
 func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c.come(name)
 	at, is := c.find(name)
 	if c.closed || is {
 		return
@@ -321,6 +341,7 @@ func (r *roomLogs) placeLocked(m *logMember) {
 func (r *roomLogs) exit(c *Cursor, name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c.come(name)
 	at, is := c.find(name)
 	if !is {
 		return

@@ -570,6 +570,39 @@ func TestARoomJoinedAfterTheLogsHaveBegunAnewIsMissedAsTheOthers(t *testing.T) {
 	})
 }
 
+// TestAPositionWaitsForRoomsThatAreExpected: the Controller may take long to let a client into the second of its rooms.
+func TestAPositionWaitsForRoomsThatAreExpected(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", at(5, 3))
+		p.cursor.Expect("r")
+		p.cursor.Expect("s")
+		p.cursor.Expect("refused")
+		p.cursor.Join("r")
+		m.page(m.read("r", 3), 10, false)
+		m.deliver(logged(11, "r", "u"))
+		m.mark(1, 10, 11, "r", 11)
+		m.noRead(2 * joinQuiet)
+		if p.times() > 0 {
+			t.Errorf("told %v", p.position(t))
+		}
+		p.cursor.Leave("refused")
+		p.cursor.Join("s")
+		m.page(m.read("s", 3), 11, false, 7)
+		p.want(t, "r-11", "s-7")
+		m.noRead(2 * joinQuiet)
+		if p.last() != at(5, 11) {
+			t.Errorf("told %v", p.position(t))
+		}
+		p.cursor.Expect("s") // it is in
+		m.deliver(logged(12, "r", "u"))
+		m.mark(1, 11, 12, "r", 12)
+		m.noRead(2 * joinQuiet)
+		if p.last() != at(5, 12) {
+			t.Errorf("told %v", p.position(t))
+		}
+	})
+}
+
 func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", at(5, 3), "r"), b.come(t, "v", at(5, 7), "r")
