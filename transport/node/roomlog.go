@@ -600,11 +600,8 @@ func (r *roomLogs) mark(st *stream, k *logMark, now time.Time) error {
 		r.placed++
 	case k.after > p.place:
 		r.holeLocked(int(k.partition), p.place, k.after, now)
-	case k.after < p.place && !p.begun: // Its log does not reach as far as the one before did.
+	case k.seq < p.place, k.after < p.place && !p.begun: // The log has lost its end, or does not reach as far as that of the manager before.
 		p.place, r.places = k.after, nil
-	case k.seq < p.place:
-		r.server.count.logIgnored.Inc()
-		return nil
 	}
 	p.begun = true
 	if err := r.namedLocked(k, now); err != nil {
