@@ -639,6 +639,7 @@ func (r *roomLogs) wait(now time.Time) (wait time.Duration, is bool) {
 type told struct {
 	c      *Cursor
 	joined time.Time // what it was then
+	epoch  uint64
 	places []uint64
 	text   string
 }
@@ -663,7 +664,7 @@ func (r *roomLogs) tell(now time.Time) {
 			continue
 		default:
 			if places, text, is := r.positionLocked(c); is {
-				list = append(list, told{c, c.joined, places, text})
+				list = append(list, told{c, c.joined, r.epoch, places, text})
 			}
 			c.settled = now
 			r.byAge.MoveToBack(c.byAge)
@@ -685,7 +686,7 @@ func (r *roomLogs) tell(now time.Time) {
 		r.mu.Lock()
 		if !ok {
 			r.dirtyLocked(t.c, now)
-		} else if t.c.base != nil && t.c.joined.Equal(t.joined) { // The logs are the same, and so are the rooms.
+		} else if t.c.base != nil && t.epoch == r.epoch && t.c.joined.Equal(t.joined) { // The logs are the same, and so are the rooms.
 			t.c.base, t.c.has, t.c.broken = t.places, true, false
 		}
 		r.mu.Unlock()

@@ -19,9 +19,10 @@ var logFeatures = append(slices.Clone(everyFeature), pubsub.Feature_FEATURE_ROOM
 
 // reader is a connection of a client that keeps its position.
 type reader struct {
-	user   string
-	cursor *Cursor
-	asked  func() // before it takes a message; nil: nothing
+	user    string
+	cursor  *Cursor
+	asked   func() // before it takes a message; nil: nothing
+	telling func() // before it takes a position, likewise
 
 	mu   sync.Mutex
 	desk *desk    // Guarded by mu. The client has read what stands on the wire, and told what was told behind that.
@@ -46,6 +47,9 @@ func (p *reader) DeliverLasting(m *Message, c *Confirmation) Outcome {
 }
 
 func (p *reader) Resume(position string) bool {
+	if p.telling != nil {
+		p.telling()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.deaf {
@@ -617,6 +621,41 @@ func TestAPositionWaitsForRoomsThatAreExpected(t *testing.T) {
 		m.noRead(2 * joinQuiet)
 		if p.last() != at(5, 12) {
 			t.Errorf("told %v", p.position(t))
+		}
+	})
+}
+
+// TestAPositionOfLogsThatBeginAnewMeanwhileIsNotKept: the logs become others while the client is told where it is.
+func TestAPositionOfLogsThatBeginAnewMeanwhileIsNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := serveLogs(t, Config{})
+		p := b.come(t, "u", "", "r")
+		m := b.logger(t, "pm")
+		mark := func(epoch, seq uint64) {
+			m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Partitions: 1, Epoch: epoch, After: seq, Seq: seq}}})
+		}
+		times := 0
+		p.telling = func() {
+			if times++; times == 2 {
+				time.Sleep(epochPause)
+				mark(2, 3)
+				time.Sleep(time.Millisecond)
+			}
+		}
+		mark(testEpoch, 500)
+		time.Sleep(2 * time.Second)
+		p.cursor.Leave("r")
+		m.send(&pubsub.DeliverRequest{LogMarks: []*pubsub.LogMark{{Partitions: 1, Epoch: testEpoch, After: 500, Seq: 501}}})
+		time.Sleep(epochPause + resumeTick + 100*time.Millisecond)
+		synctest.Wait()
+		if times != 2 {
+			t.Fatalf("told %d times", times)
+		}
+		p.cursor.Join("s")
+		time.Sleep(2 * joinQuiet)
+		synctest.Wait()
+		if !slices.Contains(p.missing(), "s") || p.position(t).Epoch != 2 || len(m.reads) > 0 {
+			t.Errorf("gaps %v, told %v, %d reads", p.missing(), p.position(t), len(m.reads))
 		}
 	})
 }
