@@ -124,6 +124,9 @@ func (up *catchUp) heldLongEnough(now time.Time) bool {
 // missLocked notes that m was not given the message at seq.
 func (r *roomLogs) missLocked(m *logMember, seq uint64, now time.Time) {
 	isNew := m.up == nil
+	if seq <= m.had && (isNew || !m.up.all) {
+		return
+	}
 	up := r.behindLocked(m, now)
 	if up.all {
 		up.later(seq)
@@ -150,6 +153,9 @@ func (r *roomLogs) missedLocked(room *logRoom, seqs []uint64, now time.Time) {
 			for _, seq := range seqs {
 				r.missLocked(m, seq, now)
 			}
+			continue
+		}
+		if m.up == nil && seqs[len(seqs)-1] <= m.had {
 			continue
 		}
 		up := r.behindLocked(m, now)
@@ -490,6 +496,7 @@ func (r *roomLogs) advanceLocked(g *given, p *logPage, now time.Time) {
 	had := len(up.lacks)
 	if up.all {
 		up.place = max(up.place, upTo)
+		m.had = min(up.place, p.seq) // less where the place that it has brought is none
 		if whole && (!up.late || up.high <= p.seq) {
 			r.caughtUpLocked(m, now)
 			return

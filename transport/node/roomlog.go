@@ -125,6 +125,7 @@ type logMember struct {
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
 	gap    bool     // in roomLogs.gaps
+	had    uint64   // up to here it was given everything out of the log, or has brought the place
 }
 
 var (
@@ -602,6 +603,11 @@ func (r *roomLogs) mark(st *stream, k *logMark, now time.Time) error {
 		r.holeLocked(int(k.partition), p.place, k.after, now)
 	case k.seq < p.place, k.after < p.place && !p.begun: // The log has lost its end, or does not reach as far as that of the manager before.
 		p.place, r.places = k.after, nil
+		for _, room := range r.rooms {
+			for _, m := range room.members {
+				m.had = min(m.had, k.after)
+			}
+		}
 	}
 	p.begun = true
 	if err := r.namedLocked(k, now); err != nil {
@@ -718,7 +724,7 @@ func (r *roomLogs) againLocked(room *logRoom, now time.Time) {
 	for _, m := range room.members {
 		up := r.behindLocked(m, now)
 		up.toAll(0)
-		up.placed = false
+		up.placed, m.had = false, 0
 	}
 	r.wantLocked(room, now)
 }
@@ -734,6 +740,7 @@ func (r *roomLogs) restartLocked(now time.Time) {
 		for _, m := range room.members {
 			r.dropLocked(m)
 			r.gapLocked(m, now)
+			m.had = 0
 		}
 	}
 	for e := r.byAge.Front(); e != nil; e = e.Next() {

@@ -660,6 +660,30 @@ func TestAPositionOfLogsThatBeginAnewMeanwhileIsNotKept(t *testing.T) {
 	})
 }
 
+// TestWhatAClientHasHadAccordingToItsPositionDoesNotComeAgain where its node is not as far as the one before was.
+func TestWhatAClientHasHadAccordingToItsPositionDoesNotComeAgain(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p, q := b.come(t, "u", at(5, 12), "r"), b.come(t, "v", "", "r")
+		m.page(m.read("r", 12), 13, false, 13)
+		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
+		m.page(m.read("r", 10), 14, false, 11, 12, 13, 14)
+		p.want(t, "r-13", "r-14")
+		q.want(t, "r-11", "r-12", "r-13", "r-14")
+		m.noRead(2 * joinQuiet)
+		if p.last() != at(5, 14) || q.last() != at(5, 14) {
+			t.Errorf("told %v and %v", p.position(t), q.position(t))
+		}
+		// A place beyond the end of the log is none.
+		far := b.come(t, "w", at(5, 1000), "r")
+		read := m.read("r", 1000)
+		m.send(&pubsub.DeliverRequest{LogPages: []*pubsub.LogPage{{Gate: read.GetGate(), Epoch: testEpoch, Partition: 1, Seq: 14, Gap: true}}})
+		synctest.Wait()
+		m.mark(1, 14, 15, "r", 15)
+		m.page(m.read("r", 14), 15, false, 15)
+		far.want(t, "r-15")
+	})
+}
+
 func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", at(5, 3), "r"), b.come(t, "v", at(5, 7), "r")
