@@ -129,6 +129,43 @@ func TestWhatBecomesOfARoom(t *testing.T) {
 	}
 }
 
+// TestWhoHasHadTheIdWithAnotherContentIsStoredByNoNode has a user on two nodes, where one node says that the user has had the
+// message id with another content: out of the log it would be told so again, whatever has become of the other delivery.
+func TestWhoHasHadTheIdWithAnotherContentIsStoredByNoNode(t *testing.T) {
+	at := Place{Epoch: testEpoch, Partition: 1, Seq: 1}
+	const reused = "message id was used for another payload"
+	blame := func(node, outcome string) []NodeFailure { return []NodeFailure{{node, outcome + ": " + reused, 1}} }
+	for name, tt := range map[string]struct {
+		answer  func(d *Delivery)
+		decline Reason
+		want    Result
+	}{
+		"lost":         {answer: func(d *Delivery) { d.Lose(LostStream) }, want: Result{Unknown: 1, NodeFailures: blame("B", "unknown")}},
+		"not taken":    {answer: ack(Ack{Failed: []string{"u"}}), want: Result{Failed: 1, NodeFailures: blame("A", "failed")}},
+		"no room":      {decline: DropQueueFull, want: Result{Failed: 1, NodeFailures: blame("A", "failed")}},
+		"not there":    {answer: notHere("u"), want: Result{Failed: 1, NodeFailures: blame("A", "failed")}},
+		"reused there": {answer: ack(Ack{Reused: []string{"u"}}), want: Result{Failed: 1, NodeFailures: blame("A", "failed")}},
+		"reached":      {want: Result{Delivered: 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				w.config.Spool = newSpool()
+				e := w.engine(t)
+				w.rooms["r"] = map[string][]string{"u": {"A", "B"}}
+				w.nodes["A"].answer = ack(Ack{Reused: []string{"u"}})
+				w.nodes["B"].answer, w.nodes["B"].decline = tt.answer, tt.decline
+				r := do(t, e, with(toRoom("r"), Options{Store: true, MessageID: "m"}))
+				want := tt.want
+				want.Found, want.Targets, want.Place = true, 1, at
+				if fmt.Sprintf("%+v", r) != fmt.Sprintf("%+v", want) {
+					t.Errorf("got  %+v\nwant %+v", r, want)
+				}
+			})
+		})
+	}
+}
+
 // TestRoomThatNobodyKnowsIsWrittenToItsLog has the Controller not know the room, know that it is empty, and not
 // answer: whoever comes back finds the message.
 func TestRoomThatNobodyKnowsIsWrittenToItsLog(t *testing.T) {

@@ -256,7 +256,7 @@ func (c *conn) obey(b []byte) (room string, err error) {
 		if !c.identity.Load().allows(room) {
 			return room, &denial{deniedRoom, closeForbidden}
 		}
-		return room, c.member.Join(room)
+		return room, c.join(room)
 	case "refresh":
 		return "", c.refresh(m.Token)
 	case "ack":

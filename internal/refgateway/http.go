@@ -299,7 +299,7 @@ func (g *Gateway) enterRooms(c *conn) {
 	defer g.caught("reader", func() { c.bye(closeOurFault, true) })
 	err := c.member.Join("")
 	if err == nil && c.room != "" {
-		err = c.member.Join(c.room)
+		err = c.join(c.room)
 	}
 	if err != nil {
 		c.tell(control("error", "message", err.Error()))

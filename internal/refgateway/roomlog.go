@@ -4,6 +4,30 @@ import (
 	"github.com/push-manager/push-manager/transport/node"
 )
 
+// join asks the Controller to let the client into a room, a name as the client says it.
+func (c *conn) join(name string) error {
+	c.expect(c.tenant.ID(name), true)
+	err := c.member.Join(name)
+	if err != nil {
+		c.expect(c.tenant.ID(name), false)
+	}
+	return err //nolint:wrapcheck // The client is told.
+}
+
+// expect says whether the client is about to come into a room.
+func (c *conn) expect(room string, comes bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.logs[room]; ok {
+		return
+	}
+	if comes {
+		c.cursor.Expect(room)
+	} else {
+		c.cursor.Leave(room)
+	}
+}
+
 // follow has the client read the log of a room, once the Controller has let the client in: what others wrote there is not
 // for one whom it refuses. The lock keeps what comes live behind that.
 func (c *conn) follow(room string) {
@@ -23,10 +47,11 @@ func (c *conn) follow(room string) {
 func (c *conn) unfollow(room string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.logs[room]; ok {
-		delete(c.logs, room)
-		c.cursor.Leave(room)
+	if c.member.In(room) { // the word that it was refused comes after it has joined anew
+		return
 	}
+	delete(c.logs, room)
+	c.cursor.Leave(room)
 }
 
 // loggedLocked settles a message of a log that must not be taken now by a client that keeps its position. Failed is no

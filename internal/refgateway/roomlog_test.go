@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/push-manager/push-manager/internal/position"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
@@ -336,5 +338,44 @@ func TestNobodyReadsARoomBeforeTheController(t *testing.T) {
 	defer m.mu.Unlock()
 	if len(m.reads) > 0 {
 		t.Errorf("the node has read %v", m.reads)
+	}
+}
+
+// TestAPositionWaitsForTheController: a client is told none while the Controller has not let it into one of its rooms, which is read
+// from the position with which it has come.
+func TestAPositionWaitsForTheController(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	c := newController(t)
+	g, n := start(t, c, nil)
+	m := manage(t, n, "pm", pubsub.Feature_FEATURE_ROOM_LOG)
+	d, other := resumer(t, g, "u", "", at(10)), resumer(t, g, "other", "", at(10))
+	fail := func(code codes.Code) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.failing = code
+	}
+	fail(codes.Unavailable)
+	d.say(`{"type":"join","room_id":"r"}`)
+	of := only(t, g, "u")
+	eventually(t, "it waits for the Controller", func() bool { return of.member.In("r") })
+	m.following(12)
+	other.wantPosition(12)
+	fail(codes.OK)
+	d.want(`{"type":"joined","room_id":"r"}`)
+	if read := m.logRead(1); read.GetAfter()[0] != 10 {
+		t.Errorf("the node asks for %v", read)
+	}
+}
+
+// TestWhoHasJoinedAnewIsNotPutOutByAnEarlierRefusal, the word of which may come later.
+func TestWhoHasJoinedAnewIsNotPutOutByAnEarlierRefusal(t *testing.T) {
+	g, _ := start(t, newController(t), nil)
+	d := resumer(t, g, "u", "r", "")
+	of := only(t, g, "u")
+	of.Refused("r", "no")
+	d.want(`{"type":"error","message":"room_id: no","room_id":"r"}`)
+	live := &node.Message{RoomID: "r", Timestamp: 1, Data: []byte("x"), Options: &node.Options{ID: "m", Key: 1, Log: &node.LogPlace{Seq: 1}}}
+	if out := of.DeliverLasting(live, nil); out != node.Delivered {
+		t.Errorf("a message of the room is %v", out)
 	}
 }

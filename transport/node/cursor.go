@@ -32,8 +32,8 @@ type LogConn interface {
 }
 
 // Cursor is one connection's part in the logs of the rooms that its client is in. A gateway makes it when the connection
-// begins, calls Join and Leave as the client joins and leaves rooms, asks Holds for each message of a log before it takes it, and
-// calls Close when the connection has ended. The methods may be called from any goroutine; they call nobody back and wait for
+// begins, calls Expect, Join and Leave as the client joins and leaves rooms, asks Holds for each message of a log before it takes it,
+// and calls Close when the connection has ended. The methods may be called from any goroutine; they call nobody back and wait for
 // nobody. A nil Cursor is that of a client that keeps no position.
 type Cursor struct {
 	// Static.
@@ -48,9 +48,10 @@ type Cursor struct {
 
 // cursorState is what roomLogs know of a cursor.
 type cursorState struct {
-	closed bool
-	rooms  []*logMember // by name
-	behind int          // of rooms
+	closed   bool
+	rooms    []*logMember        // by name
+	expected map[string]struct{} // rooms that it is about to join
+	behind   int                 // of rooms
 
 	// Where the client is. given is what it has brought, until the node knows its own place; base is what it has
 	// brought or was told since, by partition. It is shared and not changed. has: the client holds a
@@ -75,6 +76,14 @@ func (s *Server) Cursor(user string, conn LogConn, position string) (*Cursor, er
 	return s.roomLogs.cursor(user, conn, position, time.Now())
 }
 
+// Expect says that the client wants to join a room, and is not in it yet. It is told no position until Join or Leave of this room: one
+// that is told before would not have what the room's log has behind the last one.
+func (c *Cursor) Expect(room string) {
+	if c != nil {
+		c.logs.expect(c, room)
+	}
+}
+
 // Join says that the client has joined a room, as managers know it, and will take its messages from now on: what the log has behind the
 // client's position is read for it, before newer ones of the log are shown.
 func (c *Cursor) Join(room string) {
@@ -83,7 +92,7 @@ func (c *Cursor) Join(room string) {
 	}
 }
 
-// Leave says that the client has left a room.
+// Leave says that the client has left a room, or does not come into one that was expected.
 func (c *Cursor) Leave(room string) {
 	if c != nil {
 		c.logs.exit(c, room)

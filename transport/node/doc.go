@@ -98,6 +98,7 @@
 //
 //	c.cursor, err = srv.Cursor(user, c, position)  // "": the client has none yet
 //	users.Add(user, c)
+//	c.cursor.Expect(room)                          // the client asks for it, and the Controller has not answered
 //	c.cursor.Join(room)                            // once the connection takes messages of the room
 //	...
 //	c.cursor.Close()

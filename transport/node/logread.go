@@ -124,6 +124,9 @@ func (up *catchUp) heldLongEnough(now time.Time) bool {
 // missLocked notes that m was not given the message at seq.
 func (r *roomLogs) missLocked(m *logMember, seq uint64, now time.Time) {
 	isNew := m.up == nil
+	if seq <= m.had && (isNew || !m.up.all) {
+		return
+	}
 	up := r.behindLocked(m, now)
 	if up.all {
 		up.later(seq)
@@ -150,6 +153,9 @@ func (r *roomLogs) missedLocked(room *logRoom, seqs []uint64, now time.Time) {
 			for _, seq := range seqs {
 				r.missLocked(m, seq, now)
 			}
+			continue
+		}
+		if m.up == nil && seqs[len(seqs)-1] <= m.had {
 			continue
 		}
 		up := r.behindLocked(m, now)
@@ -490,6 +496,7 @@ func (r *roomLogs) advanceLocked(g *given, p *logPage, now time.Time) {
 	had := len(up.lacks)
 	if up.all {
 		up.place = max(up.place, upTo)
+		m.had = min(up.place, p.seq) // less where the place that it has brought is none
 		if whole && (!up.late || up.high <= p.seq) {
 			r.caughtUpLocked(m, now)
 			return
@@ -639,6 +646,7 @@ func (r *roomLogs) wait(now time.Time) (wait time.Duration, is bool) {
 type told struct {
 	c      *Cursor
 	joined time.Time // what it was then
+	epoch  uint64
 	places []uint64
 	text   string
 }
@@ -658,12 +666,12 @@ func (r *roomLogs) tell(now time.Time) {
 	for _, c := range r.dirty {
 		switch {
 		case c.closed:
-		case now.Sub(c.settled) < resumeEvery || now.Sub(c.joined) < joinQuiet:
+		case now.Sub(c.settled) < resumeEvery || now.Sub(c.joined) < joinQuiet || len(c.expected) > 0:
 			kept = append(kept, c)
 			continue
 		default:
 			if places, text, is := r.positionLocked(c); is {
-				list = append(list, told{c, c.joined, places, text})
+				list = append(list, told{c, c.joined, r.epoch, places, text})
 			}
 			c.settled = now
 			r.byAge.MoveToBack(c.byAge)
@@ -685,7 +693,7 @@ func (r *roomLogs) tell(now time.Time) {
 		r.mu.Lock()
 		if !ok {
 			r.dirtyLocked(t.c, now)
-		} else if t.c.base != nil && t.c.joined.Equal(t.joined) { // The logs are the same, and so are the rooms.
+		} else if t.c.base != nil && t.epoch == r.epoch && t.c.joined.Equal(t.joined) { // The logs are the same, and so are the rooms.
 			t.c.base, t.c.has, t.c.broken = t.places, true, false
 		}
 		r.mu.Unlock()

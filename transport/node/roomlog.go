@@ -58,6 +58,7 @@ type roomLogs struct {
 	// Guarded by mu.
 	rooms   map[string]*logRoom
 	members int
+	joins   uint64    // members that there ever were
 	behind  int       // cursors
 	byAge   list.List // of *Cursor, the one that was told its position first in front
 	looping bool
@@ -120,9 +121,11 @@ type logRoom struct {
 type logMember struct {
 	cursor *Cursor
 	room   *logRoom
+	number uint64   // rises
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
 	gap    bool     // in roomLogs.gaps
+	had    uint64   // up to here it was given everything out of the log, or has brought the place
 }
 
 var (
@@ -246,17 +249,37 @@ func (r *roomLogs) leave(c *Cursor) {
 	for _, m := range c.rooms {
 		r.partLocked(m)
 	}
-	c.rooms = nil
+	c.rooms, c.expected = nil, nil
 }
 
 func (c *cursorState) find(room string) (int, bool) {
 	return slices.BinarySearchFunc(c.rooms, room, func(m *logMember, name string) int { return strings.Compare(m.room.name, name) })
 }
 
+// expect is Expect. One without a position has nothing to lose.
+func (r *roomLogs) expect(c *Cursor, name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, is := c.find(name); is || c.closed || !c.has || len(c.expected) >= cursorRoomsMost {
+		return
+	}
+	if c.expected == nil {
+		c.expected = make(map[string]struct{})
+	}
+	c.expected[strings.Clone(name)] = struct{}{}
+}
+
+func (c *cursorState) come(name string) {
+	if delete(c.expected, name); len(c.expected) == 0 {
+		c.expected = nil
+	}
+}
+
 // enter is Join.
 func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c.come(name)
 	at, is := c.find(name)
 	if c.closed || is {
 		return
@@ -271,12 +294,16 @@ func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 		room = &logRoom{name: strings.Clone(name), partition: -1, dueIndex: -1}
 		r.rooms[room.name] = room
 	}
-	m := &logMember{cursor: c, room: room, index: len(room.members)}
+	r.joins++
+	m := &logMember{cursor: c, room: room, number: r.joins, index: len(room.members)}
 	room.members = append(room.members, m)
 	c.rooms = slices.Insert(c.rooms, at, m)
 	r.members++
 	if !c.has {
-		r.dirtyLocked(c, now) // From its first position on nothing is lost.
+		for _, seq := range room.came { // From its first position on nothing is lost: these are behind it.
+			r.missLocked(m, seq, now)
+		}
+		r.dirtyLocked(c, now)
 		return
 	}
 	c.joined = now
@@ -315,6 +342,7 @@ func (r *roomLogs) placeLocked(m *logMember) {
 func (r *roomLogs) exit(c *Cursor, name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c.come(name)
 	at, is := c.find(name)
 	if !is {
 		return
@@ -378,7 +406,7 @@ func (r *roomLogs) live(m *Message) {
 		r.mu.Unlock()
 		return
 	}
-	members := slices.Clone(room.members)
+	members, joins := slices.Clone(room.members), r.joins
 	r.mu.Unlock()
 	missed := members[:0]
 	for _, to := range members {
@@ -395,6 +423,13 @@ func (r *roomLogs) live(m *Message) {
 	for _, to := range missed {
 		if to.index >= 0 {
 			r.missLocked(to, log.Seq, now)
+		}
+	}
+	if r.joins > joins {
+		for _, to := range room.members { // who has come meanwhile
+			if to.number > joins && !log.excludes(to.cursor.user) {
+				r.missLocked(to, log.Seq, now)
+			}
 		}
 	}
 	r.cameLocked(room, log.Seq)
@@ -566,11 +601,13 @@ func (r *roomLogs) mark(st *stream, k *logMark, now time.Time) error {
 		r.placed++
 	case k.after > p.place:
 		r.holeLocked(int(k.partition), p.place, k.after, now)
-	case k.after < p.place && !p.begun: // Its log does not reach as far as the one before did.
+	case k.seq < p.place, k.after < p.place && !p.begun: // The log has lost its end, or does not reach as far as that of the manager before.
 		p.place, r.places = k.after, nil
-	case k.seq < p.place:
-		r.server.count.logIgnored.Inc()
-		return nil
+		for _, room := range r.rooms {
+			for _, m := range room.members {
+				m.had = min(m.had, k.after)
+			}
+		}
 	}
 	p.begun = true
 	if err := r.namedLocked(k, now); err != nil {
@@ -687,7 +724,7 @@ func (r *roomLogs) againLocked(room *logRoom, now time.Time) {
 	for _, m := range room.members {
 		up := r.behindLocked(m, now)
 		up.toAll(0)
-		up.placed = false
+		up.placed, m.had = false, 0
 	}
 	r.wantLocked(room, now)
 }
@@ -703,11 +740,12 @@ func (r *roomLogs) restartLocked(now time.Time) {
 		for _, m := range room.members {
 			r.dropLocked(m)
 			r.gapLocked(m, now)
+			m.had = 0
 		}
 	}
 	for e := r.byAge.Front(); e != nil; e = e.Next() {
 		c := e.Value.(*Cursor)
-		c.base, c.given, c.has, c.broken = nil, nil, false, false
+		c.base, c.given, c.broken = nil, nil, c.has
 	}
 	clear(r.log[:])
 	r.hasEpoch, r.partitions, r.placed, r.ready, r.places = false, 0, 0, false, nil

@@ -346,7 +346,7 @@ func (s *Service) filledLocked(f *fill, page *store.LogPage, err error) (out []a
 	for _, r := range f.reads {
 		switch {
 		case r.at == nil:
-		case r.after < f.after || r.after >= page.Last && page.Last < r.want: // it came while this was under way
+		case r.after < f.after || r.after >= page.Last && (page.More || page.Last < r.want): // it came while this was under way
 			out = s.serveLocked(g, r, out)
 		default:
 			p := &link.LogPage{Gate: r.gate, Epoch: g.epoch, Partition: uint32(f.part), Seq: page.Last, More: page.More || page.Last < r.want}

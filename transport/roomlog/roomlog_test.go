@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -711,6 +712,49 @@ func TestMessagesThatComeWhileTheLogIsRead(t *testing.T) {
 		is(t, "ahead", a.page(gate), 9, false, false, 7, 8, 9)
 		time.Sleep(time.Second)
 		is(t, "ahead, afterwards", w.read(a, "s", 6), 9, false, false, 7, 8, 9)
+	})
+}
+
+// slowHeads are logs of which something happens between an answer of Heads and its arrival.
+type slowHeads struct {
+	*storetest.Logs
+	then atomic.Pointer[func()]
+}
+
+func (l *slowHeads) Heads(ctx context.Context) (epoch uint64, heads []uint64, err error) {
+	epoch, heads, err = l.Logs.Heads(ctx)
+	if then := l.then.Swap(nil); then != nil {
+		(*then)()
+	}
+	return epoch, heads, err
+}
+
+// TestAPageThatEndsWhereAReadBeginsIsNotItsAnswer has a node at the end of the log share a call of ReadLog with one that is as far
+// behind as a page is long, while one more message comes. A page with more, and with nothing in it, breaks a node's stream.
+func TestAPageThatEndsWhereAReadBeginsIsNotItsAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		logs := &slowHeads{Logs: storetest.NewLogs(1)}
+		w := &world{t: t, logs: logs.Logs}
+		service, err := New(Config{Logs: logs})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.service = service
+		defer w.close()
+		end := w.push("r", tailMost)
+		time.Sleep(time.Second)
+		one := func() {
+			w.push("r", 1)
+			time.Sleep(time.Second) // the follower has it
+		}
+		logs.then.Store(&one)
+		far, near := &asking{}, &asking{}
+		first, second := w.ask(far, "r", 0), w.ask(near, "r", end)
+		time.Sleep(2 * time.Second)
+		is(t, "near", near.page(second), end+1, false, false, end+1)
+		if p := far.page(first); p == nil || len(p.Entries) != pageMost || !p.More || p.Seq != pageMost {
+			t.Errorf("far: %+v", p)
+		}
 	})
 }
 
