@@ -361,7 +361,7 @@ func (o *owedReplay) take(r *pubsub.DeliverResponse) {
 	r.NudgesTaken, o.nudges = cut(o.nudges, ackFrameBytes/16)
 	r.LogFollow, o.follow = o.follow, nil
 	size, n = 0, 0
-	for n < len(o.reads) && size < ackFrameBytes {
+	for n < len(o.reads) && n < logReadsMost && size < ackFrameBytes {
 		size += len(o.reads[n].GetRoomId()) + 10*len(o.reads[n].GetAfter()) + 32
 		n++
 	}

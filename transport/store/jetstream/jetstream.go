@@ -96,8 +96,6 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	first, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	switch err := s.prepare(first); {
-	case err == nil && cfg.embedded():
-		return s, nil
 	case err == nil:
 	case cfg.embedded() || permanent(err):
 		return nil, err
@@ -343,7 +341,7 @@ func (s *Store) Usage(ctx context.Context, partition int) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return usage(ctx, streams[partition])
+	return s.usage(ctx, streams[partition])
 }
 
 // LogUsage is Usage for rooms.
@@ -352,11 +350,15 @@ func (s *Store) LogUsage(ctx context.Context, partition int) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return usage(ctx, logs.streams[partition])
+	return s.usage(ctx, logs.streams[partition])
 }
 
-func usage(ctx context.Context, stream jetstream.Stream) (int64, error) {
+// usage is asked every few seconds, so it is here that a stream is missed which somebody has deleted.
+func (s *Store) usage(ctx context.Context, stream jetstream.Stream) (int64, error) {
 	info, err := stream.Info(ctx)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		s.prepareSoon()
+	}
 	if err != nil {
 		return 0, down(err)
 	}

@@ -219,6 +219,23 @@ func TestAMessageThatWouldNotFitIntoTheLogIsRefused(t *testing.T) {
 	}
 }
 
+// TestStreamsThatSomebodyDeletesAreMadeAnew: whoever asks for the usage, as the Spool does every few seconds, misses them.
+func TestStreamsThatSomebodyDeletesAreMadeAnew(t *testing.T) {
+	s := embedded(t, Config{})
+	for _, name := range []string{streamName(0), logName(0)} {
+		if err := s.js.DeleteStream(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	within(t, "both take messages again", func() bool {
+		_, err := s.Usage(t.Context(), 0)
+		_, logErr := s.LogUsage(t.Context(), 0)
+		return errors.Join(err, logErr,
+			s.Append(t.Context(), []store.Entry{message("u", "message")})[0],
+			s.AppendLog(t.Context(), []store.LogEntry{toRoom("r", "message")})[0]) == nil
+	})
+}
+
 // TestUsersAreStoredWhileTheLogsAreGone also has the logs come back under another epoch.
 func TestUsersAreStoredWhileTheLogsAreGone(t *testing.T) {
 	s := embedded(t, Config{})
