@@ -24,7 +24,16 @@ import (
 func otherValues(ca string) map[string]map[string]string {
 	tokens := map[string]string{"CLIENT_AUTH_MODE": "jwt", "CLIENT_AUTH_JWT": "[{issuer: idp, audience: gateway, hs_secret_file: " + ca + ".secret}]"}
 	keys := map[string]string{"AUTH_MODE": "required", "AUTH_POLICY_FILE": ca + ".policy", "AUTH_API_KEYS_FILE": ca + ".keys"}
+	hook := map[string]string{"RECEIPT_WEBHOOK_URL": "https://a", "RECEIPT_WEBHOOK_SECRET_FILE": ca + ".secret"}
+	redis := map[string]string{"CONTROLLER_STORE": "redis", "REDIS_URL": "redis://a:1"}
 	return map[string]map[string]string{
+		"receipt_webhook.url":         hook,
+		"receipt_webhook.secret_file": hook,
+		"controller_store":            redis,
+		"redis_url":                   redis,
+		"redis_url_file":              {"CONTROLLER_STORE": "redis", "REDIS_URL_FILE": ca + ".redis"},
+		"redis_ca_file":               {"CONTROLLER_STORE": "redis", "REDIS_URL": "rediss://a:1", "REDIS_CA_FILE": ca},
+		"redis_prefix":                {"CONTROLLER_STORE": "redis", "REDIS_URL": "redis://a:1", "REDIS_PREFIX": "other:"},
 		"auth.mode":                   keys,
 		"auth.policy_file":            keys,
 		"auth.api_keys_file":          keys,

@@ -326,8 +326,9 @@ func moving(t *testing.T, highest bool) (*town, map[string][]string) {
 	members := map[string][]string{}
 	for i, user := range names("m", long(12, 60)) {
 		r := rand.New(rand.NewPCG(c.seed, uint64(3000+i)))
-		members[user] = rooms[:1+i%len(rooms)]
-		c.people.Go(func() { c.roam(user, members[user], r, long(1500*time.Millisecond, 4*time.Second)) })
+		in := rooms[:1+i%len(rooms)]
+		members[user] = in
+		c.people.Go(func() { c.roam(user, in, r, long(1500*time.Millisecond, 4*time.Second)) })
 	}
 	stop := make(chan struct{})
 	var callers sync.WaitGroup
