@@ -123,6 +123,9 @@ func (up *catchUp) heldLongEnough(now time.Time) bool {
 
 // missLocked notes that m was not given the message at seq.
 func (r *roomLogs) missLocked(m *logMember, seq uint64, now time.Time) {
+	if seq <= m.past {
+		return
+	}
 	isNew := m.up == nil
 	up := r.behindLocked(m, now)
 	if up.all {
@@ -152,9 +155,13 @@ func (r *roomLogs) missedLocked(room *logRoom, seqs []uint64, now time.Time) {
 			}
 			continue
 		}
+		at, _ := slices.BinarySearch(seqs, m.past+1)
+		if at == len(seqs) {
+			continue
+		}
 		up := r.behindLocked(m, now)
-		up.toAll(seqs[0] - 1)
-		up.later(seqs[0])
+		up.toAll(seqs[at] - 1)
+		up.later(seqs[at])
 		up.later(seqs[len(seqs)-1])
 		r.wantForLocked(m, now)
 	}
@@ -491,6 +498,7 @@ func (r *roomLogs) advanceLocked(g *given, p *logPage, now time.Time) {
 	if up.all {
 		up.place = max(up.place, upTo)
 		if whole && (!up.late || up.high <= p.seq) {
+			m.past = max(m.past, p.seq)
 			r.caughtUpLocked(m, now)
 			return
 		}

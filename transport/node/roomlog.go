@@ -122,7 +122,10 @@ type logMember struct {
 	room   *logRoom
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
-	gap    bool     // in roomLogs.gaps
+	// The client has had everything up to here, though the node's place may be before it: what a mark names that is no newer
+	// is not read for it again.
+	past uint64
+	gap  bool // in roomLogs.gaps
 }
 
 var (
@@ -568,6 +571,7 @@ func (r *roomLogs) mark(st *stream, k *logMark, now time.Time) error {
 		r.holeLocked(int(k.partition), p.place, k.after, now)
 	case k.after < p.place && !p.begun: // Its log does not reach as far as the one before did.
 		p.place, r.places = k.after, nil
+		r.pastLocked(int(k.partition), k.after)
 	case k.seq < p.place:
 		r.server.count.logIgnored.Inc()
 		return nil
@@ -669,7 +673,7 @@ func (r *roomLogs) holeLocked(partition int, from, to uint64, now time.Time) {
 				continue
 			}
 			up := r.behindLocked(m, now)
-			up.toAll(from)
+			up.toAll(max(from, m.past))
 			up.later(to)
 			if room.partition < 0 {
 				up.placed = false
@@ -680,11 +684,24 @@ func (r *roomLogs) holeLocked(partition int, from, to uint64, now time.Time) {
 	}
 }
 
+// pastLocked says that what members of a partition have had behind place may be another thing than what stands there now.
+func (r *roomLogs) pastLocked(partition int, place uint64) {
+	for _, room := range r.rooms {
+		if room.partition != partition {
+			continue
+		}
+		for _, m := range room.members {
+			m.past = min(m.past, place)
+		}
+	}
+}
+
 // againLocked forgets in which partition a room is: its members get it from where their clients are.
 func (r *roomLogs) againLocked(room *logRoom, now time.Time) {
 	r.forgetCameLocked(room)
 	room.partition = -1
 	for _, m := range room.members {
+		m.past = 0
 		up := r.behindLocked(m, now)
 		up.toAll(0)
 		up.placed = false
@@ -701,6 +718,7 @@ func (r *roomLogs) restartLocked(now time.Time) {
 		r.forgetCameLocked(room)
 		room.partition = -1
 		for _, m := range room.members {
+			m.past = 0
 			r.dropLocked(m)
 			r.gapLocked(m, now)
 		}
