@@ -102,6 +102,9 @@ func CheckTarget(target string) error {
 	if err != nil { // gRPC has a port for names without one
 		host, port = strings.Trim(target, "[]"), "443"
 	}
+	if strings.Contains(target, ",") {
+		return fmt.Errorf("%q is no gRPC target: it is a list, and one is wanted; a name may stand for several (dns:///NAME:PORT)", target)
+	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || host == "" || strings.ContainsAny(host, "/%?#@,:") && net.ParseIP(host) == nil {
 		return fmt.Errorf("%q is no gRPC target such as HOST:PORT", target)
 	}

@@ -2,6 +2,7 @@ package app
 
 import (
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/push-manager/push-manager/internal/config"
@@ -27,6 +28,18 @@ func TestOnePortForTwoListenersIsRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		case tc.want != "" && (err == nil || err.Error() != tc.want || !errors.Is(err, config.ErrUsage)):
 			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
+	}
+}
+
+// TestAListOfControllersIsRefusedWhereOneIsTaken and says so: a Connect-Node reports to one target.
+func TestAListOfControllersIsRefusedWhereOneIsTaken(t *testing.T) {
+	if err := CheckTarget("one:50051,two:50051"); err == nil || !strings.Contains(err.Error(), "it is a list") {
+		t.Errorf("said %v", err)
+	}
+	for _, target := range []string{"one:50051", "[::1]:50051", "dns:///controllers:50051"} {
+		if err := CheckTarget(target); err != nil {
+			t.Error(err)
 		}
 	}
 }

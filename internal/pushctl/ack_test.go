@@ -125,6 +125,8 @@ func TestListenGoesOnFromItsPosition(t *testing.T) {
 				_ = ws.WriteString(numbered("m-1", "missed", 1, `,"replayed":true`))
 				_ = ws.WriteString(at("AQ_3"))
 				_ = ws.WriteString(numbered("m-2", "the end", 2, ""))
+				_ = ws.WriteString(numbered("m-3", "one too many", 3, ""))
+				_ = ws.WriteString(at("AQ_4"))
 			}
 		}),
 	}
@@ -140,13 +142,31 @@ func TestListenGoesOnFromItsPosition(t *testing.T) {
 			t.Errorf("%q is not in %q", want, out)
 		}
 	}
-	if strings.Contains(out, "AQ") || !strings.Contains(errOut, "position: AQ_3 (--resume goes on from there)\n") {
+	if strings.Contains(out, "AQ") || strings.Contains(out, "one too many") || !strings.Contains(errOut, "position: AQ_3 (--resume goes on from there)\n") {
 		t.Errorf("printed %q, and %q", out, errOut)
 	}
 	m.queued = m.queued[:1]
 	if _, out, _ := pushctl(t, "", "listen", "--user=alice", "--count=2", "-v", "--url", url); strings.Count(out, "position AQ_3") != 1 {
 		t.Errorf("printed %q", out)
 	}
+	// A session that was told no other position ends with the one that it began with; one that was refused, with none.
+	m.queued = []func(http.ResponseWriter, *http.Request){
+		m.asks(func(ws *gws.Conn, message string) {
+			if message == "" {
+				_ = ws.WriteString(numbered("m-4", "soon", 4, ""))
+			}
+		}),
+		func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "resume: is not a position", http.StatusBadRequest)
+		},
+	}
+	if _, _, errOut := pushctl(t, "", "listen", "--user=alice", "--count=1", "--resume=AQ0", "--url", url); !strings.Contains(errOut, "position: AQ0 (") {
+		t.Errorf("printed %q", errOut)
+	}
+	if code, _, errOut := pushctl(t, "", "listen", "--user=alice", "--count=1", "--resume=x", "--url", url); code != exitError || strings.Contains(errOut, "position: x") {
+		t.Errorf("exit %d, printed %q", code, errOut)
+	}
+	m.asked = m.asked[:3]
 	query := " ack=1&user_id=alice&user_name=alice&resume="
 	if want := []string{query + "AQ0", query + "AQ%262%3D%25", query}; !slices.Equal(m.asked, want) {
 		t.Errorf("asked %q, want %q", m.asked, want)

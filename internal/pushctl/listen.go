@@ -80,11 +80,12 @@ func (c *listenCmd) Run(ctx context.Context, t *terminal) error {
 		_, _ = fmt.Fprintln(t.err, "the token goes to another machine in plain text, where others may read it: wss:// does not")
 	}
 	l := &listener{t: t, count: c.Count, verbose: c.Verbose, tls: secured, token: token, position: c.Resume}
-	defer l.sayPosition(c.Resume)
+	defer l.sayPosition()
 	pause := againFirst
 	for first := true; ; first = false {
 		opened := time.Now()
 		joined, err := c.connected(ctx, l, c.resuming(address, l.position))
+		l.joined = l.joined || joined
 		var final *finalError
 		if refused := (*tokenError)(nil); errors.As(err, &refused) {
 			next, readErr := c.token()
@@ -347,7 +348,8 @@ type listener struct {
 	tls     *tls.Config
 
 	// Owned by Run.
-	token string // the latest one shown; "" where none is
+	token  string // the latest one shown; "" where none is
+	joined bool   // there was a connection
 
 	// Static while there is a connection.
 	done chan error // its end, once
@@ -407,9 +409,9 @@ func (l *listener) wait(ctx context.Context, conn *gws.Conn, next func() (string
 	}
 }
 
-// sayPosition tells where another listen goes on.
-func (l *listener) sayPosition(begun string) {
-	if l.position != begun {
+// sayPosition tells where another listen goes on: where this one began, if it was told no other position.
+func (l *listener) sayPosition() {
+	if l.joined && l.position != "" {
 		_, _ = fmt.Fprintf(l.t.err, "position: %s (--resume goes on from there)\n", clean(l.position))
 	}
 }
@@ -443,6 +445,9 @@ func (l *listener) OnClose(_ *gws.Conn, err error) {
 // OnMessage implements gws.Event.
 func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 	defer func() { _ = message.Close() }()
+	if l.enough() {
+		return // It is neither printed nor confirmed: it comes again.
+	}
 	_ = conn.SetReadDeadline(time.Now().Add(silence))
 	raw := message.Bytes()
 	var f frame
@@ -473,10 +478,12 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 		return
 	}
 	l.acks.handled(conn, f.Ack)
-	if l.seen++; l.count > 0 && l.seen >= l.count {
+	if l.seen++; l.enough() {
 		l.end(nil)
 	}
 }
+
+func (l *listener) enough() bool { return l.count > 0 && l.seen >= l.count }
 
 // frame is what the reference Connect-Node sends to clients: a push when it has
 // data, otherwise an answer to what the client asked for.

@@ -54,7 +54,7 @@ func (t *terminal) show(what string, r reply) error {
 	m := r.GetMessage()
 	if why := strings.TrimPrefix(m, verdict+": "); why != "" && why != verdict && !r.GetSuccess() {
 		b.WriteString(": " + clean(why))
-	} else if _, note, ok := strings.Cut(m, "; "); ok && s.GetStored() == 0 {
+	} else if _, note, ok := strings.Cut(m, "; "); ok && s.GetStored() == 0 && note != verdict {
 		b.WriteString("; " + clean(note)) // a success, too, may stand on an old route
 	}
 	if id := s.GetMessageId(); id != "" {

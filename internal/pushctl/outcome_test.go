@@ -41,7 +41,7 @@ func TestEachOutcomeHasItsWordsAndItsExitCode(t *testing.T) {
 		"had it, and says so":        {"room", true, "", &summary{Targets: 2, Delivered: 2, Acked: 1, Duplicates: 1, MessageId: "m-1"}, exitOK, `room "x": delivered to 2 of 2 (1 acknowledged by clients, 1 had it before), id m-1`},
 		"some stored":                {"room", true, "", &summary{Targets: 3, Delivered: 1, Offline: 2, Stored: 2, Unsure: 1}, exitOK, `room "x": delivered to 1 of 3 (2 offline, 2 stored, 1 may have it already)`},
 		"stored for a room":          {"room", true, "", &summary{Targets: 3, Delivered: 1, Offline: 2, Stored: 2, MessageId: "m-1", Position: "AQ-7"}, exitOK, `room "x": delivered to 1 of 3 (2 offline, 2 stored), id m-1, position AQ-7`},
-		"stored for whoever comes":   {"room", true, "", &summary{MessageId: "m-1", Position: "AQ-7"}, exitOK, `room "x": stored, id m-1, position AQ-7`},
+		"stored for whoever comes":   {"room", true, `room "x" not found; stored`, &summary{MessageId: "m-1", Position: "AQ-7"}, exitOK, `room "x": stored, id m-1, position AQ-7`},
 		"broadcast":                  {"broadcast", true, "", &summary{Targets: 9, Delivered: 9}, exitOK, "broadcast: delivered to 9 of 9"},
 		"broadcast to nobody":        {"broadcast", true, "", &summary{}, exitOK, "broadcast: nobody to deliver to"},
 		"broadcast without nodes":    {"broadcast", false, "no connect-node is available", &summary{}, exitFailed, "broadcast: not delivered: no connect-node is available"},

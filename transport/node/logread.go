@@ -155,12 +155,16 @@ func (r *roomLogs) missedLocked(room *logRoom, seqs []uint64, now time.Time) {
 			}
 			continue
 		}
-		if m.up == nil && seqs[len(seqs)-1] <= m.had {
+		at, _ := slices.BinarySearch(seqs, m.had+1)
+		if m.up != nil && m.up.all {
+			at = 0
+		}
+		if at == len(seqs) {
 			continue
 		}
 		up := r.behindLocked(m, now)
-		up.toAll(seqs[0] - 1)
-		up.later(seqs[0])
+		up.toAll(seqs[at] - 1)
+		up.later(seqs[at])
 		up.later(seqs[len(seqs)-1])
 		r.wantForLocked(m, now)
 	}

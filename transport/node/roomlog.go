@@ -31,7 +31,7 @@ const (
 	epochPause = 10 * time.Second
 	// cameMost bounds the places of a room that have come live and stand in no mark yet, and cameMostOfAll those of
 	// all rooms. What is forgotten is read once more.
-	cameMost, cameMostOfAll = 1 << 10, 1 << 20
+	cameMost, cameMostOfAll = 1 << 14, 1 << 20
 	// cursorRoomsMost bounds the rooms of one cursor. In those beyond it the client is told of a gap.
 	cursorRoomsMost = 1 << 10
 	// membersFactor times Config.MaxGates bounds the rooms of all cursors together.
@@ -706,7 +706,7 @@ func (r *roomLogs) holeLocked(partition int, from, to uint64, now time.Time) {
 				continue
 			}
 			up := r.behindLocked(m, now)
-			up.toAll(from)
+			up.toAll(max(from, m.had))
 			up.later(to)
 			if room.partition < 0 {
 				up.placed = false

@@ -377,6 +377,56 @@ func TestWhatAMarkNamesAndHasNotComeIsRead(t *testing.T) {
 	})
 }
 
+// A node hears up to a second later what was written. A client may come with a newer position than its node has, such as that of
+// a push which a page shows.
+func TestNothingFromBeforeTheClientsPositionComesBecauseItsNodeHearsOfItLater(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", at(5, 12), "r")
+		m.page(m.read("r", 12), 14, false, 13, 14)
+		p.want(t, "r-13", "r-14")
+		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
+		m.noRead(5 * time.Second)
+		m.mark(1, 14, 15, "r", 15) // What the client has not had is read as ever.
+		m.page(m.read("r", 14), 15, false, 15)
+		p.want(t, "r-13", "r-14", "r-15")
+
+		many := make([]uint64, 0, 2*lacksMost)
+		for seq := range uint64(cap(many)) {
+			many = append(many, 16+seq)
+		}
+		p = b.come(t, "v", at(5, 20), "r")
+		m.page(m.read("r", 20), 22, false, 21, 22)
+		m.mark(1, 15, many[len(many)-1], "r", many...)
+		for _, after := range []uint64{15, 22} { // u has had nothing of it, v has.
+			if read := m.read("r", after); after == 15 {
+				m.page(read, 22, true, many[:7]...)
+			} else {
+				m.page(read, many[len(many)-1], false, many[7:]...)
+			}
+		}
+		var want []string
+		for _, seq := range many[5:] {
+			want = append(want, fmt.Sprintf("r-%d", seq))
+		}
+		p.want(t, want...)
+	})
+}
+
+// What a client has had says nothing of a log that has lost its end.
+func TestWhatIsWrittenAnewBehindALostEndIsReadForThoseWhoHadWhatStoodThere(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", at(5, 12), "r")
+		m.page(m.read("r", 12), 14, false, 13, 14)
+		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
+		m2 := b.logger(t, "pm-2")
+		m.stream.CloseSend()
+		m2.wantFollow(testEpoch, 5, 14)
+		m2.mark(1, 11, 12, "r", 12)
+		m2.page(m2.read("r", 11), 12, false, 12)
+		p.want(t, "r-13", "r-14", "r-12")
+	})
+}
+
 func TestAPositionIsNotBeyondWhatOneConnectionHasNotTaken(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", "", "r"), b.come(t, "v", "", "r")

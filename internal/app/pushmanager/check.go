@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -247,12 +248,19 @@ func (c *Config) checkStore(ctx context.Context, life *app.Lifecycle, r *cli.Rep
 	r.OK("store", "JetStream answers at %s", server)
 }
 
-// writable makes a file in a directory and removes it. A directory that is not there is made at the start.
+// writable makes a file in a directory and removes it. A directory that is not there is made at the start, in the nearest one that is.
 func writable(dir string) error {
-	f, err := os.CreateTemp(dir, "check-*")
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", dir, err)
 	}
+	for {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) || dir == filepath.Dir(dir) {
+			break // What else is wrong with it, the next lines find.
+		}
+		dir = filepath.Dir(dir)
+	}
+	f, err := os.CreateTemp(dir, "check-*")
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package jetstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -20,6 +21,9 @@ func Reach(ctx context.Context, cfg Config) (server string, err error) {
 	if _, err := s.js.AccountInfo(ctx); err != nil {
 		if last := s.nc.LastError(); s.nc.Status() != nats.CONNECTED && last != nil {
 			err = last
+		}
+		if errors.Is(err, nats.ErrReconnectBufExceeded) { // The client would send once it is connected.
+			err = errors.New("none of its servers answers")
 		}
 		return "", fmt.Errorf("ask for JetStream: %w", err)
 	}
