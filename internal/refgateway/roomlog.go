@@ -61,10 +61,10 @@ func (c *conn) loggedLocked(m *node.Message) (outcome node.Outcome, settled bool
 		return 0, false
 	}
 	_, follows := c.logs[m.RoomID]
-	switch {
-	case m.Options.Log.Read:
+	if m.Options.Log.Read {
 		return node.NotHere, !follows // read for an earlier stay
-	case !follows, c.cursor.Holds(m):
+	}
+	if holds := c.cursor.Holds(m); holds || !follows {
 		return node.Failed, true
 	}
 	return 0, false

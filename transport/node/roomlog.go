@@ -125,6 +125,7 @@ type logMember struct {
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
 	gap    bool     // in roomLogs.gaps
+	anew   bool     // it has come without a position, and nothing has come live since
 	had    uint64   // up to here it was given everything out of the log, or has brought the place
 }
 
@@ -256,30 +257,48 @@ func (c *cursorState) find(room string) (int, bool) {
 	return slices.BinarySearchFunc(c.rooms, room, func(m *logMember, name string) int { return strings.Compare(m.room.name, name) })
 }
 
-// expect is Expect. One without a position has nothing to lose.
+// expected is a room that a client is about to join. One that has no position is given what was held for it meanwhile, and
+// nothing else from before.
+type expected struct {
+	holds bool     // what comes live
+	held  []uint64 // the last of these, in partition of epoch
+	log   LogPlace
+}
+
+// expect is Expect.
 func (r *roomLogs) expect(c *Cursor, name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, is := c.find(name); is || c.closed || !c.has || len(c.expected) >= cursorRoomsMost {
+	if _, is := c.find(name); is || c.closed || c.expected[name] != nil || len(c.expected) >= cursorRoomsMost {
 		return
 	}
 	if c.expected == nil {
-		c.expected = make(map[string]struct{})
+		c.expected = make(map[string]*expected)
 	}
-	c.expected[strings.Clone(name)] = struct{}{}
+	e := &expected{holds: !c.has}
+	if e.holds {
+		c.holding.Add(1)
+	}
+	c.expected[strings.Clone(name)] = e
 }
 
-func (c *cursorState) come(name string) {
+// come ends the expectation of a room, nil for none.
+func (c *Cursor) come(name string) *expected {
+	e := c.expected[name]
+	if e != nil && e.holds {
+		c.holding.Add(-1)
+	}
 	if delete(c.expected, name); len(c.expected) == 0 {
 		c.expected = nil
 	}
+	return e
 }
 
 // enter is Join.
 func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c.come(name)
+	e := c.come(name)
 	at, is := c.find(name)
 	if c.closed || is {
 		return
@@ -300,8 +319,11 @@ func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 	c.rooms = slices.Insert(c.rooms, at, m)
 	r.members++
 	if !c.has {
-		for _, seq := range room.came { // From its first position on nothing is lost: these are behind it.
-			r.missLocked(m, seq, now)
+		m.anew = true
+		if e != nil && len(e.held) > 0 && r.learnLocked(room, &e.log) {
+			for _, seq := range e.held {
+				r.missLocked(m, seq, now)
+			}
 		}
 		r.dirtyLocked(c, now)
 		return
@@ -377,7 +399,13 @@ func (r *roomLogs) holds(c *Cursor, name string, log *LogPlace, now time.Time) b
 	defer r.mu.Unlock()
 	at, is := c.find(name)
 	if !is {
-		return false
+		e := c.expected[name]
+		if e == nil || !e.holds {
+			return false
+		}
+		e.log = LogPlace{Epoch: log.Epoch, Partition: log.Partition, Seq: log.Seq}
+		e.held = append(e.held[max(0, len(e.held)-lacksMost+1):], log.Seq)
+		return true
 	}
 	m := c.rooms[at]
 	if m.up == nil || !m.up.hold {
@@ -419,6 +447,11 @@ func (r *roomLogs) live(m *Message) {
 	defer r.mu.Unlock()
 	if !r.learnLocked(room, log) {
 		return
+	}
+	for _, to := range room.members {
+		if to.anew { // What was said before it came is not for it: marks that name that come later.
+			to.anew, to.had = false, max(to.had, log.Seq-1)
+		}
 	}
 	for _, to := range missed {
 		if to.index >= 0 {

@@ -767,13 +767,29 @@ func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
 	})
 }
 
+// TestWhatWasSaidBeforeAClientWithoutAPositionCameIsNotForIt: the marks that name it come up to a second later, when newer messages
+// have been shown.
+func TestWhatWasSaidBeforeAClientWithoutAPositionCameIsNotForIt(t *testing.T) {
+	logTest(t, func(t *testing.T, b *logBench, m *logger) {
+		p := b.come(t, "u", "", "r")
+		m.deliver(logged(13, "r", "u"))
+		synctest.Wait()
+		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
+		m.page(m.read("r", 13), 14, false, 14)
+		p.want(t, "r-13", "r-14")
+		m.noRead(2 * joinQuiet)
+	})
+}
+
 // TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne: until a client has joined, its connection takes nothing of the log, and
 // the push is told that it is stored.
 func TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		other := b.come(t, "other", "", "r")
 		late, during := b.come(t, "late", ""), b.come(t, "during", "")
-		m.deliver(logged(11, "r", "other"))
+		m.deliver(logged(11, "r", "other")) // It had not asked to come in.
+		late.cursor.Expect("r")
+		m.deliver(logged(12, "r", "other", "late"))
 		synctest.Wait()
 		late.cursor.Join("r")
 		calls := 0
@@ -782,17 +798,17 @@ func TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne(t *testing.T) {
 				during.cursor.Join("r")
 			}
 		}
-		out := logged(13, "r", "other")
+		out := logged(14, "r", "other")
 		out.Log.ExcludeUserIds = []string{"during"}
-		m.deliver(logged(12, "r", "other"), out)
-		m.page(m.read("r", 10), 13, false, 11, 12, 13)
-		late.want(t, "r-12", "r-13", "r-11")
-		during.want(t, "r-11", "r-12")
-		other.want(t, "r-11", "r-12", "r-13")
-		m.mark(1, 10, 13, "r", 11, 12, 13)
+		m.deliver(logged(13, "r", "other"), out)
+		m.page(m.read("r", 11), 14, false, 12, 13, 14)
+		late.want(t, "r-13", "r-14", "r-12")
+		during.want(t, "r-13")
+		other.want(t, "r-11", "r-12", "r-13", "r-14")
+		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
 		m.noRead(2 * joinQuiet)
 		for _, p := range []*reader{late, during, other} {
-			if p.last() != at(5, 13) {
+			if p.last() != at(5, 14) {
 				t.Errorf("%s was told %v", p.user, p.position(t))
 			}
 		}
