@@ -78,10 +78,8 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	// The store of messages for users who are not reached, and what sends them later. It goes when links and engine are done with it.
-	if err = m.openStore(ctx, &cfg); err != nil {
-		return nil, err
-	}
-	for _, open := range []func(*Config) error{m.openReplays, m.openRoomLogs, m.openReceipts, m.openWebhook} {
+	openStore := func(cfg *Config) error { return m.openStore(ctx, cfg) }
+	for _, open := range []func(*Config) error{openStore, m.openReplays, m.openRoomLogs, m.openReceipts, m.openWebhook} {
 		if err = open(&cfg); err != nil {
 			return nil, err
 		}
