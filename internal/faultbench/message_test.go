@@ -34,7 +34,9 @@ func (m *message) check(l *ledger) (found []violation) {
 	clients := make(map[string]int, len(m.arrived))
 	reached := make(map[string]bool, len(m.arrived))
 	unsure := slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetUnsure() > 0 })
-	logged := m.logged()
+	logged := m.logged() || slices.ContainsFunc(m.tries, func(p *push) bool { // or may stand there, though nobody was told so
+		return p.kind == toRoom && strings.Contains(failures(p.summary), "store: ")
+	})
 	for _, a := range m.arrived {
 		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && (unsure || logged) && clients[client] > 0) {
 			clients[client]++

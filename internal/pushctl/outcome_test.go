@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -131,5 +132,6 @@ func TestACallThatWasTakenMayHaveBeenDelivered(t *testing.T) {
 func (s *server) hang(ctx context.Context) {
 	if s.wait {
 		<-ctx.Done()
+		time.Sleep(200 * time.Millisecond) // the caller's clock is to be the one that ends the call
 	}
 }
