@@ -193,7 +193,7 @@ func TestARetryCountsOnTheLogAsLongAsItKeeps(t *testing.T) {
 				return
 			}
 			m.finish(v.claim, engine.Result{}, engine.ErrOverloaded) // a retry that is refused forgets nothing
-			if begin(c.after); p.Options.Place != at {
+			if v = begin(c.after); p.Options.Place != at {
 				t.Error("its place is forgotten")
 			}
 			if m.finish(v.claim, c.result, nil); begin(c.ttl).claim != nil && p.Options.Place != (engine.Place{}) {
