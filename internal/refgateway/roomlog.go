@@ -61,10 +61,10 @@ func (c *conn) loggedLocked(m *node.Message) (outcome node.Outcome, settled bool
 		return 0, false
 	}
 	_, follows := c.logs[m.RoomID]
-	if m.Options.Log.Read {
+	switch {
+	case m.Options.Log.Read:
 		return node.NotHere, !follows // read for an earlier stay
-	}
-	if holds := c.cursor.Holds(m); holds || !follows {
+	case !follows, c.cursor.Holds(m):
 		return node.Failed, true
 	}
 	return 0, false

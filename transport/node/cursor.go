@@ -49,9 +49,9 @@ type Cursor struct {
 // cursorState is what roomLogs know of a cursor.
 type cursorState struct {
 	closed   bool
-	rooms    []*logMember         // by name
-	expected map[string]*expected // rooms that it is about to join
-	behind   int                  // of rooms
+	rooms    []*logMember        // by name
+	expected map[string][]uint64 // rooms that it is about to join; the values are those of logMember.from
+	behind   int                 // of rooms
 
 	// Where the client is. given is what it has brought, until the node knows its own place; base is what it has
 	// brought or was told since, by partition. It is shared and not changed. has: the client holds a
@@ -77,8 +77,8 @@ func (s *Server) Cursor(user string, conn LogConn, position string) (*Cursor, er
 }
 
 // Expect says that the client wants to join a room, and is not in it yet. It is told no position until Join or Leave of this room: one
-// that is told before would not have what the room's log has behind the last one. Holds is asked from then on: managers may know of
-// the client already, and book as stored what the connection does not take.
+// that is told before would not have what the room's log has behind the last one.
+// Managers may know of the client from then on, and book as stored what the connection does not take.
 func (c *Cursor) Expect(room string) {
 	if c != nil {
 		c.logs.expect(c, room)

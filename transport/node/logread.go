@@ -247,7 +247,7 @@ func (r *roomLogs) askLocked(room *logRoom, now time.Time) {
 	var least, longest *logMember
 	for _, m := range room.behind {
 		up := m.up
-		if up.all && !up.placed && (room.partition >= 0 || m.cursor.base == nil) || now.Before(up.dueAt) {
+		if up.all && !up.placed && (room.partition >= 0 || m.base() == nil) || now.Before(up.dueAt) {
 			continue
 		}
 		members = append(members, m)
@@ -276,9 +276,9 @@ func (r *roomLogs) askLocked(room *logRoom, now time.Time) {
 	if known {
 		after[room.partition] = from
 	} else {
-		copy(after, members[0].cursor.base)
+		copy(after, members[0].base())
 		for _, m := range members[1:] {
-			for i, seq := range m.cursor.base {
+			for i, seq := range m.base() {
 				after[i] = min(after[i], seq)
 			}
 		}

@@ -58,7 +58,6 @@ type roomLogs struct {
 	// Guarded by mu.
 	rooms   map[string]*logRoom
 	members int
-	joins   uint64    // members that there ever were
 	behind  int       // cursors
 	byAge   list.List // of *Cursor, the one that was told its position first in front
 	looping bool
@@ -121,12 +120,13 @@ type logRoom struct {
 type logMember struct {
 	cursor *Cursor
 	room   *logRoom
-	number uint64   // rises
 	index  int      // -1: has left
 	up     *catchUp // nil: not behind
 	gap    bool     // in roomLogs.gaps
-	anew   bool     // it has come without a position, and nothing has come live since
-	had    uint64   // up to here it was given everything out of the log, or has brought the place
+	// Where the client is, by partition, of one who has come without a position: where the node was when it asked to come in. Else nil,
+	// and it is where Cursor.base says. Shared, not changed.
+	from []uint64
+	had  uint64 // up to here it was given everything out of the log, or has brought the place
 }
 
 var (
@@ -257,48 +257,46 @@ func (c *cursorState) find(room string) (int, bool) {
 	return slices.BinarySearchFunc(c.rooms, room, func(m *logMember, name string) int { return strings.Compare(m.room.name, name) })
 }
 
-// expected is a room that a client is about to join. One that has no position is given what was held for it meanwhile, and
-// nothing else from before.
-type expected struct {
-	holds bool     // what comes live
-	held  []uint64 // the last of these, in partition of epoch
-	log   LogPlace
-}
-
 // expect is Expect.
 func (r *roomLogs) expect(c *Cursor, name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, is := c.find(name); is || c.closed || c.expected[name] != nil || len(c.expected) >= cursorRoomsMost {
+	_, is := c.find(name)
+	_, again := c.expected[name]
+	if is || again || c.closed || len(c.expected) >= cursorRoomsMost {
 		return
 	}
 	if c.expected == nil {
-		c.expected = make(map[string]*expected)
+		c.expected = make(map[string][]uint64)
 	}
-	e := &expected{holds: !c.has}
-	if e.holds {
-		c.holding.Add(1)
-	}
-	c.expected[strings.Clone(name)] = e
+	c.expected[strings.Clone(name)] = r.fromLocked(c)
 }
 
-// come ends the expectation of a room, nil for none.
-func (c *Cursor) come(name string) *expected {
-	e := c.expected[name]
-	if e != nil && e.holds {
-		c.holding.Add(-1)
+// fromLocked is logMember.from of one who asks to come in now.
+func (r *roomLogs) fromLocked(c *Cursor) []uint64 {
+	if c.has || !r.ready {
+		return nil
 	}
+	return r.placesLocked()
+}
+
+// come ends the expectation of a room. from is nil if there was none.
+func (c *cursorState) come(name string) (from []uint64) {
+	from = c.expected[name]
 	if delete(c.expected, name); len(c.expected) == 0 {
 		c.expected = nil
 	}
-	return e
+	return from
 }
 
 // enter is Join.
 func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := c.come(name)
+	from := c.come(name)
+	if from == nil {
+		from = r.fromLocked(c)
+	}
 	at, is := c.find(name)
 	if c.closed || is {
 		return
@@ -313,22 +311,16 @@ func (r *roomLogs) enter(c *Cursor, name string, now time.Time) {
 		room = &logRoom{name: strings.Clone(name), partition: -1, dueIndex: -1}
 		r.rooms[room.name] = room
 	}
-	r.joins++
-	m := &logMember{cursor: c, room: room, number: r.joins, index: len(room.members)}
+	m := &logMember{cursor: c, room: room, index: len(room.members), from: from}
 	room.members = append(room.members, m)
 	c.rooms = slices.Insert(c.rooms, at, m)
 	r.members++
-	if !c.has {
-		m.anew = true
-		if e != nil && len(e.held) > 0 && r.learnLocked(room, &e.log) {
-			for _, seq := range e.held {
-				r.missLocked(m, seq, now)
-			}
-		}
+	if c.has {
+		c.joined = now
+	} else if from == nil { // The node does not know its place yet: what comes live is all that there is.
 		r.dirtyLocked(c, now)
 		return
 	}
-	c.joined = now
 	up := r.behindLocked(m, now)
 	up.all, up.hold, up.joined = true, true, now
 	c.holding.Add(1)
@@ -353,10 +345,18 @@ func (r *roomLogs) beginLocked(m *logMember, now time.Time) {
 	r.wantForLocked(m, now)
 }
 
+// base is where m's client is, by partition: nil while the node does not know its own place.
+func (m *logMember) base() []uint64 {
+	if m.from != nil {
+		return m.from
+	}
+	return m.cursor.base
+}
+
 // placeLocked sets where a member that is behind stands, once the partition of its room is known.
 func (r *roomLogs) placeLocked(m *logMember) {
-	if p := m.room.partition; m.up.all && !m.up.placed && p >= 0 && p < len(m.cursor.base) {
-		m.up.place, m.up.placed = m.cursor.base[p], true
+	if p, base := m.room.partition, m.base(); m.up.all && !m.up.placed && p >= 0 && p < len(base) {
+		m.up.place, m.up.placed = base[p], true
 	}
 }
 
@@ -399,13 +399,7 @@ func (r *roomLogs) holds(c *Cursor, name string, log *LogPlace, now time.Time) b
 	defer r.mu.Unlock()
 	at, is := c.find(name)
 	if !is {
-		e := c.expected[name]
-		if e == nil || !e.holds {
-			return false
-		}
-		e.log = LogPlace{Epoch: log.Epoch, Partition: log.Partition, Seq: log.Seq}
-		e.held = append(e.held[max(0, len(e.held)-lacksMost+1):], log.Seq)
-		return true
+		return false
 	}
 	m := c.rooms[at]
 	if m.up == nil || !m.up.hold {
@@ -434,7 +428,7 @@ func (r *roomLogs) live(m *Message) {
 		r.mu.Unlock()
 		return
 	}
-	members, joins := slices.Clone(room.members), r.joins
+	members := slices.Clone(room.members)
 	r.mu.Unlock()
 	missed := members[:0]
 	for _, to := range members {
@@ -448,21 +442,9 @@ func (r *roomLogs) live(m *Message) {
 	if !r.learnLocked(room, log) {
 		return
 	}
-	for _, to := range room.members {
-		if to.anew { // What was said before it came is not for it: marks that name that come later.
-			to.anew, to.had = false, max(to.had, log.Seq-1)
-		}
-	}
 	for _, to := range missed {
 		if to.index >= 0 {
 			r.missLocked(to, log.Seq, now)
-		}
-	}
-	if r.joins > joins {
-		for _, to := range room.members { // who has come meanwhile
-			if to.number > joins && !log.excludes(to.cursor.user) {
-				r.missLocked(to, log.Seq, now)
-			}
 		}
 	}
 	r.cameLocked(room, log.Seq)
@@ -773,12 +755,15 @@ func (r *roomLogs) restartLocked(now time.Time) {
 		for _, m := range room.members {
 			r.dropLocked(m)
 			r.gapLocked(m, now)
-			m.had = 0
+			m.had, m.from = 0, nil
 		}
 	}
 	for e := r.byAge.Front(); e != nil; e = e.Next() {
 		c := e.Value.(*Cursor)
 		c.base, c.given, c.broken = nil, nil, c.has
+		for name := range c.expected {
+			c.expected[name] = nil
+		}
 	}
 	clear(r.log[:])
 	r.hasEpoch, r.partitions, r.placed, r.ready, r.places = false, 0, 0, false, nil

@@ -274,6 +274,12 @@ func (l *logger) read(room string, after uint64) *pubsub.LogRead {
 	}
 }
 
+// letIn answers the read for those who have come into a room without a position: there is nothing behind after.
+func (l *logger) letIn(room string, after uint64) {
+	l.t.Helper()
+	l.page(l.read(room, after), after, false)
+}
+
 func (l *logger) noRead(wait time.Duration) {
 	l.t.Helper()
 	time.Sleep(wait)
@@ -354,6 +360,7 @@ func TestAMemberWhoComesBackGetsWhatItHasMissedInOrderAndOnceWhileLiveOnesGoOn(t
 func TestWhatAMarkNamesAndHasNotComeIsRead(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", "", "r"), b.come(t, "v", "", "r")
+		m.letIn("r", 10)
 		m.deliver(logged(11, "r", "u")) // "v" is not named, and gets it all the same.
 		m.mark(1, 10, 11, "r", 11)
 		m.noRead(2 * joinQuiet)
@@ -430,6 +437,7 @@ func TestWhatIsWrittenAnewBehindALostEndIsReadForThoseWhoHadWhatStoodThere(t *te
 func TestAPositionIsNotBeyondWhatOneConnectionHasNotTaken(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", "", "r"), b.come(t, "v", "", "r")
+		m.letIn("r", 10)
 		p.desk.room = 1
 		m.deliver(logged(11, "r", "u", "v"), logged(12, "r", "u", "v"))
 		m.mark(1, 10, 20, "r", 11, 12)
@@ -510,6 +518,7 @@ func TestAReadThatFailsIsAskedAgainLaterAndLater(t *testing.T) {
 func TestAnotherManagerIsFollowedFromWhereTheNodeIs(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p := b.come(t, "u", "", "r")
+		m.letIn("r", 10)
 		q := b.come(t, "v", at(5, 10), "s")
 		m.read("s", 10)
 		m2 := b.logger(t, "pm-2")
@@ -558,6 +567,7 @@ func TestAnotherManagerIsFollowedFromWhereTheNodeIs(t *testing.T) {
 func TestALogThatHasLostItsEndIsFollowedFromWhereItEnds(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p := b.come(t, "u", "", "r")
+		m.letIn("r", 10)
 		m.deliver(logged(11, "r", "u"), logged(12, "r", "u"))
 		m.mark(1, 10, 12, "r", 11, 12)
 		p.want(t, "r-11", "r-12")
@@ -715,9 +725,9 @@ func TestAPositionOfLogsThatBeginAnewMeanwhileIsNotKept(t *testing.T) {
 func TestWhatAClientHasHadAccordingToItsPositionDoesNotComeAgain(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p, q := b.come(t, "u", at(5, 12), "r"), b.come(t, "v", "", "r")
-		m.page(m.read("r", 12), 13, false, 13)
+		m.page(m.read("r", 10), 13, false, 11, 12, 13)
 		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
-		m.page(m.read("r", 10), 14, false, 11, 12, 13, 14)
+		m.page(m.read("r", 13), 14, false, 14)
 		p.want(t, "r-13", "r-14")
 		q.want(t, "r-11", "r-12", "r-13", "r-14")
 		m.noRead(2 * joinQuiet)
@@ -754,6 +764,7 @@ func TestWhatIsNotKeptAnyMoreIsSaidToThoseWhomItConcerns(t *testing.T) {
 func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p := b.come(t, "u", "", "r")
+		m.letIn("r", 10)
 		m.noRead(time.Second)
 		if got, _ := p.tellings(); !slices.Equal(got, []string{at(5, 10)}) {
 			t.Errorf("told %v", got)
@@ -767,47 +778,29 @@ func TestAClientWithoutAPositionGetsOneAndNothingFromBefore(t *testing.T) {
 	})
 }
 
-// TestWhatWasSaidBeforeAClientWithoutAPositionCameIsNotForIt: the marks that name it come up to a second later, when newer messages
-// have been shown.
-func TestWhatWasSaidBeforeAClientWithoutAPositionCameIsNotForIt(t *testing.T) {
-	logTest(t, func(t *testing.T, b *logBench, m *logger) {
-		p := b.come(t, "u", "", "r")
-		m.deliver(logged(13, "r", "u"))
-		synctest.Wait()
-		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
-		m.page(m.read("r", 13), 14, false, 14)
-		p.want(t, "r-13", "r-14")
-		m.noRead(2 * joinQuiet)
-	})
-}
-
-// TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne: until a client has joined, its connection takes nothing of the log, and
-// the push is told that it is stored.
-func TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne(t *testing.T) {
+// TestAClientWithoutAPositionGetsWhatIsStoredForItInOrder: managers may know of it when it asks to come in, and book as stored what
+// its connection does not take before it is in. What it is given from the log comes before what is new.
+func TestAClientWithoutAPositionGetsWhatIsStoredForItInOrder(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		other := b.come(t, "other", "", "r")
-		late, during := b.come(t, "late", ""), b.come(t, "during", "")
-		m.deliver(logged(11, "r", "other")) // It had not asked to come in.
+		m.letIn("r", 10)
+		late := b.come(t, "late", "")
+		m.deliver(logged(11, "r", "other"))
+		m.mark(1, 10, 11, "r", 11)
 		late.cursor.Expect("r")
-		m.deliver(logged(12, "r", "other", "late"))
-		synctest.Wait()
+		m.deliver(logged(12, "r", "other"))
+		m.mark(1, 11, 12, "r", 12) // The node is beyond it when late is let in.
 		late.cursor.Join("r")
-		calls := 0
-		other.asked = func() {
-			if calls++; calls == 2 { // as one of the room's members
-				during.cursor.Join("r")
-			}
-		}
-		out := logged(14, "r", "other")
-		out.Log.ExcludeUserIds = []string{"during"}
-		m.deliver(logged(13, "r", "other"), out)
-		m.page(m.read("r", 11), 14, false, 12, 13, 14)
-		late.want(t, "r-13", "r-14", "r-12")
-		during.want(t, "r-13")
+		m.deliver(logged(13, "r", "other", "late"))
+		read := m.read("r", 11)
+		late.want(t) // 13 is held.
+		m.page(read, 13, false, 12, 13)
+		m.deliver(logged(14, "r", "other", "late"))
+		late.want(t, "r-12", "r-13", "r-14")
 		other.want(t, "r-11", "r-12", "r-13", "r-14")
-		m.mark(1, 10, 14, "r", 11, 12, 13, 14)
+		m.mark(1, 12, 14, "r", 13, 14)
 		m.noRead(2 * joinQuiet)
-		for _, p := range []*reader{late, during, other} {
+		for _, p := range []*reader{late, other} {
 			if p.last() != at(5, 14) {
 				t.Errorf("%s was told %v", p.user, p.position(t))
 			}
@@ -817,8 +810,10 @@ func TestAMemberWithoutAPositionGetsWhatStandsBehindItsFirstOne(t *testing.T) {
 
 func TestAPositionIsToldAtMostOnceASecondAndNotToTheIdle(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
-		p, idle := b.come(t, "u", "", "r"), b.come(t, "v", "", "s")
-		time.Sleep(time.Second)
+		p, idle := b.come(t, "u", "", "r"), b.come(t, "v", "")
+		m.letIn("r", 10)
+		idle.cursor.Join("s")
+		m.letIn("s", 10)
 		for seq := uint64(11); seq <= 50; seq++ {
 			m.deliver(logged(seq, "r", "u"))
 			m.mark(1, seq-1, seq, "r", seq)
@@ -948,6 +943,7 @@ func TestAManagerThatBreaksTheRulesOfTheLogsIsCutOff(t *testing.T) {
 func TestWhatMeansNothingHereIsIgnored(t *testing.T) {
 	logTest(t, func(t *testing.T, b *logBench, m *logger) {
 		p := b.come(t, "u", "", "r")
+		m.letIn("r", 10)
 		far := logged(11, "r", "u")
 		far.Log.Partition = 1<<32 - 1
 		other := logged(12, "r", "u")
@@ -1035,6 +1031,7 @@ func TestIdleCursorsCostNothing(t *testing.T) {
 		for i := range 1000 {
 			b.come(t, fmt.Sprint(i), "", "r")
 		}
+		m.letIn("r", 10)
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
 		if wait, is := b.server.roomLogs.wait(time.Now()); !is || wait < resumeAge-time.Minute {

@@ -67,22 +67,30 @@ func (s *Service) heads() {
 		if s.ctx.Err() != nil {
 			return
 		}
-		s.mu.Lock()
 		var out []answer
-		if err != nil {
-			s.meters.errors[callHeads].Inc()
-			for _, r := range batch {
-				if r.at != nil {
-					out = append(out, s.failLocked(r, resultStore, err))
-				}
-			}
-		} else {
-			wait = firstPause
-			s.answers++
-			out = append(s.adoptLocked(epoch, heads), s.resolveLocked(batch)...)
+		if err == nil {
+			err = s.guard(func() error {
+				s.locked(func() {
+					s.answers++
+					out = append(s.adoptLocked(epoch, heads), s.resolveLocked(batch)...)
+				})
+				return nil
+			})
 		}
-		known := s.gen != nil
-		s.mu.Unlock()
+		known := false
+		s.locked(func() {
+			if err != nil {
+				s.meters.errors[callHeads].Inc()
+				for _, r := range batch {
+					if r.at != nil {
+						out = append(out, s.failLocked(r, resultStore, err))
+					}
+				}
+			} else {
+				wait = firstPause
+			}
+			known = s.gen != nil
+		})
 		send(out)
 		next := headsEvery
 		if !known {

@@ -258,9 +258,15 @@ func (s *Service) fill(g *generation) {
 			return err
 		})
 		s.meters.fills.Inc()
-		s.mu.Lock()
-		out := s.filledLocked(f, &page, err)
-		s.mu.Unlock()
+		var out []answer
+		fill := func() error {
+			s.locked(func() { out = s.filledLocked(f, &page, err) })
+			return nil
+		}
+		if failed := s.guard(fill); failed != nil { // Those who are left must not wait for ever.
+			err = failed
+			_ = s.guard(fill)
+		}
 		send(out)
 	}
 }
