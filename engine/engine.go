@@ -220,11 +220,8 @@ func (w *waiter) Complete(*Push) { w.done <- struct{}{} }
 // nothing was written and c is not called. Otherwise c.Complete(p) is called
 // exactly once, possibly before Start returns.
 func (e *Engine) Start(p *Push, c Completer) error {
-	if err := e.limits.Check(&p.Request); err != nil {
+	if err := e.check(p); err != nil {
 		return err
-	}
-	if p.Scope != "" && p.Kind == ToAll && slices.ContainsFunc(e.network.Links(0), func(l Link) bool { return !l.Scopes() }) {
-		return ErrUnscoped
 	}
 	room := e.gate.enter(p.Priority) // before the look at closed: so Drain sees the push, or it sees that
 	if closed := e.gate.closed.Load(); closed || !room {
@@ -266,6 +263,17 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		if waits {
 			p.bound()
 		}
+	}
+	return nil
+}
+
+// check refuses a push that cannot be made, however little there is to do.
+func (e *Engine) check(p *Push) error {
+	if err := e.limits.Check(&p.Request); err != nil {
+		return err
+	}
+	if p.Scope != "" && p.Kind == ToAll && slices.ContainsFunc(e.network.Links(0), func(l Link) bool { return !l.Scopes() }) {
+		return ErrUnscoped
 	}
 	return nil
 }

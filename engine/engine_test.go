@@ -59,6 +59,8 @@ type testNode struct {
 func (n *testNode) Node() string { return n.id }
 func (n *testNode) Scopes() bool { return !n.unscoped }
 
+func (n *testNode) Describe(*Delivery) LinkState { return LinkState{State: "up", Verdict: n.decline} }
+
 func (n *testNode) Nudge(user string, seq uint64, done func(bool)) {
 	if n.nudge == nil {
 		done(false)

@@ -1,5 +1,7 @@
 package engine
 
+import "time"
+
 // Network is the set of links to the Connect-Nodes, one link for each shard and
 // node. transport/link implements it.
 type Network interface {
@@ -29,4 +31,20 @@ type Link interface {
 	// gates, or has no such user; with false at once where it does not know replays or
 	// cannot be reached, and later where it does not answer in time.
 	Nudge(user string, seq uint64, done func(taken bool))
+	// Describe tells how the link is, and what Send would answer to d, which it neither takes nor keeps.
+	Describe(d *Delivery) LinkState
+}
+
+// LinkState is what a link is like at one moment.
+type LinkState struct {
+	State   string // such as "up" or "down"; "" of a node that is not registered
+	Verdict Reason // what Send would answer
+	// Deliveries that wait to be written, their bytes, and for how long the first of them has.
+	Queued, QueuedBytes int
+	QueuedFor           time.Duration
+	// Deliveries that were written and are not acknowledged, how many there may be at the moment, and how old the first is.
+	Unacked, Window int
+	UnackedFor      time.Duration
+	// Features are the names of what the node can do beyond the first version of Deliver, by its hello.
+	Features []string
 }

@@ -249,9 +249,7 @@ func (p *Push) route() {
 	table, key, room := e.directory.Users, p.User, uint64(0)
 	switch p.Kind {
 	case ToRoom:
-		if len(p.Exclude) > 0 {
-			p.ensureSlowPath().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
-		}
+		p.except()
 		table, key, room = e.directory.Rooms, p.Room, 1
 	case ToUser:
 		p.targets = 1
@@ -264,6 +262,7 @@ func (p *Push) route() {
 		return
 	case ToAll:
 		p.stageAll()
+		p.send(p.deliveries)
 		return
 	}
 	hash := e.shards.Hash(key)
@@ -296,6 +295,13 @@ func (p *Push) route() {
 		deliveries = hold(deliveries, p.takeLater())
 	}
 	p.send(deliveries)
+}
+
+// except prepares Exclude for the staging of a room.
+func (p *Push) except() {
+	if len(p.Exclude) > 0 {
+		p.ensureSlowPath().except = slices.Compact(slices.Sorted(slices.Values(p.Exclude)))
+	}
 }
 
 // sendReplay sends a message out of the store to the node that it is for. Nobody is looked up,
@@ -586,7 +592,6 @@ func (p *Push) stageAll() {
 		block[i].node = l.Node()
 		p.add(&block[i])
 	}
-	p.send(p.deliveries)
 }
 
 // add adds a delivery that is addressed as a part of the push. The lock is held where

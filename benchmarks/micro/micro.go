@@ -210,7 +210,8 @@ type link string
 func (l link) Node() string { return string(l) }
 
 // Scopes implements engine.Link.
-func (l link) Scopes() bool { return true }
+func (l link) Scopes() bool                             { return true }
+func (link) Describe(*engine.Delivery) engine.LinkState { return engine.LinkState{} }
 
 func (l link) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
 

@@ -547,3 +547,15 @@ func (t *Table) invalidateAll() {
 		ln.mu.Unlock()
 	}
 }
+
+// Known tells up to when the cached answer for key was true for certain, and whether a change stream vouches for it. The zero time: there
+// is none.
+func (t *Table) Known(key string) (at time.Time, watched bool) {
+	e, ok := t.cache.GetIfPresent(key)
+	if !ok {
+		return time.Time{}, false
+	}
+	now := t.dir.now()
+	watched = !e.fallback && e.generation == t.dir.generation.Load() && now < nanos(t.dir.watchedUntil.Load())
+	return t.dir.epoch.Add(time.Duration(t.dir.validUntil(e, now))), watched
+}

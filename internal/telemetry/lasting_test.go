@@ -31,6 +31,7 @@ func (w *lastingWorld) Link(int, string) engine.Link              { return w }
 func (w *lastingWorld) Links(int) []engine.Link                   { return []engine.Link{w} }
 func (w *lastingWorld) Node() string                              { return "A" }
 func (w *lastingWorld) Scopes() bool                              { return true }
+func (*lastingWorld) Describe(*engine.Delivery) engine.LinkState  { return engine.LinkState{} }
 func (w *lastingWorld) Nudge(_ string, _ uint64, done func(bool)) { done(true) }
 func (w *lastingWorld) Send(d *engine.Delivery) engine.Reason {
 	d.TrySend()

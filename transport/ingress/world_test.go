@@ -234,8 +234,9 @@ type node struct {
 	payload [][]byte
 }
 
-func (n *node) Node() string { return n.id }
-func (n *node) Scopes() bool { return true }
+func (n *node) Node() string                             { return n.id }
+func (n *node) Scopes() bool                             { return true }
+func (*node) Describe(*engine.Delivery) engine.LinkState { return engine.LinkState{} }
 
 func (n *node) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
 

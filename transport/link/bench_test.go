@@ -176,10 +176,11 @@ func BenchmarkAcks(b *testing.B) {
 // keeper is a link that keeps what it is sent, to all nodes.
 type keeper struct{ sent chan *engine.Delivery }
 
-func (k *keeper) Link(int, string) engine.Link { return k }
-func (k *keeper) Links(int) []engine.Link      { return []engine.Link{k} }
-func (k *keeper) Node() string                 { return "A" }
-func (k *keeper) Scopes() bool                 { return true }
+func (k *keeper) Link(int, string) engine.Link             { return k }
+func (k *keeper) Links(int) []engine.Link                  { return []engine.Link{k} }
+func (k *keeper) Node() string                             { return "A" }
+func (k *keeper) Scopes() bool                             { return true }
+func (*keeper) Describe(*engine.Delivery) engine.LinkState { return engine.LinkState{} }
 
 func (k *keeper) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/push-manager/push-manager/engine"
 )
@@ -40,6 +41,8 @@ type way interface {
 	owesLocked() (awaited, anything bool)
 	// statsLocked adds what the way holds.
 	statsLocked(t *Stats)
+	// describeLocked sets what the way knows of a LinkState.
+	describeLocked(t *engine.LinkState)
 }
 
 // Link is one shard's way to one node, across reconnects. Its run goroutine
@@ -139,6 +142,27 @@ func (l *Link) sendLatest(e entry, key collapseKey) engine.Reason {
 		replaced.Drop(engine.DropReplaced)
 	}
 	return engine.Sent
+}
+
+// Describe tells how the link is and what Send would answer, see [engine.Link].
+func (l *Link) Describe(d *engine.Delivery) engine.LinkState {
+	e := entry{d: d, size: d.Size()}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t := engine.LinkState{State: l.state.String(), Verdict: l.refusal, Queued: l.load.len, QueuedBytes: l.load.bytes}
+	switch {
+	case e.size > l.set.cfg.MaxFrameBytes:
+		t.Verdict = engine.DropTooLarge
+	case t.Verdict == engine.Sent && !l.hasRoomLocked(&e):
+		t.Verdict = engine.DropQueueFull
+	}
+	if l.queue.len > 0 {
+		t.QueuedFor = time.Duration(l.set.clock.ran.Load() - l.queue.slot(0).at)
+	}
+	if l.way != nil {
+		l.way.describeLocked(&t)
+	}
+	return t
 }
 
 // hasRoomLocked tells whether the queue takes e. An empty one takes a delivery of any size.

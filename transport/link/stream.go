@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -696,5 +697,18 @@ func (s *stream) statsLocked(t *Stats) {
 	t.LogBytes += s.logs.markBytes + s.logs.pageBytes
 	if s.hello.GetCodec() != pubsub.Codec_NONE {
 		t.Compressing++
+	}
+}
+
+// describeLocked implements way.
+func (s *stream) describeLocked(t *engine.LinkState) {
+	t.Unacked, t.Window = s.win.live, s.win.cwnd
+	if !s.win.empty() {
+		t.UnackedFor = time.Duration(s.link.set.clock.ran.Load() - s.win.slot(s.win.low).at)
+	}
+	for _, f := range s.link.set.offers {
+		if s.can.has(f) {
+			t.Features = append(t.Features, strings.TrimPrefix(f.String(), "FEATURE_"))
+		}
 	}
 }

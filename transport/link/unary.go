@@ -377,6 +377,9 @@ func (c *calls) statsLocked(t *Stats) {
 	t.Unacked += c.inFlight
 }
 
+// describeLocked implements way.
+func (c *calls) describeLocked(t *engine.LinkState) { t.Unacked, t.Window = c.inFlight, len(c.lanes) }
+
 // call makes the call that delivers e. With an error, sent tells whether the
 // request may have left.
 func (c *calls) call(e entry) (a engine.Ack, sent bool, err error) {

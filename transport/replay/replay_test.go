@@ -59,6 +59,7 @@ type verdict struct {
 
 func (n *scripted) Node() string                              { return "n" }
 func (n *scripted) Scopes() bool                              { return true }
+func (*scripted) Describe(*engine.Delivery) engine.LinkState  { return engine.LinkState{} }
 func (n *scripted) Nudge(_ string, _ uint64, done func(bool)) { done(false) }
 func (n *scripted) Link(int, string) engine.Link              { return n }
 func (n *scripted) Links(int) []engine.Link                   { return []engine.Link{n} }
