@@ -1525,6 +1525,622 @@ func (x *ReplayResponse) GetMessages() int32 {
 	return 0
 }
 
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Push:
+	//
+	//	*ExplainRequest_ToRoom
+	//	*ExplainRequest_ToUser
+	//	*ExplainRequest_Broadcast
+	//	*ExplainRequest_ToUsers
+	Push isExplainRequest_Push `protobuf_oneof:"push"`
+	// Asks the Controller also for what is in the cache.
+	Refresh bool `protobuf:"varint,10,opt,name=refresh,proto3" json:"refresh,omitempty"`
+	// How many ids each list in the answer has at most: up to 1,000; 0 is 10.
+	Sample        int32 `protobuf:"varint,11,opt,name=sample,proto3" json:"sample,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_push_manager_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExplainRequest) GetPush() isExplainRequest_Push {
+	if x != nil {
+		return x.Push
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetToRoom() *PushToRoomRequest {
+	if x != nil {
+		if x, ok := x.Push.(*ExplainRequest_ToRoom); ok {
+			return x.ToRoom
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetToUser() *PushToUserRequest {
+	if x != nil {
+		if x, ok := x.Push.(*ExplainRequest_ToUser); ok {
+			return x.ToUser
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetBroadcast() *BroadcastMessageRequest {
+	if x != nil {
+		if x, ok := x.Push.(*ExplainRequest_Broadcast); ok {
+			return x.Broadcast
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetToUsers() *PushToUsersRequest {
+	if x != nil {
+		if x, ok := x.Push.(*ExplainRequest_ToUsers); ok {
+			return x.ToUsers
+		}
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetRefresh() bool {
+	if x != nil {
+		return x.Refresh
+	}
+	return false
+}
+
+func (x *ExplainRequest) GetSample() int32 {
+	if x != nil {
+		return x.Sample
+	}
+	return 0
+}
+
+type isExplainRequest_Push interface {
+	isExplainRequest_Push()
+}
+
+type ExplainRequest_ToRoom struct {
+	ToRoom *PushToRoomRequest `protobuf:"bytes,1,opt,name=to_room,json=toRoom,proto3,oneof"`
+}
+
+type ExplainRequest_ToUser struct {
+	ToUser *PushToUserRequest `protobuf:"bytes,2,opt,name=to_user,json=toUser,proto3,oneof"`
+}
+
+type ExplainRequest_Broadcast struct {
+	Broadcast *BroadcastMessageRequest `protobuf:"bytes,3,opt,name=broadcast,proto3,oneof"`
+}
+
+type ExplainRequest_ToUsers struct {
+	ToUsers *PushToUsersRequest `protobuf:"bytes,4,opt,name=to_users,json=toUsers,proto3,oneof"`
+}
+
+func (*ExplainRequest_ToRoom) isExplainRequest_Push() {}
+
+func (*ExplainRequest_ToUser) isExplainRequest_Push() {}
+
+func (*ExplainRequest_Broadcast) isExplainRequest_Push() {}
+
+func (*ExplainRequest_ToUsers) isExplainRequest_Push() {}
+
+type ExplainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The room exists, one of the users is online, a node is known.
+	Found bool `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"`
+	// Users, each once; 0 for a broadcast. offline and unlocated are parts of it.
+	Targets int32 `protobuf:"varint,2,opt,name=targets,proto3" json:"targets,omitempty"`
+	// For whom the Controller names no node.
+	Offline int32 `protobuf:"varint,3,opt,name=offline,proto3" json:"offline,omitempty"`
+	// That the Controller could not be asked about: route.error says why. Of a room it is the room, as one.
+	Unlocated int32 `protobuf:"varint,4,opt,name=unlocated,proto3" json:"unlocated,omitempty"`
+	// Members of the room who do not get it.
+	Excluded         int32           `protobuf:"varint,5,opt,name=excluded,proto3" json:"excluded,omitempty"`
+	OfflineUserIds   []string        `protobuf:"bytes,6,rep,name=offline_user_ids,json=offlineUserIds,proto3" json:"offline_user_ids,omitempty"`
+	UnlocatedUserIds []string        `protobuf:"bytes,7,rep,name=unlocated_user_ids,json=unlocatedUserIds,proto3" json:"unlocated_user_ids,omitempty"`
+	ExcludedUserIds  []string        `protobuf:"bytes,8,rep,name=excluded_user_ids,json=excludedUserIds,proto3" json:"excluded_user_ids,omitempty"`
+	Route            *ExplainedRoute `protobuf:"bytes,9,opt,name=route,proto3" json:"route,omitempty"`
+	// One for each node, and of a push to users for each shard with some of them.
+	Deliveries []*ExplainedDelivery `protobuf:"bytes,10,rep,name=deliveries,proto3" json:"deliveries,omitempty"`
+	Caller     *ExplainedCaller     `protobuf:"bytes,11,opt,name=caller,proto3" json:"caller,omitempty"`
+	// The encoded content, as each node gets it.
+	ContentBytes  int32 `protobuf:"varint,12,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_push_manager_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ExplainResponse) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
+func (x *ExplainResponse) GetTargets() int32 {
+	if x != nil {
+		return x.Targets
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetOffline() int32 {
+	if x != nil {
+		return x.Offline
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetUnlocated() int32 {
+	if x != nil {
+		return x.Unlocated
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetExcluded() int32 {
+	if x != nil {
+		return x.Excluded
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetOfflineUserIds() []string {
+	if x != nil {
+		return x.OfflineUserIds
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetUnlocatedUserIds() []string {
+	if x != nil {
+		return x.UnlocatedUserIds
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetExcludedUserIds() []string {
+	if x != nil {
+		return x.ExcludedUserIds
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetRoute() *ExplainedRoute {
+	if x != nil {
+		return x.Route
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetDeliveries() []*ExplainedDelivery {
+	if x != nil {
+		return x.Deliveries
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetCaller() *ExplainedCaller {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetContentBytes() int32 {
+	if x != nil {
+		return x.ContentBytes
+	}
+	return 0
+}
+
+// ExplainedRoute is how Push-Manager knows where everybody is.
+type ExplainedRoute struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Answers of the Controller that were in the cache, and that it was asked for just now.
+	Cached   int32 `protobuf:"varint,1,opt,name=cached,proto3" json:"cached,omitempty"`
+	LookedUp int32 `protobuf:"varint,2,opt,name=looked_up,json=lookedUp,proto3" json:"looked_up,omitempty"`
+	// How long ago the oldest of them was true for certain.
+	AgeMs int64 `protobuf:"varint,3,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`
+	// The Controller tells of every change of them.
+	Watched bool `protobuf:"varint,4,opt,name=watched,proto3" json:"watched,omitempty"`
+	// The Controller could not confirm one of them; it has announced that one is true no more.
+	Stale   bool `protobuf:"varint,5,opt,name=stale,proto3" json:"stale,omitempty"`
+	Changed bool `protobuf:"varint,6,opt,name=changed,proto3" json:"changed,omitempty"`
+	// Why the Controller could not be asked.
+	Error         string `protobuf:"bytes,7,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainedRoute) Reset() {
+	*x = ExplainedRoute{}
+	mi := &file_push_manager_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainedRoute) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainedRoute) ProtoMessage() {}
+
+func (x *ExplainedRoute) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainedRoute.ProtoReflect.Descriptor instead.
+func (*ExplainedRoute) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ExplainedRoute) GetCached() int32 {
+	if x != nil {
+		return x.Cached
+	}
+	return 0
+}
+
+func (x *ExplainedRoute) GetLookedUp() int32 {
+	if x != nil {
+		return x.LookedUp
+	}
+	return 0
+}
+
+func (x *ExplainedRoute) GetAgeMs() int64 {
+	if x != nil {
+		return x.AgeMs
+	}
+	return 0
+}
+
+func (x *ExplainedRoute) GetWatched() bool {
+	if x != nil {
+		return x.Watched
+	}
+	return false
+}
+
+func (x *ExplainedRoute) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+func (x *ExplainedRoute) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *ExplainedRoute) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// ExplainedDelivery is what one link would have to do.
+type ExplainedDelivery struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// Which of the links to the node, from 0.
+	Shard uint32 `protobuf:"varint,2,opt,name=shard,proto3" json:"shard,omitempty"`
+	// 0 for a broadcast.
+	Users   int32    `protobuf:"varint,3,opt,name=users,proto3" json:"users,omitempty"`
+	UserIds []string `protobuf:"bytes,4,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
+	// What the link would do now: "queued", or the reason why it would not, as in NodeFailure.
+	Verdict string `protobuf:"bytes,5,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// "connecting", "up", "unary", "draining", "down" or "closed"; empty: the node is not registered.
+	LinkState string `protobuf:"bytes,6,opt,name=link_state,json=linkState,proto3" json:"link_state,omitempty"`
+	// What waits to be written, and for how long the first of it has.
+	Queued      int32 `protobuf:"varint,7,opt,name=queued,proto3" json:"queued,omitempty"`
+	QueuedBytes int64 `protobuf:"varint,8,opt,name=queued_bytes,json=queuedBytes,proto3" json:"queued_bytes,omitempty"`
+	QueuedMs    int64 `protobuf:"varint,9,opt,name=queued_ms,json=queuedMs,proto3" json:"queued_ms,omitempty"`
+	// What the node has not acknowledged, how much that may be now, and how old the first of it is.
+	Unacked   int32 `protobuf:"varint,10,opt,name=unacked,proto3" json:"unacked,omitempty"`
+	Window    int32 `protobuf:"varint,11,opt,name=window,proto3" json:"window,omitempty"`
+	UnackedMs int64 `protobuf:"varint,12,opt,name=unacked_ms,json=unackedMs,proto3" json:"unacked_ms,omitempty"`
+	// What the node can do, such as DEDUPE, by its hello.
+	Features []string `protobuf:"bytes,13,rep,name=features,proto3" json:"features,omitempty"`
+	// Of a frame, about; the list of a room's members is left aside.
+	Bytes         int64 `protobuf:"varint,14,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainedDelivery) Reset() {
+	*x = ExplainedDelivery{}
+	mi := &file_push_manager_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainedDelivery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainedDelivery) ProtoMessage() {}
+
+func (x *ExplainedDelivery) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainedDelivery.ProtoReflect.Descriptor instead.
+func (*ExplainedDelivery) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ExplainedDelivery) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *ExplainedDelivery) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetUsers() int32 {
+	if x != nil {
+		return x.Users
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetUserIds() []string {
+	if x != nil {
+		return x.UserIds
+	}
+	return nil
+}
+
+func (x *ExplainedDelivery) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *ExplainedDelivery) GetLinkState() string {
+	if x != nil {
+		return x.LinkState
+	}
+	return ""
+}
+
+func (x *ExplainedDelivery) GetQueued() int32 {
+	if x != nil {
+		return x.Queued
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetQueuedBytes() int64 {
+	if x != nil {
+		return x.QueuedBytes
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetQueuedMs() int64 {
+	if x != nil {
+		return x.QueuedMs
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetUnacked() int32 {
+	if x != nil {
+		return x.Unacked
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetWindow() int32 {
+	if x != nil {
+		return x.Window
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetUnackedMs() int64 {
+	if x != nil {
+		return x.UnackedMs
+	}
+	return 0
+}
+
+func (x *ExplainedDelivery) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+func (x *ExplainedDelivery) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+// ExplainedCaller is what the push would be allowed.
+type ExplainedCaller struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By the policy; empty where callers are not asked who they are.
+	Name   string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Tenant string `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// That the push would have.
+	Priority Priority `protobuf:"varint,3,opt,name=priority,proto3,enum=pubsub.Priority" json:"priority,omitempty"`
+	// What allows it: the line of the policy and the pattern there. Of a list, for its first id.
+	Rule string `protobuf:"bytes,4,opt,name=rule,proto3" json:"rule,omitempty"`
+	// How many pushes the rates of the caller and its tenant let through at this moment. Unset: no rate.
+	RateLeft *int32 `protobuf:"varint,5,opt,name=rate_left,json=rateLeft,proto3,oneof" json:"rate_left,omitempty"`
+	// What this instance holds of the day's quotas of the two. Unset: no quota.
+	QuotaLeft     *int64 `protobuf:"varint,6,opt,name=quota_left,json=quotaLeft,proto3,oneof" json:"quota_left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainedCaller) Reset() {
+	*x = ExplainedCaller{}
+	mi := &file_push_manager_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainedCaller) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainedCaller) ProtoMessage() {}
+
+func (x *ExplainedCaller) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainedCaller.ProtoReflect.Descriptor instead.
+func (*ExplainedCaller) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ExplainedCaller) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExplainedCaller) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *ExplainedCaller) GetPriority() Priority {
+	if x != nil {
+		return x.Priority
+	}
+	return Priority_PRIORITY_UNSPECIFIED
+}
+
+func (x *ExplainedCaller) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *ExplainedCaller) GetRateLeft() int32 {
+	if x != nil && x.RateLeft != nil {
+		return *x.RateLeft
+	}
+	return 0
+}
+
+func (x *ExplainedCaller) GetQuotaLeft() int64 {
+	if x != nil && x.QuotaLeft != nil {
+		return *x.QuotaLeft
+	}
+	return 0
+}
+
 var File_push_manager_proto protoreflect.FileDescriptor
 
 const file_push_manager_proto_rawDesc = "" +
@@ -1619,7 +2235,69 @@ const file_push_manager_proto_rawDesc = "" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\",\n" +
 	"\x0eReplayResponse\x12\x1a\n" +
-	"\bmessages\x18\x01 \x01(\x05R\bmessages*)\n" +
+	"\bmessages\x18\x01 \x01(\x05R\bmessages\"\xb0\x02\n" +
+	"\x0eExplainRequest\x124\n" +
+	"\ato_room\x18\x01 \x01(\v2\x19.pubsub.PushToRoomRequestH\x00R\x06toRoom\x124\n" +
+	"\ato_user\x18\x02 \x01(\v2\x19.pubsub.PushToUserRequestH\x00R\x06toUser\x12?\n" +
+	"\tbroadcast\x18\x03 \x01(\v2\x1f.pubsub.BroadcastMessageRequestH\x00R\tbroadcast\x127\n" +
+	"\bto_users\x18\x04 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x12\x18\n" +
+	"\arefresh\x18\n" +
+	" \x01(\bR\arefresh\x12\x16\n" +
+	"\x06sample\x18\v \x01(\x05R\x06sampleB\x06\n" +
+	"\x04push\"\xd8\x03\n" +
+	"\x0fExplainResponse\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\bR\x05found\x12\x18\n" +
+	"\atargets\x18\x02 \x01(\x05R\atargets\x12\x18\n" +
+	"\aoffline\x18\x03 \x01(\x05R\aoffline\x12\x1c\n" +
+	"\tunlocated\x18\x04 \x01(\x05R\tunlocated\x12\x1a\n" +
+	"\bexcluded\x18\x05 \x01(\x05R\bexcluded\x12(\n" +
+	"\x10offline_user_ids\x18\x06 \x03(\tR\x0eofflineUserIds\x12,\n" +
+	"\x12unlocated_user_ids\x18\a \x03(\tR\x10unlocatedUserIds\x12*\n" +
+	"\x11excluded_user_ids\x18\b \x03(\tR\x0fexcludedUserIds\x12,\n" +
+	"\x05route\x18\t \x01(\v2\x16.pubsub.ExplainedRouteR\x05route\x129\n" +
+	"\n" +
+	"deliveries\x18\n" +
+	" \x03(\v2\x19.pubsub.ExplainedDeliveryR\n" +
+	"deliveries\x12/\n" +
+	"\x06caller\x18\v \x01(\v2\x17.pubsub.ExplainedCallerR\x06caller\x12#\n" +
+	"\rcontent_bytes\x18\f \x01(\x05R\fcontentBytes\"\xbc\x01\n" +
+	"\x0eExplainedRoute\x12\x16\n" +
+	"\x06cached\x18\x01 \x01(\x05R\x06cached\x12\x1b\n" +
+	"\tlooked_up\x18\x02 \x01(\x05R\blookedUp\x12\x15\n" +
+	"\x06age_ms\x18\x03 \x01(\x03R\x05ageMs\x12\x18\n" +
+	"\awatched\x18\x04 \x01(\bR\awatched\x12\x14\n" +
+	"\x05stale\x18\x05 \x01(\bR\x05stale\x12\x18\n" +
+	"\achanged\x18\x06 \x01(\bR\achanged\x12\x14\n" +
+	"\x05error\x18\a \x01(\tR\x05error\"\x87\x03\n" +
+	"\x11ExplainedDelivery\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
+	"\x05shard\x18\x02 \x01(\rR\x05shard\x12\x14\n" +
+	"\x05users\x18\x03 \x01(\x05R\x05users\x12\x19\n" +
+	"\buser_ids\x18\x04 \x03(\tR\auserIds\x12\x18\n" +
+	"\averdict\x18\x05 \x01(\tR\averdict\x12\x1d\n" +
+	"\n" +
+	"link_state\x18\x06 \x01(\tR\tlinkState\x12\x16\n" +
+	"\x06queued\x18\a \x01(\x05R\x06queued\x12!\n" +
+	"\fqueued_bytes\x18\b \x01(\x03R\vqueuedBytes\x12\x1b\n" +
+	"\tqueued_ms\x18\t \x01(\x03R\bqueuedMs\x12\x18\n" +
+	"\aunacked\x18\n" +
+	" \x01(\x05R\aunacked\x12\x16\n" +
+	"\x06window\x18\v \x01(\x05R\x06window\x12\x1d\n" +
+	"\n" +
+	"unacked_ms\x18\f \x01(\x03R\tunackedMs\x12\x1a\n" +
+	"\bfeatures\x18\r \x03(\tR\bfeatures\x12\x14\n" +
+	"\x05bytes\x18\x0e \x01(\x03R\x05bytes\"\xe2\x01\n" +
+	"\x0fExplainedCaller\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12,\n" +
+	"\bpriority\x18\x03 \x01(\x0e2\x10.pubsub.PriorityR\bpriority\x12\x12\n" +
+	"\x04rule\x18\x04 \x01(\tR\x04rule\x12 \n" +
+	"\trate_left\x18\x05 \x01(\x05H\x00R\brateLeft\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"quota_left\x18\x06 \x01(\x03H\x01R\tquotaLeft\x88\x01\x01B\f\n" +
+	"\n" +
+	"_rate_leftB\r\n" +
+	"\v_quota_left*)\n" +
 	"\tAckPolicy\x12\f\n" +
 	"\bACK_NODE\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -1635,7 +2313,7 @@ const file_push_manager_proto_rawDesc = "" +
 	"\x11PRIORITY_CRITICAL\x10\x04*2\n" +
 	"\vReceiptMode\x12\x10\n" +
 	"\fRECEIPT_NONE\x10\x00\x12\x11\n" +
-	"\rRECEIPT_ASYNC\x10\x012\xd4\x04\n" +
+	"\rRECEIPT_ASYNC\x10\x012\x90\x05\n" +
 	"\x12PushManagerService\x12C\n" +
 	"\n" +
 	"PushToRoom\x12\x19.pubsub.PushToRoomRequest\x1a\x1a.pubsub.PushToRoomResponse\x12C\n" +
@@ -1648,7 +2326,8 @@ const file_push_manager_proto_rawDesc = "" +
 	"\rWatchReceipts\x12\x1c.pubsub.WatchReceiptsRequest\x1a\x1d.pubsub.WatchReceiptsResponse0\x01\x12C\n" +
 	"\n" +
 	"ForgetUser\x12\x19.pubsub.ForgetUserRequest\x1a\x1a.pubsub.ForgetUserResponse\x127\n" +
-	"\x06Replay\x12\x15.pubsub.ReplayRequest\x1a\x16.pubsub.ReplayResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"\x06Replay\x12\x15.pubsub.ReplayRequest\x1a\x16.pubsub.ReplayResponse\x12:\n" +
+	"\aExplain\x12\x16.pubsub.ExplainRequest\x1a\x17.pubsub.ExplainResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_push_manager_proto_rawDescOnce sync.Once
@@ -1663,7 +2342,7 @@ func file_push_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_push_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_push_manager_proto_goTypes = []any{
 	(AckPolicy)(0),                   // 0: pubsub.AckPolicy
 	(OfflinePolicy)(0),               // 1: pubsub.OfflinePolicy
@@ -1687,30 +2366,35 @@ var file_push_manager_proto_goTypes = []any{
 	(*ForgetUserResponse)(nil),       // 19: pubsub.ForgetUserResponse
 	(*ReplayRequest)(nil),            // 20: pubsub.ReplayRequest
 	(*ReplayResponse)(nil),           // 21: pubsub.ReplayResponse
-	(*MessageContent)(nil),           // 22: pubsub.MessageContent
-	(*DeliverySummary)(nil),          // 23: pubsub.DeliverySummary
-	(*status.Status)(nil),            // 24: google.rpc.Status
-	(*timestamppb.Timestamp)(nil),    // 25: google.protobuf.Timestamp
+	(*ExplainRequest)(nil),           // 22: pubsub.ExplainRequest
+	(*ExplainResponse)(nil),          // 23: pubsub.ExplainResponse
+	(*ExplainedRoute)(nil),           // 24: pubsub.ExplainedRoute
+	(*ExplainedDelivery)(nil),        // 25: pubsub.ExplainedDelivery
+	(*ExplainedCaller)(nil),          // 26: pubsub.ExplainedCaller
+	(*MessageContent)(nil),           // 27: pubsub.MessageContent
+	(*DeliverySummary)(nil),          // 28: pubsub.DeliverySummary
+	(*status.Status)(nil),            // 29: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),    // 30: google.protobuf.Timestamp
 }
 var file_push_manager_proto_depIdxs = []int32{
-	22, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
+	27, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
 	14, // 1: pubsub.PushToRoomRequest.options:type_name -> pubsub.PushOptions
-	23, // 2: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
-	22, // 3: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
+	28, // 2: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
+	27, // 3: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
 	14, // 4: pubsub.PushToUserRequest.options:type_name -> pubsub.PushOptions
-	23, // 5: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
-	22, // 6: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
+	28, // 5: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
+	27, // 6: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
 	14, // 7: pubsub.BroadcastMessageRequest.options:type_name -> pubsub.PushOptions
-	23, // 8: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
-	22, // 9: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
+	28, // 8: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
+	27, // 9: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
 	14, // 10: pubsub.PushToUsersRequest.options:type_name -> pubsub.PushOptions
-	23, // 11: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
+	28, // 11: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
 	4,  // 12: pubsub.PushStreamRequest.to_room:type_name -> pubsub.PushToRoomRequest
 	6,  // 13: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
 	8,  // 14: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
 	10, // 15: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
 	12, // 16: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
-	24, // 17: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
+	29, // 17: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
 	5,  // 18: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
 	7,  // 19: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
 	9,  // 20: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
@@ -1721,29 +2405,39 @@ var file_push_manager_proto_depIdxs = []int32{
 	2,  // 25: pubsub.PushOptions.priority:type_name -> pubsub.Priority
 	3,  // 26: pubsub.PushOptions.receipt:type_name -> pubsub.ReceiptMode
 	17, // 27: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
-	23, // 28: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
-	25, // 29: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
-	4,  // 30: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
-	6,  // 31: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
-	8,  // 32: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
-	10, // 33: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
-	12, // 34: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
-	15, // 35: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
-	18, // 36: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
-	20, // 37: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
-	5,  // 38: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
-	7,  // 39: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
-	9,  // 40: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
-	11, // 41: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
-	13, // 42: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
-	16, // 43: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
-	19, // 44: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
-	21, // 45: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
-	38, // [38:46] is the sub-list for method output_type
-	30, // [30:38] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	28, // 28: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
+	30, // 29: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
+	4,  // 30: pubsub.ExplainRequest.to_room:type_name -> pubsub.PushToRoomRequest
+	6,  // 31: pubsub.ExplainRequest.to_user:type_name -> pubsub.PushToUserRequest
+	8,  // 32: pubsub.ExplainRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
+	10, // 33: pubsub.ExplainRequest.to_users:type_name -> pubsub.PushToUsersRequest
+	24, // 34: pubsub.ExplainResponse.route:type_name -> pubsub.ExplainedRoute
+	25, // 35: pubsub.ExplainResponse.deliveries:type_name -> pubsub.ExplainedDelivery
+	26, // 36: pubsub.ExplainResponse.caller:type_name -> pubsub.ExplainedCaller
+	2,  // 37: pubsub.ExplainedCaller.priority:type_name -> pubsub.Priority
+	4,  // 38: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
+	6,  // 39: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
+	8,  // 40: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
+	10, // 41: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
+	12, // 42: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
+	15, // 43: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
+	18, // 44: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
+	20, // 45: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
+	22, // 46: pubsub.PushManagerService.Explain:input_type -> pubsub.ExplainRequest
+	5,  // 47: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
+	7,  // 48: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
+	9,  // 49: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
+	11, // 50: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
+	13, // 51: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
+	16, // 52: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
+	19, // 53: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
+	21, // 54: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
+	23, // 55: pubsub.PushManagerService.Explain:output_type -> pubsub.ExplainResponse
+	47, // [47:56] is the sub-list for method output_type
+	38, // [38:47] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_push_manager_proto_init() }
@@ -1764,13 +2458,20 @@ func file_push_manager_proto_init() {
 		(*PushStreamResponse_Broadcast)(nil),
 		(*PushStreamResponse_ToUsers)(nil),
 	}
+	file_push_manager_proto_msgTypes[18].OneofWrappers = []any{
+		(*ExplainRequest_ToRoom)(nil),
+		(*ExplainRequest_ToUser)(nil),
+		(*ExplainRequest_Broadcast)(nil),
+		(*ExplainRequest_ToUsers)(nil),
+	}
+	file_push_manager_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_push_manager_proto_rawDesc), len(file_push_manager_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   18,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

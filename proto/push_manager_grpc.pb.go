@@ -27,6 +27,7 @@ const (
 	PushManagerService_WatchReceipts_FullMethodName    = "/pubsub.PushManagerService/WatchReceipts"
 	PushManagerService_ForgetUser_FullMethodName       = "/pubsub.PushManagerService/ForgetUser"
 	PushManagerService_Replay_FullMethodName           = "/pubsub.PushManagerService/Replay"
+	PushManagerService_Explain_FullMethodName          = "/pubsub.PushManagerService/Explain"
 )
 
 // PushManagerServiceClient is the client API for PushManagerService service.
@@ -94,6 +95,11 @@ type PushManagerServiceClient interface {
 	// gateways that do not ask for it themselves, and for Controllers, at a join.
 	// It is answered when the first page is with the node.
 	Replay(ctx context.Context, in *ReplayRequest, opts ...grpc.CallOption) (*ReplayResponse, error)
+	// Says what would become of a push now: who is where, what each node's link would answer, who is
+	// offline, and what the caller has left. Nothing is sent or stored. A push that would be refused as a
+	// whole is refused here, with the same error. It needs a right of its own beside that to the push, and
+	// counts for rates, not for quotas.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 }
 
 type pushManagerServiceClient struct {
@@ -196,6 +202,16 @@ func (c *pushManagerServiceClient) Replay(ctx context.Context, in *ReplayRequest
 	return out, nil
 }
 
+func (c *pushManagerServiceClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, PushManagerService_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PushManagerServiceServer is the server API for PushManagerService service.
 // All implementations must embed UnimplementedPushManagerServiceServer
 // for forward compatibility.
@@ -261,6 +277,11 @@ type PushManagerServiceServer interface {
 	// gateways that do not ask for it themselves, and for Controllers, at a join.
 	// It is answered when the first page is with the node.
 	Replay(context.Context, *ReplayRequest) (*ReplayResponse, error)
+	// Says what would become of a push now: who is where, what each node's link would answer, who is
+	// offline, and what the caller has left. Nothing is sent or stored. A push that would be refused as a
+	// whole is refused here, with the same error. It needs a right of its own beside that to the push, and
+	// counts for rates, not for quotas.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	mustEmbedUnimplementedPushManagerServiceServer()
 }
 
@@ -294,6 +315,9 @@ func (UnimplementedPushManagerServiceServer) ForgetUser(context.Context, *Forget
 }
 func (UnimplementedPushManagerServiceServer) Replay(context.Context, *ReplayRequest) (*ReplayResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Replay not implemented")
+}
+func (UnimplementedPushManagerServiceServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
 }
 func (UnimplementedPushManagerServiceServer) mustEmbedUnimplementedPushManagerServiceServer() {}
 func (UnimplementedPushManagerServiceServer) testEmbeddedByValue()                            {}
@@ -442,6 +466,24 @@ func _PushManagerService_Replay_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PushManagerService_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PushManagerServiceServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PushManagerService_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PushManagerServiceServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PushManagerService_ServiceDesc is the grpc.ServiceDesc for PushManagerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -472,6 +514,10 @@ var PushManagerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Replay",
 			Handler:    _PushManagerService_Replay_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _PushManagerService_Explain_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -26,6 +26,7 @@ const (
 	Broadcast      = "broadcast"   // every one that was let in
 	UserForgotten  = "user.forgotten"
 	UserReplayed   = "user.replayed"
+	PushExplained  = "push.explained"
 	ConfigReloaded = "config.reloaded"
 	TLSReloaded    = "tls.reloaded"
 	KeyUsedFirst   = "key.used_first" // since the start

@@ -33,6 +33,7 @@ const (
 	WatchReceipts
 	ForgetUser
 	Replay
+	Explain
 )
 
 // methods says more of them.
@@ -47,6 +48,7 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	WatchReceipts:    {"WatchReceipts", nobody},
 	ForgetUser:       {"ForgetUser", users},
 	Replay:           {"Replay", users},
+	Explain:          {"Explain", nobody},
 }
 
 // Methods are the names of all of them.

@@ -98,15 +98,20 @@ func (c *userCmd) Run(ctx context.Context, t *terminal) error {
 
 // Run pushes to several users.
 func (c *usersCmd) Run(ctx context.Context, t *terminal) error {
-	var users []string
-	for user := range strings.SplitSeq(c.Users, ",") {
-		if user = strings.TrimSpace(user); user != "" {
-			users = append(users, user)
-		}
-	}
+	users := listOf(c.Users)
 	return c.push(ctx, t, c.Text, "users "+strconv.Quote(c.Users), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
 		return api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: users, Content: m, Options: o})
 	})
+}
+
+// listOf is a list that is separated by commas.
+func listOf(text string) (list []string) {
+	for part := range strings.SplitSeq(text, ",") {
+		if part = strings.TrimSpace(part); part != "" {
+			list = append(list, part)
+		}
+	}
+	return list
 }
 
 // Run pushes to everybody.

@@ -45,6 +45,7 @@ type grammar struct {
 	User      userCmd      `cmd:"" help:"Push to a user."`
 	Users     usersCmd     `cmd:"" help:"Push to several users."`
 	Broadcast broadcastCmd `cmd:"" help:"Push to everybody."`
+	Explain   explainCmd   `cmd:"" help:"Say what would become of a push, and send nothing."`
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 

@@ -89,6 +89,9 @@ func (q *Quota) Take() error {
 	}
 }
 
+// Left is what may be spent here before more is asked for. Other instances may hold more of the day.
+func (q *Quota) Left() int64 { return max(q.left.Load(), 0) }
+
 // Return gives back what Take took, for a push that was refused after it.
 func (q *Quota) Return() { q.left.Add(1) }
 

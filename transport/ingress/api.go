@@ -19,6 +19,7 @@ const (
 
 	forgetUser
 	replay
+	explain
 	watchReceipts
 	methods // how many there are
 )
@@ -68,6 +69,8 @@ func (a api) method() auth.Method {
 		return auth.ForgetUser
 	case replay:
 		return auth.Replay
+	case explain:
+		return auth.Explain
 	case watchReceipts:
 		return auth.WatchReceipts
 	default:

@@ -329,6 +329,14 @@ func pay(caller, tenant *budget, now time.Time) error {
 	return refused
 }
 
+// left is how many pushes it lets through now.
+func (b *budget) left(now time.Time) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.fillLocked(now)
+	return max(int(b.tokens), 0)
+}
+
 func (b *budget) ableLocked() bool { return b.tokens > 1-1e-6 } // it is a sum of fractions
 
 func (b *budget) spendLocked() {

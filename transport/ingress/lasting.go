@@ -36,8 +36,9 @@ var (
 	errLastingOpen = errors.New("the deadline passed, and some of it may have been done")
 )
 
-// lastingHandler serves ForgetUser and Replay. Their calls are let in, paid for and told to the audit log as pushes are.
-func (s *Server) lastingHandler(a api) grpc.MethodHandler {
+// callHandler serves a unary call that is no push. It is let in, paid for and told to the audit log as a push is. do gives the reply and
+// completes the line of the audit log.
+func (s *Server) callHandler(a api, do func(ctx context.Context, info *callInfo, line *audit.Entry) ([]byte, error)) grpc.MethodHandler {
 	return func(_ any, ctx context.Context, _ func(any) error, _ grpc.UnaryServerInterceptor) (_ any, err error) {
 		info, err := s.admit(ctx, a)
 		if err != nil {
@@ -48,8 +49,16 @@ func (s *Server) lastingHandler(a api) grpc.MethodHandler {
 			return nil, s.reject(ctx, a.String(), info.priority, err)
 		}
 		defer s.leave(&info)
-		var user string
-		messages, err := s.lasting(ctx, &info, a, &user)
+		line := info.auditEntry(ctx, a.String())
+		bytes, err := func() (_ []byte, err error) {
+			defer func() {
+				if v := recover(); v != nil {
+					s.panicked(a.String(), v)
+					err = errMayBeSent
+				}
+			}()
+			return do(ctx, &info, &line)
+		}()
 		took := time.Since(info.call.Began)
 		if err != nil {
 			s.metrics.recordCall(a, refused, took)
@@ -61,30 +70,31 @@ func (s *Server) lastingHandler(a api) grpc.MethodHandler {
 		}
 		s.metrics.recordCall(a, success, took)
 		if s.cfg.Audit != nil {
-			e := info.auditEntry(ctx, a.String())
-			e.Event, e.TargetKind, e.Target = audit.UserForgotten, "user", user
-			if a == replay {
-				e.Event = audit.UserReplayed
-			}
-			s.cfg.Audit.Write(e)
+			s.cfg.Audit.Write(line)
 		}
 		r := new(reply)
-		r.set(wire.AppendUint(r.small[:0], 1, int32Of(messages)))
+		r.set(bytes)
 		return r, nil
 	}
 }
 
-// lasting does what a call asks for. user is set to the id in it once that is allowed.
-func (s *Server) lasting(ctx context.Context, info *callInfo, a api, user *string) (messages int, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			s.panicked(a.String(), v)
-			messages, err = 0, errMayBeSent
-		}
-	}()
+// forget serves ForgetUser.
+func (s *Server) forget(ctx context.Context, info *callInfo, line *audit.Entry) ([]byte, error) {
+	line.Event = audit.UserForgotten
+	return s.lasting(ctx, info, forgetUser, line)
+}
+
+// replayUser serves Replay.
+func (s *Server) replayUser(ctx context.Context, info *callInfo, line *audit.Entry) ([]byte, error) {
+	line.Event = audit.UserReplayed
+	return s.lasting(ctx, info, replay, line)
+}
+
+// lasting does what a call asks for.
+func (s *Server) lasting(ctx context.Context, info *callInfo, a api, line *audit.Entry) ([]byte, error) {
 	b, err := s.readSmall(info)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	var id, node string
 	m := wire.Reader{Rest: b}
@@ -97,32 +107,33 @@ func (s *Server) lasting(ctx context.Context, info *callInfo, a api, user *strin
 		}
 	}
 	if m.Err != nil {
-		return 0, malformed("request")
+		return nil, malformed("request")
 	}
 	limits := s.cfg.Engine.Limits()
 	// An id is what it is in a push, and content is not asked for.
 	if err := limits.Check(&engine.Request{Kind: engine.ToUser, User: id, Content: engine.Content{Present: true}}); err != nil {
-		return 0, err
+		return nil, err
 	}
 	if err := ids.Check(node, ids.MaxBytes); err != nil && a == replay {
-		return 0, &engine.InvalidError{Field: "node_id", Code: engine.CodeIDMalformed, Description: err.Error()}
+		return nil, &engine.InvalidError{Field: "node_id", Code: engine.CodeIDMalformed, Description: err.Error()}
 	}
 	if s.cfg.Auth != nil {
 		if !s.cfg.Auth.Valid(info.principal, time.Now()) { // the caller decides when its request comes
 			if err := s.authenticate(ctx, info); err != nil {
-				return 0, err
+				return nil, err
 			}
 		}
 		if !info.principal.Allows(a.method(), id) {
-			return 0, deniedError{api: a, method: !info.principal.May(a.method())}
+			return nil, deniedError{api: a, method: !info.principal.May(a.method())}
 		}
 	}
-	*user = id
+	line.TargetKind, line.Target = "user", id
 	if s.cfg.Lasting == nil {
-		return 0, errStoreOff
+		return nil, errStoreOff
 	}
 	ctx, cancel := context.WithDeadline(ctx, info.call.Began.Add(s.cfg.Engine.Timeout()))
 	defer cancel()
+	var messages int
 	scoped := scopeOf(info.tenant()) + id
 	if a == replay {
 		messages, err = s.cfg.Lasting.Replay(ctx, scoped, node)
@@ -132,10 +143,10 @@ func (s *Server) lasting(ctx context.Context, info *callInfo, a api, user *strin
 	}
 	switch {
 	case err == nil:
-		return messages, nil
+		return wire.AppendUint(nil, 1, int32Of(messages)), nil
 	case ctx.Err() != nil:
-		return 0, errLastingOpen
+		return nil, errLastingOpen
 	default:
-		return 0, fmt.Errorf("%s: %w", a, err)
+		return nil, fmt.Errorf("%s: %w", a, err)
 	}
 }

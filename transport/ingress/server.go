@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/tap"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/audit"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
@@ -232,8 +233,10 @@ func (s *Server) desc() *grpc.ServiceDesc {
 	for a := range apis {
 		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.unaryHandler(a)})
 	}
-	for _, a := range [...]api{forgetUser, replay} {
-		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.lastingHandler(a)})
+	for a, do := range map[api]func(context.Context, *callInfo, *audit.Entry) ([]byte, error){
+		forgetUser: s.forget, replay: s.replayUser, explain: s.explain,
+	} {
+		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.callHandler(a, do)})
 	}
 	return d
 }

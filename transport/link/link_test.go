@@ -455,8 +455,21 @@ func TestNodeThatNeverAcksIsStalledAndRecovers(t *testing.T) {
 		if took := time.Since(began); took != 0 {
 			t.Errorf("a stalled link took %v to say so", took)
 		}
+		explained := func() engine.LinkState {
+			x, err := w.engine.Explain(context.Background(), w.toUser("u1", "explained"), false)
+			if err != nil || len(x.Planned) != 1 {
+				t.Fatalf("%+v, %v", x, err)
+			}
+			return x.Planned[0].Link
+		}
+		if l := explained(); l.State != "up" || l.Verdict != engine.DropStalled || l.Unacked != 0 || l.UnackedFor < 950*time.Millisecond {
+			t.Errorf("explained while stalled: %+v", l)
+		}
 		close(release) // the late ack comes
 		synctest.Wait()
+		if l := explained(); l.Verdict != engine.Sent || l.UnackedFor != 0 || l.Window == 0 {
+			t.Errorf("explained afterwards: %+v", l)
+		}
 		if r := w.do(w.toUser("u1", "third")); r.Delivered != 1 {
 			t.Errorf("recovered: %+v", r)
 		}
