@@ -359,8 +359,13 @@ func (x *GetRoomInfoRequest) GetRoomId() string {
 }
 
 type GetRoomInfoResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RoomInfo      *RoomInfo              `protobuf:"bytes,1,opt,name=room_info,json=roomInfo,proto3" json:"room_info,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	RoomInfo *RoomInfo              `protobuf:"bytes,1,opt,name=room_info,json=roomInfo,proto3" json:"room_info,omitempty"`
+	// Optional, for deltas. Every change whose number is not higher is in this
+	// answer; later ones may be, too. 0: not known.
+	Revision uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// What revision counts in: numbers of different stores mean nothing to each other.
+	StoreId       string `protobuf:"bytes,3,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -400,6 +405,20 @@ func (x *GetRoomInfoResponse) GetRoomInfo() *RoomInfo {
 		return x.RoomInfo
 	}
 	return nil
+}
+
+func (x *GetRoomInfoResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *GetRoomInfoResponse) GetStoreId() string {
+	if x != nil {
+		return x.StoreId
+	}
+	return ""
 }
 
 type GetUserNodeRequest struct {
@@ -752,7 +771,12 @@ type WatchRoutesResponse struct {
 	RoomIds []string               `protobuf:"bytes,2,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
 	UserIds []string               `protobuf:"bytes,3,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
 	// Everything may have changed: forget all answers.
-	All           bool `protobuf:"varint,4,opt,name=all,proto3" json:"all,omitempty"`
+	All bool `protobuf:"varint,4,opt,name=all,proto3" json:"all,omitempty"`
+	// In a FollowRoutes whose caller has set deltas. They stand behind the names of
+	// the same message.
+	Deltas []*MemberDelta `protobuf:"bytes,5,rep,name=deltas,proto3" json:"deltas,omitempty"`
+	// Beside synced, from a Controller that sends deltas: what their revisions count in.
+	StoreId       string `protobuf:"bytes,6,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -815,6 +839,108 @@ func (x *WatchRoutesResponse) GetAll() bool {
 	return false
 }
 
+func (x *WatchRoutesResponse) GetDeltas() []*MemberDelta {
+	if x != nil {
+		return x.Deltas
+	}
+	return nil
+}
+
+func (x *WatchRoutesResponse) GetStoreId() string {
+	if x != nil {
+		return x.StoreId
+	}
+	return ""
+}
+
+// MemberDelta says that a user has entered or left a room on a node. It names the
+// room and the user as room_ids and user_ids do. It is a fact and no step: to apply
+// it twice changes nothing.
+//
+// Whoever keeps an answer of GetRoomInfo with a revision, and has been in sync since
+// before that look-up began, brings it up to date with the deltas that have a higher
+// revision, in the order in which they come. All others forget the room. That is
+// right in rooms whose members all have a node_id; a room whose last member leaves
+// is to be looked up again. Of several changes to one user, room and node the last
+// one may stand for all; those of different ones come in any order within a message.
+type MemberDelta struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RoomId string                 `protobuf:"bytes,1,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	UserId string                 `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	NodeId string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// The user is not in the room on this node any more.
+	Left bool `protobuf:"varint,4,opt,name=left,proto3" json:"left,omitempty"`
+	// Of the change, higher than that of each change before it. GetRoomInfoResponse has its peer.
+	Revision      uint64 `protobuf:"varint,5,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberDelta) Reset() {
+	*x = MemberDelta{}
+	mi := &file_controller_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberDelta) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberDelta) ProtoMessage() {}
+
+func (x *MemberDelta) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberDelta.ProtoReflect.Descriptor instead.
+func (*MemberDelta) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *MemberDelta) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *MemberDelta) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *MemberDelta) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *MemberDelta) GetLeft() bool {
+	if x != nil {
+		return x.Left
+	}
+	return false
+}
+
+func (x *MemberDelta) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 type FollowRoutesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the first message. 1 to 10,000; Push-Manager has 3,000 and sends a mark
@@ -823,14 +949,16 @@ type FollowRoutesRequest struct {
 	// The message with this seq is applied, and all before it.
 	Through uint64 `protobuf:"varint,2,opt,name=through,proto3" json:"through,omitempty"`
 	// Higher than the mark before.
-	Mark          uint64 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	Mark uint64 `protobuf:"varint,3,opt,name=mark,proto3" json:"mark,omitempty"`
+	// In the first message: the caller takes deltas.
+	Deltas        bool `protobuf:"varint,4,opt,name=deltas,proto3" json:"deltas,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FollowRoutesRequest) Reset() {
 	*x = FollowRoutesRequest{}
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +970,7 @@ func (x *FollowRoutesRequest) String() string {
 func (*FollowRoutesRequest) ProtoMessage() {}
 
 func (x *FollowRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +983,7 @@ func (x *FollowRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRoutesRequest.ProtoReflect.Descriptor instead.
 func (*FollowRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{14}
+	return file_controller_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FollowRoutesRequest) GetLeaseMs() uint32 {
@@ -879,6 +1007,13 @@ func (x *FollowRoutesRequest) GetMark() uint64 {
 	return 0
 }
 
+func (x *FollowRoutesRequest) GetDeltas() bool {
+	if x != nil {
+		return x.Deltas
+	}
+	return false
+}
+
 type FollowRoutesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in WatchRoutes. Absent: nothing has changed.
@@ -894,7 +1029,7 @@ type FollowRoutesResponse struct {
 
 func (x *FollowRoutesResponse) Reset() {
 	*x = FollowRoutesResponse{}
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1041,7 @@ func (x *FollowRoutesResponse) String() string {
 func (*FollowRoutesResponse) ProtoMessage() {}
 
 func (x *FollowRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1054,7 @@ func (x *FollowRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRoutesResponse.ProtoReflect.Descriptor instead.
 func (*FollowRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{15}
+	return file_controller_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *FollowRoutesResponse) GetChanges() *WatchRoutesResponse {
@@ -965,7 +1100,7 @@ type SyncNodeRequest struct {
 
 func (x *SyncNodeRequest) Reset() {
 	*x = SyncNodeRequest{}
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +1112,7 @@ func (x *SyncNodeRequest) String() string {
 func (*SyncNodeRequest) ProtoMessage() {}
 
 func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +1125,7 @@ func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeRequest.ProtoReflect.Descriptor instead.
 func (*SyncNodeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{16}
+	return file_controller_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SyncNodeRequest) GetNodeId() string {
@@ -1042,7 +1177,7 @@ type SyncNodeResponse struct {
 
 func (x *SyncNodeResponse) Reset() {
 	*x = SyncNodeResponse{}
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1189,7 @@ func (x *SyncNodeResponse) String() string {
 func (*SyncNodeResponse) ProtoMessage() {}
 
 func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1202,7 @@ func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeResponse.ProtoReflect.Descriptor instead.
 func (*SyncNodeResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{17}
+	return file_controller_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SyncNodeResponse) GetStoreId() string {
@@ -1098,7 +1233,7 @@ type NodeSlot struct {
 
 func (x *NodeSlot) Reset() {
 	*x = NodeSlot{}
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1245,7 @@ func (x *NodeSlot) String() string {
 func (*NodeSlot) ProtoMessage() {}
 
 func (x *NodeSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1258,7 @@ func (x *NodeSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSlot.ProtoReflect.Descriptor instead.
 func (*NodeSlot) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{18}
+	return file_controller_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeSlot) GetSlot() uint32 {
@@ -1159,7 +1294,7 @@ type NodeMembership struct {
 
 func (x *NodeMembership) Reset() {
 	*x = NodeMembership{}
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1306,7 @@ func (x *NodeMembership) String() string {
 func (*NodeMembership) ProtoMessage() {}
 
 func (x *NodeMembership) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1319,7 @@ func (x *NodeMembership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeMembership.ProtoReflect.Descriptor instead.
 func (*NodeMembership) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{19}
+	return file_controller_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NodeMembership) GetUserId() string {
@@ -1232,7 +1367,7 @@ type RoomInfo struct {
 
 func (x *RoomInfo) Reset() {
 	*x = RoomInfo{}
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1379,7 @@ func (x *RoomInfo) String() string {
 func (*RoomInfo) ProtoMessage() {}
 
 func (x *RoomInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1392,7 @@ func (x *RoomInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomInfo.ProtoReflect.Descriptor instead.
 func (*RoomInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{20}
+	return file_controller_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RoomInfo) GetRoomId() string {
@@ -1309,7 +1444,7 @@ type UserInfo struct {
 
 func (x *UserInfo) Reset() {
 	*x = UserInfo{}
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1456,7 @@ func (x *UserInfo) String() string {
 func (*UserInfo) ProtoMessage() {}
 
 func (x *UserInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1469,7 @@ func (x *UserInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserInfo.ProtoReflect.Descriptor instead.
 func (*UserInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{21}
+	return file_controller_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UserInfo) GetUserId() string {
@@ -1383,7 +1518,7 @@ type RoomMetadata struct {
 
 func (x *RoomMetadata) Reset() {
 	*x = RoomMetadata{}
-	mi := &file_controller_proto_msgTypes[22]
+	mi := &file_controller_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1530,7 @@ func (x *RoomMetadata) String() string {
 func (*RoomMetadata) ProtoMessage() {}
 
 func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[22]
+	mi := &file_controller_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1543,7 @@ func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomMetadata.ProtoReflect.Descriptor instead.
 func (*RoomMetadata) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{22}
+	return file_controller_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RoomMetadata) GetName() string {
@@ -1444,7 +1579,7 @@ type RoomStats struct {
 
 func (x *RoomStats) Reset() {
 	*x = RoomStats{}
-	mi := &file_controller_proto_msgTypes[23]
+	mi := &file_controller_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1591,7 @@ func (x *RoomStats) String() string {
 func (*RoomStats) ProtoMessage() {}
 
 func (x *RoomStats) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[23]
+	mi := &file_controller_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1604,7 @@ func (x *RoomStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomStats.ProtoReflect.Descriptor instead.
 func (*RoomStats) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{23}
+	return file_controller_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RoomStats) GetRoomId() string {
@@ -1523,9 +1658,11 @@ const file_controller_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"-\n" +
 	"\x12GetRoomInfoRequest\x12\x17\n" +
-	"\aroom_id\x18\x01 \x01(\tR\x06roomId\"D\n" +
+	"\aroom_id\x18\x01 \x01(\tR\x06roomId\"{\n" +
 	"\x13GetRoomInfoResponse\x12-\n" +
-	"\troom_info\x18\x01 \x01(\v2\x10.pubsub.RoomInfoR\broomInfo\"-\n" +
+	"\troom_info\x18\x01 \x01(\v2\x10.pubsub.RoomInfoR\broomInfo\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x19\n" +
+	"\bstore_id\x18\x03 \x01(\tR\astoreId\"-\n" +
 	"\x12GetUserNodeRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\"\x9b\x01\n" +
 	"\x13GetUserNodeResponse\x12\x17\n" +
@@ -1545,16 +1682,25 @@ const file_controller_proto_rawDesc = "" +
 	"\buser_ids\x18\x01 \x03(\tR\auserIds\"I\n" +
 	"\x14GetUserNodesResponse\x121\n" +
 	"\x05users\x18\x01 \x03(\v2\x1b.pubsub.GetUserNodeResponseR\x05users\"\x14\n" +
-	"\x12WatchRoutesRequest\"u\n" +
+	"\x12WatchRoutesRequest\"\xbd\x01\n" +
 	"\x13WatchRoutesResponse\x12\x16\n" +
 	"\x06synced\x18\x01 \x01(\bR\x06synced\x12\x19\n" +
 	"\broom_ids\x18\x02 \x03(\tR\aroomIds\x12\x19\n" +
 	"\buser_ids\x18\x03 \x03(\tR\auserIds\x12\x10\n" +
-	"\x03all\x18\x04 \x01(\bR\x03all\"^\n" +
+	"\x03all\x18\x04 \x01(\bR\x03all\x12+\n" +
+	"\x06deltas\x18\x05 \x03(\v2\x13.pubsub.MemberDeltaR\x06deltas\x12\x19\n" +
+	"\bstore_id\x18\x06 \x01(\tR\astoreId\"\x88\x01\n" +
+	"\vMemberDelta\x12\x17\n" +
+	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12\x17\n" +
+	"\auser_id\x18\x02 \x01(\tR\x06userId\x12\x17\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12\x12\n" +
+	"\x04left\x18\x04 \x01(\bR\x04left\x12\x1a\n" +
+	"\brevision\x18\x05 \x01(\x04R\brevision\"v\n" +
 	"\x13FollowRoutesRequest\x12\x19\n" +
 	"\blease_ms\x18\x01 \x01(\rR\aleaseMs\x12\x18\n" +
 	"\athrough\x18\x02 \x01(\x04R\athrough\x12\x12\n" +
-	"\x04mark\x18\x03 \x01(\x04R\x04mark\"s\n" +
+	"\x04mark\x18\x03 \x01(\x04R\x04mark\x12\x16\n" +
+	"\x06deltas\x18\x04 \x01(\bR\x06deltas\"s\n" +
 	"\x14FollowRoutesResponse\x125\n" +
 	"\achanges\x18\x01 \x01(\v2\x1b.pubsub.WatchRoutesResponseR\achanges\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x12\n" +
@@ -1631,7 +1777,7 @@ func file_controller_proto_rawDescGZIP() []byte {
 	return file_controller_proto_rawDescData
 }
 
-var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_controller_proto_goTypes = []any{
 	(*JoinRoomRequest)(nil),      // 0: pubsub.JoinRoomRequest
 	(*JoinRoomResponse)(nil),     // 1: pubsub.JoinRoomResponse
@@ -1647,56 +1793,58 @@ var file_controller_proto_goTypes = []any{
 	(*GetUserNodesResponse)(nil), // 11: pubsub.GetUserNodesResponse
 	(*WatchRoutesRequest)(nil),   // 12: pubsub.WatchRoutesRequest
 	(*WatchRoutesResponse)(nil),  // 13: pubsub.WatchRoutesResponse
-	(*FollowRoutesRequest)(nil),  // 14: pubsub.FollowRoutesRequest
-	(*FollowRoutesResponse)(nil), // 15: pubsub.FollowRoutesResponse
-	(*SyncNodeRequest)(nil),      // 16: pubsub.SyncNodeRequest
-	(*SyncNodeResponse)(nil),     // 17: pubsub.SyncNodeResponse
-	(*NodeSlot)(nil),             // 18: pubsub.NodeSlot
-	(*NodeMembership)(nil),       // 19: pubsub.NodeMembership
-	(*RoomInfo)(nil),             // 20: pubsub.RoomInfo
-	(*UserInfo)(nil),             // 21: pubsub.UserInfo
-	(*RoomMetadata)(nil),         // 22: pubsub.RoomMetadata
-	(*RoomStats)(nil),            // 23: pubsub.RoomStats
-	nil,                          // 24: pubsub.JoinRoomRequest.MetadataEntry
-	nil,                          // 25: pubsub.NodeMembership.MetadataEntry
-	nil,                          // 26: pubsub.UserInfo.MetadataEntry
+	(*MemberDelta)(nil),          // 14: pubsub.MemberDelta
+	(*FollowRoutesRequest)(nil),  // 15: pubsub.FollowRoutesRequest
+	(*FollowRoutesResponse)(nil), // 16: pubsub.FollowRoutesResponse
+	(*SyncNodeRequest)(nil),      // 17: pubsub.SyncNodeRequest
+	(*SyncNodeResponse)(nil),     // 18: pubsub.SyncNodeResponse
+	(*NodeSlot)(nil),             // 19: pubsub.NodeSlot
+	(*NodeMembership)(nil),       // 20: pubsub.NodeMembership
+	(*RoomInfo)(nil),             // 21: pubsub.RoomInfo
+	(*UserInfo)(nil),             // 22: pubsub.UserInfo
+	(*RoomMetadata)(nil),         // 23: pubsub.RoomMetadata
+	(*RoomStats)(nil),            // 24: pubsub.RoomStats
+	nil,                          // 25: pubsub.JoinRoomRequest.MetadataEntry
+	nil,                          // 26: pubsub.NodeMembership.MetadataEntry
+	nil,                          // 27: pubsub.UserInfo.MetadataEntry
 }
 var file_controller_proto_depIdxs = []int32{
-	24, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
-	20, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
-	20, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
-	23, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
+	25, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
+	21, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
+	21, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
+	24, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
 	7,  // 4: pubsub.GetUserNodesResponse.users:type_name -> pubsub.GetUserNodeResponse
-	13, // 5: pubsub.FollowRoutesResponse.changes:type_name -> pubsub.WatchRoutesResponse
-	18, // 6: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
-	19, // 7: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
-	25, // 8: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
-	21, // 9: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
-	22, // 10: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
-	26, // 11: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
-	0,  // 12: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
-	2,  // 13: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
-	4,  // 14: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
-	6,  // 15: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
-	8,  // 16: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
-	10, // 17: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
-	12, // 18: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
-	14, // 19: pubsub.ControllerService.FollowRoutes:input_type -> pubsub.FollowRoutesRequest
-	16, // 20: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
-	1,  // 21: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
-	3,  // 22: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
-	5,  // 23: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
-	7,  // 24: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
-	9,  // 25: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
-	11, // 26: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
-	13, // 27: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
-	15, // 28: pubsub.ControllerService.FollowRoutes:output_type -> pubsub.FollowRoutesResponse
-	17, // 29: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
-	21, // [21:30] is the sub-list for method output_type
-	12, // [12:21] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	14, // 5: pubsub.WatchRoutesResponse.deltas:type_name -> pubsub.MemberDelta
+	13, // 6: pubsub.FollowRoutesResponse.changes:type_name -> pubsub.WatchRoutesResponse
+	19, // 7: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
+	20, // 8: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
+	26, // 9: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
+	22, // 10: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
+	23, // 11: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
+	27, // 12: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
+	0,  // 13: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
+	2,  // 14: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
+	4,  // 15: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
+	6,  // 16: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
+	8,  // 17: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
+	10, // 18: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
+	12, // 19: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
+	15, // 20: pubsub.ControllerService.FollowRoutes:input_type -> pubsub.FollowRoutesRequest
+	17, // 21: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
+	1,  // 22: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
+	3,  // 23: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
+	5,  // 24: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
+	7,  // 25: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
+	9,  // 26: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
+	11, // 27: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
+	13, // 28: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
+	16, // 29: pubsub.ControllerService.FollowRoutes:output_type -> pubsub.FollowRoutesResponse
+	18, // 30: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
+	22, // [22:31] is the sub-list for method output_type
+	13, // [13:22] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_controller_proto_init() }
@@ -1710,7 +1858,7 @@ func file_controller_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_proto_rawDesc), len(file_controller_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -82,6 +82,10 @@ type ControllerServiceClient interface {
 	//
 	// A Controller that cannot promise this has WatchRoutes alone, and a push that
 	// follows "joined" at once may miss the new member.
+	//
+	// A caller that sets deltas may be told how a room has changed in place of the
+	// room's name (MemberDelta). Nobody has to: a Controller that does not know the
+	// field names the room, and a caller that does not set it is told names.
 	FollowRoutes(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse], error)
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
@@ -253,6 +257,10 @@ type ControllerServiceServer interface {
 	//
 	// A Controller that cannot promise this has WatchRoutes alone, and a push that
 	// follows "joined" at once may miss the new member.
+	//
+	// A caller that sets deltas may be told how a room has changed in place of the
+	// room's name (MemberDelta). Nobody has to: a Controller that does not know the
+	// field names the room, and a caller that does not set it is told names.
 	FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of

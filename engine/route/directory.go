@@ -89,6 +89,7 @@ type Directory struct {
 	builders sync.Pool // of *builder
 	// Answers of earlier generations are not good for anybody.
 	generation atomic.Uint64
+	revision   atomic.Uint64 // the highest that Moved has brought
 	// Up to then the change stream vouches for the answers of the generation.
 	watchedUntil atomic.Int64
 	watchEnd     atomic.Pointer[watchEnd] // of the generation before
@@ -196,6 +197,7 @@ func (d *Directory) Invalidate(rooms, users []string) {
 func (d *Directory) InvalidateAll() {
 	d.watchEnd.Store(&watchEnd{d.generation.Load(), min(d.now(), nanos(d.watchedUntil.Load()))})
 	d.generation.Add(1)
+	d.revision.Store(0) // of another store, perhaps
 	d.Rooms.invalidateAll()
 	d.Users.invalidateAll()
 }
@@ -209,6 +211,7 @@ type Stats struct {
 	Refreshes    uint64 // keys looked up again because a node knew better
 	Confirmed    uint64 // keys not looked up again because the Controller had stayed with its answer
 	Doubted      uint64 // answers that were not believed at first, see Renewed
+	Moves        uint64 // changes of members that cached rooms were brought up to date with
 	Waiting      int64  // queries in line now
 	Rooms, Users int    // entries cached, about
 	Members      uint64 // members of the cached rooms, about
@@ -232,6 +235,7 @@ func (d *Directory) Stats() Stats {
 			s.Refreshes += h.refreshes.Load()
 			s.Confirmed += h.confirmed.Load()
 			s.Doubted += h.doubted.Load()
+			s.Moves += h.moves.Load()
 			s.Waiting += h.waiting.Load()
 		}
 	}
@@ -258,15 +262,15 @@ func (d *Directory) Locate(shard int, users []string, w Waiter) {
 			w.Routed(users, snaps, err)
 		}()
 		ln.lookups.Add(1)
-		err = d.lookup(d.Users, w, timeout, users, make([]*Snapshot, len(users)), snaps)
+		_, err = d.lookup(d.Users, w, timeout, users, make([]*Snapshot, len(users)), snaps)
 	})
 	if err != nil {
 		w.Routed(users, nil, errors.Join(ErrOverloaded, err))
 	}
 }
 
-// lookup fills snaps for keys from the source.
-func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (err error) {
+// lookup fills snaps for keys from the source. The revision is that of a room's answer, 0 for none.
+func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []string, olds, snaps []*Snapshot) (revision uint64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	ctx, end := w.Lookup(ctx, t.name)
@@ -274,24 +278,33 @@ func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []str
 	if t == d.Users {
 		nodes := make([][]string, len(keys))
 		if err := d.cfg.Source.Users(ctx, keys, nodes); err != nil {
-			return err
+			return 0, err
 		}
 		for i, user := range keys {
 			snaps[i] = d.names.userSnapshot(user, nodes[i], olds[i])
 		}
-		return nil
+		return 0, nil
 	}
 	b, ok := d.builders.Get().(*builder)
 	if !ok {
 		b = newBuilder(d.seed, d.names)
 	}
-	found, err := d.cfg.Source.Room(ctx, keys[0], b.add)
+	var found bool
+	if v, ok := d.cfg.Source.(Versioned); ok {
+		heard := d.revision.Load()
+		// One that is older than what the change stream had told before is not what we take it for.
+		if found, revision, err = v.RoomAt(ctx, keys[0], b.add); revision < heard {
+			revision = 0
+		}
+	} else {
+		found, err = d.cfg.Source.Room(ctx, keys[0], b.add)
+	}
 	if err != nil {
-		return err // and b goes with it: the source may have kept add
+		return 0, err // and b goes with it: the source may have kept add
 	}
 	snaps[0] = b.snapshot(found, olds[0])
 	if b.reset() {
 		d.builders.Put(b)
 	}
-	return nil
+	return revision, nil
 }

@@ -14,7 +14,9 @@ type Group struct {
 	Node  string
 	Users []string // sorted, without duplicates, never empty
 
-	hash uint64 // order-independent fingerprint of the members as the Controller listed them
+	hash  uint64 // order-independent fingerprint of the members as the Controller listed them
+	twice bool   // it listed somebody twice
+	loose int    // how many have come or left since Users was made of one block
 }
 
 // Has tells whether user is in the group.
@@ -208,7 +210,7 @@ func (b *builder) seal(old *Snapshot) {
 		case p.node == "":
 			b.unplaced = users
 		case p.group == nil:
-			b.groups = append(b.groups, &Group{Node: p.node, Users: users, hash: p.hash})
+			b.groups = append(b.groups, &Group{Node: p.node, Users: users, hash: p.hash, twice: len(users) < p.count})
 		default:
 			b.groups = append(b.groups, p.group)
 		}
@@ -242,7 +244,7 @@ func (b *builder) snapshot(found bool, old *Snapshot) *Snapshot {
 
 // dropPlaced removes from unplaced whom some node holds after all.
 func (b *builder) dropPlaced() {
-	b.unplaced = slices.DeleteFunc(b.unplaced, func(user string) bool { return b.holders(user) > 0 })
+	b.unplaced = slices.DeleteFunc(b.unplaced, func(user string) bool { return holders(b.groups, user) > 0 })
 }
 
 // shared finds the users that stand in more than one group. Hashes find the
@@ -262,7 +264,7 @@ func (b *builder) shared() []string {
 			h := maphash.String(b.seed, user)
 			if _, dup := seen[h]; !dup {
 				seen[h] = struct{}{}
-			} else if b.holders(user) > 1 {
+			} else if holders(b.groups, user) > 1 {
 				shared = append(shared, user)
 			}
 		}
@@ -275,17 +277,7 @@ func (b *builder) shared() []string {
 func (b *builder) surplus(shared []string) int {
 	n := 0
 	for _, user := range shared {
-		n += b.holders(user) - 1
-	}
-	return n
-}
-
-func (b *builder) holders(user string) int {
-	n := 0
-	for _, g := range b.groups {
-		if g.Has(user) {
-			n++
-		}
+		n += holders(b.groups, user) - 1
 	}
 	return n
 }

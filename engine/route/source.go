@@ -32,6 +32,13 @@ type Source interface {
 	Users(ctx context.Context, users []string, nodes [][]string) error
 }
 
+// Versioned is a Source that says how new an answer about a room is.
+type Versioned interface {
+	// RoomAt is Source.Room. The answer has every change that Directory.Moved brings with
+	// a revision that is not higher; it may have later ones. 0: nobody knows.
+	RoomAt(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error)
+}
+
 // Renewed is a Source that knows when it last began anew to hear from the Controller,
 // with a connection or a change stream: it may then be another one, or not know all yet.
 type Renewed interface {

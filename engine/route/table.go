@@ -40,6 +40,8 @@ type entry struct {
 	renewAt atomic.Int64
 
 	absent absent // guarded by the mu of the key's lane
+	// Of a room's answer that has a revision, while it is good; nil for all others.
+	backlog *backlog
 }
 
 const never = math.MaxInt64
@@ -69,7 +71,7 @@ type lane struct {
 
 	running                                                     atomic.Int64 // look-ups
 	hits, misses, lookups, lookupErrors, staleServed, refreshes atomic.Uint64
-	confirmed, doubted                                          atomic.Uint64
+	confirmed, doubted, moves                                   atomic.Uint64
 	waiting                                                     atomic.Int64
 
 	_ [64]byte // shards do not share a cache line
@@ -83,6 +85,8 @@ type line struct {
 	looking   bool      // a look-up is under way; else somebody tells the waiters
 	dirty     bool      // the key may have changed while it was looked up
 	announced bool      // it has
+	moves     []Move    // how it has changed while it is looked up; not known yet whether that helps
+	before    int       // how many of waiters came before the first of moves
 	// The latest result, once there is one: both if a stale answer serves because
 	// of an error.
 	entry *entry
@@ -119,6 +123,16 @@ func (t *Table) Cached(shard int, key string, now time.Time) *Snapshot {
 	at := nanos(now.Sub(t.dir.epoch))
 	if !ok || !t.fresh(e, at) {
 		return nil
+	}
+	if e.behind() {
+		ln := &t.lanes[shard]
+		ln.mu.Lock()
+		e, ok = t.currentLocked(ln, key)
+		ok = ok && t.fresh(e, at)
+		ln.mu.Unlock()
+		if !ok {
+			return nil
+		}
 	}
 	if due := e.renewAt.Load(); int64(at) >= due && e.renewAt.CompareAndSwap(due, never) {
 		t.ask(shard, []string{key}, waiting{w: nobody{}}, func(string, *line) *entry { return nil })
@@ -157,7 +171,7 @@ func (e *entry) answer(w waiting) *Snapshot {
 func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 	t.lanes[shard].misses.Add(uint64(len(keys)))
 	t.ask(shard, keys, waiting{w: w}, func(key string, l *line) *entry {
-		e, ok := t.cache.GetIfPresent(key)
+		e, ok := t.currentLocked(&t.lanes[shard], key)
 		if l == nil && ok && t.fresh(e, t.dir.nanos(now)) {
 			return e
 		}
@@ -178,7 +192,7 @@ func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 func (t *Table) Refresh(shard int, keys []string, m Missing, w Waiter) {
 	ln, since, generation := &t.lanes[shard], t.dir.nanos(m.Since), t.dir.generation.Load()
 	looked := t.ask(shard, keys, waiting{w: w, since: since}, func(key string, l *line) *entry {
-		e, _ := t.cache.GetIfPresent(key)
+		e, _ := t.currentLocked(ln, key)
 		told := l != nil && !l.looking && !l.dirty && l.entry != nil
 		switch {
 		case told:
@@ -231,7 +245,7 @@ func (t *Table) ask(shard int, keys []string, me waiting, known func(key string,
 		if l == nil {
 			key = strings.Clone(key) // it outlives the request that it was cut from
 			l = &line{looking: true}
-			l.old, _ = t.cache.GetIfPresent(key)
+			l.old, _ = t.currentLocked(ln, key)
 			ln.lines[key] = l
 			lookup = append(lookup, key)
 		} else if e == nil && !l.looking {
@@ -274,7 +288,10 @@ func (t *Table) submit(shard int, w Waiter, keys []string) {
 	err := t.dir.cfg.Go(shard, func() { t.lookup(shard, w, keys) })
 	if err != nil {
 		err = errors.Join(ErrOverloaded, err)
-		t.settle(shard, keys, func(l *line, _ int) (*entry, error) { return t.fallback(&t.lanes[shard], l, err), err })
+		t.settle(shard, keys, func(l *line, _ int) (*entry, error) {
+			t.applyLocked(l, nil, 0)
+			return t.fallback(&t.lanes[shard], l, err), err
+		})
 	}
 }
 
@@ -291,6 +308,7 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 		}
 	}
 	ln.mu.Unlock()
+	var revision uint64
 	err := errPanicked
 	defer func() {
 		// Runs on a panic of the source, too: nobody is left waiting.
@@ -300,13 +318,19 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 		}
 		t.settle(shard, keys, func(l *line, i int) (*entry, error) {
 			if err != nil {
+				t.applyLocked(l, nil, 0)
 				return t.fallback(ln, l, err), err
 			}
-			return t.newEntry(ln, l, snaps[i], began, generation), nil
+			s, ok := t.applyLocked(l, snaps[i], revision)
+			e := t.newEntry(ln, l, s, began, generation)
+			if ok && revision != 0 && e.generation != 0 && !e.fallback {
+				e.backlog = &backlog{revision: revision}
+			}
+			return e, nil
 		})
 	}()
 	ln.lookups.Add(1)
-	err = t.dir.lookup(t, w, timeout, keys, olds, snaps)
+	revision, err = t.dir.lookup(t, w, timeout, keys, olds, snaps)
 }
 
 // newEntry decides how long an answer of the Controller is good. Called under the lock.
@@ -316,7 +340,7 @@ func (t *Table) newEntry(ln *lane, l *line, s *Snapshot, began nanos, generation
 		now, until := d.now(), d.nanos(d.renewed().Add(doubtFor))
 		if now < until && now-d.validUntil(old, now) <= nanos(d.cfg.StaleTTL) {
 			ln.doubted.Add(1)
-			e := t.stale(old, old.announced || l.announced, until)
+			e := t.stale(old, old.announced || l.announced || old.behind(), until)
 			s.Doubted = true // nobody else has it yet
 			e.fetched, e.doubted = began, s
 			return e
@@ -353,9 +377,9 @@ func (t *Table) fallback(ln *lane, l *line, err error) *entry {
 	if old == nil || !old.snap.Found {
 		return nil
 	}
-	announced := old.announced || l.announced
+	announced := old.announced || l.announced || old.behind()
 	switch {
-	case !l.dirty && t.fresh(old, now):
+	case !l.dirty && !old.behind() && t.fresh(old, now):
 		return old
 	case announced && !errors.Is(err, ErrAway):
 		return nil
@@ -428,7 +452,7 @@ func (t *Table) drain(shard int, keys []string) {
 		}
 		first, again = l.next[0].w, append(again, key)
 		l.waiters, l.next = l.next, nil
-		l.looking, l.dirty, l.announced = true, false, false
+		l.looking, l.dirty, l.announced, l.moves = true, false, false, nil
 	}
 	ln.mu.Unlock()
 	if len(again) > 0 {
@@ -457,7 +481,7 @@ func (t *Table) publishLocked(key string, l *line) {
 func (t *Table) changed(e *entry, announced bool) *entry {
 	gone := &entry{
 		snap: e.snap, fetched: e.fetched, known: t.dir.validUntil(e, t.dir.now()),
-		announced: announced, doubted: e.doubted, absent: e.absent,
+		announced: announced || e.behind(), doubted: e.doubted, absent: e.absent,
 	}
 	gone.renewAt.Store(never)
 	return gone

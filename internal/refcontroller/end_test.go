@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/push-manager/push-manager/engine/route"
 	asker "github.com/push-manager/push-manager/transport/controller"
 )
 
@@ -23,6 +24,12 @@ func (d *told) Invalidate(rooms, _ []string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.rooms = append(d.rooms, rooms...)
+}
+
+func (d *told) Moved(moves []route.Move) {
+	for _, m := range moves {
+		d.Invalidate([]string{m.Room}, nil)
+	}
 }
 
 func (d *told) InvalidateAll() {}

@@ -44,7 +44,7 @@ func TestReportIsAnsweredOnceEveryFollowerHasAcknowledged(t *testing.T) {
 		if _, ok := <-settled(t.Context(), h); !ok {
 			t.Fatal("waited with nobody there")
 		}
-		one, two, old := h.join(3*time.Second), h.join(3*time.Second), h.join(0)
+		one, two, old := h.join(3*time.Second, false), h.join(3*time.Second, false), h.join(0, false)
 		h.tell(Change{Users: []string{"u"}})
 		done := settled(t.Context(), h)
 		synctest.Wait()
@@ -77,7 +77,7 @@ func TestReportIsAnsweredOnceEveryFollowerHasAcknowledged(t *testing.T) {
 func TestFollowerThatIsGoneIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHub(100)
-		w := h.join(3 * time.Second)
+		w := h.join(3*time.Second, false)
 		h.tell(Change{Users: []string{"u"}})
 		done := settled(t.Context(), h)
 		time.Sleep(time.Second)
@@ -91,7 +91,7 @@ func TestFollowerThatIsGoneIsNotWaitedFor(t *testing.T) {
 func TestCallerThatLeavesDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHub(100)
-		h.join(3 * time.Second)
+		h.join(3*time.Second, false)
 		h.tell(Change{Users: []string{"u"}})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -106,7 +106,7 @@ func TestCallerThatLeavesDoesNotWait(t *testing.T) {
 func TestFollowerThatStandsStillIsWaitedForUntilItsLeaseEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHub(100)
-		w := h.join(3 * time.Second)
+		w := h.join(3*time.Second, false)
 		time.Sleep(time.Second)
 		say(t, w, 0, 1)
 		if out := w.follow(time.Now(), time.Now()); len(out) != 1 || out[0].GetMark() != 1 {
@@ -155,7 +155,7 @@ func TestFollowerThatStandsStillIsWaitedForUntilItsLeaseEnds(t *testing.T) {
 func TestLeaseOfOneThatDoesNotAcknowledgeIsNotRenewed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHub(100)
-		w := h.join(3 * time.Second)
+		w := h.join(3*time.Second, false)
 		stop := make(chan struct{})
 		go func() {
 			tick := time.NewTicker(99 * time.Millisecond)
@@ -187,7 +187,7 @@ func TestFollowerThatIsLateAgainAndAgainIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const lease = 3 * time.Second
 		h := newHub(10_000)
-		w := h.join(lease)
+		w := h.join(lease, false)
 		say := func(through, mark uint64) {
 			if err := w.hear(&pubsub.FollowRoutesRequest{Through: through, Mark: mark}, time.Now()); err != nil {
 				t.Error(err)
@@ -252,7 +252,7 @@ func TestFollowerThatIsLateAgainAndAgainIsNotWaitedFor(t *testing.T) {
 func TestMarkIsBehindEverythingFromBeforeIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHub(100_000)
-		w := h.join(3 * time.Second)
+		w := h.join(3*time.Second, false)
 		var c Change
 		for i := range 3 * frameNames {
 			c.Users = append(c.Users, fmt.Sprint(i))
@@ -300,7 +300,7 @@ func tellMany(t *testing.T, rng *rand.Rand) {
 		down := make(chan *pubsub.FollowRoutesResponse, 10_000)
 		up := make(chan *pubsub.FollowRoutesRequest, 10_000)
 		m.trusted = time.Now().Add(lease)
-		w := h.join(lease)
+		w := h.join(lease, false)
 		seed := rng.Uint64()
 		way := func() func() { // each end of a way has its own weather
 			seed++

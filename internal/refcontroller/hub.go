@@ -14,8 +14,8 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// frameNames is how many names one message of the change stream has at most:
-// 256 KiB at the limit of ids.
+// frameNames is how many names, or deltas, one message of the change stream has at most:
+// 1 MiB at the limit of ids, of which a delta has three.
 const frameNames = 1000
 
 // ackWithin is how long a report waits for a follower before the follower's lease is
@@ -54,11 +54,13 @@ type watcher struct {
 	wake chan struct{}
 	// Static. How long a follower trusts its answers after a mark; 0: it is none, and
 	// nobody waits for it.
-	lease time.Duration
+	lease  time.Duration
+	deltas bool // it takes deltas in place of names
 
 	mu           sync.Mutex
 	rooms, users map[string]struct{}
-	all          bool // too much for names
+	moves        map[place]moved // the last one of each place is enough
+	all          bool            // too much for names
 
 	// Of followers. Changes are numbered as they are told: sent is the number of the
 	// last one that went out, and the seq of its message.
@@ -73,6 +75,15 @@ type watcher struct {
 	owed  uint64
 	late  time.Time // when it was late last, see judgeLocked
 	muted time.Time // nothing is sent back before this
+}
+
+// place is where a Move is about.
+type place struct{ room, user, node string }
+
+// moved is the last Move of a place.
+type moved struct {
+	left     bool
+	revision uint64
 }
 
 // wait is a report that waits for a follower.
@@ -96,11 +107,9 @@ func (s *settling) less() {
 
 // join adds a watcher: every change told from now on reaches it. A follower trusts
 // what it looks up from now on for its lease.
-func (h *hub) join(lease time.Duration) *watcher {
-	w := &watcher{
-		wake: make(chan struct{}, 1), lease: lease, trusted: time.Now().Add(lease),
-		rooms: map[string]struct{}{}, users: map[string]struct{}{},
-	}
+func (h *hub) join(lease time.Duration, deltas bool) *watcher {
+	w := &watcher{wake: make(chan struct{}, 1), lease: lease, deltas: deltas, trusted: time.Now().Add(lease)}
+	w.emptyLocked()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.watchers[w] = struct{}{}
@@ -278,7 +287,7 @@ func (h *hub) waiting() int {
 func (h *hub) tell(c Change) {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
-	if !c.All && len(c.Rooms)+len(c.Users) == 0 {
+	if !c.All && len(c.Moves)+len(c.Rooms)+len(c.Users) == 0 {
 		for w := range h.watchers {
 			w.recheck()
 		}
@@ -298,24 +307,37 @@ func (w *watcher) note(c Change, most int) (overflow bool) {
 	defer w.mu.Unlock()
 	w.noted++
 	if c.All {
+		w.emptyLocked()
 		w.all = true
-		clear(w.rooms)
-		clear(w.users)
 	}
 	if !w.all {
+		for _, m := range c.Moves {
+			if w.deltas {
+				w.moves[place{m.Room, m.User, m.Node}] = moved{m.Left, c.Revision}
+				continue
+			}
+			w.rooms[m.Room] = struct{}{}
+			w.users[m.User] = struct{}{}
+		}
 		for _, room := range c.Rooms {
 			w.rooms[room] = struct{}{}
 		}
 		for _, user := range c.Users {
 			w.users[user] = struct{}{}
 		}
-		if overflow = len(w.rooms)+len(w.users) > most; overflow {
+		if overflow = len(w.moves)+len(w.rooms)+len(w.users) > most; overflow {
+			w.emptyLocked()
 			w.all = true
-			w.rooms, w.users = map[string]struct{}{}, map[string]struct{}{}
 		}
 	}
 	w.rouse()
 	return overflow
+}
+
+// emptyLocked leaves nothing pending.
+func (w *watcher) emptyLocked() {
+	w.all = false
+	w.rooms, w.users, w.moves = map[string]struct{}{}, map[string]struct{}{}, map[place]moved{}
 }
 
 // recheck has the sender of a mark look again.
@@ -362,11 +384,11 @@ func (w *watcher) take() []*pubsub.WatchRoutesResponse {
 }
 
 func (w *watcher) takeLocked() []*pubsub.WatchRoutesResponse {
-	all, rooms, users := w.all, w.rooms, w.users
-	if !all && len(rooms)+len(users) == 0 {
+	all, rooms, users, moves := w.all, w.rooms, w.users, w.moves
+	if !all && len(rooms)+len(users)+len(moves) == 0 {
 		return nil
 	}
-	w.all, w.rooms, w.users = false, map[string]struct{}{}, map[string]struct{}{}
+	w.emptyLocked()
 	if all {
 		return []*pubsub.WatchRoutesResponse{{All: true}}
 	}
@@ -380,6 +402,13 @@ func (w *watcher) takeLocked() []*pubsub.WatchRoutesResponse {
 			continue
 		}
 		frames = append(frames, &pubsub.WatchRoutesResponse{UserIds: names})
+	}
+	deltas := make([]*pubsub.MemberDelta, 0, len(moves))
+	for at, m := range moves {
+		deltas = append(deltas, &pubsub.MemberDelta{RoomId: at.room, UserId: at.user, NodeId: at.node, Left: m.left, Revision: m.revision})
+	}
+	for some := range slices.Chunk(deltas, frameNames) {
+		frames = append(frames, &pubsub.WatchRoutesResponse{Deltas: some})
 	}
 	return frames
 }

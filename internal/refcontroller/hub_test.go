@@ -17,7 +17,7 @@ func newHub(most int) *hub {
 
 func TestPendingNamesCoalesce(t *testing.T) {
 	h := newHub(100)
-	w := h.join(0)
+	w := h.join(0, false)
 	for range 1000 {
 		h.tell(Change{Rooms: []string{"r"}, Users: []string{"u", "v"}})
 	}
@@ -38,7 +38,7 @@ func TestPendingNamesCoalesce(t *testing.T) {
 
 func TestOverflowBecomesAll(t *testing.T) {
 	h := newHub(10)
-	slow, quick := h.join(0), h.join(0)
+	slow, quick := h.join(0, false), h.join(0, false)
 	for i := range 11 {
 		h.tell(Change{Users: []string{fmt.Sprint(i)}})
 		<-quick.wake
@@ -63,7 +63,7 @@ func TestOverflowBecomesAll(t *testing.T) {
 
 func TestFramesAreBounded(t *testing.T) {
 	h := newHub(10 * frameNames)
-	w := h.join(0)
+	w := h.join(0, false)
 	var c Change
 	for i := range 2*frameNames + 10 {
 		c.Rooms = append(c.Rooms, fmt.Sprint("r", i))
@@ -85,7 +85,7 @@ func TestFramesAreBounded(t *testing.T) {
 
 func TestWhoHasLeftIsNotTold(t *testing.T) {
 	h := newHub(10)
-	w := h.join(0)
+	w := h.join(0, false)
 	h.leave(w)
 	h.tell(Change{Users: []string{"u"}})
 	if len(w.take()) != 0 || h.len() != 0 {

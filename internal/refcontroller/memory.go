@@ -38,12 +38,13 @@ type Memory struct {
 
 	mu sync.RWMutex
 	// Guarded by mu. No room or user is without a membership.
-	rooms map[string]*room
-	users map[string]*user
-	nodes map[string]*node
-	swept time.Time
-	clock uint64 // of the latest join
-	count int    // memberships
+	rooms    map[string]*room
+	users    map[string]*user
+	nodes    map[string]*node
+	swept    time.Time
+	clock    uint64 // of the latest join
+	revision uint64 // of the latest change
+	count    int    // memberships
 }
 
 // membership is a user in a room on a node. It stands in three lists.
@@ -186,9 +187,17 @@ func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
 	}
 	if changed {
 		m.room.updated = now.Unix()
-		s.tell(Change{Rooms: []string{j.Room}, Users: []string{j.User}})
+		s.tellLocked([]Move{{Room: j.Room, User: j.User, Node: j.Node}})
 	}
 	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
+}
+
+// tellLocked numbers a change and tells it.
+func (s *Memory) tellLocked(moves []Move) {
+	if len(moves) > 0 {
+		s.revision++
+		s.tell(Change{Moves: moves, Revision: s.revision})
+	}
 }
 
 // reporterLocked is the node that reports, nil when it is not known and does not
@@ -324,7 +333,7 @@ func (s *Memory) Leave(_ context.Context, l Leave) (bool, error) {
 	if u == nil {
 		return false, nil
 	}
-	left := false
+	var moves []Move
 	for _, m := range slices.Clone(u.members) {
 		if m.room.id != l.Room || l.Node != "" && m.node.id != l.Node {
 			continue
@@ -332,18 +341,15 @@ func (s *Memory) Leave(_ context.Context, l Leave) (bool, error) {
 		if l.Boot != "" && m.era == n.era && m.seq > l.Seq {
 			return false, ErrOld
 		}
-		s.endLocked(m, now.Unix())
-		left = true
+		moves = append(moves, s.endLocked(m, now.Unix()))
 	}
-	if left {
-		s.tell(Change{Rooms: []string{l.Room}, Users: []string{l.User}})
-	}
-	return left, nil
+	s.tellLocked(moves)
+	return len(moves) > 0, nil
 }
 
 // endLocked takes m out of its three lists, and those that are empty then out of
-// the store.
-func (s *Memory) endLocked(m *membership, now int64) {
+// the store. It returns what is to be told of it.
+func (s *Memory) endLocked(m *membership, now int64) Move {
 	r, u, n := m.room, m.user, m.node
 	u.members = slices.DeleteFunc(u.members, func(x *membership) bool { return x == m })
 	if len(u.members) == 0 {
@@ -377,6 +383,7 @@ func (s *Memory) endLocked(m *membership, now int64) {
 		}
 	}
 	s.count--
+	return Move{Room: r.id, User: u.id, Node: n.id, Left: true}
 }
 
 // Begin implements Store.
@@ -446,7 +453,7 @@ type position struct{ slot, index int }
 func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*membership) bool) (int, position) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var change Change
+	var moves []Move
 	n := s.nodes[nodeID]
 	if n == nil {
 		return 0, position{slot: slots.Count}
@@ -463,14 +470,10 @@ func (s *Memory) dropSome(nodeID string, at position, now int64, which func(*mem
 			at.index++
 			continue
 		}
-		change.Rooms = append(change.Rooms, m.room.id)
-		change.Users = append(change.Users, m.user.id)
-		s.endLocked(m, now) // puts another one at this position
+		moves = append(moves, s.endLocked(m, now)) // puts another one at this position
 	}
-	if len(change.Users) > 0 {
-		s.tell(change)
-	}
-	return len(change.Users), at
+	s.tellLocked(moves)
+	return len(moves), at
 }
 
 // SetSlot implements Store.
@@ -481,11 +484,7 @@ func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Joi
 	for i, j := range members {
 		listed[key{j.User, j.Room}] = i
 	}
-	var change Change
-	note := func(room, user string) {
-		change.Rooms = append(change.Rooms, room)
-		change.Users = append(change.Users, user)
-	}
+	var moves []Move
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -507,13 +506,12 @@ func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Joi
 		switch {
 		case m.era == n.era && m.seq > by.Seq: // A later report has made it.
 		case !ok:
-			s.endLocked(m, now.Unix())
-			note(k.room, k.user)
+			moves = append(moves, s.endLocked(m, now.Unix()))
 		default:
 			m.era, m.seq = n.era, by.Seq
 			if s.renameLocked(m, members[i]) {
 				m.room.updated = now.Unix()
-				note(k.room, k.user)
+				moves = append(moves, Move{Room: k.room, User: k.user, Node: by.Node})
 			}
 		}
 	}
@@ -524,11 +522,9 @@ func (s *Memory) SetSlot(_ context.Context, by Reporter, slot int, members []Joi
 		m := s.addLocked(j, slots.Hash(k.user, k.room), now.Unix(), here)
 		m.era, m.seq = n.era, by.Seq
 		m.room.updated = now.Unix()
-		note(k.room, k.user)
+		moves = append(moves, Move{Room: k.room, User: k.user, Node: by.Node})
 	}
-	if len(change.Users) > 0 {
-		s.tell(change)
-	}
+	s.tellLocked(moves)
 	return nil
 }
 
@@ -550,14 +546,15 @@ func (s *Memory) Differing(_ context.Context, by Reporter, digests []uint64) ([]
 }
 
 // Room implements Store.
-func (s *Memory) Room(_ context.Context, roomID string) (*pubsub.RoomInfo, error) {
+func (s *Memory) Room(_ context.Context, roomID string) (*pubsub.RoomInfo, Revision, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	at := Revision{Store: s.id, Number: s.revision}
 	r := s.rooms[roomID]
 	if r == nil {
-		return nil, nil //nolint:nilnil // nil is the answer: no such room
+		return nil, at, nil
 	}
-	return s.infoLocked(r, true), nil
+	return s.infoLocked(r, true), at, nil
 }
 
 func (s *Memory) infoLocked(r *room, list bool) *pubsub.RoomInfo {

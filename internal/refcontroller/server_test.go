@@ -391,7 +391,7 @@ func (s *stuck) Rooms(ctx context.Context) ([]*pubsub.RoomStats, error) {
 	return nil, ctx.Err()
 }
 
-func (s *stuck) Room(context.Context, string) (*pubsub.RoomInfo, error) { panic("test") }
+func (s *stuck) Room(context.Context, string) (*pubsub.RoomInfo, Revision, error) { panic("test") }
 
 func TestPanicAndStoreErrorsEndOneCall(t *testing.T) {
 	b := start(t, Config{Store: &stuck{Memory: NewMemory(0)}})

@@ -276,14 +276,14 @@ func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest
 	if err := firstOf(checkID("room_id", in.GetRoomId()), s.roster.believed()); err != nil {
 		return nil, err
 	}
-	info, err := s.store.Room(ctx, in.GetRoomId())
+	info, at, err := s.store.Room(ctx, in.GetRoomId())
 	if err != nil {
 		return nil, storeError("get room", err)
 	}
 	if err := s.roster.believed(); err != nil {
 		return nil, err // The store has been lost meanwhile, and this may be what is left.
 	}
-	return &pubsub.GetRoomInfoResponse{RoomInfo: info}, nil
+	return &pubsub.GetRoomInfoResponse{RoomInfo: info, Revision: at.Number, StoreId: at.Store}, nil
 }
 
 // GetUserNode implements ControllerService.
@@ -380,7 +380,7 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 		return err
 	}
 	cold := s.roster.warmth.Load().cold
-	w := s.hub.join(0)
+	w := s.hub.join(0, false)
 	defer s.hub.leave(w)
 	if err := s.vouch(stream.Context(), 0); err != nil {
 		return err
@@ -429,8 +429,9 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 	if err := s.warm(stream.Context()); err != nil {
 		return err
 	}
-	cold := s.roster.warmth.Load().cold
-	w := s.hub.join(time.Duration(first.GetLeaseMs()) * time.Millisecond)
+	warmth := s.roster.warmth.Load()
+	cold := warmth.cold
+	w := s.hub.join(time.Duration(first.GetLeaseMs())*time.Millisecond, first.GetDeltas())
 	defer s.hub.leave(w)
 	if err := s.vouch(stream.Context(), first.GetLeaseMs()); err != nil {
 		return err
@@ -438,7 +439,11 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 	// The stream's end, which this method's return is at the latest, ends the reader.
 	ended := make(chan error, 1)
 	s.readers.Go(func() { ended <- s.readFollower(stream, w) })
-	if err := stream.Send(&pubsub.FollowRoutesResponse{Changes: &pubsub.WatchRoutesResponse{Synced: true}}); err != nil {
+	synced := &pubsub.WatchRoutesResponse{Synced: true}
+	if first.GetDeltas() {
+		synced.StoreId = warmth.store // if it is another one by now, cold is closed
+	}
+	if err := stream.Send(&pubsub.FollowRoutesResponse{Changes: synced}); err != nil {
 		return err
 	}
 	for {

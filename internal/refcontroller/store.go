@@ -45,8 +45,9 @@ type Store interface {
 	// Differing names the slots that have another digest.
 	Differing(ctx context.Context, by Reporter, digests []uint64) ([]uint32, error)
 
-	// Room is a room with its members, nil when there is none.
-	Room(ctx context.Context, room string) (*pubsub.RoomInfo, error)
+	// Room is a room with its members, nil when there is none. Every change up to the
+	// revision is in the answer, and later ones may be in it.
+	Room(ctx context.Context, room string) (*pubsub.RoomInfo, Revision, error)
 	// Users is where users are: presences[i] for users[i].
 	Users(ctx context.Context, users []string) ([]Presence, error)
 	// Rooms counts the users of each room.
@@ -140,12 +141,31 @@ type Presence struct {
 	Room string
 }
 
-// Change names what a look-up answers differently from now on. One that names nothing
-// says that a Shared store has got on: by Told, or to another ID.
+// Change is what a look-up answers differently from now on. One that is empty says that a
+// Shared store has got on: by Told, or to another ID.
 type Change struct {
+	// Moves are the memberships that have changed, each once. Revision numbers the change:
+	// it rises from each one to the next.
+	Moves    []Move
+	Revision uint64
+	// Rooms and Users have changed, and how is not known.
 	Rooms, Users []string
 	// All: names were missed, everything may have changed.
 	All bool
+}
+
+// Move is a user who is in a room on a node from now on, perhaps with another name than
+// before, or is not any more.
+type Move struct {
+	Room, User, Node string
+	Left             bool
+}
+
+// Revision is how far a store has got with its changes. Numbers of different stores mean
+// nothing to each other.
+type Revision struct {
+	Store  string // its ID
+	Number uint64 // as Change.Revision; 0 before the first change
 }
 
 // Counts are the sizes of a Store. A user counts once.

@@ -84,7 +84,7 @@ func TestWhatTheControllerHasWrongIsRepaired(t *testing.T) {
 	g, _ := start(t, &controller{addr: addr}, func(c *Config) { c.Members.SyncInterval = 20 * time.Millisecond })
 	connect(t, g, "u", "r")
 	users := func() string {
-		info, err := store.Room(t.Context(), "r")
+		info, _, err := store.Room(t.Context(), "r")
 		if err != nil {
 			t.Fatal(err)
 		}

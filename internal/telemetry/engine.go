@@ -19,13 +19,13 @@ type EngineMetrics struct {
 	set    *metrics.Set
 	shards []shardMetrics
 
-	inFlight, waiting, watched, fenced, backlog *metrics.Gauge
-	async, receipts                             *metrics.Gauge
-	cachedRooms, cachedUsers, cachedMembers     *metrics.Gauge
-	heals, hits, misses, lookups, lookupErrors  *metrics.Counter
-	staleServed, refreshes, confirmed, doubted  *metrics.Counter
-	fences, stale, changed, rejected            *metrics.Counter
-	panics, poolPanics                          *metrics.Counter
+	inFlight, waiting, watched, fenced, backlog       *metrics.Gauge
+	async, receipts                                   *metrics.Gauge
+	cachedRooms, cachedUsers, cachedMembers           *metrics.Gauge
+	heals, hits, misses, lookups, lookupErrors        *metrics.Counter
+	staleServed, refreshes, confirmed, doubted, moves *metrics.Counter
+	fences, stale, changed, rejected                  *metrics.Counter
+	panics, poolPanics                                *metrics.Counter
 }
 
 type shardMetrics struct {
@@ -56,6 +56,7 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		refreshes:     set.NewCounter("push_manager_route_refreshes_total"),
 		confirmed:     set.NewCounter("push_manager_route_confirmed_total"),
 		doubted:       set.NewCounter("push_manager_route_doubted_total"),
+		moves:         set.NewCounter("push_manager_route_deltas_total"),
 		stale:         set.NewCounter(`push_manager_route_stale_pushes_total{route="unconfirmed"}`),
 		changed:       set.NewCounter(`push_manager_route_stale_pushes_total{route="changed"}`),
 		fences:        set.NewCounter("push_manager_route_fences_total"),
@@ -98,6 +99,7 @@ func (m *EngineMetrics) Collect() {
 	m.refreshes.Set(d.Refreshes)
 	m.confirmed.Set(d.Confirmed)
 	m.doubted.Set(d.Doubted)
+	m.moves.Set(d.Moves)
 	m.fences.Set(s.Fences)
 	m.fenced.Set(float64(s.Fenced))
 	m.backlog.Set(float64(s.Backlog))

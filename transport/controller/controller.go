@@ -27,14 +27,16 @@ import (
 // Changes is who is told by the change stream; *route.Directory has it.
 type Changes interface {
 	Invalidate(rooms, users []string)
+	Moved(moves []route.Move)
 	InvalidateAll()
 	Vouch(until time.Time)
 }
 
 var (
-	_ route.Source  = (*Controller)(nil)
-	_ route.Renewed = (*Controller)(nil)
-	_ Changes       = (*route.Directory)(nil)
+	_ route.Source    = (*Controller)(nil)
+	_ route.Versioned = (*Controller)(nil)
+	_ route.Renewed   = (*Controller)(nil)
+	_ Changes         = (*route.Directory)(nil)
 )
 
 // Controller is the deployment's Controller, or several replicas of it.
@@ -59,6 +61,9 @@ type Controller struct {
 	noBatch  optional // GetUserNodes
 	noFollow optional // FollowRoutes
 	noWatch  optional // WatchRoutes
+	// What the revisions of the change stream count in, "" while it has none. An answer from
+	// another store says nothing about them.
+	store atomic.Pointer[string]
 	// In nanoseconds since made: until when the change stream vouches for answers, and
 	// up to when each change is known to have been applied, 0 before it is.
 	vouched, proved atomic.Int64
@@ -83,6 +88,7 @@ func New(cfg Config) (*Controller, error) {
 		return nil, fmt.Errorf("controller %q: %w", cfg.Address, err)
 	}
 	c.conn, c.client = conn, pubsub.NewControllerServiceClient(conn)
+	c.store.Store(new(string))
 	c.budget.fill()
 	c.m = newHandles(c, cfg.Metrics)
 	return c, nil

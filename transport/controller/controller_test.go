@@ -335,6 +335,7 @@ func (l *ledger) write(line string) {
 func (l *ledger) Invalidate(rooms, users []string) {
 	l.write(fmt.Sprint("rooms", rooms, " users", users))
 }
+func (l *ledger) Moved(moves []route.Move) { l.write(fmt.Sprint("moves", moves)) }
 func (l *ledger) InvalidateAll() {
 	l.mu.Lock()
 	panics := l.panics

@@ -19,28 +19,34 @@ import (
 
 // Room implements route.Source.
 func (c *Controller) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
-	began := time.Now()
-	found, err := c.room(ctx, room, add)
-	if err != nil {
-		c.m.lookup(kindRoom, resultError, began)
-		return false, fmt.Errorf("get room %q: %w: %w", room, c.why(err), err)
-	}
-	c.m.lookup(kindRoom, resultOf(found), began)
-	return found, nil
+	found, _, err := c.RoomAt(ctx, room, add)
+	return found, err
 }
 
-func (c *Controller) room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
+// RoomAt implements route.Versioned.
+func (c *Controller) RoomAt(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error) {
+	began := time.Now()
+	found, revision, err = c.room(ctx, room, add)
+	if err != nil {
+		c.m.lookup(kindRoom, resultError, began)
+		return false, 0, fmt.Errorf("get room %q: %w: %w", room, c.why(err), err)
+	}
+	c.m.lookup(kindRoom, resultOf(found), began)
+	return found, revision, nil
+}
+
+func (c *Controller) room(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error) {
 	var reply rawReply
 	defer reply.release()
 	request := &pubsub.GetRoomInfoRequest{RoomId: room}
-	err := c.call(ctx, func(ctx context.Context) error {
+	err = c.call(ctx, func(ctx context.Context) error {
 		return c.conn.Invoke(ctx, pubsub.ControllerService_GetRoomInfo_FullMethodName, request, &reply, grpc.ForceCodecV2(c.codec))
 	})
 	if status.Code(err) == codes.NotFound {
-		return false, nil // not what the contract says, and clear all the same
+		return false, 0, nil // not what the contract says, and clear all the same
 	}
 	if err != nil {
-		return false, err
+		return false, 0, err
 	}
 	w := walk{add: add, maxMembers: c.cfg.MaxMembers}
 	err = w.response(reply.buf.ReadOnlyData())
@@ -48,9 +54,12 @@ func (c *Controller) room(ctx context.Context, room string, add func(user, node 
 		c.m.badIDs.Add(w.skipped)
 	}
 	if err != nil {
-		return false, fmt.Errorf("reply: %w", err)
+		return false, 0, fmt.Errorf("reply: %w", err)
 	}
-	return w.found, nil
+	if store := *c.store.Load(); store != "" && string(w.store) == store {
+		revision = w.revision
+	}
+	return w.found, revision, nil
 }
 
 // why tells a Controller that cannot be asked from one that did not answer well, or not

@@ -64,6 +64,7 @@ type handles struct {
 	retries *metrics.Counter
 	badIDs  *metrics.Counter
 	changes *metrics.Counter
+	deltas  *metrics.Counter
 	breaks  *metrics.Counter
 	acks    *metrics.Counter
 	losses  [losses]*metrics.Counter
@@ -75,6 +76,7 @@ func newHandles(c *Controller, set *metrics.Set) *handles {
 		retries: set.GetOrCreateCounter("push_manager_controller_retries_total"),
 		badIDs:  set.GetOrCreateCounter("push_manager_controller_bad_ids_total"),
 		changes: set.GetOrCreateCounter("push_manager_controller_changes_total"),
+		deltas:  set.GetOrCreateCounter("push_manager_controller_deltas_total"),
 		breaks:  set.GetOrCreateCounter("push_manager_controller_watch_breaks_total"),
 		acks:    set.GetOrCreateCounter("push_manager_controller_watch_acks_total"),
 	}

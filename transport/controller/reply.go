@@ -14,6 +14,8 @@ import (
 // The fields of the reply that matter here, from controller.proto.
 const (
 	fieldRoomInfo = 1 // GetRoomInfoResponse.room_info
+	fieldRevision = 2 // GetRoomInfoResponse.revision
+	fieldStoreID  = 3 // GetRoomInfoResponse.store_id
 	fieldUsers    = 2 // RoomInfo.users
 	fieldUserID   = 1 // UserInfo.user_id
 	fieldNodeID   = 3 // UserInfo.node_id
@@ -54,14 +56,22 @@ type walk struct {
 	add        func(user, node []byte)
 	maxMembers int
 
-	found   bool
-	members int
-	skipped int // members or nodes with an id that no push could name
+	found    bool
+	revision uint64
+	store    []byte
+	members  int
+	skipped  int // members or nodes with an id that no push could name
 }
 
 func (w *walk) response(b []byte) error {
 	reply := wire.Reader{Rest: b}
 	for reply.Next() {
+		switch {
+		case reply.IsUint(fieldRevision):
+			w.revision = reply.Uint
+		case reply.IsBytes(fieldStoreID):
+			w.store = reply.Bytes
+		}
 		if !reply.IsBytes(fieldRoomInfo) {
 			continue
 		}

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/pause"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -116,7 +118,7 @@ func (c *Controller) watch(ctx context.Context, changes Changes, follow bool) (e
 		}
 		w.proof = time.Now()
 		// An error of Send is said by Recv.
-		_ = w.follows.Send(&pubsub.FollowRoutesRequest{LeaseMs: uint32(lease / time.Millisecond)})
+		_ = w.follows.Send(&pubsub.FollowRoutesRequest{LeaseMs: uint32(lease / time.Millisecond), Deltas: true})
 	} else if w.watches, err = c.client.WatchRoutes(ctx, &pubsub.WatchRoutesRequest{}, opts...); err != nil {
 		return fmt.Errorf("watch routes: %w", err)
 	}
@@ -133,6 +135,8 @@ func (c *Controller) watch(ctx context.Context, changes Changes, follow bool) (e
 			if c.watchedBefore {
 				c.renew()
 			}
+			store := msg.GetChanges().GetStoreId()
+			c.store.Store(&store) // before what was answered by then is forgotten
 			changes.InvalidateAll()
 			w.synced = true
 			keeper.Go(func() { w.keep(ctx) })
@@ -196,6 +200,10 @@ func (w *watch) apply(msg *pubsub.FollowRoutesResponse) error {
 		w.changes.Invalidate(in.GetRoomIds(), in.GetUserIds())
 		w.c.m.changes.Add(n)
 	}
+	if deltas := in.GetDeltas(); len(deltas) > 0 {
+		w.changes.Moved(w.moves(deltas))
+		w.c.m.deltas.Add(len(deltas))
+	}
 	if msg.GetSeq() == 0 && msg.GetMark() == 0 {
 		return nil
 	}
@@ -223,6 +231,20 @@ func (w *watch) apply(msg *pubsub.FollowRoutesResponse) error {
 	default:
 	}
 	return nil
+}
+
+// moves are the deltas that can be applied. Of the others the rooms and users are forgotten.
+func (w *watch) moves(deltas []*pubsub.MemberDelta) []route.Move {
+	moves := make([]route.Move, 0, len(deltas))
+	for _, d := range deltas {
+		if ids.Check(d.GetUserId(), ids.MaxScopedBytes) != nil || ids.Check(d.GetNodeId(), ids.MaxBytes) != nil {
+			w.c.m.badIDs.Inc()
+			w.changes.Invalidate([]string{d.GetRoomId()}, []string{d.GetUserId()})
+			continue
+		}
+		moves = append(moves, route.Move{Room: d.GetRoomId(), User: d.GetUserId(), Node: d.GetNodeId(), Left: d.GetLeft(), Revision: d.GetRevision()})
+	}
+	return moves
 }
 
 // keep acknowledges what is applied, asks for proofs, and vouches for the directory's

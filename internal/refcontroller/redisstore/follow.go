@@ -246,7 +246,7 @@ func (s *Store) take(n uint64, values map[string]any) {
 		return text
 	}
 	if users := value("u"); users != "" {
-		s.tell(refcontroller.Change{Rooms: strings.Split(value("r"), "\x00"), Users: strings.Split(users, "\x00")})
+		s.tell(parseChange(n, value("r"), users, value("d")))
 		s.move(func() { s.at, s.change = n, n })
 		return
 	}

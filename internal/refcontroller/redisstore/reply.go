@@ -170,6 +170,24 @@ func parseDigests(fields []string) ([]uint64, error) {
 	return digests, nil
 }
 
+// parseChange is an entry of the stream. One without nodes, or with what is not understood,
+// names the rooms and users.
+func parseChange(n uint64, rooms, users, nodes string) refcontroller.Change {
+	c := refcontroller.Change{Revision: n, Rooms: strings.Split(rooms, "\x00"), Users: strings.Split(users, "\x00")}
+	signed := strings.Split(nodes, "\x00")
+	if len(signed) != len(c.Users) || len(c.Rooms) != len(c.Users) {
+		return c
+	}
+	moves := make([]refcontroller.Move, len(signed))
+	for i, node := range signed {
+		if len(node) < 2 || node[0] != '+' && node[0] != '-' {
+			return c
+		}
+		moves[i] = refcontroller.Move{Room: c.Rooms[i], User: c.Users[i], Node: node[1:], Left: node[0] == '-'}
+	}
+	return refcontroller.Change{Revision: n, Moves: moves}
+}
+
 // presences reads n users.
 func presences(r *reply, n int, out []refcontroller.Presence) ([]refcontroller.Presence, error) {
 	type stay struct {

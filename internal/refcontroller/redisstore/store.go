@@ -69,6 +69,7 @@ type Store struct {
 	changes  string   // the key of the stream
 	me       string
 	maxUsers int
+	page     int // how many members one call reads
 	tell     func(refcontroller.Change)
 	log      *slog.Logger
 	m        handles
@@ -114,7 +115,7 @@ func New(cfg Config) *Store {
 	prefix := cfg.Prefix + ":{" + cfg.Prefix + "}:"
 	s := &Store{
 		client: cfg.Target.client(), keys: []string{prefix + "meta"}, changes: prefix + "changes", me: rand.Text(),
-		maxUsers: cfg.MaxUsers, tell: func(refcontroller.Change) {}, log: cfg.Logger,
+		maxUsers: cfg.MaxUsers, page: pageMembers, tell: func(refcontroller.Change) {}, log: cfg.Logger,
 		moved: make(chan struct{}), others: map[string]uint64{},
 	}
 	s.m = newHandles(s, cfg.Metrics)
@@ -338,37 +339,40 @@ func (s *Store) Differing(ctx context.Context, by refcontroller.Reporter, digest
 }
 
 // Room implements refcontroller.Store.
-func (s *Store) Room(ctx context.Context, id string) (*pubsub.RoomInfo, error) {
+func (s *Store) Room(ctx context.Context, id string) (*pubsub.RoomInfo, refcontroller.Revision, error) {
+	identity := s.identity.Load() // Every page is of the same store.
+	at := refcontroller.Revision{Store: identity.String()}
 	var info *pubsub.RoomInfo
 	var seen map[string]struct{} // A page may repeat members of another one.
 	for cursor := "0"; ; {
-		r, err := s.do(ctx, "room", id, cursor, pageMembers, pageMembers)
+		r, err := s.doAt(ctx, identity, "room", id, cursor, s.page, s.page)
 		if err != nil {
-			return nil, err
+			return nil, at, err
 		}
-		next, head, page := r.text(), r.text(), r.list().texts()
+		next, head, page, change := r.text(), r.text(), r.list().texts(), r.number()
 		if r.err != nil {
-			return nil, r.err
+			return nil, at, r.err
 		}
 		if info == nil {
+			at.Number = uint64(change) // What comes while the rest is read may be missing.
 			if info, err = s.room(id, head); err != nil || info == nil {
-				return nil, err
+				return nil, at, err
 			}
 			if next != "0" {
-				seen = make(map[string]struct{}, 2*pageMembers)
+				seen = make(map[string]struct{}, 2*s.page)
 			}
 		}
 		if err := members(info, page, seen); err != nil {
-			return nil, err
+			return nil, at, err
 		}
 		if cursor = next; cursor == "0" {
 			break
 		}
 	}
 	if len(info.GetUsers()) == 0 {
-		return nil, nil //nolint:nilnil // All have left while it was read.
+		return nil, at, nil // All have left while it was read.
 	}
-	return info, nil
+	return info, at, nil
 }
 
 // room is a room as its head describes it, nil for an empty one.

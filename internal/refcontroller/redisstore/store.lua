@@ -5,8 +5,9 @@
 --
 --   meta           HASH  id, n: entries of changes so far, c: the last of them that is a change,
 --                        clock: joins, eras: processes of nodes, users, count: memberships
---   changes        STREAM, entry n-0: r, u: rooms and users; j, s, g: a Controller has come, has
---                        settled changes, is gone
+--   changes        STREAM, entry n-0: r, u, d: rooms, users, and + or - with the node, for who is in
+--                        or has left, of memberships that have changed; Controllers before deltas write
+--                        no d. j, s, g: a Controller has come, has settled changes, is gone
 --   controllers    HASH  controller -> "at lease settled"
 --   words          HASH  node -> "at run boot": its last SyncNode; run, if the store of then was told all
 --   nodes          HASH  node -> memberships
@@ -48,9 +49,16 @@ local function append(...)
   return n
 end
 
-local function tell(rooms, users)
+-- Memberships that have changed, to be told by tell.
+local rooms, users, nodes = {}, {}, {}
+
+local function note(sign, user, room, node)
+  rooms[#rooms + 1], users[#users + 1], nodes[#nodes + 1] = room, user, sign .. node
+end
+
+local function tell()
   if #users > 0 then
-    call('HSET', META, 'c', int(append('r', table.concat(rooms, '\0'), 'u', table.concat(users, '\0'))))
+    call('HSET', META, 'c', int(append('r', table.concat(rooms, '\0'), 'u', table.concat(users, '\0'), 'd', table.concat(nodes, '\0'))))
   end
 end
 
@@ -109,6 +117,7 @@ local function add(user, room, node, slot, m)
   shift(node, slot, m.hi, m.lo, 1)
   call('HINCRBY', NODES, node, 1)
   call('HINCRBY', META, 'count', 1)
+  note('+', user, room, node)
 end
 
 local function remove(user, room, node, slot, m)
@@ -131,6 +140,7 @@ local function remove(user, room, node, slot, m)
     call('DEL', P .. 'd:' .. node)
   end
   call('HINCRBY', META, 'count', -1)
+  note('-', user, room, node)
 end
 
 local function begin(node, boot)
@@ -194,7 +204,6 @@ if op == 'join' then
       if h and h.users >= tonumber(limit) then return {'full', counter('c'), info(room, -1)} end
     end
     add(user, room, node, slot, {era = boot ~= '' and n.era or '0', seq = boot ~= '' and seq or ZERO, hi = hi, lo = lo, blob = blob})
-    tell({room}, {user})
   elseif boot == '' or m.era ~= n.era or seq >= m.seq then
     local last = true
     for _, clock in ipairs(call('HVALS', P .. 'u:' .. user)) do
@@ -207,9 +216,10 @@ if op == 'join' then
     call('HSET', P .. 'u:' .. user, room .. '\0' .. node, int(m.clock))
     if changed then
       touch(room)
-      tell({room}, {user})
+      note('+', user, room, node)
     end
   end
+  tell()
   return {'ok', counter('c'), info(room, most)}
 end
 
@@ -218,17 +228,15 @@ if op == 'leave' then
   local n = reporter(node, boot)
   if not n then return {'boot'} end
   if boot ~= '' then raise(node, slot, seq) end
-  local left = 0
   for _, on in ipairs(where(user, room)) do
     if node == '' or on == node then
       local m = find(user, room, on)
       if boot ~= '' and m.era == n.era and m.seq > seq then return {'old'} end
       remove(user, room, on, slot, m)
-      left = left + 1
     end
   end
-  if left > 0 then tell({room}, {user}) end
-  return {'ok', counter('c'), left}
+  tell()
+  return {'ok', counter('c'), #users}
 end
 
 if op == 'begin' then
@@ -247,7 +255,7 @@ if op == 'clock' then return {'ok', counter('clock')} end
 -- slot to go on with.
 if op == 'drop' then
   local node, slot, untilClock, era, seq, enough = unpack(ARGV, 4)
-  local looked, rooms, users = 0, {}, {}
+  local looked = 0
   slot, untilClock, enough = tonumber(slot), tonumber(untilClock), tonumber(enough)
   if call('HEXISTS', NODES, node) == 0 then slot = 1024 end
   while slot < 1024 and looked < enough do
@@ -259,12 +267,11 @@ if op == 'drop' then
       -- era "" is for all of them, whoever has reported them.
       if m.clock <= untilClock and (era == '' or m.era ~= era or m.seq < seq) then
         remove(user, room, node, slot, m)
-        rooms[#rooms + 1], users[#users + 1] = room, user
       end
     end
     slot = slot + 1
   end
-  tell(rooms, users)
+  tell()
   return {'ok', counter('c'), slot, #users}
 end
 
@@ -276,7 +283,7 @@ if op == 'slot' then
   if not n then return {'boot'} end
   if seq <= floor(node, n, slot) then return {'old'} end
   raise(node, slot, seq)
-  local listed, rooms, users = {}, {}, {}
+  local listed = {}
   for i = 8, #ARGV, 5 do listed[ARGV[i] .. '\0' .. ARGV[i + 1]] = i end
   for _, pair in ipairs(call('SMEMBERS', P .. 's:' .. slot .. ':' .. node)) do
     local at, i = string.find(pair, '\0', 1, true), listed[pair]
@@ -287,22 +294,20 @@ if op == 'slot' then
       -- A later report has made it.
     elseif not i then
       remove(user, room, node, slot, m)
-      rooms[#rooms + 1], users[#users + 1] = room, user
     else
       local changed = m.blob ~= ARGV[i + 4]
       m.era, m.seq, m.blob = n.era, seq, ARGV[i + 4]
       save(user, room, node, m)
       if changed then
         touch(room)
-        rooms[#rooms + 1], users[#users + 1] = room, user
+        note('+', user, room, node)
       end
     end
   end
   for _, i in pairs(listed) do
     add(ARGV[i], ARGV[i + 1], node, slot, {era = n.era, seq = seq, hi = ARGV[i + 2], lo = ARGV[i + 3], blob = ARGV[i + 4]})
-    rooms[#rooms + 1], users[#users + 1] = ARGV[i + 1], ARGV[i]
   end
-  tell(rooms, users)
+  tell()
   return {'ok', counter('c')}
 end
 
@@ -312,15 +317,15 @@ if op == 'digests' then
   return {'ok', call('HGETALL', P .. 'd:' .. node)}
 end
 
--- room is a page of a large room, or all of a small one.
+-- room is a page of a large room, or all of a small one, and the last change that is certainly in it.
 if op == 'room' then
   local room, cursor, most, page = unpack(ARGV, 4)
   if cursor == '0' then
     local all = info(room, most)
-    if #all ~= 1 then return {'ok', '0', all[1] or '', all[2] or {}} end
+    if #all ~= 1 then return {'ok', '0', all[1] or '', all[2] or {}, counter('c')} end
   end
   local found = call('HSCAN', P .. 'r:' .. room, cursor, 'COUNT', page)
-  return {'ok', found[1], call('HGET', P .. 'r:' .. room, '') or '', found[2]}
+  return {'ok', found[1], call('HGET', P .. 'r:' .. room, '') or '', found[2], counter('c')}
 end
 
 if op == 'users' then

@@ -79,12 +79,24 @@ func TestRedisIsAStore(t *testing.T) {
 	})
 }
 
+// Of rooms that are read in pages of a few members each, and change meanwhile.
+func TestRoomsThatAreReadInPages(t *testing.T) {
+	server := redistest.Start(t, "--hash-max-listpack-entries", "0")
+	n := 0
+	storetest.RunRoutes(t, func(t *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store {
+		n++
+		s := opened(t, Config{Prefix: fmt.Sprint("test-", n), MaxUsers: limit}, server.URL(), tell)
+		s.page = 2
+		return s
+	})
+}
+
 // A Controller that was not there for an entry of the stream says that anything may have changed.
 func TestGapInTheStreamIsToldAsAll(t *testing.T) {
 	server := redistest.Start(t)
 	told := make(chan refcontroller.Change, 1000)
 	s := opened(t, Config{}, server.URL(), func(c refcontroller.Change) {
-		if c.All || len(c.Users) > 0 {
+		if c.All || len(c.Users)+len(c.Moves) > 0 {
 			told <- c
 		}
 	})
@@ -99,7 +111,7 @@ func TestGapInTheStreamIsToldAsAll(t *testing.T) {
 	if _, err := s.Join(t.Context(), refcontroller.Join{Reporter: refcontroller.Reporter{Node: "n"}, User: "u", Room: "r"}); err != nil {
 		t.Fatal(err)
 	}
-	if c := <-told; c.All || c.Users[0] != "u" {
+	if c := <-told; c.All || c.Moves[0].User != "u" {
 		t.Errorf("after the gap: told %v", c)
 	}
 }
@@ -211,8 +223,8 @@ func TestVouchIsBehindWhatWasVisible(t *testing.T) {
 	server := redistest.Start(t)
 	told := make(chan string, 100)
 	s := opened(t, Config{}, server.URL(), func(c refcontroller.Change) {
-		for _, user := range c.Users {
-			told <- user
+		for _, m := range c.Moves {
+			told <- m.User
 		}
 	})
 	other := opened(t, Config{}, server.URL(), nothing)

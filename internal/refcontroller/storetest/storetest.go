@@ -42,11 +42,26 @@ func Run(t *testing.T, open func(t *testing.T, limit int, tell func(refcontrolle
 			test(t, s)
 		})
 	}
+	RunRoutes(t, open)
 	t.Run("a room at its limit takes nobody in", func(t *testing.T) {
 		s := &suite{}
 		s.Store = open(t, 2, s.tell)
 		testLimit(t, s)
 	})
+}
+
+// RunRoutes is the part of Run about what is told of changes.
+func RunRoutes(t *testing.T, open func(t *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store) {
+	for name, test := range map[string]func(*testing.T, *suite){
+		"routes are right that are kept up to date by what is told":    testRoutes,
+		"a room that changes while it is read becomes the right route": testRoutesAtOnce,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &suite{}
+			s.Store = open(t, 0, s.tell)
+			test(t, s)
+		})
+	}
 }
 
 // suite is a store with what it has told.
@@ -55,13 +70,21 @@ type suite struct {
 
 	mu           sync.Mutex
 	rooms, users map[string]int // Guarded by mu. How often each was named.
+	also         func(refcontroller.Change)
 }
 
 func (s *suite) tell(c refcontroller.Change) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.also != nil && (c.All || len(c.Moves)+len(c.Rooms) > 0) {
+		s.also(c)
+	}
 	if s.rooms == nil {
 		s.rooms, s.users = map[string]int{}, map[string]int{}
+	}
+	for _, m := range c.Moves {
+		s.rooms[m.Room]++
+		s.users[m.User]++
 	}
 	for _, room := range c.Rooms {
 		s.rooms[room]++
@@ -153,7 +176,7 @@ type fataler interface{ Fatal(args ...any) }
 func (s *suite) answers(t fataler, w world) answers {
 	a := answers{map[string]string{}, map[string]string{}}
 	for _, room := range w.rooms {
-		info, err := s.Room(context.Background(), room)
+		info, _, err := s.Room(context.Background(), room)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -419,7 +442,7 @@ func testEarlierProcess(t *testing.T, s *suite) {
 	if n, err := s.Begin(ctx, report("second", 1)); n != 0 || err != nil { // The call at the start comes again.
 		t.Errorf("%d ended, %v", n, err)
 	}
-	if info, err := s.Room(ctx, "r"); err != nil || len(info.GetUsers()) != 1 || info.GetUsers()[0].GetUserId() != "v" {
+	if info, _, err := s.Room(ctx, "r"); err != nil || len(info.GetUsers()) != 1 || info.GetUsers()[0].GetUserId() != "v" {
 		t.Errorf("%v, %v", info, err)
 	}
 	if n, err := s.Begin(ctx, report("second", 3)); n != 1 || err != nil { // The node goes.
@@ -472,7 +495,7 @@ func testSlot(t *testing.T, s *suite) {
 	}
 	want := fmt.Sprint([]string{"kept later", other + " o"})
 	users := func() string {
-		info, err := s.Room(ctx, "r")
+		info, _, err := s.Room(ctx, "r")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -533,7 +556,7 @@ func testLarge(t *testing.T, s *suite) {
 	if differing, err := s.Differing(ctx, at, digests); len(differing) > 0 || err != nil {
 		t.Errorf("%d slots differ, %v", len(differing), err)
 	}
-	info, err := s.Room(ctx, "r")
+	info, _, err := s.Room(ctx, "r")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -556,7 +579,7 @@ func testLarge(t *testing.T, s *suite) {
 	if n, err := s.DropNode(ctx, "n"); n != most || err != nil {
 		t.Errorf("%d ended, %v", n, err)
 	}
-	if info, err := s.Room(ctx, "r"); info != nil || err != nil {
+	if info, _, err := s.Room(ctx, "r"); info != nil || err != nil {
 		t.Errorf("left: %v, %v", info, err)
 	}
 }
@@ -571,7 +594,7 @@ func testContents(t *testing.T, s *suite) {
 		if err != nil || len(joined.Room.GetUsers()) != 1 {
 			t.Fatal(joined, err)
 		}
-		info, err := s.Room(ctx, id)
+		info, _, err := s.Room(ctx, id)
 		if err != nil || len(info.GetUsers()) != 1 {
 			t.Fatal(info, err)
 		}
@@ -599,7 +622,7 @@ func testConcurrently(t *testing.T, s *suite) {
 			for i := range 150 {
 				user, room := fmt.Sprint("u", i%50), fmt.Sprint("r", i%7)
 				_, err := s.Join(t.Context(), refcontroller.Join{Reporter: by(node), User: user, Room: room})
-				_, roomErr := s.Room(t.Context(), room)
+				_, _, roomErr := s.Room(t.Context(), room)
 				_, userErr := s.Users(t.Context(), []string{user})
 				if err := errors.Join(err, roomErr, userErr); err != nil {
 					t.Error(err)

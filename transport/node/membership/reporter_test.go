@@ -236,7 +236,7 @@ func becomesTheTruth(t *testing.T, numbered bool, random *rand.Rand) {
 	}
 	got := map[string]bool{}
 	for _, room := range append(roomNames, r.presence) {
-		info, err := store.Room(t.Context(), room)
+		info, _, err := store.Room(t.Context(), room)
 		if err != nil {
 			t.Fatal(err)
 		}
