@@ -145,7 +145,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
-	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.WebAddr(), "metrics", m.HTTPAddr(), "shards", m.shards.Len())
+	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "push_api_http", m.WebAddr(), "shards", m.shards.Len())
 	return m, nil
 }
 
