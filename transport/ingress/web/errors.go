@@ -99,10 +99,11 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	_ = s.errors.Write(w, r, s.failure(nil, "none", err)) // it fails for a client that has gone
 }
 
-// failWith is fail with a status that the code of the error does not stand for.
-func (s *Server) failWith(w http.ResponseWriter, r *http.Request, httpStatus int, err error) {
+// failWith answers with a status that the code of the error does not stand for, and the JSON of the error, whatever the
+// request speaks: gRPC and streams have no status but 200.
+func (s *Server) failWith(w http.ResponseWriter, httpStatus int, err error) {
 	if w, ok := w.(*response); ok {
 		w.status = httpStatus
 	}
-	s.fail(w, r, err)
+	s.fail(w, &http.Request{}, err)
 }

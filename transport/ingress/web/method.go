@@ -119,7 +119,7 @@ func (m *method) serve(out http.ResponseWriter, r *http.Request, form func(b []b
 	s := m.srv
 	if m.clientStreams && r.ProtoMajor < 2 {
 		w.Header().Set("Connection", "close")
-		s.failWith(w, r, http.StatusHTTPVersionNotSupported, errNeedsHTTP2)
+		s.failWith(w, http.StatusHTTPVersionNotSupported, errNeedsHTTP2)
 		return
 	}
 	c, in := connOf(r.Context()), s.newCall(w, r, m, form)

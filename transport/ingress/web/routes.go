@@ -27,10 +27,10 @@ func (s *Server) routes() (*http.ServeMux, error) {
 		}
 	}
 	for _, p := range shorts {
-		mux.Handle("POST "+p.path, s.shortHandler(p, pushes[p.method]))
-		mux.HandleFunc(p.path, func(w http.ResponseWriter, r *http.Request) {
+		mux.Handle("POST "+p.Path, s.shortHandler(p, pushes[p.Method]))
+		mux.HandleFunc(p.Path, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Allow", http.MethodPost)
-			s.failWith(w, r, http.StatusMethodNotAllowed, errWrongMethod)
+			s.failWith(w, http.StatusMethodNotAllowed, errWrongMethod)
 		})
 	}
 	mux.HandleFunc("GET /openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {

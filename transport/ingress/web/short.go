@@ -18,22 +18,21 @@ import (
 	"github.com/push-manager/push-manager/engine"
 )
 
-// short is a path for pushes that has a shape of its own: the content is not in a message but beside the rest, and may be
-// text or JSON as it is.
-type short struct {
-	path   string // as http.ServeMux has it
-	method string // of the push API
-	id     string // the field with what stands in the path, "" for none
-	fields []string
-	about  string // in a word, for the document
+// ShortPath is a path for pushes that has a shape of its own: the content is not in a message but beside the rest, and may
+// be text or JSON as it is.
+type ShortPath struct {
+	Path   string   // as http.ServeMux has it
+	Method string   // of the push API
+	ID     string   // the field of its request with what stands in the path, "" for none
+	Fields []string // those that stand in the body, besides those of the content
 }
 
 // The paths, and what of the request's own fields each takes.
-var shorts = []short{
-	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}, "a room"},
-	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}, "a user"},
-	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}, "several users"},
-	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}, "everybody"},
+var shorts = []ShortPath{
+	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
+	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
+	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
+	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}},
 }
 
 // Fields of every short path.
@@ -43,7 +42,7 @@ var (
 )
 
 // shortHandler serves a short path by the method that it is short for.
-func (s *Server) shortHandler(p short, m *method) http.Handler {
+func (s *Server) shortHandler(p ShortPath, m *method) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// curl -d says that it is a form. What it is does not depend on that.
 		kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -52,16 +51,16 @@ func (s *Server) shortHandler(p short, m *method) http.Handler {
 			r.Header["Content-Type"] = []string{"application/json"}
 		default:
 			w.Header().Set("Accept-Post", "application/json")
-			s.failWith(w, r, http.StatusUnsupportedMediaType, errNotJSON)
+			s.failWith(w, http.StatusUnsupportedMediaType, errNotJSON)
 			return
 		}
-		id := r.PathValue(p.id)
+		id := r.PathValue(p.ID)
 		m.serve(w, r, func(b []byte) ([]byte, error) { return p.translate(m, id, b) })
 	})
 }
 
 // translate makes the protobuf of a request out of the JSON of a short path.
-func (p *short) translate(m *method, id string, b []byte) ([]byte, error) {
+func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	given, err := members(b)
 	if err != nil {
 		return nil, err
@@ -82,10 +81,10 @@ func (p *short) translate(m *method, id string, b []byte) ([]byte, error) {
 			}
 		case slices.Contains(contentFields, name):
 			f.appendTo(&content)
-		case slices.Contains(p.fields, name):
+		case slices.Contains(p.Fields, name):
 			f.appendTo(&rest)
 		default:
-			return nil, invalid(name, "is not known; there are "+strings.Join(slices.Concat(dataFields, contentFields, p.fields), ", "))
+			return nil, invalid(name, "is not known; there are "+strings.Join(slices.Concat(dataFields, contentFields, p.Fields), ", "))
 		}
 	}
 	if has == "" {
@@ -96,8 +95,8 @@ func (p *short) translate(m *method, id string, b []byte) ([]byte, error) {
 		return nil, err
 	}
 	fields := m.in.Descriptor().Fields()
-	if p.id != "" {
-		request.Set(fields.ByName(protoreflect.Name(p.id)), protoreflect.ValueOfString(id))
+	if p.ID != "" {
+		request.Set(fields.ByName(protoreflect.Name(p.ID)), protoreflect.ValueOfString(id))
 	}
 	contentField := fields.ByName("content")
 	message := request.Mutable(contentField).Message()
@@ -206,3 +205,6 @@ func (f *member) appendTo(b *bytes.Buffer) {
 	b.WriteString(`":`)
 	b.Write(f.value)
 }
+
+// ShortPaths are all of them.
+func ShortPaths() []ShortPath { return slices.Clone(shorts) }
