@@ -9,3 +9,8 @@ import _ "embed" // for the files below
 //
 //go:embed metrics.md
 var Metrics string
+
+// OpenAPI is openapi.yaml, which describes the push API over HTTP.
+//
+//go:embed openapi.yaml
+var OpenAPI []byte

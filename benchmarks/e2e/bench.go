@@ -244,7 +244,7 @@ func (w *World) pushManager(ctx context.Context, name, binary string, env []stri
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	env = slices.Concat([]string{
-		"MANAGER_ID=" + name + "-" + strconv.Itoa(w.bench.names), "GRPC_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json",
+		"MANAGER_ID=" + name + "-" + strconv.Itoa(w.bench.names), "GRPC_PORT=0", "HTTP_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json",
 		"ETCD_ENDPOINTS=" + w.etcd, "CONTROLLER_ADDRESS=" + w.address,
 	}, w.bench.opts.Env, env)
 	c, err := w.bench.child(name, binary, env)

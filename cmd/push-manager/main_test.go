@@ -275,7 +275,7 @@ func busy(t *testing.T, env ...string) (p *process, ops string) {
 	t.Cleanup(func() { close(b.end) }) // before the server stops
 	ports := freeport.Take(t, 2)
 	p = execute(t, append(env,
-		"GRPC_PORT="+ports[0], "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+at,
+		"GRPC_PORT="+ports[0], "HTTP_PORT=0", "METRICS_PORT="+ports[1], "ETCD_ENDPOINTS="+etcd.Endpoint(), "CONTROLLER_ADDRESS="+at,
 		"LOOKUP_TIMEOUT=1m", "PUSH_TIMEOUT=1m",
 	), "push-manager")
 	ops = "http://127.0.0.1:" + ports[1]
@@ -472,7 +472,7 @@ func TestPortInUseExitsWith1AndNamesIt(t *testing.T) {
 	defer func() { _ = l.Close() }()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	for program, keys := range map[string][]string{
-		"push-manager": {"GRPC_PORT", "METRICS_PORT"},
+		"push-manager": {"GRPC_PORT", "HTTP_PORT", "METRICS_PORT"},
 		"controller":   {"GRPC_PORT", "METRICS_PORT"},
 		"connect-node": {"GRPC_PORT", "HTTP_PORT", "METRICS_PORT"},
 	} {

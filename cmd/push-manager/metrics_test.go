@@ -24,7 +24,7 @@ func TestMetricsOfAllProgramsAreWhatPrometheusWants(t *testing.T) {
 	etcd := etcdtest.Start(t)
 	common := []string{"ETCD_ENDPOINTS=" + etcd.Endpoint(), "CONTROLLER_ADDRESS=127.0.0.1:" + p[0]}
 	execute(t, append(common, "GRPC_PORT="+p[0], "METRICS_PORT="+p[1]), "controller")
-	execute(t, append(common, "GRPC_PORT="+p[2], "METRICS_PORT="+p[3]), "push-manager")
+	execute(t, append(common, "GRPC_PORT="+p[2], "HTTP_PORT=0", "METRICS_PORT="+p[3]), "push-manager")
 	execute(t, append(common, "GRPC_PORT="+p[4], "METRICS_PORT="+p[5], "HTTP_PORT="+p[6], "NODE_ID="+node), "connect-node")
 	at := func(port, path string) string { return "http://127.0.0.1:" + port + path }
 	answers(t, at(p[3], "/readyz"), http.StatusOK)

@@ -58,6 +58,8 @@ var wrongSettings = map[string]map[string][]string{
 		"link.backoff_max":         {"30ms"},
 		"limits.request_bytes":     {"1KiB"},
 		"metrics_port":             {"50053", "65536", "-1"},
+		"http_port":                {"50053", "9093", "-1"},
+		"http.allowed_origins":     {"app.example.com", "https://a.example/", "https://*.example", "*"},
 		"tracing.sample_rate":      {"NaN", "1.01", "-0.1"},
 		"not_ready_after":          {"-1s", "25h"},
 		"shards":                   {"0", "257", "1e3", "0x10"},

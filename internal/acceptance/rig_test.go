@@ -225,7 +225,7 @@ func startManager(t *testing.T, etcd, controller string, nodes int, env ...strin
 	p := freeport.Take(t, 2)
 	// What these tests promise is not how fast a machine is, so no push may run out of time on a busy one.
 	env = append([]string{"MANAGER_ID=pm-under-test", "LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
-	env = append(env, "GRPC_PORT="+p[0], "METRICS_PORT="+p[1],
+	env = append(env, "GRPC_PORT="+p[0], "HTTP_PORT=0", "METRICS_PORT="+p[1],
 		"CONTROLLER_ADDRESS="+controller, "ETCD_ENDPOINTS="+etcd, "LOG_LEVEL=debug")
 	m := &manager{process: start(t, binary(t, "push-manager"), env), api: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[1]}
 	m.PushManagerServiceClient = pubsub.NewPushManagerServiceClient(dial(t, m.api))

@@ -69,7 +69,7 @@ func TestSetUpOfTheDocumentsPushes(t *testing.T) {
 	for i, ports := range [][]string{
 		{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1]},
 		{"GRPC_PORT=" + p[4], "HTTP_PORT=" + p[5], "METRICS_PORT=" + p[6]},
-		{"GRPC_PORT=" + p[2], "METRICS_PORT=" + p[3]},
+		{"GRPC_PORT=" + p[2], "HTTP_PORT=0", "METRICS_PORT=" + p[3]},
 	} {
 		script := strings.ReplaceAll(here(strings.ReplaceAll(blocks[2+i], "etcd.example.com:2379", "localhost:"+etcdPort)), "\npush-manager ", "\nexec push-manager ")
 		// The address that others reach is one that the program starts on; the test listens on this machine alone.

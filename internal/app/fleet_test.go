@@ -136,7 +136,7 @@ func (f *fleet) env(more map[string]string, sections ...section) map[string]stri
 func (f *fleet) startPushManager(more map[string]string) *pushmanager.PushManager {
 	f.t.Helper()
 	env := f.env(map[string]string{
-		"GRPC_PORT": "0", "SHARDS": "1", "TLS_CLIENT_AUTH": "require", "CONTROLLER_TLS_ALLOWED_SANS": "spiffe://test/controller", "DRAIN_NOTICE": "0s",
+		"GRPC_PORT": "0", "HTTP_PORT": "0", "SHARDS": "1", "TLS_CLIENT_AUTH": "require", "CONTROLLER_TLS_ALLOWED_SANS": "spiffe://test/controller", "DRAIN_NOTICE": "0s",
 	}, section{"TLS", "CLIENT_CA_FILE", "api", "spiffe://test/api"}, section{"LINK_TLS", "CA_FILE", "link", "spiffe://test/push-manager/pm"},
 		section{"CONTROLLER_TLS", "CA_FILE", "pm-controller", "spiffe://test/push-manager/pm"}, section{"ETCD_TLS", "CA_FILE", "pm-etcd", "spiffe://test/push-manager/pm"})
 	maps.Copy(env, more)

@@ -73,7 +73,7 @@ func secured(t *testing.T, ca *etcdtest.CA, swapped bool) (*pushmanager.PushMana
 		program(t, &connectnode.Config{}, env)
 	}
 	env := files("LINK_TLS", "CA_FILE", "spiffe://test/push-manager/pm")
-	maps.Copy(env, map[string]string{"GRPC_PORT": "0", "SHARDS": "1"})
+	maps.Copy(env, map[string]string{"GRPC_PORT": "0", "HTTP_PORT": "0", "SHARDS": "1"})
 	return program(t, &pushmanager.Config{}, env).(*pushmanager.PushManager), addrs
 }
 

@@ -92,6 +92,7 @@ var handedTo = map[string]map[string][]string{
 		"auth.jwt":                    {"Auth.Mode", "Auth.PolicyFile", "Auth.Tokens.Issuers"},
 		"link.tls.migrate":            {"LinkTLS.Migrate", "Links.Migrate", "insecure"},
 		"grpc_port":                   {"GRPCPort"},
+		"http_port":                   {"HTTPPort"},
 		"metrics_port":                {"MetricsPort"},
 		"advertise_address":           {"AdvertiseAddress"},
 		"allow_insecure":              {"AllowInsecure", "ListenAddress", "MetricsAddress", "insecure"},

@@ -29,30 +29,31 @@ type Side struct {
 
 // Server are credentials of a server. The Source must have a certificate, and authorities if ClientAuth verifies.
 func (s *Source) Server(side Side) credentials.TransportCredentials {
-	return &live{source: s, side: side, config: func(now *set) *tls.Config {
-		c := side.config(now)
-		c.ClientAuth, c.ClientCAs = side.ClientAuth, now.cas
-		c.SessionTicketsDisabled = side.ClientAuth != tls.NoClientCert
-		if side.Check != nil {
-			c.VerifyConnection = func(state tls.ConnectionState) error {
-				if len(state.PeerCertificates) == 0 {
-					return nil // ClientAuth has decided about that
-				}
-				return side.Check(state.PeerCertificates[0])
-			}
-		}
-		return c
-	}}
+	return &live{source: s, side: side, config: side.serverConfig}
 }
 
-// ServerConfig is Server for what is not gRPC: an HTTP/1.1 server, which asks for no certificates.
-func (s *Source) ServerConfig(minVersion uint16) *tls.Config {
-	side := Side{MinVersion: minVersion}
+func (side *Side) serverConfig(now *set) *tls.Config {
+	c := side.config(now)
+	c.ClientAuth, c.ClientCAs = side.ClientAuth, now.cas
+	c.SessionTicketsDisabled = side.ClientAuth != tls.NoClientCert
+	if side.Check != nil {
+		c.VerifyConnection = func(state tls.ConnectionState) error {
+			if len(state.PeerCertificates) == 0 {
+				return nil // ClientAuth has decided about that
+			}
+			return side.Check(state.PeerCertificates[0])
+		}
+	}
+	return c
+}
+
+// ServerConfig is Server for what is not gRPC. protocols are what the server speaks, the preferred one first.
+func (s *Source) ServerConfig(side Side, protocols ...string) *tls.Config {
 	return &tls.Config{
 		MinVersion: side.MinVersion, // for whoever reads it; that of GetConfigForClient counts
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			c := side.config(s.current.Load())
-			c.NextProtos = []string{"http/1.1"}
+			c := side.serverConfig(s.current.Load())
+			c.NextProtos = protocols
 			return c, nil
 		},
 	}

@@ -48,7 +48,7 @@ type devConfig struct {
 func (c *devConfig) Bind(s *config.Set) {
 	s.Int(&c.nodes, "nodes", 3, 1, maxNodes, "Number of Connect-Nodes.")
 	s.Int(&c.basePort, "base_port", ContractPorts, ContractPorts, highestPort,
-		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket). 0: any free ones. -1: the usual ones.")
+		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket), and the push API over HTTP. 0: any free ones. -1: the usual ones.")
 	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data, messages that are stored, and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
 	s.Choice(&c.store, "store", "embedded", "Where messages wait for users who were not reached. embedded: in data_dir; off: nowhere.", "embedded", "off")
 	s.Bool(&c.secure, "secure", false, "TLS on every connection, certificates, a policy of callers, API keys, and tokens of clients. The files are made in the directory secure of data_dir. The lines that are printed use them.")
@@ -109,6 +109,11 @@ func (s *Stack) describe(out io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\nEverything runs on this machine%s:\n\n", with)
 	line("Push-Manager", local(s.Address()), "gRPC; metrics and health at http://"+local(s.pushManager.HTTPAddr()))
+	scheme := "http://"
+	if s.secure != nil {
+		scheme = "https://"
+	}
+	line("", local(s.HTTPAddress()), "HTTP: Connect, gRPC-Web and JSON; described at "+scheme+local(s.HTTPAddress())+"/openapi.yaml")
 	line("Controller", local(s.ControllerAddress()), "gRPC")
 	for _, n := range s.Nodes() {
 		line(n.ID, local(n.GRPC), "gRPC; page and WebSocket at "+strings.TrimSuffix(n.Page(), "/"))
@@ -136,7 +141,8 @@ Ready. Open %s in a browser, or copy these, each into a terminal of its own:
   %s listen --user alice%s
   %s room lobby "Hello"%s
   %[2]s user alice "Hello, Alice"%[5]s
-`, strings.TrimSuffix(s.Nodes()[0].Page(), "/"), pushctl, listen, pushctl, push)
+  curl -d '{"text": "Hello from curl"}' %[6]s/v1/rooms/lobby/messages
+`, strings.TrimSuffix(s.Nodes()[0].Page(), "/"), pushctl, listen, pushctl, push, local(s.HTTPAddress()))
 	} else {
 		err = s.describeSecured(&b, pushctl, listen, push, address)
 	}

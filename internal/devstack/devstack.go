@@ -114,7 +114,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		}
 		etcdFiles = new(s.secure.etcd.Files(etcdServerName))
 	}
-	p := layout(cfg.BasePort)
+	p := layout(cfg.BasePort, cfg.Nodes)
 	if s.etcd, err = startEtcd(ctx, s.dir, s.temporary, etcdFiles, p.etcd, p.etcdPeer); err != nil {
 		return nil, err
 	}
@@ -156,13 +156,16 @@ func (s *Stack) startController(ctx context.Context, port int) error {
 func (s *Stack) startPushManager(ctx context.Context, p ports, store string, tracing telemetry.TracingConfig) error {
 	var c pushmanager.Config
 	err := cli.Fill(&c, s.secure.pushManager(map[string]string{
-		"GRPC_PORT": strconv.Itoa(p.pushManager), "METRICS_PORT": strconv.Itoa(p.metrics),
+		"GRPC_PORT": strconv.Itoa(p.pushManager), "HTTP_PORT": strconv.Itoa(p.http), "METRICS_PORT": strconv.Itoa(p.metrics),
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(),
 		"STORE": store, "STORE_DIR": filepath.Join(s.dir, "store"),
 		"DRAIN_NOTICE": "0s", // there is no balancer
 	}))
 	if err != nil {
 		return err
+	}
+	if p.http == 0 {
+		c.HTTPPort = pushmanager.FreePort
 	}
 	tracing.Service, tracing.Instance = c.Tracing.Service, c.Tracing.Instance
 	c.Tracing = tracing
@@ -266,6 +269,9 @@ func (s *Stack) Failed() <-chan error { return s.failed }
 // Address is where the push API listens.
 func (s *Stack) Address() string { return s.pushManager.GRPCAddr() }
 
+// HTTPAddress is where the push API listens for HTTP.
+func (s *Stack) HTTPAddress() string { return s.pushManager.WebAddr() }
+
 // ControllerAddress is where the Controller listens.
 func (s *Stack) ControllerAddress() string { return s.controller.GRPCAddr() }
 
@@ -286,7 +292,7 @@ func nodeID(i int) string { return "connect-node-" + strconv.Itoa(i+1) }
 
 // ports are where everything listens.
 type ports struct {
-	etcd, etcdPeer, controller, pushManager, metrics int
+	etcd, etcdPeer, controller, pushManager, metrics, http int
 
 	base int
 }
@@ -300,23 +306,24 @@ const (
 	nextNodePort    = 50055
 	webSocketPort   = 8080
 	metricsPort     = 9093
+	httpPort        = 8053
 )
 
-func layout(base int) ports {
+func layout(base, nodes int) ports {
 	switch base {
 	case ContractPorts:
-		return ports{etcdPort, etcdPort + 1, controllerPort, pushManagerPort, metricsPort, base}
+		return ports{etcdPort, etcdPort + 1, controllerPort, pushManagerPort, metricsPort, httpPort, base}
 	case 0:
 		return ports{}
 	}
-	return ports{base, base + 1, base + 2, base + 3, base + 4, base}
+	return ports{base, base + 1, base + 2, base + 3, base + 4, base + portsOf(nodes) - 1, base}
 }
 
 // highestPort is that of TCP.
 const highestPort = 65535
 
 // portsOf is how many ports a stack with a base of its own has.
-func portsOf(nodes int) int { return 5 + 2*nodes }
+func portsOf(nodes int) int { return 6 + 2*nodes }
 
 // node is where the node of a number listens, 0 being the first.
 func (p ports) node(i int) (grpcPort, httpPort int) {

@@ -204,7 +204,7 @@ func (b *bench) launch(id string, env ...string) *manager {
 		// On a loaded machine our own nodes and Controllers are late, too. Where that is
 		// not the fault in question, it must not look like one.
 		"LOOKUP_TIMEOUT=2s", "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", "LINK_SILENCE=15s",
-		"MANAGER_ID=" + id, "GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "SHARDS=2",
+		"MANAGER_ID=" + id, "GRPC_PORT=" + p[0], "HTTP_PORT=0", "METRICS_PORT=" + p[1], "SHARDS=2",
 		"CONTROLLER_ADDRESS=" + b.controller.address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint(),
 	}, env...)
 	m.boot()

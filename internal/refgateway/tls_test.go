@@ -27,7 +27,9 @@ func overTLS(t *testing.T) func(*Config) {
 		t.Fatal(err)
 	}
 	t.Cleanup(source.Close)
-	return func(c *Config) { c.ClientTLS = source.ServerConfig(tls.VersionTLS13) }
+	return func(c *Config) {
+		c.ClientTLS = source.ServerConfig(certs.Side{MinVersion: tls.VersionTLS13}, "http/1.1")
+	}
 }
 
 var anyServer = &tls.Config{InsecureSkipVerify: true} // who it is is tested in internal/certs

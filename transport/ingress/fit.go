@@ -22,6 +22,8 @@ const (
 	pushBytes = 1 << 10
 	// pushSize is the size of small pushes of which there are many in a message.
 	pushSize = 128
+	// translatedShare is how often a message that has to be translated is there besides: parsed, encoded, and joined before.
+	translatedShare = 3
 	// idBytes is what an id takes besides its bytes: its place in two lists.
 	idBytes = 3 * 16
 	// idSize is the size of the smallest id in a list.

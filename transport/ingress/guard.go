@@ -46,6 +46,7 @@ func (r services) RegisterService(desc *grpc.ServiceDesc, impl any) {
 		}
 	}
 	r.Server.RegisterService(&d, impl)
+	r.ingress.services = append(r.ingress.services, Service{&d, impl})
 }
 
 func (s *Server) guardUnary(ctx context.Context, name string, handle func() (any, error)) (resp any, err error) {

@@ -75,9 +75,25 @@ func (in *inbound) fill(w rawCall, begin mem.BufferSlice, size int) error {
 	if begin != nil {
 		data = append(begin, data...)
 	}
-	in.copyFrom(data, size)
+	if n := data.Len(); n > size { // of unknown length, see Call
+		data.Free()
+		return &tooLargeError{n, size}
+	}
+	if t, ok := w.(Translator); ok {
+		translated, err := translate(t, data)
+		if err != nil {
+			return err
+		}
+		data = mem.BufferSlice{mem.SliceBuffer(translated)}
+	}
+	in.copyFrom(data, data.Len())
 	data.Free()
 	return nil
+}
+
+func translate(t Translator, data mem.BufferSlice) ([]byte, error) {
+	defer data.Free()
+	return t.Translate(data.Materialize()) //nolint:wrapcheck // it is one of ours
 }
 
 // only reads the message of a call that has one, as fill does, and then that no other follows: what a

@@ -55,6 +55,8 @@ type Server struct {
 	statuses *statuses
 	metrics  *instruments
 	grpc     *grpc.Server
+	codec    codec
+	services []Service
 	health   *health.Server
 	callers  *callers // nil: nobody is limited
 	throttle *throttle.Throttle
@@ -107,6 +109,7 @@ func New(cfg Config) (*Server, error) {
 		cfg:      cfg,
 		decoder:  newDecoder(cfg.Engine.Limits()),
 		statuses: newStatuses(),
+		codec:    newCodec(),
 		metrics:  newInstruments(cfg.Metrics),
 		health:   health.NewServer(),
 		usual:    newReply(toUser, new(engine.Push), &engine.Result{Found: true, Targets: 1, Delivered: 1}),
@@ -143,7 +146,9 @@ func New(cfg Config) (*Server, error) {
 		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked, Opened: s.opened(),
 	})
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
-	s.grpc.RegisterService(s.desc(), s)
+	own := s.desc()
+	s.grpc.RegisterService(own, s)
+	s.services = append(s.services, Service{own, s})
 	others := services{s.grpc, s}
 	healthpb.RegisterHealthServer(others, s.health)
 	s.healthy.Store(true)
@@ -188,7 +193,7 @@ func (s *Server) Serving() bool { return s.serving.Load() }
 func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
 	return []grpc.ServerOption{
-		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ForceServerCodecV2(s.codec),
 		grpc.Creds(s.throttle.Credentials(c.Credentials)),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
 		grpc.MaxHeaderListSize(uint32(c.MaxHeaderBytes)),

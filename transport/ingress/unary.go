@@ -119,7 +119,11 @@ func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, 
 	if err != nil {
 		return unread(err)
 	}
-	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, s.bodyBytes(c.api, size, scopeBytes(c.tenant)), maxSpaceWait)
+	bytes := s.bodyBytes(c.api, size, scopeBytes(c.tenant))
+	if _, translated := w.(Translator); translated {
+		bytes += int64(translatedShare * size)
+	}
+	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, bytes, maxSpaceWait)
 	if err != nil {
 		begin.Free()
 		return err

@@ -10,6 +10,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/app"
 	"github.com/push-manager/push-manager/internal/auth/jwt"
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
@@ -49,7 +50,7 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 		if err != nil {
 			return nil, err
 		}
-		g.ClientTLS = source.ServerConfig(app.MinVersion(cfg.MinVersion))
+		g.ClientTLS = source.ServerConfig(certs.Side{MinVersion: app.MinVersion(cfg.MinVersion)}, "http/1.1")
 	}
 	if cfg.ClientAuth == "jwt" {
 		g.NoTenants = !cfg.ClientTenants

@@ -26,6 +26,7 @@ import (
 	"github.com/push-manager/push-manager/transport/controller"
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
+	"github.com/push-manager/push-manager/transport/ingress/web"
 	"github.com/push-manager/push-manager/transport/link"
 	"github.com/push-manager/push-manager/transport/replay"
 )
@@ -37,6 +38,7 @@ type Config struct {
 	ListenAddress    string
 	AdvertiseAddress string
 	GRPCPort         int
+	HTTPPort         int // 0: off, FreePort: any
 	MetricsPort      int
 	MetricsAddress   string
 	AllowInsecure    bool
@@ -53,6 +55,7 @@ type Config struct {
 	Pressure   pressure.Config
 	Links      link.Config
 	Ingress    ingress.Config
+	Web        web.Config
 	Controller controller.Config
 	Discovery  discovery.Config
 	Entry      discovery.RegistrationConfig
@@ -164,6 +167,9 @@ func (c *linkTLS) check(s *config.Set, trustDomain string) (func(id string) cert
 	return func(id string) certs.Check { return certs.Node(trustDomain, id) }, c.Validate(s)
 }
 
+// FreePort as Config.HTTPPort stands for any port that is free. No setting says so: 0 is off.
+const FreePort = -1
+
 // maxRequest bounds what limits.request_bytes may be: such a request is held in
 // memory for each call under way.
 const maxRequest = 64 << 20
@@ -176,6 +182,8 @@ func (c *Config) Bind(s *config.Set) {
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
 	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and auth.mode=required (or tls.client_auth=require), or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
+	s.Port(&c.HTTPPort, "http_port", 8053, "Port of the push API over HTTP: Connect, gRPC-Web and JSON. 0: off.")
+	s.List(&c.Web.Origins, "http.allowed_origins", "", "Origins of pages that may push over HTTP, such as https://app.example.com. Empty: pages of push-manager's own alone.")
 	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
 	app.BindMetricsAddress(s, &c.MetricsAddress)
 	s.Text(&c.Controller.Address, "controller_address", "localhost:50051", "The Controller, as any gRPC target or several HOST:PORT separated by commas.")
@@ -318,11 +326,16 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	if c.Links.Migrate = c.LinkTLS.Migrate; c.Links.Migrate {
 		risks.Asked("nodes that do not know TLS are spoken to in plain text (LINK_TLS_MIGRATE)")
 	}
-	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
+	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
 	}
 	if err := app.CheckAddresses(s, c.AdvertiseAddress, c.Controller.Address, true); err != nil {
 		return err
+	}
+	for _, origin := range c.Web.Origins {
+		if err := web.CheckOrigin(origin); err != nil {
+			return s.Errorf("http.allowed_origins", "%v", err)
+		}
 	}
 	l := &c.Engine.Limits
 	switch {
@@ -396,6 +409,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Discovery.Logger, c.Discovery.Metrics = log, set
 	c.Entry.Logger, c.Entry.Metrics = log, set
 	c.Ingress.Logger, c.Ingress.Metrics = log, set
+	c.Web.Logger, c.Web.Metrics = log, set
 	c.Health.Logger, c.Health.Metrics = log, set
 	app.Report(log, set, c.TLS.ReloadInterval, &c.TLS.Certificates, &c.LinkTLS.Certificates, &c.ControllerTLS.Certificates, &c.Etcd.TLS, &c.Store.Files)
 	c.Quotas.Logger, c.Quotas.Metrics = log, set

@@ -24,6 +24,7 @@ import (
 	"github.com/push-manager/push-manager/transport/controller"
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
+	"github.com/push-manager/push-manager/transport/ingress/web"
 	"github.com/push-manager/push-manager/transport/link"
 	"github.com/push-manager/push-manager/transport/store"
 	"github.com/push-manager/push-manager/transport/store/jetstream"
@@ -42,7 +43,7 @@ func Command() cli.Command {
 func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, err error) {
 	m := &PushManager{log: log, failed: make(chan error, 1)}
 	defer m.life.StopAfter(ctx, &err)
-	if m.api, m.ops, err = m.listen(ctx, cfg); err != nil { // both ports are ours, or nothing starts
+	if err = m.listen(ctx, cfg); err != nil { // all ports are ours, or nothing starts
 		return nil, err
 	}
 	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
@@ -113,6 +114,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
+		cfg.Web.TLS = source.ServerConfig(cfg.TLS.side(), "h2", "http/1.1")
 	}
 	if cfg.Auth.on() {
 		cfg.Ingress.Quotas = m.startQuotas(cfg)
@@ -122,6 +124,12 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	}
 	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
 		return nil, err
+	}
+	if m.web != nil {
+		cfg.Web.Ingress = m.ingress
+		if m.webServer, err = web.New(cfg.Web); err != nil {
+			return nil, err
+		}
 	}
 	m.ingress.SetServing(false) // until etcd has said which nodes there are
 	m.ingress.SetHealthy(false) // until health has had a look
@@ -137,7 +145,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
-	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "shards", m.shards.Len())
+	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "push_api_http", m.WebAddr(), "shards", m.shards.Len())
 	return m, nil
 }
 
@@ -161,6 +169,7 @@ type PushManager struct {
 	// Static after start.
 	log        *slog.Logger
 	api, ops   net.Listener
+	web        net.Listener      // nil: the push API is not served over HTTP
 	tracer     *telemetry.Tracer // nil: nothing is traced
 	audit      *audit.Log        // nil: nothing is written
 	shards     *shard.Set
@@ -172,6 +181,7 @@ type PushManager struct {
 	spool      *store.Spool     // nil, too, then
 	engine     *engine.Engine
 	ingress    *ingress.Server
+	webServer  *web.Server // nil, too, then
 	health     *health.Monitor
 	entry      *discovery.Registration
 	http       *telemetry.HTTP // nil until all the others run
@@ -203,6 +213,14 @@ func (m *PushManager) Failed() <-chan error { return m.failed }
 // GRPCAddr is where the push API listens.
 func (m *PushManager) GRPCAddr() string { return m.api.Addr().String() }
 
+// WebAddr is where the push API is served over HTTP, "" for nowhere.
+func (m *PushManager) WebAddr() string {
+	if m.web == nil {
+		return ""
+	}
+	return m.web.Addr().String()
+}
+
 // HTTPAddr is where metrics and health are.
 func (m *PushManager) HTTPAddr() string { return m.ops.Addr().String() }
 
@@ -223,14 +241,17 @@ func (m *PushManager) show(cfg Config, set *metrics.Set) (err error) {
 	return err
 }
 
-func (m *PushManager) listen(ctx context.Context, cfg Config) (api, ops net.Listener, err error) {
-	if api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
-		return nil, nil, err
+func (m *PushManager) listen(ctx context.Context, cfg Config) (err error) {
+	if m.api, err = m.life.Listen(ctx, cfg.ListenAddress, cfg.GRPCPort, "GRPC_PORT"); err != nil {
+		return err
 	}
-	if ops, err = m.life.Listen(ctx, cfg.MetricsAddress, cfg.MetricsPort, "METRICS_PORT"); err != nil {
-		return nil, nil, err
+	if cfg.HTTPPort != 0 {
+		if m.web, err = m.life.Listen(ctx, cfg.ListenAddress, max(cfg.HTTPPort, 0), "HTTP_PORT"); err != nil {
+			return err
+		}
 	}
-	return api, ops, nil
+	m.ops, err = m.life.Listen(ctx, cfg.MetricsAddress, cfg.MetricsPort, "METRICS_PORT")
+	return err
 }
 
 // shardOf and goOn are the shards as the directory and the links need them.
@@ -278,10 +299,26 @@ func (m *PushManager) serve() {
 			m.fail(err)
 		}
 	})
+	if m.web == nil {
+		return
+	}
+	m.serving.Go(func() {
+		if err := m.webServer.Serve(m.web); err != nil {
+			m.fail(err)
+		}
+	})
 }
 
+// stopServing drains both ways to the push API at a time: that over HTTP follows the other one.
 func (m *PushManager) stopServing(ctx context.Context) error {
+	var overHTTP error
+	var draining sync.WaitGroup
+	if m.web != nil {
+		draining.Go(func() { overHTTP = m.webServer.Drain(ctx) })
+	}
 	err := m.ingress.Drain(ctx)
+	draining.Wait()
+	err = errors.Join(err, overHTTP)
 	if !errors.Is(err, ingress.ErrStuck) { // or serve would wait for a handler that has been given up
 		m.serving.Wait()
 	}

@@ -149,7 +149,7 @@ func startLogging(t *testing.T, env map[string]string, log slog.Handler) *PushMa
 	t.Helper()
 	// The timeouts are such that a push which is to succeed does, however busy the machine is.
 	all := map[string]string{
-		"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2", "LOOKUP_TIMEOUT": "5s", "LINK_ACK_TIMEOUT": "20s", "LINK_QUEUE_AGE": "20s",
+		"GRPC_PORT": "0", "HTTP_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2", "LOOKUP_TIMEOUT": "5s", "LINK_ACK_TIMEOUT": "20s", "LINK_QUEUE_AGE": "20s",
 		"LINK_SILENCE": "30s", "PUSH_TIMEOUT": "30s",
 	}
 	maps.Copy(all, env)
@@ -510,7 +510,7 @@ func TestDrainEndsInTimeWithAStuckNode(t *testing.T) {
 // costs its own time, and the other parts are stopped all the same.
 func TestDrainEndsWithAHandlerThatIsStuck(t *testing.T) {
 	etcd := etcdtest.Start(t)
-	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": freeport.Addr(t)}, "")
+	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "HTTP_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": etcd.Endpoint(), "CONTROLLER_ADDRESS": freeport.Addr(t)}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -562,7 +562,7 @@ func TestStartThatFailsHasServedNobody(t *testing.T) {
 	addr := freeport.Addr(t)
 	_, port, _ := net.SplitHostPort(addr)
 	c, err := load(t, nil, map[string]string{
-		"GRPC_PORT": port, "METRICS_PORT": "0", "ETCD_ENDPOINTS": freeport.Addr(t), "CONTROLLER_ADDRESS": freeport.Addr(t),
+		"GRPC_PORT": port, "HTTP_PORT": "0", "METRICS_PORT": "0", "ETCD_ENDPOINTS": freeport.Addr(t), "CONTROLLER_ADDRESS": freeport.Addr(t),
 		"DRAIN_NOTICE": "4s",
 	}, "")
 	if err != nil {
@@ -612,7 +612,7 @@ func TestPortInUseStopsTheStartAndLeavesNothing(t *testing.T) {
 	}
 	defer func() { _ = l.Close() }()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "METRICS_PORT": port}, "")
+	c, err := load(t, nil, map[string]string{"GRPC_PORT": "0", "HTTP_PORT": "0", "METRICS_PORT": port}, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -113,7 +113,7 @@ auth:
 		t.Fatal(err)
 	}
 	env := map[string]string{
-		"GRPC_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2", "TLS_RELOAD_INTERVAL": "20ms", "LOG_LEVEL": "debug",
+		"GRPC_PORT": "0", "HTTP_PORT": "0", "METRICS_PORT": "0", "SHARDS": "2", "TLS_RELOAD_INTERVAL": "20ms", "LOG_LEVEL": "debug",
 		"ETCD_ENDPOINTS": etcd.Endpoint(), "ETCD_USERNAME": "pm", "ETCD_PASSWORD": password,
 		"CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer()),
 		"TLS_CERT_FILE":      certFile, "TLS_KEY_FILE": keyFile, "TLS_CLIENT_CA_FILE": ca.File,

@@ -191,7 +191,7 @@ func TestOnlyOnePushManagerHasAnEmbeddedStore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.GRPCPort, c.MetricsPort = 0, 0
+	c.GRPCPort, c.HTTPPort, c.MetricsPort = 0, 0, 0
 	_, err = Start(t.Context(), *c, slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), "STORE=embedded") || !strings.Contains(err.Error(), `"pm-1"`) || strings.Contains(err.Error(), "\n") {
 		t.Errorf("a second one: %v", err)
@@ -216,7 +216,7 @@ func TestOfPushManagersThatStartAtTheSameMomentOneHasTheStore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.GRPCPort, c.MetricsPort = 0, 0
+		c.GRPCPort, c.HTTPPort, c.MetricsPort = 0, 0, 0
 		wg.Go(func() {
 			m, err := Start(t.Context(), *c, slog.New(slog.DiscardHandler))
 			if err != nil {
@@ -292,7 +292,7 @@ func TestAStoreWithAnotherNumberOfPartitionsDoesNotStart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.GRPCPort, c.MetricsPort = 0, 0
+	c.GRPCPort, c.HTTPPort, c.MetricsPort = 0, 0, 0
 	_, err = Start(t.Context(), *c, slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), "STORE_PARTITIONS") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("%v", err)

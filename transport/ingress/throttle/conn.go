@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,6 +26,7 @@ type Conn struct {
 
 	// Static.
 	throttle *Throttle
+	opaque   bool          // its frames are not followed, see Listen
 	turn     chan struct{} // a token when it may go on, one for each time that it waits
 	toldToGo chan struct{} // closed when the client has heard that it should go
 
@@ -33,7 +35,13 @@ type Conn struct {
 	priority atomic.Int32
 	noted    atomic.Int64
 
-	// Owned by Read and Tap, which run on one goroutine.
+	// Of an opaque connection.
+	greet   sync.Once
+	greeted atomic.Bool // it has made a request
+	refused error       // it is one too many; written under greet
+	away    sync.Once
+
+	// Owned by Read and Tap, which run on one goroutine. Those of an opaque connection do not, and Tap leaves them alone.
 	frames frames
 	slot   *slot
 	taken  bool          // by gRPC, which reads on after the hello
@@ -137,6 +145,9 @@ func (c *Conn) Read(b []byte) (n int, err error) {
 		c.read.reads.Add(-1)
 		c.read = nil
 		t.letIn()
+	}
+	if c.opaque {
+		return c.readOpaque(b)
 	}
 	hello := c.frames.hello()
 	switch {

@@ -157,7 +157,10 @@ func (t *Throttle) Tap(ctx context.Context, header metadata.MD) context.Context 
 	if c == nil {
 		return ctx
 	}
-	call := &Call{Context: ctx, Conn: c, Header: header, Began: time.Now(), held: c.held}
+	call := &Call{Context: ctx, Conn: c, Header: header, Began: time.Now()}
+	if !c.opaque {
+		call.held = c.held
+	}
 	call.window = t.windowsAt(call.Began.Sub(t.began)).now
 	call.window.calls.Add(1)
 	return call

@@ -1,0 +1,210 @@
+package web
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/push-manager/push-manager/engine"
+)
+
+// ShortPath is a path for pushes that has a shape of its own: the content is not in a message but beside the rest, and may
+// be text or JSON as it is.
+type ShortPath struct {
+	Path   string   // as http.ServeMux has it
+	Method string   // of the push API
+	ID     string   // the field of its request with what stands in the path, "" for none
+	Fields []string // those that stand in the body, besides those of the content
+}
+
+// The paths, and what of the request's own fields each takes.
+var shorts = []ShortPath{
+	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
+	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
+	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
+	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}},
+}
+
+// Fields of every short path.
+var (
+	dataFields    = []string{"text", "json", "data"} // one of them
+	contentFields = []string{"type", "metadata", "timestamp"}
+)
+
+// shortHandler serves a short path by the method that it is short for.
+func (s *Server) shortHandler(p ShortPath, m *method) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// curl -d says that it is a form. What it is does not depend on that.
+		kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+		switch {
+		case r.Header.Get("Content-Type") == "", err == nil && slices.Contains([]string{"application/json", "application/x-www-form-urlencoded", "text/plain"}, kind):
+			r.Header["Content-Type"] = []string{"application/json"}
+		default:
+			w.Header().Set("Accept-Post", "application/json")
+			s.failWith(w, http.StatusUnsupportedMediaType, errNotJSON)
+			return
+		}
+		id := r.PathValue(p.ID)
+		m.serve(w, r, func(b []byte) ([]byte, error) { return p.translate(m, id, b) })
+	})
+}
+
+// translate makes the protobuf of a request out of the JSON of a short path.
+func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
+	given, err := members(b)
+	if err != nil {
+		return nil, err
+	}
+	var data []byte
+	has := ""
+	var content, rest bytes.Buffer
+	for i := range given {
+		f := &given[i]
+		switch name := f.name; {
+		case slices.Contains(dataFields, name):
+			if has != "" {
+				return nil, invalid(name, "stands beside "+has+", and one of them is wanted")
+			}
+			has = name
+			if data, err = f.data(); err != nil {
+				return nil, err
+			}
+		case slices.Contains(contentFields, name):
+			f.appendTo(&content)
+		case slices.Contains(p.Fields, name):
+			f.appendTo(&rest)
+		default:
+			return nil, invalid(name, "is not known; there are "+strings.Join(slices.Concat(dataFields, contentFields, p.Fields), ", "))
+		}
+	}
+	if has == "" {
+		return nil, &engine.InvalidError{Field: "text", Code: engine.CodeRequired, Description: "is missing, and so are json and data: one of them is wanted"}
+	}
+	request, err := m.fill(content.Bytes(), rest.Bytes())
+	if err != nil {
+		return nil, err
+	}
+	fields := m.in.Descriptor().Fields()
+	if p.ID != "" {
+		request.Set(fields.ByName(protoreflect.Name(p.ID)), protoreflect.ValueOfString(id))
+	}
+	contentField := fields.ByName("content")
+	message := request.Mutable(contentField).Message()
+	message.Set(contentField.Message().Fields().ByName("data"), protoreflect.ValueOfBytes(data))
+	return encode(request.Interface().(proto.Message)) //nolint:forcetypeassert // it is one
+}
+
+// fill makes a request of members of its content and of itself, each with a comma before it.
+func (m *method) fill(content, rest []byte) (protoreflect.Message, error) {
+	joined := make([]byte, 0, len(content)+len(rest)+len(`{"content":{}}`))
+	joined = append(joined, `{"content":{`...)
+	joined = append(joined, bytes.TrimPrefix(content, []byte(","))...)
+	joined = append(joined, '}')
+	joined = append(joined, rest...)
+	joined = append(joined, '}')
+	request := m.in.New()
+	if err := fromJSON.Unmarshal(joined, request.Interface()); err != nil {
+		return nil, jsonError(err)
+	}
+	return request, nil
+}
+
+// member is a name and its value in an object.
+type member struct {
+	name  string
+	value json.RawMessage
+}
+
+// members takes an object apart. Its names are compared as they are, and each may stand once.
+func members(b []byte) ([]member, error) {
+	d := json.NewDecoder(bytes.NewReader(b))
+	begin, err := d.Token()
+	if err != nil || begin != json.Delim('{') {
+		return nil, notObject(err)
+	}
+	var all []member
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return nil, notObject(err)
+		}
+		f := member{name: name.(string)} //nolint:forcetypeassert,errcheck // it is, or there was an error
+		if slices.ContainsFunc(all, func(o member) bool { return o.name == f.name }) {
+			return nil, invalid(f.name, "stands there twice")
+		}
+		if len(all) > len(dataFields)+len(contentFields)+4 {
+			return nil, invalid("request", "has more members than there are")
+		}
+		if err := d.Decode(&f.value); err != nil {
+			return nil, notObject(err)
+		}
+		all = append(all, f)
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, notObject(err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, invalid("request", "must be one JSON object, and something follows it")
+	}
+	return all, nil
+}
+
+func notObject(err error) error {
+	if err == nil {
+		return invalid("request", "must be a JSON object")
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return invalid("request", "must be a JSON object, and ends before it is one")
+	}
+	return invalid("request", "must be a JSON object: "+err.Error())
+}
+
+func invalid(field, description string) error {
+	return &engine.InvalidError{Field: field, Code: engine.CodeMalformed, Description: description}
+}
+
+// data is the data of a content that the member stands for.
+func (f *member) data() ([]byte, error) {
+	if f.name == "json" {
+		var b bytes.Buffer
+		if err := json.Compact(&b, f.value); err != nil {
+			return nil, invalid(f.name, err.Error())
+		}
+		return b.Bytes(), nil
+	}
+	var text string
+	if len(f.value) == 0 || f.value[0] != '"' {
+		return nil, invalid(f.name, "must be a string")
+	}
+	if err := json.Unmarshal(f.value, &text); err != nil {
+		return nil, invalid(f.name, "must be a string: "+err.Error())
+	}
+	if f.name == "text" {
+		return []byte(text), nil
+	}
+	data, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		return nil, invalid(f.name, fmt.Sprintf("must be base64: %v", err))
+	}
+	return data, nil
+}
+
+func (f *member) appendTo(b *bytes.Buffer) {
+	b.WriteString(`,"`)
+	b.WriteString(f.name) // one of ours
+	b.WriteString(`":`)
+	b.Write(f.value)
+}
+
+// ShortPaths are all of them.
+func ShortPaths() []ShortPath { return slices.Clone(shorts) }
