@@ -178,7 +178,7 @@ func newTownOf(t *testing.T, plan townPlan) *town {
 		p := freeport.Take(t, 3)
 		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], grpc: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[2]}
 		g.env = append([]string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
-			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...)
+			"CONTROLLER_ADDRESS=" + addresses[i%len(addresses)], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...) // a node takes one
 		if plan.proxied {
 			g.link = newProxy(t, "127.0.0.1:"+p[0])
 			g.env = append(g.env, "ADVERTISE_ADDRESS="+g.link.addr())

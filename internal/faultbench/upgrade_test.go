@@ -343,8 +343,8 @@ func (o *outcomes) add(p outcomes) {
 	}
 }
 
-// mixedLoad is callers who push in all ways, each as a Biz-Server should: it asks once more where it is told that nothing was sent,
-// or where the message has an id, and only then.
+// mixedLoad is callers who push in all ways, each as a Biz-Server should: it asks once more where it is told that nothing was sent or
+// that the push has failed, which means that it was not delivered, and where the message has an id. Only then.
 type mixedLoad struct {
 	r     *rollout
 	begun time.Duration
@@ -369,7 +369,7 @@ func (r *rollout) mixed(front *manager, rate int) *mixedLoad {
 		for i := range count {
 			callers++
 			rnd := rand.New(rand.NewPCG(r.seed, uint64(100+callers)))
-			own := &manager{b: r.bench, id: front.id, api: front.api}
+			own := &manager{b: r.bench, id: fmt.Sprint(front.id, " ", callers), api: front.api}
 			own.PushManagerServiceClient = own.dial() // so that the balancer has many connections
 			r.callers.Go(func() {
 				tick := time.NewTicker(time.Second * time.Duration(count) / time.Duration(perSecond))
@@ -404,26 +404,31 @@ func (r *rollout) mixed(front *manager, rate int) *mixedLoad {
 	return l
 }
 
-// twice tells whether a push is tried once more, and why.
-func twice(p *push) (why string, yes bool) {
+// retryPause is how long a caller waits until it tries what has failed once more.
+const retryPause = 100 * time.Millisecond
+
+// twice tells why a push is tried once more, "" if it is not.
+func twice(p *push) string {
+	s := p.summary
 	switch {
-	case p.err != nil && p.safe():
-		return fmt.Sprintf("nothing was sent: %v %s", p.code(), reasonOf(p.err)), p.code() == codes.Unavailable
-	case p.options == nil:
-		return "", false
-	case p.err != nil:
-		return fmt.Sprintf("the call broke, and the message has an id: %v", p.code()), true
-	case p.summary.GetFailed()+p.summary.GetUnknown() > 0:
-		return "it failed or is unknown, and the message has an id", true
+	case p.err != nil && p.safe() && p.code() == codes.Unavailable:
+		return fmt.Sprintf("nothing was sent: %v %s", p.code(), reasonOf(p.err))
+	case p.err != nil && !p.safe() && p.options != nil:
+		return fmt.Sprintf("the call broke, and the message has an id: %v", p.code())
+	case s.GetUnknown() > 0 && p.options != nil:
+		return "it is unknown, and the message has an id"
+	case s.GetFailed() == s.GetTargets() && s.GetFailed() > 0 && len(s.GetNodeFailures()) > 0:
+		return "it was not delivered: " + s.GetNodeFailures()[0].GetReason()
 	}
-	return "", false
+	return ""
 }
 
 func (l *mixedLoad) push(front *manager, q request) {
 	p := front.ask(context.Background(), front, q)
 	var c outcomes
-	if why, yes := twice(p); yes {
+	if why := twice(p); why != "" {
 		c.again, c.why = 1, map[string]int{why: 1}
+		wait(retryPause)
 		if p.options != nil {
 			q.again, q.options = p, p.options
 		}
@@ -438,7 +443,7 @@ func (l *mixedLoad) stream(front *manager, requests []request) {
 	var c outcomes
 	var late []request
 	for i, p := range front.stream(requests) {
-		if why, yes := twice(p); yes {
+		if why := twice(p); why != "" {
 			c.add(outcomes{again: 1, why: map[string]int{why + ", on a PushStream": 1}})
 			late = append(late, requests[i])
 			continue
@@ -446,6 +451,7 @@ func (l *mixedLoad) stream(front *manager, requests []request) {
 		l.count(p, &c)
 	}
 	if len(late) > 0 {
+		wait(retryPause)
 		for _, p := range front.stream(late) {
 			l.count(p, &c)
 		}
