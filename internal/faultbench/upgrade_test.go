@@ -404,8 +404,8 @@ func (r *rollout) mixed(front *manager, rate int) *mixedLoad {
 	return l
 }
 
-// retryPause is how long a caller waits until it tries what has failed once more.
-const retryPause = 100 * time.Millisecond
+// retryPause is how long a caller waits until it tries once more what was not delivered.
+const retryPause = 500 * time.Millisecond
 
 // twice tells why a push is tried once more, "" if it is not.
 func twice(p *push) string {
@@ -428,7 +428,9 @@ func (l *mixedLoad) push(front *manager, q request) {
 	var c outcomes
 	if why := twice(p); why != "" {
 		c.again, c.why = 1, map[string]int{why: 1}
-		wait(retryPause)
+		if p.err == nil {
+			wait(retryPause)
+		}
 		if p.options != nil {
 			q.again, q.options = p, p.options
 		}
