@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -124,24 +125,14 @@ func servedBy(t *testing.T, managers []*manager) []float64 {
 	return all
 }
 
-// cancelGetsThrough: of a call whose push is with a node that does not answer, and of a PushStream. Nothing else would end them.
+// cancelGetsThrough: of a call whose push is with a node that does not answer, and of a PushStream. Nothing else would end them. How
+// soon is told, and no more: it includes reading the metrics of all instances. LONG=1: for 20 times.
 func cancelGetsThrough(t *testing.T, s *secured, api pubsub.PushManagerServiceClient, managers []*manager) {
 	t.Helper()
 	hold := make(chan struct{})
 	defer close(hold)
 	s.users.setHold(hold)
 	defer s.users.setHold(nil)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	var calls sync.WaitGroup
-	calls.Go(func() { _, _ = api.PushToUser(ctx, toAlice([]byte("held"))) })
-	stream, err := api.PushStream(ctx)
-	if err == nil {
-		err = stream.Send(&pubsub.PushStreamRequest{Id: 1, Push: &pubsub.PushStreamRequest_ToUser{ToUser: toAlice([]byte("held, too"))}})
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
 	open := func(want float64) {
 		t.Helper()
 		eventually(t, fmt.Sprintf("%v calls are open", want), func() error {
@@ -159,10 +150,32 @@ func cancelGetsThrough(t *testing.T, s *secured, api pubsub.PushManagerServiceCl
 			return nil
 		})
 	}
-	open(2)
-	cancel()
-	open(0)
-	calls.Wait()
+	times := 1
+	if os.Getenv("LONG") != "" {
+		times = 20
+	}
+	var took []time.Duration
+	for range times {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		var calls sync.WaitGroup
+		calls.Go(func() { _, _ = api.PushToUser(ctx, toAlice([]byte("held"))) })
+		stream, err := api.PushStream(ctx)
+		if err == nil {
+			err = stream.Send(&pubsub.PushStreamRequest{Id: 1, Push: &pubsub.PushStreamRequest_ToUser{ToUser: toAlice([]byte("held, too"))}})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		open(2)
+		begun := time.Now()
+		cancel()
+		open(0)
+		took = append(took, time.Since(begun))
+		calls.Wait()
+	}
+	slices.Sort(took)
+	t.Logf("the cancel of a call and of a PushStream had arrived after %v, %v at most", took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond))
 }
 
 func (c *clients) setHold(hold chan struct{}) {

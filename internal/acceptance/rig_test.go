@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -222,14 +223,24 @@ type manager struct {
 // nodes.
 func startManager(t *testing.T, etcd, controller string, nodes int, env ...string) *manager {
 	t.Helper()
-	p := freeport.Take(t, 2)
+	return startManagerAt(t, freeport.Addr(t), etcd, controller, nodes, env...)
+}
+
+// startManagerAt is startManager with the address of its API. Where that is not 127.0.0.1, env says where it listens.
+func startManagerAt(t *testing.T, api, etcd, controller string, nodes int, env ...string) *manager {
+	t.Helper()
+	_, port, err := net.SplitHostPort(api)
+	if err != nil {
+		t.Fatal(err)
+	}
+	metrics := freeport.Take(t, 1)[0]
 	// What these tests promise is not how fast a machine is, so no push may run out of time on a busy one.
 	env = append([]string{"MANAGER_ID=pm-under-test", "LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
-	env = append(env, "GRPC_PORT="+p[0], "HTTP_PORT=0", "METRICS_PORT="+p[1],
+	env = append(env, "GRPC_PORT="+port, "HTTP_PORT=0", "METRICS_PORT="+metrics,
 		"CONTROLLER_ADDRESS="+controller, "ETCD_ENDPOINTS="+etcd, "LOG_LEVEL=debug")
-	m := &manager{process: start(t, binary(t, "push-manager"), env), api: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[1]}
+	m := &manager{process: start(t, binary(t, "push-manager"), env), api: api, metrics: "http://127.0.0.1:" + metrics}
 	m.PushManagerServiceClient = pubsub.NewPushManagerServiceClient(dial(t, m.api))
-	ready(t, p[1])
+	ready(t, metrics)
 	if nodes > 0 {
 		m.reaches(nodes)
 	}

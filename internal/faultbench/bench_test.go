@@ -42,6 +42,7 @@ type bench struct {
 	client     *clientv3.Client
 	controller *controller
 	children   []*child
+	program    string // path of the push-manager that is started next, "" for ours
 	unwatch    func() // ends the watch of the machine and waits for its end
 }
 
@@ -242,15 +243,30 @@ func lenient(env ...string) []string {
 	return append([]string{"PUSH_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_QUEUE_AGE=30s", "LINK_SILENCE=1m", "LOOKUP_TIMEOUT=10s"}, env...)
 }
 
+// binary is the push-manager that is started next.
+func (b *bench) binary() string {
+	b.t.Helper()
+	if b.program != "" {
+		return b.program
+	}
+	return pushManager(b.t)
+}
+
 // boot starts the process, for the first time or again.
 func (m *manager) boot() {
-	m.process = run(m.b.t, m.id, exec.Command(pushManager(m.b.t)), m.env)
+	m.process = run(m.b.t, m.id, exec.Command(m.b.binary()), m.env)
 }
 
 func (m *manager) ready() {
 	m.b.t.Helper()
-	eventually(m.b.t, m.id+" is ready", func() error {
-		code, body, err := get(m.metrics + "/readyz")
+	ready(m.b.t, m.id, m.metrics)
+}
+
+// ready waits until a program says that it is.
+func ready(t testing.TB, id, metrics string) {
+	t.Helper()
+	eventually(t, id+" is ready", func() error {
+		code, body, err := get(metrics + "/readyz")
 		if err == nil && code != http.StatusOK {
 			err = fmt.Errorf("%d %s", code, body)
 		}

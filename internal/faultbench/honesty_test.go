@@ -4,9 +4,9 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"os/exec"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -76,7 +76,7 @@ func TestHonesty(t *testing.T) {
 	}
 	faults := 0
 	for end, r := begun+duration, rand.New(rand.NewPCG(town.seed, 7)); town.ledger.now() < end; faults++ {
-		if elapsed := town.ledger.now() - begun; faults > 0 && elapsed > duration/2 && town.controllerLives == 1 {
+		if elapsed := town.ledger.now() - begun; faults > 0 && elapsed > duration/2 && town.controllers[0].lives == 1 {
 			town.restartController()
 		} else {
 			town.harm(r)
@@ -127,9 +127,22 @@ type gate struct {
 	leaving bool // it takes nobody now; guarded by town.mu
 }
 
+// controllerLives is a Controller over several lives of its process.
+type controllerLives struct {
+	*process
+
+	id      string
+	metrics string
+	env     []string
+	lives   int
+}
+
 // townPlan is what a town has.
 type townPlan struct {
 	managers, gates        int
+	controllers            int      // 0: one
+	controllerEnv          []string // more of their settings; without any they keep all in memory
+	program                string   // path of the push-manager that all begin with, "" for ours
 	managerEnv, gatewayEnv []string // more of their settings
 	acks                   bool     // clients acknowledge what asks for it
 	resumes                bool     // clients keep their positions in the logs of rooms
@@ -144,22 +157,28 @@ func newTown(t *testing.T) *town {
 
 func newTownOf(t *testing.T, plan townPlan) *town {
 	t.Helper()
-	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcdtest.Start(t), unwatch: func() {}}
+	b := &bench{t: t, seed: seedOf(t), ledger: newLedger(), world: newWorld(), etcd: etcdtest.Start(t), program: plan.program, unwatch: func() {}}
 	b.ledger.clientsLeave = true
 	b.watch(starved)
 	t.Cleanup(func() { b.unwatch() })
 	b.client = b.etcd.Client()
-	p := freeport.Take(t, 2)
-	address := "127.0.0.1:" + p[0]
-	b.controller = &controller{address: address} // for those who ask where it is; ours is a process
 	c := &town{bench: b, plan: plan, stop: make(chan struct{}), rooms: names("r", townRooms), users: names("u", townPeople), byUser: map[string][]*visit{}}
-	c.controllerEnv = []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}
-	c.bootController()
+	var addresses []string
+	for i := range max(plan.controllers, 1) {
+		p := freeport.Take(t, 2)
+		addresses = append(addresses, "127.0.0.1:"+p[0])
+		one := &controllerLives{id: fmt.Sprint("controller-", i), metrics: "http://127.0.0.1:" + p[1]}
+		one.env = append([]string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.controllerEnv...)
+		c.controllers = append(c.controllers, one)
+		c.bootController(one)
+	}
+	address := strings.Join(addresses, ",")
+	b.controller = &controller{address: address} // for those who ask where it is; ours are processes
 	for i := range plan.gates {
 		p := freeport.Take(t, 3)
 		g := &gate{id: fmt.Sprint("g", i), http: "127.0.0.1:" + p[1], grpc: "127.0.0.1:" + p[0], metrics: "http://127.0.0.1:" + p[2]}
 		g.env = append([]string{"NODE_ID=" + g.id, "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
-			"CONTROLLER_ADDRESS=" + address, "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...)
+			"CONTROLLER_ADDRESS=" + addresses[i%len(addresses)], "ETCD_ENDPOINTS=" + b.etcd.Endpoint()}, plan.gatewayEnv...) // a node takes one
 		if plan.proxied {
 			g.link = newProxy(t, "127.0.0.1:"+p[0])
 			g.env = append(g.env, "ADVERTISE_ADDRESS="+g.link.addr())
@@ -175,21 +194,15 @@ func newTownOf(t *testing.T, plan townPlan) *town {
 	return c
 }
 
-func (t *town) bootController() {
-	t.controller = run(t.t, "controller", exec.Command(pushManager(t.t), "controller"), t.controllerEnv)
-	t.controllerLives++
+func (t *town) bootController(c *controllerLives) {
+	c.process = run(t.t, c.id, exec.Command(t.binary(), "controller"), c.env)
+	c.lives++
 }
 
 func (t *town) bootGate(g *gate) {
 	t.t.Helper()
-	g.process = run(t.t, g.id, exec.Command(pushManager(t.t), "connect-node"), g.env)
-	eventually(t.t, g.id+" is ready", func() error {
-		code, body, err := get(g.metrics + "/readyz")
-		if err == nil && code != http.StatusOK {
-			err = fmt.Errorf("%d %s", code, body)
-		}
-		return err
-	})
+	g.process = run(t.t, g.id, exec.Command(t.binary(), "connect-node"), g.env)
+	ready(t.t, g.id, g.metrics)
 }
 
 // populate starts the people.
@@ -295,8 +308,8 @@ func (t *town) close(g *gate) {
 // restartController kills the Controller, whose memory is all it has, and starts another.
 func (t *town) restartController() {
 	t.ledger.note("the controller is killed")
-	t.controller.kill()
+	t.controllers[0].kill()
 	wait(500 * time.Millisecond)
-	t.bootController()
+	t.bootController(t.controllers[0])
 	t.ledger.note("another controller")
 }

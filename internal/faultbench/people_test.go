@@ -338,18 +338,16 @@ func (p *person) move() {
 	old.close()
 }
 
-// town is three real gateways, a real Controller and Push-Managers, and the people.
+// town is real gateways, Controllers and Push-Managers, and the people.
 type town struct {
 	*bench
-	plan            townPlan
-	managers        []*manager
-	gates           []*gate
-	controller      *process
-	controllerEnv   []string
-	controllerLives int
-	stop            chan struct{}
-	rooms           []string
-	users           []string
+	plan        townPlan
+	managers    []*manager
+	gates       []*gate
+	controllers []*controllerLives
+	stop        chan struct{}
+	rooms       []string
+	users       []string
 
 	readers, people, callers sync.WaitGroup
 	visits, acts, refused    atomic.Int64

@@ -234,17 +234,27 @@ func (r *roster) waiting() string {
 	}
 }
 
+// lookSoon is how often a Controller that is not believed looks whether others have kept the store: until then it answers
+// nothing.
+const lookSoon = 50 * time.Millisecond
+
 func (r *roster) loop(ctx context.Context) {
-	tick := time.NewTicker(min(time.Second, r.grace))
-	defer tick.Stop()
+	often := min(time.Second, r.grace)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	r.began = time.Now()
 	r.looked = r.began
 	for {
 		r.look(ctx, time.Now())
+		if r.shared != nil && !r.isWarm() {
+			timer.Reset(min(lookSoon, often))
+		} else {
+			timer.Reset(often)
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-timer.C:
 		case <-r.wake:
 		}
 	}

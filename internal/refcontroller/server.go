@@ -27,6 +27,10 @@ import (
 // maxRequestBytes is what 10,000 ids of the longest kind need.
 const maxRequestBytes = 4 << 20
 
+// openLate is how long a Controller with a shared store waits until it may answer look-ups before it takes calls: others answer
+// them meanwhile. After that the nodes have to reach it, because it may be waiting for their reports.
+const openLate = 2 * time.Second
+
 // Server is a Controller on a listener.
 type Server struct {
 	// Static after New.
@@ -37,6 +41,7 @@ type Server struct {
 	roster *roster
 	m      handles
 	wg     sync.WaitGroup
+	opened chan struct{} // closed when calls are taken
 
 	startOnce, drainOnce, closeOnce sync.Once
 	// Written under startOnce.
@@ -49,7 +54,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	s := &Server{log: cfg.Logger, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer()}
+	s := &Server{log: cfg.Logger, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer(), opened: make(chan struct{})}
 	s.svc = &service{
 		store: cfg.Store,
 		hub: &hub{
@@ -123,7 +128,8 @@ func (s *Server) gauges(set *metrics.Set, store Store) {
 	gauge("controller_nodes_awaited", func() int { return len(*s.roster.awaited.Load()) })
 }
 
-// Serve answers on lis until Drain or Close. It owns lis.
+// Serve answers on lis until Drain or Close. It owns lis. With a shared store it begins when look-ups may be answered, or 2 s
+// later: Opened tells when.
 func (s *Server) Serve(lis net.Listener) error {
 	s.startOnce.Do(func() {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -135,11 +141,52 @@ func (s *Server) Serve(lis net.Listener) error {
 		if s.svc.shared != nil {
 			s.wg.Go(func() { s.svc.shared.Run(ctx, s.svc.hub.settle) })
 		}
+		s.wg.Go(func() {
+			defer close(s.opened)
+			if s.svc.shared != nil {
+				s.awaitWarmth(ctx)
+			}
+		})
 	})
-	if err := s.grpc.Serve(lis); err != nil {
+	<-s.opened
+	err := s.grpc.Serve(lis)
+	select {
+	case <-s.svc.draining:
+		return nil // maybe before it has begun
+	default:
+	}
+	if err != nil {
 		return fmt.Errorf("serve: %w", err)
 	}
 	return nil
+}
+
+// awaitWarmth waits until look-ups may be answered, for openLate at most.
+func (s *Server) awaitWarmth(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, openLate)
+	defer cancel()
+	for {
+		w := s.roster.warmth.Load()
+		select {
+		case <-w.warm:
+			return
+		case <-w.cold: // there is another store
+		case <-s.svc.draining:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Opened tells whether calls are taken yet.
+func (s *Server) Opened() bool {
+	select {
+	case <-s.opened:
+		return true
+	default:
+		return false
+	}
 }
 
 // tell passes on what a shared store says.
@@ -206,7 +253,7 @@ func (s *Server) Drain(ctx context.Context) error {
 func (s *Server) Close() {
 	s.closeOnce.Do(func() {
 		s.grpc.Stop()
-		s.startOnce.Do(func() {}) // Serve after Close starts nothing
+		s.startOnce.Do(func() { close(s.opened) }) // Serve after Close starts nothing
 		s.stop()
 		if s.roster.watcher != nil {
 			s.roster.watcher.Close()

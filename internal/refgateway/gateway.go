@@ -268,24 +268,22 @@ func (g *Gateway) release() {
 	}
 }
 
-// Drain leaves in good order: the node goes out of etcd, managers are told and
-// finish, the Controller hears who leaves, clients get what is queued for them and
-// the close code 1001. What does not end before ctx does is left to Close. New
-// clients are refused from the beginning.
+// Drain leaves in good order: the node goes out of etcd, the Controller hears who leaves, managers
+// are told and finish, clients get what is queued for them and the close code 1001. What does not
+// end before ctx does is left to Close. New clients are refused from the beginning.
 func (g *Gateway) Drain(ctx context.Context) error {
 	g.draining.Store(true)
 	g.health.Shutdown()
 	var errs []error
 	errs = append(errs, g.node.Deregister(ctx))
-	// Nobody is sent here any more. Managers and the Controller do not wait for
-	// each other.
-	var leaves error
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		bounded, cancel := context.WithTimeout(ctx, g.cfg.LeaveTimeout)
-		defer cancel()
-		leaves = g.members.Drain(bounded)
-	})
+	// The Controller is first. Once it has answered managers know that nobody is here, and
+	// without that a push would fail at a node that has drained, although its user may already
+	// be elsewhere. Until then pushes are delivered.
+	reporting, reported := halfOf(ctx)
+	defer reported()
+	reporting, reported = context.WithTimeout(reporting, g.cfg.LeaveTimeout)
+	defer reported()
+	errs = append(errs, g.members.Drain(reporting))
 	// What clients have not acknowledged is the managers' again before the clients are elsewhere.
 	g.users.Each(func(conns []*conn) {
 		for _, c := range conns {
@@ -295,9 +293,7 @@ func (g *Gateway) Drain(ctx context.Context) error {
 	// A manager that is stuck must not take the time of the clients.
 	bounded, cancel := halfOf(ctx)
 	defer cancel()
-	errs = append(errs, g.node.Drain(bounded))
-	wg.Wait()
-	errs = append(errs, leaves, g.closeClients(ctx))
+	errs = append(errs, g.node.Drain(bounded), g.closeClients(ctx))
 	return errors.Join(errs...)
 }
 

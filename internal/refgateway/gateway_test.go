@@ -645,6 +645,33 @@ func TestDrainSaysGoodbye(t *testing.T) {
 	}
 }
 
+// TestPushesAreDeliveredUntilTheControllerHasHeardThatANodeDrains: a manager that were told earlier would fail them, as it does not
+// know that nobody is there.
+func TestPushesAreDeliveredUntilTheControllerHasHeardThatANodeDrains(t *testing.T) {
+	c := newController(t)
+	g, n := start(t, c, nil)
+	d := connect(t, g, "u", "")
+	m := manage(t, n, "pm")
+	var once sync.Once
+	c.mu.Lock()
+	c.leaving = func() {
+		once.Do(func() {
+			time.Sleep(50 * time.Millisecond) // in which a manager would be told
+			seq := m.deliver(&pubsub.Delivery{UserIds: []string{"u"}, Content: &pubsub.MessageContent{Data: []byte("last"), Timestamp: 1}})
+			m.wantAck(seq, ack{delivered: 1})
+			d.want(textFrame("", "u", "last"))
+			_ = m.stream.CloseSend() // as a manager does when it is told
+		})
+	}
+	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := g.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+	d.wantClose(1001)
+}
+
 func TestDrainIsBoundedWithStuckPeers(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, func(c *Config) { c.QueueFrames, c.SocketBuffer, c.QueueBytes = 10000, 4<<10, 64<<20 })

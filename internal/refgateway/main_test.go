@@ -42,6 +42,7 @@ type controller struct {
 	log     []string
 	refuse  string     // room nobody gets into
 	failing codes.Code // of every call
+	leaving func()     // called before a leave is taken, if it is not nil
 	server  *grpc.Server
 	wg      sync.WaitGroup
 }
@@ -95,6 +96,11 @@ func (c *controller) JoinRoom(_ context.Context, r *pubsub.JoinRoomRequest) (*pu
 
 func (c *controller) LeaveRoom(_ context.Context, r *pubsub.LeaveRoomRequest) (*pubsub.LeaveRoomResponse, error) {
 	c.mu.Lock()
+	if leaving := c.leaving; leaving != nil {
+		c.mu.Unlock()
+		leaving()
+		c.mu.Lock()
+	}
 	defer c.mu.Unlock()
 	if r.GetUserId() == "" {
 		return nil, status.Error(codes.InvalidArgument, "user_id: required") // As old Controllers do.

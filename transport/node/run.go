@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -38,8 +37,8 @@ type RunConfig struct {
 }
 
 // Run serves managers and registers the node until ctx ends. Then the node leaves: it goes out of
-// etcd, managers finish while the Controller hears who leaves, and whoever is left at LeaveTimeout
-// is cut off, which is an error. Run is called once, and closes the Server.
+// etcd, the Controller hears who leaves, managers finish, and whoever is left at LeaveTimeout is cut
+// off, which is an error. The Controller has half of that time. Run is called once, and closes the Server.
 func (s *Server) Run(ctx context.Context, cfg RunConfig) error {
 	gs := grpc.NewServer(append(ServerOptions(), cfg.Options...)...)
 	s.Attach(gs)
@@ -66,20 +65,21 @@ func (s *Server) Run(ctx context.Context, cfg RunConfig) error {
 		}
 	}
 
-	leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(cfg.LeaveTimeout, 8*time.Second))
+	bound := cmp.Or(cfg.LeaveTimeout, 8*time.Second)
+	leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
 	defer cancel()
 	deregistered := s.Deregister(leave) // Nobody new is sent here.
-	// Managers and the Controller do not wait for each other.
-	var reported error
-	var wg sync.WaitGroup
-	wg.Go(func() { reported = cfg.Members.Drain(leave) })
+	// The Controller is first: once it has answered managers know that nobody is here, and no push
+	// fails at a node that has drained. Until then pushes are delivered.
+	half, reported := context.WithTimeout(leave, bound/2)
+	defer reported()
+	left := cfg.Members.Drain(half)
 	drained := s.Drain(leave)
-	wg.Wait()
 	gs.Stop()
 	<-ended
 	s.Close()
 	cfg.Members.Close()
-	return errors.Join(registered, served, deregistered, drained, reported)
+	return errors.Join(registered, served, deregistered, left, drained)
 }
 
 type noMembers struct{}

@@ -16,14 +16,18 @@ import (
 
 // scriptedMembers note what is called.
 type scriptedMembers struct {
-	calls []string
-	err   error // of Drain
+	calls    []string
+	err      error  // of Drain
+	draining func() // what Drain does, if it is not nil
 }
 
 func (m *scriptedMembers) Start() { m.calls = append(m.calls, "start") }
 func (m *scriptedMembers) Close() { m.calls = append(m.calls, "close") }
 func (m *scriptedMembers) Drain(context.Context) error {
 	m.calls = append(m.calls, "drain")
+	if m.draining != nil {
+		m.draining()
+	}
 	return m.err
 }
 
@@ -41,7 +45,7 @@ func TestRunDrainsWhenItsContextEnds(t *testing.T) {
 	members := &scriptedMembers{err: errors.New("the controller is away")}
 	ended := make(chan error, 1)
 	go func() {
-		ended <- s.Run(ctx, RunConfig{Listener: lis, Members: members, LeaveTimeout: 100 * time.Millisecond})
+		ended <- s.Run(ctx, RunConfig{Listener: lis, Members: members, LeaveTimeout: 2 * time.Second})
 	}()
 
 	cc, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -50,7 +54,13 @@ func TestRunDrainsWhenItsContextEnds(t *testing.T) {
 	}
 	defer func() { _ = cc.Close() }()
 	b := &bench{server: s, client: pubsub.NewConnectNodeServiceClient(cc)}
-	b.mustOpen(t) // a manager that stays
+	m := b.mustOpen(t) // a manager that stays
+	members.draining = func() { // managers still push to users of whom the Controller has not heard that they leave
+		m.deliver(&pubsub.Delivery{UserIds: []string{"u"}, Content: &pubsub.MessageContent{}})
+		if r, err := m.stream.Recv(); err != nil || r.GetDrain() || len(r.GetAcks()) != 1 || !slices.Equal(r.GetAcks()[0].GetDelivered(), []uint32{1}) {
+			t.Errorf("before the Controller has heard of it: %v, %v", r, err)
+		}
+	}
 	stop()
 	err = <-ended
 	if !errors.Is(err, members.err) || !errors.Is(err, context.DeadlineExceeded) {

@@ -107,7 +107,7 @@ func (c *Controller) NotReady() []string {
 		return []string{"draining"}
 	default:
 	}
-	if c.server.Load() == nil {
+	if server := c.server.Load(); server == nil || !server.Opened() {
 		return []string{"starting"}
 	}
 	return nil

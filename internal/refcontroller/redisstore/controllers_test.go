@@ -423,6 +423,26 @@ func TestControllerBelievesAStoreThatOthersHaveKept(t *testing.T) {
 	eventually(t, "so the other has no need to", func() bool { return waits.WarmingUp() == "" })
 }
 
+// A Controller that starts beside others is no reason for look-ups to fail: it takes calls when it may answer them.
+func TestControllerThatStartsBesideAnotherAnswersItsFirstLookUp(t *testing.T) {
+	redis, etcd := redistest.Start(t), etcdtest.Start(t)
+	r, err := discovery.Register(t.Context(), discovery.RegistrationConfig{Client: etcd.Client(), ID: "mute", Addr: "10.0.0.1:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close(context.Background()) })
+	_, keeper := startHere(t, redis.URL(), refcontroller.Config{Client: etcd.Client(), Warmup: 10 * time.Millisecond})
+	eventually(t, "one has given up waiting", func() bool { return keeper.WarmingUp() == "" })
+	for range 3 {
+		addr, _ := startHere(t, redis.URL(), refcontroller.Config{Client: etcd.Client(), Warmup: time.Hour})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		if _, err := dial(t, addr).GetUserNode(ctx, &pubsub.GetUserNodeRequest{UserId: "u"}, grpc.WaitForReady(true)); err != nil {
+			t.Error(err)
+		}
+		cancel()
+	}
+}
+
 // A node with many users dies: all of them are offline once its lease is over.
 func TestUsersOfAKilledNodeGoWithItsLease(t *testing.T) {
 	const users = 10_000
