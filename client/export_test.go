@@ -40,3 +40,16 @@ func Traceparent(t *testing.T, ctx context.Context) string { //nolint:revive // 
 	}
 	return ""
 }
+
+// StatusOf is a refusal of Push-Manager's; after below 0: it does not say when to come back.
+func StatusOf(t *testing.T, code codes.Code, reason string, after time.Duration) *status.Status {
+	t.Helper()
+	s, err := status.New(code, "x").WithDetails(&errdetails.ErrorInfo{Domain: domain, Reason: reason})
+	if err == nil && after >= 0 {
+		s, err = s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}

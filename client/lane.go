@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -24,6 +23,9 @@ const (
 	// Of one message: what Push-Manager takes, and bytes that one read of its connection has room for.
 	maxBatch      = 1024
 	maxBatchBytes = 64 << 10
+	// A message of so many is good. For them a smaller one waits for so long, while there are answers to come.
+	goodBatch = 64
+	maxLinger = 250 * time.Microsecond
 
 	sweepEvery = 25 * time.Millisecond
 	// silence is for how long a call may owe answers and bring none before another one takes its place: longer than Push-Manager takes
@@ -43,6 +45,7 @@ type lane struct {
 	size int64         // of room
 	unit int64         // what a push takes of it at least
 	wake chan struct{} // for the writer, one token: there is something in the queue
+	full chan struct{} // for the writer, one token: there are enough for a message
 	busy chan struct{} // for the sweeper, one token: there is a push
 	idle chan struct{} // closed when the lane is closed and nothing is left
 
@@ -81,7 +84,7 @@ func newLane(c *Client, cfg StreamConfig) *lane {
 	size := int64(cfg.MaxBytes)
 	return &lane{
 		c: c, size: size, unit: max(size/int64(cfg.MaxOpen), 1), room: semaphore.NewWeighted(size),
-		wake: make(chan struct{}, 1), busy: make(chan struct{}, 1), idle: make(chan struct{}),
+		wake: make(chan struct{}, 1), busy: make(chan struct{}, 1), full: make(chan struct{}, 1), idle: make(chan struct{}),
 		open: map[uint64]*Pending{}, keys: map[keyOf]*key{},
 	}
 }
@@ -115,7 +118,11 @@ func (l *lane) enqueue(p *Pending) bool {
 	}
 	first := l.left == 1
 	l.queue = append(l.queue, p)
+	full := len(l.queue) == goodBatch
 	l.mu.Unlock()
+	if full {
+		notify(l.full)
+	}
 	if first {
 		notify(l.busy)
 	}
@@ -208,13 +215,23 @@ func (l *lane) setCancel(cancel context.CancelFunc) {
 // write sends what is queued until the call ends.
 func (l *lane) write(stream grpc.ClientStream, over <-chan struct{}) {
 	shut := l.idle // all is answered, and nothing more comes
+	linger := time.NewTimer(maxLinger)
+	linger.Stop()
+	defer linger.Stop()
 	for {
-		batch := l.take()
-		if batch != nil {
+		if l.mayGrow() {
+			linger.Reset(maxLinger)
+			select {
+			case <-linger.C:
+			case <-l.full:
+			case <-over:
+				return
+			}
+		}
+		if batch := l.take(); batch != nil {
 			if stream.SendMsg(batch) != nil {
 				return // RecvMsg has the reason
 			}
-			runtime.Gosched() // let those who send fill the queue
 			continue
 		}
 		select {
@@ -226,6 +243,14 @@ func (l *lane) write(stream grpc.ClientStream, over <-chan struct{}) {
 			return
 		}
 	}
+}
+
+// mayGrow tells whether the next message should wait for more pushes: it is small, and there are answers to come, so nobody waits for this one
+// alone. Small messages cost several times more.
+func (l *lane) mayGrow() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.queue) > 0 && len(l.queue) < goodBatch && len(l.open) > 0 && !l.closed
 }
 
 // take moves pushes from the queue to those that are open, and returns them as one message. nil: there are none.

@@ -43,7 +43,8 @@ func (c StreamConfig) withDefaults() StreamConfig {
 // are several Lanes.
 //
 // When a call breaks, the Stream opens another one. Pushes without an answer are repeated if Push-Manager said that it did not take them, or
-// if they have a MessageID; otherwise they end as unknown. An unknown push may still arrive behind later ones.
+// if they have a MessageID; otherwise they end as unknown. An unknown push may still arrive behind later ones. So may one with a MessageID, if
+// its first try was refused and the refusal was lost when the call broke.
 type Stream struct {
 	// Static after its start.
 	c     *Client

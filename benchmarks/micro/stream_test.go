@@ -1,4 +1,4 @@
-package micro_test
+package micro
 
 import (
 	"context"
@@ -97,6 +97,7 @@ func startStack(b *testing.B) *devstack.Stack {
 	}
 	nodes := stack.Nodes()
 	var reading sync.WaitGroup
+	b.Cleanup(reading.Wait) // after the connections are closed
 	for i := range streamUsers {
 		q := url.Values{"user_id": {streamUser(i)}}
 		ws, resp, err := gws.NewClient(new(gws.BuiltinEventHandler), &gws.ClientOption{Addr: nodes[i%len(nodes)].WebSocket() + "?" + q.Encode(), RequestHeader: http.Header{}})
@@ -107,7 +108,6 @@ func startStack(b *testing.B) *devstack.Stack {
 		reading.Go(ws.ReadLoop)
 		b.Cleanup(func() { _ = ws.NetConn().Close() })
 	}
-	b.Cleanup(reading.Wait)
 	// All are delivered before anything is measured.
 	c, err := client.New(stack.Address())
 	if err != nil {

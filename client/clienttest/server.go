@@ -321,11 +321,11 @@ func (v service) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamReq
 			return nil
 		case r := <-incoming:
 			for _, one := range append(r.GetBatch(), r) {
-				a, ok := v.s.streamed(ctx, one)
-				if !ok {
-					continue
+				a, err := v.s.streamed(ctx, one)
+				if err == nil && a != nil {
+					err = stream.Send(a)
 				}
-				if err := stream.Send(a); err != nil {
+				if err != nil {
 					return err
 				}
 			}
@@ -333,8 +333,8 @@ func (v service) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamReq
 	}
 }
 
-// streamed answers one push of a stream; ok is false if it has none.
-func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (a *pubsub.PushStreamResponse, ok bool) {
+// streamed answers one push of a stream; nil: it gets no answer. An error ends the stream.
+func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (*pubsub.PushStreamResponse, error) {
 	var p Push
 	var f fields
 	switch push := r.GetPush().(type) {
@@ -347,19 +347,19 @@ func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (a *
 	case *pubsub.PushStreamRequest_Broadcast:
 		p, f = Push{Target: "everybody"}, push.Broadcast
 	default:
-		return nil, false // a batch
+		return nil, nil //nolint:nilnil // a batch
 	}
 	p, reply := s.take(ctx, p, f, true)
-	a = &pubsub.PushStreamResponse{Id: r.GetId()}
+	a := &pubsub.PushStreamResponse{Id: r.GetId()}
 	switch {
 	case reply.breaks:
 		s.Break()
-		return nil, false
+		return nil, status.Error(codes.Unavailable, "broken")
 	case reply.hangs:
-		return nil, false
+		return nil, nil //nolint:nilnil // see above
 	case reply.status != nil:
 		a.Error = reply.status.Proto()
-		return a, true
+		return a, nil
 	}
 	result := reply.what(p)
 	switch r.GetPush().(type) {
@@ -372,5 +372,5 @@ func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (a *
 	default:
 		a.Result = &pubsub.PushStreamResponse_Broadcast{Broadcast: &pubsub.BroadcastMessageResponse{Success: result.Success, Message: result.Message, TotalDelivered: int32(result.Delivered), Summary: summary(result)}}
 	}
-	return a, true
+	return a, nil
 }
