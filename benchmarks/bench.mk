@@ -36,6 +36,10 @@ bench-compare: $(BENCH_DIR)/pushbench ## Compare with the commit BASE: each hot 
 bench-clients: $(BENCH_DIR)/pushbench ## Measure the whole way to 100 and 1,000 WebSocket clients: CPU of all servers, latency, memory
 	$(BENCH_DIR)/pushbench --rounds=16 --json=$(BENCH_DIR)/clients.json clients
 
+.PHONY: bench-client
+bench-client: ## Hold client.Stream against the generated PushStream, round by round: of-raw and of-rawbatched are the ratios
+	$(GO) test -run='^$$' -bench=ClientStream -benchtime=20x ./benchmarks/micro
+
 .PHONY: overload
 overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/measurements.md)
 	$(BENCH_DIR)/pushbench overload

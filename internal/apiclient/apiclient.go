@@ -2,17 +2,14 @@
 package apiclient
 
 import (
-	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strings"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/push-manager/push-manager/client"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/config"
 )
@@ -29,30 +26,32 @@ type Flags struct {
 // maxSecret bounds a token; servers take 8 KiB.
 const maxSecret = 16 << 10
 
-// Dial are the options of a connection to the addresses, and what is to be called when it is closed. Errors name the flag.
+// Dial are the options of a connection to the addresses, and what is to be called when it is closed. Calls do not wait for a connection.
+// Errors name the flag.
 func (f *Flags) Dial(addresses ...string) (options []grpc.DialOption, done func(), err error) {
 	secret, err := f.secret()
 	if err != nil {
 		return nil, nil, err
 	}
-	files := certs.Files{Cert: f.Cert, Key: f.Key, CA: f.CA}
+	// A person, and a measurement, want to see what an instance that is not ready says.
+	how := []client.Option{client.WithFailFast(), client.WithoutHealthChecks()}
 	if secret != "" {
-		options = append(options, grpc.WithPerRPCCredentials(bearer(secret)))
+		how = append(how, client.WithToken(secret))
 	}
-	if !f.TLS && files == (certs.Files{}) {
-		for _, address := range addresses {
-			if host, _, err := net.SplitHostPort(address); secret != "" && (err != nil || !config.Loopback(host)) {
-				return nil, nil, fmt.Errorf("--tls: missing: the secret would go to %q in plain text", address)
-			}
-		}
-		return append(options, grpc.WithTransportCredentials(insecure.NewCredentials())), func() {}, nil
+	if files := (client.TLS{CAFile: f.CA, CertFile: f.Cert, KeyFile: f.Key}); f.TLS || files != (client.TLS{}) {
+		how = append(how, client.WithTLS(files))
 	}
-	source, err := certs.Open(certs.Config{Files: files, Role: "client"})
-	if err != nil {
-		return nil, nil, fmt.Errorf("--%s", strings.Replace(err.Error(), "_file:", ":", 1))
+	options, done, err = client.DialOptions(strings.Join(addresses, ","), how...)
+	var file *certs.FileError
+	switch {
+	case errors.As(err, &file):
+		return nil, nil, fmt.Errorf("--%s: %w", strings.TrimSuffix(file.File, "_file"), file.Err)
+	case errors.Is(err, client.ErrPlain):
+		return nil, nil, fmt.Errorf("--tls: missing: the secret would go to %q in plain text", strings.Join(addresses, ","))
+	case err != nil:
+		return nil, nil, err
 	}
-	creds := source.Client(certs.Side{MinVersion: tls.VersionTLS12}) // a proxy may have no more
-	return append(options, grpc.WithTransportCredentials(creds)), source.Close, nil
+	return options, done, nil
 }
 
 // secret is the token or the key to show, "" for none.
@@ -79,14 +78,3 @@ func (f *Flags) secret() (secret string, err error) {
 	}
 	return secret, nil
 }
-
-// bearer shows a secret with each call.
-type bearer string
-
-// GetRequestMetadata implements credentials.PerRPCCredentials.
-func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
-	return map[string]string{"authorization": "Bearer " + string(b)}, nil
-}
-
-// RequireTransportSecurity implements credentials.PerRPCCredentials. Dial has seen to that.
-func (bearer) RequireTransportSecurity() bool { return false }

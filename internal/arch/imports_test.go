@@ -31,6 +31,11 @@ var layers = []layer{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
 	}},
 	{dir: "docs"}, // what programs carry of it
+	{dir: "client", ours: []string{"internal/certs", "internal/pause", "internal/wire", "proto"}, others: []string{
+		"go.opentelemetry.io/otel", "golang.org/x/sync", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
+	}},
+	{dir: "client/clienttest", ours: []string{"client", "proto"}, others: []string{"google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf"}},
+	{dir: "client/etcdresolver", ours: []string{"transport/discovery"}, others: []string{"go.etcd.io/etcd/client/v3", "google.golang.org/grpc"}},
 	{dir: "internal/auth", ours: []string{"engine", "internal/auth/...", "internal/certs", "internal/config", "internal/ids", "internal/label", "internal/reload"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "github.com/maypok86/otter/v2", "go.yaml.in/yaml/v3", "golang.org/x/sync", "golang.org/x/time",
 	}},
@@ -72,10 +77,10 @@ var layers = []layer{
 	{dir: "internal/buildinfo"},
 	{dir: "internal/cli", ours: []string{"internal/buildinfo", "internal/config", "internal/plain", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},
-	{dir: "internal/...", ours: []string{"docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
-	{dir: "examples/...", ours: []string{"proto", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have
-	{dir: "cmd/...", ours: []string{"internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
-	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "internal/...", ours: []string{"client/...", "docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "examples/...", ours: []string{"client", "proto", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have
+	{dir: "cmd/...", ours: []string{"client/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "client/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 }
 
 // TestImportsPointOneWay covers product files. Tests may import the real parts that they drive.

@@ -12,3 +12,7 @@ chaos: ## Random faults that overlap, for DURATION (30s); SEED=n repeats those o
 .PHONY: faults
 faults: ## Every fault of docs/faults.md, the slow ones included (half an hour)
 	SEED=$(SEED) SLOW_FAULTS=1 $(GO) test -count=1 -timeout=0 -v $(FAULTBENCH)
+
+.PHONY: client-faults
+client-faults: ## Push 100,000 messages with the Go client through broken connections and killed Push-Managers, and count what arrives (ten minutes)
+	SEED=$(SEED) LONG=1 $(GO) test -count=1 -timeout=1h -v -run='^TestNoPushOfTheGoClientArrivesTwice$$' $(FAULTBENCH)

@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	if code == 0 {
-		if err := goleak.Find(ignore); err != nil {
+		if err := goleak.Find(ignore, goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}

@@ -1,0 +1,55 @@
+package client
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+// ErrorOfStatus is what is made of a status with an ErrorInfo of a domain.
+func ErrorOfStatus(t *testing.T, code codes.Code, domain string, after time.Duration) *Error {
+	t.Helper()
+	s, err := status.New(code, "x").WithDetails(&errdetails.ErrorInfo{Domain: domain, Reason: "X"}, &errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return errorOf(s.Err(), true)
+}
+
+// ForgetTokens has the token file read with the next call.
+func ForgetTokens(t *testing.T, c *Client) {
+	t.Helper()
+	f := c.cfg.tokenFile
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.read = time.Time{}
+}
+
+// Traceparent is what a call would carry.
+func Traceparent(t *testing.T, ctx context.Context) string { //nolint:revive // thelper wants t first
+	t.Helper()
+	md, _ := metadata.FromOutgoingContext(propagate(ctx))
+	if v := md.Get("traceparent"); len(v) == 1 {
+		return v[0]
+	}
+	return ""
+}
+
+// StatusOf is a refusal of Push-Manager's; after below 0: it does not say when to come back.
+func StatusOf(t *testing.T, code codes.Code, reason string, after time.Duration) *status.Status {
+	t.Helper()
+	s, err := status.New(code, "x").WithDetails(&errdetails.ErrorInfo{Domain: domain, Reason: reason})
+	if err == nil && after >= 0 {
+		s, err = s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}

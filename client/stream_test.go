@@ -1,0 +1,428 @@
+package client_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/push-manager/push-manager/client"
+	"github.com/push-manager/push-manager/client/clienttest"
+	pubsub "github.com/push-manager/push-manager/proto"
+)
+
+func open(t *testing.T, c *client.Client, cfg client.StreamConfig) *client.Stream {
+	t.Helper()
+	s := c.Stream(cfg)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		_ = s.Close(ctx) // again, where the test has done so
+	})
+	return s
+}
+
+func send(t *testing.T, s *client.Stream, to client.Target, text string, options ...client.PushOption) *client.Pending {
+	t.Helper()
+	p, err := s.Send(within(t), to, client.Text(text), options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func texts(pushes []clienttest.Push) (all []string) {
+	for _, p := range pushes {
+		all = append(all, string(p.Message.Data))
+	}
+	return all
+}
+
+// TestAKeyKeepsItsOrder whatever is refused, cut and drained: of the pushes that are taken for a user, none comes behind a later one. Refusals and
+// cuts are not mixed: a refusal that is lost in a cut is the exception that Stream names.
+func TestAKeyKeepsItsOrder(t *testing.T) {
+	for seed := range uint64(12) {
+		r := rand.New(rand.NewPCG(seed, 0))
+		server := clienttest.NewServer(t)
+		var mu sync.Mutex
+		taken := map[string][]int{} // by user, in the order in which the server took them
+		seen := map[string]bool{}
+		cuts := 0
+		server.Handle(func(p clienttest.Push) clienttest.Reply {
+			mu.Lock()
+			defer mu.Unlock()
+			switch n := r.IntN(20); {
+			case n < 6 && seed%2 == 0:
+				return clienttest.Refused(codes.ResourceExhausted, "OVERLOADED", time.Duration(n)*time.Millisecond+1)
+			case n == 6:
+				go server.Drain()
+			case n == 7 && seed%2 == 1 && cuts < 3:
+				cuts++
+				return clienttest.Broken()
+			}
+			if text := string(p.Message.Data); !seen[text] {
+				seen[text] = true
+				i, err := strconv.Atoi(text)
+				if err != nil {
+					t.Errorf("%q: %v", text, err)
+				}
+				taken[p.Target] = append(taken[p.Target], i)
+			}
+			return clienttest.Delivered()
+		})
+		c := server.Client()
+		s := open(t, c, client.StreamConfig{Lanes: 1 + int(seed)%3, MaxOpen: 16})
+		var all []*client.Pending
+		for i := range 60 {
+			var options []client.PushOption
+			if i%2 == 0 {
+				options = append(options, client.MessageID(strconv.Itoa(i)))
+			}
+			all = append(all, send(t, s, client.User(fmt.Sprint(i%3)), strconv.Itoa(i), options...))
+		}
+		if err := s.Close(within(t)); err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		for user, order := range taken {
+			if !slices.IsSorted(order) {
+				t.Errorf("seed %d, %s: %v", seed, user, order)
+			}
+		}
+		for i, p := range all {
+			_, err := p.Wait(within(t))
+			var failed *client.Error
+			if errors.As(err, &failed) && failed.NotSent && seen[strconv.Itoa(i)] {
+				t.Errorf("seed %d: push %d was taken: %v", seed, i, err)
+			}
+			if err == nil && !seen[strconv.Itoa(i)] {
+				t.Errorf("seed %d: push %d was not taken", seed, i)
+			}
+		}
+		mu.Unlock()
+	}
+}
+
+// TestARefusedPushDoesNotOvertake: once a later push to the same user has gone out, it is not repeated. One to another user is.
+func TestARefusedPushDoesNotOvertake(t *testing.T) {
+	for _, test := range []struct {
+		second client.Target
+		want   codes.Code
+	}{{client.User("alice"), codes.ResourceExhausted}, {client.User("bob"), codes.OK}, {client.Room("alice"), codes.OK}} {
+		server := clienttest.NewServer(t)
+		both := make(chan struct{})
+		var mu sync.Mutex
+		n := 0
+		server.Handle(func(p clienttest.Push) clienttest.Reply {
+			mu.Lock()
+			n++
+			first := n == 1
+			mu.Unlock()
+			if first {
+				<-both // the second one is on its way
+				return clienttest.Refused(codes.ResourceExhausted, "OVERLOADED", time.Millisecond)
+			}
+			return clienttest.Delivered()
+		})
+		s := open(t, server.Client(), client.StreamConfig{})
+		first := send(t, s, client.User("alice"), "1")
+		for len(server.Pushes()) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		second := send(t, s, test.second, "2")
+		time.Sleep(50 * time.Millisecond) // it goes out
+		close(both)
+		if _, err := first.Wait(within(t)); status.Code(err) != test.want {
+			t.Errorf("then %v: %v, want %v", test.second, err, test.want)
+		}
+		if _, err := second.Wait(within(t)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestADrainLosesNothing: what a stream that drains has not answered goes over another one, with and without an id.
+func TestADrainLosesNothing(t *testing.T) {
+	server := clienttest.NewServer(t)
+	s := open(t, server.Client(), client.StreamConfig{})
+	stop := make(chan struct{})
+	var draining sync.WaitGroup
+	draining.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				server.Drain()
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+	})
+	var all []*client.Pending
+	for i := range 2000 {
+		all = append(all, send(t, s, client.User(strconv.Itoa(i%10)), strconv.Itoa(i)))
+	}
+	for i, p := range all {
+		if r, err := p.Wait(within(t)); err != nil || r.Delivered != 1 {
+			t.Fatalf("push %d: %+v %v", i, r, err)
+		}
+	}
+	close(stop)
+	draining.Wait()
+}
+
+// TestAStreamHasBackPressure: Send waits while MaxOpen pushes have no answer.
+func TestAStreamHasBackPressure(t *testing.T) {
+	server := clienttest.NewServer(t)
+	server.Reply(clienttest.Hanging())
+	s := open(t, server.Client(), client.StreamConfig{MaxOpen: 3})
+	for range 3 {
+		send(t, s, client.User("alice"), "x")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err := s.Send(ctx, client.User("alice"), client.Text("x"))
+	var failed *client.Error
+	if !errors.As(err, &failed) || !failed.NotSent || !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	soon, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := s.Close(soon); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if n := len(server.Pushes()); n > 3 {
+		t.Errorf("%d came", n)
+	}
+}
+
+// TestEveryPushOfAStreamEnds by its deadline, answered or not, sent or not.
+func TestEveryPushOfAStreamEnds(t *testing.T) {
+	server := clienttest.NewServer(t)
+	server.Reply(clienttest.Delivered(), clienttest.Hanging())
+	s := open(t, server.Client(), client.StreamConfig{})
+	if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); err != nil { // the call is open now
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	p, err := s.Send(ctx, client.User("alice"), client.Text("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Wait(within(t)); !errors.Is(err, client.ErrUnknown) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("sent: %v", err)
+	}
+	server.SetReady(false)
+	other := open(t, server.Client(), client.StreamConfig{})
+	ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if p, err = other.Send(ctx, client.User("alice"), client.Text("x")); err != nil {
+		t.Fatal(err)
+	}
+	var failed *client.Error
+	if _, err := p.Wait(within(t)); !errors.As(err, &failed) || !failed.NotSent || failed.Code != codes.DeadlineExceeded {
+		t.Errorf("not sent: %v", err)
+	}
+}
+
+func TestAClosedStreamTakesNothing(t *testing.T) {
+	s := clienttest.NewServer(t).Client().Stream(client.StreamConfig{})
+	p := send(t, s, client.User("alice"), "x")
+	if err := s.Close(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-p.Done():
+	default:
+		t.Error("Close did not wait for a push")
+	}
+	_, err := s.Send(within(t), client.User("alice"), client.Text("x"))
+	if !errors.Is(err, client.ErrClosed) || errors.Is(err, client.ErrUnknown) {
+		t.Error(err)
+	}
+	if err := s.Close(within(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+// scripted is a PushStream of a test's own.
+type scripted struct {
+	pubsub.UnimplementedPushManagerServiceServer
+
+	serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error
+}
+
+func (s scripted) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+	return s.serve(stream)
+}
+
+func serveScript(t *testing.T, serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error) *client.Client {
+	t.Helper()
+	listen := bufconn.Listen(1 << 20)
+	server := grpc.NewServer()
+	pubsub.RegisterPushManagerServiceServer(server, scripted{serve: serve})
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(listen) })
+	c, err := client.New("passthrough:///script", client.WithoutHealthChecks(), client.WithTransportCredentials(insecure.NewCredentials()),
+		client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listen.DialContext(ctx) })))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close(); server.Stop(); serving.Wait() })
+	return c
+}
+
+// TestAMessageThatIsTooLargeCostsNobodyElse: it ends the stream, and what was in the same message goes alone then.
+func TestAMessageThatIsTooLargeCostsNobodyElse(t *testing.T) {
+	const limit = 2000
+	c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				return nil
+			}
+			if r.SizeVT() > limit {
+				return client.StatusOf(t, codes.ResourceExhausted, "REQUEST_TOO_LARGE", -1).Err()
+			}
+			for _, one := range r.GetBatch() {
+				if err := stream.Send(deliveredTo(one.GetId())); err != nil {
+					return err
+				}
+			}
+		}
+	})
+	s := open(t, c, client.StreamConfig{})
+	var small []*client.Pending
+	for i := range 20 {
+		small = append(small, send(t, s, client.User(strconv.Itoa(i)), "x"))
+	}
+	large := send(t, s, client.User("alice"), string(make([]byte, 2*limit)))
+	for i := range 20 {
+		small = append(small, send(t, s, client.User(strconv.Itoa(i)), "x"))
+	}
+	var failed *client.Error
+	if _, err := large.Wait(within(t)); !errors.As(err, &failed) || failed.Reason != "REQUEST_TOO_LARGE" || !failed.NotSent {
+		t.Error(err)
+	}
+	for i, p := range small {
+		if _, err := p.Wait(within(t)); err != nil {
+			t.Errorf("push %d: %v", i, err)
+		}
+	}
+}
+
+func deliveredTo(id uint64) *pubsub.PushStreamResponse {
+	return &pubsub.PushStreamResponse{Id: id, Result: &pubsub.PushStreamResponse_ToUser{ToUser: &pubsub.PushToUserResponse{
+		Success: true, Summary: &pubsub.DeliverySummary{Targets: 1, Delivered: 1},
+	}}}
+}
+
+// TestAnswersThatMeanNothing make a push unknown at worst. They neither end others nor stop the Stream.
+func TestAnswersThatMeanNothing(t *testing.T) {
+	user := func(s *pubsub.DeliverySummary) *pubsub.PushStreamResponse {
+		return &pubsub.PushStreamResponse{Result: &pubsub.PushStreamResponse_ToUser{ToUser: &pubsub.PushToUserResponse{Success: true, Summary: s}}}
+	}
+	for name, hostile := range map[string]*pubsub.PushStreamResponse{
+		"neither a result nor an error": {},
+		"another kind":                  {Result: &pubsub.PushStreamResponse_ToRoom{ToRoom: &pubsub.PushToRoomResponse{Summary: &pubsub.DeliverySummary{}}}},
+		"no summary":                    user(nil),
+		"a count below zero":            user(&pubsub.DeliverySummary{Targets: 1, Delivered: 2, Failed: -1}),
+		"counts that do not add up":     user(&pubsub.DeliverySummary{Targets: 5, Delivered: 1}),
+		"an error without a code":       {Error: status.New(codes.OK, "").Proto()},
+		"an unknown code":               {Error: status.New(codes.Code(4711), "x").Proto()},
+	} {
+		c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+			for {
+				r, err := stream.Recv()
+				if err != nil {
+					return nil
+				}
+				for _, one := range r.GetBatch() {
+					answer := deliveredTo(one.GetId())
+					if string(one.GetToUser().GetContent().GetData()) == "bad" {
+						hostile.Id = one.GetId()
+						answer = hostile
+					}
+					// Those of pushes that never were, and one twice.
+					for _, a := range []*pubsub.PushStreamResponse{deliveredTo(1 << 60), deliveredTo(0), answer, answer} {
+						if err := stream.Send(a); err != nil {
+							return err
+						}
+					}
+				}
+			}
+		})
+		s := open(t, c, client.StreamConfig{})
+		bad, good := send(t, s, client.User("alice"), "bad"), send(t, s, client.User("bob"), "good")
+		if _, err := bad.Wait(within(t)); !errors.Is(err, client.ErrUnknown) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := good.Wait(within(t)); err != nil {
+			t.Errorf("%s: another push: %v", name, err)
+		}
+	}
+}
+
+// TestAStreamIsBatched: what is sent while the connection is busy goes out together.
+func TestAStreamIsBatched(t *testing.T) {
+	const pushes = 5000
+	var mu sync.Mutex
+	messages := 0
+	c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				return nil
+			}
+			mu.Lock()
+			messages++
+			mu.Unlock()
+			a := new(pubsub.PushStreamResponse)
+			for _, one := range r.GetBatch() {
+				a.Batch = append(a.Batch, deliveredTo(one.GetId()))
+			}
+			if err := stream.Send(a); err != nil {
+				return err
+			}
+		}
+	})
+	s := open(t, c, client.StreamConfig{})
+	var sending sync.WaitGroup
+	for range 8 {
+		sending.Go(func() {
+			var all []*client.Pending
+			for range pushes / 8 {
+				p, err := s.Send(within(t), client.User("alice"), client.Text("x"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				all = append(all, p)
+			}
+			for _, p := range all {
+				if _, err := p.Wait(within(t)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	sending.Wait()
+	mu.Lock()
+	defer mu.Unlock()
+	if messages > pushes/2 {
+		t.Errorf("%d messages for %d pushes", messages, pushes)
+	}
+}
