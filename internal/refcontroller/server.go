@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
@@ -38,6 +39,8 @@ type Server struct {
 	m      handles
 	wg     sync.WaitGroup
 
+	trace func(traceparent, method string) func(error) // nil: nothing is traced; static
+
 	startOnce, drainOnce, closeOnce sync.Once
 	// Written under startOnce.
 	stop context.CancelFunc
@@ -49,7 +52,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	s := &Server{log: cfg.Logger, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer()}
+	s := &Server{log: cfg.Logger, trace: cfg.Trace, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer()}
 	s.svc = &service{
 		store: cfg.Store,
 		hub: &hub{
@@ -261,6 +264,12 @@ func (h handles) count(method string, err error) {
 }
 
 func (s *Server) unary(ctx context.Context, in any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (out any, err error) {
+	if s.trace != nil {
+		if parents := metadata.ValueFromIncomingContext(ctx, "traceparent"); len(parents) == 1 {
+			end := s.trace(parents[0], info.FullMethod)
+			defer func() { end(err) }()
+		}
+	}
 	defer func() {
 		if p := recover(); p != nil {
 			err = s.panicked(info.FullMethod, p)
