@@ -147,8 +147,9 @@ envoy: ## Check the configuration of Envoy against Envoy's own definitions
 
 .PHONY: alerts
 alerts: ## Check the alert rules and run their tests (needs promtool)
-	$(PROMTOOL) check rules deploy/prometheus/alerts.yml
-	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml
+	$(PROMTOOL) check rules deploy/prometheus/alerts.yml deploy/prometheus/slo.yml
+	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml deploy/prometheus/slo_test.yml
+	$(GO) -C tools/dashboard run . ../..
 
 .PHONY: ci
 ci: ## Run what CI runs

@@ -52,3 +52,7 @@ profile: $(BENCH_DIR)/pushbench ## Profile Push-Manager under load: CPU and allo
 $(BENCH_DIR)/pushbench:
 	mkdir -p $(BENCH_DIR)
 	$(GO) build -o $@ ./benchmarks/pushbench
+
+.PHONY: observe
+observe: ## See every alert fire and clear and every panel show something, in a real Prometheus under load (needs prometheus; 10 to 20 minutes)
+	LONG=1 $(GO) test -count=1 -v -timeout=40m ./internal/observe

@@ -119,6 +119,7 @@ var handedTo = map[string]map[string][]string{
 		"limits.metadata_bytes":       {"Engine.Limits.MetadataBytes", "Store.Config.MaxMessageBytes"},
 	},
 	"controller": {
+		"tracing.enabled":  {"Tracing.Enabled", "Tracing.Endpoint"},
 		"controller_store": {"Store.Kind", "Store.RedisURL"},
 		"redis_url":        {"Store.Kind", "Store.RedisURL"},
 		"redis_url_file":   {"Store.Kind", "Store.RedisURL"},
@@ -136,6 +137,7 @@ var handedTo = map[string]map[string][]string{
 		"etcd.password":    {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 	"connect-node": {
+		"tracing.enabled":     {"Tracing.Enabled", "Tracing.Endpoint"},
 		"listen_address":      {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress"},
 		"metrics_address":     {"Gateway.MetricsAddress", "MetricsAddress"},
 		"tls.min_version":     {"MinVersion"},

@@ -61,16 +61,17 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
-// TestAlertsUseDocumentedMetrics: an alert on a name that nobody exports would never fire.
-func TestAlertsUseDocumentedMetrics(t *testing.T) {
+// TestRulesAndDashboardUseDocumentedMetrics: an alert on a name that nobody exports would never fire, and a panel would be empty.
+func TestRulesAndDashboardUseDocumentedMetrics(t *testing.T) {
 	var documented []string
 	for _, row := range metricRow.FindAllStringSubmatch(read(t, metricsTable), -1) {
 		documented = append(documented, row[1])
 	}
-	rules := read(t, "deploy/prometheus/alerts.yml")
-	for _, name := range regexp.MustCompile(`\bpush_manager_[a-z0-9_]+`).FindAllString(rules, -1) {
-		if !slices.Contains(documented, name) && !slices.Contains(documented, baseName(name)) {
-			t.Errorf("alerts.yml uses %s, which is not in %s", name, metricsTable)
+	for _, file := range []string{"deploy/prometheus/alerts.yml", "deploy/prometheus/slo.yml", "deploy/grafana/push-manager.json"} {
+		for _, name := range regexp.MustCompile(`\b(?:push_manager|connect_node|controller)_[a-z0-9_]+`).FindAllString(read(t, file), -1) {
+			if !slices.Contains(documented, name) && !slices.Contains(documented, baseName(name)) {
+				t.Errorf("%s uses %s, which is not in %s", file, name, metricsTable)
+			}
 		}
 	}
 }

@@ -15,8 +15,9 @@ func TestEveryAlertHasItsSectionInTheRunbook(t *testing.T) {
 		name, text, _ := strings.Cut(part, "\n")
 		sections[strings.ToLower(name)] = text
 	}
-	alerts := regexp.MustCompile(`(?m)^ +- alert: (\w+)$`).FindAllStringSubmatch(read(t, "deploy/prometheus/alerts.yml"), -1)
-	links := regexp.MustCompile(`(?m)^ +runbook_url: (\S+)$`).FindAllStringSubmatch(read(t, "deploy/prometheus/alerts.yml"), -1)
+	rules := read(t, "deploy/prometheus/alerts.yml") + read(t, "deploy/prometheus/slo.yml")
+	alerts := regexp.MustCompile(`(?m)^ +- alert: (\w+)$`).FindAllStringSubmatch(rules, -1)
+	links := regexp.MustCompile(`(?m)^ +runbook_url: (\S+)$`).FindAllStringSubmatch(rules, -1)
 	if len(alerts) == 0 || len(links) != len(alerts) {
 		t.Fatalf("%d alerts, and %d of runbook_url", len(alerts), len(links))
 	}

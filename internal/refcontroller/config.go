@@ -42,6 +42,9 @@ type Config struct {
 	// NoReflection switches gRPC reflection off.
 	NoReflection bool
 
+	// Trace begins the span of a call that is part of a trace; the function ends it. nil: nothing is traced.
+	Trace func(traceparent, method string) func(error)
+
 	// Logger, nil to discard.
 	Logger *slog.Logger
 	// Metrics, nil for none.

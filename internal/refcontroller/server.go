@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
@@ -43,6 +44,8 @@ type Server struct {
 	wg     sync.WaitGroup
 	opened chan struct{} // closed when calls are taken
 
+	trace func(traceparent, method string) func(error) // nil: nothing is traced; static
+
 	startOnce, drainOnce, closeOnce sync.Once
 	// Written under startOnce.
 	stop context.CancelFunc
@@ -54,7 +57,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	cfg = cfg.withDefaults()
-	s := &Server{log: cfg.Logger, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer(), opened: make(chan struct{})}
+	s := &Server{log: cfg.Logger, trace: cfg.Trace, m: newHandles(cfg.Metrics), stop: func() {}, health: health.NewServer(), opened: make(chan struct{})}
 	s.svc = &service{
 		store: cfg.Store,
 		hub: &hub{
@@ -308,6 +311,12 @@ func (h handles) count(method string, err error) {
 }
 
 func (s *Server) unary(ctx context.Context, in any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (out any, err error) {
+	if s.trace != nil {
+		if parents := metadata.ValueFromIncomingContext(ctx, "traceparent"); len(parents) == 1 {
+			end := s.trace(parents[0], info.FullMethod)
+			defer func() { end(err) }()
+		}
+	}
 	defer func() {
 		if p := recover(); p != nil {
 			err = s.panicked(info.FullMethod, p)

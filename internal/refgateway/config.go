@@ -21,6 +21,9 @@ import (
 // Config says what a gateway is. NodeID, GRPCAddress, HTTPAddress and
 // Members.Controller are required, everything else has a default.
 type Config struct {
+	// Trace begins the span of a delivery of a push that is sampled. nil: nothing is traced.
+	Trace func(traceparent string) func()
+
 	// NodeID is the id under which the gateway registers: 1 to MaxNodeIDBytes.
 	NodeID string
 

@@ -93,7 +93,7 @@ func New(cfg Config) (*Gateway, error) {
 		mostOfNetwork: g.cfg.Unverified, most: max(1, g.cfg.MaxConnections/unverifiedShare), networks: make(map[string]*list.List),
 	}
 	var err error
-	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g.users}, Compression: g.cfg.Compression, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
+	g.node, err = node.New(node.Config{NodeID: g.cfg.NodeID, Sessions: sessions{g.users}, Compression: g.cfg.Compression, Trace: g.cfg.Trace, Logger: g.cfg.Logger, Metrics: g.cfg.Metrics})
 	if err != nil {
 		return nil, err
 	}

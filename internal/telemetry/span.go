@@ -159,6 +159,26 @@ func (d *DeliverySpan) End(outcome string) {
 	d.span.End()
 }
 
+// Served begins the span of work that another program has asked for: a part of its trace, or none where traceparent is
+// empty, malformed or not sampled. The function ends the span.
+func (t *Tracer) Served(traceparent, name string) func(error) {
+	if t == nil || traceparent == "" {
+		return func(error) {}
+	}
+	parent := parseTraceparent(traceparent)
+	if !parent.IsSampled() {
+		return func(error) {}
+	}
+	_, span := t.tracer.Start(trace.ContextWithRemoteSpanContext(context.Background(), parent), name, trace.WithSpanKind(trace.SpanKindServer))
+	t.spans.Inc()
+	return func(err error) {
+		if err != nil {
+			span.SetStatus(codes.Error, safe(err.Error()))
+		}
+		span.End()
+	}
+}
+
 // safe makes a text from outside harmless for whoever shows it: cut, and
 // without control characters, escapes and invalid UTF-8.
 func safe(text string) string {

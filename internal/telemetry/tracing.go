@@ -70,6 +70,15 @@ func (c *TracingConfig) Bind(s *config.Set) {
 		"Share of the calls that are traced when the caller has not decided. OTEL_TRACES_SAMPLER overrides the file.")
 }
 
+// BindServed is Bind for a program that only continues the traces of those who call it: no rate of its own.
+func (c *TracingConfig) BindServed(s *config.Set) {
+	c.set = s
+	c.enabledKey = s.Bool(&c.Enabled, "tracing.enabled", false,
+		"Add to the traces of sampled pushes, with OpenTelemetry. Also on when OTEL_EXPORTER_OTLP_ENDPOINT is set and this is not.")
+	c.endpointKey = s.Text(&c.Endpoint, "tracing.endpoint", "",
+		"OTLP gRPC receiver, as http://HOST:PORT, https://HOST:PORT or HOST:PORT (plain). Empty: OTEL_EXPORTER_OTLP_ENDPOINT or localhost:4317.")
+}
+
 // Validate applies the standard OTEL_* variables that are not read by the
 // exporter itself. Like all of the environment they come before the file and
 // after flags; OTEL_SDK_DISABLED and OTEL_TRACES_EXPORTER=none turn everything off.
@@ -105,7 +114,7 @@ func (c *TracingConfig) Validate(lookupEnv func(string) (string, bool)) error {
 	case c.Endpoint == "" && c.Enabled:
 		c.Endpoint = defaultEndpoint
 	}
-	if !c.rateKey.Overridden() {
+	if c.rateKey != nil && !c.rateKey.Overridden() {
 		return c.applySampler(env("OTEL_TRACES_SAMPLER"), env("OTEL_TRACES_SAMPLER_ARG"))
 	}
 	return nil

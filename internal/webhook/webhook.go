@@ -116,7 +116,7 @@ type Webhook struct {
 	failed *metrics.Counter
 	sent   *metrics.Counter
 	lost   *metrics.Counter
-	took   *metrics.Histogram
+	took   *metrics.PrometheusHistogram
 
 	turn     atomic.Bool // it is ours
 	failures atomic.Int64
@@ -144,7 +144,7 @@ func Start(cfg Config) (*Webhook, error) {
 		failed: set.GetOrCreateCounter(`push_manager_receipt_webhook_requests_total{result="failed"}`),
 		sent:   set.GetOrCreateCounter("push_manager_receipt_webhook_receipts_total"),
 		lost:   set.GetOrCreateCounter("push_manager_receipt_webhook_lost_total"),
-		took:   set.GetOrCreateHistogram("push_manager_receipt_webhook_seconds"),
+		took:   set.GetOrCreatePrometheusHistogramExt("push_manager_receipt_webhook_seconds", []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
 	}
 	set.GetOrCreateGauge("push_manager_receipt_webhook_active", func() float64 {
 		if w.turn.Load() {

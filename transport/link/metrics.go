@@ -159,21 +159,53 @@ func (m *meters) unregister() {
 	}
 }
 
-// connections is the name of the gauge of one node.
-func connections(node string) string {
-	return label.Name("push_manager_node_connections", "node_id", node)
-}
+// The names of what each node has, besides wrongNode. Their number is bounded by that of the nodes.
+const (
+	nodeConnections = "push_manager_node_connections"
+	nodeQueueBytes  = "push_manager_node_queue_bytes"
+	nodeQueueAge    = "push_manager_node_queue_age_seconds"
+	nodeStalled     = "push_manager_node_stalled_links"
+	nodeBreaks      = "push_manager_node_breaks_total"
+	nodeAcks        = "push_manager_link_ack_seconds"
+	nodeBeats       = "push_manager_link_heartbeat_seconds"
+)
 
-// beatSeconds is the name of the histogram of one node.
-func beatSeconds(node string) string {
-	return label.Name("push_manager_link_heartbeat_seconds", "node_id", node)
+func ofNode(name, node string) string { return label.Name(name, "node_id", node) }
+
+// show adds the gauges of a node. A node that moves keeps them.
+func (m *meters) show(s *Set, id string) {
+	gauge := func(name string, read func(*node) float64) {
+		m.set.GetOrCreateGauge(ofNode(name, id), func() float64 {
+			if n := s.snapshot.Load().byID[id]; n != nil {
+				return read(n)
+			}
+			return 0
+		})
+	}
+	gauge(nodeConnections, func(n *node) float64 { return float64(n.live.Load()) })
+	gauge(nodeQueueBytes, func(n *node) float64 { bytes, _, _ := n.waiting(); return float64(bytes) })
+	gauge(nodeQueueAge, func(n *node) float64 { _, age, _ := n.waiting(); return age.Seconds() })
+	gauge(nodeStalled, func(n *node) float64 { _, _, stalled := n.waiting(); return float64(stalled) })
 }
 
 // beats is how long a node takes to answer heartbeats: our writer, the stream, the node's
 // reader behind all that was written before, its sender of acks behind those that are ready,
 // and our reader. The clients of the node are not on that way.
 func (m *meters) beats(node string) *metrics.PrometheusHistogram {
-	return m.set.GetOrCreatePrometheusHistogramExt(beatSeconds(node), []float64{.0005, .001, .0025, .01, .05, .25, 1})
+	return m.set.GetOrCreatePrometheusHistogramExt(ofNode(nodeBeats, node), []float64{.0005, .001, .0025, .01, .05, .25, 1})
+}
+
+// ackSeconds is how long a node takes to acknowledge what we write: one value for each frame, until its last
+// delivery is acknowledged, and for each unary call. A frame that waits behind others counts its own wait, so
+// a node that stands still is charged with all that stood behind it. An ack that comes too late counts, too.
+func (m *meters) ackSeconds(node string) *metrics.PrometheusHistogram {
+	return m.set.GetOrCreatePrometheusHistogramExt(ofNode(nodeAcks, node),
+		[]float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
+}
+
+// breaks counts the links to a node that were up and ended, unless it drained.
+func (m *meters) breaks(node string) *metrics.Counter {
+	return m.set.GetOrCreateCounter(ofNode(nodeBreaks, node))
 }
 
 // wrongNode counts that where a node should be is another, which is found.
@@ -195,6 +227,7 @@ func (m *meters) forget(node string) {
 		m.set.UnregisterMetric(name)
 	}
 	delete(m.wrong, node)
-	m.set.UnregisterMetric(connections(node))
-	m.set.UnregisterMetric(beatSeconds(node))
+	for _, name := range []string{nodeConnections, nodeQueueBytes, nodeQueueAge, nodeStalled, nodeBreaks, nodeAcks, nodeBeats} {
+		m.set.UnregisterMetric(ofNode(name, node))
+	}
 }

@@ -64,6 +64,9 @@ func (l *Link) run() {
 			return
 		}
 		fresh = reached
+		if reached && !errors.Is(err, errDrained) && !errors.Is(err, errUpgraded) {
+			l.node.breaks.Inc()
+		}
 		// An attempt at once would not mend these.
 		atFault := errors.Is(err, errDrained) || errors.Is(err, errSilent) || errors.Is(err, errOwing)
 		switch {

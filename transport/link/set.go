@@ -209,7 +209,7 @@ func (s *Set) Update(nodes []Node) error {
 			continue
 		}
 		fresh := newNode(s, n)
-		fresh.beats = s.meters.beats(n.ID)
+		fresh.beats, fresh.acks, fresh.breaks = s.meters.beats(n.ID), s.meters.ackSeconds(n.ID), s.meters.breaks(n.ID)
 		started = append(started, fresh)
 		next = append(next, fresh)
 	}
@@ -221,8 +221,7 @@ func (s *Set) Update(nodes []Node) error {
 		for _, l := range n.links {
 			s.runs.Go(l.run)
 		}
-		id := n.id
-		s.meters.set.GetOrCreateGauge(connections(id), func() float64 { return float64(s.connections(id)) })
+		s.meters.show(s, n.id)
 	}
 	for _, n := range old.nodes {
 		if t.byID[n.id] == nil {
@@ -252,12 +251,22 @@ func (s *Set) Update(nodes []Node) error {
 	return nil
 }
 
-func (s *Set) connections(id string) int {
-	n, ok := s.snapshot.Load().byID[id]
-	if !ok {
-		return 0
+// waiting is what waits for one node on all of its links, and the age of the oldest. The age knows what waits
+// for a stream: behind unary calls it says nothing about the node.
+func (n *node) waiting() (bytes int, age time.Duration, stalled int) {
+	ran := n.set.clock.ran.Load()
+	for _, l := range n.links {
+		l.mu.Lock()
+		bytes += l.load.bytes
+		if l.queue.len > 0 {
+			age = max(age, time.Duration(ran-l.queue.slot(0).at))
+		}
+		if l.stalled {
+			stalled++
+		}
+		l.mu.Unlock()
 	}
-	return int(n.live.Load())
+	return bytes, age, stalled
 }
 
 // loop is the clock of all links.
@@ -457,6 +466,8 @@ type node struct {
 	links    []*Link       // by shard
 	lines    *rate.Limiter // of the log, see say
 	beats    *metrics.PrometheusHistogram
+	acks     *metrics.PrometheusHistogram
+	breaks   *metrics.Counter
 
 	live atomic.Int64 // links that are up
 

@@ -96,8 +96,9 @@ type writing struct {
 type reading struct {
 	in         inFrame
 	resp       response
-	owed       []owed // what the frame acknowledges
-	online     uint32 // users on the node
+	owed       []owed  // what the frame acknowledges
+	waits      []int64 // of our frames that it ends: how long they have waited, in nanoseconds
+	online     uint32  // users on the node
 	strikes    int
 	lastStrike int64
 }
@@ -448,6 +449,9 @@ func (s *stream) commit(rest int) bool {
 		e.at = ran
 		s.win.push(e)
 	}
+	if len(s.w.kept) > 0 {
+		s.win.slot(s.win.next - 1).written = l.set.clock.of(time.Now())
+	}
 	s.nudges.wrote(s.w.nudged + 1)
 	if s.w.ended > 0 {
 		s.asker.wroteLocked(s.w.ended)
@@ -518,8 +522,15 @@ func (s *stream) receive() error {
 			s.timed, trip = 0, time.Since(s.timedAt)
 		}
 	}
-	s.r.owed = s.r.owed[:0]
+	s.r.owed, s.r.waits = s.r.owed[:0], s.r.waits[:0]
+	var now int64
+	if len(r.acks) > 0 {
+		now = l.set.clock.of(time.Now())
+	}
 	for i := range r.acks {
+		if at := s.win.writtenAt(r.acks[i].seq); at != 0 {
+			s.r.waits = append(s.r.waits, now-at)
+		}
 		d, ok := s.win.ack(r.acks[i].seq)
 		switch {
 		case !ok:
@@ -552,6 +563,9 @@ func (s *stream) receive() error {
 
 	if trip > 0 {
 		l.node.beats.Update(trip.Seconds())
+	}
+	for _, wait := range s.r.waits {
+		l.node.acks.Update(time.Duration(wait).Seconds())
 	}
 	drop(refused, engine.DropDraining)
 	return cmp.Or(s.settle(late, strikes, notice), ended)

@@ -255,8 +255,10 @@ func (c *calls) deliver(e entry) {
 		return
 	}
 	m.unaryCalls.Inc()
+	began := time.Now()
 	a, sent, err := c.call(e)
 	if err == nil {
+		l.node.acks.UpdateDuration(began)
 		_, violation := e.d.Ack(a)
 		c.answered(violation != nil)
 		return

@@ -21,7 +21,8 @@ type window struct {
 
 type slot struct {
 	entry
-	acked bool
+	written int64 // real time at which its frame was written; only of the last one of a frame, 0 of the others
+	acked   bool
 }
 
 // pace is the congestion control of TCP, with deliveries for bytes and a stall for a loss: a
@@ -124,6 +125,14 @@ func (w *window) ack(seq uint64) (*engine.Delivery, bool) {
 	}
 	w.overdue = max(w.overdue, w.low)
 	return d, true
+}
+
+// writtenAt is when the frame was written that ends with seq; 0 if none does, or it is not owed.
+func (w *window) writtenAt(seq uint64) int64 {
+	if seq < w.low || seq >= w.next || w.slot(seq).acked {
+		return 0
+	}
+	return w.slot(seq).written
 }
 
 // wasAcked tells whether a delivery was written as seq and has been acknowledged.

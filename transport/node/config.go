@@ -50,6 +50,10 @@ type Config struct {
 	// to be written. Default 1 s.
 	FlushTimeout time.Duration
 
+	// Trace begins the span of a delivery whose push is sampled, from its W3C trace context; the function ends it,
+	// once the gateway has the message. It is called from the goroutine of the stream. Default: nothing is traced.
+	Trace func(traceparent string) func()
+
 	// Logger gets state changes, never a payload. Default: nothing is logged.
 	Logger *slog.Logger
 	// Metrics gets the node's counters. Default: a set of its own, not shown.

@@ -365,6 +365,9 @@ func (st *stream) deliver(b []byte, left int) error {
 	if err != nil {
 		return err
 	}
+	if d.traceparent != "" && st.server.cfg.Trace != nil {
+		defer st.server.cfg.Trace(d.traceparent)()
+	}
 	var o handover
 	if d.isLasting && st.server.lasting != nil {
 		m.Options = st.options(d)

@@ -175,7 +175,7 @@ type call struct {
 
 type spoolMetrics struct {
 	stored, quota, full, down, refused, late *metrics.Counter
-	seconds                                  *metrics.Histogram
+	seconds                                  *metrics.PrometheusHistogram
 }
 
 // NewSpool starts a Spool. Lanes whose part of the store does not answer within ctx, or a second, begin by refusing what comes.
@@ -189,7 +189,7 @@ func NewSpool(ctx context.Context, cfg SpoolConfig) (*Spool, error) {
 	}
 	s := &Spool{cfg: cfg, idle: make(chan struct{}), m: spoolMetrics{
 		stored: result("stored"), quota: result("quota"), full: result("full"), down: result("down"), refused: result("refused"), late: result("late"),
-		seconds: cfg.Metrics.GetOrCreateHistogram("push_manager_store_append_seconds"),
+		seconds: cfg.Metrics.GetOrCreatePrometheusHistogramExt("push_manager_store_append_seconds", []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}),
 	}}
 	for i := range cfg.Lanes {
 		s.users = append(s.users, &lane{index: i, of: "users", append: s.appendUsers, probe: cfg.Usage, wake: make(chan struct{}, 1)})

@@ -32,6 +32,7 @@ type Config struct {
 	DrainTimeout   time.Duration
 
 	Log     telemetry.LogConfig
+	Tracing telemetry.TracingConfig
 	Gateway refgateway.Config
 	Etcd    app.EtcdConfig
 
@@ -77,6 +78,7 @@ func (c *Config) Bind(s *config.Set) {
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
+	c.Tracing.BindServed(s)
 	c.ClientTLS.Role = "clients"
 	c.ClientTLS.Bind(s, "tls", "", "")
 	app.BindMinVersion(s, &c.MinVersion, "tls", "the port for clients")
@@ -87,7 +89,10 @@ func (c *Config) Bind(s *config.Set) {
 }
 
 // Validate implements cli.Settings.
-func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
+func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if err := c.Tracing.Validate(lookupEnv); err != nil {
+		return err //nolint:wrapcheck // it names the key
+	}
 	if err := app.CheckPorts(s, app.Port{Key: "grpc_port", Number: c.GRPCPort}, app.Port{Key: "http_port", Number: c.HTTPPort}, app.Port{Key: "metrics_port", Number: c.MetricsPort}); err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
+	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
 // Command is the program as a command.
@@ -36,6 +37,18 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 	g := cfg.Gateway
 	g.Logger, g.Metrics, g.Pushctl = logger, metrics.NewSet(), invoke.As("pushctl")
 	app.Report(logger, g.Metrics, cfg.TLS.ReloadInterval, &cfg.TLS.Certificates, &cfg.ClientTLS, &cfg.ControllerTLS.Certificates, &cfg.Etcd.TLS)
+	cfg.Tracing.Service, cfg.Tracing.Instance, cfg.Tracing.Logger, cfg.Tracing.Metrics = "connect-node", g.NodeID, logger, g.Metrics
+	tracer, err := telemetry.NewTracer(ctx, cfg.Tracing)
+	if err != nil {
+		return nil, err
+	}
+	n.life.Add("traces", app.WithGrace(tracer.Close))
+	if tracer != nil {
+		g.Trace = func(traceparent string) func() {
+			end := tracer.Served(traceparent, "hand over")
+			return func() { end(nil) }
+		}
+	}
 	if g.Etcd, err = n.life.Etcd(cfg.Etcd); err != nil {
 		return nil, err
 	}

@@ -29,6 +29,7 @@ type Config struct {
 	Store      StoreConfig
 	Etcd       app.EtcdConfig
 
+	Tracing     telemetry.TracingConfig
 	TLS         app.NodeTLS
 	TrustDomain string
 
@@ -49,13 +50,17 @@ func (c *Config) Bind(s *config.Set) {
 	s.Duration(&c.Controller.Warmup, "warmup", 15*time.Second, 0, "How long look-ups fail after the start, or after the store was lost, while registered Connect-Nodes have not reported their users. 0: not at all.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to finish what is in flight when asked to stop.")
 	c.Log.Bind(s)
+	c.Tracing.BindServed(s)
 	c.TLS.Bind(s, "controller", "Push-Managers and Connect-Nodes", certs.KindManager, certs.KindNode)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
 }
 
 // Validate implements cli.Settings.
-func (c *Config) Validate(s *config.Set, _ func(string) (string, bool)) error {
+func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) error {
+	if err := c.Tracing.Validate(lookupEnv); err != nil {
+		return err //nolint:wrapcheck // it names the key
+	}
 	if err := app.CheckTrustDomain(s, c.TrustDomain); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -56,12 +57,23 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *Controller,
 	c.life.Add("metrics and health", app.WithGrace(c.http.Close)) // the last to go: they show how a stop goes on
 	c.life.Insecure(logger, set, cfg.insecure)
 	app.Report(logger, set, cfg.TLS.ReloadInterval, &cfg.TLS.Certificates, &cfg.Etcd.TLS)
+	cfg.Tracing.Service, cfg.Tracing.Instance, cfg.Tracing.Logger, cfg.Tracing.Metrics = "controller", c.GRPCAddr(), logger, set
+	tracer, err := telemetry.NewTracer(ctx, cfg.Tracing)
+	if err != nil {
+		return nil, err
+	}
+	c.life.Add("traces", app.WithGrace(tracer.Close))
 	etcd, err := c.life.Etcd(cfg.Etcd)
 	if err != nil {
 		return nil, err
 	}
 	own := cfg.Controller
 	own.Client, own.Logger, own.Metrics = etcd, logger, set
+	if tracer != nil {
+		own.Trace = func(traceparent, method string) func(error) {
+			return tracer.Served(traceparent, strings.TrimPrefix(method, "/"))
+		}
+	}
 	if own.Credentials, err = c.life.Node(cfg.TLS); err != nil {
 		return nil, err
 	}
