@@ -125,6 +125,9 @@ type call func(context.Context, pubsub.PushManagerServiceClient, *pubsub.Message
 
 // push does one call and prints its outcome.
 func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string, do call) error {
+	if text == "" && f.DataFile == "" && len(f.Metadata) == 0 {
+		return &usageError{"nothing to push: give a text, --data-file or --metadata"}
+	}
 	content, err := f.content(text, t.in)
 	if err != nil {
 		return err
@@ -255,8 +258,6 @@ func (f *messageFlags) content(text string, in io.Reader) (*pubsub.MessageConten
 		data, err = io.ReadAll(io.LimitReader(in, maxData))
 	case f.DataFile != "":
 		data, err = os.ReadFile(f.DataFile)
-	case text == "" && len(f.Metadata) == 0:
-		return nil, &usageError{"nothing to push: give a text, --data-file or --metadata"}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the data: %w", err)
