@@ -1,7 +1,7 @@
 # Everything a developer needs. `make help` lists the targets.
 #
-# Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
-# (Debian: package prometheus), `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
+# Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` and `make compose` need promtool
+# (Debian: package prometheus), `make image` buildah, `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
 # dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
 SHELL := bash

@@ -61,8 +61,7 @@ func pack(project *config.Project, n *config.NFPM, format, bin, out, root string
 		})
 	}
 	for _, content := range n.Contents {
-		content.Source = filepath.Join(root, content.Source)
-		contents = append(contents, content)
+		contents = append(contents, &files.Content{Source: filepath.Join(root, content.Source), Destination: content.Destination, Type: content.Type})
 	}
 	scripts := nfpm.Scripts{}
 	for to, from := range map[*string]string{
