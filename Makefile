@@ -1,6 +1,6 @@
 # Everything a developer needs. `make help` lists the targets.
 #
-# Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` and `make compose` need promtool
+# Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
 # (Debian: package prometheus), `make image` buildah, `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
 # dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
@@ -80,7 +80,6 @@ image: ## Build the container image with buildah, without a registry, and run it
 compose: ## Check the files of Compose as Compose reads them
 	$(GO) -C tools/compose test ./...
 	$(GO) -C tools/compose run . ../../deploy/compose/compose.yml
-	$(PROMTOOL) check config --syntax-only deploy/compose/prometheus.yml
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
@@ -169,6 +168,7 @@ envoy: ## Check the configuration of Envoy against Envoy's own definitions
 alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(PROMTOOL) check rules deploy/prometheus/alerts.yml
 	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml
+	$(PROMTOOL) check config --syntax-only deploy/compose/prometheus.yml
 
 .PHONY: ci
 ci: ## Run what CI runs
