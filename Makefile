@@ -1,7 +1,7 @@
 # Everything a developer needs. `make help` lists the targets.
 #
 # Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
-# (Debian: package prometheus), `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
+# (Debian: package prometheus), `make image` buildah, `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
 # dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
 SHELL := bash
@@ -14,7 +14,7 @@ GO ?= go
 PROMTOOL ?= $(firstword $(wildcard .tmp/bin/promtool) promtool)
 LINT = $(GO) tool -modfile=tools/lint/go.mod golangci-lint
 BUF = $(GO) tool -modfile=tools/buf/go.mod buf
-RELEASE_FLAGS = -trimpath -ldflags="-s -w"
+RELEASE_FLAGS = -trimpath -tags nodev -ldflags="-s -w"
 FUZZTIME ?= 10s
 PACKAGES ?= ./...
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
@@ -43,24 +43,43 @@ build-nodev: ## Build push-manager into bin/ without the development stack (no e
 	$(GO) build -tags nodev -o bin/ ./cmd/push-manager
 
 .PHONY: release
-release: ## Build all commands into bin/ as they are shipped: static, without paths of this machine
+release: ## Build all commands into bin/ as they are shipped: static, without paths of this machine or the development stack
 	mkdir -p bin
 	CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -o bin/ ./cmd/...
 
 .PHONY: reproducible
-reproducible: ## Build push-manager twice, from two clones, the second time with an empty cache, and fail if the files differ
+reproducible: ## Build what is shipped twice, from two clones, the second time with an empty cache, and fail if the files differ
 	rm -rf .tmp/reproducible
 	git clone --quiet . .tmp/reproducible/one/src
 	git clone --quiet . .tmp/reproducible/two/elsewhere/src
-	cd .tmp/reproducible/one/src && CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../push-manager ./cmd/push-manager
-	cd .tmp/reproducible/two/elsewhere/src && CGO_ENABLED=0 GOCACHE="$$(cd ../.. && pwd)/cache" $(GO) build $(RELEASE_FLAGS) -tags nodev -o ../../push-manager ./cmd/push-manager
-	sha256sum .tmp/reproducible/*/push-manager
-	cmp .tmp/reproducible/one/push-manager .tmp/reproducible/two/push-manager
+	mkdir .tmp/reproducible/one/out .tmp/reproducible/two/out
+	cd .tmp/reproducible/one/src && CGO_ENABLED=0 $(GO) build $(RELEASE_FLAGS) -o ../out/ ./cmd/push-manager ./cmd/pushctl
+	cd .tmp/reproducible/two/elsewhere/src && CGO_ENABLED=0 GOCACHE="$$(cd ../.. && pwd)/cache" $(GO) build $(RELEASE_FLAGS) -o ../../out/ ./cmd/push-manager ./cmd/pushctl
+	cd .tmp/reproducible && sha256sum */out/*
+	diff -r .tmp/reproducible/one/out .tmp/reproducible/two/out
 	rm -rf .tmp/reproducible
 
+.PHONY: sbom
+sbom: release ## Write what is in push-manager and pushctl, as CycloneDX, into bin/
+	for program in push-manager pushctl; do \
+		$(GO) tool -modfile=tools/sbom/go.mod cyclonedx-gomod bin -json -output "bin/$$program.cdx.json" "bin/$$program"; \
+	done
+
+.PHONY: packages
+packages: release ## Check .goreleaser.yaml, and make a .deb and an .rpm of bin/ as it says, into .tmp/packages
+	rm -rf .tmp/packages
+	mkdir -p .tmp/packages
+	$(GO) -C tools/goreleaser run . ../../.goreleaser.yaml ../../bin ../../.tmp/packages
+	cd .tmp/packages && sha256sum * > SHA256SUMS
+
 .PHONY: image
-image: ## Build the container image with buildah, without a registry: on this machine's Go, from nothing (needs root and buildah)
+image: ## Build the container image with buildah, without a registry, and run it read-only: on this machine's Go, from nothing (needs root and buildah)
 	bash deploy/docker/build-here
+
+.PHONY: compose
+compose: ## Check the files of Compose as Compose reads them
+	$(GO) -C tools/compose test ./...
+	$(GO) -C tools/compose run . ../../deploy/compose/compose.yml
 
 .PHONY: run
 run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, Push-Manager)
@@ -150,6 +169,7 @@ alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(PROMTOOL) check rules deploy/prometheus/alerts.yml deploy/prometheus/slo.yml
 	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml deploy/prometheus/slo_test.yml
 	$(GO) -C tools/dashboard run . ../..
+	$(PROMTOOL) check config --syntax-only deploy/compose/prometheus.yml
 
 .PHONY: ci
 ci: ## Run what CI runs

@@ -10,7 +10,12 @@ import (
 	"runtime/debug"
 )
 
-// Info is what Go knows of a build. It is the object that `version --json` prints: fields are added, never changed.
+// What the linker sets (-X) where Go finds no repository, as in the build of a container image. It comes before what Go knows.
+//
+//nolint:gochecknoglobals // the linker can set nothing else
+var version, commit, created string
+
+// Info is what is known of a build. It is the object that `version --json` prints: fields are added, never changed.
 type Info struct {
 	Name     string `json:"name"`
 	Version  string `json:"version"`            // of the module, or the commit; devel: neither is known
@@ -29,7 +34,8 @@ func Read(name string) Info {
 	if build, ok := debug.ReadBuildInfo(); ok {
 		i.fill(build)
 	}
-	i.Version = cmp.Or(i.Version, i.Commit, "devel")
+	i.Commit, i.Time = cmp.Or(commit, i.Commit), cmp.Or(created, i.Time)
+	i.Version = cmp.Or(version, i.Version, i.Commit, "devel")
 	return i
 }
 

@@ -3,6 +3,9 @@ package buildinfo
 import (
 	"bytes"
 	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -37,5 +40,40 @@ func TestVersionIsTheModulesElseTheCommit(t *testing.T) {
 		if i.Version != want || i.Commit != "abc" || !i.Modified || i.Tags != "nodev" {
 			t.Errorf("%s: %+v", version, i)
 		}
+	}
+}
+
+// TestTheLinkerSetsTheVersion: under the names that deploy/docker/Dockerfile uses, which the linker would ignore if they were wrong.
+func TestTheLinkerSetsTheVersion(t *testing.T) {
+	const pkg = "github.com/push-manager/push-manager/internal/buildinfo."
+	dockerfile, err := os.ReadFile("../../deploy/docker/Dockerfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := "-X " + pkg + "version=v9.8.7 -X " + pkg + "commit=abc -X " + pkg + "created=2026-01-02T03:04:05Z"
+	for _, variable := range []string{"version=${VERSION}", "commit=${REVISION}", "created=${CREATED}"} {
+		if !strings.Contains(string(dockerfile), "-X "+pkg+variable) {
+			t.Errorf("the Dockerfile does not set %s", variable)
+		}
+	}
+	exe := filepath.Join(t.TempDir(), "test")
+	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-ldflags", flags, "-o", exe, ".")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	run := exec.CommandContext(t.Context(), exe, "-test.run=^TestVersionOfALinkedBuild$", "-test.v")
+	run.Env = append(os.Environ(), "LINKED=true")
+	if out, err := run.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestVersionOfALinkedBuild") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestVersionOfALinkedBuild runs in the process that TestTheLinkerSetsTheVersion starts.
+func TestVersionOfALinkedBuild(t *testing.T) {
+	if os.Getenv("LINKED") == "" {
+		t.Skip("is run by TestTheLinkerSetsTheVersion")
+	}
+	if i := Read("p"); i.Version != "v9.8.7" || i.Commit != "abc" || i.Time != "2026-01-02T03:04:05Z" {
+		t.Errorf("%+v", i)
 	}
 }

@@ -58,6 +58,7 @@ type grammar struct {
 
 	Conformance conformanceCmd `cmd:"" help:"Try a Connect-Node of your own: play Push-Manager, and tell what the node does otherwise than its protocol says."`
 
+	Health  healthCmd  `cmd:"" help:"Ask a program whether it is ready or alive, for health checks of containers: exit code 0 if it is, 1 if not."`
 	Version versionCmd `cmd:"" help:"Print the version; with --json all that is known of the build."`
 
 	Output string `short:"o" default:"table" enum:"table,json" help:"How to print: table, for people, or json, one object a line."`
