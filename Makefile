@@ -17,6 +17,7 @@ BUF = $(GO) tool -modfile=tools/buf/go.mod buf
 RELEASE_FLAGS = -trimpath -ldflags="-s -w"
 FUZZTIME ?= 10s
 PACKAGES ?= ./...
+KUBERNETES ?= 1.30
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
 
 # The toolchain of go.mod has mended faults that older ones of the `go` line have. Where GOTOOLCHAIN is "local", Go would
@@ -149,6 +150,27 @@ envoy: ## Check the configuration of Envoy against Envoy's own definitions
 alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(PROMTOOL) check rules deploy/prometheus/alerts.yml
 	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml
+
+.PHONY: kube-tools
+kube-tools: ## Build helm, kubeconform, kubectl-validate and kustomize into .tmp/bin (the first time a quarter of an hour on two cores)
+	mkdir -p .tmp/bin .tmp/kube
+	cd tools/kube && CGO_ENABLED=0 nice $(GO) build -trimpath -ldflags="-s -w" -o ../../.tmp/bin/ tool
+	$(GO) -C tools/kube run . $(KUBERNETES) ../../.tmp/kube
+
+.PHONY: kube
+kube: kube-tools ## Check the Helm chart with five sets of values, and the kustomize base: helm lint, kubeconform, kubectl-validate, misspelt values
+	KUBERNETES=$(KUBERNETES) bash tools/kube/check
+
+.PHONY: kube-rules
+kube-rules: ## Copy the rules of deploy/prometheus into the Helm chart
+	rm -rf deploy/helm/push-manager/rules
+	mkdir -p deploy/helm/push-manager/rules
+	cp $(filter-out %_test.yml,$(wildcard deploy/prometheus/*.yml)) deploy/helm/push-manager/rules/
+
+.PHONY: kube-generate
+kube-generate: kube-tools kube-rules ## Write what follows from the Helm chart and the settings: the kustomize base, the schema's part on settings, the rules
+	$(GO) test ./internal/app -run TestTheChartKnowsTheSettings -update
+	bash tools/kube/render deploy/kustomize/base/push-manager.yaml
 
 .PHONY: ci
 ci: ## Run what CI runs
