@@ -94,9 +94,9 @@ func readYAML(t *testing.T, path string) (tree map[string]any) {
 	return tree
 }
 
-// TestTheChartKnowsTheSettings: a key below config that a program does not know is refused by helm, not by a pod. make kube-generate
-// writes that part of the schema anew.
-func TestTheChartKnowsTheSettings(t *testing.T) {
+// TestDocumentsOfTheSettingsAreKnownToTheChart: a key below config that a program does not know is refused by helm, not by a pod. make generate writes
+// that part of the schema anew.
+func TestDocumentsOfTheSettingsAreKnownToTheChart(t *testing.T) {
 	path := filepath.Join(chart, "values.schema.json")
 	schema := readJSON(t, path)
 	definitions, _ := schema["$defs"].(map[string]any)
@@ -114,7 +114,7 @@ func TestTheChartKnowsTheSettings(t *testing.T) {
 		}
 	}
 	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("%s is not what the settings say: go test ./internal/app -run %s -update (%v)", path, t.Name(), err)
+		t.Errorf("%s is not what the settings say: make generate (%v)", path, err)
 	}
 }
 
@@ -500,6 +500,14 @@ func TestTheKustomizeBaseIsUnderstood(t *testing.T) {
 	}
 	if _, err := p.load(nil); err == nil || !strings.Contains(err.Error(), "link_typo") {
 		t.Errorf("an unknown key in the ConfigMap: %v", err)
+	}
+	overlay, _ := readYAML(t, filepath.Join(kustomize, "overlays/production/config.yaml"))["data"].(map[string]any)
+	text = []byte(strings.ReplaceAll(fmt.Sprint(overlay["config.yaml"]), mounted, filepath.Dir(p.file)+"/"))
+	if err := os.WriteFile(p.file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.load(nil); err != nil {
+		t.Errorf("Push-Manager does not start with the file of the overlay: %v", err)
 	}
 }
 

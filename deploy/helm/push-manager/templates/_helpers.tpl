@@ -40,10 +40,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{- /* The image of a program: its own tag or digest, or that of all. Takes c. */}}
 {{- define "push-manager.image" -}}
-{{- with .Values.image }}
-{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
-{{- end }}
+{{- $image := .root.Values.image }}
+{{- if or .values.image.tag .values.image.digest }}{{ $image = .values.image }}{{ end }}
+{{- .root.Values.image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end }}
 
 {{- /* Ports of the programs: their own defaults. */}}
@@ -134,8 +135,11 @@ volumes to Secrets and ConfigMaps), spread (keys of labels that tell one revisio
 {{- $name := include "push-manager.name" . }}
 {{- $ports := get (include "push-manager.ports" .root | fromYaml) .component }}
 metadata:
-  labels:
-    {{- include "push-manager.labels" . | nindent 4 }}
+  labels: # not the chart's version, which would restart all pods
+    {{- include "push-manager.selectorLabels" . | nindent 4 }}
+    {{- with $g.commonLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
     {{- with $v.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -166,7 +170,7 @@ spec:
   terminationGracePeriodSeconds: {{ $v.terminationGracePeriodSeconds }}
   containers:
     - name: {{ .component }}
-      image: {{ include "push-manager.image" .root | quote }}
+      image: {{ include "push-manager.image" . | quote }}
       imagePullPolicy: {{ $g.image.pullPolicy }}
       args: {{ toJson .args }}
       env:
