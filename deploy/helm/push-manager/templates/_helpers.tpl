@@ -49,7 +49,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 
 {{- /* Ports of the programs: their own defaults. */}}
 {{- define "push-manager.ports" -}}
-push-manager: {grpc: 50053, metrics: 9093}
+push-manager: {grpc: 50053, http: 8053, metrics: 9093}
 connect-node: {grpc: 50052, http: 8080, metrics: 9094}
 controller: {grpc: 50051, metrics: 9095}
 {{- end }}
@@ -283,7 +283,6 @@ secrets: {secret: {secretName: {{ . }}, defaultMode: 0440}}
 {{- define "push-manager.services" -}}
 {{- $name := include "push-manager.name" . }}
 {{- $ports := get (include "push-manager.ports" .root | fromYaml) .component }}
-{{- $public := ternary "http" "grpc" (eq .component "connect-node") }}
 apiVersion: v1
 kind: Service
 metadata:
@@ -299,9 +298,14 @@ spec:
   selector:
     {{- include "push-manager.selectorLabels" . | nindent 4 }}
   ports:
-    - name: {{ $public }}
+    - name: {{ ternary "http" "grpc" (eq .component "connect-node") }}
       port: {{ .values.service.port }}
-      targetPort: {{ $public }}
+      targetPort: {{ ternary "http" "grpc" (eq .component "connect-node") }}
+    {{- with .values.service.httpPort }}
+    - name: http
+      port: {{ . }}
+      targetPort: http
+    {{- end }}
 ---
 apiVersion: v1
 kind: Service
