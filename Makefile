@@ -151,10 +151,14 @@ alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(PROMTOOL) check rules deploy/prometheus/alerts.yml
 	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml
 
-.PHONY: kube-tools
-kube-tools: ## Build helm, kubeconform, kubectl-validate and kustomize into .tmp/bin (the first time a quarter of an hour on two cores)
-	mkdir -p .tmp/bin .tmp/kube
+.tmp/bin/.kube: tools/kube/go.mod
+	mkdir -p .tmp/bin
 	cd tools/kube && CGO_ENABLED=0 nice $(GO) build -trimpath -ldflags="-s -w" -o ../../.tmp/bin/ tool
+	touch $@
+
+.PHONY: kube-tools
+kube-tools: .tmp/bin/.kube ## Build helm, kubeconform, kubectl-validate and kustomize into .tmp/bin (the first time a quarter of an hour on two cores)
+	mkdir -p .tmp/kube
 	$(GO) -C tools/kube run . $(KUBERNETES) ../../.tmp/kube
 
 .PHONY: kube
