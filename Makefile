@@ -17,6 +17,7 @@ BUF = $(GO) tool -modfile=tools/buf/go.mod buf
 RELEASE_FLAGS = -trimpath -tags nodev -ldflags="-s -w"
 FUZZTIME ?= 10s
 PACKAGES ?= ./...
+KUBERNETES ?= 1.30
 FUZZJOBS ?= $(shell echo $$((4 * $$(nproc))))
 
 # The toolchain of go.mod has mended faults that older ones of the `go` line have. Where GOTOOLCHAIN is "local", Go would
@@ -148,7 +149,7 @@ check-tidy: ## Fail if go.mod or go.sum is not what go mod tidy makes of it
 	$(GO) mod tidy -diff
 
 .PHONY: generate
-generate: ## Generate the Go code of proto/*.proto and the documents of the settings
+generate: ## Generate the Go code of proto/*.proto, the documents of the settings and their part of the Helm chart's schema
 	$(BUF) generate
 	$(GO) test ./internal/app -run TestDocumentsOfTheSettings -update
 
@@ -170,6 +171,30 @@ alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(PROMTOOL) test rules deploy/prometheus/alerts_test.yml deploy/prometheus/slo_test.yml
 	$(GO) -C tools/dashboard run . ../..
 	$(PROMTOOL) check config --syntax-only deploy/compose/prometheus.yml
+
+.tmp/bin/.kube: tools/kube/go.mod
+	mkdir -p .tmp/bin
+	cd tools/kube && CGO_ENABLED=0 nice $(GO) build -trimpath -ldflags="-s -w" -o ../../.tmp/bin/ tool
+	touch $@
+
+.PHONY: kube-tools
+kube-tools: .tmp/bin/.kube ## Build helm, kubeconform, kubectl-validate and kustomize into .tmp/bin (the first time a quarter of an hour on two cores)
+	mkdir -p .tmp/kube
+	$(GO) -C tools/kube run . $(KUBERNETES) ../../.tmp/kube
+
+.PHONY: kube
+kube: kube-tools ## Check the Helm chart with five sets of values, and the kustomize base: helm lint, kubeconform, kubectl-validate, misspelt values
+	KUBERNETES=$(KUBERNETES) bash tools/kube/check
+
+.PHONY: kube-rules
+kube-rules: ## Copy the rules of deploy/prometheus into the Helm chart
+	rm -rf deploy/helm/push-manager/rules
+	mkdir -p deploy/helm/push-manager/rules
+	cp $(filter-out %_test.yml,$(wildcard deploy/prometheus/*.yml)) deploy/helm/push-manager/rules/
+
+.PHONY: kube-generate
+kube-generate: kube-tools kube-rules ## Write what follows from the Helm chart: the kustomize base, and the rules in the chart
+	bash tools/kube/render deploy/kustomize/base/push-manager.yaml
 
 .PHONY: ci
 ci: ## Run what CI runs
