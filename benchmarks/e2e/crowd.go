@@ -65,7 +65,7 @@ const (
 	ToEverybody PushTarget = "everybody"
 )
 
-// PushRun is pushes of one kind, numbered from 0 to Pushes-1.
+// PushRun is pushes of one kind, numbered from 0 to Pushes-1. IDs are not used twice.
 type PushRun struct {
 	ID     int        `json:"id"`
 	To     PushTarget `json:"to"`
@@ -100,11 +100,11 @@ func (p PushRun) deliveries(t Town, push int) int {
 	}
 }
 
-// CrowdHeard is what the clients of a process got in a phase.
+// CrowdHeard is what the clients of a process got of a run.
 type CrowdHeard struct {
 	Delivered int        `json:"delivered"` // the first time
 	Twice     int        `json:"twice"`
-	Stray     int        `json:"stray"` // not for the client, or of another phase
+	Stray     int        `json:"stray"` // not for the client, or of another run
 	Ended     int        `json:"ended"` // connections, so far
 	Latency   *Histogram `json:"latency"`
 }
@@ -114,10 +114,10 @@ type crowd struct {
 	Crowd
 
 	joined, ended atomic.Int64
-	phase         atomic.Pointer[hearing]
+	run           atomic.Pointer[hearing]
 }
 
-// hearing is one phase.
+// hearing is what came of one run.
 type hearing struct {
 	PushRun
 
@@ -140,7 +140,7 @@ func newHearing(p PushRun) *hearing {
 // crowdRole holds many clients, and counts what they get.
 func crowdRole(_ context.Context, p *part) error {
 	c := &crowd{}
-	c.phase.Store(newHearing(PushRun{ID: -1}))
+	c.run.Store(newHearing(PushRun{ID: -1}))
 	handle(p, "connect", func(ctx context.Context, all Crowd) (none, error) {
 		c.Crowd = all
 		next := atomic.Int64{}
@@ -165,25 +165,27 @@ func crowdRole(_ context.Context, p *part) error {
 		}
 	})
 	handle(p, "joined", func(context.Context, none) (int, error) { return int(c.joined.Load()), nil })
-	handle(p, "phase", func(_ context.Context, p PushRun) (none, error) {
-		c.phase.Store(newHearing(p))
+	handle(p, "run", func(_ context.Context, p PushRun) (none, error) {
+		c.run.Store(newHearing(p))
 		return none{}, nil
 	})
-	handle(p, "heard", func(context.Context, none) (*CrowdHeard, error) {
-		h := c.phase.Load()
-		out := &CrowdHeard{
-			Delivered: int(h.delivered.Load()), Twice: int(h.twice.Load()), Stray: int(h.stray.Load()), Ended: int(c.ended.Load()),
-			Latency: &Histogram{},
-		}
-		for i := range h.ears {
-			e := &h.ears[i]
-			e.mu.Lock()
-			out.Latency.Merge(&e.latency)
-			e.mu.Unlock()
-		}
-		return out, nil
-	})
+	handle(p, "heard", func(context.Context, none) (*CrowdHeard, error) { return c.heard(), nil })
 	return nil
+}
+
+func (c *crowd) heard() *CrowdHeard {
+	h := c.run.Load()
+	out := &CrowdHeard{
+		Delivered: int(h.delivered.Load()), Twice: int(h.twice.Load()), Stray: int(h.stray.Load()), Ended: int(c.ended.Load()),
+		Latency: &Histogram{},
+	}
+	for i := range h.ears {
+		e := &h.ears[i]
+		e.mu.Lock()
+		out.Latency.Merge(&e.latency)
+		e.mu.Unlock()
+	}
+	return out
 }
 
 // connect opens the i-th client. It ends with the process or the gateway.
@@ -240,15 +242,15 @@ func (c *crowd) hear(client int, message []byte) {
 		c.joined.Add(1)
 		return
 	}
-	h := c.phase.Load()
+	h := c.run.Load()
 	_, due, timed := bytes.Cut(message, []byte(`"timestamp":`))
 	_, content, found := bytes.Cut(message, []byte(numbered))
-	phase, rest, parted := bytes.Cut(content, []byte("."))
+	run, rest, parted := bytes.Cut(content, []byte("."))
 	if !timed || !found || !parted {
 		return
 	}
 	push := int(digits(rest))
-	if int(digits(phase)) != h.ID || push >= h.Pushes || !h.concerns(c.Town, client, push) {
+	if int(digits(run)) != h.ID || push >= h.Pushes || !h.concerns(c.Town, client, push) {
 		h.stray.Add(1)
 		return
 	}

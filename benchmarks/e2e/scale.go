@@ -120,7 +120,7 @@ func (b *Bench) Scale(ctx context.Context, s Scaling, out io.Writer) ([]*Result,
 	if err != nil {
 		return nil, err
 	}
-	phases := []struct {
+	runs := []struct {
 		to     PushTarget
 		pushes int
 		rate   float64
@@ -132,13 +132,13 @@ func (b *Bench) Scale(ctx context.Context, s Scaling, out io.Writer) ([]*Result,
 	}
 	latencies, costs := &Result{Suite: "pushes"}, &Result{Suite: "CPU"}
 	var wrong error
-	for i, p := range phases {
+	for i, p := range runs {
 		// The caches of routes are filled first: what is measured is a push, not a first one.
-		warm := PushRun{ID: 2*i + 1, To: p.to, Pushes: warmPushes(p.to, p.pushes, s.Rooms)}
-		if _, err := d.phase(ctx, warm, p.rate); err != nil {
+		warm := PushRun{ID: 2*i + 1, To: p.to, Pushes: warmPushes(p.to, p.pushes)}
+		if _, err := d.run(ctx, warm, p.rate); err != nil {
 			return nil, err
 		}
-		done, err := d.phase(ctx, PushRun{ID: 2*i + 2, To: p.to, Pushes: p.pushes}, p.rate)
+		done, err := d.run(ctx, PushRun{ID: 2*i + 2, To: p.to, Pushes: p.pushes}, p.rate)
 		if err != nil {
 			return nil, err
 		}
@@ -148,13 +148,13 @@ func (b *Bench) Scale(ctx context.Context, s Scaling, out io.Writer) ([]*Result,
 	return []*Result{memory, latencies, costs}, errors.Join(wrong, d.resident(memory, "KiB/client-active", s))
 }
 
-// warmPushes is how many pushes fill the caches: each Push-Manager has its own.
-func warmPushes(to PushTarget, pushes, rooms int) int {
+// warmPushes is how many pushes fill the caches. Each Push-Manager has its own.
+func warmPushes(to PushTarget, pushes int) int {
 	switch to {
-	case ToEverybody, ToBig:
+	case ToBig:
 		return 2 * scaleManagers
-	case ToRooms:
-		return min(pushes, rooms)
+	case ToEverybody: // nobody is looked up
+		return 1
 	default:
 		return pushes
 	}
@@ -181,8 +181,8 @@ func (d *deployment) start(ctx context.Context, s Scaling) error {
 	env := []string{"GRPC_PORT=0", "METRICS_PORT=0", "LOG_FORMAT=json", "ETCD_ENDPOINTS=" + w.etcd}
 	var at struct{ GRPC, HTTP string }
 	var controllers []string
-	for i := range scaleControllers {
-		c, err := b.program(ctx, "controller", b.binary, append(slices.Clip(env), "CONTROLLER_STORE=redis", "REDIS_URL=redis://"+redis+"/0", "CONTROLLER_ID=controller-"+strconv.Itoa(i)), &at)
+	for range scaleControllers {
+		c, err := b.program(ctx, "controller", b.binary, append(slices.Clip(env), "CONTROLLER_STORE=redis", "REDIS_URL=redis://"+redis+"/0"), &at)
 		if err != nil {
 			return err
 		}
@@ -385,8 +385,8 @@ func (d *deployment) cpu() (map[string]time.Duration, error) {
 	return used, nil
 }
 
-// phased is what a phase has come to.
-type phased struct {
+// pushed is what a run has come to.
+type pushed struct {
 	PushRun
 
 	want, failed int // deliveries; pushes
@@ -397,11 +397,11 @@ type phased struct {
 	elapsed      time.Duration
 }
 
-// phase pushes, and waits until everything has arrived.
-func (d *deployment) phase(ctx context.Context, p PushRun, rate float64) (*phased, error) {
-	out := &phased{PushRun: p, cpu: map[string]time.Duration{}}
+// run pushes, and waits until everything has arrived.
+func (d *deployment) run(ctx context.Context, p PushRun, rate float64) (*pushed, error) {
+	out := &pushed{PushRun: p, cpu: map[string]time.Duration{}}
 	for _, c := range d.programs["clients"] {
-		if err := c.call(ctx, "phase", p, nil); err != nil {
+		if err := c.call(ctx, "run", p, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -457,7 +457,7 @@ func (d *deployment) phase(ctx context.Context, p PushRun, rate float64) (*phase
 	return out, pause(ctx, time.Second) // what comes twice comes late
 }
 
-// push makes the n-th push of a phase, which was due at a time. The Push-Managers take turns.
+// push makes the n-th push of a run, which was due at a time. The Push-Managers take turns.
 func (d *deployment) push(ctx context.Context, p PushRun, n int, due time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, arrival)
 	defer cancel()
@@ -501,9 +501,9 @@ func (d *deployment) push(ctx context.Context, p PushRun, n int, due time.Time) 
 // plain is a figure that was measured once.
 func plain(name string, v float64) Column { return Column{name, Figure{v, v, v}} }
 
-func (o *phased) lost() int { return max(0, o.want-o.heard.Delivered) }
+func (o *pushed) lost() int { return max(0, o.want-o.heard.Delivered) }
 
-func (o *phased) row() Row {
+func (o *pushed) row() Row {
 	ms := func(d time.Duration) float64 { return float64(d) / 1e6 }
 	return Row{string(o.To), []Column{
 		plain("pushes", float64(o.Pushes)), plain("failed", float64(o.failed)), plain("deliveries", float64(o.heard.Delivered)),
@@ -514,7 +514,7 @@ func (o *phased) row() Row {
 }
 
 // costs is CPU for each delivery, by program, and how busy the machine was with all of them.
-func (o *phased) costs() Row {
+func (o *pushed) costs() Row {
 	r := Row{Name: string(o.To), Columns: []Column{plain("deliveries/s", float64(o.heard.Delivered)/o.elapsed.Seconds())}}
 	var all time.Duration
 	for _, kind := range slices.Sorted(maps.Keys(o.cpu)) {
@@ -526,7 +526,7 @@ func (o *phased) costs() Row {
 }
 
 // wrong is what must not be.
-func (o *phased) wrong() error {
+func (o *pushed) wrong() error {
 	if o.lost() == 0 && o.heard.Twice == 0 && o.heard.Stray == 0 && o.heard.Ended == 0 && o.failed == 0 {
 		return nil
 	}
