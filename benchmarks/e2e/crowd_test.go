@@ -41,9 +41,9 @@ func TestCrowdSeesWhatIsLostTwiceAndAstray(t *testing.T) {
 
 func TestScaleSaysWhatTheMachineCannot(t *testing.T) {
 	for name, s := range map[string]Scaling{
-		"no clients":       {Nodes: 1, Rooms: 1, Big: 1, Seconds: 1, Everybody: 1},
-		"more than memory": {Clients: 1 << 30, Nodes: 1 << 20, Rooms: 1, Big: 1, Seconds: 1, Everybody: 1},
-		"more than files":  {Clients: 2 << 30, Nodes: 1, Rooms: 1, Big: 1, Seconds: 1, Everybody: 1},
+		"no clients":       {Nodes: 1, Rooms: 1, Big: 1, Each: 1, Everybody: 1},
+		"more than memory": {Clients: 1 << 30, Nodes: 1 << 20, Rooms: 1, Big: 1, Each: 1, Everybody: 1},
+		"more than files":  {Clients: 2 << 30, Nodes: 1, Rooms: 1, Big: 1, Each: 1, Everybody: 1},
 	} {
 		if err := s.check(); err == nil {
 			t.Errorf("%s: no error", name)

@@ -151,7 +151,7 @@ func TestScaleRuns(t *testing.T) {
 	}
 	defer b.Close()
 	results, err := b.Scale(t.Context(), e2e.Scaling{
-		Clients: 60, Nodes: 3, Rooms: 12, Big: 30, Pause: time.Second, Seconds: 1, BigRate: 5, RoomRate: 20, UserRate: 20, Everybody: 2,
+		Clients: 60, Nodes: 3, Rooms: 12, Big: 30, Pause: 100 * time.Millisecond, Each: 300 * time.Millisecond, BigRate: 20, RoomRate: 100, UserRate: 100, Everybody: 2,
 	}, t.Output())
 	if err != nil {
 		t.Fatal(err)

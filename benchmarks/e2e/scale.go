@@ -43,8 +43,8 @@ type Scaling struct {
 	Big int
 	// Pause is how long the clients are idle before their memory is read.
 	Pause time.Duration
-	// Seconds is how long each kind of push goes on.
-	Seconds int
+	// Each is how long there are pushes of each kind.
+	Each time.Duration
 	// Rates of pushes. Everybody is how many pushes to everybody are made.
 	BigRate, RoomRate, UserRate float64
 	Everybody                   int
@@ -64,8 +64,8 @@ func (s Scaling) check() error {
 		return err
 	}
 	switch {
-	case s.Clients < 1 || s.Nodes < 1 || s.Rooms < 1 || s.Rooms > s.Clients || s.Big < 1 || s.Big > s.Clients || s.Seconds < 1 || s.Everybody < 1:
-		return fmt.Errorf("%d clients, %d nodes, %d rooms, %d in the large one, %d s: at least 1 of each, and no more rooms or members than clients", s.Clients, s.Nodes, s.Rooms, s.Big, s.Seconds)
+	case s.Clients < 1 || s.Nodes < 1 || s.Rooms < 1 || s.Rooms > s.Clients || s.Big < 1 || s.Big > s.Clients || s.Each <= 0 || s.Everybody < 1:
+		return fmt.Errorf("%d clients, %d nodes, %d rooms, %d in the large one, %v: at least 1 of each, and no more rooms or members than clients", s.Clients, s.Nodes, s.Rooms, s.Big, s.Each)
 	case uint64(each+spareFiles) > files.Max:
 		return fmt.Errorf("%d clients a gateway: a process may open %d files (ulimit -Hn); take more nodes", each, files.Max)
 	case uint64(min(s.Clients, crowdMost)+spareFiles) > files.Max:
@@ -125,10 +125,10 @@ func (b *Bench) Scale(ctx context.Context, s Scaling, out io.Writer) ([]*Result,
 		pushes int
 		rate   float64
 	}{
-		{ToBig, int(s.BigRate * float64(s.Seconds)), s.BigRate},
-		{ToRooms, int(s.RoomRate * float64(s.Seconds)), s.RoomRate},
-		{ToUsers, int(s.UserRate * float64(s.Seconds)), s.UserRate},
-		{ToEverybody, s.Everybody, float64(s.Everybody) / float64(s.Seconds)},
+		{ToBig, int(s.BigRate * s.Each.Seconds()), s.BigRate},
+		{ToRooms, int(s.RoomRate * s.Each.Seconds()), s.RoomRate},
+		{ToUsers, int(s.UserRate * s.Each.Seconds()), s.UserRate},
+		{ToEverybody, s.Everybody, float64(s.Everybody) / s.Each.Seconds()},
 	}
 	latencies, costs := &Result{Suite: "pushes"}, &Result{Suite: "CPU"}
 	var wrong error
@@ -454,7 +454,7 @@ func (d *deployment) run(ctx context.Context, p PushRun, rate float64) (*pushed,
 	for kind, t := range after {
 		out.cpu[kind] = t - before[kind]
 	}
-	return out, pause(ctx, time.Second) // what comes twice comes late
+	return out, pause(ctx, d.bench.span(time.Second)) // what comes twice comes late
 }
 
 // push makes the n-th push of a run, which was due at a time. The Push-Managers take turns.

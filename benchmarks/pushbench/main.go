@@ -61,7 +61,7 @@ type scaleCommand struct {
 	Nodes     int           `default:"20"    help:"Gateways, a process each."`
 	Rooms     int           `default:"10000" help:"Rooms that the clients are in, one each."`
 	Big       int           `default:"5000"  help:"Clients that are in one more room, all of them."`
-	Seconds   int           `default:"20"    help:"How long there are pushes of each kind."`
+	Each      time.Duration `default:"20s"   help:"How long there are pushes of each kind."`
 	Pause     time.Duration `default:"20s"   help:"How long the clients are idle before their memory is read."`
 	BigRate   float64       `default:"4"     help:"Pushes a second to the room of all those."`
 	RoomRate  float64       `default:"500"   help:"Pushes a second to the other rooms, in turn."`
@@ -234,7 +234,7 @@ func (c *scaleCommand) Run(ctx context.Context, o *options) error {
 	}
 	defer b.Close()
 	results, err := b.Scale(ctx, e2e.Scaling{
-		Clients: c.Clients, Nodes: c.Nodes, Rooms: c.Rooms, Big: c.Big, Seconds: c.Seconds, Pause: c.Pause,
+		Clients: c.Clients, Nodes: c.Nodes, Rooms: c.Rooms, Big: c.Big, Each: c.Each, Pause: c.Pause,
 		BigRate: c.BigRate, RoomRate: c.RoomRate, UserRate: c.UserRate, Everybody: c.Everybody,
 	}, os.Stdout)
 	for _, r := range results {

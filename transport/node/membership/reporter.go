@@ -313,7 +313,7 @@ func (r *Reporter) drop(c *Member) {
 	rooms := c.rooms
 	c.rooms = nil
 	c.mu.Unlock()
-	for room := range rooms {
+	for _, room := range rooms {
 		r.dropLocked(c, room)
 	}
 }
