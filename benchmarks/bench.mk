@@ -4,6 +4,9 @@ BENCHTIME ?= 200ms
 BENCHCOUNT ?= 6
 ROUNDS ?= 40
 BASE ?= HEAD
+CLIENTS ?= 50000
+NODES ?= 20
+ROOMS ?= 10000
 BENCH_DIR := .tmp/bench
 BENCHSTAT = $(GO) tool -modfile=tools/benchstat/go.mod benchstat
 MICRO := ./benchmarks/micro ./shard ./engine/... ./transport/...
@@ -39,6 +42,10 @@ bench-clients: $(BENCH_DIR)/pushbench ## Measure the whole way to 100 and 1,000 
 .PHONY: bench-client
 bench-client: ## Hold client.Stream against the generated PushStream, round by round: of-raw and of-rawbatched are the ratios
 	$(GO) test -run='^$$' -bench=ClientStream -benchtime=20x ./benchmarks/micro
+
+.PHONY: scale
+scale: $(BENCH_DIR)/pushbench ## Start a whole deployment and CLIENTS (50000) WebSocket clients on NODES (20) gateways in ROOMS (10000) rooms, and push to them (needs redis-server)
+	$(BENCH_DIR)/pushbench --json=$(BENCH_DIR)/scale.json scale --clients=$(CLIENTS) --nodes=$(NODES) --rooms=$(ROOMS)
 
 .PHONY: overload
 overload: $(BENCH_DIR)/pushbench ## Offer 2 and 5 times what Push-Manager can do, and see that it stands it (10 minutes; see docs/measurements.md)

@@ -35,7 +35,10 @@ type JoinRoomRequest struct {
 	// The process of the node that reports: HelloReply.boot_id. Without it seq
 	// means nothing. A report of another process than the node's current one is
 	// refused.
-	BootId        string `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	BootId string `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// The caller does not look at room_info.users: the Controller may leave them
+	// out. Without it, whoever fills a room of n members is sent n*n/2 of them.
+	WithoutUsers  bool `protobuf:"varint,8,opt,name=without_users,json=withoutUsers,proto3" json:"without_users,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -117,6 +120,13 @@ func (x *JoinRoomRequest) GetBootId() string {
 		return x.BootId
 	}
 	return ""
+}
+
+func (x *JoinRoomRequest) GetWithoutUsers() bool {
+	if x != nil {
+		return x.WithoutUsers
+	}
+	return false
 }
 
 type JoinRoomResponse struct {
@@ -1632,7 +1642,7 @@ var File_controller_proto protoreflect.FileDescriptor
 
 const file_controller_proto_rawDesc = "" +
 	"\n" +
-	"\x10controller.proto\x12\x06pubsub\"\xa4\x02\n" +
+	"\x10controller.proto\x12\x06pubsub\"\xc9\x02\n" +
 	"\x0fJoinRoomRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x1b\n" +
@@ -1640,7 +1650,8 @@ const file_controller_proto_rawDesc = "" +
 	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12A\n" +
 	"\bmetadata\x18\x05 \x03(\v2%.pubsub.JoinRoomRequest.MetadataEntryR\bmetadata\x12\x10\n" +
 	"\x03seq\x18\x06 \x01(\x04R\x03seq\x12\x17\n" +
-	"\aboot_id\x18\a \x01(\tR\x06bootId\x1a;\n" +
+	"\aboot_id\x18\a \x01(\tR\x06bootId\x12#\n" +
+	"\rwithout_users\x18\b \x01(\bR\fwithoutUsers\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +

@@ -82,6 +82,7 @@ func runRole(name string) error {
 		"naive":      naiveRole,
 		"load":       loadRole,
 		"audience":   audienceRole,
+		"crowd":      crowdRole,
 		"asking":     askingRole,
 	}
 	start, ok := roles[name]

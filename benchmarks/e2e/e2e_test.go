@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"flag"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -134,6 +135,37 @@ func TestClientsRun(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestScaleRuns keeps the large run from rotting, in small: everything arrives, once. It says nothing about speed.
+func TestScaleRuns(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
+	if _, err := exec.LookPath("redis-server"); err != nil && os.Getenv("CI") != "true" {
+		t.Skip("redis-server is missing (Debian: package redis-server)")
+	}
+	b, err := e2e.Start(t.Context(), e2e.Options{Short: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	results, err := b.Scale(t.Context(), e2e.Scaling{
+		Clients: 60, Nodes: 3, Rooms: 12, Big: 30, Pause: 100 * time.Millisecond, Each: 300 * time.Millisecond, BigRate: 20, RoomRate: 100, UserRate: 100, Everybody: 2,
+	}, t.Output())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text bytes.Buffer
+	for i, rows := range []int{1, 4, 4} {
+		if len(results) != 3 || len(results[i].Rows) != rows {
+			t.Fatalf("results: %+v", results)
+		}
+		if err := results[i].WriteLong(&text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%s", &text)
 }
 
 // TestSaturatedPushesShareFramesAndWrites watches counts, which do not depend on the

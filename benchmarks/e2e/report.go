@@ -121,6 +121,27 @@ func (r *Result) Write(w io.Writer) error {
 	return t.Flush()
 }
 
+// WriteLong prints a line for each figure: for more than a table has room for.
+func (r *Result) WriteLong(w io.Writer) error {
+	if len(r.Rows) == 0 {
+		return nil
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	_, _ = fmt.Fprintf(t, "%s\t", r.Suite) // a failing writer fails in Flush, too
+	for _, row := range r.Rows {
+		_, _ = fmt.Fprintf(t, "%s\t", row.Name)
+	}
+	_, _ = fmt.Fprintln(t)
+	for i, c := range r.Rows[0].Columns {
+		_, _ = fmt.Fprintf(t, "%s\t", c.Name)
+		for _, row := range r.Rows {
+			_, _ = fmt.Fprintf(t, "%s\t", short(row.Columns[i].Figure.Value))
+		}
+		_, _ = fmt.Fprintln(t)
+	}
+	return t.Flush()
+}
+
 // WriteJSON prints everything on one line.
 func (r *Result) WriteJSON(w io.Writer) error { return json.NewEncoder(w).Encode(r) }
 

@@ -5,6 +5,7 @@
 //	pushbench suites [SUITE]    runs suites and prints their tables
 //	pushbench compare BASE [LOAD] holds Push-Manager against another build of it
 //	pushbench clients           the whole way to WebSocket clients, 100 and 1,000 in a room
+//	pushbench scale             a whole deployment as processes, and tens of thousands of clients
 //	pushbench overload          floods Push-Manager; exits with 1 if it does not stand it
 //	pushbench profile [LOAD]    CPU and allocation profiles of Push-Manager under load
 package main
@@ -55,6 +56,19 @@ type clientsCommand struct {
 	Centrifugo string `help:"A Centrifugo 6 to hold it against."                                               type:"existingfile"`
 }
 
+type scaleCommand struct {
+	Clients   int           `default:"50000" help:"WebSocket clients."`
+	Nodes     int           `default:"20"    help:"Gateways, a process each."`
+	Rooms     int           `default:"10000" help:"Rooms that the clients are in, one each."`
+	Big       int           `default:"5000"  help:"Clients that are in one more room, all of them."`
+	Each      time.Duration `default:"20s"   help:"How long there are pushes of each kind."`
+	Pause     time.Duration `default:"20s"   help:"How long the clients are idle before their memory is read."`
+	BigRate   float64       `default:"4"     help:"Pushes a second to the room of all those."`
+	RoomRate  float64       `default:"500"   help:"Pushes a second to the other rooms, in turn."`
+	UserRate  float64       `default:"1000"  help:"Pushes a second to users, in turn."`
+	Everybody int           `default:"5"     help:"Pushes to everybody."`
+}
+
 type overloadCommand struct{}
 
 type profileCommand struct {
@@ -74,6 +88,7 @@ func main() {
 		Suites   suitesCommand   `cmd:"" help:"Run suites and print their tables."`
 		Compare  compareCommand  `cmd:"" help:"Hold Push-Manager against another build of it, in the same rounds."`
 		Clients  clientsCommand  `cmd:"" help:"Measure the whole way to WebSocket clients: CPU of all servers, latency, memory."`
+		Scale    scaleCommand    `cmd:"" help:"Start three Push-Managers, two Controllers on Redis, gateways and clients; push to all of them. Exit with 1 if a push is lost or comes twice."`
 		Overload overloadCommand `cmd:"" help:"Offer 2 and 5 times what it can do; exit with 1 if it does not stand that."`
 		Profile  profileCommand  `cmd:"" help:"Profile Push-Manager under load."`
 	}
@@ -202,6 +217,31 @@ func (c *clientsCommand) Run(ctx context.Context, o *options) error {
 	results, err := b.Clients(ctx, c.Base, c.Centrifugo)
 	for _, r := range results {
 		err = errors.Join(err, r.Write(os.Stdout), r.WriteJSON(out))
+	}
+	return err
+}
+
+// Run implements a command of kong.
+func (c *scaleCommand) Run(ctx context.Context, o *options) error {
+	out, err := o.results()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = out.Close() }()
+	b, err := o.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	results, err := b.Scale(ctx, e2e.Scaling{
+		Clients: c.Clients, Nodes: c.Nodes, Rooms: c.Rooms, Big: c.Big, Each: c.Each, Pause: c.Pause,
+		BigRate: c.BigRate, RoomRate: c.RoomRate, UserRate: c.UserRate, Everybody: c.Everybody,
+	}, os.Stdout)
+	for _, r := range results {
+		err = errors.Join(err, r.WriteLong(os.Stdout), r.WriteJSON(out))
+		for _, bar := range r.Bars {
+			say(bar.String())
+		}
 	}
 	return err
 }

@@ -28,6 +28,9 @@ const (
 	// limitedPercent is for somebody who has said how much memory there is: it may be
 	// used to save collections.
 	limitedPercent = 400
+	// sharedLeast is the GOGC below which a program that makes little garbage is not set, unless its heap is so large
+	// that others are. Its collections are rare with this, too.
+	sharedLeast = 50
 	// limitShare of a container's memory is left to the heap; the rest is for
 	// stacks, buffers of the kernel, and the moment between two collections.
 	limitShare = 0.9
@@ -41,8 +44,8 @@ const (
 // functions.
 func TuneMemory(logger *slog.Logger) { TuneMemoryShare(logger, 1) }
 
-// TuneMemoryShare is TuneMemory that leaves one part in so many of the room to garbage, and as much
-// as is in use at least: for programs that make little of it.
+// TuneMemoryShare is TuneMemory that leaves one part in so many of the room to garbage, and half of what
+// is in use at least: for programs that make little of it.
 func TuneMemoryShare(logger *slog.Logger, share int) {
 	limited, fixed := os.Getenv("GOMEMLIMIT") != "", os.Getenv("GOGC") != ""
 	if limit := containerLimit(os.ReadFile); limit > 0 && !limited {
@@ -93,7 +96,7 @@ func (t *tuner) adjust() {
 		base += s.Value.Uint64()
 	}
 	percent := gcPercent(live, base)
-	if percent = max(percent/t.share, min(percent, 100)); percent != t.percent {
+	if percent = max(percent/t.share, min(percent, sharedLeast)); percent != t.percent {
 		t.percent = percent
 		debug.SetGCPercent(percent)
 	}

@@ -173,7 +173,7 @@ func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
 	case m == nil && j.Boot != "" && j.Seq <= max(n.floor, n.look(slots.Of(hash)).floor):
 		return Joined{}, ErrOld
 	case m != nil && j.Boot != "" && m.era == n.era && j.Seq < m.seq:
-		return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
+		return Joined{Room: s.joinedLocked(m.room, j)}, nil
 	case m == nil && !here && r != nil && s.maxUsers > 0 && r.users >= s.maxUsers:
 		return Joined{Full: true, Room: s.infoLocked(r, false)}, nil
 	case m == nil:
@@ -189,7 +189,11 @@ func (s *Memory) Join(_ context.Context, j Join) (Joined, error) {
 		m.room.updated = now.Unix()
 		s.tellLocked([]Move{{Room: j.Room, User: j.User, Node: j.Node}})
 	}
-	return Joined{Room: s.infoLocked(m.room, len(m.room.members) <= listMax)}, nil
+	return Joined{Room: s.joinedLocked(m.room, j)}, nil
+}
+
+func (s *Memory) joinedLocked(r *room, j Join) *pubsub.RoomInfo {
+	return s.infoLocked(r, !j.WithoutUsers && len(r.members) <= listMax)
 }
 
 // tellLocked numbers a change and tells it.

@@ -66,6 +66,7 @@ func (s *service) JoinRoom(ctx context.Context, in *pubsub.JoinRoomRequest) (*pu
 	}
 	joined, err := s.store.Join(ctx, Join{
 		Reporter: by, User: in.GetUserId(), Room: in.GetRoomId(), Name: in.GetUserName(), Metadata: in.GetMetadata(),
+		WithoutUsers: in.GetWithoutUsers(),
 	})
 	if err != nil {
 		return nil, storeError("join", err)

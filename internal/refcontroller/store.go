@@ -116,6 +116,8 @@ type Join struct {
 	User, Room string
 	Name       string
 	Metadata   map[string]string
+
+	WithoutUsers bool // Joined.Room need not have its members
 }
 
 // Leave is a user who leaves a room, on all nodes when Node is empty.

@@ -226,7 +226,11 @@ func (s *Store) Join(ctx context.Context, j refcontroller.Join) (refcontroller.J
 	if err != nil {
 		return refcontroller.Joined{}, err
 	}
-	r, err := s.report(ctx, "join", j.Node, j.Boot, number(j.Seq), j.User, j.Room, slots.Of(hash), hi, lo, blob, s.maxUsers, listMost)
+	most := listMost
+	if j.WithoutUsers {
+		most = 0
+	}
+	r, err := s.report(ctx, "join", j.Node, j.Boot, number(j.Seq), j.User, j.Room, slots.Of(hash), hi, lo, blob, s.maxUsers, most)
 	if err != nil {
 		return refcontroller.Joined{}, err
 	}

@@ -594,6 +594,10 @@ func testContents(t *testing.T, s *suite) {
 		if err != nil || len(joined.Room.GetUsers()) != 1 {
 			t.Fatal(joined, err)
 		}
+		j.WithoutUsers = true
+		if joined, err = s.Join(ctx, j); err != nil || joined.Room.GetRoomId() != id || len(joined.Room.GetUsers()) != 0 {
+			t.Fatal("asked without members:", joined, err)
+		}
 		info, _, err := s.Room(ctx, id)
 		if err != nil || len(info.GetUsers()) != 1 {
 			t.Fatal(info, err)

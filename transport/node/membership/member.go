@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/push-manager/push-manager/internal/ids"
@@ -29,7 +30,7 @@ type Member struct {
 	user, name string
 
 	mu    sync.RWMutex
-	rooms map[string]struct{} // Guarded by mu. Changed under the Reporter's lock, too.
+	rooms []string // Guarded by mu. Sorted: most connections have two. Changed under the Reporter's lock, too.
 
 	// Rooms that the connection has left and has not been told so. Guarded by the
 	// Reporter's lock.
@@ -86,7 +87,7 @@ func (m *Member) In(room string) bool { return room != m.r.presence && m.holds(r
 func (m *Member) holds(room string) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	_, ok := m.rooms[room]
+	_, ok := slices.BinarySearch(m.rooms, room)
 	return ok
 }
 
@@ -95,7 +96,7 @@ func (m *Member) Rooms() []string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	rooms := make([]string, 0, len(m.rooms))
-	for room := range m.rooms {
+	for _, room := range m.rooms {
 		if name := m.shown(room); name != "" {
 			rooms = append(rooms, name)
 		}
@@ -112,14 +113,15 @@ func (m *Member) count() int {
 func (m *Member) enter(room string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.rooms == nil {
-		m.rooms = make(map[string]struct{})
+	if i, ok := slices.BinarySearch(m.rooms, room); !ok {
+		m.rooms = slices.Insert(m.rooms, i, room)
 	}
-	m.rooms[room] = struct{}{}
 }
 
 func (m *Member) exit(room string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.rooms, room)
+	if i, ok := slices.BinarySearch(m.rooms, room); ok {
+		m.rooms = slices.Delete(m.rooms, i, i+1)
+	}
 }

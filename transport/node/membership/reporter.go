@@ -313,7 +313,7 @@ func (r *Reporter) drop(c *Member) {
 	rooms := c.rooms
 	c.rooms = nil
 	c.mu.Unlock()
-	for room := range rooms {
+	for _, room := range rooms {
 		r.dropLocked(c, room)
 	}
 }
@@ -588,7 +588,7 @@ func (r *Reporter) call(id membershipID, name string, joins bool, seq uint64) (r
 	ok := true
 	if joins {
 		reply, callErr := r.client.JoinRoom(ctx, &pubsub.JoinRoomRequest{
-			UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.cfg.BootID,
+			UserId: id.user, RoomId: id.room, UserName: name, NodeId: r.cfg.NodeID, Seq: seq, BootId: r.cfg.BootID, WithoutUsers: true,
 		})
 		ok, message, err = reply.GetSuccess(), reply.GetMessage(), callErr
 	} else {

@@ -1,0 +1,5 @@
+//go:build !race
+
+package refgateway
+
+const raceEnabled = false
