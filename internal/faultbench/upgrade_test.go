@@ -422,6 +422,8 @@ func twice(p *push) string {
 		return fmt.Sprintf("the call broke, and the message has an id: %v", p.code())
 	case s.GetUnknown() > 0 && p.options != nil:
 		return "it is unknown, and the message has an id"
+	case p.options != nil && s.GetOffline() > s.GetStored() && s.GetPosition() == "" && strings.Contains(failures(s), "store: "):
+		return "the store did not answer in time, and the message has an id"
 	case s.GetFailed() == s.GetTargets() && s.GetFailed() > 0 && len(s.GetNodeFailures()) > 0:
 		return "it was not delivered: " + s.GetNodeFailures()[0].GetReason()
 	}
