@@ -61,7 +61,7 @@ func TestNoPushOfTheGoClientArrivesTwice(t *testing.T) {
 	faults.Go(func() { harm(managers, rand.New(rand.NewPCG(seed, 1)), stop, t.Logf) })
 
 	total := int64(long(1_500, 100_000))
-	book := newOutcomes()
+	book := newAnswers()
 	var next atomic.Int64
 	var calling sync.WaitGroup
 	for i := range long(24, 96) {
@@ -317,19 +317,19 @@ func (in *inboxes) counts() map[string]int {
 	return maps.Clone(in.got)
 }
 
-// outcomes are what callers were told.
-type outcomes struct {
+// answers are what callers were told.
+type answers struct {
 	mu   sync.Mutex
 	told map[string]string // by push
 	all  map[string]int
 	no   map[string]bool // they were told that it did not arrive
 }
 
-func newOutcomes() *outcomes {
-	return &outcomes{told: map[string]string{}, all: map[string]int{}, no: map[string]bool{}}
+func newAnswers() *answers {
+	return &answers{told: map[string]string{}, all: map[string]int{}, no: map[string]bool{}}
 }
 
-func (o *outcomes) add(id string, named bool, r *sdk.Result, err error) {
+func (o *answers) add(id string, named bool, r *sdk.Result, err error) {
 	what := r.Outcome().String()
 	absent := err == nil && r.Unknown == 0 && r.Delivered == 0
 	var failed *sdk.Error
@@ -351,26 +351,26 @@ func (o *outcomes) add(id string, named bool, r *sdk.Result, err error) {
 	}
 }
 
-func (o *outcomes) n(what string) int {
+func (o *answers) n(what string) int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.all[what]
 }
 
-func (o *outcomes) of(id string) string {
+func (o *answers) of(id string) string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.told[id]
 }
 
-func (o *outcomes) absent() map[string]bool {
+func (o *answers) absent() map[string]bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return maps.Clone(o.no)
 }
 
 // missing is an error while something that was delivered has not arrived.
-func (o *outcomes) missing(got map[string]int) error {
+func (o *answers) missing(got map[string]int) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	missing, one := 0, ""
@@ -386,7 +386,7 @@ func (o *outcomes) missing(got map[string]int) error {
 }
 
 // String is the number of each outcome.
-func (o *outcomes) String() string {
+func (o *answers) String() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return fmt.Sprint(o.all)
