@@ -152,6 +152,7 @@ check-tidy: ## Fail if go.mod or go.sum is not what go mod tidy makes of it
 generate: ## Generate the Go code of proto/*.proto, the documents of the settings and their part of the Helm chart's schema
 	$(BUF) generate
 	$(GO) test ./internal/app -run TestDocumentsOfTheSettings -update
+	$(GO) test ./transport/ingress/web -run TestTheDocumentIsThatOfTheService -update
 
 .PHONY: check-generate
 check-generate: ## Fail if the committed generated code differs from what the proto files give

@@ -124,7 +124,7 @@ func TestADrainEndsPushStreamsOverHTTP(t *testing.T) {
 	if !errors.As(err, &e) || e.Code() != connect.CodeUnavailable || len(e.Details()) == 0 {
 		t.Errorf("the stream ended with %v", err)
 	}
-	_ = s.CloseResponse() // it has ended
+	_ = s.CloseResponse()                                      // it has ended
 	if _, err := http.Get(url + "/openapi.yaml"); err == nil { //nolint:noctx,bodyclose // there is nobody
 		t.Error("somebody still listens")
 	}

@@ -45,6 +45,7 @@ type call struct {
 
 	begin   []byte // of a bare body of unknown length: what has been read of it
 	read    bool   // a bare body was asked for
+	late    bool   // it has a deadline of its own
 	trailer metadata.MD
 	ended   atomic.Bool // WriteStatus has been called
 }
@@ -83,7 +84,7 @@ func (c *call) ReadMessageHeader(head []byte) error {
 	switch {
 	case size == 0:
 		return c.announce(head, 0)
-	case !c.stream:
+	case !c.stream && c.timed():
 		_ = c.control.SetReadDeadline(time.Now().Add(c.bodyTime)) // where it cannot be set, the watch of a large body ends it
 	}
 	if size > 0 {
@@ -100,6 +101,13 @@ func (c *call) ReadMessageHeader(head []byte) error {
 	default:
 		return c.failed(err)
 	}
+}
+
+// timed tells whether a bare body has a deadline of its own: one that is small has mostly come with its headers, and that
+// of the server is enough for it.
+func (c *call) timed() bool {
+	c.late = c.length < 0 || c.length > smallBody
+	return c.late
 }
 
 func (c *call) announce(head []byte, size int64) error {
@@ -120,7 +128,7 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 		}
 		if !c.enveloped {
 			c.length -= int64(n)
-			if c.length == 0 {
+			if c.length == 0 && c.late {
 				_ = c.control.SetReadDeadline(time.Time{}) // or the connection would not be watched for its end
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -32,6 +33,7 @@ type method struct {
 	clientStreams, serverStreams bool
 
 	connect *connect.Handler
+	last    atomic.Pointer[written]
 }
 
 // nothing is what connect has read.
@@ -41,7 +43,11 @@ type nothing struct{}
 type answer struct {
 	wire []byte
 	of   protoreflect.MessageType
+	last *atomic.Pointer[written] // nil: nothing is remembered
 }
+
+// written is a reply and its JSON. Most replies of a method are the same: a user that was simply reached.
+type written struct{ wire, json []byte }
 
 func (m *method) streams() bool { return m.unary == nil }
 
@@ -128,7 +134,8 @@ func (m *method) serve(out http.ResponseWriter, r *http.Request, form func(b []b
 	}, in))
 	r.Body = callOf(r.Context()).emptyMessage()
 	if m.streams() {
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // that of the server is for replies
+		control := http.NewResponseController(w) // the deadlines of the server are for requests that end
+		_ = errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{}))
 		if !c.goesAt.IsZero() {
 			defer time.AfterFunc(time.Until(c.goesAt), c.SendAway).Stop()
 		}
@@ -143,7 +150,7 @@ func (m *method) serveUnary(ctx context.Context, r *connect.Request[nothing]) (*
 	if err != nil {
 		return nil, m.srv.failure(c, r.Peer().Protocol, err)
 	}
-	a := &answer{of: m.out}
+	a := &answer{of: m.out, last: &m.last}
 	if err := m.srv.cfg.Ingress.Encode(reply, a.copy); err != nil {
 		return nil, m.srv.failure(c, r.Peer().Protocol, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -31,6 +32,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"PushToUser":       {"Push to a user", `{"user_id": "alice", "content": {"data": "SGVsbG8=", "metadata": {"lang": "en"}}}`, `{"success": true, "message": "delivered", "summary": {"targets": 1, "delivered": 1}}`},
 	"PushToUsers":      {"Push to several users", `{"user_ids": ["alice", "bob"], "content": {"data": "SGVsbG8="}}`, `{"success": true, "deliveredCount": 2, "message": "delivered to 2 users", "summary": {"targets": 2, "delivered": 2}}`},
 	"BroadcastMessage": {"Push to everybody who is connected", `{"content": {"data": "SGVsbG8="}}`, `{"success": true, "totalDelivered": 2, "message": "delivered to 2 users", "summary": {"targets": 2, "delivered": 2}}`},
+	"Explain":          {"Say what would become of a push, and send nothing", "", ""},
 	"ForgetUser":       {"Erase what is stored for a user", "", ""},
 	"Replay":           {"Send a node what is stored for a user", "", ""},
 }
@@ -324,4 +326,42 @@ func sameJSON(a, b []byte) bool {
 		return out
 	}
 	return slices.Equal(norm(a), norm(b))
+}
+
+// TestCommandsOfThePageGiveWhatStandsBehindThem runs every curl of docs/http.md.
+func TestCommandsOfThePageGiveWhatStandsBehindThem(t *testing.T) {
+	curl, err := exec.LookPath("curl")
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip("there is no curl")
+	}
+	w := newWorld(t)
+	page, err := os.ReadFile("../../../docs/http.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := strings.Split(string(page), "```")
+	ran := 0
+	for i := 1; i+2 < len(blocks); i += 2 {
+		command, ok := strings.CutPrefix(blocks[i], "sh\n")
+		if !ok {
+			continue
+		}
+		want, ok := strings.CutPrefix(blocks[i+2], "json\n")
+		if !ok {
+			t.Errorf("no reply stands behind %s", command)
+			continue
+		}
+		command = strings.ReplaceAll(strings.Replace(command, "curl", curl+" -s", 1), "localhost:8053", w.stack.HTTPAddress())
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", command).Output()
+		if err != nil || !sameJSON(out, []byte(want)) {
+			t.Errorf("%s: %v\n%s\nwant\n%s", command, err, out, want)
+		}
+		ran++
+	}
+	if ran < 5 {
+		t.Errorf("%d commands", ran)
+	}
 }

@@ -80,6 +80,7 @@ func New(cfg Config) (*Server, error) {
 		Handler:           s,
 		ReadHeaderTimeout: c.ConnectionTimeout,
 		IdleTimeout:       idleTimeout,
+		ReadTimeout:       c.Engine.Timeout() + c.BodyTimeout + writeTime, // as below: while a push is under way, its connection is read
 		WriteTimeout:      c.Engine.Timeout() + c.BodyTimeout + writeTime, // of all but streams
 		MaxHeaderBytes:    c.MaxHeaderBytes,
 		Protocols:         new(http.Protocols),
