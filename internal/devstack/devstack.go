@@ -40,7 +40,7 @@ type Config struct {
 	Secure bool
 	// Store is Push-Manager's: "off", or "embedded", which "" means.
 	Store string
-	// Tracing of Push-Manager; its Service and Instance are Push-Manager's own.
+	// Tracing of all programs; Service and Instance are their own.
 	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
 	Logger *slog.Logger
@@ -118,14 +118,14 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if s.etcd, err = startEtcd(ctx, s.dir, s.temporary, etcdFiles, p.etcd, p.etcdPeer); err != nil {
 		return nil, err
 	}
-	if err := s.startController(ctx, p.controller); err != nil {
+	if err := s.startController(ctx, p.controller, cfg.Tracing); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
 	if err := s.startPushManager(ctx, p, cmp.Or(cfg.Store, "embedded"), cfg.Tracing); err != nil {
 		return nil, fmt.Errorf("push-manager: %w", err)
 	}
 	for i := range cfg.Nodes {
-		if err := s.startNode(ctx, i, p); err != nil {
+		if err := s.startNode(ctx, i, p, cfg.Tracing); err != nil {
 			return nil, fmt.Errorf("%s: %w", nodeID(i), err)
 		}
 	}
@@ -141,7 +141,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	return s, nil
 }
 
-func (s *Stack) startController(ctx context.Context, port int) error {
+func (s *Stack) startController(ctx context.Context, port int, tracing telemetry.TracingConfig) error {
 	var c controller.Config
 	err := cli.Fill(&c, s.secure.controller(map[string]string{
 		"GRPC_PORT": strconv.Itoa(port), "METRICS_PORT": "0", "ETCD_ENDPOINTS": s.etcd.endpoint,
@@ -149,6 +149,7 @@ func (s *Stack) startController(ctx context.Context, port int) error {
 	if err != nil {
 		return err
 	}
+	c.Tracing = tracing
 	s.controller, err = controller.Start(ctx, c, s.log.With("program", "controller"))
 	return err
 }
@@ -173,7 +174,7 @@ func (s *Stack) startPushManager(ctx context.Context, p ports, store string, tra
 	return err
 }
 
-func (s *Stack) startNode(ctx context.Context, i int, p ports) error {
+func (s *Stack) startNode(ctx context.Context, i int, p ports, tracing telemetry.TracingConfig) error {
 	id := nodeID(i)
 	grpcPort, httpPort := p.node(i)
 	var c connectnode.Config
@@ -184,6 +185,7 @@ func (s *Stack) startNode(ctx context.Context, i int, p ports) error {
 	if err != nil {
 		return err
 	}
+	c.Tracing = tracing
 	n, err := connectnode.Start(ctx, c, s.log.With("program", id))
 	if err != nil {
 		return err

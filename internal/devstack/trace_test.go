@@ -86,8 +86,8 @@ func (l *listener) want(t *testing.T, part string) {
 	}
 }
 
-// TestPushToRoomIsOneTrace: the call below its caller, the look-up and one leg per
-// node below the call.
+// TestPushToRoomIsOneTrace: the call below its caller, the look-up and one leg per node below the call, and below
+// them what the Controller and the nodes did.
 func TestPushToRoomIsOneTrace(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -134,7 +134,7 @@ func TestPushToRoomIsOneTrace(t *testing.T) {
 		}
 	}
 	root := byName["pubsub.PushManagerService/PushToRoom"]
-	if root == nil || len(r.spans) != 4 {
+	if root == nil || len(r.spans) != 7 {
 		t.Fatalf("%d spans: %v", len(r.spans), byName)
 	}
 	if hex.EncodeToString(root.GetTraceId()) != traceID || hex.EncodeToString(root.GetParentSpanId()) != caller {
@@ -144,6 +144,17 @@ func TestPushToRoomIsOneTrace(t *testing.T) {
 		span := byName[name]
 		if span == nil || !bytes.Equal(span.GetParentSpanId(), root.GetSpanId()) || !bytes.Equal(span.GetTraceId(), root.GetTraceId()) {
 			t.Errorf("%s: %v", name, span)
+		}
+	}
+	children := map[string]string{}
+	for _, span := range r.spans {
+		children[span.GetName()+" of "+string(span.GetParentSpanId())] = span.GetName()
+	}
+	for name, parent := range map[string]string{
+		"pubsub.ControllerService/GetRoomInfo": "lookup room", "hand over": "deliver connect-node-1", "hand over ": "deliver connect-node-2",
+	} {
+		if children[strings.TrimSpace(name)+" of "+string(byName[parent].GetSpanId())] == "" {
+			t.Errorf("no %s below %s: %v", name, parent, r.spans)
 		}
 	}
 }

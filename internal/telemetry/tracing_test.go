@@ -406,3 +406,27 @@ func TestReceiverThatIsAwayNeitherStopsNorBlocks(t *testing.T) {
 		t.Errorf("took %v", took)
 	}
 }
+
+// TestServedContinuesSampledTracesOnly: a program that is called adds to its caller's trace, and begins none.
+func TestServedContinuesSampledTracesOnly(t *testing.T) {
+	set := metrics.NewSet()
+	tracer, err := NewTracer(t.Context(), TracingConfig{Enabled: true, Endpoint: "127.0.0.1:1", Metrics: set})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, parent := range []string{"", "nonsense", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"} {
+		tracer.Served(parent, "work")(nil)
+	}
+	spans := set.GetOrCreateCounter("push_manager_trace_spans_total")
+	if n := spans.Get(); n != 0 {
+		t.Errorf("%d spans that nobody asked for", n)
+	}
+	tracer.Served("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "work")(nil)
+	if n := spans.Get(); n != 1 {
+		t.Errorf("%d spans, want 1", n)
+	}
+	(*Tracer)(nil).Served("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "work")(nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // nobody receives
+	_ = tracer.Close(ctx)
+}
