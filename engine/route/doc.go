@@ -25,6 +25,22 @@
 //     stays with its answer, the node is believed for so long. The answer serves
 //     meanwhile, for all whom it is right about.
 //
+// # Deltas
+//
+// An answer about a room that has a revision is brought up to date by moves (Directory.Moved),
+// at the next query: a move costs the same in every room, and a query copies the groups that
+// have changed since the last one. It is right, because for each user, room and node
+//
+//   - the answer has every change up to its revision, and moves up to it are passed over;
+//   - every later one comes as a move, in order: those that come while the look-up is under way
+//     wait for its answer, and a change stream that may have missed some begins a new generation;
+//   - a move is a fact. If the answer had it already, because a large room is not read in one
+//     step, it changes nothing in the end, and what it changes meanwhile no report has been
+//     answered for.
+//
+// All else is looked up again: an answer without a revision, one that is older than what had been told
+// before it was asked for, more moves than a look-up costs, a room that nobody is left in.
+//
 // When a look-up fails:
 //
 //   - An answer that may still be true serves as a stale one (Snapshot.Stale), for at

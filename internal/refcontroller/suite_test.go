@@ -8,9 +8,11 @@ import (
 )
 
 func TestMemoryIsAStore(t *testing.T) {
-	storetest.Run(t, func(_ *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store {
+	open := func(_ *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store {
 		s := refcontroller.NewMemory(limit)
 		s.Notify(tell)
 		return s
-	})
+	}
+	storetest.Run(t, open)
+	storetest.RunRoutes(t, open)
 }

@@ -42,7 +42,6 @@ func Run(t *testing.T, open func(t *testing.T, limit int, tell func(refcontrolle
 			test(t, s)
 		})
 	}
-	RunRoutes(t, open)
 	t.Run("a room at its limit takes nobody in", func(t *testing.T) {
 		s := &suite{}
 		s.Store = open(t, 2, s.tell)
@@ -50,7 +49,7 @@ func Run(t *testing.T, open func(t *testing.T, limit int, tell func(refcontrolle
 	})
 }
 
-// RunRoutes is the part of Run about what is told of changes.
+// RunRoutes holds routes that follow what a store tells of its changes against the store.
 func RunRoutes(t *testing.T, open func(t *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store) {
 	for name, test := range map[string]func(*testing.T, *suite){
 		"routes are right that are kept up to date by what is told":    testRoutes,
