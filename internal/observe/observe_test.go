@@ -34,7 +34,7 @@ import (
 
 // notProvoked is what such a run cannot bring about for real, and why. The rule tests (`make alerts`) have all of them.
 var notProvoked = map[string]string{
-	"VersionSkew": "it takes binaries of two releases",
+	"VersionSkew":  "it takes binaries of two releases",
 	"ReceiptsLost": "65,536 receipts, or 16 MiB of them, would have to wait for a store that does not answer: more load than belongs on a shared machine",
 }
 
@@ -103,7 +103,7 @@ func TestEveryAlertFiresAndClears(t *testing.T) {
 	w.phase("the certificate's file is cut off", []fault{{"", []string{"CertificatesNotTakenOver"}, func() { c.write("api.crt", "-----BEGIN CERTIFICATE-----\nAAAA\n") }, func() { c.certify(1000 * time.Hour) }}})
 	w.phase("a node is slow", []fault{{"", []string{"NodeSlow", "NodeHeartbeatSlow", "PushLatencyHigh", "ErrorBudgetBurnsFast", "ErrorBudgetBurnsSlowly", "HighPriorityRefused", "QueueDrops"},
 		func() {
-			c.lanes[2].delay.Store(int64(800 * time.Millisecond))
+			c.lanes[2].delay.Store(int64(600 * time.Millisecond))
 			for range 150 { // all to one user of the slow node
 				load.every(time.Millisecond, func(ctx context.Context, _ int) {
 					ctx = metadata.AppendToOutgoingContext(ctx, "x-priority", "high")
