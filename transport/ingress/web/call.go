@@ -164,9 +164,10 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 // WriteStatus ends reads that wait, and of a stream the writes as well.
 func (c *call) WriteStatus(*status.Status) error {
 	c.ended.Store(true)
-	err := c.control.SetReadDeadline(time.Unix(1, 0))
+	past := time.Now()
+	err := c.control.SetReadDeadline(past)
 	if c.stream {
-		err = errors.Join(err, c.control.SetWriteDeadline(time.Unix(1, 0)))
+		err = errors.Join(err, c.control.SetWriteDeadline(past))
 	}
 	return err
 }

@@ -6,5 +6,7 @@
 // JSON becomes protobuf on the way in, when the call has been let in and there is memory for it, and protobuf becomes
 // JSON on the way out (json.go, short.go).
 //
+// It is for Push-Manager itself: its API changes without notice.
+//
 // Its own are the routes (routes.go), which pages of other origins may call (origin.go), and how errors look (errors.go).
 package web

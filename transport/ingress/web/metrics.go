@@ -1,11 +1,12 @@
 package web
 
 import (
-	"fmt"
 	"sync"
 
 	"connectrpc.com/connect"
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/push-manager/push-manager/internal/label"
 )
 
 // instruments are the metrics of HTTP. What becomes of pushes is counted where they enter.
@@ -30,7 +31,7 @@ func (i *instruments) count(protocol, code string) {
 		if protocol == connect.ProtocolGRPCWeb {
 			protocol = "grpc_web"
 		}
-		c = i.set.GetOrCreateCounter(fmt.Sprintf("push_manager_http_requests_total{protocol=%q,code=%q}", protocol, code))
+		c = i.set.GetOrCreateCounter(label.Name("push_manager_http_requests_total", "protocol", protocol, "code", code))
 		i.made.Store(o, c)
 	}
 	c.(*metrics.Counter).Inc() //nolint:forcetypeassert // Nothing else is in it.
