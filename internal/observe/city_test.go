@@ -199,6 +199,7 @@ type city struct {
 
 	etcd       *etcdtest.Server
 	controller *process
+	lookups    string // the Controller's HOST:PORT
 	nodes      []*process
 	lanes      []*lane
 	http       []string // of the nodes, for clients

@@ -419,7 +419,8 @@ func newCity(t *testing.T, traces *receiver) *city {
 	p := freeport.Take(t, 2)
 	c.controller = c.launch("controller", append([]string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "WARMUP=5s"}, common...), "controller")
 	c.scraped = append(c.scraped, "127.0.0.1:"+p[1])
-	common = append(common, "CONTROLLER_ADDRESS=127.0.0.1:"+p[0])
+	c.lookups = "127.0.0.1:" + p[0]
+	common = append(common, "CONTROLLER_ADDRESS="+c.lookups)
 
 	manager := func(name string, env ...string) (metrics string) {
 		p := freeport.Take(t, 2)

@@ -17,6 +17,7 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -83,6 +84,18 @@ func (r *receiver) fourPrograms(c *city, api pubsub.PushManagerServiceClient) {
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(exporter), sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", "biz-server"))))
 	defer provider.Shutdown(ctx) //nolint:errcheck // the spans are sent at their ends
 	c.joinRoom("traced")
+	conn, err := grpc.NewClient(c.lookups, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer conn.Close() //nolint:errcheck // at the end of the test
+	c.until("the Controller knows all who have joined", func() error {
+		room, err := pubsub.NewControllerServiceClient(conn).GetRoomInfo(ctx, &pubsub.GetRoomInfoRequest{RoomId: "traced"})
+		if n := len(room.GetRoomInfo().GetUsers()); err != nil || n != len(c.http) {
+			return fmt.Errorf("%d users, %w", n, err)
+		}
+		return nil
+	})
 	ctx, root := provider.Tracer("observe").Start(ctx, "announce")
 	sc := root.SpanContext()
 	reply, err := api.PushToRoom(metadata.AppendToOutgoingContext(ctx, "traceparent", fmt.Sprintf("00-%s-%s-01", sc.TraceID(), sc.SpanID())),
