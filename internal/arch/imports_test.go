@@ -52,7 +52,7 @@ var layers = []layer{
 	{dir: "internal/slots"},  // a rule of the protocol, for both of its sides
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine", "internal/remote"}, others: []string{"*"}},
-	{dir: "transport/ingress/web", ours: []string{"docs", "engine", "transport/ingress", "transport/ingress/throttle"}, others: []string{"*"}},
+	{dir: "transport/ingress/web", ours: []string{"docs", "engine", "internal/label", "transport/ingress", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/ids", "internal/label", "internal/plain", "internal/position", "internal/quota", "internal/remote", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{

@@ -54,7 +54,7 @@ func TestRunDrainsWhenItsContextEnds(t *testing.T) {
 	}
 	defer func() { _ = cc.Close() }()
 	b := &bench{server: s, client: pubsub.NewConnectNodeServiceClient(cc)}
-	m := b.mustOpen(t) // a manager that stays
+	m := b.mustOpen(t)          // a manager that stays
 	members.draining = func() { // managers still push to users of whom the Controller has not heard that they leave
 		m.deliver(&pubsub.Delivery{UserIds: []string{"u"}, Content: &pubsub.MessageContent{}})
 		if r, err := m.stream.Recv(); err != nil || r.GetDrain() || len(r.GetAcks()) != 1 || !slices.Equal(r.GetAcks()[0].GetDelivered(), []uint32{1}) {
