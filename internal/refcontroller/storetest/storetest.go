@@ -1,4 +1,3 @@
-// Package storetest is what every refcontroller.Store promises, as tests.
 package storetest
 
 import (

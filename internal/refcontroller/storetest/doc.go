@@ -1,0 +1,2 @@
+// Package storetest is what every refcontroller.Store promises, as tests.
+package storetest
