@@ -178,8 +178,9 @@ func (d *Directory) moved(s *Snapshot, moves []Move) *Snapshot {
 		return nil // whether there still is such a room only the Controller knows
 	}
 	slices.Sort(users)
+	users = slices.Compact(users)
 	var shared []string
-	for _, user := range slices.Compact(users) {
+	for _, user := range users {
 		before, after := holders(s.Groups, user), holders(next.Groups, user)
 		next.Users += min(after, 1) - min(before, 1)
 		if after > 1 {
