@@ -21,7 +21,12 @@ func TestConnectNodeSaysWhichCodecsItAccepts(t *testing.T) {
 		var c Config
 		s := config.New()
 		c.Bind(s)
-		env := func(name string) (string, bool) { return value, name == "COMPRESSION" }
+		env := func(name string) (string, bool) {
+			if name != "COMPRESSION" {
+				return "", false
+			}
+			return value, true
+		}
 		err := s.Load(config.Options{NoFile: true, LookupEnv: env})
 		if err == nil {
 			err = c.Validate(s, env)
