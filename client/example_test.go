@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -63,8 +64,7 @@ func ExampleError() {
 	defer end()
 	server.Reply(clienttest.Refused(codes.PermissionDenied, "PERMISSION_DENIED", 0))
 	_, err := c.Broadcast(context.Background(), client.Text("Hello"))
-	var failed *client.Error
-	if errors.As(err, &failed) {
+	if failed, is := errors.AsType[*client.Error](err); is {
 		fmt.Println(failed.Reason, failed.NotSent, errors.Is(err, client.ErrUnknown))
 	}
 	// Output: PERMISSION_DENIED true false
@@ -147,7 +147,7 @@ func (e *exampleTB) Cleanup(f func()) { e.cleanups = append(e.cleanups, f) }
 func (e *exampleTB) Fatal(all ...any) { panic(fmt.Sprint(all...)) }
 
 func (e *exampleTB) end() {
-	for i := len(e.cleanups) - 1; i >= 0; i-- {
-		e.cleanups[i]()
+	for _, f := range slices.Backward(e.cleanups) {
+		f()
 	}
 }

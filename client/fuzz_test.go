@@ -24,11 +24,11 @@ type raw struct{}
 func (raw) Name() string { return "proto" }
 
 func (raw) Marshal(v any) (mem.BufferSlice, error) {
-	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil //nolint:errcheck,forcetypeassert // ours
+	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil //nolint:forcetypeassert // ours
 }
 
 func (raw) Unmarshal(data mem.BufferSlice, v any) error {
-	*v.(*[]byte) = data.Materialize() //nolint:errcheck,forcetypeassert // ours
+	*v.(*[]byte) = data.Materialize() //nolint:forcetypeassert // ours
 	return nil
 }
 
@@ -55,7 +55,7 @@ func FuzzReplies(f *testing.F) {
 		var got []byte
 		for {
 			if stream.RecvMsg(&got) != nil {
-				return nil
+				return nil //nolint:nilerr // the caller has gone
 			}
 			mu.Lock()
 			b := reply

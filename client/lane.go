@@ -414,7 +414,7 @@ func (l *lane) requeueLocked(all ...*Pending) {
 	if len(all) == 0 {
 		return
 	}
-	l.queue = append(l.queue[:len(l.queue):len(l.queue)], all...)
+	l.queue = append(slices.Clip(l.queue), all...)
 	slices.SortFunc(l.queue, func(a, b *Pending) int { return cmp.Compare(a.id, b.id) })
 	notify(l.wake)
 }

@@ -3,6 +3,7 @@ package client
 import (
 	"fmt"
 	"math"
+	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -59,7 +60,7 @@ func Everybody() Target { return Target{kind: toAll} }
 
 // Except leaves members of a room out. It is for rooms only.
 func (t Target) Except(users ...string) Target {
-	t.except = append(t.except[:len(t.except):len(t.except)], users...)
+	t.except = append(slices.Clip(t.except), users...)
 	return t
 }
 
@@ -74,8 +75,9 @@ func (t Target) String() string {
 		return "room:" + t.id
 	case toAll:
 		return "everybody"
+	default:
+		return "nobody"
 	}
-	return "nobody"
 }
 
 // PushOption says what a push is worth.

@@ -26,10 +26,11 @@ func propagate(ctx context.Context) context.Context {
 	}
 	carrier := propagation.MapCarrier{}
 	propagation.TraceContext{}.Inject(ctx, carrier)
+	var pairs []string
 	for key, value := range carrier {
-		ctx = metadata.AppendToOutgoingContext(ctx, key, value)
+		pairs = append(pairs, key, value)
 	}
-	return ctx
+	return metadata.AppendToOutgoingContext(ctx, pairs...)
 }
 
 func endSpan(span trace.Span, r *Result, err error) {

@@ -530,7 +530,7 @@ func (o *pushed) wrong() error {
 	if o.lost() == 0 && o.heard.Twice == 0 && o.heard.Stray == 0 && o.heard.Ended == 0 && o.failed == 0 {
 		return nil
 	}
-	return fmt.Errorf("%s: %d lost, %d twice, %d to others, %d connections ended, %d pushes failed (%w)", //nolint:errorlint // nil is shown as such
+	return fmt.Errorf("%s: %d lost, %d twice, %d to others, %d connections ended, %d pushes failed (%w)",
 		o.To, o.lost(), o.heard.Twice, o.heard.Stray, o.heard.Ended, o.failed, o.why)
 }
 

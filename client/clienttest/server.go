@@ -295,13 +295,13 @@ func (v service) BroadcastMessage(ctx context.Context, r *pubsub.BroadcastMessag
 func (v service) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
 	drained := v.s.draining()
 	incoming := make(chan *pubsub.PushStreamRequest)
-	ended := make(chan error, 1)
+	ended := make(chan struct{})
 	ctx := stream.Context()
 	go func() { // ends with the call
 		for {
 			r, err := stream.Recv()
 			if err != nil {
-				ended <- err
+				close(ended)
 				return
 			}
 			select {

@@ -332,8 +332,7 @@ func newAnswers() *answers {
 func (o *answers) add(id string, named bool, r *sdk.Result, err error) {
 	what := r.Outcome().String()
 	absent := err == nil && r.Unknown == 0 && r.Delivered == 0
-	var failed *sdk.Error
-	if errors.As(err, &failed) {
+	if failed, is := errors.AsType[*sdk.Error](err); is {
 		what, absent = "error: unknown", failed.NotSent
 		if failed.NotSent {
 			what = "error: not sent " + cmp.Or(failed.Reason, failed.Code.String())

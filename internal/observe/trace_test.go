@@ -82,13 +82,13 @@ func (r *receiver) fourPrograms(c *city, api pubsub.PushManagerServiceClient) {
 		c.t.Fatal(err)
 	}
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(exporter), sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", "biz-server"))))
-	defer provider.Shutdown(ctx) //nolint:errcheck // the spans are sent at their ends
+	defer provider.Shutdown(ctx)
 	c.joinRoom("traced")
 	conn, err := grpc.NewClient(c.lookups, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	defer conn.Close() //nolint:errcheck // at the end of the test
+	defer conn.Close()
 	c.until("the Controller knows all who have joined", func() error {
 		room, err := pubsub.NewControllerServiceClient(conn).GetRoomInfo(ctx, &pubsub.GetRoomInfoRequest{RoomId: "traced"})
 		if n := len(room.GetRoomInfo().GetUsers()); err != nil || n != len(c.http) {
@@ -121,19 +121,19 @@ func (r *receiver) fourPrograms(c *city, api pubsub.PushManagerServiceClient) {
 	if !slices.Equal(services, want) {
 		c.t.Errorf("the trace names %v, want %v", services, want)
 	}
-	var print func(parent string, depth int)
+	var show func(parent string, depth int)
 	var lines strings.Builder
 	shown := 0
-	print = func(parent string, depth int) {
+	show = func(parent string, depth int) {
 		for _, s := range got {
 			if s.parent == parent {
 				shown++
 				fmt.Fprintf(&lines, "\n%s%-13s %s", strings.Repeat("  ", depth+1), s.service, s.name)
-				print(s.id, depth+1)
+				show(s.id, depth+1)
 			}
 		}
 	}
-	print("", 0)
+	show("", 0)
 	c.t.Logf("one trace:%s", lines.String())
 	if shown != len(got) {
 		c.t.Errorf("%d of %d spans hang together: %v", shown, len(got), got)

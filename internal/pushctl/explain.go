@@ -152,13 +152,13 @@ func (t *terminal) explanation(what string, x *pubsub.ExplainResponse) string {
 
 	if len(x.GetDeliveries()) > 0 {
 		table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "  NODE\tUSERS\tVERDICT\tLINK\tQUEUED\tUNACKED\t")
+		_, _ = fmt.Fprintln(table, "  NODE\tUSERS\tVERDICT\tLINK\tQUEUED\tUNACKED\t")
 		for _, d := range x.GetDeliveries() {
 			users := "all"
 			if d.GetUsers() > 0 {
 				users = strconv.Itoa(int(d.GetUsers()))
 			}
-			fmt.Fprintf(table, "  %s\t%s\t%s\t%s\t%s\t%s\t%s\n", clean(d.GetNodeId()), users, clean(d.GetVerdict()), clean(d.GetLinkState()),
+			_, _ = fmt.Fprintf(table, "  %s\t%s\t%s\t%s\t%s\t%s\t%s\n", clean(d.GetNodeId()), users, clean(d.GetVerdict()), clean(d.GetLinkState()),
 				waiting(d.GetQueued(), 0, d.GetQueuedMs()), waiting(d.GetUnacked(), d.GetWindow(), d.GetUnackedMs()), someOf(d.GetUserIds(), d.GetUsers()))
 		}
 		_ = table.Flush() // into memory

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/plain"
@@ -146,13 +144,13 @@ func (s *Server) explainCaller(info *callInfo, a api, p *engine.Push) *pubsub.Ex
 		for _, b := range []*budget{acc.budget, acc.tenantBudget} {
 			if b != nil {
 				rate = min(rate, b.left(time.Now()))
-				out.RateLeft = proto.Int32(count(rate))
+				out.RateLeft = new(count(rate))
 			}
 		}
 		for _, q := range []*quota.Quota{acc.quota, acc.tenantQuota} {
 			if q != nil {
 				day = min(day, q.Left())
-				out.QuotaLeft = proto.Int64(day)
+				out.QuotaLeft = new(day)
 			}
 		}
 	}

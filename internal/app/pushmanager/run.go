@@ -108,28 +108,14 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	}
 	cfg.Ingress.Engine, cfg.Ingress.Trace = m.engine, m.tracer.TraceFunc()
 	m.life.Insecure(log, set, cfg.insecure)
-	if cfg.TLS.On() {
-		source, err := m.life.Certificates(cfg.TLS.Certificates)
-		if err != nil {
-			return nil, err
-		}
-		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
-		cfg.Web.TLS = source.ServerConfig(cfg.TLS.side(), "h2", "http/1.1")
-	}
 	if cfg.Auth.on() {
 		cfg.Ingress.Quotas = m.startQuotas(cfg)
 		if cfg.Ingress.Auth, err = cfg.Auth.open(&m.life, cfg.TLS.ReloadInterval, log, set, cfg.Ingress.Quotas, m.audit); err != nil {
 			return nil, err
 		}
 	}
-	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
+	if err = m.newAPI(&cfg); err != nil {
 		return nil, err
-	}
-	if m.web != nil {
-		cfg.Web.Ingress = m.ingress
-		if m.webServer, err = web.New(cfg.Web); err != nil {
-			return nil, err
-		}
 	}
 	m.ingress.SetServing(false) // until etcd has said which nodes there are
 	m.ingress.SetHealthy(false) // until health has had a look
@@ -147,6 +133,27 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	m.serve() // at last: a start that fails has served nobody, and need not tell anybody that it stops
 	log.Info("push-manager runs", "id", cfg.ManagerID, "grpc", m.GRPCAddr(), "http", m.HTTPAddr(), "push_api_http", m.WebAddr(), "shards", m.shards.Len())
 	return m, nil
+}
+
+// newAPI makes the push API, over gRPC and over HTTP, with the same certificates.
+func (m *PushManager) newAPI(cfg *Config) (err error) {
+	if cfg.TLS.On() {
+		source, err := m.life.Certificates(cfg.TLS.Certificates)
+		if err != nil {
+			return err
+		}
+		cfg.Ingress.Credentials = source.Server(cfg.TLS.side())
+		cfg.Web.TLS = source.ServerConfig(cfg.TLS.side(), "h2", "http/1.1")
+	}
+	if m.ingress, err = ingress.New(cfg.Ingress); err != nil {
+		return err
+	}
+	if m.web == nil {
+		return nil
+	}
+	cfg.Web.Ingress = m.ingress
+	m.webServer, err = web.New(cfg.Web)
+	return err
 }
 
 // secureLinks gives the links their credentials, where they have TLS.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -20,9 +21,7 @@ import (
 func webAt(t *testing.T, env map[string]string) (*PushManager, string) {
 	t.Helper()
 	all := map[string]string{"HTTP_PORT": freeport.Take(t, 1)[0], "ETCD_ENDPOINTS": etcdtest.Start(t).Endpoint(), "CONTROLLER_ADDRESS": serveGRPC(t, "127.0.0.1:0", controllerServer())}
-	for k, v := range env {
-		all[k] = v
-	}
+	maps.Copy(all, env)
 	m := startPushManager(t, all)
 	eventually(t, "pushes can be routed", m.ingress.Serving)
 	return m, "http://" + m.WebAddr()
@@ -125,7 +124,7 @@ func TestADrainEndsPushStreamsOverHTTP(t *testing.T) {
 		t.Errorf("the stream ended with %v", err)
 	}
 	_ = s.CloseResponse()                                      // it has ended
-	if _, err := http.Get(url + "/openapi.yaml"); err == nil { //nolint:noctx,bodyclose // there is nobody
+	if _, err := http.Get(url + "/openapi.yaml"); err == nil { // there is nobody
 		t.Error("somebody still listens")
 	}
 }

@@ -207,7 +207,7 @@ func (h history) possible(q *query, place [2]string, in bool) bool {
 
 // testRoutes holds routes that are kept up to date by what a store tells against the store, in random
 // interleavings of changes, of what is told of them, and of look-ups.
-func testRoutes(t *testing.T, s *suite) {
+func testRoutes(t *testing.T, s *suite) { //nolint:revive // one loop over the actions that there are
 	f := newFeed(t, s)
 	rapid.Check(t, func(rt *rapid.T) {
 		w := newWorld()

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -153,7 +154,7 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 	var one [1]byte
 	switch _, err := io.ReadFull(c.body, one[:]); {
 	case err == nil:
-		b = append(b, one[0]) // a byte more than there may be says so
+		b = append(b, one[0]) //nolint:makezero // a byte more than there may be says so
 	case !errors.Is(err, io.EOF):
 		return nil, c.failed(err)
 	}
@@ -260,7 +261,7 @@ func header(h http.Header) metadata.MD {
 		}
 	}
 	for _, key := range h["X-Api-Key"] { // two credentials are one too many, as two of a kind are
-		md["authorization"] = append(md["authorization"][:len(md["authorization"]):len(md["authorization"])], "Bearer "+key)
+		md["authorization"] = append(slices.Clip(md["authorization"]), "Bearer "+key)
 	}
 	return md
 }

@@ -20,7 +20,7 @@ const lastBytes = 256
 // depth is how deep JSON may nest. Requests nest four levels.
 const depth = 32
 
-var (
+var ( //nolint:gochecknoglobals // constants
 	fromJSON = protojson.UnmarshalOptions{RecursionLimit: depth} // a field that is not known is an error
 	toJSON   = protojson.MarshalOptions{}
 )

@@ -28,7 +28,7 @@ type ShortPath struct {
 }
 
 // The paths, and what of the request's own fields each takes.
-var shorts = []ShortPath{
+var shorts = []ShortPath{ //nolint:gochecknoglobals // a constant
 	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
 	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
 	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
@@ -138,7 +138,7 @@ func members(b []byte) ([]member, error) {
 		if err != nil {
 			return nil, notObject(err)
 		}
-		f := member{name: name.(string)} //nolint:forcetypeassert,errcheck // it is, or there was an error
+		f := member{name: name.(string)} //nolint:forcetypeassert // it is, or there was an error
 		if slices.ContainsFunc(all, func(o member) bool { return o.name == f.name }) {
 			return nil, invalid(f.name, "stands there twice")
 		}
