@@ -29,9 +29,10 @@ import (
 type nameServer struct {
 	conn net.PacketConn
 
+	asked atomic.Int64 // for addresses
+
 	mu    sync.Mutex
 	hosts [][4]byte
-	asked int // for addresses
 }
 
 const nameOfAll = "push-manager.test."
@@ -77,7 +78,7 @@ func (s *nameServer) answer(query []byte) []byte {
 	}
 	if question.Type == dnsmessage.TypeA && question.Name.String() == nameOfAll {
 		s.mu.Lock()
-		s.asked++
+		s.asked.Add(1)
 		for _, host := range s.hosts {
 			reply.Answers = append(reply.Answers, dnsmessage.Resource{
 				Header: dnsmessage.ResourceHeader{Name: question.Name, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
@@ -207,7 +208,7 @@ func TestCallersByDNSUseANewInstance(t *testing.T) {
 	if int64(len(count)) != sent.Load() {
 		t.Errorf("%d different pushes came, of %d", len(count), sent.Load())
 	}
-	t.Logf("%d pushed and %d came; %d sent once more, on %d PushStreams; DNS was asked %d times", sent.Load(), len(got), again.Load(), streams.Load(), names.asked)
+	t.Logf("%d pushed and %d came; %d sent once more, on %d PushStreams; DNS was asked %d times", sent.Load(), len(got), again.Load(), streams.Load(), names.asked.Load())
 }
 
 // every does something at most so often, until stop.

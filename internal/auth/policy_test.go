@@ -2,6 +2,7 @@ package auth
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -292,7 +293,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 				if method == "PushToRoom" {
 					patterns = w.rooms
 				}
-				if named && (method == "BroadcastMessage" || method == "WatchReceipts") {
+				if named && slices.Contains([]string{"BroadcastMessage", "WatchReceipts", "Explain"}, method) {
 					return true
 				}
 				for _, p := range patterns {
