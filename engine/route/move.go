@@ -125,10 +125,15 @@ func (t *Table) applyLocked(l *line, s *Snapshot, revision uint64) (*Snapshot, b
 			return now, true
 		}
 	}
-	l.next = append(slices.Clone(l.waiters[l.before:]), l.next...)
-	l.waiters = l.waiters[:l.before:l.before]
+	l.behind()
 	l.dirty, l.announced = true, true
 	return s, false
+}
+
+// behind has who has come since the first of moves wait for the next look-up.
+func (l *line) behind() {
+	l.next = append(slices.Clone(l.waiters[l.before:]), l.next...)
+	l.waiters = l.waiters[:l.before:l.before]
 }
 
 // moved is s after moves, s itself if nothing is different, and nil if that cannot be told. It

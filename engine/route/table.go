@@ -566,6 +566,10 @@ func (t *Table) invalidateAll() {
 		ln := &t.lanes[i]
 		ln.mu.Lock()
 		for _, l := range ln.lines {
+			if len(l.moves) > 0 { // of another store, perhaps: they are not for this answer
+				l.behind()
+				l.moves, l.announced = nil, true
+			}
 			l.dirty = true
 		}
 		ln.mu.Unlock()

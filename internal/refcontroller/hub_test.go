@@ -92,3 +92,50 @@ func TestWhoHasLeftIsNotTold(t *testing.T) {
 		t.Fatal("told")
 	}
 }
+
+func TestPendingMovesAreTheLastOfEachPlace(t *testing.T) {
+	h := newHub(10)
+	deltas, names := h.join(0, true), h.join(0, false)
+	for i, m := range []Move{
+		{Room: "r", User: "u", Node: "n"}, {Room: "r", User: "u", Node: "m"}, {Room: "r", User: "u", Node: "n", Left: true}, {Room: "s", User: "u", Node: "n"},
+	} {
+		h.tell(Change{Moves: []Move{m}, Revision: uint64(i + 1)})
+	}
+	got := map[string]bool{}
+	frames := deltas.take()
+	for _, d := range frames[0].GetDeltas() {
+		got[fmt.Sprint(d.GetRoomId(), d.GetUserId(), d.GetNodeId(), d.GetLeft(), d.GetRevision())] = true
+	}
+	if len(frames) != 1 || len(got) != 3 || !got[fmt.Sprint("r", "u", "n", true, 3)] || !got[fmt.Sprint("r", "u", "m", false, 2)] || !got[fmt.Sprint("s", "u", "n", false, 4)] {
+		t.Errorf("got %v", frames)
+	}
+	if len(frames[0].GetRoomIds())+len(frames[0].GetUserIds()) > 0 {
+		t.Errorf("moves are named, too: %v", frames)
+	}
+	if frames := names.take(); len(frames) != 1 || len(frames[0].GetDeltas()) > 0 || len(frames[0].GetRoomIds()) != 2 || !slices.Equal(frames[0].GetUserIds(), []string{"u"}) {
+		t.Errorf("who takes no deltas got %v", frames)
+	}
+}
+
+func TestTooManyMovesBecomeAll(t *testing.T) {
+	h := newHub(10)
+	w := h.join(0, true)
+	move := func(i int) Change {
+		return Change{Moves: []Move{{Room: "r", User: fmt.Sprint(i), Node: "n"}}, Revision: uint64(i)}
+	}
+	for i := range 12 {
+		h.tell(move(i + 1))
+	}
+	if frames := w.take(); len(frames) != 1 || !frames[0].GetAll() || len(frames[0].GetDeltas()) > 0 {
+		t.Fatalf("got %v", frames)
+	}
+	h.tell(move(20))
+	if frames := w.take(); len(frames) != 1 || frames[0].GetAll() || len(frames[0].GetDeltas()) != 1 || frames[0].GetDeltas()[0].GetRevision() != 20 {
+		t.Fatalf("after that: %v", frames)
+	}
+	h.tell(move(21))
+	h.tell(Change{All: true})
+	if frames := w.take(); len(frames) != 1 || !frames[0].GetAll() || len(frames[0].GetDeltas()) > 0 {
+		t.Fatalf("with All: %v", frames)
+	}
+}

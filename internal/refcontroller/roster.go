@@ -127,7 +127,7 @@ func newRoster(cfg Config) (*roster, error) {
 // find begins anew with the store that there is now.
 func (r *roster) find(id string) {
 	w := &warmth{store: id, warm: make(chan struct{}), cold: make(chan struct{})}
-	if r.warmup == 0 {
+	if r.warmup == 0 && (r.shared == nil || id != "") { // One that has not been reached cannot be believed.
 		close(w.warm)
 	}
 	if before := r.warmth.Swap(w); before != nil {

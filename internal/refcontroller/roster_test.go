@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -576,5 +577,54 @@ func BenchmarkSetSlots(b *testing.B) {
 				b.Fatal(err)
 			}
 		}
+	}
+}
+
+// found is a shared store that is reached only later.
+type found struct {
+	Shared
+
+	id atomic.Pointer[string]
+}
+
+func (f *found) ID() string { return *f.id.Load() }
+
+// A change stream of a store that has not been reached would be ended at once, and whoever follows would
+// take the next one for that of a Controller that has lost everything.
+func TestStoreThatHasNotBeenReachedIsNotBelieved(t *testing.T) {
+	var none, here = "", "here"
+	store := &found{}
+	store.id.Store(&none)
+	r, err := newRoster(Config{Store: store}.withDefaults())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.believed() == nil {
+		t.Error("it is believed")
+	}
+	s := &service{store: store, roster: r, draining: make(chan struct{})}
+	type answer struct {
+		of  *warmth
+		err error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		w, err := s.warm(t.Context())
+		answers <- answer{w, err}
+	}()
+	select {
+	case a := <-answers:
+		t.Fatalf("nobody waited for it: %v, %v", a.of, a.err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	store.id.Store(&here)
+	r.find(here)
+	select {
+	case a := <-answers:
+		if a.err != nil || a.of.store != here {
+			t.Errorf("%v, %v", a.of, a.err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("who waits is not told that there is a store")
 	}
 }

@@ -126,7 +126,7 @@ func (s *service) LeaveRoom(ctx context.Context, in *pubsub.LeaveRoomRequest) (*
 // them, and the warm-up waits for that.
 func (s *service) answerable(ctx context.Context, by Reporter, doing string) error {
 	if by.Seq != 0 {
-		if err := s.warm(ctx); err != nil {
+		if _, err := s.warm(ctx); err != nil {
 			return err
 		}
 	}
@@ -351,24 +351,25 @@ func (s *service) GetRoomStats(ctx context.Context, _ *pubsub.GetRoomStatsReques
 	return &pubsub.GetRoomStatsResponse{TotalRooms: int32(len(rooms)), TotalUsers: int32(users), Rooms: rooms}, nil
 }
 
-// warm waits until look-ups are answered. A change stream does: who is in sync forgets the
-// routes it has, and not before there are better ones. A report does: see answerable.
-func (s *service) warm(ctx context.Context) error {
+// warm waits until look-ups are answered, and returns of which store. A change stream does: who is
+// in sync forgets the routes it has, and not before there are better ones. A report does: see answerable.
+func (s *service) warm(ctx context.Context) (*warmth, error) {
 	for {
 		w := s.roster.warmth.Load()
-		next := w.warm
+		warm := w.warm
 		if w.isWarm() {
 			if w.store == s.store.ID() {
-				return nil
+				return w, nil
 			}
-			next = w.cold
+			warm = nil
 		}
 		select {
-		case <-next:
+		case <-warm:
+		case <-w.cold: // Another one has taken its place, and this one never gets warm.
 		case <-s.draining:
-			return status.Error(codes.Unavailable, "the controller is going")
+			return nil, status.Error(codes.Unavailable, "the controller is going")
 		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
+			return nil, status.FromContextError(ctx.Err()).Err()
 		}
 	}
 }
@@ -377,13 +378,13 @@ var errCold = status.Error(codes.Unavailable, "the controller's store was lost: 
 
 // WatchRoutes implements ControllerService.
 func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {
-	if err := s.warm(stream.Context()); err != nil {
+	warmth, err := s.warm(stream.Context())
+	if err != nil {
 		return err
 	}
-	cold := s.roster.warmth.Load().cold
 	w := s.hub.join(0, false)
 	defer s.hub.leave(w)
-	if err := s.vouch(stream.Context(), 0); err != nil {
+	if err := s.vouch(stream.Context(), warmth, 0); err != nil {
 		return err
 	}
 	if err := stream.Send(&pubsub.WatchRoutesResponse{Synced: true}); err != nil {
@@ -393,7 +394,7 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 		select {
 		case <-s.draining:
 			return status.Error(codes.Unavailable, "the controller is going")
-		case <-cold:
+		case <-warmth.cold:
 			return errCold
 		case <-stream.Context().Done():
 			return status.FromContextError(stream.Context().Err()).Err()
@@ -407,15 +408,22 @@ func (s *service) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerSt
 	}
 }
 
-// vouch has the other Controllers know that somebody here trusts what is answered.
-func (s *service) vouch(ctx context.Context, leaseMs uint32) error {
+// vouch has the other Controllers know that somebody here trusts what is answered of a store. It
+// fails if that has been lost meanwhile: a caller that was in sync for a moment would take the next
+// stream for that of a Controller that has just started, and not believe its answers at first.
+func (s *service) vouch(ctx context.Context, of *warmth, leaseMs uint32) error {
 	if s.shared == nil {
 		return nil
 	}
 	if err := s.shared.Vouch(ctx, time.Duration(leaseMs)*time.Millisecond); err != nil {
 		return storeError("watch", err)
 	}
-	return nil
+	select {
+	case <-of.cold:
+		return errCold
+	default:
+		return nil
+	}
 }
 
 // FollowRoutes implements ControllerService.
@@ -427,14 +435,13 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 	if ms := first.GetLeaseMs(); ms == 0 || ms > maxLeaseMs {
 		return invalid("lease_ms", fmt.Sprintf("is %d, and has to be 1 to %d", ms, maxLeaseMs))
 	}
-	if err := s.warm(stream.Context()); err != nil {
+	warmth, err := s.warm(stream.Context())
+	if err != nil {
 		return err
 	}
-	warmth := s.roster.warmth.Load()
-	cold := warmth.cold
 	w := s.hub.join(time.Duration(first.GetLeaseMs())*time.Millisecond, first.GetDeltas())
 	defer s.hub.leave(w)
-	if err := s.vouch(stream.Context(), first.GetLeaseMs()); err != nil {
+	if err := s.vouch(stream.Context(), warmth, first.GetLeaseMs()); err != nil {
 		return err
 	}
 	// The stream's end, which this method's return is at the latest, ends the reader.
@@ -451,7 +458,7 @@ func (s *service) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRout
 		select {
 		case <-s.draining:
 			return status.Error(codes.Unavailable, "the controller is going")
-		case <-cold:
+		case <-warmth.cold:
 			return errCold
 		case err := <-ended:
 			return err

@@ -20,6 +20,9 @@ type following = grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.Fol
 // marks unless it is told not to, and sends what the test wants.
 type follower struct {
 	send chan *pubsub.FollowRoutesResponse // nil ends the stream
+	// Static. What it says that it is a Controller of.
+	store string
+
 	mu   sync.Mutex
 	deaf bool // sends no marks back, and keeps the last one
 	mark uint64
@@ -53,7 +56,7 @@ func (f *follower) follow(stream following) error {
 			f.mu.Unlock()
 		}
 	}()
-	err := stream.Send(&pubsub.FollowRoutesResponse{Changes: &pubsub.WatchRoutesResponse{Synced: true}})
+	err := stream.Send(&pubsub.FollowRoutesResponse{Changes: &pubsub.WatchRoutesResponse{Synced: true, StoreId: f.store}})
 	for err == nil {
 		select {
 		case <-stream.Context().Done():

@@ -75,8 +75,8 @@ func (s *script) FollowRoutes(stream grpc.BidiStreamingServer[pubsub.FollowRoute
 	if s.follow == nil {
 		return errNone
 	}
-	if first, err := stream.Recv(); err != nil || first.GetLeaseMs() != 3000 {
-		return status.Errorf(codes.InvalidArgument, "lease_ms is %d (%v)", first.GetLeaseMs(), err)
+	if first, err := stream.Recv(); err != nil || first.GetLeaseMs() != 3000 || !first.GetDeltas() {
+		return status.Errorf(codes.InvalidArgument, "lease_ms is %d, deltas %v (%v)", first.GetLeaseMs(), first.GetDeltas(), err)
 	}
 	return s.follow(stream)
 }

@@ -233,16 +233,18 @@ func (w *watch) apply(msg *pubsub.FollowRoutesResponse) error {
 	return nil
 }
 
-// moves are the deltas that can be applied. Of the others the rooms and users are forgotten.
+// moves are the deltas that can be applied. Of the others the rooms and users are forgotten:
+// whether a route has one without a revision cannot be told.
 func (w *watch) moves(deltas []*pubsub.MemberDelta) []route.Move {
 	moves := make([]route.Move, 0, len(deltas))
 	for _, d := range deltas {
 		if ids.Check(d.GetUserId(), ids.MaxScopedBytes) != nil || ids.Check(d.GetNodeId(), ids.MaxBytes) != nil {
 			w.c.m.badIDs.Inc()
-			w.changes.Invalidate([]string{d.GetRoomId()}, []string{d.GetUserId()})
+		} else if d.GetRevision() != 0 {
+			moves = append(moves, route.Move{Room: d.GetRoomId(), User: d.GetUserId(), Node: d.GetNodeId(), Left: d.GetLeft(), Revision: d.GetRevision()})
 			continue
 		}
-		moves = append(moves, route.Move{Room: d.GetRoomId(), User: d.GetUserId(), Node: d.GetNodeId(), Left: d.GetLeft(), Revision: d.GetRevision()})
+		w.changes.Invalidate([]string{d.GetRoomId()}, []string{d.GetUserId()})
 	}
 	return moves
 }

@@ -161,23 +161,22 @@ func (s *Store) open(ctx context.Context) error {
 	if r.err != nil {
 		return r.err
 	}
-	if before := s.identity.Load(); before != nil && *before != *found {
+	before := s.identity.Load()
+	if err := s.jump(ctx, found); err != nil {
+		return err
+	}
+	if before != nil && *before != *found {
 		s.m.losses.Inc()
 		s.log.Warn("redis has been emptied, restarted or replaced: the nodes are asked again", "store", found.id, "run", found.run)
 	}
-	s.identity.Store(found)
-	s.move(func() { s.at, s.change, s.settled, s.others = 0, 0, 0, map[string]uint64{} })
-	if err := s.jump(ctx); err != nil {
-		s.identity.Store(nil)
-		return err
-	}
-	s.tell(refcontroller.Change{})
 	return nil
 }
 
-// jump goes on at the end of the stream.
-func (s *Store) jump(ctx context.Context) error {
-	r, err := s.do(ctx, "renew", s.me, s.lease.Load(), 0, "0")
+// jump goes on at the end of the stream of a store. What was changed up to there is told as All,
+// and before a report may find that it has been told: of a store that nobody has seen yet that is
+// not needed, since no report to it is under way here.
+func (s *Store) jump(ctx context.Context, to *identity) error {
+	r, err := s.doAt(ctx, to, "renew", s.me, s.lease.Load(), 0, "0")
 	if err != nil {
 		return err
 	}
@@ -194,8 +193,14 @@ func (s *Store) jump(ctx context.Context) error {
 	if err := errors.Join(r.err, list.err); err != nil {
 		return err
 	}
+	before := s.identity.Load()
+	s.tell(refcontroller.Change{All: before != nil})
 	s.move(func() {
+		if before == nil || *before != *to {
+			s.settled = 0
+		}
 		s.at, s.change, s.settled, s.others = n, change, max(s.settled, through), others
+		s.identity.Store(to) // A report to it waits for what comes after n.
 	})
 	return nil
 }
@@ -227,11 +232,7 @@ func (s *Store) readSome(ctx context.Context) error {
 			}
 			if n != at { // The stream is bounded, and has lost what stood between.
 				s.m.gaps.Inc()
-				if err := s.jump(ctx); err != nil {
-					return err
-				}
-				s.tell(refcontroller.Change{All: true})
-				return nil
+				return s.jump(ctx, s.identity.Load())
 			}
 			s.take(n, entry.Values)
 		}
