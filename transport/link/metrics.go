@@ -165,6 +165,7 @@ const (
 	nodeQueueBytes  = "push_manager_node_queue_bytes"
 	nodeQueueAge    = "push_manager_node_queue_age_seconds"
 	nodeStalled     = "push_manager_node_stalled_links"
+	nodeStalls      = "push_manager_node_stalls_total"
 	nodeBreaks      = "push_manager_node_breaks_total"
 	nodeAcks        = "push_manager_link_ack_seconds"
 	nodeBeats       = "push_manager_link_heartbeat_seconds"
@@ -203,6 +204,11 @@ func (m *meters) ackSeconds(node string) *metrics.PrometheusHistogram {
 		[]float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
 }
 
+// nodeStalls counts the stalls of the links to a node. They end within seconds, so a scrape rarely meets one.
+func (m *meters) nodeStalls(node string) *metrics.Counter {
+	return m.set.GetOrCreateCounter(ofNode(nodeStalls, node))
+}
+
 // breaks counts the links to a node that were up and ended, unless it drained.
 func (m *meters) breaks(node string) *metrics.Counter {
 	return m.set.GetOrCreateCounter(ofNode(nodeBreaks, node))
@@ -227,7 +233,7 @@ func (m *meters) forget(node string) {
 		m.set.UnregisterMetric(name)
 	}
 	delete(m.wrong, node)
-	for _, name := range []string{nodeConnections, nodeQueueBytes, nodeQueueAge, nodeStalled, nodeBreaks, nodeAcks, nodeBeats} {
+	for _, name := range []string{nodeConnections, nodeQueueBytes, nodeQueueAge, nodeStalled, nodeStalls, nodeBreaks, nodeAcks, nodeBeats} {
 		m.set.UnregisterMetric(ofNode(name, node))
 	}
 }

@@ -80,10 +80,11 @@ func TestEachNodeShowsHowLongItTakesToAcknowledge(t *testing.T) {
 		late = 1800 * time.Millisecond
 		w.begin(w.toUser("ua", "2"))
 		time.Sleep(1500 * time.Millisecond)
-		shows(`push_manager_node_stalled_links{node_id="A"} 1`, `push_manager_link_ack_seconds_count{node_id="A"} 1`)
+		shows(`push_manager_node_stalled_links{node_id="A"} 1`, `push_manager_node_stalls_total{node_id="A"} 1`, `push_manager_link_ack_seconds_count{node_id="A"} 1`)
 		time.Sleep(time.Second)
 		shows(`push_manager_node_stalled_links{node_id="A"} 0`,
 			`push_manager_link_ack_seconds_bucket{node_id="A",le="1"} 1`, `push_manager_link_ack_seconds_bucket{node_id="A",le="2.5"} 2`,
+			`push_manager_node_stalls_total{node_id="A"} 1`, `push_manager_node_stalls_total{node_id="B"} 0`,
 			`push_manager_node_breaks_total{node_id="A"} 0`)
 
 		a.kill()

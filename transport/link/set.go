@@ -209,7 +209,8 @@ func (s *Set) Update(nodes []Node) error {
 			continue
 		}
 		fresh := newNode(s, n)
-		fresh.beats, fresh.acks, fresh.breaks = s.meters.beats(n.ID), s.meters.ackSeconds(n.ID), s.meters.breaks(n.ID)
+		fresh.beats, fresh.acks = s.meters.beats(n.ID), s.meters.ackSeconds(n.ID)
+		fresh.stalls, fresh.breaks = s.meters.nodeStalls(n.ID), s.meters.breaks(n.ID)
 		started = append(started, fresh)
 		next = append(next, fresh)
 	}
@@ -467,6 +468,7 @@ type node struct {
 	lines    *rate.Limiter // of the log, see say
 	beats    *metrics.PrometheusHistogram
 	acks     *metrics.PrometheusHistogram
+	stalls   *metrics.Counter
 	breaks   *metrics.Counter
 
 	live atomic.Int64 // links that are up

@@ -668,6 +668,7 @@ func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
 		s.win.narrow()
 		l.refreshLocked()
 		m.stalls.Inc()
+		l.node.stalls.Inc()
 	}
 	if l.stalled {
 		out.stalled = l.queue.popAll(out.stalled)

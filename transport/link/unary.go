@@ -322,6 +322,7 @@ func (c *calls) stall() {
 	if l.way == c {
 		if !l.stalled {
 			l.set.meters.stalls.Inc()
+			l.node.stalls.Inc()
 		}
 		l.stalled = true
 		c.retryAt = l.set.clock.ran.Load() + int64(l.set.cfg.AckTimeout)

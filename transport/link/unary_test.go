@@ -240,6 +240,9 @@ func TestUnaryNodeThatHangsIsStalledForAWhile(t *testing.T) {
 		if r := w.do(w.toUser("u1", "3")); reasons(r) != "failed: node does not acknowledge" {
 			t.Errorf("stalled: %+v", r)
 		}
+		if n := w.set.meters.nodeStalls("A").Get(); n != 1 {
+			t.Errorf("%d stalls of the node", n)
+		}
 		hang.Store(false)
 		time.Sleep(1100 * time.Millisecond)
 		if r := w.do(w.toUser("u1", "4")); r.Delivered != 1 {
