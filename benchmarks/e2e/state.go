@@ -172,5 +172,5 @@ func (s *Server) forgotten(ctx context.Context, before float64) error {
 
 func (s *Server) changes(ctx context.Context) (float64, error) {
 	m, err := s.metrics(ctx)
-	return m["push_manager_controller_changes_total"], err
+	return m["push_manager_controller_changes_total"] + m["push_manager_controller_deltas_total"], err
 }
