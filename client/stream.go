@@ -144,13 +144,13 @@ func (s *Stream) Send(ctx context.Context, to Target, m Message, options ...Push
 	if !ok {
 		deadline = time.Now().Add(s.c.cfg.timeout + time.Second)
 	}
-	_, span := s.c.cfg.tracer.Start(ctx, to.kind.method(), trace.WithSpanKind(trace.SpanKindClient))
+	_, span := s.c.cfg.tracer.Start(ctx, to.kind.method(), trace.WithSpanKind(trace.SpanKindClient)) //nolint:spancheck // ended with the push
 	p := &Pending{target: to, body: body, weight: weight, deadline: deadline, span: span, done: make(chan struct{}), tries: s.c.newTries(to, o.MessageID)}
 	if !l.enqueue(p) {
 		l.room.Release(weight)
 		closed := &Error{Code: codes.Canceled, Message: ErrClosed.Error(), NotSent: true, cause: ErrClosed}
 		endSpan(span, nil, closed)
-		return nil, closed
+		return nil, closed //nolint:spancheck // endSpan has
 	}
 	return p, nil
 }

@@ -43,13 +43,6 @@ func send(t *testing.T, s *client.Stream, to client.Target, text string, options
 	return p
 }
 
-func texts(pushes []clienttest.Push) (all []string) {
-	for _, p := range pushes {
-		all = append(all, string(p.Message.Data))
-	}
-	return all
-}
-
 // TestAKeyKeepsItsOrder whatever is refused, cut and drained: of the pushes that are taken for a user, none comes behind a later one. Refusals and
 // cuts are not mixed: a refusal that is lost in a cut is the exception that Stream names.
 func TestAKeyKeepsItsOrder(t *testing.T) {

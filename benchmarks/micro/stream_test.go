@@ -41,8 +41,14 @@ func BenchmarkClientStream(b *testing.B) {
 	rounds := []struct {
 		name string
 		push func(context.Context, testing.TB, *client.Client)
-	}{{"raw", func(ctx context.Context, tb testing.TB, c *client.Client) { pushRaw(ctx, tb, c.Conn(), 1) }},
-		{"rawbatched", func(ctx context.Context, tb testing.TB, c *client.Client) { pushRaw(ctx, tb, c.Conn(), streamBatch) }},
+	}{{"raw", func(ctx context.Context, tb testing.TB, c *client.Client) {
+		tb.Helper()
+		pushRaw(ctx, tb, c.Conn(), 1)
+	}},
+		{"rawbatched", func(ctx context.Context, tb testing.TB, c *client.Client) {
+			tb.Helper()
+			pushRaw(ctx, tb, c.Conn(), streamBatch)
+		}},
 		{"stream", pushStreamed}}
 	for _, round := range rounds {
 		round.push(ctx, b, c) // routes are cached, memory is warm
@@ -138,6 +144,7 @@ var notDelivered atomic.Int64
 
 // pushRaw is a round over the generated code, with so many pushes in a message.
 func pushRaw(ctx context.Context, tb testing.TB, conn *grpc.ClientConn, batch int) {
+	tb.Helper()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := pubsub.NewPushManagerServiceClient(conn).PushStream(ctx)
@@ -190,6 +197,7 @@ func pushRaw(ctx context.Context, tb testing.TB, conn *grpc.ClientConn, batch in
 
 // pushStreamed is a round over a Stream, which is waited for push by push.
 func pushStreamed(ctx context.Context, tb testing.TB, c *client.Client) {
+	tb.Helper()
 	s := c.Stream(client.StreamConfig{MaxOpen: streamOpen})
 	sent := make(chan *client.Pending, streamOpen)
 	var waiting sync.WaitGroup

@@ -51,7 +51,8 @@ func (f *Flags) Dial(addresses ...string) (options []grpc.DialOption, done func(
 	case err != nil:
 		return nil, nil, err
 	}
-	return options, done, nil
+	// Each connection of a tool is to one instance, and with pick_first gRPC says why there is none.
+	return append(options, grpc.WithDefaultServiceConfig(`{}`)), done, nil
 }
 
 // secret is the token or the key to show, "" for none.

@@ -172,7 +172,7 @@ func startForClients(t *testing.T, inbox *inboxes) []*behind {
 		m := &behind{t: t, id: "pm-" + strconv.Itoa(i), metrics: "http://127.0.0.1:" + p[1], proxy: newProxy(t, "127.0.0.1:"+p[0])}
 		m.env = []string{
 			"LOOKUP_TIMEOUT=2s", "LINK_ACK_TIMEOUT=4s", "LINK_QUEUE_AGE=4s", "LINK_SILENCE=15s", "SHARDS=1", "MANAGER_ID=" + m.id,
-			"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "CONTROLLER_ADDRESS=" + stack.ControllerAddress(), "ETCD_ENDPOINTS=" + stack.EtcdEndpoint(),
+			"GRPC_PORT=" + p[0], "HTTP_PORT=0", "METRICS_PORT=" + p[1], "CONTROLLER_ADDRESS=" + stack.ControllerAddress(), "ETCD_ENDPOINTS=" + stack.EtcdEndpoint(),
 			"MAX_IN_FLIGHT=8", // refusals with RetryInfo
 			"API_CONNECTION_AGE=3s", "DRAIN_NOTICE=0s",
 		}

@@ -350,7 +350,7 @@ func dev(t *testing.T, flags ...string) (address map[string]string, webSocket st
 // has a clone and has installed nothing.
 func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 	_, _, commands := dev(t)
-	if len(commands) != 3 {
+	if len(commands) != 4 {
 		t.Fatalf("printed %q", commands)
 	}
 	elsewhere := t.TempDir()
@@ -359,7 +359,7 @@ func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 		cmd.Dir = elsewhere
 		return cmd
 	}
-	listen := line(commands[0] + " --count 2")
+	listen := line(commands[0] + " --count 3")
 	out, err := listen.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -371,7 +371,7 @@ func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 	if !arrived.Scan() || arrived.Text() != "joined lobby" {
 		t.Errorf("%s\nprinted %q", commands[0], arrived.Text())
 	}
-	for i, want := range []string{"Hello", "Hello, Alice"} {
+	for i, want := range []string{"Hello", "Hello, Alice", "Hello"} {
 		if got, err := line(commands[i+1]).CombinedOutput(); err != nil {
 			t.Errorf("%s\n%v: %s", commands[i+1], err, got)
 			_ = listen.Process.Kill()

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/push-manager/push-manager/engine"
@@ -101,7 +100,7 @@ func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	contentField := fields.ByName("content")
 	message := request.Mutable(contentField).Message()
 	message.Set(contentField.Message().Fields().ByName("data"), protoreflect.ValueOfBytes(data))
-	return encode(request.Interface().(proto.Message)) //nolint:forcetypeassert // it is one
+	return encode(request.Interface())
 }
 
 // fill makes a request of members of its content and of itself, each with a comma before it.
