@@ -25,7 +25,7 @@ type grammar struct {
 	Controller controllerCmd `cmd:"" help:"Make the certificate of a Controller."`
 	Node       nodeCmd       `cmd:"" help:"Make the certificate of a Connect-Node, for Push-Manager, and with hosts for clients, too."`
 	Manager    managerCmd    `cmd:"" help:"Make the certificate of a Push-Manager, for its push API and for its links to nodes."`
-	Client     clientCmd     `cmd:"" help:"Make the certificate of a caller of the push API, or of a program that uses etcd."`
+	Client     clientCmd     `cmd:"" help:"Make the certificate of a caller of the push API, of a program that uses etcd, or, with hosts, of a balancer."`
 	Etcd       etcdCmd       `cmd:"" help:"Make the certificate of a member of etcd. Give etcd an authority of its own (--dir): whoever it has signed may write there."`
 
 	Dir         string `default:"certs" placeholder:"DIR" help:"Folder of all files. (default: certs)"`
@@ -52,7 +52,8 @@ type managerCmd struct {
 }
 
 type clientCmd struct {
-	Name string `arg:"" help:"Name of the caller."`
+	Name  string   `arg:"" help:"Name of the caller, or of the balancer."`
+	Hosts []string `arg:"" optional:"" help:"Names and IP addresses that callers reach a balancer at, where TLS ends there."`
 }
 
 type etcdCmd struct {
@@ -147,13 +148,16 @@ func (c *managerCmd) Run(g *grammar, out io.Writer) error {
 	}, g.controllerTLS(name)...)...)
 }
 
-// Run makes the certificate of a caller, or of a program that uses etcd.
+// Run makes the certificate of a caller, or of a program that uses etcd. That of a balancer is for both of its sides.
 func (c *clientCmd) Run(g *grammar, out io.Writer) error {
 	name := "client-" + c.Name
-	if err := g.issue(out, name, certs.KindClient, c.Name, certs.Request{Client: true}); err != nil {
+	if err := g.issue(out, name, certs.KindClient, c.Name, certs.Request{Hosts: c.Hosts, Server: len(c.Hosts) > 0, Client: true}); err != nil {
 		return err
 	}
 	cert, key, ca := g.path(name+".crt"), g.path(name+".key"), g.path("ca.crt")
+	if len(c.Hosts) > 0 {
+		return g.settings(out, "Set for HAProxy", "PUSH_API_CERT="+cert, "PM_CA="+ca, "PM_CLIENT_CERT="+cert)
+	}
 	if err := g.settings(out, "Set for pushctl", "PUSH_MANAGER_CA="+ca, "PUSH_MANAGER_CERT="+cert, "PUSH_MANAGER_KEY="+key); err != nil {
 		return err
 	}

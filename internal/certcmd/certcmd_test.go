@@ -2,8 +2,11 @@ package certcmd
 
 import (
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -20,7 +23,7 @@ func command(args ...string) (code int, out, errOut string) {
 func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "certs")
 	for _, args := range [][]string{
-		{"ca"}, {"node", "n1"}, {"node", "n2", "n2.example", "10.0.0.2"}, {"manager", "pm"}, {"client", "billing"}, {"controller", "c1"}, {"etcd", "e1"},
+		{"ca"}, {"node", "n1"}, {"node", "n2", "n2.example", "10.0.0.2"}, {"manager", "pm"}, {"client", "billing"}, {"client", "balancer", "push.example"}, {"controller", "c1"}, {"etcd", "e1"},
 	} {
 		code, out, errOut := command(append(args, "--dir="+dir, "--trust-domain=test")...)
 		if code != 0 || errOut != "" {
@@ -35,7 +38,7 @@ func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 		}
 	}
 	entries, err := os.ReadDir(dir)
-	if err != nil || len(entries) != 14 {
+	if err != nil || len(entries) != 16 {
 		t.Fatalf("%d files, %v", len(entries), err)
 	}
 	for _, entry := range entries {
@@ -43,7 +46,7 @@ func TestCertificatesFitTogetherAndAreForTheirOwnerAlone(t *testing.T) {
 			t.Errorf("%s: %v, %v", entry.Name(), info.Mode(), err)
 		}
 	}
-	for _, name := range []string{"node-n1", "node-n2", "manager-pm", "client-billing", "controller-c1", "etcd-e1"} {
+	for _, name := range []string{"node-n1", "node-n2", "manager-pm", "client-billing", "client-balancer", "controller-c1", "etcd-e1"} {
 		files := certs.Files{Cert: filepath.Join(dir, name+".crt"), Key: filepath.Join(dir, name+".key"), CA: filepath.Join(dir, "ca.crt")}
 		if err := files.Check(); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -114,5 +117,31 @@ func TestWhatCertsCannotDoIsOneLine(t *testing.T) {
 	}
 	if code, out, _ := command("--help"); code != 0 || !strings.Contains(out, "manager") {
 		t.Errorf("--help: exit %d, %q", code, out)
+	}
+}
+
+// TestOnlyACallerWithHostsCanServe: a balancer has a certificate for both of its sides, and a caller cannot pass for a server.
+func TestOnlyACallerWithHostsCanServe(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range [][]string{{"ca"}, {"client", "billing"}, {"client", "balancer", "push.example"}} {
+		code, out, errOut := command(append(args, "--dir="+dir)...)
+		if code != 0 {
+			t.Fatalf("%v: exit %d, %s", args, code, errOut)
+		}
+		if got := strings.Contains(out, "  PUSH_API_CERT="+filepath.Join(dir, "client-balancer.crt")+"\n"); got != (len(args) == 3) {
+			t.Errorf("%v prints for HAProxy: %t\n%s", args, got, out)
+		}
+	}
+	for name, serves := range map[string]bool{"client-billing": false, "client-balancer": true} {
+		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, name+".crt"), filepath.Join(dir, name+".key"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := slices.Contains(pair.Leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth); got != serves {
+			t.Errorf("%s may serve: %t", name, got)
+		}
+		if !slices.Contains(pair.Leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) {
+			t.Errorf("%s may not call", name)
+		}
 	}
 }

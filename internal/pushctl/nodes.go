@@ -2,6 +2,7 @@ package pushctl
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,12 +10,16 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/transport/discovery"
 )
 
 type nodesCmd struct {
 	EtcdEndpoints string        `default:"localhost:2379" env:"ETCD_ENDPOINTS" help:"etcd, separated by commas."`
+	CA            string        `name:"ca" placeholder:"FILE" env:"ETCD_TLS_CA_FILE" help:"PEM file of the authorities that etcd's certificate is checked with. This or --cert asks for TLS, and so does https:// in --etcd-endpoints."`
+	Cert          string        `name:"cert" placeholder:"FILE" env:"ETCD_TLS_CERT_FILE" help:"PEM file of a certificate to show etcd."`
+	Key           string        `name:"key" placeholder:"FILE" env:"ETCD_TLS_KEY_FILE" help:"PEM file of its key."`
 	Timeout       time.Duration `default:"5s" help:"Longest wait for etcd."`
 }
 
@@ -32,7 +37,20 @@ func (c *nodesCmd) Run(ctx context.Context, t *terminal) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	client, err := discovery.NewClient(discovery.ClientConfig{Endpoints: strings.Split(c.EtcdEndpoints, ",")})
+	etcd := discovery.ClientConfig{Endpoints: strings.Split(c.EtcdEndpoints, ",")}
+	if files := (certs.Files{Cert: c.Cert, Key: c.Key, CA: c.CA}); files != (certs.Files{}) {
+		source, err := certs.Open(certs.Config{Files: files, Role: "etcd"})
+		var file *certs.FileError
+		if errors.As(err, &file) {
+			return &usageError{fmt.Sprintf("--%s: %v", strings.TrimSuffix(file.File, "_file"), file.Err)}
+		}
+		if err != nil {
+			return err
+		}
+		defer source.Close()
+		etcd.Credentials = source.Client(certs.Side{MinVersion: tls.VersionTLS12})
+	}
+	client, err := discovery.NewClient(etcd)
 	if err != nil {
 		return &usageError{fmt.Sprintf("--etcd-endpoints: %v", err)}
 	}

@@ -33,7 +33,7 @@ const (
 	checkTimeout = 5 * time.Second
 	// checkDials is how many nodes are asked at a time.
 	checkDials = 64
-	// checkNamed is how many nodes that cannot be reached are named.
+	// checkNamed is how many peers of a kind that cannot be reached are named.
 	checkNamed = 5
 	// expiresSoon is when a certificate is worth a word.
 	expiresSoon = 7 * 24 * time.Hour
@@ -64,11 +64,7 @@ func (c *Config) check(ctx context.Context, r *cli.Report) {
 	} else {
 		r.OK("etcd", "answers at %s", strings.Join(c.Etcd.Endpoints, ","))
 	}
-	if err := c.checkController(ctx, &life); err != nil {
-		r.Fail("controller", err)
-	} else {
-		r.OK("controller", "answers at %s", c.Controller.Address)
-	}
+	c.checkController(ctx, &life, r)
 	if err == nil {
 		c.checkNodes(ctx, &life, nodes, r)
 	} else {
@@ -138,19 +134,44 @@ func (c *Config) checkEtcd(ctx context.Context, life *app.Lifecycle) ([]discover
 	return nil, fmt.Errorf("no answer within %v", checkTimeout)
 }
 
-// checkController looks up a room that nobody is in.
-func (c *Config) checkController(ctx context.Context, life *app.Lifecycle) (err error) {
-	cfg := c.Controller
-	if cfg.Credentials, err = life.Controller(c.ControllerTLS); err != nil {
-		return err
+// checkController looks up a room that nobody is in, at each Controller of a list: together they answer while one of them does.
+func (c *Config) checkController(ctx context.Context, life *app.Lifecycle, r *cli.Report) {
+	creds, err := life.Controller(c.ControllerTLS)
+	if err != nil {
+		r.Fail("controller", err)
+		return
 	}
+	addresses := strings.FieldsFunc(c.Controller.Address, func(char rune) bool { return char == ',' || char == ' ' })
+	if len(addresses) == 1 || strings.Contains(c.Controller.Address, "://") {
+		addresses = []string{c.Controller.Address} // a target of gRPC may hold commas of its own
+	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	failures := make([]error, len(addresses))
+	var asked sync.WaitGroup
+	for i, address := range addresses {
+		asked.Go(func() {
+			cfg := c.Controller
+			cfg.Address, cfg.Credentials = address, creds
+			if err := reachController(ctx, cfg); err != nil {
+				failures[i] = fmt.Errorf("%s: %w", address, err)
+			}
+		})
+	}
+	asked.Wait()
+	if len(addresses) == 1 && failures[0] == nil {
+		r.OK("controller", "answers at %s", c.Controller.Address)
+		return
+	}
+	verdict(r, "controller", failures)
+}
+
+func reachController(ctx context.Context, cfg controller.Config) error {
 	ctl, err := controller.New(cfg)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = ctl.Close() }() // the answer is there
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
 	_, err = ctl.Room(ctx, "push-manager-check", func(_, _ []byte) {})
 	return err
 }
@@ -186,18 +207,26 @@ func (c *Config) checkNodes(ctx context.Context, life *app.Lifecycle, nodes []di
 		})
 	}
 	asked.Wait()
-	failures = slices.DeleteFunc(failures, func(err error) bool { return err == nil })
-	reached := fmt.Sprintf("%d of %d answer", len(nodes)-len(failures), len(nodes))
-	named := failures[:min(len(failures), checkNamed)]
-	switch {
-	case len(nodes) == 0:
+	if len(nodes) == 0 {
 		r.Warn("nodes", "none is registered: pushes would reach nobody")
-	case len(failures) == 0:
-		r.OK("nodes", "%s", reached)
-	case len(failures) == len(nodes):
-		r.Fail("nodes", fmt.Errorf("%s: %w", reached, errors.Join(named...)))
+		return
+	}
+	verdict(r, "nodes", failures)
+}
+
+// verdict fails if none of those asked has answered, and warns if some have not. A nil stands for an answer.
+func verdict(r *cli.Report, check string, failures []error) {
+	all := len(failures)
+	failures = slices.DeleteFunc(failures, func(err error) bool { return err == nil })
+	reached := fmt.Sprintf("%d of %d answer", all-len(failures), all)
+	named := failures[:min(len(failures), checkNamed)]
+	switch len(failures) {
+	case 0:
+		r.OK(check, "%s", reached)
+	case all:
+		r.Fail(check, fmt.Errorf("%s: %w", reached, errors.Join(named...)))
 	default:
-		r.Warn("nodes", "%s: %v", reached, errors.Join(named...))
+		r.Warn(check, "%s: %v", reached, errors.Join(named...))
 	}
 }
 

@@ -55,7 +55,11 @@ func jsonError(err error) error {
 		if of[1] == "unknown field" {
 			description = "is not known" + place(text)
 		}
-		return &engine.InvalidError{Field: of[2], Code: engine.CodeMalformed, Description: description}
+		field := of[2]
+		if strings.HasPrefix(of[1], "invalid value") && (field == "key" || field == "value") {
+			field = "metadata" // the only map of the API: its entries are messages with these two fields
+		}
+		return &engine.InvalidError{Field: field, Code: engine.CodeMalformed, Description: description}
 	}
 	return &engine.InvalidError{Field: "request", Code: engine.CodeMalformed, Description: "is not the JSON that is wanted: " + text}
 }

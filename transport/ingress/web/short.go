@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/reflect/protoreflect"
 
@@ -174,6 +175,9 @@ func invalid(field, description string) error {
 
 // data is the data of a content that the member stands for.
 func (f *member) data() ([]byte, error) {
+	if !utf8.Valid(f.value) {
+		return nil, invalid(f.name, "must be valid UTF-8")
+	}
 	if f.name == "json" {
 		var b bytes.Buffer
 		if err := json.Compact(&b, f.value); err != nil {
