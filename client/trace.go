@@ -13,7 +13,7 @@ import (
 // trace begins the span of a push and puts its context into the metadata of the call. end is called once.
 func (c *Client) trace(ctx context.Context, name string) (_ context.Context, end func(*Result, error)) {
 	ctx, span := c.cfg.tracer.Start(ctx, name, trace.WithSpanKind(trace.SpanKindClient)) //nolint:spancheck // by end
-	return propagate(ctx), func(r *Result, err error) { endSpan(span, r, err) } //nolint:spancheck // by end
+	return propagate(ctx), func(r *Result, err error) { endSpan(span, r, err) }          //nolint:spancheck // by end
 }
 
 // propagate adds the W3C context of ctx's span, which is what Push-Manager reads.

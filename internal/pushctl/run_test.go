@@ -371,7 +371,7 @@ func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 	if !arrived.Scan() || arrived.Text() != "joined lobby" {
 		t.Errorf("%s\nprinted %q", commands[0], arrived.Text())
 	}
-	for i, want := range []string{"Hello", "Hello, Alice", "Hello"} {
+	for i, want := range []string{"Hello", "Hello, Alice", "Hello from curl"} {
 		if got, err := line(commands[i+1]).CombinedOutput(); err != nil {
 			t.Errorf("%s\n%v: %s", commands[i+1], err, got)
 			_ = listen.Process.Kill()
