@@ -40,8 +40,7 @@ func (c *nodesCmd) Run(ctx context.Context, t *terminal) error {
 	etcd := discovery.ClientConfig{Endpoints: strings.Split(c.EtcdEndpoints, ",")}
 	if files := (certs.Files{Cert: c.Cert, Key: c.Key, CA: c.CA}); files != (certs.Files{}) {
 		source, err := certs.Open(certs.Config{Files: files, Role: "etcd"})
-		var file *certs.FileError
-		if errors.As(err, &file) {
+		if file, is := errors.AsType[*certs.FileError](err); is {
 			return &usageError{fmt.Sprintf("--%s: %v", strings.TrimSuffix(file.File, "_file"), file.Err)}
 		}
 		if err != nil {

@@ -608,6 +608,9 @@ func TestStoreThatHasNotBeenReachedIsNotBelieved(t *testing.T) {
 		err error
 	}
 	answers := make(chan answer, 1)
+	early, late := time.NewTimer(50*time.Millisecond), time.NewTimer(time.Minute)
+	defer early.Stop()
+	defer late.Stop()
 	go func() {
 		w, err := s.warm(t.Context())
 		answers <- answer{w, err}
@@ -615,7 +618,7 @@ func TestStoreThatHasNotBeenReachedIsNotBelieved(t *testing.T) {
 	select {
 	case a := <-answers:
 		t.Fatalf("nobody waited for it: %v, %v", a.of, a.err)
-	case <-time.After(50 * time.Millisecond):
+	case <-early.C:
 	}
 	store.id.Store(&here)
 	r.find(here)
@@ -624,7 +627,7 @@ func TestStoreThatHasNotBeenReachedIsNotBelieved(t *testing.T) {
 		if a.err != nil || a.of.store != here {
 			t.Errorf("%v, %v", a.of, a.err)
 		}
-	case <-time.After(time.Minute):
+	case <-late.C:
 		t.Error("who waits is not told that there is a store")
 	}
 }

@@ -20,7 +20,8 @@ const lastBytes = 256
 // depth is how deep JSON may nest. Requests nest four levels.
 const depth = 32
 
-var ( //nolint:gochecknoglobals // constants
+//nolint:gochecknoglobals // constants
+var (
 	fromJSON = protojson.UnmarshalOptions{RecursionLimit: depth} // a field that is not known is an error
 	toJSON   = protojson.MarshalOptions{}
 )
