@@ -34,9 +34,7 @@ func (m *message) check(l *ledger) (found []violation) {
 	clients := make(map[string]int, len(m.arrived))
 	reached := make(map[string]bool, len(m.arrived))
 	unsure := slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetUnsure() > 0 })
-	logged := m.logged() || slices.ContainsFunc(m.tries, func(p *push) bool { // or may stand there, though nobody was told so
-		return p.kind == toRoom && strings.Contains(failures(p.summary), "store: ")
-	})
+	logged := m.logged() || p.kind == toRoom && slices.ContainsFunc(m.tries, (*push).maybeKept)
 	for _, a := range m.arrived {
 		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && (unsure || logged) && clients[client] > 0) {
 			clients[client]++
@@ -62,12 +60,15 @@ func (m *message) logged() bool {
 	return slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetPosition() != "" })
 }
 
+// maybeKept tells that the store may have kept more of the push than its caller was told: the store or the Push-Manager died over it.
+func (p *push) maybeKept() bool {
+	return !p.done || p.err != nil && !p.safe() || strings.Contains(failures(p.summary), "store: ")
+}
+
 func (m *message) checkClaims(l *ledger, reached map[string]bool, add func(string, *push, string, ...any)) {
 	may, open := 0, m.logged() // how many it may have reached by what was said
 	for _, p := range m.tries {
-		if !p.done || p.err != nil && !p.safe() || strings.Contains(failures(p.summary), "store: ") {
-			open = true // a store that dies may have kept what it did not say
-		}
+		open = open || p.maybeKept()
 		s := p.summary
 		may += int(s.GetDelivered() - s.GetDuplicates() + s.GetUnknown() + s.GetStored())
 		claimed := int(s.GetAcked())
