@@ -359,7 +359,11 @@ func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 		cmd.Dir = elsewhere
 		return cmd
 	}
-	listen := line(commands[0] + " --count 3")
+	texts := []string{"Hello", "Hello, Alice", "Hello from curl"}
+	if _, err := exec.LookPath("curl"); err != nil && os.Getenv("CI") != "true" {
+		texts = texts[:2]
+	}
+	listen := line(fmt.Sprintf("%s --count %d", commands[0], len(texts)))
 	out, err := listen.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -371,7 +375,7 @@ func TestTheLinesThatDevPrintsRunInAnyFolder(t *testing.T) {
 	if !arrived.Scan() || arrived.Text() != "joined lobby" {
 		t.Errorf("%s\nprinted %q", commands[0], arrived.Text())
 	}
-	for i, want := range []string{"Hello", "Hello, Alice", "Hello from curl"} {
+	for i, want := range texts {
 		if got, err := line(commands[i+1]).CombinedOutput(); err != nil {
 			t.Errorf("%s\n%v: %s", commands[i+1], err, got)
 			_ = listen.Process.Kill()
