@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -270,11 +271,12 @@ func (t *Tracer) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
 	}
-	err := t.provider.Shutdown(ctx)
-	// What is still being sent now is given up, so that nothing is left running.
-	t.exporter.abort()
+	// What is still being sent when ctx ends is given up, so that nothing is left running. The SDK stops nothing for a context that has ended
+	// before.
+	defer context.AfterFunc(ctx, t.exporter.abort)()
+	err := t.provider.Shutdown(context.WithoutCancel(ctx))
 	<-t.exporter.closed
-	if err != nil {
+	if err = cmp.Or(err, ctx.Err()); err != nil {
 		return fmt.Errorf("send the last traces: %w", err)
 	}
 	return nil
