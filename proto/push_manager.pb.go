@@ -1536,7 +1536,7 @@ type ExplainRequest struct {
 	Push isExplainRequest_Push `protobuf_oneof:"push"`
 	// Asks the Controller also for what is in the cache.
 	Refresh bool `protobuf:"varint,10,opt,name=refresh,proto3" json:"refresh,omitempty"`
-	// How many ids each list in the answer has at most: up to 1,000; 0 is 10.
+	// How many ids each list in the answer has at most: up to 1,000; 0 is 10. All lists together have at most 10,000.
 	Sample        int32 `protobuf:"varint,11,opt,name=sample,proto3" json:"sample,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1673,7 +1673,7 @@ type ExplainResponse struct {
 	UnlocatedUserIds []string        `protobuf:"bytes,7,rep,name=unlocated_user_ids,json=unlocatedUserIds,proto3" json:"unlocated_user_ids,omitempty"`
 	ExcludedUserIds  []string        `protobuf:"bytes,8,rep,name=excluded_user_ids,json=excludedUserIds,proto3" json:"excluded_user_ids,omitempty"`
 	Route            *ExplainedRoute `protobuf:"bytes,9,opt,name=route,proto3" json:"route,omitempty"`
-	// One for each node, and of a push to users for each shard with some of them.
+	// One for each node, and of a push to users for each shard with some of them. Each would be a part of one frame.
 	Deliveries []*ExplainedDelivery `protobuf:"bytes,10,rep,name=deliveries,proto3" json:"deliveries,omitempty"`
 	Caller     *ExplainedCaller     `protobuf:"bytes,11,opt,name=caller,proto3" json:"caller,omitempty"`
 	// The encoded content, as each node gets it.

@@ -18,67 +18,61 @@ type explainCmd struct {
 	Broadcast explainBroadcastCmd `cmd:"" help:"A push to everybody."`
 }
 
-// explainFlags are the flags of each of them. The message counts for its size and its priority.
-type explainFlags struct {
-	messageFlags
-
-	Refresh bool `help:"Ask the Controller, though the route is cached."`
-	Sample  int  `default:"10" help:"How many ids each list shows, up to 1000."`
+// explaining are the flags of each of them, beside those of the push. The message counts for its size, the options for the priority.
+type explaining struct {
+	Refresh bool  `help:"Ask the Controller, though the route is cached."`
+	Sample  int32 `default:"10" help:"How many ids each list shows, up to 1000."`
 }
 
 type explainRoomCmd struct {
-	Room    string   `arg:"" help:"The room."`
-	Text    string   `arg:"" optional:"" help:"What would be pushed."`
-	Exclude []string `placeholder:"USER" sep:"none" help:"Members that would not get it, may be repeated."`
-	explainFlags
+	roomCmd
+	explaining
 }
 
 type explainUserCmd struct {
-	User string `arg:"" help:"The user."`
-	Text string `arg:"" optional:"" help:"What would be pushed."`
-	explainFlags
+	userCmd
+	explaining
 }
 
 type explainUsersCmd struct {
-	Users string `arg:"" help:"The users, separated by commas."`
-	Text  string `arg:"" optional:"" help:"What would be pushed."`
-	explainFlags
+	usersCmd
+	explaining
 }
 
 type explainBroadcastCmd struct {
-	Text string `arg:"" optional:"" help:"What would be pushed."`
-	explainFlags
+	broadcastCmd
+	explaining
 }
 
 // Run explains a push to a room.
 func (c *explainRoomCmd) Run(ctx context.Context, t *terminal) error {
-	return c.explain(ctx, t, c.Text, "room "+strconv.Quote(c.Room), func(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.ExplainRequest {
-		return &pubsub.ExplainRequest{Push: &pubsub.ExplainRequest_ToRoom{ToRoom: &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude, Options: o}}}
+	return c.explain(ctx, t, &c.messageFlags, c.Text, "room "+strconv.Quote(c.Room), func(r *pubsub.ExplainRequest, m *pubsub.MessageContent, o *pubsub.PushOptions) {
+		r.Push = &pubsub.ExplainRequest_ToRoom{ToRoom: c.request(m, o)}
 	})
 }
 
 // Run explains a push to a user.
 func (c *explainUserCmd) Run(ctx context.Context, t *terminal) error {
-	return c.explain(ctx, t, c.Text, "user "+strconv.Quote(c.User), func(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.ExplainRequest {
-		return &pubsub.ExplainRequest{Push: &pubsub.ExplainRequest_ToUser{ToUser: &pubsub.PushToUserRequest{UserId: c.User, Content: m, Options: o}}}
+	return c.explain(ctx, t, &c.messageFlags, c.Text, "user "+strconv.Quote(c.User), func(r *pubsub.ExplainRequest, m *pubsub.MessageContent, o *pubsub.PushOptions) {
+		r.Push = &pubsub.ExplainRequest_ToUser{ToUser: c.request(m, o)}
 	})
 }
 
 // Run explains a push to several users.
 func (c *explainUsersCmd) Run(ctx context.Context, t *terminal) error {
-	return c.explain(ctx, t, c.Text, "users "+strconv.Quote(c.Users), func(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.ExplainRequest {
-		return &pubsub.ExplainRequest{Push: &pubsub.ExplainRequest_ToUsers{ToUsers: &pubsub.PushToUsersRequest{UserIds: listOf(c.Users), Content: m, Options: o}}}
+	return c.explain(ctx, t, &c.messageFlags, c.Text, "users "+strconv.Quote(c.Users), func(r *pubsub.ExplainRequest, m *pubsub.MessageContent, o *pubsub.PushOptions) {
+		r.Push = &pubsub.ExplainRequest_ToUsers{ToUsers: c.request(m, o)}
 	})
 }
 
 // Run explains a broadcast.
 func (c *explainBroadcastCmd) Run(ctx context.Context, t *terminal) error {
-	return c.explain(ctx, t, c.Text, "broadcast", func(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.ExplainRequest {
-		return &pubsub.ExplainRequest{Push: &pubsub.ExplainRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: m, Options: o}}}
+	return c.explain(ctx, t, &c.messageFlags, c.Text, "broadcast", func(r *pubsub.ExplainRequest, m *pubsub.MessageContent, o *pubsub.PushOptions) {
+		r.Push = &pubsub.ExplainRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: m, Options: o}}
 	})
 }
 
-func (f *explainFlags) explain(ctx context.Context, t *terminal, text, what string, request func(*pubsub.MessageContent, *pubsub.PushOptions) *pubsub.ExplainRequest) error {
+func (e *explaining) explain(ctx context.Context, t *terminal, f *messageFlags, text, what string, set func(*pubsub.ExplainRequest, *pubsub.MessageContent, *pubsub.PushOptions)) error {
 	content, err := f.content(text, t.in)
 	if err != nil {
 		return err
@@ -87,8 +81,8 @@ func (f *explainFlags) explain(ctx context.Context, t *terminal, text, what stri
 	if err != nil {
 		return err
 	}
-	r := request(content, options)
-	r.Refresh, r.Sample = f.Refresh, int32(min(max(f.Sample, -1), 1<<30))
+	r := &pubsub.ExplainRequest{Refresh: e.Refresh, Sample: e.Sample}
+	set(r, content, options)
 	var x *pubsub.ExplainResponse
 	if err := f.call(ctx, f.Timeout, func(ctx context.Context, api pubsub.PushManagerServiceClient) (err error) {
 		x, err = api.Explain(ctx, r)

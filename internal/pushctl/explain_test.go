@@ -38,15 +38,18 @@ func TestExplainPrintsWhereAPushWouldGoAndWhyNot(t *testing.T) {
 			"NODE  USERS  VERDICT", "n1    3      queued", "3 of 64, 12ms", "alice and 2 more", "node does not acknowledge", "7, 900ms",
 			"offline: 1  carol", `excluded: 1  dave\x1b[31m`,
 		}},
-		"broadcast":       {[]string{"explain", "broadcast"}, []string{"broadcast: would go to 1 node", "n1    all    queued"}},
-		"JSON":            {[]string{"explain", "users", "a, b", "-o", "json"}, []string{`"link_state"`, `"node does not acknowledge"`}},
-		"sample too much": {[]string{"explain", "user", "a", "--sample=1000000000000"}, []string{`user "a"`}},
+		"broadcast":        {[]string{"explain", "broadcast"}, []string{"broadcast: would go to 1 node", "n1    all    queued"}},
+		"JSON":             {[]string{"explain", "users", "a, b", "-o", "json"}, []string{`"link_state"`, `"node does not acknowledge"`}},
+		"user, asked anew": {[]string{"explain", "user", "a", "--refresh", "--sample=7"}, []string{`user "a"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &server{success: true, summary: &pubsub.DeliverySummary{}}
 			code, out, errOut := pushctl(t, "", append(tc.args, "--address", serve(t, s))...)
 			if code != exitOK || errOut != "" {
 				t.Errorf("exit %d, %q", code, errOut)
+			}
+			if r, _ := s.got.(*pubsub.ExplainRequest); name == "user, asked anew" && (r.GetToUser().GetUserId() != "a" || !r.GetRefresh() || r.GetSample() != 7) {
+				t.Errorf("asked %v", r)
 			}
 			for _, want := range tc.want {
 				if !strings.Contains(out, want) {

@@ -85,33 +85,40 @@ type reply interface {
 // Run pushes to a room.
 func (c *roomCmd) Run(ctx context.Context, t *terminal) error {
 	return c.push(ctx, t, c.Text, "room "+strconv.Quote(c.Room), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
-		return api.PushToRoom(ctx, &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude, Options: o})
+		return api.PushToRoom(ctx, c.request(m, o))
 	})
+}
+
+func (c *roomCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.PushToRoomRequest {
+	return &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude, Options: o}
 }
 
 // Run pushes to a user.
 func (c *userCmd) Run(ctx context.Context, t *terminal) error {
 	return c.push(ctx, t, c.Text, "user "+strconv.Quote(c.User), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
-		return api.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: c.User, Content: m, Options: o})
+		return api.PushToUser(ctx, c.request(m, o))
 	})
+}
+
+func (c *userCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.PushToUserRequest {
+	return &pubsub.PushToUserRequest{UserId: c.User, Content: m, Options: o}
 }
 
 // Run pushes to several users.
 func (c *usersCmd) Run(ctx context.Context, t *terminal) error {
-	users := listOf(c.Users)
 	return c.push(ctx, t, c.Text, "users "+strconv.Quote(c.Users), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
-		return api.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: users, Content: m, Options: o})
+		return api.PushToUsers(ctx, c.request(m, o))
 	})
 }
 
-// listOf is a list that is separated by commas.
-func listOf(text string) (list []string) {
-	for part := range strings.SplitSeq(text, ",") {
-		if part = strings.TrimSpace(part); part != "" {
-			list = append(list, part)
+func (c *usersCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.PushToUsersRequest {
+	var users []string
+	for user := range strings.SplitSeq(c.Users, ",") {
+		if user = strings.TrimSpace(user); user != "" {
+			users = append(users, user)
 		}
 	}
-	return list
+	return &pubsub.PushToUsersRequest{UserIds: users, Content: m, Options: o}
 }
 
 // Run pushes to everybody.

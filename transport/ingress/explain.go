@@ -15,10 +15,11 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// Bounds of ExplainRequest.sample.
+// Bounds of ExplainRequest.sample, and of the ids in an answer: a room may be on hundreds of nodes.
 const (
 	sampleDefault = 10
 	sampleMost    = 1000
+	namesMost     = 10_000
 )
 
 // queuedVerdict is what becomes of a delivery that its link takes.
@@ -85,9 +86,12 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 	if err != nil {
 		return nil, err //nolint:wrapcheck // as Do
 	}
+	left := namesMost
 	names := func(ids []string) []string {
 		var list []string
-		for _, id := range ids[:min(sample, len(ids))] {
+		ids = ids[:min(sample, left, len(ids))]
+		left -= len(ids)
+		for _, id := range ids {
 			list = append(list, shown(id, &c.push))
 		}
 		return list

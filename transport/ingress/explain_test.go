@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -78,6 +79,27 @@ func TestExplainNamesSoManyIDsAsAreAskedFor(t *testing.T) {
 		if x.GetOffline() != int32(len(users)) || len(x.GetOfflineUserIds()) != want || x.GetFound() {
 			t.Errorf("sample %d: %d of %d ids", sample, len(x.GetOfflineUserIds()), x.GetOffline())
 		}
+	}
+}
+
+func TestExplainNamesTenThousandIDsAtMost(t *testing.T) {
+	w := newWorld(t, nil)
+	for node := range 13 {
+		for i := range sampleMost {
+			w.source.rooms["large"] = append(w.source.rooms["large"], member{fmt.Sprintf("%d-%d", node, i), fmt.Sprint("node-", node)})
+		}
+	}
+	r := explainRoom("large")
+	r.Sample = sampleMost
+	x, err := w.client.Explain(w.context(), r)
+	ok(t, err)
+	users, named := int32(0), 0
+	for _, d := range x.GetDeliveries() {
+		users += d.GetUsers()
+		named += len(d.GetUserIds())
+	}
+	if users != 13*sampleMost || x.GetTargets() != users || named != namesMost {
+		t.Errorf("%d users of %d, %d named", users, x.GetTargets(), named)
 	}
 }
 

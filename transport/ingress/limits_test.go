@@ -270,6 +270,23 @@ callers:
 		c.Auth, _ = k.open(t, quotas)
 	})
 	w.source.users["held/d"] = []string{"n1"}
+	left := func(caller string) *pubsub.ExplainedCaller {
+		t.Helper()
+		x, err := w.client.Explain(k.as(w.context(), caller), explainUsers("nobody"))
+		for end := time.Now().Add(time.Minute); err != nil && time.Now().Before(end); x, err = w.client.Explain(k.as(w.context(), caller), explainUsers("nobody")) {
+			time.Sleep(time.Millisecond) // a slice is on its way
+		}
+		ok(t, err)
+		return x.GetCaller()
+	}
+	for range 5 { // an explanation is not of the day's pushes
+		if c := left("small"); c.QuotaLeft == nil || c.GetQuotaLeft() > 2 || c.RateLeft != nil {
+			t.Errorf("explained to small: %v", c)
+		}
+	}
+	if c := left("waits"); c.QuotaLeft != nil || c.GetTenant() != "held" {
+		t.Errorf("explained to waits: %v", c)
+	}
 	unary := func(name string, trailer *metadata.MD) error {
 		_, err := w.client.PushToUser(k.as(w.context(), name), &pubsub.PushToUserRequest{UserId: "nobody", Content: content("x")}, grpc.Trailer(trailer))
 		return err

@@ -566,6 +566,13 @@ func TestNodeThatNeverReadsFailsTheQueueAndLosesTheWindow(t *testing.T) {
 				t.Fatalf("queue holds %d bytes", st.QueuedBytes)
 			}
 		}
+		x, err := w.engine.Explain(context.Background(), w.toUser("u1", text), false)
+		if err != nil || len(x.Planned) != 1 {
+			t.Fatalf("%+v, %v", x, err)
+		}
+		if l := x.Planned[0].Link; l.Verdict != engine.DropQueueFull || l.Queued == 0 || l.QueuedBytes < engine.Normal.Share(1<<20)-len(text)-1024 || l.Unacked == 0 {
+			t.Errorf("explained: %+v", l)
+		}
 		unknown, failed := 0, 0
 		for _, f := range started {
 			r := w.end(f)
