@@ -97,9 +97,9 @@ func (n *testNode) Send(d *Delivery) Reason {
 	return Sent
 }
 
-func (w *world) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
+func (w *world) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	if err := w.wait(ctx, room); err != nil {
-		return false, err
+		return false, 0, err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -112,7 +112,7 @@ func (w *world) Room(ctx context.Context, room string, add func(user, node []byt
 			add([]byte(user), []byte(node))
 		}
 	}
-	return ok, nil
+	return ok, 0, nil
 }
 
 func (w *world) Users(ctx context.Context, users []string, nodes [][]string) error {

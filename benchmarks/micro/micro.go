@@ -165,11 +165,11 @@ func (r *Rig) Allocations(kind engine.Kind, n int) (float64, error) {
 type source struct{}
 
 // Room implements route.Source.
-func (source) Room(_ context.Context, _ string, add func(user, node []byte)) (bool, error) {
+func (source) Room(_ context.Context, _ string, add func(user, node []byte)) (bool, uint64, error) {
 	for i := range members {
 		add([]byte("member-"+strconv.Itoa(i)), []byte(nodeID(i)))
 	}
-	return true, nil
+	return true, 0, nil
 }
 
 // Users implements route.Source.

@@ -289,18 +289,13 @@ func (d *Directory) lookup(t *Table, w Waiter, timeout time.Duration, keys []str
 	if !ok {
 		b = newBuilder(d.seed, d.names)
 	}
-	var found bool
-	if v, ok := d.cfg.Source.(Versioned); ok {
-		heard := d.revision.Load()
-		// One that is older than what the change stream had told before is not what we take it for.
-		if found, revision, err = v.RoomAt(ctx, keys[0], b.add); revision < heard {
-			revision = 0
-		}
-	} else {
-		found, err = d.cfg.Source.Room(ctx, keys[0], b.add)
-	}
+	heard := d.revision.Load()
+	found, revision, err := d.cfg.Source.Room(ctx, keys[0], b.add)
 	if err != nil {
 		return 0, err // and b goes with it: the source may have kept add
+	}
+	if revision < heard { // One that is older than what the change stream had told before is not what we take it for.
+		revision = 0
 	}
 	snaps[0] = b.snapshot(found, olds[0])
 	if b.reset() {

@@ -21,11 +21,11 @@ func crowdMember(room string, i int) (user, node []byte) {
 	return fmt.Appendf(nil, "u-user-%07d", n), fmt.Appendf(nil, "connect-node-%d", n/10%100)
 }
 
-func (crowd) Room(_ context.Context, room string, add func(user, node []byte)) (bool, error) {
+func (crowd) Room(_ context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	for i := range 100 {
 		add(crowdMember(room, i))
 	}
-	return true, nil
+	return true, 0, nil
 }
 
 func (crowd) Users(_ context.Context, users []string, nodes [][]string) error {

@@ -14,11 +14,11 @@ type versioned struct {
 	revision uint64 // guarded by mu
 }
 
-func (v *versioned) RoomAt(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
+func (v *versioned) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	v.mu.Lock()
 	revision := v.revision
 	v.mu.Unlock()
-	found, err := v.Room(ctx, room, add)
+	found, _, err := v.source.Room(ctx, room, add)
 	return found, revision, err
 }
 

@@ -48,17 +48,17 @@ func (s *source) enter(ctx context.Context) error {
 	return err
 }
 
-func (s *source) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
+func (s *source) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	s.mu.Lock()
 	members, ok := s.rooms[room] // the answer is fixed before the gate opens
 	s.mu.Unlock()
 	if err := s.enter(ctx); err != nil {
-		return false, err
+		return false, 0, err
 	}
 	for _, m := range members {
 		add([]byte(m[0]), []byte(m[1]))
 	}
-	return ok, nil
+	return ok, 0, nil
 }
 
 func (s *source) Users(ctx context.Context, users []string, nodes [][]string) error {

@@ -25,18 +25,12 @@ type Source interface {
 	// Room calls add for each member and each node that holds it; a user on two
 	// nodes comes twice. A member without a node has an empty one. What add is given
 	// is copied; it is not called after Room has returned, nor by two goroutines at
-	// once. Room returns false when there is no such room.
-	Room(ctx context.Context, room string, add func(user, node []byte)) (found bool, err error)
+	// once. Room returns false when there is no such room. The answer has every change that
+	// Directory.Moved brings with a revision that is not higher; it may have later ones. 0: nobody knows.
+	Room(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error)
 	// Users sets nodes[i] to the nodes of users[i], none for a user without a
 	// connection. The slices have the same length.
 	Users(ctx context.Context, users []string, nodes [][]string) error
-}
-
-// Versioned is a Source that says how new an answer about a room is.
-type Versioned interface {
-	// RoomAt is Source.Room. The answer has every change that Directory.Moved brings with
-	// a revision that is not higher; it may have later ones. 0: nobody knows.
-	RoomAt(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error)
 }
 
 // Renewed is a Source that knows when it last began anew to hear from the Controller,

@@ -552,10 +552,10 @@ func TestChangeThatWasAnnouncedIsNoSuccessThoughItIsDoubted(t *testing.T) {
 // stuck answers nothing about some rooms.
 type stuck struct{ source }
 
-func (s *stuck) Room(ctx context.Context, key string, add func(user, node []byte)) (bool, error) {
+func (s *stuck) Room(ctx context.Context, key string, add func(user, node []byte)) (bool, uint64, error) {
 	if strings.HasPrefix(key, "stuck") {
 		<-ctx.Done()
-		return false, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		return false, 0, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
 	}
 	time.Sleep(5 * time.Millisecond)
 	return s.source.Room(ctx, key, add)

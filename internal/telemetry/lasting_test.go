@@ -16,8 +16,8 @@ import (
 // lastingWorld is a Controller that has everybody on one node, and the node, whose clients take their time.
 type lastingWorld struct{ awaited []*engine.Delivery }
 
-func (w *lastingWorld) Room(context.Context, string, func(user, node []byte)) (bool, error) {
-	return false, nil
+func (w *lastingWorld) Room(context.Context, string, func(user, node []byte)) (bool, uint64, error) {
+	return false, 0, nil
 }
 
 func (w *lastingWorld) Users(_ context.Context, users []string, nodes [][]string) error {

@@ -52,7 +52,7 @@ func TestWhoIsAwayAndWhoIsSlow(t *testing.T) {
 					t.Helper()
 					ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 					defer cancel()
-					_, roomErr := con.Room(ctx, "r", func([]byte, []byte) {})
+					_, _, roomErr := con.Room(ctx, "r", func([]byte, []byte) {})
 					usersErr := con.Users(ctx, []string{"u", "v"}, make([][]string, 2))
 					for what, err := range map[string]error{"room": roomErr, "users": usersErr} {
 						if !errors.Is(err, route.ErrUnavailable) || errors.Is(err, route.ErrAway) != away {

@@ -33,10 +33,9 @@ type Changes interface {
 }
 
 var (
-	_ route.Source    = (*Controller)(nil)
-	_ route.Versioned = (*Controller)(nil)
-	_ route.Renewed   = (*Controller)(nil)
-	_ Changes         = (*route.Directory)(nil)
+	_ route.Source  = (*Controller)(nil)
+	_ route.Renewed = (*Controller)(nil)
+	_ Changes       = (*route.Directory)(nil)
 )
 
 // Controller is the deployment's Controller, or several replicas of it.

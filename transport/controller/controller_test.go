@@ -29,7 +29,7 @@ func members(t *testing.T, c *Controller, room string) ([]string, bool, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	var got []string
-	found, err := c.Room(ctx, room, func(user, node []byte) { got = append(got, string(user)+"@"+string(node)) })
+	found, _, err := c.Room(ctx, room, func(user, node []byte) { got = append(got, string(user)+"@"+string(node)) })
 	return got, found, err
 }
 
@@ -109,7 +109,7 @@ func TestRoomOfAMillion(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	n := 0
-	found, err := c.Room(ctx, "r", func(_, _ []byte) { n++ })
+	found, _, err := c.Room(ctx, "r", func(_, _ []byte) { n++ })
 	if err != nil || !found || n != 1_000_000 {
 		t.Fatal(n, found, err)
 	}
@@ -251,7 +251,7 @@ func TestSilentControllerFailsWithTheContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
 		began := time.Now()
-		_, err := c.Room(ctx, "r", func([]byte, []byte) {})
+		_, _, err := c.Room(ctx, "r", func([]byte, []byte) {})
 		if !errors.Is(err, route.ErrUnavailable) || time.Since(began) != 300*time.Millisecond {
 			t.Fatal(err, time.Since(began))
 		}
@@ -304,7 +304,7 @@ func TestTraceGoesOnWhenSampled(t *testing.T) {
 	c := connect(t, v, Config{})
 	for _, flags := range []trace.TraceFlags{0, trace.FlagsSampled} {
 		sc := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2}, TraceFlags: flags})
-		if _, err := c.Room(trace.ContextWithSpanContext(t.Context(), sc), "r", func([]byte, []byte) {}); err != nil {
+		if _, _, err := c.Room(trace.ContextWithSpanContext(t.Context(), sc), "r", func([]byte, []byte) {}); err != nil {
 			t.Fatal(err)
 		}
 		var want []string

@@ -88,7 +88,7 @@ func TestRevisionIsThatOfTheStoreWhichIsFollowed(t *testing.T) {
 			c := connect(t, v, Config{})
 			c.Start(&ledger{})
 			synctest.Wait()
-			found, revision, err := c.RoomAt(t.Context(), "r", func(_, _ []byte) {})
+			found, revision, err := c.Room(t.Context(), "r", func(_, _ []byte) {})
 			if !found || revision != test.want || err != nil {
 				t.Errorf("%v: %v, %d, %v", test, found, revision, err)
 			}

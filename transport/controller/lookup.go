@@ -18,13 +18,7 @@ import (
 )
 
 // Room implements route.Source.
-func (c *Controller) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
-	found, _, err := c.RoomAt(ctx, room, add)
-	return found, err
-}
-
-// RoomAt implements route.Versioned.
-func (c *Controller) RoomAt(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error) {
+func (c *Controller) Room(ctx context.Context, room string, add func(user, node []byte)) (found bool, revision uint64, err error) {
 	began := time.Now()
 	found, revision, err = c.room(ctx, room, add)
 	if err != nil {

@@ -157,15 +157,15 @@ func (s *source) count() int {
 	return s.lookups
 }
 
-func (s *source) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, error) {
+func (s *source) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	if err := s.ask(ctx); err != nil {
-		return false, err
+		return false, 0, err
 	}
 	members, found := s.rooms[room]
 	for _, m := range members {
 		add([]byte(m.user), []byte(m.node))
 	}
-	return found, nil
+	return found, 0, nil
 }
 
 func (s *source) Users(ctx context.Context, users []string, nodes [][]string) error {

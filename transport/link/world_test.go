@@ -115,14 +115,14 @@ func (w *world) dialed() int {
 	return w.conns
 }
 
-func (w *world) Room(_ context.Context, room string, add func(user, node []byte)) (bool, error) {
+func (w *world) Room(_ context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	members, ok := w.rooms[room]
 	for user, node := range members {
 		add([]byte(user), []byte(node))
 	}
-	return ok, nil
+	return ok, 0, nil
 }
 
 func (w *world) Users(_ context.Context, users []string, nodes [][]string) error {

@@ -345,8 +345,8 @@ func (m *model) Users(_ context.Context, users []string, nodes [][]string) error
 }
 
 // Room implements route.Source.
-func (m *model) Room(context.Context, string, func(user, node []byte)) (bool, error) {
-	return false, nil
+func (m *model) Room(context.Context, string, func(user, node []byte)) (bool, uint64, error) {
+	return false, 0, nil
 }
 
 func (m *model) setPresence(user, node string) {

@@ -123,8 +123,8 @@ func (n *scripted) texts() (all []string) {
 }
 
 // Room and Users implement route.Source: nobody asks.
-func (n *scripted) Room(context.Context, string, func(user, node []byte)) (bool, error) {
-	return false, errors.New("a replay looks up nobody")
+func (n *scripted) Room(context.Context, string, func(user, node []byte)) (bool, uint64, error) {
+	return false, 0, errors.New("a replay looks up nobody")
 }
 
 func (n *scripted) Users(context.Context, []string, [][]string) error {

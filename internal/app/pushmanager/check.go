@@ -172,7 +172,7 @@ func reachController(ctx context.Context, cfg controller.Config) error {
 		return err
 	}
 	defer func() { _ = ctl.Close() }() // the answer is there
-	_, err = ctl.Room(ctx, "push-manager-check", func(_, _ []byte) {})
+	_, _, err = ctl.Room(ctx, "push-manager-check", func(_, _ []byte) {})
 	return err
 }
 

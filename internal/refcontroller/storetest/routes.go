@@ -2,7 +2,6 @@ package storetest
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -103,8 +102,8 @@ func (f *feed) open() {
 	}
 }
 
-// RoomAt implements route.Versioned.
-func (f *feed) RoomAt(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
+// Room implements route.Source.
+func (f *feed) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
 	f.mu.Lock()
 	gate, mute := f.gate, f.mute
 	f.mu.Unlock()
@@ -123,11 +122,6 @@ func (f *feed) RoomAt(ctx context.Context, room string, add func(user, node []by
 		at.Number = 0
 	}
 	return info != nil, at.Number, nil
-}
-
-// Room implements route.Source.
-func (f *feed) Room(context.Context, string, func(user, node []byte)) (bool, error) {
-	return false, errors.New("asked without a revision")
 }
 
 // Users implements route.Source.
