@@ -82,11 +82,11 @@ func TestPushManagersSideUnderstandsUs(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	perNode := map[string]int{}
-	found, err := c.Room(ctx, "large", func(_, node []byte) { perNode[string(node)]++ })
+	found, _, err := c.Room(ctx, "large", func(_, node []byte) { perNode[string(node)]++ })
 	if err != nil || !found || perNode["n0"] != 33334 || perNode["n1"] != 33333 || perNode["n2"] != 33333 {
 		t.Fatal(found, perNode, err)
 	}
-	if found, err := c.Room(ctx, "unknown", func([]byte, []byte) {}); err != nil || found {
+	if found, _, err := c.Room(ctx, "unknown", func([]byte, []byte) {}); err != nil || found {
 		t.Fatal(found, err)
 	}
 	users := []string{"user0", "nobody", "user4"}
@@ -132,7 +132,7 @@ func BenchmarkLookupOfLargeRoom(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				n := 0
-				if _, err := c.Room(b.Context(), "r", func([]byte, []byte) { n++ }); err != nil || n != members {
+				if _, _, err := c.Room(b.Context(), "r", func([]byte, []byte) { n++ }); err != nil || n != members {
 					b.Fatal(n, err)
 				}
 			}
