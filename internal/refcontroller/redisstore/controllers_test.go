@@ -113,7 +113,7 @@ func dial(t *testing.T, addr string) pubsub.ControllerServiceClient {
 // manager is what a Push-Manager has of its Controllers.
 func manager(t *testing.T, addresses string) *route.Directory {
 	t.Helper()
-	c, err := asker.New(asker.Config{Address: addresses})
+	c, err := asker.New(asker.Config{Address: addresses, Logger: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -199,9 +199,74 @@ func (h history) possible(q *query, place [2]string, in bool) bool {
 	return slices.ContainsFunc(h[q.room][q.delivered:], func(state map[[2]string]bool) bool { return state[place] == in })
 }
 
-// testRoutes holds routes that are kept up to date by what a store tells against the store, in random
-// interleavings of changes, of what is told of them, and of look-ups.
-func testRoutes(t *testing.T, s *suite) { //nolint:revive // one loop over the actions that there are
+// interleaving is one random order of changes, of what is told of them, and of look-ups.
+type interleaving struct {
+	*feed
+
+	world world
+	truth map[member]bool
+	past  history
+	asked []*query
+}
+
+// record notes what is true now.
+func (i *interleaving) record() {
+	for _, room := range i.world.rooms {
+		state := map[[2]string]bool{}
+		for k := range i.truth {
+			if k.room == room {
+				state[[2]string{k.user, k.node}] = true
+			}
+		}
+		i.past[room] = append(i.past[room], state)
+	}
+}
+
+func (i *interleaving) pending() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return len(i.told)
+}
+
+// change makes at most one change, and notes what it has come to.
+func (i *interleaving) change(rt *rapid.T, do func() error) {
+	before := i.pending()
+	if err := do(); err != nil {
+		rt.Fatal(err)
+	}
+	switch n := i.pending() - before; n {
+	case 0:
+	case 1:
+		i.record()
+	default:
+		rt.Fatalf("one change is told as %d", n)
+	}
+}
+
+func (i *interleaving) ask(room string, refresh bool) *query {
+	q := &query{room: room, delivered: len(i.past[room]) - 1 - i.pending(), answer: make(chan *route.Snapshot, 1)}
+	now := time.Now()
+	if refresh {
+		i.dir.Rooms.Refresh(0, []string{room}, route.Missing{Node: i.world.nodes[0], Users: i.world.users[:1], Since: now}, q)
+	} else if s := i.dir.Rooms.Cached(0, room, now); s != nil {
+		q.answer <- s
+	} else {
+		i.dir.Rooms.Ask(0, []string{room}, now, q)
+	}
+	i.reads.Wait() // what changes from now on is not in the answer
+	return q
+}
+
+func (i *interleaving) settle(rt *rapid.T) {
+	i.open()
+	for _, q := range i.asked {
+		i.past.check(rt, q, <-q.answer)
+	}
+	i.asked = nil
+}
+
+// testRoutes holds routes that are kept up to date by what a store tells against the store.
+func testRoutes(t *testing.T, s *suite) {
 	f := newFeed(t, s)
 	rapid.Check(t, func(rt *rapid.T) {
 		w := newWorld()
@@ -209,88 +274,37 @@ func testRoutes(t *testing.T, s *suite) { //nolint:revive // one loop over the a
 		f.open()
 		f.sync()
 		ctx := context.Background()
-		truth, h := map[member]bool{}, history{}
-		record := func() {
-			for _, room := range w.rooms {
-				state := map[[2]string]bool{}
-				for k := range truth {
-					if k.room == room {
-						state[[2]string{k.user, k.node}] = true
-					}
-				}
-				h[room] = append(h[room], state)
-			}
-		}
-		record()
-		pending := func() int {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			return len(f.told)
-		}
-		// change makes at most one change, and notes what it has come to.
-		change := func(do func() error) {
-			before := pending()
-			if err := do(); err != nil {
-				rt.Fatal(err)
-			}
-			switch n := pending() - before; n {
-			case 0:
-			case 1:
-				record()
-			default:
-				rt.Fatalf("one change is told as %d", n)
-			}
-		}
-		var asked []*query
-		ask := func(room string, refresh bool) *query {
-			q := &query{room: room, delivered: len(h[room]) - 1 - pending(), answer: make(chan *route.Snapshot, 1)}
-			now := time.Now()
-			if refresh {
-				f.dir.Rooms.Refresh(0, []string{room}, route.Missing{Node: w.nodes[0], Users: w.users[:1], Since: now}, q)
-			} else if s := f.dir.Rooms.Cached(0, room, now); s != nil {
-				q.answer <- s
-			} else {
-				f.dir.Rooms.Ask(0, []string{room}, now, q)
-			}
-			f.reads.Wait() // what changes from now on is not in the answer
-			return q
-		}
-		settle := func() {
-			f.open()
-			for _, q := range asked {
-				h.check(rt, q, <-q.answer)
-			}
-			asked = nil
-		}
+		i := &interleaving{feed: f, world: w, truth: map[member]bool{}, past: history{}}
+		i.record()
 		rt.Repeat(map[string]func(*rapid.T){
 			"join": func(rt *rapid.T) {
 				k, name := w.draw(rt), rapid.SampledFrom([]string{"", "name"}).Draw(rt, "name")
-				truth[k] = true
-				change(func() error {
+				i.truth[k] = true
+				i.change(rt, func() error {
 					_, err := s.Join(ctx, refcontroller.Join{Reporter: by(k.node), User: k.user, Room: k.room, Name: name})
 					return err
 				})
 			},
 			"leave": func(rt *rapid.T) {
 				k := w.draw(rt)
-				delete(truth, k)
-				change(func() error {
+				delete(i.truth, k)
+				i.change(rt, func() error {
 					_, err := s.Leave(ctx, refcontroller.Leave{Reporter: by(k.node), User: k.user, Room: k.room})
 					return err
 				})
 			},
 			"leave all nodes": func(rt *rapid.T) {
 				k := w.draw(rt)
-				maps.DeleteFunc(truth, func(o member, _ bool) bool { return o.user == k.user && o.room == k.room })
-				change(func() error {
+				maps.DeleteFunc(i.truth, func(o member, _ bool) bool { return o.user == k.user && o.room == k.room })
+				i.change(rt, func() error {
 					_, err := s.Leave(ctx, refcontroller.Leave{User: k.user, Room: k.room})
 					return err
 				})
 			},
 			"drop node": func(rt *rapid.T) {
 				k := w.draw(rt)
-				maps.DeleteFunc(truth, func(o member, _ bool) bool { return o.node == k.node })
-				change(func() error {
+				maps.DeleteFunc(i.truth, func(o member, _ bool) bool { return o.node == k.node })
+				i.change(rt, func() error {
 					_, err := s.DropNode(ctx, k.node)
 					return err
 				})
@@ -302,9 +316,9 @@ func testRoutes(t *testing.T, s *suite) { //nolint:revive // one loop over the a
 				if rapid.Bool().Draw(rt, "hold") {
 					f.hold()
 				}
-				asked = append(asked, ask(rapid.SampledFrom(w.rooms).Draw(rt, "room"), rapid.IntRange(0, 4).Draw(rt, "refresh") == 0))
+				i.asked = append(i.asked, i.ask(rapid.SampledFrom(w.rooms).Draw(rt, "room"), rapid.IntRange(0, 4).Draw(rt, "refresh") == 0))
 			},
-			"answers come": func(*rapid.T) { settle() },
+			"answers come": i.settle,
 			"another Controller": func(rt *rapid.T) {
 				f.mu.Lock()
 				f.mute = rapid.IntRange(0, 9).Draw(rt, "mute") == 0
@@ -316,11 +330,11 @@ func testRoutes(t *testing.T, s *suite) { //nolint:revive // one loop over the a
 				}
 			},
 		})
-		settle()
-		f.deliver(pending(), false)
+		i.settle(rt)
+		f.deliver(i.pending(), false)
 		for _, room := range w.rooms {
-			q := ask(room, false)
-			h.check(rt, q, <-q.answer)
+			q := i.ask(room, false)
+			i.past.check(rt, q, <-q.answer)
 		}
 		f.tasks.Wait()
 		for _, node := range w.nodes {
