@@ -363,6 +363,7 @@ func TestOptionsThatCannotBeMeant(t *testing.T) {
 		{"localhost:1", client.WithToken(""), "token"},
 		{"localhost:1", client.WithTokenFile(empty), empty},
 		{"localhost:1", client.WithTokenFile(empty + "-not"), "no such file"},
+		{"localhost:1", client.WithTokenFile(os.DevNull), "no regular file"},
 		{"localhost:1", client.WithTLS(client.TLS{CAFile: empty}), "TLS"},
 		{"pm.example:1", client.WithToken("t"), "plain text"},
 		{"localhost:1,pm.example:1", client.WithToken("t"), "plain text"},
