@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,10 +173,16 @@ func TestADrainLosesNothing(t *testing.T) {
 
 // TestAStreamHasBackPressure: Send waits while MaxOpen pushes have no answer.
 func TestAStreamHasBackPressure(t *testing.T) {
+	for _, most := range []int{3, 5000} { // MaxBytes are a multiple of neither
+		t.Run(strconv.Itoa(most), func(t *testing.T) { hasBackPressure(t, most) })
+	}
+}
+
+func hasBackPressure(t *testing.T, most int) {
 	server := clienttest.NewServer(t)
 	server.Reply(clienttest.Hanging())
-	s := open(t, server.Client(), client.StreamConfig{MaxOpen: 3})
-	for range 3 {
+	s := open(t, server.Client(), client.StreamConfig{MaxOpen: most})
+	for range most {
 		send(t, s, client.User("alice"), "x")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -189,7 +197,7 @@ func TestAStreamHasBackPressure(t *testing.T) {
 	if err := s.Close(soon); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
-	if n := len(server.Pushes()); n > 3 {
+	if n := len(server.Pushes()); n > most {
 		t.Errorf("%d came", n)
 	}
 }
@@ -221,6 +229,53 @@ func TestEveryPushOfAStreamEnds(t *testing.T) {
 	var failed *client.Error
 	if _, err := p.Wait(within(t)); !errors.As(err, &failed) || !failed.NotSent || failed.Code != codes.DeadlineExceeded {
 		t.Errorf("not sent: %v", err)
+	}
+}
+
+// TestNoPushIsLeftWithoutASweeper, not even one that comes while the sweeper ends the last one.
+func TestNoPushIsLeftWithoutASweeper(t *testing.T) {
+	c := clienttest.NewServer(t).Client()
+	now := time.Now()
+	for i := range 20_000 {
+		l := client.NewLane(t, c)
+		for range 10 {
+			l.Take(now)
+		}
+		l.Woken()
+		var sweeping atomic.Bool
+		var taking sync.WaitGroup
+		taking.Go(func() {
+			for !sweeping.Load() { // no channel wakes it soon enough
+				runtime.Gosched()
+			}
+			for range i % 1000 {
+				sweeping.Load()
+			}
+			l.Take(now.Add(time.Hour))
+		})
+		runtime.Gosched()
+		sweeping.Store(true)
+		goesOn := l.Sweep(now)
+		taking.Wait()
+		if !goesOn && !l.Woken() {
+			t.Fatal("a push has come, and the sweeper sleeps")
+		}
+	}
+}
+
+// TestASilentCallCostsNoLaterPush: it is ended when it has been silent for long enough, and not when there is something to push again.
+func TestASilentCallCostsNoLaterPush(t *testing.T) {
+	l := client.NewLane(t, clienttest.NewServer(t).Client())
+	now := time.Now()
+	l.Take(now.Add(time.Second))
+	l.Write()
+	for range 20 {
+		if now = now.Add(time.Second); l.Cut.Err() == nil && !l.Sweep(now) {
+			t.Fatal("nobody looks after a call that owes an answer")
+		}
+	}
+	if l.Cut.Err() == nil {
+		t.Error("it was silent for 20 s")
 	}
 }
 
