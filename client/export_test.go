@@ -73,8 +73,18 @@ func NewLane(t *testing.T, c *Client) *Lane {
 
 // Take takes a push with a deadline.
 func (l *Lane) Take(deadline time.Time) {
-	l.l.enqueue(&Pending{target: User("alice"), deadline: deadline, span: noop.Span{}, done: make(chan struct{})})
+	to := User("alice")
+	l.l.enqueue(&Pending{target: to, deadline: deadline, span: noop.Span{}, done: make(chan struct{}), tries: l.l.c.newTries(to, "")})
 }
+
+// Refuse has a push, the first one is 1, refused by Push-Manager, for good if retry is not set.
+func (l *Lane) Refuse(ctx context.Context, id uint64, retry bool) {
+	refused := &Error{Code: codes.ResourceExhausted, Reason: "OVERLOADED", NotSent: true, retry: retry}
+	l.l.settle(ctx, []answer{{id: id, failed: refused}})
+}
+
+// IsOpen tells whether a push was written, and has not ended.
+func (l *Lane) IsOpen(id uint64) bool { return l.l.open[id] != nil }
 
 // Write writes what is queued, to nobody.
 func (l *Lane) Write() { l.l.take() }

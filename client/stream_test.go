@@ -299,6 +299,112 @@ func TestAClosedStreamTakesNothing(t *testing.T) {
 	}
 }
 
+// TestAPushThatFailsLeavesItsRoom: refused, expired or not even taken.
+func TestAPushThatFailsLeavesItsRoom(t *testing.T) {
+	server := clienttest.NewServer(t)
+	server.Handle(func(p clienttest.Push) clienttest.Reply {
+		if string(p.Message.Data) == "hang" {
+			return clienttest.Hanging()
+		}
+		return clienttest.Refused(codes.PermissionDenied, "PERMISSION_DENIED", 0)
+	})
+	s := open(t, server.Client(), client.StreamConfig{MaxOpen: 1})
+	for range 3 {
+		if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		p, err := s.Send(ctx, client.User("alice"), client.Text("hang"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Wait(within(t)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	}
+	if err := s.Close(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := s.Send(ctx, client.User("alice"), client.Text("x")); !errors.Is(err, client.ErrClosed) {
+			t.Error(err)
+		}
+	}
+}
+
+// TestWhatWaitsBehindARefusalGoesOn when the refused push ends, whatever it ends by.
+func TestWhatWaitsBehindARefusalGoesOn(t *testing.T) {
+	c := clienttest.NewServer(t).Client()
+	for _, retry := range []bool{false, true} {
+		l := client.NewLane(t, c)
+		now := time.Now()
+		l.Take(now.Add(time.Minute))
+		l.Write()
+		l.Take(now.Add(time.Hour))
+		l.Refuse(t.Context(), 1, retry)
+		l.Write()
+		if l.IsOpen(2) == retry {
+			t.Errorf("to be repeated: %v, and the next one was written: %v", retry, !retry)
+		}
+		l.Sweep(now.Add(2 * time.Minute)) // the first one has expired
+		l.Write()
+		if !l.IsOpen(2) {
+			t.Errorf("to be repeated: %v, and the next one waits for ever", retry)
+		}
+	}
+}
+
+// TestARefusedStreamIsBounded by the tries of its pushes, and by the budget.
+func TestARefusedStreamIsBounded(t *testing.T) {
+	for _, test := range []struct {
+		retries client.Retries
+		tries   int
+	}{{client.Retries{Tries: 3}, 3}, {client.Retries{Tries: 100, Burst: 1, Ratio: 0.001}, 2}} {
+		c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+			if _, err := stream.Recv(); err != nil {
+				return nil //nolint:nilerr // the caller has gone
+			}
+			return client.StatusOf(t, codes.Unavailable, "DRAINING", time.Millisecond).Err()
+		}, client.WithRetries(test.retries))
+		_, err := send(t, open(t, c, client.StreamConfig{}), client.User("alice"), "x").Wait(within(t))
+		if failed, is := errors.AsType[*client.Error](err); !is || failed.Tries != test.tries || !failed.NotSent {
+			t.Errorf("%+v: %v", test.retries, err)
+		}
+	}
+}
+
+// TestWhoHasAnsweredKnowsTheMethod: what it leaves without an answer is unknown, even if it denies to know the method then.
+func TestWhoHasAnsweredKnowsTheMethod(t *testing.T) {
+	for _, answers := range []bool{false, true} {
+		c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+			for n := 0; ; n++ {
+				r, err := stream.Recv()
+				if err != nil {
+					return nil //nolint:nilerr // the caller has gone
+				}
+				if n > 0 || !answers {
+					return status.Error(codes.Unimplemented, "of a proxy")
+				}
+				if err := stream.Send(deliveredTo(r.GetBatch()[0].GetId())); err != nil {
+					return err
+				}
+			}
+		})
+		s := open(t, c, client.StreamConfig{})
+		if answers {
+			if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); status.Code(err) != codes.Unimplemented || errors.Is(err, client.ErrUnknown) != answers {
+			t.Errorf("it has answered: %v; %v", answers, err)
+		}
+	}
+}
+
 // scripted is a PushStream of a test's own.
 type scripted struct {
 	pubsub.UnimplementedPushManagerServiceServer
@@ -310,15 +416,15 @@ func (s scripted) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamRe
 	return s.serve(stream)
 }
 
-func serveScript(t *testing.T, serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error) *client.Client {
+func serveScript(t *testing.T, serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error, options ...client.Option) *client.Client {
 	t.Helper()
 	listen := bufconn.Listen(1 << 20)
 	server := grpc.NewServer()
 	pubsub.RegisterPushManagerServiceServer(server, scripted{serve: serve})
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.Serve(listen) })
-	c, err := client.New("passthrough:///script", client.WithoutHealthChecks(), client.WithTransportCredentials(insecure.NewCredentials()),
-		client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listen.DialContext(ctx) })))
+	c, err := client.New("passthrough:///script", append(options, client.WithoutHealthChecks(), client.WithTransportCredentials(insecure.NewCredentials()),
+		client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listen.DialContext(ctx) })))...)
 	if err != nil {
 		t.Fatal(err)
 	}
