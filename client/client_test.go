@@ -19,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/client"
@@ -363,6 +364,7 @@ func TestOptionsThatCannotBeMeant(t *testing.T) {
 		{"localhost:1", client.WithToken(""), "token"},
 		{"localhost:1", client.WithTokenFile(empty), empty},
 		{"localhost:1", client.WithTokenFile(empty + "-not"), "no such file"},
+		{"localhost:1", client.WithTokenFile(os.DevNull), "no regular file"},
 		{"localhost:1", client.WithTLS(client.TLS{CAFile: empty}), "TLS"},
 		{"pm.example:1", client.WithToken("t"), "plain text"},
 		{"localhost:1,pm.example:1", client.WithToken("t"), "plain text"},
@@ -448,6 +450,16 @@ func TestTheTraceGoesAlong(t *testing.T) {
 	}
 	if got := client.Traceparent(t, t.Context()); got != "" {
 		t.Errorf("%q of nothing", got)
+	}
+	var sent []string
+	c := clienttest.NewServer(t).Client(client.WithTracerProvider(provider), client.WithDialOptions(grpc.WithUnaryInterceptor(
+		func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+			md, _ := metadata.FromOutgoingContext(ctx)
+			sent = md.Get("traceparent")
+			return invoke(ctx, method, request, reply, conn, options...)
+		})))
+	if _, err := c.PushToUser(ctx, "alice", client.Text("x")); err != nil || len(sent) != 1 || !strings.Contains(sent[0], parent.SpanContext().TraceID().String()) {
+		t.Errorf("a push has %q: %v", sent, err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"go.opentelemetry.io/otel/trace/noop"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -52,4 +53,51 @@ func StatusOf(t *testing.T, code codes.Code, reason string, after time.Duration)
 		t.Fatal(err)
 	}
 	return s
+}
+
+// Lane is a lane without goroutines and without a call.
+type Lane struct {
+	l *lane
+	// Cut ends when the sweeper ends the call.
+	Cut context.Context
+}
+
+// NewLane makes one. c may be closed.
+func NewLane(t *testing.T, c *Client) *Lane {
+	t.Helper()
+	l := newLane(c, StreamConfig{}.withDefaults())
+	ctx, cancel := context.WithCancel(t.Context())
+	l.setCancel(cancel)
+	return &Lane{l, ctx}
+}
+
+// Take takes a push with a deadline.
+func (l *Lane) Take(deadline time.Time) {
+	to := User("alice")
+	l.l.enqueue(&Pending{target: to, deadline: deadline, span: noop.Span{}, done: make(chan struct{}), tries: l.l.c.newTries(to, "")})
+}
+
+// Refuse has a push, the first one is 1, refused by Push-Manager, for good if retry is not set.
+func (l *Lane) Refuse(ctx context.Context, id uint64, retry bool) {
+	refused := &Error{Code: codes.ResourceExhausted, Reason: "OVERLOADED", NotSent: true, retry: retry}
+	l.l.settle(ctx, []answer{{id: id, failed: refused}})
+}
+
+// IsOpen tells whether a push was written, and has not ended.
+func (l *Lane) IsOpen(id uint64) bool { return l.l.open[id] != nil }
+
+// Write writes what is queued, to nobody.
+func (l *Lane) Write() { l.l.take() }
+
+// Sweep tells whether the sweeper goes on.
+func (l *Lane) Sweep(now time.Time) bool { return l.l.sweep(now) }
+
+// Woken tells whether the sweeper was woken since the last call of Woken.
+func (l *Lane) Woken() bool {
+	select {
+	case <-l.l.busy:
+		return true
+	default:
+		return false
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -28,8 +27,8 @@ const (
 	maxLinger = 250 * time.Microsecond
 
 	sweepEvery = 25 * time.Millisecond
-	// silence is for how long a call may owe answers and bring none before another one takes its place: longer than Push-Manager takes
-	// for any push.
+	// silence is for how long a call may owe answers and bring none before another one takes its place: three times what Push-Manager
+	// takes for a push by default.
 	silence = 15 * time.Second
 	// maxReopen is the longest pause before a call, whatever Push-Manager says.
 	maxReopen = 30 * time.Second
@@ -81,9 +80,10 @@ type key struct {
 func (t *Target) ordered() bool { return t.kind == toUser || t.kind == toRoom }
 
 func newLane(c *Client, cfg StreamConfig) *lane {
-	size := int64(cfg.MaxBytes)
+	unit := max(int64(cfg.MaxBytes)/int64(cfg.MaxOpen), 1)
+	size := min(unit*int64(cfg.MaxOpen), int64(cfg.MaxBytes)) // MaxBytes that are left over would be room for one more than MaxOpen
 	return &lane{
-		c: c, size: size, unit: max(size/int64(cfg.MaxOpen), 1), room: semaphore.NewWeighted(size),
+		c: c, size: size, unit: unit, room: semaphore.NewWeighted(size),
 		wake: make(chan struct{}, 1), busy: make(chan struct{}, 1), full: make(chan struct{}, 1), idle: make(chan struct{}),
 		open: map[uint64]*Pending{}, keys: map[keyOf]*key{},
 	}
@@ -303,12 +303,6 @@ func (l *lane) take() frame {
 
 // receive settles what is answered until the call ends, and tells how.
 func (l *lane) receive(ctx context.Context, stream grpc.ClientStream) (answered bool, ended *Error) {
-	defer func() {
-		if v := recover(); v != nil { // of what the server has sent
-			ended = unusable(fmt.Sprintf("panic while an answer was read: %v", v))
-			l.hangUp()
-		}
-	}()
 	var answers []answer
 	for {
 		var message frame
@@ -428,6 +422,7 @@ func (l *lane) end(all []*Pending) {
 	l.mu.Lock()
 	for _, p := range all {
 		weight += p.weight
+		p.body = nil // whoever keeps a Pending does not keep the message
 		if k := p.key; k != nil {
 			if k.left--; k.left == 0 {
 				delete(l.keys, k.of)
@@ -567,10 +562,12 @@ func (l *lane) sweep(now time.Time) bool {
 	if !l.owing.IsZero() && now.Sub(l.owing) > silence && l.cancel != nil {
 		l.cancel()
 	}
-	left := l.left - len(dead)
 	l.mu.Unlock()
 	l.end(dead)
-	return left > 0
+	// Only now: a push that came in the meantime has not been told to the sweeper if the dead ones were still counted.
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.left > 0 || !l.owing.IsZero()
 }
 
 // abandon ends whatever is left when the Stream ends before its pushes.

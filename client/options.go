@@ -110,8 +110,8 @@ func WithRetries(r Retries) Option { return func(c *config) { c.retries = r } }
 // Stream.
 func WithRetryHook(f func(context.Context, Retry)) Option { return func(c *config) { c.onRetry = f } }
 
-// WithTracerProvider takes the place of OpenTelemetry's global one. Each push is a span, and its context goes to Push-Manager; of a
-// Stream it is that of the call that opened it.
+// WithTracerProvider takes the place of OpenTelemetry's global one. Each push is a span, and its context goes to Push-Manager, but not
+// from a Stream: its calls belong to no push.
 func WithTracerProvider(p trace.TracerProvider) Option { return func(c *config) { c.provider = p } }
 
 // WithoutHealthChecks calls instances that say they are not ready, too. With health checks a call waits for an instance that is ready,

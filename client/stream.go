@@ -2,7 +2,6 @@ package client
 
 import (
 	"context"
-	"errors"
 	"hash/maphash"
 	"sync"
 	"time"
@@ -42,7 +41,7 @@ func (c StreamConfig) withDefaults() StreamConfig {
 // only if no later push to the same target has gone out meanwhile. Lists of users and broadcasts have no order against others if there
 // are several Lanes.
 //
-// When a call breaks, the Stream opens another one. Pushes without an answer are repeated if Push-Manager said that it did not take them, or
+// When a call breaks, or owes answers and brings none for 15 s, the Stream opens another one. Pushes without an answer are repeated if Push-Manager said that it did not take them, or
 // if they have a MessageID; otherwise they end as unknown. An unknown push may still arrive behind later ones. So may one with a MessageID, if
 // its first try was refused and the refusal was lost when the call broke.
 type Stream struct {
@@ -158,24 +157,27 @@ func (s *Stream) Send(ctx context.Context, to Target, m Message, options ...Push
 // Close takes no more pushes, waits for the end of those that were taken, and ends the Stream. If ctx ends first, what was sent is unknown.
 // It may be called again.
 func (s *Stream) Close(ctx context.Context) error {
-	var errs []error
 	for _, l := range s.lanes {
 		l.close()
 	}
+	var err error
 	for _, l := range s.lanes {
 		select {
 		case <-l.idle:
-		case <-ctx.Done():
-			errs = append(errs, ctx.Err())
+			continue
+		default:
 		}
-	}
-	if len(errs) > 0 {
-		s.stop()
+		select {
+		case <-l.idle:
+		case <-ctx.Done():
+			err = ctx.Err()
+			s.stop()
+		}
 	}
 	// The calls end by themselves now, unless a server does not care.
 	timer := time.AfterFunc(time.Second, s.stop)
 	s.work.Wait()
 	timer.Stop()
 	s.stop()
-	return errors.Join(errs...)
+	return err
 }

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,10 +173,16 @@ func TestADrainLosesNothing(t *testing.T) {
 
 // TestAStreamHasBackPressure: Send waits while MaxOpen pushes have no answer.
 func TestAStreamHasBackPressure(t *testing.T) {
+	for _, most := range []int{3, 5000} { // MaxBytes are a multiple of neither
+		t.Run(strconv.Itoa(most), func(t *testing.T) { hasBackPressure(t, most) })
+	}
+}
+
+func hasBackPressure(t *testing.T, most int) {
 	server := clienttest.NewServer(t)
 	server.Reply(clienttest.Hanging())
-	s := open(t, server.Client(), client.StreamConfig{MaxOpen: 3})
-	for range 3 {
+	s := open(t, server.Client(), client.StreamConfig{MaxOpen: most})
+	for range most {
 		send(t, s, client.User("alice"), "x")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -189,7 +197,7 @@ func TestAStreamHasBackPressure(t *testing.T) {
 	if err := s.Close(soon); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
-	if n := len(server.Pushes()); n > 3 {
+	if n := len(server.Pushes()); n > most {
 		t.Errorf("%d came", n)
 	}
 }
@@ -224,6 +232,53 @@ func TestEveryPushOfAStreamEnds(t *testing.T) {
 	}
 }
 
+// TestNoPushIsLeftWithoutASweeper, not even one that comes while the sweeper ends the last one.
+func TestNoPushIsLeftWithoutASweeper(t *testing.T) {
+	c := clienttest.NewServer(t).Client()
+	now := time.Now()
+	for i := range 20_000 {
+		l := client.NewLane(t, c)
+		for range 10 {
+			l.Take(now)
+		}
+		l.Woken()
+		var sweeping atomic.Bool
+		var taking sync.WaitGroup
+		taking.Go(func() {
+			for !sweeping.Load() { // no channel wakes it soon enough
+				runtime.Gosched()
+			}
+			for range i % 1000 {
+				sweeping.Load()
+			}
+			l.Take(now.Add(time.Hour))
+		})
+		runtime.Gosched()
+		sweeping.Store(true)
+		goesOn := l.Sweep(now)
+		taking.Wait()
+		if !goesOn && !l.Woken() {
+			t.Fatal("a push has come, and the sweeper sleeps")
+		}
+	}
+}
+
+// TestASilentCallCostsNoLaterPush: it is ended when it has been silent for long enough, and not when there is something to push again.
+func TestASilentCallCostsNoLaterPush(t *testing.T) {
+	l := client.NewLane(t, clienttest.NewServer(t).Client())
+	now := time.Now()
+	l.Take(now.Add(time.Second))
+	l.Write()
+	for range 20 {
+		if now = now.Add(time.Second); l.Cut.Err() == nil && !l.Sweep(now) {
+			t.Fatal("nobody looks after a call that owes an answer")
+		}
+	}
+	if l.Cut.Err() == nil {
+		t.Error("it was silent for 20 s")
+	}
+}
+
 func TestAClosedStreamTakesNothing(t *testing.T) {
 	s := clienttest.NewServer(t).Client().Stream(client.StreamConfig{})
 	p := send(t, s, client.User("alice"), "x")
@@ -244,6 +299,112 @@ func TestAClosedStreamTakesNothing(t *testing.T) {
 	}
 }
 
+// TestAPushThatFailsLeavesItsRoom: refused, expired or not even taken.
+func TestAPushThatFailsLeavesItsRoom(t *testing.T) {
+	server := clienttest.NewServer(t)
+	server.Handle(func(p clienttest.Push) clienttest.Reply {
+		if string(p.Message.Data) == "hang" {
+			return clienttest.Hanging()
+		}
+		return clienttest.Refused(codes.PermissionDenied, "PERMISSION_DENIED", 0)
+	})
+	s := open(t, server.Client(), client.StreamConfig{MaxOpen: 1})
+	for range 3 {
+		if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		p, err := s.Send(ctx, client.User("alice"), client.Text("hang"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Wait(within(t)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	}
+	if err := s.Close(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := s.Send(ctx, client.User("alice"), client.Text("x")); !errors.Is(err, client.ErrClosed) {
+			t.Error(err)
+		}
+	}
+}
+
+// TestWhatWaitsBehindARefusalGoesOn when the refused push ends, whatever it ends by.
+func TestWhatWaitsBehindARefusalGoesOn(t *testing.T) {
+	c := clienttest.NewServer(t).Client()
+	for _, retry := range []bool{false, true} {
+		l := client.NewLane(t, c)
+		now := time.Now()
+		l.Take(now.Add(time.Minute))
+		l.Write()
+		l.Take(now.Add(time.Hour))
+		l.Refuse(t.Context(), 1, retry)
+		l.Write()
+		if l.IsOpen(2) == retry {
+			t.Errorf("to be repeated: %v, and the next one was written: %v", retry, !retry)
+		}
+		l.Sweep(now.Add(2 * time.Minute)) // the first one has expired
+		l.Write()
+		if !l.IsOpen(2) {
+			t.Errorf("to be repeated: %v, and the next one waits for ever", retry)
+		}
+	}
+}
+
+// TestARefusedStreamIsBounded by the tries of its pushes, and by the budget.
+func TestARefusedStreamIsBounded(t *testing.T) {
+	for _, test := range []struct {
+		retries client.Retries
+		tries   int
+	}{{client.Retries{Tries: 3}, 3}, {client.Retries{Tries: 100, Burst: 1, Ratio: 0.001}, 2}} {
+		c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+			if _, err := stream.Recv(); err != nil {
+				return nil //nolint:nilerr // the caller has gone
+			}
+			return client.StatusOf(t, codes.Unavailable, "DRAINING", time.Millisecond).Err()
+		}, client.WithRetries(test.retries))
+		_, err := send(t, open(t, c, client.StreamConfig{}), client.User("alice"), "x").Wait(within(t))
+		if failed, is := errors.AsType[*client.Error](err); !is || failed.Tries != test.tries || !failed.NotSent {
+			t.Errorf("%+v: %v", test.retries, err)
+		}
+	}
+}
+
+// TestWhoHasAnsweredKnowsTheMethod: what it leaves without an answer is unknown, even if it denies to know the method then.
+func TestWhoHasAnsweredKnowsTheMethod(t *testing.T) {
+	for _, answers := range []bool{false, true} {
+		c := serveScript(t, func(stream grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error {
+			for n := 0; ; n++ {
+				r, err := stream.Recv()
+				if err != nil {
+					return nil //nolint:nilerr // the caller has gone
+				}
+				if n > 0 || !answers {
+					return status.Error(codes.Unimplemented, "of a proxy")
+				}
+				if err := stream.Send(deliveredTo(r.GetBatch()[0].GetId())); err != nil {
+					return err
+				}
+			}
+		})
+		s := open(t, c, client.StreamConfig{})
+		if answers {
+			if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := send(t, s, client.User("alice"), "x").Wait(within(t)); status.Code(err) != codes.Unimplemented || errors.Is(err, client.ErrUnknown) != answers {
+			t.Errorf("it has answered: %v; %v", answers, err)
+		}
+	}
+}
+
 // scripted is a PushStream of a test's own.
 type scripted struct {
 	pubsub.UnimplementedPushManagerServiceServer
@@ -255,15 +416,15 @@ func (s scripted) PushStream(stream grpc.BidiStreamingServer[pubsub.PushStreamRe
 	return s.serve(stream)
 }
 
-func serveScript(t *testing.T, serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error) *client.Client {
+func serveScript(t *testing.T, serve func(grpc.BidiStreamingServer[pubsub.PushStreamRequest, pubsub.PushStreamResponse]) error, options ...client.Option) *client.Client {
 	t.Helper()
 	listen := bufconn.Listen(1 << 20)
 	server := grpc.NewServer()
 	pubsub.RegisterPushManagerServiceServer(server, scripted{serve: serve})
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.Serve(listen) })
-	c, err := client.New("passthrough:///script", client.WithoutHealthChecks(), client.WithTransportCredentials(insecure.NewCredentials()),
-		client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listen.DialContext(ctx) })))
+	c, err := client.New("passthrough:///script", append(options, client.WithoutHealthChecks(), client.WithTransportCredentials(insecure.NewCredentials()),
+		client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listen.DialContext(ctx) })))...)
 	if err != nil {
 		t.Fatal(err)
 	}

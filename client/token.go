@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/certs"
 )
 
 // maxToken bounds a token; Push-Manager takes 8 KiB.
@@ -66,9 +66,9 @@ func (f *tokenFile) token(context.Context) (string, error) {
 	if f.value != "" && time.Since(f.read) < tokenReread {
 		return f.value, nil
 	}
-	text, err := readBounded(f.path)
+	file, err := certs.ReadFile(f.path, maxToken)
+	text := strings.TrimSpace(string(file))
 	if err == nil {
-		text = strings.TrimSpace(text)
 		err = checkToken(text)
 	}
 	switch {
@@ -79,14 +79,4 @@ func (f *tokenFile) token(context.Context) (string, error) {
 	}
 	f.read = time.Now() // a file that is being written is read again soon, and not for each call
 	return f.value, nil
-}
-
-func readBounded(path string) (string, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = file.Close() }()
-	text, err := io.ReadAll(io.LimitReader(file, maxToken+1))
-	return string(text), err
 }

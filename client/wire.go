@@ -103,7 +103,12 @@ type answer struct {
 const maxAnswers = 1 << 16
 
 // decode reads a message of a PushStream. An error ends the call: nobody knows what the server means then.
-func decode(message frame, into []answer) ([]answer, error) {
+func decode(message frame, into []answer) (_ []answer, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("panic while the answer was read: %v", v)
+		}
+	}()
 	alone := true
 	m := wire.Reader{Rest: message}
 	for m.Next() {

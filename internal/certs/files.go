@@ -84,7 +84,7 @@ func (f Files) load(now time.Time) (*set, error) {
 			continue
 		}
 		var err error
-		if text[i], err = read(file.path, file.most); err != nil {
+		if text[i], err = ReadFile(file.path, file.most); err != nil {
 			return nil, &FileError{file.name, err}
 		}
 		if len(text[i]) == 0 {
@@ -94,8 +94,9 @@ func (f Files) load(now time.Time) (*set, error) {
 	return parse(text[0], text[1], text[2], now)
 }
 
-func read(path string, most int64) ([]byte, error) {
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the open of a pipe waits
+// ReadFile reads a regular file of at most so many bytes. A pipe would wait for whoever may never write to it.
+func ReadFile(path string, most int64) ([]byte, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
