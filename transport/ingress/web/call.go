@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -40,6 +41,7 @@ type call struct {
 	most      int   // bytes of a message
 	enveloped bool
 	stream    bool
+	two       bool // it has come by HTTP/2
 	control   *http.ResponseController
 	bodyTime  time.Duration
 	w         *response
@@ -213,7 +215,11 @@ func (c *translated) Translate(b []byte) ([]byte, error) { return c.translate(b)
 
 // callOf is the call of a handler's context.
 func callOf(ctx context.Context) *call {
-	switch c := grpc.ServerTransportStreamFromContext(ctx).(type) {
+	return asCall(grpc.ServerTransportStreamFromContext(ctx))
+}
+
+func asCall(in grpc.ServerTransportStream) *call {
+	switch c := in.(type) {
 	case *call:
 		return c
 	case *translated:
@@ -228,7 +234,7 @@ func callOf(ctx context.Context) *call {
 func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []byte) ([]byte, error)) ingress.Call {
 	kind := strings.ToLower(r.Header.Get("Content-Type")) // as connect takes it
 	c := &call{
-		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(),
+		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(), two: r.ProtoMajor == 2,
 		control: http.NewResponseController(w), bodyTime: s.limits.BodyTimeout, w: w,
 		enveloped: strings.HasPrefix(kind, "application/grpc") || strings.HasPrefix(kind, "application/connect+"),
 	}
@@ -245,6 +251,28 @@ func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []
 	default:
 		return c
 	}
+}
+
+// Timeouts as clients may write them.
+var (
+	connectTimeout = regexp.MustCompile(`^[0-9]{1,10}$`)
+	grpcTimeout    = regexp.MustCompile(`^[0-9]{1,8}[HMSmun]$`)
+)
+
+// refused is why a request cannot be served, nil if it can. Connect would find out by itself, but its errors do not say that
+// nothing was sent.
+func (s *Server) refused(c *call, r *http.Request) error {
+	if c.encoding != "" && c.encoding != "identity" {
+		return errCompressed
+	}
+	key, valid := "Connect-Timeout-Ms", connectTimeout
+	if strings.HasPrefix(strings.ToLower(r.Header.Get("Content-Type")), "application/grpc") {
+		key, valid = "Grpc-Timeout", grpcTimeout
+	}
+	if given := r.Header.Get(key); given != "" && !valid.MatchString(given) {
+		return s.cfg.Ingress.Refused(invalid(strings.ToLower(key), "is not a time")) //nolint:wrapcheck // it is one of ours
+	}
+	return nil
 }
 
 // emptyMessage is what connect gets to read in place of a body.
