@@ -142,6 +142,10 @@ func (p *slot) confirm() {
 	}
 }
 
+// keep has the slot of a connection that has said nothing end with it, and not before: its server closes what it has got
+// from us, and may give it more time than Config.Timeout.
+func (p *slot) keep() { p.expire.Stop() }
+
 func (p *slot) close() { p.end(true) }
 
 // end frees the slot. closed: for good.

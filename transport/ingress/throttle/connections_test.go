@@ -129,3 +129,42 @@ func TestSlotThatNobodyFreesIsFreeWithItsTime(t *testing.T) {
 		second.close()
 	})
 }
+
+// accepted is a listener with connections that were made before.
+type accepted chan net.Conn
+
+func (a accepted) Accept() (net.Conn, error) { return <-a, nil }
+func (accepted) Close() error                { return nil }
+func (accepted) Addr() net.Addr              { return nil }
+
+// TestAConnectionOfAnotherServerKeepsItsPlaceUntilItCloses: that server may give it more time for its first request than a
+// hello has.
+func TestAConnectionOfAnotherServerKeepsItsPlaceUntilItCloses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := configOf()
+		cfg.HalfOpen, cfg.Timeout = 1, time.Second
+		th := New(cfg)
+		defer th.Close()
+		raw := make(accepted, 2)
+		l := th.Listen(raw)
+		sockets := []*socket{{from: "192.0.2.1:1"}, {from: "192.0.2.1:2"}}
+		var conns [2]net.Conn
+		for i, s := range sockets {
+			raw <- s
+			var err error
+			if conns[i], err = l.Accept(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * cfg.Timeout)
+		}
+		if !sockets[0].closed || sockets[1].closed {
+			t.Errorf("closed for those that came later: %v, %v", sockets[0].closed, sockets[1].closed)
+		}
+		for _, c := range conns {
+			_ = c.Close()
+		}
+		if th.conns.halfOpen != 0 || len(th.conns.networks) != 0 {
+			t.Errorf("%d are left", th.conns.halfOpen)
+		}
+	})
+}

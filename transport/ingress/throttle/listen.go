@@ -26,6 +26,7 @@ func (l listener) Accept() (net.Conn, error) {
 	}
 	c := newConn(raw, l.throttle, l.throttle.conns.accept(raw))
 	c.opaque = true
+	c.slot.keep()
 	return c, nil
 }
 

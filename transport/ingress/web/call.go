@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -40,13 +41,13 @@ type call struct {
 	most      int   // bytes of a message
 	enveloped bool
 	stream    bool
+	two       bool // it has come by HTTP/2
 	control   *http.ResponseController
 	bodyTime  time.Duration
 	w         *response
 
 	begin   []byte // of a bare body of unknown length: what has been read of it
-	read    bool   // a bare body was asked for
-	late    bool   // it has a deadline of its own
+	read    bool   // the body was asked for
 	trailer metadata.MD
 	ended   atomic.Bool // WriteStatus has been called
 }
@@ -71,25 +72,25 @@ func (c *call) SetTrailer(md metadata.MD) error {
 // RecvCompress tells the encoding of messages.
 func (c *call) RecvCompress() string { return c.encoding }
 
-// ReadMessageHeader reads what stands before a message, or makes it.
+// ReadMessageHeader reads what stands before a message, or makes it. With the first one begins the time that the body of a
+// call has, however small it is: until it is whole, the call is open and keeps its place from others.
 func (c *call) ReadMessageHeader(head []byte) error {
-	if c.enveloped {
-		_, err := io.ReadFull(c.body, head[:headSize])
-		return c.failed(err)
-	}
-	if c.read {
-		return io.EOF
-	}
+	again := c.read
 	c.read = true
-	size := c.length
-	switch {
-	case size == 0:
-		return c.announce(head, 0)
-	case !c.stream && c.timed():
-		_ = c.control.SetReadDeadline(time.Now().Add(c.bodyTime)) // where it cannot be set, the watch of a large body ends it
+	if !again && !c.stream && c.length != 0 {
+		_ = c.control.SetReadDeadline(time.Now().Add(c.bodyTime)) // it fails for a client that has gone
 	}
-	if size > 0 {
-		return c.announce(head, size)
+	switch {
+	case c.enveloped:
+		_, err := io.ReadFull(c.body, head[:headSize])
+		if errors.Is(err, io.EOF) {
+			c.whole()
+		}
+		return c.failed(err)
+	case again:
+		return io.EOF
+	case c.length >= 0:
+		return c.announce(head, c.length)
 	}
 	c.begin = make([]byte, smallBody+1)
 	n, err := io.ReadFull(c.body, c.begin)
@@ -97,18 +98,22 @@ func (c *call) ReadMessageHeader(head []byte) error {
 	switch {
 	case err == nil:
 		return c.announce(head, int64(c.most))
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, io.EOF):
+		c.whole()
+		return c.announce(head, 0)
+	case errors.Is(err, io.ErrUnexpectedEOF): // Read finds out whether it was broken off
 		return c.announce(head, int64(n))
 	default:
 		return c.failed(err)
 	}
 }
 
-// timed tells whether a bare body has a deadline of its own: one that is small has mostly come with its headers, and that
-// of the server is enough for it.
-func (c *call) timed() bool {
-	c.late = c.length < 0 || c.length > smallBody
-	return c.late
+// whole ends the time of a body that is there: while its call goes on, the connection is read for its end, and a deadline
+// would look like one.
+func (c *call) whole() {
+	if !c.stream {
+		_ = c.control.SetReadDeadline(time.Time{}) // it fails for a client that has gone
+	}
 }
 
 func (c *call) announce(head []byte, size int64) error {
@@ -125,12 +130,12 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 	b := make([]byte, n)
 	if c.enveloped || c.length > 0 {
 		if _, err := io.ReadFull(c.body, b); err != nil {
-			return nil, c.failed(whole(err))
+			return nil, c.failed(begun(err))
 		}
 		if !c.enveloped {
 			c.length -= int64(n)
-			if c.length == 0 && c.late {
-				_ = c.control.SetReadDeadline(time.Time{}) // or the connection would not be watched for its end
+			if c.length == 0 {
+				c.whole()
 			}
 		}
 		return mem.BufferSlice{mem.SliceBuffer(b)}, nil
@@ -144,7 +149,7 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 		more, err := c.body.Read(b[have:])
 		have += more
 		if errors.Is(err, io.EOF) {
-			_ = c.control.SetReadDeadline(time.Time{})
+			c.whole()
 			return mem.BufferSlice{mem.SliceBuffer(b[:have])}, nil
 		}
 		if err != nil {
@@ -158,7 +163,7 @@ func (c *call) Read(n int) (mem.BufferSlice, error) {
 	case !errors.Is(err, io.EOF):
 		return nil, c.failed(err)
 	}
-	_ = c.control.SetReadDeadline(time.Time{})
+	c.whole()
 	return mem.BufferSlice{mem.SliceBuffer(b)}, nil
 }
 
@@ -185,8 +190,8 @@ func (c *call) failed(err error) error {
 	}
 }
 
-// whole is the error of a message that has begun.
-func whole(err error) error {
+// begun is the error of a message that has begun.
+func begun(err error) error {
 	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
@@ -210,7 +215,11 @@ func (c *translated) Translate(b []byte) ([]byte, error) { return c.translate(b)
 
 // callOf is the call of a handler's context.
 func callOf(ctx context.Context) *call {
-	switch c := grpc.ServerTransportStreamFromContext(ctx).(type) {
+	return asCall(grpc.ServerTransportStreamFromContext(ctx))
+}
+
+func asCall(in grpc.ServerTransportStream) *call {
+	switch c := in.(type) {
 	case *call:
 		return c
 	case *translated:
@@ -223,9 +232,9 @@ func callOf(ctx context.Context) *call {
 // newCall brings a request into the shape of a call. form is what makes protobuf of JSON that has another shape than that
 // of the method's request; nil for none.
 func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []byte) ([]byte, error)) ingress.Call {
-	kind := r.Header.Get("Content-Type")
+	kind := strings.ToLower(r.Header.Get("Content-Type")) // as connect takes it
 	c := &call{
-		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(),
+		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(), two: r.ProtoMajor == 2,
 		control: http.NewResponseController(w), bodyTime: s.limits.BodyTimeout, w: w,
 		enveloped: strings.HasPrefix(kind, "application/grpc") || strings.HasPrefix(kind, "application/connect+"),
 	}
@@ -242,6 +251,28 @@ func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []
 	default:
 		return c
 	}
+}
+
+// Timeouts as clients may write them.
+var (
+	connectTimeout = regexp.MustCompile(`^[0-9]{1,10}$`)
+	grpcTimeout    = regexp.MustCompile(`^[0-9]{1,8}[HMSmun]$`)
+)
+
+// refused is why a request cannot be served, nil if it can. Connect would find out by itself, but its errors do not say that
+// nothing was sent.
+func (s *Server) refused(c *call, r *http.Request) error {
+	if c.encoding != "" && c.encoding != "identity" {
+		return errCompressed
+	}
+	key, valid := "Connect-Timeout-Ms", connectTimeout
+	if strings.HasPrefix(strings.ToLower(r.Header.Get("Content-Type")), "application/grpc") {
+		key, valid = "Grpc-Timeout", grpcTimeout
+	}
+	if given := r.Header.Get(key); given != "" && !valid.MatchString(given) {
+		return s.cfg.Ingress.Refused(invalid(strings.ToLower(key), "is not a time")) //nolint:wrapcheck // it is one of ours
+	}
+	return nil
 }
 
 // emptyMessage is what connect gets to read in place of a body.

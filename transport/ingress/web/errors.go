@@ -17,9 +17,11 @@ const pushbackKey = "grpc-retry-pushback-ms"
 
 var (
 	errInternal    = errors.New("internal error")
+	errEnded       = status.Error(codes.Canceled, "the stream has ended")
 	errNotFound    = refusal(codes.NotFound, "NOT_FOUND", "there is nothing at this path")
 	errNeedsHTTP2  = refusal(codes.Unimplemented, "NEEDS_HTTP2", "this method streams in both directions, which needs HTTP/2")
 	errNotJSON     = refusal(codes.InvalidArgument, "NOT_JSON", "the Content-Type must be application/json")
+	errCompressed  = refusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", "requests must not be compressed")
 	errOrigin      = refusal(codes.PermissionDenied, "FOREIGN_ORIGIN", "pages of this origin may not call: see HTTP_ALLOWED_ORIGINS")
 	errWrongMethod = refusal(codes.Unimplemented, "METHOD_NOT_ALLOWED", "this path wants another HTTP method")
 )

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -129,6 +130,10 @@ func (m *method) serve(out http.ResponseWriter, r *http.Request, form func(b []b
 		return
 	}
 	c, in := connOf(r.Context()), s.newCall(w, r, m, form)
+	if err := s.refused(asCall(in), r); err != nil {
+		s.fail(w, r, err)
+		return
+	}
 	r = r.WithContext(s.cfg.Ingress.Enter(r.Context(), &ingress.Arrival{
 		Conn: c.Conn, Security: security(r), Peer: c.RemoteAddr(), Header: header(r.Header), Method: m.procedure,
 	}, in))
@@ -180,7 +185,9 @@ func (m *method) receive(ctx context.Context, into any) error {
 
 // serveStream is called by connect.
 func (m *method) serveStream(ctx context.Context, conn connect.StreamingHandlerConn) error {
-	err := m.streaming(m.impl, &stream{method: m, ctx: ctx, conn: conn})
+	st := &stream{method: m, ctx: ctx, conn: conn}
+	err := m.streaming(m.impl, st)
+	st.end()
 	if err != nil {
 		return m.srv.failure(callOf(ctx), conn.Peer().Protocol, err)
 	}
@@ -193,6 +200,23 @@ type stream struct {
 	method *method
 	ctx    context.Context //nolint:containedctx // handlers of gRPC ask for it
 	conn   connect.StreamingHandlerConn
+
+	sending sync.Mutex
+	ended   bool // guarded by sending
+}
+
+// end keeps what is still under way of a handler that has returned, as it may be when its client is sent away, from the
+// connection: net/http has it for another request then.
+func (s *stream) end() {
+	c := callOf(s.ctx)
+	if !c.two {
+		_ = c.control.SetReadDeadline(time.Now()) // HTTP/2 ends a read by itself
+	}
+	cut := time.AfterFunc(closeTime, func() { _ = c.control.SetWriteDeadline(time.Now()) }) // it waits for its client
+	defer cut.Stop()
+	s.sending.Lock()
+	s.ended = true
+	s.sending.Unlock()
 }
 
 var _ grpc.ServerStream = (*stream)(nil)
@@ -218,6 +242,11 @@ func (s *stream) SendMsg(v any) error {
 	a := &answer{of: s.method.out}
 	if err := s.method.srv.cfg.Ingress.Encode(v, a.copy); err != nil {
 		return err //nolint:wrapcheck // it has context
+	}
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	if s.ended {
+		return errEnded
 	}
 	if err := s.conn.Send(a); err != nil {
 		return fmt.Errorf("send a reply: %w", err)

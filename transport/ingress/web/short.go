@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/push-manager/push-manager/engine"
 )
@@ -185,17 +186,17 @@ func (f *member) data() ([]byte, error) {
 		}
 		return b.Bytes(), nil
 	}
-	var text string
 	if len(f.value) == 0 || f.value[0] != '"' {
 		return nil, invalid(f.name, "must be a string")
 	}
-	if err := json.Unmarshal(f.value, &text); err != nil {
-		return nil, invalid(f.name, "must be a string: "+err.Error())
+	var text wrapperspb.StringValue // encoding/json would put another character in the place of half a pair
+	if fromJSON.Unmarshal(f.value, &text) != nil {
+		return nil, invalid(f.name, `has half of a pair of surrogates, such as \ud800, without the other half`)
 	}
 	if f.name == "text" {
-		return []byte(text), nil
+		return []byte(text.GetValue()), nil
 	}
-	data, err := base64.StdEncoding.DecodeString(text)
+	data, err := base64.StdEncoding.DecodeString(text.GetValue())
 	if err != nil {
 		return nil, invalid(f.name, fmt.Sprintf("must be base64: %v", err))
 	}
