@@ -58,8 +58,8 @@ func StatusOf(t *testing.T, code codes.Code, reason string, after time.Duration)
 // Lane is a lane without goroutines and without a call.
 type Lane struct {
 	l *lane
-	// Cut ends when the sweeper ends the call.
-	Cut context.Context
+	// Cut is closed when the sweeper ends the call.
+	Cut <-chan struct{}
 }
 
 // NewLane makes one. c may be closed.
@@ -68,7 +68,7 @@ func NewLane(t *testing.T, c *Client) *Lane {
 	l := newLane(c, StreamConfig{}.withDefaults())
 	ctx, cancel := context.WithCancel(t.Context())
 	l.setCancel(cancel)
-	return &Lane{l, ctx}
+	return &Lane{l, ctx.Done()}
 }
 
 // Take takes a push with a deadline.

@@ -75,7 +75,7 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 	if err := s.applyOptions(info, &c.push, o); err != nil {
 		return nil, err
 	}
-	out := &pubsub.ExplainResponse{Caller: s.explainCaller(info, a, &c.push), ContentBytes: count(len(c.push.Payload))}
+	caller := s.explainCaller(info, a, &c.push)
 	line.Event = audit.PushExplained
 	auditTarget(line, &c.push)
 	line.Target = strings.Clone(line.Target)
@@ -86,6 +86,18 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 	if err != nil {
 		return nil, err //nolint:wrapcheck // as Do
 	}
+	out := explained(&x, c, sample)
+	out.Caller = caller
+	b, err := out.MarshalVT()
+	if err != nil { // an id that is no UTF-8, which is checked before
+		return nil, fmt.Errorf("encode an explanation: %w", err)
+	}
+	return b, nil
+}
+
+// explained is x as a reply has it, with sample ids of each list.
+func explained(x *engine.Explanation, c *call, sample int) *pubsub.ExplainResponse {
+	out := &pubsub.ExplainResponse{ContentBytes: count(len(c.push.Payload))}
 	left := namesMost
 	names := func(ids []string) []string {
 		var list []string
@@ -99,7 +111,7 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 	out.Found, out.Targets = x.Found, count(x.Targets)
 	out.Offline, out.OfflineUserIds = count(len(x.Offline)), names(x.Offline)
 	out.Unlocated, out.Excluded, out.ExcludedUserIds = count(len(x.Unlocated)), count(len(x.Excluded)), names(x.Excluded)
-	if a != toRoom {
+	if c.api != toRoom {
 		out.UnlocatedUserIds = names(x.Unlocated)
 	}
 	out.Route = &pubsub.ExplainedRoute{
@@ -123,11 +135,7 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 		}
 		out.Deliveries = append(out.Deliveries, to)
 	}
-	b, err := out.MarshalVT()
-	if err != nil { // an id that is no UTF-8, which is checked before
-		return nil, fmt.Errorf("encode an explanation: %w", err)
-	}
-	return b, nil
+	return out
 }
 
 // explainCaller says what the caller may, before anything is asked for.

@@ -41,7 +41,6 @@ type call struct {
 	most      int   // bytes of a message
 	enveloped bool
 	stream    bool
-	two       bool // it has come by HTTP/2
 	control   *http.ResponseController
 	bodyTime  time.Duration
 	w         *response
@@ -234,9 +233,12 @@ func asCall(in grpc.ServerTransportStream) *call {
 func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []byte) ([]byte, error)) ingress.Call {
 	kind := strings.ToLower(r.Header.Get("Content-Type")) // as connect takes it
 	c := &call{
-		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(), two: r.ProtoMajor == 2,
+		method: m.procedure, body: r.Body, length: r.ContentLength, most: s.limits.MaxRecvBytes, stream: m.streams(),
 		control: http.NewResponseController(w), bodyTime: s.limits.BodyTimeout, w: w,
 		enveloped: strings.HasPrefix(kind, "application/grpc") || strings.HasPrefix(kind, "application/connect+"),
+	}
+	if c.stream && r.ProtoMajor == 1 {
+		c.body = &streamBody{ReadCloser: r.Body}
 	}
 	for _, key := range [...]string{"Content-Encoding", "Connect-Content-Encoding", "Grpc-Encoding"} {
 		if v := r.Header.Get(key); v != "" {

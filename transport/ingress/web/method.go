@@ -205,12 +205,32 @@ type stream struct {
 	ended   bool // guarded by sending
 }
 
+// streamBody is the body of a stream that came by HTTP/1.1.
+type streamBody struct {
+	io.ReadCloser
+
+	reading sync.Mutex
+	ended   bool // guarded by reading
+}
+
+func (b *streamBody) Read(p []byte) (int, error) {
+	b.reading.Lock()
+	defer b.reading.Unlock()
+	if b.ended {
+		return 0, errEnded
+	}
+	return b.ReadCloser.Read(p) //nolint:wrapcheck // an io.EOF is compared
+}
+
 // end keeps what is still under way of a handler that has returned, as it may be when its client is sent away, from the
 // connection: net/http has it for another request then.
 func (s *stream) end() {
 	c := callOf(s.ctx)
-	if !c.two {
-		_ = c.control.SetReadDeadline(time.Now()) // HTTP/2 ends a read by itself
+	if b, ok := c.body.(*streamBody); ok { // HTTP/2 ends a read by itself
+		_ = c.control.SetReadDeadline(time.Now())
+		b.reading.Lock() // a read that is under way would have net/http take the deadline away
+		b.ended = true
+		b.reading.Unlock()
 	}
 	cut := time.AfterFunc(closeTime, func() { _ = c.control.SetWriteDeadline(time.Now()) }) // it waits for its client
 	defer cut.Stop()
