@@ -755,7 +755,7 @@ func attackEtcd(t *testing.T, r *target) {
 	}
 	r.etcd.Restart()
 	r.serves(t)
-	eventually(t, "the registration stands", func() bool { return r.n.Ready() == nil && r.m.Reachable() == 1 && len(r.m.NotReady()) == 0 })
+	eventually(t, "the registration stands", func() bool { return len(r.n.NotReady()) == 0 && r.m.Reachable() == 1 && len(r.m.NotReady()) == 0 })
 }
 
 func attackForSecrets(t *testing.T, r *target) {

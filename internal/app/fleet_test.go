@@ -159,7 +159,7 @@ func (f *fleet) node(id string, plain bool, more ...map[string]string) *connectn
 		maps.Copy(env, m)
 	}
 	n := loggingProgram(f.t, f.log, &connectnode.Config{}, env).(*connectnode.ConnectNode)
-	eventually(f.t, id+" is ready", func() bool { return n.Ready() == nil })
+	eventually(f.t, id+" is ready", func() bool { return len(n.NotReady()) == 0 })
 	return n
 }
 

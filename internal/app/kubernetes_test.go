@@ -549,7 +549,7 @@ func TestTheKustomizeBaseConnects(t *testing.T) {
 	toController := map[string]string{"CONTROLLER_ADDRESS": c.GRPCAddr(), "CONTROLLER_TLS_SERVER_NAME": "push-manager-controller"}
 	node, _ := start("connect-node", toController).(*connectnode.ConnectNode)
 	manager, _ := start("push-manager", toController).(*pushmanager.PushManager)
-	eventually(t, "the Connect-Node is ready", func() bool { return node.Ready() == nil })
+	eventually(t, "the Connect-Node is ready", func() bool { return len(node.NotReady()) == 0 })
 	eventually(t, "Push-Manager reaches the node and the Controller", func() bool { return len(manager.NotReady()) == 0 && manager.Reachable() == 1 })
 
 	for name, address := range map[string]string{"push-manager": manager.HTTPAddr(), "connect-node": node.MetricsAddr().String(), "controller": c.HTTPAddr()} {

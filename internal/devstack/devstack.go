@@ -218,8 +218,8 @@ func (s *Stack) notReady() string {
 		return "push-manager: " + reasons[0]
 	}
 	for i, n := range s.nodes {
-		if err := n.Ready(); err != nil {
-			return s.ids[i] + ": " + err.Error()
+		if reasons := n.NotReady(); len(reasons) > 0 {
+			return s.ids[i] + ": " + reasons[0]
 		}
 	}
 	if n := s.pushManager.Reachable(); n < len(s.nodes) {

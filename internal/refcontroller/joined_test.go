@@ -22,6 +22,7 @@ import (
 type deployment struct {
 	pubsub.ControllerServiceClient
 
+	server   *Server
 	managers []*route.Directory
 }
 
@@ -46,7 +47,7 @@ func deploy(t testing.TB, managers int) *deployment {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	d := &deployment{ControllerServiceClient: pubsub.NewControllerServiceClient(conn)}
+	d := &deployment{ControllerServiceClient: pubsub.NewControllerServiceClient(conn), server: server}
 	for range managers {
 		c, err := asker.New(asker.Config{Address: lis.Addr().String()})
 		if err != nil {
@@ -100,7 +101,7 @@ func (a answer) Routed(_ []string, snaps []*route.Snapshot, _ error) {
 }
 
 // users asks every Push-Manager at this moment, and counts the users it finds.
-func (d *deployment) users(t *testing.T, room, user string) []int {
+func (d *deployment) users(t testing.TB, room, user string) []int {
 	t.Helper()
 	now := time.Now()
 	var counts []int
@@ -189,4 +190,39 @@ func BenchmarkReport(b *testing.B) {
 			})
 		})
 	}
+}
+
+// What a push to a large room costs its Push-Manager and the Controller when somebody comes or goes before each of them.
+// Without members in the changes that is a look-up of the whole room.
+func BenchmarkPushToLargeRoomThatChanges(b *testing.B) {
+	const members = 200_000
+	d := deploy(b, 1)
+	for i := range members {
+		if _, err := d.server.svc.store.(*Memory).Join(b.Context(), Join{Reporter: Reporter{Node: fmt.Sprint("n", i%20)}, User: fmt.Sprintf("user-%07d", i), Room: "r"}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	want := d.users(b, "r", "")[0]
+	before := d.managers[0].Stats()
+	i := 0
+	for b.Loop() {
+		if user := fmt.Sprintf("user-%07d", i/2%members); i%2 == 0 {
+			if _, err := d.LeaveRoom(b.Context(), &pubsub.LeaveRoomRequest{UserId: user, RoomId: "r", NodeId: fmt.Sprint("n", i/2%members%20)}); err != nil {
+				b.Fatal(err)
+			}
+			want--
+		} else {
+			if _, err := d.JoinRoom(b.Context(), &pubsub.JoinRoomRequest{UserId: user, RoomId: "r", NodeId: fmt.Sprint("n", i/2%members%20), WithoutUsers: true}); err != nil {
+				b.Fatal(err)
+			}
+			want++
+		}
+		i++
+		if got := d.users(b, "r", "")[0]; got != want {
+			b.Fatalf("push %d goes to %d users of %d", i, got, want)
+		}
+	}
+	after := d.managers[0].Stats()
+	b.ReportMetric(float64(after.Lookups-before.Lookups)/float64(i), "look-ups/push")
+	b.ReportMetric(float64(after.Moves-before.Moves)/float64(i), "moves/push")
 }

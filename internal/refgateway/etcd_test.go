@@ -13,7 +13,7 @@ func TestGatewayRegistersAndLeavesEtcdFirst(t *testing.T) {
 	client := etcd.Client()
 	c := newController(t)
 	g, _ := start(t, c, func(cfg *Config) { cfg.Etcd, cfg.AdvertiseAddress = client, "gateway.example:50052" })
-	eventually(t, "ready, and so registered", func() bool { return g.Ready() == nil })
+	eventually(t, "ready, and so registered", func() bool { return len(g.NotReady()) == 0 })
 	value := func() string {
 		r, err := client.Get(t.Context(), "/services/connect-node/node-1")
 		if err != nil {

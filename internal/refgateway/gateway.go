@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,12 +22,6 @@ import (
 
 	"github.com/push-manager/push-manager/transport/node"
 	"github.com/push-manager/push-manager/transport/node/membership"
-)
-
-var (
-	errNotRegistered = errors.New("not registered in etcd")
-	errController    = errors.New("controller not reachable")
-	errNotStarted    = errors.New("not started")
 )
 
 // ListenError is an error of Start: an address of the Config cannot be listened on.
@@ -220,29 +215,34 @@ func (g *Gateway) MetricsAddr() net.Addr {
 	return g.metricsLis.Addr()
 }
 
-// Ready tells why the gateway should not get clients, one reason a line, nil when it should.
-func (g *Gateway) Ready() error {
+// The checks that /readyz can leave out.
+const (
+	checkController = "controller"
+	checkDiscovery  = "discovery"
+)
+
+// NotReady tells why the gateway should not get clients, nothing when it should. What the checks in exclude say is left out.
+func (g *Gateway) NotReady(exclude ...string) (reasons []string) {
 	g.mu.Lock()
 	started := g.started
 	g.mu.Unlock()
 	switch {
 	case !started:
-		return errNotStarted
+		return []string{"not started"}
 	case g.draining.Load():
-		return membership.ErrGoing
+		return []string{membership.ErrGoing.Error()}
 	}
-	var reasons []error
-	if !g.members.Ready() {
-		reasons = append(reasons, errController)
+	if !g.members.Ready() && !slices.Contains(exclude, checkController) {
+		reasons = append(reasons, "controller not reachable")
 	}
-	if g.cfg.Etcd != nil && !g.node.Registered() {
-		err := errNotRegistered
-		if why := g.node.Unregistered(); why != "" {
-			err = fmt.Errorf("%w: %s", err, why)
+	if g.cfg.Etcd != nil && !g.node.Registered() && !slices.Contains(exclude, checkDiscovery) {
+		why := "not registered in etcd"
+		if last := g.node.Unregistered(); last != "" {
+			why += ": " + last
 		}
-		reasons = append(reasons, err)
+		reasons = append(reasons, why)
 	}
-	return errors.Join(reasons...)
+	return reasons
 }
 
 // admit counts a client in, before its handshake.

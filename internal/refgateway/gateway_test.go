@@ -475,7 +475,14 @@ func TestMembershipsAreReportedAgainAfterTheControllerRestarted(t *testing.T) {
 	a, b := connect(t, g, "a", "r"), connect(t, g, "b", "r")
 	gone := connect(t, g, "gone", "r")
 	c.stop()
-	eventually(t, "not ready without a controller", func() bool { return g.Ready() != nil })
+	eventually(t, "not ready without a controller", func() bool { return len(g.NotReady()) > 0 })
+	for query, want := range map[string]string{
+		"": "503", "?exclude=discovery": "503", "?exclude=controller": "200", "?exclude=discovery,controller": "200", "?exclude=controler": "400",
+	} {
+		if got := get(t, "http://"+g.HTTPAddr().String()+"/readyz"+query); !strings.HasPrefix(got, want) {
+			t.Errorf("/readyz%s: %s, want %s", query, got, want)
+		}
+	}
 	// While it is away: pushes work, a join waits, a leave is remembered.
 	if r := pushTo(t, n, "r", "still", "a"); r.GetDeliveredCount() != 1 {
 		t.Error(r)
@@ -494,7 +501,7 @@ func TestMembershipsAreReportedAgainAfterTheControllerRestarted(t *testing.T) {
 	eventually(t, "all memberships are known again", func() bool {
 		return c.has("a", "r") && c.has("a", "later") && c.has("a", "@node:node-1") && c.has("b", "@node:node-1") && c.size() == 4
 	})
-	eventually(t, "ready again", func() bool { return g.Ready() == nil })
+	eventually(t, "ready again", func() bool { return len(g.NotReady()) == 0 })
 	a.wantNothing() // Nothing is confirmed twice.
 	if got := counted(g, "connect_node_rejoins_total"); got != 1 {
 		t.Errorf("%d rejoins", got)
@@ -709,7 +716,7 @@ func TestCloseIsSafeAtAnyTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if g.Ready() == nil {
+	if len(g.NotReady()) == 0 {
 		t.Error("ready before Start")
 	}
 	g.Close()
@@ -754,7 +761,7 @@ func get(t *testing.T, address string) string {
 
 func TestHTTPSides(t *testing.T) {
 	g, n := start(t, newController(t), func(c *Config) { c.Pushctl = "go run ./cmd/pushctl" })
-	eventually(t, "ready", func() bool { return g.Ready() == nil })
+	eventually(t, "ready", func() bool { return len(g.NotReady()) == 0 })
 	connect(t, g, "u", "r")
 	pushTo(t, n, "r", "x", "u")
 	base, ops := "http://"+g.HTTPAddr().String(), "http://"+g.MetricsAddr().String()

@@ -22,6 +22,7 @@ import (
 
 	"github.com/push-manager/push-manager/internal/exposition"
 	"github.com/push-manager/push-manager/internal/position"
+	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -71,13 +72,7 @@ func (g *Gateway) metricsHandler() http.Handler {
 
 func (g *Gateway) healthHandlers(mux *http.ServeMux) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := g.Ready(); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		_, _ = w.Write([]byte("ok\n"))
-	})
+	mux.HandleFunc("GET /readyz", telemetry.Readyz([]string{checkController, checkDiscovery}, g.NotReady, nil))
 }
 
 // serveWebSocket admits a client.

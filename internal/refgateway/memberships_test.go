@@ -123,7 +123,7 @@ func TestRestartedControllerNeverAnswersInPart(t *testing.T) {
 	for _, id := range []string{"node-1", "node-2"} {
 		g, _ := start(t, &controller{addr: addr}, func(c *Config) { c.NodeID, c.Etcd = id, etcd.Client() })
 		gateways = append(gateways, g)
-		eventually(t, "ready", func() bool { return g.Ready() == nil })
+		eventually(t, "ready", func() bool { return len(g.NotReady()) == 0 })
 	}
 	const each = 1500
 	for _, g := range gateways {
@@ -182,7 +182,7 @@ func TestReportsThatAreHeldDoNotProlongTheWarmup(t *testing.T) {
 	for i := range 2000 { // In nearly all slots.
 		joined(t, g, fmt.Sprint("old-", i), "r")
 	}
-	eventually(t, "all are reported", func() bool { return g.Ready() == nil && g.members.Stats().Pending == 0 })
+	eventually(t, "all are reported", func() bool { return len(g.NotReady()) == 0 && g.members.Stats().Pending == 0 })
 
 	// Another node is registered and silent: the warm-up does not end by this one alone.
 	other, err := discovery.Register(t.Context(), discovery.RegistrationConfig{Client: etcd.Client(), ID: "node-2", Addr: "10.0.0.1:1"})
@@ -253,7 +253,7 @@ func startLateController(t *testing.T, mute bool) *lateController {
 func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 	c := startLateController(t, false)
 	g, _ := start(t, c.controller, func(c *Config) { c.Members.Timeout = 50 * time.Millisecond })
-	eventually(t, "ready", func() bool { return g.Ready() == nil })
+	eventually(t, "ready", func() bool { return len(g.NotReady()) == 0 })
 	m := g.members.Member("u", "", &member{last: map[string]string{}})
 	if err := m.Join("late"); err != nil {
 		t.Fatal(err)
@@ -269,7 +269,7 @@ func TestJoinThatIsExecutedLateLeavesNoGhost(t *testing.T) {
 func TestControllerThatDoesNotAnswerComparisonsIsToldAllTheSame(t *testing.T) {
 	c := startLateController(t, true)
 	g, _ := start(t, c.controller, func(c *Config) { c.Members.Timeout = 50 * time.Millisecond })
-	eventually(t, "ready", func() bool { return g.Ready() == nil })
+	eventually(t, "ready", func() bool { return len(g.NotReady()) == 0 })
 	connect(t, g, "u", "r")
 	if !c.has("u", "r") {
 		t.Error("the controller does not know")
@@ -281,7 +281,7 @@ func TestMembershipsAreReportedAgainWhenTheNodeWasLostInEtcd(t *testing.T) {
 	etcd := etcdtest.Start(t)
 	c := newController(t)
 	g, _ := start(t, c, func(cfg *Config) { cfg.Etcd, cfg.PingInterval = etcd.Client(), 200*time.Millisecond })
-	eventually(t, "registered", func() bool { return g.Ready() == nil })
+	eventually(t, "registered", func() bool { return len(g.NotReady()) == 0 })
 	connect(t, g, "u", "r")
 	// Another process takes the id for a while. The Controller gives the node up.
 	rival, err := discovery.Register(t.Context(), discovery.RegistrationConfig{Client: etcd.Client(), ID: "node-1", Addr: "10.0.0.1:1"})

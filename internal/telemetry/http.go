@@ -114,7 +114,7 @@ func (h *HTTP) mux(compressed func(http.Handler) http.HandlerFunc) *http.ServeMu
 	mux.HandleFunc("GET /{$}", index)
 	mux.Handle("GET /metrics", compressed(http.HandlerFunc(h.metrics))) // for clients that accept gzip
 	mux.HandleFunc("GET /healthz", healthz)
-	mux.HandleFunc("GET /readyz", h.readyz)
+	mux.HandleFunc("GET /readyz", Readyz(h.cfg.Checks, h.cfg.NotReady, h.cfg.Notes))
 	mux.Handle("GET /debug/pprof/", h.local(pprof.Index))
 	// Not cmdline: what it shows may have been meant for this process alone.
 	mux.Handle("GET /debug/pprof/profile", h.local(pprof.Profile))
@@ -132,35 +132,38 @@ func index(w http.ResponseWriter, _ *http.Request) {
 // restart would not bring them back.
 func healthz(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok\n") }
 
-// readyz answers 400 to a check in ?exclude= that it does not have: a probe with a typing error shows at once, not when
-// that check first fails.
-func (h *HTTP) readyz(w http.ResponseWriter, r *http.Request) {
-	var exclude []string
-	for _, list := range r.URL.Query()["exclude"] {
-		for name := range strings.SplitSeq(list, ",") {
-			if name == "" {
-				continue
+// Readyz serves /readyz: 200 with a line "ok" and those of notes, or 503 with the reasons of notReady. A request may leave
+// out what some of the checks say, in ?exclude=. It gets 400 for one that is not in checks: a probe with a typing error shows
+// at once, not when that check first fails. notReady and notes may be nil.
+func Readyz(checks []string, notReady func(exclude ...string) []string, notes func() []string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var exclude []string
+		for _, list := range r.URL.Query()["exclude"] {
+			for name := range strings.SplitSeq(list, ",") {
+				if name == "" {
+					continue
+				}
+				if !slices.Contains(checks, name) {
+					plain(w, http.StatusBadRequest, "exclude: there is no such check. There are: "+strings.Join(checks, ",")+"\n")
+					return
+				}
+				exclude = append(exclude, name)
 			}
-			if !slices.Contains(h.cfg.Checks, name) {
-				plain(w, http.StatusBadRequest, "exclude: there is no such check. There are: "+strings.Join(h.cfg.Checks, ",")+"\n")
-				return
-			}
-			exclude = append(exclude, name)
 		}
+		var reasons []string
+		if notReady != nil {
+			reasons = notReady(exclude...)
+		}
+		if len(reasons) > 0 {
+			plain(w, http.StatusServiceUnavailable, strings.Join(reasons, "\n")+"\n")
+			return
+		}
+		lines := []string{"ok"}
+		if notes != nil {
+			lines = append(lines, notes()...)
+		}
+		plain(w, http.StatusOK, strings.Join(lines, "\n")+"\n")
 	}
-	var reasons []string
-	if h.cfg.NotReady != nil {
-		reasons = h.cfg.NotReady(exclude...)
-	}
-	if len(reasons) > 0 {
-		plain(w, http.StatusServiceUnavailable, strings.Join(reasons, "\n")+"\n")
-		return
-	}
-	lines := []string{"ok"}
-	if h.cfg.Notes != nil {
-		lines = append(lines, h.cfg.Notes()...)
-	}
-	plain(w, http.StatusOK, strings.Join(lines, "\n")+"\n")
 }
 
 func (h *HTTP) metrics(w http.ResponseWriter, _ *http.Request) {
