@@ -18,6 +18,7 @@ import (
 type access struct {
 	Files certs.Files `json:"files"` // with a CA: over TLS
 	Token string      `json:"token"`
+	JSON  bool        `json:"json"` // over HTTP/2 on HTTP_PORT, in place of gRPC: unary calls alone
 }
 
 func (a access) scheme() string {

@@ -254,12 +254,17 @@ func (w *World) pushManager(ctx context.Context, name, binary string, env []stri
 	w.children = append(w.children, c)
 	var started struct {
 		GRPC, HTTP string
+		Web        string `json:"push_api_http"`
 		Shards     float64
 	}
 	if err := c.runs(ctx, "push-manager runs", &started); err != nil {
 		return nil, err
 	}
-	s, err := w.server(ctx, name, c, where{API: started.GRPC, Ops: started.HTTP}, as)
+	at := where{API: started.GRPC, Ops: started.HTTP}
+	if as.JSON {
+		at.API = started.Web
+	}
+	s, err := w.server(ctx, name, c, at, as)
 	if err != nil {
 		return nil, err
 	}

@@ -15,7 +15,7 @@ type named struct {
 }
 
 // special tells whether a load is for a profile alone, when it is asked for by name.
-func (n *named) special() bool { return n.rival != "" || n.tls }
+func (n *named) special() bool { return n.rival != "" || n.tls || n.Work.JSON }
 
 // usual is the world of the usual loads.
 func (b *Bench) usual(ctx context.Context) (*World, error) {
@@ -33,6 +33,7 @@ func (b *Bench) usualLoads() []named {
 		{name: "open", Load: b.open(mixed, 10_000)},
 		{name: "echo", rival: "echo", Load: b.closed(b.users())},
 		{name: "floor", rival: "floor", Load: b.closed(b.users())},
+		{name: "json", Load: b.closed(b.users().inJSON())},
 		{name: "tlsuser", tls: true, Load: b.closed(b.users())},
 		{name: "tlsstream", tls: true, Load: b.streaming(b.users())},
 		{name: "tlsbatch", tls: true, Load: b.batching(b.users())},

@@ -50,6 +50,7 @@ type wire struct {
 	scheme    string
 	authority string
 	bearer    string // of all calls, "" for none
+	json      bool   // they are no gRPC
 	priority  string // the same
 
 	nextID       uint32
@@ -97,7 +98,7 @@ func dialWire(ctx context.Context, addr string, as access) (*wire, error) {
 	w := &wire{
 		conn: conn, in: bufio.NewReaderSize(conn, 64<<10), nextID: 1, window: startWindow, streamWindow: startWindow,
 		maxCalls: math.MaxInt32, calls: map[uint32]*inflight{}, blocks: map[string][]byte{}, last: time.Now(),
-		scheme: as.scheme(), authority: addr, bearer: as.bearer(),
+		scheme: as.scheme(), authority: addr, bearer: as.bearer(), json: as.JSON,
 	}
 	w.headers = hpack.NewEncoder(&w.block)
 	w.framer = http2.NewFramer(&w.out, w.in)
@@ -144,10 +145,14 @@ func (w *wire) headersOf(method string) []byte {
 		return block
 	}
 	w.block.Reset()
+	content, te := "application/grpc", "trailers"
+	if w.json {
+		content, te = "application/json", ""
+	}
 	for _, f := range [...]hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: w.scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: w.authority},
-		{Name: "content-type", Value: "application/grpc"}, {Name: "user-agent", Value: "pushbench"}, {Name: "x-priority", Value: w.priority},
-		{Name: "te", Value: "trailers"}, {Name: "authorization", Value: w.bearer},
+		{Name: "content-type", Value: content}, {Name: "user-agent", Value: "pushbench"}, {Name: "x-priority", Value: w.priority},
+		{Name: "te", Value: te}, {Name: "authorization", Value: w.bearer},
 	} {
 		if f.Value != "" {
 			_ = w.headers.WriteField(f) // into memory
@@ -310,13 +315,17 @@ func (w *wire) data(id uint32, f *http2.DataFrame, ended func(*inflight)) error 
 		if err := call.push.replies(call, body); err != nil {
 			return err
 		}
+	case w.json && len(body) > 0:
+		if call.ok = succeededJSON(body); !call.ok {
+			call.said = strconv.QuoteToASCII(string(body))
+		}
 	case len(body) > prefix:
 		if call.ok = succeeded(body[prefix:]); !call.ok {
 			call.said = strconv.QuoteToASCII(string(body[prefix:]))
 		}
 	}
 	if f.StreamEnded() {
-		w.end(id, true, ended)
+		w.end(id, !w.json, ended) // gRPC ends with a trailer
 	}
 	return nil
 }

@@ -40,6 +40,18 @@ func listen(ctx context.Context) (net.Listener, error) {
 	return lc.Listen(ctx, "tcp", "127.0.0.1:0")
 }
 
+// freePort is a port for a program that wants to listen itself.
+func freePort(ctx context.Context) (address, port string, err error) {
+	l, err := listen(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	address = l.Addr().String()
+	_ = l.Close() // nobody has connected
+	_, port, err = net.SplitHostPort(address)
+	return address, port, err
+}
+
 // etcdRole is an etcd of one member, whose data is gone with it.
 func etcdRole(ctx context.Context, p *part) error {
 	dir, err := os.MkdirTemp("", "etcd-")

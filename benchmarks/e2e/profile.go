@@ -13,7 +13,7 @@ import (
 // Profiles loads Push-Manager with each of user, stream, room and open, or those
 // named, and writes a CPU profile and one of its allocations meanwhile into dir. The
 // rivals echo and floor, when named, get the load of user; tlsuser, tlsstream and tlsbatch,
-// when named, are what they say over TLS.
+// when named, are what they say over TLS, and json is user in JSON.
 func (b *Bench) Profiles(ctx context.Context, dir string, d time.Duration, names []string) (files []string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
 		return nil, err
@@ -56,6 +56,8 @@ func (w *World) profiled(ctx context.Context, load *named) (*Server, error) {
 			return nil, err
 		}
 		return w.pushManager(ctx, load.name, w.bench.binary, e.tls.env, e.tls.as)
+	case load.Work.JSON:
+		return w.overHTTP(ctx, access{JSON: true})
 	default:
 		return w.PushManager(ctx)
 	}

@@ -217,13 +217,10 @@ func (d *deployment) start(ctx context.Context, s Scaling) error {
 
 // redis starts a server that keeps nothing.
 func (d *deployment) redis(ctx context.Context) (address string, err error) {
-	l, err := listen(ctx)
+	address, port, err := freePort(ctx)
 	if err != nil {
 		return "", err
 	}
-	address = l.Addr().String()
-	_ = l.Close() // it wants to listen itself
-	_, port, _ := net.SplitHostPort(address)
 	path, err := exec.LookPath("redis-server")
 	if err != nil {
 		return "", err

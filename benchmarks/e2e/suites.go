@@ -28,6 +28,7 @@ func Suites() []Suite {
 		{"members", "bytes to the nodes per room push, 10 to 1,000,000 members on 100 nodes", true, membersSuite},
 		{"tls", "PushToUser, saturated, in plain text, over TLS, with a client's certificate, with a token", true, tlsSuite},
 		{"tlsstream", "PushStream, saturated, in plain text and over TLS", true, tlsStreamSuite},
+		{"http", "PushToUser, saturated: gRPC with HTTP_PORT and without, and JSON", true, httpSuite},
 		{"open10k", "10,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(10_000)},
 		{"open2k", "2,000 mixed requests/s over 10 nodes, against the echo", true, openSuite(2_000)},
 		{"allocs", "allocations from the decoded push to its outcome, in this process", true, allocsSuite},

@@ -119,3 +119,59 @@ func tlsStreamSuite(ctx context.Context, b *Bench) (*Result, error) {
 func (r *Result) overPlain(what string, s, plain Series, over string, limit float64) {
 	r.bar(Bar{What: what + ": CPU over " + over + " / plain text", Figure: Ratio(s, plain, CPUPerRequest), Limit: limit, Kind: AtMost}, s, plain)
 }
+
+// httpSuite holds gRPC beside a port for HTTP against gRPC alone, and JSON against gRPC: when the server is saturated, and
+// packs the replies of many gRPC calls into one write, and when it has calls one by one.
+func httpSuite(ctx context.Context, b *Bench) (*Result, error) {
+	nodes := 3
+	w, err := b.World(ctx, nodes, []Room{b.lobby(nodes)})
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close(context.WithoutCancel(ctx))
+	const off, on, json, seldom, rate = "gRPC alone", "gRPC beside HTTP", "JSON", ", 2000/s", 2000
+	usual := b.closed(b.users())
+	slots, err := w.ways(ctx, usual, twice(way{name: off}))
+	if err != nil {
+		return nil, err
+	}
+	for _, again := range []string{"", " again"} {
+		beside, err := w.overHTTP(ctx, access{})
+		if err != nil {
+			return nil, err
+		}
+		text, err := w.overHTTP(ctx, access{JSON: true})
+		if err != nil {
+			return nil, err
+		}
+		slots = append(slots,
+			Slot{on + again, beside, usual}, Slot{on + seldom + again, beside, b.open(b.users(), rate)},
+			Slot{json + again, text, b.closed(b.users().inJSON())}, Slot{json + seldom + again, text, b.open(b.users().inJSON(), rate)})
+	}
+	r, t, err := b.measure(ctx, "http", slots)
+	if err != nil {
+		return nil, err
+	}
+	r.control(off, t)
+	for _, bar := range []struct {
+		what, one, other string
+		limit            float64
+	}{
+		{"PushToUser: CPU beside HTTP / without", on, off, 1.02},
+		{"PushToUser at 2,000/s: CPU in JSON / gRPC", json + seldom, on + seldom, 2},
+		{"PushToUser, saturated: CPU in JSON / gRPC", json, on, 2},
+	} {
+		one, other := t.both(bar.one), t.both(bar.other)
+		r.bar(Bar{What: bar.what, Figure: Ratio(one, other, CPUPerRequest), Limit: bar.limit, Kind: AtMost}, one, other)
+	}
+	return r, nil
+}
+
+// overHTTP starts a Push-Manager that serves HTTP as well.
+func (w *World) overHTTP(ctx context.Context, as access) (*Server, error) {
+	_, port, err := freePort(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return w.pushManager(ctx, "pm", w.bench.binary, []string{"HTTP_PORT=" + port}, as)
+}

@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
 
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -39,6 +41,12 @@ type Work struct {
 	Mix     [3]int `json:"mix"`     // shares of users, rooms, broadcasts
 	Payload int    `json:"payload"` // bytes of data
 	Store   bool   `json:"store"`   // messages for those who are away are stored
+	JSON    bool   `json:"json"`    // for an access with JSON
+}
+
+func (w Work) inJSON() Work {
+	w.JSON = true
+	return w
 }
 
 // RoomID is the id of the i-th room of a kind.
@@ -63,6 +71,11 @@ func (w Work) encode() (*messages, error) {
 	}
 	content := &pubsub.MessageContent{Type: pubsub.MessageType_TEXT, Data: letters(w.Payload), Timestamp: 1_700_000_000}
 	add := func(c class, request proto.Message) error {
+		if w.JSON {
+			b, err := protojson.Marshal(request)
+			m.unary[c] = append(m.unary[c], raw{b})
+			return err
+		}
 		b, err := proto.Marshal(request)
 		m.unary[c] = append(m.unary[c], raw{append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...)})
 		return err
@@ -147,6 +160,9 @@ func (m *messages) streamClass() class {
 
 // succeeded reads success from the reply of a unary call, where it stands first.
 func succeeded(reply []byte) bool { return len(reply) >= 2 && reply[0] == 1<<3 && reply[1] == 1 }
+
+// succeededJSON reads the same from a reply in JSON.
+func succeededJSON(reply []byte) bool { return bytes.HasPrefix(reply, []byte(`{"success":true`)) }
 
 // streamReply reads the id of a PushStreamResponse and whether its push succeeded.
 func streamReply(b []byte) (id int, ok bool) {

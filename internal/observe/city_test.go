@@ -367,11 +367,11 @@ func (c *city) until(what string, ok func() error) {
 	c.t.Fatalf("%s: %v", what, err)
 }
 
-// ready waits until a program says that it is.
-func (c *city) ready(metrics string) {
+// answers waits until a program answers at its metrics port.
+func (c *city) answers(metrics, path string) {
 	c.t.Helper()
-	c.until(metrics+" is ready", func() error {
-		r, err := http.Get("http://" + metrics + "/readyz")
+	c.until(metrics+path, func() error {
+		r, err := http.Get("http://" + metrics + path)
 		if err != nil {
 			return err
 		}

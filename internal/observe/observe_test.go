@@ -425,7 +425,7 @@ func newCity(t *testing.T, traces *receiver) *city {
 	manager := func(name string, env ...string) (metrics string) {
 		p := freeport.Take(t, 2)
 		c.api[name] = "127.0.0.1:" + p[0]
-		c.managers[name] = c.launch("pm-"+name, slices.Concat([]string{"MANAGER_ID=pm-" + name, "GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1]}, common, env))
+		c.managers[name] = c.launch("pm-"+name, slices.Concat([]string{"MANAGER_ID=pm-" + name, "GRPC_PORT=" + p[0], "HTTP_PORT=0", "METRICS_PORT=" + p[1]}, common, env))
 		c.scraped = append(c.scraped, "127.0.0.1:"+p[1])
 		return "127.0.0.1:" + p[1]
 	}
@@ -451,8 +451,11 @@ func newCity(t *testing.T, traces *receiver) *city {
 		nodes = append(nodes, "127.0.0.1:"+p[2])
 	}
 	c.scraped = append(c.scraped, nodes...)
+	for _, at := range c.scraped {
+		c.answers(at, "/healthz")
+	}
 	for _, at := range append(nodes, a) {
-		c.ready(at)
+		c.answers(at, "/readyz")
 	}
 	c.people(people, rooms)
 	c.watch()
