@@ -173,9 +173,11 @@ alerts: ## Check the alert rules and run their tests (needs promtool)
 	$(GO) -C tools/dashboard run . ../..
 	$(PROMTOOL) check config --syntax-only deploy/compose/prometheus.yml
 
-.tmp/bin/.kube: tools/kube/go.mod
+# kubectl-validate is a module of its own: it does not compile with the Kubernetes libraries that helm needs.
+.tmp/bin/.kube: tools/kube/go.mod tools/kubevalidate/go.mod
 	mkdir -p .tmp/bin
 	cd tools/kube && CGO_ENABLED=0 nice $(GO) build -trimpath -ldflags="-s -w" -o ../../.tmp/bin/ tool
+	cd tools/kubevalidate && CGO_ENABLED=0 nice $(GO) build -trimpath -ldflags="-s -w" -o ../../.tmp/bin/ tool
 	touch $@
 
 .PHONY: kube-tools

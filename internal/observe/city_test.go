@@ -283,9 +283,12 @@ func (c *city) apiKey(name string) string {
 	return strings.TrimSpace(string(out))
 }
 
+// of is an id of the tenant as everybody else sees it. All clients are the tenant's.
+func of(id string) string { return tenant + "/" + id }
+
 // visit connects a user to a node, and leaves soon.
 func (c *city) visit(user string) {
-	conn, _, err := gws.NewClient(&reader{}, &gws.ClientOption{Addr: fmt.Sprintf("ws://%s/ws?user_id=%s", c.http[0], user)})
+	conn, _, err := gws.NewClient(&reader{}, &gws.ClientOption{Addr: fmt.Sprintf("ws://%s/ws?user_id=%s", c.http[0], of(user))})
 	if err != nil {
 		return
 	}
@@ -298,7 +301,7 @@ func (c *city) visit(user string) {
 func (c *city) joinRoom(room string) {
 	for i, at := range c.http {
 		joined := make(chan struct{})
-		conn, _, err := gws.NewClient(&reader{joined: joined}, &gws.ClientOption{Addr: fmt.Sprintf("ws://%s/ws?user_id=t%d&room_id=%s", at, i, room)})
+		conn, _, err := gws.NewClient(&reader{joined: joined}, &gws.ClientOption{Addr: fmt.Sprintf("ws://%s/ws?user_id=%s&room_id=%s", at, of("t"+strconv.Itoa(i)), of(room))})
 		if err != nil {
 			c.t.Fatal(err)
 		}
@@ -323,7 +326,7 @@ func (c *city) joinRoom(room string) {
 func (c *city) people(n, rooms int) {
 	for i := range n {
 		var conn *gws.Conn
-		address := fmt.Sprintf("ws://%s/ws?user_id=u%d&room_id=r%d&ack=1", c.http[i%len(c.http)], i, i%rooms)
+		address := fmt.Sprintf("ws://%s/ws?user_id=%s&room_id=%s&ack=1", c.http[i%len(c.http)], of("u"+strconv.Itoa(i)), of("r"+strconv.Itoa(i%rooms)))
 		c.until("u"+strconv.Itoa(i)+" connects", func() error {
 			var err error
 			conn, _, err = gws.NewClient(&reader{}, &gws.ClientOption{Addr: address})

@@ -73,7 +73,7 @@ func TestEveryAlertFiresAndClears(t *testing.T) {
 	})
 	load.every(time.Second, func(ctx context.Context, i int) {
 		_, _ = b.BroadcastMessage(ctx, &pubsub.BroadcastMessageRequest{Content: text("all")})
-		_, _ = b.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: []string{"u1", "u2"}, Content: text("hello")})
+		_, _ = b.PushToUsers(ctx, &pubsub.PushToUsersRequest{UserIds: []string{of("u1"), of("u2")}, Content: text("hello")})
 		_, _ = app.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "away" + strconv.Itoa(i%10), Content: text("later"),
 			Options: &pubsub.PushOptions{Offline: pubsub.OfflinePolicy_OFFLINE_STORE, Ack: pubsub.AckPolicy_ACK_CLIENT, Receipt: pubsub.ReceiptMode_RECEIPT_ASYNC}})
 	})
@@ -107,7 +107,7 @@ func TestEveryAlertFiresAndClears(t *testing.T) {
 			for range 150 { // all to one user of the slow node
 				load.every(time.Millisecond, func(ctx context.Context, _ int) {
 					ctx = metadata.AppendToOutgoingContext(ctx, "x-priority", "high")
-					_, _ = b.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "u2", Content: text("urgent")})
+					_, _ = b.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: of("u2"), Content: text("urgent")})
 					time.Sleep(50 * time.Millisecond)
 				})
 			}
@@ -438,7 +438,7 @@ func newCity(t *testing.T, traces *receiver) *city {
 	// Its nodes do not know TLS, its audit log is on a full disk, and it takes little at a time.
 	manager("b", "LINK_TLS_CA_FILE="+c.file("ca.crt"), "LINK_TLS_MIGRATE=true", "LINK_TLS_IDENTITY=none",
 		"AUDIT_FILE="+c.file("audit-full.log"), "MAX_IN_FLIGHT=120", "LINK_QUEUE_LENGTH=4", "ROUTE_STALE_TTL=8s")
-	manager("c", "GOMEMLIMIT=12MiB") // next to no memory
+	manager("c", "GOMEMLIMIT=10MiB") // next to no memory
 
 	var nodes []string
 	for i := range 3 {

@@ -90,7 +90,7 @@ func (r *receiver) fourPrograms(c *city, api pubsub.PushManagerServiceClient) {
 	}
 	defer conn.Close()
 	c.until("the Controller knows all who have joined", func() error {
-		room, err := pubsub.NewControllerServiceClient(conn).GetRoomInfo(ctx, &pubsub.GetRoomInfoRequest{RoomId: "traced"})
+		room, err := pubsub.NewControllerServiceClient(conn).GetRoomInfo(ctx, &pubsub.GetRoomInfoRequest{RoomId: of("traced")})
 		if n := len(room.GetRoomInfo().GetUsers()); err != nil || n != len(c.http) {
 			return fmt.Errorf("%d users, %w", n, err)
 		}

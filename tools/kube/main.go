@@ -86,7 +86,7 @@ func download(module string) (string, error) {
 
 // builtins writes a schema for each kind of Kubernetes, with all that it refers to.
 func builtins(version, folder string) (written int, err error) {
-	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kubectl-validate").Output()
+	out, err := exec.Command("go", "list", "-modfile=../kubevalidate/go.mod", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kubectl-validate").Output()
 	if err != nil {
 		return 0, fmt.Errorf("find kubectl-validate: %w", err)
 	}
