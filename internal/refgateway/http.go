@@ -21,8 +21,8 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/push-manager/push-manager/internal/exposition"
+	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/position"
-	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -72,7 +72,7 @@ func (g *Gateway) metricsHandler() http.Handler {
 
 func (g *Gateway) healthHandlers(mux *http.ServeMux) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
-	mux.HandleFunc("GET /readyz", telemetry.Readyz([]string{checkController, checkDiscovery}, g.NotReady, nil))
+	mux.HandleFunc("GET /readyz", health.Readyz([]string{checkController, checkDiscovery}, g.NotReady, nil))
 }
 
 // serveWebSocket admits a client.

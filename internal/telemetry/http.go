@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -19,6 +16,7 @@ import (
 	"github.com/klauspost/compress/gzhttp"
 
 	"github.com/push-manager/push-manager/internal/exposition"
+	"github.com/push-manager/push-manager/internal/health"
 )
 
 // HTTPConfig is what the HTTP side needs. The zero value of all but Address works.
@@ -114,7 +112,7 @@ func (h *HTTP) mux(compressed func(http.Handler) http.HandlerFunc) *http.ServeMu
 	mux.HandleFunc("GET /{$}", index)
 	mux.Handle("GET /metrics", compressed(http.HandlerFunc(h.metrics))) // for clients that accept gzip
 	mux.HandleFunc("GET /healthz", healthz)
-	mux.HandleFunc("GET /readyz", Readyz(h.cfg.Checks, h.cfg.NotReady, h.cfg.Notes))
+	mux.HandleFunc("GET /readyz", health.Readyz(h.cfg.Checks, h.cfg.NotReady, h.cfg.Notes))
 	mux.Handle("GET /debug/pprof/", h.local(pprof.Index))
 	// Not cmdline: what it shows may have been meant for this process alone.
 	mux.Handle("GET /debug/pprof/profile", h.local(pprof.Profile))
@@ -125,46 +123,12 @@ func (h *HTTP) mux(compressed func(http.Handler) http.HandlerFunc) *http.ServeMu
 }
 
 func index(w http.ResponseWriter, _ *http.Request) {
-	plain(w, http.StatusOK, "/metrics\n/healthz\n/readyz\n/debug/pprof/\n")
+	health.Answer(w, http.StatusOK, "/metrics\n/healthz\n/readyz\n/debug/pprof/\n")
 }
 
 // healthz says that the process lives and answers, whatever its peers do: a
 // restart would not bring them back.
-func healthz(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok\n") }
-
-// Readyz serves /readyz: 200 with a line "ok" and those of notes, or 503 with the reasons of notReady. A request may leave
-// out what some of the checks say, in ?exclude=. It gets 400 for one that is not in checks: a probe with a typing error shows
-// at once, not when that check first fails. notReady and notes may be nil.
-func Readyz(checks []string, notReady func(exclude ...string) []string, notes func() []string) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		var exclude []string
-		for _, list := range r.URL.Query()["exclude"] {
-			for name := range strings.SplitSeq(list, ",") {
-				if name == "" {
-					continue
-				}
-				if !slices.Contains(checks, name) {
-					plain(w, http.StatusBadRequest, "exclude: there is no such check. There are: "+strings.Join(checks, ",")+"\n")
-					return
-				}
-				exclude = append(exclude, name)
-			}
-		}
-		var reasons []string
-		if notReady != nil {
-			reasons = notReady(exclude...)
-		}
-		if len(reasons) > 0 {
-			plain(w, http.StatusServiceUnavailable, strings.Join(reasons, "\n")+"\n")
-			return
-		}
-		lines := []string{"ok"}
-		if notes != nil {
-			lines = append(lines, notes()...)
-		}
-		plain(w, http.StatusOK, strings.Join(lines, "\n")+"\n")
-	}
-}
+func healthz(w http.ResponseWriter, _ *http.Request) { health.Answer(w, http.StatusOK, "ok\n") }
 
 func (h *HTTP) metrics(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", exposition.ContentType)
@@ -180,7 +144,7 @@ func (h *HTTP) local(next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		forwarded := r.Header.Get("X-Forwarded-For") != "" || r.Header.Get("Forwarded") != ""
 		if !h.cfg.PprofRemote && (forwarded || !fromLoopback(r.RemoteAddr)) {
-			plain(w, http.StatusForbidden, "profiles are for clients on this machine, unless PPROF_REMOTE=true\n")
+			health.Answer(w, http.StatusForbidden, "profiles are for clients on this machine, unless PPROF_REMOTE=true\n")
 			return
 		}
 		next(w, r)
@@ -190,12 +154,4 @@ func (h *HTTP) local(next http.HandlerFunc) http.Handler {
 func fromLoopback(remote string) bool {
 	addr, err := netip.ParseAddrPort(remote)
 	return err == nil && addr.Addr().Unmap().IsLoopback()
-}
-
-func plain(w http.ResponseWriter, status int, text string) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.WriteHeader(status)
-	// The client went away when this fails; there is nobody to tell.
-	_, _ = io.WriteString(w, text)
 }
