@@ -1,0 +1,4 @@
+export { ConnectNode, checkId, type Config, type ConnectOptions, type Stats } from "./node.js";
+export type { EtcdConfig } from "./etcd.js";
+export type { Message, Push } from "./message.js";
+export type { CloseReason, Connection, Session } from "./session.js";
