@@ -150,7 +150,7 @@ test("a token is shown, read again from its file, and never goes to another mach
 });
 
 test("on a stream a refused push is repeated, and later ones to the same user wait behind it", async () => {
-  await withFake((came, n) => (n === 1 ? overloaded : delivered), {}, async (client, fake) => {
+  await withFake((_, n) => (n === 1 ? overloaded : delivered), {}, async (client, fake) => {
     const stream = client.stream();
     const first = await stream.send({ user: "alice" }, "a1");
     while (fake.came.length === 0) await new Promise((go) => setTimeout(go, 1));
