@@ -177,7 +177,6 @@ export class Reporter {
   join(s: Session, room: string): void {
     if (this.isLeaving) throw new RangeError("node is going");
     if (room !== this.presence) {
-      if (room.startsWith(reserved)) throw new RangeError(`room_id: names that begin with ${reserved} are reserved`);
       if (!s.rooms.has(room) && s.rooms.size >= this.cfg.maxRooms) throw new RangeError("room_id: too many rooms on this connection");
       s.rooms.add(room);
     }

@@ -11,7 +11,7 @@ import {
   type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Hello, type PushMessageBatchRequest, type PushMessageBatchResponse,
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
-import { Reporter } from "./membership.js";
+import { Reporter, reserved } from "./membership.js";
 import { clock, messageOf, worth, type Message, type Options, type Outcome } from "./message.js";
 import type { Confirmation } from "./receipts.js";
 import { Replays } from "./replay.js";
@@ -178,6 +178,7 @@ export class ConnectNode {
       onEnd: (s) => this.ended(s),
       join: (s, room) => {
         checkId("room_id", room);
+        if (room.startsWith(reserved)) throw new RangeError(`room_id: names that begin with ${reserved} are reserved`);
         if (s.isOver) return;
         if (this.reporter !== undefined) return this.reporter.join(s, room);
         s.rooms.add(room);
