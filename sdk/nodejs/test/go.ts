@@ -15,7 +15,7 @@ export const skip: string | false =
 /** Where the programs are, built once for a test file. */
 export function programs(): string {
   const dir = join(repository, "sdk/nodejs/build/bin");
-  execFileSync("go", ["build", "-o", `${dir}/`, "./cmd/push-manager", "./cmd/pushctl"], { cwd: repository, stdio: ["ignore", "inherit", "inherit"] });
+  execFileSync("go", ["build", "-o", `${dir}/`, "./cmd/push-manager", "./cmd/pushctl", "./cmd/controller"], { cwd: repository, stdio: ["ignore", "inherit", "inherit"] });
   return dir;
 }
 

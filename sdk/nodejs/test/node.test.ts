@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { credentials, Client as GrpcClient, type ServiceError } from "@grpc/grpc-js";
 import { Client, PushError } from "@push-manager/client";
 import { ConnectNode, type Connection, type Push, type Session } from "@push-manager/connect-node";
-import { programs, skip, startStack, until, type Stack } from "./go.js";
+import { freePort, programs, skip, start, startStack, until, type Program, type Stack } from "./go.js";
 
 const text = (p: Push): string => Buffer.from(p.message.data).toString();
 
@@ -54,7 +55,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
       onError: (what, error) => errors.push(`${what}: ${String(error)}`), onState: (part, up) => states.push(`${part} ${up}`),
     });
 
-  const join = async (on: ConnectNode, user: string, rooms: string[] = [], acks = false): Promise<Receiver> => {
+  const enter = async (on: ConnectNode, user: string, rooms: string[] = [], acks = false): Promise<Receiver> => {
     const r = new Receiver();
     r.session = on.connect(r, { user, acks });
     for (const room of rooms) r.session.join(room);
@@ -68,7 +69,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     await node.start();
     await until(() => node.isReady);
     client = new Client({ address: stack.pushManager });
-    const probe = await join(node, "probe");
+    const probe = await enter(node, "probe");
     // Push-Manager has to find the node first.
     await until(async () => (await client.pushToUser("probe", "x")).outcome === "delivered");
     probe.session!.end();
@@ -81,8 +82,8 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("joined means that pushes arrive, and left that none does", async () => {
-    const alice = await join(node, "alice", ["lobby"]);
-    const bob = await join(node, "bob");
+    const alice = await enter(node, "alice", ["lobby"]);
+    const bob = await enter(node, "bob");
     const r = await client.pushToRoom("lobby", "Hello");
     assert.equal(r.outcome, "delivered");
     assert.deepEqual([r.targets, r.delivered], [1, 1]);
@@ -104,7 +105,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("pushes to one user arrive in the order in which they were sent", async () => {
-    const user = await join(node, "ordered", ["ordered"]);
+    const user = await enter(node, "ordered", ["ordered"]);
     const stream = client.stream();
     const pending = [];
     for (let i = 0; i < 3000; i++) pending.push(await stream.send(i % 3 === 0 ? { room: "ordered" } : { user: "ordered" }, String(i)));
@@ -118,7 +119,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("a message id reaches a connection once", async () => {
-    const user = await join(node, "once");
+    const user = await enter(node, "once");
     const first = await client.pushToUser("once", "one", { messageId: "m-1" });
     const again = await client.pushToUser("once", "one", { messageId: "m-1" });
     assert.deepEqual([first.delivered, first.duplicates, again.delivered, again.duplicates], [1, 0, 1, 1]);
@@ -128,7 +129,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("delivered means that the client has acknowledged, where that is asked for", async () => {
-    const user = await join(node, "acks", [], true);
+    const user = await enter(node, "acks", [], true);
     const r = await client.pushToUser("acks", "please", { ackByClient: true });
     assert.deepEqual([r.outcome, r.delivered, r.acked], ["delivered", 1, 1]);
     user.answers = false;
@@ -143,14 +144,14 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
       const r = await client.pushToUser("away", t, { storeIfOffline: true });
       assert.deepEqual([r.outcome, r.stored], ["stored", 1]);
     }
-    const user = await join(node, "away", [], true);
+    const user = await enter(node, "away", [], true);
     assert.equal((await client.pushToUser("away", "third")).outcome, "delivered");
     await until(() => user.got.length >= 3, 10_000, () => user.texts.join());
     assert.deepEqual(user.texts, ["first", "second", "third"]);
     assert.deepEqual(user.got.map((p) => p.replayed), [true, true, false]);
     await new Promise((go) => setTimeout(go, 300));
     user.session!.end();
-    const next = await join(node, "away", [], true);
+    const next = await enter(node, "away", [], true);
     await client.pushToUser("away", "fourth");
     await until(() => next.texts.includes("fourth"));
     assert.deepEqual(next.texts, ["fourth"]);
@@ -158,8 +159,8 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("a callback that throws fails its own push, and ends nothing", async () => {
-    const bad = await join(node, "bad", ["mixed"]);
-    const good = await join(node, "good", ["mixed"]);
+    const bad = await enter(node, "bad", ["mixed"]);
+    const good = await enter(node, "good", ["mixed"]);
     bad.send = () => {
       throw new Error("a fault of the gateway");
     };
@@ -173,8 +174,8 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("a client that does not read is cut off, once its bounded queue is full, and others get theirs", async () => {
-    const slow = await join(node, "slow", ["queue"]);
-    const fast = await join(node, "fast", ["queue"]);
+    const slow = await enter(node, "slow", ["queue"]);
+    const fast = await enter(node, "fast", ["queue"]);
     slow.waits = 1 << 20;
     const stream = client.stream();
     const results = await Promise.all(Array.from({ length: 1200 }, (_, i) => stream.push({ room: "queue" }, String(i))));
@@ -187,7 +188,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   });
 
   test("a broadcast reaches everybody", async () => {
-    const [one, two] = [await join(node, "b1"), await join(node, "b2")];
+    const [one, two] = [await enter(node, "b1"), await enter(node, "b2")];
     const r = await client.broadcast("All");
     assert.equal(r.delivered, 2);
     assert.ok(one.got[0]!.message.broadcast && two.texts[0] === "All");
@@ -226,17 +227,49 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.equal(await lease(), 0n);
     await until(async () => ![0n, before].includes(await lease()), 15_000);
     etcd.close();
-    const user = await join(node, "after");
+    const user = await enter(node, "after");
     await until(async () => (await client.pushToUser("after", "back")).outcome === "delivered");
     user.session!.end();
+  });
+
+  test("a Controller that has forgotten everything is told again who is in which room", async () => {
+    const port = String(await freePort());
+    const run = (): Program => start(join(programs(), "controller"), [], { GRPC_PORT: port, METRICS_PORT: "0", ETCD_ENDPOINTS: stack.etcd, WARMUP: "1s" });
+    let controller = run();
+    const reporting = new ConnectNode({ nodeId: "reporting", listen: "127.0.0.1:0", etcd: { endpoints: [stack.etcd] }, controller: `127.0.0.1:${port}` });
+    const asked = new GrpcClient(`127.0.0.1:${port}`, credentials.createInsecure());
+    /** Whether the Controller has the user in the room. */
+    const has = (room: string, user: string): Promise<boolean> => new Promise((go) => {
+      const request = new BinaryWriter().tag(1, WireType.LengthDelimited).string(room).finish();
+      asked.makeUnaryRequest("/pubsub.ControllerService/GetRoomInfo", (b: Uint8Array) => Buffer.from(b), (b: Buffer) => b, request, { deadline: Date.now() + 2000 },
+        (_: ServiceError | null, b?: Buffer) => go(b?.includes(user) ?? false));
+    });
+    try {
+      await reporting.start();
+      const [dora, emil] = [await enter(reporting, "dora", ["r1", "r2"]), await enter(reporting, "emil", ["r1"])];
+      await until(async () => (await has("r1", "dora")) && (await has("r1", "emil")) && (await has("r2", "dora")));
+      await controller.stop("SIGKILL");
+      emil.session!.end(); // While nobody can be told.
+      controller = run();
+      await until(async () => (await has("r1", "dora")) && (await has("r2", "dora")), 30_000);
+      assert.equal(await has("r1", "emil"), false);
+      dora.session!.leave("r2");
+      await until(async () => dora.told.includes("-r2") && !(await has("r2", "dora")));
+      dora.session!.end();
+      await until(async () => !(await has("r1", "dora")));
+    } finally {
+      await reporting.stop(1000);
+      asked.close();
+      await controller.stop("SIGKILL");
+    }
   });
 
   test("a node that leaves is drained: its users are offline, its clients told to go, and pushes to others go on", async () => {
     const leaving = makeNode("node-ts-2");
     await leaving.start();
     await until(() => leaving.isReady);
-    const user = await join(leaving, "leaver");
-    const stays = await join(node, "stays");
+    const user = await enter(leaving, "leaver");
+    const stays = await enter(node, "stays");
     await until(async () => (await client.pushToUser("leaver", "x")).outcome === "delivered");
     const stopped = leaving.stop(5000);
     const results = [];
@@ -253,7 +286,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
 
   test("what is no id, and a room too many, is refused with the name of the field", async () => {
     for (const user of ["", "a\nb", "x".repeat(300), "\ud800"]) assert.throws(() => node.connect(new Receiver(), { user }), /user_id/);
-    const r = await join(node, "greedy");
+    const r = await enter(node, "greedy");
     assert.throws(() => r.session!.join("@node:node-ts"), /reserved/);
     assert.throws(() => r.session!.leave("elsewhere"), /not in this room/);
     assert.throws(() => {
