@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdtempSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
@@ -7,7 +7,7 @@ import { status } from "@grpc/grpc-js";
 import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { Client, PushError, type ClientConfig, type Retry } from "@push-manager/client";
 import { delivered, FakePushManager, type Answer, type Came } from "./fake.js";
-import { freePort, programs, skip, startStack } from "./go.js";
+import { freePort } from "./go.js";
 
 const overloaded: Answer = { code: status.RESOURCE_EXHAUSTED, reason: "OVERLOADED", retryAfter: 20 };
 
@@ -209,32 +209,4 @@ test("a stream takes no more than it may, and each push ends by its deadline", a
     assert.ok((await error(last.wait())).isUnknown);
     assert.ok((await error(stream.send({ user: "e" }, "5"))).notSent);
   });
-});
-
-test("TLS, a certificate, an API key: a real Push-Manager that asks for all of it", { skip, timeout: 120_000 }, async () => {
-  const dir = mkdtempSync(join(tmpdir(), "push-manager-sdk-"));
-  const stack = await startStack(programs(), 1, ["--secure", "--data-dir", dir]);
-  const secure = join(dir, "secure");
-  const caFile = join(secure, "ca.crt");
-  const clients: Client[] = [];
-  const push = async (cfg: Omit<ClientConfig, "address">): Promise<string> => {
-    const client = new Client({ address: stack.pushManager.replace("127.0.0.1", "localhost"), timeout: 2000, ...cfg });
-    clients.push(client);
-    try {
-      return (await client.pushToUser("alice", "Hello")).outcome;
-    } catch (e) {
-      return e instanceof PushError ? e.reason || status[e.code]! : String(e);
-    }
-  };
-  try {
-    const tokenFile = join(secure, "api-key");
-    assert.equal(await push({ tls: { caFile }, tokenFile }), "offline");
-    assert.equal(await push({ tls: { caFile }, token: readFileSync(tokenFile, "utf8").trim() }), "offline");
-    assert.equal(await push({ tls: { caFile, certFile: join(secure, "client-app.crt"), keyFile: join(secure, "client-app.key") } }), "offline");
-    assert.equal(await push({ tls: { caFile } }), "UNAUTHENTICATED");
-    assert.equal(await push({ tls: {}, tokenFile }), "DEADLINE_EXCEEDED"); // Nobody here knows that authority.
-  } finally {
-    for (const c of clients) c.close();
-    await stack.program.stop();
-  }
 });

@@ -1,11 +1,12 @@
 import { create, fromBinary, toBinary, type DescMessage, type MessageShape } from "@bufbuild/protobuf";
-import { Client, credentials, Metadata, status, type ChannelCredentials, type ServiceError } from "@grpc/grpc-js";
+import { Client, credentials, Metadata, status, type ServiceError } from "@grpc/grpc-js";
 import {
   AuthenticateRequestSchema, AuthenticateResponseSchema, CompareSchema, Compare_CompareTarget, LeaseGrantRequestSchema, LeaseGrantResponseSchema,
   LeaseKeepAliveRequestSchema, LeaseKeepAliveResponseSchema, LeaseRevokeRequestSchema, LeaseRevokeResponseSchema, PutRequestSchema, PutResponseSchema,
   RangeRequestSchema, RangeResponseSchema, RequestOpSchema, TxnRequestSchema, TxnResponseSchema,
 } from "./gen/etcd_pb.js";
 import { clock } from "./message.js";
+import { clientCredentials, type TlsFiles } from "./tls.js";
 
 /** Where etcd is. */
 export interface EtcdConfig {
@@ -14,7 +15,7 @@ export interface EtcdConfig {
   username?: string;
   password?: string;
   /** Default: plain text. */
-  credentials?: ChannelCredentials;
+  tls?: TlsFiles;
 }
 
 const prefix = "/services/connect-node/";
@@ -35,7 +36,7 @@ class Etcd {
   private token = "";
 
   constructor(private readonly cfg: EtcdConfig) {
-    const creds = cfg.credentials ?? credentials.createInsecure();
+    const creds = cfg.tls === undefined ? credentials.createInsecure() : clientCredentials("etcd.tls", cfg.tls);
     this.clients = cfg.endpoints.map((e) => new Client(e.replace(/^https?:\/\//, ""), creds, {
       "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 3000,
       "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1000,

@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto";
 import { create, fromBinary, toBinary, type DescMessage, type MessageShape } from "@bufbuild/protobuf";
 import {
-  Server, ServerCredentials, status, type ChannelCredentials, type sendUnaryData, type ServerUnaryCall, type ServiceDefinition,
+  Server, ServerCredentials, status, type sendUnaryData, type ServerUnaryCall, type ServiceDefinition,
 } from "@grpc/grpc-js";
 import { Handover } from "./acks.js";
 import { Registration, type EtcdConfig } from "./etcd.js";
@@ -17,6 +17,7 @@ import type { Confirmation } from "./receipts.js";
 import { Replays } from "./replay.js";
 import { Session, type CloseReason, type Connection, type SessionHost, type SessionLimits } from "./session.js";
 import { Stream, StreamEnd, type DeliverCall, type StreamHost } from "./stream.js";
+import { clientCredentials, isPushManager, serverCredentials, type TlsFiles } from "./tls.js";
 
 /** What a node is. Only nodeId is required. */
 export interface Config {
@@ -30,9 +31,10 @@ export interface Config {
   etcd?: EtcdConfig;
   /** The Controller that is told who is here: HOST:PORT, or any other gRPC target. Left out: nobody is told, and joined is called at once. */
   controller?: string;
-  controllerCredentials?: ChannelCredentials;
-  /** For Push-Managers. Default: plain text. */
-  credentials?: ServerCredentials;
+  /** Default: the Controller is reached in plain text. */
+  controllerTls?: TlsFiles;
+  /** Push-Managers come over TLS, with a certificate that names them spiffe://<trustDomain>/push-manager/<id>. Default: plain text, whoever comes. */
+  tls?: TlsFiles & { trustDomain: string };
 
   /** False: the node leaves out all of lasting delivery (message ids, acknowledgements by clients, expiry, collapse keys, replay). Default: true. */
   lasting?: boolean;
@@ -88,6 +90,7 @@ export interface Stats {
   errors: number;
 }
 
+const notManager = "the certificate is not that of a Push-Manager";
 const maxId = 288;
 // eslint-disable-next-line no-control-regex
 const control = /[\u0000-\u001f\u007f-\u009f]/;
@@ -160,7 +163,14 @@ export class ConnectNode {
         throw new RangeError(`${field}: ${n} is no number that is possible`);
       }
     }
-    if (cfg.etcd !== undefined && cfg.etcd.endpoints.length === 0) throw new RangeError("etcd.endpoints: must not be empty");
+    if (cfg.etcd !== undefined) {
+      if (cfg.etcd.endpoints.length === 0) throw new RangeError("etcd.endpoints: must not be empty");
+      if (cfg.etcd.tls === undefined && cfg.etcd.endpoints.some((e) => e.startsWith("https://"))) throw new RangeError("etcd.tls: is missing, and an endpoint begins with https");
+      if (cfg.advertise === undefined && /^(0\.0\.0\.0|\[::\]):\d+$/.test(cfg.listen ?? "")) {
+        throw new RangeError("advertise: is missing, and listen names no address at which others reach the node");
+      }
+    }
+    if (cfg.tls !== undefined && !/^[a-z0-9._-]+$/.test(cfg.tls.trustDomain)) throw new RangeError("tls.trustDomain: must be lower-case letters, digits, dots, - and _");
     this.cfg = {
       ...cfg, listen: cfg.listen ?? "127.0.0.1:50052", maxAudienceMembers: cfg.maxAudienceMembers ?? 1 << 20, maxUnacked: cfg.maxUnacked ?? 64 << 10,
       maxStreams: cfg.maxStreams ?? 4096, maxSessions: cfg.maxSessions ?? 1 << 20,
@@ -212,6 +222,7 @@ export class ConnectNode {
   /** Listens, reports and registers. Resolves once Push-Managers can connect: etcd and the Controller need not be there yet. Returns the address that is registered. */
   async start(): Promise<string> {
     if (this.server !== undefined) throw new Error("the node was started before");
+    const creds = this.cfg.tls === undefined ? ServerCredentials.createInsecure() : serverCredentials("tls", this.cfg.tls);
     const server = new Server({
       "grpc.max_receive_message_length": 16 << 20, "grpc.max_send_message_length": -1,
       "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 3000, "grpc-node.flow_control_window": 1 << 20,
@@ -224,12 +235,13 @@ export class ConnectNode {
       deliver: (call: DeliverCall) => this.accept(call),
     });
     const port = await new Promise<number>((resolve, reject) => {
-      server.bindAsync(this.cfg.listen, this.cfg.credentials ?? ServerCredentials.createInsecure(), (error, bound) => (error !== null ? reject(error) : resolve(bound)));
+      server.bindAsync(this.cfg.listen, creds, (error, bound) => (error !== null ? reject(error) : resolve(bound)));
     });
     const address = this.cfg.advertise ?? this.cfg.listen.replace(/:\d+$/, `:${port}`);
     if (this.cfg.controller !== undefined) {
       this.reporter = new Reporter({
-        nodeId: this.cfg.nodeId, bootId: this.bootId, controller: this.cfg.controller, credentials: this.cfg.controllerCredentials,
+        nodeId: this.cfg.nodeId, bootId: this.bootId, controller: this.cfg.controller,
+        credentials: this.cfg.controllerTls === undefined ? undefined : clientCredentials("controllerTls", this.cfg.controllerTls),
         timeout: 5000, workers: 32, syncInterval: 2000, rejoinPerSecond: 5000, maxRooms: this.cfg.maxRooms ?? 100,
         caught: (what, error) => this.caught(what, error),
         reached: (ready) => this.state("controller", ready, ready ? "" : "not connected"),
@@ -315,7 +327,16 @@ export class ConnectNode {
     }
   }
 
+  /** Whether the caller may push here. */
+  private mayCall(call: Pick<DeliverCall, "getAuthContext">): boolean {
+    return this.cfg.tls === undefined || isPushManager(call.getAuthContext().sslPeerCertificate, this.cfg.tls.trustDomain);
+  }
+
   private accept(call: DeliverCall): void {
+    if (!this.mayCall(call)) {
+      call.emit("error", { code: status.PERMISSION_DENIED, details: notManager });
+      return;
+    }
     if (this.isDraining) {
       call.emit("error", { code: status.UNAVAILABLE, details: "node is draining" });
       return;
@@ -387,6 +408,7 @@ export class ConnectNode {
   private answer<I, O>(f: (r: I) => O): (call: ServerUnaryCall<I, O>, callback: sendUnaryData<O>) => void {
     return (call, callback) => {
       try {
+        if (!this.mayCall(call)) throw new StreamEnd(status.PERMISSION_DENIED, notManager);
         // Not UNAVAILABLE, which also says that a connection broke and leaves the manager in doubt.
         if (this.isDraining) throw new StreamEnd(status.FAILED_PRECONDITION, "node is draining");
         callback(null, f(call.request));
