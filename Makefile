@@ -1,7 +1,7 @@
 # Everything a developer needs. `make help` lists the targets.
 #
 # Needs Go, and git for `ci`. Tests with the race detector need a C compiler; `make alerts` needs promtool
-# (Debian: package prometheus), `make image` buildah, `make interop` Node.js 20, HAProxy and nginx. All other tools run at the versions that the modules in tools/ pin, which never move a
+# (Debian: package prometheus), `make image` buildah, `make interop` Node.js 20, HAProxy and nginx, `make sdk` Node.js 20. All other tools run at the versions that the modules in tools/ pin, which never move a
 # dependency of the product. `go tool` keeps what it has built in Go's build cache.
 
 SHELL := bash
@@ -104,6 +104,22 @@ interop-tools: ## Build grpcurl into .tmp/bin and install the packages of the No
 .PHONY: interop
 interop: interop-tools ## Run the push API with TLS for grpcurl and Node.js, and behind HAProxy and nginx (needs all but grpcurl)
 	$(GO) test -race -shuffle=on -run 'Grpcurl|NodeJS|Balancer|Forwarded' ./internal/acceptance
+
+.PHONY: sdk-tools
+sdk-tools: ## Install what the Node.js packages are built with (needs npm)
+	cd sdk/nodejs && npm ci --ignore-scripts --no-audit --no-fund
+
+.PHONY: sdk
+sdk: sdk-tools ## Build the Node.js packages, and test them against the Go programs (needs Node.js 20 and npm)
+	cd sdk/nodejs && BUF="$(BUF)" npm run --silent check-generate && npm test --silent && npm run --silent pack-check
+
+.PHONY: sdk-generate
+sdk-generate: sdk-tools ## Generate the TypeScript code of proto/*.proto
+	cd sdk/nodejs && BUF="$(BUF)" npm run --silent generate
+
+.PHONY: bench-sdk
+bench-sdk: sdk-tools ## How much a Connect-Node in TypeScript takes
+	cd sdk/nodejs && npm run --silent bench
 
 .PHONY: cover
 cover: ## Run all tests and show the coverage per function (.tmp/cover.html has the lines)

@@ -3,11 +3,12 @@
 
 SEED ?=
 DURATION ?= 30s
+FOREIGN_NODE ?=
 FAULTBENCH := ./internal/faultbench
 
 .PHONY: chaos
-chaos: ## Random faults that overlap, for DURATION (30s); SEED=n repeats those of a run
-	SEED=$(SEED) CHAOS_DURATION=$(DURATION) $(GO) test -count=1 -timeout=0 -v -run='^TestChaos$$' $(FAULTBENCH)
+chaos: ## Random faults that overlap, for DURATION (30s); SEED=n repeats those of a run, FOREIGN_NODE="node $PWD/sdk/nodejs/build/test/faultnode.js" has one node in TypeScript
+	SEED=$(SEED) FOREIGN_NODE="$(FOREIGN_NODE)" CHAOS_DURATION=$(DURATION) $(GO) test -count=1 -timeout=0 -v -run='^TestChaos$$' $(FAULTBENCH)
 
 .PHONY: faults
 faults: ## Every fault of docs/faults.md, the slow ones included (half an hour)

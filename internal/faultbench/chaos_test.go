@@ -18,6 +18,9 @@ import (
 // chaosEnv is how long the faults last; without it the run is skipped.
 const chaosEnv = "CHAOS_DURATION"
 
+// foreignEnv is a command that makes the first node one in another language: it gets what a child gets, and says what one says.
+const foreignEnv = "FOREIGN_NODE"
+
 // TestChaos runs three Push-Managers, five nodes and two Controllers under faults that
 // overlap at random, heals everything and holds the ledgers against each other. SEED
 // makes the same faults again.
@@ -78,6 +81,8 @@ type citizen struct {
 	id    string
 	child *child // guarded by the node's lock
 	proxy *proxy
+
+	foreign []string // what is run in place of transport/node; nil: nothing is
 }
 
 func newCity(t *testing.T) *city {
@@ -88,7 +93,10 @@ func newCity(t *testing.T) *city {
 	for i := range cityNodes {
 		n := &citizen{id: fmt.Sprint("n", i)}
 		mine := users[i*len(users)/cityNodes : (i+1)*len(users)/cityNodes]
-		n.child = newChild(t, c.ledger, n.id, freeport.Addr(t), "")
+		if i == 0 {
+			n.foreign = strings.Fields(os.Getenv(foreignEnv))
+		}
+		n.child = newChild(t, c.ledger, n.id, freeport.Addr(t), "", n.foreign...)
 		n.child.connect(mine...)
 		c.world.place(n.id, mine...)
 		n.proxy = newProxy(t, n.child.address)
@@ -274,7 +282,7 @@ func (c *city) controllerFault(name string, harm func(*controller)) fault {
 // has according to the Controllers.
 func (c *city) restart(i int) {
 	n := c.nodes[i]
-	n.child = newChild(c.t, c.ledger, n.id, n.child.address, "")
+	n.child = newChild(c.t, c.ledger, n.id, n.child.address, "", n.foreign...)
 	n.child.connect(c.world.at(n.id)...)
 }
 

@@ -1,0 +1,73 @@
+import type { MessageContent } from "./gen/message_pb.js";
+import type { Ask } from "./replay.js";
+
+/** A push as all its users get it. One object stands for the push to all of them, so what is made of it can be kept in a WeakMap. */
+export interface Message {
+  /** 0 text, 1 audio, 2 video, 3 translation, 4 system. Other numbers pass through unchanged. */
+  readonly type: number;
+  /** Must not be changed: all users share it. */
+  readonly data: Uint8Array;
+  /** Unix seconds. */
+  readonly timestamp: number;
+  readonly metadata: Readonly<Record<string, string>>;
+  /** The room that was pushed to; "" for a push to users or to everybody. */
+  readonly roomId: string;
+  /** The push is for everybody. */
+  readonly broadcast: boolean;
+  /** Chosen by the caller of Push-Manager; "" for none. */
+  readonly id: string;
+  /** The W3C trace context of the caller, where the push is sampled; "" otherwise. */
+  readonly traceparent: string;
+}
+
+/** A push as one client gets it. */
+export interface Push {
+  readonly message: Message;
+  /** The number with which the client acknowledges this push and all before it; 0: it does not. */
+  readonly ack: number;
+  /** It comes out of the store, or comes again because the client has not acknowledged it. */
+  readonly replayed: boolean;
+}
+
+/** What became of a push for one user or connection. */
+export type Outcome = "notHere" | "failed" | "reused" | "expired" | "stalled" | "duplicate" | "pending" | "delivered";
+
+/** Of a user's connections, the best outcome is the user's. */
+export const worth: Record<Outcome, number> = {
+  notHere: 0, failed: 1, reused: 2, expired: 3, stalled: 3, duplicate: 4, pending: 5, delivered: 6,
+};
+
+/** What a push with options asks of the node. Times are those of clock. */
+export interface Options {
+  /** Sender and message id together; "" without an id. */
+  readonly key: string;
+  readonly payloadHash: number;
+  /** When the message must not be shown any more; 0: never. */
+  readonly expires: number;
+  readonly wantsAck: boolean;
+  readonly ackBy: number;
+  /** Sender and collapse key together; "" without one. */
+  readonly collapse: string;
+  /** For a message out of the store: who has asked, and its place. */
+  readonly replay: { readonly ask: Ask; readonly seq: bigint } | undefined;
+}
+
+/** Milliseconds of a clock that nobody sets. */
+export const clock = (): number => performance.now();
+
+export const hasExpired = (o: Options | undefined, now: number): boolean => o !== undefined && o.expires !== 0 && now >= o.expires;
+
+/** For what a message costs beside its data: the objects around it. */
+const messageOverhead = 128;
+
+export const sizeOf = (m: Message): number => m.data.length + messageOverhead;
+
+export function messageOf(content: MessageContent | undefined, roomId: string, broadcast: boolean, id = "", traceparent = ""): Message {
+  return {
+    type: content?.type ?? 0,
+    data: content?.data ?? new Uint8Array(),
+    timestamp: Number(content?.timestamp ?? 0n),
+    metadata: content?.metadata ?? {},
+    roomId, broadcast, id, traceparent,
+  };
+}

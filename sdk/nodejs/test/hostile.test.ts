@@ -1,0 +1,108 @@
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
+import { Client, credentials, status, type ClientDuplexStream, type ServiceError } from "@grpc/grpc-js";
+import { ConnectNode } from "@push-manager/connect-node";
+import { until } from "./go.js";
+
+const bytesOf = (f: (w: BinaryWriter) => BinaryWriter): Buffer => Buffer.from(f(new BinaryWriter()).finish());
+const hello = bytesOf((w) => w.tag(1, WireType.LengthDelimited).fork().tag(1, WireType.Varint).uint32(1).tag(2, WireType.LengthDelimited).string("m").join());
+/** A delivery of the text to alice, and to somebody who is not here. */
+const delivery = (seq: number, text: string): Buffer => bytesOf((w) => w
+  .tag(2, WireType.Varint).uint32(seq)
+  .tag(3, WireType.LengthDelimited).fork()
+  .tag(1, WireType.LengthDelimited).fork().tag(2, WireType.LengthDelimited).string(text).join()
+  .tag(3, WireType.LengthDelimited).string("alice")
+  .tag(3, WireType.LengthDelimited).string("nobody")
+  .tag(16, WireType.LengthDelimited).string(`id-${text}`)
+  .join()
+  .tag(5, WireType.Varint).uint32(seq));
+
+describe("a node and what may come from outside", { timeout: 60_000 }, () => {
+  let node: ConnectNode;
+  let client: Client;
+  const got: string[] = [];
+
+  const open = (): ClientDuplexStream<Buffer, Buffer> => client.makeBidiStreamRequest("/pubsub.ConnectNodeService/Deliver", (b: Buffer) => b, (b: Buffer) => b);
+  /** How a stream ends that the frames are written to. */
+  const ends = (...frames: Buffer[]): Promise<status> => new Promise((go) => {
+    const call = open();
+    call.on("data", () => undefined);
+    call.on("error", (e: ServiceError) => go(e.code));
+    call.on("end", () => go(status.OK));
+    for (const f of frames) call.write(f);
+    call.end();
+  });
+
+  before(async () => {
+    node = new ConnectNode({ nodeId: "hostile", listen: "127.0.0.1:0", onError: (what, e) => assert.fail(`${what}: ${String(e)}`) });
+    client = new Client(await node.start(), credentials.createInsecure());
+    node.connect({ send: (p) => void got.push(Buffer.from(p.message.data).toString()), buffered: () => 0, close: () => undefined }, { user: "alice" });
+  });
+  after(async () => {
+    client.close();
+    await node.stop(500);
+  });
+
+  test("frames that are mutated at random end at most their own stream, and never the node", async () => {
+    const beside = open();
+    const acks: Buffer[] = [];
+    beside.on("data", (b: Buffer) => acks.push(b));
+    beside.on("error", () => undefined);
+    beside.write(hello);
+    let seed = 12345;
+    const random = (n: number): number => {
+      seed = (Math.imul(seed, 1_103_515_245) + 12_345) >>> 0;
+      return Math.floor((seed / 2 ** 32) * n);
+    };
+    const codes = new Map<status, number>();
+    for (let i = 0; i < 400; i++) {
+      const frames = [hello, delivery(1, "x"), delivery(2, "y")].map((f) => Buffer.from(f));
+      for (let n = 1 + random(4); n > 0; n--) {
+        const f = frames[random(10) === 0 ? 0 : 1 + random(2)]!;
+        f[random(f.length)] = random(256);
+      }
+      if (random(5) === 0) frames[1] = frames[1]!.subarray(0, random(frames[1]!.length));
+      const code = await ends(...frames);
+      codes.set(code, (codes.get(code) ?? 0) + 1);
+    }
+    assert.deepEqual([...codes.keys()].filter((c) => c !== status.OK && c !== status.FAILED_PRECONDITION), []);
+    assert.ok((codes.get(status.FAILED_PRECONDITION) ?? 0) > 50);
+    beside.write(delivery(1, "sound"));
+    await until(() => got.includes("sound") && acks.length >= 2);
+    beside.end();
+    await until(() => node.stats.streams === 0);
+  });
+
+  test("an ack of a broken stream counts what was handed over before", async () => {
+    const call = open();
+    const frames: Buffer[] = [];
+    call.on("data", (b: Buffer) => frames.push(b));
+    const ended = new Promise<status>((go) => call.on("error", (e: ServiceError) => go(e.code)));
+    call.write(hello);
+    call.write(delivery(1, "before"));
+    call.write(delivery(7, "gap"));
+    assert.equal(await ended, status.FAILED_PRECONDITION);
+    const r = new BinaryReader(Buffer.concat(frames.slice(1)));
+    const fields: number[] = [];
+    while (r.pos < r.len) {
+      const [field, type] = r.tag();
+      fields.push(field);
+      r.skip(type);
+    }
+    assert.ok(fields.includes(2) && fields.includes(3), fields.join()); // The ack, and who was missed.
+    assert.ok(got.includes("before") && !got.includes("gap"));
+  });
+
+  test("unary calls that make no sense are refused, and nothing is done", async () => {
+    const call = (method: string, request: Buffer): Promise<status> => new Promise((go) => {
+      client.makeUnaryRequest(`/pubsub.ConnectNodeService/${method}`, (b: Buffer) => b, (b: Buffer) => b, request, (e: ServiceError | null) => go(e?.code ?? status.OK));
+    });
+    const before = got.length;
+    for (const method of ["PushMessage", "PushMessageBatch", "Broadcast"]) {
+      assert.equal(await call(method, Buffer.alloc(0)), status.INVALID_ARGUMENT);
+      assert.notEqual(await call(method, Buffer.from([0xff, 0xff])), status.OK);
+    }
+    assert.equal(got.length, before);
+  });
+});

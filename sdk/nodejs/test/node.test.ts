@@ -1,0 +1,303 @@
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
+import { credentials, Client as GrpcClient, type ServiceError } from "@grpc/grpc-js";
+import { Client, PushError } from "@push-manager/client";
+import { ConnectNode, type Connection, type Push, type Session } from "@push-manager/connect-node";
+import { freePort, programs, skip, start, startStack, until, type Program, type Stack } from "./go.js";
+
+const text = (p: Push): string => Buffer.from(p.message.data).toString();
+
+/** A client of a gateway, in memory. */
+class Receiver implements Connection {
+  readonly got: Push[] = [];
+  readonly told: string[] = [];
+  session: Session | undefined;
+  closed = "";
+  waits = 0;
+  answers = true;
+
+  send(p: Push): void {
+    this.got.push(p);
+    if (p.ack > 0 && this.answers) setTimeout(() => this.session?.ack(p.ack), 5);
+  }
+  buffered(): number {
+    return this.waits;
+  }
+  close(why: string): void {
+    this.closed = why;
+  }
+  ping(): void {
+    this.session?.heard();
+  }
+  joined(room: string): void {
+    this.told.push(`+${room}`);
+  }
+  left(room: string): void {
+    this.told.push(`-${room}`);
+  }
+  get texts(): string[] {
+    return this.got.map(text);
+  }
+}
+
+describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
+  let stack: Stack;
+  let node: ConnectNode;
+  let client: Client;
+  const errors: string[] = [];
+  const states: string[] = [];
+
+  const makeNode = (nodeId: string): ConnectNode =>
+    new ConnectNode({
+      nodeId, listen: "127.0.0.1:0", etcd: { endpoints: [stack.etcd] }, controller: stack.controller,
+      onError: (what, error) => errors.push(`${what}: ${String(error)}`), onState: (part, up) => states.push(`${part} ${up}`),
+    });
+
+  const enter = async (on: ConnectNode, user: string, rooms: string[] = [], acks = false): Promise<Receiver> => {
+    const r = new Receiver();
+    r.session = on.connect(r, { user, acks });
+    for (const room of rooms) r.session.join(room);
+    await until(() => ["", ...rooms].every((room) => r.told.includes(`+${room}`)), 10_000, () => `${user} was told ${r.told.join(" ")}`);
+    return r;
+  };
+
+  before(async () => {
+    stack = await startStack(programs());
+    node = makeNode("node-ts");
+    await node.start();
+    await until(() => node.isReady);
+    client = new Client({ address: stack.pushManager });
+    const probe = await enter(node, "probe");
+    // Push-Manager has to find the node first.
+    await until(async () => (await client.pushToUser("probe", "x")).outcome === "delivered");
+    probe.session!.end();
+  });
+
+  after(async () => {
+    client?.close();
+    await node?.stop(3000);
+    await stack?.program.stop();
+  });
+
+  test("joined means that pushes arrive, and left that none does", async () => {
+    const alice = await enter(node, "alice", ["lobby"]);
+    const bob = await enter(node, "bob");
+    const r = await client.pushToRoom("lobby", "Hello");
+    assert.equal(r.outcome, "delivered");
+    assert.deepEqual([r.targets, r.delivered], [1, 1]);
+    assert.deepEqual(alice.texts, ["Hello"]);
+    assert.equal(alice.got[0]!.message.roomId, "lobby");
+    assert.deepEqual(bob.texts, []);
+    bob.session!.join("lobby");
+    await until(() => bob.told.includes("+lobby"));
+    assert.equal((await client.pushToRoom("lobby", "Both")).delivered, 2);
+    alice.session!.leave("lobby");
+    await until(() => alice.told.includes("-lobby"));
+    assert.equal((await client.pushToRoom("lobby", "Bob alone", { except: ["nobody"] })).delivered, 1);
+    assert.deepEqual(alice.texts, ["Hello", "Both"]);
+    assert.deepEqual(bob.texts, ["Both", "Bob alone"]);
+    alice.session!.end();
+    bob.session!.end();
+    await until(async () => (await client.pushToUser("alice", "gone?")).outcome === "offline");
+    assert.equal((await client.pushToRoom("no such room", "x")).outcome, "offline");
+  });
+
+  test("pushes to one user arrive in the order in which they were sent", async () => {
+    const user = await enter(node, "ordered", ["ordered"]);
+    const stream = client.stream();
+    const pending = [];
+    for (let i = 0; i < 3000; i++) pending.push(await stream.send(i % 3 === 0 ? { room: "ordered" } : { user: "ordered" }, String(i)));
+    for (const p of pending) assert.equal((await p.wait()).outcome, "delivered");
+    await stream.close();
+    const numbers = user.texts.map(Number);
+    const rising = (all: number[]): boolean => all.every((n, i) => i === 0 || n > all[i - 1]!);
+    assert.equal(numbers.length, 3000);
+    assert.ok(rising(numbers.filter((n) => n % 3 === 0)) && rising(numbers.filter((n) => n % 3 !== 0)));
+    user.session!.end();
+  });
+
+  test("a message id reaches a connection once", async () => {
+    const user = await enter(node, "once");
+    const first = await client.pushToUser("once", "one", { messageId: "m-1" });
+    const again = await client.pushToUser("once", "one", { messageId: "m-1" });
+    assert.deepEqual([first.delivered, first.duplicates, again.delivered, again.duplicates], [1, 0, 1, 1]);
+    assert.deepEqual(user.texts, ["one"]);
+    assert.equal(user.got[0]!.message.id, "m-1");
+    user.session!.end();
+  });
+
+  test("delivered means that the client has acknowledged, where that is asked for", async () => {
+    const user = await enter(node, "acks", [], true);
+    const r = await client.pushToUser("acks", "please", { ackByClient: true });
+    assert.deepEqual([r.outcome, r.delivered, r.acked], ["delivered", 1, 1]);
+    user.answers = false;
+    const silent = await client.pushToUser("acks", "no answer", { ackByClient: 300 });
+    assert.equal(silent.outcome, "unknown");
+    await until(() => user.got.some((p) => text(p) === "no answer" && p.replayed)); // It was shown once more.
+    user.session!.end();
+  });
+
+  test("what was stored comes at the next connection, before what is new, and is forgotten once it is acknowledged", async () => {
+    for (const t of ["first", "second"]) {
+      const r = await client.pushToUser("away", t, { storeIfOffline: true });
+      assert.deepEqual([r.outcome, r.stored], ["stored", 1]);
+    }
+    const user = await enter(node, "away", [], true);
+    assert.equal((await client.pushToUser("away", "third")).outcome, "delivered");
+    await until(() => user.got.length >= 3, 10_000, () => user.texts.join());
+    assert.deepEqual(user.texts, ["first", "second", "third"]);
+    assert.deepEqual(user.got.map((p) => p.replayed), [true, true, false]);
+    await new Promise((go) => setTimeout(go, 300));
+    user.session!.end();
+    const next = await enter(node, "away", [], true);
+    await client.pushToUser("away", "fourth");
+    await until(() => next.texts.includes("fourth"));
+    assert.deepEqual(next.texts, ["fourth"]);
+    next.session!.end();
+  });
+
+  test("a callback that throws fails its own push, and ends nothing", async () => {
+    const bad = await enter(node, "bad", ["mixed"]);
+    const good = await enter(node, "good", ["mixed"]);
+    bad.send = () => {
+      throw new Error("a fault of the gateway");
+    };
+    const r = await client.pushToRoom("mixed", "Hello");
+    assert.deepEqual([r.targets, r.delivered, r.failed], [2, 1, 1]);
+    assert.deepEqual(good.texts, ["Hello"]);
+    assert.equal(bad.closed, "broken");
+    assert.ok(errors.some((e) => e.includes("a fault of the gateway")));
+    assert.equal((await client.pushToUser("good", "still here")).outcome, "delivered");
+    good.session!.end();
+  });
+
+  test("a client that does not read is cut off, once its bounded queue is full, and others get theirs", async () => {
+    const slow = await enter(node, "slow", ["queue"]);
+    const fast = await enter(node, "fast", ["queue"]);
+    slow.waits = 1 << 20;
+    const stream = client.stream();
+    const results = await Promise.all(Array.from({ length: 1200 }, (_, i) => stream.push({ room: "queue" }, String(i))));
+    await stream.close();
+    assert.equal(slow.closed, "slow");
+    assert.deepEqual(slow.texts, []);
+    assert.equal(fast.texts.length, 1200);
+    assert.ok(results.some((r) => r.failed === 1));
+    fast.session!.end();
+  });
+
+  test("a broadcast reaches everybody", async () => {
+    const [one, two] = [await enter(node, "b1"), await enter(node, "b2")];
+    const r = await client.broadcast("All");
+    assert.equal(r.delivered, 2);
+    assert.ok(one.got[0]!.message.broadcast && two.texts[0] === "All");
+    one.session!.end();
+    two.session!.end();
+  });
+
+  test("the node is back in etcd when its lease is lost", async () => {
+    const etcd = new GrpcClient(stack.etcd, credentials.createInsecure());
+    const call = (path: string, request: Uint8Array): Promise<Buffer> =>
+      new Promise((resolve, reject) => {
+        etcd.makeUnaryRequest(path, (b: Uint8Array) => Buffer.from(b), (b: Buffer) => b, request, (e: ServiceError | null, b?: Buffer) => (b !== undefined ? resolve(b) : reject(e)));
+      });
+    /** The lease of the node's key, 0 without one. */
+    const lease = async (): Promise<bigint> => {
+      const key = Buffer.from("/services/connect-node/node-ts");
+      const reply = new BinaryReader(await call("/etcdserverpb.KV/Range", new BinaryWriter().tag(1, WireType.LengthDelimited).bytes(key).finish()));
+      while (reply.pos < reply.len) {
+        const [field, type] = reply.tag();
+        if (field !== 2) {
+          reply.skip(type);
+          continue;
+        }
+        const kv = new BinaryReader(reply.bytes());
+        while (kv.pos < kv.len) {
+          const [of, kind] = kv.tag();
+          if (of === 6) return BigInt(kv.int64());
+          kv.skip(kind);
+        }
+      }
+      return 0n;
+    };
+    const before = await lease();
+    assert.notEqual(before, 0n);
+    await call("/etcdserverpb.Lease/LeaseRevoke", new BinaryWriter().tag(1, WireType.Varint).int64(before).finish());
+    assert.equal(await lease(), 0n);
+    await until(async () => ![0n, before].includes(await lease()), 15_000);
+    etcd.close();
+    const user = await enter(node, "after");
+    await until(async () => (await client.pushToUser("after", "back")).outcome === "delivered");
+    user.session!.end();
+  });
+
+  test("a Controller that has forgotten everything is told again who is in which room", async () => {
+    const port = String(await freePort());
+    const run = (): Program => start(join(programs(), "controller"), [], { GRPC_PORT: port, METRICS_PORT: "0", ETCD_ENDPOINTS: stack.etcd, WARMUP: "1s" });
+    let controller = run();
+    const reporting = new ConnectNode({ nodeId: "reporting", listen: "127.0.0.1:0", etcd: { endpoints: [stack.etcd] }, controller: `127.0.0.1:${port}` });
+    const asked = new GrpcClient(`127.0.0.1:${port}`, credentials.createInsecure());
+    /** Whether the Controller has the user in the room. */
+    const has = (room: string, user: string): Promise<boolean> => new Promise((go) => {
+      const request = new BinaryWriter().tag(1, WireType.LengthDelimited).string(room).finish();
+      asked.makeUnaryRequest("/pubsub.ControllerService/GetRoomInfo", (b: Uint8Array) => Buffer.from(b), (b: Buffer) => b, request, { deadline: Date.now() + 2000 },
+        (_: ServiceError | null, b?: Buffer) => go(b?.includes(user) ?? false));
+    });
+    try {
+      await reporting.start();
+      const [dora, emil] = [await enter(reporting, "dora", ["r1", "r2"]), await enter(reporting, "emil", ["r1"])];
+      await until(async () => (await has("r1", "dora")) && (await has("r1", "emil")) && (await has("r2", "dora")));
+      await controller.stop("SIGKILL");
+      emil.session!.end(); // While nobody can be told.
+      controller = run();
+      await until(async () => (await has("r1", "dora")) && (await has("r2", "dora")), 30_000);
+      assert.equal(await has("r1", "emil"), false);
+      dora.session!.leave("r2");
+      await until(async () => dora.told.includes("-r2") && !(await has("r2", "dora")));
+      dora.session!.end();
+      await until(async () => !(await has("r1", "dora")));
+    } finally {
+      await reporting.stop(1000);
+      asked.close();
+      await controller.stop("SIGKILL");
+    }
+  });
+
+  test("a node that leaves is drained: its users are offline, its clients told to go, and pushes to others go on", async () => {
+    const leaving = makeNode("node-ts-2");
+    await leaving.start();
+    await until(() => leaving.isReady);
+    const user = await enter(leaving, "leaver");
+    const stays = await enter(node, "stays");
+    await until(async () => (await client.pushToUser("leaver", "x")).outcome === "delivered");
+    const stopped = leaving.stop(5000);
+    const results = [];
+    while (user.closed === "") results.push(await client.pushToUser("leaver", "y"));
+    await stopped;
+    assert.equal(user.closed, "going");
+    assert.equal(leaving.stats.sessions, 0);
+    assert.ok(results.every((r) => r.unknown === 0), JSON.stringify(results.find((r) => r.unknown > 0)));
+    assert.equal((await client.pushToUser("leaver", "z")).outcome, "offline");
+    assert.equal((await client.pushToUser("stays", "on")).outcome, "delivered");
+    assert.throws(() => leaving.connect(new Receiver(), { user: "late" }), RangeError);
+    stays.session!.end();
+  });
+
+  test("what is no id, and a room too many, is refused with the name of the field", async () => {
+    for (const user of ["", "a\nb", "x".repeat(300), "\ud800"]) assert.throws(() => node.connect(new Receiver(), { user }), /user_id/);
+    const r = await enter(node, "greedy");
+    assert.throws(() => r.session!.join("@node:node-ts"), /reserved/);
+    assert.throws(() => r.session!.leave("elsewhere"), /not in this room/);
+    assert.throws(() => {
+      for (let i = 0; i <= 100; i++) r.session!.join(`room ${i}`);
+    }, /too many rooms/);
+    r.session!.end();
+  });
+
+  test("a wrong push is refused, names its field, and nothing was sent", async () => {
+    await assert.rejects(client.pushToUser("", "x"), (e) => e instanceof PushError && e.notSent && e.field === "user_id" && e.reason !== "" && e.tries === 1);
+    await assert.rejects(client.pushToUser("alice", "x".repeat(300_000)), (e) => e instanceof PushError && e.notSent && e.field === "content.data");
+    await assert.rejects(client.push({ user: "a" }, "x", { except: ["b"] }), (e) => e instanceof PushError && e.field === "exclude_user_ids");
+  });
+});
