@@ -185,7 +185,7 @@ func (b *tab) call(result any, method string, params map[string]any) {
 			if reply.ID != b.next {
 				continue // an event
 			}
-			if result != nil {
+			if result != nil && len(reply.Result) > 0 { // it is an error otherwise, as while a page is loaded
 				if err := json.Unmarshal(reply.Result, result); err != nil {
 					b.t.Fatal(err)
 				}

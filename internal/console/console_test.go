@@ -27,7 +27,7 @@ import (
 	"github.com/push-manager/push-manager/transport/link"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
 
 // world is what a console is asked about.
 type world struct {

@@ -21,7 +21,7 @@ const (
 	// maxBytes bounds a snapshot. Nodes get what the rest leaves.
 	maxBytes = 64 << 10
 	// callersBytes and othersMost bound what comes before them.
-	callersBytes = 8 << 10
+	callersBytes = 4 << 10
 	othersMost   = 32
 	pagesMost    = 16
 	reasonsMost  = 8
@@ -95,8 +95,9 @@ func metersOf(set *metrics.Set) []meter {
 	return all
 }
 
-// table is rows of an array each, under names of columns. Left out are those for which there was no room.
+// table is rows of an array each, under names of columns. Left out are those for which there was no room. Well is of nodes.
 type table struct {
+	Well    int             `json:"well,omitempty"`
 	Columns []string        `json:"columns"`
 	Rows    json.RawMessage `json:"rows"`
 	LeftOut int             `json:"left_out,omitempty"`
@@ -124,7 +125,7 @@ func (r *rows) add(row []byte) {
 }
 
 func (r *rows) table(columns []string) table {
-	return table{columns, slices.Concat([]byte("["), r.b, []byte("]")), r.leftOut}
+	return table{Columns: columns, Rows: slices.Concat([]byte("["), r.b, []byte("]")), LeftOut: r.leftOut}
 }
 
 func appendText(b []byte, text string) []byte {
@@ -229,7 +230,9 @@ func (m *maker) nodes(now time.Time, most int) table {
 	for _, row := range healthy {
 		r.add(row)
 	}
-	return r.table(nodeColumns)
+	t := r.table(nodeColumns)
+	t.Well = len(healthy)
+	return t
 }
 
 func appendNode(b []byte, d *link.NodeDetails, bounds []float64, before []uint64) []byte {

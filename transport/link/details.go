@@ -104,7 +104,7 @@ func (n *node) describe(d *NodeDetails) {
 	}
 	n.mu.Unlock()
 	switch {
-	case byState[draining] > 0 && able == 0:
+	case able == 0 && byState[draining] > 0:
 		d.State = NodeDraining
 	case d.Connections == 0 && byState[connecting] > 0 && d.Trouble == "":
 		d.State = NodeConnecting

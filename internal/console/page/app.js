@@ -32,6 +32,7 @@ function show(focus) {
   for (const [other, a] of Object.entries(links)) other === name ? a.setAttribute("aria-current", "page") : a.removeAttribute("aria-current");
   if (shown !== name) {
     shown = name;
+    links[name].scrollIntoView({ block: "nearest", inline: "center" }); // of a narrow screen not all are seen
     document.title = view.title + " · Push-Manager console";
     $("main").replaceChildren(el("h2", {}, view.title), ...view.make());
     if (focus) $("main").focus();

@@ -33,11 +33,11 @@ export function chart(label, series, show, stacked) {
   const axis = { stroke: () => colour("dim"), grid: { stroke: () => colour("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   const make = () => {
     plot = new uPlot({
-      width: Math.max(box.clientWidth, 120), height: 200, legend: { show: false }, padding: [8, 8, 0, 0],
+      width: Math.max(box.clientWidth, 120), height: 200, legend: { show: false }, padding: [8, 26, 0, 0],
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },
       hooks: { setCursor: [u => says(u.cursor.left >= 0 ? u.cursor.idx : null)] },
       scales: { x: { time: true, range: () => { const end = history.time.at(-1) ?? 0; return [Math.max(end - 600, Math.min(history.time[0] ?? end, end - 60)), end]; } }, y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(t => new Date(t * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" })), space: 90 },
+      axes: [{ ...axis, values: (_, ticks) => ticks.map(t => new Date(t * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" })), space: 80, size: 28 },
         { ...axis, values: (_, ticks) => ticks.map(t => show(t)), size: 62 }],
       series: [{}, ...order.map(s => ({
         label: s.name, stroke: () => colour(variable(s)), fill: stacked ? () => colour(variable(s)) : undefined, width: stacked ? 0 : 1.6, points: { show: false },

@@ -16,7 +16,7 @@ const part = (left, limit) => limit ? `${count(left)} of ${count(limit)}` : "no 
 
 function update(s) {
   const callers = objects(s.callers), all = callers.length + (s.callers.left_out ?? 0);
-  top.set("policy", s.about.auth ? count(metric(s, "policy_callers")) : "nobody is asked", "");
+  top.set("policy", s.about.auth ? count(metric(s, "policy_callers")) : "–", "");
   top.set("called", s.about.auth ? count(all) : "–", "");
   top.set("denied", count(metric(s, "auth_failures_total")), "");
   top.set("refused", count(rate("refused_total")), "/s");

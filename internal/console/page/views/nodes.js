@@ -27,6 +27,14 @@ function make() {
     el("section", {}, scroll("Connect-Nodes", el("table", {}, el("thead", {}, el("tr", {}, Object.values(heads))), body))), said];
 }
 
+// features are those of a node by their names, or those that it lacks, whichever is shorter.
+function features(s, n) {
+  const all = Object.entries(s.features), has = all.filter(([bit]) => n.features >>> bit & 1), lacks = all.filter(([bit]) => !(n.features >>> bit & 1));
+  if (!has.length) return kinds[n.state] === "good" ? "none" : "–";
+  if (!lacks.length) return "all";
+  return lacks.length < has.length ? "all but " + lacks.map(([, name]) => name).join(", ") : has.map(([, name]) => name).join(", ");
+}
+
 let last = null;
 function update(s) {
   last = s;
@@ -55,14 +63,14 @@ function update(s) {
         n.trouble ? row.cells[i].setAttribute("title", n.trouble) : row.cells[i].removeAttribute("title");
         return;
       }
-      if (c.key === "features") { text(row.cells[i], Object.entries(s.features).filter(([bit]) => n.features >>> bit & 1).map(([, name]) => name).join(" ") || "–"); return; }
+      if (c.key === "features") { text(row.cells[i], features(s, n)); return; }
       if (c.key === "id") { text(row.cells[i], n.trouble && kinds[n.state] !== "good" ? `${n.id}: ${n.trouble}` : n.id); return; }
       text(row.cells[i], c.show ? c.show(n) : n[c.key]);
     });
     if (row.tr === at) at = at.nextElementSibling;
     else body.insertBefore(row.tr, at);
   }
-  text(said, `${all.length} of ${s.nodes.rows.length + (s.nodes.left_out ?? 0)} nodes` + (s.nodes.left_out ? `; ${s.nodes.left_out} that are well are left out, there are too many` : ""));
+  text(said, `${all.length} of ${s.nodes.rows.length + (s.nodes.left_out ?? 0)} nodes` + (s.nodes.left_out ? `; ${s.nodes.left_out} are left out, because there are too many` : ""));
 }
 
 export default { title: "Nodes", make, update, opened: query => { if (query.has("q")) { filter.value = query.get("q"); if (last) update(last); } } };

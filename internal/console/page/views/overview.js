@@ -1,13 +1,13 @@
 import { el, state, table, tiles } from "../dom.js";
-import { has, kinds, metric, nodes, pushApis, pushRate, quantile, rate } from "../data.js";
+import { has, metric, pushApis, pushRate, quantile, rate } from "../data.js";
 import { chart } from "../chart.js";
 import { ago, bytes, count, ms } from "../format.js";
 
 let top, charts, methods, others, reasons, hint;
 
 function make() {
-  top = tiles([["ready", "Pushes can be delivered"], ["pushes", "Pushes"], ["users", "Users reached"], ["p50", "Latency, median"], ["p99", "Latency, 99 %"],
-    ["flight", "In flight"], ["refused", "Refused for load"], ["nodes", "Connect-Nodes"], ["controller", "Controller"], ["etcd", "etcd"], ["store", "Store"], ["memory", "Memory for requests"]]);
+  top = tiles([["ready", "Ready to deliver"], ["pushes", "Pushes"], ["users", "Users reached"], ["p50", "Latency, median"], ["p99", "Latency, 99 %"],
+    ["flight", "In flight"], ["refused", "Refused for load"], ["nodes", "Connect-Nodes"], ["controller", "Controller"], ["etcd", "etcd"], ["store", "Store"], ["memory", "Request memory"]]);
   charts ??= [ // once: they listen to the window
     chart("Users by outcome, a second", [
       { key: "delivered", name: "delivered", colour: "delivered" }, { key: "offline", name: "offline", colour: "offline" },
@@ -29,7 +29,7 @@ function make() {
 }
 
 function update(s) {
-  const all = nodes(s), well = all.filter(n => kinds[n.state] === "good").length + (s.nodes.left_out ?? 0), total = all.length + (s.nodes.left_out ?? 0);
+  const well = s.nodes.well ?? 0, total = s.nodes.rows.length + (s.nodes.left_out ?? 0);
   const pushes = pushRate(), refused = rate("refused_total"), shed = metric(s, "shed_priorities");
   top.set("ready", s.state.not_ready ? "No" : "Yes", "", s.state.not_ready ? "bad" : "good");
   top.set("pushes", count(pushes), "/s");
@@ -78,7 +78,7 @@ export function replace(element, ...children) {
   const selection = getSelection();
   if (element.contains(document.activeElement) || !selection.isCollapsed && element.contains(selection.anchorNode)) return;
   const scrolled = element.querySelector(".scroll")?.scrollLeft ?? 0;
-  element.replaceChildren(...children);
+  element.replaceChildren(...children.filter(Boolean));
   const now = element.querySelector(".scroll");
   if (now && scrolled) now.scrollLeft = scrolled;
 }

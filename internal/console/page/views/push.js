@@ -21,7 +21,7 @@ function make() {
       result.replaceChildren(el("section", { class: "error", role: "alert" }, problem.message));
     }
     button.disabled = false;
-  } }, to.elements, el("label", {}, "Text", content),
+  } }, to.elements, el("label", { class: "wide" }, "Text", content),
   el("label", { class: "check" }, store, "Store for whoever is away"), el("label", { class: "check" }, ack, "Wait for clients"), button);
   return [links, el("section", {}, form), result];
 }

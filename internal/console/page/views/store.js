@@ -17,7 +17,7 @@ function make() {
 function update(s) {
   const on = s.about.store !== "off", up = metric(s, "store_up") === 1, n = name => metric(s, name), where = s.about.store.startsWith("nats") || s.about.store.startsWith("tls") ? "NATS" : s.about.store;
   off.hidden = on;
-  top.set("where", on ? up ? where : where + ", down" : "off", "", on ? up ? "good" : "bad" : "");
+  top.set("where", on ? up ? "up" : "down" : "off", on ? where : "", on ? up ? "good" : "bad" : "");
   top.set("kept", on ? bytes(n("store_bytes")) : "–", on ? "of " + bytes(n("store_max_bytes")) : "");
   top.set("logs", on ? bytes(n("store_log_bytes")) : "–", "");
   top.set("queue", on ? count(n("store_queue_entries")) : "–", on ? bytes(n("store_queue_bytes")) : "");

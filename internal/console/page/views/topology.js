@@ -29,26 +29,26 @@ function draw(s) {
   const parts = [];
   const label = (x, y, texts, anchor) => texts.map((t, i) => svg("text", { x, y: y + 17 * i, class: i ? "dim" : null, "text-anchor": anchor ?? "start" }, t));
   const short = (t, most) => t.length > most ? t.slice(0, most - 1) + "…" : t;
-  const manager = [short(s.about.id, 24), `${count(pushRate())} pushes/s`, `${s.about.shards} shards`];
+  const manager = [short(s.about.id, 24), `${count(pushRate())} pushes/s`, `${s.about.shards} ${s.about.shards === 1 ? "shard" : "shards"}`];
   const callers = ["Callers", `${count(metric(s, "api_connections"))} connections`, `${count(metric(s, "api_streams"))} streams`];
-  const boxes = (x, y, width, texts) => [svg("rect", { x, y, width, height: 64, rx: 10, class: "box" }), ...label(x + 12, y + 22, texts)];
+  const boxes = (x, y, width, texts) => [svg("rect", { x, y, width, height: 70, rx: 10, class: "box" }), ...label(x + 14, y + 23, texts)];
   let height = 0;
   if (few && !narrow) {
-    const row = 44, x = w - 290, middle = Math.max(all.length * row / 2, 40);
-    height = Math.max(all.length * row, 90) + 10;
+    const row = 56, x = w - 260, middle = Math.max(all.length * row / 2, 40);
+    height = Math.max(all.length * row, 90);
     parts.push(svg("path", { class: "line " + (pushRate() > 0 ? "good" : ""), "stroke-width": width(pushRate() ?? 0), d: `M150 ${middle} H${w / 2 - 110}` }));
     all.forEach((n, i) => {
-      const y = i * row + 23, from = w / 2 + 60;
+      const y = i * row + row / 2, from = w / 2 + 60;
       parts.push(svg("path", { class: "line " + kinds[n.state], "stroke-width": width(perSecond(n)), d: `M${from} ${middle} C${(from + x) / 2} ${middle} ${(from + x) / 2} ${y} ${x} ${y}` }));
     });
-    parts.push(...boxes(0, middle - 32, 150, callers), ...boxes(w / 2 - 110, middle - 32, 170, manager));
-    all.forEach((n, i) => parts.push(node(n, x, i * row + 3, 288, perSecond(n), label, short, 30)));
+    parts.push(...boxes(0, middle - 35, 150, callers), ...boxes(w / 2 - 110, middle - 35, 170, manager));
+    all.forEach((n, i) => parts.push(node(n, x, i * row + 5, 258, perSecond(n), label, short, 28)));
   } else if (few) {
-    height = 170 + all.length * 48;
-    parts.push(svg("path", { class: "line " + (pushRate() > 0 ? "good" : ""), "stroke-width": width(pushRate() ?? 0), d: "M30 66 V86" }));
-    all.forEach((n, i) => parts.push(svg("path", { class: "line " + kinds[n.state], "stroke-width": width(perSecond(n)), d: `M14 150 V${185 + i * 48 - 8} Q14 ${185 + i * 48} 22 ${185 + i * 48} H36` })));
+    height = 168 + all.length * 54;
+    parts.push(svg("path", { class: "line " + (pushRate() > 0 ? "good" : ""), "stroke-width": width(pushRate() ?? 0), d: "M30 72 V86" }));
+    all.forEach((n, i) => parts.push(svg("path", { class: "line " + kinds[n.state], "stroke-width": width(perSecond(n)), d: `M14 156 V${188 + i * 54 - 8} Q14 ${188 + i * 54} 22 ${188 + i * 54} H36` })));
     parts.push(...boxes(0, 2, w - 2, callers), ...boxes(0, 86, w - 2, manager));
-    all.forEach((n, i) => parts.push(node(n, 36, 165 + i * 48, w - 38, perSecond(n), label, short, Math.floor((w - 60) / 8))));
+    all.forEach((n, i) => parts.push(node(n, 36, 165 + i * 54, w - 38, perSecond(n), label, short, Math.floor((w - 60) / 8))));
   } else {
     const side = narrow ? 16 : 18, columns = Math.max(1, Math.floor((w - 4) / side)), top = narrow ? 168 : 92;
     height = top + Math.ceil(all.length / columns) * side + 6;
@@ -59,14 +59,14 @@ function draw(s) {
   }
   const by = Object.entries(Object.groupBy(all, n => n.state)).map(([word, of]) => `${of.length} ${word}`).join(", ");
   box.replaceChildren(svg("svg", { class: "map", role: "img", height, viewBox: `0 0 ${w} ${height}`, "aria-label": `Callers push to ${s.about.id}, which has links to ${all.length} nodes: ${by || "none"}` }, parts));
-  text(caption, `${all.length + (s.nodes.left_out ?? 0)} Connect-Nodes: ${by || "none is registered"}${s.nodes.left_out ? `; ${s.nodes.left_out} that are well are not drawn` : ""}.`);
+  text(caption, `${all.length + (s.nodes.left_out ?? 0)} Connect-Nodes: ${by || "none is registered"}${s.nodes.left_out ? `; ${s.nodes.left_out} are not drawn` : ""}.`);
 }
 
 // node is a box that leads to the row of the node in the table.
 function node(n, x, y, width, rate, label, short, most) {
   return svg("a", { href: "#nodes?q=" + encodeURIComponent(n.id), tabindex: "-1" },
-    svg("rect", { x, y, width, height: 40, rx: 9, class: "node " + kinds[n.state] }),
-    ...label(x + 12, y + 17, [short(n.id, most), `${n.state}, ${count(rate)} frames/s${n.queued ? `, ${count(n.queued)} queued` : ""}`]),
+    svg("rect", { x, y, width, height: 46, rx: 9, class: "node " + kinds[n.state] }),
+    ...label(x + 12, y + 19, [short(n.id, most), `${n.state}, ${count(rate)} frames/s${n.queued ? `, ${count(n.queued)} queued` : ""}`]),
     svg("title", {}, `${n.id} at ${n.address}: ${n.state}, ${n.connections} of ${n.links} links, ${n.queued} queued, ${n.unacked} unacknowledged`));
 }
 
