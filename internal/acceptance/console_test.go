@@ -108,8 +108,8 @@ func TestConsoleInABrowser(t *testing.T) {
 	alice.in("lobby")
 
 	page := browse(t, "http://127.0.0.1:"+web+"/console/", "")
-	page.eval(`window.alerts = 0; window.alert = () => alerts++; ""`)
 	page.shows(mainText, "2 of 3 up")
+	page.eval(`window.alerts = 0; window.alert = () => window.alerts++; ""`)
 	show := func(name string, parts ...string) {
 		t.Helper()
 		page.eval(`location.hash = "` + name + `"; ""`)
@@ -117,6 +117,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	}
 
 	t.Run("ids that look like HTML", func(t *testing.T) {
+		page.t = t
 		show("nodes", hostile, "down")
 		show("warnings", hostile, "node not reachable")
 		show("topology", "3 Connect-Nodes")
@@ -132,10 +133,11 @@ func TestConsoleInABrowser(t *testing.T) {
 		page.shows(mainText, "1 of 1 delivered", hostile)
 		submit("user", hostile)
 		page.shows(mainText, "1 of 1 delivered")
-		page.shows(`"alerts " + alerts + ", images " + document.querySelectorAll("main img, main script").length`, "alerts 0, images 0")
+		page.shows(`"alerts " + window.alerts + ", images " + document.querySelectorAll("main img, main script").length`, "alerts 0, images 0")
 	})
 
 	t.Run("axe", func(t *testing.T) {
+		page.t = t
 		script, err := os.ReadFile("nodejs/node_modules/axe-core/axe.min.js")
 		if err != nil {
 			missing(t, "there is no axe-core (make interop-tools)")
@@ -164,6 +166,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	})
 
 	t.Run("a killed node", func(t *testing.T) {
+		page.t = t
 		show("nodes", "connect-node-2")
 		page.eval(`new MutationObserver(() => {
 			const row = [...document.querySelectorAll("tbody tr")].find(r => r.innerText.startsWith("connect-node-2"));

@@ -15,8 +15,8 @@ import (
 	"github.com/push-manager/push-manager/internal/config"
 )
 
-// ask sends a GET.
-func ask(t *testing.T, url string, header ...string) (*http.Response, string) {
+// fetch sends a GET.
+func fetch(t *testing.T, url string, header ...string) (*http.Response, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
 	if err != nil {
@@ -51,13 +51,13 @@ func TestTheConsoleShowsThePartsOfTheProgram(t *testing.T) {
 		t.Fatalf("%d %s", resp.StatusCode, body)
 	}
 	m.log.Warn("said to the log", "by", "the test")
-	if resp, body := ask(t, url+"/console/"); resp.StatusCode != http.StatusOK || !strings.Contains(body, "Push-Manager console") || resp.Header.Get("Content-Security-Policy") == "" {
+	if resp, body := fetch(t, url+"/console/"); resp.StatusCode != http.StatusOK || !strings.Contains(body, "Push-Manager console") || resp.Header.Get("Content-Security-Policy") == "" {
 		t.Errorf("%d %v %s", resp.StatusCode, resp.Header, body)
 	}
-	if resp, _ := ask(t, url+"/console"); resp.Request.URL.Path != "/console/" || resp.StatusCode != http.StatusOK {
+	if resp, _ := fetch(t, url+"/console"); resp.Request.URL.Path != "/console/" || resp.StatusCode != http.StatusOK {
 		t.Errorf("/console: %d at %s", resp.StatusCode, resp.Request.URL)
 	}
-	if resp, body := ask(t, url+"/console/nothing.js"); resp.StatusCode != http.StatusNotFound || !strings.Contains(body, `"NOT_FOUND"`) && !strings.Contains(body, "not_found") {
+	if resp, body := fetch(t, url+"/console/nothing.js"); resp.StatusCode != http.StatusNotFound || !strings.Contains(body, `"NOT_FOUND"`) && !strings.Contains(body, "not_found") {
 		t.Errorf("%d %s", resp.StatusCode, body)
 	}
 	var s struct {
@@ -73,7 +73,7 @@ func TestTheConsoleShowsThePartsOfTheProgram(t *testing.T) {
 		Instances []struct{ ID, Address, URL string }
 	}
 	eventually(t, "the console knows of this instance", func() bool {
-		_, body := ask(t, url+"/console/snapshot")
+		_, body := fetch(t, url+"/console/snapshot")
 		if err := json.Unmarshal([]byte(body), &s); err != nil {
 			t.Fatal(err)
 		}
@@ -95,10 +95,10 @@ func TestTheConsoleShowsThePartsOfTheProgram(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-	if _, body := ask(t, url+"/console/warnings"); !strings.Contains(body, `"message":"said to the log"`) || !strings.Contains(body, `["by","the test"]`) {
+	if _, body := fetch(t, url+"/console/warnings"); !strings.Contains(body, `"message":"said to the log"`) || !strings.Contains(body, `["by","the test"]`) {
 		t.Error(body)
 	}
-	if _, body := ask(t, url+"/console/settings"); !strings.Contains(body, `["max_in_flight","777","environment variable MAX_IN_FLIGHT"]`) || !strings.Contains(body, `["route_cache_ttl","1s","default"]`) {
+	if _, body := fetch(t, url+"/console/settings"); !strings.Contains(body, `["max_in_flight","777","environment variable MAX_IN_FLIGHT"]`) || !strings.Contains(body, `["route_cache_ttl","1s","default"]`) {
 		t.Error(body)
 	}
 }
@@ -111,12 +111,12 @@ func TestAForeignHostSeesNoConsole(t *testing.T) {
 		"evil.example": http.StatusForbidden, "evil.example:8053": http.StatusForbidden, "pm.example": http.StatusOK, "localhost:8053": http.StatusOK, "127.0.0.1": http.StatusOK, "[::1]:8053": http.StatusOK,
 	} {
 		for _, name := range consoleData {
-			if resp, body := ask(t, url+"/console/"+name, "Host", host); resp.StatusCode != want || want != http.StatusOK && !strings.Contains(body, "FOREIGN_ORIGIN") {
+			if resp, body := fetch(t, url+"/console/"+name, "Host", host); resp.StatusCode != want || want != http.StatusOK && !strings.Contains(body, "FOREIGN_ORIGIN") {
 				t.Errorf("%s at %s: %d, want %d: %.200s", name, host, resp.StatusCode, want, body)
 			}
 		}
 	}
-	if resp, _ := ask(t, url+"/console/snapshot", "Origin", "https://evil.example"); resp.StatusCode != http.StatusForbidden {
+	if resp, _ := fetch(t, url+"/console/snapshot", "Origin", "https://evil.example"); resp.StatusCode != http.StatusForbidden {
 		t.Errorf("%d for a page of another origin", resp.StatusCode)
 	}
 }
@@ -136,7 +136,7 @@ func TestTheConsoleNeedsARightOfItsOwn(t *testing.T) {
 	files.WritePolicy("version: 1\ntenants: {acme: {rate: 1000}}\ncallers:\n" + lines)
 	m, url := webAt(t, map[string]string{"AUTH_MODE": "required", "AUTH_POLICY_FILE": files.Policy, "AUTH_API_KEYS_FILE": files.Keys})
 	defer drain(t, m, 8*time.Second)
-	if resp, _ := ask(t, url+"/console/"); resp.StatusCode != http.StatusOK {
+	if resp, _ := fetch(t, url+"/console/"); resp.StatusCode != http.StatusOK {
 		t.Errorf("%d for the page, which knows nothing", resp.StatusCode)
 	}
 	for name, want := range map[string]int{
@@ -147,7 +147,7 @@ func TestTheConsoleNeedsARightOfItsOwn(t *testing.T) {
 			header = []string{"Authorization", "Bearer " + keys[name]}
 		}
 		for _, path := range consoleData {
-			resp, body := ask(t, url+"/console/"+path, header...)
+			resp, body := fetch(t, url+"/console/"+path, header...)
 			leaks := strings.Contains(body, "push-manager-1") || strings.Contains(body, "grpc_port")
 			if resp.StatusCode != want || want != http.StatusOK && leaks || want == http.StatusForbidden && !strings.Contains(body, "Console: method: the console is not allowed to you") {
 				t.Errorf("%s of %q: %d, want %d: %.200s", path, name, resp.StatusCode, want, body)
@@ -168,7 +168,7 @@ func TestTheConsoleNeedsARightOfItsOwn(t *testing.T) {
 		t.Fatalf("%d %s", resp.StatusCode, body)
 	}
 	time.Sleep(1100 * time.Millisecond) // until there is another snapshot
-	if _, body := ask(t, url+"/console/snapshot", "Authorization", "Bearer "+keys["console"]); !strings.Contains(body, `["tenant","acme",0,0,0,0,1000,`) {
+	if _, body := fetch(t, url+"/console/snapshot", "Authorization", "Bearer "+keys["console"]); !strings.Contains(body, `["tenant","acme",0,0,0,0,1000,`) {
 		t.Errorf("%s", body)
 	}
 
