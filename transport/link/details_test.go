@@ -15,8 +15,9 @@ func TestDetailsSayHowANodeIs(t *testing.T) {
 		w := newWorld(t, Config{Shards: 2})
 		details := func() (all []NodeDetails) {
 			w.set.Details(func(d *NodeDetails) {
-				d.Acks = slices.Clone(d.Acks)
-				all = append(all, *d)
+				one := *d
+				one.Acks = slices.Clone(d.Acks)
+				all = append(all, one)
 			})
 			return all
 		}
@@ -31,6 +32,7 @@ func TestDetailsSayHowANodeIs(t *testing.T) {
 		w.register("A", "a:1", "B", "b:1", "D", "d:1", "E", "nobody:1")
 		w.until("all are connected that can be", func() bool { return w.set.Stats().Live >= 6 })
 		w.room("r", "A", "u1")
+		time.Sleep(time.Second)
 		if r := w.do(w.toRoom("r", "x")); r.Delivered != 1 {
 			t.Fatalf("%+v", r)
 		}

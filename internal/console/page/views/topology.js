@@ -53,7 +53,7 @@ function draw(s) {
     const side = narrow ? 16 : 18, columns = Math.max(1, Math.floor((w - 4) / side)), top = narrow ? 168 : 92;
     height = top + Math.ceil(all.length / columns) * side + 6;
     parts.push(...boxes(0, 2, narrow ? w - 2 : 220, callers), ...boxes(narrow ? 0 : 260, narrow ? 86 : 2, narrow ? w - 2 : 220, manager));
-    all.forEach((n, i) => parts.push(svg("a", { href: "#nodes?q=" + encodeURIComponent(n.id), tabindex: "-1" },
+    all.forEach((n, i) => parts.push(svg("g", { class: "go", onclick: () => open(n) },
       svg("rect", { x: 2 + i % columns * side, y: top + Math.floor(i / columns) * side, width: side - 4, height: side - 4, rx: 3, class: "dot " + kinds[n.state] }),
       svg("title", {}, `${n.id}: ${n.state}`))));
   }
@@ -62,9 +62,12 @@ function draw(s) {
   text(caption, `${all.length + (s.nodes.left_out ?? 0)} Connect-Nodes: ${by || "none is registered"}${s.nodes.left_out ? `; ${s.nodes.left_out} are not drawn` : ""}.`);
 }
 
+// open shows the row of a node in the table, where the keyboard finds it, too.
+function open(n) { location.hash = "nodes?q=" + encodeURIComponent(n.id); }
+
 // node is a box that leads to the row of the node in the table.
 function node(n, x, y, width, rate, label, short, most) {
-  return svg("a", { href: "#nodes?q=" + encodeURIComponent(n.id), tabindex: "-1" },
+  return svg("g", { class: "go", onclick: () => open(n) },
     svg("rect", { x, y, width, height: 46, rx: 9, class: "node " + kinds[n.state] }),
     ...label(x + 12, y + 19, [short(n.id, most), `${n.state}, ${count(rate)} frames/s${n.queued ? `, ${count(n.queued)} queued` : ""}`]),
     svg("title", {}, `${n.id} at ${n.address}: ${n.state}, ${n.connections} of ${n.links} links, ${n.queued} queued, ${n.unacked} unacknowledged`));
