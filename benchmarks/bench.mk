@@ -43,6 +43,11 @@ bench-clients: $(BENCH_DIR)/pushbench ## Measure the whole way to 100 and 1,000 
 bench-client: ## Hold client.Stream against the generated PushStream, round by round: of-raw and of-rawbatched are the ratios
 	$(GO) test -run='^$$' -bench=ClientStream -benchtime=20x ./benchmarks/micro
 
+.PHONY: bench-console
+bench-console: ## Measure what 50 viewers of the console cost at 10,000 pushes a second (4 minutes), and one snapshot
+	LONG=1 $(GO) test -count=1 -v -timeout=20m -run=TestConsoleOf50ViewersCostsLittle ./internal/acceptance
+	$(GO) test -run='^$$' -bench=Snapshot -benchmem ./internal/console
+
 .PHONY: scale
 scale: $(BENCH_DIR)/pushbench ## Start a whole deployment and CLIENTS (50000) WebSocket clients on NODES (20) gateways in ROOMS (10000) rooms, and push to them (needs redis-server)
 	$(BENCH_DIR)/pushbench --json=$(BENCH_DIR)/scale.json scale --clients=$(CLIENTS) --nodes=$(NODES) --rooms=$(ROOMS)

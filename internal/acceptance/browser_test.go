@@ -24,6 +24,7 @@ type tab struct {
 	gws.BuiltinEventHandler
 
 	t       *testing.T
+	home    string // of the browser
 	conn    *gws.Conn
 	replies chan []byte
 	next    int
@@ -35,7 +36,7 @@ func (b *tab) OnMessage(_ *gws.Conn, m *gws.Message) {
 	_ = m.Close()
 }
 
-// browse opens a link in Chromium, which is told to believe the certificate in a file and no other one.
+// browse opens a link in Chromium, which is told to believe the certificate in a file, if one is named, and no other one.
 func browse(t *testing.T, link, certFile string) *tab {
 	t.Helper()
 	var path string
@@ -48,23 +49,27 @@ func browse(t *testing.T, link, certFile string) *tab {
 	if path == "" {
 		missing(t, "there is no Chromium (Debian: package chromium)")
 	}
-	text, err := os.ReadFile(certFile)
-	if err != nil {
-		t.Fatal(err)
+	believed := ""
+	if certFile != "" {
+		text, err := os.ReadFile(certFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(text)
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+		believed = base64.StdEncoding.EncodeToString(sum[:])
 	}
-	block, _ := pem.Decode(text)
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 
 	home := t.TempDir()
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad",
 		"--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0", "--user-data-dir="+home,
-		"--ignore-certificate-errors-spki-list="+base64.StdEncoding.EncodeToString(sum[:]), link)
+		"--ignore-certificate-errors-spki-list="+believed, link)
 	cmd.Env = append(os.Environ(), "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_CACHE_HOME="+home)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -84,9 +89,19 @@ func browse(t *testing.T, link, certFile string) *tab {
 		}
 	})
 
+	b := &tab{t: t, home: home}
+	address, _, _ := strings.Cut(link, "#") // a page may take the rest out
+	b.attach(address)
+	return b
+}
+
+// attach takes the tab whose address begins with a text.
+func (b *tab) attach(begin string) {
+	t := b.t
+	t.Helper()
 	var target string
 	eventually(t, "the browser has the page", func() error {
-		file, err := os.ReadFile(filepath.Join(home, "DevToolsActivePort"))
+		file, err := os.ReadFile(filepath.Join(b.home, "DevToolsActivePort"))
 		if err != nil {
 			return err
 		}
@@ -104,14 +119,15 @@ func browse(t *testing.T, link, certFile string) *tab {
 			return err
 		}
 		for _, one := range list {
-			if one.Type == "page" && strings.HasPrefix(one.URL, "https://") {
+			if one.Type == "page" && strings.HasPrefix(one.URL, begin) {
 				target = one.WebSocketDebuggerURL
 				return nil
 			}
 		}
 		return fmt.Errorf("pages: %s", body)
 	})
-	b := &tab{t: t, replies: make(chan []byte, 16)}
+	b.replies = make(chan []byte, 16)
+	var err error
 	if b.conn, _, err = gws.NewClient(b, &gws.ClientOption{Addr: target}); err != nil {
 		t.Fatal(err)
 	}
@@ -124,16 +140,30 @@ func browse(t *testing.T, link, certFile string) *tab {
 		_ = b.conn.NetConn().Close()
 		<-done
 	})
-	return b
 }
 
-// eval is the text of an expression in the page, "" while it cannot be told.
+// other is another tab of the browser, which has opened it.
+func (b *tab) other(begin string) *tab {
+	b.t.Helper()
+	o := &tab{t: b.t, home: b.home}
+	o.attach(begin)
+	return o
+}
+
+// eval is the text of an expression in the page, or of what it promises, "" while it cannot be told.
 func (b *tab) eval(expression string) string {
 	b.t.Helper()
+	var result struct{ Result struct{ Value any } }
+	b.call(&result, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true, "awaitPromise": true, "userGesture": true})
+	text, _ := result.Result.Value.(string)
+	return text
+}
+
+// call calls a method of the browser's DevTools protocol.
+func (b *tab) call(result any, method string, params map[string]any) {
+	b.t.Helper()
 	b.next++
-	request, err := json.Marshal(map[string]any{
-		"id": b.next, "method": "Runtime.evaluate", "params": map[string]any{"expression": expression, "returnByValue": true},
-	})
+	request, err := json.Marshal(map[string]any{"id": b.next, "method": method, "params": params})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -147,15 +177,20 @@ func (b *tab) eval(expression string) string {
 		case raw := <-b.replies:
 			var reply struct {
 				ID     int
-				Result struct{ Result struct{ Value any } }
+				Result json.RawMessage
 			}
 			if err := json.Unmarshal(raw, &reply); err != nil {
 				b.t.Fatal(err)
 			}
-			if reply.ID == b.next {
-				text, _ := reply.Result.Result.Value.(string)
-				return text
+			if reply.ID != b.next {
+				continue // an event
 			}
+			if result != nil && len(reply.Result) > 0 { // it is an error otherwise, as while a page is loaded
+				if err := json.Unmarshal(reply.Result, result); err != nil {
+					b.t.Fatal(err)
+				}
+			}
+			return
 		case <-late.C:
 			b.t.Fatal("the browser does not answer")
 		}

@@ -70,7 +70,7 @@ func TestSecureDevPrintsLinesThatPush(t *testing.T) {
 	})
 	printed := dev.out.String()
 	person := terminal{t: t, env: env}
-	var listen, link, token, withCertificate, withKey string
+	var listen, link, console, token, withCertificate, withKey string
 	var pushes, curls []string
 	for _, line := range printedLines(printed) {
 		switch {
@@ -80,6 +80,8 @@ func TestSecureDevPrintsLinesThatPush(t *testing.T) {
 			listen = line
 		case strings.HasPrefix(line, "pushctl token "):
 			token = line
+		case strings.HasPrefix(line, "https://") && strings.Contains(line, "/console/"):
+			console = line
 		case strings.HasPrefix(line, "https://"):
 			link = line
 		case strings.HasPrefix(line, "pushctl ") && strings.Contains(line, " --token-file "):
@@ -94,7 +96,7 @@ func TestSecureDevPrintsLinesThatPush(t *testing.T) {
 			t.Errorf("what is this line for? %s", line)
 		}
 	}
-	if person.pm == "" || listen == "" || link == "" || token == "" || len(pushes) != 3 || len(curls) != 2 {
+	if person.pm == "" || listen == "" || link == "" || console == "" || token == "" || len(pushes) != 3 || len(curls) != 2 {
 		t.Fatalf("some lines are missing:\n%s", printed)
 	}
 
@@ -192,6 +194,23 @@ func TestSecureDevPrintsLinesThatPush(t *testing.T) {
 		if out, code := person.run(line); code != 0 || !strings.Contains(out, "delivered to 3 of 3") {
 			t.Errorf("exit code %d: %s\n%s", code, line, out)
 		}
+	})
+
+	t.Run("console", func(t *testing.T) {
+		key, err := os.ReadFile(filepath.Join(data, "secure", "api-key"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		page := browse(t, strings.Replace(console, "#push", "#overview", 1), filepath.Join(data, "secure", "manager-push-manager-1.crt"))
+		page.shows(`document.querySelector("main").innerText`, "Sign in")
+		signIn := func(credential string) {
+			page.eval(`document.getElementById("credential").value = "` + credential + `"; document.querySelector("main button").click()`)
+		}
+		signIn("pmk_wrong")
+		page.shows(`document.getElementById("refused").innerText`, "no credentials, or none that are valid here")
+		signIn(strings.TrimSpace(string(key)))
+		page.shows(`document.querySelector("main").innerText`, "2 of 2 up", "Users by outcome")
+		page.shows(`"kept " + (localStorage.length + document.cookie.length) + location.href`, "kept 0https://")
 	})
 
 	dev.signal(syscall.SIGTERM)

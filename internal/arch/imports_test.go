@@ -42,6 +42,7 @@ var layers = []layer{
 	{dir: "internal/certs", ours: []string{"internal/label", "internal/reload"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "golang.org/x/time", "google.golang.org/grpc",
 	}},
+	{dir: "internal/histogram", others: []string{"github.com/VictoriaMetrics/metrics"}},
 	{dir: "internal/ids"},
 	{dir: "internal/label"},
 	{dir: "internal/wire", others: []string{"google.golang.org/protobuf"}},
@@ -53,11 +54,11 @@ var layers = []layer{
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine", "internal/remote"}, others: []string{"*"}},
 	{dir: "transport/ingress/web", ours: []string{"docs", "engine", "internal/label", "transport/ingress", "transport/ingress/throttle"}, others: []string{"*"}},
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/ids", "internal/label", "internal/plain", "internal/position", "internal/quota", "internal/remote", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/histogram", "internal/ids", "internal/label", "internal/plain", "internal/position", "internal/quota", "internal/remote", "internal/wire", "proto", "transport/ingress/throttle"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{
 		dir:    "transport/link",
-		ours:   []string{"engine/...", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
+		ours:   []string{"engine/...", "internal/histogram", "internal/ids", "internal/label", "internal/pause", "internal/plain", "internal/wire", "proto", "transport/compression"},
 		others: []string{"*"},
 	},
 	{dir: "transport/replay", ours: []string{"engine", "internal/ids", "internal/label", "transport/link", "transport/store"}, others: []string{"github.com/VictoriaMetrics/metrics"}},

@@ -318,6 +318,9 @@ func readRule(c *Caller, n node) error {
 			given.methods |= 1<<len(methods) - 1
 			continue
 		}
+		if text == Console.String() && c.Tenant != "" {
+			return name.errorf("Console is not for callers of a tenant: it shows what is of all of them")
+		}
 		m, known := MethodOf(text)
 		if !known {
 			return name.errorf("%q is no method", text)
@@ -326,6 +329,9 @@ func readRule(c *Caller, n node) error {
 		needs[methods[m].target] = text
 	}
 	everything := given.methods == 1<<len(methods)-1
+	if c.Tenant != "" {
+		given.methods &^= 1 << Console
+	}
 	for _, t := range []struct {
 		field string
 		kind  target

@@ -34,6 +34,7 @@ const (
 	ForgetUser
 	Replay
 	Explain
+	Console // no method: what /console/ shows
 )
 
 // methods says more of them.
@@ -49,6 +50,7 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	ForgetUser:       {"ForgetUser", users},
 	Replay:           {"Replay", users},
 	Explain:          {"Explain", nobody},
+	Console:          {"Console", nobody},
 }
 
 // Methods are the names of all of them.

@@ -125,6 +125,35 @@ func TestRightsAreExact(t *testing.T) {
 	}
 }
 
+// Console is allowed by its name and by the star in methods, and never to a caller of a tenant: it shows what is of all tenants.
+func TestConsoleIsForNoCallerOfATenant(t *testing.T) {
+	policy := func(tenant, methods string) (*Policy, error) {
+		return ParsePolicy([]byte(`{version: 1, tenants: {acme: {}}, callers: [{name: a, tenant: ` + tenant + `, match: [{san: a.b}], allow: [{methods: [` + methods + `], users: ["*"], rooms: ["*"]}]}]}`))
+	}
+	for _, c := range []struct {
+		tenant, methods string
+		allowed         bool
+	}{
+		{`"*"`, `"*"`, true}, {`"*"`, "Console, PushToUser, PushToRoom", true}, {`"*"`, "PushToUser, PushToRoom", false}, {"acme", `"*"`, false},
+	} {
+		p, err := policy(c.tenant, c.methods)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := p.Caller("a")
+		_, _, explained := a.Explain(Console, "")
+		if a.May(Console) != c.allowed || a.Allows(Console, "") != c.allowed || explained != c.allowed {
+			t.Errorf("%s of tenant %s: %v, want %v", c.methods, c.tenant, a.May(Console), c.allowed)
+		}
+		if !a.May(PushToUser) {
+			t.Errorf("%s of tenant %s: no pushes", c.methods, c.tenant)
+		}
+	}
+	if _, err := policy("acme", "Console"); err == nil || !strings.Contains(err.Error(), "Console is not for callers of a tenant") {
+		t.Errorf("by its name: %v", err)
+	}
+}
+
 // BroadcastMessage is allowed by its name and by the star in methods, and by nothing else.
 func TestABroadcastIsARightOfItsOwn(t *testing.T) {
 	for allow, want := range map[string]bool{
@@ -293,7 +322,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 				if method == "PushToRoom" {
 					patterns = w.rooms
 				}
-				if named && slices.Contains([]string{"BroadcastMessage", "WatchReceipts", "Explain"}, method) {
+				if named && slices.Contains([]string{"BroadcastMessage", "WatchReceipts", "Explain", "Console"}, method) {
 					return true
 				}
 				for _, p := range patterns {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strings"
@@ -68,11 +69,37 @@ func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
 		k.writeSections(b, indent, name, help)
 		return
 	}
+	b.WriteString(indent + name + ": " + quote(k.shown()) + k.comment(help) + "\n")
+}
+
+// shown is the value as it may be shown.
+func (k *Key) shown() string {
 	text := k.text()
 	if k.secret && text != "" {
-		text = "********"
+		return "********"
 	}
-	b.WriteString(indent + name + ": " + quote(text) + k.comment(help) + "\n")
+	return text
+}
+
+// Value is a setting in force.
+type Value struct{ Name, Value, Source string }
+
+// Values are all settings in force, in the order of Write and with what it masks. Of a list of sections the value is the YAML.
+func (s *Set) Values() []Value {
+	var all []Value
+	for _, k := range s.ordered() {
+		v := Value{Name: k.name, Source: cmp.Or(k.source, "default")}
+		switch {
+		case k.sections == nil:
+			v.Value = k.shown()
+		case len(k.sections.filled) > 0:
+			var b strings.Builder
+			k.writeSections(&b, "", k.name, false)
+			_, v.Value, _ = strings.Cut(strings.TrimSpace(b.String()), "\n") // below its name
+		}
+		all = append(all, v)
+	}
+	return all
 }
 
 // comment is the source of a key, unless it has its description above it.

@@ -109,11 +109,7 @@ func (s *Stack) describe(out io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\nEverything runs on this machine%s:\n\n", with)
 	line("Push-Manager", local(s.Address()), "gRPC; metrics and health at http://"+local(s.pushManager.HTTPAddr()))
-	scheme := "http://"
-	if s.secure != nil {
-		scheme = "https://"
-	}
-	line("", local(s.HTTPAddress()), "HTTP: Connect, gRPC-Web and JSON; described at "+scheme+local(s.HTTPAddress())+"/openapi.yaml")
+	line("", local(s.HTTPAddress()), "HTTP: Connect, gRPC-Web and JSON; console at "+strings.TrimSuffix(s.Console(), "#push"))
 	line("Controller", local(s.ControllerAddress()), "gRPC")
 	for _, n := range s.Nodes() {
 		line(n.ID, local(n.GRPC), "gRPC; page and WebSocket at "+strings.TrimSuffix(n.Page(), "/"))
@@ -136,13 +132,17 @@ func (s *Stack) describe(out io.Writer) error {
 	var err error
 	if pushctl := invoke.As("pushctl"); s.secure == nil {
 		fmt.Fprintf(&b, `
-Ready. Open %s in a browser, or copy these, each into a terminal of its own:
+Ready. Open this in a browser: it opens users in tabs of their own, and pushes to them by a click.
+
+  %s
+
+Or copy these, each into a terminal of its own:
 
   %s listen --user alice%s
   %s room lobby "Hello"%s
   %[2]s user alice "Hello, Alice"%[5]s
   curl -d '{"text": "Hello from curl"}' %[6]s/v1/rooms/lobby/messages
-`, strings.TrimSuffix(s.Nodes()[0].Page(), "/"), pushctl, listen, pushctl, push, local(s.HTTPAddress()))
+`, s.Console(), pushctl, listen, pushctl, push, local(s.HTTPAddress()))
 	} else {
 		err = s.describeSecured(&b, pushctl, listen, push, address)
 	}
@@ -181,6 +181,7 @@ func (s *Stack) describeSecured(b *strings.Builder, pushctl, listen, push, addre
 			pushctl, push, ca, file(keyFile), hello, method)},
 		{"Make a token for somebody else", fmt.Sprintf(`%s token carol --secret-file %s --issuer %s --audience %s`,
 			pushctl, file(secretFile), clientIssuer, clientAudience)},
+		{"See the console, and sign in with the API key in " + file(keyFile), s.Console()},
 		{"Be bob in a browser. It warns of an authority that it does not know: choose Advanced and go on, or\nhave it trust " + file("ca.crt") +
 			", which is good for this machine alone", s.Nodes()[0].Page() + "#token=" + token},
 	} {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/app/connectnode"
@@ -17,6 +18,7 @@ import (
 	"github.com/push-manager/push-manager/internal/app/pushmanager"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/console"
 	"github.com/push-manager/push-manager/internal/telemetry"
 )
 
@@ -58,7 +60,8 @@ type Stack struct {
 	nodes       []*connectnode.ConnectNode
 	ids         []string
 	pushManager *pushmanager.PushManager
-	failed      chan error // from the first part that cannot go on
+	pages       atomic.Pointer[[]console.Page] // for the console, once the nodes run
+	failed      chan error                     // from the first part that cannot go on
 	draining    chan struct{}
 	watching    sync.WaitGroup
 }
@@ -129,6 +132,9 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 			return nil, fmt.Errorf("%s: %w", nodeID(i), err)
 		}
 	}
+	if err := s.linkPages(); err != nil {
+		return nil, err
+	}
 	s.watching.Go(func() {
 		select {
 		case err := <-s.pushManager.Failed():
@@ -170,8 +176,33 @@ func (s *Stack) startPushManager(ctx context.Context, p ports, store string, tra
 	}
 	tracing.Service, tracing.Instance = c.Tracing.Service, c.Tracing.Instance
 	c.Tracing = tracing
+	c.Pages = func() []console.Page {
+		if list := s.pages.Load(); list != nil {
+			return *list
+		}
+		return nil
+	}
 	s.pushManager, err = pushmanager.Start(ctx, c, s.log.With("program", "push-manager"))
 	return err
+}
+
+// linkPages has the console link to the pages of nodes, on each of which one is another user of the room lobby.
+func (s *Stack) linkPages() error {
+	var list []console.Page
+	for i, user := range []string{"alice", "bob"} {
+		at := s.Nodes()[i%len(s.nodes)].Page()
+		if s.secure == nil {
+			list = append(list, console.Page{User: user, URL: at + "?user_id=" + user + "&room_id=lobby&connect=1"})
+			continue
+		}
+		token, err := s.secure.token(user, time.Now())
+		if err != nil {
+			return err
+		}
+		list = append(list, console.Page{User: user, URL: at + "?room_id=lobby#token=" + token})
+	}
+	s.pages.Store(&list)
+	return nil
 }
 
 func (s *Stack) startNode(ctx context.Context, i int, p ports, tracing telemetry.TracingConfig) error {
@@ -273,6 +304,15 @@ func (s *Stack) Address() string { return s.pushManager.GRPCAddr() }
 
 // HTTPAddress is where the push API listens for HTTP.
 func (s *Stack) HTTPAddress() string { return s.pushManager.WebAddr() }
+
+// Console is the address of the console's page for test pushes.
+func (s *Stack) Console() string {
+	scheme := "http://"
+	if s.secure != nil {
+		scheme = "https://"
+	}
+	return scheme + local(s.HTTPAddress()) + "/console/#push"
+}
 
 // ControllerAddress is where the Controller listens.
 func (s *Stack) ControllerAddress() string { return s.controller.GRPCAddr() }

@@ -169,9 +169,9 @@ callers:
   - name: app       # everything, with the certificate
     match: [{san: "spiffe://%s/client/%s"}]
     allow: [{methods: ["*"], users: ["*"], rooms: ["*"]}]
-  - name: jobs      # rooms and users but no broadcasts, with the API key
+  - name: jobs      # rooms and users but no broadcasts, and the console, with the API key
     match: [{key: "%s"}]
-    allow: [{methods: [PushToRoom, PushToUser, PushToUsers], users: ["*"], rooms: ["*"]}]
+    allow: [{methods: [PushToRoom, PushToUser, PushToUsers, Explain, Console], users: ["*"], rooms: ["*"]}]
 `
 
 // create writes a file that is not there, for its owner alone.

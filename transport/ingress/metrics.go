@@ -9,6 +9,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth"
+	"github.com/push-manager/push-manager/internal/histogram"
 	"github.com/push-manager/push-manager/internal/label"
 	"github.com/push-manager/push-manager/transport/ingress/throttle"
 )
@@ -50,7 +51,7 @@ var refusalNames = [refusals]string{"in_flight", "busy", "memory", "rate", "spac
 type apiMetrics struct {
 	requests [results]*metrics.Counter
 	duration *metrics.Summary
-	latency  *metrics.PrometheusHistogram
+	latency  *histogram.Histogram
 }
 
 // instruments are all handles of a Server, made once: looking one up by its name
@@ -115,7 +116,7 @@ func newInstruments(set *metrics.Set) *instruments {
 		}
 		h.duration = set.GetOrCreateSummaryExt(label.Name("push_manager_api_duration_seconds", "api", a.String()),
 			5*time.Minute, []float64{0.5, 0.9, 0.99, 0.999})
-		h.latency = set.GetOrCreatePrometheusHistogramExt(label.Name("push_manager_api_latency_seconds", "api", a.String()),
+		h.latency = histogram.New(set, label.Name("push_manager_api_latency_seconds", "api", a.String()),
 			[]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
 	}
 	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })

@@ -63,7 +63,7 @@ type refusal struct {
 // statuses maps errors to refusals. Those that overload brings about are made
 // once, so that refusing stays cheap.
 type statuses struct {
-	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated, unscoped *refusal
+	draining, notReady, deadline, canceled, slow, unavailable, internal, unauthenticated, unscoped, console *refusal
 
 	// With different delays.
 	overloaded, streams, streamsOfOneConn, tenantInFlight, quotaPending []*refusal
@@ -92,7 +92,10 @@ func newStatuses() *statuses {
 	delays := rateDelays()
 	t := &statuses{
 		// One text, whatever is wrong: it would help none but those who try.
-		unauthenticated:  newRefusal(codes.Unauthenticated, "UNAUTHENTICATED", "no credentials, or none that are valid here"),
+		unauthenticated: newRefusal(codes.Unauthenticated, "UNAUTHENTICATED", "no credentials, or none that are valid here"),
+		console: refusalWith(codes.PermissionDenied, "Console: method: the console is not allowed to you", &errdetails.ErrorInfo{
+			Reason: reasonDenied, Domain: domain, Metadata: map[string]string{"method": auth.Console.String(), "field": "method"},
+		}),
 		draining:         later(codes.Unavailable, "DRAINING", "this instance shuts down, or this connection is too old", retryDraining),
 		notReady:         later(codes.Unavailable, "NOT_READY", "this instance does not know the nodes yet", retryNotReady),
 		overloaded:       exhausted("OVERLOADED", "too much to do", spread(retryOverloaded)),
@@ -167,6 +170,8 @@ func (t *statuses) of(err error) *refusal {
 			return t.overloaded[rand.IntN(len(t.overloaded))]
 		}
 		return t.unauthenticated
+	case errors.Is(err, consoleError{}):
+		return t.console
 	case errors.As(err, &denied):
 		if denied.method {
 			return t.denied[denied.api].method

@@ -6,6 +6,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 
+	"github.com/push-manager/push-manager/internal/histogram"
 	"github.com/push-manager/push-manager/internal/label"
 )
 
@@ -199,9 +200,8 @@ func (m *meters) beats(node string) *metrics.PrometheusHistogram {
 // ackSeconds is how long a node takes to acknowledge what we write: one value for each frame, until its last
 // delivery is acknowledged, and for each unary call. A frame that waits behind others counts its own wait, so
 // a node that stands still is charged with all that stood behind it. An ack that comes too late counts, too.
-func (m *meters) ackSeconds(node string) *metrics.PrometheusHistogram {
-	return m.set.GetOrCreatePrometheusHistogramExt(ofNode(nodeAcks, node),
-		[]float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
+func (m *meters) ackSeconds(node string) *histogram.Histogram {
+	return histogram.New(m.set, ofNode(nodeAcks, node), AckBounds())
 }
 
 // nodeStalls counts the stalls of the links to a node. They end within seconds, so a scrape rarely meets one.

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/histogram"
 	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -467,7 +468,7 @@ type node struct {
 	links    []*Link       // by shard
 	lines    *rate.Limiter // of the log, see say
 	beats    *metrics.PrometheusHistogram
-	acks     *metrics.PrometheusHistogram
+	acks     *histogram.Histogram
 	stalls   *metrics.Counter
 	breaks   *metrics.Counter
 

@@ -258,7 +258,7 @@ func (c *calls) deliver(e entry) {
 	began := time.Now()
 	a, sent, err := c.call(e)
 	if err == nil {
-		l.node.acks.UpdateDuration(began)
+		l.node.acks.Update(time.Since(began).Seconds())
 		_, violation := e.d.Ack(a)
 		c.answered(violation != nil)
 		return

@@ -17,6 +17,7 @@ import (
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/console"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/quota"
@@ -71,6 +72,11 @@ type Config struct {
 	Webhook    webhookConfig
 
 	ControllerTLS app.ControllerTLS
+
+	// Pages are links for the console, of a stack that is for trying. No setting says so.
+	Pages func() []console.Page
+
+	settings *config.Set // what Bind was called with, for the console
 
 	nodeCheck func(id string) certs.Check // of certificates
 
@@ -179,10 +185,11 @@ const leastLinkTime = 25 * time.Millisecond
 
 // Bind adds all keys. Validate must follow Load.
 func (c *Config) Bind(s *config.Set) {
+	c.settings = s
 	s.ID(&c.ManagerID, "manager_id", "push-manager-1", "Name of this instance: in etcd, metrics and traces.")
 	s.Text(&c.ListenAddress, "listen_address", "127.0.0.1", "Address to listen on. Anything but loopback needs TLS and auth.mode=required (or tls.client_auth=require), or allow_insecure.")
 	s.Port(&c.GRPCPort, "grpc_port", 50053, "Port of the push API, with health and reflection.")
-	s.Port(&c.HTTPPort, "http_port", 8053, "Port of the push API over HTTP: Connect, gRPC-Web and JSON. 0: off.")
+	s.Port(&c.HTTPPort, "http_port", 8053, "Port of the push API over HTTP (Connect, gRPC-Web and JSON) and of the console. 0: off.")
 	s.List(&c.Web.Origins, "http.allowed_origins", "", "Origins of pages that may push over HTTP, such as https://app.example.com. Empty: pages of push-manager's own alone.")
 	s.Port(&c.MetricsPort, "metrics_port", 9093, "HTTP port: /metrics, /healthz, /readyz, /debug/pprof/.")
 	app.BindMetricsAddress(s, &c.MetricsAddress)

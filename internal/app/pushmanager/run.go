@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/console"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/pressure"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -47,6 +49,11 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
+	if m.web != nil {
+		m.warnings = console.NewWarnings(warningsKept)
+		log = slog.New(m.warnings.Handler(log.Handler()))
+		m.log = log
+	}
 	set := cfg.report(log)
 	if err = m.openAudit(&cfg); err != nil {
 		return nil, err
@@ -114,7 +121,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
-	if err = m.newAPI(&cfg); err != nil {
+	if err = m.newAPI(&cfg, set); err != nil {
 		return nil, err
 	}
 	m.ingress.SetServing(false) // until etcd has said which nodes there are
@@ -136,7 +143,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 }
 
 // newAPI makes the push API, over gRPC and over HTTP, with the same certificates.
-func (m *PushManager) newAPI(cfg *Config) (err error) {
+func (m *PushManager) newAPI(cfg *Config, set *metrics.Set) (err error) {
 	if cfg.TLS.On() {
 		source, err := m.life.Certificates(cfg.TLS.Certificates)
 		if err != nil {
@@ -152,6 +159,9 @@ func (m *PushManager) newAPI(cfg *Config) (err error) {
 		return nil
 	}
 	cfg.Web.Ingress = m.ingress
+	if err = m.openConsole(cfg, set); err != nil {
+		return err
+	}
 	m.webServer, err = web.New(cfg.Web)
 	return err
 }
@@ -188,7 +198,9 @@ type PushManager struct {
 	spool      *store.Spool     // nil, too, then
 	engine     *engine.Engine
 	ingress    *ingress.Server
-	webServer  *web.Server // nil, too, then
+	webServer  *web.Server // nil, too, then, and so are the warnings, for the console
+	warnings   *console.Warnings
+	collect    func() // brings the metrics of the engine up to date
 	health     *health.Monitor
 	entry      *discovery.Registration
 	http       *telemetry.HTTP // nil until all the others run
@@ -239,6 +251,13 @@ func (m *PushManager) Reachable() int { return m.links.Reachable() }
 
 func (m *PushManager) show(cfg Config, set *metrics.Set) (err error) {
 	cfg.Entry.Client, cfg.Entry.Addr = cfg.Discovery.Client, app.Advertised(cfg.AdvertiseAddress, m.api.Addr())
+	if url := m.webURL(&cfg); url != "" {
+		cfg.Entry.Metadata = maps.Clone(cfg.Entry.Metadata)
+		if cfg.Entry.Metadata == nil {
+			cfg.Entry.Metadata = map[string]string{}
+		}
+		cfg.Entry.Metadata[urlKey] = url
+	}
 	if m.entry, err = discovery.NewRegistration(cfg.Entry); err != nil {
 		return err
 	}
@@ -333,8 +352,9 @@ func (m *PushManager) stopServing(ctx context.Context) error {
 }
 
 func (m *PushManager) operations(cfg Config, set *metrics.Set) telemetry.HTTPConfig {
+	m.collect = telemetry.NewEngineMetrics(m.engine, set).Collect
 	return telemetry.HTTPConfig{
-		Listener: m.ops, Metrics: set, Collect: telemetry.NewEngineMetrics(m.engine, set).Collect,
+		Listener: m.ops, Metrics: set, Collect: m.collect,
 		NotReady: m.health.NotReady, Checks: m.health.Names(), PprofRemote: cfg.PprofRemote, Logger: m.log,
 	}
 }

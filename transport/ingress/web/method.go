@@ -134,9 +134,7 @@ func (m *method) serve(out http.ResponseWriter, r *http.Request, form func(b []b
 		s.fail(w, r, err)
 		return
 	}
-	r = r.WithContext(s.cfg.Ingress.Enter(r.Context(), &ingress.Arrival{
-		Conn: c.Conn, Security: security(r), Peer: c.RemoteAddr(), Header: header(r.Header), Method: m.procedure,
-	}, in))
+	r = r.WithContext(s.cfg.Ingress.Enter(r.Context(), s.arrival(r, m.procedure), in))
 	r.Body = callOf(r.Context()).emptyMessage()
 	if m.streams() {
 		control := http.NewResponseController(w) // the deadlines of the server are for requests that end
@@ -146,6 +144,12 @@ func (m *method) serve(out http.ResponseWriter, r *http.Request, form func(b []b
 		}
 	}
 	m.connect.ServeHTTP(w, r)
+}
+
+// arrival is what is known of a request.
+func (s *Server) arrival(r *http.Request, procedure string) *ingress.Arrival {
+	c := connOf(r.Context())
+	return &ingress.Arrival{Conn: c.Conn, Security: security(r), Peer: c.RemoteAddr(), Header: header(r.Header), Method: procedure}
 }
 
 // serveUnary is called by connect.

@@ -37,6 +37,7 @@ func (s *Server) routes() (*http.ServeMux, error) {
 		w.Header().Set("Content-Type", "application/yaml")
 		_, _ = w.Write(docs.OpenAPI) // it fails for a client that has gone
 	})
+	s.consoleRoutes(mux)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.fail(w, r, errNotFound) })
 	return mux, nil
 }

@@ -38,6 +38,8 @@ type Config struct {
 	TLS *tls.Config
 	// Origins are those whose pages may call, such as "https://chat.example". Others than those, and our own, may not.
 	Origins []string
+	// Console is what is below /console/. The zero value: nothing.
+	Console Console
 	Metrics *metrics.Set // nil: a set of its own
 	Logger  *slog.Logger // nil: nothing is logged
 }

@@ -1,0 +1,319 @@
+package acceptance
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/push-manager/push-manager/internal/freeport"
+)
+
+// hostile is an id that would do something if it were read as HTML.
+const hostile = `<img src=x onerror=alert(1)>`
+
+// consolePages are all of them.
+var consolePages = []string{"overview", "topology", "nodes", "explain", "push", "callers", "store", "settings", "warnings"}
+
+// startDev runs push-manager dev and returns the address of its console.
+func startDev(t *testing.T, args ...string) (dev *process, console string) {
+	t.Helper()
+	args = append([]string{"dev", "--base-port", strconv.Itoa(freeport.Row(t, 16)), "--data-dir", t.TempDir()}, args...)
+	dev = start(t, binary(t, "push-manager"), nil, args...)
+	eventually(t, "dev says that it is ready", func() error {
+		if !strings.Contains(dev.out.String(), "Ctrl-C stops everything.") {
+			return fmt.Errorf("printed:\n%s", dev.out.String())
+		}
+		return nil
+	})
+	return dev, "http://" + printedAddress(t, dev.out.String(), `\n +http://`) + "/console/"
+}
+
+const mainText = `document.querySelector("main").innerText`
+
+// TestConsoleOfDevSendsAPushToTwoOtherTabs by one click, and everything for that is on the page that dev names.
+func TestConsoleOfDevSendsAPushToTwoOtherTabs(t *testing.T) {
+	dev, console := startDev(t)
+	if !strings.Contains(dev.out.String(), console+"#push") {
+		t.Fatalf("printed:\n%s", dev.out.String())
+	}
+	page := browse(t, console+"#push", "")
+	page.shows(mainText, "Open alice", "Open bob", "Send")
+	var users []*tab
+	for _, user := range []string{"alice", "bob"} {
+		page.eval(`[...document.querySelectorAll("main a")].find(a => a.textContent === "Open ` + user + `").click()`)
+		link := page.eval(`[...document.querySelectorAll("main a")].find(a => a.textContent === "Open ` + user + `").href`)
+		tab := page.other(link)
+		tab.shows(`[$("state").textContent, $("user").value, $("rooms").innerText].join()`, "connected,"+user+",lobby")
+		users = append(users, tab)
+	}
+	page.eval(`document.querySelector("main form button").click()`)
+	for _, tab := range users {
+		tab.shows(`$("list").innerText`, "room lobby", "Hello from the console")
+	}
+	page.shows(mainText, "2 of 2 delivered", "alice", "bob")
+
+	// What becomes of each target of a list.
+	page.eval(`(() => { const [kind, id] = document.querySelectorAll("main select, main input"); kind.value = "users"; kind.dispatchEvent(new Event("change")); id.value = "alice, nobody"; document.querySelector("main form button").click(); })()`)
+	page.shows(mainText, "2 pushes", "alice\tdelivered", "nobody\toffline")
+	page.eval(`location.hash = "explain"`)
+	page.shows(mainText, "Nothing is sent")
+	page.eval(`document.querySelector("main form button").click()`)
+	page.shows(mainText, "2 deliveries, 2 users", "queued", "connect-node-1")
+}
+
+// TestConsoleInABrowser: ids that look like HTML do nothing, a killed node is red within two seconds, and axe finds no serious fault on any
+// of its pages in light, in dark and on a phone.
+func TestConsoleInABrowser(t *testing.T) {
+	etcd := startEtcd(t)
+	p := freeport.Take(t, 2+2*3+3)
+	controller := "127.0.0.1:" + p[0]
+	start(t, binary(t, "controller"), []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + etcd})
+	ready(t, p[1])
+	var nodes []*process
+	for i := range 2 {
+		p := p[2+3*i:]
+		nodes = append(nodes, start(t, binary(t, "connect-node"), []string{
+			fmt.Sprint("NODE_ID=connect-node-", i+1), "GRPC_PORT=" + p[0], "HTTP_PORT=" + p[1], "METRICS_PORT=" + p[2],
+			"CONTROLLER_ADDRESS=" + controller, "ETCD_ENDPOINTS=" + etcd,
+		}))
+		ready(t, p[2])
+	}
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{etcd}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = client.Close() })
+	register(t, client, hostile, freeport.Addr(t)) // nobody is there
+	api, web, metrics := p[8], p[9], p[10]
+	start(t, binary(t, "push-manager"), []string{
+		"GRPC_PORT=" + api, "HTTP_PORT=" + web, "METRICS_PORT=" + metrics, "CONTROLLER_ADDRESS=" + controller, "ETCD_ENDPOINTS=" + etcd,
+	})
+	ready(t, metrics)
+	alice := connect(t, "127.0.0.1:"+p[3], hostile, "lobby")
+	alice.in("lobby")
+
+	page := browse(t, "http://127.0.0.1:"+web+"/console/", "")
+	page.shows(mainText, "2 of 3 up")
+	page.eval(`window.alerts = 0; window.alert = () => window.alerts++; ""`)
+	show := func(name string, parts ...string) {
+		t.Helper()
+		page.eval(`location.hash = "` + name + `"; ""`)
+		page.shows(mainText, parts...)
+	}
+
+	t.Run("ids that look like HTML", func(t *testing.T) {
+		page.t = t
+		show("nodes", hostile, "down")
+		show("warnings", hostile, "node not reachable")
+		show("topology", "3 Connect-Nodes")
+		page.shows(`[...document.querySelectorAll("svg title")].map(t => t.textContent).join()`, hostile)
+		submit := func(kind, id string) {
+			page.eval(`(() => { const [kind, id] = document.querySelectorAll("main select, main input"); kind.value = "` + kind + `"; kind.dispatchEvent(new Event("change")); id.value = "` + id + `"; document.querySelector("main form button").click(); })()`)
+		}
+		show("explain", "Nothing is sent")
+		submit("room", "lobby")
+		page.shows(mainText, "1 delivery", hostile)
+		show("push", "Send")
+		submit("room", "lobby")
+		page.shows(mainText, "1 of 1 delivered", hostile)
+		submit("user", hostile)
+		page.shows(mainText, "1 of 1 delivered")
+		page.shows(`"alerts " + window.alerts + ", images " + document.querySelectorAll("main img, main script").length`, "alerts 0, images 0")
+	})
+
+	t.Run("axe", func(t *testing.T) {
+		page.t = t
+		script, err := os.ReadFile("nodejs/node_modules/axe-core/axe.min.js")
+		if err != nil {
+			missing(t, "there is no axe-core (make interop-tools)")
+		}
+		for _, screen := range []struct {
+			name, scheme string
+			width        int
+		}{{"light", "light", 1280}, {"dark", "dark", 1280}, {"phone", "light", 390}} {
+			page.call(nil, "Emulation.setDeviceMetricsOverride", map[string]any{"width": screen.width, "height": 844, "deviceScaleFactor": 1, "mobile": screen.width < 500})
+			page.call(nil, "Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": screen.scheme}}})
+			for _, name := range consolePages {
+				show(name, "")
+				page.shows(`document.querySelector("nav a[aria-current]").hash`, "#"+name)
+				page.eval(string(script) + `; ""`)
+				found := page.eval(`axe.run(document, {resultTypes: ["violations"]}).then(r => JSON.stringify(r.violations.filter(v => ["serious", "critical"].includes(v.impact)).map(v => [v.id, v.help, v.nodes.map(n => n.html + " " + n.failureSummary)])))`)
+				if found != "[]" {
+					t.Errorf("%s, %s: %s", name, screen.name, found)
+				}
+				if wide := page.eval(`String(document.documentElement.scrollWidth - document.documentElement.clientWidth)`); wide != "0" {
+					t.Errorf("%s, %s: %s pixels wider than the screen", name, screen.name, wide)
+				}
+				page.picture(name + "-" + screen.name)
+			}
+		}
+		page.call(nil, "Emulation.clearDeviceMetricsOverride", nil)
+	})
+
+	t.Run("a killed node", func(t *testing.T) {
+		page.t = t
+		show("nodes", "connect-node-2")
+		page.eval(`new MutationObserver(() => {
+			const row = [...document.querySelectorAll("tbody tr")].find(r => r.innerText.startsWith("connect-node-2"));
+			if (row?.querySelector(".state.bad")) window.red ??= Date.now();
+		}).observe(document.querySelector("tbody"), { subtree: true, childList: true, attributes: true, characterData: true }); ""`)
+		killed := time.Now()
+		if err := nodes[1].cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		page.shows(`String(window.red ?? "")`, "1")
+		red, err := strconv.ParseInt(page.eval(`String(window.red)`), 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		took := time.UnixMilli(red).Sub(killed)
+		t.Logf("red after %v", took)
+		if took > 2*time.Second && !raceEnabled {
+			t.Errorf("red after %v", took)
+		}
+		page.shows(`document.getElementById("said").textContent`, "connect-node-2 is down")
+	})
+}
+
+// TestConsoleOf50ViewersCostsLittle measures what 50 who look cost Push-Manager at 10,000 pushes a second, in turns with and without
+// them. The figure is for PERF.md.
+func TestConsoleOf50ViewersCostsLittle(t *testing.T) {
+	if os.Getenv("LONG") == "" {
+		t.Skip("takes minutes, see make bench-console")
+	}
+	const viewers, pairs, turn = 50, 24, 4 * time.Second
+	etcd := startEtcd(t)
+	p := freeport.Take(t, 2+3+3)
+	controller := "127.0.0.1:" + p[0]
+	start(t, binary(t, "controller"), []string{"GRPC_PORT=" + p[0], "METRICS_PORT=" + p[1], "ETCD_ENDPOINTS=" + etcd})
+	ready(t, p[1])
+	start(t, binary(t, "connect-node"), []string{"NODE_ID=connect-node-1", "GRPC_PORT=" + p[2], "HTTP_PORT=" + p[3], "METRICS_PORT=" + p[4], "CONTROLLER_ADDRESS=" + controller, "ETCD_ENDPOINTS=" + etcd})
+	ready(t, p[4])
+	api, web, metrics := p[5], p[6], p[7]
+	manager := start(t, binary(t, "push-manager"), []string{"GRPC_PORT=" + api, "HTTP_PORT=" + web, "METRICS_PORT=" + metrics, "CONTROLLER_ADDRESS=" + controller, "ETCD_ENDPOINTS=" + etcd})
+	ready(t, metrics)
+	load := start(t, binary(t, "pushload"), nil, "--address=127.0.0.1:"+api, "--way="+cmp.Or(os.Getenv("WAY"), "stream"), "--rate=10000", "--mix=user=1", "--users=100", "--rooms=10",
+		"--clients=100", "--client-url=ws://127.0.0.1:"+p[3]+"/ws", "--warmup=3s", "--duration=10m", "--max-errors=1")
+	time.Sleep(8 * time.Second)
+
+	// As the page does: a connection of its own, and the next snapshot when it is due.
+	look := func(ctx context.Context) {
+		client := &http.Client{Transport: &http.Transport{}}
+		defer client.CloseIdleConnections()
+		wait := time.NewTimer(rand.N(time.Second))
+		defer wait.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-wait.C:
+			}
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:"+web+"/console/snapshot", http.NoBody)
+			if err != nil {
+				return
+			}
+			req.Header.Set("Accept-Encoding", "gzip")
+			resp, err := client.Do(req)
+			if err != nil {
+				return // the turn is over
+			}
+			_, _ = io.Copy(io.Discard, resp.Body)
+			_ = resp.Body.Close()
+			age, _ := strconv.Atoi(resp.Header.Get("X-Snapshot-Age"))
+			wait.Reset(time.Second + 15*time.Millisecond - time.Duration(age)*time.Millisecond + rand.N(60*time.Millisecond))
+		}
+	}
+	cores := func() float64 {
+		before, began := cpuOf(t, manager.cmd.Process.Pid), time.Now()
+		time.Sleep(turn)
+		return (cpuOf(t, manager.cmd.Process.Pid) - before).Seconds() / time.Since(began).Seconds()
+	}
+	var differences []float64
+	alone := 0.0
+	for range pairs {
+		var with, without float64
+		for _, watched := range rand.Perm(2) {
+			ctx, stop := context.WithCancel(t.Context())
+			var looking sync.WaitGroup
+			if watched == 1 {
+				for range viewers {
+					looking.Go(func() { look(ctx) })
+				}
+				time.Sleep(1500 * time.Millisecond) // until all look
+				with = cores()
+			} else {
+				without = cores()
+			}
+			stop()
+			looking.Wait()
+		}
+		alone += without / pairs
+		differences = append(differences, with-without)
+	}
+	mean, square := 0.0, 0.0
+	for _, d := range differences {
+		mean += d / pairs
+	}
+	for _, d := range differences {
+		square += (d - mean) * (d - mean)
+	}
+	half := 1.96 * math.Sqrt(square/(pairs-1)/pairs)
+	t.Logf("%d turns of %v: %.3f cores without viewers; with %d: +%.2f %% of a core [%.2f, %.2f]", 2*pairs, turn, alone, viewers, 100*mean, 100*(mean-half), 100*(mean+half))
+	if mean-half > 0.01 {
+		t.Error("more than a hundredth of a core")
+	}
+	load.signal(syscall.SIGINT)
+}
+
+// cpuOf is the CPU time of a process.
+func cpuOf(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Skip("there is no /proc")
+	}
+	_, rest, _ := strings.Cut(string(text), ") ")
+	fields := strings.Fields(rest) // from the third one on
+	ticks := 0
+	for _, field := range fields[11:13] {
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// picture writes what the tab shows into the directory CONSOLE_PICTURES, if there is one.
+func (b *tab) picture(name string) {
+	b.t.Helper()
+	dir := os.Getenv("CONSOLE_PICTURES")
+	if dir == "" {
+		return
+	}
+	var shot struct{ Data string }
+	b.call(&shot, "Page.captureScreenshot", map[string]any{"format": "png", "captureBeyondViewport": false})
+	image, err := base64.StdEncoding.DecodeString(shot.Data)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), image, 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+}
