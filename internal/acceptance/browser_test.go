@@ -35,7 +35,7 @@ func (b *tab) OnMessage(_ *gws.Conn, m *gws.Message) {
 	_ = m.Close()
 }
 
-// browse opens a link in Chromium, which is told to believe the certificate in a file and no other one.
+// browse opens a link in Chromium, which is told to believe the certificate in a file and no other one; "" for none.
 func browse(t *testing.T, link, certFile string) *tab {
 	t.Helper()
 	var path string
@@ -48,23 +48,26 @@ func browse(t *testing.T, link, certFile string) *tab {
 	if path == "" {
 		missing(t, "there is no Chromium (Debian: package chromium)")
 	}
-	text, err := os.ReadFile(certFile)
-	if err != nil {
-		t.Fatal(err)
+	args := []string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad",
+		"--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0"}
+	if certFile != "" {
+		text, err := os.ReadFile(certFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(text)
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+		args = append(args, "--ignore-certificate-errors-spki-list="+base64.StdEncoding.EncodeToString(sum[:]))
 	}
-	block, _ := pem.Decode(text)
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 
 	home := t.TempDir()
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-breakpad",
-		"--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0", "--user-data-dir="+home,
-		"--ignore-certificate-errors-spki-list="+base64.StdEncoding.EncodeToString(sum[:]), link)
+	cmd := exec.CommandContext(ctx, path, append(args, "--user-data-dir="+home, link)...)
 	cmd.Env = append(os.Environ(), "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_CACHE_HOME="+home)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -104,7 +107,7 @@ func browse(t *testing.T, link, certFile string) *tab {
 			return err
 		}
 		for _, one := range list {
-			if one.Type == "page" && strings.HasPrefix(one.URL, "https://") {
+			if one.Type == "page" && strings.HasPrefix(one.URL, "http") {
 				target = one.WebSocketDebuggerURL
 				return nil
 			}
@@ -112,6 +115,7 @@ func browse(t *testing.T, link, certFile string) *tab {
 		return fmt.Errorf("pages: %s", body)
 	})
 	b := &tab{t: t, replies: make(chan []byte, 16)}
+	var err error
 	if b.conn, _, err = gws.NewClient(b, &gws.ClientOption{Addr: target}); err != nil {
 		t.Fatal(err)
 	}
@@ -127,12 +131,12 @@ func browse(t *testing.T, link, certFile string) *tab {
 	return b
 }
 
-// eval is the text of an expression in the page, "" while it cannot be told.
+// eval is the text of an expression in the page, "" while it cannot be told. $ finds an element by its id.
 func (b *tab) eval(expression string) string {
 	b.t.Helper()
 	b.next++
 	request, err := json.Marshal(map[string]any{
-		"id": b.next, "method": "Runtime.evaluate", "params": map[string]any{"expression": expression, "returnByValue": true},
+		"id": b.next, "method": "Runtime.evaluate", "params": map[string]any{"expression": "($ => " + expression + ")(id => document.getElementById(id))", "returnByValue": true},
 	})
 	if err != nil {
 		b.t.Fatal(err)

@@ -23,7 +23,8 @@ import (
 
 // visitor is what a person does on the page: connects, and presses Enter in the room field. It reports over and over
 // what there is to see, and whether the browser would have pressed a button for that Enter, which is Disconnect by then.
-const visitor = `<script>
+const visitor = `<script type="module">
+const $ = id => document.getElementById(id);
 let pressed = "";
 const enter = () => {
   if (pressed || $("state").textContent !== "connected" || !$("rooms").textContent.includes("first")) return;
@@ -45,7 +46,8 @@ visit();
 
 // bearer is what a person does on the page of a node that asks for tokens: pastes what /next gives whenever the page
 // wants another one, connects with the first, and refreshes with those that come while it is connected.
-const bearer = `<script>
+const bearer = `<script type="module">
+const $ = id => document.getElementById(id);
 let shown = "";
 const visit = async () => {
   const next = await fetch("next").then(r => r.text());
@@ -53,7 +55,7 @@ const visit = async () => {
     shown = next;
     $("token").value = next;
     $("token").dispatchEvent(new Event("input"));
-    (wanted ? $("refresh") : $("go")).click();
+    ($("go").textContent === "Disconnect" ? $("refresh") : $("go")).click();
   }
   const body = [$("state").textContent, $("go").textContent, $("user").value, $("tokenLabel").textContent, $("rooms").innerText, $("list").innerText,
     "stored " + (localStorage.length + sessionStorage.length + document.cookie.length), location.href, "end"].join("\n");
@@ -205,7 +207,8 @@ func TestPageAcknowledgesWhatItShows(t *testing.T) {
 }
 
 // reloader is a visitor who comes again as the same user whenever the page is loaded.
-const reloader = `<script>
+const reloader = `<script type="module">
+const $ = id => document.getElementById(id);
 $("user").value = "u";
 $("room").value = "first";
 $("go").click();
