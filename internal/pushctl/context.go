@@ -200,20 +200,20 @@ func (c *contexts) resolve(ctx *kong.Context, _ *kong.Path, flag *kong.Flag) (an
 	if key == "" {
 		return nil, nil //nolint:nilnil // kong's way to say that there is no value
 	}
-	envs := flag.Envs
-	switch key { // a secret in the environment comes before the file of a context
-	case "token_file":
-		envs = append(slices.Clone(envs), "PUSHCTL_API_KEY", "PUSHCTL_TOKEN")
-	case "connect_node_token_file":
-		envs = append(slices.Clone(envs), "PUSHCTL_TOKEN")
-	}
 	if err := c.load(ctx); err != nil {
 		return nil, err
 	}
-	for _, env := range envs {
+	for _, env := range flag.Envs {
 		if _, set := os.LookupEnv(env); set {
 			c.from[key] = env
 			return nil, nil //nolint:nilnil // kong has read the environment
+		}
+	}
+	// A secret in the environment comes before the file of a context, too.
+	for _, env := range map[string][]string{"token_file": {"PUSHCTL_API_KEY", "PUSHCTL_TOKEN"}, "connect_node_token_file": {"PUSHCTL_TOKEN"}}[key] {
+		if os.Getenv(env) != "" {
+			c.from[key] = env
+			return nil, nil //nolint:nilnil // whoever connects reads it
 		}
 	}
 	if value, ok := c.values[key]; ok {

@@ -308,7 +308,11 @@ func (d *doctor) handshake(ctx context.Context, host, address string) bool {
 	}
 	shown := ""
 	if len(chain) > 0 {
-		shown = fmt.Sprintf("; the certificate is for %s, by %q, and ends %s", strings.Join(certs.Names(chain[0]), ", "), chain[0].Issuer.String(), until(chain[0].NotAfter))
+		names := certs.Names(chain[0])
+		for _, ip := range chain[0].IPAddresses {
+			names = append(names, ip.String())
+		}
+		shown = fmt.Sprintf("; the certificate is for %s, by %q, and ends %s", strings.Join(names, ", "), chain[0].Issuer.String(), until(chain[0].NotAfter))
 	}
 	var unknown x509.UnknownAuthorityError
 	var name x509.HostnameError

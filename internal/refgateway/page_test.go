@@ -118,8 +118,8 @@ func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[strin
 	}, web.URL + "/"
 }
 
-// browser runs a page in a browser without a window until the test ends.
-func browser(t *testing.T, address string) {
+// visit runs a page in a browser without a window until the test ends.
+func visit(t *testing.T, address string) {
 	t.Helper()
 	var path string
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
@@ -165,7 +165,7 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, nil)
 	shows, address := visited(t, g, visitor, nil, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	if !c.has("u", "first") || !c.has("u", "second") {
 		t.Error("the page shows rooms that the Controller does not know of")
@@ -184,7 +184,7 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 func TestPageAcknowledgesWhatItShows(t *testing.T) {
 	g, n := start(t, newController(t), nil)
 	shows, address := visited(t, g, visitor, nil, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	m := manage(t, n, "pm", pubsub.Feature_FEATURE_REPLAY)
 	seq := m.deliver(asking("m-1", "to be acknowledged", "u"))
@@ -229,7 +229,7 @@ func TestPageKeepsItsPosition(t *testing.T) {
 	g, _ := start(t, newController(t), nil)
 	var next atomic.Pointer[string]
 	shows, address := visited(t, g, reloader, &next, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\n")
 	came := func(want string) *conn {
 		t.Helper()
@@ -263,7 +263,7 @@ func TestPageShowsItsToken(t *testing.T) {
 	var next atomic.Pointer[string]
 	paste := func(token string) { next.Store(&token) }
 	shows, address := visited(t, g, bearer, &next, nil)
-	browser(t, address)
+	visit(t, address)
 
 	shows("not connected\nConnect\n")
 	paste("x.y.z")
@@ -286,7 +286,7 @@ func TestTokenOfALinkDoesNotStayInTheAddress(t *testing.T) {
 	g, p := startWithTokens(t, newController(t), nil)
 	informed := make(chan struct{})
 	shows, address := visited(t, g, bearer, new(atomic.Pointer[string]), informed)
-	browser(t, address+"#token="+p.token("alice", nil))
+	visit(t, address+"#token="+p.token("alice", nil))
 	shows("not connected\n", "stored 0\n"+address+"\nend")
 	close(informed)
 	shows("connected\nDisconnect\nalice\n", "stored 0\n"+address+"\nend")
