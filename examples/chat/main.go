@@ -49,13 +49,13 @@ func handler(pushes *client.Client, gateway string) http.Handler {
 			http.Error(w, "give a text, and a room or a user", http.StatusBadRequest)
 			return
 		}
+		to := client.Room(s.Room)
+		if s.User != "" {
+			to = client.User(s.User)
+		}
 		// Whoever is away gets it when they come back: from the log of the room, or from what is stored for the user.
 		message := client.Message{Data: []byte(s.Text), Metadata: map[string]string{"from": s.From}}
-		push := func() (client.Result, error) { return pushes.PushToRoom(r.Context(), s.Room, message, client.StoreIfOffline()) }
-		if s.User != "" {
-			push = func() (client.Result, error) { return pushes.PushToUser(r.Context(), s.User, message, client.StoreIfOffline()) }
-		}
-		result, err := push()
+		result, err := pushes.Push(r.Context(), to, message, client.StoreIfOffline())
 		if err != nil {
 			code := http.StatusServiceUnavailable
 			if errors.Is(err, client.ErrUnknown) {

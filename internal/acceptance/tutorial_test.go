@@ -121,7 +121,7 @@ func TestTheTutorialDoesWhatItSays(t *testing.T) {
 				switch {
 				case m[1] == "close":
 					// Until the gateway has told it where it is; it does so once a second.
-					tabs[who].shows(`localStorage.getItem("position ` + who + `") ? "position" : ""`, "position")
+					tabs[who].shows(`localStorage.getItem("position `+who+`") ? "position" : ""`, "position")
 					tabs[who].eval(`location.replace("about:blank")`)
 					tabs[who].shows(`"at " + location.href`, "at about:blank")
 				case tabs[who] == nil:

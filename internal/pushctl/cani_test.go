@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/push-manager/push-manager/internal/auth/authtest"
+
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 func TestCanIAnswersFromThePolicy(t *testing.T) {

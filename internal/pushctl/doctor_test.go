@@ -110,7 +110,7 @@ func TestDoctorFindsNothingWrongWhereAllIsWell(t *testing.T) {
 func TestDoctorTellsWhatIsWrongOnTheWayToPushManager(t *testing.T) {
 	home(t)
 	ca, other := etcdtest.NewCA(t), etcdtest.NewCA(t)
-	authority, authorityPair, err := certs.NewAuthority("old", time.Now().Add(time.Hour), "localhost", "127.0.0.1")
+	authority, authorityPair, err := certs.NewAuthority("ours", time.Now().AddDate(1, 0, 0), "localhost", "127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestDoctorTellsWhatIsWrongOnTheWayToPushManager(t *testing.T) {
 		}
 		return path
 	}
-	oldCA := write("old-ca.crt", string(authorityPair.Cert))
+	ourCA := write("our-ca.crt", string(authorityPair.Cert))
 	secured := func(cert, key string, auth tls.ClientAuthType) string {
 		pair, err := tls.LoadX509KeyPair(cert, key)
 		if err != nil {
@@ -141,6 +141,7 @@ func TestDoctorTellsWhatIsWrongOnTheWayToPushManager(t *testing.T) {
 	}
 	cert, key := ca.Issue("127.0.0.1")
 	good := secured(cert, key, tls.NoClientCert)
+	longCert, longKey := issued(certs.Request{Hosts: []string{"127.0.0.1"}, Server: true, NotAfter: time.Now().AddDate(0, 0, 90)})
 	nameCert, nameKey := ca.Issue("elsewhere.example")
 	endedCert, endedKey := issued(certs.Request{Hosts: []string{"127.0.0.1"}, Server: true, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)})
 	soonCert, soonKey := issued(certs.Request{Hosts: []string{"127.0.0.1"}, Server: true, NotAfter: time.Now().Add(50 * time.Minute)})
@@ -159,11 +160,11 @@ func TestDoctorTellsWhatIsWrongOnTheWayToPushManager(t *testing.T) {
 	}{
 		"no such name":        {[]string{"--address=nobody.invalid:50053"}, "dns", checkFail, "nobody.invalid", "the name in --address"},
 		"nobody there":        {[]string{"--address=127.0.0.1:1"}, "tcp", checkFail, "refused", "Push-Manager runs there"},
-		"all well, with TLS":  {[]string{"--address", good, "--ca", ca.File}, "tls", checkOK, "TLS 1.3; the certificate is for 127.0.0.1", ""},
+		"all well, with TLS":  {[]string{"--address", secured(longCert, longKey, tls.NoClientCert), "--ca", ourCA}, "tls", checkOK, "TLS 1.3; the certificate is for 127.0.0.1", ""},
 		"unknown authority":   {[]string{"--address", good, "--ca", other.File}, "tls", checkFail, "an authority that is not known here; the certificate is for 127.0.0.1", "--ca"},
 		"another name":        {[]string{"--address", secured(nameCert, nameKey, tls.NoClientCert), "--ca", ca.File}, "tls", checkFail, "for another name than 127.0.0.1; the certificate is for elsewhere.example", "--address"},
-		"ended":               {[]string{"--address", secured(endedCert, endedKey, tls.NoClientCert), "--ca", oldCA}, "tls", checkFail, "is not valid now", "renew it"},
-		"ends soon":           {[]string{"--address", secured(soonCert, soonKey, tls.NoClientCert), "--ca", oldCA}, "tls", checkWarn, "ends in 4", "renew the server's certificate"},
+		"ended":               {[]string{"--address", secured(endedCert, endedKey, tls.NoClientCert), "--ca", ourCA}, "tls", checkFail, "is not valid now", "renew it"},
+		"ends soon":           {[]string{"--address", secured(soonCert, soonKey, tls.NoClientCert), "--ca", ourCA}, "tls", checkWarn, "ends in 4", "renew the server's certificate"},
 		"wants a certificate": {[]string{"--address", secured(cert, key, tls.RequireAnyClientCert), "--ca", ca.File}, "tls", checkFail, "does not take our certificate", "--cert and --key"},
 		"plain text":          {[]string{"--address", strings.TrimPrefix(web.URL, "http://"), "--tls"}, "tls", checkFail, "does not speak TLS", "--tls"},
 		"TLS unasked":         {[]string{"--address", good}, "health", checkFail, "the port speaks TLS, and we did not", "--tls"},

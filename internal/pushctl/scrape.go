@@ -230,7 +230,7 @@ func quantile(q float64, counts map[float64]float64) float64 {
 			if math.IsInf(bound, 1) || count == below {
 				return low
 			}
-			return low + (bound-low)*(q*total-below)/(count-below)
+			return min(low+(bound-low)*(q*total-below)/(count-below), bound)
 		}
 		low, below = bound, counts[bound]
 	}
