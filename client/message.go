@@ -199,7 +199,7 @@ func (k kind) path() string {
 	}
 }
 
-func (k kind) newReply() reply {
+func (k kind) newReply() Reply {
 	switch k {
 	case toUser:
 		return new(pubsub.PushToUserResponse)

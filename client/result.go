@@ -118,15 +118,29 @@ func (r *Result) Outcome() Outcome {
 	return Failed // no Connect-Node is known
 }
 
-// reply is what all replies have in common.
-type reply interface {
+// Reply is what the replies to all pushes have in common.
+type Reply interface {
 	GetSuccess() bool
 	GetMessage() string
 	GetSummary() *pubsub.DeliverySummary
 }
 
+// ResultOf reads the reply to a push, for programs that make calls of their own on connections with [DialOptions]. What cannot be an
+// account is an [*Error]: the push may have been delivered.
+func ResultOf(r Reply) (Result, error) {
+	var k kind // what Outcome needs of it
+	if _, ok := r.(*pubsub.PushToRoomResponse); ok {
+		k = toRoom
+	}
+	result, failed := resultOf(k, r)
+	if failed != nil {
+		return Result{}, failed
+	}
+	return result, nil
+}
+
 // resultOf reads a reply. What cannot be an account is an error: the push may have been delivered.
-func resultOf(k kind, r reply) (Result, *Error) {
+func resultOf(k kind, r Reply) (Result, *Error) {
 	result, failed := resultOfSummary(r.GetSummary())
 	result.Success, result.Message, result.kind = r.GetSuccess(), r.GetMessage(), k
 	return result, failed

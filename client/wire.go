@@ -135,7 +135,7 @@ func decode(message frame, into []answer) (_ []answer, err error) {
 
 func decodeOne(b []byte) (a answer, err error) {
 	var refused []byte
-	var r reply
+	var r Reply
 	m := wire.Reader{Rest: b}
 	for m.Next() {
 		switch {
@@ -170,7 +170,7 @@ func decodeOne(b []byte) (a answer, err error) {
 	return a, nil
 }
 
-func decodeReply(field protowire.Number, b []byte) (k kind, r reply, err error) {
+func decodeReply(field protowire.Number, b []byte) (k kind, r Reply, err error) {
 	switch field {
 	case toRoom.field():
 		var m pubsub.PushToRoomResponse

@@ -150,11 +150,11 @@ func (b *tab) other(begin string) *tab {
 	return o
 }
 
-// eval is the text of an expression in the page, or of what it promises, "" while it cannot be told.
+// eval is the text of an expression in the page, or of what it promises, "" while it cannot be told. $ finds an element by its id.
 func (b *tab) eval(expression string) string {
 	b.t.Helper()
 	var result struct{ Result struct{ Value any } }
-	b.call(&result, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true, "awaitPromise": true, "userGesture": true})
+	b.call(&result, "Runtime.evaluate", map[string]any{"expression": "($ => " + expression + ")(id => document.getElementById(id))", "returnByValue": true, "awaitPromise": true, "userGesture": true})
 	text, _ := result.Result.Value.(string)
 	return text
 }

@@ -16,11 +16,11 @@ import (
 
 // Flags are those of a tool. A secret is none of them: all users of a machine see the command lines of all processes.
 type Flags struct {
-	TLS       bool   `name:"tls" env:"PUSH_MANAGER_TLS" help:"Speak TLS. Any of the next three does so, too."`
-	CA        string `name:"ca" placeholder:"FILE" env:"PUSH_MANAGER_CA" help:"PEM file of the authorities that Push-Manager's certificate is checked with. Default: those of the system."`
-	Cert      string `name:"cert" placeholder:"FILE" env:"PUSH_MANAGER_CERT" help:"PEM file of a certificate to show."`
-	Key       string `name:"key" placeholder:"FILE" env:"PUSH_MANAGER_KEY" help:"PEM file of its key."`
-	TokenFile string `placeholder:"FILE" help:"File with the API key or the token to show. Without it, PUSHCTL_API_KEY or PUSHCTL_TOKEN holds one."`
+	TLS       bool   `name:"tls" env:"PUSHCTL_TLS,PUSH_MANAGER_TLS" context:"tls" help:"Speak TLS. Any of the next three does so, too."`
+	CA        string `name:"ca" placeholder:"FILE" env:"PUSHCTL_CA,PUSH_MANAGER_CA" context:"ca" predictor:"file" help:"PEM file of the authorities that Push-Manager's certificate is checked with. Default: those of the system."`
+	Cert      string `name:"cert" placeholder:"FILE" env:"PUSHCTL_CERT,PUSH_MANAGER_CERT" context:"cert" predictor:"file" help:"PEM file of a certificate to show."`
+	Key       string `name:"key" placeholder:"FILE" env:"PUSHCTL_KEY,PUSH_MANAGER_KEY" context:"key" predictor:"file" help:"PEM file of its key."`
+	TokenFile string `placeholder:"FILE" env:"PUSHCTL_TOKEN_FILE" context:"token_file" predictor:"file" help:"File with the API key or the token to show. Without it, PUSHCTL_API_KEY or PUSHCTL_TOKEN holds one."`
 }
 
 // maxSecret bounds a token; servers take 8 KiB.
@@ -29,7 +29,7 @@ const maxSecret = 16 << 10
 // Dial are the options of a connection to the addresses, and what is to be called when it is closed. Calls do not wait for a connection.
 // Errors name the flag.
 func (f *Flags) Dial(addresses ...string) (options []grpc.DialOption, done func(), err error) {
-	secret, err := f.secret()
+	secret, err := f.Secret()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -55,8 +55,8 @@ func (f *Flags) Dial(addresses ...string) (options []grpc.DialOption, done func(
 	return append(options, grpc.WithDefaultServiceConfig(`{}`)), done, nil
 }
 
-// secret is the token or the key to show, "" for none.
-func (f *Flags) secret() (secret string, err error) {
+// Secret is the token or the key to show, "" for none. Errors name where it comes from.
+func (f *Flags) Secret() (secret string, err error) {
 	from := "--token-file"
 	switch {
 	case f.TokenFile != "":

@@ -79,8 +79,9 @@ var layers = []layer{
 	{dir: "internal/buildinfo"},
 	{dir: "internal/cli", ours: []string{"internal/buildinfo", "internal/config", "internal/plain", "internal/stdlog", "internal/telemetry"}},
 	{dir: "internal/config", others: []string{"go.yaml.in/yaml/v3"}},
-	{dir: "internal/...", ours: []string{"client/...", "docs", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
-	{dir: "examples/...", ours: []string{"client", "proto", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have
+	{dir: "sdk/browser"}, // a file for gateways to serve
+	{dir: "internal/...", ours: []string{"client/...", "docs", "internal/...", "sdk/browser", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
+	{dir: "examples/...", ours: []string{"client", "proto", "sdk/browser", "transport/node", "transport/node/membership"}, others: []string{"*"}}, // what others have
 	{dir: "cmd/...", ours: []string{"client/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 	{dir: "benchmarks/...", ours: []string{"benchmarks/...", "client/...", "internal/...", "transport/...", "engine/...", "shard", "proto"}, others: []string{"*"}},
 }

@@ -44,7 +44,7 @@ func TestEachPackageSaysOnceWhatItIsFor(t *testing.T) {
 // TestWhatIsNotForOthersSaysSo: a package that others can import is for them, or says that it is not.
 func TestWhatIsNotForOthersSaysSo(t *testing.T) {
 	const sentence = "It is for Push-Manager itself: its API changes without notice."
-	public := []string{"client", "client/clienttest", "client/etcdresolver", "proto", "transport/node", "transport/node/membership"}
+	public := []string{"client", "client/clienttest", "client/etcdresolver", "proto", "sdk/browser", "transport/node", "transport/node/membership"}
 	for _, src := range sources(t) {
 		if src.test() || src.file.Doc == nil || src.file.Name.Name == "main" || within("internal", src.dir) || within("benchmarks", src.dir) || src.dir == "examples" {
 			continue

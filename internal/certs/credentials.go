@@ -1,6 +1,7 @@
 package certs
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -86,7 +87,9 @@ func (s *Source) ClientConfig(side Side) *tls.Config {
 	c.ServerName = side.ServerName
 	c.InsecureSkipVerify = true // Authorities that were there at first would count for ever. VerifyConnection does all of it.
 	c.VerifyConnection = func(state tls.ConnectionState) error {
-		return verifyServer(state, s.current.Load().cas, func(leaf *x509.Certificate) error { return leaf.VerifyHostname(state.ServerName) })
+		return verifyServer(state, s.current.Load().cas, func(leaf *x509.Certificate) error {
+			return leaf.VerifyHostname(cmp.Or(side.ServerName, state.ServerName)) // the latter is empty for an IP address
+		})
 	}
 	return c
 }

@@ -2,7 +2,6 @@ package pushctl
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"strings"
 
@@ -48,16 +47,16 @@ func (c *canICmd) Run(_ context.Context, t *terminal) error {
 		return fmt.Errorf("there is no caller %q in %s", c.As, c.Policy)
 	}
 	line, pattern, allowed := caller.Explain(method, c.ID)
+	text := t.paint(green, "yes")
 	switch {
-	case t.json:
-		err = json.NewEncoder(t.out).Encode(canAnswer{c.As, c.Method, c.ID, allowed, line, pattern})
 	case !allowed:
-		_, err = fmt.Fprintln(t.out, t.paint(red, "no"))
+		text = t.paint(red, "no")
 	case pattern == "":
-		_, err = fmt.Fprintf(t.out, "%s (%s:%d)\n", t.paint(green, "yes"), c.Policy, line)
+		text += fmt.Sprintf(" (%s:%d)", c.Policy, line)
 	default:
-		_, err = fmt.Fprintf(t.out, "%s (%s:%d, %q)\n", t.paint(green, "yes"), c.Policy, line, pattern)
+		text += fmt.Sprintf(" (%s:%d, %q)", c.Policy, line, pattern)
 	}
+	err = t.answer(canAnswer{c.As, c.Method, c.ID, allowed, line, pattern}, text)
 	if err == nil && !allowed {
 		return &outcome{code: exitError}
 	}

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/push-manager/push-manager/internal/auth/authtest"
+
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 func TestCanIAnswersFromThePolicy(t *testing.T) {
@@ -53,7 +55,7 @@ callers:
 
 // TestACredentialIsShown, from a file or a variable, and never in plain text to another machine.
 func TestACredentialIsShown(t *testing.T) {
-	s := &server{success: true}
+	s := &server{success: true, summary: &pubsub.DeliverySummary{Targets: 1, Delivered: 1}}
 	addr := serve(t, s)
 	file, empty, two := filepath.Join(t.TempDir(), "token"), filepath.Join(t.TempDir(), "empty"), filepath.Join(t.TempDir(), "two")
 	for path, text := range map[string]string{file: "from-file\n", empty: " \n", two: "a b\n"} {

@@ -3,7 +3,6 @@ package pushctl
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,19 +74,14 @@ func (c *conformanceCmd) Run(ctx context.Context, t *terminal) error {
 
 // result is a check as one line, and what went otherwise below it.
 func (t *terminal) result(r conformance.Result) error {
-	if t.json {
-		return json.NewEncoder(t.out).Encode(r)
-	}
 	colour := map[conformance.Outcome]string{conformance.OK: green, conformance.Fail: red, conformance.Skip: grey}[r.Outcome]
 	line := fmt.Sprintf("%-4s", r.Outcome)
-	if colour != "" {
-		line = t.paint(colour, line)
+	line = t.paint(colour, line)
+	line = fmt.Sprintf("%s  %-22s %s", line, r.Check, r.Expect)
+	if r.Got != "" {
+		line += fmt.Sprintf("\n      %-22s %s", "", t.paint(colour, clean(r.Got)))
 	}
-	_, err := fmt.Fprintf(t.out, "%s  %-22s %s\n", line, r.Check, r.Expect)
-	if r.Got != "" && err == nil {
-		_, err = fmt.Fprintf(t.out, "      %-22s %s\n", "", t.paint(colour, clean(r.Got)))
-	}
-	return err
+	return t.answer(r, line)
 }
 
 // client runs the command that connects a user.

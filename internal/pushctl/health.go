@@ -2,7 +2,6 @@ package pushctl
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -50,14 +49,10 @@ func (c *healthCmd) Run(ctx context.Context, t *terminal) error {
 		return fmt.Errorf("%s, and then: %w", response.Status, err)
 	}
 	text := plain.Line(strings.TrimSpace(string(body)), maxHealth)
-	if t.json {
-		err = json.NewEncoder(t.out).Encode(struct {
-			Status int    `json:"status"`
-			Text   string `json:"text"`
-		}{response.StatusCode, text})
-	} else {
-		_, err = fmt.Fprintf(t.out, "%d %s\n", response.StatusCode, text)
-	}
+	err = t.answer(struct {
+		Status int    `json:"status"`
+		Text   string `json:"text"`
+	}{response.StatusCode, text}, fmt.Sprintf("%d %s", response.StatusCode, text))
 	if response.StatusCode != http.StatusOK {
 		return errors.Join(err, &outcome{code: exitError})
 	}

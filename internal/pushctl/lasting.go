@@ -10,8 +10,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -96,17 +94,4 @@ func receiptLine(t *terminal, r *pubsub.PushReceipt) string {
 		line.WriteString("\n  not acknowledged by " + clean(user))
 	}
 	return line.String()
-}
-
-// tell prints an answer, as a line of text or of JSON.
-func (t *terminal) tell(m proto.Message, text string) error {
-	if t.json {
-		b, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
-		if err != nil {
-			return fmt.Errorf("print the reply: %w", err)
-		}
-		text = string(b)
-	}
-	_, err := fmt.Fprintln(t.out, text)
-	return err
 }

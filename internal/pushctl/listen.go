@@ -30,7 +30,7 @@ type listenCmd struct {
 	User  string   `help:"User to be. Default: who the token is for; without one pushctl and a number."`
 	Name  string   `help:"Name of the user. Default: the user."`
 	Room  []string `help:"Room to join, may be repeated."`
-	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" help:"WebSocket of a Connect-Node."`
+	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" context:"connect_node_url" help:"WebSocket of a Connect-Node."`
 	Count int      `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
 	// On, so that a push with ACK_CLIENT, and one out of the store, is confirmed by what was printed.
 	// A Connect-Node that does not know it ignores it.
@@ -39,8 +39,8 @@ type listenCmd struct {
 	Resume  string `placeholder:"POSITION" help:"Begin with what the rooms have said since this position, which listen prints at its end, or a push to a room with --store."`
 	Verbose bool   `short:"v" help:"Print each position in the logs of the rooms, too."`
 
-	TokenFile string `placeholder:"FILE" help:"File with the token to show. It is read again before the token expires, and whenever the Connect-Node refuses it. PUSHCTL_TOKEN holds one without a file."`
-	CA        string `name:"ca" placeholder:"FILE" env:"CONNECT_NODE_CA" help:"With wss://: PEM file of the authorities that the Connect-Node's certificate is checked with. Default: those of the system."`
+	TokenFile string `placeholder:"FILE" context:"connect_node_token_file" predictor:"file" help:"File with the token to show. It is read again before the token expires, and whenever the Connect-Node refuses it. PUSHCTL_TOKEN holds one without a file."`
+	CA        string `name:"ca" placeholder:"FILE" env:"CONNECT_NODE_CA" context:"connect_node_ca" predictor:"file" help:"With wss://: PEM file of the authorities that the Connect-Node's certificate is checked with. Default: those of the system."`
 }
 
 // The bounds of a connection.
@@ -462,15 +462,17 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 			return
 		}
 	}
-	line := string(raw)
+	line, told := "", any(json.RawMessage(raw))
 	switch {
-	case l.t.json:
 	case isPush:
 		line = f.push(l.t)
 	default:
-		line = l.t.paint(grey, f.control(line))
+		line = l.t.paint(grey, f.control(string(raw)))
 	}
-	if _, err := fmt.Fprintln(l.t.out, line); err != nil {
+	if !json.Valid(raw) {
+		told = string(raw)
+	}
+	if err := l.t.answer(told, line); err != nil {
 		l.end(&finalError{fmt.Errorf("print: %w", err)})
 		return
 	}

@@ -11,26 +11,33 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/push-manager/push-manager/client"
 	"github.com/push-manager/push-manager/internal/invoke"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 // show prints the account of a push.
 func (t *terminal) show(what string, r reply) error {
-	if t.json {
-		text, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(r)
-		if err != nil {
-			return fmt.Errorf("print the reply: %w", err)
-		}
-		// protojson varies its spaces on purpose: a line stays a line.
-		_, err = fmt.Fprintf(t.out, "%s\n", text)
+	result, err := client.ResultOf(r)
+	if err != nil {
+		return &outcome{exitUnknown, "the answer is no account of the push, which may have been delivered: " + clean(err.Error())}
+	}
+	code := exitOf(result.Outcome())
+	if err := t.answer(r, t.account(what, r, code)); err != nil {
 		return err
 	}
+	if code != exitOK {
+		return &outcome{code: code}
+	}
+	return nil
+}
+
+// account is what became of a push, for people.
+func (t *terminal) account(what string, r reply, code int) string {
 	s := r.GetSummary()
 	verdict, colour := fmt.Sprintf("delivered to %d of %d", s.GetDelivered(), s.GetTargets()), yellow
-	switch code := exitCode(r); {
+	switch {
 	case code == exitOK && s.GetDelivered() > 0:
 		colour = green
 	case s.GetDelivered() == 0 && (s.GetStored() > 0 || s.GetPosition() != "") && r.GetSuccess():
@@ -71,33 +78,11 @@ func (t *terminal) show(what string, r reply) error {
 		}
 		b.WriteString("\n")
 	}
-	_, err := fmt.Fprint(t.out, b.String())
-	return err
-}
-
-// exitCode is what became of a push, the worst first. success alone does not tell:
-// it is true for a room all of whose members are offline, too.
-func exitCode(r reply) int {
-	s := r.GetSummary()
-	unknown := func(f *pubsub.NodeFailure) bool { return strings.HasPrefix(f.GetReason(), "unknown") }
-	switch {
-	case s.GetUnknown() > 0 || slices.ContainsFunc(s.GetNodeFailures(), unknown):
-		return exitUnknown
-	case s.GetFailed() > 0 || len(s.GetNodeFailures()) > 0:
-		return exitFailed
-	case s.GetDelivered() == 0 && s.GetOffline() > s.GetStored():
-		return exitOffline
-	case r.GetSuccess():
-		return exitOK
-	case s.GetTargets() == 0 && isRoom(r):
-		return exitOffline // the room is not known
+	if t.format == formatWide {
+		fmt.Fprintf(&b, "  targets %d: delivered %d, offline %d, failed %d, unknown %d\n", s.GetTargets(), s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown())
+		fmt.Fprintf(&b, "  stored %d, unsure %d, acked %d, duplicates %d\n", s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates())
 	}
-	return exitFailed // nobody knows a Connect-Node
-}
-
-func isRoom(r reply) bool {
-	_, ok := r.(*pubsub.PushToRoomResponse)
-	return ok
+	return b.String()
 }
 
 func counts(s *pubsub.DeliverySummary) string {

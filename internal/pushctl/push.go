@@ -27,7 +27,7 @@ const maxData = 16 << 20
 
 // apiFlags are the flags of every call.
 type apiFlags struct {
-	Address string `default:"localhost:50053" env:"PUSH_MANAGER_ADDRESS" help:"Push-Manager's HOST:PORT, or any gRPC target."`
+	Address string `default:"localhost:50053" env:"PUSHCTL_ADDRESS,PUSH_MANAGER_ADDRESS" context:"address" help:"Push-Manager's HOST:PORT, or any gRPC target."`
 	apiclient.Flags
 }
 
@@ -150,13 +150,7 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 	}); err != nil {
 		return err
 	}
-	if err := t.show(what, r); err != nil {
-		return err
-	}
-	if code := exitCode(r); code != exitOK {
-		return &outcome{code: code}
-	}
-	return nil
+	return t.show(what, r)
 }
 
 // call does one call within a timeout.

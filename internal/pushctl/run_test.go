@@ -338,6 +338,9 @@ func dev(t *testing.T, flags ...string) (address map[string]string, webSocket st
 		if fields := strings.Fields(line); len(fields) > 1 {
 			address[fields[0]] = fields[1]
 		}
+		if _, at, ok := strings.Cut(line, "health at http://"); ok {
+			address["metrics"] = at
+		}
 		if _, page, ok := strings.Cut(line, "WebSocket at http://"); ok {
 			webSocket = "ws://" + page + "/ws"
 		}

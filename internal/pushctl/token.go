@@ -45,8 +45,10 @@ func (c *tokenCmd) Run(t *terminal) error {
 		return err
 	}
 	if c.Out == "" {
-		_, err = fmt.Fprintln(t.out, token)
-		return err
+		return t.answer(struct {
+			Token   string    `json:"token"`
+			Expires time.Time `json:"expires"`
+		}{token, now.Add(c.Valid).UTC().Truncate(time.Second)}, token)
 	}
 	// Whoever reads the file finds the old token or the new one.
 	if err = os.WriteFile(c.Out+".new", []byte(token+"\n"), 0o600); err == nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/push-manager/push-manager/internal/exposition"
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/position"
+	"github.com/push-manager/push-manager/sdk/browser"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -40,11 +41,12 @@ func (g *Gateway) clientHandler() http.Handler {
 	mux.HandleFunc("GET /ws", g.serveWebSocket)
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self' ws: wss:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		w.Header().Set("Cache-Control", "no-cache")
 		_, _ = w.Write(page) // The browser has gone if it fails.
 	})
+	mux.HandleFunc("GET /push-client.js", browser.Serve)
 	mux.HandleFunc("GET /info", func(w http.ResponseWriter, r *http.Request) {
 		pushctl := "pushctl"
 		if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr().Unmap().IsLoopback() {

@@ -23,7 +23,8 @@ import (
 
 // visitor is what a person does on the page: connects, and presses Enter in the room field. It reports over and over
 // what there is to see, and whether the browser would have pressed a button for that Enter, which is Disconnect by then.
-const visitor = `<script>
+const visitor = `<script type="module">
+const $ = id => document.getElementById(id);
 let pressed = "";
 const enter = () => {
   if (pressed || $("state").textContent !== "connected" || !$("rooms").textContent.includes("first")) return;
@@ -45,7 +46,8 @@ visit();
 
 // bearer is what a person does on the page of a node that asks for tokens: pastes what /next gives whenever the page
 // wants another one, connects with the first, and refreshes with those that come while it is connected.
-const bearer = `<script>
+const bearer = `<script type="module">
+const $ = id => document.getElementById(id);
 let shown = "";
 const visit = async () => {
   const next = await fetch("next").then(r => r.text());
@@ -53,7 +55,7 @@ const visit = async () => {
     shown = next;
     $("token").value = next;
     $("token").dispatchEvent(new Event("input"));
-    (wanted ? $("refresh") : $("go")).click();
+    ($("go").textContent === "Disconnect" ? $("refresh") : $("go")).click();
   }
   const body = [$("state").textContent, $("go").textContent, $("user").value, $("tokenLabel").textContent, $("rooms").innerText, $("list").innerText,
     "stored " + (localStorage.length + sessionStorage.length + document.cookie.length), location.href, "end"].join("\n");
@@ -116,8 +118,8 @@ func visited(t *testing.T, g *Gateway, script string, next *atomic.Pointer[strin
 	}, web.URL + "/"
 }
 
-// browser runs a page in a browser without a window until the test ends.
-func browser(t *testing.T, address string) {
+// visit runs a page in a browser without a window until the test ends.
+func visit(t *testing.T, address string) {
 	t.Helper()
 	var path string
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
@@ -163,7 +165,7 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 	c := newController(t)
 	g, n := start(t, c, nil)
 	shows, address := visited(t, g, visitor, nil, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	if !c.has("u", "first") || !c.has("u", "second") {
 		t.Error("the page shows rooms that the Controller does not know of")
@@ -182,7 +184,7 @@ func TestPageJoinsWithEnterAndTellsBroadcasts(t *testing.T) {
 func TestPageAcknowledgesWhatItShows(t *testing.T) {
 	g, n := start(t, newController(t), nil)
 	shows, address := visited(t, g, visitor, nil, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\nEnter is taken\n", "first", "second")
 	m := manage(t, n, "pm", pubsub.Feature_FEATURE_REPLAY)
 	seq := m.deliver(asking("m-1", "to be acknowledged", "u"))
@@ -205,7 +207,8 @@ func TestPageAcknowledgesWhatItShows(t *testing.T) {
 }
 
 // reloader is a visitor who comes again as the same user whenever the page is loaded.
-const reloader = `<script>
+const reloader = `<script type="module">
+const $ = id => document.getElementById(id);
 $("user").value = "u";
 $("room").value = "first";
 $("go").click();
@@ -226,7 +229,7 @@ func TestPageKeepsItsPosition(t *testing.T) {
 	g, _ := start(t, newController(t), nil)
 	var next atomic.Pointer[string]
 	shows, address := visited(t, g, reloader, &next, nil)
-	browser(t, address)
+	visit(t, address)
 	shows("connected\n")
 	came := func(want string) *conn {
 		t.Helper()
@@ -260,7 +263,7 @@ func TestPageShowsItsToken(t *testing.T) {
 	var next atomic.Pointer[string]
 	paste := func(token string) { next.Store(&token) }
 	shows, address := visited(t, g, bearer, &next, nil)
-	browser(t, address)
+	visit(t, address)
 
 	shows("not connected\nConnect\n")
 	paste("x.y.z")
@@ -283,7 +286,7 @@ func TestTokenOfALinkDoesNotStayInTheAddress(t *testing.T) {
 	g, p := startWithTokens(t, newController(t), nil)
 	informed := make(chan struct{})
 	shows, address := visited(t, g, bearer, new(atomic.Pointer[string]), informed)
-	browser(t, address+"#token="+p.token("alice", nil))
+	visit(t, address+"#token="+p.token("alice", nil))
 	shows("not connected\n", "stored 0\n"+address+"\nend")
 	close(informed)
 	shows("connected\nDisconnect\nalice\n", "stored 0\n"+address+"\nend")
