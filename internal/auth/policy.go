@@ -34,6 +34,14 @@ const (
 	ForgetUser
 	Replay
 	Explain
+	CreateJob
+	GetJob
+	ListJobs
+	WatchJob
+	PauseJob
+	ResumeJob
+	CancelJob
+	SetJobRate
 )
 
 // methods says more of them.
@@ -49,6 +57,14 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	ForgetUser:       {"ForgetUser", users},
 	Replay:           {"Replay", users},
 	Explain:          {"Explain", nobody},
+	CreateJob:        {"CreateJob", nobody}, // and the right to what it pushes
+	GetJob:           {"GetJob", nobody},
+	ListJobs:         {"ListJobs", nobody},
+	WatchJob:         {"WatchJob", nobody},
+	PauseJob:         {"PauseJob", nobody},
+	ResumeJob:        {"ResumeJob", nobody},
+	CancelJob:        {"CancelJob", nobody},
+	SetJobRate:       {"SetJobRate", nobody},
 }
 
 // Methods are the names of all of them.

@@ -71,6 +71,7 @@ func (t *terminal) show(what string, r reply) error {
 		}
 		b.WriteString("\n")
 	}
+	b.WriteString(traceText(s.GetTrace()))
 	_, err := fmt.Fprint(t.out, b.String())
 	return err
 }
