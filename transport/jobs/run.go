@@ -217,17 +217,16 @@ func (r *run) plan(got outcomes, passed int, stopping bool) *plan {
 	next.PassedBy += passed
 	next.Nodes = r.svc.cfg.Engine.Nodes()
 	changes = next.judge(now) || changes
+	if reason := r.heldUp(now); next.State == running && reason != next.Reason {
+		next.Reason, changes = reason, true
+	}
+	if next.State != running {
+		r.pages.drop()
+		next.Speed = 0
+	}
 	if next.State != running || stopping || next.Done {
-		r.tokens, r.filled = 0, now
-		r.launched = nil
-		if next.State != running {
-			r.pages.drop()
-			next.Speed = 0
-		}
+		r.tokens, r.filled, r.launched = 0, now, nil
 	} else {
-		if reason := r.heldUp(now); reason != next.Reason {
-			next.Reason, changes = reason, true
-		}
 		rate := float64(next.Rate)
 		r.tokens = min(r.tokens+now.Sub(r.filled).Seconds()*rate, max(1, rate*burst.Seconds()))
 		r.filled = now
