@@ -16,7 +16,7 @@ func TestATraceIsShownForEachNode(t *testing.T) {
 	if code != exitOK || errOut != "" {
 		t.Errorf("exit %d, %q", code, errOut)
 	}
-	for _, want := range []string{"took 4ms: decode 20µs, route 1.5ms with 1 look-up of 1.4ms at most", `n\x1b1  2      1.52ms`, "30µs   40µs  2ms  delivered", "n2     all", "failed: queue is full"} {
+	for _, want := range []string{"took 4ms: decode 20µs, route 1.5ms with 1 look-up of 1.4ms at most", `n\x1b1  2      1.52ms`, "30µs   40µs  2ms  delivered", "n2      all", "failed: queue is full"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in\n%s", want, out)
 		}

@@ -126,7 +126,7 @@ func TestJobsOverTheAPI(t *testing.T) {
 	if got.GetJob().GetEndTime() == nil {
 		t.Errorf("%v", got)
 	}
-	if n := w.metric(`push_manager_api_requests_total{api="BroadcastJobService",status="success"}`); n != "9" {
+	if n := w.metric(`push_manager_api_requests_total{api="BroadcastJobService",status="success"}`); n != "8" {
 		t.Errorf("%s calls", n)
 	}
 	w.noDelivery(t)
