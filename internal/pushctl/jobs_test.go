@@ -98,7 +98,7 @@ func serveJobs(t *testing.T, s *jobServer) string {
 
 func someJob() *pubsub.BroadcastJob {
 	return &pubsub.BroadcastJob{
-		JobId: "sale", State: pubsub.JobState_SUCCEEDED, RatePerSecond: 100, Target: "everybody", CreatedBy: "shop\x1b[31m", Reason: "users of 1 nodes had no turn",
+		JobId: "sale", State: pubsub.JobState_SUCCEEDED, RatePerSecond: 100, Target: "everybody", CreatedBy: "shop\x1b[31m", Reason: "users of 1 node had no turn",
 		CreateTime: timestamppb.New(time.Unix(1_800_000_000, 0)), Spec: &pubsub.BroadcastJobSpec{Everybody: true},
 		Progress: &pubsub.JobProgress{
 			Targets: 7, Delivered: 4, Offline: 2, Failed: 1, TargetsEstimate: 9,
@@ -132,7 +132,7 @@ func TestJobsCommandsSendWhatTheySay(t *testing.T) {
 			if code != exitOK || errOut != "" || !proto.Equal(s.got, want) {
 				t.Errorf("exit %d, %q, sent %v", code, errOut, s.got)
 			}
-			if !strings.Contains(out, "job sale: SUCCEEDED (users of 1 nodes had no turn), for everybody") {
+			if !strings.Contains(out, "job sale: SUCCEEDED (users of 1 node had no turn), for everybody") {
 				t.Errorf("printed %s", out)
 			}
 		})

@@ -456,7 +456,7 @@ func passedBy(t *testing.T, etcd *etcdtest.Server) {
 	m.create("j", everybody(1000))
 	j := m.ends("j", pubsub.JobState_SUCCEEDED)
 	p := j.GetProgress()
-	if p.GetTargets() != 50 || p.GetDelivered() != 50 || len(p.GetNodeFailures()) != 1 || p.GetNodeFailures()[0].GetNodeId() != "old" || !strings.Contains(j.GetReason(), "1 nodes had no turn") {
+	if p.GetTargets() != 50 || p.GetDelivered() != 50 || len(p.GetNodeFailures()) != 1 || p.GetNodeFailures()[0].GetNodeId() != "old" || !strings.Contains(j.GetReason(), "users of 1 node had no turn") {
 		t.Errorf("%v", j)
 	}
 	m.create("list", &pubsub.BroadcastJobSpec{UserIds: []string{"u0", "u1"}, Content: content("x"), RatePerSecond: 10}) // who is named gets it there, too

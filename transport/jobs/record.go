@@ -30,6 +30,8 @@ var states = []string{pending, running, paused, succeeded, cancelled, failed} //
 const (
 	// failuresMost is how many pairs of node and reason a record has.
 	failuresMost = 20
+	// passedMost is how many nodes a record names that were passed by.
+	passedMost = 100
 	// textMax is how long a reason may be.
 	textMax = 160
 	// ratioFrom is how many outcomes must be known for max_failed_ratio to count.
@@ -66,7 +68,7 @@ type record struct {
 	Speed     float64   `json:"speed,omitempty"`
 	Nodes     int       `json:"nodes,omitempty"`
 	Failures  []failure `json:"failures,omitempty"`
-	PassedBy  int       `json:"passed_by,omitempty"` // nodes whose users had no turn
+	PassedBy  []string  `json:"passed_by,omitempty"` // nodes whose users had no turn, passedMost at most
 	SeenSince int64     `json:"seen_since,omitempty"`
 	BadSince  int64     `json:"bad_since,omitempty"` // of them; since the last resume
 }
@@ -218,6 +220,16 @@ func (r *record) book(o outcomes) {
 	r.BadSince += o.counts.Failed + o.counts.Unknown
 }
 
+// pass notes nodes whose users have no turn.
+func (r *record) pass(nodes []string) {
+	r.PassedBy = slices.Clone(r.PassedBy)
+	for _, node := range nodes {
+		if len(r.PassedBy) < passedMost && !slices.Contains(r.PassedBy, node) {
+			r.PassedBy = append(r.PassedBy, node)
+		}
+	}
+}
+
 // announce ends the turns before next. n users have had theirs, and are open.
 func (r *record) announce(n int, next uint64, done bool) {
 	r.Open += int64(n)
@@ -231,8 +243,8 @@ func (r *record) judge(now time.Time) bool {
 		return false
 	case r.State == running && r.Done && r.Open == 0:
 		r.State, r.Reason, r.Ended = succeeded, "", now
-		if r.PassedBy > 0 {
-			r.Reason = fmt.Sprintf("users of %d nodes had no turn: node_failures says why", r.PassedBy)
+		if n := len(r.PassedBy); n > 0 {
+			r.Reason = "users of " + plural(n, "node") + " had no turn: node_failures says why"
 		}
 	case !r.Done && !now.Before(r.Deadline):
 		r.State, r.Reason, r.Ended = failed, "the deadline passed before everybody had a turn", now
@@ -285,14 +297,15 @@ func (r *record) show(id string, spec *pubsub.BroadcastJobSpec, now time.Time) *
 	return j
 }
 
+func plural(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
+}
+
 // targetOf is what a spec is for, in words.
 func targetOf(s *pubsub.BroadcastJobSpec) string {
-	plural := func(n int, what string) string {
-		if n != 1 {
-			what += "s"
-		}
-		return fmt.Sprintf("%d %s", n, what)
-	}
 	switch {
 	case s.GetEverybody():
 		return "everybody"

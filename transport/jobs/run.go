@@ -67,7 +67,7 @@ type run struct {
 	mu sync.Mutex
 	// Guarded by mu.
 	got      outcomes // not booked yet
-	passedBy int      // nodes, not booked yet
+	passedBy []string // nodes, not booked yet
 	left     int64    // users whose push is under way
 	hold     string   // what holds the job up
 	held     time.Time
@@ -86,7 +86,6 @@ type plan struct {
 	chunk  int // users of the page
 	page   *page
 	got    outcomes
-	passed int
 }
 
 // begin takes over the job.
@@ -169,7 +168,7 @@ func (r *run) loop(ctx context.Context, stop <-chan struct{}) error {
 func (r *run) step(ctx context.Context, stopping bool) error {
 	r.mu.Lock()
 	got, passed := r.got, r.passedBy
-	r.got, r.passedBy = outcomes{}, 0
+	r.got, r.passedBy = outcomes{}, nil
 	r.mu.Unlock()
 	var p *plan
 	for wait := againMin; ; {
@@ -208,13 +207,13 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 }
 
 // plan is the next write, nil if there is nothing to write.
-func (r *run) plan(got outcomes, passed int, stopping bool) *plan {
+func (r *run) plan(got outcomes, passed []string, stopping bool) *plan {
 	now := time.Now()
-	p := &plan{record: r.base, got: got, passed: passed}
+	p := &plan{record: r.base, got: got}
 	next := &p.record
-	changes := !got.empty() || passed > 0
+	changes := !got.empty() || len(passed) > 0
 	next.book(got)
-	next.PassedBy += passed
+	next.pass(passed)
 	next.Nodes = r.svc.cfg.Engine.Nodes()
 	changes = next.judge(now) || changes
 	if reason := r.heldUp(now); next.State == running && reason != next.Reason {
@@ -435,13 +434,13 @@ func (r *run) heldUp(now time.Time) string {
 	return "waits: " + r.hold
 }
 
-// noted adds a failure without users.
+// noted adds a failure without users. passedBy tells that its node is passed by.
 func (r *run) noted(f failure, passedBy bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.got.failures = addFailures(r.got.failures, []failure{f})
 	if passedBy {
-		r.passedBy++
+		r.passedBy = append(r.passedBy, f.Node)
 	}
 }
 
