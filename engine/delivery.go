@@ -165,7 +165,21 @@ func (d *Delivery) Size() int {
 
 // TrySend claims the delivery for writing. False means that it was settled
 // while it was queued (it expired, its caller left): the link forgets it.
-func (d *Delivery) TrySend() bool { return d.state.CompareAndSwap(queued, written) }
+func (d *Delivery) TrySend() bool {
+	if !d.state.CompareAndSwap(queued, written) {
+		return false
+	}
+	if d.trace != nil {
+		d.trace.Taken()
+	}
+	return true
+}
+
+// Traced tells whether Written is to be told.
+func (d *Delivery) Traced() bool { return d.trace != nil }
+
+// Written notes that the frame with a delivery that is traced was handed to the connection.
+func (d *Delivery) Written() { d.trace.Written() }
 
 // Settled tells that the link owes nothing for it any more.
 func (d *Delivery) Settled() bool { return d.state.Load() >= claimed }

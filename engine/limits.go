@@ -109,6 +109,9 @@ func (l Limits) Check(r *Request) error {
 	switch r.Kind {
 	case ToRoom:
 		err = l.checkID(r.Scope, "room_id", -1, r.Room)
+		if r.Only != nil && (len(r.Exclude) > 0 || r.Order != nil) {
+			err = &InvalidError{field, CodeUnavailable, "cannot be combined with a choice of members"}
+		}
 	case ToUser:
 		err = l.checkID(r.Scope, "user_id", -1, r.User)
 		list = nil

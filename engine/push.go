@@ -63,6 +63,10 @@ type Trace interface {
 type DeliveryTrace interface {
 	// Traceparent is the W3C trace context for the node.
 	Traceparent() string
+	// Taken and Written tell that the delivery has left the queue of its link, and that the frame with it was handed to the connection. Both
+	// are called at most once, in this order, but for an End in between.
+	Taken()
+	Written()
 	// End closes the span. It is called exactly once.
 	End(outcome string)
 }
@@ -85,6 +89,9 @@ type Request struct {
 	User    string
 	Users   []string
 	Exclude []string
+	// Only is set for a push to a few of a room's members, without Exclude and Order: nobody else gets it, and who is no member
+	// is no target.
+	Only []string
 	// Scope is what all these ids begin with; limits are for what stands behind it. A push
 	// to all is for the users whose ids begin so, and ErrUnscoped while one of the nodes is
 	// known not to tell them apart. Empty: ids are as they are, and all are all.
@@ -440,6 +447,10 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	if s.Stale != nil {
 		p.note(s.Stale)
 	}
+	if p.Only != nil {
+		p.stageOnly(s)
+		return
+	}
 	var except []string
 	if p.slow != nil {
 		except = p.slow.except
@@ -479,6 +490,21 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 			p.addLater(d, whole)
 		default:
 			p.add(d)
+		}
+	}
+}
+
+// stageOnly makes one delivery for each node with some of the members that Only names.
+func (p *Push) stageOnly(s *route.Snapshot) {
+	only := slices.Compact(slices.Sorted(slices.Values(p.Only)))
+	only = slices.DeleteFunc(only, func(user string) bool { return !s.Has(user) })
+	p.targets, p.offline = len(only), len(intersect(only, s.Unplaced))
+	if shared := intersect(only, s.Shared); len(shared) > 0 {
+		p.ensureSlowPath().shared = shared
+	}
+	for _, g := range s.Groups {
+		if users := intersect(only, g.Users); len(users) > 0 {
+			p.add(&Delivery{node: g.Node, users: users})
 		}
 	}
 }

@@ -156,6 +156,125 @@ func (Feature) EnumDescriptor() ([]byte, []int) {
 	return file_connect_node_proto_rawDescGZIP(), []int{1}
 }
 
+// ListUsersRequest asks for users whose turn is first_turn to the end. A user's turn is the first 8 bytes of SHA-256 over
+// the user id, big-endian.
+type ListUsersRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	FirstTurn uint64                 `protobuf:"fixed64,1,opt,name=first_turn,json=firstTurn,proto3" json:"first_turn,omitempty"`
+	// At most so many, the first ones. The node may give fewer. 0: as many as it likes to.
+	Limit uint32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Only users whose ids begin with these bytes, as in Delivery. Empty: all.
+	Scope         string `protobuf:"bytes,3,opt,name=scope,proto3" json:"scope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersRequest) Reset() {
+	*x = ListUsersRequest{}
+	mi := &file_connect_node_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersRequest) ProtoMessage() {}
+
+func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
+func (*ListUsersRequest) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ListUsersRequest) GetFirstTurn() uint64 {
+	if x != nil {
+		return x.FirstTurn
+	}
+	return 0
+}
+
+func (x *ListUsersRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListUsersRequest) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+type ListUsersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Each once, ordered by turn. A frame may have 1 MiB, so about 900 KiB of ids is the most.
+	UserIds []string `protobuf:"bytes,1,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
+	// Every user from first_turn up to and with this turn is in the list: that of the last one where some were left out, and
+	// the highest possible turn where none was.
+	LastTurn      uint64 `protobuf:"fixed64,2,opt,name=last_turn,json=lastTurn,proto3" json:"last_turn,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersResponse) Reset() {
+	*x = ListUsersResponse{}
+	mi := &file_connect_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersResponse) ProtoMessage() {}
+
+func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
+func (*ListUsersResponse) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ListUsersResponse) GetUserIds() []string {
+	if x != nil {
+		return x.UserIds
+	}
+	return nil
+}
+
+func (x *ListUsersResponse) GetLastTurn() uint64 {
+	if x != nil {
+		return x.LastTurn
+	}
+	return 0
+}
+
 type PushMessageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -167,7 +286,7 @@ type PushMessageRequest struct {
 
 func (x *PushMessageRequest) Reset() {
 	*x = PushMessageRequest{}
-	mi := &file_connect_node_proto_msgTypes[0]
+	mi := &file_connect_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -179,7 +298,7 @@ func (x *PushMessageRequest) String() string {
 func (*PushMessageRequest) ProtoMessage() {}
 
 func (x *PushMessageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[0]
+	mi := &file_connect_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -192,7 +311,7 @@ func (x *PushMessageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageRequest.ProtoReflect.Descriptor instead.
 func (*PushMessageRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{0}
+	return file_connect_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *PushMessageRequest) GetUserId() string {
@@ -226,7 +345,7 @@ type PushMessageResponse struct {
 
 func (x *PushMessageResponse) Reset() {
 	*x = PushMessageResponse{}
-	mi := &file_connect_node_proto_msgTypes[1]
+	mi := &file_connect_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -238,7 +357,7 @@ func (x *PushMessageResponse) String() string {
 func (*PushMessageResponse) ProtoMessage() {}
 
 func (x *PushMessageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[1]
+	mi := &file_connect_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -251,7 +370,7 @@ func (x *PushMessageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageResponse.ProtoReflect.Descriptor instead.
 func (*PushMessageResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{1}
+	return file_connect_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *PushMessageResponse) GetSuccess() bool {
@@ -279,7 +398,7 @@ type PushMessageBatchRequest struct {
 
 func (x *PushMessageBatchRequest) Reset() {
 	*x = PushMessageBatchRequest{}
-	mi := &file_connect_node_proto_msgTypes[2]
+	mi := &file_connect_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -291,7 +410,7 @@ func (x *PushMessageBatchRequest) String() string {
 func (*PushMessageBatchRequest) ProtoMessage() {}
 
 func (x *PushMessageBatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[2]
+	mi := &file_connect_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -304,7 +423,7 @@ func (x *PushMessageBatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageBatchRequest.ProtoReflect.Descriptor instead.
 func (*PushMessageBatchRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{2}
+	return file_connect_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PushMessageBatchRequest) GetUserIds() []string {
@@ -345,7 +464,7 @@ type PushMessageBatchResponse struct {
 
 func (x *PushMessageBatchResponse) Reset() {
 	*x = PushMessageBatchResponse{}
-	mi := &file_connect_node_proto_msgTypes[3]
+	mi := &file_connect_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -357,7 +476,7 @@ func (x *PushMessageBatchResponse) String() string {
 func (*PushMessageBatchResponse) ProtoMessage() {}
 
 func (x *PushMessageBatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[3]
+	mi := &file_connect_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -370,7 +489,7 @@ func (x *PushMessageBatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageBatchResponse.ProtoReflect.Descriptor instead.
 func (*PushMessageBatchResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{3}
+	return file_connect_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PushMessageBatchResponse) GetSuccess() bool {
@@ -417,7 +536,7 @@ type BroadcastRequest struct {
 
 func (x *BroadcastRequest) Reset() {
 	*x = BroadcastRequest{}
-	mi := &file_connect_node_proto_msgTypes[4]
+	mi := &file_connect_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +548,7 @@ func (x *BroadcastRequest) String() string {
 func (*BroadcastRequest) ProtoMessage() {}
 
 func (x *BroadcastRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[4]
+	mi := &file_connect_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +561,7 @@ func (x *BroadcastRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BroadcastRequest.ProtoReflect.Descriptor instead.
 func (*BroadcastRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{4}
+	return file_connect_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BroadcastRequest) GetContent() *MessageContent {
@@ -466,7 +585,7 @@ type BroadcastResponse struct {
 
 func (x *BroadcastResponse) Reset() {
 	*x = BroadcastResponse{}
-	mi := &file_connect_node_proto_msgTypes[5]
+	mi := &file_connect_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -478,7 +597,7 @@ func (x *BroadcastResponse) String() string {
 func (*BroadcastResponse) ProtoMessage() {}
 
 func (x *BroadcastResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[5]
+	mi := &file_connect_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -491,7 +610,7 @@ func (x *BroadcastResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BroadcastResponse.ProtoReflect.Descriptor instead.
 func (*BroadcastResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{5}
+	return file_connect_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *BroadcastResponse) GetSuccess() bool {
@@ -560,7 +679,7 @@ type DeliverRequest struct {
 
 func (x *DeliverRequest) Reset() {
 	*x = DeliverRequest{}
-	mi := &file_connect_node_proto_msgTypes[6]
+	mi := &file_connect_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +691,7 @@ func (x *DeliverRequest) String() string {
 func (*DeliverRequest) ProtoMessage() {}
 
 func (x *DeliverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[6]
+	mi := &file_connect_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +704,7 @@ func (x *DeliverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverRequest.ProtoReflect.Descriptor instead.
 func (*DeliverRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{6}
+	return file_connect_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DeliverRequest) GetHello() *Hello {
@@ -694,7 +813,7 @@ type LogMark struct {
 
 func (x *LogMark) Reset() {
 	*x = LogMark{}
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +825,7 @@ func (x *LogMark) String() string {
 func (*LogMark) ProtoMessage() {}
 
 func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +838,7 @@ func (x *LogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
 func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{7}
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LogMark) GetPartition() uint32 {
@@ -775,7 +894,7 @@ type LogRoom struct {
 
 func (x *LogRoom) Reset() {
 	*x = LogRoom{}
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +906,7 @@ func (x *LogRoom) String() string {
 func (*LogRoom) ProtoMessage() {}
 
 func (x *LogRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +919,7 @@ func (x *LogRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRoom.ProtoReflect.Descriptor instead.
 func (*LogRoom) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{8}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LogRoom) GetRoomId() string {
@@ -841,7 +960,7 @@ type LogPage struct {
 
 func (x *LogPage) Reset() {
 	*x = LogPage{}
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -853,7 +972,7 @@ func (x *LogPage) String() string {
 func (*LogPage) ProtoMessage() {}
 
 func (x *LogPage) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -866,7 +985,7 @@ func (x *LogPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPage.ProtoReflect.Descriptor instead.
 func (*LogPage) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LogPage) GetGate() uint64 {
@@ -941,7 +1060,7 @@ type Nudge struct {
 
 func (x *Nudge) Reset() {
 	*x = Nudge{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1072,7 @@ func (x *Nudge) String() string {
 func (*Nudge) ProtoMessage() {}
 
 func (x *Nudge) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1085,7 @@ func (x *Nudge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
 func (*Nudge) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Nudge) GetUserId() string {
@@ -1004,7 +1123,7 @@ type ReplayEnd struct {
 
 func (x *ReplayEnd) Reset() {
 	*x = ReplayEnd{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1135,7 @@ func (x *ReplayEnd) String() string {
 func (*ReplayEnd) ProtoMessage() {}
 
 func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1148,7 @@ func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
 func (*ReplayEnd) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReplayEnd) GetGate() uint64 {
@@ -1087,7 +1206,7 @@ type DeliverResponse struct {
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1099,7 +1218,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1112,7 +1231,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -1213,7 +1332,7 @@ type LogFollow struct {
 
 func (x *LogFollow) Reset() {
 	*x = LogFollow{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1344,7 @@ func (x *LogFollow) String() string {
 func (*LogFollow) ProtoMessage() {}
 
 func (x *LogFollow) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1357,7 @@ func (x *LogFollow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogFollow.ProtoReflect.Descriptor instead.
 func (*LogFollow) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogFollow) GetEpoch() uint64 {
@@ -1271,7 +1390,7 @@ type LogRead struct {
 
 func (x *LogRead) Reset() {
 	*x = LogRead{}
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1283,7 +1402,7 @@ func (x *LogRead) String() string {
 func (*LogRead) ProtoMessage() {}
 
 func (x *LogRead) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1296,7 +1415,7 @@ func (x *LogRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
 func (*LogRead) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LogRead) GetRoomId() string {
@@ -1346,7 +1465,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1477,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1490,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1419,7 +1538,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1431,7 +1550,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1444,7 +1563,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1481,7 +1600,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1612,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1625,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1556,7 +1675,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1687,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1700,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -1680,7 +1799,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1811,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1824,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -1813,7 +1932,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +1944,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +1957,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{20}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -1974,7 +2093,7 @@ type LogPosition struct {
 
 func (x *LogPosition) Reset() {
 	*x = LogPosition{}
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1986,7 +2105,7 @@ func (x *LogPosition) String() string {
 func (*LogPosition) ProtoMessage() {}
 
 func (x *LogPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1999,7 +2118,7 @@ func (x *LogPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
 func (*LogPosition) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{21}
+	return file_connect_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LogPosition) GetPartition() uint32 {
@@ -2047,7 +2166,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2178,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2191,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{22}
+	return file_connect_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -2119,7 +2238,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2131,7 +2250,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2144,7 +2263,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{23}
+	return file_connect_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -2203,7 +2322,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2334,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2347,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{24}
+	return file_connect_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -2283,7 +2402,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2295,7 +2414,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2308,7 +2427,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{25}
+	return file_connect_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -2364,7 +2483,15 @@ var File_connect_node_proto protoreflect.FileDescriptor
 
 const file_connect_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12connect_node.proto\x12\x06pubsub\x1a\rmessage.proto\"x\n" +
+	"\x12connect_node.proto\x12\x06pubsub\x1a\rmessage.proto\"]\n" +
+	"\x10ListUsersRequest\x12\x1d\n" +
+	"\n" +
+	"first_turn\x18\x01 \x01(\x06R\tfirstTurn\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05scope\x18\x03 \x01(\tR\x05scope\"K\n" +
+	"\x11ListUsersResponse\x12\x19\n" +
+	"\buser_ids\x18\x01 \x03(\tR\auserIds\x12\x1b\n" +
+	"\tlast_turn\x18\x02 \x01(\x06R\blastTurn\"x\n" +
 	"\x12PushMessageRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x120\n" +
@@ -2556,12 +2683,13 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
-	"\x10FEATURE_ROOM_LOG\x10\x062\xb5\x02\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x062\xf7\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
 	"\tBroadcast\x12\x18.pubsub.BroadcastRequest\x1a\x19.pubsub.BroadcastResponse\x12>\n" +
-	"\aDeliver\x12\x16.pubsub.DeliverRequest\x1a\x17.pubsub.DeliverResponse(\x010\x01B3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"\aDeliver\x12\x16.pubsub.DeliverRequest\x1a\x17.pubsub.DeliverResponse(\x010\x01\x12@\n" +
+	"\tListUsers\x12\x18.pubsub.ListUsersRequest\x1a\x19.pubsub.ListUsersResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_connect_node_proto_rawDescOnce sync.Once
@@ -2576,76 +2704,80 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
-	(*PushMessageRequest)(nil),       // 2: pubsub.PushMessageRequest
-	(*PushMessageResponse)(nil),      // 3: pubsub.PushMessageResponse
-	(*PushMessageBatchRequest)(nil),  // 4: pubsub.PushMessageBatchRequest
-	(*PushMessageBatchResponse)(nil), // 5: pubsub.PushMessageBatchResponse
-	(*BroadcastRequest)(nil),         // 6: pubsub.BroadcastRequest
-	(*BroadcastResponse)(nil),        // 7: pubsub.BroadcastResponse
-	(*DeliverRequest)(nil),           // 8: pubsub.DeliverRequest
-	(*LogMark)(nil),                  // 9: pubsub.LogMark
-	(*LogRoom)(nil),                  // 10: pubsub.LogRoom
-	(*LogPage)(nil),                  // 11: pubsub.LogPage
-	(*Nudge)(nil),                    // 12: pubsub.Nudge
-	(*ReplayEnd)(nil),                // 13: pubsub.ReplayEnd
-	(*DeliverResponse)(nil),          // 14: pubsub.DeliverResponse
-	(*LogFollow)(nil),                // 15: pubsub.LogFollow
-	(*LogRead)(nil),                  // 16: pubsub.LogRead
-	(*Receipt)(nil),                  // 17: pubsub.Receipt
-	(*Catchup)(nil),                  // 18: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 19: pubsub.ReplayTaken
-	(*Hello)(nil),                    // 20: pubsub.Hello
-	(*HelloReply)(nil),               // 21: pubsub.HelloReply
-	(*Delivery)(nil),                 // 22: pubsub.Delivery
-	(*LogPosition)(nil),              // 23: pubsub.LogPosition
-	(*ReplayPlace)(nil),              // 24: pubsub.ReplayPlace
-	(*Audience)(nil),                 // 25: pubsub.Audience
-	(*AckRange)(nil),                 // 26: pubsub.AckRange
-	(*Miss)(nil),                     // 27: pubsub.Miss
-	(*MessageContent)(nil),           // 28: pubsub.MessageContent
+	(*ListUsersRequest)(nil),         // 2: pubsub.ListUsersRequest
+	(*ListUsersResponse)(nil),        // 3: pubsub.ListUsersResponse
+	(*PushMessageRequest)(nil),       // 4: pubsub.PushMessageRequest
+	(*PushMessageResponse)(nil),      // 5: pubsub.PushMessageResponse
+	(*PushMessageBatchRequest)(nil),  // 6: pubsub.PushMessageBatchRequest
+	(*PushMessageBatchResponse)(nil), // 7: pubsub.PushMessageBatchResponse
+	(*BroadcastRequest)(nil),         // 8: pubsub.BroadcastRequest
+	(*BroadcastResponse)(nil),        // 9: pubsub.BroadcastResponse
+	(*DeliverRequest)(nil),           // 10: pubsub.DeliverRequest
+	(*LogMark)(nil),                  // 11: pubsub.LogMark
+	(*LogRoom)(nil),                  // 12: pubsub.LogRoom
+	(*LogPage)(nil),                  // 13: pubsub.LogPage
+	(*Nudge)(nil),                    // 14: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 15: pubsub.ReplayEnd
+	(*DeliverResponse)(nil),          // 16: pubsub.DeliverResponse
+	(*LogFollow)(nil),                // 17: pubsub.LogFollow
+	(*LogRead)(nil),                  // 18: pubsub.LogRead
+	(*Receipt)(nil),                  // 19: pubsub.Receipt
+	(*Catchup)(nil),                  // 20: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 21: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 22: pubsub.Hello
+	(*HelloReply)(nil),               // 23: pubsub.HelloReply
+	(*Delivery)(nil),                 // 24: pubsub.Delivery
+	(*LogPosition)(nil),              // 25: pubsub.LogPosition
+	(*ReplayPlace)(nil),              // 26: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 27: pubsub.Audience
+	(*AckRange)(nil),                 // 28: pubsub.AckRange
+	(*Miss)(nil),                     // 29: pubsub.Miss
+	(*MessageContent)(nil),           // 30: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	28, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	28, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	28, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	20, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	22, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	12, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
-	13, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	9,  // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
-	11, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
-	10, // 9: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
-	22, // 10: pubsub.LogPage.entries:type_name -> pubsub.Delivery
-	21, // 11: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	26, // 12: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	27, // 13: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	17, // 14: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	18, // 15: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	19, // 16: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	16, // 17: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
-	15, // 18: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
+	30, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	30, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	30, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	22, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	24, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	14, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	15, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	11, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	13, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
+	12, // 9: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
+	24, // 10: pubsub.LogPage.entries:type_name -> pubsub.Delivery
+	23, // 11: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	28, // 12: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	29, // 13: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	19, // 14: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	20, // 15: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	21, // 16: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	18, // 17: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	17, // 18: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
 	0,  // 19: pubsub.Hello.codecs:type_name -> pubsub.Codec
 	1,  // 20: pubsub.Hello.features:type_name -> pubsub.Feature
 	0,  // 21: pubsub.HelloReply.codec:type_name -> pubsub.Codec
 	1,  // 22: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	28, // 23: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	25, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	24, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	23, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	2,  // 27: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	4,  // 28: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	6,  // 29: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	8,  // 30: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	3,  // 31: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	5,  // 32: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	7,  // 33: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	14, // 34: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	31, // [31:35] is the sub-list for method output_type
-	27, // [27:31] is the sub-list for method input_type
+	30, // 23: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	27, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	26, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	25, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	4,  // 27: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	6,  // 28: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	8,  // 29: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	10, // 30: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 31: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
+	5,  // 32: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	7,  // 33: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	9,  // 34: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	16, // 35: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	3,  // 36: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
+	32, // [32:37] is the sub-list for method output_type
+	27, // [27:32] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -2663,7 +2795,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const (
 	ConnectNodeService_PushMessageBatch_FullMethodName = "/pubsub.ConnectNodeService/PushMessageBatch"
 	ConnectNodeService_Broadcast_FullMethodName        = "/pubsub.ConnectNodeService/Broadcast"
 	ConnectNodeService_Deliver_FullMethodName          = "/pubsub.ConnectNodeService/Deliver"
+	ConnectNodeService_ListUsers_FullMethodName        = "/pubsub.ConnectNodeService/ListUsers"
 )
 
 // ConnectNodeServiceClient is the client API for ConnectNodeService service.
@@ -49,6 +50,9 @@ type ConnectNodeServiceClient interface {
 	// The long-lived link. Push-Manager keeps one for each of its shards. A node
 	// that drains answers a new one with UNAVAILABLE before hello's reply.
 	Deliver(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[DeliverRequest, DeliverResponse], error)
+	// Names users with a live connection here, in the order of their turns, for broadcast jobs. A node may leave it out:
+	// jobs for everybody then pass it by. A node that drains answers as ever.
+	ListUsers(ctx context.Context, in *ListUsersRequest, opts ...grpc.CallOption) (*ListUsersResponse, error)
 }
 
 type connectNodeServiceClient struct {
@@ -102,6 +106,16 @@ func (c *connectNodeServiceClient) Deliver(ctx context.Context, opts ...grpc.Cal
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ConnectNodeService_DeliverClient = grpc.BidiStreamingClient[DeliverRequest, DeliverResponse]
 
+func (c *connectNodeServiceClient) ListUsers(ctx context.Context, in *ListUsersRequest, opts ...grpc.CallOption) (*ListUsersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListUsersResponse)
+	err := c.cc.Invoke(ctx, ConnectNodeService_ListUsers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ConnectNodeServiceServer is the server API for ConnectNodeService service.
 // All implementations must embed UnimplementedConnectNodeServiceServer
 // for forward compatibility.
@@ -126,6 +140,9 @@ type ConnectNodeServiceServer interface {
 	// The long-lived link. Push-Manager keeps one for each of its shards. A node
 	// that drains answers a new one with UNAVAILABLE before hello's reply.
 	Deliver(grpc.BidiStreamingServer[DeliverRequest, DeliverResponse]) error
+	// Names users with a live connection here, in the order of their turns, for broadcast jobs. A node may leave it out:
+	// jobs for everybody then pass it by. A node that drains answers as ever.
+	ListUsers(context.Context, *ListUsersRequest) (*ListUsersResponse, error)
 	mustEmbedUnimplementedConnectNodeServiceServer()
 }
 
@@ -147,6 +164,9 @@ func (UnimplementedConnectNodeServiceServer) Broadcast(context.Context, *Broadca
 }
 func (UnimplementedConnectNodeServiceServer) Deliver(grpc.BidiStreamingServer[DeliverRequest, DeliverResponse]) error {
 	return status.Error(codes.Unimplemented, "method Deliver not implemented")
+}
+func (UnimplementedConnectNodeServiceServer) ListUsers(context.Context, *ListUsersRequest) (*ListUsersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListUsers not implemented")
 }
 func (UnimplementedConnectNodeServiceServer) mustEmbedUnimplementedConnectNodeServiceServer() {}
 func (UnimplementedConnectNodeServiceServer) testEmbeddedByValue()                            {}
@@ -230,6 +250,24 @@ func _ConnectNodeService_Deliver_Handler(srv interface{}, stream grpc.ServerStre
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ConnectNodeService_DeliverServer = grpc.BidiStreamingServer[DeliverRequest, DeliverResponse]
 
+func _ConnectNodeService_ListUsers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListUsersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectNodeServiceServer).ListUsers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ConnectNodeService_ListUsers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectNodeServiceServer).ListUsers(ctx, req.(*ListUsersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ConnectNodeService_ServiceDesc is the grpc.ServiceDesc for ConnectNodeService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -248,6 +286,10 @@ var ConnectNodeService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Broadcast",
 			Handler:    _ConnectNodeService_Broadcast_Handler,
+		},
+		{
+			MethodName: "ListUsers",
+			Handler:    _ConnectNodeService_ListUsers_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

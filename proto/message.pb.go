@@ -194,7 +194,9 @@ type DeliverySummary struct {
 	// where, as text. Whoever shows the message can give it to a client, which then
 	// resumes from it: it gets what came after the message, and not the message. Empty
 	// where the log was not written: node_failures says why.
-	Position      string `protobuf:"bytes,12,opt,name=position,proto3" json:"position,omitempty"`
+	Position string `protobuf:"bytes,12,opt,name=position,proto3" json:"position,omitempty"`
+	// Of a push with PushOptions.trace.
+	Trace         *PushTrace `protobuf:"bytes,14,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -313,6 +315,200 @@ func (x *DeliverySummary) GetPosition() string {
 	return ""
 }
 
+func (x *DeliverySummary) GetTrace() *PushTrace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
+// PushTrace is how long the stages of one push took, in microseconds. They follow each other, but nodes do not wait for each other.
+type PushTrace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From when it came in until it was decoded and allowed.
+	DecodeUs uint32 `protobuf:"varint,1,opt,name=decode_us,json=decodeUs,proto3" json:"decode_us,omitempty"`
+	// From then until it was known where to send it first: next to nothing if that was in memory.
+	RouteUs uint32 `protobuf:"varint,2,opt,name=route_us,json=routeUs,proto3" json:"route_us,omitempty"`
+	// Calls of the Controller for it, beside which the push may have waited for those of others, and the longest of them.
+	Lookups  uint32 `protobuf:"varint,3,opt,name=lookups,proto3" json:"lookups,omitempty"`
+	LookupUs uint32 `protobuf:"varint,4,opt,name=lookup_us,json=lookupUs,proto3" json:"lookup_us,omitempty"`
+	// From when it came in until the reply was made.
+	TotalUs uint32 `protobuf:"varint,5,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"`
+	// In the order in which they were made, at most 1,000. A user who has moved has a second one.
+	Deliveries    []*TracedDelivery `protobuf:"bytes,6,rep,name=deliveries,proto3" json:"deliveries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushTrace) Reset() {
+	*x = PushTrace{}
+	mi := &file_message_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushTrace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushTrace) ProtoMessage() {}
+
+func (x *PushTrace) ProtoReflect() protoreflect.Message {
+	mi := &file_message_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushTrace.ProtoReflect.Descriptor instead.
+func (*PushTrace) Descriptor() ([]byte, []int) {
+	return file_message_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *PushTrace) GetDecodeUs() uint32 {
+	if x != nil {
+		return x.DecodeUs
+	}
+	return 0
+}
+
+func (x *PushTrace) GetRouteUs() uint32 {
+	if x != nil {
+		return x.RouteUs
+	}
+	return 0
+}
+
+func (x *PushTrace) GetLookups() uint32 {
+	if x != nil {
+		return x.Lookups
+	}
+	return 0
+}
+
+func (x *PushTrace) GetLookupUs() uint32 {
+	if x != nil {
+		return x.LookupUs
+	}
+	return 0
+}
+
+func (x *PushTrace) GetTotalUs() uint32 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *PushTrace) GetDeliveries() []*TracedDelivery {
+	if x != nil {
+		return x.Deliveries
+	}
+	return nil
+}
+
+// TracedDelivery is one delivery. Its stages are 0 from the one on that it did not get to.
+type TracedDelivery struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// 0 for everybody.
+	Users int32 `protobuf:"varint,2,opt,name=users,proto3" json:"users,omitempty"`
+	// "delivered", "partial", "not here", or the outcome and why.
+	Outcome string `protobuf:"bytes,3,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	// From when the push came in until the delivery was made.
+	BeginUs uint32 `protobuf:"varint,4,opt,name=begin_us,json=beginUs,proto3" json:"begin_us,omitempty"`
+	// How long it waited for its turn on the link, until its frame was handed to the connection, and until the node acknowledged it.
+	QueueUs       uint32 `protobuf:"varint,5,opt,name=queue_us,json=queueUs,proto3" json:"queue_us,omitempty"`
+	WireUs        uint32 `protobuf:"varint,6,opt,name=wire_us,json=wireUs,proto3" json:"wire_us,omitempty"`
+	AckUs         uint32 `protobuf:"varint,7,opt,name=ack_us,json=ackUs,proto3" json:"ack_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TracedDelivery) Reset() {
+	*x = TracedDelivery{}
+	mi := &file_message_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TracedDelivery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TracedDelivery) ProtoMessage() {}
+
+func (x *TracedDelivery) ProtoReflect() protoreflect.Message {
+	mi := &file_message_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TracedDelivery.ProtoReflect.Descriptor instead.
+func (*TracedDelivery) Descriptor() ([]byte, []int) {
+	return file_message_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *TracedDelivery) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *TracedDelivery) GetUsers() int32 {
+	if x != nil {
+		return x.Users
+	}
+	return 0
+}
+
+func (x *TracedDelivery) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *TracedDelivery) GetBeginUs() uint32 {
+	if x != nil {
+		return x.BeginUs
+	}
+	return 0
+}
+
+func (x *TracedDelivery) GetQueueUs() uint32 {
+	if x != nil {
+		return x.QueueUs
+	}
+	return 0
+}
+
+func (x *TracedDelivery) GetWireUs() uint32 {
+	if x != nil {
+		return x.WireUs
+	}
+	return 0
+}
+
+func (x *TracedDelivery) GetAckUs() uint32 {
+	if x != nil {
+		return x.AckUs
+	}
+	return 0
+}
+
 // NodeFailure says where and why a part of a push failed or became unknown.
 type NodeFailure struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -327,7 +523,7 @@ type NodeFailure struct {
 
 func (x *NodeFailure) Reset() {
 	*x = NodeFailure{}
-	mi := &file_message_proto_msgTypes[2]
+	mi := &file_message_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -339,7 +535,7 @@ func (x *NodeFailure) String() string {
 func (*NodeFailure) ProtoMessage() {}
 
 func (x *NodeFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_message_proto_msgTypes[2]
+	mi := &file_message_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -352,7 +548,7 @@ func (x *NodeFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFailure.ProtoReflect.Descriptor instead.
 func (*NodeFailure) Descriptor() ([]byte, []int) {
-	return file_message_proto_rawDescGZIP(), []int{2}
+	return file_message_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *NodeFailure) GetNodeId() string {
@@ -388,7 +584,7 @@ const file_message_proto_rawDesc = "" +
 	"\bmetadata\x18\x04 \x03(\v2$.pubsub.MessageContent.MetadataEntryR\bmetadata\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x99\x03\n" +
 	"\x0fDeliverySummary\x12\x18\n" +
 	"\atargets\x18\x01 \x01(\x05R\atargets\x12\x1c\n" +
 	"\tdelivered\x18\x02 \x01(\x05R\tdelivered\x12\x18\n" +
@@ -405,7 +601,25 @@ const file_message_proto_rawDesc = "" +
 	"duplicates\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\v \x01(\tR\tmessageId\x12\x1a\n" +
-	"\bposition\x18\f \x01(\tR\bposition\"T\n" +
+	"\bposition\x18\f \x01(\tR\bposition\x12'\n" +
+	"\x05trace\x18\x0e \x01(\v2\x11.pubsub.PushTraceR\x05trace\"\xcd\x01\n" +
+	"\tPushTrace\x12\x1b\n" +
+	"\tdecode_us\x18\x01 \x01(\rR\bdecodeUs\x12\x19\n" +
+	"\broute_us\x18\x02 \x01(\rR\arouteUs\x12\x18\n" +
+	"\alookups\x18\x03 \x01(\rR\alookups\x12\x1b\n" +
+	"\tlookup_us\x18\x04 \x01(\rR\blookupUs\x12\x19\n" +
+	"\btotal_us\x18\x05 \x01(\rR\atotalUs\x126\n" +
+	"\n" +
+	"deliveries\x18\x06 \x03(\v2\x16.pubsub.TracedDeliveryR\n" +
+	"deliveries\"\xbf\x01\n" +
+	"\x0eTracedDelivery\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
+	"\x05users\x18\x02 \x01(\x05R\x05users\x12\x18\n" +
+	"\aoutcome\x18\x03 \x01(\tR\aoutcome\x12\x19\n" +
+	"\bbegin_us\x18\x04 \x01(\rR\abeginUs\x12\x19\n" +
+	"\bqueue_us\x18\x05 \x01(\rR\aqueueUs\x12\x17\n" +
+	"\awire_us\x18\x06 \x01(\rR\x06wireUs\x12\x15\n" +
+	"\x06ack_us\x18\a \x01(\rR\x05ackUs\"T\n" +
 	"\vNodeFailure\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x14\n" +
@@ -431,23 +645,27 @@ func file_message_proto_rawDescGZIP() []byte {
 }
 
 var file_message_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_message_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_message_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_message_proto_goTypes = []any{
 	(MessageType)(0),        // 0: pubsub.MessageType
 	(*MessageContent)(nil),  // 1: pubsub.MessageContent
 	(*DeliverySummary)(nil), // 2: pubsub.DeliverySummary
-	(*NodeFailure)(nil),     // 3: pubsub.NodeFailure
-	nil,                     // 4: pubsub.MessageContent.MetadataEntry
+	(*PushTrace)(nil),       // 3: pubsub.PushTrace
+	(*TracedDelivery)(nil),  // 4: pubsub.TracedDelivery
+	(*NodeFailure)(nil),     // 5: pubsub.NodeFailure
+	nil,                     // 6: pubsub.MessageContent.MetadataEntry
 }
 var file_message_proto_depIdxs = []int32{
 	0, // 0: pubsub.MessageContent.type:type_name -> pubsub.MessageType
-	4, // 1: pubsub.MessageContent.metadata:type_name -> pubsub.MessageContent.MetadataEntry
-	3, // 2: pubsub.DeliverySummary.node_failures:type_name -> pubsub.NodeFailure
-	3, // [3:3] is the sub-list for method output_type
-	3, // [3:3] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	6, // 1: pubsub.MessageContent.metadata:type_name -> pubsub.MessageContent.MetadataEntry
+	5, // 2: pubsub.DeliverySummary.node_failures:type_name -> pubsub.NodeFailure
+	3, // 3: pubsub.DeliverySummary.trace:type_name -> pubsub.PushTrace
+	4, // 4: pubsub.PushTrace.deliveries:type_name -> pubsub.TracedDelivery
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_message_proto_init() }
@@ -461,7 +679,7 @@ func file_message_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_message_proto_rawDesc), len(file_message_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

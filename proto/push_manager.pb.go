@@ -1061,7 +1061,9 @@ type PushOptions struct {
 	Receipt  ReceiptMode `protobuf:"varint,7,opt,name=receipt,proto3,enum=pubsub.ReceiptMode" json:"receipt,omitempty"`
 	// How long a client may take to acknowledge, in milliseconds, with ACK_CLIENT.
 	// 0: 2 s, or what is left of the deadline. With RECEIPT_ASYNC up to 60 s.
-	AckTimeoutMs  uint32 `protobuf:"varint,8,opt,name=ack_timeout_ms,json=ackTimeoutMs,proto3" json:"ack_timeout_ms,omitempty"`
+	AckTimeoutMs uint32 `protobuf:"varint,8,opt,name=ack_timeout_ms,json=ackTimeoutMs,proto3" json:"ack_timeout_ms,omitempty"`
+	// Has the summary say how long each stage took, for each node. The push is made like any other. It needs the right to Explain, too.
+	Trace         bool `protobuf:"varint,10,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1150,6 +1152,13 @@ func (x *PushOptions) GetAckTimeoutMs() uint32 {
 		return x.AckTimeoutMs
 	}
 	return 0
+}
+
+func (x *PushOptions) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
 }
 
 type WatchReceiptsRequest struct {
@@ -2203,7 +2212,7 @@ const file_push_manager_proto_rawDesc = "" +
 	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsers\x120\n" +
 	"\x05batch\x18\n" +
 	" \x03(\v2\x1a.pubsub.PushStreamResponseR\x05batchB\b\n" +
-	"\x06result\"\xbf\x02\n" +
+	"\x06result\"\xd5\x02\n" +
 	"\vPushOptions\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x15\n" +
@@ -2213,7 +2222,9 @@ const file_push_manager_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x05 \x01(\tR\vcollapseKey\x12,\n" +
 	"\bpriority\x18\x06 \x01(\x0e2\x10.pubsub.PriorityR\bpriority\x12-\n" +
 	"\areceipt\x18\a \x01(\x0e2\x13.pubsub.ReceiptModeR\areceipt\x12$\n" +
-	"\x0eack_timeout_ms\x18\b \x01(\rR\fackTimeoutMs\",\n" +
+	"\x0eack_timeout_ms\x18\b \x01(\rR\fackTimeoutMs\x12\x14\n" +
+	"\x05trace\x18\n" +
+	" \x01(\bR\x05trace\",\n" +
 	"\x14WatchReceiptsRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\"b\n" +
 	"\x15WatchReceiptsResponse\x12\x1a\n" +

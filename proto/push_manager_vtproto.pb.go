@@ -883,6 +883,16 @@ func (m *PushOptions) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.Trace {
+		i--
+		if m.Trace {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x50
+	}
 	if m.AckTimeoutMs != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AckTimeoutMs))
 		i--
@@ -2198,6 +2208,9 @@ func (m *PushOptions) SizeVT() (n int) {
 	}
 	if m.AckTimeoutMs != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.AckTimeoutMs))
+	}
+	if m.Trace {
+		n += 2
 	}
 	n += len(m.unknownFields)
 	return n
@@ -4607,6 +4620,26 @@ func (m *PushOptions) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Trace", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Trace = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

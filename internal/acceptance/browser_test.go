@@ -154,7 +154,7 @@ func (b *tab) other(begin string) *tab {
 func (b *tab) eval(expression string) string {
 	b.t.Helper()
 	var result struct{ Result struct{ Value any } }
-	b.call(&result, "Runtime.evaluate", map[string]any{"expression": "($ => " + expression + ")(id => document.getElementById(id))", "returnByValue": true, "awaitPromise": true, "userGesture": true})
+	b.call(&result, "Runtime.evaluate", map[string]any{"expression": "globalThis.$ ??= id => document.getElementById(id); " + expression, "returnByValue": true, "awaitPromise": true, "userGesture": true})
 	text, _ := result.Result.Value.(string)
 	return text
 }

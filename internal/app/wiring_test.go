@@ -83,7 +83,8 @@ var handedTo = map[string]map[string][]string{
 	"serve": {
 		"receipt_webhook.url":         {"Webhook.Config.URL", "Webhook.SecretFile"},
 		"receipt_webhook.secret_file": {"Webhook.Config.URL", "Webhook.SecretFile"},
-		"manager_id":                  {"Entry.ID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
+		"jobs":                        {"Jobs.On"},
+		"manager_id":                  {"Entry.ID", "Jobs.Config.ManagerID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
 		"listen_address":              {"ListenAddress", "MetricsAddress"},
 		"metrics_address":             {"MetricsAddress"},
 		"auth.mode":                   {"Auth.KeysFile", "Auth.Mode", "Auth.PolicyFile"},
@@ -101,7 +102,7 @@ var handedTo = map[string]map[string][]string{
 		"drain_timeout":               {"DrainTimeout", "Ingress.DrainNotice"},
 		"trust_domain":                {"TrustDomain"},
 		"tls.reload_interval":         {"TLS.Certificates.Config.ReloadInterval"}, // and those of all others: TestRotationOfEverything
-		"etcd.request_timeout":        {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout", "Quotas.RequestTimeout"},
+		"etcd.request_timeout":        {"Discovery.RequestTimeout", "Entry.RequestTimeout", "Etcd.RequestTimeout", "Jobs.Config.RequestTimeout", "Quotas.RequestTimeout"},
 		"etcd.username":               {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"etcd.password":               {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 		"discovery.allow_networks":    {"Discovery.AllowNets", "allowNets"},

@@ -27,6 +27,11 @@ const (
 	UserForgotten  = "user.forgotten"
 	UserReplayed   = "user.replayed"
 	PushExplained  = "push.explained"
+	JobCreated     = "job.created"
+	JobPaused      = "job.paused"
+	JobResumed     = "job.resumed"
+	JobCancelled   = "job.cancelled"
+	JobRateSet     = "job.rate_set"
 	ConfigReloaded = "config.reloaded"
 	TLSReloaded    = "tls.reloaded"
 	KeyUsedFirst   = "key.used_first" // since the start
@@ -75,6 +80,8 @@ type Entry struct {
 	Reason     string
 	TraceID    string
 	MessageID  string // Write and Refused clone it
+	Job        string // the id of a broadcast job
+	Rate       int    // of a job, users a second
 
 	// Results of a push, or nil.
 	Results *Results
@@ -301,6 +308,7 @@ func (l *Log) add(e *Entry) {
 		{"outcome", e.Outcome},
 		{"reason", e.Reason},
 		{"message_id", e.MessageID},
+		{"job", e.Job},
 		{"trace_id", e.TraceID},
 	} {
 		if field.value != "" {
@@ -309,6 +317,9 @@ func (l *Log) add(e *Entry) {
 	}
 	if e.Targets > 0 {
 		r.AddAttrs(slog.Int("targets", e.Targets))
+	}
+	if e.Rate > 0 {
+		r.AddAttrs(slog.Int("rate", e.Rate))
 	}
 	if n := e.Results; n != nil {
 		r.AddAttrs(slog.Int("delivered", n.Delivered), slog.Int("offline", n.Offline), slog.Int("failed", n.Failed), slog.Int("unknown", n.Unknown))

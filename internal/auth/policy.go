@@ -35,6 +35,14 @@ const (
 	Replay
 	Explain
 	Console // no method: what /console/ shows
+	CreateJob
+	GetJob
+	ListJobs
+	WatchJob
+	PauseJob
+	ResumeJob
+	CancelJob
+	SetJobRate
 )
 
 // methods says more of them.
@@ -51,6 +59,14 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	Replay:           {"Replay", users},
 	Explain:          {"Explain", nobody},
 	Console:          {"Console", nobody},
+	CreateJob:        {"CreateJob", nobody}, // and the right to what it pushes
+	GetJob:           {"GetJob", nobody},
+	ListJobs:         {"ListJobs", nobody},
+	WatchJob:         {"WatchJob", nobody},
+	PauseJob:         {"PauseJob", nobody},
+	ResumeJob:        {"ResumeJob", nobody},
+	CancelJob:        {"CancelJob", nobody},
+	SetJobRate:       {"SetJobRate", nobody},
 }
 
 // Methods are the names of all of them.

@@ -78,6 +78,7 @@ func (t *terminal) account(what string, r reply, code int) string {
 		}
 		b.WriteString("\n")
 	}
+	b.WriteString(traceText(s.GetTrace()))
 	if t.format == formatWide {
 		fmt.Fprintf(&b, "  targets %d: delivered %d, offline %d, failed %d, unknown %d\n", s.GetTargets(), s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown())
 		fmt.Fprintf(&b, "  stored %d, unsure %d, acked %d, duplicates %d\n", s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates())

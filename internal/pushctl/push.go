@@ -48,6 +48,7 @@ type messageFlags struct {
 	Collapse   string        `placeholder:"KEY" help:"While it waits, a newer message to the same user with this key takes its place."`
 	Receipt    string        `default:"none" enum:"none,async" help:"none: wait for acknowledgements by clients. async, with --ack=client and an id: do not wait, pushctl receipts shows them."`
 	Priority   string        `default:"" enum:",low,normal,high,critical" placeholder:"high" help:"low, normal, high or critical."`
+	Trace      bool          `help:"Show how long each stage took, for each node."`
 }
 
 type roomCmd struct {
@@ -191,7 +192,7 @@ func (f *apiFlags) connect() (conn *grpc.ClientConn, sent *sending, done func(),
 
 // options are those of the push, nil if none are asked for.
 func (f *messageFlags) options() (*pubsub.PushOptions, error) {
-	o := &pubsub.PushOptions{MessageId: f.ID, CollapseKey: f.Collapse}
+	o := &pubsub.PushOptions{MessageId: f.ID, CollapseKey: f.Collapse, Trace: f.Trace}
 	for _, text := range []struct{ name, value string }{{"--id", f.ID}, {"--collapse", f.Collapse}} {
 		if !utf8.ValidString(text.value) {
 			return nil, &usageError{text.name + ": not valid UTF-8"}

@@ -22,6 +22,7 @@ type grammar struct {
 	Users     usersCmd     `cmd:"" help:"Push to several users."`
 	Broadcast broadcastCmd `cmd:"" help:"Push to everybody."`
 	Explain   explainCmd   `cmd:"" help:"Say what would become of a push, and send nothing."`
+	Jobs      jobsCmd      `cmd:"" help:"Broadcast jobs: one message to many users, at a speed."`
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 

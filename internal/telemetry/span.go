@@ -148,6 +148,12 @@ type DeliverySpan struct {
 // Traceparent is the W3C trace context for the node.
 func (d *DeliverySpan) Traceparent() string { return traceparent(d.span.SpanContext()) }
 
+// Taken and Written implement engine.DeliveryTrace.
+func (d *DeliverySpan) Taken() { d.span.AddEvent("taken from the queue") }
+
+// Written implements engine.DeliveryTrace.
+func (d *DeliverySpan) Written() { d.span.AddEvent("written") }
+
 // End closes the span. Users that are not on the node are no error: they are
 // looked up again.
 func (d *DeliverySpan) End(outcome string) {

@@ -117,7 +117,7 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 	if err := info.call.Admit(ctx, info.priority); err != nil {
 		return info, err
 	}
-	if open-s.metrics.streams.Load()-s.metrics.watchers.Load() > s.mostOpen[info.priority.Rank()] {
+	if open-s.metrics.streams.Load()-s.metrics.watchers.Load()-s.metrics.watched.Load() > s.mostOpen[info.priority.Rank()] {
 		return info, errTooManyCalls
 	}
 	if err := s.admitPush(&info); err != nil {

@@ -21,6 +21,16 @@ const (
 	replay
 	explain
 	watchReceipts
+
+	// Of BroadcastJobService.
+	createJob
+	getJob
+	listJobs
+	watchJob
+	pauseJob
+	resumeJob
+	cancelJob
+	setJobRate
 	methods // how many there are
 )
 
@@ -38,10 +48,15 @@ func (a api) idField() string {
 		return "user_ids"
 	case forgetUser, replay:
 		return "user_id"
+	case createJob:
+		return "spec"
 	default:
 		return ""
 	}
 }
+
+// ofJobs tells whether it is a method of BroadcastJobService.
+func (a api) ofJobs() bool { return a >= createJob && a < methods }
 
 func (a api) kind() engine.Kind {
 	switch a {
@@ -73,6 +88,8 @@ func (a api) method() auth.Method {
 		return auth.Explain
 	case watchReceipts:
 		return auth.WatchReceipts
+	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate:
+		return auth.CreateJob + auth.Method(a-createJob) // they are in the same order
 	default:
 		return auth.BroadcastMessage
 	}

@@ -76,7 +76,7 @@ func (s *Server) auditPush(a api, push *engine.Push, res *engine.Result, entry f
 	if a == toAll {
 		e.Event = audit.Broadcast
 	}
-	if t, ok := push.Trace.(interface{ TraceID() string }); ok {
+	if t, ok := push.Trace.(interface{ TraceID() string }); ok && t.TraceID() != "" {
 		e.TraceID = t.TraceID()
 	}
 	e.Outcome = resultNames[resultOf(res, nil)]

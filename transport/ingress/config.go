@@ -17,6 +17,7 @@ import (
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/quota"
+	"github.com/push-manager/push-manager/transport/jobs"
 )
 
 // TraceFunc decides whether the call is sampled. It returns nil, nil when it is
@@ -118,6 +119,8 @@ type Config struct {
 	Receipts ReceiptLog
 	// OnReceipt is told of each receipt, from any goroutine, and must not block. nil: nobody is.
 	OnReceipt func(sender string, receipt []byte)
+	// Jobs are the broadcast jobs. nil: there are none.
+	Jobs *jobs.Service
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server. They must not set credentials.

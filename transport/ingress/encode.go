@@ -183,6 +183,9 @@ func appendSummary(b []byte, p *engine.Push, res *engine.Result) []byte {
 		b = wire.AppendUint(b, 10, int32Of(res.Duplicates))
 		b = wire.AppendString(b, 11, p.Options.MessageID)
 		b = wire.AppendString(b, 12, positionOf(res))
+		if t, traced := p.Trace.(*stages); traced {
+			b = wire.AppendBytes(b, 14, t.encoded())
+		}
 	}
 	return b
 }
@@ -200,6 +203,9 @@ func sizeSummary(p *engine.Push, res *engine.Result) int {
 		n += wire.SizeUint(7, int32Of(res.Stored)) + wire.SizeUint(8, int32Of(res.Unsure)) +
 			wire.SizeUint(9, int32Of(res.Acked)) + wire.SizeUint(10, int32Of(res.Duplicates)) +
 			wire.SizeString(11, p.Options.MessageID) + wire.SizeString(12, positionOf(res))
+		if t, traced := p.Trace.(*stages); traced {
+			n += wire.SizeLen(14, len(t.encoded()))
+		}
 	}
 	return n
 }

@@ -194,5 +194,16 @@ func TestExplainNeedsARightOfItsOwnBesideThatToThePush(t *testing.T) {
 	wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED", "")
 	_, err = w.client.Explain(w.context(), explainRoom("r-1"))
 	wantError(t, err, codes.Unauthenticated, "UNAUTHENTICATED", "")
+	// A push that is to tell its stages needs that right, too.
+	traced := func(name string) (*pubsub.PushToRoomResponse, error) {
+		return w.client.PushToRoom(w.as(a.Token(name, time.Hour)), &pubsub.PushToRoomRequest{RoomId: "r-1", Content: content("x"), Options: &pubsub.PushOptions{Trace: true}})
+	}
+	_, err = traced("pusher")
+	wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED", "")
 	w.noDelivery(t)
+	r, err := traced("both")
+	ok(t, err)
+	if d := r.GetSummary().GetTrace().GetDeliveries(); len(d) != 1 || d[0].GetNodeId() != "n1" || d[0].GetOutcome() != "delivered" {
+		t.Errorf("%v", r)
+	}
 }

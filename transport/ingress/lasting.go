@@ -37,7 +37,7 @@ var (
 )
 
 // callHandler serves a unary call that is no push. It is let in, paid for and told to the audit log as a push is. do gives the reply and
-// completes the line of the audit log.
+// completes the line of the audit log, of which none without an event is written.
 func (s *Server) callHandler(a api, do func(ctx context.Context, info *callInfo, line *audit.Entry) ([]byte, error)) grpc.MethodHandler {
 	return func(_ any, ctx context.Context, _ func(any) error, _ grpc.UnaryServerInterceptor) (_ any, err error) {
 		info, err := s.admit(ctx, a)
@@ -69,7 +69,7 @@ func (s *Server) callHandler(a api, do func(ctx context.Context, info *callInfo,
 			return nil, s.reject(ctx, a.String(), info.priority, err)
 		}
 		s.metrics.recordCall(a, success, took)
-		if s.cfg.Audit != nil {
+		if s.cfg.Audit != nil && line.Event != "" {
 			s.cfg.Audit.Write(line)
 		}
 		r := new(reply)
@@ -117,15 +117,11 @@ func (s *Server) lasting(ctx context.Context, info *callInfo, a api, line *audit
 	if err := ids.Check(node, ids.MaxBytes); err != nil && a == replay {
 		return nil, &engine.InvalidError{Field: "node_id", Code: engine.CodeIDMalformed, Description: err.Error()}
 	}
-	if s.cfg.Auth != nil {
-		if !s.cfg.Auth.Valid(info.principal, time.Now()) { // the caller decides when its request comes
-			if err := s.authenticate(ctx, info); err != nil {
-				return nil, err
-			}
-		}
-		if !info.principal.Allows(a.method(), id) {
-			return nil, deniedError{api: a, method: !info.principal.May(a.method())}
-		}
+	if err := s.stillMay(ctx, info, a); err != nil {
+		return nil, err
+	}
+	if s.cfg.Auth != nil && !info.principal.Allows(a.method(), id) {
+		return nil, deniedError{api: a}
 	}
 	line.TargetKind, line.Target = "user", id
 	if s.cfg.Lasting == nil {
@@ -149,4 +145,19 @@ func (s *Server) lasting(ctx context.Context, info *callInfo, a api, line *audit
 	default:
 		return nil, fmt.Errorf("%s: %w", a, err)
 	}
+}
+
+// stillMay asks again for the right to a method, if the policy or keys have changed since the call was let in: its caller
+// decides when the request comes.
+func (s *Server) stillMay(ctx context.Context, info *callInfo, a api) error {
+	if s.cfg.Auth == nil || s.cfg.Auth.Valid(info.principal, time.Now()) {
+		return nil
+	}
+	if err := s.authenticate(ctx, info); err != nil {
+		return err
+	}
+	if !info.principal.May(a.method()) {
+		return deniedError{api: a, method: true}
+	}
+	return nil
 }

@@ -78,6 +78,7 @@ type instruments struct {
 	inflight atomic.Int64
 	streams  atomic.Int64
 	watchers atomic.Int64
+	watched  atomic.Int64 // jobs, each by one watcher
 }
 
 func newInstruments(set *metrics.Set) *instruments {
@@ -110,17 +111,25 @@ func newInstruments(set *metrics.Set) *instruments {
 		if a == apis || a == watchReceipts {
 			continue
 		}
-		h := &m.apis[a]
-		for r, name := range resultNames {
-			h.requests[r] = set.GetOrCreateCounter(label.Name("push_manager_api_requests_total", "api", a.String(), "status", name))
+		h, name := &m.apis[a], a.String()
+		if a > createJob { // all of that service count together
+			*h = m.apis[createJob]
+			continue
 		}
-		h.duration = set.GetOrCreateSummaryExt(label.Name("push_manager_api_duration_seconds", "api", a.String()),
+		if a == createJob {
+			name = jobServiceMetric
+		}
+		for r, result := range resultNames {
+			h.requests[r] = set.GetOrCreateCounter(label.Name("push_manager_api_requests_total", "api", name, "status", result))
+		}
+		h.duration = set.GetOrCreateSummaryExt(label.Name("push_manager_api_duration_seconds", "api", name),
 			5*time.Minute, []float64{0.5, 0.9, 0.99, 0.999})
-		h.latency = histogram.New(set, label.Name("push_manager_api_latency_seconds", "api", a.String()),
+		h.latency = histogram.New(set, label.Name("push_manager_api_latency_seconds", "api", name),
 			[]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5})
 	}
 	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })
 	set.GetOrCreateGauge("push_manager_api_streams", func() float64 { return float64(m.streams.Load()) })
+	set.GetOrCreateGauge("push_manager_job_watchers", func() float64 { return float64(m.watched.Load()) })
 	set.GetOrCreateGauge("push_manager_receipt_watchers", func() float64 { return float64(m.watchers.Load()) })
 	return m
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -29,6 +30,7 @@ const (
 	optionPriority    protowire.Number = 6
 	optionReceipt     protowire.Number = 7
 	optionAckTimeout  protowire.Number = 8
+	optionTrace       protowire.Number = 10
 )
 
 // options are the PushOptions of one push.
@@ -42,6 +44,7 @@ type options struct {
 	messageID, collapseKey          []byte
 	ttl, ackTimeout                 uint64
 	ack, offline, claimed, receipts uint64
+	trace                           bool
 }
 
 // read notes the fields of one PushOptions; of several in one request each is read into the
@@ -76,6 +79,8 @@ func (o *options) read(b []byte) error {
 				o.receipts = m.Uint
 			case optionAckTimeout:
 				o.ackTimeout = m.Uint
+			case optionTrace:
+				o.trace = m.Uint != 0
 			}
 		}
 	}
@@ -187,6 +192,12 @@ func (s *Server) applyOptions(info *callInfo, p *engine.Push, o *options) error 
 	o.engine.Sender = info.sender()
 	if o.engine.Async {
 		o.engine.Receipts = s.receipts
+	}
+	if o.trace {
+		if info.principal != nil && !info.principal.May(auth.Explain) {
+			return deniedError{api: explain, method: true}
+		}
+		p.Trace = newStages(p.Trace, p.Arrived)
 	}
 	if !o.claimsPriority {
 		return nil

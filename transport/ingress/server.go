@@ -146,9 +146,10 @@ func New(cfg Config) (*Server, error) {
 		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked, Opened: s.opened(),
 	})
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
-	own := s.desc()
-	s.grpc.RegisterService(own, s)
-	s.services = append(s.services, Service{own, s})
+	for _, own := range []*grpc.ServiceDesc{s.desc(), s.jobsDesc()} {
+		s.grpc.RegisterService(own, s)
+		s.services = append(s.services, Service{own, s})
+	}
 	others := services{s.grpc, s}
 	healthpb.RegisterHealthServer(others, s.health)
 	s.healthy.Store(true)
@@ -211,7 +212,9 @@ func (s *Server) options() []grpc.ServerOption {
 
 // tap counts in a unary call of the push API, before more of its connection is read.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
-	if method, ours := strings.CutPrefix(call.FullMethodName, "/"+serviceName+"/"); ours && method != pushStreamName && method != watchReceipts.String() {
+	service, method, _ := strings.Cut(strings.TrimPrefix(call.FullMethodName, "/"), "/")
+	streams := method == pushStreamName || method == watchReceipts.String() || method == watchJob.String()
+	if (service == serviceName || service == jobServiceName) && !streams {
 		ctx = s.throttle.Tap(ctx, call.Header)
 	}
 	return ctx, nil

@@ -21,6 +21,7 @@ import (
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/plain"
 	"github.com/push-manager/push-manager/internal/quota"
+	"github.com/push-manager/push-manager/transport/jobs"
 )
 
 const domain = "push-manager"
@@ -35,6 +36,8 @@ const (
 	retryQuotaAway   = time.Second            // an etcd that elects a leader
 	retryEarlier     = 50 * time.Millisecond  // the other push is over
 	retryStore       = time.Second            // a store that elects a leader
+	retryJobs        = time.Second            // an etcd that elects a leader
+	retryJobsFull    = time.Minute            // until one is old enough to be forgotten, or for ever
 )
 
 // pushbackKey is the trailer that gRPC clients with a retry policy obey.
@@ -76,6 +79,9 @@ type statuses struct {
 	// Of quotas: while they cannot be checked, and used up, of a caller and of a tenant.
 	quotaUnavailable          *refusal
 	quotaUsedUp, tenantUsedUp dayRefusal
+
+	// Of broadcast jobs.
+	jobUnknown, jobExists, jobEnded, jobsOff, jobsFull, jobsAway *refusal
 
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
@@ -122,6 +128,12 @@ func newStatuses() *statuses {
 		receiptsElsewhere: newRefusal(codes.OutOfRange, "RECEIPTS_GONE", ErrReceiptsElsewhere.Error()+": watch from now on"),
 		storeOff:          newRefusal(codes.FailedPrecondition, "STORE_OFF", errStoreOff.Error()),
 		storeDown:         later(codes.Unavailable, "STORE_DOWN", "the store is "+engine.ErrSpoolDown.Error(), retryStore),
+		jobUnknown:        newRefusal(codes.NotFound, "JOB_NOT_FOUND", jobs.ErrUnknown.Error()),
+		jobExists:         newRefusal(codes.AlreadyExists, "JOB_EXISTS", "job_id: there is a job of that name with another spec"),
+		jobEnded:          newRefusal(codes.FailedPrecondition, "JOB_ENDED", jobs.ErrEnded.Error()),
+		jobsOff:           newRefusal(codes.FailedPrecondition, "JOBS_OFF", errJobsOff.Error()),
+		jobsFull:          later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull),
+		jobsAway:          later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
@@ -228,6 +240,18 @@ func (t *statuses) of(err error) *refusal {
 		return t.storeDown
 	case errors.Is(err, errLastingOpen):
 		return t.lastingOpen
+	case errors.Is(err, jobs.ErrUnknown):
+		return t.jobUnknown
+	case errors.Is(err, jobs.ErrExists):
+		return t.jobExists
+	case errors.Is(err, jobs.ErrEnded):
+		return t.jobEnded
+	case errors.Is(err, errJobsOff):
+		return t.jobsOff
+	case errors.Is(err, jobs.ErrFull):
+		return t.jobsFull
+	case errors.Is(err, jobs.ErrUnavailable):
+		return t.jobsAway
 	case errors.Is(err, ErrNotTaken):
 		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
 	default:

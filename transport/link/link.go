@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/push-manager/push-manager/engine"
 )
 
@@ -74,6 +76,7 @@ type Link struct {
 	cause  error              // why it must end
 	plain  bool               // the node does not know TLS, see Config.Migrate
 	way    way                // nil until the node has been reached
+	conn   *grpc.ClientConn   // to a node that has said who it is, nil for none
 }
 
 func newLink(s *Set, n *node, shard int) *Link {

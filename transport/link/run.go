@@ -200,7 +200,7 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
-		l.cancel, l.plain = func() {}, false
+		l.cancel, l.plain, l.conn = func() {}, false, nil
 		l.mu.Unlock()
 	}()
 	if isClosed {
@@ -229,6 +229,11 @@ func (l *Link) session(t *turn) (reached bool, err error) {
 	l.set.dials.done(t, time.Since(began), err)
 	if conn != nil {
 		defer conn.Close() //nolint:errcheck // it is gone either way
+	}
+	if err == nil || errors.Is(err, errUnimplemented) {
+		l.mu.Lock()
+		l.conn = conn
+		l.mu.Unlock()
 	}
 	switch {
 	case errors.Is(err, errUnimplemented):

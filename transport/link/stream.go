@@ -80,8 +80,9 @@ type stream struct {
 // writing is what the writer owns.
 type writing struct {
 	auds    *audiences
-	batch   []entry // taken from the queue
-	kept    []entry // encoded, on their way into the window
+	batch   []entry            // taken from the queue
+	kept    []entry            // encoded, on their way into the window
+	traced  []*engine.Delivery // in the frame
 	control control
 	out     outFrame
 	// Of the controls: the nudges up to this token, and so many ends of replays, are in the frame.
@@ -241,6 +242,13 @@ func (s *stream) writeLoop() {
 			m.logPages.Add(s.w.paged)
 			m.logEntries.Add(s.w.entries)
 		}
+		traced := s.w.traced[:0]
+		for i := range s.w.kept {
+			if d := s.w.kept[i].d; d.Traced() {
+				traced = append(traced, d) // its push is not used again when it is settled, nor is any that is settled before it is sent
+			}
+		}
+		s.w.traced = traced
 		clear(s.w.kept) // the window has them
 		s.w.kept = s.w.kept[:0]
 		s.w.out.buf = mem.NewBuffer(buf, &l.set.buffers)
@@ -252,6 +260,10 @@ func (s *stream) writeLoop() {
 			}
 			return
 		}
+		for _, d := range traced {
+			d.Written()
+		}
+		clear(traced)
 	}
 }
 

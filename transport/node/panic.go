@@ -37,6 +37,11 @@ func (s guarded) Broadcast(ctx context.Context, r *pubsub.BroadcastRequest) (_ *
 	return s.Server.Broadcast(ctx, r)
 }
 
+func (s guarded) ListUsers(ctx context.Context, r *pubsub.ListUsersRequest) (_ *pubsub.ListUsersResponse, err error) {
+	defer s.caught("ListUsers", &err)
+	return s.Server.ListUsers(ctx, r)
+}
+
 func (s guarded) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pubsub.DeliverResponse]) (err error) {
 	defer s.caught("Deliver", &err)
 	return s.Server.Deliver(call)

@@ -29,8 +29,10 @@ type Server struct {
 	// Static after New.
 	cfg      Config
 	bootID   string
-	scoped   Scoped  // Sessions, nil where they cannot tell tenants apart
-	lasting  Lasting // Sessions, nil where they take no part in lasting delivery
+	scoped   Scoped        // Sessions, nil where they cannot tell tenants apart
+	lasting  Lasting       // Sessions, nil where they take no part in lasting delivery
+	lister   Lister        // Sessions, nil where they do not name their users
+	listing  chan struct{} // held by the call that lists users
 	does     lastingParts
 	replays  *replays
 	roomLogs *roomLogs
@@ -69,7 +71,8 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
-	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}}
+	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}, listing: make(chan struct{}, 1)}
+	s.lister, _ = cfg.Sessions.(Lister)
 	if scoped, ok := cfg.Sessions.(Scoped); ok {
 		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}

@@ -20,7 +20,7 @@ type Conn interface {
 	Deliver(m *Message) Outcome
 }
 
-// Users are Sessions, and Scoped: they know the connections of each user, and hand messages to them. A gateway
+// Users are Sessions, Scoped and Lister: they know the connections of each user, and hand messages to them. A gateway
 // adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.
@@ -117,6 +117,25 @@ func (u *Users[C]) eachOf(scope string, f func(conns []C)) {
 		p.mu.RUnlock()
 		for _, conns := range users {
 			f(conns)
+		}
+	}
+}
+
+// EachUser implements Lister.
+func (u *Users[C]) EachUser(yield func(user string) bool) {
+	var users []string
+	for i := range u.parts {
+		p := &u.parts[i]
+		p.mu.RLock()
+		users = users[:0]
+		for user := range p.users {
+			users = append(users, user)
+		}
+		p.mu.RUnlock()
+		for _, user := range users {
+			if !yield(user) {
+				return
+			}
 		}
 	}
 }

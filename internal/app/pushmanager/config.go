@@ -70,6 +70,7 @@ type Config struct {
 	Store      storeConfig
 	Replays    replay.Config
 	Webhook    webhookConfig
+	Jobs       jobsConfig
 
 	ControllerTLS app.ControllerTLS
 
@@ -220,6 +221,7 @@ func (c *Config) Bind(s *config.Set) {
 	c.Store.bind(s)
 	bindReplays(&c.Replays, s)
 	c.Webhook.bind(s)
+	c.Jobs.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
@@ -382,7 +384,8 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 		return err
 	}
 	c.Discovery.RequestTimeout, c.Entry.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
-	c.Quotas.RequestTimeout = c.Etcd.RequestTimeout
+	c.Quotas.RequestTimeout, c.Jobs.RequestTimeout = c.Etcd.RequestTimeout, c.Etcd.RequestTimeout
+	c.Jobs.ManagerID = c.ManagerID
 	l.MaxTTL, c.Store.MaxMessageBytes = c.Store.MaxTTL, l.DataBytes+l.MetadataBytes+besidePayload
 	c.Entry.Prefix, c.Entry.ID, c.Links.ManagerID = discovery.PushManagerPrefix, c.ManagerID, c.ManagerID
 	c.Ingress.DisableReflection = !c.Reflection
@@ -424,6 +427,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Store.Logger, c.Store.Metrics = log, set
 	c.Replays.Logger, c.Replays.Metrics = log, set
 	c.Webhook.Logger, c.Webhook.Metrics = log, set
+	c.Jobs.Logger, c.Jobs.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

@@ -27,6 +27,7 @@ import (
 	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/ingress/web"
+	"github.com/push-manager/push-manager/transport/jobs"
 	"github.com/push-manager/push-manager/transport/link"
 	"github.com/push-manager/push-manager/transport/store"
 	"github.com/push-manager/push-manager/transport/store/jetstream"
@@ -121,6 +122,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
+	if err = m.openJobs(&cfg); err != nil {
+		return nil, err
+	}
 	if err = m.newAPI(&cfg, set); err != nil {
 		return nil, err
 	}
@@ -128,6 +132,9 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	m.ingress.SetHealthy(false) // until health has had a look
 	m.controller.Start(m.directory)
 	m.watcher.Start()
+	if m.jobs != nil {
+		m.jobs.Start()
+	}
 	m.life.Add("push API", m.stopServing)
 	if err = m.watchHealth(cfg); err != nil {
 		return nil, err
@@ -197,6 +204,7 @@ type PushManager struct {
 	store      *jetstream.Store // nil: nothing is stored
 	spool      *store.Spool     // nil, too, then
 	engine     *engine.Engine
+	jobs       *jobs.Service // nil: there are none
 	ingress    *ingress.Server
 	webServer  *web.Server // nil, too, then, and so are the warnings, for the console
 	warnings   *console.Warnings

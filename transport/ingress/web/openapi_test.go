@@ -35,6 +35,13 @@ var about = map[string]struct{ summary, request, reply string }{
 	"Explain":          {"Say what would become of a push, and send nothing", "", ""},
 	"ForgetUser":       {"Erase what is stored for a user", "", ""},
 	"Replay":           {"Send a node what is stored for a user", "", ""},
+	"CreateJob":        {"Push one message to many users, at a speed", "", ""},
+	"GetJob":           {"A broadcast job and how far it is", "", ""},
+	"ListJobs":         {"The broadcast jobs", "", ""},
+	"PauseJob":         {"Pause a broadcast job", "", ""},
+	"ResumeJob":        {"Go on with a broadcast job", "", ""},
+	"CancelJob":        {"End a broadcast job", "", ""},
+	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -46,22 +53,30 @@ var shortExamples = map[string]map[string]string{
 }
 
 // generator writes the document: an OpenAPI 3.1 description of what is in the .proto files and in the short paths.
-type generator struct{ schemas object }
+type generator struct {
+	schemas  object
+	requests map[string]bool // of a schema: it is of requests
+}
 
 func (g *generator) document() ([]byte, error) {
-	g.schemas = object{"Error": errorSchema()}
+	g.schemas, g.requests = object{"Error": errorSchema()}, map[string]bool{}
 	paths := object{}
-	methods := pubsub.File_push_manager_proto.Services().ByName("PushManagerService").Methods()
-	for i := range methods.Len() {
-		m := methods.Get(i)
-		if m.IsStreamingClient() || m.IsStreamingServer() {
-			continue
+	var methods []protoreflect.MethodDescriptor
+	for _, in := range []protoreflect.ServiceDescriptor{
+		pubsub.File_push_manager_proto.Services().ByName("PushManagerService"), pubsub.File_broadcast_jobs_proto.Services().ByName("BroadcastJobService"),
+	} {
+		for i := range in.Methods().Len() {
+			if m := in.Methods().Get(i); !m.IsStreamingClient() && !m.IsStreamingServer() {
+				methods = append(methods, m)
+			}
 		}
+	}
+	for _, m := range methods {
 		name := string(m.Name())
 		if about[name].summary == "" {
 			return nil, fmt.Errorf("%s is not described: it belongs into about in openapi_test.go", name)
 		}
-		paths[service+name] = object{"post": g.operation(name, name, object{"$ref": g.schema(m.Input(), true)}, m.Output(), requestExamples(about[name].request))}
+		paths["/"+string(m.Parent().FullName())+"/"+name] = object{"post": g.operation(name, name, object{"$ref": g.schema(m.Input(), true)}, m.Output(), requestExamples(about[name].request))}
 		for _, p := range web.ShortPaths() {
 			if p.Method != name {
 				continue
@@ -150,6 +165,9 @@ func fromText(text string) any {
 // schema is a reference to the schema of a message. Requests have the names of the .proto files, replies those of the JSON.
 func (g *generator) schema(m protoreflect.MessageDescriptor, request bool) string {
 	name := string(m.Name())
+	if of, known := g.requests[name]; known && of != request {
+		name += map[bool]string{true: "Request", false: "Reply"}[request]
+	}
 	ref := "#/components/schemas/" + name
 	if g.schemas[name] != nil {
 		return ref
@@ -163,7 +181,7 @@ func (g *generator) schema(m protoreflect.MessageDescriptor, request bool) strin
 	if request {
 		s["additionalProperties"] = false
 	}
-	g.schemas[name] = s // before its fields, which may be of the same
+	g.schemas[name], g.requests[name] = s, request // before its fields, which may be of the same
 	for i := range m.Fields().Len() {
 		f := m.Fields().Get(i)
 		key := f.JSONName()
@@ -204,6 +222,8 @@ func (g *generator) value(f protoreflect.FieldDescriptor, request bool) object {
 		return object{"type": "integer", "minimum": 0}
 	case protoreflect.Int64Kind, protoreflect.Uint64Kind:
 		return object{"type": []any{"string", "integer"}, "format": "int64"}
+	case protoreflect.DoubleKind:
+		return object{"type": "number"}
 	case protoreflect.MessageKind:
 		return object{"$ref": g.schema(f.Message(), request)}
 	default:

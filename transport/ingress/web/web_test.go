@@ -500,7 +500,7 @@ func FuzzRequests(f *testing.F) {
 	w := newWorld(f)
 	paths := slices.Sorted(maps.Keys(map[string]bool{
 		"/v1/rooms/lobby/messages": true, "/v1/users/messages": true, service + "PushToUser": true, service + "PushToUsers": true, service + "ForgetUser": true,
-		service + "WatchReceipts": true, "/grpc.health.v1.Health/Check": true,
+		service + "WatchReceipts": true, "/pubsub.BroadcastJobService/CreateJob": true, "/pubsub.BroadcastJobService/WatchJob": true, "/grpc.health.v1.Health/Check": true,
 	}))
 	kinds := []string{"application/json", "application/proto", "application/grpc-web", "application/grpc+proto", "application/connect+json", "application/grpc-web+json", "text/plain"}
 	for i := range paths {
