@@ -65,7 +65,7 @@ func Quantile(bounds []float64, counts, before []uint64, q float64) (value float
 		}
 		lower := 0.0
 		if i > 0 {
-			lower = bounds[i-1]
+			lower = bounds[i-1] //nolint:gosec // i is above 0
 		}
 		return lower + (upper-lower)*rest/n, true
 	}

@@ -180,7 +180,7 @@ func TestABadFileOfContextsIsRefusedByTheKeyAtFault(t *testing.T) {
 		mode os.FileMode
 		want string
 	}{
-		"unknown key of a context": {"contexts:\n  c:\n    adress: x:1\n", 0o600, "line 3: the key adress is not known"},
+		"unknown key of a context": {"contexts:\n  c:\n    addresss: x:1\n", 0o600, "line 3: the key addresss is not known"},
 		"unknown key":              {"contxts: {}\n", 0o600, "the key contxts is not known"},
 		"twice":                    {"contexts:\n  c: {address: a}\n  c: {address: b}\n", 0o600, `"c" already defined`},
 		"a list":                   {"contexts:\n  c: {address: [a, b]}\n", 0o600, "line 2: cannot unmarshal"},

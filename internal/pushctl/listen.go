@@ -462,7 +462,8 @@ func (l *listener) OnMessage(conn *gws.Conn, message *gws.Message) {
 			return
 		}
 	}
-	line, told := "", any(json.RawMessage(raw))
+	var line string
+	told := any(json.RawMessage(raw))
 	switch {
 	case isPush:
 		line = f.push(l.t)

@@ -86,7 +86,7 @@ func look(targets []string, before, now []*sample) *view {
 	nodes := map[string]*nodeView{}
 	for i, s := range now {
 		if s.err != nil {
-			v.Instances = append(v.Instances, instanceView{Address: targets[i], Error: plain.Line(s.err.Error(), 256)})
+			v.Instances = append(v.Instances, instanceView{Address: targets[i], Error: plain.Line(s.err.Error(), 256)}) //nolint:gosec // there is a sample of each
 			continue
 		}
 		was, seconds := before[i], 0.0

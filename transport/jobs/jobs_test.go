@@ -207,10 +207,10 @@ func killed(t *testing.T, etcd *etcdtest.Server) {
 func leaves(t *testing.T, etcd *etcdtest.Server) {
 	w := newWorld(t, etcd, "n1", "n2")
 	users := w.crowd(1000)
-	a, b := w.manager("a", nil), (*manager)(nil)
+	a := w.manager("a", nil)
 	a.create("j", everybody(500))
 	eventually(t, "some of them have it", func() bool { n, _ := w.arrived(); return n > 100 })
-	b = w.manager("b", nil)
+	b := w.manager("b", nil)
 	a.close()
 	p := b.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
 	if n := w.onlyOnce(); n != len(users) || p.GetDelivered() != int64(n) || p.GetUnknown() != 0 {

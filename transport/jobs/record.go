@@ -25,7 +25,7 @@ const (
 	failed    = "FAILED"
 )
 
-var states = []string{pending, running, paused, succeeded, cancelled, failed} //nolint:gochecknoglobals // a constant
+var states = []string{pending, running, paused, succeeded, cancelled, failed}
 
 const (
 	// failuresMost is how many pairs of node and reason a record has.

@@ -29,8 +29,8 @@ const (
 	openLeast = 1000
 	// pushUsers is how many users one push has.
 	pushUsers = 500
-	// againMin and againMax are the pause before a push is tried again of which nothing was sent.
-	againMin, againMax = 100 * time.Millisecond, time.Second
+	// againFirst and againLast are the pause before a push is tried again of which nothing was sent.
+	againFirst, againLast = 100 * time.Millisecond, time.Second
 	// stallTime is for how long something that holds a job up is told.
 	stallTime = 2 * time.Second
 	// speedTime is over which time the speed is measured.
@@ -171,7 +171,7 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 	r.got, r.passedBy = outcomes{}, nil
 	r.mu.Unlock()
 	var p *plan
-	for wait := againMin; ; {
+	for wait := againFirst; ; {
 		if p == nil {
 			if p = r.plan(got, passed, stopping); p == nil {
 				return nil
@@ -193,7 +193,7 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 			if !pause.For(ctx, wait) {
 				return ctx.Err()
 			}
-			wait = min(2*wait, againMax)
+			wait = min(2*wait, againLast)
 		case cur.Run != r.base.Run:
 			return errLost
 		case cur.Write == p.record.Write: // it was made
@@ -342,7 +342,7 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 		o = outcomes{counts: counts{Failed: n}, failures: []failure{{Reason: "failed: " + why.Error(), Users: n}}}
 	}
 	e := r.svc.cfg.Engine
-	for wait := againMin; ; wait = min(2*wait, againMax) {
+	for wait := againFirst; ; wait = min(2*wait, againLast) {
 		p := &engine.Push{Request: engine.Request{
 			Kind: engine.ToUsers, Users: users, Scope: r.scope, Payload: r.payload, Content: r.content, Priority: r.priority,
 		}}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -25,8 +26,10 @@ const (
 	lookAll = 60
 	// forgetMost is how many jobs that were kept long enough are forgotten in one look.
 	forgetMost = 50
-	// PageDefault and PageMost are how many jobs a page of a list has.
-	PageDefault, PageMost = 100, 1000
+	// PageDefault is how many jobs a page of a list has when nobody says.
+	PageDefault = 100
+	// PageMost is how many it may have.
+	PageMost = 1000
 	// idBytes is how long the id of a job may be.
 	idBytes = 64
 )
@@ -165,9 +168,7 @@ func (s *Service) refresh(ctx context.Context, all bool) (due []key, err error) 
 	if all {
 		clear(s.table)
 	}
-	for k, r := range changed {
-		s.table[k] = r
-	}
+	maps.Copy(s.table, changed)
 	if len(changed) > 0 {
 		close(s.changes)
 		s.changes = make(chan struct{})

@@ -145,11 +145,13 @@ func (w *world) move(users []string) (end func()) {
 	var wg sync.WaitGroup
 	ids := slices.Sorted(maps.Keys(w.nodes))
 	wg.Go(func() {
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
 		for {
 			select {
 			case <-stop:
 				return
-			case <-time.After(time.Millisecond):
+			case <-tick.C:
 			}
 			user := users[rand.IntN(len(users))]
 			w.mu.Lock()

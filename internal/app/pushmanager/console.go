@@ -2,6 +2,7 @@ package pushmanager
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"strings"
 	"time"
@@ -20,6 +21,16 @@ const warningsKept = 200
 
 // urlKey is the metadata of our entry in etcd with the address of HTTP_PORT, for the consoles of other instances.
 const urlKey = "http_url"
+
+// keepWarnings is log, whose last warnings are kept for the console.
+func (m *PushManager) keepWarnings(log *slog.Logger) *slog.Logger {
+	if m.web != nil {
+		m.warnings = console.NewWarnings(warningsKept)
+		log = slog.New(m.warnings.Handler(log.Handler()))
+		m.log = log
+	}
+	return log
+}
 
 // openConsole makes the console, which is served with the push API over HTTP.
 func (m *PushManager) openConsole(cfg *Config, set *metrics.Set) error {

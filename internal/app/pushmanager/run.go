@@ -50,11 +50,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 		return nil, err
 	}
 	m.life.Add("metrics and health", app.WithGrace(m.closeHTTP)) // the last to go: they show how a stop goes on
-	if m.web != nil {
-		m.warnings = console.NewWarnings(warningsKept)
-		log = slog.New(m.warnings.Handler(log.Handler()))
-		m.log = log
-	}
+	log = m.keepWarnings(log)
 	set := cfg.report(log)
 	if err = m.openAudit(&cfg); err != nil {
 		return nil, err

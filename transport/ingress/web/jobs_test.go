@@ -1,6 +1,7 @@
 package web_test
 
 import (
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ const jobService = "/pubsub.BroadcastJobService/"
 func TestABroadcastJobOverHTTPReachesEverybody(t *testing.T) {
 	w := newWorld(t)
 	resp, body := post(t, clients["HTTP/1.1"], w.url+jobService+"CreateJob", `{"job_id":"http","spec":{"everybody":true,"content":{"data":"SGVsbG8="},"rate_per_second":100}}`, "Content-Type", "application/json")
-	if resp.StatusCode != 200 || !strings.Contains(body, `"jobId":"http"`) {
+	if resp.StatusCode != http.StatusOK || !strings.Contains(body, `"jobId":"http"`) {
 		t.Fatalf("%d %s", resp.StatusCode, body)
 	}
 	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(body, `"SUCCEEDED"`); time.Sleep(20 * time.Millisecond) {
@@ -32,7 +33,7 @@ func TestABroadcastJobOverHTTPReachesEverybody(t *testing.T) {
 		`ListJobs {"page_size":-1}`:                                                              "page_size",
 	} {
 		method, text, _ := strings.Cut(request, " ")
-		if resp, body := post(t, clients["HTTP/1.1"], w.url+jobService+method, text, "Content-Type", "application/json"); resp.StatusCode < 400 || resp.StatusCode == 500 || !strings.Contains(body, want) {
+		if resp, body := post(t, clients["HTTP/1.1"], w.url+jobService+method, text, "Content-Type", "application/json"); resp.StatusCode < 400 || resp.StatusCode == http.StatusInternalServerError || !strings.Contains(body, want) {
 			t.Errorf("%s: %d %s", request, resp.StatusCode, body)
 		}
 	}
