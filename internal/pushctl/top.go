@@ -86,10 +86,10 @@ func look(targets []string, before, now []*sample) *view {
 	nodes := map[string]*nodeView{}
 	for i, s := range now {
 		if s.err != nil {
-			v.Instances = append(v.Instances, instanceView{Address: targets[i], Error: plain.Line(s.err.Error(), 256)}) //nolint:gosec // there is a sample of each
+			v.Instances = append(v.Instances, instanceView{Address: targets[i], Error: plain.Line(s.err.Error(), 256)})
 			continue
 		}
-		was, seconds := before[i], 0.0
+		was, seconds := before[i], 0.0 //nolint:gosec // both rounds are of the same targets
 		if was.err == nil {
 			seconds = s.at.Sub(was.at).Seconds()
 			v.Seconds = max(v.Seconds, math.Round(seconds*1000)/1000)
