@@ -196,7 +196,7 @@ func TestConsoleOf50ViewersCostsLittle(t *testing.T) {
 	if os.Getenv("LONG") == "" {
 		t.Skip("takes minutes, see make bench-console")
 	}
-	const viewers, pairs, turn = 50, 24, 4 * time.Second
+	const viewers, pairs, turn = 50, 16, 4 * time.Second
 	etcd := startEtcd(t)
 	p := freeport.Take(t, 2+3+3)
 	controller := "127.0.0.1:" + p[0]

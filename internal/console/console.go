@@ -111,6 +111,7 @@ type Console struct {
 	closed bool
 	last   *snapshot
 	maker  maker
+	packer *gzip.Writer // its tables are a megabyte
 	others []Instance
 	asked  time.Time // for others last
 	busy   bool      // they are being asked for
@@ -271,12 +272,16 @@ func (c *Console) snapshot() (*snapshot, error) {
 		return nil, err
 	}
 	var packed bytes.Buffer
-	z, err := gzip.NewWriterLevel(&packed, gzip.BestSpeed)
-	if err == nil {
-		_, err = z.Write(text)
+	if c.packer == nil {
+		c.packer, err = gzip.NewWriterLevel(&packed, gzip.BestSpeed)
+	} else {
+		c.packer.Reset(&packed)
 	}
 	if err == nil {
-		err = z.Close()
+		_, err = c.packer.Write(text)
+	}
+	if err == nil {
+		err = c.packer.Close()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("compress a snapshot: %w", err)

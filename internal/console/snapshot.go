@@ -129,6 +129,13 @@ func (r *rows) table(columns []string) table {
 }
 
 func appendText(b []byte, text string) []byte {
+	plain := func(r rune) bool {
+		return ' ' <= r && r <= '~' && r != '"' && r != '\\' && r != '<' && r != '>' && r != '&'
+	}
+	if !strings.ContainsFunc(text, func(r rune) bool { return !plain(r) }) { // nearly all are
+		b = append(append(b, '"'), text...)
+		return append(b, '"', ',')
+	}
 	quoted, _ := json.Marshal(text) // of a string it does not fail
 	return append(append(b, quoted...), ',')
 }
