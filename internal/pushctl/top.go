@@ -185,13 +185,12 @@ func milliseconds(seconds float64) *float64 {
 
 // Run shows the instances and nodes. On a terminal each picture takes the place of the one before.
 func (c *topCmd) Run(ctx context.Context, t *terminal) error {
-	paint := t.live && !t.structured()
-	if paint {
-		if _, err := fmt.Fprint(t.out, screenBegin); err != nil {
-			return err
+	paint, begun := t.live && !t.structured(), false
+	defer func() {
+		if begun {
+			_, _ = fmt.Fprint(t.out, screenEnd) // there is nobody to tell
 		}
-		defer func() { _, _ = fmt.Fprint(t.out, screenEnd) }() // there is nobody to tell
-	}
+	}()
 	return c.each(ctx, func(v *view) error {
 		switch c.Sort {
 		case "queue":
@@ -203,7 +202,13 @@ func (c *topCmd) Run(ctx context.Context, t *terminal) error {
 		if !paint {
 			return t.answer(v, text)
 		}
-		_, err := fmt.Fprint(t.out, painted(text, rows(t.out)))
+		if !begun { // what went wrong before is to be seen on the usual screen
+			begun = true
+			text = screenBegin + painted(text, rows(t.out))
+		} else {
+			text = painted(text, rows(t.out))
+		}
+		_, err := fmt.Fprint(t.out, text)
 		return err
 	})
 }

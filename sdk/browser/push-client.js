@@ -290,7 +290,7 @@ export class PushClient {
       if (attempt === this.#attempt) this.#drop("a push was not handled");
     };
     try {
-      const result = this.#o.onPush(pushOf(m));
+      const result = /** @type {any} */ (this.#o.onPush(pushOf(m)));
       if (typeof result?.then === "function") return Promise.resolve(result).then(done, failed);
     } catch (error) {
       failed(error);
