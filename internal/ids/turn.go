@@ -55,7 +55,12 @@ func (l *Line) Users() []InTurn {
 
 // Cut keeps the first n users, or none of the others with the turn of the n-th would have a turn again: those, too.
 func (l *Line) Cut(n int) {
-	slices.SortFunc(l.users, func(a, b InTurn) int { return cmp.Or(cmp.Compare(a.Turn, b.Turn), strings.Compare(a.User, b.User)) })
+	slices.SortFunc(l.users, func(a, b InTurn) int {
+		if a.Turn != b.Turn {
+			return cmp.Compare(a.Turn, b.Turn)
+		}
+		return strings.Compare(a.User, b.User)
+	})
 	l.users = slices.Compact(l.users)
 	for len(l.users) > 0 && l.users[len(l.users)-1].Turn > l.Last { // it may have been lowered since they came
 		l.users = l.users[:len(l.users)-1]

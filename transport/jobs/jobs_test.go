@@ -472,9 +472,18 @@ func controllerAway(t *testing.T, etcd *etcdtest.Server) {
 	m := w.manager("m1", nil)
 	m.create("j", everybody(1000))
 	eventually(t, "what holds it up", func() bool { return strings.Contains(m.job("j").GetReason(), "waits: ") })
+	_, err := m.Pause(t.Context(), "", "j") // turns are over, and nothing was sent: that waits, too
+	ok(t, err)
+	time.Sleep(time.Second)
 	w.mu.Lock()
 	w.down = false
 	w.mu.Unlock()
+	time.Sleep(1500 * time.Millisecond)
+	if n, _ := w.arrived(); n > 0 || m.job("j").GetProgress().GetInFlight() != 100 {
+		t.Errorf("%d got it during the pause: %v", n, m.job("j"))
+	}
+	_, err = m.Resume(t.Context(), "", "j")
+	ok(t, err)
 	if p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress(); p.GetDelivered() != 100 {
 		t.Errorf("%v", p)
 	}

@@ -21,6 +21,8 @@ import (
 const (
 	// tick is how often turns end, and what became of users is written: four small writes a second for each job.
 	tick = 250 * time.Millisecond
+	// glanceEvery is how often the record is read while nothing is to be written.
+	glanceEvery = 500 * time.Millisecond
 	// burst bounds what a job catches up on when it was held up, in time.
 	burst = time.Second
 	// openTime bounds the users that are open, at the rate that is set: nodes that do not keep up slow the job down.
@@ -55,7 +57,8 @@ type run struct {
 
 	// Owned by loop.
 	base     record
-	rev      int64 // of base, as it stands in etcd
+	rev      int64     // of base, as it stands in etcd
+	seen     time.Time // when that was written or read
 	pages    pages
 	payload  []byte    // once the job has begun
 	tokens   float64   // turns that may end now
@@ -72,6 +75,7 @@ type run struct {
 	hold     string   // what holds the job up
 	held     time.Time
 	state    string // that of base, for pushes
+	leaves   bool   // the job is left to others
 }
 
 // sample is how many turns had ended by a time.
@@ -123,7 +127,7 @@ func (r *run) begin(ctx context.Context) error {
 			r.content.MetadataBytes += len(k) + len(v)
 		}
 		r.pages = pages{run: r, failing: map[string]time.Time{}, told: map[string]bool{}}
-		r.filled = time.Now()
+		r.filled, r.seen = time.Now(), time.Now()
 		return nil
 	}
 }
@@ -145,7 +149,7 @@ func (r *run) loop(ctx context.Context, stop <-chan struct{}) error {
 		default:
 		}
 		if stopping {
-			r.setState("") // what was not sent is not tried again
+			r.giveUp() // what was not sent is not tried again
 		}
 		if err := r.step(ctx, stopping); err != nil {
 			return err
@@ -174,12 +178,12 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 	for wait := againFirst; ; {
 		if p == nil {
 			if p = r.plan(got, passed, stopping); p == nil {
-				return nil
+				return r.glance(ctx)
 			}
 		}
 		rev, err := r.svc.store.write(ctx, r.key, &p.record, r.rev)
 		if err == nil {
-			r.done(ctx, p, rev)
+			r.done(ctx, p, stored{p.record, rev})
 			return nil
 		}
 		if !errors.Is(err, errConflict) {
@@ -197,13 +201,39 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 		case cur.Run != r.base.Run:
 			return errLost
 		case cur.Write == p.record.Write: // it was made
-			r.done(ctx, p, cur.rev)
+			r.done(ctx, p, *cur) // and a caller may have changed the job since
 			return nil
 		case cur.rev == r.rev: // it was not, and what is made once more is the same
 		default: // a caller has changed the job, so it never will be
-			r.base, r.rev, p = cur.record, cur.rev, nil
+			r.follow(*cur)
+			p = nil
 		}
 	}
+}
+
+// follow goes by a record as it stands in etcd.
+func (r *run) follow(cur stored) {
+	r.base, r.rev, r.seen = cur.record, cur.rev, time.Now()
+	r.setState(cur.State)
+}
+
+// glance looks whether a caller has changed the job, while there is nothing to write that would tell.
+func (r *run) glance(ctx context.Context) error {
+	if time.Since(r.seen) < glanceEvery {
+		return nil
+	}
+	cur, err := r.svc.store.getRecord(ctx, r.key)
+	switch {
+	case errors.Is(err, ErrUnknown):
+		return errLost
+	case err != nil:
+		r.svc.metrics.etcdErrors.Inc() // nothing is written either
+	case cur.Run != r.base.Run:
+		return errLost
+	default:
+		r.follow(*cur)
+	}
+	return nil
 }
 
 // plan is the next write, nil if there is nothing to write.
@@ -276,9 +306,8 @@ func (r *run) announce(p *plan, page *page, n int) {
 }
 
 // done follows what was written.
-func (r *run) done(ctx context.Context, p *plan, rev int64) {
-	r.base, r.rev = p.record, rev
-	r.setState(r.base.State)
+func (r *run) done(ctx context.Context, p *plan, written stored) {
+	r.follow(written)
 	r.svc.metrics.count(p.got.counts)
 	if p.page == nil {
 		return
@@ -411,9 +440,19 @@ func (r *run) setState(state string) {
 	r.state = state
 }
 
+func (r *run) giveUp() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.leaves = true
+}
+
+// currentState is that of the job for pushes of which nothing was sent, "" once it leaves this instance.
 func (r *run) currentState() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.leaves {
+		return ""
+	}
 	return r.state
 }
 

@@ -205,6 +205,9 @@ func (p *pages) readNodes(ctx context.Context, line *ids.Line) error {
 		})
 	}
 	asking.Wait()
+	if ctx.Err() != nil { // which is no fault of the nodes
+		return ctx.Err()
+	}
 	for i, node := range nodes {
 		a := &answers[i]
 		if a.err == nil {
