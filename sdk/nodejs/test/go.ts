@@ -83,7 +83,7 @@ export function start(command: string, args: string[], env: Record<string, strin
 }
 
 /** Waits until something holds. */
-export async function until(holds: () => boolean | Promise<boolean>, ms = 10_000, or: () => string = () => `it did not come within ${ms} ms`): Promise<void> {
+export async function until(holds: () => boolean | Promise<boolean>, ms = 30_000, or: () => string = () => `it did not come within ${ms} ms`): Promise<void> {
   const end = Date.now() + ms;
   while (!(await holds())) {
     if (Date.now() > end) throw new Error(or());

@@ -59,7 +59,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     const r = new Receiver();
     r.session = on.connect(r, { user, acks });
     for (const room of rooms) r.session.join(room);
-    await until(() => ["", ...rooms].every((room) => r.told.includes(`+${room}`)), 10_000, () => `${user} was told ${r.told.join(" ")}`);
+    await until(() => ["", ...rooms].every((room) => r.told.includes(`+${room}`)), 30_000, () => `${user} was told ${r.told.join(" ")}`);
     return r;
   };
 
@@ -125,6 +125,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.deepEqual([first.delivered, first.duplicates, again.delivered, again.duplicates], [1, 0, 1, 1]);
     assert.deepEqual(user.texts, ["one"]);
     assert.equal(user.got[0]!.message.id, "m-1");
+    assert.equal((await client.pushToUser("once", "another", { messageId: "m-1" }).catch((e: PushError) => e.reason)), "MESSAGE_ID_REUSED");
     user.session!.end();
   });
 
@@ -146,7 +147,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     }
     const user = await enter(node, "away", [], true);
     assert.equal((await client.pushToUser("away", "third")).outcome, "delivered");
-    await until(() => user.got.length >= 3, 10_000, () => user.texts.join());
+    await until(() => user.got.length >= 3, 30_000, () => user.texts.join());
     assert.deepEqual(user.texts, ["first", "second", "third"]);
     assert.deepEqual(user.got.map((p) => p.replayed), [true, true, false]);
     await new Promise((go) => setTimeout(go, 300));
@@ -225,7 +226,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.notEqual(before, 0n);
     await call("/etcdserverpb.Lease/LeaseRevoke", new BinaryWriter().tag(1, WireType.Varint).int64(before).finish());
     assert.equal(await lease(), 0n);
-    await until(async () => ![0n, before].includes(await lease()), 15_000);
+    await until(async () => ![0n, before].includes(await lease()), 30_000);
     etcd.close();
     const user = await enter(node, "after");
     await until(async () => (await client.pushToUser("after", "back")).outcome === "delivered");

@@ -61,11 +61,11 @@ describe("with Go programs, all connections over TLS", { skip, timeout: 120_000 
     });
     const address = await node.start();
     try {
-      await until(() => node.isReady, 20_000);
+      await until(() => node.isReady);
       const got: string[] = [];
       node.connect({ send: (p) => void got.push(Buffer.from(p.message.data).toString()), buffered: () => 0, close: () => undefined }, { user: "bob" });
       const client = clientOf({ tls: { caFile: join(secure, "ca.crt") }, tokenFile: join(secure, "api-key") });
-      await until(async () => (await client.pushToUser("bob", "Hello")).outcome === "delivered", 20_000);
+      await until(async () => (await client.pushToUser("bob", "Hello")).outcome === "delivered");
       assert.ok(got.includes("Hello"));
 
       const before = got.length;
