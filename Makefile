@@ -96,7 +96,7 @@ store-long: ## Test the store in a cluster of three servers, and kill it ten tim
 	LONG=1 $(GO) test -timeout=2h ./transport/store/...
 
 .PHONY: interop-tools
-interop-tools: ## Build grpcurl into .tmp/bin and install the packages of the Node.js caller (needs npm)
+interop-tools: ## Build grpcurl into .tmp/bin, install the packages of the Node.js caller and axe for the console (needs npm)
 	mkdir -p .tmp/bin
 	$(GO) build -modfile=tools/grpcurl/go.mod -o .tmp/bin/ github.com/fullstorydev/grpcurl/cmd/grpcurl
 	cd internal/acceptance/nodejs && npm ci --ignore-scripts --no-audit --no-fund
