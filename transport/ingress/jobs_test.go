@@ -268,10 +268,13 @@ func TestAJobNeedsItsOwnRightAndThatToItsTarget(t *testing.T) {
 	ok(t, err)
 	var lines []string
 	for line := range bytes.Lines(b) {
-		var e struct{ Event, Caller, Tenant, Job, Method, Target_kind string } //nolint:revive // as it stands in the log
+		var e struct {
+			Event, Caller, Tenant, Job, Method string
+			Target                             string `json:"target_kind"`
+		}
 		ok(t, json.Unmarshal(line, &e))
 		if strings.HasPrefix(e.Event, "job.") {
-			lines = append(lines, strings.Join([]string{e.Event, e.Caller, e.Tenant, e.Job, e.Method, e.Target_kind}, " "))
+			lines = append(lines, strings.Join([]string{e.Event, e.Caller, e.Tenant, e.Job, e.Method, e.Target}, " "))
 		}
 	}
 	want := "job.created all shop j CreateJob everybody\njob.created rooms shop room CreateJob rooms\njob.created elsewhere news j CreateJob everybody\n" +

@@ -149,7 +149,8 @@ func (w *world) move(users []string) (end func()) {
 			select {
 			case <-stop:
 				return
-			case <-time.After(time.Millisecond):
+			default:
+				time.Sleep(time.Millisecond)
 			}
 			user := users[rand.IntN(len(users))]
 			w.mu.Lock()
