@@ -42,6 +42,12 @@ func (l *listener) Deliver(*node.Message) node.Outcome {
 	return node.Delivered
 }
 
+// GetUserNode implements pubsub.ControllerServiceServer.
+func (a *audience) GetUserNode(_ context.Context, r *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
+	id, found := a.nodes[r.GetUserId()]
+	return &pubsub.GetUserNodeResponse{NodeId: id, Found: found}, nil
+}
+
 // GetUserNodes implements pubsub.ControllerServiceServer.
 func (a *audience) GetUserNodes(_ context.Context, r *pubsub.GetUserNodesRequest) (*pubsub.GetUserNodesResponse, error) {
 	reply := &pubsub.GetUserNodesResponse{}

@@ -270,11 +270,11 @@ func TestAJobNeedsItsOwnRightAndThatToItsTarget(t *testing.T) {
 	for line := range bytes.Lines(b) {
 		var e struct {
 			Event, Caller, Tenant, Job, Method string
-			Kind                               string `json:"target_kind"`
+			Target                             string `json:"target_kind"`
 		}
 		ok(t, json.Unmarshal(line, &e))
 		if strings.HasPrefix(e.Event, "job.") {
-			lines = append(lines, strings.Join([]string{e.Event, e.Caller, e.Tenant, e.Job, e.Method, e.Kind}, " "))
+			lines = append(lines, strings.Join([]string{e.Event, e.Caller, e.Tenant, e.Job, e.Method, e.Target}, " "))
 		}
 	}
 	want := "job.created all shop j CreateJob everybody\njob.created rooms shop room CreateJob rooms\njob.created elsewhere news j CreateJob everybody\n" +

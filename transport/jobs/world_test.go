@@ -145,13 +145,12 @@ func (w *world) move(users []string) (end func()) {
 	var wg sync.WaitGroup
 	ids := slices.Sorted(maps.Keys(w.nodes))
 	wg.Go(func() {
-		tick := time.NewTicker(time.Millisecond)
-		defer tick.Stop()
 		for {
 			select {
 			case <-stop:
 				return
-			case <-tick.C:
+			default:
+				time.Sleep(time.Millisecond)
 			}
 			user := users[rand.IntN(len(users))]
 			w.mu.Lock()

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file message.proto.
  */
 export const file_message: GenFile = /*@__PURE__*/
-  fileDesc("Cg1tZXNzYWdlLnByb3RvEgZwdWJzdWIivQEKDk1lc3NhZ2VDb250ZW50EiEKBHR5cGUYASABKA4yEy5wdWJzdWIuTWVzc2FnZVR5cGUSDAoEZGF0YRgCIAEoDBIRCgl0aW1lc3RhbXAYAyABKAMSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTWVzc2FnZUNvbnRlbnQuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEi/AEKD0RlbGl2ZXJ5U3VtbWFyeRIPCgd0YXJnZXRzGAEgASgFEhEKCWRlbGl2ZXJlZBgCIAEoBRIPCgdvZmZsaW5lGAMgASgFEg4KBmZhaWxlZBgEIAEoBRIPCgd1bmtub3duGAUgASgFEioKDW5vZGVfZmFpbHVyZXMYBiADKAsyEy5wdWJzdWIuTm9kZUZhaWx1cmUSDgoGc3RvcmVkGAcgASgFEg4KBnVuc3VyZRgIIAEoBRINCgVhY2tlZBgJIAEoBRISCgpkdXBsaWNhdGVzGAogASgFEhIKCm1lc3NhZ2VfaWQYCyABKAkSEAoIcG9zaXRpb24YDCABKAkiPQoLTm9kZUZhaWx1cmUSDwoHbm9kZV9pZBgBIAEoCRIOCgZyZWFzb24YAiABKAkSDQoFdXNlcnMYAyABKAUqSgoLTWVzc2FnZVR5cGUSCAoEVEVYVBAAEgkKBUFVRElPEAESCQoFVklERU8QAhIPCgtUUkFOU0xBVElPThADEgoKBlNZU1RFTRAEQjNaMWdpdGh1Yi5jb20vcHVzaC1tYW5hZ2VyL3B1c2gtbWFuYWdlci9wcm90bztwdWJzdWJiBnByb3RvMw");
+  fileDesc("Cg1tZXNzYWdlLnByb3RvEgZwdWJzdWIivQEKDk1lc3NhZ2VDb250ZW50EiEKBHR5cGUYASABKA4yEy5wdWJzdWIuTWVzc2FnZVR5cGUSDAoEZGF0YRgCIAEoDBIRCgl0aW1lc3RhbXAYAyABKAMSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTWVzc2FnZUNvbnRlbnQuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEingIKD0RlbGl2ZXJ5U3VtbWFyeRIPCgd0YXJnZXRzGAEgASgFEhEKCWRlbGl2ZXJlZBgCIAEoBRIPCgdvZmZsaW5lGAMgASgFEg4KBmZhaWxlZBgEIAEoBRIPCgd1bmtub3duGAUgASgFEioKDW5vZGVfZmFpbHVyZXMYBiADKAsyEy5wdWJzdWIuTm9kZUZhaWx1cmUSDgoGc3RvcmVkGAcgASgFEg4KBnVuc3VyZRgIIAEoBRINCgVhY2tlZBgJIAEoBRISCgpkdXBsaWNhdGVzGAogASgFEhIKCm1lc3NhZ2VfaWQYCyABKAkSEAoIcG9zaXRpb24YDCABKAkSIAoFdHJhY2UYDiABKAsyES5wdWJzdWIuUHVzaFRyYWNlIpIBCglQdXNoVHJhY2USEQoJZGVjb2RlX3VzGAEgASgNEhAKCHJvdXRlX3VzGAIgASgNEg8KB2xvb2t1cHMYAyABKA0SEQoJbG9va3VwX3VzGAQgASgNEhAKCHRvdGFsX3VzGAUgASgNEioKCmRlbGl2ZXJpZXMYBiADKAsyFi5wdWJzdWIuVHJhY2VkRGVsaXZlcnkihgEKDlRyYWNlZERlbGl2ZXJ5Eg8KB25vZGVfaWQYASABKAkSDQoFdXNlcnMYAiABKAUSDwoHb3V0Y29tZRgDIAEoCRIQCghiZWdpbl91cxgEIAEoDRIQCghxdWV1ZV91cxgFIAEoDRIPCgd3aXJlX3VzGAYgASgNEg4KBmFja191cxgHIAEoDSI9CgtOb2RlRmFpbHVyZRIPCgdub2RlX2lkGAEgASgJEg4KBnJlYXNvbhgCIAEoCRINCgV1c2VycxgDIAEoBSpKCgtNZXNzYWdlVHlwZRIICgRURVhUEAASCQoFQVVESU8QARIJCgVWSURFTxACEg8KC1RSQU5TTEFUSU9OEAMSCgoGU1lTVEVNEARCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z");
 
 /**
  * MessageContent is what a Biz-Server wants a client to get. Push-Manager
@@ -159,6 +159,13 @@ export type DeliverySummary = Message<"pubsub.DeliverySummary"> & {
    * @generated from field: string position = 12;
    */
   position: string;
+
+  /**
+   * Of a push with PushOptions.trace.
+   *
+   * @generated from field: pubsub.PushTrace trace = 14;
+   */
+  trace?: PushTrace | undefined;
 };
 
 /**
@@ -167,6 +174,117 @@ export type DeliverySummary = Message<"pubsub.DeliverySummary"> & {
  */
 export const DeliverySummarySchema: GenMessage<DeliverySummary> = /*@__PURE__*/
   messageDesc(file_message, 1);
+
+/**
+ * PushTrace is how long the stages of one push took, in microseconds. They follow each other, but nodes do not wait for each other.
+ *
+ * @generated from message pubsub.PushTrace
+ */
+export type PushTrace = Message<"pubsub.PushTrace"> & {
+  /**
+   * From when it came in until it was decoded and allowed.
+   *
+   * @generated from field: uint32 decode_us = 1;
+   */
+  decodeUs: number;
+
+  /**
+   * From then until it was known where to send it first: next to nothing if that was in memory.
+   *
+   * @generated from field: uint32 route_us = 2;
+   */
+  routeUs: number;
+
+  /**
+   * Calls of the Controller for it, beside which the push may have waited for those of others, and the longest of them.
+   *
+   * @generated from field: uint32 lookups = 3;
+   */
+  lookups: number;
+
+  /**
+   * @generated from field: uint32 lookup_us = 4;
+   */
+  lookupUs: number;
+
+  /**
+   * From when it came in until the reply was made.
+   *
+   * @generated from field: uint32 total_us = 5;
+   */
+  totalUs: number;
+
+  /**
+   * In the order in which they were made, at most 1,000. A user who has moved has a second one.
+   *
+   * @generated from field: repeated pubsub.TracedDelivery deliveries = 6;
+   */
+  deliveries: TracedDelivery[];
+};
+
+/**
+ * Describes the message pubsub.PushTrace.
+ * Use `create(PushTraceSchema)` to create a new message.
+ */
+export const PushTraceSchema: GenMessage<PushTrace> = /*@__PURE__*/
+  messageDesc(file_message, 2);
+
+/**
+ * TracedDelivery is one delivery. Its stages are 0 from the one on that it did not get to.
+ *
+ * @generated from message pubsub.TracedDelivery
+ */
+export type TracedDelivery = Message<"pubsub.TracedDelivery"> & {
+  /**
+   * @generated from field: string node_id = 1;
+   */
+  nodeId: string;
+
+  /**
+   * 0 for everybody.
+   *
+   * @generated from field: int32 users = 2;
+   */
+  users: number;
+
+  /**
+   * "delivered", "partial", "not here", or the outcome and why.
+   *
+   * @generated from field: string outcome = 3;
+   */
+  outcome: string;
+
+  /**
+   * From when the push came in until the delivery was made.
+   *
+   * @generated from field: uint32 begin_us = 4;
+   */
+  beginUs: number;
+
+  /**
+   * How long it waited for its turn on the link, until its frame was handed to the connection, and until the node acknowledged it.
+   *
+   * @generated from field: uint32 queue_us = 5;
+   */
+  queueUs: number;
+
+  /**
+   * @generated from field: uint32 wire_us = 6;
+   */
+  wireUs: number;
+
+  /**
+   * @generated from field: uint32 ack_us = 7;
+   */
+  ackUs: number;
+};
+
+/**
+ * Describes the message pubsub.TracedDelivery.
+ * Use `create(TracedDeliverySchema)` to create a new message.
+ */
+export const TracedDeliverySchema: GenMessage<TracedDelivery> = /*@__PURE__*/
+  messageDesc(file_message, 3);
 
 /**
  * NodeFailure says where and why a part of a push failed or became unknown.
@@ -199,7 +317,7 @@ export type NodeFailure = Message<"pubsub.NodeFailure"> & {
  * Use `create(NodeFailureSchema)` to create a new message.
  */
 export const NodeFailureSchema: GenMessage<NodeFailure> = /*@__PURE__*/
-  messageDesc(file_message, 2);
+  messageDesc(file_message, 4);
 
 /**
  * MessageType tells a client how to show the content. The enum is open: a

@@ -12,7 +12,68 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file connect_node.proto.
  */
 export const file_connect_node: GenFile = /*@__PURE__*/
-  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJfChJQdXNoTWVzc2FnZVJlcXVlc3QSDwoHdXNlcl9pZBgBIAEoCRIPCgdyb29tX2lkGAIgASgJEicKB2NvbnRlbnQYAyABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiNwoTUHVzaE1lc3NhZ2VSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEg8KB21lc3NhZ2UYAiABKAkiZQoXUHVzaE1lc3NhZ2VCYXRjaFJlcXVlc3QSEAoIdXNlcl9pZHMYASADKAkSDwoHcm9vbV9pZBgCIAEoCRInCgdjb250ZW50GAMgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50IooBChhQdXNoTWVzc2FnZUJhdGNoUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSFwoPZmFpbGVkX3VzZXJfaWRzGAMgAygJEg8KB21lc3NhZ2UYBCABKAkSGgoSdW5yZWFjaGVkX3VzZXJfaWRzGAUgAygJIjsKEEJyb2FkY2FzdFJlcXVlc3QSJwoHY29udGVudBgBIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCJnChFCcm9hZGNhc3RSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEhcKD2RlbGl2ZXJlZF9jb3VudBgCIAEoBRIPCgdtZXNzYWdlGAMgASgJEhcKD3VucmVhY2hlZF9jb3VudBgEIAEoBSLZAgoORGVsaXZlclJlcXVlc3QSHAoFaGVsbG8YASABKAsyDS5wdWJzdWIuSGVsbG8SEQoJZmlyc3Rfc2VxGAIgASgEEiQKCmRlbGl2ZXJpZXMYAyADKAsyEC5wdWJzdWIuRGVsaXZlcnkSGAoQZm9yZ2V0X2F1ZGllbmNlcxgEIAMoDRIRCgloZWFydGJlYXQYBSABKAQSDQoFZHJhaW4YBiABKAgSEgoKY29tcHJlc3NlZBgHIAEoDBIRCglyYXdfYnl0ZXMYCCABKA0SHQoGbnVkZ2VzGAkgAygLMg0ucHVic3ViLk51ZGdlEiYKC3JlcGxheV9lbmRzGAogAygLMhEucHVic3ViLlJlcGxheUVuZBIiCglsb2dfbWFya3MYCyADKAsyDy5wdWJzdWIuTG9nTWFyaxIiCglsb2dfcGFnZXMYDCADKAsyDy5wdWJzdWIuTG9nUGFnZSJ7CgdMb2dNYXJrEhEKCXBhcnRpdGlvbhgBIAEoDRILCgNzZXEYAiABKAQSDQoFYWZ0ZXIYAyABKAQSHgoFcm9vbXMYBCADKAsyDy5wdWJzdWIuTG9nUm9vbRINCgVlcG9jaBgFIAEoBhISCgpwYXJ0aXRpb25zGAYgASgNIigKB0xvZ1Jvb20SDwoHcm9vbV9pZBgBIAEoCRIMCgRzZXFzGAIgAygEIpMBCgdMb2dQYWdlEgwKBGdhdGUYASABKAQSEQoJcGFydGl0aW9uGAIgASgNEiEKB2VudHJpZXMYAyADKAsyEC5wdWJzdWIuRGVsaXZlcnkSCwoDc2VxGAQgASgEEgwKBG1vcmUYBSABKAgSCwoDZ2FwGAYgASgIEg0KBWVycm9yGAcgASgJEg0KBWVwb2NoGAggASgGIjQKBU51ZGdlEg8KB3VzZXJfaWQYASABKAkSCwoDc2VxGAIgASgEEg0KBXRva2VuGAMgASgEIjUKCVJlcGxheUVuZBIMCgRnYXRlGAEgASgEEgsKA3NlcRgCIAEoBBINCgVlcnJvchgDIAEoCSL8AgoPRGVsaXZlclJlc3BvbnNlEiEKBWhlbGxvGAEgASgLMhIucHVic3ViLkhlbGxvUmVwbHkSHgoEYWNrcxgCIAMoCzIQLnB1YnN1Yi5BY2tSYW5nZRIcCgZtaXNzZXMYAyADKAsyDC5wdWJzdWIuTWlzcxIRCgloZWFydGJlYXQYBCABKAQSFAoMb25saW5lX3VzZXJzGAUgASgNEg0KBWRyYWluGAYgASgIEiEKCHJlY2VpcHRzGAcgAygLMg8ucHVic3ViLlJlY2VpcHQSIQoIY2F0Y2h1cHMYCCADKAsyDy5wdWJzdWIuQ2F0Y2h1cBIpCgxyZXBsYXlfdGFrZW4YCSADKAsyEy5wdWJzdWIuUmVwbGF5VGFrZW4SFAoMbnVkZ2VzX3Rha2VuGAogAygEEiIKCWxvZ19yZWFkcxgLIAMoCzIPLnB1YnN1Yi5Mb2dSZWFkEiUKCmxvZ19mb2xsb3cYDCABKAsyES5wdWJzdWIuTG9nRm9sbG93IikKCUxvZ0ZvbGxvdxINCgVlcG9jaBgBIAEoBhINCgVhZnRlchgCIAMoBCJGCgdMb2dSZWFkEg8KB3Jvb21faWQYASABKAkSDAoEZ2F0ZRgCIAEoBBINCgVlcG9jaBgDIAEoBhINCgVhZnRlchgEIAMoBCJFCgdSZWNlaXB0EgsKA3NlcRgBIAEoBBINCgVhY2tlZBgCIAEoDRIPCgd1bmFja2VkGAMgAygJEg0KBWZpbmFsGAQgASgIIjgKB0NhdGNodXASDwoHdXNlcl9pZBgBIAEoCRIMCgRnYXRlGAIgASgEEg4KBndpbmRvdxgDIAEoDSIoCgtSZXBsYXlUYWtlbhIMCgRnYXRlGAEgASgEEgsKA3NlcRgCIAEoBCLNAQoFSGVsbG8SGAoQcHJvdG9jb2xfdmVyc2lvbhgBIAEoDRISCgptYW5hZ2VyX2lkGAIgASgJEg0KBXNoYXJkGAMgASgNEg4KBnNoYXJkcxgEIAEoDRIdCgZjb2RlY3MYBSADKA4yDS5wdWJzdWIuQ29kZWMSIQoIZmVhdHVyZXMYBiADKA4yDy5wdWJzdWIuRmVhdHVyZRITCgtpbnN0YW5jZV9pZBgHIAEoCRIPCgdhdHRlbXB0GAggASgEEg8KB25vZGVfaWQYCSABKAki0gEKCkhlbGxvUmVwbHkSGAoQcHJvdG9jb2xfdmVyc2lvbhgBIAEoDRIPCgdub2RlX2lkGAIgASgJEg8KB2Jvb3RfaWQYAyABKAkSHAoUbWF4X2F1ZGllbmNlX21lbWJlcnMYBCABKA0SEwoLbWF4X3VuYWNrZWQYBSABKA0SFAoMb25saW5lX3VzZXJzGAYgASgNEhwKBWNvZGVjGAcgASgOMg0ucHVic3ViLkNvZGVjEiEKCGZlYXR1cmVzGAggAygOMg8ucHVic3ViLkZlYXR1cmUioQMKCERlbGl2ZXJ5EicKB2NvbnRlbnQYASABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSDwoHcm9vbV9pZBgCIAEoCRIQCgh1c2VyX2lkcxgDIAMoCRIiCghhdWRpZW5jZRgEIAEoCzIQLnB1YnN1Yi5BdWRpZW5jZRIRCglldmVyeWJvZHkYBSABKAgSFwoPZXhjZXB0X3VzZXJfaWRzGAYgAygJEhMKC3RyYWNlcGFyZW50GAcgASgJEg0KBXNjb3BlGAggASgJEhIKCm1lc3NhZ2VfaWQYECABKAkSFAoMcGF5bG9hZF9oYXNoGBEgASgHEg4KBnR0bF9tcxgSIAEoDRIQCgh3YW50X2FjaxgTIAEoCBIWCg5hY2tfdGltZW91dF9tcxgUIAEoDRIUCgxjb2xsYXBzZV9rZXkYFSABKAkSIwoGcmVwbGF5GBcgASgLMhMucHVic3ViLlJlcGxheVBsYWNlEiAKA2xvZxgYIAEoCzITLnB1YnN1Yi5Mb2dQb3NpdGlvbhIOCgZzZW5kZXIYGSABKAlKBAgWEBciVgoLTG9nUG9zaXRpb24SEQoJcGFydGl0aW9uGAEgASgNEgsKA3NlcRgCIAEoBBIYChBleGNsdWRlX3VzZXJfaWRzGAMgAygJEg0KBWVwb2NoGAQgASgGIjcKC1JlcGxheVBsYWNlEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEEg0KBWFmdGVyGAMgASgEIlUKCEF1ZGllbmNlEgoKAmlkGAEgASgNEg8KB3ZlcnNpb24YAiABKA0SDwoHcm9vbV9pZBgDIAEoCRIMCgRqb2luGAQgAygJEg0KBWxlYXZlGAUgAygJIlEKCEFja1JhbmdlEg0KBWZpcnN0GAEgASgEEhEKCWRlbGl2ZXJlZBgCIAMoDRISCgpkdXBsaWNhdGVzGAMgAygNEg8KB3BlbmRpbmcYBCADKA0ifAoETWlzcxILCgNzZXEYASABKAQSEAoIbm90X2hlcmUYAiADKAkSDgoGZmFpbGVkGAMgAygJEg4KBnJlYXNvbhgEIAEoCRIUCgxmYWlsZWRfdXNlcnMYBSABKA0SDwoHcmVmdXNlZBgGIAEoCBIOCgZyZXVzZWQYByADKAkqIwoFQ29kZWMSCAoETk9ORRAAEgYKAlMyEAESCAoEWlNURBACKrUBCgdGZWF0dXJlEhcKE0ZFQVRVUkVfVU5TUEVDSUZJRUQQABIRCg1GRUFUVVJFX1NDT1BFEAcSEgoORkVBVFVSRV9ERURVUEUQARIWChJGRUFUVVJFX0NMSUVOVF9BQ0sQAhISCg5GRUFUVVJFX0VYUElSWRADEhQKEEZFQVRVUkVfQ09MTEFQU0UQBBISCg5GRUFUVVJFX1JFUExBWRAFEhQKEEZFQVRVUkVfUk9PTV9MT0cQBjK1AgoSQ29ubmVjdE5vZGVTZXJ2aWNlEkYKC1B1c2hNZXNzYWdlEhoucHVic3ViLlB1c2hNZXNzYWdlUmVxdWVzdBobLnB1YnN1Yi5QdXNoTWVzc2FnZVJlc3BvbnNlElUKEFB1c2hNZXNzYWdlQmF0Y2gSHy5wdWJzdWIuUHVzaE1lc3NhZ2VCYXRjaFJlcXVlc3QaIC5wdWJzdWIuUHVzaE1lc3NhZ2VCYXRjaFJlc3BvbnNlEkAKCUJyb2FkY2FzdBIYLnB1YnN1Yi5Ccm9hZGNhc3RSZXF1ZXN0GhkucHVic3ViLkJyb2FkY2FzdFJlc3BvbnNlEj4KB0RlbGl2ZXISFi5wdWJzdWIuRGVsaXZlclJlcXVlc3QaFy5wdWJzdWIuRGVsaXZlclJlc3BvbnNlKAEwAUIzWjFnaXRodWIuY29tL3B1c2gtbWFuYWdlci9wdXNoLW1hbmFnZXIvcHJvdG87cHVic3ViYgZwcm90bzM", [file_message]);
+  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJEChBMaXN0VXNlcnNSZXF1ZXN0EhIKCmZpcnN0X3R1cm4YASABKAYSDQoFbGltaXQYAiABKA0SDQoFc2NvcGUYAyABKAkiOAoRTGlzdFVzZXJzUmVzcG9uc2USEAoIdXNlcl9pZHMYASADKAkSEQoJbGFzdF90dXJuGAIgASgGIl8KElB1c2hNZXNzYWdlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSJwoHY29udGVudBgDIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCI3ChNQdXNoTWVzc2FnZVJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSDwoHbWVzc2FnZRgCIAEoCSJlChdQdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBIQCgh1c2VyX2lkcxgBIAMoCRIPCgdyb29tX2lkGAIgASgJEicKB2NvbnRlbnQYAyABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiigEKGFB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEhcKD2RlbGl2ZXJlZF9jb3VudBgCIAEoBRIXCg9mYWlsZWRfdXNlcl9pZHMYAyADKAkSDwoHbWVzc2FnZRgEIAEoCRIaChJ1bnJlYWNoZWRfdXNlcl9pZHMYBSADKAkiOwoQQnJvYWRjYXN0UmVxdWVzdBInCgdjb250ZW50GAEgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50ImcKEUJyb2FkY2FzdFJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSFwoPZGVsaXZlcmVkX2NvdW50GAIgASgFEg8KB21lc3NhZ2UYAyABKAkSFwoPdW5yZWFjaGVkX2NvdW50GAQgASgFItkCCg5EZWxpdmVyUmVxdWVzdBIcCgVoZWxsbxgBIAEoCzINLnB1YnN1Yi5IZWxsbxIRCglmaXJzdF9zZXEYAiABKAQSJAoKZGVsaXZlcmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRIYChBmb3JnZXRfYXVkaWVuY2VzGAQgAygNEhEKCWhlYXJ0YmVhdBgFIAEoBBINCgVkcmFpbhgGIAEoCBISCgpjb21wcmVzc2VkGAcgASgMEhEKCXJhd19ieXRlcxgIIAEoDRIdCgZudWRnZXMYCSADKAsyDS5wdWJzdWIuTnVkZ2USJgoLcmVwbGF5X2VuZHMYCiADKAsyES5wdWJzdWIuUmVwbGF5RW5kEiIKCWxvZ19tYXJrcxgLIAMoCzIPLnB1YnN1Yi5Mb2dNYXJrEiIKCWxvZ19wYWdlcxgMIAMoCzIPLnB1YnN1Yi5Mb2dQYWdlInsKB0xvZ01hcmsSEQoJcGFydGl0aW9uGAEgASgNEgsKA3NlcRgCIAEoBBINCgVhZnRlchgDIAEoBBIeCgVyb29tcxgEIAMoCzIPLnB1YnN1Yi5Mb2dSb29tEg0KBWVwb2NoGAUgASgGEhIKCnBhcnRpdGlvbnMYBiABKA0iKAoHTG9nUm9vbRIPCgdyb29tX2lkGAEgASgJEgwKBHNlcXMYAiADKAQikwEKB0xvZ1BhZ2USDAoEZ2F0ZRgBIAEoBBIRCglwYXJ0aXRpb24YAiABKA0SIQoHZW50cmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRILCgNzZXEYBCABKAQSDAoEbW9yZRgFIAEoCBILCgNnYXAYBiABKAgSDQoFZXJyb3IYByABKAkSDQoFZXBvY2gYCCABKAYiNAoFTnVkZ2USDwoHdXNlcl9pZBgBIAEoCRILCgNzZXEYAiABKAQSDQoFdG9rZW4YAyABKAQiNQoJUmVwbGF5RW5kEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEEg0KBWVycm9yGAMgASgJIvwCCg9EZWxpdmVyUmVzcG9uc2USIQoFaGVsbG8YASABKAsyEi5wdWJzdWIuSGVsbG9SZXBseRIeCgRhY2tzGAIgAygLMhAucHVic3ViLkFja1JhbmdlEhwKBm1pc3NlcxgDIAMoCzIMLnB1YnN1Yi5NaXNzEhEKCWhlYXJ0YmVhdBgEIAEoBBIUCgxvbmxpbmVfdXNlcnMYBSABKA0SDQoFZHJhaW4YBiABKAgSIQoIcmVjZWlwdHMYByADKAsyDy5wdWJzdWIuUmVjZWlwdBIhCghjYXRjaHVwcxgIIAMoCzIPLnB1YnN1Yi5DYXRjaHVwEikKDHJlcGxheV90YWtlbhgJIAMoCzITLnB1YnN1Yi5SZXBsYXlUYWtlbhIUCgxudWRnZXNfdGFrZW4YCiADKAQSIgoJbG9nX3JlYWRzGAsgAygLMg8ucHVic3ViLkxvZ1JlYWQSJQoKbG9nX2ZvbGxvdxgMIAEoCzIRLnB1YnN1Yi5Mb2dGb2xsb3ciKQoJTG9nRm9sbG93Eg0KBWVwb2NoGAEgASgGEg0KBWFmdGVyGAIgAygEIkYKB0xvZ1JlYWQSDwoHcm9vbV9pZBgBIAEoCRIMCgRnYXRlGAIgASgEEg0KBWVwb2NoGAMgASgGEg0KBWFmdGVyGAQgAygEIkUKB1JlY2VpcHQSCwoDc2VxGAEgASgEEg0KBWFja2VkGAIgASgNEg8KB3VuYWNrZWQYAyADKAkSDQoFZmluYWwYBCABKAgiOAoHQ2F0Y2h1cBIPCgd1c2VyX2lkGAEgASgJEgwKBGdhdGUYAiABKAQSDgoGd2luZG93GAMgASgNIigKC1JlcGxheVRha2VuEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEIs0BCgVIZWxsbxIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEhIKCm1hbmFnZXJfaWQYAiABKAkSDQoFc2hhcmQYAyABKA0SDgoGc2hhcmRzGAQgASgNEh0KBmNvZGVjcxgFIAMoDjINLnB1YnN1Yi5Db2RlYxIhCghmZWF0dXJlcxgGIAMoDjIPLnB1YnN1Yi5GZWF0dXJlEhMKC2luc3RhbmNlX2lkGAcgASgJEg8KB2F0dGVtcHQYCCABKAQSDwoHbm9kZV9pZBgJIAEoCSLSAQoKSGVsbG9SZXBseRIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEg8KB25vZGVfaWQYAiABKAkSDwoHYm9vdF9pZBgDIAEoCRIcChRtYXhfYXVkaWVuY2VfbWVtYmVycxgEIAEoDRITCgttYXhfdW5hY2tlZBgFIAEoDRIUCgxvbmxpbmVfdXNlcnMYBiABKA0SHAoFY29kZWMYByABKA4yDS5wdWJzdWIuQ29kZWMSIQoIZmVhdHVyZXMYCCADKA4yDy5wdWJzdWIuRmVhdHVyZSKhAwoIRGVsaXZlcnkSJwoHY29udGVudBgBIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudBIPCgdyb29tX2lkGAIgASgJEhAKCHVzZXJfaWRzGAMgAygJEiIKCGF1ZGllbmNlGAQgASgLMhAucHVic3ViLkF1ZGllbmNlEhEKCWV2ZXJ5Ym9keRgFIAEoCBIXCg9leGNlcHRfdXNlcl9pZHMYBiADKAkSEwoLdHJhY2VwYXJlbnQYByABKAkSDQoFc2NvcGUYCCABKAkSEgoKbWVzc2FnZV9pZBgQIAEoCRIUCgxwYXlsb2FkX2hhc2gYESABKAcSDgoGdHRsX21zGBIgASgNEhAKCHdhbnRfYWNrGBMgASgIEhYKDmFja190aW1lb3V0X21zGBQgASgNEhQKDGNvbGxhcHNlX2tleRgVIAEoCRIjCgZyZXBsYXkYFyABKAsyEy5wdWJzdWIuUmVwbGF5UGxhY2USIAoDbG9nGBggASgLMhMucHVic3ViLkxvZ1Bvc2l0aW9uEg4KBnNlbmRlchgZIAEoCUoECBYQFyJWCgtMb2dQb3NpdGlvbhIRCglwYXJ0aXRpb24YASABKA0SCwoDc2VxGAIgASgEEhgKEGV4Y2x1ZGVfdXNlcl9pZHMYAyADKAkSDQoFZXBvY2gYBCABKAYiNwoLUmVwbGF5UGxhY2USDAoEZ2F0ZRgBIAEoBBILCgNzZXEYAiABKAQSDQoFYWZ0ZXIYAyABKAQiVQoIQXVkaWVuY2USCgoCaWQYASABKA0SDwoHdmVyc2lvbhgCIAEoDRIPCgdyb29tX2lkGAMgASgJEgwKBGpvaW4YBCADKAkSDQoFbGVhdmUYBSADKAkiUQoIQWNrUmFuZ2USDQoFZmlyc3QYASABKAQSEQoJZGVsaXZlcmVkGAIgAygNEhIKCmR1cGxpY2F0ZXMYAyADKA0SDwoHcGVuZGluZxgEIAMoDSJ8CgRNaXNzEgsKA3NlcRgBIAEoBBIQCghub3RfaGVyZRgCIAMoCRIOCgZmYWlsZWQYAyADKAkSDgoGcmVhc29uGAQgASgJEhQKDGZhaWxlZF91c2VycxgFIAEoDRIPCgdyZWZ1c2VkGAYgASgIEg4KBnJldXNlZBgHIAMoCSojCgVDb2RlYxIICgROT05FEAASBgoCUzIQARIICgRaU1REEAIqtQEKB0ZlYXR1cmUSFwoTRkVBVFVSRV9VTlNQRUNJRklFRBAAEhEKDUZFQVRVUkVfU0NPUEUQBxISCg5GRUFUVVJFX0RFRFVQRRABEhYKEkZFQVRVUkVfQ0xJRU5UX0FDSxACEhIKDkZFQVRVUkVfRVhQSVJZEAMSFAoQRkVBVFVSRV9DT0xMQVBTRRAEEhIKDkZFQVRVUkVfUkVQTEFZEAUSFAoQRkVBVFVSRV9ST09NX0xPRxAGMvcCChJDb25uZWN0Tm9kZVNlcnZpY2USRgoLUHVzaE1lc3NhZ2USGi5wdWJzdWIuUHVzaE1lc3NhZ2VSZXF1ZXN0GhsucHVic3ViLlB1c2hNZXNzYWdlUmVzcG9uc2USVQoQUHVzaE1lc3NhZ2VCYXRjaBIfLnB1YnN1Yi5QdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBogLnB1YnN1Yi5QdXNoTWVzc2FnZUJhdGNoUmVzcG9uc2USQAoJQnJvYWRjYXN0EhgucHVic3ViLkJyb2FkY2FzdFJlcXVlc3QaGS5wdWJzdWIuQnJvYWRjYXN0UmVzcG9uc2USPgoHRGVsaXZlchIWLnB1YnN1Yi5EZWxpdmVyUmVxdWVzdBoXLnB1YnN1Yi5EZWxpdmVyUmVzcG9uc2UoATABEkAKCUxpc3RVc2VycxIYLnB1YnN1Yi5MaXN0VXNlcnNSZXF1ZXN0GhkucHVic3ViLkxpc3RVc2Vyc1Jlc3BvbnNlQjNaMWdpdGh1Yi5jb20vcHVzaC1tYW5hZ2VyL3B1c2gtbWFuYWdlci9wcm90bztwdWJzdWJiBnByb3RvMw", [file_message]);
+
+/**
+ * ListUsersRequest asks for users whose turn is first_turn to the end. A user's turn is the first 8 bytes of SHA-256 over
+ * the user id, big-endian.
+ *
+ * @generated from message pubsub.ListUsersRequest
+ */
+export type ListUsersRequest = Message<"pubsub.ListUsersRequest"> & {
+  /**
+   * @generated from field: fixed64 first_turn = 1;
+   */
+  firstTurn: bigint;
+
+  /**
+   * At most so many, the first ones. The node may give fewer. 0: as many as it likes to.
+   *
+   * @generated from field: uint32 limit = 2;
+   */
+  limit: number;
+
+  /**
+   * Only users whose ids begin with these bytes, as in Delivery. Empty: all.
+   *
+   * @generated from field: string scope = 3;
+   */
+  scope: string;
+};
+
+/**
+ * Describes the message pubsub.ListUsersRequest.
+ * Use `create(ListUsersRequestSchema)` to create a new message.
+ */
+export const ListUsersRequestSchema: GenMessage<ListUsersRequest> = /*@__PURE__*/
+  messageDesc(file_connect_node, 0);
+
+/**
+ * @generated from message pubsub.ListUsersResponse
+ */
+export type ListUsersResponse = Message<"pubsub.ListUsersResponse"> & {
+  /**
+   * Each once, ordered by turn. A frame may have 1 MiB, so about 900 KiB of ids is the most.
+   *
+   * @generated from field: repeated string user_ids = 1;
+   */
+  userIds: string[];
+
+  /**
+   * Every user from first_turn up to and with this turn is in the list: that of the last one where some were left out, and
+   * the highest possible turn where none was.
+   *
+   * @generated from field: fixed64 last_turn = 2;
+   */
+  lastTurn: bigint;
+};
+
+/**
+ * Describes the message pubsub.ListUsersResponse.
+ * Use `create(ListUsersResponseSchema)` to create a new message.
+ */
+export const ListUsersResponseSchema: GenMessage<ListUsersResponse> = /*@__PURE__*/
+  messageDesc(file_connect_node, 1);
 
 /**
  * @generated from message pubsub.PushMessageRequest
@@ -39,7 +100,7 @@ export type PushMessageRequest = Message<"pubsub.PushMessageRequest"> & {
  * Use `create(PushMessageRequestSchema)` to create a new message.
  */
 export const PushMessageRequestSchema: GenMessage<PushMessageRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 0);
+  messageDesc(file_connect_node, 2);
 
 /**
  * @generated from message pubsub.PushMessageResponse
@@ -61,7 +122,7 @@ export type PushMessageResponse = Message<"pubsub.PushMessageResponse"> & {
  * Use `create(PushMessageResponseSchema)` to create a new message.
  */
 export const PushMessageResponseSchema: GenMessage<PushMessageResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 1);
+  messageDesc(file_connect_node, 3);
 
 /**
  * @generated from message pubsub.PushMessageBatchRequest
@@ -88,7 +149,7 @@ export type PushMessageBatchRequest = Message<"pubsub.PushMessageBatchRequest"> 
  * Use `create(PushMessageBatchRequestSchema)` to create a new message.
  */
 export const PushMessageBatchRequestSchema: GenMessage<PushMessageBatchRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 2);
+  messageDesc(file_connect_node, 4);
 
 /**
  * @generated from message pubsub.PushMessageBatchResponse
@@ -132,7 +193,7 @@ export type PushMessageBatchResponse = Message<"pubsub.PushMessageBatchResponse"
  * Use `create(PushMessageBatchResponseSchema)` to create a new message.
  */
 export const PushMessageBatchResponseSchema: GenMessage<PushMessageBatchResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 3);
+  messageDesc(file_connect_node, 5);
 
 /**
  * @generated from message pubsub.BroadcastRequest
@@ -149,7 +210,7 @@ export type BroadcastRequest = Message<"pubsub.BroadcastRequest"> & {
  * Use `create(BroadcastRequestSchema)` to create a new message.
  */
 export const BroadcastRequestSchema: GenMessage<BroadcastRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 4);
+  messageDesc(file_connect_node, 6);
 
 /**
  * @generated from message pubsub.BroadcastResponse
@@ -185,7 +246,7 @@ export type BroadcastResponse = Message<"pubsub.BroadcastResponse"> & {
  * Use `create(BroadcastResponseSchema)` to create a new message.
  */
 export const BroadcastResponseSchema: GenMessage<BroadcastResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 5);
+  messageDesc(file_connect_node, 7);
 
 /**
  * DeliverRequest is one frame from Push-Manager. The first frame of a stream
@@ -283,7 +344,7 @@ export type DeliverRequest = Message<"pubsub.DeliverRequest"> & {
  * Use `create(DeliverRequestSchema)` to create a new message.
  */
 export const DeliverRequestSchema: GenMessage<DeliverRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 6);
+  messageDesc(file_connect_node, 8);
 
 /**
  * LogMark tells a node that follows the logs of rooms what was written into one partition of
@@ -336,7 +397,7 @@ export type LogMark = Message<"pubsub.LogMark"> & {
  * Use `create(LogMarkSchema)` to create a new message.
  */
 export const LogMarkSchema: GenMessage<LogMark> = /*@__PURE__*/
-  messageDesc(file_connect_node, 7);
+  messageDesc(file_connect_node, 9);
 
 /**
  * LogRoom is the places of a room's messages, rising.
@@ -360,7 +421,7 @@ export type LogRoom = Message<"pubsub.LogRoom"> & {
  * Use `create(LogRoomSchema)` to create a new message.
  */
 export const LogRoomSchema: GenMessage<LogRoom> = /*@__PURE__*/
-  messageDesc(file_connect_node, 8);
+  messageDesc(file_connect_node, 10);
 
 /**
  * LogPage answers a LogRead.
@@ -426,7 +487,7 @@ export type LogPage = Message<"pubsub.LogPage"> & {
  * Use `create(LogPageSchema)` to create a new message.
  */
 export const LogPageSchema: GenMessage<LogPage> = /*@__PURE__*/
-  messageDesc(file_connect_node, 9);
+  messageDesc(file_connect_node, 11);
 
 /**
  * Nudge says that a message was stored for a user who may be connected here by now. The node
@@ -461,7 +522,7 @@ export type Nudge = Message<"pubsub.Nudge"> & {
  * Use `create(NudgeSchema)` to create a new message.
  */
 export const NudgeSchema: GenMessage<Nudge> = /*@__PURE__*/
-  messageDesc(file_connect_node, 10);
+  messageDesc(file_connect_node, 12);
 
 /**
  * ReplayEnd answers a Catchup: nothing more is stored for the user, and the gate may open. With
@@ -493,7 +554,7 @@ export type ReplayEnd = Message<"pubsub.ReplayEnd"> & {
  * Use `create(ReplayEndSchema)` to create a new message.
  */
 export const ReplayEndSchema: GenMessage<ReplayEnd> = /*@__PURE__*/
-  messageDesc(file_connect_node, 11);
+  messageDesc(file_connect_node, 13);
 
 /**
  * DeliverResponse is one frame from the node. The first has hello and nothing
@@ -587,7 +648,7 @@ export type DeliverResponse = Message<"pubsub.DeliverResponse"> & {
  * Use `create(DeliverResponseSchema)` to create a new message.
  */
 export const DeliverResponseSchema: GenMessage<DeliverResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 12);
+  messageDesc(file_connect_node, 14);
 
 /**
  * LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
@@ -615,7 +676,7 @@ export type LogFollow = Message<"pubsub.LogFollow"> & {
  * Use `create(LogFollowSchema)` to create a new message.
  */
 export const LogFollowSchema: GenMessage<LogFollow> = /*@__PURE__*/
-  messageDesc(file_connect_node, 13);
+  messageDesc(file_connect_node, 15);
 
 /**
  * LogRead asks the manager that the node follows for what the log of a room has behind a place, and is
@@ -654,7 +715,7 @@ export type LogRead = Message<"pubsub.LogRead"> & {
  * Use `create(LogReadSchema)` to create a new message.
  */
 export const LogReadSchema: GenMessage<LogRead> = /*@__PURE__*/
-  messageDesc(file_connect_node, 14);
+  messageDesc(file_connect_node, 16);
 
 /**
  * Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
@@ -697,7 +758,7 @@ export type Receipt = Message<"pubsub.Receipt"> & {
  * Use `create(ReceiptSchema)` to create a new message.
  */
 export const ReceiptSchema: GenMessage<Receipt> = /*@__PURE__*/
-  messageDesc(file_connect_node, 15);
+  messageDesc(file_connect_node, 17);
 
 /**
  * Catchup asks for what is stored for a user who has connected here. It is asked once the
@@ -733,7 +794,7 @@ export type Catchup = Message<"pubsub.Catchup"> & {
  * Use `create(CatchupSchema)` to create a new message.
  */
 export const CatchupSchema: GenMessage<Catchup> = /*@__PURE__*/
-  messageDesc(file_connect_node, 16);
+  messageDesc(file_connect_node, 18);
 
 /**
  * ReplayTaken says that the client has taken all replayed messages up to seq: they may be
@@ -759,7 +820,7 @@ export type ReplayTaken = Message<"pubsub.ReplayTaken"> & {
  * Use `create(ReplayTakenSchema)` to create a new message.
  */
 export const ReplayTakenSchema: GenMessage<ReplayTaken> = /*@__PURE__*/
-  messageDesc(file_connect_node, 17);
+  messageDesc(file_connect_node, 19);
 
 /**
  * Hello opens a stream.
@@ -841,7 +902,7 @@ export type Hello = Message<"pubsub.Hello"> & {
  * Use `create(HelloSchema)` to create a new message.
  */
 export const HelloSchema: GenMessage<Hello> = /*@__PURE__*/
-  messageDesc(file_connect_node, 18);
+  messageDesc(file_connect_node, 20);
 
 /**
  * HelloReply accepts a stream.
@@ -919,7 +980,7 @@ export type HelloReply = Message<"pubsub.HelloReply"> & {
  * Use `create(HelloReplySchema)` to create a new message.
  */
 export const HelloReplySchema: GenMessage<HelloReply> = /*@__PURE__*/
-  messageDesc(file_connect_node, 19);
+  messageDesc(file_connect_node, 21);
 
 /**
  * Delivery is one push for the users it names on this node.
@@ -1054,7 +1115,7 @@ export type Delivery = Message<"pubsub.Delivery"> & {
  * Use `create(DeliverySchema)` to create a new message.
  */
 export const DeliverySchema: GenMessage<Delivery> = /*@__PURE__*/
-  messageDesc(file_connect_node, 20);
+  messageDesc(file_connect_node, 22);
 
 /**
  * LogPosition is a message's place in the logs of rooms.
@@ -1090,7 +1151,7 @@ export type LogPosition = Message<"pubsub.LogPosition"> & {
  * Use `create(LogPositionSchema)` to create a new message.
  */
 export const LogPositionSchema: GenMessage<LogPosition> = /*@__PURE__*/
-  messageDesc(file_connect_node, 21);
+  messageDesc(file_connect_node, 23);
 
 /**
  * ReplayPlace is a stored message's place. It goes to the connections behind the gate that
@@ -1125,7 +1186,7 @@ export type ReplayPlace = Message<"pubsub.ReplayPlace"> & {
  * Use `create(ReplayPlaceSchema)` to create a new message.
  */
 export const ReplayPlaceSchema: GenMessage<ReplayPlace> = /*@__PURE__*/
-  messageDesc(file_connect_node, 22);
+  messageDesc(file_connect_node, 24);
 
 /**
  * Audience names a set of users that the stream knows, so that a push to a room
@@ -1178,7 +1239,7 @@ export type Audience = Message<"pubsub.Audience"> & {
  * Use `create(AudienceSchema)` to create a new message.
  */
 export const AudienceSchema: GenMessage<Audience> = /*@__PURE__*/
-  messageDesc(file_connect_node, 23);
+  messageDesc(file_connect_node, 25);
 
 /**
  * AckRange confirms the deliveries first, first+1, ... with one count each. A
@@ -1223,7 +1284,7 @@ export type AckRange = Message<"pubsub.AckRange"> & {
  * Use `create(AckRangeSchema)` to create a new message.
  */
 export const AckRangeSchema: GenMessage<AckRange> = /*@__PURE__*/
-  messageDesc(file_connect_node, 24);
+  messageDesc(file_connect_node, 26);
 
 /**
  * Miss explains the users of one delivery that were not reached.
@@ -1286,7 +1347,7 @@ export type Miss = Message<"pubsub.Miss"> & {
  * Use `create(MissSchema)` to create a new message.
  */
 export const MissSchema: GenMessage<Miss> = /*@__PURE__*/
-  messageDesc(file_connect_node, 25);
+  messageDesc(file_connect_node, 27);
 
 /**
  * Codec is a way to compress a frame.
@@ -1454,6 +1515,17 @@ export const ConnectNodeService: GenService<{
     methodKind: "bidi_streaming";
     input: typeof DeliverRequestSchema;
     output: typeof DeliverResponseSchema;
+  },
+  /**
+   * Names users with a live connection here, in the order of their turns, for broadcast jobs. A node may leave it out:
+   * jobs for everybody then pass it by. A node that drains answers as ever.
+   *
+   * @generated from rpc pubsub.ConnectNodeService.ListUsers
+   */
+  listUsers: {
+    methodKind: "unary";
+    input: typeof ListUsersRequestSchema;
+    output: typeof ListUsersResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_connect_node, 0);
