@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -119,7 +120,7 @@ func yamlNode(d *json.Decoder) (*yaml.Node, error) {
 	case json.Number:
 		n.Value = v.String()
 	case bool:
-		n.Value = fmt.Sprint(v)
+		n.Value = strconv.FormatBool(v)
 	case nil:
 		n.Value = "null"
 	}
