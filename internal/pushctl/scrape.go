@@ -1,7 +1,6 @@
 package pushctl
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -223,7 +222,7 @@ func quantile(q float64, counts map[float64]float64) float64 {
 	if total == 0 {
 		return math.NaN()
 	}
-	slices.SortFunc(bounds, func(a, b float64) int { return cmp.Compare(a, b) })
+	slices.Sort(bounds)
 	low, below := 0.0, 0.0
 	for _, bound := range bounds {
 		if count := counts[bound]; count >= q*total {
