@@ -331,7 +331,9 @@ func dev(t *testing.T, flags ...string) (address map[string]string, webSocket st
 			continue
 		case strings.HasPrefix(line, "Ctrl-C"):
 			return address, webSocket, lines
-		case ready && line != "":
+		case ready && (!strings.HasPrefix(line, "  ") || strings.HasPrefix(line, "  http")):
+			continue // words between them, and a link
+		case ready:
 			lines = append(lines, strings.TrimSpace(line))
 			continue
 		}
