@@ -37,7 +37,7 @@ const metricPrefix = "push_manager_"
 
 // shownMetrics are those of a snapshot, by the names of docs/metrics.md without the prefix and labels. Those with labels are
 // left out while they are 0.
-var shownMetrics = []string{ //nolint:gochecknoglobals // a constant
+var shownMetrics = []string{
 	"push_total", "push_success_total", "push_failed_total", "push_unknown_total", "push_offline_total", "push_stored_total",
 	"push_unsure_total", "push_acked_total", "push_duplicate_total", "push_async_open",
 	"api_requests_total", "api_inflight", "api_streams", "api_connections", "api_connections_waiting", "api_space_bytes",
@@ -208,7 +208,7 @@ func cut(text string) string {
 }
 
 // nodeColumns are in the order of appendNode.
-var nodeColumns = []string{ //nolint:gochecknoglobals // a constant
+var nodeColumns = []string{
 	"id", "address", "state", "connections", "links", "queued", "queued_bytes", "queued_ms", "unacked", "window", "unacked_ms",
 	"ack_p50_ms", "ack_p99_ms", "frames", "breaks", "stalls", "boot", "features", "trouble",
 }
@@ -273,7 +273,7 @@ func appendNode(b []byte, d *link.NodeDetails, bounds []float64, before []uint64
 }
 
 // callerColumns are in the order of callers.
-var callerColumns = []string{ //nolint:gochecknoglobals // a constant
+var callerColumns = []string{
 	"name", "tenant", "rate", "rate_left", "daily", "daily_used", "tenant_rate", "tenant_rate_left", "tenant_daily", "tenant_daily_used",
 	"tenant_in_flight", "tenant_in_flight_limit",
 }
