@@ -336,7 +336,7 @@ func TestWarningsAreTheLastOnesOfTheLogAndBounded(t *testing.T) {
 	log := slog.New(ring.Handler(slog.NewTextHandler(&inner, &slog.HandlerOptions{Level: slog.LevelError})))
 	log.Info("not kept")
 	log.With("node", "n-1").WithGroup("g").Warn("first", "a", 1, slog.Group("h", "b", "two\nlines"))
-	log.Warn(strings.Repeat("x", 10_000), "y", strings.Repeat("y", 10_000)) //nolint:sloglint // any program may
+	log.Warn(strings.Repeat("x", 10_000), "y", strings.Repeat("y", 10_000)) //nolint:sloglint // it is about long ones
 	log.Error("third", "err", errors.New("<img src=x onerror=alert(1)>"))
 	log.Warn("fourth")
 	if strings.Contains(inner.String(), "first") || !strings.Contains(inner.String(), "third") {

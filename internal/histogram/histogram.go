@@ -56,16 +56,13 @@ func Quantile(bounds []float64, counts, before []uint64, q float64) (value float
 	if total == 0 {
 		return 0, false
 	}
-	rest := q * total
+	rest, lower := q*total, 0.0
 	for i, upper := range bounds {
 		n := since(i)
 		if rest > n || n == 0 {
 			rest -= n
+			lower = upper
 			continue
-		}
-		lower := 0.0
-		if i > 0 {
-			lower = bounds[i-1] //nolint:gosec // i is above 0
 		}
 		return lower + (upper-lower)*rest/n, true
 	}
