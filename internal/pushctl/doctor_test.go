@@ -61,7 +61,7 @@ func (p *patient) serve(t *testing.T, options ...grpc.ServerOption) (address str
 }
 
 // nowhere are addresses of this machine at which nothing listens, for what a test is not about.
-var nowhere = []string{"--metrics=127.0.0.1:1", "--controller=127.0.0.1:1", "--etcd-endpoints=127.0.0.1:1", "--timeout=500ms"}
+var nowhere = []string{"--metrics=127.0.0.1:1", "--controller=127.0.0.1:1", "--etcd-endpoints=127.0.0.1:1", "--timeout=2s"}
 
 // examine runs doctor, and returns what it says of each check, the last of that name.
 func examine(t *testing.T, args ...string) (code int, found map[string]finding, order []string, all string) {
@@ -210,6 +210,7 @@ func TestDoctorKeepsTheTokenToItself(t *testing.T) {
 		"busy":        {status.Error(codes.ResourceExhausted, secret), checkWarn, "overloaded: (the token)"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // most of it is waiting for an etcd
 			p := &patient{status: healthpb.HealthCheckResponse_SERVING, explain: func(*pubsub.ExplainRequest) (*pubsub.ExplainResponse, error) { return nil, tc.err }}
 			_, found, _, all := examine(t, append([]string{"--address", p.serve(t), "--token-file", file}, nowhere...)...)
 			if f := found["caller"]; f.Verdict != tc.verdict || !strings.Contains(f.Seen, tc.seen) {
