@@ -56,7 +56,7 @@ func (a api) idField() string {
 }
 
 // ofJobs tells whether it is a method of BroadcastJobService.
-func (a api) ofJobs() bool { return a >= createJob && a < methods }
+func (a api) ofJobs() bool { return a >= createJob && a <= setJobRate }
 
 func (a api) kind() engine.Kind {
 	switch a {

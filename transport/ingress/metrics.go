@@ -112,7 +112,7 @@ func newInstruments(set *metrics.Set) *instruments {
 			continue
 		}
 		h, name := &m.apis[a], a.String()
-		if a > createJob { // all of that service count together
+		if a > createJob && a.ofJobs() { // all of that service count together
 			*h = m.apis[createJob]
 			continue
 		}
