@@ -239,6 +239,7 @@ func FuzzContexts(f *testing.F) {
 	f.Add([]byte("current: c\ncontexts:\n  c: {address: 'a:1', tls: true, token_file: /k}\n"))
 	f.Add([]byte("contexts: {c: }"))
 	f.Add([]byte("a: &a [*a]"))
+	f.Add([]byte("contexts: {}"))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		if len(text) > maxContexts {
 			return
@@ -254,6 +255,11 @@ func FuzzContexts(f *testing.F) {
 		c, err := parseContexts(again)
 		if err != nil {
 			t.Fatalf("%q became %q: %v", text, again, err)
+		}
+		for _, one := range []*book{b, c} {
+			if len(one.Contexts) == 0 {
+				one.Contexts = nil // as good as an empty one
+			}
 		}
 		was, _ := json.Marshal(b)
 		if is, _ := json.Marshal(c); string(was) != string(is) {

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
@@ -45,6 +46,7 @@ class Receiver implements Connection {
 describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   let stack: Stack;
   let node: ConnectNode;
+  let address: string;
   let client: Client;
   const errors: string[] = [];
   const states: string[] = [];
@@ -66,7 +68,7 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
   before(async () => {
     stack = await startStack(programs());
     node = makeNode("node-ts");
-    await node.start();
+    address = await node.start();
     await until(() => node.isReady);
     client = new Client({ address: stack.pushManager });
     const probe = await enter(node, "probe");
@@ -195,6 +197,50 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.ok(one.got[0]!.message.broadcast && two.texts[0] === "All");
     one.session!.end();
     two.session!.end();
+  });
+
+  test("a broadcast job reaches everybody once, in the order of their turns", async () => {
+    const users = Array.from({ length: 300 }, (_, i) => `j${i}`);
+    const receivers = await Promise.all(users.map((u) => enter(node, u)));
+    const [host, port] = stack.pushManager.split(":");
+    const job = start(join(programs(), "pushctl"), ["jobs", "create", "ts", "Sale", "--everybody", "--rate", "500", "--watch", "--address", `${host}:${port}`]);
+    assert.equal(await job.ended, 0, job.output);
+    assert.deepEqual(receivers.map((r) => r.texts), users.map(() => ["Sale"]));
+    for (const r of receivers) r.session!.end();
+  });
+
+  test("users are listed in pages, each once, whoever asks for how many", async () => {
+    const users = Array.from({ length: 500 }, (_, i) => `l${i}`);
+    const receivers = await Promise.all(users.map((u) => enter(node, u)));
+    const asked = new GrpcClient(address, credentials.createInsecure());
+    const page = async (first: bigint, limit: number, scope = ""): Promise<{ users: string[]; last: bigint }> => {
+      const request = new BinaryWriter().tag(1, WireType.Bit64).fixed64(first).tag(2, WireType.Varint).uint32(limit).tag(3, WireType.LengthDelimited).string(scope).finish();
+      const reply = new BinaryReader(await new Promise<Buffer>((resolve, reject) => {
+        const done = (e: ServiceError | null, b?: Buffer): void => (b !== undefined ? resolve(b) : reject(e));
+        asked.makeUnaryRequest("/pubsub.ConnectNodeService/ListUsers", (b: Uint8Array) => Buffer.from(b), (b: Buffer) => b, request, done);
+      }));
+      const found = { users: [] as string[], last: 0n };
+      while (reply.pos < reply.len) {
+        if (reply.tag()[0] === 1) found.users.push(reply.string());
+        else found.last = BigInt(reply.fixed64());
+      }
+      return found;
+    };
+    const turnOf = (user: string): bigint => createHash("sha256").update(user).digest().readBigUInt64BE(0);
+    const listed: string[] = [];
+    for (let first = 0n; ; ) {
+      const p = await page(first, 7);
+      assert.ok(p.users.length <= 7);
+      listed.push(...p.users);
+      if (p.last === 0xffff_ffff_ffff_ffffn) break;
+      first = p.last + 1n;
+    }
+    assert.deepEqual(listed, [...users].sort((a, b) => (turnOf(a) < turnOf(b) ? -1 : 1)));
+    assert.equal(turnOf("alice"), 3159282601090220207n);
+    assert.deepEqual((await page(0n, 0, "shop/")).users, []);
+    await assert.rejects(page(0n, 0, "Not a tenant"), /scope/);
+    asked.close();
+    for (const r of receivers) r.session!.end();
   });
 
   test("the node is back in etcd when its lease is lost", async () => {

@@ -6,11 +6,12 @@ import {
 import { Handover } from "./acks.js";
 import { Registration, type EtcdConfig } from "./etcd.js";
 import {
-  BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
+  BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, ListUsersRequestSchema, ListUsersResponseSchema, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
   PushMessageRequestSchema, PushMessageResponseSchema,
-  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Hello, type PushMessageBatchRequest, type PushMessageBatchResponse,
+  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Hello, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
+import { Listing } from "./listing.js";
 import { Reporter, reserved } from "./membership.js";
 import { clock, messageOf, worth, type Message, type Options, type Outcome } from "./message.js";
 import type { Confirmation } from "./receipts.js";
@@ -119,6 +120,7 @@ const service: ServiceDefinition = {
   pushMessage: unary("PushMessage", PushMessageRequestSchema, PushMessageResponseSchema),
   pushMessageBatch: unary("PushMessageBatch", PushMessageBatchRequestSchema, PushMessageBatchResponseSchema),
   broadcast: unary("Broadcast", BroadcastRequestSchema, BroadcastResponseSchema),
+  listUsers: unary("ListUsers", ListUsersRequestSchema, ListUsersResponseSchema),
   deliver: {
     path: "/pubsub.ConnectNodeService/Deliver", requestStream: true, responseStream: true,
     // Frames are taken apart by the stream, which says what is wrong with them.
@@ -137,6 +139,7 @@ export class ConnectNode {
 
   private readonly cfg: Required<Pick<Config, "nodeId" | "listen" | "maxAudienceMembers" | "maxUnacked" | "maxStreams" | "maxSessions">> & Config;
   private readonly users = new Map<string, readonly Session[]>();
+  private readonly listing = new Listing(this.users);
   private readonly streams = new Set<Stream>();
   private readonly seats = new Map<string, { newest: Stream; streams: number }>();
   private readonly replays: Replays;
@@ -232,6 +235,7 @@ export class ConnectNode {
       pushMessage: this.answer((r: PushMessageRequest) => this.pushMessage(r)),
       pushMessageBatch: this.answer((r: PushMessageBatchRequest) => this.pushMessageBatch(r)),
       broadcast: this.answer((r: BroadcastRequest) => this.pushToAll(r)),
+      listUsers: (call: ServerUnaryCall<ListUsersRequest, ListUsersResponse>, callback: sendUnaryData<ListUsersResponse>) => void this.listUsers(call, callback),
       deliver: (call: DeliverCall) => this.accept(call),
     });
     const port = await new Promise<number>((resolve, reject) => {
@@ -405,6 +409,21 @@ export class ConnectNode {
     }
   }
 
+  /** It answers while the node drains, too: whom a job does not find it does not come back to. */
+  private async listUsers(call: ServerUnaryCall<ListUsersRequest, ListUsersResponse>, callback: sendUnaryData<ListUsersResponse>): Promise<void> {
+    try {
+      if (!this.mayCall(call)) throw new StreamEnd(status.PERMISSION_DENIED, notManager);
+      callback(null, await this.listing.list(call.request));
+    } catch (error) {
+      this.failed(error, callback);
+    }
+  }
+
+  private failed<O>(error: unknown, callback: sendUnaryData<O>): void {
+    if (!(error instanceof StreamEnd)) this.caught("unary", error);
+    callback(error instanceof StreamEnd ? { code: error.code, details: error.message } : { code: status.UNKNOWN, details: "internal error of the node" });
+  }
+
   private answer<I, O>(f: (r: I) => O): (call: ServerUnaryCall<I, O>, callback: sendUnaryData<O>) => void {
     return (call, callback) => {
       try {
@@ -413,8 +432,7 @@ export class ConnectNode {
         if (this.isDraining) throw new StreamEnd(status.FAILED_PRECONDITION, "node is draining");
         callback(null, f(call.request));
       } catch (error) {
-        if (!(error instanceof StreamEnd)) this.caught("unary", error);
-        callback(error instanceof StreamEnd ? { code: error.code, details: error.message } : { code: status.UNKNOWN, details: "internal error of the node" });
+        this.failed(error, callback);
       }
     };
   }

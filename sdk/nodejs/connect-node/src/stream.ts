@@ -27,7 +27,7 @@ const slice = 10;
 const defaultAckTimeout = 2000;
 /** Of the texts of a delivery that connections remember: more than any manager sends. */
 const maxKeyBytes = 512;
-const tenantScope = /^[a-z0-9][a-z0-9-]{0,30}\/$/;
+export const tenantScope = /^[a-z0-9][a-z0-9-]{0,30}\/$/;
 
 export type DeliverCall = ServerDuplexStream<Buffer, DeliverResponse>;
 
