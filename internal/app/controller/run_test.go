@@ -41,17 +41,24 @@ func TestControllerSaysThatItWarmsUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		resp, err := http.Get("http://" + c.HTTPAddr() + "/readyz")
-		if err != nil {
-			t.Fatal(err)
+		readyz := func() (int, string) {
+			resp, err := http.Get("http://" + c.HTTPAddr() + "/readyz")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = resp.Body.Close() }()
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			return resp.StatusCode, string(body)
 		}
-		body, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Error(err)
+		code, body := readyz()
+		for end := time.Now().Add(10 * time.Second); body == "starting\n" && time.Now().Before(end); code, body = readyz() {
+			time.Sleep(time.Millisecond)
 		}
-		_ = resp.Body.Close()
-		if resp.StatusCode != http.StatusOK || strings.Contains(string(body), "warming up: ") != warming {
-			t.Errorf("WARMUP=%q: %s %q", warmup, resp.Status, body)
+		if code != http.StatusOK || strings.Contains(body, "warming up: ") != warming {
+			t.Errorf("WARMUP=%q: %d %q", warmup, code, body)
 		}
 		conn, err := grpc.NewClient(c.GRPCAddr(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
