@@ -23,12 +23,17 @@ import (
 type fullDisk struct {
 	clientv3.KV
 
+	before func(n int64) // each transaction; nil: nothing
+
 	full  atomic.Bool
 	asked atomic.Int64 // transactions
 }
 
 func (f *fullDisk) Txn(ctx context.Context) clientv3.Txn {
-	f.asked.Add(1)
+	n := f.asked.Add(1)
+	if f.before != nil {
+		f.before(n)
+	}
 	if f.full.Load() {
 		return refused{}
 	}
@@ -184,5 +189,66 @@ func crowdOfMakers(t *testing.T, etcd *etcdtest.Server) {
 	makers.Wait()
 	if n := made.Load(); n != 8 {
 		t.Errorf("%d jobs were made, 8 may be", n)
+	}
+}
+
+// Who leaves at the last moment is answered all the same, so that the audit log has what was done.
+func leavesEarly(t *testing.T, etcd *etcdtest.Server) {
+	w, disk := newWorld(t, etcd, "n1"), new(fullDisk)
+	ctx, leave := context.WithCancel(t.Context())
+	last := int64(3) // of Create: there is none, there is room, it is made
+	disk.before = func(n int64) {
+		if n == last {
+			leave()
+		}
+	}
+	m := w.manager("m1", disk.under)
+	later := everybody(1)
+	later.StartTime = timestamppb.New(time.Now().Add(time.Hour))
+	if _, created, err := m.Create(ctx, "", "", "j", engine.Low, later); err != nil || !created {
+		t.Errorf("created %v: %v", created, err)
+	}
+	last = 5 // of Pause: it is read, it is written
+	ctx, leave = context.WithCancel(t.Context())
+	if _, err := m.Pause(ctx, "", "j"); err != nil || ctx.Err() == nil {
+		t.Error(err, ctx.Err())
+	}
+}
+
+// Pages are cut before they are more than a client takes.
+func largePages(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	m := w.manager("m1", nil)
+	r, err := newRecord(everybody(1), 1, time.Now())
+	ok(t, err)
+	r.State, r.Ended = cancelled, time.Now()
+	for i := range failuresMost {
+		r.Failures = append(r.Failures, failure{Node: fmt.Sprintf("%064d", i), Reason: strings.Repeat("x", textMax), Users: 1})
+	}
+	const n = 500
+	for i := range n {
+		_, err := m.store.create(t.Context(), key{"", fmt.Sprintf("j%03d", i)}, nil, &r)
+		ok(t, err)
+	}
+	seen, pages := 0, 0
+	for token := ""; ; {
+		jobs, next, err := m.List(t.Context(), "", token, PageMost)
+		ok(t, err)
+		if size := (&pubsub.ListJobsResponse{Jobs: jobs}).SizeVT(); size > 2<<20 || len(jobs) == 0 {
+			t.Fatalf("%d jobs, %d bytes", len(jobs), size)
+		}
+		for _, j := range jobs {
+			if want := fmt.Sprintf("j%03d", seen); j.GetJobId() != want {
+				t.Fatalf("%s, want %s", j.GetJobId(), want)
+			}
+			seen++
+		}
+		pages++
+		if token = next; token == "" {
+			break
+		}
+	}
+	if seen != n || pages < 2 {
+		t.Errorf("%d jobs in %d pages", seen, pages)
 	}
 }

@@ -53,6 +53,8 @@ func TestJobs(t *testing.T) {
 		"a pause when all turns are over does not keep a job for ever": pausedTooLate,
 		"ids that cannot be pushed to cost nobody else the message":    oddIDs,
 		"calls at the same moment do not make too many jobs":           crowdOfMakers,
+		"a caller who leaves when it is written is answered":           leavesEarly,
+		"pages are no larger than clients take":                        largePages,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -30,6 +30,8 @@ const (
 	PageDefault = 100
 	// PageMost is how many it may have.
 	PageMost = 1000
+	// pageBytes is how large a page is about at most: clients take 4 MiB unless they are told otherwise.
+	pageBytes = 1 << 20
 	// idBytes is how long the id of a job may be.
 	idBytes = 64
 )
@@ -349,7 +351,7 @@ func (s *Service) add(ctx context.Context, k key, spec []byte, r *record) (made 
 	case all >= int64(s.cfg.Most), k.tenant != "" && own >= int64(max(s.cfg.Most/4, 1)):
 		return false, ErrFull
 	}
-	return s.store.create(ctx, k, spec, r)
+	return s.store.create(context.WithoutCancel(ctx), k, spec, r) // a caller who leaves now would have made it, and nobody would write that down
 }
 
 // Get answers a job.
@@ -376,11 +378,17 @@ func (s *Service) List(ctx context.Context, tenant, after string, size int) (job
 	if err != nil {
 		return nil, "", err
 	}
+	bytes := 0
 	for i, r := range records {
-		jobs = append(jobs, r.show(names[i], nil, time.Now()))
+		job := r.show(names[i], nil, time.Now())
+		if bytes += job.SizeVT(); bytes > pageBytes && i > 0 {
+			more = true
+			break
+		}
+		jobs = append(jobs, job)
 	}
-	if more && len(names) > 0 {
-		next = names[len(names)-1]
+	if more && len(jobs) > 0 {
+		next = names[len(jobs)-1]
 	}
 	return jobs, next, nil
 }
@@ -425,7 +433,7 @@ func (s *Service) change(ctx context.Context, tenant, id string, f func(*record)
 			return nil, err
 		}
 		if changed {
-			_, err = s.store.write(ctx, k, &next, cur.rev)
+			_, err = s.store.write(context.WithoutCancel(ctx), k, &next, cur.rev) // as in add
 		}
 		switch {
 		case err == nil:
