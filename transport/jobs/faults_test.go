@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -250,5 +251,14 @@ func largePages(t *testing.T, etcd *etcdtest.Server) {
 	}
 	if seen != n || pages < 2 {
 		t.Errorf("%d jobs in %d pages", seen, pages)
+	}
+}
+
+// A node's own words stand in the record, which must not grow by them.
+func TestWhatHoldsAJobUpIsALine(t *testing.T) {
+	r := new(run)
+	r.stalls(strings.Repeat("x\n\xff", 1<<20))
+	if text := r.heldUp(time.Now()); len(text) > 2*textMax || !utf8.ValidString(text) || strings.Contains(text, "\n") {
+		t.Errorf("%d bytes: %.50q", len(text), text)
 	}
 }

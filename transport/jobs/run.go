@@ -15,6 +15,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/pause"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -465,7 +466,7 @@ func (r *run) currentState() string {
 func (r *run) stalls(why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.hold, r.held = why, time.Now()
+	r.hold, r.held = plain.Line(why, textMax), time.Now() // it may be a node's own words, and stands in etcd
 }
 
 // heldUp is what holds the job up now, "" for nothing.
