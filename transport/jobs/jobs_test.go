@@ -46,6 +46,15 @@ func TestJobs(t *testing.T) {
 		"a Controller that is away holds a job up":                     controllerAway,
 		"a watcher sees a job to its end":                              watches,
 		"lists have pages":                                             lists,
+		"an etcd that refuses writes is not asked all the time":        diskFull,
+		"nobody gets it behind the deadline, however late etcd is":     tooLate,
+		"a run ends when its job is taken away":                        takenAway,
+		"a job that cannot be read is tried once a second":             unreadable,
+		"a pause when all turns are over does not keep a job for ever": pausedTooLate,
+		"ids that cannot be pushed to cost nobody else the message":    oddIDs,
+		"calls at the same moment do not make too many jobs":           crowdOfMakers,
+		"a caller who leaves when it is written is answered":           leavesEarly,
+		"pages are no larger than clients take":                        largePages,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -241,14 +241,14 @@ func (r *record) judge(now time.Time) bool {
 	switch bad := float64(r.BadSince); {
 	case r.ended():
 		return false
-	case r.State == running && r.Done && r.Open == 0:
+	case (r.State == running || r.State == paused) && r.Done && r.Open == 0: // a pause that came too late stops nothing
 		r.State, r.Reason, r.Ended = succeeded, "", now
 		if n := len(r.PassedBy); n > 0 {
 			r.Reason = "users of " + plural(n, "node") + " had no turn: node_failures says why"
 		}
 	case !r.Done && !now.Before(r.Deadline):
 		r.State, r.Reason, r.Ended = failed, "the deadline passed before everybody had a turn", now
-	case r.State == running && r.MaxFailedRatio > 0 && r.SeenSince >= ratioFrom && bad > r.MaxFailedRatio*float64(r.SeenSince):
+	case r.State == running && !r.Done && r.MaxFailedRatio > 0 && r.SeenSince >= ratioFrom && bad > r.MaxFailedRatio*float64(r.SeenSince):
 		r.State, r.Reason = paused, fmt.Sprintf("%d of the last %d users failed or are unknown, which is more than max_failed_ratio", r.BadSince, r.SeenSince)
 	case r.State == pending && !now.Before(r.Start):
 		r.State, r.Began = running, now

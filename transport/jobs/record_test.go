@@ -66,6 +66,9 @@ func TestStatesFollowEachOther(t *testing.T) {
 		"done beats the deadline":              {record{State: running, Done: true, Deadline: now, Open: 5}, judge, running, false, nil},
 		"too many failed":                      {record{State: running, MaxFailedRatio: 0.1, SeenSince: 100, BadSince: 11}, judge, paused, true, nil},
 		"not too many failed":                  {record{State: running, MaxFailedRatio: 0.1, SeenSince: 100, BadSince: 10}, judge, running, false, nil},
+		"a pause that came too late ends":      {record{State: paused, Done: true, Deadline: now, Counts: counts{Delivered: 1}}, judge, succeeded, true, nil},
+		"paused with users who are open waits": {record{State: paused, Done: true, Open: 1}, judge, paused, false, nil},
+		"nobody is left to be saved":           {record{State: running, Done: true, Open: 1, MaxFailedRatio: 0.1, SeenSince: 100, BadSince: 11}, judge, running, false, nil},
 		"too few are known":                    {record{State: running, MaxFailedRatio: 0.1, SeenSince: 99, BadSince: 99}, judge, running, false, nil},
 		"no ratio, no pause":                   {record{State: running, SeenSince: 100, BadSince: 100}, judge, running, false, nil},
 	} {

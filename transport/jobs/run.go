@@ -15,6 +15,7 @@ import (
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/pause"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -42,6 +43,7 @@ const (
 var (
 	errPanic = errors.New("internal error")
 	errLost  = errors.New("another instance runs the job")
+	errLate  = errors.New("the deadline of the job has passed")
 )
 
 // run is a job that this instance runs.
@@ -54,6 +56,7 @@ type run struct {
 	own      *ownership
 	content  engine.Content
 	priority engine.Priority
+	deadline time.Time
 
 	// Owned by loop.
 	base     record
@@ -120,7 +123,7 @@ func (r *run) begin(ctx context.Context) error {
 			r.svc.cfg.Logger.Warn("job taken over, and some of its users are unknown", "tenant", r.key.tenant, "job", r.key.id, "users", lost)
 		}
 		r.base, r.rev, r.spec, r.state = next, rev, spec, next.State
-		r.priority = next.Priority
+		r.priority, r.deadline = next.Priority, next.Deadline
 		c := spec.GetContent()
 		r.content = engine.Content{Present: true, DataLen: len(c.GetData()), MetadataEntries: len(c.GetMetadata()), Timestamp: c.GetTimestamp()}
 		for k, v := range c.GetMetadata() {
@@ -136,6 +139,7 @@ func (r *run) begin(ctx context.Context) error {
 // then is waited for until ctx ends.
 func (r *run) loop(ctx context.Context, stop <-chan struct{}) error {
 	defer r.pushes.Wait()
+	defer r.giveUp() // or what was not sent would be tried for ever once another instance runs the job
 	defer r.pages.drop()
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
@@ -193,20 +197,18 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 		switch {
 		case errors.Is(err, ErrUnknown):
 			return errLost // somebody has deleted it
-		case err != nil: // the write may have been made, or be made yet
-			if !pause.For(ctx, wait) {
-				return ctx.Err()
-			}
-			wait = min(2*wait, againLast)
-		case cur.Run != r.base.Run:
+		case err == nil && cur.Run != r.base.Run:
 			return errLost
-		case cur.Write == p.record.Write: // it was made
+		case err == nil && cur.Write == p.record.Write: // it was made
 			r.done(ctx, p, *cur) // and a caller may have changed the job since
 			return nil
-		case cur.rev == r.rev: // it was not, and what is made once more is the same
-		default: // a caller has changed the job, so it never will be
+		case err == nil && cur.rev != r.rev: // a caller has changed the job, so it never will be
 			r.follow(*cur)
 			p = nil
+		case !pause.For(ctx, wait): // it was not made, or may be made yet. What is made once more is the same
+			return ctx.Err()
+		default:
+			wait = min(2*wait, againLast)
 		}
 	}
 }
@@ -348,7 +350,7 @@ func (r *run) launch(ctx context.Context, users []user) {
 		if len(rooms) > 0 {
 			room = r.scope + rooms[i]
 		}
-		for list := range slices.Chunk(all, pushUsers) {
+		for list := range slices.Chunk(all, min(pushUsers, r.svc.cfg.Engine.Limits().Users)) {
 			r.pushes.Go(func() { r.push(ctx, room, list) })
 		}
 	}
@@ -372,6 +374,10 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 	}
 	e := r.svc.cfg.Engine
 	for wait := againFirst; ; wait = min(2*wait, againLast) {
+		if !time.Now().Before(r.deadline) { // etcd may have been away for long between the plan and its write
+			fails(errLate)
+			return
+		}
 		p := &engine.Push{Request: engine.Request{
 			Kind: engine.ToUsers, Users: users, Scope: r.scope, Payload: r.payload, Content: r.content, Priority: r.priority,
 		}}
@@ -393,14 +399,14 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 		}
 		// Nothing was sent.
 		for {
-			switch r.currentState() {
-			case running:
-			case paused: // until it goes on
+			switch state := r.currentState(); {
+			case state == paused && time.Now().Before(r.deadline): // until it goes on
 				if !pause.For(ctx, pause.Jitter(wait)) {
 					fails(err)
 					return
 				}
 				continue
+			case state == running, state == paused:
 			default:
 				fails(err)
 				return
@@ -460,7 +466,7 @@ func (r *run) currentState() string {
 func (r *run) stalls(why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.hold, r.held = why, time.Now()
+	r.hold, r.held = plain.Line(why, textMax), time.Now() // it may be a node's own words, and stands in etcd
 }
 
 // heldUp is what holds the job up now, "" for nothing.

@@ -30,6 +30,8 @@ const (
 	PageDefault = 100
 	// PageMost is how many it may have.
 	PageMost = 1000
+	// pageBytes is how large a page is about at most: clients take 4 MiB unless they are told otherwise.
+	pageBytes = 1 << 20
 	// idBytes is how long the id of a job may be.
 	idBytes = 64
 )
@@ -42,6 +44,7 @@ type Service struct {
 	store   *store
 	metrics *instruments
 	wake    chan struct{} // has room for one: somebody has changed a job
+	adding  chan struct{} // has room for one: a job is being made
 	stop    chan struct{} // closed by Close
 	stopped sync.Once
 	wg      sync.WaitGroup
@@ -66,7 +69,7 @@ func New(cfg Config) (*Service, error) {
 	cfg = cfg.withDefaults()
 	return &Service{
 		cfg: cfg, store: &store{client: cfg.Client, prefix: Prefix, timeout: cfg.RequestTimeout}, metrics: newInstruments(cfg.Metrics),
-		wake: make(chan struct{}, 1), stop: make(chan struct{}), table: map[key]*stored{}, changes: make(chan struct{}), running: map[key]bool{},
+		wake: make(chan struct{}, 1), adding: make(chan struct{}, 1), stop: make(chan struct{}), table: map[key]*stored{}, changes: make(chan struct{}), running: map[key]bool{},
 	}, nil
 }
 
@@ -240,7 +243,12 @@ func (s *Service) run(ctx context.Context, k key, own *ownership) {
 	s.mu.Unlock()
 	s.metrics.running.Add(1)
 	s.wg.Go(func() {
-		defer s.lookSoon()
+		ran := false
+		defer func() {
+			if ran { // what fails at once is not tried again at once
+				s.lookSoon()
+			}
+		}()
 		defer s.metrics.running.Add(-1)
 		defer func() {
 			s.mu.Lock()
@@ -255,6 +263,7 @@ func (s *Service) run(ctx context.Context, k key, own *ownership) {
 			s.cfg.Logger.Info("job runs here", "tenant", k.tenant, "job", k.id, "state", r.base.State)
 			err = r.loop(ctx, s.stop)
 			s.cfg.Logger.Info("job does not run here any more", "tenant", k.tenant, "job", k.id, "state", r.base.State, "targets", r.base.targets())
+			ran = err == nil
 		}
 		if err != nil && !errors.Is(err, errLost) && !errors.Is(err, ErrUnknown) && ctx.Err() == nil {
 			s.cfg.Logger.Warn("job is left to others", "tenant", k.tenant, "job", k.id, "error", err)
@@ -312,18 +321,11 @@ func (s *Service) Create(ctx context.Context, tenant, caller, id string, priorit
 			return nil, false, err
 		}
 		r.CreatedBy, r.Priority = caller, priority
-		own, all, err := s.store.count(ctx, tenant)
-		switch {
-		case err != nil:
-			return nil, false, err
-		case all >= int64(s.cfg.Most), tenant != "" && own >= int64(max(s.cfg.Most/4, 1)):
-			return nil, false, ErrFull
-		}
 		bytes, err := proto.MarshalOptions{Deterministic: true}.Marshal(spec)
 		if err != nil {
 			return nil, false, fmt.Errorf("encode the spec of a job: %w", err)
 		}
-		made, err := s.store.create(ctx, k, bytes, &r)
+		made, err := s.add(ctx, k, bytes, &r)
 		if err != nil {
 			return nil, false, err
 		}
@@ -332,6 +334,24 @@ func (s *Service) Create(ctx context.Context, tenant, caller, id string, priorit
 			return r.show(id, spec, time.Now()), true, nil
 		}
 	}
+}
+
+// add writes a new job if so many may be kept: one after the other, so that calls at the same moment are not too many together.
+func (s *Service) add(ctx context.Context, k key, spec []byte, r *record) (made bool, err error) {
+	select {
+	case s.adding <- struct{}{}:
+		defer func() { <-s.adding }()
+	case <-ctx.Done():
+		return false, unavailable(ctx.Err())
+	}
+	own, all, err := s.store.count(ctx, k.tenant)
+	switch {
+	case err != nil:
+		return false, err
+	case all >= int64(s.cfg.Most), k.tenant != "" && own >= int64(max(s.cfg.Most/4, 1)):
+		return false, ErrFull
+	}
+	return s.store.create(context.WithoutCancel(ctx), k, spec, r) // a caller who leaves now would have made it, and nobody would write that down
 }
 
 // Get answers a job.
@@ -358,11 +378,17 @@ func (s *Service) List(ctx context.Context, tenant, after string, size int) (job
 	if err != nil {
 		return nil, "", err
 	}
+	bytes := 0
 	for i, r := range records {
-		jobs = append(jobs, r.show(names[i], nil, time.Now()))
+		job := r.show(names[i], nil, time.Now())
+		if bytes += job.SizeVT(); bytes > pageBytes && i > 0 {
+			more = true
+			break
+		}
+		jobs = append(jobs, job)
 	}
-	if more && len(names) > 0 {
-		next = names[len(names)-1]
+	if more && len(jobs) > 0 {
+		next = names[len(jobs)-1]
 	}
 	return jobs, next, nil
 }
@@ -407,7 +433,7 @@ func (s *Service) change(ctx context.Context, tenant, id string, f func(*record)
 			return nil, err
 		}
 		if changed {
-			_, err = s.store.write(ctx, k, &next, cur.rev)
+			_, err = s.store.write(context.WithoutCancel(ctx), k, &next, cur.rev) // as in add
 		}
 		switch {
 		case err == nil:

@@ -234,7 +234,12 @@ func (p *pages) readNodes(ctx context.Context, line *ids.Line) error {
 			continue
 		}
 		for _, user := range answers[i].users {
-			if strings.HasPrefix(user, p.run.scope) {
+			own, in := strings.CutPrefix(user, p.run.scope)
+			switch {
+			case !in:
+			case ids.Check(own, cfg.Engine.Limits().IDBytes) != nil: // it would have all that are in one push with it refused
+				p.tell("ids of node "+nodes[i], failure{Node: nodes[i], Reason: "failed: ids of users that cannot be pushed to"}, false)
+			default:
 				line.Add(user)
 			}
 		}

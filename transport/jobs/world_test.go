@@ -225,7 +225,9 @@ func (w *world) manager(name string, change func(*Config)) *manager {
 		list = append(list, link.Node{ID: n.id, Addr: n.addr})
 	}
 	ok(t, links.Update(list))
-	e, err := engine.New(engine.Config{Shards: shards, Directory: directory, Network: links})
+	e, err := engine.New(engine.Config{
+		Shards: shards, Directory: directory, Network: links, Limits: engine.Limits{Users: 300}, // fewer than jobs push to at a time, if they may
+	})
 	ok(t, err)
 	m := &manager{w: w, name: name, client: etcdtest.NewClient(t, w.etcd.Endpoint()), set: metrics.NewSet()}
 	cfg := Config{

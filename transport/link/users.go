@@ -35,7 +35,7 @@ func (s *Set) NodeIDs() []string {
 }
 
 // ListUsers asks a node for users whose ids begin with scope and whose turn is first or later, limit of them at most, ordered by turn. Each
-// user from first up to and with the turn last is named. The error is or wraps one of those above, or is the node's.
+// user from first up to and with the turn last is named. Ids are as the node has them, and may be none that can be pushed to. The error is or wraps one of those above, or is the node's.
 func (s *Set) ListUsers(ctx context.Context, node string, first uint64, limit int, scope string) (users []string, last uint64, err error) {
 	conn := s.connOf(node)
 	if conn == nil {
@@ -71,10 +71,13 @@ func listed(users []string, first, last uint64, scope string) bool {
 	before := first
 	for _, user := range users {
 		turn := ids.Turn(user)
-		if turn < before || turn > last || !strings.HasPrefix(user, scope) || ids.Check(user, ids.MaxScopedBytes) != nil {
+		if turn < before || turn > last || !strings.HasPrefix(user, scope) {
 			return false
 		}
 		before = turn
+	}
+	if last != ids.LastTurn && (len(users) == 0 || before != last) { // nobody was left out: whoever goes on behind it would ask for ever
+		return false
 	}
 	return last >= first && len(slices.Compact(slices.Clone(users))) == len(users)
 }
