@@ -243,7 +243,8 @@ export class PushClient {
       case "left": this.#setRooms(rooms => rooms.delete(room)); return;
       case "refreshed": this.#tellToken(m.expires * 1000); return;
       case "error":
-        if (room !== undefined && !this.#joined.has(room)) this.#mine.delete(room); // it would be refused again
+        // A text begins with the field that is at fault. A node that only leaves says so of no field: the next one lets us in.
+        if (room !== undefined && !this.#joined.has(room) && String(m.message).startsWith("room_id:")) this.#mine.delete(room); // it would be refused again
         this.#error("gateway", String(m.message), room === undefined ? {} : { room });
         return;
       case "resume": case "gap": break; // in order with the pushes

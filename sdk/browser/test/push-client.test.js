@@ -397,6 +397,16 @@ test("the room of the address is left if the page has left it before the connect
   assert.deepEqual(FakeSocket.last.open().messages, [{ type: "join", room_id: "b" }, { type: "leave", room_id: "a" }]);
 });
 
+test("a room that is asked for at a node that leaves is joined at the next one", () => {
+  const client = make();
+  client.connect();
+  FakeSocket.last.open();
+  client.join("r");
+  FakeSocket.last.says({ type: "error", message: "node is going", room_id: "r" }).ends(1001);
+  mock.timers.tick(20_000);
+  assert.equal(FakeSocket.last.url.searchParams.get("room_id"), "r");
+});
+
 test("a mistake of the page in a callback ends nothing, and is not hidden", t => {
   const caught = [];
   globalThis.reportError = e => caught.push(e.message);
