@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { mkdtempSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { getEventListeners } from "node:events";
 import { test } from "node:test";
 import { status } from "@grpc/grpc-js";
 import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
@@ -83,6 +84,32 @@ test("repeats end with the tries, with the deadline and with the budget", async 
     for (let i = 0; i < 10; i++) await error(client.pushToUser("alice", "x"));
     assert.equal(fake.came.length, 10 + 5);
   });
+});
+
+test("a token that never comes ends pushes with their time, and keeps no Stream from its end", async () => {
+  await withFake(() => delivered, { token: () => new Promise<string>(() => undefined), timeout: 200 }, async (client, fake) => {
+    const e = await error(client.pushToUser("alice", "x"));
+    assert.deepEqual([e.code, e.notSent], [status.DEADLINE_EXCEEDED, true]);
+    const stream = client.stream();
+    const p = await stream.send({ user: "alice" }, "x", { timeout: 60_000 });
+    await stream.close(10);
+    assert.ok((await error(p.wait())).notSent);
+    assert.equal(fake.came.length, 0);
+  });
+});
+
+test("while no instance is there, waiting leaves nothing behind", async () => {
+  const client = new Client({ address: `127.0.0.1:${await freePort()}`, timeout: 1500 });
+  const stop = new AbortController();
+  const stream = client.stream();
+  const p = await stream.send({ user: "alice" }, "x");
+  assert.equal((await error(client.pushToUser("alice", "x", { signal: stop.signal }))).code, status.DEADLINE_EXCEEDED);
+  const listeners = (signal: AbortSignal): number => getEventListeners(signal, "abort").length;
+  assert.equal(listeners(stop.signal), 0);
+  assert.ok(listeners((stream as unknown as { stopped: AbortController }).stopped.signal) <= 1);
+  assert.ok((await error(p.wait())).notSent);
+  await stream.close();
+  client.close();
 });
 
 test("an answer that is no account leaves the push unknown", async () => {

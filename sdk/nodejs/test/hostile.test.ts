@@ -94,6 +94,24 @@ describe("a node and what may come from outside", { timeout: 60_000 }, () => {
     assert.ok(got.includes("before") && !got.includes("gap"));
   });
 
+  test("a callback that is an async function and fails ends its own connection, and not the process", async () => {
+    const told: string[] = [];
+    const own = new ConnectNode({ nodeId: "async", listen: "127.0.0.1:0", onError: (what) => told.push(what) });
+    const to = new Client(await own.start(), credentials.createInsecure());
+    const closed: string[] = [];
+    const fails = async (): Promise<void> => {
+      await Promise.resolve();
+      throw new Error("write");
+    };
+    own.connect({ send: fails, buffered: () => 0, joined: fails, close: (why) => void closed.push(why) }, { user: "alice" });
+    const request = bytesOf((w) => w.tag(1, WireType.LengthDelimited).string("alice").tag(3, WireType.LengthDelimited).fork().tag(2, WireType.LengthDelimited).string("x").join());
+    await new Promise((go) => to.makeUnaryRequest("/pubsub.ConnectNodeService/PushMessage", (b: Buffer) => b, (b: Buffer) => b, request, go));
+    await until(() => closed.length > 0 && told.length >= 2);
+    assert.deepEqual([closed, told.sort()], [["broken"], ["joined", "send"]]);
+    to.close();
+    await own.stop(500);
+  });
+
   test("unary calls that make no sense are refused, and nothing is done", async () => {
     const call = (method: string, request: Buffer): Promise<status> => new Promise((go) => {
       client.makeUnaryRequest(`/pubsub.ConnectNodeService/${method}`, (b: Buffer) => b, (b: Buffer) => b, request, (e: ServiceError | null) => go(e?.code ?? status.OK));

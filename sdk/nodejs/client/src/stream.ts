@@ -6,7 +6,7 @@ import { errorOf, errorOfStatus, isOfMessage, PushError, unusable } from "./erro
 import { PushStreamResponseSchema, type PushStreamResponse } from "./gen/push_manager_pb.js";
 import { encode, type Kind, type Message, type PushOptions, type Target } from "./message.js";
 import { resultOf, type Result } from "./result.js";
-import { backoff, Tries, type Budget } from "./retry.js";
+import { backoff, pause, Tries, type Budget } from "./retry.js";
 
 /** Bounds a Stream. */
 export interface StreamConfig {
@@ -227,13 +227,7 @@ export class Stream {
       const { answered, delay } = await this.serve();
       failures = answered ? 0 : failures + 1;
       if (this.isStopped || (this.isClosed && this.left === 0)) return;
-      await new Promise<void>((go) => {
-        const timer = setTimeout(go, Math.min(delay ?? backoff(failures), maxReopen));
-        this.stopped.signal.addEventListener("abort", () => {
-          clearTimeout(timer);
-          go();
-        }, { once: true });
-      });
+      await pause(Math.min(delay ?? backoff(failures), maxReopen), this.stopped.signal);
     }
   }
 
@@ -243,7 +237,7 @@ export class Stream {
     if (client === undefined) return { answered: false, delay: 50 }; // Whose time is over is ended by sweep.
     let metadata;
     try {
-      metadata = await this.channels.metadata();
+      metadata = await this.channels.metadata(Date.now() + this.timeout, this.stopped.signal);
     } catch (error) {
       const queue = this.queue.splice(0);
       for (const p of queue) p.tries.note(error as PushError);

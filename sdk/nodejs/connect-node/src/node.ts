@@ -12,7 +12,7 @@ import {
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
 import { Reporter, reserved } from "./membership.js";
-import { clock, messageOf, worth, type Message, type Options, type Outcome } from "./message.js";
+import { clock, messageOf, watch, worth, type Message, type Options, type Outcome } from "./message.js";
 import type { Confirmation } from "./receipts.js";
 import { Replays } from "./replay.js";
 import { Session, type CloseReason, type Connection, type SessionHost, type SessionLimits } from "./session.js";
@@ -280,7 +280,7 @@ export class ConnectNode {
     } else {
       this.tell(s, () => {
         s.gate?.ready();
-        connection.joined?.("");
+        return connection.joined?.("");
       });
     }
     return s;
@@ -451,11 +451,11 @@ export class ConnectNode {
   }
 
   /** Without a Controller: later, as with one. */
-  private tell(s: Session, f: () => void): void {
+  private tell(s: Session, f: () => unknown): void {
     queueMicrotask(() => {
       if (s.isOver) return;
       try {
-        f();
+        watch(f(), (error) => this.caught("joined", error));
       } catch (error) {
         this.caught("joined", error);
       }
@@ -466,7 +466,7 @@ export class ConnectNode {
     if (s.isOver) return;
     s.end();
     try {
-      s.connection.close(why);
+      watch(s.connection.close(why), (error) => this.caught("close", error));
     } catch (error) {
       this.caught("close", error);
     }
@@ -516,7 +516,7 @@ export class ConnectNode {
 
   private state(part: "etcd" | "controller", up: boolean, why: string): void {
     try {
-      this.cfg.onState?.(part, up, why);
+      watch(this.cfg.onState?.(part, up, why), (error) => this.caught("onState", error));
     } catch (error) {
       this.caught("onState", error);
     }
