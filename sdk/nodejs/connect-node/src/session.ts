@@ -7,7 +7,7 @@ export type CloseReason = "slow" | "dead" | "broken" | "going";
 
 /**
  * One connection of a client, as the gateway has it. The methods are called from the event loop, must not wait, and may throw: what they
- * throw is told to Config.onError, and ends at most this connection.
+ * throw, and what a promise of theirs rejects with, is told to Config.onError, and ends at most this connection.
  */
 export interface Connection {
   /** Writes a push to the client. The node calls it only while buffered() is below Config.highWater. */
