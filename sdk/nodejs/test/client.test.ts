@@ -223,6 +223,19 @@ test("when a stream breaks, what has no answer is repeated with a message id, an
   });
 });
 
+test("a stream whose call brings no answers opens another one, and repeats what has a message id", async () => {
+  await withFake((_, n) => (n <= 2 ? "hang" : delivered), {}, async (client, fake) => {
+    const stream = client.stream();
+    const pushes = [await stream.send({ user: "alice" }, "x", { messageId: "m", timeout: 60_000 }), await stream.send({ user: "bob" }, "y", { timeout: 60_000 })];
+    while (fake.came.length < 2) await new Promise((go) => setTimeout(go, 5));
+    (stream as unknown as { owing: number }).owing = Date.now() - 20_000; // As if the time had passed.
+    assert.equal((await pushes[0]!.wait()).outcome, "delivered");
+    assert.ok((await error(pushes[1]!.wait())).isUnknown);
+    assert.deepEqual(fake.came.map((c) => c.text), ["x", "y", "x"]);
+    await stream.close();
+  });
+});
+
 test("a stream takes no more than it may, and each push ends by its deadline", async () => {
   await withFake(() => "hang", {}, async (client) => {
     const stream = client.stream({ maxOpen: 2 });

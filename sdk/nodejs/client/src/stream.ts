@@ -88,6 +88,8 @@ export class Stream {
   private readonly keys = new Map<string, Key>();
   private readonly waiters: { bytes: number; go: () => void }[] = [];
   private call: ClientDuplexStream<Uint8Array, Buffer> | undefined;
+  /** Gives the call up. */
+  private hangUp: ((why: PushError) => void) | undefined;
   private isStuck = false;
   private isWriting = false;
   private owing = 0;
@@ -253,6 +255,10 @@ export class Stream {
     this.owing = 0;
     let answered = false;
     const ended = await new Promise<PushError>((resolve) => {
+      this.hangUp = (why) => {
+        resolve(why); // Not what its cancellation says: that is an end that the caller wants.
+        call.cancel();
+      };
       call.on("data", (b: Buffer) => {
         try {
           const r = fromBinary(PushStreamResponseSchema, b, { readUnknownFields: false });
@@ -276,7 +282,7 @@ export class Stream {
       call.on("end", () => setImmediate(() => resolve(new PushError("the stream was ended without an answer", { code: status.UNAVAILABLE }))));
       this.writeSoon();
     });
-    this.call = undefined;
+    this.call = this.hangUp = undefined;
     return { answered, delay: this.broken(ended) };
   }
 
@@ -445,7 +451,7 @@ export class Stream {
       return false;
     });
     this.requeue(due);
-    if (this.owing !== 0 && now - this.owing > silence) this.call?.cancel();
+    if (this.owing !== 0 && now - this.owing > silence) this.hangUp?.(new PushError(`no answer for ${silence / 1000} s`, { code: status.UNAVAILABLE }));
     this.end(dead);
     if (this.left === 0 && this.owing === 0) {
       clearInterval(this.sweeper);
