@@ -174,13 +174,13 @@ func TestTopAndWatchShowARealPushManager(t *testing.T) {
 
 func TestMetricsOfTooManyLinesAreNotTakenApart(t *testing.T) {
 	for name, body := range map[string]string{"lines": strings.Repeat("a 1\n", maxParts+1), "labels": "a{" + strings.Repeat(`b="",`, maxParts+1) + "} 1\n"} {
-		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(body)) }))
-		scraper := newScraper([]string{strings.TrimPrefix(s.URL, "http://")})
-		if _, err := scraper.one(t.Context(), scraper.targets[0]); err == nil || !strings.Contains(err.Error(), "lines and labels") {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(body)) }))
+		s := newScraper([]string{strings.TrimPrefix(server.URL, "http://")})
+		if _, err := s.one(t.Context(), s.targets[0]); err == nil || !strings.Contains(err.Error(), "lines and labels") {
 			t.Errorf("%s: %v", name, err)
 		}
-		scraper.close()
-		s.Close()
+		s.close()
+		server.Close()
 	}
 }
 
