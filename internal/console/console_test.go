@@ -168,6 +168,23 @@ func TestASnapshotOf500NodesHas64KiBAtMost(t *testing.T) {
 	}
 }
 
+func TestInstancesWithLongNamesLeaveRoomForNodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{nodes: manyNodes(200, link.NodeUp), others: make([]Instance, 100)}
+		for i := range w.others {
+			w.others[i] = Instance{ID: strings.Repeat("<", 256), Address: "10.0.0.2:50053", URL: "http://" + strings.Repeat("&", 120)}
+		}
+		c := w.console(t)
+		snapshotOf(t, c)
+		synctest.Wait() // they are known with the next one
+		time.Sleep(every)
+		s, size := snapshotOf(t, c)
+		if size > 64<<10 || len(s.Nodes.Rows) != 200 || len(s.Instances) == 0 {
+			t.Errorf("%d bytes, %d nodes, %d instances", size, len(s.Nodes.Rows), len(s.Instances))
+		}
+	})
+}
+
 // longest have ids that JSON makes longer still.
 func longest(n int) []link.NodeDetails {
 	all := manyNodes(n, link.NodeUp)

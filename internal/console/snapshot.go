@@ -20,8 +20,9 @@ import (
 const (
 	// maxBytes bounds a snapshot. Nodes get what the rest leaves.
 	maxBytes = 64 << 10
-	// callersBytes and othersMost bound what comes before them.
+	// callersBytes, othersBytes and othersMost bound what comes before them: whoever may register may choose long names.
 	callersBytes = 4 << 10
+	othersBytes  = 8 << 10
 	othersMost   = 32
 	pagesMost    = 16
 	reasonsMost  = 8
@@ -183,7 +184,7 @@ func (m *maker) make(now time.Time, others []Instance) ([]byte, error) {
 		Warnings uint64              `json:"warnings"`
 		Pages    []Page              `json:"pages,omitempty"`
 	}{
-		now.UnixMilli(), &c.About, &state, values, bounds, counts, callers(c.Callers()), others[:min(len(others), othersMost)],
+		now.UnixMilli(), &c.About, &state, values, bounds, counts, callers(c.Callers()), fitting(others),
 		link.FeatureNames(), c.Warnings.Total(), pages[:min(len(pages), pagesMost)],
 	})
 	if err != nil {
@@ -198,6 +199,18 @@ func (m *maker) make(now time.Time, others []Instance) ([]byte, error) {
 	out = append(out, nodes...)
 	out = append(out, ',')
 	return append(out, rest[1:]...), nil
+}
+
+// fitting are the first instances, as many as there is room for.
+func fitting(all []Instance) []Instance {
+	size := 0
+	for i := range all {
+		one, _ := json.Marshal(all[i]) // of texts it does not fail
+		if size += len(one); size > othersBytes || i == othersMost {
+			return all[:i]
+		}
+	}
+	return all
 }
 
 func cut(text string) string {

@@ -24,6 +24,8 @@ import (
 const (
 	// maxMetrics bounds what is read of an instance. With 5,000 nodes it exports 15 MB.
 	maxMetrics = 64 << 20
+	// maxParts bounds the lines and labels in it, which take far more room once they are read. Those 15 MB have less than a million.
+	maxParts = 2 << 20
 	// maxInstances bounds how many are asked.
 	maxInstances = 256
 	// scrapeTimeout is the longest wait for one.
@@ -97,6 +99,9 @@ func (s *scraper) one(ctx context.Context, target string) (families map[string]*
 	}
 	if status != http.StatusOK {
 		return nil, fmt.Errorf("status %d", status)
+	}
+	if parts := strings.Count(body, "\n") + strings.Count(body, "="); parts > maxParts {
+		return nil, fmt.Errorf("it answers more than %d lines and labels", maxParts)
 	}
 	defer func() {
 		// What answers there must not end this process, whatever it is.

@@ -172,6 +172,18 @@ func TestTopAndWatchShowARealPushManager(t *testing.T) {
 	}
 }
 
+func TestMetricsOfTooManyLinesAreNotTakenApart(t *testing.T) {
+	for name, body := range map[string]string{"lines": strings.Repeat("a 1\n", maxParts+1), "labels": "a{" + strings.Repeat(`b="",`, maxParts+1) + "} 1\n"} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(body)) }))
+		s := newScraper([]string{strings.TrimPrefix(server.URL, "http://")})
+		if _, err := s.one(t.Context(), s.targets[0]); err == nil || !strings.Contains(err.Error(), "lines and labels") {
+			t.Errorf("%s: %v", name, err)
+		}
+		s.close()
+		server.Close()
+	}
+}
+
 func TestAPictureIsPaintedOverTheOneBefore(t *testing.T) {
 	got := painted("a\nb\nc\n", 0)
 	if want := "\x1b[Ha\x1b[K\r\nb\x1b[K\r\nc\x1b[K\x1b[J"; got != want {

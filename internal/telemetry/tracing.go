@@ -99,6 +99,9 @@ func (c *TracingConfig) Validate(lookupEnv func(string) (string, bool)) error {
 	if err := checkEndpoint(c.Endpoint); err != nil {
 		return c.set.Errorf("tracing.endpoint", "%v", err)
 	}
+	if u, err := url.Parse(c.Endpoint); err == nil && u.User != nil {
+		return c.set.Errorf("tracing.endpoint", "has a user in it, who would be shown with the settings: the exporter sends none")
+	}
 	exporter := env("OTEL_TRACES_EXPORTER")
 	if !c.enabledKey.IsSet() {
 		c.Enabled = c.Enabled || endpoint != "" || exporter == "otlp"

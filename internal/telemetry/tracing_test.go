@@ -322,6 +322,14 @@ func TestBadStandardVariableIsNamed(t *testing.T) {
 	}
 }
 
+// TestAReceiverHasNoPassword, which would be shown with the settings in force.
+func TestAReceiverHasNoPassword(t *testing.T) {
+	_, err := trySettle(t, nil, "tracing:\n  endpoint: https://u:hidden@a:1\n", nil)
+	if err == nil || !strings.Contains(err.Error(), "tracing.endpoint") || strings.Contains(err.Error(), "hidden") {
+		t.Error(err)
+	}
+}
+
 func TestMalformedTraceContextIsNone(t *testing.T) {
 	good := "00-" + traceID + "-" + parentSpan + "-01"
 	for text, want := range map[string]bool{

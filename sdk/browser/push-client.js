@@ -12,7 +12,7 @@ const HANDSHAKE = 15_000;
 const PING_EVERY = 20_000; // when nothing has come since the last one, the gateway is dead
 const ACK_WITHIN = 50;
 const ACK_EVERY = 16;
-const REMEMBERED = 256; // messages with an id
+const REMEMBERED = 4096; // messages with an id: what comes again is all that was not acknowledged, and what rooms said since the last position
 const MAX_ROOMS = 100;
 const MAX_WAITING = 1024; // messages that wait for a handler that takes its time
 const MAX_MESSAGE = 8 << 20; // characters; a push has 256 KiB of data, and more with many escapes
@@ -49,7 +49,7 @@ export class PushClient {
   #mine = new Set(); // rooms to be in
   #joined = new Set();
   #position; #frozen = -1; // the connection whose positions count no more
-  #had = [];
+  #had = new Set();
   #queue = []; #busy = false;
   #upTo = 0; #unsaid = 0; #pinged = false;
 
@@ -155,6 +155,7 @@ export class PushClient {
   async #open() {
     const attempt = ++this.#attempt;
     this.#set("connecting");
+    if (attempt !== this.#attempt) return; // the page has closed it in its callback
     if (this.#o.token !== undefined) {
       let token;
       try {
@@ -192,6 +193,7 @@ export class PushClient {
       if (this.#o.token !== undefined) this.#say({ type: "connect", token: this.#token });
       for (const room of others) if (this.#mine.has(room)) this.#say({ type: "join", room_id: room });
       for (const room of this.#mine) if (room !== first && !others.includes(room)) this.#say({ type: "join", room_id: room }); // wanted meanwhile
+      if (first !== undefined && !this.#mine.has(first)) this.#say({ type: "leave", room_id: first }); // the address has joined it
       this.#ping();
       // Whether a token is taken is told by what comes.
       if (this.#o.token === undefined) this.#set("open");
@@ -218,6 +220,7 @@ export class PushClient {
   }
 
   #receive(text) {
+    const attempt = this.#attempt;
     this.#pinged = false;
     let m = null;
     if (typeof text === "string" && text.length <= MAX_MESSAGE) {
@@ -227,9 +230,10 @@ export class PushClient {
     if (!this.#heard) {
       this.#heard = true;
       if (this.#o.token !== undefined) {
-        this.#set("open");
         this.#planRefresh();
-        this.#tellToken(expiry(this.#token));
+        this.#set("open");
+        if (attempt === this.#attempt) this.#tellToken(expiry(this.#token));
+        if (attempt !== this.#attempt) return; // the page has closed it in its callback
       }
     }
     const room = typeof m.room_id === "string" ? m.room_id : undefined;
@@ -239,7 +243,8 @@ export class PushClient {
       case "left": this.#setRooms(rooms => rooms.delete(room)); return;
       case "refreshed": this.#tellToken(m.expires * 1000); return;
       case "error":
-        if (room !== undefined && !this.#joined.has(room)) this.#mine.delete(room); // it would be refused again
+        // A text begins with the field that is at fault. A node that only leaves says so of no field: the next one lets us in.
+        if (room !== undefined && !this.#joined.has(room) && String(m.message).startsWith("room_id:")) this.#mine.delete(room); // it would be refused again
         this.#error("gateway", String(m.message), room === undefined ? {} : { room });
         return;
       case "resume": case "gap": break; // in order with the pushes
@@ -249,7 +254,7 @@ export class PushClient {
       return;
     }
     if (this.#queue.length >= MAX_WAITING) { this.#drop("more comes than the page takes"); return; }
-    this.#queue.push({ attempt: this.#attempt, m });
+    this.#queue.push({ attempt, m });
     this.#drain();
   }
 
@@ -277,9 +282,12 @@ export class PushClient {
       return null;
     }
     const key = m.id === undefined ? "" : keyOf(m);
-    if (key !== "" && this.#had.includes(key)) { this.#handled(attempt, m.ack); return null; }
+    if (key !== "" && this.#had.has(key)) { this.#handled(attempt, m.ack); return null; }
     const done = () => {
-      if (key !== "") { this.#had.push(key); if (this.#had.length > REMEMBERED) this.#had.shift(); }
+      if (key !== "") {
+        this.#had.add(key);
+        if (this.#had.size > REMEMBERED) for (const oldest of this.#had) { this.#had.delete(oldest); break; }
+      }
       this.#handled(attempt, m.ack);
     };
     // It may come again if it is not confirmed. So nothing behind it is confirmed either: the connection begins anew.
@@ -387,9 +395,11 @@ export class PushClient {
       socket.onopen = socket.onmessage = socket.onclose = null;
       try { socket.close(1000); } catch { /* it is closed */ }
     }
-    if (this.#joined.size > 0) this.#setRooms(rooms => rooms.clear());
     if (state === "closed") this.#wanted = false;
     else this.#timer("again", wait, () => void this.#open());
+    const attempt = this.#attempt;
+    if (this.#joined.size > 0) this.#setRooms(rooms => rooms.clear());
+    if (attempt !== this.#attempt) return; // the page has ended it, or begun anew, in its callback
     this.#set(state, { code, reason, ...(state === "waiting" && { retryIn: Math.round(wait) }) });
   }
 }

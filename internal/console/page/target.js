@@ -34,4 +34,4 @@ export function asPush(t, content) {
 }
 
 // base64 is a text as bytes in JSON.
-export function base64(text) { return btoa(String.fromCharCode(...new TextEncoder().encode(text))); }
+export function base64(text) { return btoa(Array.from(new TextEncoder().encode(text), b => String.fromCharCode(b)).join("")); }

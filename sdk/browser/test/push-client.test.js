@@ -131,9 +131,9 @@ test("shows no message id twice, over all connections, but the same id with anot
   assert.deepEqual(seen, ["1", "other"]);
   mock.timers.tick(50);
   assert.deepEqual(s.sent, ['{"type":"ack","ack":7}'], "what it had before is confirmed, too");
-  for (let i = 0; i < 256; i++) s.says(push("x", { id: `n-${i}` }));
+  for (let i = 0; i < 4096; i++) s.says(push("x", { id: `n-${i}` }));
   s.says(push("1", { id: "m" }));
-  assert.equal(seen.length, 2 + 256 + 1, "256 are remembered, and no more");
+  assert.equal(seen.length, 2 + 4096 + 1, "4,096 are remembered, and no more");
 });
 
 test("comes back in its rooms, after pauses that double to 15 s", () => {
@@ -352,6 +352,59 @@ test("a refused room is not asked for again, and the page is told", () => {
   mock.timers.tick(250);
   FakeSocket.last.open();
   assert.deepEqual(FakeSocket.last.messages, []);
+});
+
+test("what a busy room has said since the last position comes again, and is shown once", () => {
+  make({ rooms: ["r"], position: "p0" }).connect();
+  const say = s => { for (let i = 0; i < 1000; i++) s.says(push("m" + i, { room_id: "r", id: "m" + i })); };
+  say(FakeSocket.last.open());
+  FakeSocket.last.ends(1006);
+  mock.timers.tick(20_000);
+  assert.equal(FakeSocket.last.url.searchParams.get("resume"), "p0");
+  say(FakeSocket.last.open());
+  assert.equal(FakeSocket.all.length, 2);
+  assert.equal(seen.length, 1000);
+});
+
+test("a page that closes in a callback has closed: nothing opens, arrives or is asked for after it", async () => {
+  const closes = make({ onState: s => { states.push(s); if (s.state === "connecting") closes.close(); } });
+  closes.connect();
+  mock.timers.tick(3_600_000);
+  assert.equal(FakeSocket.all.length, 0, "while it connects");
+  assert.deepEqual(states.map(s => s.state), ["connecting", "closed"]);
+
+  const leaves = make({ rooms: ["r"], onRooms: list => { if (!list.length) leaves.close(); } });
+  leaves.connect();
+  FakeSocket.last.open().says({ type: "joined", room_id: "r" }).ends(1006);
+  mock.timers.tick(3_600_000);
+  assert.equal(FakeSocket.all.length, 1, "when its rooms are lost");
+  assert.equal(leaves.state, "closed");
+
+  let asked = 0;
+  const opens = make({ token: () => { asked++; return token({ exp: now() / 1000 + 3600 }); }, onState: s => { if (s.state === "open") opens.close(); } });
+  opens.connect();
+  await settle();
+  FakeSocket.last.open().says(push("late"));
+  mock.timers.tick(7_200_000);
+  await settle();
+  assert.deepEqual([seen, asked, opens.state, FakeSocket.all.length], [[], 1, "closed", 2], "when it is open");
+});
+
+test("the room of the address is left if the page has left it before the connection stood", () => {
+  const client = make({ rooms: ["a", "b"] });
+  client.connect();
+  client.leave("a");
+  assert.deepEqual(FakeSocket.last.open().messages, [{ type: "join", room_id: "b" }, { type: "leave", room_id: "a" }]);
+});
+
+test("a room that is asked for at a node that leaves is joined at the next one", () => {
+  const client = make();
+  client.connect();
+  FakeSocket.last.open();
+  client.join("r");
+  FakeSocket.last.says({ type: "error", message: "node is going", room_id: "r" }).ends(1001);
+  mock.timers.tick(20_000);
+  assert.equal(FakeSocket.last.url.searchParams.get("room_id"), "r");
 });
 
 test("a mistake of the page in a callback ends nothing, and is not hidden", t => {

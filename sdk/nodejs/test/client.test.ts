@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { mkdtempSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { getEventListeners } from "node:events";
 import { test } from "node:test";
 import { status } from "@grpc/grpc-js";
 import { BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
@@ -83,6 +84,32 @@ test("repeats end with the tries, with the deadline and with the budget", async 
     for (let i = 0; i < 10; i++) await error(client.pushToUser("alice", "x"));
     assert.equal(fake.came.length, 10 + 5);
   });
+});
+
+test("a token that never comes ends pushes with their time, and keeps no Stream from its end", async () => {
+  await withFake(() => delivered, { token: () => new Promise<string>(() => undefined), timeout: 200 }, async (client, fake) => {
+    const e = await error(client.pushToUser("alice", "x"));
+    assert.deepEqual([e.code, e.notSent], [status.DEADLINE_EXCEEDED, true]);
+    const stream = client.stream();
+    const p = await stream.send({ user: "alice" }, "x", { timeout: 60_000 });
+    await stream.close(10);
+    assert.ok((await error(p.wait())).notSent);
+    assert.equal(fake.came.length, 0);
+  });
+});
+
+test("while no instance is there, waiting leaves nothing behind", async () => {
+  const client = new Client({ address: `127.0.0.1:${await freePort()}`, timeout: 1500 });
+  const stop = new AbortController();
+  const stream = client.stream();
+  const p = await stream.send({ user: "alice" }, "x");
+  assert.equal((await error(client.pushToUser("alice", "x", { signal: stop.signal }))).code, status.DEADLINE_EXCEEDED);
+  const listeners = (signal: AbortSignal): number => getEventListeners(signal, "abort").length;
+  assert.equal(listeners(stop.signal), 0);
+  assert.ok(listeners((stream as unknown as { stopped: AbortController }).stopped.signal) <= 1);
+  assert.ok((await error(p.wait())).notSent);
+  await stream.close();
+  client.close();
 });
 
 test("an answer that is no account leaves the push unknown", async () => {
@@ -193,6 +220,19 @@ test("when a stream breaks, what has no answer is repeated with a message id, an
     assert.equal((await last.wait()).outcome, "delivered");
     await stream.close();
     assert.deepEqual(fake.came.map((c) => c.text).sort(), ["break", "break", "named", "named", "plain"]);
+  });
+});
+
+test("a stream whose call brings no answers opens another one, and repeats what has a message id", async () => {
+  await withFake((_, n) => (n <= 2 ? "hang" : delivered), {}, async (client, fake) => {
+    const stream = client.stream();
+    const pushes = [await stream.send({ user: "alice" }, "x", { messageId: "m", timeout: 60_000 }), await stream.send({ user: "bob" }, "y", { timeout: 60_000 })];
+    while (fake.came.length < 2) await new Promise((go) => setTimeout(go, 5));
+    (stream as unknown as { owing: number }).owing = Date.now() - 20_000; // As if the time had passed.
+    assert.equal((await pushes[0]!.wait()).outcome, "delivered");
+    assert.ok((await error(pushes[1]!.wait())).isUnknown);
+    assert.deepEqual(fake.came.map((c) => c.text), ["x", "y", "x"]);
+    await stream.close();
   });
 });
 

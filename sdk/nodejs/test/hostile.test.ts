@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
-import { Client, credentials, status, type ClientDuplexStream, type ServiceError } from "@grpc/grpc-js";
+import { Client, credentials, Server, ServerCredentials, status, type ClientDuplexStream, type sendUnaryData, type ServerUnaryCall, type ServiceError } from "@grpc/grpc-js";
 import { ConnectNode } from "@push-manager/connect-node";
 import { until } from "./go.js";
 
@@ -17,6 +17,36 @@ const delivery = (seq: number, text: string): Buffer => bytesOf((w) => w
   .tag(16, WireType.LengthDelimited).string(`id-${text}`)
   .join()
   .tag(5, WireType.Varint).uint32(seq));
+
+test("a node registers although etcd takes its token for an old one", async () => {
+  const etcd = new Server();
+  let tokens = 0;
+  const string = (field: number, text: string): Buffer => bytesOf((w) => w.tag(field, WireType.LengthDelimited).string(text));
+  const put = (call: ServerUnaryCall<Buffer, Buffer>, callback: sendUnaryData<Buffer>): void => {
+    if (call.metadata.get("token")[0] === "token-1") callback({ code: status.INVALID_ARGUMENT, details: "etcdserver: revision of auth store is old" });
+    else callback(null, Buffer.alloc(0));
+  };
+  const methods = {
+    "Auth/Authenticate": (_: unknown, callback: sendUnaryData<Buffer>): void => callback(null, string(2, `token-${++tokens}`)),
+    "Lease/LeaseGrant": (_: unknown, callback: sendUnaryData<Buffer>): void => callback(null, bytesOf((w) => w.tag(2, WireType.Varint).int64(7).tag(3, WireType.Varint).int64(10))),
+    "Lease/LeaseRevoke": put, "KV/Put": put, "KV/Range": put,
+  };
+  const raw = (b: Buffer): Buffer => b;
+  etcd.addService(Object.fromEntries(Object.keys(methods).map((name) => [name, {
+    path: `/etcdserverpb.${name}`, requestStream: false, responseStream: false,
+    requestSerialize: raw, requestDeserialize: raw, responseSerialize: raw, responseDeserialize: raw,
+  }])) as never, methods as never);
+  const port = await new Promise<number>((go, fail) => etcd.bindAsync("127.0.0.1:0", ServerCredentials.createInsecure(), (e, p) => (e === null ? go(p) : fail(e))));
+  const node = new ConnectNode({ nodeId: "token", listen: "127.0.0.1:0", etcd: { endpoints: [`127.0.0.1:${port}`], username: "u", password: "p" } });
+  try {
+    await node.start();
+    await until(() => node.isReady);
+    assert.equal(tokens, 2);
+  } finally {
+    await node.stop(500);
+    etcd.forceShutdown();
+  }
+});
 
 describe("a node and what may come from outside", { timeout: 120_000 }, () => {
   let node: ConnectNode;
@@ -127,6 +157,24 @@ describe("a node and what may come from outside", { timeout: 120_000 }, () => {
     asked.call.cancel();
     await until(() => other.asked > 0, 2500); // Sooner than it would be asked again anyway.
     other.call.cancel();
+  });
+
+  test("a callback that is an async function and fails ends its own connection, and not the process", async () => {
+    const told: string[] = [];
+    const own = new ConnectNode({ nodeId: "async", listen: "127.0.0.1:0", onError: (what) => told.push(what) });
+    const to = new Client(await own.start(), credentials.createInsecure());
+    const closed: string[] = [];
+    const fails = async (): Promise<void> => {
+      await Promise.resolve();
+      throw new Error("write");
+    };
+    own.connect({ send: fails, buffered: () => 0, joined: fails, close: (why) => void closed.push(why) }, { user: "alice" });
+    const request = bytesOf((w) => w.tag(1, WireType.LengthDelimited).string("alice").tag(3, WireType.LengthDelimited).fork().tag(2, WireType.LengthDelimited).string("x").join());
+    await new Promise((go) => to.makeUnaryRequest("/pubsub.ConnectNodeService/PushMessage", (b: Buffer) => b, (b: Buffer) => b, request, go));
+    await until(() => closed.length > 0 && told.length >= 2);
+    assert.deepEqual([closed, told.sort()], [["broken"], ["joined", "send"]]);
+    to.close();
+    await own.stop(500);
   });
 
   test("unary calls that make no sense are refused, and nothing is done", async () => {

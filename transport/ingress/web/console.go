@@ -36,9 +36,13 @@ func (s *Server) consoleRoutes(mux *http.ServeMux) {
 	}
 }
 
-// ownHost tells whether a request that names no origin, as a page's GET of its own does not, was sent to a name that is ours:
-// somebody may have pointed another one at this machine, see own. One that is listed as an origin is.
+// ownHost tells whether a request was sent to a name that is ours, and by no page of another one. A page's GET of its own names no
+// origin, and somebody may have pointed another name at this machine, see own. One that is listed as an origin is ours; that its
+// pages may push does not let them see the console under another name.
 func (s *Server) ownHost(r *http.Request) bool {
+	if origin := r.Header.Get("Origin"); origin != "" && origin != "http://"+r.Host && origin != "https://"+r.Host {
+		return false
+	}
 	if r.TLS != nil || own("http://"+r.Host, r) {
 		return true
 	}

@@ -3,7 +3,7 @@ import { Channels, type Dial } from "./dial.js";
 import { errorOf, PushError, unusable } from "./errors.js";
 import { encode, methods, type Encoded, type Message, type PushOptions, type Target } from "./message.js";
 import type { Result } from "./result.js";
-import { Budget, Tries, type Retries, type Retry } from "./retry.js";
+import { Budget, pause, Tries, type Retries, type Retry } from "./retry.js";
 import { Stream, type StreamConfig } from "./stream.js";
 
 /** Of a Client. */
@@ -13,22 +13,6 @@ export interface ClientConfig extends Dial {
   retries?: Retries;
   /** Called before each push that is repeated, for metrics and logs. */
   onRetry?: (r: Retry) => void;
-}
-
-/** Waits. False: it was given up. */
-export function pause(ms: number, signal: AbortSignal | undefined): Promise<boolean> {
-  return new Promise((go) => {
-    if (signal?.aborted === true) return go(false);
-    const abort = (): void => {
-      clearTimeout(timer);
-      go(false);
-    };
-    const timer = setTimeout(() => {
-      signal?.removeEventListener("abort", abort);
-      go(true);
-    }, ms);
-    signal?.addEventListener("abort", abort, { once: true });
-  });
 }
 
 /** Pushes over connections to all instances, in turn. */
@@ -108,7 +92,7 @@ export class Client {
         if (signal?.aborted === true) throw new PushError("the push was given up", { code: status.CANCELLED, notSent: true });
         throw last ?? new PushError("no instance could be reached in time", { code: status.DEADLINE_EXCEEDED, notSent: true });
       }
-      const metadata = await this.channels.metadata();
+      const metadata = await this.channels.metadata(deadline, signal);
       const target = client.getChannel().getTarget();
       let sent = false;
       let reply: Buffer;

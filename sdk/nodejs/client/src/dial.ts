@@ -86,14 +86,31 @@ export class Channels {
     for (const c of this.clients) c.close();
   }
 
-  /** What each call carries. */
-  async metadata(): Promise<Metadata> {
+  /** What each call carries. A token that does not come until deadline, by Date.now, is an error, and so is a wait that was given up. */
+  async metadata(deadline: number, signal?: AbortSignal): Promise<Metadata> {
     const m = new Metadata();
     if (this.token === undefined) return m;
+    let over = (): void => undefined;
     try {
-      m.set("authorization", `Bearer ${await this.token()}`);
+      const given = this.token();
+      const late = new Promise<never>((_, reject) => {
+        if (typeof given === "string") return;
+        const end = (code: status): void => reject(new PushError("token: it has not come in time", { code, notSent: true }));
+        const abort = (): void => end(status.CANCELLED);
+        const timer = setTimeout(() => end(status.DEADLINE_EXCEEDED), Math.min(Math.max(deadline - Date.now(), 0), 2 ** 31 - 1));
+        signal?.addEventListener("abort", abort, { once: true });
+        if (signal?.aborted === true) abort();
+        over = () => {
+          clearTimeout(timer);
+          signal?.removeEventListener("abort", abort);
+        };
+      });
+      m.set("authorization", `Bearer ${await Promise.race([given, late])}`);
     } catch (error) {
+      if (error instanceof PushError) throw error;
       throw new PushError(`token: ${error instanceof Error ? error.message : String(error)}`, { code: status.UNAUTHENTICATED, notSent: true });
+    } finally {
+      over();
     }
     return m;
   }
@@ -118,8 +135,12 @@ export class Channels {
 
   /** Waits until a connection changes its state. */
   private changed(deadline: number, signal: AbortSignal | undefined): Promise<void> {
-    return new Promise((go) => {
-      signal?.addEventListener("abort", () => go(), { once: true });
+    return new Promise((resolve) => {
+      const go = (): void => {
+        signal?.removeEventListener("abort", go);
+        resolve();
+      };
+      signal?.addEventListener("abort", go, { once: true });
       for (const c of this.clients) {
         try {
           const channel = c.getChannel();

@@ -25,6 +25,22 @@ const maxBackoff = 5000;
 
 export const backoff = (failures: number): number => Math.min(minBackoff * 2 ** Math.min(failures, 16), maxBackoff) * (0.5 + Math.random() / 2);
 
+/** Waits. False: it was given up. */
+export function pause(ms: number, signal: AbortSignal | undefined): Promise<boolean> {
+  return new Promise((go) => {
+    if (signal?.aborted === true) return go(false);
+    const abort = (): void => {
+      clearTimeout(timer);
+      go(false);
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", abort);
+      go(true);
+    }, ms);
+    signal?.addEventListener("abort", abort, { once: true });
+  });
+}
+
 /** What a Client has left for repeats: when everything is refused, repeats must not make up most of the work. */
 export class Budget {
   readonly tries: number;

@@ -6,7 +6,7 @@ import { errorOf, errorOfStatus, isOfMessage, PushError, unusable } from "./erro
 import { PushStreamResponseSchema, type PushStreamResponse } from "./gen/push_manager_pb.js";
 import { encode, type Kind, type Message, type PushOptions, type Target } from "./message.js";
 import { resultOf, type Result } from "./result.js";
-import { backoff, Tries, type Budget } from "./retry.js";
+import { backoff, pause, Tries, type Budget } from "./retry.js";
 
 /** Bounds a Stream. */
 export interface StreamConfig {
@@ -88,6 +88,8 @@ export class Stream {
   private readonly keys = new Map<string, Key>();
   private readonly waiters: { bytes: number; go: () => void }[] = [];
   private call: ClientDuplexStream<Uint8Array, Buffer> | undefined;
+  /** Gives the call up. */
+  private hangUp: ((why: PushError) => void) | undefined;
   private isStuck = false;
   private isWriting = false;
   private owing = 0;
@@ -227,13 +229,7 @@ export class Stream {
       const { answered, delay } = await this.serve();
       failures = answered ? 0 : failures + 1;
       if (this.isStopped || (this.isClosed && this.left === 0)) return;
-      await new Promise<void>((go) => {
-        const timer = setTimeout(go, Math.min(delay ?? backoff(failures), maxReopen));
-        this.stopped.signal.addEventListener("abort", () => {
-          clearTimeout(timer);
-          go();
-        }, { once: true });
-      });
+      await pause(Math.min(delay ?? backoff(failures), maxReopen), this.stopped.signal);
     }
   }
 
@@ -243,7 +239,7 @@ export class Stream {
     if (client === undefined) return { answered: false, delay: 50 }; // Whose time is over is ended by sweep.
     let metadata;
     try {
-      metadata = await this.channels.metadata();
+      metadata = await this.channels.metadata(Date.now() + this.timeout, this.stopped.signal);
     } catch (error) {
       const queue = this.queue.splice(0);
       for (const p of queue) p.tries.note(error as PushError);
@@ -259,6 +255,10 @@ export class Stream {
     this.owing = 0;
     let answered = false;
     const ended = await new Promise<PushError>((resolve) => {
+      this.hangUp = (why) => {
+        resolve(why); // Not what its cancellation says: that is an end that the caller wants.
+        call.cancel();
+      };
       call.on("data", (b: Buffer) => {
         try {
           const r = fromBinary(PushStreamResponseSchema, b, { readUnknownFields: false });
@@ -282,7 +282,7 @@ export class Stream {
       call.on("end", () => setImmediate(() => resolve(new PushError("the stream was ended without an answer", { code: status.UNAVAILABLE }))));
       this.writeSoon();
     });
-    this.call = undefined;
+    this.call = this.hangUp = undefined;
     return { answered, delay: this.broken(ended) };
   }
 
@@ -451,7 +451,7 @@ export class Stream {
       return false;
     });
     this.requeue(due);
-    if (this.owing !== 0 && now - this.owing > silence) this.call?.cancel();
+    if (this.owing !== 0 && now - this.owing > silence) this.hangUp?.(new PushError(`no answer for ${silence / 1000} s`, { code: status.UNAVAILABLE }));
     this.end(dead);
     if (this.left === 0 && this.owing === 0) {
       clearInterval(this.sweeper);

@@ -154,7 +154,7 @@ export class Acks {
   }
 
   nudgesTaken(tokens: bigint[]): void {
-    this.nudges.push(...tokens);
+    for (const token of tokens) this.nudges.push(token); // Too many for a call with an argument for each.
     if (Math.max(this.catchups.length, this.taken.size, this.nudges.length) > this.maxUnacked) {
       throw new BrokenStream("more answers to be read than max_unacked");
     }

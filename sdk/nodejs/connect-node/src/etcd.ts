@@ -101,8 +101,9 @@ class Etcd {
 
   private failed(error: unknown): void {
     const code = (error as Partial<ServiceError>).code;
-    if (code === status.UNAUTHENTICATED) this.token = "";
-    else if (code !== status.NOT_FOUND && code !== status.INVALID_ARGUMENT) this.at = (this.at + 1) % this.clients.length;
+    // With a token that an administrator's change of users has made old, etcd speaks of an invalid argument.
+    if (code === status.UNAUTHENTICATED || code === status.INVALID_ARGUMENT) this.token = "";
+    else if (code !== status.NOT_FOUND) this.at = (this.at + 1) % this.clients.length;
   }
 }
 

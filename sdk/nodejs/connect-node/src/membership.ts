@@ -5,7 +5,7 @@ import {
   JoinRoomRequestSchema, JoinRoomResponseSchema, LeaveRoomRequestSchema, LeaveRoomResponseSchema, NodeMembershipSchema, NodeSlotSchema,
   SyncNodeRequestSchema, SyncNodeResponseSchema, type NodeSlot,
 } from "./gen/controller_pb.js";
-import { clock } from "./message.js";
+import { clock, watch } from "./message.js";
 import type { Session } from "./session.js";
 
 /** Begins the names of rooms that clients must not join: each node keeps all its users in one of them, so that the Controller finds those without a room. */
@@ -272,11 +272,11 @@ export class Reporter {
       const shown = room === this.presence ? "" : room;
       try {
         if (what === "left") {
-          s.connection.left?.(shown);
+          watch(s.connection.left?.(shown), (error) => this.cfg.caught(what, error));
           return;
         }
         if (shown === "") s.gate?.ready();
-        s.connection.joined?.(shown);
+        watch(s.connection.joined?.(shown), (error) => this.cfg.caught(what, error));
       } catch (error) {
         this.cfg.caught(what, error);
       }
@@ -426,7 +426,7 @@ export class Reporter {
     for (const s of holders) {
       s.rooms.delete(m.room);
       try {
-        if (!s.isOver) s.connection.refused?.(shown, why);
+        if (!s.isOver) watch(s.connection.refused?.(shown, why), (error) => this.cfg.caught("refused", error));
       } catch (error) {
         this.cfg.caught("refused", error);
       }

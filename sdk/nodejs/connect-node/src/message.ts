@@ -52,6 +52,11 @@ export interface Options {
   readonly replay: { readonly ask: Ask; readonly seq: bigint } | undefined;
 }
 
+/** Has caught told what a callback's promise rejects with: the types say that there is none, and let an async function pass. */
+export function watch(returned: unknown, caught: (error: unknown) => void): void {
+  if (returned instanceof Promise) returned.catch(caught);
+}
+
 /** Milliseconds of a clock that nobody sets. */
 export const clock = (): number => performance.now();
 

@@ -13,7 +13,7 @@ import {
 } from "./gen/connect_node_pb.js";
 import { Listing } from "./listing.js";
 import { Reporter, reserved } from "./membership.js";
-import { clock, messageOf, worth, type Message, type Options, type Outcome } from "./message.js";
+import { clock, messageOf, watch, worth, type Message, type Options, type Outcome } from "./message.js";
 import type { Confirmation } from "./receipts.js";
 import { Replays } from "./replay.js";
 import { Session, type CloseReason, type Connection, type SessionHost, type SessionLimits } from "./session.js";
@@ -284,7 +284,7 @@ export class ConnectNode {
     } else {
       this.tell(s, () => {
         s.gate?.ready();
-        connection.joined?.("");
+        return connection.joined?.("");
       });
     }
     return s;
@@ -469,11 +469,11 @@ export class ConnectNode {
   }
 
   /** Without a Controller: later, as with one. */
-  private tell(s: Session, f: () => void): void {
+  private tell(s: Session, f: () => unknown): void {
     queueMicrotask(() => {
       if (s.isOver) return;
       try {
-        f();
+        watch(f(), (error) => this.caught("joined", error));
       } catch (error) {
         this.caught("joined", error);
       }
@@ -484,7 +484,7 @@ export class ConnectNode {
     if (s.isOver) return;
     s.end();
     try {
-      s.connection.close(why);
+      watch(s.connection.close(why), (error) => this.caught("close", error));
     } catch (error) {
       this.caught("close", error);
     }
@@ -534,7 +534,7 @@ export class ConnectNode {
 
   private state(part: "etcd" | "controller", up: boolean, why: string): void {
     try {
-      this.cfg.onState?.(part, up, why);
+      watch(this.cfg.onState?.(part, up, why), (error) => this.caught("onState", error));
     } catch (error) {
       this.caught("onState", error);
     }

@@ -1,4 +1,4 @@
-import { clock, hasExpired, sizeOf, type Message, type Options, type Outcome, type Push } from "./message.js";
+import { clock, hasExpired, sizeOf, watch, type Message, type Options, type Outcome, type Push } from "./message.js";
 import type { Confirmation } from "./receipts.js";
 import type { Ask, Gate } from "./replay.js";
 
@@ -7,7 +7,7 @@ export type CloseReason = "slow" | "dead" | "broken" | "going";
 
 /**
  * One connection of a client, as the gateway has it. The methods are called from the event loop, must not wait, and may throw: what they
- * throw is told to Config.onError, and ends at most this connection.
+ * throw, and what a promise of theirs rejects with, is told to Config.onError, and ends at most this connection.
  */
 export interface Connection {
   /** Writes a push to the client. The node calls it only while buffered() is below Config.highWater. */
@@ -391,7 +391,10 @@ export class Session {
       this.queuedBytes -= e.size;
       if (!this.mayWrite(e, now)) continue;
       try {
-        this.connection.send({ message: e.message, ack: e.ack, replayed: e.replayed });
+        watch(this.connection.send({ message: e.message, ack: e.ack, replayed: e.replayed }), (error) => {
+          this.host.caught("send", error);
+          this.host.cut(this, "broken");
+        });
       } catch (error) {
         this.host.caught("send", error);
         this.host.cut(this, "broken");
@@ -495,7 +498,10 @@ export class Session {
     if (ping && this.pinged === 0 && this.connection.ping !== undefined) {
       this.pinged = now;
       try {
-        this.connection.ping();
+        watch(this.connection.ping(), (error) => {
+          this.host.caught("ping", error);
+          this.host.cut(this, "broken");
+        });
       } catch (error) {
         this.host.caught("ping", error);
         this.host.cut(this, "broken");

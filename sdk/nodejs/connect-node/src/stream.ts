@@ -271,7 +271,7 @@ export class Stream implements Offer {
         waits = this.acks.receipts.await(this.next, o.ackBy);
         if (waits === undefined) {
           h.reason = "too many deliveries wait for acknowledgements";
-          h.failed.push(...users);
+          for (const user of users) h.failed.push(user); // Too many for a call with an argument for each.
           return h;
         }
       }
