@@ -211,6 +211,7 @@ func leavesEarly(t *testing.T, etcd *etcdtest.Server) {
 	}
 	last = 5 // of Pause: it is read, it is written
 	ctx, leave = context.WithCancel(t.Context())
+	defer leave()
 	if _, err := m.Pause(ctx, "", "j"); err != nil || ctx.Err() == nil {
 		t.Error(err, ctx.Err())
 	}
