@@ -37,8 +37,8 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{
 				{"\t\tclear(s.w.kept) // the window has them\n\t\ts.w.kept = s.w.kept[:0]\n", ""},
 				{
-					"\t\tclear(traced)\n\t}\n}\n",
-					"\t\tclear(traced)\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n",
+					"\t\t\td.Written()\n\t\t}\n\t}\n}\n",
+					"\t\t\td.Written()\n\t\t}\n\t\tfor _, e := range s.w.kept {\n\t\t\t_, _ = e.d.Ack(engine.Ack{Delivered: e.d.Targets()})\n\t\t}\n\t}\n}\n",
 				},
 			},
 			dir: "transport/link", test: "TestRemovedNodeThatNeverAcksEndsUnknown",

@@ -82,7 +82,7 @@ type writing struct {
 	auds    *audiences
 	batch   []entry            // taken from the queue
 	kept    []entry            // encoded, on their way into the window
-	traced  []*engine.Delivery // in the frame
+	traced  []*engine.Delivery // in the frame. They stay ours: a push with a trace is not Reusable
 	control control
 	out     outFrame
 	// Of the controls: the nudges up to this token, and so many ends of replays, are in the frame.
@@ -242,13 +242,6 @@ func (s *stream) writeLoop() {
 			m.logPages.Add(s.w.paged)
 			m.logEntries.Add(s.w.entries)
 		}
-		traced := s.w.traced[:0]
-		for i := range s.w.kept {
-			if d := s.w.kept[i].d; d.Traced() {
-				traced = append(traced, d) // its push is not used again when it is settled, nor is any that is settled before it is sent
-			}
-		}
-		s.w.traced = traced
 		clear(s.w.kept) // the window has them
 		s.w.kept = s.w.kept[:0]
 		s.w.out.buf = mem.NewBuffer(buf, &l.set.buffers)
@@ -260,10 +253,9 @@ func (s *stream) writeLoop() {
 			}
 			return
 		}
-		for _, d := range traced {
+		for _, d := range s.w.traced {
 			d.Written()
 		}
-		clear(traced)
 	}
 }
 
@@ -339,6 +331,8 @@ func (s *stream) pick() bool {
 func (s *stream) encode(b []byte) ([]byte, int) {
 	l, cfg := s.link, &s.link.set.cfg
 	s.w.kept = s.w.kept[:0]
+	clear(s.w.traced)
+	s.w.traced = s.w.traced[:0]
 	b = wire.AppendUint(b, reqFirstSeq, s.w.control.first)
 	rest := len(s.w.batch)
 	for i := range s.w.batch {
@@ -387,6 +381,9 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		b = more.append(appendDelivery(b, e.d, &to, size))
 		e.size = size
 		s.w.kept = append(s.w.kept, *e)
+		if e.d.Traced() {
+			s.w.traced = append(s.w.traced, e.d)
+		}
 	}
 	if len(s.w.kept) == 0 {
 		b = b[:0]
