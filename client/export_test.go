@@ -66,9 +66,17 @@ type Lane struct {
 func NewLane(t *testing.T, c *Client) *Lane {
 	t.Helper()
 	l := newLane(c, StreamConfig{}.withDefaults())
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancelCause(t.Context())
 	l.setCancel(cancel)
 	return &Lane{l, ctx.Done()}
+}
+
+// SweepAt has the lanes of a Stream swept as if it were another time.
+func SweepAt(t *testing.T, s *Stream, now time.Time) {
+	t.Helper()
+	for _, l := range s.lanes {
+		l.sweep(now)
+	}
 }
 
 // Take takes a push with a deadline.

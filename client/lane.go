@@ -34,6 +34,9 @@ const (
 	maxReopen = 30 * time.Second
 )
 
+// errSilent is why a call was ended that owed answers.
+var errSilent = errors.New("no answer came for " + silence.String())
+
 // lane is one PushStream at a time, and what was not answered on it.
 //
 // The queue is always in the order of ids, which is that of Send. What is to be repeated goes back to where it was.
@@ -58,8 +61,8 @@ type lane struct {
 	keys    map[keyOf]*key
 	message uint64 // number of the last message
 	closed  bool
-	cancel  context.CancelFunc // of the call, nil without one
-	owing   time.Time          // since when answers are owed and none comes, zero if none is owed
+	cancel  context.CancelCauseFunc // of the call, nil without one
+	owing   time.Time               // since when answers are owed and none comes, zero if none is owed
 }
 
 // keyOf is what pushes are kept in order for.
@@ -183,8 +186,8 @@ func (l *lane) empty() bool {
 
 // serve opens a call and writes to it until it ends. It tells whether anything was answered, and when to come back, if Push-Manager said so.
 func (l *lane) serve(ctx context.Context) (answered bool, delay time.Duration) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	l.setCancel(cancel)
 	defer l.setCancel(nil)
 	desc := &grpc.StreamDesc{StreamName: "PushStream", ServerStreams: true, ClientStreams: true}
@@ -206,7 +209,7 @@ func (l *lane) serve(ctx context.Context) (answered bool, delay time.Duration) {
 	return answered, l.broken(ctx, ended)
 }
 
-func (l *lane) setCancel(cancel context.CancelFunc) {
+func (l *lane) setCancel(cancel context.CancelCauseFunc) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cancel, l.owing = cancel, time.Time{}
@@ -310,6 +313,9 @@ func (l *lane) receive(ctx context.Context, stream grpc.ClientStream) (answered 
 			if errors.Is(err, io.EOF) {
 				return answered, &Error{Code: codes.Unavailable, Message: "the stream was ended without an answer"}
 			}
+			if errors.Is(context.Cause(ctx), errSilent) { // it is broken, and not canceled by anybody
+				return answered, &Error{Code: codes.Unavailable, Message: errSilent.Error()}
+			}
 			ended = errorOf(err, true)
 			// What has answered does know the method.
 			ended.NotSent = ended.NotSent && (ended.Reason != "" || !answered)
@@ -331,7 +337,7 @@ func (l *lane) hangUp() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.cancel != nil {
-		l.cancel()
+		l.cancel(nil)
 	}
 }
 
@@ -560,7 +566,7 @@ func (l *lane) sweep(now time.Time) bool {
 	})
 	l.requeueLocked(due...)
 	if !l.owing.IsZero() && now.Sub(l.owing) > silence && l.cancel != nil {
-		l.cancel()
+		l.cancel(errSilent)
 	}
 	l.mu.Unlock()
 	l.end(dead)

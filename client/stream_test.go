@@ -279,6 +279,33 @@ func TestASilentCallCostsNoLaterPush(t *testing.T) {
 	}
 }
 
+// TestAPushWithAnIDOutlivesASilentCall: it is sent again over another one, and one without an id is unknown.
+func TestAPushWithAnIDOutlivesASilentCall(t *testing.T) {
+	server := clienttest.NewServer(t)
+	server.Reply(clienttest.Hanging(), clienttest.Hanging(), clienttest.Delivered())
+	s := open(t, server.Client(), client.StreamConfig{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	without, err := s.Send(ctx, client.User("bob"), client.Text("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	with, err := s.Send(ctx, client.User("alice"), client.Text("x"), client.MessageID("m"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for len(server.Pushes()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	client.SweepAt(t, s, time.Now().Add(16*time.Second))
+	if r, err := with.Wait(within(t)); err != nil || r.Delivered != 1 {
+		t.Errorf("with an id: %+v, %v", r, err)
+	}
+	if _, err := without.Wait(within(t)); !errors.Is(err, client.ErrUnknown) {
+		t.Errorf("without: %v", err)
+	}
+}
+
 func TestAClosedStreamTakesNothing(t *testing.T) {
 	s := clienttest.NewServer(t).Client().Stream(client.StreamConfig{})
 	p := send(t, s, client.User("alice"), "x")
