@@ -8,7 +8,8 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// Histogram counts values by buckets. It is safe for concurrent use.
+// Histogram counts values by buckets, twice: what the library counts for Prometheus cannot be read back. It is safe for
+// concurrent use.
 type Histogram struct {
 	// Static after New.
 	shown  *metrics.PrometheusHistogram

@@ -62,8 +62,8 @@ func (a *acks) flush(conn *gws.Conn) {
 }
 
 // hadMost is how many messages a client remembers: those that may come again after it has connected
-// anew, to a Connect-Node that does not know what it has had.
-const hadMost = 256
+// anew, to a Connect-Node that does not know what it has had. Positions come once a second, so that may be what rooms say in a second.
+const hadMost = 4096
 
 // had remembers the last messages with an id, so that one that comes again is not shown again.
 type had struct {

@@ -169,21 +169,29 @@ func (b *book) write(path string) error {
 	if err == nil {
 		err = os.MkdirAll(filepath.Dir(path), 0o700)
 	}
-	var file *os.File
 	if err == nil {
-		file, err = os.CreateTemp(filepath.Dir(path), ".contexts-*") // with mode 0600
+		err = replaceFile(path, text)
 	}
 	if err != nil {
 		return fmt.Errorf("write the contexts: %w", err)
+	}
+	return nil
+}
+
+// replaceFile puts a file that its owner alone may read in the place of the one before: whoever reads it finds one or the other.
+func replaceFile(path string, text []byte) error {
+	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // with mode 0600
+	if err != nil {
+		return err
 	}
 	_, err = file.Write(text)
 	if err = errors.Join(err, file.Sync(), file.Close()); err == nil {
 		err = os.Rename(file.Name(), path)
 	}
 	if err != nil {
-		return fmt.Errorf("write the contexts: %w", errors.Join(err, os.Remove(file.Name())))
+		err = errors.Join(err, os.Remove(file.Name()))
 	}
-	return nil
+	return err
 }
 
 // contexts has the flags that the command line and the environment leave open filled in.

@@ -2,7 +2,6 @@ package pushctl
 
 import (
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/auth/jwt"
@@ -50,11 +49,7 @@ func (c *tokenCmd) Run(t *terminal) error {
 			Expires time.Time `json:"expires"`
 		}{token, now.Add(c.Valid).UTC().Truncate(time.Second)}, token)
 	}
-	// Whoever reads the file finds the old token or the new one.
-	if err = os.WriteFile(c.Out+".new", []byte(token+"\n"), 0o600); err == nil {
-		err = os.Rename(c.Out+".new", c.Out)
-	}
-	if err != nil {
+	if err = replaceFile(c.Out, []byte(token+"\n")); err != nil {
 		return fmt.Errorf("write the token: %w", err)
 	}
 	return nil

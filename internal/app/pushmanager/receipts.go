@@ -31,7 +31,7 @@ type webhookConfig struct {
 }
 
 func (c *webhookConfig) bind(s *config.Set) {
-	s.Text(&c.URL, "receipt_webhook.url", "", "URL that the receipts of all callers are sent to, as POST with JSON: https://HOST/PATH. Empty: none.")
+	s.Text(&c.URL, "receipt_webhook.url", "", "URL that the receipts of all callers are sent to, as POST with JSON: https://HOST/PATH. It is shown with the settings, so put no secret into it. Empty: none.")
 	s.Text(&c.SecretFile, "receipt_webhook.secret_file", "", "File with the secret, 16 bytes or more, that these requests are signed with. It is read again while it changes.")
 	s.Duration(&c.Timeout, "receipt_webhook.timeout", 10*time.Second, 100*time.Millisecond, "How long one request with its answer may take.")
 }
