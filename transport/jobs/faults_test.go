@@ -155,6 +155,36 @@ func pausedTooLate(t *testing.T, etcd *etcdtest.Server) {
 	}
 }
 
+// A pause holds for what is between two attempts, too: it comes before the next one.
+func pausedBetween(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	users := w.crowd(10)
+	w.down = true // so that nothing is sent
+	m := w.manager("m1", nil)
+	payload, err := content("x").MarshalVT()
+	ok(t, err)
+	r := &run{svc: m.Service, deadline: time.Now().Add(time.Hour), state: running, left: 10, payload: payload, content: engine.Content{Present: true, DataLen: 1}}
+	ctx, stop := context.WithCancel(t.Context())
+	defer r.pushes.Wait()
+	defer stop()
+	m.metrics.open.Add(10)
+	r.pushes.Go(func() { r.push(ctx, "", users) })
+	eventually(t, "the first attempt", func() bool { return r.heldUp(time.Now()) != "" })
+	r.setState(paused)
+	w.mu.Lock()
+	w.down = false
+	w.mu.Unlock()
+	time.Sleep(500 * time.Millisecond)
+	if n, _ := w.arrived(); n > 0 {
+		t.Errorf("%d got it during the pause", n)
+	}
+	r.setState(running)
+	r.pushes.Wait()
+	if n := w.onlyOnce(); n != 10 || r.got.counts.Delivered != 10 {
+		t.Errorf("%d have it: %v", n, r.got)
+	}
+}
+
 func oddIDs(t *testing.T, etcd *etcdtest.Server) {
 	w := newWorld(t, etcd, "n1")
 	w.crowd(20)

@@ -51,6 +51,7 @@ func TestJobs(t *testing.T) {
 		"a run ends when its job is taken away":                        takenAway,
 		"a job that cannot be read is tried once a second":             unreadable,
 		"a pause when all turns are over does not keep a job for ever": pausedTooLate,
+		"a pause comes before the next attempt of a push":              pausedBetween,
 		"ids that cannot be pushed to cost nobody else the message":    oddIDs,
 		"calls at the same moment do not make too many jobs":           crowdOfMakers,
 		"a caller who leaves when it is written is answered":           leavesEarly,
