@@ -26,8 +26,9 @@ type fullDisk struct {
 
 	before func(n int64) // each transaction; nil: nothing
 
-	full  atomic.Bool
-	asked atomic.Int64 // transactions
+	full    atomic.Bool
+	unheard atomic.Bool  // transactions are made, and their answers lost
+	asked   atomic.Int64 // transactions
 }
 
 func (f *fullDisk) Txn(ctx context.Context) clientv3.Txn {
@@ -38,7 +39,20 @@ func (f *fullDisk) Txn(ctx context.Context) clientv3.Txn {
 	if f.full.Load() {
 		return refused{}
 	}
+	if f.unheard.Load() {
+		return &unheard{f.KV.Txn(ctx)}
+	}
 	return f.KV.Txn(ctx)
+}
+
+type unheard struct{ of clientv3.Txn }
+
+func (u *unheard) If(c ...clientv3.Cmp) clientv3.Txn  { u.of = u.of.If(c...); return u }
+func (u *unheard) Then(o ...clientv3.Op) clientv3.Txn { u.of = u.of.Then(o...); return u }
+func (u *unheard) Else(o ...clientv3.Op) clientv3.Txn { u.of = u.of.Else(o...); return u }
+func (u *unheard) Commit() (*clientv3.TxnResponse, error) {
+	_, err := u.of.Commit()
+	return nil, errors.Join(err, errors.New("the connection broke"))
 }
 
 type refused struct{}
@@ -72,6 +86,23 @@ func diskFull(t *testing.T, etcd *etcdtest.Server) {
 	disk.full.Store(false)
 	p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
 	if n := w.onlyOnce(); n != 400 || p.GetDelivered() != 400 {
+		t.Errorf("%d have it: %v", n, p)
+	}
+}
+
+// A write may have been made though etcd has not answered: what it says is not said twice, and its users are sent to.
+func answersLost(t *testing.T, etcd *etcdtest.Server) {
+	w, disk := newWorld(t, etcd, "n1"), new(fullDisk)
+	w.crowd(400)
+	m := w.manager("m1", disk.under)
+	m.create("j", everybody(200))
+	someHaveIt(t, w)
+	disk.unheard.Store(true)
+	before, _ := w.arrived()
+	eventually(t, "others have it, too", func() bool { n, _ := w.arrived(); return n > before+50 })
+	disk.unheard.Store(false)
+	p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
+	if n := w.onlyOnce(); n != 400 || p.GetDelivered() != 400 || p.GetTargets() != 400 {
 		t.Errorf("%d have it: %v", n, p)
 	}
 }
@@ -116,7 +147,7 @@ func takenAway(t *testing.T, etcd *etcdtest.Server) {
 	w.mu.Lock()
 	w.down = false
 	w.mu.Unlock()
-	if p := m.ends("j", pubsub.JobState_CANCELLED).GetProgress(); p.GetUnknown() != 100 || w.onlyOnce() != 0 {
+	if p := m.ends("j", pubsub.JobState_CANCELLED).GetProgress(); p.GetUnknown() != 100 || p.GetTargets() != 100 || p.GetFailed() != 0 || w.onlyOnce() != 0 {
 		t.Errorf("%v", p)
 	}
 }

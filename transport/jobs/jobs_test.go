@@ -47,6 +47,7 @@ func TestJobs(t *testing.T) {
 		"a watcher sees a job to its end":                              watches,
 		"lists have pages":                                             lists,
 		"an etcd that refuses writes is not asked all the time":        diskFull,
+		"a write whose answer is lost counts once":                     answersLost,
 		"nobody gets it behind the deadline, however late etcd is":     tooLate,
 		"a run ends when its job is taken away":                        takenAway,
 		"a job that cannot be read is tried once a second":             unreadable,
