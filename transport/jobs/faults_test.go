@@ -324,3 +324,12 @@ func TestWhatHoldsAJobUpIsALine(t *testing.T) {
 		t.Errorf("%d bytes: %.50q", len(text), text)
 	}
 }
+
+// A tenant reads its ids as it has given them.
+func TestReasonsOfATenantsJobNameItsOwnIDs(t *testing.T) {
+	r := &run{scope: "shop/"}
+	o := r.outcomesOf(&engine.Result{Failed: 1, NodeFailures: []engine.NodeFailure{{Node: "n1", Reason: "failed: user shop/a", Users: 1}}}, 1)
+	if len(o.failures) != 1 || o.failures[0] != (failure{"n1", "failed: user a", 1}) {
+		t.Errorf("%v", o.failures)
+	}
+}
