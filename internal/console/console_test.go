@@ -118,6 +118,7 @@ type read struct {
 	Instances []Instance
 	Warnings  int
 	State     State
+	Pages     []Page
 }
 
 func snapshotOf(t testing.TB, c *Console) (s read, size int) {
@@ -183,6 +184,24 @@ func TestInstancesWithLongNamesLeaveRoomForNodes(t *testing.T) {
 			t.Errorf("%d bytes, %d nodes, %d instances", size, len(s.Nodes.Rows), len(s.Instances))
 		}
 	})
+}
+
+// Reasons may be words of others, and some are as many as there are nodes.
+func TestLongReasonsAndManyLeaveRoomForNodes(t *testing.T) {
+	long := strings.Repeat("<", 100_000)
+	w := &world{
+		nodes: manyNodes(100, link.NodeUp), pages: make([]Page, 1000),
+		state: State{NotReady: slices.Repeat([]string{long}, 1000), ControllerTrouble: long, EtcdTrouble: long},
+	}
+	s, size := snapshotOf(t, w.console(t))
+	if size > 64<<10 || len(s.Nodes.Rows) != 100 || len(s.Pages) != pagesMost || len(s.State.NotReady) != reasonsMost {
+		t.Errorf("%d bytes, %d nodes, %d pages, %d reasons", size, len(s.Nodes.Rows), len(s.Pages), len(s.State.NotReady))
+	}
+	for _, text := range append(s.State.NotReady, s.State.ControllerTrouble, s.State.EtcdTrouble) {
+		if len(text) > textMax+len("…") {
+			t.Errorf("%d bytes of text", len(text))
+		}
+	}
 }
 
 // longest have ids that JSON makes longer still.

@@ -34,6 +34,13 @@ func TestGatewayRegistersAndLeavesEtcdFirst(t *testing.T) {
 		t.Errorf("%s: %v", value(), err)
 	}
 	connect(t, g, "u", "r")
+	etcd.Stop()
+	eventually(t, "not ready without etcd", func() bool { return len(g.NotReady()) > 0 })
+	if g.NotReady("controller") == nil || g.NotReady("discovery") != nil {
+		t.Errorf("without the controller: %q, without discovery: %q", g.NotReady("controller"), g.NotReady("discovery"))
+	}
+	etcd.Restart()
+	eventually(t, "ready again", func() bool { return len(g.NotReady()) == 0 })
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := g.Drain(ctx); err != nil {

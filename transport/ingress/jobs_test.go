@@ -12,7 +12,9 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -35,6 +37,13 @@ func (noNodes) ListUsers(context.Context, string, uint64, int, string) ([]string
 // withJobs has jobs, which nobody runs unless they are started.
 func withJobs(t *testing.T, change func(*Config, *engine.Config)) (*world, pubsub.BroadcastJobServiceClient, *jobs.Service) {
 	t.Helper()
+	w, client, service, _ := withJobsIn(t, change)
+	return w, client, service
+}
+
+// withJobsIn tells their etcd, too.
+func withJobsIn(t *testing.T, change func(*Config, *engine.Config)) (*world, pubsub.BroadcastJobServiceClient, *jobs.Service, *clientv3.Client) {
+	t.Helper()
 	etcd := etcdtest.Start(t)
 	var service *jobs.Service
 	w := newWorld(t, func(c *Config, ec *engine.Config) {
@@ -47,7 +56,7 @@ func withJobs(t *testing.T, change func(*Config, *engine.Config)) (*world, pubsu
 		ok(t, err)
 		c.Jobs = service
 	})
-	return w, pubsub.NewBroadcastJobServiceClient(w.conn), service
+	return w, pubsub.NewBroadcastJobServiceClient(w.conn), service, etcd.Client()
 }
 
 func job(id string) *pubsub.CreateJobRequest {
@@ -198,7 +207,7 @@ func TestAJobNeedsItsOwnRightAndThatToItsTarget(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "audit")
 	log, err := audit.Open(audit.Config{File: file})
 	ok(t, err)
-	w, client, _ := withJobs(t, func(c *Config, _ *engine.Config) { c.Auth, c.Audit = a.auth, log })
+	w, client, _, etcd := withJobsIn(t, func(c *Config, _ *engine.Config) { c.Auth, c.Audit = a.auth, log })
 	as := func(name string) context.Context { return w.as(a.Token(name, time.Hour)) }
 	j := job("j")
 	j.Spec.Priority = pubsub.Priority_PRIORITY_CRITICAL
@@ -210,6 +219,16 @@ func TestAJobNeedsItsOwnRightAndThatToItsTarget(t *testing.T) {
 	room := &pubsub.CreateJobRequest{JobId: "room", Spec: &pubsub.BroadcastJobSpec{RoomIds: []string{"r-1"}, Content: content("x"), RatePerSecond: 1}}
 	_, err = client.CreateJob(as("rooms"), room)
 	ok(t, err)
+	// The priority is low unless another one is asked for, and never above that of the caller.
+	for id, want := range map[string]engine.Priority{"j": engine.Normal, "room": engine.Low} {
+		got, err := etcd.Get(t.Context(), jobs.Prefix+"/state/shop/"+id)
+		ok(t, err)
+		var record struct{ Priority engine.Priority }
+		ok(t, json.Unmarshal(got.Kvs[0].Value, &record))
+		if record.Priority != want {
+			t.Errorf("%s has priority %v, want %v", id, record.Priority, want)
+		}
+	}
 	for name, do := range map[string]func() error{
 		"no right to jobs":      func() error { _, err := client.CreateJob(as("pusher"), job("k")); return err },
 		"no right to everybody": func() error { _, err := client.CreateJob(as("rooms"), job("k")); return err },
@@ -281,6 +300,52 @@ func TestAJobNeedsItsOwnRightAndThatToItsTarget(t *testing.T) {
 		"job.paused all shop j PauseJob \njob.created all shop k CreateJob everybody"
 	if got := strings.Join(lines, "\n"); got != want {
 		t.Errorf("the audit log has\n%s\nwant\n%s", got, want)
+	}
+}
+
+// What changes of a job is not told to who may not watch it any more, or is of another tenant by now.
+func TestAWatchOfAJobEndsWithTheRightToIt(t *testing.T) {
+	policy := func(watcher string) string {
+		return "version: 1\ntenants: {shop: {}, news: {}}\ncallers:\n" + watcher +
+			caller("maker", `{methods: ["*"], rooms: ["*"], users: ["*"]}`, ", tenant: shop")
+	}
+	for name, then := range map[string]string{
+		"no right":       caller("watcher", `{methods: [GetJob]}`, ", tenant: shop"),
+		"another tenant": caller("watcher", `{methods: [WatchJob, GetJob]}`, ", tenant: news"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := newAccess(t, authtest.New(t, policy(caller("watcher", `{methods: [WatchJob]}`, ", tenant: shop"))))
+			w, client, service := withJobs(t, func(c *Config, _ *engine.Config) { c.Auth = a.auth })
+			as := func(name string) context.Context { return w.as(a.Token(name, time.Hour)) }
+			_, err := client.CreateJob(as("maker"), job("j"))
+			ok(t, err)
+			service.Start()
+			t.Cleanup(func() { ok(t, service.Close(context.Background())) })
+			watch, err := client.WatchJob(as("watcher"), &pubsub.WatchJobRequest{JobId: "j"})
+			ok(t, err)
+			_, err = watch.Recv()
+			ok(t, err)
+			a.WritePolicy(policy(then))
+			a.policies.Reload()
+			for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) { // until the other policy holds
+				_, err := client.GetJob(as("watcher"), &pubsub.GetJobRequest{JobId: "j"})
+				if status.Code(err) != codes.PermissionDenied {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatal(err)
+				}
+			}
+			_, err = client.CancelJob(as("maker"), &pubsub.CancelJobRequest{JobId: "j"})
+			ok(t, err)
+			for err == nil {
+				var r *pubsub.WatchJobResponse
+				if r, err = watch.Recv(); r.GetJob().GetState() == pubsub.JobState_CANCELLED {
+					t.Error("it is told what became of the job")
+				}
+			}
+			wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED", "")
+		})
 	}
 }
 

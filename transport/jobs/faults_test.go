@@ -26,8 +26,9 @@ type fullDisk struct {
 
 	before func(n int64) // each transaction; nil: nothing
 
-	full  atomic.Bool
-	asked atomic.Int64 // transactions
+	full    atomic.Bool
+	unheard atomic.Bool  // transactions are made, and their answers lost
+	asked   atomic.Int64 // transactions
 }
 
 func (f *fullDisk) Txn(ctx context.Context) clientv3.Txn {
@@ -38,7 +39,20 @@ func (f *fullDisk) Txn(ctx context.Context) clientv3.Txn {
 	if f.full.Load() {
 		return refused{}
 	}
+	if f.unheard.Load() {
+		return &unheard{f.KV.Txn(ctx)}
+	}
 	return f.KV.Txn(ctx)
+}
+
+type unheard struct{ of clientv3.Txn }
+
+func (u *unheard) If(c ...clientv3.Cmp) clientv3.Txn  { u.of = u.of.If(c...); return u }
+func (u *unheard) Then(o ...clientv3.Op) clientv3.Txn { u.of = u.of.Then(o...); return u }
+func (u *unheard) Else(o ...clientv3.Op) clientv3.Txn { u.of = u.of.Else(o...); return u }
+func (u *unheard) Commit() (*clientv3.TxnResponse, error) {
+	_, err := u.of.Commit()
+	return nil, errors.Join(err, errors.New("the connection broke"))
 }
 
 type refused struct{}
@@ -72,6 +86,23 @@ func diskFull(t *testing.T, etcd *etcdtest.Server) {
 	disk.full.Store(false)
 	p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
 	if n := w.onlyOnce(); n != 400 || p.GetDelivered() != 400 {
+		t.Errorf("%d have it: %v", n, p)
+	}
+}
+
+// A write may have been made though etcd has not answered: what it says is not said twice, and its users are sent to.
+func answersLost(t *testing.T, etcd *etcdtest.Server) {
+	w, disk := newWorld(t, etcd, "n1"), new(fullDisk)
+	w.crowd(400)
+	m := w.manager("m1", disk.under)
+	m.create("j", everybody(200))
+	someHaveIt(t, w)
+	disk.unheard.Store(true)
+	before, _ := w.arrived()
+	eventually(t, "others have it, too", func() bool { n, _ := w.arrived(); return n > before+50 })
+	disk.unheard.Store(false)
+	p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
+	if n := w.onlyOnce(); n != 400 || p.GetDelivered() != 400 || p.GetTargets() != 400 {
 		t.Errorf("%d have it: %v", n, p)
 	}
 }
@@ -116,7 +147,7 @@ func takenAway(t *testing.T, etcd *etcdtest.Server) {
 	w.mu.Lock()
 	w.down = false
 	w.mu.Unlock()
-	if p := m.ends("j", pubsub.JobState_CANCELLED).GetProgress(); p.GetUnknown() != 100 || w.onlyOnce() != 0 {
+	if p := m.ends("j", pubsub.JobState_CANCELLED).GetProgress(); p.GetUnknown() != 100 || p.GetTargets() != 100 || p.GetFailed() != 0 || w.onlyOnce() != 0 {
 		t.Errorf("%v", p)
 	}
 }
@@ -152,6 +183,36 @@ func pausedTooLate(t *testing.T, etcd *etcdtest.Server) {
 	ok(t, err)
 	if p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress(); p.GetFailed() != 100 || w.onlyOnce() != 0 {
 		t.Errorf("%v", p)
+	}
+}
+
+// A pause holds for what is between two attempts, too: it comes before the next one.
+func pausedBetween(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	users := w.crowd(10)
+	w.down = true // so that nothing is sent
+	m := w.manager("m1", nil)
+	payload, err := content("x").MarshalVT()
+	ok(t, err)
+	r := &run{svc: m.Service, deadline: time.Now().Add(time.Hour), state: running, left: 10, payload: payload, content: engine.Content{Present: true, DataLen: 1}}
+	ctx, stop := context.WithCancel(t.Context())
+	defer r.pushes.Wait()
+	defer stop()
+	m.metrics.open.Add(10)
+	r.pushes.Go(func() { r.push(ctx, "", users) })
+	eventually(t, "the first attempt", func() bool { return r.heldUp(time.Now()) != "" })
+	r.setState(paused)
+	w.mu.Lock()
+	w.down = false
+	w.mu.Unlock()
+	time.Sleep(500 * time.Millisecond)
+	if n, _ := w.arrived(); n > 0 {
+		t.Errorf("%d got it during the pause", n)
+	}
+	r.setState(running)
+	r.pushes.Wait()
+	if n := w.onlyOnce(); n != 10 || r.got.counts.Delivered != 10 {
+		t.Errorf("%d have it: %v", n, r.got)
 	}
 }
 
@@ -261,5 +322,14 @@ func TestWhatHoldsAJobUpIsALine(t *testing.T) {
 	r.stalls(strings.Repeat("x\n\xff", 1<<20))
 	if text := r.heldUp(time.Now()); len(text) > 2*textMax || !utf8.ValidString(text) || strings.Contains(text, "\n") {
 		t.Errorf("%d bytes: %.50q", len(text), text)
+	}
+}
+
+// A tenant reads its ids as it has given them.
+func TestReasonsOfATenantsJobNameItsOwnIDs(t *testing.T) {
+	r := &run{scope: "shop/"}
+	o := r.outcomesOf(&engine.Result{Failed: 1, NodeFailures: []engine.NodeFailure{{Node: "n1", Reason: "failed: user shop/a", Users: 1}}}, 1)
+	if len(o.failures) != 1 || o.failures[0] != (failure{"n1", "failed: user a", 1}) {
+		t.Errorf("%v", o.failures)
 	}
 }

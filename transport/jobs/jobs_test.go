@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,6 +35,8 @@ func TestJobs(t *testing.T) {
 		"an instance that is killed is replaced":                       killed,
 		"an instance that leaves loses nothing":                        leaves,
 		"the same id is the same job, or refused":                      sameID,
+		"nobody is left out of a node with more users than others":     unevenNodes,
+		"an instance that is not ready runs no job":                    notReady,
 		"a job is its tenant's":                                        tenants,
 		"a start that is to come is waited for":                        startsLater,
 		"the deadline ends a job":                                      deadline,
@@ -47,10 +50,12 @@ func TestJobs(t *testing.T) {
 		"a watcher sees a job to its end":                              watches,
 		"lists have pages":                                             lists,
 		"an etcd that refuses writes is not asked all the time":        diskFull,
+		"a write whose answer is lost counts once":                     answersLost,
 		"nobody gets it behind the deadline, however late etcd is":     tooLate,
 		"a run ends when its job is taken away":                        takenAway,
 		"a job that cannot be read is tried once a second":             unreadable,
 		"a pause when all turns are over does not keep a job for ever": pausedTooLate,
+		"a pause comes before the next attempt of a push":              pausedBetween,
 		"ids that cannot be pushed to cost nobody else the message":    oddIDs,
 		"calls at the same moment do not make too many jobs":           crowdOfMakers,
 		"a caller who leaves when it is written is answered":           leavesEarly,
@@ -217,14 +222,48 @@ func leaves(t *testing.T, etcd *etcdtest.Server) {
 	w := newWorld(t, etcd, "n1", "n2")
 	users := w.crowd(1000)
 	a := w.manager("a", nil)
-	a.create("j", everybody(500))
+	a.create("j", everybody(250))
 	eventually(t, "some of them have it", func() bool { n, _ := w.arrived(); return n > 100 })
 	b := w.manager("b", nil)
 	a.close()
+	if n, _ := w.arrived(); n > len(users)-200 {
+		t.Errorf("an instance that leaves has run a job nearly to its end: %d", n)
+	}
 	p := b.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
 	if n := w.onlyOnce(); n != len(users) || p.GetDelivered() != int64(n) || p.GetUnknown() != 0 {
 		t.Errorf("%d have it: %v", n, p)
 	}
+}
+
+// A node that has more than its share of the users names a part of them at a time.
+func unevenNodes(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1", "n2", "n3")
+	for i := range 200 {
+		w.connect(fmt.Sprint("u", i), "n1", "")
+	}
+	m := w.manager("m1", nil)
+	m.create("j", everybody(20)) // each node is asked for 66
+	someHaveIt(t, w)
+	_, err := m.SetRate(t.Context(), "", "j", 5000)
+	ok(t, err)
+	p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress()
+	if n := w.onlyOnce(); n != 200 || p.GetDelivered() != 200 {
+		t.Errorf("%d have it: %v", n, p)
+	}
+}
+
+func notReady(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	w.crowd(10)
+	var ready atomic.Bool
+	m := w.manager("m1", func(c *Config) { c.Ready = ready.Load })
+	m.create("j", everybody(1000))
+	time.Sleep(1500 * time.Millisecond)
+	if j := m.job("j"); j.GetState() != pubsub.JobState_PENDING || j.GetManagerId() != "" {
+		t.Errorf("%v", j)
+	}
+	ready.Store(true)
+	m.ends("j", pubsub.JobState_SUCCEEDED)
 }
 
 func sameID(t *testing.T, etcd *etcdtest.Server) {
@@ -260,7 +299,8 @@ func sameID(t *testing.T, etcd *etcdtest.Server) {
 
 func tenants(t *testing.T, etcd *etcdtest.Server) {
 	w := newWorld(t, etcd, "n1")
-	for _, user := range []string{"shop/a", "shop/b", "news/a", "a"} {
+	longest := "shop/" + strings.Repeat("x", 256) // what stands behind the tenant may be so long
+	for _, user := range []string{"shop/a", "shop/b", longest, "news/a", "a"} {
 		w.connect(user, "n1", "")
 	}
 	w.rooms["shop/r"], w.rooms["r"] = []string{"shop/b"}, []string{"a"}
@@ -271,14 +311,14 @@ func tenants(t *testing.T, etcd *etcdtest.Server) {
 		_, _, err := m.Create(t.Context(), "shop", "", id, engine.Low, spec)
 		ok(t, err)
 	}
-	for id, want := range map[string]int64{"all": 2, "room": 1, "list": 1} {
+	for id, want := range map[string]int64{"all": 3, "room": 1, "list": 1} {
 		eventually(t, "the end of "+id, func() bool {
 			j, err := m.Get(t.Context(), "shop", id)
 			return err == nil && j.GetState() == pubsub.JobState_SUCCEEDED && j.GetProgress().GetDelivered() == want
 		})
 	}
 	w.mu.Lock()
-	if w.got["shop/a"] != 1 || w.got["shop/b"] != 3 || w.got["news/a"]+w.got["a"] != 0 {
+	if w.got["shop/a"] != 1 || w.got["shop/b"] != 3 || w.got[longest] != 1 || w.got["news/a"]+w.got["a"] != 0 {
 		t.Errorf("%v", w.got)
 	}
 	w.mu.Unlock()
@@ -446,6 +486,7 @@ func forgets(t *testing.T, etcd *etcdtest.Server) {
 	if len(got.Kvs) > 0 {
 		t.Error("its content is still there")
 	}
+	ok(t, m.store.remove(t.Context(), key{"", "stays"}, 1)) // as an instance does that has not heard of another job with its id
 	m.job("stays")
 }
 

@@ -397,26 +397,17 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 			fails(err)
 			return
 		}
-		// Nothing was sent.
-		for {
-			switch state := r.currentState(); {
-			case state == paused && time.Now().Before(r.deadline): // until it goes on
-				if !pause.For(ctx, pause.Jitter(wait)) {
-					fails(err)
-					return
-				}
-				continue
-			case state == running, state == paused:
-			default:
+		// Nothing was sent. The job may be paused or left by the time that it would be tried again.
+		r.stalls(err.Error())
+		for state := paused; state == paused && time.Now().Before(r.deadline); {
+			if !pause.For(ctx, pause.Jitter(wait)) {
 				fails(err)
 				return
 			}
-			break
-		}
-		r.stalls(err.Error())
-		if !pause.For(ctx, pause.Jitter(wait)) {
-			fails(err)
-			return
+			if state = r.currentState(); state != running && state != paused {
+				fails(err)
+				return
+			}
 		}
 	}
 }
