@@ -21,21 +21,23 @@ type feed struct {
 	suite *suite
 	dir   *route.Directory
 	tasks sync.WaitGroup
-	reads sync.WaitGroup // look-ups that have not read the store yet
 
-	mu sync.Mutex
+	mu   sync.Mutex
+	read sync.Cond // of mu: a look-up has read the store
 	// Guarded by mu.
-	told []refcontroller.Change // not delivered yet
-	gate chan struct{}          // answers wait for it, nil if they do not
-	mute bool                   // answers come from a Controller that tells no revision
+	reads int                    // look-ups that have not read the store yet
+	told  []refcontroller.Change // not delivered yet
+	gate  chan struct{}          // answers wait for it, nil if they do not
+	mute  bool                   // answers come from a Controller that tells no revision
 }
 
 func newFeed(t *testing.T, s *suite) *feed {
 	f := &feed{suite: s}
+	f.read.L = &f.mu
 	var err error
 	f.dir, err = route.New(route.Config{
 		Source: f, Shards: 1, Shard: func(string) int { return 0 }, LookupTimeout: time.Hour,
-		Go: func(_ int, task func()) error { f.reads.Add(1); f.tasks.Go(task); return nil },
+		Go: func(_ int, task func()) error { f.count(1); f.tasks.Go(task); return nil },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -54,6 +56,13 @@ func newFeed(t *testing.T, s *suite) *feed {
 	})
 	f.sync()
 	return f
+}
+
+func (f *feed) count(reads int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reads += reads
+	f.read.Broadcast()
 }
 
 // sync is a change stream that begins.
@@ -108,7 +117,7 @@ func (f *feed) Room(ctx context.Context, room string, add func(user, node []byte
 	gate, mute := f.gate, f.mute
 	f.mu.Unlock()
 	info, at, err := f.suite.Room(ctx, room)
-	f.reads.Done()
+	f.count(-1)
 	if err != nil {
 		return false, 0, fmt.Errorf("%w: %w", route.ErrUnavailable, err)
 	}
@@ -253,7 +262,11 @@ func (i *interleaving) ask(room string, refresh bool) *query {
 	} else {
 		i.dir.Rooms.Ask(0, []string{room}, now, q)
 	}
-	i.reads.Wait() // what changes from now on is not in the answer
+	i.mu.Lock()
+	for i.reads > 0 { // what changes from now on is not in the answer
+		i.read.Wait()
+	}
+	i.mu.Unlock()
 	return q
 }
 
