@@ -202,7 +202,7 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 		}
 		rev, err := r.svc.store.write(ctx, r.key, &p.record, r.rev)
 		if err == nil {
-			r.done(ctx, p, stored{p.record, rev})
+			r.done(ctx, p, stored{record: p.record, rev: rev})
 			return nil
 		}
 		if !errors.Is(err, errConflict) {
