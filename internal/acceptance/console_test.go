@@ -417,9 +417,11 @@ func TestPicturesOfTheConsole(t *testing.T) {
 	screen(1280, 900, "light")
 	page.eval(`location.hash = "jobs"; ""`)
 	page.shows(mainText, "New job")
-	makeJob(page, "sale-2026", "everybody", "", "1")
-	makeJob(page, "survey", "room", "lobby", "5")
-	makeJob(page, "reminder", "users", manyUsers(2000), "20")
+	for _, job := range [][4]string{{"sale-2026", "everybody", "", "1"}, {"reminder", "users", manyUsers(4000), "20"}, {"weekly", "users", manyUsers(500), "1"}} {
+		makeJob(page, job[0], job[1], job[2], job[3])
+		page.shows(mainText, job[0]+": pending")
+	}
+	page.eval(`[...document.querySelectorAll(".jobs button")].find(b => b.textContent === "Pause")?.click(); ""`)
 	page.eval(`location.hash = "overview"; ""`)
 	time.Sleep(90 * time.Second)
 	page.picture("console")

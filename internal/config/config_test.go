@@ -349,7 +349,7 @@ func TestSecretComesFromVariableFileOrKeyAndIsNotShown(t *testing.T) {
 func TestSecretsInURLsAreNotShown(t *testing.T) {
 	_, s, err := load(t, sources{
 		yaml: "auth:\n  jwt:\n    - issuer: 'https://me:hidden@keys.example/a?key=hidden#x'\n",
-		args: []string{"--advertise-address=http://a:1/p?hidden=hidden,http://:hidden@b:2"},
+		args: []string{"--etcd-tls-cert-file=http://a:1/p?hidden=hidden,http://:hidden@b:2"},
 	})
 	if err != nil {
 		t.Fatal(err)

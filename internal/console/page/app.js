@@ -36,7 +36,8 @@ function show(focus) {
     links[name].scrollIntoView({ block: "nearest", inline: "center" }); // of a narrow screen not all are seen
     document.title = view.title + " · Push-Manager console";
     $("main").replaceChildren(el("h2", {}, view.title), ...view.make());
-    if (focus) $("main").focus();
+    if (focus) $("main").focus({ preventScroll: true });
+    scrollTo(0, 0); // with the header
   }
   view.opened?.(new URLSearchParams(query ?? ""));
   if (latest.snapshot) view.update(latest.snapshot);

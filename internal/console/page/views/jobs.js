@@ -18,12 +18,12 @@ function make() {
   asked = 0;
   asking = false; // an answer to a page that is not shown any more is dropped
   off = "";
-  top = tiles([["running", "Running"], ["waiting", "Waiting for their time"], ["paused", "Paused"], ["ended", "Ended"], ["here", "Run by this instance"], ["users", "Users of jobs here"]]);
+  top = tiles([["running", "Running"], ["waiting", "Not begun yet"], ["paused", "Paused"], ["ended", "Ended"], ["here", "Running here"], ["users", "Users, here"]]);
   list = el("ul", { class: "jobs" });
   said = el("p", { class: "note", role: "status" }, "…");
   all = el("input", { type: "checkbox", onchange: () => turn([""]) });
-  first = el("button", { type: "button", class: "quiet", disabled: true, onclick: () => turn([""]) }, "First page");
-  next = el("button", { type: "button", class: "quiet", disabled: true, onclick: () => turn([...pages, following]) }, "Next page");
+  first = el("button", { type: "button", class: "quiet", disabled: true, hidden: true, onclick: () => turn([""]) }, "First page");
+  next = el("button", { type: "button", class: "quiet", disabled: true, hidden: true, onclick: () => turn([...pages, following]) }, "Next page");
   return [top.list, creation(), el("div", { class: "bar" }, el("label", { class: "check" }, all, "Also jobs that have ended"), first, next), said, list];
 }
 
@@ -54,7 +54,8 @@ function show(jobs, token) {
   following = token;
   first.disabled = pages.length === 1;
   next.disabled = !token;
-  const what = all.checked ? "jobs" : "jobs that have not ended";
+  first.hidden = next.hidden = first.disabled && next.disabled;
+  const noun = jobs.length === 1 ? "job" : "jobs", what = all.checked ? noun : `${noun} that ${jobs.length === 1 ? "has" : "have"} not ended`;
   text(said, jobs.length || pages.length > 1 ? `${jobs.length} ${what}${pages.length > 1 || token ? `, page ${pages.length}` : ""}, by their names.` : all.checked ? "There are no jobs." : "There is no job that has not ended.");
   const keep = new Set(jobs.map(j => j.jobId));
   for (const [id, row] of rows) if (!keep.has(id)) { row.element.remove(); rows.delete(id); }
