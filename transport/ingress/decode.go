@@ -36,6 +36,8 @@ type shape struct {
 	id, list, content protowire.Number
 	idName, listName  string
 	listMax           int
+	rooms             protowire.Number // a second list
+	roomsMax          int
 }
 
 func newDecoder(limits engine.Limits) *decoder {
@@ -43,6 +45,10 @@ func newDecoder(limits engine.Limits) *decoder {
 	d.shapes[toRoom] = shape{id: 1, idName: toRoom.idField(), content: 2, list: 3, listName: "exclude_user_ids", listMax: limits.Exclude}
 	d.shapes[toUser] = shape{id: 1, idName: toUser.idField(), content: 2}
 	d.shapes[toUsers] = shape{list: 1, listName: toUsers.idField(), listMax: limits.Users, content: 2}
+	d.shapes[toRooms] = shape{
+		rooms: 1, roomsMax: limits.Rooms, content: 2,
+		list: 3, listName: "exclude_user_ids", listMax: limits.Exclude,
+	}
 	d.shapes[toAll] = shape{content: 1}
 	return d
 }
@@ -55,6 +61,8 @@ func (s *shape) name(m *wire.Reader) string {
 		return s.idName
 	case m.Number() == s.list:
 		return s.listName
+	case m.Number() == s.rooms:
+		return toRooms.idField()
 	case m.Number() == s.content:
 		return "content"
 	case m.Number() == optionsField:
@@ -69,6 +77,8 @@ type walk struct {
 	id      []byte
 	listed  int // entries of the list
 	listAt  int // where the first of them stands
+	rooms   int // likewise, of the second list
+	roomsAt int
 	content []byte
 	merged  bool // content came in several fields and has a buffer of its own
 	facts   engine.Content
@@ -98,6 +108,8 @@ func (d *decoder) decode(a api, b []byte, p *engine.Push) (*options, error) {
 		p.User = wire.String(w.id)
 	case toUsers:
 		p.Users = s.collect(b, &w)
+	case toRooms:
+		p.Rooms, p.Exclude = collect(b, w.roomsAt, s.rooms, w.rooms), s.collect(b, &w)
 	default: // names nobody
 	}
 	p.Content = w.facts
@@ -132,6 +144,13 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 			}
 			if w.listed++; w.listed > s.listMax {
 				return w, d.tooMany(s.listName, w.listed)
+			}
+		case s.rooms:
+			if w.rooms == 0 {
+				w.roomsAt = start
+			}
+			if w.rooms++; w.rooms > s.roomsMax {
+				return w, d.tooMany(toRooms.idField(), w.rooms)
 			}
 		case optionsField:
 			if w.options == nil {
@@ -219,14 +238,17 @@ func (d *decoder) tooMany(field string, n int) error {
 }
 
 // collect makes the list that the walk has counted and checked.
-func (s *shape) collect(b []byte, w *walk) []string {
-	if w.listed == 0 {
+func (s *shape) collect(b []byte, w *walk) []string { return collect(b, w.listAt, s.list, w.listed) }
+
+// collect makes a list of n entries of a field, of which the first stands at some place.
+func collect(b []byte, at int, field protowire.Number, n int) []string {
+	if n == 0 {
 		return nil
 	}
-	list := make([]string, 0, w.listed)
-	m := wire.Reader{Rest: b[w.listAt:]}
-	for len(list) < w.listed && m.Next() {
-		if m.IsBytes(s.list) {
+	list := make([]string, 0, n)
+	m := wire.Reader{Rest: b[at:]}
+	for len(list) < n && m.Next() {
+		if m.IsBytes(field) {
 			list = append(list, wire.String(m.Bytes))
 		}
 	}
@@ -361,6 +383,11 @@ func (d *decoder) check(a api, b []byte) error {
 	for i, id := range s.collect(b, &w) {
 		if !utf8.ValidString(id) {
 			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, i))
+		}
+	}
+	for i, id := range collect(b, w.roomsAt, s.rooms, w.rooms) {
+		if !utf8.ValidString(id) {
+			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", toRooms.idField(), i))
 		}
 	}
 	return nil

@@ -41,7 +41,7 @@ func (c *call) enterTenant() {
 	}
 	scope := scopeBytes(tenant)
 	p, size := &c.push, scope
-	all := [...][]string{p.Users, p.Exclude}
+	all := [...][]string{p.Users, p.Rooms, p.Exclude}
 	for _, list := range all {
 		for _, id := range list {
 			size += scope + len(id)
@@ -52,7 +52,7 @@ func (c *call) enterTenant() {
 		size += scope + len(p.Room)
 	case engine.ToUser:
 		size += scope + len(p.User)
-	case engine.ToUsers, engine.ToAll: // lists, or nobody
+	case engine.ToUsers, engine.ToRooms, engine.ToAll: // lists, or nobody
 	}
 	b := c.scoped[:0]
 	if size > cap(b) {
@@ -72,7 +72,7 @@ func (c *call) enterTenant() {
 		p.Room = scoped(p.Room)
 	case engine.ToUser:
 		p.User = scoped(p.User)
-	case engine.ToUsers, engine.ToAll:
+	case engine.ToUsers, engine.ToRooms, engine.ToAll:
 	}
 	for _, list := range all {
 		for i, id := range list {
