@@ -76,7 +76,7 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 		}
 	case ToRooms:
 		p.except()
-		u := e.directory.Union(p.Rooms)
+		u := p.Rooms.unionIn(e.directory)
 		p.union, p.shard = u, e.shards.Index(u.Hash)
 		snaps, err := e.ask(ctx, e.directory.Rooms, u.Rooms(), refresh, &x)
 		if err != nil {

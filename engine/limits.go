@@ -3,7 +3,6 @@ package engine
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -168,19 +167,23 @@ func (l Limits) Check(r *Request) error {
 func (l Limits) checkRooms(r *Request) error {
 	const field = "room_ids"
 	switch {
-	case len(r.Rooms) == 0:
+	case r.Rooms.Len() == 0:
 		return &InvalidError{field, CodeRequired, "must name at least one room"}
 	case r.Only != nil:
 		return &InvalidError{field, CodeUnavailable, "cannot be combined with a choice of members"}
 	}
-	if err := l.CheckCount(field, len(r.Rooms)); err != nil {
+	if r.Rooms.checked.Load() {
+		return nil
+	}
+	if err := l.CheckCount(field, r.Rooms.Len()); err != nil {
 		return err
 	}
-	for i, room := range r.Rooms {
+	for i, room := range r.Rooms.ids {
 		if err := l.checkID(r.Scope, field, i, room); err != nil {
 			return err
 		}
 	}
+	r.Rooms.checked.Store(true)
 	return nil
 }
 
@@ -211,7 +214,7 @@ func (l Limits) checkOptions(r *Request) error {
 		return &InvalidError{"options.offline", CodeUnavailable, "there is no store here"}
 	case o.Store && r.Kind == ToAll:
 		return &InvalidError{"options.offline", CodeUnavailable, "a broadcast cannot be stored"}
-	case o.Store && r.Kind == ToRooms && slices.ContainsFunc(r.Rooms, func(room string) bool { return room != r.Rooms[0] }):
+	case o.Store && r.Kind == ToRooms && !r.Rooms.one:
 		return &InvalidError{"options.offline", CodeUnavailable, "a push to several rooms cannot be stored"}
 	case o.Replay != nil && (r.Kind != ToUser || o.Store || o.Async):
 		return &InvalidError{"options.replay", CodeMalformed, "goes to one user, and is not stored again"}

@@ -89,7 +89,7 @@ type Request struct {
 	Room    string
 	User    string
 	Users   []string
-	Rooms   []string // a client sees the first that it is in
+	Rooms   *RoomList // a client sees the first that it is in
 	Exclude []string
 	// Only is set for a push to a few of a room's members, without Exclude and Order: nobody else gets it, and who is no member
 	// is no target.
@@ -314,12 +314,12 @@ func (p *Push) routeRooms() {
 
 // enterRooms finds the union of a push to several rooms. One room is a room.
 func (p *Push) enterRooms() {
-	if !slices.ContainsFunc(p.Rooms, func(room string) bool { return room != p.Rooms[0] }) {
-		p.Kind, p.Room = ToRoom, p.Rooms[0]
+	if p.Rooms.one {
+		p.Kind, p.Room = ToRoom, p.Rooms.ids[0]
 		return
 	}
 	e := p.engine
-	p.union = e.directory.Union(p.Rooms)
+	p.union = p.Rooms.unionIn(e.directory)
 	p.once = p.union.Once()
 	p.shard, p.mark[0].key = e.shards.Index(p.union.Hash), roomKey(e.shards.Hash(p.union.ID))
 }

@@ -16,7 +16,7 @@ import (
 )
 
 func toRooms(rooms ...string) *Push {
-	return push(&Push{Request: Request{Kind: ToRooms, Rooms: rooms}})
+	return push(&Push{Request: Request{Kind: ToRooms, Rooms: NewRoomList(rooms)}})
 }
 
 func TestOutcomesOfAPushToSeveralRooms(t *testing.T) {
@@ -28,7 +28,7 @@ func TestOutcomesOfAPushToSeveralRooms(t *testing.T) {
 	}{
 		"each user once": {push: toRooms("r", "s"), want: Result{Found: true, Targets: 4, Delivered: 4}},
 		"excluded members, strangers and duplicates": {
-			push: push(&Push{Request: Request{Kind: ToRooms, Rooms: []string{"s", "r"}, Exclude: []string{"u2", "u2", "x", "u4"}}}),
+			push: push(&Push{Request: Request{Kind: ToRooms, Rooms: NewRoomList([]string{"s", "r"}), Exclude: []string{"u2", "u2", "x", "u4"}}}),
 			want: Result{Found: true, Targets: 2, Delivered: 2},
 		},
 		"rooms that do not exist are passed by": {
@@ -157,8 +157,8 @@ func TestWhatAPushToSeveralRoomsMustBe(t *testing.T) {
 		"too many":    {toRooms("a", "b", "c", "d"), "room_ids", CodeTooMany},
 		"empty id":    {toRooms("a", ""), "room_ids[1]", CodeRequired},
 		"invalid id":  {toRooms("a\n"), "room_ids[0]", CodeIDMalformed},
-		"stored":      {push(&Push{Request: Request{Kind: ToRooms, Rooms: []string{"a", "b"}, Options: &Options{Store: true}}}), "options.offline", CodeUnavailable},
-		"stored, one": {push(&Push{Request: Request{Kind: ToRooms, Rooms: []string{"a", "a"}, Options: &Options{Store: true}}}), "", ""},
+		"stored":      {push(&Push{Request: Request{Kind: ToRooms, Rooms: NewRoomList([]string{"a", "b"}), Options: &Options{Store: true}}}), "options.offline", CodeUnavailable},
+		"stored, one": {push(&Push{Request: Request{Kind: ToRooms, Rooms: NewRoomList([]string{"a", "a"}), Options: &Options{Store: true}}}), "", ""},
 		"some":        {toRooms("a", "b", "a"), "", ""},
 	} {
 		err := l.Check(&test.push.Request)
@@ -384,11 +384,11 @@ func roomsOrder(t *testing.T, rng *rand.Rand) {
 			p.Kind, p.Room = ToRoom, rooms[rng.IntN(3)]
 			k.rooms = []string{p.Room}
 		default:
-			p.Kind, p.Rooms = ToRooms, lists[rng.IntN(len(lists))]
+			k.rooms = lists[rng.IntN(len(lists))]
 			if rng.IntN(2) == 0 {
-				p.Rooms = lists[0] // often the same as before
+				k.rooms = lists[0] // often the same as before
 			}
-			k.rooms = p.Rooms
+			p.Kind, p.Rooms = ToRooms, NewRoomList(k.rooms)
 		}
 		pushes = append(pushes, k)
 		if err := e.Start(p, &o); err != nil {

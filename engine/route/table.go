@@ -62,6 +62,8 @@ type Table struct {
 	name  string
 	cache *otter.Cache[string, *entry]
 	lanes []lane
+	// Counts whatever may make an answer in the cache another one than it was, time and the generation left aside.
+	changes atomic.Uint64
 }
 
 // lane is what one shard has of a Table.
@@ -104,17 +106,19 @@ type waiting struct {
 }
 
 func newTable(d *Directory, name string, weight int) (*Table, error) {
+	t := &Table{dir: d, name: name, lanes: make([]lane, d.cfg.Shards)}
 	cache, err := otter.New(&otter.Options[string, *entry]{
 		MaximumWeight: uint64(weight),
 		Weigher:       func(_ string, e *entry) uint32 { return uint32(min(max(e.snap.Users, 1), 1<<30)) },
 		OnAtomicDeletion: func(e otter.DeletionEvent[string, *entry]) {
 			e.Value.gone.Store(true) // evicted, too: changes are noted in what the cache has
+			t.changes.Add(1)
 		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make %s cache: %w", name, err)
 	}
-	t := &Table{dir: d, name: name, cache: cache, lanes: make([]lane, d.cfg.Shards)}
+	t.cache = cache
 	for i := range t.lanes {
 		t.lanes[i].lines = make(map[string]*line)
 	}

@@ -37,6 +37,11 @@ func newUnions(members int) (*unions, error) {
 	cache, err := otter.New(&otter.Options[uint64, *Union]{
 		MaximumWeight: max(uint64(members)/unionPart, 1),
 		Weigher:       func(_ uint64, u *Union) uint32 { return uint32(min(u.weight.Load(), 1<<30)) },
+		OnAtomicDeletion: func(e otter.DeletionEvent[uint64, *Union]) {
+			if e.Cause != otter.CauseReplacement { // which is by itself
+				e.Value.gone.Store(true)
+			}
+		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make the cache of unions: %w", err)
@@ -63,7 +68,8 @@ type Union struct {
 
 	weight  atomic.Int64
 	absent  atomic.Int32
-	queries atomic.Uint64
+	again   atomic.Bool // it was asked for more than once
+	gone    atomic.Bool // the cache has it no more
 	keyed   sync.Once
 	keys    []uint64
 
@@ -77,6 +83,13 @@ type Union struct {
 	base    *Snapshot   // what they come to, nil before
 	snap    *Snapshot   // base, or that as a stale one
 	touched nanos       // when the cache of rooms was last asked about all
+
+	// What was found then, and holds as long as the changes of the table are that many.
+	changes    uint64
+	generation uint64
+	watched    bool  // all are vouched for, or else
+	freshUntil nanos // good until then
+	renewAt    int64
 }
 
 // queue is one place in the line of a union.
@@ -94,17 +107,17 @@ func (d *Directory) Union(list []string) *Union {
 		h = (h ^ maphash.String(d.seed, room)) * 0x9e3779b97f4a7c15 // 2^64 over the golden ratio, odd: mixes
 	}
 	if u, ok := d.unions.cache.GetIfPresent(h); ok && slices.Equal(u.list, list) {
-		u.queries.Add(1)
 		return u
 	}
 	u := d.newUnion(h, list)
-	u.queries.Add(1)
 	if kept, added := d.unions.cache.SetIfAbsent(h, u); !added && slices.Equal(kept.list, list) {
-		kept.queries.Add(1)
 		return kept
 	}
 	return u
 }
+
+// Kept tells that Directory.Union may still give this one.
+func (u *Union) Kept() bool { return !u.gone.Load() }
 
 func (d *Directory) newUnion(h uint64, list []string) *Union {
 	u := &Union{ID: "\x00" + strconv.FormatUint(d.unions.last.Add(1), 36), Hash: h, dir: d, list: make([]string, len(list))}
@@ -138,8 +151,8 @@ func (u *Union) Keys(hash func(room string) uint64) []uint64 {
 	return u.keys
 }
 
-// Once tells that the union was asked for the first time, as far as is known.
-func (u *Union) Once() bool { return u.queries.Load() == 1 }
+// Once tells the first caller, and nobody else, that nobody has asked for the union lately.
+func (u *Union) Once() bool { return !u.again.Load() && !u.again.Swap(true) }
 
 // Cached answers from memory alone, nil if it cannot, as Table.Cached does for each room.
 func (u *Union) Cached(now time.Time) *Snapshot {
@@ -161,12 +174,18 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 	}
 	var changed []*Snapshot // answers, where some are other ones
 	touch := at-u.touched > touchEvery
-	// In this order, see fresh.
+	// In this order, see fresh. What changes after the number was read is not looked past by the next query.
 	watched := at < nanos(u.dir.watchedUntil.Load())
-	generation := u.dir.generation.Load()
+	generation, changes := u.dir.generation.Load(), u.dir.Rooms.changes.Load()
+	if changes == u.changes && generation == u.generation && !touch && (watched && u.watched || at < u.freshUntil) && int64(at) < u.renewAt {
+		u.dir.Rooms.lanes[u.shards[0]].hits.Add(1)
+		return u.snap, nil
+	}
+	vouched, freshUntil, renewAt := true, nanos(never), int64(never)
 	for i, e := range u.entries {
 		if e != nil && !touch && e.generation == generation && (watched && !e.fallback || at < e.freshUntil) &&
 			!e.gone.Load() && !e.behind() && !e.due(at) && e.snap == u.snaps[i] {
+			vouched, freshUntil, renewAt = vouched && !e.fallback, min(freshUntil, e.freshUntil), min(renewAt, e.renewAt.Load())
 			continue
 		}
 		if e = u.dir.Rooms.current(u.shards[i], u.rooms[i], at); e == nil {
@@ -175,6 +194,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 		if e.due(at) {
 			renew = append(renew, i)
 		}
+		vouched, freshUntil, renewAt = vouched && !e.fallback, min(freshUntil, e.freshUntil), min(renewAt, e.renewAt.Load())
 		u.entries[i] = e
 		if e.snap != u.snaps[i] {
 			if changed == nil {
@@ -185,6 +205,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 	}
 	if touch {
 		u.touched = at
+		u.dir.unions.cache.GetIfPresent(u.Hash) // it is used, too
 	}
 	if changed != nil {
 		next := u.dir.joined(u.base, u.snaps, changed)
@@ -195,12 +216,14 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 	}
 	u.dir.Rooms.lanes[u.shards[0]].hits.Add(1)
 	u.snap.published.CompareAndSwap(0, int64(u.dir.now())) // now that nobody finds another
+	u.changes, u.generation, u.watched, u.freshUntil, u.renewAt = changes, generation, vouched, freshUntil, renewAt
 	return u.snap, renew
 }
 
 // takeLocked notes what the answers of all rooms come to.
 func (u *Union) takeLocked(snaps []*Snapshot, base *Snapshot) {
 	u.snaps, u.base, u.snap = snaps, base, asStale(base, snaps)
+	u.generation = 0 // which none has: what was found was of others
 	absent := 0
 	for _, s := range snaps {
 		if !s.Found {

@@ -232,7 +232,7 @@ func (s *Server) authorize(who *auth.Principal, a api, p *engine.Push) error {
 	case toUsers:
 		allowed = !slices.ContainsFunc(p.Users, func(id string) bool { return !who.Allows(m, id) })
 	case toRooms:
-		allowed = !slices.ContainsFunc(p.Rooms, func(id string) bool { return !who.Allows(m, id) })
+		allowed = !slices.ContainsFunc(p.Rooms.IDs(), func(id string) bool { return !who.Allows(m, id) })
 	default: // names nobody
 	}
 	if !allowed || !who.May(m) {

@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"time"
 	"unicode/utf8"
@@ -29,6 +30,7 @@ const (
 type decoder struct {
 	limits engine.Limits
 	shapes [apis]shape
+	lists  roomLists
 }
 
 // shape says which fields a request message has; 0 for none.
@@ -41,7 +43,7 @@ type shape struct {
 }
 
 func newDecoder(limits engine.Limits) *decoder {
-	d := &decoder{limits: limits}
+	d := &decoder{limits: limits, lists: roomLists{seed: maphash.MakeSeed()}}
 	d.shapes[toRoom] = shape{id: 1, idName: toRoom.idField(), content: 2, list: 3, listName: "exclude_user_ids", listMax: limits.Exclude}
 	d.shapes[toUser] = shape{id: 1, idName: toUser.idField(), content: 2}
 	d.shapes[toUsers] = shape{list: 1, listName: toUsers.idField(), listMax: limits.Users, content: 2}
@@ -79,6 +81,9 @@ type walk struct {
 	listAt  int // where the first of them stands
 	rooms   int // likewise, of the second list
 	roomsAt int
+	// Where the list ends if its entries stand one after another, 0 if not. known is the list if it has come before.
+	roomsEnd int
+	known    *engine.RoomList
 	content []byte
 	merged  bool // content came in several fields and has a buffer of its own
 	facts   engine.Content
@@ -109,7 +114,15 @@ func (d *decoder) decode(a api, b []byte, p *engine.Push) (*options, error) {
 	case toUsers:
 		p.Users = s.collect(b, &w)
 	case toRooms:
-		p.Rooms, p.Exclude = collect(b, w.roomsAt, s.rooms, w.rooms), s.collect(b, &w)
+		p.Exclude = s.collect(b, &w)
+		switch {
+		case w.known != nil:
+			p.Rooms = w.known
+		case w.roomsEnd > 0:
+			p.Rooms = d.lists.add(b[w.roomsAt:w.roomsEnd], w.rooms)
+		default:
+			p.Rooms = engine.NewRoomList(collect(b, w.roomsAt, s.rooms, w.rooms))
+		}
 	default: // names nobody
 	}
 	p.Content = w.facts
@@ -147,7 +160,17 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 			}
 		case s.rooms:
 			if w.rooms == 0 {
-				w.roomsAt = start
+				w.roomsAt, w.roomsEnd = start, start
+				if known, n := d.lists.find(b[start:]); known != nil {
+					w.known, w.rooms = known, known.Len()
+					m.Rest = b[start+n:]
+					break
+				}
+			} else if w.known != nil || start != w.roomsEnd {
+				w.known, w.roomsEnd = nil, -1 // more follows elsewhere
+			}
+			if w.roomsEnd >= 0 {
+				w.roomsEnd = len(b) - len(m.Rest)
 			}
 			if w.rooms++; w.rooms > s.roomsMax {
 				return w, d.tooMany(toRooms.idField(), w.rooms)

@@ -252,7 +252,7 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 		return appendRoomMessage(b, p, res)
 	case res.Found:
 		b = appendCounts(b, a, res)
-		if n := len(p.Rooms); res.RoomsNotFound > 0 {
+		if n := p.Rooms.Len(); res.RoomsNotFound > 0 {
 			b, _ = appendCount(b, "; ", res.RoomsNotFound, " of ")
 			b = strconv.AppendInt(b, int64(n), 10)
 			b = append(b, " rooms not found"...)

@@ -147,7 +147,7 @@ func (s *Server) explainCaller(info *callInfo, a api, p *engine.Push) *pubsub.Ex
 	if who := info.principal; who != nil {
 		out.Name, out.Tenant = who.Name, who.Tenant
 		id := p.Room + p.User // one of them
-		if list := slices.Concat(p.Users, p.Rooms); len(list) > 0 {
+		if list := slices.Concat(p.Users, p.Rooms.IDs()); len(list) > 0 {
 			id = list[0]
 		}
 		if at, pattern, allowed := who.Explain(a.method(), id); allowed {

@@ -154,7 +154,7 @@ func (m *messageIDs) keys(p *engine.Push) (id, target uint64) {
 	for _, user := range p.Users {
 		part(user)
 	}
-	for _, room := range p.Rooms {
+	for _, room := range p.Rooms.IDs() {
 		part(room)
 	}
 	_ = h.WriteByte(1) // which ends a list: it is in no id

@@ -104,7 +104,7 @@ func encodeReceipt(p *engine.Push, res *engine.Result, unacked []string, final b
 
 // targetOf is what a push was for, as its caller knows it.
 func targetOf(p *engine.Push) string {
-	if len(p.Rooms) > 0 { // the engine may have made one of one of them
+	if p.Rooms != nil { // the engine may have made one of one of them
 		return "rooms"
 	}
 	switch p.Kind {

@@ -41,7 +41,7 @@ func (c *call) enterTenant() {
 	}
 	scope := scopeBytes(tenant)
 	p, size := &c.push, scope
-	all := [...][]string{p.Users, p.Rooms, p.Exclude}
+	all := [...][]string{p.Users, p.Exclude}
 	for _, list := range all {
 		for _, id := range list {
 			size += scope + len(id)
@@ -73,6 +73,9 @@ func (c *call) enterTenant() {
 	case engine.ToUser:
 		p.User = scoped(p.User)
 	case engine.ToUsers, engine.ToRooms, engine.ToAll:
+	}
+	if p.Rooms != nil {
+		p.Rooms = p.Rooms.Scoped(p.Scope)
 	}
 	for _, list := range all {
 		for i, id := range list {
