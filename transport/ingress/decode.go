@@ -84,10 +84,10 @@ type walk struct {
 	// Where the list ends if its entries stand one after another, 0 if not. known is the list if it has come before.
 	roomsEnd int
 	known    *engine.RoomList
-	content []byte
-	merged  bool // content came in several fields and has a buffer of its own
-	facts   engine.Content
-	options *options // nil for none
+	content  []byte
+	merged   bool // content came in several fields and has a buffer of its own
+	facts    engine.Content
+	options  *options // nil for none
 }
 
 // decode fills p from the bytes of a request and owns b from the call on. The
