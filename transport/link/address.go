@@ -41,7 +41,7 @@ type audienceRef struct {
 }
 
 // plain tells that the audience is only named, as most are.
-func (a *audienceRef) plain() bool { return len(a.join)+len(a.leave) == 0 }
+func (a *audienceRef) plain() bool { return a.room == "" && a.rooms == nil && len(a.join)+len(a.leave) == 0 }
 
 func (a *audienceRef) size() int {
 	n := wire.SizeUint(audID, uint64(a.id)) + wire.SizeUint(audVersion, uint64(a.version))
