@@ -70,6 +70,11 @@ func (c *Client) PushToRoom(ctx context.Context, room string, m Message, options
 	return c.Push(ctx, Room(room), m, options...)
 }
 
+// PushToRooms pushes to the members of several rooms, 1,000 by default at most, each user once. [Rooms] and Push leave out some of them.
+func (c *Client) PushToRooms(ctx context.Context, rooms []string, m Message, options ...PushOption) (Result, error) {
+	return c.Push(ctx, Rooms(rooms...), m, options...)
+}
+
 // Broadcast pushes to everybody who is connected.
 func (c *Client) Broadcast(ctx context.Context, m Message, options ...PushOption) (Result, error) {
 	return c.Push(ctx, Everybody(), m, options...)

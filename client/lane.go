@@ -80,7 +80,7 @@ type key struct {
 	held    []*Pending // they
 }
 
-func (t *Target) ordered() bool { return t.kind == toUser || t.kind == toRoom }
+func (t *Target) ordered() bool { return t.kind == toUser || t.kind == toRoom || t.kind == toRooms }
 
 func newLane(c *Client, cfg StreamConfig) *lane {
 	unit := max(int64(cfg.MaxBytes)/int64(cfg.MaxOpen), 1)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -38,7 +39,7 @@ const (
 	TypeSystem      = Type(pubsub.MessageType_SYSTEM)
 )
 
-// Target says to whom a push goes: [User], [Users], [Room] or [Everybody].
+// Target says to whom a push goes: [User], [Users], [Room], [Rooms] or [Everybody].
 type Target struct {
 	kind   kind
 	id     string
@@ -55,16 +56,22 @@ func Users(ids ...string) Target { return Target{kind: toUsers, ids: ids} }
 // Room is all members of a room.
 func Room(id string) Target { return Target{kind: toRoom, id: id} }
 
+// Rooms are all members of several rooms, each user once. A client sees the first of them that it is in. To one list of rooms that is
+// pushed to again a push costs what one to a room does. The slice must not change before the push has ended.
+func Rooms(ids ...string) Target {
+	return Target{kind: toRooms, id: strings.Join(ids, "\x00"), ids: ids}
+}
+
 // Everybody is everybody who is connected.
 func Everybody() Target { return Target{kind: toAll} }
 
-// Except leaves members of a room out. It is for rooms only.
+// Except leaves members of a room, or of several, out. It is for rooms only.
 func (t Target) Except(users ...string) Target {
 	t.except = append(slices.Clip(t.except), users...)
 	return t
 }
 
-// String is "room:lobby", "user:alice", "users" or "everybody", as in receipts.
+// String is "room:lobby", "rooms", "user:alice", "users" or "everybody", as in receipts.
 func (t Target) String() string {
 	switch t.kind {
 	case toUser:
@@ -73,6 +80,8 @@ func (t Target) String() string {
 		return "users"
 	case toRoom:
 		return "room:" + t.id
+	case toRooms:
+		return "rooms"
 	case toAll:
 		return "everybody"
 	case ofJob:
@@ -121,7 +130,7 @@ func AckByClient(timeout time.Duration) PushOption {
 	}
 }
 
-// StoreIfOffline stores the message for whoever is not reached. Not for broadcasts, and only where there is a store.
+// StoreIfOffline stores the message for whoever is not reached. Not for broadcasts and several rooms, and only where there is a store.
 func StoreIfOffline() PushOption {
 	return func(o *pushOptions) { o.set().Offline = pubsub.OfflinePolicy_OFFLINE_STORE }
 }
@@ -171,6 +180,7 @@ const (
 	toUser
 	toUsers
 	toRoom
+	toRooms
 	toAll
 	ofJob // a call about a broadcast job: no push
 )
@@ -184,6 +194,8 @@ func (k kind) method() string {
 		return "PushToUsers"
 	case toRoom:
 		return "PushToRoom"
+	case toRooms:
+		return "PushToRooms"
 	default:
 		return "BroadcastMessage"
 	}
@@ -197,6 +209,8 @@ func (k kind) path() string {
 		return pubsub.PushManagerService_PushToUsers_FullMethodName
 	case toRoom:
 		return pubsub.PushManagerService_PushToRoom_FullMethodName
+	case toRooms:
+		return pubsub.PushManagerService_PushToRooms_FullMethodName
 	default:
 		return pubsub.PushManagerService_BroadcastMessage_FullMethodName
 	}
@@ -210,6 +224,8 @@ func (k kind) newReply() Reply {
 		return new(pubsub.PushToUsersResponse)
 	case toRoom:
 		return new(pubsub.PushToRoomResponse)
+	case toRooms:
+		return new(pubsub.PushToRoomsResponse)
 	default:
 		return new(pubsub.BroadcastMessageResponse)
 	}
@@ -245,24 +261,30 @@ func newRequest(to Target, m Message, options []PushOption) (request, pushOption
 		return &pubsub.PushToUsersRequest{UserIds: to.ids, Content: content, Options: o.wire}, o, nil
 	case toRoom:
 		return &pubsub.PushToRoomRequest{RoomId: to.id, Content: content, ExcludeUserIds: to.except, Options: o.wire}, o, nil
+	case toRooms:
+		return &pubsub.PushToRoomsRequest{RoomIds: to.ids, Content: content, ExcludeUserIds: to.except, Options: o.wire}, o, nil
 	case toAll:
 		return &pubsub.BroadcastMessageRequest{Content: content, Options: o.wire}, o, nil
 	case toNobody, ofJob:
 	}
-	return nil, o, invalid("target", "is missing: User, Users, Room or Everybody makes one")
+	return nil, o, invalid("target", "is missing: User, Users, Room, Rooms or Everybody makes one")
 }
 
 func check(to Target, m Message, o *pushOptions) error {
-	if len(to.except) > 0 && to.kind != toRoom {
+	if len(to.except) > 0 && to.kind != toRoom && to.kind != toRooms {
 		return invalid("exclude_user_ids", "are for rooms only")
 	}
-	if !utf8.ValidString(to.id) {
+	if to.kind != toRooms && !utf8.ValidString(to.id) {
 		return invalid(map[kind]string{toUser: "user_id", toRoom: "room_id"}[to.kind], notUTF8)
+	}
+	ids := "user_ids"
+	if to.kind == toRooms {
+		ids = "room_ids"
 	}
 	for _, list := range []struct {
 		field string
 		ids   []string
-	}{{"user_ids", to.ids}, {"exclude_user_ids", to.except}} {
+	}{{ids, to.ids}, {"exclude_user_ids", to.except}} {
 		for i, id := range list.ids {
 			if !utf8.ValidString(id) {
 				return invalid(fmt.Sprintf("%s[%d]", list.field, i), notUTF8)

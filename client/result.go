@@ -112,7 +112,7 @@ func (r *Result) Outcome() Outcome {
 		return Stored
 	case r.Success:
 		return Delivered
-	case r.Targets == 0 && r.kind == toRoom:
+	case r.Targets == 0 && (r.kind == toRoom || r.kind == toRooms):
 		return Offline // the room is not known
 	}
 	return Failed // no Connect-Node is known
@@ -129,8 +129,11 @@ type Reply interface {
 // account is an [*Error]: the push may have been delivered.
 func ResultOf(r Reply) (Result, error) {
 	var k kind // what Outcome needs of it
-	if _, ok := r.(*pubsub.PushToRoomResponse); ok {
+	switch r.(type) {
+	case *pubsub.PushToRoomResponse:
 		k = toRoom
+	case *pubsub.PushToRoomsResponse:
+		k = toRooms
 	}
 	result, failed := resultOf(k, r)
 	if failed != nil {

@@ -29,6 +29,8 @@ func (k kind) field() protowire.Number {
 		return 3
 	case toAll:
 		return 4
+	case toRooms:
+		return 7
 	default:
 		return 5
 	}
@@ -144,8 +146,12 @@ func decodeOne(b []byte) (a answer, err error) {
 		case m.Type() != protowire.BytesType:
 		case m.Number() == fieldError:
 			refused = m.Bytes
-		case m.Number() >= 3 && m.Number() <= 6:
-			a.kind, r, err = decodeReply(m.Number()-1, m.Bytes)
+		case m.Number() >= 3 && m.Number() <= 7:
+			request := m.Number() - 1 // the field of what it answers
+			if m.Number() == toRooms.field() {
+				request = toRooms.field()
+			}
+			a.kind, r, err = decodeReply(request, m.Bytes)
 			if err != nil {
 				return a, fmt.Errorf("the reply is malformed: %w", err)
 			}
@@ -178,6 +184,9 @@ func decodeReply(field protowire.Number, b []byte) (k kind, r Reply, err error) 
 	case toUser.field():
 		var m pubsub.PushToUserResponse
 		return toUser, &m, m.UnmarshalVT(b)
+	case toRooms.field():
+		var m pubsub.PushToRoomsResponse
+		return toRooms, &m, m.UnmarshalVT(b)
 	case toAll.field():
 		var m pubsub.BroadcastMessageResponse
 		return toAll, &m, m.UnmarshalVT(b)

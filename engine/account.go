@@ -43,7 +43,7 @@ func (o Outcome) String() string {
 // Result is the account of one push:
 // Targets = Delivered + Offline + Failed + Unknown.
 type Result struct {
-	// Found: the room exists, at least one of the users is online, at least one
+	// Found: the room exists, at least one of the rooms does, at least one of the users is online, at least one
 	// node is known.
 	Found                                        bool
 	Targets, Delivered, Offline, Failed, Unknown int
@@ -53,6 +53,9 @@ type Result struct {
 	// got it already. Acked: of Delivered, the client itself has said so. Duplicates: of
 	// Delivered, had it from an earlier try with the same message id.
 	Stored, Unsure, Acked, Duplicates int
+
+	// RoomsNotFound is how many of several rooms do not exist.
+	RoomsNotFound int
 
 	// Place is where a push to a room stands in its log, zero if it does not. Everybody whom such a push has
 	// not reached counts as Offline and Stored; a room of which nobody could tell who is in it counts as one.
@@ -224,7 +227,7 @@ func (p *Push) account() (Result, error) {
 		p.tallyUsers(&b)
 	}
 	r := Result{
-		Place: at,
+		Place: at, RoomsNotFound: p.absent,
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
 		Stored: b.stored, Unsure: b.unsure, Acked: b.acked, Duplicates: b.duplicates,
@@ -278,7 +281,7 @@ func (p *Push) plainAccount() (Result, bool) {
 	if p.slow != nil {
 		return Result{}, false
 	}
-	r := Result{Found: p.found, Offline: p.offline}
+	r := Result{Found: p.found, Offline: p.offline, RoomsNotFound: p.absent}
 	for _, d := range p.deliveries {
 		if d.outcome != Delivered || d.short != nil {
 			return Result{}, false
@@ -289,7 +292,7 @@ func (p *Push) plainAccount() (Result, bool) {
 	if p.Kind == ToAll {
 		return r, true
 	}
-	if p.Kind != ToRoom {
+	if p.Kind == ToUser || p.Kind == ToUsers {
 		r.Found = r.Delivered > 0
 	}
 	return r, r.Targets == p.targets

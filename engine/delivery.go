@@ -88,7 +88,7 @@ func (d *Delivery) Payload() []byte { return d.push.Payload }
 // Priority is that of the push.
 func (d *Delivery) Priority() Priority { return d.push.Priority }
 
-// Room is the room that was pushed to, "" for a push to users or to everybody. Of a message out
+// Room is the room that was pushed to, "" for a push to several, to users or to everybody. Of a message out
 // of the store it is the room that it was pushed to once.
 func (d *Delivery) Room() string {
 	if o := d.push.Options; o != nil && o.Replay != nil {
@@ -97,7 +97,28 @@ func (d *Delivery) Room() string {
 	return d.push.Room
 }
 
-// Group is the room's members on the node. It is nil when the delivery names
+// Rooms are those that were pushed to, nil for a push to fewer than two. In a connection that is in several
+// the client sees the first.
+func (d *Delivery) Rooms() []string {
+	if u := d.push.union; u != nil {
+		return u.Rooms()
+	}
+	return nil
+}
+
+// RoomKey tells pushes to different rooms apart: it is the room, an id that is like none for several, "" for all other
+// pushes. A link may keep it.
+func (d *Delivery) RoomKey() string {
+	if u := d.push.union; u != nil {
+		return u.ID
+	}
+	return d.Room()
+}
+
+// Once tells that nobody may ever push to these rooms again: what a link would keep of their members is not worth it.
+func (d *Delivery) Once() bool { return d.push.once }
+
+// Group is the members of the room, or of the rooms, on the node. It is nil when the delivery names
 // its users itself, and for everybody. The same pointer means the same members.
 func (d *Delivery) Group() *route.Group { return d.group }
 
@@ -156,6 +177,11 @@ func (d *Delivery) Size() int {
 	}
 	for _, u := range d.users {
 		n += len(u) + 3
+	}
+	if d.push.union != nil && d.group == nil {
+		for _, room := range d.push.union.Rooms() {
+			n += len(room) + 3
+		}
 	}
 	for _, u := range d.except {
 		n += len(u) + 3

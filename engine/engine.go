@@ -240,6 +240,9 @@ func (e *Engine) Start(p *Push, c Completer) error {
 		timeout = min(timeout, p.Timeout)
 	}
 	p.deadline = p.Arrived.Add(timeout)
+	if p.Kind == ToRooms {
+		p.enterRooms()
+	}
 	if p.Options != nil {
 		p.begin(timeout)
 		if p.Options.Async && !e.async.enter(p.lasting) {

@@ -36,6 +36,7 @@ type world struct {
 	tune       func(*route.Config) // before build, if not nil
 	pool       int                 // places in each shard's pool; 0 means the default
 	shards     int                 // 0 means 2
+	revision   func() uint64       // of rooms; nil: nobody knows
 	config     Config              // the rest of the engine's
 }
 
@@ -111,6 +112,9 @@ func (w *world) Room(ctx context.Context, room string, add func(user, node []byt
 		for _, node := range nodes {
 			add([]byte(user), []byte(node))
 		}
+	}
+	if w.revision != nil {
+		return ok, w.revision(), nil
 	}
 	return ok, 0, nil
 }

@@ -72,12 +72,23 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 		}
 		if s := snaps[p.Room]; s != nil {
 			p.stageRoom(s, nil)
-			x.Offline = s.Unplaced
-			if p.slow != nil {
-				x.Offline = without(x.Offline, p.slow.except)
-				x.Excluded = slices.DeleteFunc(slices.Clone(p.slow.except), func(user string) bool { return !s.Has(user) })
-			}
+			x.explainRoom(p, s)
 		}
+	case ToRooms:
+		p.except()
+		u := p.Rooms.unionIn(e.directory)
+		p.union, p.shard = u, e.shards.Index(u.Hash)
+		snaps, err := e.ask(ctx, e.directory.Rooms, u.Rooms(), refresh, &x)
+		if err != nil {
+			return x, err
+		}
+		list := make([]*route.Snapshot, 0, len(snaps))
+		for _, s := range snaps {
+			list = append(list, s)
+		}
+		s := e.directory.Unite(list, nil)
+		p.stageRoom(s, nil)
+		x.explainRoom(p, s)
 	case ToUser, ToUsers:
 		users := []string{p.User}
 		if p.Kind == ToUsers {
@@ -135,10 +146,22 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 	return x, nil
 }
 
+// explainRoom says who of a room does not get p, which is staged.
+func (x *Explanation) explainRoom(p *Push, s *route.Snapshot) {
+	x.Offline = s.Unplaced
+	if p.slow != nil {
+		x.Offline = without(x.Offline, p.slow.except)
+		x.Excluded = slices.DeleteFunc(slices.Clone(p.slow.except), func(user string) bool { return !s.Has(user) })
+	}
+}
+
+// askWindow is how many look-ups of rooms there are at a time: a pool has places for others, too.
+const askWindow = 32
+
 // ask has the answers for keys, and says in x how it has come by them. Keys without an answer are Unlocated.
 func (e *Engine) ask(ctx context.Context, t *route.Table, keys []string, refresh bool, x *Explanation) (map[string]*route.Snapshot, error) {
 	now := time.Now()
-	a := &asked{snaps: make(map[string]*route.Snapshot, len(keys)), done: make(chan struct{})}
+	a := &asked{snaps: make(map[string]*route.Snapshot, len(keys)), done: make(chan struct{}), places: make(chan struct{}, askWindow)}
 	byShard := make([][]string, e.shards.Len())
 	for _, key := range keys {
 		shard := e.shards.For(key).Index()
@@ -159,12 +182,21 @@ func (e *Engine) ask(ctx context.Context, t *route.Table, keys []string, refresh
 		return a.snaps, nil
 	}
 	for shard, keys := range byShard {
-		switch {
-		case len(keys) == 0:
-		case refresh:
-			t.Refresh(shard, keys, route.Missing{Since: now}, a)
-		default:
-			t.Ask(shard, keys, now, a)
+		together := len(keys)
+		if t == e.directory.Rooms {
+			together = 1 // a look-up is about one room
+		}
+		for some := range slices.Chunk(keys, max(together, 1)) {
+			select {
+			case a.places <- struct{}{}:
+			case <-ctx.Done():
+				return nil, causeOf(ctx.Err())
+			}
+			if refresh {
+				t.Refresh(shard, some, route.Missing{Since: now}, a)
+			} else {
+				t.Ask(shard, some, now, a)
+			}
 		}
 	}
 	select {
@@ -183,7 +215,8 @@ func (e *Engine) ask(ctx context.Context, t *route.Table, keys []string, refresh
 
 // asked gathers what is said about keys. It implements route.Waiter.
 type asked struct {
-	done chan struct{}
+	done   chan struct{}
+	places chan struct{} // one for each look-up under way; users of one shard may be told in parts, of one look-up
 
 	mu sync.Mutex
 	// Guarded by mu; read freely once done is closed.
@@ -197,6 +230,10 @@ func (*asked) Lookup(ctx context.Context, _ string) (context.Context, func(error
 }
 
 func (a *asked) Routed(keys []string, snaps []*route.Snapshot, err error) {
+	select {
+	case <-a.places:
+	default:
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {

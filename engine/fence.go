@@ -60,9 +60,12 @@ type Order struct {
 	end     uint64              // from where on numbers are not ours
 	fences  map[uint64][]*fence // by key, then by age
 	marks   map[uint64]*mark    // by key, the latest one
-	lines   map[string][]turn   // by room, from the first push on that is being written into its log, by start
+	// By room, or set of rooms, from the first push on that waits for its turn, by start; see roomlog.go and rooms.go.
+	lines   map[string][]turn
+	sets    map[uint64]*roomSet // by key, of pushes to several rooms that are under way
+	crossed map[uint64][]*Push  // by number of a push, those that wait until it has left
 
-	lined atomic.Int32 // pushes in lines
+	lined atomic.Int32 // pushes in lines, and those to several rooms
 }
 
 // place is a push in an Order, as long as Push.seq is its number.
@@ -136,6 +139,9 @@ func (o *Order) enterLocked(p *Push) {
 	o.since = min(o.since, arrived)
 	o.under = append(o.under, place{p, o.seq, arrived})
 	p.seq.Store(o.seq)
+	if p.Kind == ToRooms {
+		o.enterSetLocked(p)
+	}
 }
 
 // Trim lets go of pushes that are finished. An Order that nothing is started in for a while
@@ -177,18 +183,31 @@ func (o *Order) enter(p *Push) {
 // while, any other is let go of at once: who knows what it holds.
 func (o *Order) leave(p *Push) {
 	seq := p.seq.Load()
-	if seq == 0 || p.plain && seq&inIndex == 0 && p.seq.CompareAndSwap(seq, 0) {
+	if seq == 0 || p.plain && seq&inIndex == 0 && p.Kind != ToRooms && p.seq.CompareAndSwap(seq, 0) {
 		return
 	}
+	for _, q := range o.leaveLocking(p) {
+		q.engine.offload(q.shard, func() { o.turn(q, 1) })
+	}
+}
+
+// leaveLocking is leave with the lock, and returns whose wait for p is over.
+func (o *Order) leaveLocking(p *Push) (crossed []*Push) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	seq := p.seq.Load() &^ inIndex
 	defer p.seq.Store(0)
-	seq &^= inIndex
+	if p.Kind == ToRooms {
+		o.leaveSetLocked(p)
+	}
+	if crossed = o.crossed[seq]; crossed != nil {
+		delete(o.crossed, seq)
+	}
 	if i, ok := slices.BinarySearchFunc(o.under, seq, func(e place, seq uint64) int { return cmp.Compare(e.seq, seq) }); ok && !p.plain {
 		o.under[i].push = nil
 	}
 	if p.seq.Load() == seq { // not in the index
-		return
+		return crossed
 	}
 	marks := p.marks()
 	for i := range marks {
@@ -208,6 +227,7 @@ func (o *Order) leave(p *Push) {
 	if len(o.marks) == 0 {
 		o.marks = nil // a map keeps its room
 	}
+	return crossed
 }
 
 // marks are those of p by user, or the only one.
@@ -553,10 +573,14 @@ func (o *Order) behind(h *healer) bool {
 // holds has h started when a delivery of p that it has to wait for is settled. False means
 // that there is none.
 func (p *Push) holds(h *healer) bool {
+	until := healing
+	if p.Kind == ToRooms {
+		until = settled // its heals stand in several lines, and not each in the same
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, d := range p.deliveries {
-		if d.node == h.d.node && d.state.Load() < healing && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
+		if d.node == h.d.node && d.state.Load() < until && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
 			return true
 		}
 	}

@@ -47,8 +47,15 @@ func (h *healer) start() {
 		m.Users = nil // it has taken nothing, for nobody
 	}
 	table, keys := p.engine.directory.Users, h.missing
-	if p.Kind == ToRoom {
+	switch p.Kind {
+	case ToRoom:
 		table, keys = p.engine.directory.Rooms, []string{p.Room}
+	case ToRooms:
+		h.waiting.Store(1)
+		p.union.Refresh(h.missing, m, h)
+		h.asked()
+		return
+	case ToUser, ToUsers, ToAll:
 	}
 	h.waiting.Store(int32(len(keys)))
 	table.Refresh(int(d.shard), keys, m, h)
@@ -114,7 +121,7 @@ func (h *healer) stage(keys []string, snaps []*route.Snapshot, err error) (deliv
 func (h *healer) stageLocked(keys []string, snaps []*route.Snapshot) []*Delivery {
 	p, r := h.d.push, h.d.ensureDetails()
 	users, snap := h.missing, func(int) *route.Snapshot { return snaps[0] }
-	if p.Kind != ToRoom {
+	if p.Kind == ToUser || p.Kind == ToUsers {
 		users, snap = keys, func(i int) *route.Snapshot { return snaps[i] }
 	}
 	var deliveries []*Delivery

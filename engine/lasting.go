@@ -98,9 +98,11 @@ func (p *Push) begin(timeout time.Duration) {
 		key = p.Room
 	case ToUsers:
 		key = p.Users[0]
-	case ToUser, ToAll: // a broadcast has none
+	case ToUser, ToAll, ToRooms: // a broadcast has none
 	}
-	l.shard = p.engine.shards.For(key).Index()
+	if l.shard = p.shard; p.Kind != ToRooms {
+		l.shard = p.engine.shards.For(key).Index()
+	}
 	p.lasting = l
 }
 

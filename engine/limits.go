@@ -18,6 +18,7 @@ type Limits struct {
 	MetadataBytes   int // of keys and values together; 0 means 8 KiB
 	Exclude         int // users in an exclude list; 0 means 10,000
 	Users           int // users in a user list; 0 means 10,000
+	Rooms           int // rooms in a list of rooms; 0 means 1,000
 	// MaxTTL bounds Options.TTL. 0 means 168 h.
 	MaxTTL time.Duration
 
@@ -35,6 +36,7 @@ func (l Limits) withDefaults() Limits {
 		{&l.MetadataBytes, 8 << 10},
 		{&l.Exclude, 10_000},
 		{&l.Users, 10_000},
+		{&l.Rooms, 1_000},
 	} {
 		if *f.v == 0 {
 			*f.v = f.def
@@ -48,7 +50,7 @@ func (l Limits) withDefaults() Limits {
 
 // Validate reports everything that is wrong with l.
 func (l Limits) Validate() error {
-	if min(l.IDBytes, l.DataBytes, l.MetadataEntries, l.MetadataBytes, l.Exclude, l.Users) < 0 || l.MaxTTL < 0 {
+	if min(l.IDBytes, l.DataBytes, l.MetadataEntries, l.MetadataBytes, l.Exclude, l.Users, l.Rooms) < 0 || l.MaxTTL < 0 {
 		return errors.New("limits must not be negative")
 	}
 	return nil
@@ -87,12 +89,14 @@ type Content struct {
 }
 
 // CheckCount refuses n entries of a list that allows fewer. Field is one of
-// "exclude_user_ids", "user_ids" and "content.metadata".
+// "exclude_user_ids", "user_ids", "room_ids" and "content.metadata".
 func (l Limits) CheckCount(field string, n int) error {
 	limit := l.Exclude
 	switch field {
 	case "user_ids":
 		limit = l.Users
+	case "room_ids":
+		limit = l.Rooms
 	case "content.metadata":
 		limit = l.MetadataEntries
 	}
@@ -119,6 +123,8 @@ func (l Limits) Check(r *Request) error {
 		if list, field = r.Users, "user_ids"; len(list) == 0 {
 			err = &InvalidError{field, CodeRequired, "must name at least one user"}
 		}
+	case ToRooms:
+		err = l.checkRooms(r)
 	case ToAll:
 		list = nil
 	default:
@@ -157,6 +163,30 @@ func (l Limits) Check(r *Request) error {
 	return l.checkOptions(r)
 }
 
+// checkRooms checks the list of a push to several rooms.
+func (l Limits) checkRooms(r *Request) error {
+	const field = "room_ids"
+	switch {
+	case r.Rooms.Len() == 0:
+		return &InvalidError{field, CodeRequired, "must name at least one room"}
+	case r.Only != nil:
+		return &InvalidError{field, CodeUnavailable, "cannot be combined with a choice of members"}
+	}
+	if r.Rooms.checked.Load() {
+		return nil
+	}
+	if err := l.CheckCount(field, r.Rooms.Len()); err != nil {
+		return err
+	}
+	for i, room := range r.Rooms.ids {
+		if err := l.checkID(r.Scope, field, i, room); err != nil {
+			return err
+		}
+	}
+	r.Rooms.checked.Store(true)
+	return nil
+}
+
 // Limits of Options that no setting changes.
 const (
 	optionIDBytes = 64          // of a message id and of a collapse key
@@ -184,6 +214,8 @@ func (l Limits) checkOptions(r *Request) error {
 		return &InvalidError{"options.offline", CodeUnavailable, "there is no store here"}
 	case o.Store && r.Kind == ToAll:
 		return &InvalidError{"options.offline", CodeUnavailable, "a broadcast cannot be stored"}
+	case o.Store && r.Kind == ToRooms && !r.Rooms.one:
+		return &InvalidError{"options.offline", CodeUnavailable, "a push to several rooms cannot be stored"}
 	case o.Replay != nil && (r.Kind != ToUser || o.Store || o.Async):
 		return &InvalidError{"options.replay", CodeMalformed, "goes to one user, and is not stored again"}
 	}

@@ -22,6 +22,7 @@ const (
 	ToUser       // Push.User on all nodes
 	ToUsers      // Push.Users, each once
 	ToAll        // every connection of every node
+	ToRooms      // the members of any of Push.Rooms but Push.Exclude, each once
 )
 
 // Errors of a push for which nothing was written.
@@ -88,6 +89,7 @@ type Request struct {
 	Room    string
 	User    string
 	Users   []string
+	Rooms   *RoomList // a client sees the first that it is in
 	Exclude []string
 	// Only is set for a push to a few of a room's members, without Exclude and Order: nobody else gets it, and who is no member
 	// is no target.
@@ -135,6 +137,9 @@ type state struct {
 	lasting  *lasting  // nil for a push that ends with its deliveries
 	shard    int       // that of Room or User
 	waits    bool      // keys may have been put in line, deliveries held back; the starter's own
+	once     bool      // of several rooms: nobody has pushed to them lately
+	union    *route.Union
+	absent   int // rooms of it that do not exist; known once routed
 
 	// Memory for the usual push, so that it needs no other. Reset keeps that of deliveries
 	// and block.
@@ -161,7 +166,7 @@ type state struct {
 
 	mu sync.Mutex
 	// Guarded by mu once somebody else has the push, until it is finished.
-	found      bool // the room exists; there are nodes
+	found      bool // the room exists, or one of the rooms; there are nodes
 	plain      bool // everybody was reached, or known to be offline, at the first try
 	offline    int  // users without a node
 	deliveries []*Delivery
@@ -258,6 +263,10 @@ func (p *Push) route() {
 	case ToRoom:
 		p.except()
 		table, key, room = e.directory.Rooms, p.Room, 1
+	case ToRooms:
+		p.except()
+		p.routeRooms()
+		return
 	case ToUser:
 		p.targets = 1
 		if p.Options != nil && p.Options.Replay != nil {
@@ -284,6 +293,42 @@ func (p *Push) route() {
 		}
 		return
 	}
+	p.sendBy(key, s)
+}
+
+// routeRooms is route for several rooms. Their union is like one room: it has an id, a place in its
+// Order, and an audience with each node.
+func (p *Push) routeRooms() {
+	if p.Order != nil && p.comesLater() {
+		return
+	}
+	s := p.union.Cached(p.Arrived)
+	if s == nil {
+		if p.await(1) {
+			p.union.Ask(p.Arrived, p)
+		}
+		return
+	}
+	p.sendBy(p.union.ID, s)
+}
+
+// enterRooms finds the union of a push to several rooms. One room is a room.
+func (p *Push) enterRooms() {
+	if p.Rooms.one {
+		p.Kind, p.Room = ToRoom, p.Rooms.ids[0]
+		return
+	}
+	e := p.engine
+	p.union = p.Rooms.unionIn(e.directory)
+	p.once = p.union.Once()
+	p.shard, p.mark[0].key = e.shards.Index(p.union.Hash), roomKey(e.shards.Hash(p.union.ID))
+}
+
+// roomKey is the key of a room, or of several, by its hash.
+func roomKey(hash uint64) uint64 { return hash<<1 | 1 }
+
+// sendBy stages and sends a push by an answer that was in memory.
+func (p *Push) sendBy(key string, s *route.Snapshot) {
 	// Nobody else has the push before it is sent, so there is nothing to lock.
 	var inWay []*fence
 	if p.Order != nil {
@@ -291,10 +336,10 @@ func (p *Push) route() {
 			inWay = all[0]
 		}
 	}
-	if p.Kind == ToRoom {
-		p.stageRoom(s, inWay)
-	} else {
+	if p.Kind == ToUser {
 		p.stageUser(s, inWay)
+	} else {
+		p.stageRoom(s, inWay)
 	}
 	deliveries := p.deliveries
 	if inWay != nil && p.slow != nil {
@@ -413,7 +458,7 @@ func (p *Push) Routed(keys []string, snaps []*route.Snapshot, err error) {
 // fence holds back. False means that the push was ended before and waits for nothing.
 func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliveries []*Delivery, later []ward, ok bool) {
 	inWay := make([][]*fence, len(keys))
-	if p.Order != nil && err == nil {
+	if p.Order != nil && snaps != nil {
 		if all := p.Order.pass(p, keys, snaps, false); all != nil {
 			inWay = all
 		}
@@ -424,11 +469,17 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliver
 		return nil, nil, false
 	}
 	had := len(p.deliveries)
+	var partial *route.PartialError
 	switch {
+	case errors.As(err, &partial):
+		p.ensureSlowPath().lookup = err
+		p.stageRoom(snaps[0], inWay[0])
+		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, partial.Rooms})
+		p.targets += partial.Rooms // one target each: nobody knows how many there are
 	case err != nil:
 		p.ensureSlowPath().lookup = err
 		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, len(keys)})
-	case p.Kind == ToRoom:
+	case p.Kind == ToRoom || p.Kind == ToRooms:
 		p.stageRoom(snaps[0], inWay[0])
 	case p.Kind == ToUser:
 		p.stageUser(snaps[0], inWay[0])
@@ -444,6 +495,9 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliver
 func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	p.found = s.Found
 	p.targets = s.Users
+	if p.union != nil {
+		p.absent = p.union.NotFound()
+	}
 	if s.Stale != nil {
 		p.note(s.Stale)
 	}

@@ -17,6 +17,7 @@ const (
 	DropReplaced                  // a newer message with its collapse key has taken its place
 	DropReused                    // the user has had the message id with another content
 	DropUnscoped                  // it has a scope, which the node does not know
+	DropNoRooms                   // it is for several rooms, which the node does not know
 	DropNoReplay                  // it is out of the store, and the node does not know replays
 	DropNoRoute                   // the Controller could not be asked where the user is
 	DropInternal                  // a fault of our own before anything was written
@@ -42,6 +43,7 @@ var reasonText = [reasons]string{
 	DropReplaced:    "replaced by a newer message",
 	DropReused:      "message id was used for another payload",
 	DropUnscoped:    "node cannot tell tenants apart",
+	DropNoRooms:     "node cannot take several rooms",
 	DropNoReplay:    "node does not know replays",
 	DropNoRoute:     "controller not reachable",
 	DropInternal:    "internal error before sending",

@@ -23,24 +23,20 @@ import (
 // logs tells whether the push is written into the log of its room.
 func (p *Push) logs() bool { return p.Kind == ToRoom && p.stores() }
 
-// comesLater has a push to a room be routed later, if it is to be written into the room's log first,
-// or is behind one of its Order that is. False: nothing is in its way.
+// comesLater has a push to a room, or to several, be routed later: if it is to be written into the room's log first,
+// or has to wait for others of its Order. False: nothing is in its way.
 func (p *Push) comesLater() bool {
+	if !p.logs() {
+		o := p.Order
+		return o != nil && (p.Kind == ToRooms || o.lined.Load() > 0) && o.lineUp(p, 0)
+	}
 	if p.Order == nil {
-		if !p.logs() {
-			return false
-		}
 		p.await(1)
-		p.log()
-		return true
+	} else {
+		p.Order.lineUp(p, 1)
 	}
-	if p.logs() {
-		p.await(1)
-		p.Order.line(p)
-		p.log()
-		return true
-	}
-	return p.Order.lined.Load() > 0 && p.Order.lineBehind(p)
+	p.log()
+	return true
 }
 
 // log hands the push to the Spool, and waits for its answer no longer than storeTime and half of
@@ -92,7 +88,7 @@ func (l *lasting) logged(at Place, err error) {
 	l.mu.Unlock()
 	p.engine.offload(l.shard, func() {
 		if p.Order != nil {
-			p.Order.turn(p)
+			p.Order.turn(p, 1)
 		} else {
 			p.routeLate()
 		}
@@ -106,69 +102,20 @@ func (p *Push) routeLate() {
 			p.engine.panicked(p, v)
 		}
 	}()
+	if u := p.union; u != nil {
+		if s := u.Cached(p.Arrived); s != nil {
+			p.Routed([]string{u.ID}, []*route.Snapshot{s}, nil)
+			return
+		}
+		u.Ask(p.Arrived, p)
+		return
+	}
 	rooms, keys := p.engine.directory.Rooms, []string{p.Room}
 	if s := rooms.Cached(p.shard, p.Room, p.Arrived); s != nil {
 		p.Routed(keys, []*route.Snapshot{s}, nil)
 		return
 	}
 	rooms.Ask(p.shard, keys, p.Arrived, p)
-}
-
-// turn is the place of a push in the line of its room.
-type turn struct {
-	push  *Push
-	ready bool // it may be routed once it is the first
-}
-
-// line puts p, which is about to be written into the log of its room, behind those of the room that
-// have not been routed. They are all of one shard, whose backlog routes them one after the other.
-func (o *Order) line(p *Push) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.lines == nil {
-		o.lines = make(map[string][]turn)
-	}
-	o.lines[p.Room] = append(o.lines[p.Room], turn{push: p})
-	o.lined.Add(1)
-}
-
-// lineBehind puts p, which is not written into a log, behind those of its room that have not been routed.
-// False means that there are none.
-func (o *Order) lineBehind(p *Push) bool {
-	o.mu.Lock()
-	behind := len(o.lines[p.Room]) > 0
-	o.mu.Unlock()
-	if !behind {
-		return false
-	}
-	p.await(1)
-	o.line(p)
-	p.engine.offload(p.shard, func() { o.turn(p) })
-	return true
-}
-
-// turn notes that p may be routed, and routes those in line who may. It runs in the backlog of their shard.
-func (o *Order) turn(p *Push) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	room := p.Room
-	for i := range o.lines[room] {
-		if t := &o.lines[room][i]; t.push == p {
-			t.ready = true
-			break
-		}
-	}
-	for len(o.lines[room]) > 0 && o.lines[room][0].ready {
-		first := o.lines[room][0].push
-		o.mu.Unlock()
-		first.routeLate()
-		o.mu.Lock()
-		o.lines[room][0] = turn{}
-		if o.lines[room] = o.lines[room][1:]; len(o.lines[room]) == 0 {
-			delete(o.lines, room)
-		}
-		o.lined.Add(-1)
-	}
 }
 
 // Log is where the message stands in the log of its room, and who of the room does not get it, sorted.

@@ -103,6 +103,9 @@ const (
 	// The node knows which members of rooms have had what of the log: log of a Delivery; log_marks
 	// and log_pages; log_reads and log_follow. Push-Manager offers it only while it has a store.
 	Feature_FEATURE_ROOM_LOG Feature = 6
+	// Pushes to several rooms: room_ids of a Delivery and of an Audience. A connection gets one if it is in any of the
+	// rooms, once, and its client sees the first of the list that it is in.
+	Feature_FEATURE_ROOMS Feature = 9
 )
 
 // Enum value maps for Feature.
@@ -116,6 +119,7 @@ var (
 		4: "FEATURE_COLLAPSE",
 		5: "FEATURE_REPLAY",
 		6: "FEATURE_ROOM_LOG",
+		9: "FEATURE_ROOMS",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
@@ -126,6 +130,7 @@ var (
 		"FEATURE_COLLAPSE":    4,
 		"FEATURE_REPLAY":      5,
 		"FEATURE_ROOM_LOG":    6,
+		"FEATURE_ROOMS":       9,
 	}
 )
 
@@ -1885,7 +1890,7 @@ func (x *HelloReply) GetFeatures() []Feature {
 
 // Delivery is one push for the users it names on this node.
 //
-// Fields 16 to 31 are of lasting delivery. Each comes to nodes with its feature only.
+// Fields 16 to 25 are of lasting delivery. Each field from 16 on comes to nodes with its feature only.
 type Delivery struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As the client shall get it.
@@ -1925,7 +1930,10 @@ type Delivery struct {
 	// reads the log, named or not, but the excluded.
 	Log *LogPosition `protobuf:"bytes,24,opt,name=log,proto3" json:"log,omitempty"`
 	// Whose message_id it is. Empty where callers are not told apart.
-	Sender        string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
+	Sender string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
+	// In place of room_id, with user_ids only: several rooms were pushed to. Each of the users is a member of one at least, and
+	// not_here if none of the user's connections is in any. FEATURE_ROOMS.
+	RoomIds       []string `protobuf:"bytes,27,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2077,6 +2085,13 @@ func (x *Delivery) GetSender() string {
 		return x.Sender
 	}
 	return ""
+}
+
+func (x *Delivery) GetRoomIds() []string {
+	if x != nil {
+		return x.RoomIds
+	}
+	return nil
 }
 
 // LogPosition is a message's place in the logs of rooms.
@@ -2231,7 +2246,9 @@ type Audience struct {
 	// Users that become members. Not members yet.
 	Join []string `protobuf:"bytes,4,rep,name=join,proto3" json:"join,omitempty"`
 	// Users that cease to be members. Members until now.
-	Leave         []string `protobuf:"bytes,5,rep,name=leave,proto3" json:"leave,omitempty"`
+	Leave []string `protobuf:"bytes,5,rep,name=leave,proto3" json:"leave,omitempty"`
+	// With the definition only, in place of room_id: several rooms, see Delivery. FEATURE_ROOMS.
+	RoomIds       []string `protobuf:"bytes,6,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2297,6 +2314,13 @@ func (x *Audience) GetJoin() []string {
 func (x *Audience) GetLeave() []string {
 	if x != nil {
 		return x.Leave
+	}
+	return nil
+}
+
+func (x *Audience) GetRoomIds() []string {
+	if x != nil {
+		return x.RoomIds
 	}
 	return nil
 }
@@ -2621,7 +2645,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
 	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
-	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xcb\x04\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xe6\x04\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -2640,7 +2664,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
 	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
 	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06senderJ\x04\b\x16\x10\x17\"}\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06sender\x12\x19\n" +
+	"\broom_ids\x18\x1b \x03(\tR\aroomIdsJ\x04\b\x16\x10\x17\"}\n" +
 	"\vLogPosition\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12(\n" +
@@ -2649,13 +2674,14 @@ const file_connect_node_proto_rawDesc = "" +
 	"\vReplayPlace\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\x04R\x05after\"w\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"\x92\x01\n" +
 	"\bAudience\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\rR\aversion\x12\x17\n" +
 	"\aroom_id\x18\x03 \x01(\tR\x06roomId\x12\x12\n" +
 	"\x04join\x18\x04 \x03(\tR\x04join\x12\x14\n" +
-	"\x05leave\x18\x05 \x03(\tR\x05leave\"x\n" +
+	"\x05leave\x18\x05 \x03(\tR\x05leave\x12\x19\n" +
+	"\broom_ids\x18\x06 \x03(\tR\aroomIds\"x\n" +
 	"\bAckRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x1c\n" +
 	"\tdelivered\x18\x02 \x03(\rR\tdelivered\x12\x1e\n" +
@@ -2674,7 +2700,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xb5\x01\n" +
+	"\x04ZSTD\x10\x02*\xc8\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -2683,7 +2709,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
-	"\x10FEATURE_ROOM_LOG\x10\x062\xf7\x02\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x11\n" +
+	"\rFEATURE_ROOMS\x10\t2\xf7\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +

@@ -82,7 +82,8 @@ const (
 	// It is stored, and comes when they connect, before anything newer. A message to
 	// a room is written once, into the log of the room: members get it who come back
 	// with a position from before it, see DeliverySummary.position. Not for
-	// broadcasts, and only where there is a store: INVALID_ARGUMENT otherwise.
+	// broadcasts and pushes to several rooms, and only where there is a store:
+	// INVALID_ARGUMENT otherwise.
 	OfflinePolicy_OFFLINE_STORE OfflinePolicy = 1
 )
 
@@ -750,6 +751,150 @@ func (x *PushToUsersResponse) GetSummary() *DeliverySummary {
 	return nil
 }
 
+type PushToRoomsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 1,000 ids by default. A client sees the first of the list that its connection is in. Pushes to the same list
+	// again cost what a push to one room with as many members costs. Members of rooms that are pushed to together
+	// for the first time are gathered first.
+	RoomIds []string        `protobuf:"bytes,1,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
+	Content *MessageContent `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	// At most 10,000 by default. Duplicates and users that are in none of the rooms are ignored.
+	ExcludeUserIds []string `protobuf:"bytes,3,rep,name=exclude_user_ids,json=excludeUserIds,proto3" json:"exclude_user_ids,omitempty"`
+	// OFFLINE_STORE is INVALID_ARGUMENT where room_ids names more than one room: each room has a log of its own.
+	Options       *PushOptions `protobuf:"bytes,20,opt,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushToRoomsRequest) Reset() {
+	*x = PushToRoomsRequest{}
+	mi := &file_push_manager_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushToRoomsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushToRoomsRequest) ProtoMessage() {}
+
+func (x *PushToRoomsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushToRoomsRequest.ProtoReflect.Descriptor instead.
+func (*PushToRoomsRequest) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PushToRoomsRequest) GetRoomIds() []string {
+	if x != nil {
+		return x.RoomIds
+	}
+	return nil
+}
+
+func (x *PushToRoomsRequest) GetContent() *MessageContent {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *PushToRoomsRequest) GetExcludeUserIds() []string {
+	if x != nil {
+		return x.ExcludeUserIds
+	}
+	return nil
+}
+
+func (x *PushToRoomsRequest) GetOptions() *PushOptions {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+type PushToRoomsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// True exactly when nothing failed, nothing is unknown and at least one of the rooms exists. A room about which
+	// the Controller could not be asked is one target that failed.
+	Success bool `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
+	// The same number as summary.delivered.
+	DeliveredCount int32            `protobuf:"varint,2,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
+	Message        string           `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Summary        *DeliverySummary `protobuf:"bytes,10,opt,name=summary,proto3" json:"summary,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PushToRoomsResponse) Reset() {
+	*x = PushToRoomsResponse{}
+	mi := &file_push_manager_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushToRoomsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushToRoomsResponse) ProtoMessage() {}
+
+func (x *PushToRoomsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_push_manager_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushToRoomsResponse.ProtoReflect.Descriptor instead.
+func (*PushToRoomsResponse) Descriptor() ([]byte, []int) {
+	return file_push_manager_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *PushToRoomsResponse) GetSuccess() bool {
+	if x != nil {
+		return x.Success
+	}
+	return false
+}
+
+func (x *PushToRoomsResponse) GetDeliveredCount() int32 {
+	if x != nil {
+		return x.DeliveredCount
+	}
+	return 0
+}
+
+func (x *PushToRoomsResponse) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *PushToRoomsResponse) GetSummary() *DeliverySummary {
+	if x != nil {
+		return x.Summary
+	}
+	return nil
+}
+
 // PushStreamRequest is one push of a stream, or a batch of them.
 type PushStreamRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -761,6 +906,7 @@ type PushStreamRequest struct {
 	//	*PushStreamRequest_ToUser
 	//	*PushStreamRequest_Broadcast
 	//	*PushStreamRequest_ToUsers
+	//	*PushStreamRequest_ToRooms
 	Push isPushStreamRequest_Push `protobuf_oneof:"push"`
 	// Several pushes in one message, at most 1,024, which costs several times less
 	// than a message for each. They are taken in order, as if each had come alone.
@@ -775,7 +921,7 @@ type PushStreamRequest struct {
 
 func (x *PushStreamRequest) Reset() {
 	*x = PushStreamRequest{}
-	mi := &file_push_manager_proto_msgTypes[8]
+	mi := &file_push_manager_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +933,7 @@ func (x *PushStreamRequest) String() string {
 func (*PushStreamRequest) ProtoMessage() {}
 
 func (x *PushStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[8]
+	mi := &file_push_manager_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +946,7 @@ func (x *PushStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushStreamRequest.ProtoReflect.Descriptor instead.
 func (*PushStreamRequest) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{8}
+	return file_push_manager_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PushStreamRequest) GetId() uint64 {
@@ -853,6 +999,15 @@ func (x *PushStreamRequest) GetToUsers() *PushToUsersRequest {
 	return nil
 }
 
+func (x *PushStreamRequest) GetToRooms() *PushToRoomsRequest {
+	if x != nil {
+		if x, ok := x.Push.(*PushStreamRequest_ToRooms); ok {
+			return x.ToRooms
+		}
+	}
+	return nil
+}
+
 func (x *PushStreamRequest) GetBatch() []*PushStreamRequest {
 	if x != nil {
 		return x.Batch
@@ -880,6 +1035,10 @@ type PushStreamRequest_ToUsers struct {
 	ToUsers *PushToUsersRequest `protobuf:"bytes,5,opt,name=to_users,json=toUsers,proto3,oneof"`
 }
 
+type PushStreamRequest_ToRooms struct {
+	ToRooms *PushToRoomsRequest `protobuf:"bytes,7,opt,name=to_rooms,json=toRooms,proto3,oneof"`
+}
+
 func (*PushStreamRequest_ToRoom) isPushStreamRequest_Push() {}
 
 func (*PushStreamRequest_ToUser) isPushStreamRequest_Push() {}
@@ -888,8 +1047,12 @@ func (*PushStreamRequest_Broadcast) isPushStreamRequest_Push() {}
 
 func (*PushStreamRequest_ToUsers) isPushStreamRequest_Push() {}
 
+func (*PushStreamRequest_ToRooms) isPushStreamRequest_Push() {}
+
 // PushStreamResponse answers one push of a stream. Replies may come out of
-// order; pushes to one user or one room are delivered in the order sent.
+// order; pushes to one user or one room are delivered in the order sent. A push to
+// several rooms is one to each of them: behind it, and before it, pushes to one of its
+// rooms wait until the nodes have acknowledged, except for pushes to the same list of rooms.
 type PushStreamResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -902,6 +1065,7 @@ type PushStreamResponse struct {
 	//	*PushStreamResponse_ToUser
 	//	*PushStreamResponse_Broadcast
 	//	*PushStreamResponse_ToUsers
+	//	*PushStreamResponse_ToRooms
 	Result isPushStreamResponse_Result `protobuf_oneof:"result"`
 	// Several replies in one message, only on a stream on which the caller has sent
 	// a batch, and then for every push of the stream. They need not be those of one
@@ -913,7 +1077,7 @@ type PushStreamResponse struct {
 
 func (x *PushStreamResponse) Reset() {
 	*x = PushStreamResponse{}
-	mi := &file_push_manager_proto_msgTypes[9]
+	mi := &file_push_manager_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +1089,7 @@ func (x *PushStreamResponse) String() string {
 func (*PushStreamResponse) ProtoMessage() {}
 
 func (x *PushStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[9]
+	mi := &file_push_manager_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1102,7 @@ func (x *PushStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushStreamResponse.ProtoReflect.Descriptor instead.
 func (*PushStreamResponse) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{9}
+	return file_push_manager_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PushStreamResponse) GetId() uint64 {
@@ -998,6 +1162,15 @@ func (x *PushStreamResponse) GetToUsers() *PushToUsersResponse {
 	return nil
 }
 
+func (x *PushStreamResponse) GetToRooms() *PushToRoomsResponse {
+	if x != nil {
+		if x, ok := x.Result.(*PushStreamResponse_ToRooms); ok {
+			return x.ToRooms
+		}
+	}
+	return nil
+}
+
 func (x *PushStreamResponse) GetBatch() []*PushStreamResponse {
 	if x != nil {
 		return x.Batch
@@ -1025,6 +1198,10 @@ type PushStreamResponse_ToUsers struct {
 	ToUsers *PushToUsersResponse `protobuf:"bytes,6,opt,name=to_users,json=toUsers,proto3,oneof"`
 }
 
+type PushStreamResponse_ToRooms struct {
+	ToRooms *PushToRoomsResponse `protobuf:"bytes,7,opt,name=to_rooms,json=toRooms,proto3,oneof"`
+}
+
 func (*PushStreamResponse_ToRoom) isPushStreamResponse_Result() {}
 
 func (*PushStreamResponse_ToUser) isPushStreamResponse_Result() {}
@@ -1032,6 +1209,8 @@ func (*PushStreamResponse_ToUser) isPushStreamResponse_Result() {}
 func (*PushStreamResponse_Broadcast) isPushStreamResponse_Result() {}
 
 func (*PushStreamResponse_ToUsers) isPushStreamResponse_Result() {}
+
+func (*PushStreamResponse_ToRooms) isPushStreamResponse_Result() {}
 
 // PushOptions say what a push is worth. All of them may be left out.
 type PushOptions struct {
@@ -1070,7 +1249,7 @@ type PushOptions struct {
 
 func (x *PushOptions) Reset() {
 	*x = PushOptions{}
-	mi := &file_push_manager_proto_msgTypes[10]
+	mi := &file_push_manager_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1261,7 @@ func (x *PushOptions) String() string {
 func (*PushOptions) ProtoMessage() {}
 
 func (x *PushOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[10]
+	mi := &file_push_manager_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1274,7 @@ func (x *PushOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushOptions.ProtoReflect.Descriptor instead.
 func (*PushOptions) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{10}
+	return file_push_manager_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PushOptions) GetMessageId() string {
@@ -1171,7 +1350,7 @@ type WatchReceiptsRequest struct {
 
 func (x *WatchReceiptsRequest) Reset() {
 	*x = WatchReceiptsRequest{}
-	mi := &file_push_manager_proto_msgTypes[11]
+	mi := &file_push_manager_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1362,7 @@ func (x *WatchReceiptsRequest) String() string {
 func (*WatchReceiptsRequest) ProtoMessage() {}
 
 func (x *WatchReceiptsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[11]
+	mi := &file_push_manager_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1375,7 @@ func (x *WatchReceiptsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReceiptsRequest.ProtoReflect.Descriptor instead.
 func (*WatchReceiptsRequest) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{11}
+	return file_push_manager_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchReceiptsRequest) GetAfter() string {
@@ -1216,7 +1395,7 @@ type WatchReceiptsResponse struct {
 
 func (x *WatchReceiptsResponse) Reset() {
 	*x = WatchReceiptsResponse{}
-	mi := &file_push_manager_proto_msgTypes[12]
+	mi := &file_push_manager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1407,7 @@ func (x *WatchReceiptsResponse) String() string {
 func (*WatchReceiptsResponse) ProtoMessage() {}
 
 func (x *WatchReceiptsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[12]
+	mi := &file_push_manager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1420,7 @@ func (x *WatchReceiptsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReceiptsResponse.ProtoReflect.Descriptor instead.
 func (*WatchReceiptsResponse) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{12}
+	return file_push_manager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchReceiptsResponse) GetPosition() string {
@@ -1262,7 +1441,7 @@ func (x *WatchReceiptsResponse) GetReceipt() *PushReceipt {
 type PushReceipt struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	MessageId string                 `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// "room:r", "user:u", "users" or "everybody".
+	// "room:r", "rooms", "user:u", "users" or "everybody".
 	Target  string           `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
 	Summary *DeliverySummary `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
 	// Nothing more comes of this push. An instance that ends before leaves a push
@@ -1277,7 +1456,7 @@ type PushReceipt struct {
 
 func (x *PushReceipt) Reset() {
 	*x = PushReceipt{}
-	mi := &file_push_manager_proto_msgTypes[13]
+	mi := &file_push_manager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1468,7 @@ func (x *PushReceipt) String() string {
 func (*PushReceipt) ProtoMessage() {}
 
 func (x *PushReceipt) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[13]
+	mi := &file_push_manager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1481,7 @@ func (x *PushReceipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushReceipt.ProtoReflect.Descriptor instead.
 func (*PushReceipt) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{13}
+	return file_push_manager_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PushReceipt) GetMessageId() string {
@@ -1356,7 +1535,7 @@ type ForgetUserRequest struct {
 
 func (x *ForgetUserRequest) Reset() {
 	*x = ForgetUserRequest{}
-	mi := &file_push_manager_proto_msgTypes[14]
+	mi := &file_push_manager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1547,7 @@ func (x *ForgetUserRequest) String() string {
 func (*ForgetUserRequest) ProtoMessage() {}
 
 func (x *ForgetUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[14]
+	mi := &file_push_manager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1560,7 @@ func (x *ForgetUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetUserRequest.ProtoReflect.Descriptor instead.
 func (*ForgetUserRequest) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{14}
+	return file_push_manager_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ForgetUserRequest) GetUserId() string {
@@ -1401,7 +1580,7 @@ type ForgetUserResponse struct {
 
 func (x *ForgetUserResponse) Reset() {
 	*x = ForgetUserResponse{}
-	mi := &file_push_manager_proto_msgTypes[15]
+	mi := &file_push_manager_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1592,7 @@ func (x *ForgetUserResponse) String() string {
 func (*ForgetUserResponse) ProtoMessage() {}
 
 func (x *ForgetUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[15]
+	mi := &file_push_manager_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1605,7 @@ func (x *ForgetUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetUserResponse.ProtoReflect.Descriptor instead.
 func (*ForgetUserResponse) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{15}
+	return file_push_manager_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ForgetUserResponse) GetMessages() int32 {
@@ -1447,7 +1626,7 @@ type ReplayRequest struct {
 
 func (x *ReplayRequest) Reset() {
 	*x = ReplayRequest{}
-	mi := &file_push_manager_proto_msgTypes[16]
+	mi := &file_push_manager_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1638,7 @@ func (x *ReplayRequest) String() string {
 func (*ReplayRequest) ProtoMessage() {}
 
 func (x *ReplayRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[16]
+	mi := &file_push_manager_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1651,7 @@ func (x *ReplayRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayRequest.ProtoReflect.Descriptor instead.
 func (*ReplayRequest) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{16}
+	return file_push_manager_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReplayRequest) GetUserId() string {
@@ -1499,7 +1678,7 @@ type ReplayResponse struct {
 
 func (x *ReplayResponse) Reset() {
 	*x = ReplayResponse{}
-	mi := &file_push_manager_proto_msgTypes[17]
+	mi := &file_push_manager_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1511,7 +1690,7 @@ func (x *ReplayResponse) String() string {
 func (*ReplayResponse) ProtoMessage() {}
 
 func (x *ReplayResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[17]
+	mi := &file_push_manager_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1524,7 +1703,7 @@ func (x *ReplayResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayResponse.ProtoReflect.Descriptor instead.
 func (*ReplayResponse) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{17}
+	return file_push_manager_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReplayResponse) GetMessages() int32 {
@@ -1542,6 +1721,7 @@ type ExplainRequest struct {
 	//	*ExplainRequest_ToUser
 	//	*ExplainRequest_Broadcast
 	//	*ExplainRequest_ToUsers
+	//	*ExplainRequest_ToRooms
 	Push isExplainRequest_Push `protobuf_oneof:"push"`
 	// Asks the Controller also for what is in the cache.
 	Refresh bool `protobuf:"varint,10,opt,name=refresh,proto3" json:"refresh,omitempty"`
@@ -1553,7 +1733,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_push_manager_proto_msgTypes[18]
+	mi := &file_push_manager_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1745,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[18]
+	mi := &file_push_manager_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1758,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{18}
+	return file_push_manager_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExplainRequest) GetPush() isExplainRequest_Push {
@@ -1624,6 +1804,15 @@ func (x *ExplainRequest) GetToUsers() *PushToUsersRequest {
 	return nil
 }
 
+func (x *ExplainRequest) GetToRooms() *PushToRoomsRequest {
+	if x != nil {
+		if x, ok := x.Push.(*ExplainRequest_ToRooms); ok {
+			return x.ToRooms
+		}
+	}
+	return nil
+}
+
 func (x *ExplainRequest) GetRefresh() bool {
 	if x != nil {
 		return x.Refresh
@@ -1658,6 +1847,10 @@ type ExplainRequest_ToUsers struct {
 	ToUsers *PushToUsersRequest `protobuf:"bytes,4,opt,name=to_users,json=toUsers,proto3,oneof"`
 }
 
+type ExplainRequest_ToRooms struct {
+	ToRooms *PushToRoomsRequest `protobuf:"bytes,5,opt,name=to_rooms,json=toRooms,proto3,oneof"`
+}
+
 func (*ExplainRequest_ToRoom) isExplainRequest_Push() {}
 
 func (*ExplainRequest_ToUser) isExplainRequest_Push() {}
@@ -1666,17 +1859,19 @@ func (*ExplainRequest_Broadcast) isExplainRequest_Push() {}
 
 func (*ExplainRequest_ToUsers) isExplainRequest_Push() {}
 
+func (*ExplainRequest_ToRooms) isExplainRequest_Push() {}
+
 type ExplainResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The room exists, one of the users is online, a node is known.
+	// The room exists, one of the rooms does, one of the users is online, a node is known.
 	Found bool `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"`
 	// Users, each once; 0 for a broadcast. offline and unlocated are parts of it.
 	Targets int32 `protobuf:"varint,2,opt,name=targets,proto3" json:"targets,omitempty"`
 	// For whom the Controller names no node.
 	Offline int32 `protobuf:"varint,3,opt,name=offline,proto3" json:"offline,omitempty"`
-	// That the Controller could not be asked about: route.error says why. Of a room it is the room, as one.
+	// That the Controller could not be asked about: route.error says why. Each room is one.
 	Unlocated int32 `protobuf:"varint,4,opt,name=unlocated,proto3" json:"unlocated,omitempty"`
-	// Members of the room who do not get it.
+	// Members of the room, or the rooms, who do not get it.
 	Excluded         int32           `protobuf:"varint,5,opt,name=excluded,proto3" json:"excluded,omitempty"`
 	OfflineUserIds   []string        `protobuf:"bytes,6,rep,name=offline_user_ids,json=offlineUserIds,proto3" json:"offline_user_ids,omitempty"`
 	UnlocatedUserIds []string        `protobuf:"bytes,7,rep,name=unlocated_user_ids,json=unlocatedUserIds,proto3" json:"unlocated_user_ids,omitempty"`
@@ -1693,7 +1888,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_push_manager_proto_msgTypes[19]
+	mi := &file_push_manager_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1900,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[19]
+	mi := &file_push_manager_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1913,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{19}
+	return file_push_manager_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExplainResponse) GetFound() bool {
@@ -1826,7 +2021,7 @@ type ExplainedRoute struct {
 
 func (x *ExplainedRoute) Reset() {
 	*x = ExplainedRoute{}
-	mi := &file_push_manager_proto_msgTypes[20]
+	mi := &file_push_manager_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2033,7 @@ func (x *ExplainedRoute) String() string {
 func (*ExplainedRoute) ProtoMessage() {}
 
 func (x *ExplainedRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[20]
+	mi := &file_push_manager_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2046,7 @@ func (x *ExplainedRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainedRoute.ProtoReflect.Descriptor instead.
 func (*ExplainedRoute) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{20}
+	return file_push_manager_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainedRoute) GetCached() int32 {
@@ -1934,7 +2129,7 @@ type ExplainedDelivery struct {
 
 func (x *ExplainedDelivery) Reset() {
 	*x = ExplainedDelivery{}
-	mi := &file_push_manager_proto_msgTypes[21]
+	mi := &file_push_manager_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2141,7 @@ func (x *ExplainedDelivery) String() string {
 func (*ExplainedDelivery) ProtoMessage() {}
 
 func (x *ExplainedDelivery) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[21]
+	mi := &file_push_manager_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2154,7 @@ func (x *ExplainedDelivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainedDelivery.ProtoReflect.Descriptor instead.
 func (*ExplainedDelivery) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{21}
+	return file_push_manager_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainedDelivery) GetNodeId() string {
@@ -2080,7 +2275,7 @@ type ExplainedCaller struct {
 
 func (x *ExplainedCaller) Reset() {
 	*x = ExplainedCaller{}
-	mi := &file_push_manager_proto_msgTypes[22]
+	mi := &file_push_manager_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2287,7 @@ func (x *ExplainedCaller) String() string {
 func (*ExplainedCaller) ProtoMessage() {}
 
 func (x *ExplainedCaller) ProtoReflect() protoreflect.Message {
-	mi := &file_push_manager_proto_msgTypes[22]
+	mi := &file_push_manager_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2300,7 @@ func (x *ExplainedCaller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainedCaller.ProtoReflect.Descriptor instead.
 func (*ExplainedCaller) Descriptor() ([]byte, []int) {
-	return file_push_manager_proto_rawDescGZIP(), []int{22}
+	return file_push_manager_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainedCaller) GetName() string {
@@ -2193,23 +2388,36 @@ const file_push_manager_proto_rawDesc = "" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x121\n" +
 	"\asummary\x18\n" +
-	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\xc2\x02\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\xba\x01\n" +
+	"\x12PushToRoomsRequest\x12\x19\n" +
+	"\broom_ids\x18\x01 \x03(\tR\aroomIds\x120\n" +
+	"\acontent\x18\x02 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12(\n" +
+	"\x10exclude_user_ids\x18\x03 \x03(\tR\x0eexcludeUserIds\x12-\n" +
+	"\aoptions\x18\x14 \x01(\v2\x13.pubsub.PushOptionsR\aoptions\"\xa5\x01\n" +
+	"\x13PushToRoomsResponse\x12\x18\n" +
+	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
+	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x121\n" +
+	"\asummary\x18\n" +
+	" \x01(\v2\x17.pubsub.DeliverySummaryR\asummary\"\xfb\x02\n" +
 	"\x11PushStreamRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x124\n" +
 	"\ato_room\x18\x02 \x01(\v2\x19.pubsub.PushToRoomRequestH\x00R\x06toRoom\x124\n" +
 	"\ato_user\x18\x03 \x01(\v2\x19.pubsub.PushToUserRequestH\x00R\x06toUser\x12?\n" +
 	"\tbroadcast\x18\x04 \x01(\v2\x1f.pubsub.BroadcastMessageRequestH\x00R\tbroadcast\x127\n" +
-	"\bto_users\x18\x05 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x12/\n" +
+	"\bto_users\x18\x05 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x127\n" +
+	"\bto_rooms\x18\a \x01(\v2\x1a.pubsub.PushToRoomsRequestH\x00R\atoRooms\x12/\n" +
 	"\x05batch\x18\n" +
 	" \x03(\v2\x19.pubsub.PushStreamRequestR\x05batchB\x06\n" +
-	"\x04push\"\xf4\x02\n" +
+	"\x04push\"\xae\x03\n" +
 	"\x12PushStreamResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12(\n" +
 	"\x05error\x18\x02 \x01(\v2\x12.google.rpc.StatusR\x05error\x125\n" +
 	"\ato_room\x18\x03 \x01(\v2\x1a.pubsub.PushToRoomResponseH\x00R\x06toRoom\x125\n" +
 	"\ato_user\x18\x04 \x01(\v2\x1a.pubsub.PushToUserResponseH\x00R\x06toUser\x12@\n" +
 	"\tbroadcast\x18\x05 \x01(\v2 .pubsub.BroadcastMessageResponseH\x00R\tbroadcast\x128\n" +
-	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsers\x120\n" +
+	"\bto_users\x18\x06 \x01(\v2\x1b.pubsub.PushToUsersResponseH\x00R\atoUsers\x128\n" +
+	"\bto_rooms\x18\a \x01(\v2\x1b.pubsub.PushToRoomsResponseH\x00R\atoRooms\x120\n" +
 	"\x05batch\x18\n" +
 	" \x03(\v2\x1a.pubsub.PushStreamResponseR\x05batchB\b\n" +
 	"\x06result\"\xd5\x02\n" +
@@ -2246,12 +2454,13 @@ const file_push_manager_proto_rawDesc = "" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\",\n" +
 	"\x0eReplayResponse\x12\x1a\n" +
-	"\bmessages\x18\x01 \x01(\x05R\bmessages\"\xb0\x02\n" +
+	"\bmessages\x18\x01 \x01(\x05R\bmessages\"\xe9\x02\n" +
 	"\x0eExplainRequest\x124\n" +
 	"\ato_room\x18\x01 \x01(\v2\x19.pubsub.PushToRoomRequestH\x00R\x06toRoom\x124\n" +
 	"\ato_user\x18\x02 \x01(\v2\x19.pubsub.PushToUserRequestH\x00R\x06toUser\x12?\n" +
 	"\tbroadcast\x18\x03 \x01(\v2\x1f.pubsub.BroadcastMessageRequestH\x00R\tbroadcast\x127\n" +
-	"\bto_users\x18\x04 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x12\x18\n" +
+	"\bto_users\x18\x04 \x01(\v2\x1a.pubsub.PushToUsersRequestH\x00R\atoUsers\x127\n" +
+	"\bto_rooms\x18\x05 \x01(\v2\x1a.pubsub.PushToRoomsRequestH\x00R\atoRooms\x12\x18\n" +
 	"\arefresh\x18\n" +
 	" \x01(\bR\arefresh\x12\x16\n" +
 	"\x06sample\x18\v \x01(\x05R\x06sampleB\x06\n" +
@@ -2324,14 +2533,15 @@ const file_push_manager_proto_rawDesc = "" +
 	"\x11PRIORITY_CRITICAL\x10\x04*2\n" +
 	"\vReceiptMode\x12\x10\n" +
 	"\fRECEIPT_NONE\x10\x00\x12\x11\n" +
-	"\rRECEIPT_ASYNC\x10\x012\x90\x05\n" +
+	"\rRECEIPT_ASYNC\x10\x012\xd8\x05\n" +
 	"\x12PushManagerService\x12C\n" +
 	"\n" +
 	"PushToRoom\x12\x19.pubsub.PushToRoomRequest\x1a\x1a.pubsub.PushToRoomResponse\x12C\n" +
 	"\n" +
 	"PushToUser\x12\x19.pubsub.PushToUserRequest\x1a\x1a.pubsub.PushToUserResponse\x12U\n" +
 	"\x10BroadcastMessage\x12\x1f.pubsub.BroadcastMessageRequest\x1a .pubsub.BroadcastMessageResponse\x12F\n" +
-	"\vPushToUsers\x12\x1a.pubsub.PushToUsersRequest\x1a\x1b.pubsub.PushToUsersResponse\x12G\n" +
+	"\vPushToUsers\x12\x1a.pubsub.PushToUsersRequest\x1a\x1b.pubsub.PushToUsersResponse\x12F\n" +
+	"\vPushToRooms\x12\x1a.pubsub.PushToRoomsRequest\x1a\x1b.pubsub.PushToRoomsResponse\x12G\n" +
 	"\n" +
 	"PushStream\x12\x19.pubsub.PushStreamRequest\x1a\x1a.pubsub.PushStreamResponse(\x010\x01\x12N\n" +
 	"\rWatchReceipts\x12\x1c.pubsub.WatchReceiptsRequest\x1a\x1d.pubsub.WatchReceiptsResponse0\x01\x12C\n" +
@@ -2353,7 +2563,7 @@ func file_push_manager_proto_rawDescGZIP() []byte {
 }
 
 var file_push_manager_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_push_manager_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_push_manager_proto_goTypes = []any{
 	(AckPolicy)(0),                   // 0: pubsub.AckPolicy
 	(OfflinePolicy)(0),               // 1: pubsub.OfflinePolicy
@@ -2367,88 +2577,98 @@ var file_push_manager_proto_goTypes = []any{
 	(*BroadcastMessageResponse)(nil), // 9: pubsub.BroadcastMessageResponse
 	(*PushToUsersRequest)(nil),       // 10: pubsub.PushToUsersRequest
 	(*PushToUsersResponse)(nil),      // 11: pubsub.PushToUsersResponse
-	(*PushStreamRequest)(nil),        // 12: pubsub.PushStreamRequest
-	(*PushStreamResponse)(nil),       // 13: pubsub.PushStreamResponse
-	(*PushOptions)(nil),              // 14: pubsub.PushOptions
-	(*WatchReceiptsRequest)(nil),     // 15: pubsub.WatchReceiptsRequest
-	(*WatchReceiptsResponse)(nil),    // 16: pubsub.WatchReceiptsResponse
-	(*PushReceipt)(nil),              // 17: pubsub.PushReceipt
-	(*ForgetUserRequest)(nil),        // 18: pubsub.ForgetUserRequest
-	(*ForgetUserResponse)(nil),       // 19: pubsub.ForgetUserResponse
-	(*ReplayRequest)(nil),            // 20: pubsub.ReplayRequest
-	(*ReplayResponse)(nil),           // 21: pubsub.ReplayResponse
-	(*ExplainRequest)(nil),           // 22: pubsub.ExplainRequest
-	(*ExplainResponse)(nil),          // 23: pubsub.ExplainResponse
-	(*ExplainedRoute)(nil),           // 24: pubsub.ExplainedRoute
-	(*ExplainedDelivery)(nil),        // 25: pubsub.ExplainedDelivery
-	(*ExplainedCaller)(nil),          // 26: pubsub.ExplainedCaller
-	(*MessageContent)(nil),           // 27: pubsub.MessageContent
-	(*DeliverySummary)(nil),          // 28: pubsub.DeliverySummary
-	(*status.Status)(nil),            // 29: google.rpc.Status
-	(*timestamppb.Timestamp)(nil),    // 30: google.protobuf.Timestamp
+	(*PushToRoomsRequest)(nil),       // 12: pubsub.PushToRoomsRequest
+	(*PushToRoomsResponse)(nil),      // 13: pubsub.PushToRoomsResponse
+	(*PushStreamRequest)(nil),        // 14: pubsub.PushStreamRequest
+	(*PushStreamResponse)(nil),       // 15: pubsub.PushStreamResponse
+	(*PushOptions)(nil),              // 16: pubsub.PushOptions
+	(*WatchReceiptsRequest)(nil),     // 17: pubsub.WatchReceiptsRequest
+	(*WatchReceiptsResponse)(nil),    // 18: pubsub.WatchReceiptsResponse
+	(*PushReceipt)(nil),              // 19: pubsub.PushReceipt
+	(*ForgetUserRequest)(nil),        // 20: pubsub.ForgetUserRequest
+	(*ForgetUserResponse)(nil),       // 21: pubsub.ForgetUserResponse
+	(*ReplayRequest)(nil),            // 22: pubsub.ReplayRequest
+	(*ReplayResponse)(nil),           // 23: pubsub.ReplayResponse
+	(*ExplainRequest)(nil),           // 24: pubsub.ExplainRequest
+	(*ExplainResponse)(nil),          // 25: pubsub.ExplainResponse
+	(*ExplainedRoute)(nil),           // 26: pubsub.ExplainedRoute
+	(*ExplainedDelivery)(nil),        // 27: pubsub.ExplainedDelivery
+	(*ExplainedCaller)(nil),          // 28: pubsub.ExplainedCaller
+	(*MessageContent)(nil),           // 29: pubsub.MessageContent
+	(*DeliverySummary)(nil),          // 30: pubsub.DeliverySummary
+	(*status.Status)(nil),            // 31: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),    // 32: google.protobuf.Timestamp
 }
 var file_push_manager_proto_depIdxs = []int32{
-	27, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
-	14, // 1: pubsub.PushToRoomRequest.options:type_name -> pubsub.PushOptions
-	28, // 2: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
-	27, // 3: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
-	14, // 4: pubsub.PushToUserRequest.options:type_name -> pubsub.PushOptions
-	28, // 5: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
-	27, // 6: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
-	14, // 7: pubsub.BroadcastMessageRequest.options:type_name -> pubsub.PushOptions
-	28, // 8: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
-	27, // 9: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
-	14, // 10: pubsub.PushToUsersRequest.options:type_name -> pubsub.PushOptions
-	28, // 11: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
-	4,  // 12: pubsub.PushStreamRequest.to_room:type_name -> pubsub.PushToRoomRequest
-	6,  // 13: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
-	8,  // 14: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
-	10, // 15: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
-	12, // 16: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
-	29, // 17: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
-	5,  // 18: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
-	7,  // 19: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
-	9,  // 20: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
-	11, // 21: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
-	13, // 22: pubsub.PushStreamResponse.batch:type_name -> pubsub.PushStreamResponse
-	0,  // 23: pubsub.PushOptions.ack:type_name -> pubsub.AckPolicy
-	1,  // 24: pubsub.PushOptions.offline:type_name -> pubsub.OfflinePolicy
-	2,  // 25: pubsub.PushOptions.priority:type_name -> pubsub.Priority
-	3,  // 26: pubsub.PushOptions.receipt:type_name -> pubsub.ReceiptMode
-	17, // 27: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
-	28, // 28: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
-	30, // 29: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
-	4,  // 30: pubsub.ExplainRequest.to_room:type_name -> pubsub.PushToRoomRequest
-	6,  // 31: pubsub.ExplainRequest.to_user:type_name -> pubsub.PushToUserRequest
-	8,  // 32: pubsub.ExplainRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
-	10, // 33: pubsub.ExplainRequest.to_users:type_name -> pubsub.PushToUsersRequest
-	24, // 34: pubsub.ExplainResponse.route:type_name -> pubsub.ExplainedRoute
-	25, // 35: pubsub.ExplainResponse.deliveries:type_name -> pubsub.ExplainedDelivery
-	26, // 36: pubsub.ExplainResponse.caller:type_name -> pubsub.ExplainedCaller
-	2,  // 37: pubsub.ExplainedCaller.priority:type_name -> pubsub.Priority
-	4,  // 38: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
-	6,  // 39: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
-	8,  // 40: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
-	10, // 41: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
-	12, // 42: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
-	15, // 43: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
-	18, // 44: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
-	20, // 45: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
-	22, // 46: pubsub.PushManagerService.Explain:input_type -> pubsub.ExplainRequest
-	5,  // 47: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
-	7,  // 48: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
-	9,  // 49: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
-	11, // 50: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
-	13, // 51: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
-	16, // 52: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
-	19, // 53: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
-	21, // 54: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
-	23, // 55: pubsub.PushManagerService.Explain:output_type -> pubsub.ExplainResponse
-	47, // [47:56] is the sub-list for method output_type
-	38, // [38:47] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	29, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
+	16, // 1: pubsub.PushToRoomRequest.options:type_name -> pubsub.PushOptions
+	30, // 2: pubsub.PushToRoomResponse.summary:type_name -> pubsub.DeliverySummary
+	29, // 3: pubsub.PushToUserRequest.content:type_name -> pubsub.MessageContent
+	16, // 4: pubsub.PushToUserRequest.options:type_name -> pubsub.PushOptions
+	30, // 5: pubsub.PushToUserResponse.summary:type_name -> pubsub.DeliverySummary
+	29, // 6: pubsub.BroadcastMessageRequest.content:type_name -> pubsub.MessageContent
+	16, // 7: pubsub.BroadcastMessageRequest.options:type_name -> pubsub.PushOptions
+	30, // 8: pubsub.BroadcastMessageResponse.summary:type_name -> pubsub.DeliverySummary
+	29, // 9: pubsub.PushToUsersRequest.content:type_name -> pubsub.MessageContent
+	16, // 10: pubsub.PushToUsersRequest.options:type_name -> pubsub.PushOptions
+	30, // 11: pubsub.PushToUsersResponse.summary:type_name -> pubsub.DeliverySummary
+	29, // 12: pubsub.PushToRoomsRequest.content:type_name -> pubsub.MessageContent
+	16, // 13: pubsub.PushToRoomsRequest.options:type_name -> pubsub.PushOptions
+	30, // 14: pubsub.PushToRoomsResponse.summary:type_name -> pubsub.DeliverySummary
+	4,  // 15: pubsub.PushStreamRequest.to_room:type_name -> pubsub.PushToRoomRequest
+	6,  // 16: pubsub.PushStreamRequest.to_user:type_name -> pubsub.PushToUserRequest
+	8,  // 17: pubsub.PushStreamRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
+	10, // 18: pubsub.PushStreamRequest.to_users:type_name -> pubsub.PushToUsersRequest
+	12, // 19: pubsub.PushStreamRequest.to_rooms:type_name -> pubsub.PushToRoomsRequest
+	14, // 20: pubsub.PushStreamRequest.batch:type_name -> pubsub.PushStreamRequest
+	31, // 21: pubsub.PushStreamResponse.error:type_name -> google.rpc.Status
+	5,  // 22: pubsub.PushStreamResponse.to_room:type_name -> pubsub.PushToRoomResponse
+	7,  // 23: pubsub.PushStreamResponse.to_user:type_name -> pubsub.PushToUserResponse
+	9,  // 24: pubsub.PushStreamResponse.broadcast:type_name -> pubsub.BroadcastMessageResponse
+	11, // 25: pubsub.PushStreamResponse.to_users:type_name -> pubsub.PushToUsersResponse
+	13, // 26: pubsub.PushStreamResponse.to_rooms:type_name -> pubsub.PushToRoomsResponse
+	15, // 27: pubsub.PushStreamResponse.batch:type_name -> pubsub.PushStreamResponse
+	0,  // 28: pubsub.PushOptions.ack:type_name -> pubsub.AckPolicy
+	1,  // 29: pubsub.PushOptions.offline:type_name -> pubsub.OfflinePolicy
+	2,  // 30: pubsub.PushOptions.priority:type_name -> pubsub.Priority
+	3,  // 31: pubsub.PushOptions.receipt:type_name -> pubsub.ReceiptMode
+	19, // 32: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
+	30, // 33: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
+	32, // 34: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
+	4,  // 35: pubsub.ExplainRequest.to_room:type_name -> pubsub.PushToRoomRequest
+	6,  // 36: pubsub.ExplainRequest.to_user:type_name -> pubsub.PushToUserRequest
+	8,  // 37: pubsub.ExplainRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
+	10, // 38: pubsub.ExplainRequest.to_users:type_name -> pubsub.PushToUsersRequest
+	12, // 39: pubsub.ExplainRequest.to_rooms:type_name -> pubsub.PushToRoomsRequest
+	26, // 40: pubsub.ExplainResponse.route:type_name -> pubsub.ExplainedRoute
+	27, // 41: pubsub.ExplainResponse.deliveries:type_name -> pubsub.ExplainedDelivery
+	28, // 42: pubsub.ExplainResponse.caller:type_name -> pubsub.ExplainedCaller
+	2,  // 43: pubsub.ExplainedCaller.priority:type_name -> pubsub.Priority
+	4,  // 44: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
+	6,  // 45: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
+	8,  // 46: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
+	10, // 47: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
+	12, // 48: pubsub.PushManagerService.PushToRooms:input_type -> pubsub.PushToRoomsRequest
+	14, // 49: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
+	17, // 50: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
+	20, // 51: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
+	22, // 52: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
+	24, // 53: pubsub.PushManagerService.Explain:input_type -> pubsub.ExplainRequest
+	5,  // 54: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
+	7,  // 55: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
+	9,  // 56: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
+	11, // 57: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
+	13, // 58: pubsub.PushManagerService.PushToRooms:output_type -> pubsub.PushToRoomsResponse
+	15, // 59: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
+	18, // 60: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
+	21, // 61: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
+	23, // 62: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
+	25, // 63: pubsub.PushManagerService.Explain:output_type -> pubsub.ExplainResponse
+	54, // [54:64] is the sub-list for method output_type
+	44, // [44:54] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_push_manager_proto_init() }
@@ -2457,32 +2677,35 @@ func file_push_manager_proto_init() {
 		return
 	}
 	file_message_proto_init()
-	file_push_manager_proto_msgTypes[8].OneofWrappers = []any{
+	file_push_manager_proto_msgTypes[10].OneofWrappers = []any{
 		(*PushStreamRequest_ToRoom)(nil),
 		(*PushStreamRequest_ToUser)(nil),
 		(*PushStreamRequest_Broadcast)(nil),
 		(*PushStreamRequest_ToUsers)(nil),
+		(*PushStreamRequest_ToRooms)(nil),
 	}
-	file_push_manager_proto_msgTypes[9].OneofWrappers = []any{
+	file_push_manager_proto_msgTypes[11].OneofWrappers = []any{
 		(*PushStreamResponse_ToRoom)(nil),
 		(*PushStreamResponse_ToUser)(nil),
 		(*PushStreamResponse_Broadcast)(nil),
 		(*PushStreamResponse_ToUsers)(nil),
+		(*PushStreamResponse_ToRooms)(nil),
 	}
-	file_push_manager_proto_msgTypes[18].OneofWrappers = []any{
+	file_push_manager_proto_msgTypes[20].OneofWrappers = []any{
 		(*ExplainRequest_ToRoom)(nil),
 		(*ExplainRequest_ToUser)(nil),
 		(*ExplainRequest_Broadcast)(nil),
 		(*ExplainRequest_ToUsers)(nil),
+		(*ExplainRequest_ToRooms)(nil),
 	}
-	file_push_manager_proto_msgTypes[22].OneofWrappers = []any{}
+	file_push_manager_proto_msgTypes[24].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_push_manager_proto_rawDesc), len(file_push_manager_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const (
 	PushManagerService_PushToUser_FullMethodName       = "/pubsub.PushManagerService/PushToUser"
 	PushManagerService_BroadcastMessage_FullMethodName = "/pubsub.PushManagerService/BroadcastMessage"
 	PushManagerService_PushToUsers_FullMethodName      = "/pubsub.PushManagerService/PushToUsers"
+	PushManagerService_PushToRooms_FullMethodName      = "/pubsub.PushManagerService/PushToRooms"
 	PushManagerService_PushStream_FullMethodName       = "/pubsub.PushManagerService/PushStream"
 	PushManagerService_WatchReceipts_FullMethodName    = "/pubsub.PushManagerService/WatchReceipts"
 	PushManagerService_ForgetUser_FullMethodName       = "/pubsub.PushManagerService/ForgetUser"
@@ -72,6 +73,9 @@ type PushManagerServiceClient interface {
 	BroadcastMessage(ctx context.Context, in *BroadcastMessageRequest, opts ...grpc.CallOption) (*BroadcastMessageResponse, error)
 	// Pushes to a list of users: ids are de-duplicated and grouped by node.
 	PushToUsers(ctx context.Context, in *PushToUsersRequest, opts ...grpc.CallOption) (*PushToUsersResponse, error)
+	// Pushes to every member of any of several rooms but the excluded ones: each user once, and each connection once that
+	// is in any of the rooms. Rooms that do not exist are passed by; if there is none of them, it is success=false.
+	PushToRooms(ctx context.Context, in *PushToRoomsRequest, opts ...grpc.CallOption) (*PushToRoomsResponse, error)
 	// High-rate ingestion: many pushes on one stream, each answered by its id.
 	// While the server drains, it answers what it has taken and ends the stream
 	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
@@ -144,6 +148,16 @@ func (c *pushManagerServiceClient) PushToUsers(ctx context.Context, in *PushToUs
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(PushToUsersResponse)
 	err := c.cc.Invoke(ctx, PushManagerService_PushToUsers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *pushManagerServiceClient) PushToRooms(ctx context.Context, in *PushToRoomsRequest, opts ...grpc.CallOption) (*PushToRoomsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PushToRoomsResponse)
+	err := c.cc.Invoke(ctx, PushManagerService_PushToRooms_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -254,6 +268,9 @@ type PushManagerServiceServer interface {
 	BroadcastMessage(context.Context, *BroadcastMessageRequest) (*BroadcastMessageResponse, error)
 	// Pushes to a list of users: ids are de-duplicated and grouped by node.
 	PushToUsers(context.Context, *PushToUsersRequest) (*PushToUsersResponse, error)
+	// Pushes to every member of any of several rooms but the excluded ones: each user once, and each connection once that
+	// is in any of the rooms. Rooms that do not exist are passed by; if there is none of them, it is success=false.
+	PushToRooms(context.Context, *PushToRoomsRequest) (*PushToRoomsResponse, error)
 	// High-rate ingestion: many pushes on one stream, each answered by its id.
 	// While the server drains, it answers what it has taken and ends the stream
 	// with UNAVAILABLE and ErrorInfo: pushes without an answer were not taken then,
@@ -303,6 +320,9 @@ func (UnimplementedPushManagerServiceServer) BroadcastMessage(context.Context, *
 }
 func (UnimplementedPushManagerServiceServer) PushToUsers(context.Context, *PushToUsersRequest) (*PushToUsersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PushToUsers not implemented")
+}
+func (UnimplementedPushManagerServiceServer) PushToRooms(context.Context, *PushToRoomsRequest) (*PushToRoomsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PushToRooms not implemented")
 }
 func (UnimplementedPushManagerServiceServer) PushStream(grpc.BidiStreamingServer[PushStreamRequest, PushStreamResponse]) error {
 	return status.Error(codes.Unimplemented, "method PushStream not implemented")
@@ -412,6 +432,24 @@ func _PushManagerService_PushToUsers_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PushManagerService_PushToRooms_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PushToRoomsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PushManagerServiceServer).PushToRooms(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PushManagerService_PushToRooms_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PushManagerServiceServer).PushToRooms(ctx, req.(*PushToRoomsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _PushManagerService_PushStream_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(PushManagerServiceServer).PushStream(&grpc.GenericServerStream[PushStreamRequest, PushStreamResponse]{ServerStream: stream})
 }
@@ -506,6 +544,10 @@ var PushManagerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PushToUsers",
 			Handler:    _PushManagerService_PushToUsers_Handler,
+		},
+		{
+			MethodName: "PushToRooms",
+			Handler:    _PushManagerService_PushToRooms_Handler,
 		},
 		{
 			MethodName: "ForgetUser",

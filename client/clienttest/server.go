@@ -24,11 +24,11 @@ import (
 
 // Push is what the server was asked for.
 type Push struct {
-	// Target is "user:alice", "users", "room:lobby" or "everybody".
+	// Target is "user:alice", "users", "room:lobby", "rooms" or "everybody".
 	Target string
-	// Users are those of PushToUsers, Except those that a push to a room leaves out.
-	Users, Except []string
-	Message       client.Message
+	// Users are those of PushToUsers, Rooms those of PushToRooms, Except those that a push to a room, or to several, leaves out.
+	Users, Rooms, Except []string
+	Message              client.Message
 
 	MessageID      string
 	TTL            time.Duration
@@ -255,7 +255,7 @@ func (s *Server) answer(ctx context.Context, p Push, r fields) (client.Result, e
 	return reply.what(p), nil
 }
 
-// PushToUser implements pubsub.PushManagerServiceServer, as the other three do.
+// PushToUser implements pubsub.PushManagerServiceServer, as the other four do.
 func (v service) PushToUser(ctx context.Context, r *pubsub.PushToUserRequest) (*pubsub.PushToUserResponse, error) {
 	a, err := v.s.answer(ctx, Push{Target: "user:" + r.GetUserId()}, r)
 	if err != nil {
@@ -280,6 +280,15 @@ func (v service) PushToRoom(ctx context.Context, r *pubsub.PushToRoomRequest) (*
 		return nil, err
 	}
 	return &pubsub.PushToRoomResponse{Success: a.Success, Message: a.Message, DeliveredCount: int32(a.Delivered), Summary: summary(a)}, nil
+}
+
+// PushToRooms see PushToUser.
+func (v service) PushToRooms(ctx context.Context, r *pubsub.PushToRoomsRequest) (*pubsub.PushToRoomsResponse, error) {
+	a, err := v.s.answer(ctx, Push{Target: "rooms", Rooms: r.GetRoomIds(), Except: r.GetExcludeUserIds()}, r)
+	if err != nil {
+		return nil, err
+	}
+	return &pubsub.PushToRoomsResponse{Success: a.Success, Message: a.Message, DeliveredCount: int32(a.Delivered), Summary: summary(a)}, nil
 }
 
 // BroadcastMessage see PushToUser.
@@ -344,6 +353,8 @@ func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (*pu
 		p, f = Push{Target: "users", Users: push.ToUsers.GetUserIds()}, push.ToUsers
 	case *pubsub.PushStreamRequest_ToRoom:
 		p, f = Push{Target: "room:" + push.ToRoom.GetRoomId(), Except: push.ToRoom.GetExcludeUserIds()}, push.ToRoom
+	case *pubsub.PushStreamRequest_ToRooms:
+		p, f = Push{Target: "rooms", Rooms: push.ToRooms.GetRoomIds(), Except: push.ToRooms.GetExcludeUserIds()}, push.ToRooms
 	case *pubsub.PushStreamRequest_Broadcast:
 		p, f = Push{Target: "everybody"}, push.Broadcast
 	default:
@@ -369,6 +380,8 @@ func (s *Server) streamed(ctx context.Context, r *pubsub.PushStreamRequest) (*pu
 		a.Result = &pubsub.PushStreamResponse_ToUsers{ToUsers: &pubsub.PushToUsersResponse{Success: result.Success, Message: result.Message, DeliveredCount: int32(result.Delivered), Summary: summary(result)}}
 	case *pubsub.PushStreamRequest_ToRoom:
 		a.Result = &pubsub.PushStreamResponse_ToRoom{ToRoom: &pubsub.PushToRoomResponse{Success: result.Success, Message: result.Message, DeliveredCount: int32(result.Delivered), Summary: summary(result)}}
+	case *pubsub.PushStreamRequest_ToRooms:
+		a.Result = &pubsub.PushStreamResponse_ToRooms{ToRooms: &pubsub.PushToRoomsResponse{Success: result.Success, Message: result.Message, DeliveredCount: int32(result.Delivered), Summary: summary(result)}}
 	default:
 		a.Result = &pubsub.PushStreamResponse_Broadcast{Broadcast: &pubsub.BroadcastMessageResponse{Success: result.Success, Message: result.Message, TotalDelivered: int32(result.Delivered), Summary: summary(result)}}
 	}

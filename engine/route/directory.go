@@ -87,6 +87,7 @@ type Directory struct {
 	epoch    time.Time
 	names    *names
 	builders sync.Pool // of *builder
+	unions   *unions
 	// Answers of earlier generations are not good for anybody.
 	generation atomic.Uint64
 	revision   atomic.Uint64 // the highest that Moved has brought
@@ -127,6 +128,9 @@ func New(config Config) (*Directory, error) {
 	if d.Users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
 		return nil, err
 	}
+	if d.unions, err = newUnions(d.cfg.MaxMembers); err != nil {
+		return nil, err
+	}
 	return d, nil
 }
 
@@ -135,6 +139,7 @@ func New(config Config) (*Directory, error) {
 func (d *Directory) Close() {
 	d.Rooms.cache.StopAllGoroutines()
 	d.Users.cache.StopAllGoroutines()
+	d.unions.cache.StopAllGoroutines()
 }
 
 // Missing is what a node says against an answer: that it does not have some users, or

@@ -76,6 +76,7 @@ func (t *Table) move(m Move) {
 	if m.Revision > b.revision {
 		b.moves = append(b.moves, m)
 		b.behind.Store(true)
+		t.changes.Add(1)
 	}
 }
 

@@ -32,6 +32,8 @@ type entry struct {
 	generation uint64 // of the directory when the look-up began, 0 for none that is good
 	fallback   bool   // serves while the source fails: no change stream vouches for it
 	announced  bool   // it is known to have changed
+	// Set once the cache has another entry in its place, or none: a union holds it without asking the cache.
+	gone atomic.Bool
 	// What the Controller said in place of snap, and was not believed; nil for nothing.
 	doubted *Snapshot
 
@@ -60,6 +62,8 @@ type Table struct {
 	name  string
 	cache *otter.Cache[string, *entry]
 	lanes []lane
+	// Counts whatever may make an answer in the cache another one than it was, time and the generation left aside.
+	changes atomic.Uint64
 }
 
 // lane is what one shard has of a Table.
@@ -102,14 +106,19 @@ type waiting struct {
 }
 
 func newTable(d *Directory, name string, weight int) (*Table, error) {
+	t := &Table{dir: d, name: name, lanes: make([]lane, d.cfg.Shards)}
 	cache, err := otter.New(&otter.Options[string, *entry]{
 		MaximumWeight: uint64(weight),
 		Weigher:       func(_ string, e *entry) uint32 { return uint32(min(max(e.snap.Users, 1), 1<<30)) },
+		OnAtomicDeletion: func(e otter.DeletionEvent[string, *entry]) {
+			e.Value.gone.Store(true) // evicted, too: changes are noted in what the cache has
+			t.changes.Add(1)
+		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make %s cache: %w", name, err)
 	}
-	t := &Table{dir: d, name: name, cache: cache, lanes: make([]lane, d.cfg.Shards)}
+	t.cache = cache
 	for i := range t.lanes {
 		t.lanes[i].lines = make(map[string]*line)
 	}
@@ -119,8 +128,21 @@ func newTable(d *Directory, name string, weight int) (*Table, error) {
 // Cached answers from memory alone, nil if it cannot. The first hit on an answer that is
 // soon too old has it looked up, and is answered all the same. Now decides what is fresh.
 func (t *Table) Cached(shard int, key string, now time.Time) *Snapshot {
-	e, ok := t.cache.GetIfPresent(key)
 	at := nanos(now.Sub(t.dir.epoch))
+	e := t.current(shard, key, at)
+	if e == nil {
+		return nil
+	}
+	if e.due(at) {
+		t.renew(shard, key, e)
+	}
+	t.lanes[shard].hits.Add(1)
+	return e.snap
+}
+
+// current is the entry that serves at a moment, nil for none.
+func (t *Table) current(shard int, key string, at nanos) *entry {
+	e, ok := t.cache.GetIfPresent(key)
 	if !ok || !t.fresh(e, at) {
 		return nil
 	}
@@ -134,11 +156,17 @@ func (t *Table) Cached(shard int, key string, now time.Time) *Snapshot {
 			return nil
 		}
 	}
-	if due := e.renewAt.Load(); int64(at) >= due && e.renewAt.CompareAndSwap(due, never) {
+	return e
+}
+
+// due tells whether e is to be looked up again, though it is still good.
+func (e *entry) due(at nanos) bool { return int64(at) >= e.renewAt.Load() }
+
+// renew has e looked up again, once.
+func (t *Table) renew(shard int, key string, e *entry) {
+	if due := e.renewAt.Load(); due != never && e.renewAt.CompareAndSwap(due, never) {
 		t.ask(shard, []string{key}, waiting{w: nobody{}}, func(string, *line) *entry { return nil })
 	}
-	t.lanes[shard].hits.Add(1)
-	return e.snap
 }
 
 func (t *Table) fresh(e *entry, now nanos) bool {

@@ -29,6 +29,7 @@ const (
 	PushToRoom Method = iota
 	PushToUser
 	PushToUsers
+	PushToRooms
 	BroadcastMessage
 	WatchReceipts
 	ForgetUser
@@ -54,6 +55,7 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	PushToRoom:       {"PushToRoom", rooms},
 	PushToUser:       {"PushToUser", users},
 	PushToUsers:      {"PushToUsers", users},
+	PushToRooms:      {"PushToRooms", rooms},
 	BroadcastMessage: {"BroadcastMessage", nobody},
 	WatchReceipts:    {"WatchReceipts", nobody},
 	ForgetUser:       {"ForgetUser", users},

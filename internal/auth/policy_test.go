@@ -318,7 +318,7 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 					named = named || m == method || m == "*"
 				}
 				patterns := w.users
-				if method == "PushToRoom" {
+				if method == "PushToRoom" || method == "PushToRooms" {
 					patterns = w.rooms
 				}
 				if m, _ := MethodOf(method); named && m.Target() == "" {

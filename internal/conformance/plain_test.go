@@ -121,6 +121,7 @@ type plainStream struct {
 }
 
 type plainAudience struct {
+	rooms   []string
 	version uint32
 	members map[string]bool
 }
@@ -409,10 +410,15 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 	case targets != 1:
 		return 0, nil, broken("%d targets", targets)
 	}
+	if st.p.fault != "room_ids are not checked" && len(d.RoomIds) > 0 && (len(d.UserIds) == 0 || d.RoomId != "") {
+		return 0, nil, broken("room_ids where they do not belong")
+	}
+	rooms := d.RoomIds
 	if d.Audience != nil {
 		if users, err = st.members(d); err != nil {
 			return 0, nil, err
 		}
+		rooms = st.audience[d.Audience.Id].rooms
 	}
 	st.mu.Lock()
 	over := st.over
@@ -444,6 +450,16 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 		defer st.p.hand(users[0], late)
 	}
 	for _, user := range users {
+		in := len(rooms) == 0 || slices.Contains(rooms, "conformance") // in which all are
+		if !in && st.p.fault != "room_ids are ignored" {
+			miss.NotHere = append(miss.NotHere, user)
+			continue
+		}
+		if st.p.fault == "shows it for each of the rooms" {
+			for range len(rooms) - 1 {
+				st.p.hand(user, d.Content)
+			}
+		}
 		switch here, reason := st.handLasting(user, d); {
 		case here:
 			delivered++
@@ -472,10 +488,13 @@ func (st *plainStream) members(d *pubsub.Delivery) ([]string, error) {
 	au := st.audience[a.Id]
 	lenient := st.p.fault == "audiences are not checked"
 	if au == nil {
+		if a.RoomId != "" && len(a.RoomIds) > 0 && st.p.fault != "room_ids are not checked" {
+			return nil, broken("audience %d has both", a.Id)
+		}
 		if a.Version != 1 && !lenient || len(a.Join) == 0 && a.RoomId == "" && !lenient {
 			return nil, broken("audience %d is not known", a.Id)
 		}
-		au = &plainAudience{members: make(map[string]bool)}
+		au = &plainAudience{members: make(map[string]bool), rooms: a.RoomIds}
 		st.audience[a.Id] = au
 	} else if !lenient && (a.Version == au.version && len(a.Join)+len(a.Leave) > 0 || a.Version != au.version && a.Version != au.version+1) {
 		return nil, broken("audience %d has version %d, not %d", a.Id, au.version, a.Version)

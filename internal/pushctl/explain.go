@@ -13,6 +13,7 @@ import (
 
 type explainCmd struct {
 	Room      explainRoomCmd      `cmd:"" help:"A push to the members of a room."`
+	Rooms     explainRoomsCmd     `cmd:"" help:"A push to the members of several rooms."`
 	User      explainUserCmd      `cmd:"" help:"A push to a user."`
 	Users     explainUsersCmd     `cmd:"" help:"A push to several users."`
 	Broadcast explainBroadcastCmd `cmd:"" help:"A push to everybody."`
@@ -29,6 +30,11 @@ type explainRoomCmd struct {
 	explaining
 }
 
+type explainRoomsCmd struct {
+	roomsCmd
+	explaining
+}
+
 type explainUserCmd struct {
 	userCmd
 	explaining
@@ -42,6 +48,13 @@ type explainUsersCmd struct {
 type explainBroadcastCmd struct {
 	broadcastCmd
 	explaining
+}
+
+// Run explains a push to several rooms.
+func (c *explainRoomsCmd) Run(ctx context.Context, t *terminal) error {
+	return c.explain(ctx, t, &c.messageFlags, c.Text, "rooms "+strconv.Quote(c.Rooms), func(r *pubsub.ExplainRequest, m *pubsub.MessageContent, o *pubsub.PushOptions) {
+		r.Push = &pubsub.ExplainRequest_ToRooms{ToRooms: c.request(m, o)}
+	})
 }
 
 // Run explains a push to a room.

@@ -44,7 +44,7 @@ type messageFlags struct {
 	TTL        time.Duration `name:"ttl" placeholder:"1m" help:"How long the message is worth showing. Default: to the end of the push; in the store STORE_TTL of the server."`
 	Ack        string        `default:"node" enum:"node,client" help:"Whose word makes it delivered: node, or client, where the client can acknowledge."`
 	AckTimeout time.Duration `placeholder:"2s" help:"How long clients may take, with --ack=client."`
-	Store      bool          `help:"Store it for users who are not reached. Not for broadcasts."`
+	Store      bool          `help:"Store it for users who are not reached. Not for broadcasts and several rooms."`
 	Collapse   string        `placeholder:"KEY" help:"While it waits, a newer message to the same user with this key takes its place."`
 	Receipt    string        `default:"none" enum:"none,async" help:"none: wait for acknowledgements by clients. async, with --ack=client and an id: do not wait, pushctl receipts shows them."`
 	Priority   string        `default:"" enum:",low,normal,high,critical" placeholder:"high" help:"low, normal, high or critical."`
@@ -53,6 +53,13 @@ type messageFlags struct {
 
 type roomCmd struct {
 	Room    string   `arg:"" help:"The room."`
+	Text    string   `arg:"" optional:"" help:"What to push."`
+	Exclude []string `placeholder:"USER" sep:"none" help:"Members that do not get it, may be repeated."`
+	messageFlags
+}
+
+type roomsCmd struct {
+	Rooms   string   `arg:"" help:"The rooms, separated by commas. Clients see the first that they are in."`
 	Text    string   `arg:"" optional:"" help:"What to push."`
 	Exclude []string `placeholder:"USER" sep:"none" help:"Members that do not get it, may be repeated."`
 	messageFlags
@@ -94,6 +101,27 @@ func (c *roomCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubs
 	return &pubsub.PushToRoomRequest{RoomId: c.Room, Content: m, ExcludeUserIds: c.Exclude, Options: o}
 }
 
+// Run pushes to several rooms.
+func (c *roomsCmd) Run(ctx context.Context, t *terminal) error {
+	return c.push(ctx, t, c.Text, "rooms "+strconv.Quote(c.Rooms), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
+		return api.PushToRooms(ctx, c.request(m, o))
+	})
+}
+
+func (c *roomsCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.PushToRoomsRequest {
+	return &pubsub.PushToRoomsRequest{RoomIds: listed(c.Rooms), Content: m, ExcludeUserIds: c.Exclude, Options: o}
+}
+
+// listed takes a list of ids apart.
+func listed(text string) (ids []string) {
+	for id := range strings.SplitSeq(text, ",") {
+		if id = strings.TrimSpace(id); id != "" {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 // Run pushes to a user.
 func (c *userCmd) Run(ctx context.Context, t *terminal) error {
 	return c.push(ctx, t, c.Text, "user "+strconv.Quote(c.User), func(ctx context.Context, api pubsub.PushManagerServiceClient, m *pubsub.MessageContent, o *pubsub.PushOptions) (reply, error) {
@@ -113,13 +141,7 @@ func (c *usersCmd) Run(ctx context.Context, t *terminal) error {
 }
 
 func (c *usersCmd) request(m *pubsub.MessageContent, o *pubsub.PushOptions) *pubsub.PushToUsersRequest {
-	var users []string
-	for user := range strings.SplitSeq(c.Users, ",") {
-		if user = strings.TrimSpace(user); user != "" {
-			users = append(users, user)
-		}
-	}
-	return &pubsub.PushToUsersRequest{UserIds: users, Content: m, Options: o}
+	return &pubsub.PushToUsersRequest{UserIds: listed(c.Users), Content: m, Options: o}
 }
 
 // Run pushes to everybody.

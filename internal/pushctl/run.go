@@ -18,6 +18,7 @@ import (
 
 type grammar struct {
 	Room      roomCmd      `cmd:"" help:"Push to the members of a room."`
+	Rooms     roomsCmd     `cmd:"" help:"Push to the members of several rooms, each user once."`
 	User      userCmd      `cmd:"" help:"Push to a user."`
 	Users     usersCmd     `cmd:"" help:"Push to several users."`
 	Broadcast broadcastCmd `cmd:"" help:"Push to everybody."`

@@ -22,8 +22,9 @@ import (
 // brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
-	id         []byte // a member of the JSON object, with its comma; nil without a message id
-	room       string // as its clients know it
+	id         []byte        // a member of the JSON object, with its comma; nil without a message id
+	room       string        // as its clients know it
+	several    *node.Message // of a push to several rooms, of which room is one
 	op         ws.OpCode
 	gap        bool
 

@@ -79,6 +79,11 @@ func (c *conn) overfullLocked() bool {
 func (c *conn) push(f *frame, m *node.Message, confirmation *node.Confirmation) node.Outcome {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if m.Rooms != nil {
+		if f = c.roomFrame(m); f == nil {
+			return node.NotHere
+		}
+	}
 	// What was stored was meant for the user, who has connected anew and need not be in the room yet.
 	if c.closed || m.RoomID != "" && !m.Options.Replayed() && !c.member.In(m.RoomID) {
 		return node.NotHere
@@ -163,7 +168,16 @@ func (c *conn) popLocked(now time.Time) {
 			return
 		}
 		if room := e.Frame.room; room != "" && !c.member.In(c.tenant.ID(room)) {
-			continue // It has left meanwhile, and been told so.
+			// It has left meanwhile, and been told so. It may be in another of several rooms.
+			m := e.Frame.several
+			if m == nil {
+				continue
+			}
+			other, is := c.member.FirstOf(m.Rooms.Place)
+			if !is {
+				continue
+			}
+			e.Frame = newPush(m, c.tenant.Plain(other), false)
 		}
 		c.placeLocked(e)
 	}

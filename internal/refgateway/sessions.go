@@ -10,7 +10,7 @@ type sessions struct{ *node.Users[*conn] }
 
 func newUsers() *node.Users[*conn] {
 	return node.NewLastingUsers[*conn](pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK, pubsub.Feature_FEATURE_EXPIRY,
-		pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY, pubsub.Feature_FEATURE_ROOM_LOG)
+		pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_REPLAY, pubsub.Feature_FEATURE_ROOM_LOG, pubsub.Feature_FEATURE_ROOMS)
 }
 
 // Broadcast implements node.Sessions.
@@ -29,15 +29,42 @@ func (c *conn) Deliver(m *node.Message) node.Outcome { return c.DeliverLasting(m
 
 // DeliverLasting implements node.LastingConn.
 func (c *conn) DeliverLasting(m *node.Message, confirmation *node.Confirmation) node.Outcome {
-	room := c.tenant.Plain(m.RoomID)
-	f, ok := m.Prepared.(*frame)
-	if !ok || f.room != room { // members of one room are of one tenant, so mostly it is the same frame
-		f = newPush(m, room, false)
-		m.Prepared = f
+	var f *frame
+	if m.Rooms == nil {
+		room := c.tenant.Plain(m.RoomID)
+		var ok bool
+		if f, ok = m.Prepared.(*frame); !ok || f.room != room { // members of one room are of one tenant, so mostly it is the same frame
+			f = newPush(m, room, false)
+			m.Prepared = f
+		}
 	}
 	outcome := c.push(f, m, confirmation)
 	if outcome == node.Delivered || outcome == node.Pending {
 		c.g.count.pushFrames.Inc()
 	}
 	return outcome
+}
+
+// roomFrames are the frames of a push to several rooms, by the room that clients are shown.
+type roomFrames map[string]*frame
+
+// roomFrame is the frame for the connection, by the first of the rooms that it is in, nil if it is in none.
+func (c *conn) roomFrame(m *node.Message) *frame {
+	first, is := c.member.FirstOf(m.Rooms.Place)
+	if !is {
+		return nil
+	}
+	frames, ok := m.Prepared.(roomFrames)
+	if !ok {
+		frames = make(roomFrames)
+		m.Prepared = frames
+	}
+	room := c.tenant.Plain(first)
+	f := frames[room]
+	if f == nil {
+		f = newPush(m, room, false)
+		f.several = m
+		frames[room] = f
+	}
+	return f
 }

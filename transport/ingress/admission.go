@@ -231,6 +231,8 @@ func (s *Server) authorize(who *auth.Principal, a api, p *engine.Push) error {
 		allowed = who.Allows(m, p.User)
 	case toUsers:
 		allowed = !slices.ContainsFunc(p.Users, func(id string) bool { return !who.Allows(m, id) })
+	case toRooms:
+		allowed = !slices.ContainsFunc(p.Rooms.IDs(), func(id string) bool { return !who.Allows(m, id) })
 	default: // names nobody
 	}
 	if !allowed || !who.May(m) {

@@ -14,6 +14,7 @@ const (
 	toRoom api = iota
 	toUser
 	toUsers
+	toRooms
 	toAll
 	apis // how many ask for a push; of a call: that it is a PushStream
 
@@ -47,6 +48,8 @@ func (a api) idField() string {
 		return "user_id"
 	case toUsers:
 		return "user_ids"
+	case toRooms:
+		return "room_ids"
 	case forgetUser, replay:
 		return "user_id"
 	case createJob:
@@ -67,6 +70,8 @@ func (a api) kind() engine.Kind {
 		return engine.ToUser
 	case toUsers:
 		return engine.ToUsers
+	case toRooms:
+		return engine.ToRooms
 	default:
 		return engine.ToAll
 	}
@@ -81,6 +86,8 @@ func (a api) method() auth.Method {
 		return auth.PushToUser
 	case toUsers:
 		return auth.PushToUsers
+	case toRooms:
+		return auth.PushToRooms
 	case forgetUser:
 		return auth.ForgetUser
 	case replay:
@@ -107,6 +114,8 @@ func asked(num protowire.Number) (api, bool) {
 		return toAll, true
 	case 5:
 		return toUsers, true
+	case 7:
+		return toRooms, true
 	default:
 		return 0, false
 	}
@@ -121,6 +130,8 @@ func (a api) resultField() protowire.Number {
 		return 4
 	case toAll:
 		return 5
+	case toRooms:
+		return 7
 	default:
 		return 6
 	}

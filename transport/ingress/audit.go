@@ -93,6 +93,8 @@ func auditTarget(e *audit.Entry, push *engine.Push) {
 		e.MessageID = push.Options.MessageID
 	}
 	switch {
+	case push.Rooms != nil: // the engine may have made one of one of them
+		e.TargetKind, e.Targets = "rooms", push.Rooms.Len()
 	case push.Kind == engine.ToRoom && push.Room != "": // without it is not decoded
 		e.TargetKind, e.Target = "room", push.Room
 	case push.Kind == engine.ToUser:

@@ -2,6 +2,7 @@ package ingress
 
 import (
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"time"
 	"unicode/utf8"
@@ -29,6 +30,7 @@ const (
 type decoder struct {
 	limits engine.Limits
 	shapes [apis]shape
+	lists  roomLists
 }
 
 // shape says which fields a request message has; 0 for none.
@@ -36,13 +38,19 @@ type shape struct {
 	id, list, content protowire.Number
 	idName, listName  string
 	listMax           int
+	rooms             protowire.Number // a second list
+	roomsMax          int
 }
 
 func newDecoder(limits engine.Limits) *decoder {
-	d := &decoder{limits: limits}
+	d := &decoder{limits: limits, lists: roomLists{seed: maphash.MakeSeed()}}
 	d.shapes[toRoom] = shape{id: 1, idName: toRoom.idField(), content: 2, list: 3, listName: "exclude_user_ids", listMax: limits.Exclude}
 	d.shapes[toUser] = shape{id: 1, idName: toUser.idField(), content: 2}
 	d.shapes[toUsers] = shape{list: 1, listName: toUsers.idField(), listMax: limits.Users, content: 2}
+	d.shapes[toRooms] = shape{
+		rooms: 1, roomsMax: limits.Rooms, content: 2,
+		list: 3, listName: "exclude_user_ids", listMax: limits.Exclude,
+	}
 	d.shapes[toAll] = shape{content: 1}
 	return d
 }
@@ -55,6 +63,8 @@ func (s *shape) name(m *wire.Reader) string {
 		return s.idName
 	case m.Number() == s.list:
 		return s.listName
+	case m.Number() == s.rooms:
+		return toRooms.idField()
 	case m.Number() == s.content:
 		return "content"
 	case m.Number() == optionsField:
@@ -69,10 +79,15 @@ type walk struct {
 	id      []byte
 	listed  int // entries of the list
 	listAt  int // where the first of them stands
-	content []byte
-	merged  bool // content came in several fields and has a buffer of its own
-	facts   engine.Content
-	options *options // nil for none
+	rooms   int // likewise, of the second list
+	roomsAt int
+	// Where the list ends if its entries stand one after another, 0 if not. known is the list if it has come before.
+	roomsEnd int
+	known    *engine.RoomList
+	content  []byte
+	merged   bool // content came in several fields and has a buffer of its own
+	facts    engine.Content
+	options  *options // nil for none
 }
 
 // decode fills p from the bytes of a request and owns b from the call on. The
@@ -98,6 +113,16 @@ func (d *decoder) decode(a api, b []byte, p *engine.Push) (*options, error) {
 		p.User = wire.String(w.id)
 	case toUsers:
 		p.Users = s.collect(b, &w)
+	case toRooms:
+		p.Exclude = s.collect(b, &w)
+		switch {
+		case w.known != nil:
+			p.Rooms = w.known
+		case w.roomsEnd > 0:
+			p.Rooms = d.lists.add(b[w.roomsAt:w.roomsEnd], w.rooms)
+		default:
+			p.Rooms = engine.NewRoomList(collect(b, w.roomsAt, s.rooms, w.rooms))
+		}
 	default: // names nobody
 	}
 	p.Content = w.facts
@@ -132,6 +157,23 @@ func (d *decoder) walk(s *shape, b []byte) (walk, error) {
 			}
 			if w.listed++; w.listed > s.listMax {
 				return w, d.tooMany(s.listName, w.listed)
+			}
+		case s.rooms:
+			if w.rooms == 0 {
+				w.roomsAt, w.roomsEnd = start, start
+				if known, n := d.lists.find(b[start:]); known != nil {
+					w.known, w.rooms = known, known.Len()
+					m.Rest = b[start+n:]
+					break
+				}
+			} else if w.known != nil || start != w.roomsEnd {
+				w.known, w.roomsEnd = nil, -1 // more follows elsewhere
+			}
+			if w.roomsEnd >= 0 {
+				w.roomsEnd = len(b) - len(m.Rest)
+			}
+			if w.rooms++; w.rooms > s.roomsMax {
+				return w, d.tooMany(toRooms.idField(), w.rooms)
 			}
 		case optionsField:
 			if w.options == nil {
@@ -219,14 +261,17 @@ func (d *decoder) tooMany(field string, n int) error {
 }
 
 // collect makes the list that the walk has counted and checked.
-func (s *shape) collect(b []byte, w *walk) []string {
-	if w.listed == 0 {
+func (s *shape) collect(b []byte, w *walk) []string { return collect(b, w.listAt, s.list, w.listed) }
+
+// collect makes a list of n entries of a field, of which the first stands at some place.
+func collect(b []byte, at int, field protowire.Number, n int) []string {
+	if n == 0 {
 		return nil
 	}
-	list := make([]string, 0, w.listed)
-	m := wire.Reader{Rest: b[w.listAt:]}
-	for len(list) < w.listed && m.Next() {
-		if m.IsBytes(s.list) {
+	list := make([]string, 0, n)
+	m := wire.Reader{Rest: b[at:]}
+	for len(list) < n && m.Next() {
+		if m.IsBytes(field) {
 			list = append(list, wire.String(m.Bytes))
 		}
 	}
@@ -361,6 +406,11 @@ func (d *decoder) check(a api, b []byte) error {
 	for i, id := range s.collect(b, &w) {
 		if !utf8.ValidString(id) {
 			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", s.listName, i))
+		}
+	}
+	for i, id := range collect(b, w.roomsAt, s.rooms, w.rooms) {
+		if !utf8.ValidString(id) {
+			return invalidUTF8(engine.CodeIDMalformed, fmt.Sprintf("%s[%d]", toRooms.idField(), i))
 		}
 	}
 	return nil

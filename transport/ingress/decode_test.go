@@ -17,8 +17,7 @@ import (
 
 var testLimits = engine.Limits{
 	IDBytes: 256, DataBytes: 256 << 10, MetadataEntries: 32, MetadataBytes: 8 << 10, Exclude: 10_000, Users: 10_000,
-	MaxTTL: 168 * time.Hour,
-}
+	MaxTTL: 168 * time.Hour, Rooms: 1_000}
 
 // roomy returns b as the codec would: with space for a timestamp behind it.
 func roomy(b []byte) []byte {
@@ -57,6 +56,8 @@ func newRequest(a api) proto.Message {
 		return new(pubsub.PushToUserRequest)
 	case toUsers:
 		return new(pubsub.PushToUsersRequest)
+	case toRooms:
+		return new(pubsub.PushToRoomsRequest)
 	default:
 		return new(pubsub.BroadcastMessageRequest)
 	}
@@ -71,6 +72,8 @@ func fields(m proto.Message) (room, user string, users, exclude []string, conten
 		return "", m.UserId, nil, nil, m.Content
 	case *pubsub.PushToUsersRequest:
 		return "", "", m.UserIds, nil, m.Content
+	case *pubsub.PushToRoomsRequest:
+		return "", "", nil, m.ExcludeUserIds, m.Content
 	case *pubsub.BroadcastMessageRequest:
 		return "", "", nil, nil, m.Content
 	}
@@ -83,6 +86,9 @@ func same(t *testing.T, p *engine.Push, m proto.Message) {
 	room, user, users, exclude, want := fields(m)
 	if p.Room != room || p.User != user || !slices.Equal(p.Users, users) || !slices.Equal(p.Exclude, exclude) {
 		t.Fatalf("push = %+v, want what %v has", p, m)
+	}
+	if rooms, is := m.(*pubsub.PushToRoomsRequest); is && !slices.Equal(p.Rooms.IDs(), rooms.GetRoomIds()) {
+		t.Fatalf("rooms %q, want %q", p.Rooms.IDs(), rooms.GetRoomIds())
 	}
 	sameOptions(t, p.Options, m.(interface{ GetOptions() *pubsub.PushOptions }).GetOptions())
 	if p.Content.Present != (want != nil) {
@@ -163,6 +169,8 @@ func TestDecodeSeesWhatGeneratedCodeSees(t *testing.T) {
 		"user unstamped":  {toUser, &pubsub.PushToUserRequest{UserId: "u", Content: &pubsub.MessageContent{Data: []byte("x")}}},
 		"user, empty":     {toUser, &pubsub.PushToUserRequest{UserId: "u", Content: &pubsub.MessageContent{}}},
 		"users":           {toUsers, &pubsub.PushToUsersRequest{UserIds: []string{"a", "", "c"}, Content: rich}},
+		"rooms":           {toRooms, &pubsub.PushToRoomsRequest{RoomIds: []string{"a", "", "c"}, Content: rich, ExcludeUserIds: []string{"x"}}},
+		"rooms, many":     {toRooms, &pubsub.PushToRoomsRequest{RoomIds: manyRooms(100), Content: rich}},
 		"users unstamped": {toUsers, &pubsub.PushToUsersRequest{UserIds: []string{"a"}, Content: &pubsub.MessageContent{}}},
 		"all":             {toAll, &pubsub.BroadcastMessageRequest{Content: rich}},
 		"all unstamped":   {toAll, &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{Type: 3}}},
@@ -289,6 +297,7 @@ func TestDecodeCountsListsAtTheirLimit(t *testing.T) {
 		"exclude":    {toRoom, list(3<<3|2, 10_001), "exclude_user_ids"},
 		"users at":   {toUsers, list(1<<3|2, 10_000), ""},
 		"users":      {toUsers, list(1<<3|2, 10_001), "user_ids"},
+		"rooms":      {toRooms, list(1<<3|2, 1_001), "room_ids"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := decodeOne(test.api, test.wire)
@@ -432,6 +441,8 @@ func FuzzDecode(f *testing.F) {
 		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{"a", "b"}},
 		&pubsub.PushToUserRequest{UserId: "u", Content: &pubsub.MessageContent{}},
 		&pubsub.PushToUsersRequest{UserIds: []string{"a", "b"}, Content: c},
+		&pubsub.PushToRoomsRequest{RoomIds: manyRooms(40), Content: c, ExcludeUserIds: []string{"a"}},
+		&pubsub.PushStreamRequest{Id: 5, Push: &pubsub.PushStreamRequest_ToRooms{ToRooms: &pubsub.PushToRoomsRequest{RoomIds: []string{"a", "b"}, Content: c, Options: o}}},
 		&pubsub.BroadcastMessageRequest{Content: c},
 		&pubsub.PushStreamRequest{Id: 5, Push: &pubsub.PushStreamRequest_Broadcast{Broadcast: &pubsub.BroadcastMessageRequest{Content: c}}},
 	} {
@@ -488,6 +499,8 @@ func fuzzStream(t *testing.T, d *decoder, b []byte) {
 		inner = push.ToUser
 	case *pubsub.PushStreamRequest_ToUsers:
 		inner = push.ToUsers
+	case *pubsub.PushStreamRequest_ToRooms:
+		inner = push.ToRooms
 	case *pubsub.PushStreamRequest_Broadcast:
 		inner = push.Broadcast
 	}

@@ -126,7 +126,7 @@ func appendStreamError(b []byte, id uint64, status []byte) []byte {
 	return wire.AppendBytes(b, 2, status)
 }
 
-// The responses of the four methods differ in two things: that of PushToUser has
+// The responses of the five methods differ in two things: that of PushToUser has
 // its message in field 2 and no count.
 func messageField(a api) protowire.Number {
 	if a == toUser {
@@ -251,9 +251,23 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 	case a == toRoom:
 		return appendRoomMessage(b, p, res)
 	case res.Found:
-		return appendCounts(b, a, res)
+		b = appendCounts(b, a, res)
+		if n := p.Rooms.Len(); res.RoomsNotFound > 0 {
+			b, _ = appendCount(b, "; ", res.RoomsNotFound, " of ")
+			b = strconv.AppendInt(b, int64(n), 10)
+			b = append(b, " rooms not found"...)
+		}
+		return b
 	case a == toAll:
 		return append(b, "no connect-node is available"...)
+	case a == toRooms && res.Failed > 0: // the Controller could not be asked about some
+		b = append(b, "not delivered"...)
+		b, _ = appendCount(b, ": ", res.Failed, " failed")
+		return b
+	case a == toRooms && res.Place != engine.Place{}:
+		return append(b, "none of the rooms found; stored"...)
+	case a == toRooms:
+		return append(b, "none of the rooms found"...)
 	default:
 		b = append(b, "none of the users is online"...)
 		b, _ = appendCount(b, "; ", res.Stored, " stored")

@@ -15,7 +15,7 @@ import (
 )
 
 func TestMessages(t *testing.T) {
-	p := &engine.Push{Request: engine.Request{Room: "r\"1", User: "u"}}
+	p := &engine.Push{Request: engine.Request{Room: "r\"1", User: "u", Rooms: engine.NewRoomList([]string{"a", "b", "c"})}}
 	failures := []engine.NodeFailure{{Node: "n1", Reason: "failed: queue full", Users: 1}}
 	place := engine.Place{Epoch: 1, Partition: 2, Seq: 3}
 	for _, test := range []struct {
@@ -62,6 +62,10 @@ func TestMessages(t *testing.T) {
 		{toUsers, engine.Result{Found: true, Targets: 3, Offline: 1, Failed: 1, Unknown: 1, NodeFailures: failures}, "unknown whether delivered: 1 offline, 1 failed, 1 unknown"},
 		{toRoom, engine.Result{Found: true, Targets: 2, Offline: 2}, "delivered to nobody: 2 offline"},
 		{toRoom, engine.Result{Found: true, Targets: 2, Failed: 2, NodeFailures: failures}, "not delivered: 2 failed"},
+		{toRooms, engine.Result{Found: true, Targets: 3, Delivered: 3}, "delivered to 3 users"},
+		{toRooms, engine.Result{Found: true, Targets: 3, Delivered: 3, RoomsNotFound: 1}, "delivered to 3 users; 1 of 3 rooms not found"},
+		{toRooms, engine.Result{RoomsNotFound: 3}, "none of the rooms found"},
+		{toRooms, engine.Result{Targets: 1, Failed: 1, RoomsNotFound: 2, NodeFailures: failures}, "not delivered: 1 failed"},
 		{toAll, engine.Result{}, "no connect-node is available"},
 		{toAll, engine.Result{Found: true}, "nobody is connected"},
 		{toAll, engine.Result{Found: true, NodeFailures: failures}, "not delivered: 1 node with failures"},
@@ -129,6 +133,8 @@ func answerOf(r *pubsub.PushStreamResponse) proto.Message {
 		return x.ToUser
 	case *pubsub.PushStreamResponse_ToUsers:
 		return x.ToUsers
+	case *pubsub.PushStreamResponse_ToRooms:
+		return x.ToRooms
 	case *pubsub.PushStreamResponse_Broadcast:
 		return x.Broadcast
 	}
@@ -155,6 +161,9 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 	switch a {
 	case toRoom:
 		r.Result = &pubsub.PushStreamResponse_ToRoom{ToRoom: &pubsub.PushToRoomResponse{
+			Success: res.Success(), DeliveredCount: sum.Delivered, Message: msg, Summary: sum}}
+	case toRooms:
+		r.Result = &pubsub.PushStreamResponse_ToRooms{ToRooms: &pubsub.PushToRoomsResponse{
 			Success: res.Success(), DeliveredCount: sum.Delivered, Message: msg, Summary: sum}}
 	case toUser:
 		r.Result = &pubsub.PushStreamResponse_ToUser{ToUser: &pubsub.PushToUserResponse{

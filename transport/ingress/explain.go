@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -46,6 +47,8 @@ func (s *Server) explain(ctx context.Context, info *callInfo, line *audit.Entry)
 		case m.Number() <= 4 && m.IsBytes(m.Number()):
 			a, _ = asked(m.Number() + 1) // the last one counts, as in any oneof
 			push = m.Bytes
+		case m.IsBytes(5):
+			a, push = toRooms, m.Bytes
 		case m.IsUint(10):
 			refresh = m.Uint != 0
 		case m.IsUint(11) && m.Uint != 0:
@@ -111,7 +114,7 @@ func explained(x *engine.Explanation, c *call, sample int) *pubsub.ExplainRespon
 	out.Found, out.Targets = x.Found, count(x.Targets)
 	out.Offline, out.OfflineUserIds = count(len(x.Offline)), names(x.Offline)
 	out.Unlocated, out.Excluded, out.ExcludedUserIds = count(len(x.Unlocated)), count(len(x.Excluded)), names(x.Excluded)
-	if c.api != toRoom {
+	if c.api != toRoom && c.api != toRooms {
 		out.UnlocatedUserIds = names(x.Unlocated)
 	}
 	out.Route = &pubsub.ExplainedRoute{
@@ -144,8 +147,8 @@ func (s *Server) explainCaller(info *callInfo, a api, p *engine.Push) *pubsub.Ex
 	if who := info.principal; who != nil {
 		out.Name, out.Tenant = who.Name, who.Tenant
 		id := p.Room + p.User // one of them
-		if len(p.Users) > 0 {
-			id = p.Users[0]
+		if list := slices.Concat(p.Users, p.Rooms.IDs()); len(list) > 0 {
+			id = list[0]
 		}
 		if at, pattern, allowed := who.Explain(a.method(), id); allowed {
 			out.Rule = strings.TrimSpace(fmt.Sprintf("line %d: %s %s", at, a, plain.Line(pattern, maxReason)))

@@ -69,7 +69,7 @@ func (c *Config) fit() {
 // as many ids as there can be, with so many bytes to be put before each.
 func (s *Server) bodyBytes(a api, size, scope int) int64 {
 	ids := 0
-	if most := s.decoder.shapes[a].listMax; most > 0 {
+	if most := s.decoder.shapes[a].listMax + s.decoder.shapes[a].roomsMax; most > 0 {
 		ids = min(size/idSize, most)
 	}
 	return int64(2*size+idBytes*ids) + scopedBytes(size, ids, scope)

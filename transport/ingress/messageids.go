@@ -142,7 +142,7 @@ func (m *messageIDs) keys(p *engine.Push) (id, target uint64) {
 	part(o.Sender)
 	part(o.MessageID)
 	id = h.Sum64()
-	policy := byte(p.Kind) << 3
+	policy := byte(p.Kind) << 3 // as the caller has it: it is asked before the engine
 	for i, asks := range [...]bool{o.ClientAck, o.Store, o.Async} {
 		if asks {
 			policy |= 1 << i
@@ -154,6 +154,10 @@ func (m *messageIDs) keys(p *engine.Push) (id, target uint64) {
 	for _, user := range p.Users {
 		part(user)
 	}
+	for _, room := range p.Rooms.IDs() {
+		part(room)
+	}
+	_ = h.WriteByte(1) // which ends a list: it is in no id
 	for _, user := range p.Exclude {
 		part(user)
 	}

@@ -104,6 +104,9 @@ func encodeReceipt(p *engine.Push, res *engine.Result, unacked []string, final b
 
 // targetOf is what a push was for, as its caller knows it.
 func targetOf(p *engine.Push) string {
+	if p.Rooms != nil { // the engine may have made one of one of them
+		return "rooms"
+	}
 	switch p.Kind {
 	case engine.ToRoom:
 		return "room:" + shown(p.Room, p)

@@ -342,7 +342,7 @@ func TestReflectionAndJSON(t *testing.T) {
 	if !reply.Success || reply.DeliveredCount != 1 {
 		t.Errorf("reply %s", json)
 	}
-	if service.Methods().Len() != 9 {
+	if service.Methods().Len() != 10 {
 		t.Errorf("%d methods", service.Methods().Len())
 	}
 }

@@ -52,7 +52,7 @@ func (c *call) enterTenant() {
 		size += scope + len(p.Room)
 	case engine.ToUser:
 		size += scope + len(p.User)
-	case engine.ToUsers, engine.ToAll: // lists, or nobody
+	case engine.ToUsers, engine.ToRooms, engine.ToAll: // lists, or nobody
 	}
 	b := c.scoped[:0]
 	if size > cap(b) {
@@ -72,7 +72,10 @@ func (c *call) enterTenant() {
 		p.Room = scoped(p.Room)
 	case engine.ToUser:
 		p.User = scoped(p.User)
-	case engine.ToUsers, engine.ToAll:
+	case engine.ToUsers, engine.ToRooms, engine.ToAll:
+	}
+	if p.Rooms != nil {
+		p.Rooms = p.Rooms.Scoped(p.Scope)
 	}
 	for _, list := range all {
 		for i, id := range list {

@@ -17,8 +17,9 @@ const (
 	reqCompressed, reqRawBytes                                    = 7, 8
 
 	delContent, delRoom, delUsers, delAudience, delEverybody, delExcept, delTraceparent, delScope = 1, 2, 3, 4, 5, 6, 7, 8
+	delRooms                                                                                      = 27
 
-	audID, audVersion, audRoom, audJoin, audLeave = 1, 2, 3, 4, 5
+	audID, audVersion, audRoom, audJoin, audLeave, audRooms = 1, 2, 3, 4, 5, 6
 )
 
 // address says for whom a delivery is: exactly one of users, minus, audience,
@@ -34,19 +35,21 @@ type address struct {
 // audienceRef names an audience, with its definition or change if there is one.
 type audienceRef struct {
 	id, version uint32
-	room        string // with the definition
+	room        string   // with the definition, or
+	rooms       []string // several
 	join, leave []string
 }
 
 // plain tells that the audience is only named, as most are.
-func (a *audienceRef) plain() bool { return a.room == "" && len(a.join)+len(a.leave) == 0 }
+func (a *audienceRef) plain() bool { return a.room == "" && a.rooms == nil && len(a.join)+len(a.leave) == 0 }
 
 func (a *audienceRef) size() int {
 	n := wire.SizeUint(audID, uint64(a.id)) + wire.SizeUint(audVersion, uint64(a.version))
 	if a.plain() {
 		return n
 	}
-	return n + wire.SizeString(audRoom, a.room) + wire.SizeStrings(audJoin, a.join) + wire.SizeStrings(audLeave, a.leave)
+	return n + wire.SizeString(audRoom, a.room) + wire.SizeStrings(audJoin, a.join) + wire.SizeStrings(audLeave, a.leave) +
+		wire.SizeStrings(audRooms, a.rooms)
 }
 
 func (a *audienceRef) append(b []byte) []byte {
@@ -57,7 +60,8 @@ func (a *audienceRef) append(b []byte) []byte {
 	}
 	b = wire.AppendString(b, audRoom, a.room)
 	b = wire.AppendStrings(b, audJoin, a.join)
-	return wire.AppendStrings(b, audLeave, a.leave)
+	b = wire.AppendStrings(b, audLeave, a.leave)
+	return wire.AppendStrings(b, audRooms, a.rooms)
 }
 
 // sizeDelivery is the length of the Delivery message for d.
@@ -71,7 +75,8 @@ func sizeDelivery(d *engine.Delivery, to *address) int {
 	case to.audience.id != 0:
 		return n + wire.SizeLen(delAudience, to.audience.size()) + wire.SizeStrings(delExcept, d.Except())
 	default:
-		return n + wire.SizeString(delRoom, d.Room()) + wire.SizeStrings(delUsers, to.users) - wire.SizeStrings(delUsers, to.minus)
+		return n + wire.SizeString(delRoom, d.Room()) + wire.SizeStrings(delUsers, to.users) - wire.SizeStrings(delUsers, to.minus) +
+			wire.SizeStrings(delRooms, d.Rooms())
 	}
 }
 
@@ -91,6 +96,7 @@ func appendDelivery(b []byte, d *engine.Delivery, to *address, size int) []byte 
 	default:
 		b = wire.AppendString(b, delRoom, d.Room())
 		b = appendWithout(b, delUsers, to.users, to.minus)
+		b = wire.AppendStrings(b, delRooms, d.Rooms())
 	}
 	return wire.AppendString(b, delTraceparent, d.Traceparent())
 }
@@ -118,7 +124,7 @@ type audiences struct {
 	members int // of all, those evicted and not forgotten yet included
 	evicted int // members of those
 	lastID  uint32
-	byRoom  map[string]*audience
+	byRoom  map[string]*audience // by Delivery.RoomKey
 	recent  audience     // its older is the one used last, its newer the one not used for longest
 	before  *route.Group // what the last change changed
 	forget  []forgotten  // evicted: this frame forgets them, or one of the next
@@ -138,7 +144,7 @@ type forgotten struct {
 // there is one for each node of each room, so it holds nothing else that is large.
 type audience struct {
 	id, version  uint32
-	room         string // its own copy: that of a delivery is a part of the request
+	room         string // Delivery.RoomKey; its own copy: that of a delivery is a part of the request
 	group        *route.Group
 	newer, older *audience
 }
@@ -175,11 +181,17 @@ func (a *audiences) address(d *engine.Delivery) address {
 		return address{everybody: d.Scope() == "", scope: d.Scope()}
 	case g == nil:
 		return address{users: d.Users()}
+	case d.Once():
+		return address{users: g.Users, minus: d.Except()} // it would take the place of audiences that are used again
 	}
-	return a.addressGroup(d.Room(), g, d.Except())
+	to := a.addressGroup(d.RoomKey(), g, d.Except())
+	if rooms := d.Rooms(); rooms != nil && to.audience.room != "" {
+		to.audience.room, to.audience.rooms = "", rooms
+	}
+	return to
 }
 
-// addressGroup is address for the members of a room but except.
+// addressGroup is address for the members of a room but except. Its definition names the room.
 func (a *audiences) addressGroup(room string, g *route.Group, except []string) address {
 	named := address{users: g.Users, minus: except}
 	if len(except) > len(g.Users)/2 {

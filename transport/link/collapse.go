@@ -21,9 +21,9 @@ func collapseKeyOf(d *engine.Delivery, o *engine.Options) collapseKey {
 	switch {
 	case o.Replay != nil || d.Everybody() || at != engine.Place{}:
 	case d.Group() != nil:
-		return collapseKey{room: d.Room(), key: o.CollapseKey}
+		return collapseKey{room: d.RoomKey(), key: o.CollapseKey}
 	case len(d.Users()) == 1:
-		return collapseKey{user: d.Users()[0], room: d.Room(), key: o.CollapseKey}
+		return collapseKey{user: d.Users()[0], room: d.RoomKey(), key: o.CollapseKey}
 	}
 	return collapseKey{}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -112,7 +113,7 @@ func hasScopes(hello *pubsub.HelloReply) bool {
 func offers(cfg *Config) []pubsub.Feature {
 	list := []pubsub.Feature{
 		pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
-		pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE,
+		pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_ROOMS,
 	}
 	if cfg.Replayer != nil {
 		list = append(list, pubsub.Feature_FEATURE_REPLAY)
@@ -135,5 +136,8 @@ func featuresOf(list []pubsub.Feature) (f features) {
 	}
 	return f
 }
+
+// featureName is how people read of it.
+func featureName(f pubsub.Feature) string { return strings.TrimPrefix(f.String(), "FEATURE_") }
 
 func (f features) has(x pubsub.Feature) bool { return f>>x&1 == 1 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -348,6 +347,10 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			e.d.Drop(engine.DropUnscoped) // it was taken before the node said what it can
 			continue
 		}
+		if e.d.Rooms() != nil && !s.can.has(pubsub.Feature_FEATURE_ROOMS) {
+			e.d.Drop(engine.DropNoRooms)
+			continue
+		}
 		if e.d.Targets() == 0 && !e.d.Everybody() {
 			if e.d.TrySend() {
 				_, _ = e.d.Ack(engine.Ack{}) // nobody is left that it is for
@@ -366,7 +369,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 		to := s.w.auds.address(e.d)
 		size := sizeDelivery(e.d, &to) + more.size()
 		if len(b)+size+frameSpare > cfg.MaxFrameBytes {
-			s.w.auds.undo(e.d.Room(), &to)
+			s.w.auds.undo(e.d.RoomKey(), &to)
 			if len(s.w.kept) > 0 {
 				rest = i
 				break
@@ -375,7 +378,7 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 			continue
 		}
 		if !e.d.TrySend() {
-			s.w.auds.undo(e.d.Room(), &to)
+			s.w.auds.undo(e.d.RoomKey(), &to)
 			continue
 		}
 		b = more.append(appendDelivery(b, e.d, &to, size))
@@ -732,7 +735,7 @@ func (s *stream) describeLocked(t *engine.LinkState) {
 	}
 	for _, f := range s.link.set.offers {
 		if s.can.has(f) {
-			t.Features = append(t.Features, strings.TrimPrefix(f.String(), "FEATURE_"))
+			t.Features = append(t.Features, featureName(f))
 		}
 	}
 }

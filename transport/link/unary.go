@@ -243,6 +243,10 @@ func (c *calls) deliver(e entry) {
 		e.d.Drop(engine.DropUnscoped) // Broadcast would reach everybody
 		return
 	}
+	if e.d.Rooms() != nil {
+		e.d.Drop(engine.DropNoRooms) // a call has one room
+		return
+	}
 	if o := e.d.Options(); o != nil {
 		if _, why := extrasOf(e.d, o, 0, time.Now()); why != engine.Sent {
 			e.d.Drop(why)

@@ -449,7 +449,7 @@ func (n *fakeNode) resolve(d *pubsub.Delivery, rooms map[uint32]*fakeAudience, m
 	}
 	a := rooms[ref.GetId()]
 	if a == nil {
-		if ref.GetVersion() != 1 || ref.GetRoomId() == "" {
+		if ref.GetVersion() != 1 || (ref.GetRoomId() == "") == (len(ref.GetRoomIds()) == 0) {
 			n.breach("unknown audience %v", ref)
 		}
 		a = &fakeAudience{room: ref.GetRoomId(), users: map[string]bool{}}

@@ -23,6 +23,7 @@ type audiences struct {
 type audience struct {
 	version uint32
 	room    string
+	rooms   *Rooms // several in place of room, nil for none
 	members []string
 	at      map[string]int32
 }
@@ -39,7 +40,7 @@ func (a *audiences) apply(d *delivery) (*audience, error) {
 	}
 	change := len(d.join) > 0 || len(d.leave) > 0
 	switch {
-	case d.audRoom != "":
+	case d.audRoom != "" || len(d.audRooms) > 0:
 		return nil, fmt.Errorf("%w %d: defined twice", errAudience, d.id)
 	case d.version == au.version && !change:
 		return au, nil
@@ -56,6 +57,8 @@ func (a *audiences) define(d *delivery) (*audience, error) {
 		return nil, fmt.Errorf("%w %d: not defined, version %d", errAudience, d.id, d.version)
 	case len(d.leave) > 0:
 		return nil, fmt.Errorf("%w %d: leave in a definition", errAudience, d.id)
+	case d.audRoom != "" && len(d.audRooms) > 0:
+		return nil, fmt.Errorf("%w %d: room_id and room_ids", errAudience, d.id)
 	}
 	if err := a.room(len(d.join)); err != nil {
 		return nil, err
@@ -65,6 +68,13 @@ func (a *audiences) define(d *delivery) (*audience, error) {
 		room:    strings.Clone(d.audRoom),
 		members: make([]string, 0, len(d.join)),
 		at:      make(map[string]int32, len(d.join)),
+	}
+	if len(d.audRooms) > 0 {
+		rooms := make([]string, len(d.audRooms))
+		for i, room := range d.audRooms {
+			rooms[i] = strings.Clone(room)
+		}
+		au.rooms = NewRooms(rooms)
 	}
 	a.byID[d.id] = au
 	return au, a.change(au, d)

@@ -57,10 +57,10 @@ func (o *Options) Expired(now time.Time) bool {
 }
 
 // Lasting is what Sessions also are that take part in lasting delivery: in message ids, acknowledgements
-// by clients, expiry, collapse keys and replay. [Users] made with [NewLastingUsers] are. Other Sessions
-// get no message with Options.
+// by clients, expiry, collapse keys and replay, or in pushes to several rooms. [Users] made with [NewLastingUsers] are.
+// Other Sessions get no message with Options, nor one with Rooms.
 type Lasting interface {
-	// Features says in which: of FEATURE_DEDUPE, _CLIENT_ACK, _EXPIRY, _COLLAPSE, _REPLAY and _ROOM_LOG. It is
+	// Features says in which: of FEATURE_DEDUPE, _CLIENT_ACK, _EXPIRY, _COLLAPSE, _REPLAY, _ROOM_LOG and _ROOMS. It is
 	// asked once, by New.
 	Features() []pubsub.Feature
 	// DeliverLasting is Deliver for a message with Options. Where the outcome is Pending, c has
@@ -125,7 +125,7 @@ var (
 )
 
 // lastingParts are the features that Lasting names.
-type lastingParts struct{ dedupe, clientAck, expiry, collapse, replay, roomLog bool }
+type lastingParts struct{ dedupe, clientAck, expiry, collapse, replay, roomLog, rooms bool }
 
 func partsOf(features []pubsub.Feature) (p lastingParts, err error) {
 	for _, f := range features {
@@ -142,6 +142,8 @@ func partsOf(features []pubsub.Feature) (p lastingParts, err error) {
 			p.replay = true
 		case pubsub.Feature_FEATURE_ROOM_LOG:
 			p.roomLog = true
+		case pubsub.Feature_FEATURE_ROOMS:
+			p.rooms = true
 		default:
 			return p, fmt.Errorf("%w: %v", errFeature, f)
 		}

@@ -88,6 +88,9 @@ type Message struct {
 	// everybody. A tenant's has the tenant before it: what a client is shown is
 	// [Tenant.Plain] of it.
 	RoomID string
+	// Rooms are set in place of RoomID for a push to several rooms, where Sessions name FEATURE_ROOMS. It is for each connection
+	// that is in any of them, and shown as one to the first that the connection is in.
+	Rooms *Rooms
 	// Traceparent is the caller's W3C trace context, empty unless sampled.
 	Traceparent string
 

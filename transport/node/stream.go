@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -412,6 +413,8 @@ var (
 	errTargets  = errors.New("exactly one of user_ids, audience, everybody and scope must be set")
 	errScope    = errors.New("scope: must be the name of a tenant and a slash")
 	errUnscoped = errors.New("scope: this node cannot tell tenants apart, and has not said so")
+	errRooms    = errors.New("room_ids: with user_ids only, and without room_id")
+	errOneRoom  = errors.New("room_ids: this node cannot take several rooms, and has not said so")
 )
 
 // targets says for whom d is: users without those at the places in skip.
@@ -432,6 +435,15 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 	case st.server.scoped == nil:
 		return nil, nil, errUnscoped
 	}
+	if len(d.rooms)+len(d.audRooms) > 0 && !st.server.does.rooms {
+		return nil, nil, errOneRoom
+	}
+	if len(d.rooms) > 0 {
+		if len(d.users) == 0 || d.room != "" {
+			return nil, nil, errRooms
+		}
+		m.Rooms = NewRooms(slices.Clone(d.rooms)) // parts of the frame, as all of the message
+	}
 	if !d.hasAudience {
 		if len(d.except) > 0 {
 			return nil, nil, errors.New("except_user_ids without an audience")
@@ -442,7 +454,7 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 	if err != nil {
 		return nil, nil, err
 	}
-	m.RoomID = au.room
+	m.RoomID, m.Rooms = au.room, au.rooms
 	skip, err = st.aud.skipped(au, d.except)
 	return au.members, skip, err
 }

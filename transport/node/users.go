@@ -15,7 +15,7 @@ type Conn interface {
 	comparable
 
 	// Deliver puts m into the connection's bounded queue, and never waits. It returns NotHere when
-	// m.RoomID names a room that the connection is not in, or when the connection is ending, and
+	// m.RoomID names a room that the connection is not in, when it is in none of m.Rooms, or when it is ending, and
 	// Failed when the queue is full. m is shared, see [Message].
 	Deliver(m *Message) Outcome
 }

@@ -100,6 +100,7 @@ type delivery struct {
 	isLasting   bool // one of these fields is there
 	messageID   string
 	sender      string
+	rooms       []string
 	payloadHash uint32
 	ttl         uint32 // ms, 0: for ever
 	wantAck     bool
@@ -113,11 +114,15 @@ type delivery struct {
 	// Of the audience.
 	id, version uint32
 	audRoom     string
+	audRooms    []string
 	join, leave []string
 }
 
 func (d *delivery) parse(b []byte) error {
-	*d = delivery{users: reuse(d.users), except: reuse(d.except), join: reuse(d.join), leave: reuse(d.leave)}
+	*d = delivery{
+		users: reuse(d.users), except: reuse(d.except), join: reuse(d.join), leave: reuse(d.leave),
+		rooms: reuse(d.rooms), audRooms: reuse(d.audRooms),
+	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
 		switch {
@@ -162,8 +167,10 @@ func (d *delivery) parse(b []byte) error {
 			}
 		case m.IsBytes(25):
 			d.sender = wire.String(m.Bytes)
+		case m.IsBytes(27):
+			d.rooms = append(d.rooms, wire.String(m.Bytes))
 		}
-		d.isLasting = d.isLasting || m.Number() >= 16
+		d.isLasting = d.isLasting || m.Number() >= 16 && m.Number() <= 25
 	}
 	if m.Err != nil || !d.hasAudience {
 		return m.Err
@@ -185,6 +192,8 @@ func (d *delivery) parseAudience() error {
 			d.join = append(d.join, wire.String(m.Bytes))
 		case m.IsBytes(5):
 			d.leave = append(d.leave, wire.String(m.Bytes))
+		case m.IsBytes(6):
+			d.audRooms = append(d.audRooms, wire.String(m.Bytes))
 		}
 	}
 	if m.Err != nil {

@@ -31,6 +31,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"PushToRoom":       {"Push to everybody in a room", `{"room_id": "lobby", "content": {"data": "SGVsbG8="}, "exclude_user_ids": ["bob"]}`, `{"success": true, "deliveredCount": 1, "message": "delivered to 1 user", "summary": {"targets": 1, "delivered": 1}}`},
 	"PushToUser":       {"Push to a user", `{"user_id": "alice", "content": {"data": "SGVsbG8=", "metadata": {"lang": "en"}}}`, `{"success": true, "message": "delivered", "summary": {"targets": 1, "delivered": 1}}`},
 	"PushToUsers":      {"Push to several users", `{"user_ids": ["alice", "bob"], "content": {"data": "SGVsbG8="}}`, `{"success": true, "deliveredCount": 2, "message": "delivered to 2 users", "summary": {"targets": 2, "delivered": 2}}`},
+	"PushToRooms":      {"Push to everybody in several rooms, each user once", `{"room_ids": ["lobby", "news"], "content": {"data": "SGVsbG8="}, "exclude_user_ids": ["bob"]}`, `{"success": true, "deliveredCount": 1, "message": "delivered to 1 user; 1 of 2 rooms not found", "summary": {"targets": 1, "delivered": 1}}`},
 	"BroadcastMessage": {"Push to everybody who is connected", `{"content": {"data": "SGVsbG8="}}`, `{"success": true, "totalDelivered": 2, "message": "delivered to 2 users", "summary": {"targets": 2, "delivered": 2}}`},
 	"Explain":          {"Say what would become of a push, and send nothing", "", ""},
 	"ForgetUser":       {"Erase what is stored for a user", "", ""},
@@ -50,6 +51,7 @@ var shortExamples = map[string]map[string]string{
 	"PushToRoom":       {"text": `{"text": "Hello", "exclude_user_ids": ["bob"]}`, "json": `{"json": {"score": [2, 1]}, "type": "SYSTEM", "exclude_user_ids": ["bob"]}`},
 	"PushToUser":       {"text": `{"text": "Hello"}`, "data": `{"data": "SGVsbG8=", "metadata": {"lang": "en"}}`},
 	"PushToUsers":      {"text": `{"text": "Hello", "user_ids": ["alice", "bob"]}`},
+	"PushToRooms":      {"text": `{"text": "Hello", "room_ids": ["lobby", "news"], "exclude_user_ids": ["bob"]}`},
 	"BroadcastMessage": {"text": `{"text": "Hello"}`},
 }
 

@@ -33,6 +33,7 @@ var shorts = []ShortPath{ //nolint:gochecknoglobals // a constant
 	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
 	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
 	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
+	{"/v1/rooms/messages", "PushToRooms", "", []string{"room_ids", "exclude_user_ids", "options"}},
 	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}},
 }
 

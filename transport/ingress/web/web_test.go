@@ -190,6 +190,7 @@ func TestShortPathsAndJSONAnswerAsGRPCDoes(t *testing.T) {
 		"a user":        {"/v1/users/alice/messages", `{"data":"SGVsbG8=","type":"SYSTEM","timestamp":"5","metadata":{"k":"v"}}`, "PushToUser", &pubsub.PushToUserRequest{UserId: "alice", Content: content("Hello")}, &pubsub.PushToUserResponse{}},
 		"with an id":    {"/v1/users/nobody/messages", `{"text":"","options":{"message_id":"m-1","ttlMs":1000}}`, "PushToUser", &pubsub.PushToUserRequest{UserId: "nobody", Content: content(""), Options: &pubsub.PushOptions{MessageId: "m-1", TtlMs: 1000}}, &pubsub.PushToUserResponse{}},
 		"several users": {"/v1/users/messages", `{"text":"Hello","user_ids":["alice","nobody"]}`, "PushToUsers", &pubsub.PushToUsersRequest{UserIds: []string{"alice", "nobody"}, Content: content("Hello")}, &pubsub.PushToUsersResponse{}},
+		"several rooms": {"/v1/rooms/messages", `{"text":"Hello","room_ids":["lobby","nowhere"],"exclude_user_ids":["x"]}`, "PushToRooms", &pubsub.PushToRoomsRequest{RoomIds: []string{"lobby", "nowhere"}, Content: content("Hello"), ExcludeUserIds: []string{"x"}}, &pubsub.PushToRoomsResponse{}},
 		"everybody":     {"/v1/broadcasts", `{"json":"Hello"}`, "BroadcastMessage", &pubsub.BroadcastMessageRequest{Content: content(`"Hello"`)}, &pubsub.BroadcastMessageResponse{}},
 	} {
 		conn, err := grpc.NewClient(w.stack.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -83,6 +83,20 @@ func (m *Member) Close() { m.r.drop(m) }
 // be a broadcast, which is a right of its own.
 func (m *Member) In(room string) bool { return room != m.r.presence && m.holds(room) }
 
+// FirstOf is the room, as pushes name it, that has the first place of those that the connection is in. False: none of them has
+// a place.
+func (m *Member) FirstOf(place func(room string) (int, bool)) (first string, is bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	least := 0
+	for _, room := range m.rooms {
+		if at, has := place(room); has && (!is || at < least) && room != m.r.presence {
+			first, least, is = room, at, true
+		}
+	}
+	return first, is
+}
+
 // holds is In for any room.
 func (m *Member) holds(room string) bool {
 	m.mu.RLock()

@@ -49,6 +49,11 @@ export class Client {
     return this.push({ room }, message, o);
   }
 
+  /** Pushes to the members of several rooms, 1,000 by default at most, each user once. A client sees the first of them that it is in. */
+  pushToRooms(rooms: readonly string[], message: Message, o: PushOptions = {}): Promise<Result> {
+    return this.push({ rooms }, message, o);
+  }
+
   /** Pushes to everybody who is connected. */
   broadcast(message: Message, o: PushOptions = {}): Promise<Result> {
     return this.push({ everybody: true }, message, o);

@@ -3,7 +3,7 @@ import { invalid } from "./errors.js";
 import { MessageContentSchema } from "./gen/message_pb.js";
 import {
   AckPolicy, BroadcastMessageRequestSchema, BroadcastMessageResponseSchema, OfflinePolicy, Priority, PushOptionsSchema, PushToRoomRequestSchema,
-  PushToRoomResponseSchema, PushToUserRequestSchema, PushToUserResponseSchema, PushToUsersRequestSchema, PushToUsersResponseSchema, ReceiptMode,
+  PushToRoomResponseSchema, PushToRoomsRequestSchema, PushToRoomsResponseSchema, PushToUserRequestSchema, PushToUserResponseSchema, PushToUsersRequestSchema, PushToUsersResponseSchema, ReceiptMode,
   type PushOptions as WireOptions,
 } from "./gen/push_manager_pb.js";
 import { resultOf, type Result } from "./result.js";
@@ -31,7 +31,7 @@ export interface PushOptions {
   ttl?: number;
   /** Delivered means that the client itself has acknowledged, if it can; a number: within so many milliseconds. */
   ackByClient?: boolean | number;
-  /** Store the message for whoever is not reached. Not for broadcasts, and only where there is a store. */
+  /** Store the message for whoever is not reached. Not for broadcasts and several rooms, and only where there is a store. */
   storeIfOffline?: boolean;
   /** A newer message to the same user with the same key takes the place of this one while it waits. */
   collapseKey?: string;
@@ -39,7 +39,7 @@ export interface PushOptions {
   priority?: "low" | "normal" | "high" | "critical";
   /** Answer without waiting for clients: their word comes with WatchReceipts. Needs ackByClient and messageId. */
   asyncReceipt?: boolean;
-  /** Of a push to a room: who does not get it. */
+  /** Of a push to a room, or to several: who does not get it. */
   except?: readonly string[];
   /** How long the push may take with all its tries, in milliseconds. Default: that of the Client. */
   timeout?: number;
@@ -51,9 +51,9 @@ export interface PushOptions {
 }
 
 /** To whom a push goes. */
-export type Target = { user: string } | { users: readonly string[] } | { room: string } | { everybody: true };
+export type Target = { user: string } | { users: readonly string[] } | { room: string } | { rooms: readonly string[] } | { everybody: true };
 
-export type Kind = "user" | "users" | "room" | "everybody";
+export type Kind = "user" | "users" | "room" | "rooms" | "everybody";
 
 /** A push, encoded: what is repeated is the same bytes. */
 export interface Encoded {
@@ -72,6 +72,7 @@ export const methods: Record<Kind, { path: string; read: (b: Uint8Array) => Resu
   user: { path: "/pubsub.PushManagerService/PushToUser", read: (b) => resultOf("user", fromBinary(PushToUserResponseSchema, b)) },
   users: { path: "/pubsub.PushManagerService/PushToUsers", read: (b) => resultOf("users", fromBinary(PushToUsersResponseSchema, b)) },
   room: { path: "/pubsub.PushManagerService/PushToRoom", read: (b) => resultOf("room", fromBinary(PushToRoomResponseSchema, b)) },
+  rooms: { path: "/pubsub.PushManagerService/PushToRooms", read: (b) => resultOf("rooms", fromBinary(PushToRoomsResponseSchema, b)) },
   everybody: { path: "/pubsub.PushManagerService/BroadcastMessage", read: (b) => resultOf("everybody", fromBinary(BroadcastMessageResponseSchema, b)) },
 };
 
@@ -89,7 +90,7 @@ export function encode(to: Target, message: Message, o: PushOptions): Encoded {
   const options = optionsOf(o);
   const withOptions = options === undefined ? {} : { options };
   const messageId = o.messageId ?? "";
-  if (o.except !== undefined && o.except.length > 0 && !("room" in to)) throw invalid("exclude_user_ids", "are for rooms only");
+  if (o.except !== undefined && o.except.length > 0 && !("room" in to || "rooms" in to)) throw invalid("exclude_user_ids", "are for rooms only");
   if ("user" in to) {
     check("user_id", to.user);
     return { kind: "user", key: `user:${to.user}`, messageId, bytes: toBinary(PushToUserRequestSchema, create(PushToUserRequestSchema, { userId: to.user, content, ...withOptions })) };
@@ -104,7 +105,13 @@ export function encode(to: Target, message: Message, o: PushOptions): Encoded {
     const request = create(PushToRoomRequestSchema, { roomId: to.room, content, excludeUserIds: [...(o.except ?? [])], ...withOptions });
     return { kind: "room", key: `room:${to.room}`, messageId, bytes: toBinary(PushToRoomRequestSchema, request) };
   }
-  if (!("everybody" in to) || to.everybody !== true) throw invalid("target", "is missing: user, users, room or everybody");
+  if ("rooms" in to) {
+    check("room_ids", ...to.rooms);
+    check("exclude_user_ids", ...(o.except ?? []));
+    const request = create(PushToRoomsRequestSchema, { roomIds: [...to.rooms], content, excludeUserIds: [...(o.except ?? [])], ...withOptions });
+    return { kind: "rooms", key: `rooms:${to.rooms.join("\0")}`, messageId, bytes: toBinary(PushToRoomsRequestSchema, request) };
+  }
+  if (!("everybody" in to) || to.everybody !== true) throw invalid("target", "is missing: user, users, room, rooms or everybody");
   return { kind: "everybody", key: "", messageId, bytes: toBinary(BroadcastMessageRequestSchema, create(BroadcastMessageRequestSchema, { content, ...withOptions })) };
 }
 

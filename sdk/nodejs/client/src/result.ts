@@ -79,5 +79,5 @@ function outcomeOf(kind: Kind, r: Result): Outcome {
   if (r.delivered === 0 && r.offline > r.stored) return "offline";
   if (r.delivered === 0 && r.success && (r.stored > 0 || r.position !== "")) return "stored";
   if (r.success) return "delivered";
-  return r.targets === 0 && kind === "room" ? "offline" : "failed"; // The room is not known, or no Connect-Node is.
+  return r.targets === 0 && (kind === "room" || kind === "rooms") ? "offline" : "failed"; // The room is not known, or no Connect-Node is.
 }

@@ -26,8 +26,8 @@ const silence = 15_000;
 const maxReopen = 30_000;
 
 /** The field of each kind in a PushStreamRequest. */
-const fields: Record<Kind, number> = { room: 2, user: 3, everybody: 4, users: 5 };
-const cases = { toRoom: "room", toUser: "user", broadcast: "everybody", toUsers: "users" } as const;
+const fields: Record<Kind, number> = { room: 2, user: 3, everybody: 4, users: 5, rooms: 7 };
+const cases = { toRoom: "room", toUser: "user", broadcast: "everybody", toUsers: "users", toRooms: "rooms" } as const;
 
 /** A user or a room with pushes that are not settled. */
 interface Key {

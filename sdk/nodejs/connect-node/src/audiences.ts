@@ -1,4 +1,5 @@
 import type { Audience } from "./gen/connect_node_pb.js";
+import { Rooms } from "./message.js";
 
 /** The two sides of a stream do not mean the same any more. */
 export class BrokenStream extends Error {}
@@ -6,6 +7,8 @@ export class BrokenStream extends Error {}
 interface Known {
   version: number;
   readonly room: string;
+  /** Several in place of room. */
+  readonly rooms: Rooms | undefined;
   readonly members: Set<string>;
 }
 
@@ -17,12 +20,12 @@ export class Audiences {
   constructor(private readonly maxMembers: number) {}
 
   /** Brings the audience that a delivery names to the delivery's version. */
-  apply(a: Audience): { room: string; members: ReadonlySet<string> } {
+  apply(a: Audience): { room: string; rooms: Rooms | undefined; members: ReadonlySet<string> } {
     if (a.id === 0) throw new BrokenStream("audience: id 0");
     const known = this.byId.get(a.id);
     if (known === undefined) return this.define(a);
     const changes = a.join.length > 0 || a.leave.length > 0;
-    if (a.roomId !== "") throw new BrokenStream(`audience ${a.id}: defined twice`);
+    if (a.roomId !== "" || a.roomIds.length > 0) throw new BrokenStream(`audience ${a.id}: defined twice`);
     if (a.version === known.version && !changes) return known;
     if (a.version !== known.version + 1 || !changes) throw new BrokenStream(`audience ${a.id}: version ${a.version} after ${known.version}`);
     known.version++;
@@ -45,7 +48,8 @@ export class Audiences {
   private define(a: Audience): Known {
     if (a.version !== 1) throw new BrokenStream(`audience ${a.id}: not defined, version ${a.version}`);
     if (a.leave.length > 0) throw new BrokenStream(`audience ${a.id}: leave in a definition`);
-    const known: Known = { version: 1, room: a.roomId, members: new Set() };
+    if (a.roomId !== "" && a.roomIds.length > 0) throw new BrokenStream(`audience ${a.id}: room_id and room_ids`);
+    const known: Known = { version: 1, room: a.roomId, rooms: a.roomIds.length > 0 ? new Rooms(a.roomIds) : undefined, members: new Set() };
     this.add(a, known);
     this.byId.set(a.id, known);
     return known;

@@ -10,7 +10,7 @@ export interface Message {
   /** Unix seconds. */
   readonly timestamp: number;
   readonly metadata: Readonly<Record<string, string>>;
-  /** The room that was pushed to; "" for a push to users or to everybody. */
+  /** The room that was pushed to, of several the first that the connection is in; "" for a push to users or to everybody. */
   readonly roomId: string;
   /** The push is for everybody. */
   readonly broadcast: boolean;
@@ -18,6 +18,49 @@ export interface Message {
   readonly id: string;
   /** The W3C trace context of the caller, where the push is sampled; "" otherwise. */
   readonly traceparent: string;
+}
+
+/** The several rooms of one push. */
+export class Rooms {
+  private readonly places = new Map<string, number>();
+
+  constructor(readonly list: readonly string[]) {
+    for (const [i, room] of list.entries()) if (!this.places.has(room)) this.places.set(room, i);
+  }
+
+  /** The first of them that is among some; undefined: none is. */
+  firstOf(rooms: Iterable<string>): string | undefined {
+    let first: string | undefined;
+    let at = this.list.length;
+    for (const room of rooms) {
+      const place = this.places.get(room);
+      if (place !== undefined && place < at) {
+        at = place;
+        first = room;
+      }
+    }
+    return first;
+  }
+}
+
+/** A message to several rooms before it is known which of them a connection is in. */
+export interface Several extends Message {
+  readonly rooms: Rooms;
+  /** The message for those who see it in a room: one object for all of them. */
+  readonly byRoom: Map<string, Message>;
+}
+
+/** The message for a connection in some rooms, for any if there are none; undefined: it is not for it. */
+export function inRoom(m: Several, rooms: Iterable<string> | undefined): Message | undefined {
+  const room = rooms === undefined ? m.rooms.list[0] : m.rooms.firstOf(rooms);
+  if (room === undefined) return undefined;
+  let shown = m.byRoom.get(room);
+  if (shown === undefined) {
+    const { type, data, timestamp, metadata, broadcast, id, traceparent } = m;
+    shown = { type, data, timestamp, metadata, roomId: room, broadcast, id, traceparent };
+    m.byRoom.set(room, shown);
+  }
+  return shown;
 }
 
 /** A push as one client gets it. */
@@ -67,12 +110,13 @@ const messageOverhead = 128;
 
 export const sizeOf = (m: Message): number => m.data.length + messageOverhead;
 
-export function messageOf(content: MessageContent | undefined, roomId: string, broadcast: boolean, id = "", traceparent = ""): Message {
-  return {
+export function messageOf(content: MessageContent | undefined, roomId: string, broadcast: boolean, id = "", traceparent = "", rooms?: Rooms): Message | Several {
+  const m = {
     type: content?.type ?? 0,
     data: content?.data ?? new Uint8Array(),
     timestamp: Number(content?.timestamp ?? 0n),
     metadata: content?.metadata ?? {},
     roomId, broadcast, id, traceparent,
   };
+  return rooms === undefined ? m : { ...m, rooms, byRoom: new Map() };
 }

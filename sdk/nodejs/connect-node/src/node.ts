@@ -13,7 +13,7 @@ import {
 } from "./gen/connect_node_pb.js";
 import { Listing } from "./listing.js";
 import { Reporter, reserved } from "./membership.js";
-import { clock, messageOf, watch, worth, type Message, type Options, type Outcome } from "./message.js";
+import { clock, inRoom, messageOf, watch, worth, type Message, type Options, type Outcome, type Several } from "./message.js";
 import type { Confirmation } from "./receipts.js";
 import { Replays } from "./replay.js";
 import { Session, type CloseReason, type Connection, type SessionHost, type SessionLimits } from "./session.js";
@@ -209,7 +209,7 @@ export class ConnectNode {
     const node = this; // eslint-disable-line @typescript-eslint/no-this-alias -- for the getter
     this.streamHost = {
       nodeId: cfg.nodeId, bootId: this.bootId, maxAudienceMembers: this.cfg.maxAudienceMembers, maxUnacked: this.cfg.maxUnacked,
-      features: [Feature.SCOPE, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
+      features: [Feature.SCOPE, Feature.ROOMS, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
       get isDraining() {
         return node.isDraining;
       },
@@ -385,13 +385,15 @@ export class ConnectNode {
   }
 
   /** The best of what becomes of a message for the connections of one user. */
-  private offer(of: readonly Session[] | undefined, m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome {
+  private offer(of: readonly Session[] | undefined, m: Message | Several, o: Options | undefined, c: Confirmation | undefined): Outcome {
     let best: Outcome = "notHere";
     for (const s of of ?? []) {
       if (m.roomId !== "" && this.cfg.anyRoom !== true && !s.isIn(m.roomId)) continue;
+      const shown = "rooms" in m ? inRoom(m, this.cfg.anyRoom === true ? undefined : s.rooms) : m;
+      if (shown === undefined) continue;
       let out: Outcome = "failed";
       try {
-        out = s.offer(m, o, c);
+        out = s.offer(shown, o, c);
       } catch (error) {
         this.caught("offer", error);
       }

@@ -6,7 +6,7 @@ import {
   DeliverRequestSchema, DeliverResponseSchema, Feature, HelloReplySchema,
   type Delivery, type DeliverRequest, type DeliverResponse, type Hello,
 } from "./gen/connect_node_pb.js";
-import { clock, hasExpired, messageOf, type Message, type Options, type Outcome } from "./message.js";
+import { clock, hasExpired, messageOf, Rooms, type Message, type Options, type Outcome } from "./message.js";
 import type { Awaited, Confirmation } from "./receipts.js";
 import type { Offer, Replays } from "./replay.js";
 import type { Session } from "./session.js";
@@ -236,9 +236,12 @@ export class Stream implements Offer {
     let users: Iterable<string> = d.userIds;
     let count = d.userIds.length;
     let room = d.roomId;
+    if (d.roomIds.length > 0 && (d.userIds.length === 0 || room !== "")) throw new BrokenStream("room_ids: with user_ids only, and without room_id");
+    let rooms = d.roomIds.length > 0 ? new Rooms(d.roomIds) : undefined;
     if (d.audience !== undefined) {
       const a = this.audiences.apply(d.audience);
       room = a.room;
+      rooms = a.rooms;
       const except = new Set(d.exceptUserIds);
       for (const user of except) {
         if (!a.members.has(user)) throw new BrokenStream(`audience: ${JSON.stringify(user)} is excepted and is no member`);
@@ -253,7 +256,7 @@ export class Stream implements Offer {
       return h;
     }
     const o = this.options(d, came);
-    const m = messageOf(d.content, room, h.isBroadcast, d.messageId, d.traceparent);
+    const m = messageOf(d.content, room, h.isBroadcast, d.messageId, d.traceparent, rooms);
     if (o?.replay !== undefined || (d.replay !== undefined && this.host.features.includes(Feature.REPLAY))) {
       this.deliverReplay(d, m, o, h);
     } else if (h.isBroadcast) {
