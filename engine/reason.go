@@ -18,6 +18,7 @@ const (
 	DropReused                    // the user has had the message id with another content
 	DropUnscoped                  // it has a scope, which the node does not know
 	DropNoReplay                  // it is out of the store, and the node does not know replays
+	DropNoFilter                  // it has a filter, which the node does not know
 	DropNoRoute                   // the Controller could not be asked where the user is
 	DropInternal                  // a fault of our own before anything was written
 	LostStream                    // written, and the stream broke before the ack
@@ -43,6 +44,7 @@ var reasonText = [reasons]string{
 	DropReused:      "message id was used for another payload",
 	DropUnscoped:    "node cannot tell tenants apart",
 	DropNoReplay:    "node does not know replays",
+	DropNoFilter:    "node cannot filter",
 	DropNoRoute:     "controller not reachable",
 	DropInternal:    "internal error before sending",
 	LostStream:      "stream broke before the acknowledgement",

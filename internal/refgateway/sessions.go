@@ -22,6 +22,23 @@ func (s sessions) BroadcastScope(scope string, m *node.Message) (delivered, fail
 	return s.Users.BroadcastScope(scope, m)
 }
 
+// BroadcastFiltered implements node.Filtering.
+func (s sessions) BroadcastFiltered(scope string, f node.Filter, m *node.Message) (delivered, failed, filtered int) {
+	m.Prepared = newPush(m, "", true)
+	return s.Users.BroadcastFiltered(scope, f, m)
+}
+
+// Attributes implements node.Attributed.
+func (c *conn) Attributes() node.Attributes {
+	if a := c.attributes.Load(); a != nil {
+		return *a
+	}
+	return node.Attributes{}
+}
+
+// InRoom implements node.Attributed.
+func (c *conn) InRoom(room string) bool { return c.member.In(room) }
+
 // Deliver implements node.Conn. A push to a room is for the connections that are in
 // it, which are those that have joined it and not left. A route that is out of date may
 // name a user who has left: all connections are as good as not here.

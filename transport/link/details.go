@@ -57,6 +57,9 @@ func FeatureNames() map[int32]string {
 	return names
 }
 
+// featureName is what people are shown of a feature.
+func featureName(f pubsub.Feature) string { return strings.TrimPrefix(f.String(), "FEATURE_") }
+
 // Details calls use with each node, ordered by id. What it gets is valid until it returns.
 func (s *Set) Details(use func(d *NodeDetails)) {
 	var d NodeDetails

@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/push-manager/push-manager/engine"
+	pubsub "github.com/push-manager/push-manager/proto"
 )
 
 var _ engine.Link = (*Link)(nil)
@@ -164,6 +166,9 @@ func (l *Link) Describe(d *engine.Delivery) engine.LinkState {
 	}
 	if l.way != nil {
 		l.way.describeLocked(&t)
+		if o := d.Options(); o != nil && len(o.Filter) > 0 && t.Verdict == engine.Sent && !slices.Contains(t.Features, featureName(pubsub.Feature_FEATURE_FILTER)) {
+			t.Verdict = engine.DropNoFilter
+		}
 	}
 	return t
 }
