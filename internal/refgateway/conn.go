@@ -30,9 +30,9 @@ type conn struct {
 	given  node.Attributes // that the client has given; its token may know better
 
 	attributes atomic.Pointer[node.Attributes] // those that count; nil for none
-	identity atomic.Pointer[identity] // of the latest token; nil without tokens
-	place    place                    // among the unverified, which guard it
-	progress bool                     // the client's last message was an acknowledgement of something; owned by the reader
+	identity   atomic.Pointer[identity]        // of the latest token; nil without tokens
+	place      place                           // among the unverified, which guard it
+	progress   bool                            // the client's last message was an acknowledgement of something; owned by the reader
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then

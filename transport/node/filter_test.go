@@ -52,12 +52,12 @@ func TestAttributesThatAreRefusedAreNamed(t *testing.T) {
 		many[fmt.Sprint(i)] = "x"
 	}
 	for want, given := range map[string]map[string]string{
-		"attr: 17 attributes, more than 16":     many,
-		"attr: key \"\": must not be empty":     {"": "x"},
-		"attr: key \"a\\nb\": must be valid":    {"a\nb": "x"},
-		"attr.platform: must not be empty":      {"platform": ""},
-		"attr.platform: too long: 65 bytes":     {"platform": strings.Repeat("x", 65)},
-		"attr.platform: must be valid UTF-8":    {"platform": "\xff"},
+		"attr: 17 attributes, more than 16":      many,
+		"attr: key \"\": must not be empty":      {"": "x"},
+		"attr: key \"a\\nb\": must be valid":     {"a\nb": "x"},
+		"attr.platform: must not be empty":       {"platform": ""},
+		"attr.platform: too long: 65 bytes":      {"platform": strings.Repeat("x", 65)},
+		"attr.platform: must be valid UTF-8":     {"platform": "\xff"},
 		"attr: key \"" + strings.Repeat("k", 64): {strings.Repeat("k", 65): "x"},
 	} {
 		if _, err := NewAttributes(given); err == nil || !strings.HasPrefix(err.Error(), want) {
@@ -211,14 +211,14 @@ func TestAFilterTakesTheBestOfAUsersConnections(t *testing.T) {
 		room  string
 		want  Outcome
 	}{
-		"nobody":                              {nil, "", NotHere},
-		"none matches":                        {[]*tagged{{attributes: web}, {}}, "", Filtered},
-		"one matches":                         {[]*tagged{{attributes: web}, {attributes: ios, space: 1}}, "", Delivered},
-		"the one that matches is full":        {[]*tagged{{attributes: ios}, {attributes: web}}, "", Failed},
-		"none is in the room":                 {[]*tagged{{attributes: web}, {attributes: ios}}, "r", NotHere},
-		"the one that matches is not in it":   {[]*tagged{{attributes: web, rooms: []string{"r"}}, {attributes: ios}}, "r", Filtered},
-		"the one in the room does not match":  {[]*tagged{{attributes: ios}, {attributes: web, rooms: []string{"r"}}}, "r", Filtered},
-		"one matches and is in the room":      {[]*tagged{{attributes: web}, {attributes: ios, space: 1, rooms: []string{"r"}}}, "r", Delivered},
+		"nobody":                             {nil, "", NotHere},
+		"none matches":                       {[]*tagged{{attributes: web}, {}}, "", Filtered},
+		"one matches":                        {[]*tagged{{attributes: web}, {attributes: ios, space: 1}}, "", Delivered},
+		"the one that matches is full":       {[]*tagged{{attributes: ios}, {attributes: web}}, "", Failed},
+		"none is in the room":                {[]*tagged{{attributes: web}, {attributes: ios}}, "r", NotHere},
+		"the one that matches is not in it":  {[]*tagged{{attributes: web, rooms: []string{"r"}}, {attributes: ios}}, "r", Filtered},
+		"the one in the room does not match": {[]*tagged{{attributes: ios}, {attributes: web, rooms: []string{"r"}}}, "r", Filtered},
+		"one matches and is in the room":     {[]*tagged{{attributes: web}, {attributes: ios, space: 1, rooms: []string{"r"}}}, "r", Delivered},
 	} {
 		t.Run(name, func(t *testing.T) {
 			users := NewUsers[*tagged]()

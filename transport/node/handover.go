@@ -10,8 +10,8 @@ import (
 // handover is what became of one push on this node.
 type handover struct {
 	delivered   int
-	duplicates  int // of delivered
-	pending     int // of delivered
+	duplicates  int  // of delivered
+	pending     int  // of delivered
 	filters     bool // there is a filter
 	namesLeft   bool // and the manager wants to know whom it leaves out
 	filtered    int

@@ -27,10 +27,10 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg      Config
-	bootID   string
-	scoped   Scoped        // Sessions, nil where they cannot tell tenants apart
-	lasting  Lasting       // Sessions, nil where they take no part in lasting delivery
+	cfg       Config
+	bootID    string
+	scoped    Scoped        // Sessions, nil where they cannot tell tenants apart
+	lasting   Lasting       // Sessions, nil where they take no part in lasting delivery
 	filtering Filtering     // Sessions, nil where they cannot filter
 	lister    Lister        // Sessions, nil where they do not name their users
 	listing   chan struct{} // held by the call that lists users
