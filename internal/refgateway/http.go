@@ -295,8 +295,7 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 		}
 	}
 	if err := c.setAttributes(c.identity.Load()); err != nil {
-		c.tell(control("error", "message", err.Error()))
-		return g.deny(c, &denial{deniedClaim, closeToken})
+		return g.deny(c, err)
 	}
 	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)

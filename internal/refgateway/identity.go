@@ -60,13 +60,16 @@ func (id *identity) allows(room string) bool {
 	}))
 }
 
-// setAttributes makes those count that the client has given, and those of its token, which win. The error is that of too many.
+// setAttributes makes those count that the client has given, and those of its token, which win. If they are too many together, neither is wrong
+// by itself: the client is told, and the error is a denial.
 func (c *conn) setAttributes(id *identity) error {
 	all := c.given
 	if id != nil {
 		var err error
 		if all, err = c.given.With(id.attributes); err != nil {
-			return err //nolint:wrapcheck // It says all.
+			c.tell(control("error", "message", err.Error()))
+			c.bye(closeToken, false) // behind that
+			return &denial{deniedClaim, closeToken}
 		}
 	}
 	if all.Len() == 0 {
@@ -191,8 +194,7 @@ func (c *conn) refresh(token *string) error {
 		return &denial{deniedRoom, closeForbidden}
 	}
 	if err := c.setAttributes(id); err != nil {
-		c.tell(control("error", "message", err.Error()))
-		return &denial{deniedClaim, closeToken}
+		return err
 	}
 	c.identity.Store(id)
 	c.tell(&frame{op: ws.OpText, head: fmt.Appendf(nil, `{"type":"refreshed","expires":%d}`, id.expires.Unix())})
