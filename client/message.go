@@ -146,6 +146,23 @@ func AtPriority(p Priority) PushOption {
 	return func(o *pushOptions) { o.set().Priority = pubsub.Priority(p) }
 }
 
+// Where pushes only to connections whose attribute, such as platform, has one of the values. Several filters must all hold. A user who is
+// connected and has no such connection is Filtered, which is of Offline. Not with [StoreIfOffline].
+func Where(attribute string, values ...string) PushOption {
+	return func(o *pushOptions) {
+		w := o.set()
+		w.Filter = append(w.Filter, &pubsub.Match{Key: attribute, Values: values})
+	}
+}
+
+// WhereNot is [Where] for connections whose attribute has none of the values, or is absent.
+func WhereNot(attribute string, values ...string) PushOption {
+	return func(o *pushOptions) {
+		w := o.set()
+		w.Filter = append(w.Filter, &pubsub.Match{Key: attribute, Values: values, Not: true})
+	}
+}
+
 // AsyncReceipt answers the push without waiting for clients; what they say comes with [Client.Receipts]. It needs AckByClient and
 // a MessageID.
 func AsyncReceipt() PushOption {
@@ -301,6 +318,16 @@ func check(to Target, m Message, o *pushOptions) error {
 	}
 	if !utf8.ValidString(o.wire.GetCollapseKey()) {
 		return invalid("options.collapse_key", notUTF8)
+	}
+	for i, m := range o.wire.GetFilter() {
+		if !utf8.ValidString(m.GetKey()) {
+			return invalid(fmt.Sprintf("options.filter[%d].key", i), notUTF8)
+		}
+		for j, value := range m.GetValues() {
+			if !utf8.ValidString(value) {
+				return invalid(fmt.Sprintf("options.filter[%d].values[%d]", i, j), notUTF8)
+			}
+		}
 	}
 	return nil
 }

@@ -38,6 +38,8 @@ type Result struct {
 	Acked int
 	// Duplicates, of Delivered, had it from an earlier push with the same MessageID.
 	Duplicates int
+	// Filtered, of Offline, are connected, and none of their connections is one for which [Where] and [WhereNot] hold.
+	Filtered int
 
 	// MessageID is the one of the push, or the one that Push-Manager has made for it; "" for none.
 	MessageID string
@@ -152,13 +154,13 @@ func resultOf(k kind, r Reply) (Result, *Error) {
 func resultOfSummary(s *pubsub.DeliverySummary) (Result, *Error) {
 	result := Result{
 		Targets: int(s.GetTargets()), Delivered: int(s.GetDelivered()), Offline: int(s.GetOffline()), Failed: int(s.GetFailed()), Unknown: int(s.GetUnknown()),
-		Stored: int(s.GetStored()), Unsure: int(s.GetUnsure()), Acked: int(s.GetAcked()), Duplicates: int(s.GetDuplicates()),
+		Stored: int(s.GetStored()), Unsure: int(s.GetUnsure()), Acked: int(s.GetAcked()), Duplicates: int(s.GetDuplicates()), Filtered: int(s.GetFiltered()),
 		MessageID: s.GetMessageId(), Position: s.GetPosition(),
 	}
 	if s == nil {
 		return Result{}, unusable("the reply has no summary")
 	}
-	if min(s.GetTargets(), s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown(), s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates()) < 0 {
+	if min(s.GetTargets(), s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown(), s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates(), s.GetFiltered()) < 0 {
 		return Result{}, unusable("the reply has a count below zero")
 	}
 	if sum := result.Delivered + result.Offline + result.Failed + result.Unknown; sum != result.Targets {

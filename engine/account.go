@@ -53,6 +53,8 @@ type Result struct {
 	// got it already. Acked: of Delivered, the client itself has said so. Duplicates: of
 	// Delivered, had it from an earlier try with the same message id.
 	Stored, Unsure, Acked, Duplicates int
+	// Filtered: of Offline, connected, and no connection is one for which Options.Filter is.
+	Filtered int
 
 	// RoomsNotFound is how many of several rooms do not exist.
 	RoomsNotFound int
@@ -88,6 +90,7 @@ type NodeFailure struct {
 type tally struct {
 	count                             [Delivered + 1]int
 	stored, unsure, acked, duplicates int
+	filtered                          int
 	failures                          []NodeFailure
 
 	// Of a push that was to be written into a room's log.
@@ -115,6 +118,12 @@ func (b *tally) miss(o Outcome, node, reason string, n int) {
 		return
 	}
 	b.fail(o, node, reason, n)
+}
+
+// leaveOut counts n users whom the filter leaves out.
+func (b *tally) leaveOut(n int) {
+	b.add(Offline, n)
+	b.filtered += n
 }
 
 // missReceipt counts n users who have not acknowledged.
@@ -230,7 +239,7 @@ func (p *Push) account() (Result, error) {
 		Place: at, RoomsNotFound: p.absent,
 		Found: p.found, Delivered: b.count[Delivered], Offline: b.count[Offline],
 		Failed: b.count[Failed], Unknown: b.count[Unknown], NodeFailures: b.failures,
-		Stored: b.stored, Unsure: b.unsure, Acked: b.acked, Duplicates: b.duplicates,
+		Stored: b.stored, Unsure: b.unsure, Acked: b.acked, Duplicates: b.duplicates, Filtered: b.filtered,
 	}
 	r.Targets = b.total()
 	if p.slow != nil && p.slow.stale.is {
@@ -310,6 +319,7 @@ func (d *Delivery) tallyAll(b *tally) {
 	b.add(Delivered, delivered)
 	b.acked += r.acked
 	b.duplicates += min(r.duplicates, delivered)
+	b.leaveOut(r.filtered)
 	b.fail(Failed, d.node, d.failedText(), r.failedUsers)
 	b.fail(Failed, d.node, DropReused.String(), len(r.reused))
 	b.fail(Unknown, d.node, LostReceipt.String(), len(r.unacked)+r.silent)
@@ -324,6 +334,7 @@ const (
 	failed              // there, and not reached
 	reused              // had the message id with another content
 	unacked             // reached, and the client has not acknowledged
+	leftOut             // there, and left out by the filter
 	parts               // how many there are
 )
 
@@ -341,6 +352,8 @@ func (d *Delivery) partOf(user string) part {
 		return reused
 	case has(r.unacked, user):
 		return unacked
+	case has(r.leftOut, user):
+		return leftOut
 	default:
 		return rest
 	}
@@ -350,8 +363,8 @@ func (d *Delivery) partOf(user string) part {
 func (d *Delivery) sizes() (n [parts]int) {
 	if n[rest] = d.Targets(); d.outcome == Delivered && d.short != nil {
 		r := d.short
-		n[missed], n[failed], n[reused], n[unacked] = len(r.notHere), len(r.failed), len(r.reused), len(r.unacked)
-		n[rest] -= n[missed] + n[failed] + n[reused] + n[unacked]
+		n[missed], n[failed], n[reused], n[unacked], n[leftOut] = len(r.notHere), len(r.failed), len(r.reused), len(r.unacked), len(r.leftOut)
+		n[rest] -= n[missed] + n[failed] + n[reused] + n[unacked] + n[leftOut]
 	}
 	return n
 }
@@ -367,11 +380,19 @@ func (d *Delivery) outcomeOf(in part) Outcome {
 		return d.missedAs()
 	case in == failed || in == reused:
 		return Failed
-	case in == unacked || r.unexplained+r.silent > 0:
+	case in == leftOut || in == rest && d.leavesOutRest():
+		return Offline
+	case in == unacked || r.unexplained+r.silent > 0 || r.filtered > len(r.leftOut):
 		return Unknown
 	default:
 		return Delivered
 	}
+}
+
+// leavesOutRest tells whether the filter has left out all of the rest, as is certain of a delivery to one user.
+func (d *Delivery) leavesOutRest() bool {
+	r := d.short
+	return r != nil && r.filtered > len(r.leftOut) && r.filtered-len(r.leftOut) == d.sizes()[rest]
 }
 
 // tallyUsers counts all other pushes: delivery by delivery, except for the users
@@ -389,6 +410,8 @@ func (p *Push) tallyUsers(b *tally) {
 		case stored || e.delivery < 0: // excluded, or counted below
 		case b.logged && e.barred != Sent && e.outcome != Delivered:
 			b.fail(e.outcome, p.deliveries[e.delivery].node, e.barred.String(), 1)
+		case e.filtered:
+			b.leaveOut(1)
 		case e.outcome == Offline: // or gone, which the delivery does not tell
 			p.tallyOffline(b, 1)
 		default:
@@ -419,6 +442,7 @@ type ending struct {
 	part     part
 	outcome  Outcome
 	acked    bool   // it is certain that the client has acknowledged
+	filtered bool   // connected, and left out by the filter
 	barred   Reason // why it is not to be stored: the message would be wrong there, or is not worth it; else Sent
 }
 
@@ -491,8 +515,9 @@ func (e ending) with(d *Delivery, i int, user string, in [][parts]int) ending {
 		o = Offline
 	}
 	acked := o == Delivered && r.acked > 0 && r.acked == d.sizes()[rest]
-	if o > e.outcome || o == e.outcome && acked && !e.acked {
-		e.delivery, e.part, e.outcome, e.acked = i, at, o, acked
+	filtered := at == leftOut || at == rest && d.outcome == Delivered && d.leavesOutRest()
+	if o > e.outcome || o == e.outcome && (acked && !e.acked || filtered && !e.filtered) {
+		e.delivery, e.part, e.outcome, e.acked, e.filtered = i, at, o, acked, filtered
 	}
 	return e
 }
@@ -542,6 +567,7 @@ func (d *Delivery) tally(b *tally, in [parts]int) {
 	b.miss(Failed, d.node, d.failedText(), in[failed]+missing)
 	b.fail(Failed, d.node, DropReused.String(), in[reused])
 	b.missReceipt(d.node, in[unacked])
+	b.leaveOut(in[leftOut])
 	// What the node says of the rest are counts. They may be about those who count elsewhere, so
 	// only what is beyond them is certain.
 	elsewhere := d.sizes()[rest] - in[rest]
@@ -550,7 +576,9 @@ func (d *Delivery) tally(b *tally, in [parts]int) {
 	b.add(Delivered, delivered)
 	b.acked += certain(r.acked)
 	b.duplicates += min(certain(r.duplicates), delivered)
-	unknown := in[rest] - delivered
+	filtered := certain(r.filtered - len(r.leftOut))
+	b.leaveOut(filtered)
+	unknown := in[rest] - delivered - filtered
 	silent := min(unknown, r.silent)
 	b.missReceipt(d.node, silent)
 	b.miss(Unknown, d.node, LostCount.String(), unknown-silent)

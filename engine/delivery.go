@@ -32,6 +32,7 @@ type Delivery struct {
 	users  []string      // otherwise: whom it is for, sorted; nil for everybody
 	except []string      // members of group that do not get it, sorted
 	healed bool          // sent after a fresh look-up: not looked up again
+	names  bool          // the node is to name whom the filter leaves out
 	shard  uint16        // on which it keeps its order
 	trace  DeliveryTrace // nil unless the push is sampled
 
@@ -53,6 +54,8 @@ type details struct {
 	failedUsers int      // of a broadcast
 	unexplained int      // users that the node's ack did not account for
 	duplicates  int      // of delivered: had it before
+	filtered    int      // users whom the filter leaves out
+	leftOut     []string // sorted; those of filtered that the node has named
 	resent      []string // users for whom another delivery answers
 	gone        []string // users that the Controller has nowhere any more
 	heal        Reason   // why notHere could not be looked up, Sent if it could
@@ -175,6 +178,11 @@ func (d *Delivery) Size() int {
 	if d.push.lasting != nil {
 		n += d.logSize()
 	}
+	if o := d.push.Options; o != nil {
+		for i := range o.Filter {
+			n += o.Filter[i].size()
+		}
+	}
 	for _, u := range d.users {
 		n += len(u) + 3
 	}
@@ -188,6 +196,19 @@ func (d *Delivery) Size() int {
 	}
 	return n
 }
+
+// size estimates the bytes of a match in a frame.
+func (m *Match) size() int {
+	n := len(m.Key) + 8
+	for _, value := range m.Values {
+		n += len(value) + 2
+	}
+	return n
+}
+
+// NamesFiltered tells whether the node is to say by name whom the filter leaves out: who has other connections elsewhere
+// counts by the best that becomes of them.
+func (d *Delivery) NamesFiltered() bool { return d.names }
 
 // TrySend claims the delivery for writing. False means that it was settled
 // while it was queued (it expired, its caller left): the link forgets it.
@@ -221,6 +242,8 @@ type Ack struct {
 	Reused      []string // users who had the message id with another content: not reached, not in Failed
 	Duplicates  int      // of Delivered: had the message before
 	Pending     int      // of Delivered: clients that are to acknowledge. Receipts follow
+	Filtered    int      // users who are there, and have no connection for which the filter is. Beside Delivered
+	LeftOut     []string // of Filtered, by name, for NamesFiltered
 }
 
 // Ack settles the delivery with the node's answer and takes over its slices.
@@ -235,19 +258,20 @@ func (d *Delivery) Ack(a Ack) (bool, error) {
 	}
 	d.outcome, d.delivered = Delivered, a.Delivered
 	named := len(a.NotHere) + len(a.Failed) + len(a.Reused)
-	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || a.Duplicates > 0 || a.Pending > 0 ||
+	if named > 0 || a.FailedUsers > 0 || a.Refused || a.Text != "" || a.Duplicates > 0 || a.Pending > 0 || a.Filtered > 0 ||
 		!d.Everybody() && a.Delivered != d.Targets() {
 		slices.Sort(a.NotHere)
 		slices.Sort(a.Failed)
 		slices.Sort(a.Reused)
+		slices.Sort(a.LeftOut)
 		r := d.ensureDetails()
 		r.text, r.notHere, r.failed, r.failedUsers = a.Text, a.NotHere, a.Failed, a.FailedUsers
-		r.reused, r.duplicates = a.Reused, a.Duplicates
+		r.reused, r.duplicates, r.filtered, r.leftOut = a.Reused, a.Duplicates, a.Filtered, a.LeftOut
 		switch {
 		case a.Refused:
 			d.outcome, d.reason = Failed, DropRefused
 		case !d.Everybody():
-			r.unexplained = d.Targets() - a.Delivered - named
+			r.unexplained = d.Targets() - a.Delivered - a.Filtered - named
 		}
 	}
 	if a.Pending > 0 {
@@ -382,7 +406,7 @@ func (d *Delivery) check(a *Ack) error {
 		named += len(a.Reused)
 	}
 	switch o := d.push.Options; {
-	case min(a.Delivered, a.FailedUsers, a.Duplicates, a.Pending) < 0:
+	case min(a.Delivered, a.FailedUsers, a.Duplicates, a.Pending, a.Filtered) < 0:
 		return errors.New("negative count")
 	case a.Duplicates > a.Delivered || a.Pending > a.Delivered:
 		return fmt.Errorf("%d duplicates and %d pending of %d delivered", a.Duplicates, a.Pending, a.Delivered)
@@ -390,6 +414,12 @@ func (d *Delivery) check(a *Ack) error {
 		return errors.New("clients were not to acknowledge")
 	case (a.Duplicates > 0 || len(a.Reused) > 0) && (o == nil || o.MessageID == ""):
 		return errors.New("there was no message id")
+	case a.Filtered > 0 && (o == nil || len(o.Filter) == 0):
+		return errors.New("there was no filter")
+	case len(a.LeftOut) > 0 && (!d.names || len(a.LeftOut) > a.Filtered):
+		return fmt.Errorf("%d users are named of %d whom the filter leaves out", len(a.LeftOut), a.Filtered)
+	case a.Refused && a.Filtered > 0:
+		return fmt.Errorf("refused, and the filter leaves out %d", a.Filtered)
 	case a.Refused && len(a.Reused) > 0:
 		return fmt.Errorf("refused, and %d have had the message id", len(a.Reused))
 	case a.Refused && (a.Delivered > 0 || named > 0):
@@ -398,15 +428,15 @@ func (d *Delivery) check(a *Ack) error {
 		return fmt.Errorf("a broadcast names %d users", named)
 	case d.Everybody():
 		return nil
-	case a.Delivered+named > d.Targets():
-		return fmt.Errorf("%d delivered and %d missed of %d", a.Delivered, named, d.Targets())
+	case a.Delivered+a.Filtered+named > d.Targets():
+		return fmt.Errorf("%d delivered, %d filtered and %d missed of %d", a.Delivered, a.Filtered, named, d.Targets())
 	}
-	if named == 0 {
+	if named+len(a.LeftOut) == 0 {
 		return nil
 	}
 	// Each user named is one it was for, and named once.
-	seen := make(map[string]struct{}, named)
-	for _, users := range [][]string{a.NotHere, a.Failed, a.Reused} {
+	seen := make(map[string]struct{}, named+len(a.LeftOut))
+	for _, users := range [][]string{a.NotHere, a.Failed, a.Reused, a.LeftOut} {
 		for _, user := range users {
 			if !d.has(user) {
 				return fmt.Errorf("user %q was not asked for", user)
@@ -430,6 +460,8 @@ func (d *Delivery) describe() string {
 		return "partial"
 	case len(r.notHere) > 0:
 		return "not here"
+	case r.filtered > 0 && d.delivered == 0:
+		return "filtered"
 	default:
 		return "delivered"
 	}

@@ -189,8 +189,14 @@ func (l Limits) checkRooms(r *Request) error {
 
 // Limits of Options that no setting changes.
 const (
-	optionIDBytes = 64          // of a message id and of a collapse key
+	optionIDBytes = 64          // of a message id, of a collapse key, and of keys and values of a filter
 	maxAckTimeout = time.Minute // a node holds on to what is not acknowledged for so long
+)
+
+// Bounds of Options.Filter, which are those of nodes, too: its matches, and the values of each.
+const (
+	MaxFilterMatches = 8
+	MaxFilterValues  = 32
 )
 
 func (l Limits) checkOptions(r *Request) error {
@@ -218,6 +224,37 @@ func (l Limits) checkOptions(r *Request) error {
 		return &InvalidError{"options.offline", CodeUnavailable, "a push to several rooms cannot be stored"}
 	case o.Replay != nil && (r.Kind != ToUser || o.Store || o.Async):
 		return &InvalidError{"options.replay", CodeMalformed, "goes to one user, and is not stored again"}
+	case len(o.Filter) > 0 && (o.Store || o.Replay != nil):
+		return &InvalidError{filterField, CodeUnavailable, "cannot be combined with the store, which does not know devices"}
+	}
+	return CheckFilter(o.Filter)
+}
+
+// filterField is Options.Filter in a request.
+const filterField = "options.filter"
+
+// CheckFilter refuses a filter that breaks a limit.
+func CheckFilter(filter []Match) error {
+	if n := len(filter); n > MaxFilterMatches {
+		return &InvalidError{filterField, CodeTooMany, fmt.Sprintf("more than %d matches", MaxFilterMatches)}
+	}
+	for i := range filter {
+		m := &filter[i]
+		field := filterField + "[" + strconv.Itoa(i) + "]"
+		if err := checkID(field+".key", -1, m.Key, optionIDBytes); err != nil {
+			return err
+		}
+		switch n := len(m.Values); {
+		case n == 0:
+			return &InvalidError{field + ".values", CodeRequired, "must name at least one value"}
+		case n > MaxFilterValues:
+			return &InvalidError{field + ".values", CodeTooMany, fmt.Sprintf("more than %d values", MaxFilterValues)}
+		}
+		for j, value := range m.Values {
+			if err := checkID(field+".values", j, value, optionIDBytes); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }

@@ -37,6 +37,15 @@ type Options struct {
 	Receipts Receipts
 	// Replay is set for a message out of the store: it goes to one node and nowhere else.
 	Replay *Replay
+	// Filter is for which connections the push is: those for which all of these hold. Empty: for all. Nodes evaluate it.
+	Filter []Match
+}
+
+// Match asks that an attribute of a connection has one of Values or, with Not, that it is absent or has none of them.
+type Match struct {
+	Key    string
+	Values []string
+	Not    bool
 }
 
 // Replay says where a message out of the store goes. A push with one is ToUser.

@@ -681,6 +681,9 @@ func (p *Push) add(d *Delivery) {
 	if p.Kind == ToUsers { // all of one shard, see routeUsers
 		d.shard = uint16(p.engine.shards.For(d.users[0]).Index())
 	}
+	if p.Options != nil && len(p.Options.Filter) > 0 && p.Kind != ToAll {
+		d.names = d.Targets() > 1 && (d.healed || p.slow != nil && len(p.slow.shared) > 0)
+	}
 	if p.Trace != nil {
 		d.trace = p.Trace.Delivery(d.node, d.Targets())
 	}

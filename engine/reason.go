@@ -19,6 +19,7 @@ const (
 	DropUnscoped                  // it has a scope, which the node does not know
 	DropNoRooms                   // it is for several rooms, which the node does not know
 	DropNoReplay                  // it is out of the store, and the node does not know replays
+	DropNoFilter                  // it has a filter, which the node does not know
 	DropNoRoute                   // the Controller could not be asked where the user is
 	DropInternal                  // a fault of our own before anything was written
 	LostStream                    // written, and the stream broke before the ack
@@ -45,6 +46,7 @@ var reasonText = [reasons]string{
 	DropUnscoped:    "node cannot tell tenants apart",
 	DropNoRooms:     "node cannot take several rooms",
 	DropNoReplay:    "node does not know replays",
+	DropNoFilter:    "node cannot filter",
 	DropNoRoute:     "controller not reachable",
 	DropInternal:    "internal error before sending",
 	LostStream:      "stream broke before the acknowledgement",

@@ -103,6 +103,8 @@ const (
 	// The node knows which members of rooms have had what of the log: log of a Delivery; log_marks
 	// and log_pages; log_reads and log_follow. Push-Manager offers it only while it has a store.
 	Feature_FEATURE_ROOM_LOG Feature = 6
+	// Connections have attributes: filter and name_filtered of a Delivery; filtered of AckRange and of Miss.
+	Feature_FEATURE_FILTER Feature = 8
 	// Pushes to several rooms: room_ids of a Delivery and of an Audience. A connection gets one if it is in any of the
 	// rooms, once, and its client sees the first of the list that it is in.
 	Feature_FEATURE_ROOMS Feature = 9
@@ -119,6 +121,7 @@ var (
 		4: "FEATURE_COLLAPSE",
 		5: "FEATURE_REPLAY",
 		6: "FEATURE_ROOM_LOG",
+		8: "FEATURE_FILTER",
 		9: "FEATURE_ROOMS",
 	}
 	Feature_value = map[string]int32{
@@ -130,6 +133,7 @@ var (
 		"FEATURE_COLLAPSE":    4,
 		"FEATURE_REPLAY":      5,
 		"FEATURE_ROOM_LOG":    6,
+		"FEATURE_FILTER":      8,
 		"FEATURE_ROOMS":       9,
 	}
 )
@@ -1931,9 +1935,15 @@ type Delivery struct {
 	Log *LogPosition `protobuf:"bytes,24,opt,name=log,proto3" json:"log,omitempty"`
 	// Whose message_id it is. Empty where callers are not told apart.
 	Sender string `protobuf:"bytes,25,opt,name=sender,proto3" json:"sender,omitempty"`
+	// Only for connections for whose attributes all of these hold: 1 to 8. A user who is here, with a room_id in the room, and
+	// has no such connection is filtered: neither delivered nor not_here. Never with replay or log: that is a broken stream. So is
+	// a Match without a key or without values.
+	Filter []*Match `protobuf:"bytes,26,rep,name=filter,proto3" json:"filter,omitempty"`
 	// In place of room_id, with user_ids only: several rooms were pushed to. Each of the users is a member of one at least, and
 	// not_here if none of the user's connections is in any. FEATURE_ROOMS.
-	RoomIds       []string `protobuf:"bytes,27,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
+	RoomIds []string `protobuf:"bytes,27,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
+	// The Miss names the users who are filtered: some of them may have other connections on other nodes.
+	NameFiltered  bool `protobuf:"varint,28,opt,name=name_filtered,json=nameFiltered,proto3" json:"name_filtered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2087,11 +2097,25 @@ func (x *Delivery) GetSender() string {
 	return ""
 }
 
+func (x *Delivery) GetFilter() []*Match {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
 func (x *Delivery) GetRoomIds() []string {
 	if x != nil {
 		return x.RoomIds
 	}
 	return nil
+}
+
+func (x *Delivery) GetNameFiltered() bool {
+	if x != nil {
+		return x.NameFiltered
+	}
+	return false
 }
 
 // LogPosition is a message's place in the logs of rooms.
@@ -2332,14 +2356,17 @@ type AckRange struct {
 	First uint64                 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
 	// delivered[i]: the users of the delivery first+i to whom the node has handed
 	// the message on at least one live connection. What a delivery's users
-	// exceed this count by must be named in its Miss. In a broadcast: all users
-	// it was handed to.
+	// exceed this count by, and that of filtered, must be named in its Miss. In a
+	// broadcast: all users it was handed to.
 	Delivered []uint32 `protobuf:"varint,2,rep,packed,name=delivered,proto3" json:"delivered,omitempty"`
 	// Of delivered, with as many entries or none, anything else being malformed: users all of whose
 	// connections had it before.
 	Duplicates []uint32 `protobuf:"varint,3,rep,packed,name=duplicates,proto3" json:"duplicates,omitempty"`
 	// Of delivered, with as many entries or none: users who are to acknowledge. Receipts follow.
-	Pending       []uint32 `protobuf:"varint,4,rep,packed,name=pending,proto3" json:"pending,omitempty"`
+	Pending []uint32 `protobuf:"varint,4,rep,packed,name=pending,proto3" json:"pending,omitempty"`
+	// Beside delivered, with as many entries or none: users whose connections are here and do not match the filter. They are not
+	// what the Miss must explain. A broadcast counts them, too.
+	Filtered      []uint32 `protobuf:"varint,5,rep,packed,name=filtered,proto3" json:"filtered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2402,6 +2429,13 @@ func (x *AckRange) GetPending() []uint32 {
 	return nil
 }
 
+func (x *AckRange) GetFiltered() []uint32 {
+	if x != nil {
+		return x.Filtered
+	}
+	return nil
+}
+
 // Miss explains the users of one delivery that were not reached.
 type Miss struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2419,7 +2453,9 @@ type Miss struct {
 	Refused bool `protobuf:"varint,6,opt,name=refused,proto3" json:"refused,omitempty"`
 	// Users whose connections have had message_id with another content. They are
 	// not named in failed.
-	Reused        []string `protobuf:"bytes,7,rep,name=reused,proto3" json:"reused,omitempty"`
+	Reused []string `protobuf:"bytes,7,rep,name=reused,proto3" json:"reused,omitempty"`
+	// With name_filtered: who is counted in filtered of the ack. Never of a broadcast.
+	Filtered      []string `protobuf:"bytes,8,rep,name=filtered,proto3" json:"filtered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2499,6 +2535,13 @@ func (x *Miss) GetRefused() bool {
 func (x *Miss) GetReused() []string {
 	if x != nil {
 		return x.Reused
+	}
+	return nil
+}
+
+func (x *Miss) GetFiltered() []string {
+	if x != nil {
+		return x.Filtered
 	}
 	return nil
 }
@@ -2645,7 +2688,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"maxUnacked\x12!\n" +
 	"\fonline_users\x18\x06 \x01(\rR\vonlineUsers\x12#\n" +
 	"\x05codec\x18\a \x01(\x0e2\r.pubsub.CodecR\x05codec\x12+\n" +
-	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xe6\x04\n" +
+	"\bfeatures\x18\b \x03(\x0e2\x0f.pubsub.FeatureR\bfeatures\"\xb2\x05\n" +
 	"\bDelivery\x120\n" +
 	"\acontent\x18\x01 \x01(\v2\x16.pubsub.MessageContentR\acontent\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x12\x19\n" +
@@ -2664,8 +2707,10 @@ const file_connect_node_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x15 \x01(\tR\vcollapseKey\x12+\n" +
 	"\x06replay\x18\x17 \x01(\v2\x13.pubsub.ReplayPlaceR\x06replay\x12%\n" +
 	"\x03log\x18\x18 \x01(\v2\x13.pubsub.LogPositionR\x03log\x12\x16\n" +
-	"\x06sender\x18\x19 \x01(\tR\x06sender\x12\x19\n" +
-	"\broom_ids\x18\x1b \x03(\tR\aroomIdsJ\x04\b\x16\x10\x17\"}\n" +
+	"\x06sender\x18\x19 \x01(\tR\x06sender\x12%\n" +
+	"\x06filter\x18\x1a \x03(\v2\r.pubsub.MatchR\x06filter\x12\x19\n" +
+	"\broom_ids\x18\x1b \x03(\tR\aroomIds\x12#\n" +
+	"\rname_filtered\x18\x1c \x01(\bR\fnameFilteredJ\x04\b\x16\x10\x17\"}\n" +
 	"\vLogPosition\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12(\n" +
@@ -2681,14 +2726,15 @@ const file_connect_node_proto_rawDesc = "" +
 	"\aroom_id\x18\x03 \x01(\tR\x06roomId\x12\x12\n" +
 	"\x04join\x18\x04 \x03(\tR\x04join\x12\x14\n" +
 	"\x05leave\x18\x05 \x03(\tR\x05leave\x12\x19\n" +
-	"\broom_ids\x18\x06 \x03(\tR\aroomIds\"x\n" +
+	"\broom_ids\x18\x06 \x03(\tR\aroomIds\"\x94\x01\n" +
 	"\bAckRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x1c\n" +
 	"\tdelivered\x18\x02 \x03(\rR\tdelivered\x12\x1e\n" +
 	"\n" +
 	"duplicates\x18\x03 \x03(\rR\n" +
 	"duplicates\x12\x18\n" +
-	"\apending\x18\x04 \x03(\rR\apending\"\xb8\x01\n" +
+	"\apending\x18\x04 \x03(\rR\apending\x12\x1a\n" +
+	"\bfiltered\x18\x05 \x03(\rR\bfiltered\"\xd4\x01\n" +
 	"\x04Miss\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x19\n" +
 	"\bnot_here\x18\x02 \x03(\tR\anotHere\x12\x16\n" +
@@ -2696,11 +2742,12 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12!\n" +
 	"\ffailed_users\x18\x05 \x01(\rR\vfailedUsers\x12\x18\n" +
 	"\arefused\x18\x06 \x01(\bR\arefused\x12\x16\n" +
-	"\x06reused\x18\a \x03(\tR\x06reused*#\n" +
+	"\x06reused\x18\a \x03(\tR\x06reused\x12\x1a\n" +
+	"\bfiltered\x18\b \x03(\tR\bfiltered*#\n" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xc8\x01\n" +
+	"\x04ZSTD\x10\x02*\xdc\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -2709,7 +2756,8 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
-	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x11\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x12\n" +
+	"\x0eFEATURE_FILTER\x10\b\x12\x11\n" +
 	"\rFEATURE_ROOMS\x10\t2\xf7\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
@@ -2764,6 +2812,7 @@ var file_connect_node_proto_goTypes = []any{
 	(*AckRange)(nil),                 // 28: pubsub.AckRange
 	(*Miss)(nil),                     // 29: pubsub.Miss
 	(*MessageContent)(nil),           // 30: pubsub.MessageContent
+	(*Match)(nil),                    // 31: pubsub.Match
 }
 var file_connect_node_proto_depIdxs = []int32{
 	30, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
@@ -2793,21 +2842,22 @@ var file_connect_node_proto_depIdxs = []int32{
 	27, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
 	26, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
 	25, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	4,  // 27: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	6,  // 28: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	8,  // 29: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	10, // 30: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	2,  // 31: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
-	5,  // 32: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	7,  // 33: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	9,  // 34: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	16, // 35: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	3,  // 36: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
-	32, // [32:37] is the sub-list for method output_type
-	27, // [27:32] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	31, // 27: pubsub.Delivery.filter:type_name -> pubsub.Match
+	4,  // 28: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	6,  // 29: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	8,  // 30: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	10, // 31: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 32: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
+	5,  // 33: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	7,  // 34: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	9,  // 35: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	16, // 36: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	3,  // 37: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
+	33, // [33:38] is the sub-list for method output_type
+	28, // [28:33] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }

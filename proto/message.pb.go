@@ -155,6 +155,71 @@ func (x *MessageContent) GetMetadata() map[string]string {
 	return nil
 }
 
+// Match asks something of a connection's attributes, which its client or its token has given at connecting.
+type Match struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The attribute, such as platform: 1 to 64 bytes of valid UTF-8 without control characters.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// It holds where the attribute has one of these values: 1 to 32, each as key. An attribute that the connection does not
+	// have has none of them.
+	Values []string `protobuf:"bytes,2,rep,name=values,proto3" json:"values,omitempty"`
+	// It holds where it would not hold otherwise: also where the attribute is absent.
+	Not           bool `protobuf:"varint,3,opt,name=not,proto3" json:"not,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Match) Reset() {
+	*x = Match{}
+	mi := &file_message_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Match) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Match) ProtoMessage() {}
+
+func (x *Match) ProtoReflect() protoreflect.Message {
+	mi := &file_message_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Match.ProtoReflect.Descriptor instead.
+func (*Match) Descriptor() ([]byte, []int) {
+	return file_message_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Match) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Match) GetValues() []string {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *Match) GetNot() bool {
+	if x != nil {
+		return x.Not
+	}
+	return false
+}
+
 // DeliverySummary is the honest account of one push. Every reply carries one.
 //
 // targets = delivered + offline + failed + unknown, always.
@@ -195,6 +260,8 @@ type DeliverySummary struct {
 	// resumes from it: it gets what came after the message, and not the message. Empty
 	// where the log was not written: node_failures says why.
 	Position string `protobuf:"bytes,12,opt,name=position,proto3" json:"position,omitempty"`
+	// Of offline: connected, and none of the connections that the push is for matches PushOptions.filter.
+	Filtered int32 `protobuf:"varint,13,opt,name=filtered,proto3" json:"filtered,omitempty"`
 	// Of a push with PushOptions.trace.
 	Trace         *PushTrace `protobuf:"bytes,14,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -203,7 +270,7 @@ type DeliverySummary struct {
 
 func (x *DeliverySummary) Reset() {
 	*x = DeliverySummary{}
-	mi := &file_message_proto_msgTypes[1]
+	mi := &file_message_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -215,7 +282,7 @@ func (x *DeliverySummary) String() string {
 func (*DeliverySummary) ProtoMessage() {}
 
 func (x *DeliverySummary) ProtoReflect() protoreflect.Message {
-	mi := &file_message_proto_msgTypes[1]
+	mi := &file_message_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -228,7 +295,7 @@ func (x *DeliverySummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverySummary.ProtoReflect.Descriptor instead.
 func (*DeliverySummary) Descriptor() ([]byte, []int) {
-	return file_message_proto_rawDescGZIP(), []int{1}
+	return file_message_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DeliverySummary) GetTargets() int32 {
@@ -315,6 +382,13 @@ func (x *DeliverySummary) GetPosition() string {
 	return ""
 }
 
+func (x *DeliverySummary) GetFiltered() int32 {
+	if x != nil {
+		return x.Filtered
+	}
+	return 0
+}
+
 func (x *DeliverySummary) GetTrace() *PushTrace {
 	if x != nil {
 		return x.Trace
@@ -342,7 +416,7 @@ type PushTrace struct {
 
 func (x *PushTrace) Reset() {
 	*x = PushTrace{}
-	mi := &file_message_proto_msgTypes[2]
+	mi := &file_message_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -354,7 +428,7 @@ func (x *PushTrace) String() string {
 func (*PushTrace) ProtoMessage() {}
 
 func (x *PushTrace) ProtoReflect() protoreflect.Message {
-	mi := &file_message_proto_msgTypes[2]
+	mi := &file_message_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -367,7 +441,7 @@ func (x *PushTrace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushTrace.ProtoReflect.Descriptor instead.
 func (*PushTrace) Descriptor() ([]byte, []int) {
-	return file_message_proto_rawDescGZIP(), []int{2}
+	return file_message_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *PushTrace) GetDecodeUs() uint32 {
@@ -432,7 +506,7 @@ type TracedDelivery struct {
 
 func (x *TracedDelivery) Reset() {
 	*x = TracedDelivery{}
-	mi := &file_message_proto_msgTypes[3]
+	mi := &file_message_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -444,7 +518,7 @@ func (x *TracedDelivery) String() string {
 func (*TracedDelivery) ProtoMessage() {}
 
 func (x *TracedDelivery) ProtoReflect() protoreflect.Message {
-	mi := &file_message_proto_msgTypes[3]
+	mi := &file_message_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -457,7 +531,7 @@ func (x *TracedDelivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracedDelivery.ProtoReflect.Descriptor instead.
 func (*TracedDelivery) Descriptor() ([]byte, []int) {
-	return file_message_proto_rawDescGZIP(), []int{3}
+	return file_message_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *TracedDelivery) GetNodeId() string {
@@ -523,7 +597,7 @@ type NodeFailure struct {
 
 func (x *NodeFailure) Reset() {
 	*x = NodeFailure{}
-	mi := &file_message_proto_msgTypes[4]
+	mi := &file_message_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +609,7 @@ func (x *NodeFailure) String() string {
 func (*NodeFailure) ProtoMessage() {}
 
 func (x *NodeFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_message_proto_msgTypes[4]
+	mi := &file_message_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +622,7 @@ func (x *NodeFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFailure.ProtoReflect.Descriptor instead.
 func (*NodeFailure) Descriptor() ([]byte, []int) {
-	return file_message_proto_rawDescGZIP(), []int{4}
+	return file_message_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NodeFailure) GetNodeId() string {
@@ -584,7 +658,11 @@ const file_message_proto_rawDesc = "" +
 	"\bmetadata\x18\x04 \x03(\v2$.pubsub.MessageContent.MetadataEntryR\bmetadata\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x99\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
+	"\x05Match\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x16\n" +
+	"\x06values\x18\x02 \x03(\tR\x06values\x12\x10\n" +
+	"\x03not\x18\x03 \x01(\bR\x03not\"\xb5\x03\n" +
 	"\x0fDeliverySummary\x12\x18\n" +
 	"\atargets\x18\x01 \x01(\x05R\atargets\x12\x1c\n" +
 	"\tdelivered\x18\x02 \x01(\x05R\tdelivered\x12\x18\n" +
@@ -601,7 +679,8 @@ const file_message_proto_rawDesc = "" +
 	"duplicates\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\v \x01(\tR\tmessageId\x12\x1a\n" +
-	"\bposition\x18\f \x01(\tR\bposition\x12'\n" +
+	"\bposition\x18\f \x01(\tR\bposition\x12\x1a\n" +
+	"\bfiltered\x18\r \x01(\x05R\bfiltered\x12'\n" +
 	"\x05trace\x18\x0e \x01(\v2\x11.pubsub.PushTraceR\x05trace\"\xcd\x01\n" +
 	"\tPushTrace\x12\x1b\n" +
 	"\tdecode_us\x18\x01 \x01(\rR\bdecodeUs\x12\x19\n" +
@@ -645,22 +724,23 @@ func file_message_proto_rawDescGZIP() []byte {
 }
 
 var file_message_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_message_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_message_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_message_proto_goTypes = []any{
 	(MessageType)(0),        // 0: pubsub.MessageType
 	(*MessageContent)(nil),  // 1: pubsub.MessageContent
-	(*DeliverySummary)(nil), // 2: pubsub.DeliverySummary
-	(*PushTrace)(nil),       // 3: pubsub.PushTrace
-	(*TracedDelivery)(nil),  // 4: pubsub.TracedDelivery
-	(*NodeFailure)(nil),     // 5: pubsub.NodeFailure
-	nil,                     // 6: pubsub.MessageContent.MetadataEntry
+	(*Match)(nil),           // 2: pubsub.Match
+	(*DeliverySummary)(nil), // 3: pubsub.DeliverySummary
+	(*PushTrace)(nil),       // 4: pubsub.PushTrace
+	(*TracedDelivery)(nil),  // 5: pubsub.TracedDelivery
+	(*NodeFailure)(nil),     // 6: pubsub.NodeFailure
+	nil,                     // 7: pubsub.MessageContent.MetadataEntry
 }
 var file_message_proto_depIdxs = []int32{
 	0, // 0: pubsub.MessageContent.type:type_name -> pubsub.MessageType
-	6, // 1: pubsub.MessageContent.metadata:type_name -> pubsub.MessageContent.MetadataEntry
-	5, // 2: pubsub.DeliverySummary.node_failures:type_name -> pubsub.NodeFailure
-	3, // 3: pubsub.DeliverySummary.trace:type_name -> pubsub.PushTrace
-	4, // 4: pubsub.PushTrace.deliveries:type_name -> pubsub.TracedDelivery
+	7, // 1: pubsub.MessageContent.metadata:type_name -> pubsub.MessageContent.MetadataEntry
+	6, // 2: pubsub.DeliverySummary.node_failures:type_name -> pubsub.NodeFailure
+	4, // 3: pubsub.DeliverySummary.trace:type_name -> pubsub.PushTrace
+	5, // 4: pubsub.PushTrace.deliveries:type_name -> pubsub.TracedDelivery
 	5, // [5:5] is the sub-list for method output_type
 	5, // [5:5] is the sub-list for method input_type
 	5, // [5:5] is the sub-list for extension type_name
@@ -679,7 +759,7 @@ func file_message_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_message_proto_rawDesc), len(file_message_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

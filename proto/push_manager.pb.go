@@ -1241,6 +1241,11 @@ type PushOptions struct {
 	// How long a client may take to acknowledge, in milliseconds, with ACK_CLIENT.
 	// 0: 2 s, or what is left of the deadline. With RECEIPT_ASYNC up to 60 s.
 	AckTimeoutMs uint32 `protobuf:"varint,8,opt,name=ack_timeout_ms,json=ackTimeoutMs,proto3" json:"ack_timeout_ms,omitempty"`
+	// Only for connections for which all of these hold: at most 8. Nodes evaluate them as they hand the message over. A user who is
+	// connected and has no such connection is filtered, which is of offline. At a node that cannot filter nobody gets it, and its
+	// users have failed: "node cannot filter". Not with OFFLINE_STORE (INVALID_ARGUMENT for options.filter): the store does not know
+	// devices.
+	Filter []*Match `protobuf:"bytes,9,rep,name=filter,proto3" json:"filter,omitempty"`
 	// Has the summary say how long each stage took, for each node. The push is made like any other. It needs the right to Explain, too.
 	Trace         bool `protobuf:"varint,10,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1331,6 +1336,13 @@ func (x *PushOptions) GetAckTimeoutMs() uint32 {
 		return x.AckTimeoutMs
 	}
 	return 0
+}
+
+func (x *PushOptions) GetFilter() []*Match {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
 }
 
 func (x *PushOptions) GetTrace() bool {
@@ -1881,7 +1893,9 @@ type ExplainResponse struct {
 	Deliveries []*ExplainedDelivery `protobuf:"bytes,10,rep,name=deliveries,proto3" json:"deliveries,omitempty"`
 	Caller     *ExplainedCaller     `protobuf:"bytes,11,opt,name=caller,proto3" json:"caller,omitempty"`
 	// The encoded content, as each node gets it.
-	ContentBytes  int32 `protobuf:"varint,12,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
+	ContentBytes int32 `protobuf:"varint,12,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
+	// That of the push. Nodes evaluate it: whom it leaves out is not known here, and is counted in all numbers above.
+	Filter        []*Match `protobuf:"bytes,13,rep,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1998,6 +2012,13 @@ func (x *ExplainResponse) GetContentBytes() int32 {
 		return x.ContentBytes
 	}
 	return 0
+}
+
+func (x *ExplainResponse) GetFilter() []*Match {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
 }
 
 // ExplainedRoute is how Push-Manager knows where everybody is.
@@ -2420,7 +2441,7 @@ const file_push_manager_proto_rawDesc = "" +
 	"\bto_rooms\x18\a \x01(\v2\x1b.pubsub.PushToRoomsResponseH\x00R\atoRooms\x120\n" +
 	"\x05batch\x18\n" +
 	" \x03(\v2\x1a.pubsub.PushStreamResponseR\x05batchB\b\n" +
-	"\x06result\"\xd5\x02\n" +
+	"\x06result\"\xfc\x02\n" +
 	"\vPushOptions\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x15\n" +
@@ -2430,7 +2451,8 @@ const file_push_manager_proto_rawDesc = "" +
 	"\fcollapse_key\x18\x05 \x01(\tR\vcollapseKey\x12,\n" +
 	"\bpriority\x18\x06 \x01(\x0e2\x10.pubsub.PriorityR\bpriority\x12-\n" +
 	"\areceipt\x18\a \x01(\x0e2\x13.pubsub.ReceiptModeR\areceipt\x12$\n" +
-	"\x0eack_timeout_ms\x18\b \x01(\rR\fackTimeoutMs\x12\x14\n" +
+	"\x0eack_timeout_ms\x18\b \x01(\rR\fackTimeoutMs\x12%\n" +
+	"\x06filter\x18\t \x03(\v2\r.pubsub.MatchR\x06filter\x12\x14\n" +
 	"\x05trace\x18\n" +
 	" \x01(\bR\x05trace\",\n" +
 	"\x14WatchReceiptsRequest\x12\x14\n" +
@@ -2464,7 +2486,7 @@ const file_push_manager_proto_rawDesc = "" +
 	"\arefresh\x18\n" +
 	" \x01(\bR\arefresh\x12\x16\n" +
 	"\x06sample\x18\v \x01(\x05R\x06sampleB\x06\n" +
-	"\x04push\"\xd8\x03\n" +
+	"\x04push\"\xff\x03\n" +
 	"\x0fExplainResponse\x12\x14\n" +
 	"\x05found\x18\x01 \x01(\bR\x05found\x12\x18\n" +
 	"\atargets\x18\x02 \x01(\x05R\atargets\x12\x18\n" +
@@ -2480,7 +2502,8 @@ const file_push_manager_proto_rawDesc = "" +
 	" \x03(\v2\x19.pubsub.ExplainedDeliveryR\n" +
 	"deliveries\x12/\n" +
 	"\x06caller\x18\v \x01(\v2\x17.pubsub.ExplainedCallerR\x06caller\x12#\n" +
-	"\rcontent_bytes\x18\f \x01(\x05R\fcontentBytes\"\xbc\x01\n" +
+	"\rcontent_bytes\x18\f \x01(\x05R\fcontentBytes\x12%\n" +
+	"\x06filter\x18\r \x03(\v2\r.pubsub.MatchR\x06filter\"\xbc\x01\n" +
 	"\x0eExplainedRoute\x12\x16\n" +
 	"\x06cached\x18\x01 \x01(\x05R\x06cached\x12\x1b\n" +
 	"\tlooked_up\x18\x02 \x01(\x05R\blookedUp\x12\x15\n" +
@@ -2597,7 +2620,8 @@ var file_push_manager_proto_goTypes = []any{
 	(*MessageContent)(nil),           // 29: pubsub.MessageContent
 	(*DeliverySummary)(nil),          // 30: pubsub.DeliverySummary
 	(*status.Status)(nil),            // 31: google.rpc.Status
-	(*timestamppb.Timestamp)(nil),    // 32: google.protobuf.Timestamp
+	(*Match)(nil),                    // 32: pubsub.Match
+	(*timestamppb.Timestamp)(nil),    // 33: google.protobuf.Timestamp
 }
 var file_push_manager_proto_depIdxs = []int32{
 	29, // 0: pubsub.PushToRoomRequest.content:type_name -> pubsub.MessageContent
@@ -2632,43 +2656,45 @@ var file_push_manager_proto_depIdxs = []int32{
 	1,  // 29: pubsub.PushOptions.offline:type_name -> pubsub.OfflinePolicy
 	2,  // 30: pubsub.PushOptions.priority:type_name -> pubsub.Priority
 	3,  // 31: pubsub.PushOptions.receipt:type_name -> pubsub.ReceiptMode
-	19, // 32: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
-	30, // 33: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
-	32, // 34: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
-	4,  // 35: pubsub.ExplainRequest.to_room:type_name -> pubsub.PushToRoomRequest
-	6,  // 36: pubsub.ExplainRequest.to_user:type_name -> pubsub.PushToUserRequest
-	8,  // 37: pubsub.ExplainRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
-	10, // 38: pubsub.ExplainRequest.to_users:type_name -> pubsub.PushToUsersRequest
-	12, // 39: pubsub.ExplainRequest.to_rooms:type_name -> pubsub.PushToRoomsRequest
-	26, // 40: pubsub.ExplainResponse.route:type_name -> pubsub.ExplainedRoute
-	27, // 41: pubsub.ExplainResponse.deliveries:type_name -> pubsub.ExplainedDelivery
-	28, // 42: pubsub.ExplainResponse.caller:type_name -> pubsub.ExplainedCaller
-	2,  // 43: pubsub.ExplainedCaller.priority:type_name -> pubsub.Priority
-	4,  // 44: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
-	6,  // 45: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
-	8,  // 46: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
-	10, // 47: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
-	12, // 48: pubsub.PushManagerService.PushToRooms:input_type -> pubsub.PushToRoomsRequest
-	14, // 49: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
-	17, // 50: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
-	20, // 51: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
-	22, // 52: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
-	24, // 53: pubsub.PushManagerService.Explain:input_type -> pubsub.ExplainRequest
-	5,  // 54: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
-	7,  // 55: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
-	9,  // 56: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
-	11, // 57: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
-	13, // 58: pubsub.PushManagerService.PushToRooms:output_type -> pubsub.PushToRoomsResponse
-	15, // 59: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
-	18, // 60: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
-	21, // 61: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
-	23, // 62: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
-	25, // 63: pubsub.PushManagerService.Explain:output_type -> pubsub.ExplainResponse
-	54, // [54:64] is the sub-list for method output_type
-	44, // [44:54] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	32, // 32: pubsub.PushOptions.filter:type_name -> pubsub.Match
+	19, // 33: pubsub.WatchReceiptsResponse.receipt:type_name -> pubsub.PushReceipt
+	30, // 34: pubsub.PushReceipt.summary:type_name -> pubsub.DeliverySummary
+	33, // 35: pubsub.PushReceipt.at:type_name -> google.protobuf.Timestamp
+	4,  // 36: pubsub.ExplainRequest.to_room:type_name -> pubsub.PushToRoomRequest
+	6,  // 37: pubsub.ExplainRequest.to_user:type_name -> pubsub.PushToUserRequest
+	8,  // 38: pubsub.ExplainRequest.broadcast:type_name -> pubsub.BroadcastMessageRequest
+	10, // 39: pubsub.ExplainRequest.to_users:type_name -> pubsub.PushToUsersRequest
+	12, // 40: pubsub.ExplainRequest.to_rooms:type_name -> pubsub.PushToRoomsRequest
+	26, // 41: pubsub.ExplainResponse.route:type_name -> pubsub.ExplainedRoute
+	27, // 42: pubsub.ExplainResponse.deliveries:type_name -> pubsub.ExplainedDelivery
+	28, // 43: pubsub.ExplainResponse.caller:type_name -> pubsub.ExplainedCaller
+	32, // 44: pubsub.ExplainResponse.filter:type_name -> pubsub.Match
+	2,  // 45: pubsub.ExplainedCaller.priority:type_name -> pubsub.Priority
+	4,  // 46: pubsub.PushManagerService.PushToRoom:input_type -> pubsub.PushToRoomRequest
+	6,  // 47: pubsub.PushManagerService.PushToUser:input_type -> pubsub.PushToUserRequest
+	8,  // 48: pubsub.PushManagerService.BroadcastMessage:input_type -> pubsub.BroadcastMessageRequest
+	10, // 49: pubsub.PushManagerService.PushToUsers:input_type -> pubsub.PushToUsersRequest
+	12, // 50: pubsub.PushManagerService.PushToRooms:input_type -> pubsub.PushToRoomsRequest
+	14, // 51: pubsub.PushManagerService.PushStream:input_type -> pubsub.PushStreamRequest
+	17, // 52: pubsub.PushManagerService.WatchReceipts:input_type -> pubsub.WatchReceiptsRequest
+	20, // 53: pubsub.PushManagerService.ForgetUser:input_type -> pubsub.ForgetUserRequest
+	22, // 54: pubsub.PushManagerService.Replay:input_type -> pubsub.ReplayRequest
+	24, // 55: pubsub.PushManagerService.Explain:input_type -> pubsub.ExplainRequest
+	5,  // 56: pubsub.PushManagerService.PushToRoom:output_type -> pubsub.PushToRoomResponse
+	7,  // 57: pubsub.PushManagerService.PushToUser:output_type -> pubsub.PushToUserResponse
+	9,  // 58: pubsub.PushManagerService.BroadcastMessage:output_type -> pubsub.BroadcastMessageResponse
+	11, // 59: pubsub.PushManagerService.PushToUsers:output_type -> pubsub.PushToUsersResponse
+	13, // 60: pubsub.PushManagerService.PushToRooms:output_type -> pubsub.PushToRoomsResponse
+	15, // 61: pubsub.PushManagerService.PushStream:output_type -> pubsub.PushStreamResponse
+	18, // 62: pubsub.PushManagerService.WatchReceipts:output_type -> pubsub.WatchReceiptsResponse
+	21, // 63: pubsub.PushManagerService.ForgetUser:output_type -> pubsub.ForgetUserResponse
+	23, // 64: pubsub.PushManagerService.Replay:output_type -> pubsub.ReplayResponse
+	25, // 65: pubsub.PushManagerService.Explain:output_type -> pubsub.ExplainResponse
+	56, // [56:66] is the sub-list for method output_type
+	46, // [46:56] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_push_manager_proto_init() }

@@ -93,7 +93,7 @@ func Hanging() Reply { return Reply{hangs: true} }
 func summary(r client.Result) *pubsub.DeliverySummary {
 	s := &pubsub.DeliverySummary{
 		Targets: int32(r.Targets), Delivered: int32(r.Delivered), Offline: int32(r.Offline), Failed: int32(r.Failed), Unknown: int32(r.Unknown),
-		Stored: int32(r.Stored), Unsure: int32(r.Unsure), Acked: int32(r.Acked), Duplicates: int32(r.Duplicates),
+		Stored: int32(r.Stored), Unsure: int32(r.Unsure), Acked: int32(r.Acked), Duplicates: int32(r.Duplicates), Filtered: int32(r.Filtered),
 		MessageId: r.MessageID, Position: r.Position,
 	}
 	for _, f := range r.Failures {

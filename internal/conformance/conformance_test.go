@@ -94,6 +94,9 @@ type lastingConn struct {
 	inbox node.Inbox[string] // Guarded by mu.
 }
 
+func (c *lastingConn) Attributes() node.Attributes { return node.Attributes{} }
+func (c *lastingConn) IsFor(*node.Message) bool    { return true }
+
 func (c *lastingConn) Deliver(m *node.Message) node.Outcome { return c.DeliverLasting(m, nil) }
 
 func (c *lastingConn) DeliverLasting(m *node.Message, confirm *node.Confirmation) node.Outcome {
@@ -314,6 +317,10 @@ func TestEachCheckCanFail(t *testing.T) {
 		"room_ids are ignored":               {"rooms/several"},
 		"shows it for each of the rooms":     {"rooms/once"},
 		"room_ids are not checked":           {"rooms/disagreement"},
+		"filters are ignored":                {"filter/everybody", "filter/audience"},
+		"who is left out is not here":        {"filter/users", "filter/named"},
+		"who is left out is named unasked":   {"filter/users"},
+		"filters are not checked":            {"filter/malformed"},
 		"absent users are an error":          {"unary/user"},
 		"nobody is an unknown error":         {"unary/empty"},
 		"users are listed as they come":      {"listing/turns"},

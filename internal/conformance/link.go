@@ -62,6 +62,8 @@ type outcome struct {
 	duplicates      uint32
 	pending         uint32
 	reused          []string
+	filtered        uint32
+	leftOut         []string // of filtered, by name
 }
 
 // awaited is a delivery with pending users.
@@ -303,10 +305,10 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 	for _, r := range f.GetAcks() {
 		for i, n := range r.GetDelivered() {
 			seq := r.GetFirst() + uint64(i)
-			l.settle(seq, n, at(r.GetDuplicates(), i), at(r.GetPending(), i), misses[seq])
+			l.settle(seq, n, at(r.GetDuplicates(), i), at(r.GetPending(), i), at(r.GetFiltered(), i), misses[seq])
 			delete(misses, seq)
 		}
-		for what, list := range map[string][]uint32{"duplicates": r.GetDuplicates(), "pending": r.GetPending()} {
+		for what, list := range map[string][]uint32{"duplicates": r.GetDuplicates(), "pending": r.GetPending(), "filtered": r.GetFiltered()} {
 			if len(list) > 0 && len(list) != len(r.GetDelivered()) {
 				l.fault("%d entries of %s beside %d of delivered", len(list), what, len(r.GetDelivered()))
 			}
@@ -323,16 +325,24 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 }
 
 // settle looks at the ack of one delivery.
-func (l *link) settle(seq uint64, delivered, duplicates, pending uint32, m *pubsub.Miss) {
+func (l *link) settle(seq uint64, delivered, duplicates, pending, filtered uint32, m *pubsub.Miss) {
 	d, ok := l.owed[seq]
 	if !ok {
 		l.fault("an ack of seq %d, which is not outstanding", seq)
 		return
 	}
 	delete(l.owed, seq)
-	o := outcome{delivered, m.GetNotHere(), m.GetFailed(), m.GetFailedUsers(), m.GetRefused(), duplicates, pending, m.GetReused()}
+	o := outcome{delivered, m.GetNotHere(), m.GetFailed(), m.GetFailedUsers(), m.GetRefused(), duplicates, pending, m.GetReused(), filtered, m.GetFiltered()}
 	l.acked[seq] = o
 	l.settleLasting(seq, d, &o)
+	switch {
+	case (filtered > 0 || len(o.leftOut) > 0) && len(d.GetFilter()) == 0:
+		l.fault("seq %d has filtered users, and no filter", seq)
+	case (filtered > 0 || len(o.leftOut) > 0) && !l.has(pubsub.Feature_FEATURE_FILTER):
+		l.fault("seq %d has filtered users, and the node does not name FEATURE_FILTER", seq)
+	case d.GetNameFiltered() && len(o.leftOut) != int(filtered), !d.GetNameFiltered() && len(o.leftOut) > 0:
+		l.fault("seq %d has %d filtered users, and the miss names %d (name_filtered: %t)", seq, filtered, len(o.leftOut), d.GetNameFiltered())
+	}
 	named := len(o.notHere) + len(o.failed) + len(o.reused)
 	switch size := l.size[seq]; {
 	case o.refused:
@@ -340,18 +350,18 @@ func (l *link) settle(seq uint64, delivered, duplicates, pending uint32, m *pubs
 			l.fault("seq %d is refused and has a count of %d", seq, delivered)
 		}
 	case size < 0:
-		if all := delivered + o.failedUsers; all > l.online {
+		if all := delivered + o.failedUsers + filtered; all > l.online {
 			l.fault("seq %d, to everybody, counts %d users, and the node has said that %d are online", seq, all, l.online)
 		}
-	case int(delivered)+named != size:
-		l.fault("seq %d is for %d users: %d delivered and %d named in a miss of the same frame do not add up", seq, size, delivered, named)
+	case int(delivered)+int(filtered)+named != size:
+		l.fault("seq %d is for %d users: %d delivered, %d filtered and %d named in a miss of the same frame do not add up", seq, size, delivered, filtered, named)
 	}
 	if users := d.GetUserIds(); len(users) > 0 {
 		asked := make(map[string]bool, len(users))
 		for _, u := range users {
 			asked[u] = true
 		}
-		for _, u := range slices.Concat(o.notHere, o.failed, o.reused) {
+		for _, u := range slices.Concat(o.notHere, o.failed, o.reused, o.leftOut) {
 			if !asked[u] {
 				l.fault("seq %d: the miss names %q, who was not asked for or is named twice", seq, u)
 			}

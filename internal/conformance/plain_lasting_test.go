@@ -29,7 +29,7 @@ func (p *plain) features() []pubsub.Feature {
 	if p.bare || p.fault == "duplicates unnamed" {
 		return []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}
-	return slices.Concat([]pubsub.Feature{pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_ROOMS}, every)
+	return slices.Concat([]pubsub.Feature{pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_ROOMS, pubsub.Feature_FEATURE_FILTER}, every)
 }
 
 // handLasting gives a message to a user. What the node has not named it does not look at.

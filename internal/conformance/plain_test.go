@@ -110,6 +110,7 @@ type plainStream struct {
 
 	// Of the delivery, and of the frame, in hand.
 	dups, waits uint32
+	filtered    uint32
 	receipts    []*pubsub.Receipt
 	taken       []*pubsub.ReplayTaken
 
@@ -341,7 +342,10 @@ func (st *plainStream) ack(out *pubsub.DeliverResponse, delivered uint32, miss *
 		r.Pending = []uint32{st.waits}
 		st.receipts = append(st.receipts, &pubsub.Receipt{Seq: seq, Acked: st.waits, Final: st.p.fault != "no receipt is final"})
 	}
-	st.dups, st.waits = 0, 0
+	if st.filtered > 0 {
+		r.Filtered = []uint32{st.filtered}
+	}
+	st.dups, st.waits, st.filtered = 0, 0, 0
 	out.Acks = append(out.Acks, r)
 	if st.p.fault == "acks come twice" && seq%100 == 0 {
 		st.send(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: seq, Delivered: []uint32{delivered}}}})
@@ -432,7 +436,15 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 	if draining {
 		return 0, &pubsub.Miss{Refused: true, Reason: "not any more"}, nil
 	}
+	passes, err := st.passes(d)
+	if err != nil {
+		return 0, nil, err
+	}
 	if d.Scope != "" && st.p.fault != "a scope is everybody" { // its users are of no tenant
+		return 0, nil, nil
+	}
+	if everybody && !passes {
+		st.filtered = st.p.online()
 		return 0, nil, nil
 	}
 	if everybody || d.Scope != "" {
@@ -455,6 +467,10 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 			miss.NotHere = append(miss.NotHere, user)
 			continue
 		}
+		if !passes {
+			st.leaveOut(user, d, miss)
+			continue
+		}
 		if st.p.fault == "shows it for each of the rooms" {
 			for range len(rooms) - 1 {
 				st.p.hand(user, d.Content)
@@ -472,7 +488,7 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 		}
 	}
 	switch {
-	case len(miss.NotHere)+len(miss.Failed)+len(miss.Reused) == 0:
+	case len(miss.NotHere)+len(miss.Failed)+len(miss.Reused)+len(miss.Filtered) == 0:
 		miss = nil
 	case st.p.fault == "one of many is named" && len(miss.NotHere) > 0:
 		miss.NotHere = miss.NotHere[:1]
@@ -481,6 +497,38 @@ func (st *plainStream) deliver(d *pubsub.Delivery) (delivered uint32, miss *pubs
 		delivered = min(delivered, 1)
 	}
 	return delivered, miss, nil
+}
+
+// passes tells whether a filter lets the clients of plain pass, who have no attributes.
+func (st *plainStream) passes(d *pubsub.Delivery) (bool, error) {
+	if len(d.Filter) == 0 || st.p.fault == "filters are ignored" {
+		return true, nil
+	}
+	wrong := len(d.Filter) > 8 || d.Replay != nil || d.Log != nil
+	passes := true
+	for _, m := range d.Filter {
+		wrong = wrong || m.Key == "" || len(m.Values) == 0
+		passes = passes && m.Not
+	}
+	if wrong && st.p.fault != "filters are not checked" {
+		return false, broken("filter")
+	}
+	return passes, nil
+}
+
+// leaveOut says of a user whom a filter leaves out what there is to say.
+func (st *plainStream) leaveOut(user string, d *pubsub.Delivery, miss *pubsub.Miss) {
+	st.p.mu.Lock()
+	_, here := st.p.users[user]
+	st.p.mu.Unlock()
+	if !here || st.p.fault == "who is left out is not here" {
+		miss.NotHere = append(miss.NotHere, user)
+		return
+	}
+	st.filtered++
+	if d.NameFiltered || st.p.fault == "who is left out is named unasked" {
+		miss.Filtered = append(miss.Filtered, user)
+	}
 }
 
 func (st *plainStream) members(d *pubsub.Delivery) ([]string, error) {

@@ -137,6 +137,9 @@ func (t *terminal) explanation(what string, x *pubsub.ExplainResponse) string {
 			b.WriteString("          " + t.paint(red, clean(r.GetError())) + "\n")
 		}
 	}
+	if filter := x.GetFilter(); len(filter) > 0 {
+		b.WriteString("  filter  " + clean(matchesText(filter)) + ": nodes decide, whom it leaves out is counted here\n")
+	}
 	c := x.GetCaller()
 	b.WriteString("  caller  ")
 	if c.GetName() != "" {

@@ -49,6 +49,7 @@ type jobCreateCmd struct {
 	Room      []string `placeholder:"ROOM" sep:"none" help:"For the members of a room, may be repeated."`
 	Users     string   `placeholder:"A,B" help:"For these users, separated by commas."`
 	UsersFile string   `placeholder:"FILE" help:"For the users in a file, one a line; - for standard input."`
+	Filter    []string `placeholder:"KEY=VALUE[,VALUE]" sep:"none" help:"Only for connections whose attribute KEY has one of the values; not for those with !KEY=VALUE. May be repeated: all must hold."`
 
 	Rate           uint32            `required:"" placeholder:"N" help:"Users a second."`
 	Start          string            `placeholder:"TIME" help:"When to begin: in RFC 3339, or a time from now such as 10m."`
@@ -111,6 +112,9 @@ func (c *jobCreateCmd) Run(ctx context.Context, t *terminal) error {
 		return err
 	}
 	if spec.Deadline, err = timeFlag("--deadline", c.Deadline, now); err != nil {
+		return err
+	}
+	if spec.Filter, err = matches(c.Filter); err != nil {
 		return err
 	}
 	if c.Priority != "" {

@@ -27,11 +27,12 @@ import (
 )
 
 type listenCmd struct {
-	User  string   `help:"User to be. Default: who the token is for; without one pushctl and a number."`
-	Name  string   `help:"Name of the user. Default: the user."`
-	Room  []string `help:"Room to join, may be repeated."`
-	URL   string   `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" context:"connect_node_url" help:"WebSocket of a Connect-Node."`
-	Count int      `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
+	User  string            `help:"User to be. Default: who the token is for; without one pushctl and a number."`
+	Name  string            `help:"Name of the user. Default: the user."`
+	Room  []string          `help:"Room to join, may be repeated."`
+	URL   string            `name:"url" default:"ws://localhost:8080/ws" env:"CONNECT_NODE_URL" context:"connect_node_url" help:"WebSocket of a Connect-Node."`
+	Attr  map[string]string `placeholder:"KEY=VALUE" mapsep:"none" help:"Attribute of the connection, such as platform=ios, at which pushes with --filter look. May be repeated."`
+	Count int               `help:"Exit after so many pushes. 0: go on until Ctrl-C."`
 	// On, so that a push with ACK_CLIENT, and one out of the store, is confirmed by what was printed.
 	// A Connect-Node that does not know it ignores it.
 	Ack bool `default:"true" negatable:"" help:"Acknowledge what was printed, where the push asks for it, and print no message id twice."`
@@ -311,6 +312,9 @@ func (c *listenCmd) address(token string) (string, error) {
 	}
 	if c.Ack {
 		q.Set("ack", "1")
+	}
+	for key, value := range c.Attr {
+		q.Set("attr."+key, value)
 	}
 	u.RawQuery = q.Encode()
 	return u.String(), nil

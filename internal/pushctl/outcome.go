@@ -81,7 +81,7 @@ func (t *terminal) account(what string, r reply, code int) string {
 	b.WriteString(traceText(s.GetTrace()))
 	if t.format == formatWide {
 		fmt.Fprintf(&b, "  targets %d: delivered %d, offline %d, failed %d, unknown %d\n", s.GetTargets(), s.GetDelivered(), s.GetOffline(), s.GetFailed(), s.GetUnknown())
-		fmt.Fprintf(&b, "  stored %d, unsure %d, acked %d, duplicates %d\n", s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates())
+		fmt.Fprintf(&b, "  stored %d, unsure %d, acked %d, duplicates %d, filtered %d\n", s.GetStored(), s.GetUnsure(), s.GetAcked(), s.GetDuplicates(), s.GetFiltered())
 	}
 	return b.String()
 }
@@ -95,6 +95,7 @@ func counts(s *pubsub.DeliverySummary) string {
 		{s.GetAcked(), "acknowledged by clients"},
 		{s.GetDuplicates(), "had it before"},
 		{s.GetOffline(), "offline"},
+		{s.GetFiltered(), "connected and left out by the filter"},
 		{s.GetStored(), "stored"},
 		{s.GetUnsure(), "may have it already"},
 		{s.GetFailed(), "failed"},

@@ -48,6 +48,7 @@ type messageFlags struct {
 	Collapse   string        `placeholder:"KEY" help:"While it waits, a newer message to the same user with this key takes its place."`
 	Receipt    string        `default:"none" enum:"none,async" help:"none: wait for acknowledgements by clients. async, with --ack=client and an id: do not wait, pushctl receipts shows them."`
 	Priority   string        `default:"" enum:",low,normal,high,critical" placeholder:"high" help:"low, normal, high or critical."`
+	Filter     []string      `placeholder:"KEY=VALUE[,VALUE]" sep:"none" help:"Only for connections whose attribute KEY has one of the values, as in platform=ios; not for those with !KEY=VALUE. May be repeated: all must hold."`
 	Trace      bool          `help:"Show how long each stage took, for each node."`
 }
 
@@ -242,10 +243,42 @@ func (f *messageFlags) options() (*pubsub.PushOptions, error) {
 	if f.Priority != "" {
 		o.Priority = pubsub.Priority(pubsub.Priority_value["PRIORITY_"+strings.ToUpper(f.Priority)])
 	}
+	var err error
+	if o.Filter, err = matches(f.Filter); err != nil {
+		return nil, err
+	}
 	if proto.Equal(o, &pubsub.PushOptions{}) {
 		return nil, nil //nolint:nilnil // most pushes have none
 	}
 	return o, nil
+}
+
+// matches reads --filter: KEY=VALUE,VALUE, with a ! before it for the contrary.
+func matches(filters []string) (list []*pubsub.Match, err error) {
+	for _, text := range filters {
+		rest, not := strings.CutPrefix(text, "!")
+		key, values, is := strings.Cut(rest, "=")
+		if !is || key == "" || values == "" {
+			return nil, &usageError{fmt.Sprintf("--filter: %q is not KEY=VALUE", text)}
+		}
+		if !utf8.ValidString(text) {
+			return nil, &usageError{"--filter: not valid UTF-8"}
+		}
+		list = append(list, &pubsub.Match{Key: key, Values: strings.Split(values, ","), Not: not})
+	}
+	return list, nil
+}
+
+// matchesText is the contrary of matches.
+func matchesText(list []*pubsub.Match) string {
+	texts := make([]string, len(list))
+	for i, m := range list {
+		if m.GetNot() {
+			texts[i] = "!"
+		}
+		texts[i] += m.GetKey() + "=" + strings.Join(m.GetValues(), ",")
+	}
+	return strings.Join(texts, " and ")
 }
 
 // sending notes whether a call has left this process. Before its header goes out,

@@ -27,10 +27,12 @@ type conn struct {
 	tenant node.Tenant // whose ids its ids are; empty: nobody's
 	to     recipient   // acks is static from the handshake on
 	member *membership.Member
+	given  node.Attributes // that the client has given; its token may know better
 
-	identity atomic.Pointer[identity] // of the latest token; nil without tokens
-	place    place                    // among the unverified, which guard it
-	progress bool                     // the client's last message was an acknowledgement of something; owned by the reader
+	attributes atomic.Pointer[node.Attributes] // those that count; nil for none
+	identity   atomic.Pointer[identity]        // of the latest token; nil without tokens
+	place      place                           // among the unverified, which guard it
+	progress   bool                            // the client's last message was an acknowledgement of something; owned by the reader
 
 	heard   atomic.Int64 // when the client was last heard of, ns since the gateway's start
 	pinged  atomic.Bool  // since then

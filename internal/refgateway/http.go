@@ -24,6 +24,7 @@ import (
 	"github.com/push-manager/push-manager/internal/health"
 	"github.com/push-manager/push-manager/internal/position"
 	"github.com/push-manager/push-manager/sdk/browser"
+	"github.com/push-manager/push-manager/transport/node"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -155,6 +156,9 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 			}
 		}
 	}
+	if c.given, err = attributesOf(query); err != nil {
+		return nil, "", err
+	}
 	if g.cfg.Tokens != nil {
 		if token, err = g.tokenOf(r, query); err != nil {
 			return nil, "", err
@@ -176,6 +180,24 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 		}
 	}
 	return c, token, nil
+}
+
+// attributesOf are those of a query: attr.KEY=VALUE for each.
+func attributesOf(query url.Values) (node.Attributes, error) {
+	var given map[string]string
+	for field, values := range query {
+		key, is := strings.CutPrefix(field, "attr.")
+		switch {
+		case !is:
+			continue
+		case len(values) > 1:
+			return node.Attributes{}, fmt.Errorf("attr: key %.64q: given %d times", key, len(values))
+		case given == nil:
+			given = make(map[string]string)
+		}
+		given[key] = values[0]
+	}
+	return node.NewAttributes(given) //nolint:wrapcheck // It names the one that is refused.
 }
 
 // originAllowed guards against pages of strangers that use a visitor's network: a
@@ -271,6 +293,9 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 		if err := g.identify(c, r, token); err != nil {
 			return g.deny(c, err)
 		}
+	}
+	if err := c.setAttributes(c.identity.Load()); err != nil {
+		return g.deny(c, err)
 	}
 	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)

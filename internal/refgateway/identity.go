@@ -43,6 +43,7 @@ type identity struct {
 	tenantless bool // there are no tenants
 	everyRoom  bool
 	rooms      []string // patterns: exact, or with a star for any rest at the end
+	attributes node.Attributes
 
 	generation uint64 // of the keys by which token is right; owned by the sweep
 }
@@ -57,6 +58,26 @@ func (id *identity) allows(room string) bool {
 		head, isPrefix := strings.CutSuffix(pattern, "*")
 		return room == pattern || isPrefix && strings.HasPrefix(room, head)
 	}))
+}
+
+// setAttributes makes those count that the client has given, and those of its token, which win. If they are too many together, neither is wrong
+// by itself: the client is told, and the error is a denial.
+func (c *conn) setAttributes(id *identity) error {
+	all := c.given
+	if id != nil {
+		var err error
+		if all, err = c.given.With(id.attributes); err != nil {
+			c.tell(control("error", "message", err.Error()))
+			c.bye(closeToken, false) // behind that
+			return &denial{deniedClaim, closeToken}
+		}
+	}
+	if all.Len() == 0 {
+		c.attributes.Store(nil) // as most connections have it
+		return nil
+	}
+	c.attributes.Store(&all)
+	return nil
 }
 
 // tokenOf is the token of a handshake, "" where there is none.
@@ -172,6 +193,9 @@ func (c *conn) refresh(token *string) error {
 	case slices.ContainsFunc(c.member.Rooms(), func(room string) bool { return !id.allows(room) }):
 		return &denial{deniedRoom, closeForbidden}
 	}
+	if err := c.setAttributes(id); err != nil {
+		return err
+	}
 	c.identity.Store(id)
 	c.tell(&frame{op: ws.OpText, head: fmt.Appendf(nil, `{"type":"refreshed","expires":%d}`, id.expires.Unix())})
 	return nil
@@ -215,6 +239,11 @@ func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
 	hasTenant, tenantErr := token.Claim("tenant", &id.tenant)
 	hasName, nameErr := token.Claim("name", &id.name)
 	hasRooms, roomsErr := token.Claim("rooms", &id.rooms)
+	var attrs map[string]string
+	_, attrsErr := token.Claim("attrs", &attrs)
+	if attrsErr == nil {
+		id.attributes, attrsErr = node.NewAttributes(attrs)
+	}
 	id.everyRoom = !hasRooms
 	switch {
 	case g.over(id, time.Now()):
@@ -223,6 +252,7 @@ func (g *Gateway) verify(ctx context.Context, raw string) (*identity, error) {
 		return nil, &denial{string(jwt.Subject), closeToken}
 	case tenantErr != nil || hasTenant && (id.tenant == "" || id.tenant.Check() != nil || id.tenantless),
 		nameErr != nil || hasName && checkID("name", id.name) != nil,
+		attrsErr != nil,
 		roomsErr != nil || hasRooms && id.rooms == nil, // null: who writes that does not mean all
 		slices.ContainsFunc(id.rooms, badPattern):
 		return nil, &denial{deniedClaim, closeToken}

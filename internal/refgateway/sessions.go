@@ -22,6 +22,29 @@ func (s sessions) BroadcastScope(scope string, m *node.Message) (delivered, fail
 	return s.Users.BroadcastScope(scope, m)
 }
 
+// BroadcastFiltered implements node.Filtering.
+func (s sessions) BroadcastFiltered(scope string, f node.Filter, m *node.Message) (delivered, failed, filtered int) {
+	m.Prepared = newPush(m, "", true)
+	return s.Users.BroadcastFiltered(scope, f, m)
+}
+
+// Attributes implements node.Attributed.
+func (c *conn) Attributes() node.Attributes {
+	if a := c.attributes.Load(); a != nil {
+		return *a
+	}
+	return node.Attributes{}
+}
+
+// IsFor implements node.Attributed.
+func (c *conn) IsFor(m *node.Message) bool {
+	if m.Rooms != nil {
+		_, is := c.member.FirstOf(m.Rooms.Place)
+		return is
+	}
+	return c.member.In(m.RoomID)
+}
+
 // Deliver implements node.Conn. A push to a room is for the connections that are in
 // it, which are those that have joined it and not left. A route that is out of date may
 // name a user who has left: all connections are as good as not here.

@@ -6,6 +6,11 @@ export interface PushClientOptions {
   userId?: string;
   /** A name for people. Default: userId. */
   userName?: string;
+  /**
+   * What pushes with a filter look at, such as device_id, platform and app_version: at most 16, keys and values of 1 to 64 bytes. What a
+   * token says of them wins. They are read at each connection.
+   */
+  attributes?: Record<string, string>;
   /** Rooms to be in from the start, 100 at most. */
   rooms?: string[];
   /**

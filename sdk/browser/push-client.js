@@ -183,6 +183,7 @@ export class PushClient {
     const fields = { ...(this.#o.userId !== undefined && { user_id: this.#o.userId, user_name: this.#o.userName ?? this.#o.userId }),
       ...(first !== undefined && { room_id: first }), ack: "1", resume: this.#position };
     for (const [name, value] of Object.entries(fields)) url.searchParams.set(name, value);
+    for (const [key, value] of Object.entries(this.#o.attributes ?? {})) url.searchParams.set("attr." + key, value);
     this.#began = 0; this.#heard = this.#pinged = false; this.#upTo = this.#unsaid = 0;
     this.#timer("ack");
     let socket;

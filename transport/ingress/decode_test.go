@@ -132,8 +132,14 @@ func sameOptions(t *testing.T, o *engine.Options, want *pubsub.PushOptions) {
 	if !made && o.MessageID != want.MessageId || made && len(o.MessageID) != 36 || o.CollapseKey != want.CollapseKey ||
 		o.TTL != time.Duration(want.TtlMs)*time.Millisecond || o.AckTimeout != time.Duration(want.AckTimeoutMs)*time.Millisecond ||
 		o.ClientAck != (want.Ack == pubsub.AckPolicy_ACK_CLIENT) || o.Store != (want.Offline == pubsub.OfflinePolicy_OFFLINE_STORE) ||
-		o.Async != (want.Receipt == pubsub.ReceiptMode_RECEIPT_ASYNC) {
+		o.Async != (want.Receipt == pubsub.ReceiptMode_RECEIPT_ASYNC) || len(o.Filter) != min(len(want.Filter), engine.MaxFilterMatches+1) {
 		t.Fatalf("options %+v, want %v", o, want)
+	}
+	for i, m := range o.Filter { // of what is refused for its length not all is kept
+		w := want.Filter[i]
+		if m.Key != w.Key || m.Not != w.Not || !slices.Equal(m.Values, w.Values[:min(len(w.Values), engine.MaxFilterValues+1)]) {
+			t.Fatalf("filter %+v, want %v", o.Filter, want.Filter)
+		}
 	}
 }
 
@@ -433,9 +439,11 @@ func FuzzDecode(f *testing.F) {
 		MessageId: "m", TtlMs: 1 << 20, Ack: pubsub.AckPolicy_ACK_CLIENT, CollapseKey: "k", Priority: pubsub.Priority_PRIORITY_HIGH,
 		Receipt: pubsub.ReceiptMode_RECEIPT_ASYNC, AckTimeoutMs: 300,
 	}
+	filter := &pubsub.PushOptions{Filter: []*pubsub.Match{{Key: "platform", Values: []string{"ios", "web"}}, {Key: "app_version", Values: []string{"1"}, Not: true}}}
 	for _, m := range []proto.Message{
 		&pubsub.PushToUserRequest{UserId: "u", Content: c, Options: o},
 		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, Options: &pubsub.PushOptions{}},
+		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, Options: filter},
 		&pubsub.BroadcastMessageRequest{Content: c, Options: &pubsub.PushOptions{Offline: pubsub.OfflinePolicy_OFFLINE_STORE}},
 		&pubsub.PushStreamRequest{Id: 5, Push: &pubsub.PushStreamRequest_ToUsers{ToUsers: &pubsub.PushToUsersRequest{UserIds: []string{"a"}, Content: c, Options: o}}},
 		&pubsub.PushToRoomRequest{RoomId: "r", Content: c, ExcludeUserIds: []string{"a", "b"}},

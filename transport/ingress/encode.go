@@ -183,6 +183,7 @@ func appendSummary(b []byte, p *engine.Push, res *engine.Result) []byte {
 		b = wire.AppendUint(b, 10, int32Of(res.Duplicates))
 		b = wire.AppendString(b, 11, p.Options.MessageID)
 		b = wire.AppendString(b, 12, positionOf(res))
+		b = wire.AppendUint(b, 13, int32Of(res.Filtered))
 		if t, traced := p.Trace.(*stages); traced {
 			b = wire.AppendBytes(b, 14, t.encoded())
 		}
@@ -202,7 +203,7 @@ func sizeSummary(p *engine.Push, res *engine.Result) int {
 	if p.Options != nil {
 		n += wire.SizeUint(7, int32Of(res.Stored)) + wire.SizeUint(8, int32Of(res.Unsure)) +
 			wire.SizeUint(9, int32Of(res.Acked)) + wire.SizeUint(10, int32Of(res.Duplicates)) +
-			wire.SizeString(11, p.Options.MessageID) + wire.SizeString(12, positionOf(res))
+			wire.SizeString(11, p.Options.MessageID) + wire.SizeString(12, positionOf(res)) + wire.SizeUint(13, int32Of(res.Filtered))
 		if t, traced := p.Trace.(*stages); traced {
 			n += wire.SizeLen(14, len(t.encoded()))
 		}
@@ -268,6 +269,8 @@ func appendOutcome(b []byte, a api, p *engine.Push, res *engine.Result) []byte {
 		return append(b, "none of the rooms found; stored"...)
 	case a == toRooms:
 		return append(b, "none of the rooms found"...)
+	case res.Filtered > 0:
+		return append(b, "none of the users has a connection that matches the filter"...)
 	default:
 		b = append(b, "none of the users is online"...)
 		b, _ = appendCount(b, "; ", res.Stored, " stored")
@@ -318,6 +321,10 @@ func appendUserMessage(b []byte, p *engine.Push, res *engine.Result) []byte {
 		b = append(b, "unknown whether delivered"...)
 	case res.Failed > 0:
 		b = append(b, "not delivered"...)
+	case res.Filtered > 0:
+		b = append(b, "no connection of user "...)
+		b = strconv.AppendQuote(b, shown(p.User, p))
+		return append(b, " matches the filter"...)
 	default:
 		b = append(b, "user "...)
 		b = strconv.AppendQuote(b, shown(p.User, p))
@@ -364,6 +371,9 @@ func appendCounts(b []byte, a api, res *engine.Result) []byte {
 	b, sep = appendCount(b, sep, res.Offline, " offline")
 	if res.Stored > 0 {
 		b, _ = appendCount(b, " (", res.Stored, " stored)")
+	}
+	if res.Filtered > 0 {
+		b, _ = appendCount(b, " (", res.Filtered, " filtered)")
 	}
 	b, sep = appendCount(b, sep, res.Failed, " failed")
 	b, sep = appendCount(b, sep, res.Unknown, " unknown")

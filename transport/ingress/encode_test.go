@@ -43,6 +43,10 @@ func TestMessages(t *testing.T) {
 		{toUser, engine.Result{Found: true, Targets: 1, Delivered: 1, Stale: 1, Changed: true}, "delivered; by a route of 1 s ago, which has changed since"},
 		{toUser, engine.Result{Targets: 1, Offline: 1, Stale: 1}, `user "u" is offline; by a route of 1 s ago`},
 		{toUsers, engine.Result{Targets: 3, Offline: 3}, "none of the users is online"},
+		{toUser, engine.Result{Targets: 1, Offline: 1, Filtered: 1}, `no connection of user "u" matches the filter`},
+		{toUsers, engine.Result{Targets: 3, Offline: 3, Filtered: 1}, "none of the users has a connection that matches the filter"},
+		{toRoom, engine.Result{Found: true, Targets: 5, Delivered: 1, Offline: 4, Filtered: 3}, "delivered to 1 of 5 users: 4 offline (3 filtered)"},
+		{toAll, engine.Result{Found: true, Targets: 3, Offline: 3, Filtered: 3}, "delivered to nobody: 3 offline (3 filtered)"},
 		{toUser, engine.Result{Targets: 1, Offline: 1, Stored: 1}, `user "u" is offline; stored`},
 		{toUser, engine.Result{Targets: 1, Offline: 1, Stored: 1, Unsure: 1}, `user "u" is offline; stored`},
 		{toUser, engine.Result{Targets: 1, Offline: 1, NodeFailures: []engine.NodeFailure{{Reason: "failed: store: is full", Users: 1}}}, `user "u" is offline: failed: store: is full`},
@@ -100,6 +104,7 @@ func TestRepliesAreWhatGeneratedCodeReads(t *testing.T) {
 		{Found: true, Targets: 1, Delivered: 1},
 		{Targets: 9, Delivered: 4, Offline: 3, Failed: 2, Stored: 3, Unsure: 2, Acked: 1, Duplicates: 4},
 		{Found: true, Targets: 1, Delivered: 1, Acked: math.MaxInt, Duplicates: 1},
+		{Found: true, Targets: 9, Delivered: 2, Offline: 7, Filtered: 5, Place: engine.Place{Seq: 1}},
 		{Found: true, Targets: 9, Offline: 9, Stored: 9, Place: engine.Place{Epoch: math.MaxUint64, Partition: 63, Seq: math.MaxUint64}},
 		{Found: true, Place: engine.Place{Seq: 1}},
 	} {
@@ -151,7 +156,7 @@ func generated(id uint64, a api, p *engine.Push, res *engine.Result) *pubsub.Pus
 	}
 	if p.Options != nil {
 		sum.Stored, sum.Unsure, sum.Acked, sum.Duplicates = i32(res.Stored), i32(res.Unsure), i32(res.Acked), i32(res.Duplicates)
-		sum.MessageId = p.Options.MessageID
+		sum.MessageId, sum.Filtered = p.Options.MessageID, i32(res.Filtered)
 		if at := res.Place; at != (engine.Place{}) {
 			sum.Position = (&position.Position{Epoch: at.Epoch, Places: []position.Place{{Partition: at.Partition, Seq: at.Seq}}}).String()
 		}

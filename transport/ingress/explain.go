@@ -121,6 +121,12 @@ func explained(x *engine.Explanation, c *call, sample int) *pubsub.ExplainRespon
 		Cached: count(x.Cached), LookedUp: count(x.LookedUp), AgeMs: max(time.Since(x.Known).Milliseconds(), 0),
 		Watched: x.Watched, Stale: x.Stale, Changed: x.Changed,
 	}
+	if o := c.push.Options; o != nil {
+		for i := range o.Filter {
+			m := &o.Filter[i]
+			out.Filter = append(out.Filter, &pubsub.Match{Key: m.Key, Values: m.Values, Not: m.Not})
+		}
+	}
 	if x.Err != nil {
 		out.Route.Error = plain.Line(x.Err.Error(), maxReason)
 	}

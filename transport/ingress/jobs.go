@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -29,6 +30,7 @@ const (
 	specRooms   = 2
 	specUsers   = 3
 	specContent = 4
+	specFilter  = 10
 )
 
 var errJobsOff = errors.New("there are no broadcast jobs here")
@@ -104,6 +106,7 @@ func (s *Server) createJob(ctx context.Context, info *callInfo, line *audit.Entr
 func (d *decoder) decodeJob(b []byte) (*pubsub.CreateJobRequest, error) {
 	var rooms, users int
 	var facts engine.Content
+	var filter options
 	for m := (wire.Reader{Rest: b}); m.Next(); {
 		if !m.IsBytes(createSpec) {
 			continue
@@ -124,8 +127,15 @@ func (d *decoder) decodeJob(b []byte) (*pubsub.CreateJobRequest, error) {
 				if err := d.walkContent(&facts, spec.Bytes); err != nil {
 					return nil, inSpec(err, -1)
 				}
+			case spec.IsBytes(specFilter):
+				if err := filter.addMatch(spec.Bytes); err != nil {
+					return nil, inSpec(err, -1)
+				}
 			}
 		}
+	}
+	if err := engine.CheckFilter(filter.engine.Filter); err != nil {
+		return nil, inSpec(err, -1)
 	}
 	r := new(pubsub.CreateJobRequest)
 	if err := r.UnmarshalVT(b); err != nil {
@@ -163,7 +173,7 @@ func inSpec(err error, room int) error {
 		return err
 	}
 	e := *invalid
-	if e.Field = "spec." + e.Field; room >= 0 && e.Field == "spec.room_id" {
+	if e.Field = "spec." + strings.TrimPrefix(e.Field, "options."); room >= 0 && e.Field == "spec.room_id" {
 		e.Field = fmt.Sprintf("spec.room_ids[%d]", room)
 	}
 	return &e

@@ -161,6 +161,17 @@ func (m *messageIDs) keys(p *engine.Push) (id, target uint64) {
 	for _, user := range p.Exclude {
 		part(user)
 	}
+	for i := range o.Filter { // who has got it through one filter has not through another
+		m := &o.Filter[i]
+		part(m.Key)
+		for _, value := range m.Values {
+			part(value)
+		}
+		if m.Not {
+			_ = h.WriteByte(1) // which is in no value either
+		}
+		_ = h.WriteByte(0)
+	}
 	return id, h.Sum64()
 }
 

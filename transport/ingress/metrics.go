@@ -62,8 +62,8 @@ type instruments struct {
 	// Per target user; total is the sum of the others.
 	total, success, failed, unknown, offline *metrics.Counter
 
-	// Parts of offline, of stored, and twice of success.
-	stored, unsure, acked, duplicates *metrics.Counter
+	// Parts of offline, of stored, twice of success, and of offline.
+	stored, unsure, acked, duplicates, filtered *metrics.Counter
 
 	refused [4][refusals]*metrics.Counter // by rank of the priority, and why
 
@@ -92,6 +92,7 @@ func newInstruments(set *metrics.Set) *instruments {
 		unsure:     set.GetOrCreateCounter("push_manager_push_unsure_total"),
 		acked:      set.GetOrCreateCounter("push_manager_push_acked_total"),
 		duplicates: set.GetOrCreateCounter("push_manager_push_duplicate_total"),
+		filtered:   set.GetOrCreateCounter("push_manager_push_filtered_total"),
 		panics:     set.GetOrCreateCounter(`push_manager_panics_total{part="ingress"}`),
 		malformed:  set.GetOrCreateCounter("push_manager_stream_malformed_total"),
 	}
@@ -147,6 +148,7 @@ func (m *instruments) record(a api, p *engine.Push, res *engine.Result, err erro
 	add(m.offline, res.Offline)
 	if p.Options != nil {
 		add(m.duplicates, res.Duplicates)
+		add(m.filtered, res.Filtered)
 		if !p.Options.Async {
 			m.recordConfirmed(res)
 		}

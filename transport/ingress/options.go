@@ -30,6 +30,7 @@ const (
 	optionPriority    protowire.Number = 6
 	optionReceipt     protowire.Number = 7
 	optionAckTimeout  protowire.Number = 8
+	optionFilter      protowire.Number = 9
 	optionTrace       protowire.Number = 10
 )
 
@@ -59,6 +60,11 @@ func (o *options) read(b []byte) error {
 				o.messageID = m.Bytes
 			case optionCollapseKey:
 				o.collapseKey = m.Bytes
+			case optionFilter:
+				if err := o.addMatch(m.Bytes); err != nil {
+					return err
+				}
+				continue
 			default:
 				continue
 			}
@@ -87,6 +93,40 @@ func (o *options) read(b []byte) error {
 	if m.Err != nil {
 		return malformed("options")
 	}
+	return nil
+}
+
+// addMatch notes one Match of the filter. Of matches and values beyond what the engine allows one is kept, for which it refuses them.
+func (o *options) addMatch(b []byte) error {
+	i := len(o.engine.Filter)
+	if i > engine.MaxFilterMatches {
+		return nil
+	}
+	match := engine.Match{}
+	field := fmt.Sprintf("options.filter[%d]", i)
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsBytes(1):
+			if !utf8.Valid(m.Bytes) {
+				return invalidUTF8(engine.CodeMalformed, field+".key")
+			}
+			match.Key = wire.String(m.Bytes)
+		case m.IsBytes(2):
+			if !utf8.Valid(m.Bytes) {
+				return invalidUTF8(engine.CodeMalformed, fmt.Sprintf("%s.values[%d]", field, len(match.Values)))
+			}
+			if len(match.Values) <= engine.MaxFilterValues {
+				match.Values = append(match.Values, wire.String(m.Bytes))
+			}
+		case m.IsUint(3):
+			match.Not = m.Uint != 0
+		}
+	}
+	if m.Err != nil {
+		return malformed(field)
+	}
+	o.engine.Filter = append(o.engine.Filter, match)
 	return nil
 }
 

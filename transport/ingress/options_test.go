@@ -3,6 +3,7 @@ package ingress
 import (
 	"context"
 	"math"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -41,7 +42,7 @@ func TestOptionsOfEveryRequest(t *testing.T) {
 	}
 	p, err := decodeOne(toUser, marshal(t, &pubsub.PushToUserRequest{UserId: "u", Content: content("x"), Options: &pubsub.PushOptions{}}))
 	ok(t, err)
-	if p.Options == nil || *p.Options != (engine.Options{}) {
+	if p.Options == nil || !reflect.DeepEqual(*p.Options, engine.Options{}) {
 		t.Errorf("options that are empty: %+v", p.Options)
 	}
 }

@@ -264,11 +264,16 @@ func (n *node) Send(d *engine.Delivery) engine.Reason {
 	return engine.Sent
 }
 
+// ack answers for connections that have no attributes.
 func ack(d *engine.Delivery) {
 	if d.TrySend() {
 		n := d.Targets()
 		if d.Everybody() {
 			n = 3
+		}
+		if o := d.Options(); o != nil && slices.ContainsFunc(o.Filter, func(m engine.Match) bool { return !m.Not }) {
+			_, _ = d.Ack(engine.Ack{Filtered: n})
+			return
 		}
 		_, _ = d.Ack(engine.Ack{Delivered: n})
 	}

@@ -59,6 +59,7 @@ type run struct {
 	own      *ownership
 	content  engine.Content
 	priority engine.Priority
+	options  *engine.Options // nil without a filter
 	deadline time.Time
 
 	// Owned by loop.
@@ -127,6 +128,12 @@ func (r *run) begin(ctx context.Context) error {
 		}
 		r.base, r.rev, r.spec, r.state = next, rev, spec, next.State
 		r.priority, r.deadline = next.Priority, next.Deadline
+		if filter := spec.GetFilter(); len(filter) > 0 {
+			r.options = new(engine.Options)
+			for _, m := range filter {
+				r.options.Filter = append(r.options.Filter, engine.Match{Key: m.GetKey(), Values: m.GetValues(), Not: m.GetNot()})
+			}
+		}
 		c := spec.GetContent()
 		r.content = engine.Content{Present: true, DataLen: len(c.GetData()), MetadataEntries: len(c.GetMetadata()), Timestamp: c.GetTimestamp()}
 		for k, v := range c.GetMetadata() {
@@ -394,7 +401,7 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 			return
 		}
 		p := &engine.Push{Request: engine.Request{
-			Kind: engine.ToUsers, Users: users, Scope: r.scope, Payload: r.payload, Content: r.content, Priority: r.priority,
+			Kind: engine.ToUsers, Users: users, Scope: r.scope, Payload: r.payload, Content: r.content, Priority: r.priority, Options: r.options,
 		}}
 		if room != "" {
 			p.Kind, p.Room, p.Users, p.Only = engine.ToRoom, room, nil, users

@@ -28,7 +28,7 @@ func collapseKeyOf(d *engine.Delivery, o *engine.Options) collapseKey {
 	return collapseKey{}
 }
 
-// latestOf is the entry that d, with this key, replaces: the latest with the key, if it is for the same users. It is nil
+// latestOf is the entry that d, with this key, replaces: the latest with the key, if it is for the same users and connections. It is nil
 // if there is none.
 func (q *queue) latestOf(key collapseKey, d *engine.Delivery) *entry {
 	at, ok := q.latest[key]
@@ -36,10 +36,14 @@ func (q *queue) latestOf(key collapseKey, d *engine.Delivery) *entry {
 		return nil
 	}
 	older := q.slot(int(at - q.base))
-	if older.d.Group() != d.Group() || !slices.Equal(older.d.Except(), d.Except()) {
+	if older.d.Group() != d.Group() || !slices.Equal(older.d.Except(), d.Except()) || !slices.EqualFunc(older.d.Options().Filter, d.Options().Filter, sameMatch) {
 		return nil // somebody would get neither
 	}
 	return older
+}
+
+func sameMatch(a, b engine.Match) bool {
+	return a.Key == b.Key && a.Not == b.Not && slices.Equal(a.Values, b.Values)
 }
 
 // replace puts e, with this key, in the place of older, and with its age: that is how long the link has not written what

@@ -22,9 +22,9 @@ const (
 	respReceipts, respCatchups, respReplayTaken, respNudgesTaken          = 7, 8, 9, 10
 	respLogReads, respLogFollow                                           = 11, 12
 
-	ackFirst, ackDelivered, ackDuplicates, ackPending = 1, 2, 3, 4
+	ackFirst, ackDelivered, ackDuplicates, ackPending, ackFiltered = 1, 2, 3, 4, 5
 
-	missSeq, missNotHere, missFailed, missReason, missFailedUsers, missRefused, missReused = 1, 2, 3, 4, 5, 6, 7
+	missSeq, missNotHere, missFailed, missReason, missFailedUsers, missRefused, missReused, missFiltered = 1, 2, 3, 4, 5, 6, 7, 8
 
 	receiptSeq, receiptAcked, receiptUnacked, receiptFinal = 1, 2, 3, 4
 
@@ -70,8 +70,8 @@ type response struct {
 	follow   logFollow
 	follows  bool // follow is there
 
-	more                []counts // beside acks
-	duplicates, pending []uint32 // scratch of decodeAcks
+	more                          []counts // beside acks
+	duplicates, pending, filtered []uint32 // scratch of decodeAcks
 }
 
 type ack struct {
@@ -81,8 +81,8 @@ type ack struct {
 	miss      *miss  // what the frame says beside it, nil for nothing
 }
 
-// counts are of delivered.
-type counts struct{ duplicates, pending uint32 }
+// counts are of delivered, but for filtered, which is beside it.
+type counts struct{ duplicates, pending, filtered uint32 }
 
 type receipt struct {
 	seq     uint64
@@ -112,6 +112,7 @@ type miss struct {
 	failedUsers uint32
 	refused     bool
 	reused      []string
+	filtered    []string
 	acked       bool // its ack is in the same frame
 }
 
@@ -121,7 +122,8 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
 	*r = response{
 		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
-		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
+		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), more: r.more[:0],
+		duplicates: r.duplicates, pending: r.pending, filtered: r.filtered,
 	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
@@ -189,7 +191,7 @@ func emptied[T any](list []T) []T {
 func (r *response) decodeAcks(b []byte, maxAcks int) error {
 	start := len(r.acks)
 	var first uint64
-	r.duplicates, r.pending = r.duplicates[:0], r.pending[:0]
+	r.duplicates, r.pending, r.filtered = r.duplicates[:0], r.pending[:0], r.filtered[:0]
 	add := func(v uint64) error {
 		if len(r.acks) >= maxAcks {
 			return errAckFlood
@@ -211,6 +213,8 @@ func (r *response) decodeAcks(b []byte, maxAcks int) error {
 			r.duplicates, err = appendCounts(r.duplicates, &m, maxAcks)
 		case m.Number() == ackPending:
 			r.pending, err = appendCounts(r.pending, &m, maxAcks)
+		case m.Number() == ackFiltered:
+			r.filtered, err = appendCounts(r.filtered, &m, maxAcks)
 		}
 		if err != nil {
 			return err
@@ -222,7 +226,7 @@ func (r *response) decodeAcks(b []byte, maxAcks int) error {
 	for i := range r.acks[start:] {
 		r.acks[start+i].seq = first + uint64(i)
 	}
-	if len(r.duplicates)+len(r.pending) > 0 {
+	if len(r.duplicates)+len(r.pending)+len(r.filtered) > 0 {
 		return cmp.Or(m.Err, r.besideAcks(start))
 	}
 	return m.Err
@@ -231,11 +235,10 @@ func (r *response) decodeAcks(b []byte, maxAcks int) error {
 // besideAcks gives the acks from start on their further counts. There are as many as acks, or none.
 func (r *response) besideAcks(start int) error {
 	acks := r.acks[start:]
-	if n := len(r.duplicates); n != 0 && n != len(acks) {
-		return errCounts
-	}
-	if n := len(r.pending); n != 0 && n != len(acks) {
-		return errCounts
+	for _, list := range [...][]uint32{r.duplicates, r.pending, r.filtered} {
+		if n := len(list); n != 0 && n != len(acks) {
+			return errCounts
+		}
 	}
 	for i := range acks {
 		var c counts
@@ -244,6 +247,9 @@ func (r *response) besideAcks(start int) error {
 		}
 		if len(r.pending) > 0 {
 			c.pending = r.pending[i]
+		}
+		if len(r.filtered) > 0 {
+			c.filtered = r.filtered[i]
 		}
 		r.more = append(r.more, c)
 		acks[i].more = uint32(len(r.more))
@@ -436,7 +442,7 @@ func appendPlaces(list []uint64, m *wire.Reader) ([]uint64, error) {
 func (s *miss) decode(b []byte) error {
 	m := wire.Reader{Rest: b}
 	for m.Next() {
-		isText := m.IsBytes(missNotHere) || m.IsBytes(missFailed) || m.IsBytes(missReason) || m.IsBytes(missReused)
+		isText := m.IsBytes(missNotHere) || m.IsBytes(missFailed) || m.IsBytes(missReason) || m.IsBytes(missReused) || m.IsBytes(missFiltered)
 		switch {
 		case isText && !utf8.Valid(m.Bytes):
 			return errText
@@ -454,6 +460,8 @@ func (s *miss) decode(b []byte) error {
 			s.refused = m.Uint != 0
 		case m.IsBytes(missReused):
 			s.reused = append(s.reused, string(m.Bytes))
+		case m.IsBytes(missFiltered):
+			s.filtered = append(s.filtered, string(m.Bytes))
 		}
 	}
 	return m.Err

@@ -80,6 +80,9 @@ func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
 		if rapid.Bool().Draw(t, "with pending") {
 			a.Pending = rapid.SliceOfN(rapid.Uint32(), len(a.Delivered), len(a.Delivered)).Draw(t, "pending")
 		}
+		if rapid.Bool().Draw(t, "with filtered") {
+			a.Filtered = rapid.SliceOfN(rapid.Uint32(), len(a.Delivered), len(a.Delivered)).Draw(t, "filtered")
+		}
 		r.Acks = append(r.Acks, a)
 	}
 	users := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3)
@@ -105,7 +108,7 @@ func drawResponse(t *rapid.T) *pubsub.DeliverResponse {
 			Failed:      rapid.SliceOfN(rapid.Custom(func(t *rapid.T) string { return drawText(t, "user") }), 0, 3).Draw(t, "failed"),
 			Reason:      rapid.StringN(0, 20, 60).Draw(t, "reason"),
 			FailedUsers: rapid.Uint32().Draw(t, "failed users"), Refused: rapid.Bool().Draw(t, "refused"),
-			Reused: users.Draw(t, "reused"),
+			Reused: users.Draw(t, "reused"), Filtered: users.Draw(t, "filtered"),
 		})
 	}
 	return r
@@ -150,6 +153,9 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 			if len(a.GetPending()) > 0 {
 				one.pending = a.GetPending()[i]
 			}
+			if len(a.GetFiltered()) > 0 {
+				one.filtered = a.GetFiltered()[i]
+			}
 			acks = append(acks, one)
 		}
 	}
@@ -170,7 +176,7 @@ func compare(t interface{ Fatalf(string, ...any) }, r *response, want *pubsub.De
 		for _, got := range r.misses {
 			found = found || got.seq == m.GetSeq() && slices.Equal(got.notHere, m.GetNotHere()) && slices.Equal(got.failed, m.GetFailed()) &&
 				got.reason == plain.Line(m.GetReason(), textMax) && got.failedUsers == m.GetFailedUsers() && got.refused == m.GetRefused() &&
-				slices.Equal(got.reused, m.GetReused())
+				slices.Equal(got.reused, m.GetReused()) && slices.Equal(got.filtered, m.GetFiltered())
 		}
 		if !found {
 			t.Fatalf("%v not in %+v", m, r.misses)
@@ -236,6 +242,10 @@ func TestHostileFramesAreRefused(t *testing.T) {
 		"more duplicates than acks":               encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1}, Duplicates: []uint32{0, 1}}}}),
 		"fewer pending than acks":                 encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1}, Pending: []uint32{1}}}}),
 		"pending without acks":                    encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Pending: []uint32{1}}}}),
+		"fewer filtered than acks":                encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1}, Filtered: []uint32{1}}}}),
+		"filtered without acks":                   encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Filtered: []uint32{1}}}}),
+		"a flood of filtered":                     encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Filtered: many}}}),
+		"a filtered user that is not UTF-8":       {0x1a, 0x03, 0x42, 0x01, 0xff},
 		"a flood of pending":                      encoded(&pubsub.DeliverResponse{Acks: []*pubsub.AckRange{{First: 1, Pending: many}}}),
 		"a receipt's user that is not UTF-8":      {0x3a, 0x03, 0x1a, 0x01, 0xff},
 		"a catchup's user that is not UTF-8":      {0x42, 0x03, 0x0a, 0x01, 0xff},

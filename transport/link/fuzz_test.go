@@ -44,6 +44,9 @@ func FuzzAcks(f *testing.F) {
 		{Acks: []*pubsub.AckRange{{First: 2, Delivered: []uint32{1}}}, Misses: []*pubsub.Miss{{Seq: 2, Reused: []string{"u1", "u2"}}}},
 		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1}, {UserId: "u1", Gate: 1}, {UserId: "\x00", Gate: 2}, {}},
 			ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 1}, {}}, NudgesTaken: []uint64{0, 1, math.MaxUint64}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1, 1}, Filtered: []uint32{0, 2, 2}}}},
+		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 3, 3}, Filtered: []uint32{1, math.MaxUint32, math.MaxUint32}}},
+			Misses: []*pubsub.Miss{{Seq: 2, Filtered: []string{"u1", "u1", "nobody"}}}},
 		{LogFollow: &pubsub.LogFollow{Epoch: 5, After: []uint64{1, math.MaxUint64}}, LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1, Epoch: 5, After: []uint64{0, 3}}}},
 		{LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1}, {RoomId: "r", Gate: 1}, {RoomId: "\x00", Gate: 2}, {}, {RoomId: "r", After: make([]uint64, 65)}}, LogFollow: &pubsub.LogFollow{}},
 	} {
@@ -76,7 +79,7 @@ func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
 		a.Mark(&LogMark{Epoch: read.Epoch, Seq: 1, Rooms: []LogRoom{{read.Room, []uint64{1}}}})
 		a.Page(&LogPage{Gate: read.Gate, Seq: 1, Entries: []LogEntry{logEntry(1, 1, time.Minute)}})
 	}}})
-	n := scripted(append(slices.Clone(lasting), pubsub.Feature_FEATURE_ROOM_LOG)...).fakeNode
+	n := scripted(append(slices.Clone(lasting), pubsub.Feature_FEATURE_ROOM_LOG, pubsub.Feature_FEATURE_FILTER)...).fakeNode
 	answered, seqs := make(chan struct{}), map[string]uint64{}
 	n.deliver = func(st deliverStream) error {
 		if _, err := n.greet(st); err != nil {
@@ -110,7 +113,7 @@ func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
 	texts := []string{"x", "y", "z"}
 	list := []*engine.Push{w.toUser("u1", texts[0]), w.toRoom("r", texts[1]), w.toAll(texts[2])}
 	list[0].Options = &engine.Options{MessageID: "m", TTL: time.Minute}
-	list[1].Options = &engine.Options{ClientAck: true, AckTimeout: time.Second}
+	list[1].Options = &engine.Options{ClientAck: true, AckTimeout: time.Second, Filter: []engine.Match{{Key: "platform", Values: []string{"ios"}}}}
 	var pushes []*pending
 	for _, p := range list {
 		pushes = append(pushes, w.begin(p))
@@ -128,7 +131,7 @@ func answerWith(t *testing.T, frames []*pubsub.DeliverResponse) {
 				}
 			}
 		}
-		if uint64(r.Acked) > clients || r.Acked > r.Delivered || r.Duplicates > r.Delivered {
+		if uint64(r.Acked) > clients || r.Acked > r.Delivered || r.Duplicates > r.Delivered || r.Filtered > r.Offline {
 			t.Errorf("push %d: %d acked by clients of %d: %+v", i, r.Acked, clients, r)
 		}
 		if uint64(r.Delivered) > acks {

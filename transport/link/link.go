@@ -169,6 +169,9 @@ func (l *Link) Describe(d *engine.Delivery) engine.LinkState {
 		if t.Verdict == engine.Sent && d.Rooms() != nil && !slices.Contains(t.Features, featureName(pubsub.Feature_FEATURE_ROOMS)) {
 			t.Verdict = engine.DropNoRooms
 		}
+		if o := d.Options(); o != nil && len(o.Filter) > 0 && t.Verdict == engine.Sent && !slices.Contains(t.Features, featureName(pubsub.Feature_FEATURE_FILTER)) {
+			t.Verdict = engine.DropNoFilter
+		}
 	}
 	return t
 }

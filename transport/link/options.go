@@ -14,6 +14,9 @@ import (
 // Field numbers of proto/connect_node.proto.
 const (
 	delMessageID, delPayloadHash, delTTL, delWantAck, delAckTimeout, delCollapseKey, delReplay, delSender = 16, 17, 18, 19, 20, 21, 23, 25
+	delFilter, delNameFiltered                                                                            = 26, 28
+
+	matchKey, matchValues, matchNot = 1, 2, 3
 
 	placeGate, placeSeq, placeAfter = 1, 2, 3
 )
@@ -27,14 +30,19 @@ type extras struct {
 
 	log     engine.Place // in the log of the room, zero where the node is not told
 	exclude []string     // of the room
+
+	names bool // the node is to name whom the filter leaves out
 }
 
 // extrasOf works out what a delivery with options brings to a node at the moment now, in which its
 // frame is written. A reason other than Sent is why it brings nothing.
 func extrasOf(d *engine.Delivery, o *engine.Options, can features, now time.Time) (extras, engine.Reason) {
-	x := extras{options: o, can: can}
+	x := extras{options: o, can: can, names: d.NamesFiltered()}
 	if toGate(o) && !can.has(pubsub.Feature_FEATURE_REPLAY) {
 		return x, engine.DropNoReplay
+	}
+	if len(o.Filter) > 0 && !can.has(pubsub.Feature_FEATURE_FILTER) {
+		return x, engine.DropNoFilter
 	}
 	if at := d.Expires(); !at.IsZero() {
 		left := at.Sub(now)
@@ -85,6 +93,12 @@ func (x *extras) size() int {
 	if x.log != (engine.Place{}) {
 		n += wire.SizeLen(delLog, sizeLogPlace(x.log, x.exclude))
 	}
+	for i := range o.Filter {
+		n += wire.SizeLen(delFilter, sizeMatch(&o.Filter[i]))
+	}
+	if x.names {
+		n += wire.SizeUint(delNameFiltered, 1)
+	}
 	return n
 }
 
@@ -121,7 +135,27 @@ func (x *extras) append(b []byte) []byte {
 	if dedupe {
 		b = wire.AppendString(b, delSender, o.Sender)
 	}
+	for i := range o.Filter {
+		m := &o.Filter[i]
+		b = wire.AppendLen(b, delFilter, sizeMatch(m))
+		b = wire.AppendString(b, matchKey, m.Key)
+		b = wire.AppendStrings(b, matchValues, m.Values)
+		if m.Not {
+			b = wire.AppendUint(b, matchNot, 1)
+		}
+	}
+	if x.names {
+		b = wire.AppendUint(b, delNameFiltered, 1)
+	}
 	return b
+}
+
+func sizeMatch(m *engine.Match) int {
+	n := wire.SizeString(matchKey, m.Key) + wire.SizeStrings(matchValues, m.Values)
+	if m.Not {
+		n += wire.SizeUint(matchNot, 1)
+	}
+	return n
 }
 
 func sizePlace(r *engine.Replay) int {

@@ -590,16 +590,19 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 	for i := range s.r.owed {
 		o := &s.r.owed[i]
 		more := s.r.resp.counts(o.ack)
-		a := engine.Ack{Delivered: int(o.ack.delivered), Duplicates: int(more.duplicates), Pending: int(more.pending)}
+		a := engine.Ack{
+			Delivered: int(o.ack.delivered), Duplicates: int(more.duplicates), Pending: int(more.pending), Filtered: int(more.filtered),
+		}
 		if miss := o.ack.miss; miss != nil {
-			a.NotHere, a.Failed, a.Reused = miss.notHere, miss.failed, miss.reused
+			a.NotHere, a.Failed, a.Reused, a.LeftOut = miss.notHere, miss.failed, miss.reused, miss.filtered
 			a.FailedUsers, a.Refused, a.Text = int(miss.failedUsers), miss.refused, miss.reason
 		}
 		// A claim about a broadcast is cut to the users that the node has.
-		if online := int(s.r.online); o.d.Everybody() && (a.Delivered > online || a.FailedUsers > online-a.Delivered) {
+		if online := int(s.r.online); o.d.Everybody() && (a.Delivered > online || a.FailedUsers > online-a.Delivered || a.Filtered > online-a.Delivered-a.FailedUsers) {
 			m.clamped.Inc()
 			a.Delivered = min(a.Delivered, online)
 			a.FailedUsers = min(a.FailedUsers, online-a.Delivered)
+			a.Filtered = min(a.Filtered, online-a.Delivered-a.FailedUsers)
 			a.Duplicates, a.Pending = min(a.Duplicates, a.Delivered), min(a.Pending, a.Delivered)
 		}
 		ok, err := o.d.Ack(a)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -119,8 +120,10 @@ func (w *world) Room(_ context.Context, room string, add func(user, node []byte)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	members, ok := w.rooms[room]
-	for user, node := range members {
-		add([]byte(user), []byte(node))
+	for user, nodes := range members {
+		for node := range strings.SplitSeq(nodes, ",") {
+			add([]byte(user), []byte(node))
+		}
 	}
 	return ok, 0, nil
 }
@@ -130,7 +133,7 @@ func (w *world) Users(_ context.Context, users []string, nodes [][]string) error
 	defer w.mu.Unlock()
 	for i, u := range users {
 		if n, ok := w.users[u]; ok {
-			nodes[i] = []string{n}
+			nodes[i] = strings.Split(n, ",")
 		}
 	}
 	return nil

@@ -34,6 +34,7 @@ type acks struct {
 	counts    []uint32
 	dups      []uint32 // of counts, empty as long as all are 0
 	pending   []uint32 // likewise
+	filtered  []uint32 // likewise
 	misses    []*pubsub.Miss
 	missBytes int
 	replay    owedReplay
@@ -50,8 +51,9 @@ type acks struct {
 type tally struct {
 	counts        []uint32
 	dups, pending []uint32 // of counts, empty where all are 0
+	filtered      []uint32 // likewise
 	misses        []*pubsub.Miss
-	reached       uint32 // to how many users the largest broadcast was handed over, or failed
+	reached       uint32 // how many users the largest broadcast was handed over to, failed for, or left out
 }
 
 // padded is list, which is empty or has had n entries, with those of more behind it, likewise.
@@ -105,6 +107,7 @@ func (a *acks) add(t *tally) error {
 	a.counts = append(a.counts, t.counts...)
 	a.dups = padded(a.dups, n, t.dups, k)
 	a.pending = padded(a.pending, n, t.pending, k)
+	a.filtered = padded(a.filtered, n, t.filtered, k)
 	a.misses = append(a.misses, t.misses...)
 	a.missBytes += size
 	a.reached = max(a.reached, t.reached)
@@ -227,6 +230,7 @@ func (a *acks) take(o *outgoing) bool {
 		o.acks.Delivered = append(o.acks.Delivered[:0], a.counts[:n]...)
 		o.acks.Duplicates, a.dups = taken(o.acks.Duplicates, a.dups, n)
 		o.acks.Pending, a.pending = taken(o.acks.Pending, a.pending, n)
+		o.acks.Filtered, a.filtered = taken(o.acks.Filtered, a.filtered, n)
 		o.ranges[0] = &o.acks
 		r.Acks = o.ranges[:]
 		clear(o.misses)
@@ -408,6 +412,9 @@ func missSize(m *pubsub.Miss) int {
 		n += len(u) + 3
 	}
 	for _, u := range m.Reused {
+		n += len(u) + 3
+	}
+	for _, u := range m.Filtered {
 		n += len(u) + 3
 	}
 	return n

@@ -62,6 +62,12 @@ func FuzzDeliverRequest(f *testing.F) {
 			{Gate: fuzzGate, Partition: 1, Epoch: testEpoch, Seq: 12, More: true, Gap: true, Entries: []*pubsub.Delivery{logged(11, "r"), logged(12, "r")}},
 			{Gate: fuzzGate, Error: "e"},
 		}},
+		{FirstSeq: 1, Deliveries: []*pubsub.Delivery{
+			{UserIds: []string{"u", "v"}, Filter: []*pubsub.Match{{Key: "platform", Values: []string{"ios", "web"}}, {Key: "app_version", Values: []string{"1"}, Not: true}}},
+			{UserIds: []string{"u"}, RoomId: "r", MessageId: "m", WantAck: true, NameFiltered: true, Filter: []*pubsub.Match{{Key: "platform", Values: []string{"tv"}}}},
+			{Everybody: true, Filter: []*pubsub.Match{{Key: "platform", Values: []string{"tv"}, Not: true}}},
+			{Scope: "shop/", Filter: []*pubsub.Match{{}}},
+		}},
 		{LogMarks: []*pubsub.LogMark{{Partition: 1<<32 - 1, Partitions: 1<<32 - 1, Epoch: testEpoch}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 1<<32 - 1, Epoch: testEpoch, Seq: 1<<64 - 1, More: true}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 0, Epoch: testEpoch, Seq: 1<<64 - 1}, {Gate: fuzzGate}}},
@@ -107,6 +113,7 @@ func FuzzDeliverRequest(f *testing.F) {
 			t.Errorf("%d members, counted %d", members, st.aud.members)
 		}
 		compareWithProtobuf(t, b)
+		fuzzFilters(t, b)
 	})
 }
 
@@ -252,6 +259,10 @@ func (d *delivery) decoded(t *testing.T, hasContent bool) *pubsub.Delivery {
 	if d.hasLog {
 		out.Log = &pubsub.LogPosition{Partition: d.log.Partition, Seq: d.log.Seq, Epoch: d.log.Epoch, ExcludeUserIds: d.log.Exclude}
 	}
+	out.NameFiltered = d.namesLeft
+	for _, m := range d.filter {
+		out.Filter = append(out.Filter, &pubsub.Match{Key: m.Key, Values: m.Values, Not: m.Not})
+	}
 	var m Message
 	if err := m.parseContent(d.content); err != nil {
 		t.Fatalf("protobuf decodes it: %v", err)
@@ -296,6 +307,11 @@ func stripUnknown(r *pubsub.DeliverRequest) {
 
 func stripDelivery(d *pubsub.Delivery) {
 	d.ProtoReflect().SetUnknown(nil)
+	d.Filter = d.GetFilter()[:min(len(d.GetFilter()), maxMatches+1)] // What is refused for its length is not kept whole.
+	for _, m := range d.GetFilter() {
+		m.ProtoReflect().SetUnknown(nil)
+		m.Values = m.GetValues()[:min(len(m.GetValues()), maxMatchValues+1)]
+	}
 	if c := d.GetContent(); c != nil {
 		c.ProtoReflect().SetUnknown(nil)
 	}

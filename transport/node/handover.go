@@ -10,8 +10,12 @@ import (
 // handover is what became of one push on this node.
 type handover struct {
 	delivered   int
-	duplicates  int // of delivered
-	pending     int // of delivered
+	duplicates  int  // of delivered
+	pending     int  // of delivered
+	filters     bool // there is a filter
+	namesLeft   bool // and the manager wants to know whom it leaves out
+	filtered    int
+	leftOut     []string // of filtered, by name
 	notHere     []string
 	failed      []string
 	reused      []string
@@ -74,21 +78,24 @@ func (o *handover) failFrom(first int, users []string, skip []int32) {
 	}
 }
 
-// broadcast hands m to everybody, or to those in scope if there is one.
-func (s *Server) broadcast(scope string, m *Message, o *handover) {
+// broadcast hands m to everybody, or to those in scope if there is one, as far as f lets it.
+func (s *Server) broadcast(scope string, f Filter, m *Message, o *handover) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.panicked("Broadcast", r)
 			*o = handover{failedUsers: int(s.online()), reason: reasonPanic}
 		}
 	}()
-	var delivered, failed int
-	if scope == "" {
+	var delivered, failed, filtered int
+	switch {
+	case len(f) > 0:
+		delivered, failed, filtered = s.filtering.BroadcastFiltered(scope, f, m)
+	case scope == "":
 		delivered, failed = s.cfg.Sessions.Broadcast(m)
-	} else {
+	default:
 		delivered, failed = s.scoped.BroadcastScope(scope, m)
 	}
-	o.delivered, o.failedUsers = max(delivered, 0), max(failed, 0)
+	o.delivered, o.failedUsers, o.filtered = max(delivered, 0), max(failed, 0), max(filtered, 0)
 }
 
 // miss explains what was not reached, nil when all was.
@@ -96,17 +103,20 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 	switch {
 	case o.refused:
 		return &pubsub.Miss{Seq: seq, Refused: true, Reason: cmp.Or(o.reason, "node is draining")}
-	case len(o.notHere) == 0 && len(o.failed) == 0 && len(o.reused) == 0 && o.failedUsers == 0:
+	case len(o.notHere) == 0 && len(o.failed) == 0 && len(o.reused) == 0 && len(o.leftOut) == 0 && o.failedUsers == 0:
 		return nil
 	}
-	m := &pubsub.Miss{Seq: seq, NotHere: o.notHere, Failed: o.failed, Reused: o.reused, FailedUsers: clampUint32(o.failedUsers), Reason: o.reason}
+	m := &pubsub.Miss{
+		Seq: seq, NotHere: o.notHere, Failed: o.failed, Reused: o.reused, Filtered: o.leftOut,
+		FailedUsers: clampUint32(o.failedUsers), Reason: o.reason,
+	}
 	if m.Reason == "" && (len(o.failed) > 0 || o.failedUsers > 0) {
 		m.Reason = reasonNotTaken
 	}
 	if missSize(m) <= maxMissBytes {
 		return m
 	}
-	if o.delivered == 0 && len(o.failed) == 0 && len(o.reused) == 0 {
+	if o.delivered == 0 && o.filtered == 0 && len(o.failed) == 0 && len(o.reused) == 0 {
 		// Nothing was done for anybody: that can be said without naming them, and
 		// has them looked up again just the same.
 		return &pubsub.Miss{Seq: seq, Refused: true, Reason: "none of the users is here"}
@@ -116,7 +126,7 @@ func (o *handover) miss(seq uint64) *pubsub.Miss {
 }
 
 // sum is what has become of several deliveries.
-type sum struct{ deliveries, refused, delivered, notHere, failed, duplicates, reused, expired int }
+type sum struct{ deliveries, refused, delivered, notHere, failed, duplicates, reused, expired, filtered int }
 
 func (s *sum) of(o *handover) {
 	s.deliveries++
@@ -130,6 +140,7 @@ func (s *sum) of(o *handover) {
 	s.duplicates += o.duplicates
 	s.reused += len(o.reused)
 	s.expired += o.expired
+	s.filtered += o.filtered
 }
 
 // add counts them.
@@ -142,6 +153,7 @@ func (c *counters) add(s *sum) {
 	c.duplicates.Add(s.duplicates)
 	c.reused.Add(s.reused)
 	c.expired.Add(s.expired)
+	c.filtered.Add(s.filtered)
 }
 
 func (o *handover) count(c *counters) {
@@ -154,11 +166,13 @@ func (o *handover) count(c *counters) {
 // their users as not accounted for.
 func trimMiss(m *pubsub.Miss) {
 	room := maxMissBytes - 128
-	all := len(m.NotHere) + len(m.Failed) + len(m.Reused)
+	named := func() int { return len(m.NotHere) + len(m.Failed) + len(m.Reused) + len(m.Filtered) }
+	all := named()
 	m.Reused = fitting(m.Reused, &room)
 	m.Failed = fitting(m.Failed, &room)
 	m.NotHere = fitting(m.NotHere, &room)
-	m.Reason = fmt.Sprintf("%d users do not fit into the ack", all-len(m.NotHere)-len(m.Failed)-len(m.Reused))
+	m.Filtered = fitting(m.Filtered, &room) // last: they are counted beside it
+	m.Reason = fmt.Sprintf("%d users do not fit into the ack", all-named())
 }
 
 func fitting(ids []string, room *int) []string {

@@ -220,7 +220,7 @@ const (
 	reasonBehind      = "behind a message that did not come"
 )
 
-// deliverLasting hands over a message with Options.
+// deliverLasting hands over a message with Options or a filter.
 func (st *stream) deliverLasting(users []string, skip []int32, m *Message, o *handover) {
 	s, d := st.server, &st.delivery
 	switch {
@@ -232,19 +232,22 @@ func (st *stream) deliverLasting(users []string, skip []int32, m *Message, o *ha
 		o.expired = len(o.failed) + o.failedUsers
 		return
 	case d.everybody, d.scope != "":
-		m.Options.WantsAck = false // Nobody could be named who does not.
-		s.broadcast(d.scope, m, o)
-		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers))
+		if m.Options != nil {
+			m.Options.WantsAck = false // Nobody could be named who does not.
+		}
+		s.broadcast(d.scope, d.filter, m, o)
+		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers+o.filtered))
 		return
 	}
 	var waits *awaited
-	if m.Options.WantsAck {
+	if m.Options != nil && m.Options.WantsAck {
 		if waits = st.acks.receipts.await(st.next, m.Options.AckBy, len(users)-len(skip)); waits == nil {
 			st.failAll(users, skip, reasonTooMany, o)
 			return
 		}
 	}
-	s.handOverLasting(users, skip, m, waits, o)
+	o.filters, o.namesLeft = len(d.filter) > 0, d.namesLeft
+	s.handOverLasting(users, skip, d.filter, m, waits, o)
 	if waits != nil {
 		o.pending = waits.handedOver()
 	}
@@ -261,8 +264,8 @@ func (st *stream) failAll(users []string, skip []int32, reason string, o *handov
 	o.failFrom(0, users, skip)
 }
 
-// handOverLasting is handOver for a message with Options.
-func (s *Server) handOverLasting(users []string, skip []int32, m *Message, waits *awaited, o *handover) {
+// handOverLasting is handOver for a message with Options or a filter.
+func (s *Server) handOverLasting(users []string, skip []int32, f Filter, m *Message, waits *awaited, o *handover) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.panicked("DeliverLasting", r)
@@ -280,7 +283,12 @@ func (s *Server) handOverLasting(users []string, skip []int32, m *Message, waits
 		if waits != nil {
 			c = waits.confirmation(user)
 		}
-		out := s.lasting.DeliverLasting(user, m, c)
+		var out Outcome
+		if len(f) > 0 {
+			out = s.filtering.DeliverFiltered(user, f, m, c)
+		} else {
+			out = s.lasting.DeliverLasting(user, m, c)
+		}
 		o.note(user, out)
 		if c != nil {
 			waits.settle(c, out)
@@ -288,9 +296,18 @@ func (s *Server) handOverLasting(users []string, skip []int32, m *Message, waits
 	}
 }
 
-// note counts what became of a message with Options for one user.
+// note counts what became of a message with Options or a filter for one user.
 func (o *handover) note(user string, out Outcome) {
 	switch out {
+	case Filtered:
+		switch {
+		case !o.filters: // Nobody has asked for that.
+			o.failed = append(o.failed, user)
+			return
+		case o.namesLeft:
+			o.leftOut = append(o.leftOut, user)
+		}
+		o.filtered++
 	case Delivered, Pending:
 		o.delivered++
 	case Duplicate:

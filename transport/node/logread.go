@@ -340,6 +340,9 @@ func (st *stream) logPage(b []byte) (*logPage, error) {
 		}
 		d.wantAck = false // It stays in the log.
 		d.hasReplay = false
+		if len(d.filter) > 0 {
+			return nil, fmt.Errorf("%w: %w", errPage, errPlaced)
+		}
 		m.Options = st.options(d)
 		if m.Options == nil || m.Options.Log == nil {
 			return nil, fmt.Errorf("%w: an entry without a place", errPage)

@@ -12,6 +12,7 @@ type counters struct {
 	delivered  *metrics.Counter // users
 	notHere    *metrics.Counter
 	failed     *metrics.Counter
+	filtered   *metrics.Counter
 	broken     *metrics.Counter // streams ended with FAILED_PRECONDITION
 	superseded *metrics.Counter // streams that a newer one has replaced
 	panics     *metrics.Counter
@@ -53,6 +54,7 @@ func newCounters(set *metrics.Set) counters {
 		delivered:  set.NewCounter(`connect_node_users_total{outcome="delivered"}`),
 		notHere:    set.NewCounter(`connect_node_users_total{outcome="not_here"}`),
 		failed:     set.NewCounter(`connect_node_users_total{outcome="failed"}`),
+		filtered:   set.NewCounter(`connect_node_users_total{outcome="filtered"}`),
 		broken:     set.NewCounter("connect_node_deliver_streams_broken_total"),
 		superseded: set.NewCounter("connect_node_deliver_streams_superseded_total"),
 		panics:     set.NewCounter("connect_node_sessions_panics_total"),

@@ -27,20 +27,21 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg      Config
-	bootID   string
-	scoped   Scoped        // Sessions, nil where they cannot tell tenants apart
-	lasting  Lasting       // Sessions, nil where they take no part in lasting delivery
-	lister   Lister        // Sessions, nil where they do not name their users
-	listing  chan struct{} // held by the call that lists users
-	does     lastingParts
-	replays  *replays
-	roomLogs *roomLogs
-	features []pubsub.Feature
-	codecs   []pubsub.Codec // in which frames may come
-	decoder  *compression.Decoder
-	count    counters
-	plain    sync.Once // warns of a grpc.Server without ServerOptions
+	cfg       Config
+	bootID    string
+	scoped    Scoped        // Sessions, nil where they cannot tell tenants apart
+	lasting   Lasting       // Sessions, nil where they take no part in lasting delivery
+	filtering Filtering     // Sessions, nil where they cannot filter
+	lister    Lister        // Sessions, nil where they do not name their users
+	listing   chan struct{} // held by the call that lists users
+	does      lastingParts
+	replays   *replays
+	roomLogs  *roomLogs
+	features  []pubsub.Feature
+	codecs    []pubsub.Codec // in which frames may come
+	decoder   *compression.Decoder
+	count     counters
+	plain     sync.Once // warns of a grpc.Server without ServerOptions
 
 	warn       rate.Sometimes // of broken streams: who opens them decides how many there are
 	unreported atomic.Int64   // of those, since the last line
@@ -85,6 +86,9 @@ func New(cfg Config) (*Server, error) {
 			return nil, fmt.Errorf("node config: %w", errRoomLogAlone)
 		}
 		s.lasting, s.features = lasting, append(s.features, features...)
+	}
+	if filtering, ok := cfg.Sessions.(Filtering); ok && filtering.Filters() {
+		s.filtering, s.features = filtering, append(s.features, pubsub.Feature_FEATURE_FILTER)
 	}
 	s.replays, s.roomLogs = newReplays(s), newRoomLogs(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)

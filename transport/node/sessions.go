@@ -66,6 +66,8 @@ const (
 	Expired
 	// Stalled: the client leaves too much unacknowledged. The user counts as failed.
 	Stalled
+	// Filtered: the user is here, and has no connection for which the message's [Filter] is. Only of DeliverFiltered.
+	Filtered
 )
 
 // Message is one push. All its users share it: nothing but Prepared may be

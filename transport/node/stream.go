@@ -338,7 +338,7 @@ func (st *stream) handAcks() error {
 	st.sum = sum{}
 	err := st.acks.add(t)
 	clear(t.misses)
-	*t = tally{counts: t.counts[:0], dups: t.dups[:0], pending: t.pending[:0], misses: t.misses[:0]}
+	*t = tally{counts: t.counts[:0], dups: t.dups[:0], pending: t.pending[:0], filtered: t.filtered[:0], misses: t.misses[:0]}
 	st.users = 0
 	if errors.Is(err, errTooManyUnacked) {
 		return fmt.Errorf("%w: %w", errBroken, err)
@@ -376,10 +376,10 @@ func (st *stream) deliver(b []byte, left int) error {
 	switch {
 	case st.server.draining.Load():
 		o.refused = true
-	case m.Options != nil:
+	case m.Options != nil || len(d.filter) > 0:
 		st.deliverLasting(users, skip, m, &o)
 	case d.everybody, d.scope != "":
-		st.server.broadcast(d.scope, m, &o)
+		st.server.broadcast(d.scope, nil, m, &o)
 		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
@@ -389,7 +389,7 @@ func (st *stream) deliver(b []byte, left int) error {
 	}
 	// The ack is kept until handAcks.
 	t := &st.tally
-	st.users += o.delivered + len(o.notHere) + len(o.failed)
+	st.users += o.delivered + len(o.notHere) + len(o.failed) + o.filtered
 	n := len(t.counts)
 	t.counts = append(t.counts, clampUint32(o.delivered))
 	if o.duplicates > 0 {
@@ -401,6 +401,11 @@ func (st *stream) deliver(b []byte, left int) error {
 		t.pending = padded(t.pending, n, []uint32{clampUint32(o.pending)}, 1)
 	} else if len(t.pending) > 0 {
 		t.pending = append(t.pending, 0)
+	}
+	if o.filtered > 0 {
+		t.filtered = padded(t.filtered, n, []uint32{clampUint32(o.filtered)}, 1)
+	} else if len(t.filtered) > 0 {
+		t.filtered = append(t.filtered, 0)
 	}
 	if miss := o.miss(st.next); miss != nil {
 		t.misses = append(t.misses, miss)
@@ -415,7 +420,20 @@ var (
 	errUnscoped = errors.New("scope: this node cannot tell tenants apart, and has not said so")
 	errRooms    = errors.New("room_ids: with user_ids only, and without room_id")
 	errOneRoom  = errors.New("room_ids: this node cannot take several rooms, and has not said so")
+	errNoFilter = fmt.Errorf("%w: this node cannot filter, and has not said that it can", errFilter)
+	errPlaced   = fmt.Errorf("%w: beside replay or log", errFilter)
 )
+
+// checkFilter refuses a filter that breaks the stream.
+func (s *Server) checkFilter(d *delivery) error {
+	switch {
+	case s.filtering == nil:
+		return errNoFilter
+	case d.hasReplay || d.hasLog:
+		return errPlaced
+	}
+	return d.filter.check()
+}
 
 // targets says for whom d is: users without those at the places in skip.
 func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32, err error) {
@@ -443,6 +461,11 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 			return nil, nil, errRooms
 		}
 		m.Rooms = NewRooms(slices.Clone(d.rooms)) // parts of the frame, as all of the message
+	}
+	if len(d.filter) > 0 {
+		if err := st.server.checkFilter(d); err != nil {
+			return nil, nil, err
+		}
 	}
 	if !d.hasAudience {
 		if len(d.except) > 0 {

@@ -2,6 +2,7 @@ package node
 
 import (
 	"hash/maphash"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -20,13 +21,14 @@ type Conn interface {
 	Deliver(m *Message) Outcome
 }
 
-// Users are Sessions, Scoped and Lister: they know the connections of each user, and hand messages to them. A gateway
-// adds a connection when it begins and removes it when it has ended.
+// Users are Sessions, Scoped and Lister: they know the connections of each user, and hand messages to them. Those of connections
+// that are [Attributed] are Filtering, too. A gateway adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.
 	seed     maphash.Seed
 	features []pubsub.Feature
 	lasting  func(c C, m *Message, wait *Confirmation) Outcome // nil: they take no part in lasting delivery
+	filters  bool                                              // C is Attributed
 	parts    [64]usersPart[C]
 
 	online, connections atomic.Int64
@@ -40,7 +42,7 @@ type usersPart[C Conn] struct {
 
 // NewUsers returns Users without a connection.
 func NewUsers[C Conn]() *Users[C] {
-	u := &Users[C]{seed: maphash.MakeSeed()}
+	u := &Users[C]{seed: maphash.MakeSeed(), filters: reflect.TypeFor[C]().Implements(reflect.TypeFor[Attributed]())}
 	for i := range u.parts {
 		u.parts[i].users = make(map[string][]C)
 	}
@@ -157,6 +159,14 @@ func (u *Users[C]) DeliverLasting(user string, m *Message, wait *Confirmation) O
 	return u.deliverLasting(u.Of(user), m, wait)
 }
 
+// Filters implements Filtering.
+func (u *Users[C]) Filters() bool { return u.filters }
+
+// DeliverFiltered implements Filtering.
+func (u *Users[C]) DeliverFiltered(user string, f Filter, m *Message, wait *Confirmation) Outcome {
+	return u.deliverFiltered(u.Of(user), f, m, wait)
+}
+
 // Broadcast implements Sessions.
 func (u *Users[C]) Broadcast(m *Message) (delivered, failed int) { return u.BroadcastScope("", m) }
 
@@ -178,6 +188,47 @@ func (u *Users[C]) BroadcastScope(scope string, m *Message) (delivered, failed i
 		}
 	})
 	return delivered, failed
+}
+
+// BroadcastFiltered implements Filtering. It looks at the ids of all users.
+func (u *Users[C]) BroadcastFiltered(scope string, f Filter, m *Message) (delivered, failed, filtered int) {
+	u.eachOf(scope, func(conns []C) {
+		switch u.deliverFiltered(conns, f, m, nil) {
+		case Delivered, Pending, Duplicate:
+			delivered++
+		case NotHere: // The user has just gone.
+		case Filtered:
+			filtered++
+		default:
+			failed++
+		}
+	})
+	return delivered, failed, filtered
+}
+
+// deliverFiltered hands m to those of one user's connections for which f is. Only while no other has anything to say, it asks one
+// that f leaves out whether it is in the room: if none is, the route may be out of date.
+func (u *Users[C]) deliverFiltered(conns []C, f Filter, m *Message, wait *Confirmation) Outcome {
+	outcome := NotHere
+	for _, c := range conns {
+		at := any(c).(Attributed)
+		if !f.Matches(at.Attributes()) {
+			if outcome == NotHere && (m.RoomID == "" && m.Rooms == nil || at.IsFor(m)) {
+				outcome = Filtered
+			}
+			continue
+		}
+		var got Outcome
+		if m.Options == nil || u.lasting == nil {
+			got = c.Deliver(m)
+		} else {
+			got = u.lasting(c, m, wait)
+		}
+		if worth(got) > worth(outcome) {
+			outcome = got
+		}
+	}
+	return outcome
 }
 
 // deliverTo returns the best of what the connections of one user answer. None of them may be in the room.
@@ -213,17 +264,19 @@ func worth(o Outcome) int {
 	switch o {
 	case NotHere:
 		return 0
-	case Reused:
-		return 2
-	case Expired, Stalled:
-		return 3
-	case Duplicate:
-		return 4
-	case Pending:
-		return 5
-	case Delivered:
-		return 6
-	default:
+	case Filtered:
 		return 1
+	case Reused:
+		return 3
+	case Expired, Stalled:
+		return 4
+	case Duplicate:
+		return 5
+	case Pending:
+		return 6
+	case Delivered:
+		return 7
+	default:
+		return 2
 	}
 }

@@ -111,6 +111,9 @@ type delivery struct {
 	hasLog      bool
 	log         LogPlace // its Exclude is not reused
 
+	filter    Filter // not reused: the gateway may keep it
+	namesLeft bool   // name_filtered
+
 	// Of the audience.
 	id, version uint32
 	audRoom     string
@@ -167,10 +170,20 @@ func (d *delivery) parse(b []byte) error {
 			}
 		case m.IsBytes(25):
 			d.sender = wire.String(m.Bytes)
+		case m.IsBytes(26):
+			if len(d.filter) > maxMatches { // one more, so that check sees that they are too many
+				continue
+			}
+			d.filter = append(d.filter, Match{})
+			if err := d.filter[len(d.filter)-1].parse(m.Bytes); err != nil {
+				return err
+			}
 		case m.IsBytes(27):
 			d.rooms = append(d.rooms, wire.String(m.Bytes))
+		case m.IsUint(28):
+			d.namesLeft = m.Uint != 0
 		}
-		d.isLasting = d.isLasting || m.Number() >= 16 && m.Number() <= 25
+		d.isLasting = d.isLasting || m.Number() >= 16 && m.Number() < 26
 	}
 	if m.Err != nil || !d.hasAudience {
 		return m.Err
@@ -219,6 +232,27 @@ func (p *replayPlace) parse(b []byte) error {
 	}
 	if m.Err != nil {
 		return fmt.Errorf("replay: %w", m.Err)
+	}
+	return nil
+}
+
+// parse reads a Match.
+func (k *Match) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsBytes(1):
+			k.Key = wire.String(m.Bytes)
+		case m.IsBytes(2):
+			if len(k.Values) <= maxMatchValues { // likewise
+				k.Values = append(k.Values, wire.String(m.Bytes))
+			}
+		case m.IsUint(3):
+			k.Not = m.Uint != 0
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("filter: %w", m.Err)
 	}
 	return nil
 }

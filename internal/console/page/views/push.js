@@ -57,7 +57,7 @@ async function send() {
   const sent = performance.now();
   const path = kind === "room" ? `/v1/rooms/${encodeURIComponent(to.id())}/messages` : kind === "user" ? `/v1/users/${encodeURIComponent(to.id())}/messages` : "/v1/broadcasts";
   const { answer } = await ask(path, body), s = answer.summary ?? {}, took = performance.now() - sent;
-  const numbers = ["delivered", "offline", "failed", "unknown", "stored", "unsure", "acked", "duplicates"].filter(word => s[word]).map(word => [shown(word), String(s[word])]);
+  const numbers = ["delivered", "offline", "failed", "unknown", "stored", "unsure", "acked", "duplicates", "filtered"].filter(word => s[word]).map(word => [shown(word), String(s[word])]);
   const parts = [el("section", {}, el("h3", {}, `${answer.success ? "Success" : answer.message || "No success"}: ${s.delivered ?? 0} of ${s.targets ?? 0} delivered in ${ms(took)}`),
     numbers.length ? table("Outcomes", [{ name: "Outcome" }, { name: "Users", number: true }], numbers) : el("p", { class: "note" }, "Nobody was there."),
     failures(answer).map(f => el("p", { class: "error" }, f)))];

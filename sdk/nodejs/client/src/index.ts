@@ -1,7 +1,7 @@
 export { Client, type ClientConfig } from "./client.js";
 export type { Dial, Tls } from "./dial.js";
 export { PushError } from "./errors.js";
-export type { Message, PushOptions, Target } from "./message.js";
+export type { Match, Message, PushOptions, Target } from "./message.js";
 export type { Failure, Outcome, Result } from "./result.js";
 export type { Retries, Retry } from "./retry.js";
 export { Stream, Pending, type StreamConfig } from "./stream.js";

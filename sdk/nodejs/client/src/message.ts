@@ -1,6 +1,6 @@
 import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
 import { invalid } from "./errors.js";
-import { MessageContentSchema } from "./gen/message_pb.js";
+import { MatchSchema, MessageContentSchema } from "./gen/message_pb.js";
 import {
   AckPolicy, BroadcastMessageRequestSchema, BroadcastMessageResponseSchema, OfflinePolicy, Priority, PushOptionsSchema, PushToRoomRequestSchema,
   PushToRoomResponseSchema, PushToRoomsRequestSchema, PushToRoomsResponseSchema, PushToUserRequestSchema, PushToUserResponseSchema, PushToUsersRequestSchema, PushToUsersResponseSchema, ReceiptMode,
@@ -19,6 +19,14 @@ export type Message = string | {
   /** At most 32 entries and 8 KiB by default. */
   metadata?: Record<string, string>;
 };
+
+/** Asks something of an attribute of a connection, such as its platform: that it has one of the values or, with not, none of them. An absent attribute has none. */
+export interface Match {
+  key: string;
+  /** 1 to 32. */
+  values: readonly string[];
+  not?: boolean;
+}
 
 /** What a push is worth. All of it may be left out. */
 export interface PushOptions {
@@ -39,6 +47,11 @@ export interface PushOptions {
   priority?: "low" | "normal" | "high" | "critical";
   /** Answer without waiting for clients: their word comes with WatchReceipts. Needs ackByClient and messageId. */
   asyncReceipt?: boolean;
+  /**
+   * Only for connections for which all of these hold, at most 8. A user who is connected and has no such connection is filtered, which is of
+   * offline. Not with storeIfOffline.
+   */
+  filter?: readonly Match[];
   /** Of a push to a room, or to several: who does not get it. */
   except?: readonly string[];
   /** How long the push may take with all its tries, in milliseconds. Default: that of the Client. */
@@ -144,6 +157,14 @@ function optionsOf(o: PushOptions): WireOptions | undefined {
   }
   if (o.priority !== undefined) {
     w.priority = priorities[o.priority];
+    some = true;
+  }
+  if (o.filter !== undefined && o.filter.length > 0) {
+    w.filter = o.filter.map(({ key, values, not }, i) => {
+      check(`options.filter[${i}].key`, key);
+      check(`options.filter[${i}].values`, ...values);
+      return create(MatchSchema, { key, values: [...values], not: not ?? false });
+    });
     some = true;
   }
   if (o.asyncReceipt === true) {

@@ -45,6 +45,8 @@ export interface Result {
   acked: number;
   /** Of delivered: had it from an earlier push with the same message id. */
   duplicates: number;
+  /** Of offline: connected, and no connection matches the filter. */
+  filtered: number;
   /** That of the push, or the one that Push-Manager has made for it; "" for none. */
   messageId: string;
   /** Where a message to a room stands in the room's log; "" if it was not written there. */
@@ -56,7 +58,7 @@ export interface Result {
 export function resultOf(kind: Kind, reply: { success: boolean; message: string; summary?: DeliverySummary | undefined }): Result {
   const s = reply.summary;
   if (s === undefined) throw unusable("the reply has no summary");
-  if (Math.min(s.targets, s.delivered, s.offline, s.failed, s.unknown, s.stored, s.unsure, s.acked, s.duplicates) < 0) {
+  if (Math.min(s.targets, s.delivered, s.offline, s.failed, s.unknown, s.stored, s.unsure, s.acked, s.duplicates, s.filtered) < 0) {
     throw unusable("the reply has a count below zero");
   }
   const sum = s.delivered + s.offline + s.failed + s.unknown;
@@ -67,7 +69,7 @@ export function resultOf(kind: Kind, reply: { success: boolean; message: string;
   const r: Result = {
     outcome: "failed", success: reply.success, message: reply.message,
     targets: s.targets, delivered: s.delivered, offline: s.offline, failed: s.failed, unknown: s.unknown,
-    stored: s.stored, unsure: s.unsure, acked: s.acked, duplicates: s.duplicates, messageId: s.messageId, position: s.position, failures,
+    stored: s.stored, unsure: s.unsure, acked: s.acked, duplicates: s.duplicates, filtered: s.filtered, messageId: s.messageId, position: s.position, failures,
   };
   r.outcome = outcomeOf(kind, r);
   return r;

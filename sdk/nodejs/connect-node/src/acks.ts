@@ -23,6 +23,10 @@ export class Handover {
   readonly notHere: string[] = [];
   readonly failed: string[] = [];
   readonly reused: string[] = [];
+  filtered = 0;
+  /** Of filtered, where the manager wants to know. */
+  readonly leftOut: string[] = [];
+  namesLeft = false;
   /** Of a broadcast. */
   failedUsers = 0;
   isBroadcast = false;
@@ -45,6 +49,10 @@ export class Handover {
       case "reused":
         this.reused.push(user);
         return;
+      case "filtered":
+        this.filtered++;
+        if (this.namesLeft) this.leftOut.push(user);
+        return;
       case "expired":
         this.reason = "expired";
         break;
@@ -59,20 +67,20 @@ export class Handover {
   /** Explains what was not reached; undefined when all was. */
   miss(seq: bigint): Miss | undefined {
     if (this.refused) return create(MissSchema, { seq, refused: true, reason: this.reason || "node is draining" });
-    const named = this.notHere.length + this.failed.length + this.reused.length;
+    const named = this.notHere.length + this.failed.length + this.reused.length + this.leftOut.length;
     if (named + this.failedUsers === 0) return undefined;
     const failed = this.failed.length + this.failedUsers > 0;
     const m = create(MissSchema, {
-      seq, notHere: this.notHere, failed: this.failed, reused: this.reused, failedUsers: this.failedUsers,
+      seq, notHere: this.notHere, failed: this.failed, reused: this.reused, filtered: this.leftOut, failedUsers: this.failedUsers,
       reason: this.reason || (failed ? "no connection took it" : ""),
     });
     let bytes = missBytes(m);
     if (bytes <= maxMissBytes) return m;
     // Nothing was done for anybody: that can be said without naming them, and has them looked up again just the same.
-    if (this.delivered + this.failed.length + this.reused.length === 0) {
+    if (this.delivered + this.filtered + this.failed.length + this.reused.length === 0) {
       return create(MissSchema, { seq, refused: true, reason: "none of the users is here" });
     }
-    for (const list of [m.notHere, m.failed, m.reused]) { // What is left out becomes unknown.
+    for (const list of [m.filtered, m.notHere, m.failed, m.reused]) { // What is left out becomes unknown, but for filtered, which is counted.
       while (bytes > maxMissBytes && list.length > 0) bytes -= idBytes(list.pop()!);
     }
     return m;
@@ -83,7 +91,7 @@ const idBytes = (id: string): number => Buffer.byteLength(id) + 3;
 
 function missBytes(m: Miss): number {
   let n = 32 + Buffer.byteLength(m.reason);
-  for (const list of [m.notHere, m.failed, m.reused]) for (const id of list) n += idBytes(id);
+  for (const list of [m.notHere, m.failed, m.reused, m.filtered]) for (const id of list) n += idBytes(id);
   return n;
 }
 
@@ -95,6 +103,7 @@ export class Acks {
   private counts: number[] = [];
   private duplicates: number[] = [];
   private pending: number[] = [];
+  private filtered: number[] = [];
   private misses: { miss: Miss; bytes: number }[] = [];
   private missBytes = 0;
   private reached = 0;
@@ -116,7 +125,8 @@ export class Acks {
     this.counts.push(h.delivered);
     this.duplicates.push(h.duplicates);
     this.pending.push(h.pending);
-    if (h.isBroadcast) this.reached = Math.max(this.reached, h.delivered + h.failedUsers);
+    this.filtered.push(h.filtered);
+    if (h.isBroadcast) this.reached = Math.max(this.reached, h.delivered + h.failedUsers + h.filtered);
     if (miss !== undefined) {
       const bytes = missBytes(miss);
       this.misses.push({ miss, bytes });
@@ -184,8 +194,10 @@ export class Acks {
       const range = create(AckRangeSchema, { first: this.first, delivered: this.counts.splice(0, n) });
       const duplicates = this.duplicates.splice(0, n);
       const pending = this.pending.splice(0, n);
+      const filtered = this.filtered.splice(0, n);
       if (duplicates.some((d) => d > 0)) range.duplicates = duplicates;
       if (pending.some((p) => p > 0)) range.pending = pending;
+      if (filtered.some((f) => f > 0)) range.filtered = filtered;
       r.acks = [range];
       r.misses = this.misses.splice(0, k).map((m) => m.miss);
       this.missBytes -= bytes;

@@ -73,11 +73,11 @@ export interface Push {
 }
 
 /** What became of a push for one user or connection. */
-export type Outcome = "notHere" | "failed" | "reused" | "expired" | "stalled" | "duplicate" | "pending" | "delivered";
+export type Outcome = "notHere" | "filtered" | "failed" | "reused" | "expired" | "stalled" | "duplicate" | "pending" | "delivered";
 
 /** Of a user's connections, the best outcome is the user's. */
 export const worth: Record<Outcome, number> = {
-  notHere: 0, failed: 1, reused: 2, expired: 3, stalled: 3, duplicate: 4, pending: 5, delivered: 6,
+  notHere: 0, filtered: 1, failed: 2, reused: 3, expired: 4, stalled: 4, duplicate: 5, pending: 6, delivered: 7,
 };
 
 /** What a push with options asks of the node. Times are those of clock. */

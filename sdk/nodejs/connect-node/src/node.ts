@@ -5,12 +5,14 @@ import {
 } from "@grpc/grpc-js";
 import { Handover } from "./acks.js";
 import { Registration, type EtcdConfig } from "./etcd.js";
+import { attributesOf, checkText, matches, type Attributes } from "./filter.js";
 import {
   BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, ListUsersRequestSchema, ListUsersResponseSchema, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
   PushMessageRequestSchema, PushMessageResponseSchema,
   type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Hello, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
+import type { Match } from "./gen/message_pb.js";
 import { Listing } from "./listing.js";
 import { Reporter, reserved } from "./membership.js";
 import { clock, inRoom, messageOf, watch, worth, type Message, type Options, type Outcome, type Several } from "./message.js";
@@ -74,6 +76,11 @@ export interface ConnectOptions {
   name?: string;
   /** The client acknowledges pushes (Session.ack). */
   acks?: boolean;
+  /**
+   * What pushes with a filter look at, such as device_id, platform and app_version: at most 16, keys and values of 1 to 64 bytes. What proves who the
+   * client is should win over what the client says.
+   */
+  attributes?: Attributes;
 }
 
 /** What a node counts, since its start. */
@@ -93,14 +100,9 @@ export interface Stats {
 
 const notManager = "the certificate is not that of a Push-Manager";
 const maxId = 288;
-// eslint-disable-next-line no-control-regex
-const control = /[\u0000-\u001f\u007f-\u009f]/;
-
 /** Throws a RangeError that names the field for what is no id. */
 export function checkId(field: string, id: string): void {
-  if (typeof id !== "string" || id === "") throw new RangeError(`${field}: must not be empty`);
-  if (Buffer.byteLength(id) > maxId) throw new RangeError(`${field}: more than ${maxId} bytes`);
-  if (!id.isWellFormed() || control.test(id)) throw new RangeError(`${field}: must be valid UTF-8 without control characters`);
+  checkText(field, id, maxId);
 }
 
 const codec = <T extends DescMessage>(schema: T): { serialize: (m: MessageShape<T>) => Buffer; deserialize: (b: Buffer) => MessageShape<T> } => ({
@@ -209,15 +211,15 @@ export class ConnectNode {
     const node = this; // eslint-disable-line @typescript-eslint/no-this-alias -- for the getter
     this.streamHost = {
       nodeId: cfg.nodeId, bootId: this.bootId, maxAudienceMembers: this.cfg.maxAudienceMembers, maxUnacked: this.cfg.maxUnacked,
-      features: [Feature.SCOPE, Feature.ROOMS, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
+      features: [Feature.SCOPE, Feature.FILTER, Feature.ROOMS, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
       get isDraining() {
         return node.isDraining;
       },
       online: () => this.users.size,
       enter: (s, hello) => this.enter(s, hello),
       leave: (s) => this.left(s),
-      deliverTo: (user, m, o, c) => this.deliverTo(user, m, o, c),
-      broadcast: (scope, m, o, h) => this.broadcast(scope, m, o, h),
+      deliverTo: (user, filter, m, o, c) => this.deliverTo(user, filter, m, o, c),
+      broadcast: (scope, filter, m, o, h) => this.broadcast(scope, filter, m, o, h),
       caught: (what, error) => this.caught(what, error),
     };
   }
@@ -275,7 +277,7 @@ export class ConnectNode {
     if (this.server === undefined) throw new RangeError("node is not started");
     if (this.isDraining) throw new RangeError("node is going");
     if (this.sessions >= this.cfg.maxSessions) throw new RangeError(`node is full: ${this.sessions} connections`);
-    const s = new Session(o.user, o.name ?? "", connection, o.acks ?? false, this.host);
+    const s = new Session(o.user, o.name ?? "", connection, o.acks ?? false, attributesOf(o.attributes ?? {}), this.host);
     if (this.cfg.lasting !== false) s.gate = this.replays.gate(s, 32);
     this.sessions++;
     this.users.set(o.user, [...(this.users.get(o.user) ?? []), s]);
@@ -380,33 +382,37 @@ export class ConnectNode {
     if (s.seat !== "" && at !== undefined && --at.streams === 0) this.seats.delete(s.seat);
   }
 
-  private deliverTo(user: string, m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome {
-    return this.offer(this.users.get(user), m, o, c);
+  private deliverTo(user: string, filter: readonly Match[], m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome {
+    return this.offer(this.users.get(user), filter, m, o, c);
   }
 
   /** The best of what becomes of a message for the connections of one user. */
-  private offer(of: readonly Session[] | undefined, m: Message | Several, o: Options | undefined, c: Confirmation | undefined): Outcome {
+  private offer(of: readonly Session[] | undefined, filter: readonly Match[], m: Message | Several, o: Options | undefined, c: Confirmation | undefined): Outcome {
     let best: Outcome = "notHere";
     for (const s of of ?? []) {
       if (m.roomId !== "" && this.cfg.anyRoom !== true && !s.isIn(m.roomId)) continue;
       const shown = "rooms" in m ? inRoom(m, this.cfg.anyRoom === true ? undefined : s.rooms) : m;
       if (shown === undefined) continue;
-      let out: Outcome = "failed";
-      try {
-        out = s.offer(shown, o, c);
-      } catch (error) {
-        this.caught("offer", error);
+      let out: Outcome = "filtered";
+      if (matches(filter, s.attributes)) {
+        out = "failed";
+        try {
+          out = s.offer(shown, o, c);
+        } catch (error) {
+          this.caught("offer", error);
+        }
       }
       if (worth[out] > worth[best]) best = out;
     }
     return best;
   }
 
-  private broadcast(scope: string, m: Message, o: Options | undefined, h: Handover): void {
+  private broadcast(scope: string, filter: readonly Match[], m: Message, o: Options | undefined, h: Handover): void {
     for (const [user, of] of [...this.users]) {
       if (scope !== "" && !user.startsWith(scope)) continue;
-      const out = this.offer(of, m, o, undefined);
+      const out = this.offer(of, filter, m, o, undefined);
       if (worth[out] >= worth.duplicate) h.delivered++;
+      else if (out === "filtered") h.filtered++;
       else if (out !== "notHere") h.failedUsers++;
     }
   }
@@ -442,7 +448,7 @@ export class ConnectNode {
   private pushMessage(r: PushMessageRequest): PushMessageResponse {
     if (r.userId === "") throw new StreamEnd(status.INVALID_ARGUMENT, "user_id: required");
     if (r.content === undefined) throw new StreamEnd(status.INVALID_ARGUMENT, "content: required");
-    const out = this.deliverTo(r.userId, messageOf(r.content, r.roomId, false), undefined, undefined);
+    const out = this.deliverTo(r.userId, [], messageOf(r.content, r.roomId, false), undefined, undefined);
     if (out === "failed") throw new StreamEnd(status.RESOURCE_EXHAUSTED, "no connection took it");
     const here = out === "delivered";
     return create(PushMessageResponseSchema, { success: here, message: here ? "" : `user ${JSON.stringify(r.userId)} is not here` });
@@ -454,7 +460,7 @@ export class ConnectNode {
     if (r.content === undefined) throw new StreamEnd(status.INVALID_ARGUMENT, "content: required");
     const h = new Handover();
     const m = messageOf(r.content, r.roomId, false);
-    for (const user of r.userIds) h.note(user, this.deliverTo(user, m, undefined, undefined));
+    for (const user of r.userIds) h.note(user, this.deliverTo(user, [], m, undefined, undefined));
     return create(PushMessageBatchResponseSchema, {
       success: h.notHere.length + h.failed.length === 0, deliveredCount: h.delivered, failedUserIds: h.notHere, unreachedUserIds: h.failed,
       message: h.failed.length > 0 ? "no connection took it" : "",
@@ -464,7 +470,7 @@ export class ConnectNode {
   private pushToAll(r: BroadcastRequest): BroadcastResponse {
     if (r.content === undefined) throw new StreamEnd(status.INVALID_ARGUMENT, "content: required");
     const h = new Handover();
-    this.broadcast("", messageOf(r.content, "", true), undefined, h);
+    this.broadcast("", [], messageOf(r.content, "", true), undefined, h);
     return create(BroadcastResponseSchema, {
       success: h.failedUsers === 0, deliveredCount: h.delivered, unreachedCount: h.failedUsers, message: h.failedUsers > 0 ? "no connection took it" : "",
     });

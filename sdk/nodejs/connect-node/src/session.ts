@@ -117,6 +117,8 @@ export class Session {
     readonly connection: Connection,
     /** The client acknowledges. */
     readonly acks: boolean,
+    /** What pushes with a filter look at. */
+    readonly attributes: ReadonlyMap<string, string>,
     private readonly host: SessionHost,
   ) {}
 

@@ -2,10 +2,12 @@ import { create, fromBinary } from "@bufbuild/protobuf";
 import { status, type ServerDuplexStream } from "@grpc/grpc-js";
 import { Acks, Handover } from "./acks.js";
 import { Audiences, BrokenStream } from "./audiences.js";
+import { checkFilter } from "./filter.js";
 import {
   DeliverRequestSchema, DeliverResponseSchema, Feature, HelloReplySchema,
   type Delivery, type DeliverRequest, type DeliverResponse, type Hello,
 } from "./gen/connect_node_pb.js";
+import type { Match } from "./gen/message_pb.js";
 import { clock, hasExpired, messageOf, Rooms, type Message, type Options, type Outcome } from "./message.js";
 import type { Awaited, Confirmation } from "./receipts.js";
 import type { Offer, Replays } from "./replay.js";
@@ -44,8 +46,8 @@ export interface StreamHost {
   /** Takes the place of the stream before it of the same process and shard. Throws StreamEnd for a stream that comes too late or is one too many. */
   enter(s: Stream, hello: Hello): void;
   leave(s: Stream): void;
-  deliverTo(user: string, m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome;
-  broadcast(scope: string, m: Message, o: Options | undefined, h: Handover): void;
+  deliverTo(user: string, filter: readonly Match[], m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome;
+  broadcast(scope: string, filter: readonly Match[], m: Message, o: Options | undefined, h: Handover): void;
   caught(what: string, error: unknown): void;
   readonly counts: { deliveries: number; broken: number };
 }
@@ -232,6 +234,7 @@ export class Stream implements Offer {
     const targets = [d.userIds.length > 0, d.audience !== undefined, d.everybody, d.scope !== ""].filter((is) => is).length;
     if (targets !== 1) throw new BrokenStream("exactly one of user_ids, audience, everybody and scope must be set");
     if (d.scope !== "" && !tenantScope.test(d.scope)) throw new BrokenStream("scope: must be the name of a tenant and a slash");
+    checkFilter(d);
     if (d.audience === undefined && d.exceptUserIds.length > 0) throw new BrokenStream("except_user_ids without an audience");
     let users: Iterable<string> = d.userIds;
     let count = d.userIds.length;
@@ -251,6 +254,7 @@ export class Stream implements Offer {
     }
     const h = new Handover();
     h.isBroadcast = d.everybody || d.scope !== "";
+    h.namesLeft = d.nameFiltered;
     if (this.host.isDraining) {
       h.refused = true;
       return h;
@@ -264,7 +268,7 @@ export class Stream implements Offer {
         h.reason = "expired";
         h.failedUsers = this.host.online();
       } else {
-        this.host.broadcast(d.scope, m, o === undefined ? undefined : { ...o, wantsAck: false }, h); // Nobody could be named who does not.
+        this.host.broadcast(d.scope, d.filter, m, o === undefined ? undefined : { ...o, wantsAck: false }, h); // Nobody could be named who does not.
       }
     } else if (hasExpired(o, clock())) {
       for (const user of users) h.note(user, "expired");
@@ -278,18 +282,18 @@ export class Stream implements Offer {
           return h;
         }
       }
-      for (const user of users) h.note(user, this.deliverTo(user, m, o, waits));
+      for (const user of users) h.note(user, this.deliverTo(user, d.filter, m, o, waits));
       if (waits !== undefined) h.pending = this.acks.receipts.handedOver(waits);
     }
-    if (h.delivered + h.notHere.length + h.failed.length + h.reused.length !== count && !h.isBroadcast && !h.refused) {
+    if (h.delivered + h.filtered + h.notHere.length + h.failed.length + h.reused.length !== count && !h.isBroadcast && !h.refused) {
       this.host.caught("Deliver", new Error("the sum of a delivery is wrong"));
     }
     return h;
   }
 
-  private deliverTo(user: string, m: Message, o: Options | undefined, waits: Awaited | undefined): Outcome {
+  private deliverTo(user: string, filter: readonly Match[], m: Message, o: Options | undefined, waits: Awaited | undefined): Outcome {
     const c = waits?.confirmation(user);
-    const out = this.host.deliverTo(user, m, o, c);
+    const out = this.host.deliverTo(user, filter, m, o, c);
     if (c !== undefined) waits!.settle(c, out);
     return out;
   }

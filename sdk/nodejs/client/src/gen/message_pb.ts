@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file message.proto.
  */
 export const file_message: GenFile = /*@__PURE__*/
-  fileDesc("Cg1tZXNzYWdlLnByb3RvEgZwdWJzdWIivQEKDk1lc3NhZ2VDb250ZW50EiEKBHR5cGUYASABKA4yEy5wdWJzdWIuTWVzc2FnZVR5cGUSDAoEZGF0YRgCIAEoDBIRCgl0aW1lc3RhbXAYAyABKAMSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTWVzc2FnZUNvbnRlbnQuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEingIKD0RlbGl2ZXJ5U3VtbWFyeRIPCgd0YXJnZXRzGAEgASgFEhEKCWRlbGl2ZXJlZBgCIAEoBRIPCgdvZmZsaW5lGAMgASgFEg4KBmZhaWxlZBgEIAEoBRIPCgd1bmtub3duGAUgASgFEioKDW5vZGVfZmFpbHVyZXMYBiADKAsyEy5wdWJzdWIuTm9kZUZhaWx1cmUSDgoGc3RvcmVkGAcgASgFEg4KBnVuc3VyZRgIIAEoBRINCgVhY2tlZBgJIAEoBRISCgpkdXBsaWNhdGVzGAogASgFEhIKCm1lc3NhZ2VfaWQYCyABKAkSEAoIcG9zaXRpb24YDCABKAkSIAoFdHJhY2UYDiABKAsyES5wdWJzdWIuUHVzaFRyYWNlIpIBCglQdXNoVHJhY2USEQoJZGVjb2RlX3VzGAEgASgNEhAKCHJvdXRlX3VzGAIgASgNEg8KB2xvb2t1cHMYAyABKA0SEQoJbG9va3VwX3VzGAQgASgNEhAKCHRvdGFsX3VzGAUgASgNEioKCmRlbGl2ZXJpZXMYBiADKAsyFi5wdWJzdWIuVHJhY2VkRGVsaXZlcnkihgEKDlRyYWNlZERlbGl2ZXJ5Eg8KB25vZGVfaWQYASABKAkSDQoFdXNlcnMYAiABKAUSDwoHb3V0Y29tZRgDIAEoCRIQCghiZWdpbl91cxgEIAEoDRIQCghxdWV1ZV91cxgFIAEoDRIPCgd3aXJlX3VzGAYgASgNEg4KBmFja191cxgHIAEoDSI9CgtOb2RlRmFpbHVyZRIPCgdub2RlX2lkGAEgASgJEg4KBnJlYXNvbhgCIAEoCRINCgV1c2VycxgDIAEoBSpKCgtNZXNzYWdlVHlwZRIICgRURVhUEAASCQoFQVVESU8QARIJCgVWSURFTxACEg8KC1RSQU5TTEFUSU9OEAMSCgoGU1lTVEVNEARCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z");
+  fileDesc("Cg1tZXNzYWdlLnByb3RvEgZwdWJzdWIivQEKDk1lc3NhZ2VDb250ZW50EiEKBHR5cGUYASABKA4yEy5wdWJzdWIuTWVzc2FnZVR5cGUSDAoEZGF0YRgCIAEoDBIRCgl0aW1lc3RhbXAYAyABKAMSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTWVzc2FnZUNvbnRlbnQuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiMQoFTWF0Y2gSCwoDa2V5GAEgASgJEg4KBnZhbHVlcxgCIAMoCRILCgNub3QYAyABKAgisAIKD0RlbGl2ZXJ5U3VtbWFyeRIPCgd0YXJnZXRzGAEgASgFEhEKCWRlbGl2ZXJlZBgCIAEoBRIPCgdvZmZsaW5lGAMgASgFEg4KBmZhaWxlZBgEIAEoBRIPCgd1bmtub3duGAUgASgFEioKDW5vZGVfZmFpbHVyZXMYBiADKAsyEy5wdWJzdWIuTm9kZUZhaWx1cmUSDgoGc3RvcmVkGAcgASgFEg4KBnVuc3VyZRgIIAEoBRINCgVhY2tlZBgJIAEoBRISCgpkdXBsaWNhdGVzGAogASgFEhIKCm1lc3NhZ2VfaWQYCyABKAkSEAoIcG9zaXRpb24YDCABKAkSEAoIZmlsdGVyZWQYDSABKAUSIAoFdHJhY2UYDiABKAsyES5wdWJzdWIuUHVzaFRyYWNlIpIBCglQdXNoVHJhY2USEQoJZGVjb2RlX3VzGAEgASgNEhAKCHJvdXRlX3VzGAIgASgNEg8KB2xvb2t1cHMYAyABKA0SEQoJbG9va3VwX3VzGAQgASgNEhAKCHRvdGFsX3VzGAUgASgNEioKCmRlbGl2ZXJpZXMYBiADKAsyFi5wdWJzdWIuVHJhY2VkRGVsaXZlcnkihgEKDlRyYWNlZERlbGl2ZXJ5Eg8KB25vZGVfaWQYASABKAkSDQoFdXNlcnMYAiABKAUSDwoHb3V0Y29tZRgDIAEoCRIQCghiZWdpbl91cxgEIAEoDRIQCghxdWV1ZV91cxgFIAEoDRIPCgd3aXJlX3VzGAYgASgNEg4KBmFja191cxgHIAEoDSI9CgtOb2RlRmFpbHVyZRIPCgdub2RlX2lkGAEgASgJEg4KBnJlYXNvbhgCIAEoCRINCgV1c2VycxgDIAEoBSpKCgtNZXNzYWdlVHlwZRIICgRURVhUEAASCQoFQVVESU8QARIJCgVWSURFTxACEg8KC1RSQU5TTEFUSU9OEAMSCgoGU1lTVEVNEARCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z");
 
 /**
  * MessageContent is what a Biz-Server wants a client to get. Push-Manager
@@ -56,6 +56,42 @@ export type MessageContent = Message<"pubsub.MessageContent"> & {
  */
 export const MessageContentSchema: GenMessage<MessageContent> = /*@__PURE__*/
   messageDesc(file_message, 0);
+
+/**
+ * Match asks something of a connection's attributes, which its client or its token has given at connecting.
+ *
+ * @generated from message pubsub.Match
+ */
+export type Match = Message<"pubsub.Match"> & {
+  /**
+   * The attribute, such as platform: 1 to 64 bytes of valid UTF-8 without control characters.
+   *
+   * @generated from field: string key = 1;
+   */
+  key: string;
+
+  /**
+   * It holds where the attribute has one of these values: 1 to 32, each as key. An attribute that the connection does not
+   * have has none of them.
+   *
+   * @generated from field: repeated string values = 2;
+   */
+  values: string[];
+
+  /**
+   * It holds where it would not hold otherwise: also where the attribute is absent.
+   *
+   * @generated from field: bool not = 3;
+   */
+  not: boolean;
+};
+
+/**
+ * Describes the message pubsub.Match.
+ * Use `create(MatchSchema)` to create a new message.
+ */
+export const MatchSchema: GenMessage<Match> = /*@__PURE__*/
+  messageDesc(file_message, 1);
 
 /**
  * DeliverySummary is the honest account of one push. Every reply carries one.
@@ -161,6 +197,13 @@ export type DeliverySummary = Message<"pubsub.DeliverySummary"> & {
   position: string;
 
   /**
+   * Of offline: connected, and none of the connections that the push is for matches PushOptions.filter.
+   *
+   * @generated from field: int32 filtered = 13;
+   */
+  filtered: number;
+
+  /**
    * Of a push with PushOptions.trace.
    *
    * @generated from field: pubsub.PushTrace trace = 14;
@@ -173,7 +216,7 @@ export type DeliverySummary = Message<"pubsub.DeliverySummary"> & {
  * Use `create(DeliverySummarySchema)` to create a new message.
  */
 export const DeliverySummarySchema: GenMessage<DeliverySummary> = /*@__PURE__*/
-  messageDesc(file_message, 1);
+  messageDesc(file_message, 2);
 
 /**
  * PushTrace is how long the stages of one push took, in microseconds. They follow each other, but nodes do not wait for each other.
@@ -227,7 +270,7 @@ export type PushTrace = Message<"pubsub.PushTrace"> & {
  * Use `create(PushTraceSchema)` to create a new message.
  */
 export const PushTraceSchema: GenMessage<PushTrace> = /*@__PURE__*/
-  messageDesc(file_message, 2);
+  messageDesc(file_message, 3);
 
 /**
  * TracedDelivery is one delivery. Its stages are 0 from the one on that it did not get to.
@@ -284,7 +327,7 @@ export type TracedDelivery = Message<"pubsub.TracedDelivery"> & {
  * Use `create(TracedDeliverySchema)` to create a new message.
  */
 export const TracedDeliverySchema: GenMessage<TracedDelivery> = /*@__PURE__*/
-  messageDesc(file_message, 3);
+  messageDesc(file_message, 4);
 
 /**
  * NodeFailure says where and why a part of a push failed or became unknown.
@@ -317,7 +360,7 @@ export type NodeFailure = Message<"pubsub.NodeFailure"> & {
  * Use `create(NodeFailureSchema)` to create a new message.
  */
 export const NodeFailureSchema: GenMessage<NodeFailure> = /*@__PURE__*/
-  messageDesc(file_message, 4);
+  messageDesc(file_message, 5);
 
 /**
  * MessageType tells a client how to show the content. The enum is open: a
