@@ -16,7 +16,7 @@ type RoomList struct {
 	ids []string
 	one bool // there is one room, perhaps several times
 
-	checked atomic.Bool                             // all ids are within the limits
+	checked atomic.Bool                               // all ids are within the limits
 	union   atomic.Pointer[weak.Pointer[route.Union]] // of the rooms; it is the directory's to keep
 	scoped  atomic.Pointer[scopedRooms]
 }

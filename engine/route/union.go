@@ -66,12 +66,12 @@ type Union struct {
 	shards []int    // of rooms
 	list   []string // as it was asked for
 
-	weight  atomic.Int64
-	absent  atomic.Int32
-	again   atomic.Bool // it was asked for more than once
-	gone    atomic.Bool // the cache has it no more
-	keyed   sync.Once
-	keys    []uint64
+	weight atomic.Int64
+	absent atomic.Int32
+	again  atomic.Bool // it was asked for more than once
+	gone   atomic.Bool // the cache has it no more
+	keyed  sync.Once
+	keys   []uint64
 
 	mu sync.Mutex
 	// Guarded by mu. Somebody who answers the line changes what follows, and nobody else.
