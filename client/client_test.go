@@ -72,20 +72,20 @@ func TestAllOfAPushArrives(t *testing.T) {
 		}
 		var wants []clienttest.Push
 		for _, test := range []struct {
-			to     client.Target
-			users  []string
-			except []string
+			to                   client.Target
+			users, rooms, except []string
 		}{
-			{client.User("alice"), nil, nil},
-			{client.Users("alice", "bob"), []string{"alice", "bob"}, nil},
-			{client.Room("lobby").Except("carol"), nil, []string{"carol"}},
-			{client.Everybody(), nil, nil},
+			{to: client.User("alice")},
+			{to: client.Users("alice", "bob"), users: []string{"alice", "bob"}},
+			{to: client.Room("lobby").Except("carol"), except: []string{"carol"}},
+			{to: client.Rooms("lobby", "news").Except("carol"), rooms: []string{"lobby", "news"}, except: []string{"carol"}},
+			{to: client.Everybody()},
 		} {
 			r, err := p.Push(within(t), test.to, message, options...)
 			if err != nil || r.Outcome() != client.Delivered || r.Targets != max(len(test.users), 1) || r.Delivered != r.Targets || r.MessageID != "m-1" {
 				t.Errorf("%v: %+v %v", test.to, r, err)
 			}
-			want.Target, want.Users, want.Except = test.to.String(), test.users, test.except
+			want.Target, want.Users, want.Rooms, want.Except = test.to.String(), test.users, test.rooms, test.except
 			wants = append(wants, want)
 		}
 		if diff := cmp.Diff(wants, server.Pushes(), cmpopts.IgnoreFields(clienttest.Push{}, "Streamed"), cmpopts.EquateEmpty()); diff != "" {
@@ -322,6 +322,7 @@ func TestWhatCannotBeEncodedIsRefusedHere(t *testing.T) {
 			{field: "user_id", to: client.User(bad)},
 			{field: "room_id", to: client.Room(bad)},
 			{field: "user_ids[1]", to: client.Users("a", bad)},
+			{field: "room_ids[1]", to: client.Rooms("a", bad)},
 			{field: "exclude_user_ids[0]", to: client.Room("r").Except(bad)},
 			{field: "exclude_user_ids", to: client.User("u").Except("v")},
 			{field: "content.metadata", to: client.User("u"), message: client.Message{Metadata: map[string]string{"k": bad}}},

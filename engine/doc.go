@@ -30,8 +30,9 @@
 //   - Sent again is only what is known not to have been delivered: users that a
 //     node does not have, and deliveries that were never written because the node
 //     is gone. Once, after one fresh look-up, within the deadline.
+//   - A push to several rooms goes to each user of their union once, on each node that has the user in one of them.
 //   - Pushes of one Order reach a connection in the order of their start, for each
-//     room and user, those that are sent again, too: see fence.go.
+//     room and user, those that are sent again, too: see fence.go, and rooms.go for several rooms.
 //   - A push by a route that is known to have changed is no success.
 //   - Completer.Complete is called exactly once for each push that Start took, and Receipts.Receipt
 //     at most once for an Async one.

@@ -573,14 +573,16 @@ func (o *Order) behind(h *healer) bool {
 // holds has h started when a delivery of p that it has to wait for is settled. False means
 // that there is none.
 func (p *Push) holds(h *healer) bool {
-	until := healing
-	if p.Kind == ToRooms {
-		until = settled // its heals stand in several lines, and not each in the same
+	// Heals of a push to several rooms stand in several lines, and not each in the same: one waits for the end of another. While
+	// some rooms know that a user has moved, and others do not, each push goes to both nodes. So the node does not matter.
+	until, several := healing, p.Kind == ToRooms
+	if several {
+		until = settled
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, d := range p.deliveries {
-		if d.node == h.d.node && d.state.Load() < until && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
+		if (several || d.node == h.d.node) && d.state.Load() < until && slices.ContainsFunc(h.missing, d.has) && p.wardLocked(d, h.start) {
 			return true
 		}
 	}

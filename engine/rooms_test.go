@@ -474,8 +474,11 @@ func TestPushWaitsForSeveralRoomsUntilItsDeadline(t *testing.T) {
 		p.Timeout = time.Second
 		begin(t, e, &stream, p, &o)
 		time.Sleep(1100 * time.Millisecond)
-		if _, err := p.Result(); o.ended() != 1 || !errors.Is(err, ErrDeadline) {
-			t.Errorf("%d ended, %v", o.ended(), err)
+		if n := o.ended(); n != 1 {
+			t.Fatalf("%d ended", n)
+		}
+		if _, err := p.Result(); !errors.Is(err, ErrDeadline) {
+			t.Error(err)
 		}
 		w.nodes["A"].settle(func(d *Delivery) { _, _ = d.Ack(Ack{Delivered: d.Targets()}) })
 		time.Sleep(10 * time.Second)

@@ -41,6 +41,12 @@
 // All else is looked up again: an answer without a revision, one that is older than what had been told
 // before it was asked for, more moves than a look-up costs, a room that nobody is left in.
 //
+// # Unions
+//
+// A Union is the members of several rooms as one snapshot, kept and brought up to date by what its rooms' answers become.
+// It has a line of its own: who asks while its rooms are looked up is told in the order of asking, and nobody finds an
+// answer in memory before. With an unchanged number of changes in the table of rooms a query looks at nothing else.
+//
 // When a look-up fails:
 //
 //   - An answer that may still be true serves as a stale one (Snapshot.Stale), for at
@@ -60,5 +66,5 @@
 // look-up brings is copied only where it differs from what is known.
 //
 // Locks: one mutex for each shard guards its lines. It is a leaf: no
-// callback, look-up or cache eviction runs under it.
+// callback, look-up or cache eviction runs under it. That of a Union comes before it.
 package route

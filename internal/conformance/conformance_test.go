@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -103,6 +104,11 @@ func (c *lastingConn) DeliverLasting(m *node.Message, confirm *node.Confirmation
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
+	if m.Rooms != nil {
+		if _, in := m.Rooms.Place("conformance"); !in {
+			return node.NotHere
+		}
+	}
 	if out, settled := c.inbox.Check(m, confirm, len(m.Data), now); settled {
 		return out
 	}
@@ -144,7 +150,7 @@ func TestOurNodeConforms(t *testing.T) {
 			cfg, client := node.Config{NodeID: "ours", Sessions: g, UnaryOnly: unaryOnly}, g.client
 			var srv *node.Server
 			if lasting {
-				users := node.NewLastingUsers[*lastingConn](every...)
+				users := node.NewLastingUsers[*lastingConn](append(slices.Clone(every), pubsub.Feature_FEATURE_ROOMS)...)
 				cfg.Sessions = users
 				client = func(ctx context.Context, user string, got func(string)) error {
 					c := &lastingConn{got: got}

@@ -242,5 +242,20 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"to := min(r.taken, r.delivered)", "to := r.delivered"}},
 			dir:   "transport/replay", test: "TestProtocol",
 		},
+		{
+			name: "let a push to a room overtake one to several rooms with it",
+			file: "engine/rooms.go",
+			edits: []edit{{
+				"\tmust := waits > 0 || len(o.lines[key]) > 0 || len(o.crossingLocked(p)) > 0\n",
+				"\tmust := waits > 0 || len(o.lines[key]) > 0\n",
+			}},
+			dir: "engine", test: "TestSeveralRoomsKeepTheOrderOfAStream",
+		},
+		{
+			name:  "take who leaves one of several rooms out of all of them",
+			file:  "engine/route/union.go",
+			edits: []edit{{"\treturn m.Left && slices.ContainsFunc(snaps, func(s *Snapshot) bool {\n", "\treturn false && slices.ContainsFunc(snaps, func(s *Snapshot) bool {\n"}},
+			dir:   "engine", test: "TestSeveralRoomsWithChurn",
+		},
 	}
 }

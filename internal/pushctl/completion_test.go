@@ -32,7 +32,7 @@ func TestAShellIsToldHowALineMayGoOn(t *testing.T) {
 		return strings.Fields(string(out))
 	}
 	for line, want := range map[string][]string{
-		"pushctl ro":                  {"room"},
+		"pushctl ro":                  {"room", "rooms"},
 		"pushctl context s":           {"select"},
 		"pushctl context select ":     {"prod", "stage"},
 		"pushctl room r x --context ": {"prod", "stage"},

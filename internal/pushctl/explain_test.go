@@ -38,6 +38,7 @@ func TestExplainPrintsWhereAPushWouldGoAndWhyNot(t *testing.T) {
 			"NODE  USERS  VERDICT", "n1    3      queued", "3 of 64, 12ms", "alice and 2 more", "node does not acknowledge", "7, 900ms",
 			"offline: 1  carol", `excluded: 1  dave\x1b[31m`,
 		}},
+		"rooms":            {[]string{"explain", "rooms", "a, b"}, []string{`rooms "a, b": 5 users`}},
 		"broadcast":        {[]string{"explain", "broadcast"}, []string{"broadcast: would go to 1 node", "n1    all    queued"}},
 		"JSON":             {[]string{"explain", "users", "a, b", "-o", "json"}, []string{`"link_state"`, `"node does not acknowledge"`}},
 		"user, asked anew": {[]string{"explain", "user", "a", "--refresh", "--sample=7"}, []string{`user "a"`}},

@@ -87,6 +87,10 @@ func (s *server) PushToUsers(_ context.Context, r *pubsub.PushToUsersRequest) (*
 	return &pubsub.PushToUsersResponse{Success: s.success, Message: s.message, Summary: s.summary}, s.keep(r)
 }
 
+func (s *server) PushToRooms(_ context.Context, r *pubsub.PushToRoomsRequest) (*pubsub.PushToRoomsResponse, error) {
+	return &pubsub.PushToRoomsResponse{Success: s.success, Message: s.message, Summary: s.summary}, s.keep(r)
+}
+
 func (s *server) BroadcastMessage(_ context.Context, r *pubsub.BroadcastMessageRequest) (*pubsub.BroadcastMessageResponse, error) {
 	return &pubsub.BroadcastMessageResponse{Success: s.success, Message: s.message, Summary: s.summary}, s.keep(r)
 }
@@ -135,6 +139,7 @@ func TestEachCommandSendsWhatItSays(t *testing.T) {
 		"exclude":        {"", []string{"room", "lobby", "x", "--exclude", "a,b", "--exclude=c"}, &pubsub.PushToRoomRequest{RoomId: "lobby", Content: content("x"), ExcludeUserIds: []string{"a,b", "c"}}},
 		"user":           {"", []string{"user", "alice", "Hello"}, &pubsub.PushToUserRequest{UserId: "alice", Content: content("Hello")}},
 		"users":          {"", []string{"users", "a, b,,c", "x"}, &pubsub.PushToUsersRequest{UserIds: []string{"a", "b", "c"}, Content: content("x")}},
+		"rooms":          {"", []string{"rooms", "lobby, news", "x", "--exclude", "a,b"}, &pubsub.PushToRoomsRequest{RoomIds: []string{"lobby", "news"}, Content: content("x"), ExcludeUserIds: []string{"a,b"}}},
 		"broadcast":      {"", []string{"broadcast", "x"}, &pubsub.BroadcastMessageRequest{Content: content("x")}},
 		"standard input": {"from a pipe", []string{"broadcast", "--data-file=-"}, &pubsub.BroadcastMessageRequest{Content: content("from a pipe")}},
 		"file":           {"", []string{"broadcast", "--data-file", file}, &pubsub.BroadcastMessageRequest{Content: content("\x00\x01\xff")}},

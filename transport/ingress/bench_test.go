@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
 
 	"github.com/push-manager/push-manager/engine"
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -27,6 +29,8 @@ func BenchmarkDecode(b *testing.B) {
 		"api=user":             {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c})},
 		"api=user/id":          {toUser, marshal(b, &pubsub.PushToUserRequest{UserId: "user-000001", Content: c, Options: named("message-000001")})},
 		"api=users/users=100":  {toUsers, marshal(b, &pubsub.PushToUsersRequest{UserIds: users, Content: c})},
+		"api=room":             {toRoom, marshal(b, &pubsub.PushToRoomRequest{RoomId: "room", Content: c})},
+		"api=rooms/rooms=200":  {toRooms, marshal(b, &pubsub.PushToRoomsRequest{RoomIds: manyRooms(200), Content: c})},
 		"api=room/exclude=100": {toRoom, marshal(b, &pubsub.PushToRoomRequest{RoomId: "room", Content: c, ExcludeUserIds: users})},
 	} {
 		b.Run(name, func(b *testing.B) {
@@ -128,6 +132,64 @@ func BenchmarkPushToUser(b *testing.B) {
 		batch.Batch = append(batch.Batch, push)
 	}
 	b.Run("way=batch", func(b *testing.B) { benchmarkStream(b, w, batch, 100) })
+}
+
+// encoded passes requests that are encoded already, and looks at no reply.
+type encoded struct{}
+
+func (encoded) Name() string { return "proto" }
+
+func (encoded) Marshal(v any) (mem.BufferSlice, error) {
+	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil //nolint:forcetypeassert // ours
+}
+func (encoded) Unmarshal(mem.BufferSlice, any) error { return nil }
+
+// BenchmarkPushToRooms is a unary push to a room of 10,000, and to 200 rooms with the same 10,000, each in ten of them, from the bytes of the
+// request to the reply, with nodes that ack at once. They take turns, so that what else runs on the machine meets both: ratio is the
+// time of the second in that of the first.
+func BenchmarkPushToRooms(b *testing.B) {
+	const rooms, users, each, turn = 200, 10_000, 10, 200
+	w := newWorld(b, nil)
+	w.network.discard()
+	list := manyRooms(rooms)
+	for i := range users {
+		m := member{fmt.Sprintf("user-%07d", i), []string{"n1", "n2"}[i%2]}
+		w.source.rooms["all"] = append(w.source.rooms["all"], m)
+		for k := range each {
+			room := list[(i+k*(rooms/each))%rooms]
+			w.source.rooms[room] = append(w.source.rooms[room], m)
+		}
+	}
+	c := &pubsub.MessageContent{Data: make([]byte, 128)}
+	calls := [2]struct {
+		method  string
+		request []byte
+		spent   time.Duration
+	}{
+		{pubsub.PushManagerService_PushToRoom_FullMethodName, marshal(b, &pubsub.PushToRoomRequest{RoomId: "all", Content: c}), 0},
+		{pubsub.PushManagerService_PushToRooms_FullMethodName, marshal(b, &pubsub.PushToRoomsRequest{RoomIds: list, Content: c}), 0},
+	}
+	call := func(i int) {
+		if err := w.conn.Invoke(context.Background(), calls[i].method, calls[i].request, nil, grpc.ForceCodecV2(encoded{})); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for i := range calls {
+		call(i)
+		call(i)
+	}
+	for b.Loop() {
+		for i := range calls {
+			begin := time.Now()
+			for range turn {
+				call(i)
+			}
+			calls[i].spent += time.Since(begin)
+		}
+	}
+	b.ReportMetric(float64(calls[0].spent.Nanoseconds())/float64(b.N*turn), "room-ns/push")
+	b.ReportMetric(float64(calls[1].spent.Nanoseconds())/float64(b.N*turn), "rooms-ns/push")
+	b.ReportMetric(float64(calls[1].spent)/float64(calls[0].spent), "ratio")
 }
 
 // benchmarkStream sends messages of so many pushes.

@@ -257,6 +257,7 @@ func (c *Config) bindLimits(s *config.Set) {
 	s.Bytes(&l.MetadataBytes, "limits.metadata_bytes", d.MetadataBytes, 1, maxRequest, "Largest metadata of a message, keys and values together.")
 	s.Int(&l.Exclude, "limits.exclude_users", d.Exclude, 1, 1<<20, "Users in the exclude list of one push.")
 	s.Int(&l.Users, "limits.users", d.Users, 1, 1<<20, "Users in the list of one push.")
+	s.Int(&l.Rooms, "limits.rooms", d.Rooms, 1, 1<<16, "Rooms in the list of one push.")
 	s.Bytes(&c.Ingress.MaxRecvBytes, "limits.request_bytes", ingress.Defaults().MaxRecvBytes, 1<<10, maxRequest, "Largest request.")
 }
 

@@ -60,7 +60,7 @@ export function rate(name, ...labels) {
 }
 
 // pushApis are the methods that push; others are counted beside them.
-export const pushApis = ["PushToRoom", "PushToUser", "PushToUsers", "BroadcastMessage"];
+export const pushApis = ["PushToRoom", "PushToUser", "PushToUsers", "PushToRooms", "BroadcastMessage"];
 
 // pushRate is how many pushes were answered in a second.
 export function pushRate() {

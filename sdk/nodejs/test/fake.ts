@@ -88,7 +88,7 @@ export class FakePushManager {
       if (a instanceof Uint8Array) callback(null, a);
       else callback(a === "break" ? { code: status.UNAVAILABLE, details: "connection lost" } : this.errorOf(a));
     };
-    const names = ["PushToUser", "PushToUsers", "PushToRoom", "BroadcastMessage"];
+    const names = ["PushToUser", "PushToUsers", "PushToRoom", "PushToRooms", "BroadcastMessage"];
     this.server.addService(Object.fromEntries([...names, "PushStream"].map((n) => [n, method(n)])) as never, {
       ...Object.fromEntries(names.map((n) => [n, unary])), PushStream: (call: ServerDuplexStream<Buffer, Uint8Array>) => this.stream(call),
     } as never);

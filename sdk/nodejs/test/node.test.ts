@@ -107,6 +107,26 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.equal((await client.pushToRoom("no such room", "x")).outcome, "offline");
   });
 
+  test("a push to several rooms reaches each connection once, in the first of them that it is in", async () => {
+    const both = await enter(node, "both", ["news", "sport"]);
+    const one = await enter(node, "one", ["sport"]);
+    const none = await enter(node, "none", ["weather"]);
+    for (const text of ["first", "again", "and again"]) { // by their ids, then by an audience
+      const r = await client.pushToRooms(["sport", "no such room", "news"], text);
+      assert.deepEqual([r.outcome, r.targets, r.delivered], ["delivered", 2, 2]);
+    }
+    const stream = client.stream();
+    const pending = await stream.send({ rooms: ["news", "sport"] }, "streamed", { except: ["one"] });
+    assert.equal((await pending.wait()).delivered, 1);
+    await stream.close();
+    assert.deepEqual(both.texts, ["first", "again", "and again", "streamed"]);
+    assert.deepEqual(both.got.map((p) => p.message.roomId), ["sport", "sport", "sport", "news"]);
+    assert.deepEqual(one.texts, ["first", "again", "and again"]);
+    assert.deepEqual(none.texts, []);
+    assert.equal((await client.pushToRooms(["no such room", "nor this"], "x")).outcome, "offline");
+    for (const r of [both, one, none]) r.session!.end();
+  });
+
   test("pushes to one user arrive in the order in which they were sent", async () => {
     const user = await enter(node, "ordered", ["ordered"]);
     const stream = client.stream();

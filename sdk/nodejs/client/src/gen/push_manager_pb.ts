@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file push_manager.proto.
  */
 export const file_push_manager: GenFile = /*@__PURE__*/
-  fileDesc("ChJwdXNoX21hbmFnZXIucHJvdG8SBnB1YnN1YiKNAQoRUHVzaFRvUm9vbVJlcXVlc3QSDwoHcm9vbV9pZBgBIAEoCRInCgdjb250ZW50GAIgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50EhgKEGV4Y2x1ZGVfdXNlcl9pZHMYAyADKAkSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJ5ChJQdXNoVG9Sb29tUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSJzChFQdXNoVG9Vc2VyUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEicKB2NvbnRlbnQYAiABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJgChJQdXNoVG9Vc2VyUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIPCgdtZXNzYWdlGAIgASgJEigKB3N1bW1hcnkYCiABKAsyFy5wdWJzdWIuRGVsaXZlcnlTdW1tYXJ5ImgKF0Jyb2FkY2FzdE1lc3NhZ2VSZXF1ZXN0EicKB2NvbnRlbnQYASABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJ/ChhCcm9hZGNhc3RNZXNzYWdlUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg90b3RhbF9kZWxpdmVyZWQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSJ1ChJQdXNoVG9Vc2Vyc1JlcXVlc3QSEAoIdXNlcl9pZHMYASADKAkSJwoHY29udGVudBgCIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudBIkCgdvcHRpb25zGBQgASgLMhMucHVic3ViLlB1c2hPcHRpb25zInoKE1B1c2hUb1VzZXJzUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSKTAgoRUHVzaFN0cmVhbVJlcXVlc3QSCgoCaWQYASABKAQSLAoHdG9fcm9vbRgCIAEoCzIZLnB1YnN1Yi5QdXNoVG9Sb29tUmVxdWVzdEgAEiwKB3RvX3VzZXIYAyABKAsyGS5wdWJzdWIuUHVzaFRvVXNlclJlcXVlc3RIABI0Cglicm9hZGNhc3QYBCABKAsyHy5wdWJzdWIuQnJvYWRjYXN0TWVzc2FnZVJlcXVlc3RIABIuCgh0b191c2VycxgFIAEoCzIaLnB1YnN1Yi5QdXNoVG9Vc2Vyc1JlcXVlc3RIABIoCgViYXRjaBgKIAMoCzIZLnB1YnN1Yi5QdXNoU3RyZWFtUmVxdWVzdEIGCgRwdXNoIr4CChJQdXNoU3RyZWFtUmVzcG9uc2USCgoCaWQYASABKAQSIQoFZXJyb3IYAiABKAsyEi5nb29nbGUucnBjLlN0YXR1cxItCgd0b19yb29tGAMgASgLMhoucHVic3ViLlB1c2hUb1Jvb21SZXNwb25zZUgAEi0KB3RvX3VzZXIYBCABKAsyGi5wdWJzdWIuUHVzaFRvVXNlclJlc3BvbnNlSAASNQoJYnJvYWRjYXN0GAUgASgLMiAucHVic3ViLkJyb2FkY2FzdE1lc3NhZ2VSZXNwb25zZUgAEi8KCHRvX3VzZXJzGAYgASgLMhsucHVic3ViLlB1c2hUb1VzZXJzUmVzcG9uc2VIABIpCgViYXRjaBgKIAMoCzIaLnB1YnN1Yi5QdXNoU3RyZWFtUmVzcG9uc2VCCAoGcmVzdWx0Ip8CCgtQdXNoT3B0aW9ucxISCgptZXNzYWdlX2lkGAEgASgJEg4KBnR0bF9tcxgCIAEoDRIeCgNhY2sYAyABKA4yES5wdWJzdWIuQWNrUG9saWN5EiYKB29mZmxpbmUYBCABKA4yFS5wdWJzdWIuT2ZmbGluZVBvbGljeRIUCgxjb2xsYXBzZV9rZXkYBSABKAkSIgoIcHJpb3JpdHkYBiABKA4yEC5wdWJzdWIuUHJpb3JpdHkSJAoHcmVjZWlwdBgHIAEoDjITLnB1YnN1Yi5SZWNlaXB0TW9kZRIWCg5hY2tfdGltZW91dF9tcxgIIAEoDRIdCgZmaWx0ZXIYCSADKAsyDS5wdWJzdWIuTWF0Y2gSDQoFdHJhY2UYCiABKAgiJQoUV2F0Y2hSZWNlaXB0c1JlcXVlc3QSDQoFYWZ0ZXIYASABKAkiTwoVV2F0Y2hSZWNlaXB0c1Jlc3BvbnNlEhAKCHBvc2l0aW9uGAEgASgJEiQKB3JlY2VpcHQYAiABKAsyEy5wdWJzdWIuUHVzaFJlY2VpcHQirAEKC1B1c2hSZWNlaXB0EhIKCm1lc3NhZ2VfaWQYASABKAkSDgoGdGFyZ2V0GAIgASgJEigKB3N1bW1hcnkYAyABKAsyFy5wdWJzdWIuRGVsaXZlcnlTdW1tYXJ5Eg0KBWZpbmFsGAQgASgIEhgKEHVuYWNrZWRfdXNlcl9pZHMYBSADKAkSJgoCYXQYBiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIiQKEUZvcmdldFVzZXJSZXF1ZXN0Eg8KB3VzZXJfaWQYASABKAkiJgoSRm9yZ2V0VXNlclJlc3BvbnNlEhAKCG1lc3NhZ2VzGAEgASgFIjEKDVJlcGxheVJlcXVlc3QSDwoHdXNlcl9pZBgBIAEoCRIPCgdub2RlX2lkGAIgASgJIiIKDlJlcGxheVJlc3BvbnNlEhAKCG1lc3NhZ2VzGAEgASgFIvsBCg5FeHBsYWluUmVxdWVzdBIsCgd0b19yb29tGAEgASgLMhkucHVic3ViLlB1c2hUb1Jvb21SZXF1ZXN0SAASLAoHdG9fdXNlchgCIAEoCzIZLnB1YnN1Yi5QdXNoVG9Vc2VyUmVxdWVzdEgAEjQKCWJyb2FkY2FzdBgDIAEoCzIfLnB1YnN1Yi5Ccm9hZGNhc3RNZXNzYWdlUmVxdWVzdEgAEi4KCHRvX3VzZXJzGAQgASgLMhoucHVic3ViLlB1c2hUb1VzZXJzUmVxdWVzdEgAEg8KB3JlZnJlc2gYCiABKAgSDgoGc2FtcGxlGAsgASgFQgYKBHB1c2gi7QIKD0V4cGxhaW5SZXNwb25zZRINCgVmb3VuZBgBIAEoCBIPCgd0YXJnZXRzGAIgASgFEg8KB29mZmxpbmUYAyABKAUSEQoJdW5sb2NhdGVkGAQgASgFEhAKCGV4Y2x1ZGVkGAUgASgFEhgKEG9mZmxpbmVfdXNlcl9pZHMYBiADKAkSGgoSdW5sb2NhdGVkX3VzZXJfaWRzGAcgAygJEhkKEWV4Y2x1ZGVkX3VzZXJfaWRzGAggAygJEiUKBXJvdXRlGAkgASgLMhYucHVic3ViLkV4cGxhaW5lZFJvdXRlEi0KCmRlbGl2ZXJpZXMYCiADKAsyGS5wdWJzdWIuRXhwbGFpbmVkRGVsaXZlcnkSJwoGY2FsbGVyGAsgASgLMhcucHVic3ViLkV4cGxhaW5lZENhbGxlchIVCg1jb250ZW50X2J5dGVzGAwgASgFEh0KBmZpbHRlchgNIAMoCzINLnB1YnN1Yi5NYXRjaCKDAQoORXhwbGFpbmVkUm91dGUSDgoGY2FjaGVkGAEgASgFEhEKCWxvb2tlZF91cBgCIAEoBRIOCgZhZ2VfbXMYAyABKAMSDwoHd2F0Y2hlZBgEIAEoCBINCgVzdGFsZRgFIAEoCBIPCgdjaGFuZ2VkGAYgASgIEg0KBWVycm9yGAcgASgJIogCChFFeHBsYWluZWREZWxpdmVyeRIPCgdub2RlX2lkGAEgASgJEg0KBXNoYXJkGAIgASgNEg0KBXVzZXJzGAMgASgFEhAKCHVzZXJfaWRzGAQgAygJEg8KB3ZlcmRpY3QYBSABKAkSEgoKbGlua19zdGF0ZRgGIAEoCRIOCgZxdWV1ZWQYByABKAUSFAoMcXVldWVkX2J5dGVzGAggASgDEhEKCXF1ZXVlZF9tcxgJIAEoAxIPCgd1bmFja2VkGAogASgFEg4KBndpbmRvdxgLIAEoBRISCgp1bmFja2VkX21zGAwgASgDEhAKCGZlYXR1cmVzGA0gAygJEg0KBWJ5dGVzGA4gASgDIq8BCg9FeHBsYWluZWRDYWxsZXISDAoEbmFtZRgBIAEoCRIOCgZ0ZW5hbnQYAiABKAkSIgoIcHJpb3JpdHkYAyABKA4yEC5wdWJzdWIuUHJpb3JpdHkSDAoEcnVsZRgEIAEoCRIWCglyYXRlX2xlZnQYBSABKAVIAIgBARIXCgpxdW90YV9sZWZ0GAYgASgDSAGIAQFCDAoKX3JhdGVfbGVmdEINCgtfcXVvdGFfbGVmdCopCglBY2tQb2xpY3kSDAoIQUNLX05PREUQABIOCgpBQ0tfQ0xJRU5UEAEqNAoNT2ZmbGluZVBvbGljeRIQCgxPRkZMSU5FX0RST1AQABIRCg1PRkZMSU5FX1NUT1JFEAEqdQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIQCgxQUklPUklUWV9MT1cQARITCg9QUklPUklUWV9OT1JNQUwQAhIRCg1QUklPUklUWV9ISUdIEAMSFQoRUFJJT1JJVFlfQ1JJVElDQUwQBCoyCgtSZWNlaXB0TW9kZRIQCgxSRUNFSVBUX05PTkUQABIRCg1SRUNFSVBUX0FTWU5DEAEykAUKElB1c2hNYW5hZ2VyU2VydmljZRJDCgpQdXNoVG9Sb29tEhkucHVic3ViLlB1c2hUb1Jvb21SZXF1ZXN0GhoucHVic3ViLlB1c2hUb1Jvb21SZXNwb25zZRJDCgpQdXNoVG9Vc2VyEhkucHVic3ViLlB1c2hUb1VzZXJSZXF1ZXN0GhoucHVic3ViLlB1c2hUb1VzZXJSZXNwb25zZRJVChBCcm9hZGNhc3RNZXNzYWdlEh8ucHVic3ViLkJyb2FkY2FzdE1lc3NhZ2VSZXF1ZXN0GiAucHVic3ViLkJyb2FkY2FzdE1lc3NhZ2VSZXNwb25zZRJGCgtQdXNoVG9Vc2VycxIaLnB1YnN1Yi5QdXNoVG9Vc2Vyc1JlcXVlc3QaGy5wdWJzdWIuUHVzaFRvVXNlcnNSZXNwb25zZRJHCgpQdXNoU3RyZWFtEhkucHVic3ViLlB1c2hTdHJlYW1SZXF1ZXN0GhoucHVic3ViLlB1c2hTdHJlYW1SZXNwb25zZSgBMAESTgoNV2F0Y2hSZWNlaXB0cxIcLnB1YnN1Yi5XYXRjaFJlY2VpcHRzUmVxdWVzdBodLnB1YnN1Yi5XYXRjaFJlY2VpcHRzUmVzcG9uc2UwARJDCgpGb3JnZXRVc2VyEhkucHVic3ViLkZvcmdldFVzZXJSZXF1ZXN0GhoucHVic3ViLkZvcmdldFVzZXJSZXNwb25zZRI3CgZSZXBsYXkSFS5wdWJzdWIuUmVwbGF5UmVxdWVzdBoWLnB1YnN1Yi5SZXBsYXlSZXNwb25zZRI6CgdFeHBsYWluEhYucHVic3ViLkV4cGxhaW5SZXF1ZXN0GhcucHVic3ViLkV4cGxhaW5SZXNwb25zZUIzWjFnaXRodWIuY29tL3B1c2gtbWFuYWdlci9wdXNoLW1hbmFnZXIvcHJvdG87cHVic3ViYgZwcm90bzM", [file_google_protobuf_timestamp, file_google_rpc_status, file_message]);
+  fileDesc("ChJwdXNoX21hbmFnZXIucHJvdG8SBnB1YnN1YiKNAQoRUHVzaFRvUm9vbVJlcXVlc3QSDwoHcm9vbV9pZBgBIAEoCRInCgdjb250ZW50GAIgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50EhgKEGV4Y2x1ZGVfdXNlcl9pZHMYAyADKAkSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJ5ChJQdXNoVG9Sb29tUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSJzChFQdXNoVG9Vc2VyUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEicKB2NvbnRlbnQYAiABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJgChJQdXNoVG9Vc2VyUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIPCgdtZXNzYWdlGAIgASgJEigKB3N1bW1hcnkYCiABKAsyFy5wdWJzdWIuRGVsaXZlcnlTdW1tYXJ5ImgKF0Jyb2FkY2FzdE1lc3NhZ2VSZXF1ZXN0EicKB2NvbnRlbnQYASABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSJAoHb3B0aW9ucxgUIAEoCzITLnB1YnN1Yi5QdXNoT3B0aW9ucyJ/ChhCcm9hZGNhc3RNZXNzYWdlUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg90b3RhbF9kZWxpdmVyZWQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSJ1ChJQdXNoVG9Vc2Vyc1JlcXVlc3QSEAoIdXNlcl9pZHMYASADKAkSJwoHY29udGVudBgCIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudBIkCgdvcHRpb25zGBQgASgLMhMucHVic3ViLlB1c2hPcHRpb25zInoKE1B1c2hUb1VzZXJzUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSKPAQoSUHVzaFRvUm9vbXNSZXF1ZXN0EhAKCHJvb21faWRzGAEgAygJEicKB2NvbnRlbnQYAiABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSGAoQZXhjbHVkZV91c2VyX2lkcxgDIAMoCRIkCgdvcHRpb25zGBQgASgLMhMucHVic3ViLlB1c2hPcHRpb25zInoKE1B1c2hUb1Jvb21zUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIoCgdzdW1tYXJ5GAogASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeSLDAgoRUHVzaFN0cmVhbVJlcXVlc3QSCgoCaWQYASABKAQSLAoHdG9fcm9vbRgCIAEoCzIZLnB1YnN1Yi5QdXNoVG9Sb29tUmVxdWVzdEgAEiwKB3RvX3VzZXIYAyABKAsyGS5wdWJzdWIuUHVzaFRvVXNlclJlcXVlc3RIABI0Cglicm9hZGNhc3QYBCABKAsyHy5wdWJzdWIuQnJvYWRjYXN0TWVzc2FnZVJlcXVlc3RIABIuCgh0b191c2VycxgFIAEoCzIaLnB1YnN1Yi5QdXNoVG9Vc2Vyc1JlcXVlc3RIABIuCgh0b19yb29tcxgHIAEoCzIaLnB1YnN1Yi5QdXNoVG9Sb29tc1JlcXVlc3RIABIoCgViYXRjaBgKIAMoCzIZLnB1YnN1Yi5QdXNoU3RyZWFtUmVxdWVzdEIGCgRwdXNoIu8CChJQdXNoU3RyZWFtUmVzcG9uc2USCgoCaWQYASABKAQSIQoFZXJyb3IYAiABKAsyEi5nb29nbGUucnBjLlN0YXR1cxItCgd0b19yb29tGAMgASgLMhoucHVic3ViLlB1c2hUb1Jvb21SZXNwb25zZUgAEi0KB3RvX3VzZXIYBCABKAsyGi5wdWJzdWIuUHVzaFRvVXNlclJlc3BvbnNlSAASNQoJYnJvYWRjYXN0GAUgASgLMiAucHVic3ViLkJyb2FkY2FzdE1lc3NhZ2VSZXNwb25zZUgAEi8KCHRvX3VzZXJzGAYgASgLMhsucHVic3ViLlB1c2hUb1VzZXJzUmVzcG9uc2VIABIvCgh0b19yb29tcxgHIAEoCzIbLnB1YnN1Yi5QdXNoVG9Sb29tc1Jlc3BvbnNlSAASKQoFYmF0Y2gYCiADKAsyGi5wdWJzdWIuUHVzaFN0cmVhbVJlc3BvbnNlQggKBnJlc3VsdCKfAgoLUHVzaE9wdGlvbnMSEgoKbWVzc2FnZV9pZBgBIAEoCRIOCgZ0dGxfbXMYAiABKA0SHgoDYWNrGAMgASgOMhEucHVic3ViLkFja1BvbGljeRImCgdvZmZsaW5lGAQgASgOMhUucHVic3ViLk9mZmxpbmVQb2xpY3kSFAoMY29sbGFwc2Vfa2V5GAUgASgJEiIKCHByaW9yaXR5GAYgASgOMhAucHVic3ViLlByaW9yaXR5EiQKB3JlY2VpcHQYByABKA4yEy5wdWJzdWIuUmVjZWlwdE1vZGUSFgoOYWNrX3RpbWVvdXRfbXMYCCABKA0SHQoGZmlsdGVyGAkgAygLMg0ucHVic3ViLk1hdGNoEg0KBXRyYWNlGAogASgIIiUKFFdhdGNoUmVjZWlwdHNSZXF1ZXN0Eg0KBWFmdGVyGAEgASgJIk8KFVdhdGNoUmVjZWlwdHNSZXNwb25zZRIQCghwb3NpdGlvbhgBIAEoCRIkCgdyZWNlaXB0GAIgASgLMhMucHVic3ViLlB1c2hSZWNlaXB0IqwBCgtQdXNoUmVjZWlwdBISCgptZXNzYWdlX2lkGAEgASgJEg4KBnRhcmdldBgCIAEoCRIoCgdzdW1tYXJ5GAMgASgLMhcucHVic3ViLkRlbGl2ZXJ5U3VtbWFyeRINCgVmaW5hbBgEIAEoCBIYChB1bmFja2VkX3VzZXJfaWRzGAUgAygJEiYKAmF0GAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCIkChFGb3JnZXRVc2VyUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJIiYKEkZvcmdldFVzZXJSZXNwb25zZRIQCghtZXNzYWdlcxgBIAEoBSIxCg1SZXBsYXlSZXF1ZXN0Eg8KB3VzZXJfaWQYASABKAkSDwoHbm9kZV9pZBgCIAEoCSIiCg5SZXBsYXlSZXNwb25zZRIQCghtZXNzYWdlcxgBIAEoBSKrAgoORXhwbGFpblJlcXVlc3QSLAoHdG9fcm9vbRgBIAEoCzIZLnB1YnN1Yi5QdXNoVG9Sb29tUmVxdWVzdEgAEiwKB3RvX3VzZXIYAiABKAsyGS5wdWJzdWIuUHVzaFRvVXNlclJlcXVlc3RIABI0Cglicm9hZGNhc3QYAyABKAsyHy5wdWJzdWIuQnJvYWRjYXN0TWVzc2FnZVJlcXVlc3RIABIuCgh0b191c2VycxgEIAEoCzIaLnB1YnN1Yi5QdXNoVG9Vc2Vyc1JlcXVlc3RIABIuCgh0b19yb29tcxgFIAEoCzIaLnB1YnN1Yi5QdXNoVG9Sb29tc1JlcXVlc3RIABIPCgdyZWZyZXNoGAogASgIEg4KBnNhbXBsZRgLIAEoBUIGCgRwdXNoIu0CCg9FeHBsYWluUmVzcG9uc2USDQoFZm91bmQYASABKAgSDwoHdGFyZ2V0cxgCIAEoBRIPCgdvZmZsaW5lGAMgASgFEhEKCXVubG9jYXRlZBgEIAEoBRIQCghleGNsdWRlZBgFIAEoBRIYChBvZmZsaW5lX3VzZXJfaWRzGAYgAygJEhoKEnVubG9jYXRlZF91c2VyX2lkcxgHIAMoCRIZChFleGNsdWRlZF91c2VyX2lkcxgIIAMoCRIlCgVyb3V0ZRgJIAEoCzIWLnB1YnN1Yi5FeHBsYWluZWRSb3V0ZRItCgpkZWxpdmVyaWVzGAogAygLMhkucHVic3ViLkV4cGxhaW5lZERlbGl2ZXJ5EicKBmNhbGxlchgLIAEoCzIXLnB1YnN1Yi5FeHBsYWluZWRDYWxsZXISFQoNY29udGVudF9ieXRlcxgMIAEoBRIdCgZmaWx0ZXIYDSADKAsyDS5wdWJzdWIuTWF0Y2gigwEKDkV4cGxhaW5lZFJvdXRlEg4KBmNhY2hlZBgBIAEoBRIRCglsb29rZWRfdXAYAiABKAUSDgoGYWdlX21zGAMgASgDEg8KB3dhdGNoZWQYBCABKAgSDQoFc3RhbGUYBSABKAgSDwoHY2hhbmdlZBgGIAEoCBINCgVlcnJvchgHIAEoCSKIAgoRRXhwbGFpbmVkRGVsaXZlcnkSDwoHbm9kZV9pZBgBIAEoCRINCgVzaGFyZBgCIAEoDRINCgV1c2VycxgDIAEoBRIQCgh1c2VyX2lkcxgEIAMoCRIPCgd2ZXJkaWN0GAUgASgJEhIKCmxpbmtfc3RhdGUYBiABKAkSDgoGcXVldWVkGAcgASgFEhQKDHF1ZXVlZF9ieXRlcxgIIAEoAxIRCglxdWV1ZWRfbXMYCSABKAMSDwoHdW5hY2tlZBgKIAEoBRIOCgZ3aW5kb3cYCyABKAUSEgoKdW5hY2tlZF9tcxgMIAEoAxIQCghmZWF0dXJlcxgNIAMoCRINCgVieXRlcxgOIAEoAyKvAQoPRXhwbGFpbmVkQ2FsbGVyEgwKBG5hbWUYASABKAkSDgoGdGVuYW50GAIgASgJEiIKCHByaW9yaXR5GAMgASgOMhAucHVic3ViLlByaW9yaXR5EgwKBHJ1bGUYBCABKAkSFgoJcmF0ZV9sZWZ0GAUgASgFSACIAQESFwoKcXVvdGFfbGVmdBgGIAEoA0gBiAEBQgwKCl9yYXRlX2xlZnRCDQoLX3F1b3RhX2xlZnQqKQoJQWNrUG9saWN5EgwKCEFDS19OT0RFEAASDgoKQUNLX0NMSUVOVBABKjQKDU9mZmxpbmVQb2xpY3kSEAoMT0ZGTElORV9EUk9QEAASEQoNT0ZGTElORV9TVE9SRRABKnUKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASEAoMUFJJT1JJVFlfTE9XEAESEwoPUFJJT1JJVFlfTk9STUFMEAISEQoNUFJJT1JJVFlfSElHSBADEhUKEVBSSU9SSVRZX0NSSVRJQ0FMEAQqMgoLUmVjZWlwdE1vZGUSEAoMUkVDRUlQVF9OT05FEAASEQoNUkVDRUlQVF9BU1lOQxABMtgFChJQdXNoTWFuYWdlclNlcnZpY2USQwoKUHVzaFRvUm9vbRIZLnB1YnN1Yi5QdXNoVG9Sb29tUmVxdWVzdBoaLnB1YnN1Yi5QdXNoVG9Sb29tUmVzcG9uc2USQwoKUHVzaFRvVXNlchIZLnB1YnN1Yi5QdXNoVG9Vc2VyUmVxdWVzdBoaLnB1YnN1Yi5QdXNoVG9Vc2VyUmVzcG9uc2USVQoQQnJvYWRjYXN0TWVzc2FnZRIfLnB1YnN1Yi5Ccm9hZGNhc3RNZXNzYWdlUmVxdWVzdBogLnB1YnN1Yi5Ccm9hZGNhc3RNZXNzYWdlUmVzcG9uc2USRgoLUHVzaFRvVXNlcnMSGi5wdWJzdWIuUHVzaFRvVXNlcnNSZXF1ZXN0GhsucHVic3ViLlB1c2hUb1VzZXJzUmVzcG9uc2USRgoLUHVzaFRvUm9vbXMSGi5wdWJzdWIuUHVzaFRvUm9vbXNSZXF1ZXN0GhsucHVic3ViLlB1c2hUb1Jvb21zUmVzcG9uc2USRwoKUHVzaFN0cmVhbRIZLnB1YnN1Yi5QdXNoU3RyZWFtUmVxdWVzdBoaLnB1YnN1Yi5QdXNoU3RyZWFtUmVzcG9uc2UoATABEk4KDVdhdGNoUmVjZWlwdHMSHC5wdWJzdWIuV2F0Y2hSZWNlaXB0c1JlcXVlc3QaHS5wdWJzdWIuV2F0Y2hSZWNlaXB0c1Jlc3BvbnNlMAESQwoKRm9yZ2V0VXNlchIZLnB1YnN1Yi5Gb3JnZXRVc2VyUmVxdWVzdBoaLnB1YnN1Yi5Gb3JnZXRVc2VyUmVzcG9uc2USNwoGUmVwbGF5EhUucHVic3ViLlJlcGxheVJlcXVlc3QaFi5wdWJzdWIuUmVwbGF5UmVzcG9uc2USOgoHRXhwbGFpbhIWLnB1YnN1Yi5FeHBsYWluUmVxdWVzdBoXLnB1YnN1Yi5FeHBsYWluUmVzcG9uc2VCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z", [file_google_protobuf_timestamp, file_google_rpc_status, file_message]);
 
 /**
  * @generated from message pubsub.PushToRoomRequest
@@ -273,6 +273,83 @@ export const PushToUsersResponseSchema: GenMessage<PushToUsersResponse> = /*@__P
   messageDesc(file_push_manager, 7);
 
 /**
+ * @generated from message pubsub.PushToRoomsRequest
+ */
+export type PushToRoomsRequest = Message<"pubsub.PushToRoomsRequest"> & {
+  /**
+   * 1 to 1,000 ids by default. A client sees the first of the list that its connection is in. Pushes to the same list
+   * again cost what a push to one room with as many members costs. Members of rooms that are pushed to together
+   * for the first time are gathered first.
+   *
+   * @generated from field: repeated string room_ids = 1;
+   */
+  roomIds: string[];
+
+  /**
+   * @generated from field: pubsub.MessageContent content = 2;
+   */
+  content?: MessageContent | undefined;
+
+  /**
+   * At most 10,000 by default. Duplicates and users that are in none of the rooms are ignored.
+   *
+   * @generated from field: repeated string exclude_user_ids = 3;
+   */
+  excludeUserIds: string[];
+
+  /**
+   * OFFLINE_STORE is INVALID_ARGUMENT where room_ids names more than one room: each room has a log of its own.
+   *
+   * @generated from field: pubsub.PushOptions options = 20;
+   */
+  options?: PushOptions | undefined;
+};
+
+/**
+ * Describes the message pubsub.PushToRoomsRequest.
+ * Use `create(PushToRoomsRequestSchema)` to create a new message.
+ */
+export const PushToRoomsRequestSchema: GenMessage<PushToRoomsRequest> = /*@__PURE__*/
+  messageDesc(file_push_manager, 8);
+
+/**
+ * @generated from message pubsub.PushToRoomsResponse
+ */
+export type PushToRoomsResponse = Message<"pubsub.PushToRoomsResponse"> & {
+  /**
+   * True exactly when nothing failed, nothing is unknown and at least one of the rooms exists. A room about which
+   * the Controller could not be asked is one target that failed.
+   *
+   * @generated from field: bool success = 1;
+   */
+  success: boolean;
+
+  /**
+   * The same number as summary.delivered.
+   *
+   * @generated from field: int32 delivered_count = 2;
+   */
+  deliveredCount: number;
+
+  /**
+   * @generated from field: string message = 3;
+   */
+  message: string;
+
+  /**
+   * @generated from field: pubsub.DeliverySummary summary = 10;
+   */
+  summary?: DeliverySummary | undefined;
+};
+
+/**
+ * Describes the message pubsub.PushToRoomsResponse.
+ * Use `create(PushToRoomsResponseSchema)` to create a new message.
+ */
+export const PushToRoomsResponseSchema: GenMessage<PushToRoomsResponse> = /*@__PURE__*/
+  messageDesc(file_push_manager, 9);
+
+/**
  * PushStreamRequest is one push of a stream, or a batch of them.
  *
  * @generated from message pubsub.PushStreamRequest
@@ -312,6 +389,12 @@ export type PushStreamRequest = Message<"pubsub.PushStreamRequest"> & {
      */
     value: PushToUsersRequest;
     case: "toUsers";
+  } | {
+    /**
+     * @generated from field: pubsub.PushToRoomsRequest to_rooms = 7;
+     */
+    value: PushToRoomsRequest;
+    case: "toRooms";
   } | { case: undefined; value?: undefined };
 
   /**
@@ -332,11 +415,13 @@ export type PushStreamRequest = Message<"pubsub.PushStreamRequest"> & {
  * Use `create(PushStreamRequestSchema)` to create a new message.
  */
 export const PushStreamRequestSchema: GenMessage<PushStreamRequest> = /*@__PURE__*/
-  messageDesc(file_push_manager, 8);
+  messageDesc(file_push_manager, 10);
 
 /**
  * PushStreamResponse answers one push of a stream. Replies may come out of
- * order; pushes to one user or one room are delivered in the order sent.
+ * order; pushes to one user or one room are delivered in the order sent. A push to
+ * several rooms is one to each of them: behind it, and before it, pushes to one of its
+ * rooms wait until the nodes have acknowledged, except for pushes to the same list of rooms.
  *
  * @generated from message pubsub.PushStreamResponse
  */
@@ -381,6 +466,12 @@ export type PushStreamResponse = Message<"pubsub.PushStreamResponse"> & {
      */
     value: PushToUsersResponse;
     case: "toUsers";
+  } | {
+    /**
+     * @generated from field: pubsub.PushToRoomsResponse to_rooms = 7;
+     */
+    value: PushToRoomsResponse;
+    case: "toRooms";
   } | { case: undefined; value?: undefined };
 
   /**
@@ -398,7 +489,7 @@ export type PushStreamResponse = Message<"pubsub.PushStreamResponse"> & {
  * Use `create(PushStreamResponseSchema)` to create a new message.
  */
 export const PushStreamResponseSchema: GenMessage<PushStreamResponse> = /*@__PURE__*/
-  messageDesc(file_push_manager, 9);
+  messageDesc(file_push_manager, 11);
 
 /**
  * PushOptions say what a push is worth. All of them may be left out.
@@ -492,7 +583,7 @@ export type PushOptions = Message<"pubsub.PushOptions"> & {
  * Use `create(PushOptionsSchema)` to create a new message.
  */
 export const PushOptionsSchema: GenMessage<PushOptions> = /*@__PURE__*/
-  messageDesc(file_push_manager, 10);
+  messageDesc(file_push_manager, 12);
 
 /**
  * @generated from message pubsub.WatchReceiptsRequest
@@ -511,7 +602,7 @@ export type WatchReceiptsRequest = Message<"pubsub.WatchReceiptsRequest"> & {
  * Use `create(WatchReceiptsRequestSchema)` to create a new message.
  */
 export const WatchReceiptsRequestSchema: GenMessage<WatchReceiptsRequest> = /*@__PURE__*/
-  messageDesc(file_push_manager, 11);
+  messageDesc(file_push_manager, 13);
 
 /**
  * @generated from message pubsub.WatchReceiptsResponse
@@ -533,7 +624,7 @@ export type WatchReceiptsResponse = Message<"pubsub.WatchReceiptsResponse"> & {
  * Use `create(WatchReceiptsResponseSchema)` to create a new message.
  */
 export const WatchReceiptsResponseSchema: GenMessage<WatchReceiptsResponse> = /*@__PURE__*/
-  messageDesc(file_push_manager, 12);
+  messageDesc(file_push_manager, 14);
 
 /**
  * PushReceipt is the account of a push after its reply.
@@ -547,7 +638,7 @@ export type PushReceipt = Message<"pubsub.PushReceipt"> & {
   messageId: string;
 
   /**
-   * "room:r", "user:u", "users" or "everybody".
+   * "room:r", "rooms", "user:u", "users" or "everybody".
    *
    * @generated from field: string target = 2;
    */
@@ -584,7 +675,7 @@ export type PushReceipt = Message<"pubsub.PushReceipt"> & {
  * Use `create(PushReceiptSchema)` to create a new message.
  */
 export const PushReceiptSchema: GenMessage<PushReceipt> = /*@__PURE__*/
-  messageDesc(file_push_manager, 13);
+  messageDesc(file_push_manager, 15);
 
 /**
  * @generated from message pubsub.ForgetUserRequest
@@ -601,7 +692,7 @@ export type ForgetUserRequest = Message<"pubsub.ForgetUserRequest"> & {
  * Use `create(ForgetUserRequestSchema)` to create a new message.
  */
 export const ForgetUserRequestSchema: GenMessage<ForgetUserRequest> = /*@__PURE__*/
-  messageDesc(file_push_manager, 14);
+  messageDesc(file_push_manager, 16);
 
 /**
  * @generated from message pubsub.ForgetUserResponse
@@ -620,7 +711,7 @@ export type ForgetUserResponse = Message<"pubsub.ForgetUserResponse"> & {
  * Use `create(ForgetUserResponseSchema)` to create a new message.
  */
 export const ForgetUserResponseSchema: GenMessage<ForgetUserResponse> = /*@__PURE__*/
-  messageDesc(file_push_manager, 15);
+  messageDesc(file_push_manager, 17);
 
 /**
  * @generated from message pubsub.ReplayRequest
@@ -644,7 +735,7 @@ export type ReplayRequest = Message<"pubsub.ReplayRequest"> & {
  * Use `create(ReplayRequestSchema)` to create a new message.
  */
 export const ReplayRequestSchema: GenMessage<ReplayRequest> = /*@__PURE__*/
-  messageDesc(file_push_manager, 16);
+  messageDesc(file_push_manager, 18);
 
 /**
  * @generated from message pubsub.ReplayResponse
@@ -663,7 +754,7 @@ export type ReplayResponse = Message<"pubsub.ReplayResponse"> & {
  * Use `create(ReplayResponseSchema)` to create a new message.
  */
 export const ReplayResponseSchema: GenMessage<ReplayResponse> = /*@__PURE__*/
-  messageDesc(file_push_manager, 17);
+  messageDesc(file_push_manager, 19);
 
 /**
  * @generated from message pubsub.ExplainRequest
@@ -696,6 +787,12 @@ export type ExplainRequest = Message<"pubsub.ExplainRequest"> & {
      */
     value: PushToUsersRequest;
     case: "toUsers";
+  } | {
+    /**
+     * @generated from field: pubsub.PushToRoomsRequest to_rooms = 5;
+     */
+    value: PushToRoomsRequest;
+    case: "toRooms";
   } | { case: undefined; value?: undefined };
 
   /**
@@ -718,14 +815,14 @@ export type ExplainRequest = Message<"pubsub.ExplainRequest"> & {
  * Use `create(ExplainRequestSchema)` to create a new message.
  */
 export const ExplainRequestSchema: GenMessage<ExplainRequest> = /*@__PURE__*/
-  messageDesc(file_push_manager, 18);
+  messageDesc(file_push_manager, 20);
 
 /**
  * @generated from message pubsub.ExplainResponse
  */
 export type ExplainResponse = Message<"pubsub.ExplainResponse"> & {
   /**
-   * The room exists, one of the users is online, a node is known.
+   * The room exists, one of the rooms does, one of the users is online, a node is known.
    *
    * @generated from field: bool found = 1;
    */
@@ -746,14 +843,14 @@ export type ExplainResponse = Message<"pubsub.ExplainResponse"> & {
   offline: number;
 
   /**
-   * That the Controller could not be asked about: route.error says why. Of a room it is the room, as one.
+   * That the Controller could not be asked about: route.error says why. Each room is one.
    *
    * @generated from field: int32 unlocated = 4;
    */
   unlocated: number;
 
   /**
-   * Members of the room who do not get it.
+   * Members of the room, or the rooms, who do not get it.
    *
    * @generated from field: int32 excluded = 5;
    */
@@ -811,7 +908,7 @@ export type ExplainResponse = Message<"pubsub.ExplainResponse"> & {
  * Use `create(ExplainResponseSchema)` to create a new message.
  */
 export const ExplainResponseSchema: GenMessage<ExplainResponse> = /*@__PURE__*/
-  messageDesc(file_push_manager, 19);
+  messageDesc(file_push_manager, 21);
 
 /**
  * ExplainedRoute is how Push-Manager knows where everybody is.
@@ -870,7 +967,7 @@ export type ExplainedRoute = Message<"pubsub.ExplainedRoute"> & {
  * Use `create(ExplainedRouteSchema)` to create a new message.
  */
 export const ExplainedRouteSchema: GenMessage<ExplainedRoute> = /*@__PURE__*/
-  messageDesc(file_push_manager, 20);
+  messageDesc(file_push_manager, 22);
 
 /**
  * ExplainedDelivery is what one link would have to do.
@@ -970,7 +1067,7 @@ export type ExplainedDelivery = Message<"pubsub.ExplainedDelivery"> & {
  * Use `create(ExplainedDeliverySchema)` to create a new message.
  */
 export const ExplainedDeliverySchema: GenMessage<ExplainedDelivery> = /*@__PURE__*/
-  messageDesc(file_push_manager, 21);
+  messageDesc(file_push_manager, 23);
 
 /**
  * ExplainedCaller is what the push would be allowed.
@@ -1024,7 +1121,7 @@ export type ExplainedCaller = Message<"pubsub.ExplainedCaller"> & {
  * Use `create(ExplainedCallerSchema)` to create a new message.
  */
 export const ExplainedCallerSchema: GenMessage<ExplainedCaller> = /*@__PURE__*/
-  messageDesc(file_push_manager, 22);
+  messageDesc(file_push_manager, 24);
 
 /**
  * AckPolicy says whose word makes a message delivered.
@@ -1071,7 +1168,8 @@ export enum OfflinePolicy {
    * It is stored, and comes when they connect, before anything newer. A message to
    * a room is written once, into the log of the room: members get it who come back
    * with a position from before it, see DeliverySummary.position. Not for
-   * broadcasts, and only where there is a store: INVALID_ARGUMENT otherwise.
+   * broadcasts and pushes to several rooms, and only where there is a store:
+   * INVALID_ARGUMENT otherwise.
    *
    * @generated from enum value: OFFLINE_STORE = 1;
    */
@@ -1225,6 +1323,17 @@ export const PushManagerService: GenService<{
     methodKind: "unary";
     input: typeof PushToUsersRequestSchema;
     output: typeof PushToUsersResponseSchema;
+  },
+  /**
+   * Pushes to every member of any of several rooms but the excluded ones: each user once, and each connection once that
+   * is in any of the rooms. Rooms that do not exist are passed by; if there is none of them, it is success=false.
+   *
+   * @generated from rpc pubsub.PushManagerService.PushToRooms
+   */
+  pushToRooms: {
+    methodKind: "unary";
+    input: typeof PushToRoomsRequestSchema;
+    output: typeof PushToRoomsResponseSchema;
   },
   /**
    * High-rate ingestion: many pushes on one stream, each answered by its id.
