@@ -43,6 +43,10 @@ const (
 	ResumeJob
 	CancelJob
 	SetJobRate
+	GetRoomMembers
+	GetUsers
+	WatchPresence
+	WatchRoomPresence // no method: WatchPresence of a room
 )
 
 // methods says more of them.
@@ -67,6 +71,11 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	ResumeJob:        {"ResumeJob", nobody},
 	CancelJob:        {"CancelJob", nobody},
 	SetJobRate:       {"SetJobRate", nobody},
+	GetRoomMembers:   {"GetRoomMembers", rooms},
+	GetUsers:         {"GetUsers", users},
+	WatchPresence:    {"WatchPresence", users},
+
+	WatchRoomPresence: {"WatchRoomPresence", rooms},
 }
 
 // Methods are the names of all of them.

@@ -1,6 +1,9 @@
 package refgateway
 
 import (
+	"strconv"
+	"time"
+
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -20,6 +23,15 @@ func (s sessions) Broadcast(m *node.Message) (delivered, failed int) { return s.
 func (s sessions) BroadcastScope(scope string, m *node.Message) (delivered, failed int) {
 	m.Prepared = newPush(m, "", true)
 	return s.Users.BroadcastScope(scope, m)
+}
+
+// Describe implements node.Described.
+func (c *conn) Describe() node.Connection {
+	rooms := c.member.Rooms()
+	for i, room := range rooms {
+		rooms[i] = c.tenant.ID(room)
+	}
+	return node.Connection{ID: strconv.FormatUint(c.id, 10), Rooms: rooms, Since: time.Unix(c.at, 0)}
 }
 
 // Deliver implements node.Conn. A push to a room is for the connections that are in

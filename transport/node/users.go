@@ -20,7 +20,7 @@ type Conn interface {
 	Deliver(m *Message) Outcome
 }
 
-// Users are Sessions, Scoped and Lister: they know the connections of each user, and hand messages to them. A gateway
+// Users are Sessions, Scoped, Lister and Describer: they know the connections of each user, and hand messages to them. A gateway
 // adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -42,6 +43,8 @@ var about = map[string]struct{ summary, request, reply string }{
 	"ResumeJob":        {"Go on with a broadcast job", "", ""},
 	"CancelJob":        {"End a broadcast job", "", ""},
 	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
+	"GetRoomMembers":   {"A page of the members of a room", "", ""},
+	"GetUsers":         {"Where users are: nodes, rooms and devices", "", ""},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -64,6 +67,7 @@ func (g *generator) document() ([]byte, error) {
 	var methods []protoreflect.MethodDescriptor
 	for _, in := range []protoreflect.ServiceDescriptor{
 		pubsub.File_push_manager_proto.Services().ByName("PushManagerService"), pubsub.File_broadcast_jobs_proto.Services().ByName("BroadcastJobService"),
+		pubsub.File_presence_proto.Services().ByName("PresenceService"),
 	} {
 		for i := range in.Methods().Len() {
 			if m := in.Methods().Get(i); !m.IsStreamingClient() && !m.IsStreamingServer() {
@@ -85,7 +89,7 @@ func (g *generator) document() ([]byte, error) {
 			for key, value := range shortExamples[name] {
 				examples[key] = object{"value": fromText(value)}
 			}
-			op := g.operation(name+"Short", name, g.short(m.Input(), p.Fields), m.Output(), examples)
+			op := g.operation(name+"Short", name, g.short(m.Input(), &p), m.Output(), examples)
 			if p.ID != "" {
 				op["parameters"] = []any{object{"name": p.ID, "in": "path", "required": true, "schema": object{"type": "string"}, "example": map[string]string{"room_id": "lobby", "user_id": "alice"}[p.ID]}}
 			}
@@ -232,18 +236,22 @@ func (g *generator) value(f protoreflect.FieldDescriptor, request bool) object {
 }
 
 // short is the schema of the body of a short path.
-func (g *generator) short(in protoreflect.MessageDescriptor, fields []string) object {
-	properties := object{
+func (g *generator) short(in protoreflect.MessageDescriptor, p *web.ShortPath) object {
+	properties := object{}
+	for _, name := range p.Fields {
+		properties[name] = g.field(in.Fields().ByName(protoreflect.Name(name)), true)
+	}
+	if p.Plain {
+		return object{"type": "object", "properties": properties, "additionalProperties": false}
+	}
+	maps.Copy(properties, object{
 		"text": object{"type": "string", "description": "The data, as text"},
 		"json": object{"description": "The data, as any JSON"},
 		"data": object{"type": "string", "contentEncoding": "base64", "description": "The data"},
-	}
+	})
 	content := in.Fields().ByName("content").Message().Fields()
 	for _, name := range []string{"type", "metadata", "timestamp"} {
 		properties[name] = g.field(content.ByName(protoreflect.Name(name)), true)
-	}
-	for _, name := range fields {
-		properties[name] = g.field(in.Fields().ByName(protoreflect.Name(name)), true)
 	}
 	one := func(name string) object { return object{"required": []any{name}} }
 	return object{"type": "object", "properties": properties, "additionalProperties": false, "oneOf": []any{one("text"), one("json"), one("data")}}
