@@ -58,7 +58,7 @@ type Gateway struct {
 	writers atomic.Int64 // clients for whom something waits
 
 	lastID      atomic.Uint64 // of a connection
-	panicLogged atomic.Int64 // when, in ns since began
+	panicLogged atomic.Int64  // when, in ns since began
 	draining    atomic.Bool
 	clients     sync.WaitGroup // readers and writers; entered through admit
 	loops       sync.WaitGroup

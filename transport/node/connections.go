@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -105,7 +106,7 @@ func (c *Connection) message() *pubsub.Connection {
 		m.RoomIds = append(m.RoomIds, valid(room))
 	}
 	if !c.Since.IsZero() {
-		m.ConnectedAt = c.Since.Unix()
+		m.ConnectedAt = timestamppb.New(c.Since).GetSeconds()
 	}
 	return m
 }

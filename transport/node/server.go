@@ -27,22 +27,22 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg      Config
-	bootID   string
-	scoped   Scoped        // Sessions, nil where they cannot tell tenants apart
-	lasting  Lasting       // Sessions, nil where they take no part in lasting delivery
-	lister   Lister        // Sessions, nil where they do not name their users
+	cfg     Config
+	bootID  string
+	scoped  Scoped  // Sessions, nil where they cannot tell tenants apart
+	lasting Lasting // Sessions, nil where they take no part in lasting delivery
+	lister  Lister  // Sessions, nil where they do not name their users
 	// Sessions, nil where they do not tell which connections their users have.
 	describer Describer
-	listing  chan struct{} // held by the call that lists users
-	does     lastingParts
-	replays  *replays
-	roomLogs *roomLogs
-	features []pubsub.Feature
-	codecs   []pubsub.Codec // in which frames may come
-	decoder  *compression.Decoder
-	count    counters
-	plain    sync.Once // warns of a grpc.Server without ServerOptions
+	listing   chan struct{} // held by the call that lists users
+	does      lastingParts
+	replays   *replays
+	roomLogs  *roomLogs
+	features  []pubsub.Feature
+	codecs    []pubsub.Codec // in which frames may come
+	decoder   *compression.Decoder
+	count     counters
+	plain     sync.Once // warns of a grpc.Server without ServerOptions
 
 	warn       rate.Sometimes // of broken streams: who opens them decides how many there are
 	unreported atomic.Int64   // of those, since the last line

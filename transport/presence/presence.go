@@ -103,7 +103,7 @@ type Service struct {
 	cfg    Config
 	log    *slog.Logger
 	m      *instruments
-	places chan struct{} // one for each of Reads
+	places chan struct{}  // one for each of Reads
 	begin  func(*subject) // begins to follow one
 	stop   context.CancelFunc
 	ended  <-chan struct{} // closed by Close
@@ -183,7 +183,7 @@ func (s *Service) Members(ctx context.Context, scope, room, token string, size i
 		}
 		member := &pubsub.RoomMember{UserId: user, UserName: strings.ToValidUTF8(m.GetUserName(), "�"), NodeId: m.GetNodeId()}
 		if at := m.GetJoinedAt(); at > 0 {
-			member.JoinTime = timestamppb.New(time.Unix(at, 0))
+			member.JoinTime = &timestamppb.Timestamp{Seconds: at}
 		}
 		out.Members = append(out.Members, member)
 	}

@@ -15,7 +15,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"))
+	goleak.VerifyTestMain(m,
+		goleak.IgnoreCurrent(), // what libraries start for the process
+		goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"),
+		// go-redis keeps one for the process (redis/go-redis#3620).
+		goleak.IgnoreAnyFunction("github.com/redis/go-redis/v9/internal/pool.startGlobalTimeCache.func1"))
 }
 
 // ledger is what a caller keeps of a room or user: by room and user, the nodes.

@@ -70,7 +70,7 @@ func (s *Service) Users(ctx context.Context, scope string, users []string, conne
 					rooms := shown(c.GetRoomIds())
 					conn := &pubsub.UserConnection{NodeId: node, ConnectionId: c.GetConnectionId(), DeviceId: c.GetDeviceId(), Attributes: c.GetAttributes(), RoomIds: rooms}
 					if at := c.GetConnectedAt(); at > 0 {
-						conn.ConnectTime = timestamppb.New(time.Unix(at, 0))
+						conn.ConnectTime = &timestamppb.Timestamp{Seconds: at}
 					}
 					p.Connections = append(p.Connections, conn)
 					p.RoomIds = append(p.RoomIds, rooms...) // a Controller need not tell rooms

@@ -44,7 +44,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"CancelJob":        {"End a broadcast job", "", ""},
 	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
 	"GetRoomMembers":   {"A page of the members of a room", "", ""},
-	"GetUsers":         {"Where users are: nodes, rooms and devices", "", ""},
+	"GetUsers":         {"Where users are: nodes, rooms and devices", `{"user_ids": ["alice"], "without_connections": true}`, `{"users": [{"userId": "alice", "online": true, "nodeIds": ["connect-node-1"], "roomIds": ["lobby"]}]}`},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -53,6 +53,7 @@ var shortExamples = map[string]map[string]string{
 	"PushToUser":       {"text": `{"text": "Hello"}`, "data": `{"data": "SGVsbG8=", "metadata": {"lang": "en"}}`},
 	"PushToUsers":      {"text": `{"text": "Hello", "user_ids": ["alice", "bob"]}`},
 	"BroadcastMessage": {"text": `{"text": "Hello"}`},
+	"GetUsers":         {"users": `{"user_ids": ["alice"], "without_connections": true}`},
 }
 
 // generator writes the document: an OpenAPI 3.1 description of what is in the .proto files and in the short paths.
