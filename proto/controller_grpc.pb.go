@@ -94,8 +94,8 @@ type ControllerServiceClient interface {
 	// meanwhile, and one that begins or ends meanwhile may be named or not. A page must keep
 	// nobody else waiting, however large the room is.
 	//
-	//   INVALID_ARGUMENT  the page_token is none
-	//   OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
+	//	INVALID_ARGUMENT  the page_token is none
+	//	OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
 	ListMembers(ctx context.Context, in *ListMembersRequest, opts ...grpc.CallOption) (*ListMembersResponse, error)
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
@@ -288,8 +288,8 @@ type ControllerServiceServer interface {
 	// meanwhile, and one that begins or ends meanwhile may be named or not. A page must keep
 	// nobody else waiting, however large the room is.
 	//
-	//   INVALID_ARGUMENT  the page_token is none
-	//   OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
+	//	INVALID_ARGUMENT  the page_token is none
+	//	OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
 	ListMembers(context.Context, *ListMembersRequest) (*ListMembersResponse, error)
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of

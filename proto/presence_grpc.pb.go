@@ -36,7 +36,8 @@ const (
 //
 //	FAILED_PRECONDITION  MEMBERS_UNSUPPORTED: the Controller cannot list the members of a room in pages
 //	OUT_OF_RANGE         PAGE_TOKEN_GONE: the Controller's store was lost since the last page: begin again
-//	RESOURCE_EXHAUSTED   REPLY_TOO_LARGE: ask for fewer users; TOO_MANY_WATCHED: this instance watches as much as it may
+//	INVALID_ARGUMENT     REPLY_TOO_LARGE: ask for fewer users
+//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may
 type PresenceServiceClient interface {
 	// A page of the members of a room. A room without members, or that nobody knows, has none.
 	//
@@ -112,7 +113,8 @@ type PresenceService_WatchPresenceClient = grpc.ServerStreamingClient[WatchPrese
 //
 //	FAILED_PRECONDITION  MEMBERS_UNSUPPORTED: the Controller cannot list the members of a room in pages
 //	OUT_OF_RANGE         PAGE_TOKEN_GONE: the Controller's store was lost since the last page: begin again
-//	RESOURCE_EXHAUSTED   REPLY_TOO_LARGE: ask for fewer users; TOO_MANY_WATCHED: this instance watches as much as it may
+//	INVALID_ARGUMENT     REPLY_TOO_LARGE: ask for fewer users
+//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may
 type PresenceServiceServer interface {
 	// A page of the members of a room. A room without members, or that nobody knows, has none.
 	//

@@ -215,6 +215,8 @@ func presenceError(err error) error {
 	switch {
 	case errors.Is(err, presence.ErrPageToken):
 		return &engine.InvalidError{Field: "page_token", Code: engine.CodeMalformed, Description: presence.ErrPageToken.Error()}
+	case errors.Is(err, presence.ErrTooLarge):
+		return &engine.InvalidError{Field: "user_ids", Code: "REPLY_TOO_LARGE", Description: presence.ErrTooLarge.Error()}
 	case errors.Is(err, presence.ErrPosition):
 		return &engine.InvalidError{Field: "position", Code: engine.CodeMalformed, Description: presence.ErrPosition.Error()}
 	}

@@ -164,7 +164,7 @@ func TestPresenceThatCannotBeToldIsRefused(t *testing.T) {
 			c.rooms[user] = append(c.rooms[user], strings.Repeat("x", 200)+fmt.Sprint(i))
 		}
 	}
-	wantError(t, users(long[:1000]...), codes.ResourceExhausted, "REPLY_TOO_LARGE", "")
+	wantError(t, users(long[:1000]...), codes.InvalidArgument, "REPLY_TOO_LARGE", "user_ids")
 
 	w = newWorld(t, nil)
 	client = pubsub.NewPresenceServiceClient(w.conn)
@@ -176,8 +176,8 @@ func TestPresenceThatCannotBeToldIsRefused(t *testing.T) {
 // A caller sees the rooms and users that it may, and one of a tenant sees what is the tenant's, by its own names.
 func TestPresenceIsShownByRights(t *testing.T) {
 	a := newAccess(t, authtest.New(t, "version: 1\ntenants: {shop: {}}\ncallers:\n"+
-		caller("some", `{methods: [GetRoomMembers, WatchRoomPresence], rooms: ["r1"]}, {methods: [GetUsers, WatchPresence], users: ["a*"]}`)+
-		caller("pusher", `{methods: [PushToUser], users: ["*"]}`)+
+		caller("some", `{methods: [GetRoomMembers, WatchRoomPresence], rooms: ["r1"]}, {methods: [GetUsers, WatchPresence], users: ["a*"]}`, `, tenant: "*"`)+
+		caller("pusher", `{methods: [PushToUser], users: ["*"]}`, `, tenant: "*"`)+
 		caller("seller", `{methods: ["*"], users: ["*"], rooms: ["*"]}`, ", tenant: shop")))
 	c := &whereabouts{rooms: map[string][]string{"a": {"r1", "r2"}, "shop/a": {"shop/r1", "@node:n1", "r2"}}}
 	w, client := withPresence(t, c, a.set)

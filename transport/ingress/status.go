@@ -86,7 +86,7 @@ type statuses struct {
 	jobUnknown, jobExists, jobEnded, jobsOff, jobsFull, jobsAway *refusal
 
 	// Of presence.
-	presenceOff, noPages, pageGone, presenceLarge, presenceFull *refusal
+	presenceOff, noPages, pageGone, presenceFull *refusal
 
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
@@ -142,14 +142,12 @@ func newStatuses() *statuses {
 		presenceOff:       newRefusal(codes.FailedPrecondition, "PRESENCE_OFF", errPresenceOff.Error()),
 		noPages:           newRefusal(codes.FailedPrecondition, "MEMBERS_UNSUPPORTED", presence.ErrNoPages.Error()),
 		pageGone:          newRefusal(codes.OutOfRange, "PAGE_TOKEN_GONE", "page_token: "+presence.ErrPageGone.Error()),
-		presenceLarge:     newRefusal(codes.ResourceExhausted, "REPLY_TOO_LARGE", presence.ErrTooLarge.Error()),
 		presenceFull:      later(codes.ResourceExhausted, "TOO_MANY_WATCHED", presence.ErrFull.Error(), retryWatched),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
 		unread:            status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
 	}
-	t.presenceLarge.pushback = metadata.Pairs(pushbackKey, "-1") // the same again is no smaller
 	for a := range methods {
 		if a == apis {
 			continue
@@ -272,8 +270,6 @@ func (t *statuses) of(err error) *refusal {
 		return t.noPages
 	case errors.Is(err, presence.ErrPageGone):
 		return t.pageGone
-	case errors.Is(err, presence.ErrTooLarge):
-		return t.presenceLarge
 	case errors.Is(err, presence.ErrFull):
 		return t.presenceFull
 	case errors.Is(err, ErrNotTaken):

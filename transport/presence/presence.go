@@ -37,7 +37,7 @@ var (
 	ErrPageGone  = controller.ErrPageGone
 	ErrPageToken = controller.ErrPageToken
 
-	ErrTooLarge = errors.New("the reply would be too large: ask for fewer users")
+	ErrTooLarge = errors.New("the reply would be too large: ask for fewer")
 	ErrFull     = errors.New("this instance watches as many rooms and users as it may")
 	ErrPosition = errors.New("must be a position that WatchPresence has answered, or empty")
 )
