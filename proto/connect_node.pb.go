@@ -284,6 +284,232 @@ func (x *ListUsersResponse) GetLastTurn() uint64 {
 	return 0
 }
 
+type ListConnectionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Each once, 1 to 1,000 of them.
+	UserIds       []string `protobuf:"bytes,1,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListConnectionsRequest) Reset() {
+	*x = ListConnectionsRequest{}
+	mi := &file_connect_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListConnectionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListConnectionsRequest) ProtoMessage() {}
+
+func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListConnectionsRequest.ProtoReflect.Descriptor instead.
+func (*ListConnectionsRequest) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ListConnectionsRequest) GetUserIds() []string {
+	if x != nil {
+		return x.UserIds
+	}
+	return nil
+}
+
+type ListConnectionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// users[i] answers user_ids[i]. At least one of them, and fewer than were asked for where a frame of 1 MiB has no place
+	// for more: the caller asks again for the rest.
+	Users         []*UserConnections `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListConnectionsResponse) Reset() {
+	*x = ListConnectionsResponse{}
+	mi := &file_connect_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListConnectionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListConnectionsResponse) ProtoMessage() {}
+
+func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListConnectionsResponse.ProtoReflect.Descriptor instead.
+func (*ListConnectionsResponse) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ListConnectionsResponse) GetUsers() []*UserConnections {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+type UserConnections struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// None: the user is not here.
+	Connections []*Connection `protobuf:"bytes,1,rep,name=connections,proto3" json:"connections,omitempty"`
+	// There are others, for which there was no place. At most 100 are named.
+	More          bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserConnections) Reset() {
+	*x = UserConnections{}
+	mi := &file_connect_node_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserConnections) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserConnections) ProtoMessage() {}
+
+func (x *UserConnections) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserConnections.ProtoReflect.Descriptor instead.
+func (*UserConnections) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *UserConnections) GetConnections() []*Connection {
+	if x != nil {
+		return x.Connections
+	}
+	return nil
+}
+
+func (x *UserConnections) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+// Connection is one live connection of a user. A field that the gateway does not know is empty.
+type Connection struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unique on the node, as long as its process lives.
+	ConnectionId string `protobuf:"bytes,1,opt,name=connection_id,json=connectionId,proto3" json:"connection_id,omitempty"`
+	DeviceId     string `protobuf:"bytes,2,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// As filters of pushes see them.
+	Attributes map[string]string `protobuf:"bytes,3,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The rooms that it is in, as in Delivery.
+	RoomIds []string `protobuf:"bytes,4,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
+	// Unix seconds.
+	ConnectedAt   int64 `protobuf:"varint,5,opt,name=connected_at,json=connectedAt,proto3" json:"connected_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Connection) Reset() {
+	*x = Connection{}
+	mi := &file_connect_node_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Connection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Connection) ProtoMessage() {}
+
+func (x *Connection) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Connection.ProtoReflect.Descriptor instead.
+func (*Connection) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Connection) GetConnectionId() string {
+	if x != nil {
+		return x.ConnectionId
+	}
+	return ""
+}
+
+func (x *Connection) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *Connection) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+func (x *Connection) GetRoomIds() []string {
+	if x != nil {
+		return x.RoomIds
+	}
+	return nil
+}
+
+func (x *Connection) GetConnectedAt() int64 {
+	if x != nil {
+		return x.ConnectedAt
+	}
+	return 0
+}
+
 type PushMessageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
@@ -295,7 +521,7 @@ type PushMessageRequest struct {
 
 func (x *PushMessageRequest) Reset() {
 	*x = PushMessageRequest{}
-	mi := &file_connect_node_proto_msgTypes[2]
+	mi := &file_connect_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -307,7 +533,7 @@ func (x *PushMessageRequest) String() string {
 func (*PushMessageRequest) ProtoMessage() {}
 
 func (x *PushMessageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[2]
+	mi := &file_connect_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -320,7 +546,7 @@ func (x *PushMessageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageRequest.ProtoReflect.Descriptor instead.
 func (*PushMessageRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{2}
+	return file_connect_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PushMessageRequest) GetUserId() string {
@@ -354,7 +580,7 @@ type PushMessageResponse struct {
 
 func (x *PushMessageResponse) Reset() {
 	*x = PushMessageResponse{}
-	mi := &file_connect_node_proto_msgTypes[3]
+	mi := &file_connect_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -366,7 +592,7 @@ func (x *PushMessageResponse) String() string {
 func (*PushMessageResponse) ProtoMessage() {}
 
 func (x *PushMessageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[3]
+	mi := &file_connect_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -379,7 +605,7 @@ func (x *PushMessageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageResponse.ProtoReflect.Descriptor instead.
 func (*PushMessageResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{3}
+	return file_connect_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PushMessageResponse) GetSuccess() bool {
@@ -407,7 +633,7 @@ type PushMessageBatchRequest struct {
 
 func (x *PushMessageBatchRequest) Reset() {
 	*x = PushMessageBatchRequest{}
-	mi := &file_connect_node_proto_msgTypes[4]
+	mi := &file_connect_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +645,7 @@ func (x *PushMessageBatchRequest) String() string {
 func (*PushMessageBatchRequest) ProtoMessage() {}
 
 func (x *PushMessageBatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[4]
+	mi := &file_connect_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +658,7 @@ func (x *PushMessageBatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageBatchRequest.ProtoReflect.Descriptor instead.
 func (*PushMessageBatchRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{4}
+	return file_connect_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PushMessageBatchRequest) GetUserIds() []string {
@@ -473,7 +699,7 @@ type PushMessageBatchResponse struct {
 
 func (x *PushMessageBatchResponse) Reset() {
 	*x = PushMessageBatchResponse{}
-	mi := &file_connect_node_proto_msgTypes[5]
+	mi := &file_connect_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -485,7 +711,7 @@ func (x *PushMessageBatchResponse) String() string {
 func (*PushMessageBatchResponse) ProtoMessage() {}
 
 func (x *PushMessageBatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[5]
+	mi := &file_connect_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -498,7 +724,7 @@ func (x *PushMessageBatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushMessageBatchResponse.ProtoReflect.Descriptor instead.
 func (*PushMessageBatchResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{5}
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PushMessageBatchResponse) GetSuccess() bool {
@@ -545,7 +771,7 @@ type BroadcastRequest struct {
 
 func (x *BroadcastRequest) Reset() {
 	*x = BroadcastRequest{}
-	mi := &file_connect_node_proto_msgTypes[6]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -557,7 +783,7 @@ func (x *BroadcastRequest) String() string {
 func (*BroadcastRequest) ProtoMessage() {}
 
 func (x *BroadcastRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[6]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -570,7 +796,7 @@ func (x *BroadcastRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BroadcastRequest.ProtoReflect.Descriptor instead.
 func (*BroadcastRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{6}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *BroadcastRequest) GetContent() *MessageContent {
@@ -594,7 +820,7 @@ type BroadcastResponse struct {
 
 func (x *BroadcastResponse) Reset() {
 	*x = BroadcastResponse{}
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +832,7 @@ func (x *BroadcastResponse) String() string {
 func (*BroadcastResponse) ProtoMessage() {}
 
 func (x *BroadcastResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[7]
+	mi := &file_connect_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +845,7 @@ func (x *BroadcastResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BroadcastResponse.ProtoReflect.Descriptor instead.
 func (*BroadcastResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{7}
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *BroadcastResponse) GetSuccess() bool {
@@ -688,7 +914,7 @@ type DeliverRequest struct {
 
 func (x *DeliverRequest) Reset() {
 	*x = DeliverRequest{}
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -700,7 +926,7 @@ func (x *DeliverRequest) String() string {
 func (*DeliverRequest) ProtoMessage() {}
 
 func (x *DeliverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[8]
+	mi := &file_connect_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -713,7 +939,7 @@ func (x *DeliverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverRequest.ProtoReflect.Descriptor instead.
 func (*DeliverRequest) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{8}
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeliverRequest) GetHello() *Hello {
@@ -822,7 +1048,7 @@ type LogMark struct {
 
 func (x *LogMark) Reset() {
 	*x = LogMark{}
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +1060,7 @@ func (x *LogMark) String() string {
 func (*LogMark) ProtoMessage() {}
 
 func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +1073,7 @@ func (x *LogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
 func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LogMark) GetPartition() uint32 {
@@ -903,7 +1129,7 @@ type LogRoom struct {
 
 func (x *LogRoom) Reset() {
 	*x = LogRoom{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1141,7 @@ func (x *LogRoom) String() string {
 func (*LogRoom) ProtoMessage() {}
 
 func (x *LogRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1154,7 @@ func (x *LogRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRoom.ProtoReflect.Descriptor instead.
 func (*LogRoom) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LogRoom) GetRoomId() string {
@@ -969,7 +1195,7 @@ type LogPage struct {
 
 func (x *LogPage) Reset() {
 	*x = LogPage{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1207,7 @@ func (x *LogPage) String() string {
 func (*LogPage) ProtoMessage() {}
 
 func (x *LogPage) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1220,7 @@ func (x *LogPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPage.ProtoReflect.Descriptor instead.
 func (*LogPage) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogPage) GetGate() uint64 {
@@ -1069,7 +1295,7 @@ type Nudge struct {
 
 func (x *Nudge) Reset() {
 	*x = Nudge{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1307,7 @@ func (x *Nudge) String() string {
 func (*Nudge) ProtoMessage() {}
 
 func (x *Nudge) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1320,7 @@ func (x *Nudge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
 func (*Nudge) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Nudge) GetUserId() string {
@@ -1132,7 +1358,7 @@ type ReplayEnd struct {
 
 func (x *ReplayEnd) Reset() {
 	*x = ReplayEnd{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1370,7 @@ func (x *ReplayEnd) String() string {
 func (*ReplayEnd) ProtoMessage() {}
 
 func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1383,7 @@ func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
 func (*ReplayEnd) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReplayEnd) GetGate() uint64 {
@@ -1215,7 +1441,7 @@ type DeliverResponse struct {
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1453,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1466,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -1341,7 +1567,7 @@ type LogFollow struct {
 
 func (x *LogFollow) Reset() {
 	*x = LogFollow{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1353,7 +1579,7 @@ func (x *LogFollow) String() string {
 func (*LogFollow) ProtoMessage() {}
 
 func (x *LogFollow) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1366,7 +1592,7 @@ func (x *LogFollow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogFollow.ProtoReflect.Descriptor instead.
 func (*LogFollow) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogFollow) GetEpoch() uint64 {
@@ -1399,7 +1625,7 @@ type LogRead struct {
 
 func (x *LogRead) Reset() {
 	*x = LogRead{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1637,7 @@ func (x *LogRead) String() string {
 func (*LogRead) ProtoMessage() {}
 
 func (x *LogRead) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +1650,7 @@ func (x *LogRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
 func (*LogRead) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogRead) GetRoomId() string {
@@ -1474,7 +1700,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1712,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1725,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1547,7 +1773,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1785,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1798,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1609,7 +1835,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1847,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1860,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
+	return file_connect_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1684,7 +1910,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1696,7 +1922,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1709,7 +1935,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{20}
+	return file_connect_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -1808,7 +2034,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +2046,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +2059,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{21}
+	return file_connect_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -1950,7 +2176,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2188,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2201,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{22}
+	return file_connect_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -2132,7 +2358,7 @@ type LogPosition struct {
 
 func (x *LogPosition) Reset() {
 	*x = LogPosition{}
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2144,7 +2370,7 @@ func (x *LogPosition) String() string {
 func (*LogPosition) ProtoMessage() {}
 
 func (x *LogPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2157,7 +2383,7 @@ func (x *LogPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
 func (*LogPosition) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{23}
+	return file_connect_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *LogPosition) GetPartition() uint32 {
@@ -2205,7 +2431,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2217,7 +2443,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2230,7 +2456,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{24}
+	return file_connect_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -2279,7 +2505,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2291,7 +2517,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2304,7 +2530,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{25}
+	return file_connect_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -2373,7 +2599,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2385,7 +2611,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2398,7 +2624,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{26}
+	return file_connect_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -2462,7 +2688,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2474,7 +2700,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2487,7 +2713,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{27}
+	return file_connect_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -2558,7 +2784,26 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\"K\n" +
 	"\x11ListUsersResponse\x12\x19\n" +
 	"\buser_ids\x18\x01 \x03(\tR\auserIds\x12\x1b\n" +
-	"\tlast_turn\x18\x02 \x01(\x06R\blastTurn\"x\n" +
+	"\tlast_turn\x18\x02 \x01(\x06R\blastTurn\"3\n" +
+	"\x16ListConnectionsRequest\x12\x19\n" +
+	"\buser_ids\x18\x01 \x03(\tR\auserIds\"H\n" +
+	"\x17ListConnectionsResponse\x12-\n" +
+	"\x05users\x18\x01 \x03(\v2\x17.pubsub.UserConnectionsR\x05users\"[\n" +
+	"\x0fUserConnections\x124\n" +
+	"\vconnections\x18\x01 \x03(\v2\x12.pubsub.ConnectionR\vconnections\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\x8f\x02\n" +
+	"\n" +
+	"Connection\x12#\n" +
+	"\rconnection_id\x18\x01 \x01(\tR\fconnectionId\x12\x1b\n" +
+	"\tdevice_id\x18\x02 \x01(\tR\bdeviceId\x12B\n" +
+	"\n" +
+	"attributes\x18\x03 \x03(\v2\".pubsub.Connection.AttributesEntryR\n" +
+	"attributes\x12\x19\n" +
+	"\broom_ids\x18\x04 \x03(\tR\aroomIds\x12!\n" +
+	"\fconnected_at\x18\x05 \x01(\x03R\vconnectedAt\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"x\n" +
 	"\x12PushMessageRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x17\n" +
 	"\aroom_id\x18\x02 \x01(\tR\x06roomId\x120\n" +
@@ -2758,13 +3003,14 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
 	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x12\n" +
 	"\x0eFEATURE_FILTER\x10\b\x12\x11\n" +
-	"\rFEATURE_ROOMS\x10\t2\xf7\x02\n" +
+	"\rFEATURE_ROOMS\x10\t2\xcb\x03\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
 	"\tBroadcast\x12\x18.pubsub.BroadcastRequest\x1a\x19.pubsub.BroadcastResponse\x12>\n" +
 	"\aDeliver\x12\x16.pubsub.DeliverRequest\x1a\x17.pubsub.DeliverResponse(\x010\x01\x12@\n" +
-	"\tListUsers\x12\x18.pubsub.ListUsersRequest\x1a\x19.pubsub.ListUsersResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"\tListUsers\x12\x18.pubsub.ListUsersRequest\x1a\x19.pubsub.ListUsersResponse\x12R\n" +
+	"\x0fListConnections\x12\x1e.pubsub.ListConnectionsRequest\x1a\x1f.pubsub.ListConnectionsResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_connect_node_proto_rawDescOnce sync.Once
@@ -2779,85 +3025,95 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
 	(*ListUsersRequest)(nil),         // 2: pubsub.ListUsersRequest
 	(*ListUsersResponse)(nil),        // 3: pubsub.ListUsersResponse
-	(*PushMessageRequest)(nil),       // 4: pubsub.PushMessageRequest
-	(*PushMessageResponse)(nil),      // 5: pubsub.PushMessageResponse
-	(*PushMessageBatchRequest)(nil),  // 6: pubsub.PushMessageBatchRequest
-	(*PushMessageBatchResponse)(nil), // 7: pubsub.PushMessageBatchResponse
-	(*BroadcastRequest)(nil),         // 8: pubsub.BroadcastRequest
-	(*BroadcastResponse)(nil),        // 9: pubsub.BroadcastResponse
-	(*DeliverRequest)(nil),           // 10: pubsub.DeliverRequest
-	(*LogMark)(nil),                  // 11: pubsub.LogMark
-	(*LogRoom)(nil),                  // 12: pubsub.LogRoom
-	(*LogPage)(nil),                  // 13: pubsub.LogPage
-	(*Nudge)(nil),                    // 14: pubsub.Nudge
-	(*ReplayEnd)(nil),                // 15: pubsub.ReplayEnd
-	(*DeliverResponse)(nil),          // 16: pubsub.DeliverResponse
-	(*LogFollow)(nil),                // 17: pubsub.LogFollow
-	(*LogRead)(nil),                  // 18: pubsub.LogRead
-	(*Receipt)(nil),                  // 19: pubsub.Receipt
-	(*Catchup)(nil),                  // 20: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 21: pubsub.ReplayTaken
-	(*Hello)(nil),                    // 22: pubsub.Hello
-	(*HelloReply)(nil),               // 23: pubsub.HelloReply
-	(*Delivery)(nil),                 // 24: pubsub.Delivery
-	(*LogPosition)(nil),              // 25: pubsub.LogPosition
-	(*ReplayPlace)(nil),              // 26: pubsub.ReplayPlace
-	(*Audience)(nil),                 // 27: pubsub.Audience
-	(*AckRange)(nil),                 // 28: pubsub.AckRange
-	(*Miss)(nil),                     // 29: pubsub.Miss
-	(*MessageContent)(nil),           // 30: pubsub.MessageContent
-	(*Match)(nil),                    // 31: pubsub.Match
+	(*ListConnectionsRequest)(nil),   // 4: pubsub.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil),  // 5: pubsub.ListConnectionsResponse
+	(*UserConnections)(nil),          // 6: pubsub.UserConnections
+	(*Connection)(nil),               // 7: pubsub.Connection
+	(*PushMessageRequest)(nil),       // 8: pubsub.PushMessageRequest
+	(*PushMessageResponse)(nil),      // 9: pubsub.PushMessageResponse
+	(*PushMessageBatchRequest)(nil),  // 10: pubsub.PushMessageBatchRequest
+	(*PushMessageBatchResponse)(nil), // 11: pubsub.PushMessageBatchResponse
+	(*BroadcastRequest)(nil),         // 12: pubsub.BroadcastRequest
+	(*BroadcastResponse)(nil),        // 13: pubsub.BroadcastResponse
+	(*DeliverRequest)(nil),           // 14: pubsub.DeliverRequest
+	(*LogMark)(nil),                  // 15: pubsub.LogMark
+	(*LogRoom)(nil),                  // 16: pubsub.LogRoom
+	(*LogPage)(nil),                  // 17: pubsub.LogPage
+	(*Nudge)(nil),                    // 18: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 19: pubsub.ReplayEnd
+	(*DeliverResponse)(nil),          // 20: pubsub.DeliverResponse
+	(*LogFollow)(nil),                // 21: pubsub.LogFollow
+	(*LogRead)(nil),                  // 22: pubsub.LogRead
+	(*Receipt)(nil),                  // 23: pubsub.Receipt
+	(*Catchup)(nil),                  // 24: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 25: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 26: pubsub.Hello
+	(*HelloReply)(nil),               // 27: pubsub.HelloReply
+	(*Delivery)(nil),                 // 28: pubsub.Delivery
+	(*LogPosition)(nil),              // 29: pubsub.LogPosition
+	(*ReplayPlace)(nil),              // 30: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 31: pubsub.Audience
+	(*AckRange)(nil),                 // 32: pubsub.AckRange
+	(*Miss)(nil),                     // 33: pubsub.Miss
+	nil,                              // 34: pubsub.Connection.AttributesEntry
+	(*MessageContent)(nil),           // 35: pubsub.MessageContent
+	(*Match)(nil),                    // 36: pubsub.Match
 }
 var file_connect_node_proto_depIdxs = []int32{
-	30, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	30, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	30, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	22, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	24, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	14, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
-	15, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	11, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
-	13, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
-	12, // 9: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
-	24, // 10: pubsub.LogPage.entries:type_name -> pubsub.Delivery
-	23, // 11: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	28, // 12: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	29, // 13: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	19, // 14: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	20, // 15: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	21, // 16: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	18, // 17: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
-	17, // 18: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
-	0,  // 19: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 20: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 21: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 22: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	30, // 23: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	27, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	26, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	25, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	31, // 27: pubsub.Delivery.filter:type_name -> pubsub.Match
-	4,  // 28: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	6,  // 29: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	8,  // 30: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	10, // 31: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	2,  // 32: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
-	5,  // 33: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	7,  // 34: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	9,  // 35: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	16, // 36: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	3,  // 37: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
-	33, // [33:38] is the sub-list for method output_type
-	28, // [28:33] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	6,  // 0: pubsub.ListConnectionsResponse.users:type_name -> pubsub.UserConnections
+	7,  // 1: pubsub.UserConnections.connections:type_name -> pubsub.Connection
+	34, // 2: pubsub.Connection.attributes:type_name -> pubsub.Connection.AttributesEntry
+	35, // 3: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	35, // 4: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	35, // 5: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	26, // 6: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	28, // 7: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	18, // 8: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	19, // 9: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	15, // 10: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	17, // 11: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
+	16, // 12: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
+	28, // 13: pubsub.LogPage.entries:type_name -> pubsub.Delivery
+	27, // 14: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	32, // 15: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	33, // 16: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	23, // 17: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	24, // 18: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	25, // 19: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	22, // 20: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	21, // 21: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
+	0,  // 22: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 23: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 24: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 25: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	35, // 26: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	31, // 27: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	30, // 28: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	29, // 29: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	36, // 30: pubsub.Delivery.filter:type_name -> pubsub.Match
+	8,  // 31: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	10, // 32: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	12, // 33: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	14, // 34: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 35: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
+	4,  // 36: pubsub.ConnectNodeService.ListConnections:input_type -> pubsub.ListConnectionsRequest
+	9,  // 37: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	11, // 38: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	13, // 39: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	20, // 40: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	3,  // 41: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
+	5,  // 42: pubsub.ConnectNodeService.ListConnections:output_type -> pubsub.ListConnectionsResponse
+	37, // [37:43] is the sub-list for method output_type
+	31, // [31:37] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -2872,7 +3128,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   28,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

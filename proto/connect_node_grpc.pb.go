@@ -24,6 +24,7 @@ const (
 	ConnectNodeService_Broadcast_FullMethodName        = "/pubsub.ConnectNodeService/Broadcast"
 	ConnectNodeService_Deliver_FullMethodName          = "/pubsub.ConnectNodeService/Deliver"
 	ConnectNodeService_ListUsers_FullMethodName        = "/pubsub.ConnectNodeService/ListUsers"
+	ConnectNodeService_ListConnections_FullMethodName  = "/pubsub.ConnectNodeService/ListConnections"
 )
 
 // ConnectNodeServiceClient is the client API for ConnectNodeService service.
@@ -53,6 +54,9 @@ type ConnectNodeServiceClient interface {
 	// Names users with a live connection here, in the order of their turns, for broadcast jobs. A node may leave it out:
 	// jobs for everybody then pass it by. A node that drains answers as ever.
 	ListUsers(ctx context.Context, in *ListUsersRequest, opts ...grpc.CallOption) (*ListUsersResponse, error)
+	// Tells which live connections users have here, for presence. A node may leave it out: nobody is told then of the devices
+	// of its users. A node that drains answers as ever.
+	ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error)
 }
 
 type connectNodeServiceClient struct {
@@ -116,6 +120,16 @@ func (c *connectNodeServiceClient) ListUsers(ctx context.Context, in *ListUsersR
 	return out, nil
 }
 
+func (c *connectNodeServiceClient) ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListConnectionsResponse)
+	err := c.cc.Invoke(ctx, ConnectNodeService_ListConnections_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ConnectNodeServiceServer is the server API for ConnectNodeService service.
 // All implementations must embed UnimplementedConnectNodeServiceServer
 // for forward compatibility.
@@ -143,6 +157,9 @@ type ConnectNodeServiceServer interface {
 	// Names users with a live connection here, in the order of their turns, for broadcast jobs. A node may leave it out:
 	// jobs for everybody then pass it by. A node that drains answers as ever.
 	ListUsers(context.Context, *ListUsersRequest) (*ListUsersResponse, error)
+	// Tells which live connections users have here, for presence. A node may leave it out: nobody is told then of the devices
+	// of its users. A node that drains answers as ever.
+	ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error)
 	mustEmbedUnimplementedConnectNodeServiceServer()
 }
 
@@ -167,6 +184,9 @@ func (UnimplementedConnectNodeServiceServer) Deliver(grpc.BidiStreamingServer[De
 }
 func (UnimplementedConnectNodeServiceServer) ListUsers(context.Context, *ListUsersRequest) (*ListUsersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListUsers not implemented")
+}
+func (UnimplementedConnectNodeServiceServer) ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListConnections not implemented")
 }
 func (UnimplementedConnectNodeServiceServer) mustEmbedUnimplementedConnectNodeServiceServer() {}
 func (UnimplementedConnectNodeServiceServer) testEmbeddedByValue()                            {}
@@ -268,6 +288,24 @@ func _ConnectNodeService_ListUsers_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ConnectNodeService_ListConnections_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListConnectionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ConnectNodeServiceServer).ListConnections(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ConnectNodeService_ListConnections_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ConnectNodeServiceServer).ListConnections(ctx, req.(*ListConnectionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ConnectNodeService_ServiceDesc is the grpc.ServiceDesc for ConnectNodeService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -290,6 +328,10 @@ var ConnectNodeService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListUsers",
 			Handler:    _ConnectNodeService_ListUsers_Handler,
+		},
+		{
+			MethodName: "ListConnections",
+			Handler:    _ConnectNodeService_ListConnections_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -432,8 +432,10 @@ func (x *GetRoomInfoResponse) GetStoreId() string {
 }
 
 type GetUserNodeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// The caller wants room_ids. Look-ups for pushes do not.
+	WithRooms     bool `protobuf:"varint,2,opt,name=with_rooms,json=withRooms,proto3" json:"with_rooms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -475,6 +477,13 @@ func (x *GetUserNodeRequest) GetUserId() string {
 	return ""
 }
 
+func (x *GetUserNodeRequest) GetWithRooms() bool {
+	if x != nil {
+		return x.WithRooms
+	}
+	return false
+}
+
 type GetUserNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One of the user's nodes.
@@ -484,7 +493,9 @@ type GetUserNodeResponse struct {
 	Found       bool   `protobuf:"varint,3,opt,name=found,proto3" json:"found,omitempty"`
 	RoomId      string `protobuf:"bytes,4,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
 	// All nodes of the user. Empty from a Controller that knows one node only.
-	NodeIds       []string `protobuf:"bytes,5,rep,name=node_ids,json=nodeIds,proto3" json:"node_ids,omitempty"`
+	NodeIds []string `protobuf:"bytes,5,rep,name=node_ids,json=nodeIds,proto3" json:"node_ids,omitempty"`
+	// Optional, with with_rooms: all rooms of the user, each once, in any order.
+	RoomIds       []string `protobuf:"bytes,6,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -550,6 +561,13 @@ func (x *GetUserNodeResponse) GetRoomId() string {
 func (x *GetUserNodeResponse) GetNodeIds() []string {
 	if x != nil {
 		return x.NodeIds
+	}
+	return nil
+}
+
+func (x *GetUserNodeResponse) GetRoomIds() []string {
+	if x != nil {
+		return x.RoomIds
 	}
 	return nil
 }
@@ -651,8 +669,10 @@ func (x *GetRoomStatsResponse) GetRooms() []*RoomStats {
 }
 
 type GetUserNodesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserIds       []string               `protobuf:"bytes,1,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	UserIds []string               `protobuf:"bytes,1,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
+	// As in GetUserNodeRequest.
+	WithRooms     bool `protobuf:"varint,2,opt,name=with_rooms,json=withRooms,proto3" json:"with_rooms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -692,6 +712,13 @@ func (x *GetUserNodesRequest) GetUserIds() []string {
 		return x.UserIds
 	}
 	return nil
+}
+
+func (x *GetUserNodesRequest) GetWithRooms() bool {
+	if x != nil {
+		return x.WithRooms
+	}
+	return false
 }
 
 type GetUserNodesResponse struct {
@@ -739,6 +766,132 @@ func (x *GetUserNodesResponse) GetUsers() []*GetUserNodeResponse {
 	return nil
 }
 
+type ListMembersRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RoomId string                 `protobuf:"bytes,1,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	// next_page_token of the page before, for the same room. Empty: the first page.
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// About so many members; the Controller may give fewer or more. 0: 1,000, which is the most.
+	PageSize      uint32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMembersRequest) Reset() {
+	*x = ListMembersRequest{}
+	mi := &file_controller_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMembersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMembersRequest) ProtoMessage() {}
+
+func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMembersRequest.ProtoReflect.Descriptor instead.
+func (*ListMembersRequest) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListMembersRequest) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *ListMembersRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListMembersRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+type ListMembersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A user on two nodes stands here twice, as in RoomInfo. Without metadata. Empty for an
+	// unknown room, and perhaps before the last page.
+	Members []*UserInfo `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	// Empty: this is the last page. At most 512 bytes.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// Users in the room now, each once.
+	UserCount     int32 `protobuf:"varint,3,opt,name=user_count,json=userCount,proto3" json:"user_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMembersResponse) Reset() {
+	*x = ListMembersResponse{}
+	mi := &file_controller_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMembersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMembersResponse) ProtoMessage() {}
+
+func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
+func (*ListMembersResponse) Descriptor() ([]byte, []int) {
+	return file_controller_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListMembersResponse) GetMembers() []*UserInfo {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *ListMembersResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *ListMembersResponse) GetUserCount() int32 {
+	if x != nil {
+		return x.UserCount
+	}
+	return 0
+}
+
 type WatchRoutesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -747,7 +900,7 @@ type WatchRoutesRequest struct {
 
 func (x *WatchRoutesRequest) Reset() {
 	*x = WatchRoutesRequest{}
-	mi := &file_controller_proto_msgTypes[12]
+	mi := &file_controller_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -759,7 +912,7 @@ func (x *WatchRoutesRequest) String() string {
 func (*WatchRoutesRequest) ProtoMessage() {}
 
 func (x *WatchRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[12]
+	mi := &file_controller_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -772,7 +925,7 @@ func (x *WatchRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRoutesRequest.ProtoReflect.Descriptor instead.
 func (*WatchRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{12}
+	return file_controller_proto_rawDescGZIP(), []int{14}
 }
 
 type WatchRoutesResponse struct {
@@ -793,7 +946,7 @@ type WatchRoutesResponse struct {
 
 func (x *WatchRoutesResponse) Reset() {
 	*x = WatchRoutesResponse{}
-	mi := &file_controller_proto_msgTypes[13]
+	mi := &file_controller_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +958,7 @@ func (x *WatchRoutesResponse) String() string {
 func (*WatchRoutesResponse) ProtoMessage() {}
 
 func (x *WatchRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[13]
+	mi := &file_controller_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +971,7 @@ func (x *WatchRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRoutesResponse.ProtoReflect.Descriptor instead.
 func (*WatchRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{13}
+	return file_controller_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchRoutesResponse) GetSynced() bool {
@@ -888,7 +1041,7 @@ type MemberDelta struct {
 
 func (x *MemberDelta) Reset() {
 	*x = MemberDelta{}
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +1053,7 @@ func (x *MemberDelta) String() string {
 func (*MemberDelta) ProtoMessage() {}
 
 func (x *MemberDelta) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[14]
+	mi := &file_controller_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +1066,7 @@ func (x *MemberDelta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberDelta.ProtoReflect.Descriptor instead.
 func (*MemberDelta) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{14}
+	return file_controller_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MemberDelta) GetRoomId() string {
@@ -968,7 +1121,7 @@ type FollowRoutesRequest struct {
 
 func (x *FollowRoutesRequest) Reset() {
 	*x = FollowRoutesRequest{}
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1133,7 @@ func (x *FollowRoutesRequest) String() string {
 func (*FollowRoutesRequest) ProtoMessage() {}
 
 func (x *FollowRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[15]
+	mi := &file_controller_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1146,7 @@ func (x *FollowRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRoutesRequest.ProtoReflect.Descriptor instead.
 func (*FollowRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{15}
+	return file_controller_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FollowRoutesRequest) GetLeaseMs() uint32 {
@@ -1039,7 +1192,7 @@ type FollowRoutesResponse struct {
 
 func (x *FollowRoutesResponse) Reset() {
 	*x = FollowRoutesResponse{}
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1204,7 @@ func (x *FollowRoutesResponse) String() string {
 func (*FollowRoutesResponse) ProtoMessage() {}
 
 func (x *FollowRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[16]
+	mi := &file_controller_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1217,7 @@ func (x *FollowRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRoutesResponse.ProtoReflect.Descriptor instead.
 func (*FollowRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{16}
+	return file_controller_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *FollowRoutesResponse) GetChanges() *WatchRoutesResponse {
@@ -1110,7 +1263,7 @@ type SyncNodeRequest struct {
 
 func (x *SyncNodeRequest) Reset() {
 	*x = SyncNodeRequest{}
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1275,7 @@ func (x *SyncNodeRequest) String() string {
 func (*SyncNodeRequest) ProtoMessage() {}
 
 func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[17]
+	mi := &file_controller_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1288,7 @@ func (x *SyncNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeRequest.ProtoReflect.Descriptor instead.
 func (*SyncNodeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{17}
+	return file_controller_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SyncNodeRequest) GetNodeId() string {
@@ -1187,7 +1340,7 @@ type SyncNodeResponse struct {
 
 func (x *SyncNodeResponse) Reset() {
 	*x = SyncNodeResponse{}
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1199,7 +1352,7 @@ func (x *SyncNodeResponse) String() string {
 func (*SyncNodeResponse) ProtoMessage() {}
 
 func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[18]
+	mi := &file_controller_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1212,7 +1365,7 @@ func (x *SyncNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNodeResponse.ProtoReflect.Descriptor instead.
 func (*SyncNodeResponse) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{18}
+	return file_controller_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SyncNodeResponse) GetStoreId() string {
@@ -1243,7 +1396,7 @@ type NodeSlot struct {
 
 func (x *NodeSlot) Reset() {
 	*x = NodeSlot{}
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1408,7 @@ func (x *NodeSlot) String() string {
 func (*NodeSlot) ProtoMessage() {}
 
 func (x *NodeSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[19]
+	mi := &file_controller_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1421,7 @@ func (x *NodeSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSlot.ProtoReflect.Descriptor instead.
 func (*NodeSlot) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{19}
+	return file_controller_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *NodeSlot) GetSlot() uint32 {
@@ -1304,7 +1457,7 @@ type NodeMembership struct {
 
 func (x *NodeMembership) Reset() {
 	*x = NodeMembership{}
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1469,7 @@ func (x *NodeMembership) String() string {
 func (*NodeMembership) ProtoMessage() {}
 
 func (x *NodeMembership) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[20]
+	mi := &file_controller_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1482,7 @@ func (x *NodeMembership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeMembership.ProtoReflect.Descriptor instead.
 func (*NodeMembership) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{20}
+	return file_controller_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *NodeMembership) GetUserId() string {
@@ -1377,7 +1530,7 @@ type RoomInfo struct {
 
 func (x *RoomInfo) Reset() {
 	*x = RoomInfo{}
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1542,7 @@ func (x *RoomInfo) String() string {
 func (*RoomInfo) ProtoMessage() {}
 
 func (x *RoomInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[21]
+	mi := &file_controller_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1555,7 @@ func (x *RoomInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomInfo.ProtoReflect.Descriptor instead.
 func (*RoomInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{21}
+	return file_controller_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RoomInfo) GetRoomId() string {
@@ -1454,7 +1607,7 @@ type UserInfo struct {
 
 func (x *UserInfo) Reset() {
 	*x = UserInfo{}
-	mi := &file_controller_proto_msgTypes[22]
+	mi := &file_controller_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1619,7 @@ func (x *UserInfo) String() string {
 func (*UserInfo) ProtoMessage() {}
 
 func (x *UserInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[22]
+	mi := &file_controller_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1632,7 @@ func (x *UserInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserInfo.ProtoReflect.Descriptor instead.
 func (*UserInfo) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{22}
+	return file_controller_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UserInfo) GetUserId() string {
@@ -1528,7 +1681,7 @@ type RoomMetadata struct {
 
 func (x *RoomMetadata) Reset() {
 	*x = RoomMetadata{}
-	mi := &file_controller_proto_msgTypes[23]
+	mi := &file_controller_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1693,7 @@ func (x *RoomMetadata) String() string {
 func (*RoomMetadata) ProtoMessage() {}
 
 func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[23]
+	mi := &file_controller_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1706,7 @@ func (x *RoomMetadata) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomMetadata.ProtoReflect.Descriptor instead.
 func (*RoomMetadata) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{23}
+	return file_controller_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RoomMetadata) GetName() string {
@@ -1589,7 +1742,7 @@ type RoomStats struct {
 
 func (x *RoomStats) Reset() {
 	*x = RoomStats{}
-	mi := &file_controller_proto_msgTypes[24]
+	mi := &file_controller_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +1754,7 @@ func (x *RoomStats) String() string {
 func (*RoomStats) ProtoMessage() {}
 
 func (x *RoomStats) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_proto_msgTypes[24]
+	mi := &file_controller_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +1767,7 @@ func (x *RoomStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomStats.ProtoReflect.Descriptor instead.
 func (*RoomStats) Descriptor() ([]byte, []int) {
-	return file_controller_proto_rawDescGZIP(), []int{24}
+	return file_controller_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RoomStats) GetRoomId() string {
@@ -1673,26 +1826,41 @@ const file_controller_proto_rawDesc = "" +
 	"\x13GetRoomInfoResponse\x12-\n" +
 	"\troom_info\x18\x01 \x01(\v2\x10.pubsub.RoomInfoR\broomInfo\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x19\n" +
-	"\bstore_id\x18\x03 \x01(\tR\astoreId\"-\n" +
+	"\bstore_id\x18\x03 \x01(\tR\astoreId\"L\n" +
 	"\x12GetUserNodeRequest\x12\x17\n" +
-	"\auser_id\x18\x01 \x01(\tR\x06userId\"\x9b\x01\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n" +
+	"\n" +
+	"with_rooms\x18\x02 \x01(\bR\twithRooms\"\xb6\x01\n" +
 	"\x13GetUserNodeResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12!\n" +
 	"\fnode_address\x18\x02 \x01(\tR\vnodeAddress\x12\x14\n" +
 	"\x05found\x18\x03 \x01(\bR\x05found\x12\x17\n" +
 	"\aroom_id\x18\x04 \x01(\tR\x06roomId\x12\x19\n" +
-	"\bnode_ids\x18\x05 \x03(\tR\anodeIds\"\x15\n" +
+	"\bnode_ids\x18\x05 \x03(\tR\anodeIds\x12\x19\n" +
+	"\broom_ids\x18\x06 \x03(\tR\aroomIds\"\x15\n" +
 	"\x13GetRoomStatsRequest\"\x81\x01\n" +
 	"\x14GetRoomStatsResponse\x12\x1f\n" +
 	"\vtotal_rooms\x18\x01 \x01(\x05R\n" +
 	"totalRooms\x12\x1f\n" +
 	"\vtotal_users\x18\x02 \x01(\x05R\n" +
 	"totalUsers\x12'\n" +
-	"\x05rooms\x18\x03 \x03(\v2\x11.pubsub.RoomStatsR\x05rooms\"0\n" +
+	"\x05rooms\x18\x03 \x03(\v2\x11.pubsub.RoomStatsR\x05rooms\"O\n" +
 	"\x13GetUserNodesRequest\x12\x19\n" +
-	"\buser_ids\x18\x01 \x03(\tR\auserIds\"I\n" +
+	"\buser_ids\x18\x01 \x03(\tR\auserIds\x12\x1d\n" +
+	"\n" +
+	"with_rooms\x18\x02 \x01(\bR\twithRooms\"I\n" +
 	"\x14GetUserNodesResponse\x121\n" +
-	"\x05users\x18\x01 \x03(\v2\x1b.pubsub.GetUserNodeResponseR\x05users\"\x14\n" +
+	"\x05users\x18\x01 \x03(\v2\x1b.pubsub.GetUserNodeResponseR\x05users\"i\n" +
+	"\x12ListMembersRequest\x12\x17\n" +
+	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\rR\bpageSize\"\x88\x01\n" +
+	"\x13ListMembersResponse\x12*\n" +
+	"\amembers\x18\x01 \x03(\v2\x10.pubsub.UserInfoR\amembers\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1d\n" +
+	"\n" +
+	"user_count\x18\x03 \x01(\x05R\tuserCount\"\x14\n" +
 	"\x12WatchRoutesRequest\"\xbd\x01\n" +
 	"\x13WatchRoutesResponse\x12\x16\n" +
 	"\x06synced\x18\x01 \x01(\bR\x06synced\x12\x19\n" +
@@ -1764,7 +1932,7 @@ const file_controller_proto_rawDesc = "" +
 	"\n" +
 	"user_count\x18\x02 \x01(\x05R\tuserCount\x12\x1d\n" +
 	"\n" +
-	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\x92\x05\n" +
+	"created_at\x18\x03 \x01(\x03R\tcreatedAt2\xda\x05\n" +
 	"\x11ControllerService\x12=\n" +
 	"\bJoinRoom\x12\x17.pubsub.JoinRoomRequest\x1a\x18.pubsub.JoinRoomResponse\x12@\n" +
 	"\tLeaveRoom\x12\x18.pubsub.LeaveRoomRequest\x1a\x19.pubsub.LeaveRoomResponse\x12F\n" +
@@ -1773,7 +1941,8 @@ const file_controller_proto_rawDesc = "" +
 	"\fGetRoomStats\x12\x1b.pubsub.GetRoomStatsRequest\x1a\x1c.pubsub.GetRoomStatsResponse\x12I\n" +
 	"\fGetUserNodes\x12\x1b.pubsub.GetUserNodesRequest\x1a\x1c.pubsub.GetUserNodesResponse\x12H\n" +
 	"\vWatchRoutes\x12\x1a.pubsub.WatchRoutesRequest\x1a\x1b.pubsub.WatchRoutesResponse0\x01\x12M\n" +
-	"\fFollowRoutes\x12\x1b.pubsub.FollowRoutesRequest\x1a\x1c.pubsub.FollowRoutesResponse(\x010\x01\x12=\n" +
+	"\fFollowRoutes\x12\x1b.pubsub.FollowRoutesRequest\x1a\x1c.pubsub.FollowRoutesResponse(\x010\x01\x12F\n" +
+	"\vListMembers\x12\x1a.pubsub.ListMembersRequest\x1a\x1b.pubsub.ListMembersResponse\x12=\n" +
 	"\bSyncNode\x12\x17.pubsub.SyncNodeRequest\x1a\x18.pubsub.SyncNodeResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
@@ -1788,7 +1957,7 @@ func file_controller_proto_rawDescGZIP() []byte {
 	return file_controller_proto_rawDescData
 }
 
-var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_controller_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_controller_proto_goTypes = []any{
 	(*JoinRoomRequest)(nil),      // 0: pubsub.JoinRoomRequest
 	(*JoinRoomResponse)(nil),     // 1: pubsub.JoinRoomResponse
@@ -1802,60 +1971,65 @@ var file_controller_proto_goTypes = []any{
 	(*GetRoomStatsResponse)(nil), // 9: pubsub.GetRoomStatsResponse
 	(*GetUserNodesRequest)(nil),  // 10: pubsub.GetUserNodesRequest
 	(*GetUserNodesResponse)(nil), // 11: pubsub.GetUserNodesResponse
-	(*WatchRoutesRequest)(nil),   // 12: pubsub.WatchRoutesRequest
-	(*WatchRoutesResponse)(nil),  // 13: pubsub.WatchRoutesResponse
-	(*MemberDelta)(nil),          // 14: pubsub.MemberDelta
-	(*FollowRoutesRequest)(nil),  // 15: pubsub.FollowRoutesRequest
-	(*FollowRoutesResponse)(nil), // 16: pubsub.FollowRoutesResponse
-	(*SyncNodeRequest)(nil),      // 17: pubsub.SyncNodeRequest
-	(*SyncNodeResponse)(nil),     // 18: pubsub.SyncNodeResponse
-	(*NodeSlot)(nil),             // 19: pubsub.NodeSlot
-	(*NodeMembership)(nil),       // 20: pubsub.NodeMembership
-	(*RoomInfo)(nil),             // 21: pubsub.RoomInfo
-	(*UserInfo)(nil),             // 22: pubsub.UserInfo
-	(*RoomMetadata)(nil),         // 23: pubsub.RoomMetadata
-	(*RoomStats)(nil),            // 24: pubsub.RoomStats
-	nil,                          // 25: pubsub.JoinRoomRequest.MetadataEntry
-	nil,                          // 26: pubsub.NodeMembership.MetadataEntry
-	nil,                          // 27: pubsub.UserInfo.MetadataEntry
+	(*ListMembersRequest)(nil),   // 12: pubsub.ListMembersRequest
+	(*ListMembersResponse)(nil),  // 13: pubsub.ListMembersResponse
+	(*WatchRoutesRequest)(nil),   // 14: pubsub.WatchRoutesRequest
+	(*WatchRoutesResponse)(nil),  // 15: pubsub.WatchRoutesResponse
+	(*MemberDelta)(nil),          // 16: pubsub.MemberDelta
+	(*FollowRoutesRequest)(nil),  // 17: pubsub.FollowRoutesRequest
+	(*FollowRoutesResponse)(nil), // 18: pubsub.FollowRoutesResponse
+	(*SyncNodeRequest)(nil),      // 19: pubsub.SyncNodeRequest
+	(*SyncNodeResponse)(nil),     // 20: pubsub.SyncNodeResponse
+	(*NodeSlot)(nil),             // 21: pubsub.NodeSlot
+	(*NodeMembership)(nil),       // 22: pubsub.NodeMembership
+	(*RoomInfo)(nil),             // 23: pubsub.RoomInfo
+	(*UserInfo)(nil),             // 24: pubsub.UserInfo
+	(*RoomMetadata)(nil),         // 25: pubsub.RoomMetadata
+	(*RoomStats)(nil),            // 26: pubsub.RoomStats
+	nil,                          // 27: pubsub.JoinRoomRequest.MetadataEntry
+	nil,                          // 28: pubsub.NodeMembership.MetadataEntry
+	nil,                          // 29: pubsub.UserInfo.MetadataEntry
 }
 var file_controller_proto_depIdxs = []int32{
-	25, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
-	21, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
-	21, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
-	24, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
+	27, // 0: pubsub.JoinRoomRequest.metadata:type_name -> pubsub.JoinRoomRequest.MetadataEntry
+	23, // 1: pubsub.JoinRoomResponse.room_info:type_name -> pubsub.RoomInfo
+	23, // 2: pubsub.GetRoomInfoResponse.room_info:type_name -> pubsub.RoomInfo
+	26, // 3: pubsub.GetRoomStatsResponse.rooms:type_name -> pubsub.RoomStats
 	7,  // 4: pubsub.GetUserNodesResponse.users:type_name -> pubsub.GetUserNodeResponse
-	14, // 5: pubsub.WatchRoutesResponse.deltas:type_name -> pubsub.MemberDelta
-	13, // 6: pubsub.FollowRoutesResponse.changes:type_name -> pubsub.WatchRoutesResponse
-	19, // 7: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
-	20, // 8: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
-	26, // 9: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
-	22, // 10: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
-	23, // 11: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
-	27, // 12: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
-	0,  // 13: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
-	2,  // 14: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
-	4,  // 15: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
-	6,  // 16: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
-	8,  // 17: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
-	10, // 18: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
-	12, // 19: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
-	15, // 20: pubsub.ControllerService.FollowRoutes:input_type -> pubsub.FollowRoutesRequest
-	17, // 21: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
-	1,  // 22: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
-	3,  // 23: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
-	5,  // 24: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
-	7,  // 25: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
-	9,  // 26: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
-	11, // 27: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
-	13, // 28: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
-	16, // 29: pubsub.ControllerService.FollowRoutes:output_type -> pubsub.FollowRoutesResponse
-	18, // 30: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
-	22, // [22:31] is the sub-list for method output_type
-	13, // [13:22] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	24, // 5: pubsub.ListMembersResponse.members:type_name -> pubsub.UserInfo
+	16, // 6: pubsub.WatchRoutesResponse.deltas:type_name -> pubsub.MemberDelta
+	15, // 7: pubsub.FollowRoutesResponse.changes:type_name -> pubsub.WatchRoutesResponse
+	21, // 8: pubsub.SyncNodeRequest.slots:type_name -> pubsub.NodeSlot
+	22, // 9: pubsub.NodeSlot.memberships:type_name -> pubsub.NodeMembership
+	28, // 10: pubsub.NodeMembership.metadata:type_name -> pubsub.NodeMembership.MetadataEntry
+	24, // 11: pubsub.RoomInfo.users:type_name -> pubsub.UserInfo
+	25, // 12: pubsub.RoomInfo.metadata:type_name -> pubsub.RoomMetadata
+	29, // 13: pubsub.UserInfo.metadata:type_name -> pubsub.UserInfo.MetadataEntry
+	0,  // 14: pubsub.ControllerService.JoinRoom:input_type -> pubsub.JoinRoomRequest
+	2,  // 15: pubsub.ControllerService.LeaveRoom:input_type -> pubsub.LeaveRoomRequest
+	4,  // 16: pubsub.ControllerService.GetRoomInfo:input_type -> pubsub.GetRoomInfoRequest
+	6,  // 17: pubsub.ControllerService.GetUserNode:input_type -> pubsub.GetUserNodeRequest
+	8,  // 18: pubsub.ControllerService.GetRoomStats:input_type -> pubsub.GetRoomStatsRequest
+	10, // 19: pubsub.ControllerService.GetUserNodes:input_type -> pubsub.GetUserNodesRequest
+	14, // 20: pubsub.ControllerService.WatchRoutes:input_type -> pubsub.WatchRoutesRequest
+	17, // 21: pubsub.ControllerService.FollowRoutes:input_type -> pubsub.FollowRoutesRequest
+	12, // 22: pubsub.ControllerService.ListMembers:input_type -> pubsub.ListMembersRequest
+	19, // 23: pubsub.ControllerService.SyncNode:input_type -> pubsub.SyncNodeRequest
+	1,  // 24: pubsub.ControllerService.JoinRoom:output_type -> pubsub.JoinRoomResponse
+	3,  // 25: pubsub.ControllerService.LeaveRoom:output_type -> pubsub.LeaveRoomResponse
+	5,  // 26: pubsub.ControllerService.GetRoomInfo:output_type -> pubsub.GetRoomInfoResponse
+	7,  // 27: pubsub.ControllerService.GetUserNode:output_type -> pubsub.GetUserNodeResponse
+	9,  // 28: pubsub.ControllerService.GetRoomStats:output_type -> pubsub.GetRoomStatsResponse
+	11, // 29: pubsub.ControllerService.GetUserNodes:output_type -> pubsub.GetUserNodesResponse
+	15, // 30: pubsub.ControllerService.WatchRoutes:output_type -> pubsub.WatchRoutesResponse
+	18, // 31: pubsub.ControllerService.FollowRoutes:output_type -> pubsub.FollowRoutesResponse
+	13, // 32: pubsub.ControllerService.ListMembers:output_type -> pubsub.ListMembersResponse
+	20, // 33: pubsub.ControllerService.SyncNode:output_type -> pubsub.SyncNodeResponse
+	24, // [24:34] is the sub-list for method output_type
+	14, // [14:24] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_controller_proto_init() }
@@ -1869,7 +2043,7 @@ func file_controller_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_proto_rawDesc), len(file_controller_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,7 @@ const (
 	ControllerService_GetUserNodes_FullMethodName = "/pubsub.ControllerService/GetUserNodes"
 	ControllerService_WatchRoutes_FullMethodName  = "/pubsub.ControllerService/WatchRoutes"
 	ControllerService_FollowRoutes_FullMethodName = "/pubsub.ControllerService/FollowRoutes"
+	ControllerService_ListMembers_FullMethodName  = "/pubsub.ControllerService/ListMembers"
 	ControllerService_SyncNode_FullMethodName     = "/pubsub.ControllerService/SyncNode"
 )
 
@@ -87,6 +88,15 @@ type ControllerServiceClient interface {
 	// room's name (MemberDelta). Nobody has to: a Controller that does not know the
 	// field names the room, and a caller that does not set it is told names.
 	FollowRoutes(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse], error)
+	// Optional. A page of the members of a room, for presence. The pages of a room, from an
+	// empty page_token to an empty next_page_token, name each membership that is there all
+	// the time at least once. One may be named again in a later page when others end
+	// meanwhile, and one that begins or ends meanwhile may be named or not. A page must keep
+	// nobody else waiting, however large the room is.
+	//
+	//   INVALID_ARGUMENT  the page_token is none
+	//   OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
+	ListMembers(ctx context.Context, in *ListMembersRequest, opts ...grpc.CallOption) (*ListMembersResponse, error)
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
@@ -195,6 +205,16 @@ func (c *controllerServiceClient) FollowRoutes(ctx context.Context, opts ...grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_FollowRoutesClient = grpc.BidiStreamingClient[FollowRoutesRequest, FollowRoutesResponse]
 
+func (c *controllerServiceClient) ListMembers(ctx context.Context, in *ListMembersRequest, opts ...grpc.CallOption) (*ListMembersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListMembersResponse)
+	err := c.cc.Invoke(ctx, ControllerService_ListMembers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controllerServiceClient) SyncNode(ctx context.Context, in *SyncNodeRequest, opts ...grpc.CallOption) (*SyncNodeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SyncNodeResponse)
@@ -262,6 +282,15 @@ type ControllerServiceServer interface {
 	// room's name (MemberDelta). Nobody has to: a Controller that does not know the
 	// field names the room, and a caller that does not set it is told names.
 	FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error
+	// Optional. A page of the members of a room, for presence. The pages of a room, from an
+	// empty page_token to an empty next_page_token, name each membership that is there all
+	// the time at least once. One may be named again in a later page when others end
+	// meanwhile, and one that begins or ends meanwhile may be named or not. A page must keep
+	// nobody else waiting, however large the room is.
+	//
+	//   INVALID_ARGUMENT  the page_token is none
+	//   OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
+	ListMembers(context.Context, *ListMembersRequest) (*ListMembersResponse, error)
 	// Optional. Called by a Connect-Node when it has connected and every two
 	// seconds from then on: compares the memberships that the Controller has of
 	// the node with those that the node has, and makes them equal. README.md
@@ -301,6 +330,9 @@ func (UnimplementedControllerServiceServer) WatchRoutes(*WatchRoutesRequest, grp
 }
 func (UnimplementedControllerServiceServer) FollowRoutes(grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]) error {
 	return status.Error(codes.Unimplemented, "method FollowRoutes not implemented")
+}
+func (UnimplementedControllerServiceServer) ListMembers(context.Context, *ListMembersRequest) (*ListMembersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListMembers not implemented")
 }
 func (UnimplementedControllerServiceServer) SyncNode(context.Context, *SyncNodeRequest) (*SyncNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SyncNode not implemented")
@@ -452,6 +484,24 @@ func _ControllerService_FollowRoutes_Handler(srv interface{}, stream grpc.Server
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControllerService_FollowRoutesServer = grpc.BidiStreamingServer[FollowRoutesRequest, FollowRoutesResponse]
 
+func _ControllerService_ListMembers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListMembersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControllerServiceServer).ListMembers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControllerService_ListMembers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControllerServiceServer).ListMembers(ctx, req.(*ListMembersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControllerService_SyncNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(SyncNodeRequest)
 	if err := dec(in); err != nil {
@@ -500,6 +550,10 @@ var ControllerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetUserNodes",
 			Handler:    _ControllerService_GetUserNodes_Handler,
+		},
+		{
+			MethodName: "ListMembers",
+			Handler:    _ControllerService_ListMembers_Handler,
 		},
 		{
 			MethodName: "SyncNode",

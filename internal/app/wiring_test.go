@@ -84,6 +84,7 @@ var handedTo = map[string]map[string][]string{
 		"receipt_webhook.url":         {"Webhook.Config.URL", "Webhook.SecretFile"},
 		"receipt_webhook.secret_file": {"Webhook.Config.URL", "Webhook.SecretFile"},
 		"jobs":                        {"Jobs.On"},
+		"presence":                    {"Presence.On"},
 		"manager_id":                  {"Entry.ID", "Jobs.Config.ManagerID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
 		"listen_address":              {"ListenAddress", "MetricsAddress"},
 		"metrics_address":             {"MetricsAddress"},

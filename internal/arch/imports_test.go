@@ -54,7 +54,7 @@ var layers = []layer{
 	{dir: "internal/stdlog"}, // initialised before all others, see there
 	{dir: "transport/ingress/throttle", ours: []string{"engine", "internal/remote"}, others: []string{"*"}},
 	{dir: "transport/ingress/web", ours: []string{"docs", "engine", "internal/label", "transport/ingress", "transport/ingress/throttle"}, others: []string{"*"}},
-	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/histogram", "internal/ids", "internal/label", "internal/plain", "internal/position", "internal/quota", "internal/remote", "internal/wire", "proto", "transport/ingress/throttle", "transport/jobs"}, others: []string{"*"}},
+	{dir: "transport/ingress", ours: []string{"engine/...", "internal/audit", "internal/auth", "internal/histogram", "internal/ids", "internal/label", "internal/plain", "internal/position", "internal/quota", "internal/remote", "internal/wire", "proto", "transport/ingress/throttle", "transport/jobs", "transport/presence"}, others: []string{"*"}},
 	{dir: "transport/compression", ours: []string{"proto"}, others: []string{"github.com/klauspost/compress"}},
 	{
 		dir:    "transport/link",
@@ -65,6 +65,9 @@ var layers = []layer{
 	{dir: "transport/roomlog", ours: []string{"engine", "internal/label", "internal/pause", "transport/link", "transport/store"}, others: []string{"github.com/VictoriaMetrics/metrics"}},
 	{dir: "transport/jobs", ours: []string{"engine", "internal/ids", "internal/label", "internal/pause", "internal/plain", "proto"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/client/v3", "google.golang.org/protobuf",
+	}},
+	{dir: "transport/presence", ours: []string{"engine/...", "internal/ids", "internal/label", "internal/plain", "proto", "transport/controller", "transport/link"}, others: []string{
+		"github.com/VictoriaMetrics/metrics", "google.golang.org/protobuf",
 	}},
 	{dir: "transport/discovery", ours: []string{"internal/ids", "internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",

@@ -45,6 +45,10 @@ const (
 	CancelJob
 	SetJobRate
 	DeleteJob
+	GetRoomMembers
+	GetUsers
+	WatchPresence
+	WatchRoomPresence // no method: WatchPresence of a room
 )
 
 // methods says more of them.
@@ -71,6 +75,11 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	CancelJob:        {"CancelJob", nobody},
 	SetJobRate:       {"SetJobRate", nobody},
 	DeleteJob:        {"DeleteJob", nobody},
+	GetRoomMembers:   {"GetRoomMembers", rooms},
+	GetUsers:         {"GetUsers", users},
+	WatchPresence:    {"WatchPresence", users},
+
+	WatchRoomPresence: {"WatchRoomPresence", rooms},
 }
 
 // Methods are the names of all of them.

@@ -318,10 +318,11 @@ func TestRightsMatchANaiveModel(t *testing.T) {
 					named = named || m == method || m == "*"
 				}
 				patterns := w.users
-				if method == "PushToRoom" || method == "PushToRooms" {
+				m, _ := MethodOf(method)
+				if m.Target() == "room" {
 					patterns = w.rooms
 				}
-				if m, _ := MethodOf(method); named && m.Target() == "" {
+				if named && m.Target() == "" {
 					return true
 				}
 				for _, p := range patterns {

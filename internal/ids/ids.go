@@ -9,6 +9,10 @@ import (
 // MaxBytes is the contract's limit of an id.
 const MaxBytes = 256
 
+// ReservedRooms begins the names of rooms that are no clients': each node keeps all its users in one of them, so that
+// the Controller also finds those without a room.
+const ReservedRooms = "@node:"
+
 // What is wrong with an id.
 var (
 	ErrEmpty     = errors.New("must not be empty")

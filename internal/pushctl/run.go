@@ -27,6 +27,10 @@ type grammar struct {
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
+	Members  membersCmd  `cmd:"" help:"List the members of a room."`
+	Where    whereCmd    `cmd:"" help:"Say whether users are online: on which nodes, in which rooms, with which devices."`
+	Presence presenceCmd `cmd:"" help:"Watch a room or a user: who comes and goes, until interrupted."`
+
 	Receipts receiptsCmd `cmd:"" help:"Print what clients say of pushes with --receipt=async, until interrupted."`
 	Forget   forgetCmd   `cmd:"" help:"Erase what is stored for a user."`
 	Replay   replayCmd   `cmd:"" help:"Send a user what is stored for them, to their connections on one Connect-Node."`

@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/rand"
 	"maps"
+	"math"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -574,8 +576,37 @@ func (s *Memory) infoLocked(r *room, list bool) *pubsub.RoomInfo {
 	return info
 }
 
+// Members implements Store. It goes through the room from its end to its beginning: a member who
+// leaves is replaced by the last one, who has had a turn, and who comes stands behind the first page.
+func (s *Memory) Members(_ context.Context, roomID string, from Cursor, most int) (Page, error) {
+	if from.Store != "" && from.Store != s.id {
+		return Page{}, ErrOtherStore
+	}
+	left := math.MaxInt
+	if from.Store != "" {
+		n, err := strconv.Atoi(from.At)
+		if err != nil || n <= 0 {
+			return Page{}, ErrCursor
+		}
+		left = n
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	r := s.rooms[roomID]
+	if r == nil {
+		return Page{}, nil
+	}
+	left = min(left, len(r.infos))
+	n := min(left, most)
+	page := Page{Members: slices.Clone(r.infos[left-n : left]), Users: r.users}
+	if left > n {
+		page.Next = Cursor{Store: s.id, At: strconv.Itoa(left - n)}
+	}
+	return page, nil
+}
+
 // Users implements Store.
-func (s *Memory) Users(_ context.Context, ids []string) ([]Presence, error) {
+func (s *Memory) Users(_ context.Context, ids []string, rooms bool) ([]Presence, error) {
 	presences := make([]Presence, len(ids))
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -589,6 +620,13 @@ func (s *Memory) Users(_ context.Context, ids []string) ([]Presence, error) {
 			if !slices.Contains(presences[i].Nodes, m.node.id) {
 				presences[i].Nodes = append(presences[i].Nodes, m.node.id)
 			}
+			if rooms {
+				presences[i].Rooms = append(presences[i].Rooms, m.room.id)
+			}
+		}
+		if rooms {
+			slices.Sort(presences[i].Rooms)
+			presences[i].Rooms = slices.Compact(presences[i].Rooms)
 		}
 	}
 	return presences, nil

@@ -51,7 +51,7 @@ func TestMemoryConcurrently(t *testing.T) {
 				user, room := fmt.Sprint("u", i%50), fmt.Sprint("r", i%7)
 				_, _ = s.Join(t.Context(), Join{Reporter: Reporter{Node: node}, User: user, Room: room})
 				_, _, _ = s.Room(t.Context(), room)
-				_, _ = s.Users(t.Context(), []string{user})
+				_, _ = s.Users(t.Context(), []string{user}, true)
 				if i%3 == 0 {
 					_, _ = s.Leave(t.Context(), Leave{Reporter: Reporter{Node: node}, User: user, Room: room})
 				}
@@ -122,7 +122,7 @@ func TestChangeIsVisibleAndToldInOneStep(t *testing.T) {
 			<-telling
 			go func() { second <- tc.do(s, 3) }()
 			go func() {
-				_, err := s.Users(t.Context(), []string{"u"})
+				_, err := s.Users(t.Context(), []string{"u"}, false)
 				look <- err
 			}()
 			passed := time.NewTimer(50 * time.Millisecond)

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -287,12 +289,53 @@ func (s *service) GetRoomInfo(ctx context.Context, in *pubsub.GetRoomInfoRequest
 	return &pubsub.GetRoomInfoResponse{RoomInfo: info, Revision: at.Number, StoreId: at.Store}, nil
 }
 
+// maxPage is how many members a page has at most.
+const maxPage = 1000
+
+// ListMembers implements ControllerService.
+func (s *service) ListMembers(ctx context.Context, in *pubsub.ListMembersRequest) (*pubsub.ListMembersResponse, error) {
+	var from Cursor
+	token := in.GetPageToken()
+	if token != "" {
+		var found bool
+		if from.Store, from.At, found = strings.Cut(token, "/"); !found || from.Store == "" {
+			return nil, invalid("page_token", ErrCursor.Error())
+		}
+	}
+	if in.GetPageSize() > maxPage {
+		return nil, invalid("page_size", fmt.Sprintf("is %d, the limit is %d", in.GetPageSize(), maxPage))
+	}
+	if err := firstOf(checkID("room_id", in.GetRoomId()), s.roster.believed()); err != nil {
+		return nil, err
+	}
+	page, err := s.store.Members(ctx, in.GetRoomId(), from, cmp.Or(int(in.GetPageSize()), maxPage))
+	switch {
+	case errors.Is(err, ErrOtherStore):
+		return nil, status.Error(codes.OutOfRange, "page_token: "+err.Error())
+	case errors.Is(err, ErrCursor):
+		return nil, invalid("page_token", err.Error())
+	case err != nil:
+		return nil, storeError("list members", err)
+	}
+	if err := s.roster.believed(); err != nil {
+		return nil, err
+	}
+	out := &pubsub.ListMembersResponse{Members: make([]*pubsub.UserInfo, len(page.Members)), UserCount: int32(min(page.Users, math.MaxInt32))}
+	for i, m := range page.Members { // what metadata there is may be more than a message holds
+		out.Members[i] = &pubsub.UserInfo{UserId: m.GetUserId(), UserName: m.GetUserName(), NodeId: m.GetNodeId(), JoinedAt: m.GetJoinedAt()}
+	}
+	if page.Next != (Cursor{}) {
+		out.NextPageToken = page.Next.Store + "/" + page.Next.At
+	}
+	return out, nil
+}
+
 // GetUserNode implements ControllerService.
 func (s *service) GetUserNode(ctx context.Context, in *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error) {
 	if err := firstOf(checkID("user_id", in.GetUserId()), s.roster.believed()); err != nil {
 		return nil, err
 	}
-	presences, err := s.store.Users(ctx, []string{in.GetUserId()})
+	presences, err := s.store.Users(ctx, []string{in.GetUserId()}, in.GetWithRooms())
 	if err != nil {
 		return nil, storeError("get user", err)
 	}
@@ -315,7 +358,7 @@ func (s *service) GetUserNodes(ctx context.Context, in *pubsub.GetUserNodesReque
 	if err := s.roster.believed(); err != nil {
 		return nil, err
 	}
-	presences, err := s.store.Users(ctx, in.GetUserIds())
+	presences, err := s.store.Users(ctx, in.GetUserIds(), in.GetWithRooms())
 	if err != nil {
 		return nil, storeError("get users", err)
 	}
@@ -334,7 +377,7 @@ func (s *service) presence(p Presence) *pubsub.GetUserNodeResponse {
 		return &pubsub.GetUserNodeResponse{}
 	}
 	return &pubsub.GetUserNodeResponse{
-		Found: true, NodeId: p.Nodes[0], NodeIds: p.Nodes, NodeAddress: s.roster.address(p.Nodes[0]), RoomId: p.Room,
+		Found: true, NodeId: p.Nodes[0], NodeIds: p.Nodes, NodeAddress: s.roster.address(p.Nodes[0]), RoomId: p.Room, RoomIds: p.Rooms,
 	}
 }
 

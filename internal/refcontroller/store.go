@@ -12,6 +12,10 @@ var (
 	// ErrOld says that a report was not executed because one with a higher number
 	// was: it may have been about another user and room. Report again.
 	ErrOld = errors.New("a later report came first: report again")
+	// ErrOtherStore says that a Cursor is of a store that has forgotten since.
+	ErrOtherStore = errors.New("the place is one in a store that was lost: begin again")
+	// ErrCursor says that a Cursor is none.
+	ErrCursor = errors.New("is no place in a room")
 	// ErrOtherBoot says that the report comes from another process than the node's.
 	ErrOtherBoot = errors.New("another process of the node reports")
 )
@@ -48,8 +52,12 @@ type Store interface {
 	// Room is a room with its members, nil when there is none. Every change up to the
 	// revision is in the answer, and later ones may be in it.
 	Room(ctx context.Context, room string) (*pubsub.RoomInfo, Revision, error)
-	// Users is where users are: presences[i] for users[i].
-	Users(ctx context.Context, users []string) ([]Presence, error)
+	// Members is a page of about so many members of a room, 1 to 1,000, from a place on. The
+	// pages up to one without Next have each membership that is there all the time, and may
+	// have one of them twice where others end meanwhile. A page keeps no report waiting.
+	Members(ctx context.Context, room string, from Cursor, most int) (Page, error)
+	// Users is where users are: presences[i] for users[i]. Their rooms only if they are wanted.
+	Users(ctx context.Context, users []string, rooms bool) ([]Presence, error)
 	// Rooms counts the users of each room.
 	Rooms(ctx context.Context) ([]*pubsub.RoomStats, error)
 	// Nodes are the nodes that have memberships, with the Boot that reports them.
@@ -141,6 +149,23 @@ type Presence struct {
 	Nodes []string
 	// Room is the one joined last.
 	Room string
+	// Rooms are all of them, each once, in any order; nil if they were not wanted.
+	Rooms []string
+}
+
+// Cursor is a place in a room of a store. The zero value is the beginning.
+type Cursor struct {
+	Store string // its ID
+	At    string // the store's own
+}
+
+// Page is some members of a room.
+type Page struct {
+	Members []*pubsub.UserInfo
+	// Users are in the room, each once.
+	Users int
+	// Next is where to go on, the zero value after the last page.
+	Next Cursor
 }
 
 // Change is what a look-up answers differently from now on. One that is empty says that a

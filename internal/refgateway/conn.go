@@ -20,6 +20,8 @@ type conn struct {
 	net  net.Conn
 	raw  syscall.RawConn // of net, or nil where only net can write
 	room string          // with which it was opened, or empty
+	id   uint64          // no other one of this gateway has it
+	at   int64           // when it began, in Unix seconds
 	// Static once it is among the users. Before, owned by the reader: without tokens they are
 	// what the client says, with tokens what its token says.
 	user   string

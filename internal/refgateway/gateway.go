@@ -57,7 +57,8 @@ type Gateway struct {
 	waiting atomic.Int64 // frames in all inboxes, counted for each
 	writers atomic.Int64 // clients for whom something waits
 
-	panicLogged atomic.Int64 // when, in ns since began
+	lastID      atomic.Uint64 // of a connection
+	panicLogged atomic.Int64  // when, in ns since began
 	draining    atomic.Bool
 	clients     sync.WaitGroup // readers and writers; entered through admit
 	loops       sync.WaitGroup

@@ -248,6 +248,7 @@ func (g *Gateway) begin(c *conn, sent []byte, token string) {
 		from = io.MultiReader(bytes.NewReader(sent), c.net)
 	}
 	r := newReader(c, from)
+	c.id, c.at = g.lastID.Add(1), time.Now().Unix()
 	g.count.opened.Inc()
 	if g.cfg.Tokens != nil {
 		if evicted := g.unverified.add(c); evicted != nil {

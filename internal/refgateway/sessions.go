@@ -1,6 +1,9 @@
 package refgateway
 
 import (
+	"strconv"
+	"time"
+
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
@@ -43,6 +46,18 @@ func (c *conn) IsFor(m *node.Message) bool {
 		return is
 	}
 	return c.member.In(m.RoomID)
+}
+
+// Describe implements node.Described.
+func (c *conn) Describe() node.Connection {
+	rooms := c.member.Rooms()
+	for i, room := range rooms {
+		rooms[i] = c.tenant.ID(room)
+	}
+	has := c.Attributes()
+	return node.Connection{
+		ID: strconv.FormatUint(c.id, 10), Device: has.Get("device_id"), Attributes: has.Map(), Rooms: rooms, Since: time.Unix(c.at, 0),
+	}
 }
 
 // Deliver implements node.Conn. A push to a room is for the connections that are in

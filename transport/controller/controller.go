@@ -60,6 +60,7 @@ type Controller struct {
 	noBatch  optional // GetUserNodes
 	noFollow optional // FollowRoutes
 	noWatch  optional // WatchRoutes
+	noPages  optional // ListMembers
 	// What the revisions of the change stream count in, "" while it has none. An answer from
 	// another store says nothing about them.
 	store atomic.Pointer[string]
@@ -217,6 +218,7 @@ func (c *Controller) onState(ctx context.Context, state connectivity.State) {
 	c.noBatch.forget()
 	c.noFollow.forget()
 	c.noWatch.forget()
+	c.noPages.forget()
 	c.log.Info("connected to the controller", "address", c.cfg.Address)
 	c.ping(ctx)
 }

@@ -134,17 +134,29 @@ func (c *Controller) batch(ctx context.Context, users []string, nodes [][]string
 
 // eachUser asks for one user at a time, Parallel at once. The first error ends it.
 func (c *Controller) eachUser(ctx context.Context, users []string, nodes [][]string) error {
+	return c.each(ctx, len(users), func(ctx context.Context, i int) (err error) {
+		nodes[i], err = c.user(ctx, users[i])
+		return err
+	})
+}
+
+// each does n things, Parallel at once. The first error ends it.
+func (c *Controller) each(ctx context.Context, n int, do func(ctx context.Context, i int) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var (
 		wg   sync.WaitGroup
 		next atomic.Int64
 	)
-	for range min(c.cfg.Parallel, len(users)) {
+	for range min(c.cfg.Parallel, n) {
 		wg.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(users)) && ctx.Err() == nil; i = next.Add(1) - 1 {
-				var err error
-				if nodes[i], err = c.user(ctx, users[i]); err != nil {
+			defer func() { // These goroutines work on what the Controller says.
+				if v := recover(); v != nil {
+					cancel(fmt.Errorf("look up a user: panic: %v", v))
+				}
+			}()
+			for i := next.Add(1) - 1; i < int64(n) && ctx.Err() == nil; i = next.Add(1) - 1 {
+				if err := do(ctx, int(i)); err != nil {
 					cancel(err)
 				}
 			}

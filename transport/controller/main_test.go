@@ -36,7 +36,9 @@ type script struct {
 	room  func(context.Context, *pubsub.GetRoomInfoRequest) (*pubsub.GetRoomInfoResponse, error)
 	user  func(context.Context, *pubsub.GetUserNodeRequest) (*pubsub.GetUserNodeResponse, error)
 	users func(context.Context, *pubsub.GetUserNodesRequest) (*pubsub.GetUserNodesResponse, error)
-	watch func(grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error
+	// members is ListMembers.
+	members func() (*pubsub.ListMembersResponse, error)
+	watch   func(grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error
 	// follow is FollowRoutes after the caller's first message.
 	follow func(grpc.BidiStreamingServer[pubsub.FollowRoutesRequest, pubsub.FollowRoutesResponse]) error
 }
@@ -62,6 +64,13 @@ func (s *script) GetUserNodes(ctx context.Context, in *pubsub.GetUserNodesReques
 		return nil, errNone
 	}
 	return s.users(ctx, in)
+}
+
+func (s *script) ListMembers(context.Context, *pubsub.ListMembersRequest) (*pubsub.ListMembersResponse, error) {
+	if s.members == nil {
+		return nil, errNone
+	}
+	return s.members()
 }
 
 func (s *script) WatchRoutes(_ *pubsub.WatchRoutesRequest, stream grpc.ServerStreamingServer[pubsub.WatchRoutesResponse]) error {

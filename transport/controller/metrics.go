@@ -12,13 +12,17 @@ import (
 type kind uint8
 
 const (
-	kindRoom  kind = iota
-	kindUser       // one user
-	kindUsers      // several at once
+	kindRoom     kind = iota
+	kindUser          // one user
+	kindUsers         // several at once
+	kindMembers       // a page of a room
+	kindPresence      // where users are, with their rooms
 	kinds
 )
 
-func (k kind) String() string { return [kinds]string{"room", "user", "users"}[k] }
+func (k kind) String() string {
+	return [kinds]string{"room", "user", "users", "members", "presence"}[k]
+}
 
 // result is how a look-up ended.
 type result uint8

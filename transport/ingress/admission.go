@@ -94,7 +94,7 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 		if err := s.authenticate(ctx, &info); err != nil {
 			return info, err
 		}
-		if a != apis && !info.principal.May(a.method()) { // of a PushStream each push is asked for
+		if a != apis && !mayCall(info.principal, a) { // of a PushStream each push is asked for
 			return info, deniedError{api: a, method: true}
 		}
 	}
@@ -117,7 +117,7 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 	if err := info.call.Admit(ctx, info.priority); err != nil {
 		return info, err
 	}
-	if open-s.metrics.streams.Load()-s.metrics.watchers.Load()-s.metrics.watched.Load() > s.mostOpen[info.priority.Rank()] {
+	if open-s.metrics.streams.Load()-s.metrics.watchers.Load()-s.metrics.watched.Load()-s.metrics.presences.Load() > s.mostOpen[info.priority.Rank()] {
 		return info, errTooManyCalls
 	}
 	if err := s.admitPush(&info); err != nil {
@@ -201,6 +201,7 @@ func (s *Server) grant(ctx context.Context, info *callInfo) {
 type deniedError struct {
 	api    api
 	method bool
+	field  string // with the id, where that is not always the one of the api
 }
 
 func (e deniedError) Error() string {

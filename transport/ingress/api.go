@@ -33,6 +33,11 @@ const (
 	cancelJob
 	setJobRate
 	deleteJob
+
+	// Of PresenceService.
+	getRoomMembers
+	getUsers
+	watchPresence
 	methods // how many there are
 )
 
@@ -54,6 +59,10 @@ func (a api) idField() string {
 		return "user_id"
 	case createJob:
 		return "spec"
+	case getRoomMembers:
+		return "room_id"
+	case getUsers:
+		return "user_ids"
 	default:
 		return ""
 	}
@@ -61,6 +70,9 @@ func (a api) idField() string {
 
 // ofJobs tells whether it is a method of BroadcastJobService.
 func (a api) ofJobs() bool { return a >= createJob && a <= deleteJob }
+
+// ofPresence tells whether it is a method of PresenceService.
+func (a api) ofPresence() bool { return a >= getRoomMembers && a <= watchPresence }
 
 func (a api) kind() engine.Kind {
 	switch a {
@@ -98,6 +110,12 @@ func (a api) method() auth.Method {
 		return auth.WatchReceipts
 	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate, deleteJob:
 		return auth.CreateJob + auth.Method(a-createJob) // they are in the same order
+	case getRoomMembers:
+		return auth.GetRoomMembers
+	case getUsers:
+		return auth.GetUsers
+	case watchPresence:
+		return auth.WatchPresence
 	default:
 		return auth.BroadcastMessage
 	}

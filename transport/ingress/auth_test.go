@@ -128,6 +128,8 @@ func TestEveryWayInAsksWhoCalls(t *testing.T) {
 		case m == apis:
 		case m.ofJobs():
 			ways = append(ways, "/pubsub.BroadcastJobService/"+m.String())
+		case m.ofPresence():
+			ways = append(ways, "/pubsub.PresenceService/"+m.String())
 		default:
 			ways = append(ways, "/pubsub.PushManagerService/"+m.String())
 		}

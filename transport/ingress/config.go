@@ -18,6 +18,7 @@ import (
 	"github.com/push-manager/push-manager/internal/auth"
 	"github.com/push-manager/push-manager/internal/quota"
 	"github.com/push-manager/push-manager/transport/jobs"
+	"github.com/push-manager/push-manager/transport/presence"
 )
 
 // TraceFunc decides whether the call is sampled. It returns nil, nil when it is
@@ -121,6 +122,8 @@ type Config struct {
 	OnReceipt func(sender string, receipt []byte)
 	// Jobs are the broadcast jobs. nil: there are none.
 	Jobs *jobs.Service
+	// Presence tells who is connected where. nil: nobody is told.
+	Presence *presence.Service
 	// DisableReflection switches the reflection service off.
 	DisableReflection bool
 	// Options are added to those of the server. They must not set credentials.

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/audit"
@@ -267,54 +266,8 @@ func marshalJob(m interface{ MarshalVT() ([]byte, error) }) ([]byte, error) {
 }
 
 // watchJob serves WatchJob.
-func (s *Server) watchJob(_ any, ss grpc.ServerStream) (err error) {
-	name := watchJob.String()
-	info, err := s.admit(ss.Context(), watchJob)
-	if err != nil {
-		if s.cfg.Audit != nil {
-			s.auditRefusal(info.auditEntry(ss.Context(), name), nil, err)
-		}
-		return s.rejectStream(ss, name, info.priority, err)
-	}
-	defer s.leave(&info)
-	defer func() {
-		if v := recover(); v != nil {
-			s.panicked(name, v)
-			err = s.statuses.internal.status.Err()
-		}
-	}()
-	s.metrics.watched.Add(1)
-	defer s.metrics.watched.Add(-1)
-	s.watching.begin(info.conn)
-	defer s.watching.end(info.conn, s.drained)
-	ctx, cancel := context.WithCancelCause(ss.Context())
-	over := make(chan struct{})
-	defer close(over)
-	s.readers.Go(func() {
-		select {
-		case <-over:
-		case <-s.drained:
-		case <-info.conn.ToldToGo():
-		}
-		cancel(engine.ErrDraining)
-	})
-	s.readers.Go(func() { s.endWatch(&info, over) })
-	err = s.followJob(ctx, ss, &info)
-	switch {
-	case err == nil:
-		return nil
-	case ss.Context().Err() != nil:
-		return status.FromContextError(ss.Context().Err()).Err()
-	case ctx.Err() != nil:
-		err = context.Cause(ctx)
-	}
-	if _, ended := status.FromError(err); ended { // by a write
-		return err
-	}
-	if s.cfg.Audit != nil {
-		s.auditRefusal(info.auditEntry(ss.Context(), name), nil, err)
-	}
-	return s.rejectStream(ss, name, info.priority, err)
+func (s *Server) watchJob(_ any, ss grpc.ServerStream) error {
+	return s.serveWatch(ss, watchJob, &s.metrics.watched, func(ctx context.Context, info *callInfo) error { return s.followJob(ctx, ss, info) })
 }
 
 // followJob sends a job until it is over. The error says why it has not come so far.

@@ -79,6 +79,8 @@ type instruments struct {
 	streams  atomic.Int64
 	watchers atomic.Int64
 	watched  atomic.Int64 // jobs, each by one watcher
+	// Rooms and users, each by one watcher.
+	presences atomic.Int64
 }
 
 func newInstruments(set *metrics.Set) *instruments {
@@ -109,7 +111,7 @@ func newInstruments(set *metrics.Set) *instruments {
 		m.unauthenticated[reason] = failures(string(reason))
 	}
 	for a := range methods {
-		if a == apis || a == watchReceipts {
+		if a == apis || a == watchReceipts || a == watchPresence {
 			continue
 		}
 		h, name := &m.apis[a], a.String()
@@ -131,6 +133,7 @@ func newInstruments(set *metrics.Set) *instruments {
 	set.GetOrCreateGauge("push_manager_api_inflight", func() float64 { return float64(m.inflight.Load()) })
 	set.GetOrCreateGauge("push_manager_api_streams", func() float64 { return float64(m.streams.Load()) })
 	set.GetOrCreateGauge("push_manager_job_watchers", func() float64 { return float64(m.watched.Load()) })
+	set.GetOrCreateGauge("push_manager_presence_watchers", func() float64 { return float64(m.presences.Load()) })
 	set.GetOrCreateGauge("push_manager_receipt_watchers", func() float64 { return float64(m.watchers.Load()) })
 	return m
 }

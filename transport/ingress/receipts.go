@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -203,6 +204,58 @@ func (s *Server) watch(ctx context.Context, ss grpc.ServerStream, info *callInfo
 			return ctx.Err()
 		}
 	}
+}
+
+// serveWatch lets a stream in that shows its caller what changes, and counts it as open. run sends until ctx ends, which it does when
+// the caller goes or is to go elsewhere; its error says why it has ended.
+func (s *Server) serveWatch(ss grpc.ServerStream, a api, open *atomic.Int64, run func(ctx context.Context, info *callInfo) error) (err error) {
+	name := a.String()
+	info, err := s.admit(ss.Context(), a)
+	if err != nil {
+		if s.cfg.Audit != nil {
+			s.auditRefusal(info.auditEntry(ss.Context(), name), nil, err)
+		}
+		return s.rejectStream(ss, name, info.priority, err)
+	}
+	defer s.leave(&info)
+	defer func() {
+		if v := recover(); v != nil {
+			s.panicked(name, v)
+			err = s.statuses.internal.status.Err()
+		}
+	}()
+	open.Add(1)
+	defer open.Add(-1)
+	s.watching.begin(info.conn)
+	defer s.watching.end(info.conn, s.drained)
+	ctx, cancel := context.WithCancelCause(ss.Context())
+	over := make(chan struct{})
+	defer close(over)
+	s.readers.Go(func() {
+		select {
+		case <-over:
+		case <-s.drained:
+		case <-info.conn.ToldToGo():
+		}
+		cancel(engine.ErrDraining)
+	})
+	s.readers.Go(func() { s.endWatch(&info, over) })
+	err = run(ctx, &info)
+	switch {
+	case err == nil:
+		return nil
+	case ss.Context().Err() != nil:
+		return status.FromContextError(ss.Context().Err()).Err()
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	}
+	if _, ended := status.FromError(err); ended { // by a write
+		return err
+	}
+	if s.cfg.Audit != nil {
+		s.auditRefusal(info.auditEntry(ss.Context(), name), nil, err)
+	}
+	return s.rejectStream(ss, name, info.priority, err)
 }
 
 // receiptError names the field that a wrong position stands in.

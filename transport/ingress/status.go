@@ -22,6 +22,7 @@ import (
 	"github.com/push-manager/push-manager/internal/plain"
 	"github.com/push-manager/push-manager/internal/quota"
 	"github.com/push-manager/push-manager/transport/jobs"
+	"github.com/push-manager/push-manager/transport/presence"
 )
 
 const domain = "push-manager"
@@ -37,6 +38,7 @@ const (
 	retryEarlier     = 50 * time.Millisecond  // the other push is over
 	retryStore       = time.Second            // a store that elects a leader
 	retryJobs        = time.Second            // an etcd that elects a leader
+	retryWatched     = 30 * time.Second       // until one is not watched any more
 	retryJobsFull    = time.Minute            // until one is old enough to be forgotten, or for ever
 )
 
@@ -82,6 +84,9 @@ type statuses struct {
 
 	// Of broadcast jobs.
 	jobUnknown, jobExists, jobEnded, jobNotEnded, jobsOff, jobsFull, jobsFullTenant, jobsAway *refusal
+
+	// Of presence.
+	presenceOff, noPages, pageGone, presenceFull *refusal
 
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
@@ -136,6 +141,10 @@ func newStatuses() *statuses {
 		jobsFull:          later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull),
 		jobsFullTenant:    later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFullTenant.Error(), retryJobsFull),
 		jobsAway:          later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs),
+		presenceOff:       newRefusal(codes.FailedPrecondition, "PRESENCE_OFF", errPresenceOff.Error()),
+		noPages:           newRefusal(codes.FailedPrecondition, "MEMBERS_UNSUPPORTED", presence.ErrNoPages.Error()),
+		pageGone:          newRefusal(codes.OutOfRange, "PAGE_TOKEN_GONE", "page_token: "+presence.ErrPageGone.Error()),
+		presenceFull:      later(codes.ResourceExhausted, "TOO_MANY_WATCHED", presence.ErrFull.Error(), retryWatched),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
@@ -187,8 +196,11 @@ func (t *statuses) of(err error) *refusal {
 	case errors.Is(err, consoleError{}):
 		return t.console
 	case errors.As(err, &denied):
-		if denied.method {
+		switch {
+		case denied.method:
 			return t.denied[denied.api].method
+		case denied.field != "":
+			return newDenied(denied.api, denied.field, "not allowed to you")
 		}
 		return t.denied[denied.api].ids
 	case errors.As(err, &over):
@@ -258,6 +270,14 @@ func (t *statuses) of(err error) *refusal {
 		return t.jobsFullTenant
 	case errors.Is(err, jobs.ErrUnavailable):
 		return t.jobsAway
+	case errors.Is(err, errPresenceOff):
+		return t.presenceOff
+	case errors.Is(err, presence.ErrNoPages):
+		return t.noPages
+	case errors.Is(err, presence.ErrPageGone):
+		return t.pageGone
+	case errors.Is(err, presence.ErrFull):
+		return t.presenceFull
 	case errors.Is(err, ErrNotTaken):
 		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
 	default:

@@ -38,7 +38,7 @@ func newDevice(t testing.TB, platform string) *device {
 }
 
 func (d *device) Attributes() connectnode.Attributes { return d.is }
-func (d *device) IsFor(*connectnode.Message) bool           { return true }
+func (d *device) IsFor(*connectnode.Message) bool    { return true }
 func (d *device) Deliver(m *connectnode.Message) connectnode.Outcome {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -42,6 +42,11 @@ func (s guarded) ListUsers(ctx context.Context, r *pubsub.ListUsersRequest) (_ *
 	return s.Server.ListUsers(ctx, r)
 }
 
+func (s guarded) ListConnections(ctx context.Context, r *pubsub.ListConnectionsRequest) (_ *pubsub.ListConnectionsResponse, err error) {
+	defer s.caught("ListConnections", &err)
+	return s.Server.ListConnections(ctx, r)
+}
+
 func (s guarded) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pubsub.DeliverResponse]) (err error) {
 	defer s.caught("Deliver", &err)
 	return s.Server.Deliver(call)

@@ -33,6 +33,7 @@ type Server struct {
 	lasting   Lasting       // Sessions, nil where they take no part in lasting delivery
 	filtering Filtering     // Sessions, nil where they cannot filter
 	lister    Lister        // Sessions, nil where they do not name their users
+	describer Describer     // Sessions, nil where they do not tell which connections their users have
 	listing   chan struct{} // held by the call that lists users
 	does      lastingParts
 	replays   *replays
@@ -74,6 +75,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}, listing: make(chan struct{}, 1)}
 	s.lister, _ = cfg.Sessions.(Lister)
+	s.describer, _ = cfg.Sessions.(Describer)
 	if scoped, ok := cfg.Sessions.(Scoped); ok {
 		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}

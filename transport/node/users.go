@@ -21,8 +21,8 @@ type Conn interface {
 	Deliver(m *Message) Outcome
 }
 
-// Users are Sessions, Scoped and Lister: they know the connections of each user, and hand messages to them. Those of connections
-// that are [Attributed] are Filtering, too. A gateway adds a connection when it begins and removes it when it has ended.
+// Users are Sessions, Scoped, Lister and Describer: they know the connections of each user, and hand messages to them. Those of
+// connections that are [Attributed] are Filtering, too. A gateway adds a connection when it begins and removes it when it has ended.
 type Users[C Conn] struct {
 	// Static after NewUsers.
 	seed     maphash.Seed

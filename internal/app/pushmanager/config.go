@@ -71,6 +71,7 @@ type Config struct {
 	Replays    replay.Config
 	Webhook    webhookConfig
 	Jobs       jobsConfig
+	Presence   presenceConfig
 
 	ControllerTLS app.ControllerTLS
 
@@ -222,6 +223,7 @@ func (c *Config) Bind(s *config.Set) {
 	bindReplays(&c.Replays, s)
 	c.Webhook.bind(s)
 	c.Jobs.bind(s)
+	c.Presence.bind(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)
@@ -429,6 +431,7 @@ func (c *Config) report(log *slog.Logger) *metrics.Set {
 	c.Replays.Logger, c.Replays.Metrics = log, set
 	c.Webhook.Logger, c.Webhook.Metrics = log, set
 	c.Jobs.Logger, c.Jobs.Metrics = log, set
+	c.Presence.Logger, c.Presence.Metrics = log, set
 	c.Pressure.Logger, c.Pressure.Metrics = log, set
 	c.Shards.Logger, c.Engine.Logger = log, log // their counters are shown by telemetry
 	return set

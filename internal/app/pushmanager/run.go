@@ -29,6 +29,7 @@ import (
 	"github.com/push-manager/push-manager/transport/ingress/web"
 	"github.com/push-manager/push-manager/transport/jobs"
 	"github.com/push-manager/push-manager/transport/link"
+	"github.com/push-manager/push-manager/transport/presence"
 	"github.com/push-manager/push-manager/transport/store"
 	"github.com/push-manager/push-manager/transport/store/jetstream"
 )
@@ -118,15 +119,17 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
-	if err = m.openJobs(&cfg); err != nil {
-		return nil, err
+	for _, open := range []func(*Config) error{m.openJobs, m.openPresence} {
+		if err = open(&cfg); err != nil {
+			return nil, err
+		}
 	}
 	if err = m.newAPI(&cfg, set); err != nil {
 		return nil, err
 	}
 	m.ingress.SetServing(false) // until etcd has said which nodes there are
 	m.ingress.SetHealthy(false) // until health has had a look
-	m.controller.Start(m.directory)
+	m.controller.Start(m.changes())
 	m.watcher.Start()
 	if m.jobs != nil {
 		m.jobs.Start()
@@ -200,7 +203,8 @@ type PushManager struct {
 	store      *jetstream.Store // nil: nothing is stored
 	spool      *store.Spool     // nil, too, then
 	engine     *engine.Engine
-	jobs       *jobs.Service // nil: there are none
+	jobs       *jobs.Service     // nil: there are none
+	presence   *presence.Service // nil: nobody is told
 	ingress    *ingress.Server
 	webServer  *web.Server // nil, too, then, and so are the warnings, for the console
 	warnings   *console.Warnings

@@ -188,8 +188,8 @@ func parseChange(n uint64, rooms, users, nodes string) refcontroller.Change {
 	return refcontroller.Change{Revision: n, Moves: moves}
 }
 
-// presences reads n users.
-func presences(r *reply, n int, out []refcontroller.Presence) ([]refcontroller.Presence, error) {
+// presences reads n users, and their rooms if those are wanted.
+func presences(r *reply, n int, out []refcontroller.Presence, rooms bool) ([]refcontroller.Presence, error) {
 	type stay struct {
 		room, node string
 		clock      int64
@@ -216,7 +216,12 @@ func presences(r *reply, n int, out []refcontroller.Presence) ([]refcontroller.P
 			if !slices.Contains(p.Nodes, st.node) {
 				p.Nodes = append(p.Nodes, st.node)
 			}
+			if rooms {
+				p.Rooms = append(p.Rooms, st.room)
+			}
 		}
+		slices.Sort(p.Rooms)
+		p.Rooms = slices.Compact(p.Rooms)
 		out = append(out, p)
 	}
 	return out, r.err

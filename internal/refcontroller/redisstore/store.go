@@ -379,6 +379,43 @@ func (s *Store) Room(ctx context.Context, id string) (*pubsub.RoomInfo, refcontr
 	return info, at, nil
 }
 
+// Members implements refcontroller.Store. HSCAN names everybody who is there from its first page to its last.
+func (s *Store) Members(ctx context.Context, id string, from refcontroller.Cursor, most int) (refcontroller.Page, error) {
+	identity, cursor := s.identity.Load(), "0"
+	if from.Store != "" {
+		if from.Store != identity.String() {
+			return refcontroller.Page{}, refcontroller.ErrOtherStore
+		}
+		if n, err := strconv.ParseUint(from.At, 10, 64); err != nil || n == 0 {
+			return refcontroller.Page{}, refcontroller.ErrCursor
+		}
+		cursor = from.At
+	}
+	r, err := s.doAt(ctx, identity, "room", id, cursor, most, most)
+	if err != nil {
+		return refcontroller.Page{}, err
+	}
+	next, head, fields, _ := r.text(), r.text(), r.list().texts(), r.number()
+	if r.err != nil {
+		return refcontroller.Page{}, r.err
+	}
+	info, err := s.room(id, head)
+	if err != nil || info == nil {
+		return refcontroller.Page{}, err
+	}
+	if err := members(info, fields, nil); err != nil {
+		return refcontroller.Page{}, err
+	}
+	page := refcontroller.Page{Members: info.GetUsers()}
+	if _, _, page.Users, err = parseHead(head); err != nil {
+		return refcontroller.Page{}, err
+	}
+	if next != "0" {
+		page.Next = refcontroller.Cursor{Store: identity.String(), At: next}
+	}
+	return page, nil
+}
+
 // room is a room as its head describes it, nil for an empty one.
 func (s *Store) room(id, head string) (*pubsub.RoomInfo, error) {
 	if head == "" {
@@ -395,7 +432,7 @@ func (s *Store) room(id, head string) (*pubsub.RoomInfo, error) {
 }
 
 // Users implements refcontroller.Store.
-func (s *Store) Users(ctx context.Context, users []string) ([]refcontroller.Presence, error) {
+func (s *Store) Users(ctx context.Context, users []string, rooms bool) ([]refcontroller.Presence, error) {
 	i := s.identity.Load()
 	if i == nil {
 		return nil, errAway
@@ -409,7 +446,7 @@ func (s *Store) Users(ctx context.Context, users []string) ([]refcontroller.Pres
 		if err != nil {
 			return nil, err
 		}
-		return presences(r, len(users), make([]refcontroller.Presence, 0, len(users)))
+		return presences(r, len(users), make([]refcontroller.Presence, 0, len(users)), rooms)
 	}
 	for again := false; ; again = true {
 		pipe := s.client.Pipeline()
@@ -435,7 +472,7 @@ func (s *Store) Users(ctx context.Context, users []string) ([]refcontroller.Pres
 			if err != nil {
 				return nil, err
 			}
-			if out, err = presences(r, min(usersCall, len(users)-len(out)), out); err != nil {
+			if out, err = presences(r, min(usersCall, len(users)-len(out)), out, rooms); err != nil {
 				return nil, err
 			}
 		}

@@ -146,7 +146,7 @@ func TestEmptiedRedisIsAnotherStore(t *testing.T) {
 			}
 			empty(s)
 			for s.ID() == before { // What is answered is an error, or from before.
-				presences, err := s.Users(t.Context(), []string{"u"})
+				presences, err := s.Users(t.Context(), []string{"u"}, false)
 				if err == nil && len(presences[0].Nodes) == 0 && s.ID() == before {
 					t.Fatal("the user is offline in the store from before")
 				}
@@ -296,7 +296,7 @@ func TestReplicaThatTakesOverIsAnotherStore(t *testing.T) {
 	primary.Kill()
 	eventually(t, "the replica is found", func() bool { return s.ID() != before && s.ID() != "" })
 	eventually(t, "reports are taken", func() bool { return join(s, "v") == nil })
-	presences, err := s.Users(t.Context(), []string{"u", "v"})
+	presences, err := s.Users(t.Context(), []string{"u", "v"}, false)
 	if err != nil || len(presences[0].Nodes) != 1 || len(presences[1].Nodes) != 1 {
 		t.Errorf("%v, %v", presences, err)
 	}
@@ -312,7 +312,7 @@ func FuzzStored(f *testing.F) {
 		_ = members(info, []string{field, record}, map[string]struct{}{})
 		_, _, _, _ = parseHead(head)
 		_, _ = parseDigests([]string{head, record})
-		_, _ = presences(&reply{rest: []any{[]any{field, head}, []any{record, record}}}, 2, nil)
+		_, _ = presences(&reply{rest: []any{[]any{field, head}, []any{record, record}}}, 2, nil, true)
 		_, _ = Parse(record)
 	})
 }

@@ -48,11 +48,13 @@ func Run(t *testing.T, open func(t *testing.T, limit int, tell func(refcontrolle
 	})
 }
 
-// RunRoutes holds routes that follow what a store tells of its changes against the store.
+// RunRoutes holds routes that follow what a store tells of its changes against the store, and pages of its rooms against
+// who is there.
 func RunRoutes(t *testing.T, open func(t *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store) {
 	for name, test := range map[string]func(*testing.T, *suite){
 		"routes are right that are kept up to date by what is told":    testRoutes,
 		"a room that changes while it is read becomes the right route": testRoutesAtOnce,
+		"pages of a room have everybody who stays":                     testMembers,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &suite{}
@@ -163,7 +165,12 @@ func (m *model) answers(w world) answers {
 		}
 		a.users[user] = fmt.Sprint(nodes)
 		if len(own) > 0 {
-			a.users[user] += " in " + own[0].room
+			var rooms []string
+			for _, k := range own {
+				rooms = append(rooms, k.room)
+			}
+			slices.Sort(rooms)
+			a.users[user] += fmt.Sprint(" in ", own[0].room, " of ", slices.Compact(rooms))
 		}
 	}
 	return a
@@ -188,14 +195,14 @@ func (s *suite) answers(t fataler, w world) answers {
 		slices.Sort(lines)
 		a.rooms[room] = fmt.Sprint(lines)
 	}
-	presences, err := s.Users(context.Background(), w.users)
+	presences, err := s.Users(context.Background(), w.users, true)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, p := range presences {
 		a.users[w.users[i]] = fmt.Sprint(p.Nodes)
 		if p.Room != "" {
-			a.users[w.users[i]] += " in " + p.Room
+			a.users[w.users[i]] += fmt.Sprint(" in ", p.Room, " of ", p.Rooms)
 		}
 	}
 	return a
@@ -565,7 +572,7 @@ func testLarge(t *testing.T, s *suite) {
 	if len(info.GetUsers()) != most || len(found) != most {
 		t.Errorf("%d members, %d of them different", len(info.GetUsers()), len(found))
 	}
-	presences, err := s.Users(ctx, append(users, "nobody"))
+	presences, err := s.Users(ctx, append(users, "nobody"), false)
 	if err != nil || len(presences) != most+1 {
 		t.Fatal(len(presences), err)
 	}
@@ -605,7 +612,7 @@ func testContents(t *testing.T, s *suite) {
 			t.Errorf("%q: %v", id, info)
 		}
 	}
-	presences, err := s.Users(ctx, ids)
+	presences, err := s.Users(ctx, ids, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -625,7 +632,7 @@ func testConcurrently(t *testing.T, s *suite) {
 				user, room := fmt.Sprint("u", i%50), fmt.Sprint("r", i%7)
 				_, err := s.Join(t.Context(), refcontroller.Join{Reporter: by(node), User: user, Room: room})
 				_, _, roomErr := s.Room(t.Context(), room)
-				_, userErr := s.Users(t.Context(), []string{user})
+				_, userErr := s.Users(t.Context(), []string{user}, true)
 				if err := errors.Join(err, roomErr, userErr); err != nil {
 					t.Error(err)
 				}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -44,6 +45,8 @@ var about = map[string]struct{ summary, request, reply string }{
 	"CancelJob":        {"End a broadcast job", "", ""},
 	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
 	"DeleteJob":        {"Forget a broadcast job that has ended", "", ""},
+	"GetRoomMembers":   {"A page of the members of a room", "", ""},
+	"GetUsers":         {"Where users are: nodes, rooms and devices", `{"user_ids": ["alice"], "without_connections": true}`, `{"users": [{"userId": "alice", "online": true, "nodeIds": ["connect-node-1"], "roomIds": ["lobby"]}]}`},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -53,6 +56,7 @@ var shortExamples = map[string]map[string]string{
 	"PushToUsers":      {"text": `{"text": "Hello", "user_ids": ["alice", "bob"]}`},
 	"PushToRooms":      {"text": `{"text": "Hello", "room_ids": ["lobby", "news"], "exclude_user_ids": ["bob"]}`},
 	"BroadcastMessage": {"text": `{"text": "Hello"}`},
+	"GetUsers":         {"users": `{"user_ids": ["alice"], "without_connections": true}`},
 }
 
 // generator writes the document: an OpenAPI 3.1 description of what is in the .proto files and in the short paths.
@@ -67,6 +71,7 @@ func (g *generator) document() ([]byte, error) {
 	var methods []protoreflect.MethodDescriptor
 	for _, in := range []protoreflect.ServiceDescriptor{
 		pubsub.File_push_manager_proto.Services().ByName("PushManagerService"), pubsub.File_broadcast_jobs_proto.Services().ByName("BroadcastJobService"),
+		pubsub.File_presence_proto.Services().ByName("PresenceService"),
 	} {
 		for i := range in.Methods().Len() {
 			if m := in.Methods().Get(i); !m.IsStreamingClient() && !m.IsStreamingServer() {
@@ -88,7 +93,7 @@ func (g *generator) document() ([]byte, error) {
 			for key, value := range shortExamples[name] {
 				examples[key] = object{"value": fromText(value)}
 			}
-			op := g.operation(name+"Short", name, g.short(m.Input(), p.Fields), m.Output(), examples)
+			op := g.operation(name+"Short", name, g.short(m.Input(), &p), m.Output(), examples)
 			if p.ID != "" {
 				op["parameters"] = []any{object{"name": p.ID, "in": "path", "required": true, "schema": object{"type": "string"}, "example": map[string]string{"room_id": "lobby", "user_id": "alice"}[p.ID]}}
 			}
@@ -235,18 +240,22 @@ func (g *generator) value(f protoreflect.FieldDescriptor, request bool) object {
 }
 
 // short is the schema of the body of a short path.
-func (g *generator) short(in protoreflect.MessageDescriptor, fields []string) object {
-	properties := object{
+func (g *generator) short(in protoreflect.MessageDescriptor, p *web.ShortPath) object {
+	properties := object{}
+	for _, name := range p.Fields {
+		properties[name] = g.field(in.Fields().ByName(protoreflect.Name(name)), true)
+	}
+	if p.Plain {
+		return object{"type": "object", "properties": properties, "additionalProperties": false}
+	}
+	maps.Copy(properties, object{
 		"text": object{"type": "string", "description": "The data, as text"},
 		"json": object{"description": "The data, as any JSON"},
 		"data": object{"type": "string", "contentEncoding": "base64", "description": "The data"},
-	}
+	})
 	content := in.Fields().ByName("content").Message().Fields()
 	for _, name := range []string{"type", "metadata", "timestamp"} {
 		properties[name] = g.field(content.ByName(protoreflect.Name(name)), true)
-	}
-	for _, name := range fields {
-		properties[name] = g.field(in.Fields().ByName(protoreflect.Name(name)), true)
 	}
 	one := func(name string) object { return object{"required": []any{name}} }
 	return object{"type": "object", "properties": properties, "additionalProperties": false, "oneOf": []any{one("text"), one("json"), one("data")}}

@@ -2,6 +2,7 @@ package web
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -19,22 +20,37 @@ import (
 	"github.com/push-manager/push-manager/engine"
 )
 
-// ShortPath is a path for pushes that has a shape of its own: the content is not in a message but beside the rest, and may
-// be text or JSON as it is.
+// ShortPath is a path that has a shape of its own. Of a push the content is not in a message but beside the rest, and may be
+// text or JSON as it is.
 type ShortPath struct {
-	Path   string   // as http.ServeMux has it
-	Method string   // of the push API
-	ID     string   // the field of its request with what stands in the path, "" for none
-	Fields []string // those that stand in the body, besides those of the content
+	Path    string   // as http.ServeMux has it
+	Service string   // whose method it is, "" for PushManagerService
+	Method  string   // of the push API
+	ID      string   // the field of its request with what stands in the path, "" for none
+	Fields  []string // those that stand in the body, besides those of the content
+	Plain   bool     // it is no push: there is no content
 }
 
 // The paths, and what of the request's own fields each takes.
 var shorts = []ShortPath{ //nolint:gochecknoglobals // a constant
-	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
-	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
-	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
-	{"/v1/rooms/messages", "PushToRooms", "", []string{"room_ids", "exclude_user_ids", "options"}},
-	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}},
+	{Path: "/v1/rooms/{room_id}/messages", Method: "PushToRoom", ID: "room_id", Fields: []string{"exclude_user_ids", "options"}},
+	{Path: "/v1/users/{user_id}/messages", Method: "PushToUser", ID: "user_id", Fields: []string{"options"}},
+	{Path: "/v1/users/messages", Method: "PushToUsers", Fields: []string{"user_ids", "options"}},
+	{Path: "/v1/rooms/messages", Method: "PushToRooms", Fields: []string{"room_ids", "exclude_user_ids", "options"}},
+	{Path: "/v1/broadcasts", Method: "BroadcastMessage", Fields: []string{"options"}},
+	{Path: "/v1/rooms/{room_id}/members/query", Service: presenceService, Method: "GetRoomMembers", ID: "room_id", Fields: []string{"page_token", "page_size"}, Plain: true},
+	{Path: "/v1/users/query", Service: presenceService, Method: "GetUsers", Fields: []string{"user_ids", "without_connections"}, Plain: true},
+}
+
+// Services that have short paths.
+const (
+	pushService     = "PushManagerService"
+	presenceService = "PresenceService"
+)
+
+// procedure is the path of the method that it is short for.
+func (p *ShortPath) procedure() string {
+	return "/pubsub." + cmp.Or(p.Service, pushService) + "/" + p.Method
 }
 
 // Fields of every short path.
@@ -66,6 +82,9 @@ func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	given, err := members(b)
 	if err != nil {
 		return nil, err
+	}
+	if p.Plain {
+		return p.plain(m, id, given)
 	}
 	var data []byte
 	has := ""
@@ -103,6 +122,25 @@ func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	contentField := fields.ByName("content")
 	message := request.Mutable(contentField).Message()
 	message.Set(contentField.Message().Fields().ByName("data"), protoreflect.ValueOfBytes(data))
+	return encode(request.Interface())
+}
+
+// plain makes the protobuf of a request without content.
+func (p *ShortPath) plain(m *method, id string, given []member) ([]byte, error) {
+	var b bytes.Buffer
+	for i := range given {
+		if !slices.Contains(p.Fields, given[i].name) {
+			return nil, invalid(given[i].name, "is not known; there are "+strings.Join(p.Fields, ", "))
+		}
+		given[i].appendTo(&b)
+	}
+	request := m.in.New()
+	if err := fromJSON.Unmarshal(slices.Concat([]byte("{"), bytes.TrimPrefix(b.Bytes(), []byte(",")), []byte("}")), request.Interface()); err != nil {
+		return nil, jsonError(err)
+	}
+	if p.ID != "" {
+		request.Set(m.in.Descriptor().Fields().ByName(protoreflect.Name(p.ID)), protoreflect.ValueOfString(id))
+	}
 	return encode(request.Interface())
 }
 

@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/push-manager/push-manager/internal/ids"
 )
 
 // Config says whose memberships are reported, and to whom. NodeID, BootID and Controller
@@ -55,7 +57,7 @@ type Config struct {
 
 // Reserved begins the names of rooms that clients must not join: each node keeps all its
 // users in one of them, so that the Controller also finds those without a room.
-const Reserved = "@node:"
+const Reserved = ids.ReservedRooms
 
 // MaxNodeIDBytes bounds Config.NodeID, which has to fit into the id of a room.
 const MaxNodeIDBytes = 256 - len(Reserved)
