@@ -41,7 +41,9 @@ type audienceRef struct {
 }
 
 // plain tells that the audience is only named, as most are.
-func (a *audienceRef) plain() bool { return a.room == "" && a.rooms == nil && len(a.join)+len(a.leave) == 0 }
+func (a *audienceRef) plain() bool {
+	return a.room == "" && a.rooms == nil && len(a.join)+len(a.leave) == 0
+}
 
 func (a *audienceRef) size() int {
 	n := wire.SizeUint(audID, uint64(a.id)) + wire.SizeUint(audVersion, uint64(a.version))
@@ -125,10 +127,10 @@ type audiences struct {
 	evicted int // members of those
 	lastID  uint32
 	byRoom  map[string]*audience // by Delivery.RoomKey
-	recent  audience     // its older is the one used last, its newer the one not used for longest
-	before  *route.Group // what the last change changed
-	forget  []forgotten  // evicted: this frame forgets them, or one of the next
-	join    []string     // scratch of diff
+	recent  audience             // its older is the one used last, its newer the one not used for longest
+	before  *route.Group         // what the last change changed
+	forget  []forgotten          // evicted: this frame forgets them, or one of the next
+	join    []string             // scratch of diff
 	leave   []string
 
 	meters *meters
