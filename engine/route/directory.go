@@ -220,6 +220,7 @@ type Stats struct {
 	Waiting      int64  // queries in line now
 	Rooms, Users int    // entries cached, about
 	Members      uint64 // members of the cached rooms, about
+	Unions       int    // lists of rooms whose members are kept together, about
 	Watched      bool
 }
 
@@ -227,7 +228,7 @@ type Stats struct {
 func (d *Directory) Stats() Stats {
 	s := Stats{
 		Rooms: d.Rooms.cache.EstimatedSize(), Users: d.Users.cache.EstimatedSize(),
-		Members: d.Rooms.cache.WeightedSize(), Watched: d.now() < nanos(d.watchedUntil.Load()),
+		Members: d.Rooms.cache.WeightedSize(), Unions: d.unions.cache.EstimatedSize(), Watched: d.now() < nanos(d.watchedUntil.Load()),
 	}
 	for _, t := range []*Table{d.Rooms, d.Users} {
 		for i := range t.lanes {

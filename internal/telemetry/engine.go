@@ -19,13 +19,13 @@ type EngineMetrics struct {
 	set    *metrics.Set
 	shards []shardMetrics
 
-	inFlight, waiting, watched, fenced, backlog       *metrics.Gauge
-	async, receipts                                   *metrics.Gauge
-	cachedRooms, cachedUsers, cachedMembers           *metrics.Gauge
-	heals, hits, misses, lookups, lookupErrors        *metrics.Counter
-	staleServed, refreshes, confirmed, doubted, moves *metrics.Counter
-	fences, stale, changed, rejected                  *metrics.Counter
-	panics, poolPanics                                *metrics.Counter
+	inFlight, waiting, watched, fenced, backlog           *metrics.Gauge
+	async, receipts                                       *metrics.Gauge
+	cachedRooms, cachedUsers, cachedMembers, cachedUnions *metrics.Gauge
+	heals, hits, misses, lookups, lookupErrors            *metrics.Counter
+	staleServed, refreshes, confirmed, doubted, moves     *metrics.Counter
+	fences, stale, changed, rejected                      *metrics.Counter
+	panics, poolPanics                                    *metrics.Counter
 }
 
 type shardMetrics struct {
@@ -47,6 +47,7 @@ func NewEngineMetrics(e *engine.Engine, set *metrics.Set) *EngineMetrics {
 		cachedRooms:   gauge(`push_manager_route_cached{what="rooms"}`),
 		cachedUsers:   gauge(`push_manager_route_cached{what="users"}`),
 		cachedMembers: gauge(`push_manager_route_cached{what="members"}`),
+		cachedUnions:  gauge(`push_manager_route_cached{what="unions"}`),
 		heals:         set.NewCounter("push_manager_heals_total"),
 		hits:          set.NewCounter("push_manager_route_hits_total"),
 		misses:        set.NewCounter("push_manager_route_misses_total"),
@@ -86,6 +87,7 @@ func (m *EngineMetrics) Collect() {
 	m.cachedRooms.Set(float64(d.Rooms))
 	m.cachedUsers.Set(float64(d.Users))
 	m.cachedMembers.Set(float64(d.Members))
+	m.cachedUnions.Set(float64(d.Unions))
 	watched := 0.0
 	if d.Watched {
 		watched = 1

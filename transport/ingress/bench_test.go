@@ -134,15 +134,15 @@ func BenchmarkPushToUser(b *testing.B) {
 	b.Run("way=batch", func(b *testing.B) { benchmarkStream(b, w, batch, 100) })
 }
 
-// encoded passes requests that are encoded already, and looks at no reply.
-type encoded struct{}
+// wireCodec passes requests that are encoded already, and looks at no reply.
+type wireCodec struct{}
 
-func (encoded) Name() string { return "proto" }
+func (wireCodec) Name() string { return "proto" }
 
-func (encoded) Marshal(v any) (mem.BufferSlice, error) {
+func (wireCodec) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil //nolint:forcetypeassert // ours
 }
-func (encoded) Unmarshal(mem.BufferSlice, any) error { return nil }
+func (wireCodec) Unmarshal(mem.BufferSlice, any) error { return nil }
 
 // BenchmarkPushToRooms is a unary push to a room of 10,000, and to 200 rooms with the same 10,000, each in ten of them, from the bytes of the
 // request to the reply, with nodes that ack at once. They take turns, so that what else runs on the machine meets both: ratio is the
@@ -170,7 +170,7 @@ func BenchmarkPushToRooms(b *testing.B) {
 		{pubsub.PushManagerService_PushToRooms_FullMethodName, marshal(b, &pubsub.PushToRoomsRequest{RoomIds: list, Content: c}), 0},
 	}
 	call := func(i int) {
-		if err := w.conn.Invoke(context.Background(), calls[i].method, calls[i].request, nil, grpc.ForceCodecV2(encoded{})); err != nil {
+		if err := w.conn.Invoke(context.Background(), calls[i].method, calls[i].request, nil, grpc.ForceCodecV2(wireCodec{})); err != nil {
 			b.Fatal(err)
 		}
 	}

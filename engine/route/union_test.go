@@ -1,0 +1,206 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// askUnion waits for the union of some rooms.
+func askUnion(t *testing.T, d *Directory, rooms ...string) (*Snapshot, error) {
+	t.Helper()
+	u := d.Union(rooms)
+	if s := u.Cached(now()); s != nil {
+		return s, nil
+	}
+	w := &teller{}
+	u.Ask(now(), w)
+	synctest.Wait()
+	if w.n != 1 {
+		t.Fatalf("told %d times", w.n)
+	}
+	return w.snap, w.err
+}
+
+func TestUnionIsKeptAndBroughtUpToDate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := &versioned{source: &source{rooms: map[string][][2]string{
+			"r": room("u@A", "v@A", "w@B"), "s": room("v@A", "x@B"),
+		}}, revision: 1}
+		d := newDirectory(t, v.source, func(c *Config) { c.Source = v })
+		d.InvalidateAll()
+		d.Vouch(time.Now().Add(time.Hour))
+		first, err := askUnion(t, d, "r", "s")
+		if err != nil || first.Users != 4 || !slices.Equal(first.Group("A").Users, []string{"u", "v"}) || !slices.Equal(first.Group("B").Users, []string{"w", "x"}) {
+			t.Fatalf("%+v, %v", first, err)
+		}
+		if again := d.Union([]string{"r", "s"}).Cached(now()); again != first {
+			t.Error("an answer that has not changed is another one")
+		}
+		// v leaves one room and stays in the other: the same users, the same answer.
+		d.Moved([]Move{{Room: "r", User: "v", Node: "A", Left: true, Revision: 2}})
+		if s := d.Union([]string{"r", "s"}).Cached(now()); s != first {
+			t.Errorf("%+v", s)
+		}
+		// Then the other one, and y comes: only what has changed is new.
+		d.Moved([]Move{{Room: "s", User: "v", Node: "A", Left: true, Revision: 3}, {Room: "s", User: "y", Node: "A", Revision: 4}})
+		s := d.Union([]string{"r", "s"}).Cached(now())
+		if s == nil || s.Users != 4 || !slices.Equal(s.Group("A").Users, []string{"u", "y"}) || s.Group("B") != first.Group("B") {
+			t.Errorf("%+v", s)
+		}
+		if n := v.count(); n != 2 {
+			t.Errorf("%d look-ups, want one for each room", n)
+		}
+		if n := d.Stats().Unions; n != 1 {
+			t.Errorf("%d unions are kept", n)
+		}
+	})
+}
+
+func TestUnionLooksUpFewRoomsAtATimeAndTellsInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		running, most := 0, 0
+		s := &source{rooms: map[string][][2]string{}}
+		var list []string
+		for i := range 200 {
+			name := fmt.Sprint("r", i)
+			list = append(list, name)
+			s.rooms[name] = room(fmt.Sprintf("u%d@A", i), "all@B")
+		}
+		slow := sourceFunc(func(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
+			mu.Lock()
+			running++
+			most = max(most, running)
+			mu.Unlock()
+			time.Sleep(time.Millisecond)
+			mu.Lock()
+			running--
+			mu.Unlock()
+			return s.Room(ctx, room, add)
+		})
+		d := newDirectory(t, s, func(c *Config) { c.Source, c.TTL = slow, time.Hour })
+		u := d.Union(list)
+		var told []string
+		var tellers []*teller
+		for i := range 5 {
+			w := &teller{name: fmt.Sprint(i), told: &told, mu: &mu}
+			tellers = append(tellers, w)
+			u.Ask(now(), w)
+			time.Sleep(time.Millisecond)
+		}
+		if u.Cached(now()) != nil {
+			t.Error("somebody overtakes those who wait")
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if !slices.Equal(told, []string{"0", "1", "2", "3", "4"}) || most > unionWindow || s.count() != 200 {
+			t.Errorf("told %v, %d look-ups at a time, %d in all", told, most, s.count())
+		}
+		for _, w := range tellers {
+			if w.err != nil || w.snap.Users != 201 {
+				t.Errorf("%s: %v, %v", w.name, w.snap, w.err)
+			}
+		}
+		if u.Cached(now()) == nil {
+			t.Error("it is not in memory")
+		}
+	})
+}
+
+// sourceFunc is a Source of rooms.
+type sourceFunc func(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error)
+
+func (f sourceFunc) Room(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
+	return f(ctx, room, add)
+}
+func (sourceFunc) Users(context.Context, []string, [][]string) error { return nil }
+
+func TestUnionOfRoomsThatCannotAllBeLookedUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		down := true
+		d := newDirectory(t, s, func(c *Config) {
+			c.Source = sourceFunc(func(ctx context.Context, room string, add func(user, node []byte)) (bool, uint64, error) {
+				if room == "s" && down {
+					return false, 0, ErrAway
+				}
+				return s.Room(ctx, room, add)
+			})
+		})
+		snap, err := askUnion(t, d, "r", "s")
+		partial, is := errors.AsType[*PartialError](err)
+		if !is || partial.Rooms != 1 || !errors.Is(err, ErrAway) || snap == nil || snap.Users != 1 || snap.Group("B") != nil {
+			t.Errorf("%+v, %v", snap, err)
+		}
+		if snap, err := askUnion(t, d, "s", "s"); snap != nil || !errors.Is(err, ErrAway) {
+			t.Errorf("no room: %+v, %v", snap, err)
+		}
+		down = false
+		if snap, err := askUnion(t, d, "r", "s"); err != nil || snap.Users != 2 {
+			t.Errorf("%+v, %v", snap, err)
+		}
+		// What serves as a stale answer makes a stale one.
+		down = true
+		time.Sleep(2 * time.Second)
+		snap, err = askUnion(t, d, "r", "s")
+		if err != nil || snap.Users != 2 || snap.Stale == nil || snap.Stale.Changed {
+			t.Errorf("%+v, %v", snap, err)
+		}
+	})
+}
+
+func TestUnionOfAFullPoolIsMadeAllTheSame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		full := false
+		d := newDirectory(t, s, func(c *Config) {
+			run := c.Go
+			c.TTL = time.Hour
+			c.Go = func(shard int, task func()) error {
+				if full {
+					return errors.New("full")
+				}
+				return run(shard, task)
+			}
+		})
+		for _, name := range []string{"r", "s"} {
+			if _, err := ask(t, d, name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		full = true
+		if snap, err := askUnion(t, d, "r", "s"); err != nil || snap.Users != 2 {
+			t.Errorf("of rooms in memory: %+v, %v", snap, err)
+		}
+		if _, err := askUnion(t, d, "x", "y"); !errors.Is(err, ErrOverloaded) {
+			t.Errorf("of others: %v", err)
+		}
+	})
+}
+
+func TestUnionsThatAreNotUsedAreLetGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = 4000, time.Hour })
+		first := d.Union([]string{"r", "s"})
+		for i := range 1000 {
+			d.Union([]string{"r", fmt.Sprint(i)})
+		}
+		synctest.Wait()
+		d.unions.cache.CleanUp()
+		if n := d.Stats().Unions; n > 100 {
+			t.Errorf("%d unions are kept", n)
+		}
+		if !first.Kept() {
+			if again := d.Union([]string{"r", "s"}); again == first {
+				t.Error("what is let go of is given again")
+			}
+		}
+	})
+}
