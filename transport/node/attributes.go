@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -22,12 +21,12 @@ const (
 )
 
 // Attributes are what a client, or better its token, says of a connection, such as device_id, platform and app_version. They are
-// immutable, and may be read from any goroutine. The zero value has none.
+// immutable, and may be read from any goroutine. The zero value has none. Equal ones are ==.
 type Attributes struct {
-	list []attribute // by key
+	// Ordered by key, of each the lengths of key and value, a byte each, and then the two. A push with a filter looks at those of every
+	// connection of a room: they stand in one place, so that each costs one or two cache lines.
+	packed string
 }
-
-type attribute struct{ key, value string }
 
 // NewAttributes takes at most [MaxAttributes], with keys and values of 1 to 64 bytes of valid UTF-8 without control characters. The error
 // names the one that is refused, and no value.
@@ -35,54 +34,55 @@ func NewAttributes(given map[string]string) (Attributes, error) {
 	if n := len(given); n > MaxAttributes {
 		return Attributes{}, fmt.Errorf("attr: %d attributes, more than %d", n, MaxAttributes)
 	}
-	if len(given) == 0 {
-		return Attributes{}, nil
-	}
-	list := make([]attribute, 0, len(given))
-	for key, value := range given {
+	var packed strings.Builder
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		value := given[key]
 		if err := ids.Check(key, maxAttributeBytes); err != nil {
 			return Attributes{}, fmt.Errorf("attr: key %.64q: %w", key, err)
 		}
 		if err := ids.Check(value, maxAttributeBytes); err != nil {
 			return Attributes{}, fmt.Errorf("attr.%s: %w", key, err)
 		}
-		list = append(list, attribute{strings.Clone(key), strings.Clone(value)}) // They outlive what they came with.
+		packed.WriteByte(byte(len(key)))
+		packed.WriteByte(byte(len(value)))
+		packed.WriteString(key)
+		packed.WriteString(value)
 	}
-	slices.SortFunc(list, func(a, b attribute) int { return cmp.Compare(a.key, b.key) })
-	return Attributes{list}, nil
+	return Attributes{packed.String()}, nil
 }
-
-// Len is how many there are.
-func (a Attributes) Len() int { return len(a.list) }
 
 // Get returns the value of an attribute. None of them is empty.
 func (a Attributes) Get(key string) (value string, ok bool) {
-	for i := range a.list { // They are few: looking at each is faster than a search.
-		if a.list[i].key == key {
-			return a.list[i].value, true
+	for rest := a.packed; len(rest) >= 2; {
+		k, end := 2+int(rest[0]), 2+int(rest[0])+int(rest[1])
+		if rest[2:k] == key {
+			return rest[k:end], true
 		}
+		rest = rest[end:]
 	}
 	return "", false
 }
 
 // Map returns them as a map of the caller's own, nil if there are none.
 func (a Attributes) Map() map[string]string {
-	if len(a.list) == 0 {
-		return nil
-	}
-	m := make(map[string]string, len(a.list))
-	for _, at := range a.list {
-		m[at.key] = at.value
+	var m map[string]string
+	for rest := a.packed; len(rest) >= 2; {
+		k, end := 2+int(rest[0]), 2+int(rest[0])+int(rest[1])
+		if m == nil {
+			m = make(map[string]string)
+		}
+		m[rest[2:k]] = rest[k:end]
+		rest = rest[end:]
 	}
 	return m
 }
 
 // With returns the attributes with those of over, which win. The error is that of too many.
 func (a Attributes) With(over Attributes) (Attributes, error) {
-	switch {
-	case len(a.list) == 0:
+	switch (Attributes{}) {
+	case a:
 		return over, nil
-	case len(over.list) == 0:
+	case over:
 		return a, nil
 	}
 	all := a.Map()

@@ -70,7 +70,7 @@ func TestAttributesThatAreRefusedAreNamed(t *testing.T) {
 		t.Error("17 attributes together are taken")
 	}
 	b, err := a.With(mustAttributes(t, map[string]string{"1": "y"}))
-	if value, _ := b.Get("1"); err != nil || value != "y" || b.Len() != 16 {
+	if value, _ := b.Get("1"); err != nil || value != "y" || len(b.Map()) != 16 {
 		t.Errorf("%v, %v: the later ones do not win", b.Map(), err)
 	}
 }
