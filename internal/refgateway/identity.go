@@ -72,7 +72,7 @@ func (c *conn) setAttributes(id *identity) error {
 			return &denial{deniedClaim, closeToken}
 		}
 	}
-	if all == (node.Attributes{}) {
+	if all.Len() == 0 {
 		c.attributes.Store(nil) // as most connections have it
 		return nil
 	}

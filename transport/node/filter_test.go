@@ -70,7 +70,7 @@ func TestAttributesThatAreRefusedAreNamed(t *testing.T) {
 		t.Error("17 attributes together are taken")
 	}
 	b, err := a.With(mustAttributes(t, map[string]string{"1": "y"}))
-	if value, _ := b.Get("1"); err != nil || value != "y" || len(b.Map()) != 16 {
+	if value, _ := b.Get("1"); err != nil || value != "y" || b.Len() != 16 {
 		t.Errorf("%v, %v: the later ones do not win", b.Map(), err)
 	}
 }
@@ -225,7 +225,10 @@ func TestAFilterTakesTheBestOfAUsersConnections(t *testing.T) {
 			for _, c := range tt.conns {
 				users.Add("u", c)
 			}
-			filter := Filter{{Key: "platform", Values: []string{"android", "ios"}}}
+			filter, err := filterOf([]wireMatch{{key: "platform", values: []string{"android", "ios"}}})
+			if err != nil {
+				t.Fatal(err)
+			}
 			if got := users.DeliverFiltered("u", filter, &Message{RoomID: tt.room}, nil); got != tt.want {
 				t.Errorf("outcome %d, want %d", got, tt.want)
 			}
