@@ -242,5 +242,17 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"to := min(r.taken, r.delivered)", "to := r.delivered"}},
 			dir:   "transport/replay", test: "TestProtocol",
 		},
+		{
+			name:  "send a push with a filter to a node that cannot filter",
+			file:  "transport/link/options.go",
+			edits: []edit{{"len(o.Filter) > 0 && !can.has(pubsub.Feature_FEATURE_FILTER)", "false"}},
+			dir:   "transport/link", test: "TestANodeThatCannotFilterGetsNothing",
+		},
+		{
+			name:  "take who is filtered on one node for filtered everywhere",
+			file:  "engine/push.go",
+			edits: []edit{{"d.names = d.Targets() > 1 && (d.healed || p.slow != nil && len(p.slow.shared) > 0)", "d.names = false"}},
+			dir:   "engine", test: "TestEachFilteredUserCountsAsTheModelSays",
+		},
 	}
 }
