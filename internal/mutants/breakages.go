@@ -257,5 +257,17 @@ func breakages() []breakage { //nolint:revive // a list, not a function
 			edits: []edit{{"\treturn m.Left && slices.ContainsFunc(snaps, func(s *Snapshot) bool {\n", "\treturn false && slices.ContainsFunc(snaps, func(s *Snapshot) bool {\n"}},
 			dir:   "engine", test: "TestSeveralRoomsWithChurn",
 		},
+		{
+			name:  "send a push with a filter to a node that cannot filter",
+			file:  "transport/link/options.go",
+			edits: []edit{{"len(o.Filter) > 0 && !can.has(pubsub.Feature_FEATURE_FILTER)", "false"}},
+			dir:   "transport/link", test: "TestANodeThatCannotFilterGetsNothing",
+		},
+		{
+			name:  "take who is filtered on one node for filtered everywhere",
+			file:  "engine/push.go",
+			edits: []edit{{"d.names = d.Targets() > 1 && (d.healed || p.slow != nil && len(p.slow.shared) > 0)", "d.names = false"}},
+			dir:   "engine", test: "TestEachFilteredUserCountsAsTheModelSays",
+		},
 	}
 }

@@ -55,9 +55,8 @@ func (c *conn) Describe() node.Connection {
 		rooms[i] = c.tenant.ID(room)
 	}
 	has := c.Attributes()
-	return node.Connection{
-		ID: strconv.FormatUint(c.id, 10), Device: has.Get("device_id"), Attributes: has.Map(), Rooms: rooms, Since: time.Unix(c.at, 0),
-	}
+	device, _ := has.Get("device_id")
+	return node.Connection{ID: strconv.FormatUint(c.id, 10), Device: device, Attributes: has.Map(), Rooms: rooms, Since: time.Unix(c.at, 0)}
 }
 
 // Deliver implements node.Conn. A push to a room is for the connections that are in

@@ -30,6 +30,7 @@ func TestJobs(t *testing.T) {
 		"everybody gets it once":                                       everybodyOnce,
 		"a job for rooms goes to who is in them, once each":            roomsOnce,
 		"a job for users tells who is offline":                         usersOffline,
+		"a filter leaves out connections":                              filters,
 		"turns do not come faster than the rate":                       notFaster,
 		"a pause stops within a second, and nobody is left out":        pauseStops,
 		"an instance that is killed is replaced":                       killed,
@@ -95,6 +96,25 @@ func everybodyOnce(t *testing.T, etcd *etcdtest.Server) {
 	w.mu.Unlock()
 	if j.GetBeginTime() == nil || j.GetTarget() != "everybody" || j.GetManagerId() != "" || len(p.GetNodeFailures()) > 0 {
 		t.Errorf("%v", j)
+	}
+}
+
+func filters(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1", "n2")
+	w.crowd(20)
+	m := w.manager("m1", nil)
+	for id, spec := range map[string]*pubsub.BroadcastJobSpec{"all": everybody(1000), "list": {UserIds: []string{"u0", "u5", "u6"}, RatePerSecond: 1000, Content: content("x")}} {
+		spec.Filter = []*pubsub.Match{{Key: "user", Values: []string{"u0", "u5"}}}
+		m.create(id, spec)
+		p := m.ends(id, pubsub.JobState_SUCCEEDED).GetProgress()
+		if p.GetDelivered() != 2 || p.GetOffline() != p.GetTargets()-2 || len(p.GetNodeFailures()) > 0 {
+			t.Errorf("%s: %v", id, p)
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.got) != 2 || w.got["u0"] != 2 || w.got["u5"] != 2 {
+		t.Errorf("arrived: %v", w.got)
 	}
 }
 

@@ -77,6 +77,18 @@ type conn struct {
 	room string // "" for any
 }
 
+// Attributes implements node.Attributed: the user is one of them.
+func (c *conn) Attributes() node.Attributes {
+	a, err := node.NewAttributes(map[string]string{"user": c.user})
+	if err != nil {
+		panic(err)
+	}
+	return a
+}
+
+// InRoom implements node.Attributed.
+func (c *conn) InRoom(room string) bool { return c.room == "" || c.room == room }
+
 // Deliver implements node.Conn.
 func (c *conn) Deliver(m *node.Message) node.Outcome {
 	c.w.mu.Lock()

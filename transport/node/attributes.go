@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -24,10 +23,17 @@ const (
 // Attributes are what a client, or better its token, says of a connection, such as device_id, platform and app_version. They are
 // immutable, and may be read from any goroutine. The zero value has none.
 type Attributes struct {
-	list []attribute // by key
+	// A push with a filter looks at those of every connection of a room. It compares hashes: to compare the texts would cost several
+	// times as much.
+	marks []mark
+	texts []string // keys and values in turn, those of marks
 }
 
-type attribute struct{ key, value string }
+// mark is the keyed hash of a key, and that of the key with its value. The key is chosen by the process, so that nobody can look for two
+// that are the same: that two are by chance happens in one of 2^64 comparisons.
+type mark struct{ key, pair uint64 }
+
+func markOf(key, value string) mark { return mark{hashOf('a', "", key), hashOf('v', key, value)} }
 
 // NewAttributes takes at most [MaxAttributes], with keys and values of 1 to 64 bytes of valid UTF-8 without control characters. The error
 // names the one that is refused, and no value.
@@ -38,28 +44,29 @@ func NewAttributes(given map[string]string) (Attributes, error) {
 	if len(given) == 0 {
 		return Attributes{}, nil
 	}
-	list := make([]attribute, 0, len(given))
-	for key, value := range given {
+	a := Attributes{make([]mark, 0, len(given)), make([]string, 0, 2*len(given))}
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		value := given[key]
 		if err := ids.Check(key, maxAttributeBytes); err != nil {
 			return Attributes{}, fmt.Errorf("attr: key %.64q: %w", key, err)
 		}
 		if err := ids.Check(value, maxAttributeBytes); err != nil {
 			return Attributes{}, fmt.Errorf("attr.%s: %w", key, err)
 		}
-		list = append(list, attribute{strings.Clone(key), strings.Clone(value)}) // They outlive what they came with.
+		a.marks = append(a.marks, markOf(key, value))
+		a.texts = append(a.texts, strings.Clone(key), strings.Clone(value)) // They outlive what they came with.
 	}
-	slices.SortFunc(list, func(a, b attribute) int { return cmp.Compare(a.key, b.key) })
-	return Attributes{list}, nil
+	return a, nil
 }
 
 // Len is how many there are.
-func (a Attributes) Len() int { return len(a.list) }
+func (a Attributes) Len() int { return len(a.marks) }
 
 // Get returns the value of an attribute. None of them is empty.
 func (a Attributes) Get(key string) (value string, ok bool) {
-	for i := range a.list { // They are few: looking at each is faster than a search.
-		if a.list[i].key == key {
-			return a.list[i].value, true
+	for i := 0; i < len(a.texts); i += 2 {
+		if a.texts[i] == key {
+			return a.texts[i+1], true
 		}
 	}
 	return "", false
@@ -67,12 +74,12 @@ func (a Attributes) Get(key string) (value string, ok bool) {
 
 // Map returns them as a map of the caller's own, nil if there are none.
 func (a Attributes) Map() map[string]string {
-	if len(a.list) == 0 {
+	if len(a.texts) == 0 {
 		return nil
 	}
-	m := make(map[string]string, len(a.list))
-	for _, at := range a.list {
-		m[at.key] = at.value
+	m := make(map[string]string, len(a.marks))
+	for i := 0; i < len(a.texts); i += 2 {
+		m[a.texts[i]] = a.texts[i+1]
 	}
 	return m
 }
@@ -80,9 +87,9 @@ func (a Attributes) Map() map[string]string {
 // With returns the attributes with those of over, which win. The error is that of too many.
 func (a Attributes) With(over Attributes) (Attributes, error) {
 	switch {
-	case len(a.list) == 0:
+	case a.Len() == 0:
 		return over, nil
-	case len(over.list) == 0:
+	case over.Len() == 0:
 		return a, nil
 	}
 	all := a.Map()
@@ -90,47 +97,59 @@ func (a Attributes) With(over Attributes) (Attributes, error) {
 	return NewAttributes(all)
 }
 
-// Match is one condition of a [Filter].
-type Match struct {
-	// Key names the attribute.
-	Key string
-	// Values: it must have one of them. A connection without the attribute has none.
-	Values []string
-	// Not turns it round: the attribute is absent, or has none of Values.
-	Not bool
-}
+// Filter is for which connections a push is: those for which all its matches hold. The zero value is for all.
+type Filter struct{ matches []match }
 
-// Filter is for which connections a push is: those for which all its matches hold. An empty one is for all.
-type Filter []Match
+// match asks that the attribute has one of the values or, with not, that it is absent or has none of them.
+type match struct {
+	key    uint64
+	values []uint64 // of mark.pair
+	not    bool
+}
 
 // Matches tells whether a connection with these attributes gets the push. It takes no memory.
 func (f Filter) Matches(a Attributes) bool {
-	for i := range f {
-		m := &f[i]
-		value, ok := a.Get(m.Key)
-		if (ok && slices.Contains(m.Values, value)) == m.Not {
+	for i := range f.matches {
+		m := &f.matches[i]
+		if m.holds(a.marks) == m.not {
 			return false
 		}
 	}
 	return true
 }
 
-var errFilter = errors.New("filter")
-
-// check refuses what no manager sends.
-func (f Filter) check() error {
-	if len(f) > maxMatches {
-		return fmt.Errorf("%w: %d matches, more than %d", errFilter, len(f), maxMatches)
-	}
-	for i := range f {
-		switch m := &f[i]; {
-		case m.Key == "" || len(m.Values) == 0:
-			return fmt.Errorf("%w: match %d: needs a key and values", errFilter, i)
-		case len(m.Values) > maxMatchValues:
-			return fmt.Errorf("%w: match %d: %d values, more than %d", errFilter, i, len(m.Values), maxMatchValues)
+func (m *match) holds(marks []mark) bool {
+	for i := range marks {
+		if marks[i].key == m.key {
+			return slices.Contains(m.values, marks[i].pair)
 		}
 	}
-	return nil
+	return false
+}
+
+var errFilter = errors.New("filter")
+
+// filterOf is the filter of a delivery. The error breaks the stream: no manager sends such a one.
+func filterOf(matches []wireMatch) (f Filter, err error) {
+	if len(matches) > maxMatches {
+		return f, fmt.Errorf("%w: more than %d matches", errFilter, maxMatches)
+	}
+	for i := range matches {
+		switch m := &matches[i]; {
+		case m.key == "" || len(m.values) == 0:
+			return f, fmt.Errorf("%w: match %d: needs a key and values", errFilter, i)
+		case len(m.values) > maxMatchValues:
+			return f, fmt.Errorf("%w: match %d: more than %d values", errFilter, i, maxMatchValues)
+		default:
+			hashed := match{not: m.not, values: make([]uint64, len(m.values))}
+			for k, value := range m.values {
+				mark := markOf(m.key, value)
+				hashed.key, hashed.values[k] = mark.key, mark.pair
+			}
+			f.matches = append(f.matches, hashed)
+		}
+	}
+	return f, nil
 }
 
 // Attributed is a connection that has attributes. [Users] of such connections evaluate filters.

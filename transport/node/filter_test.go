@@ -245,7 +245,10 @@ func TestAFilterTakesTheBestOfAUsersConnections(t *testing.T) {
 			for _, c := range tt.conns {
 				users.Add("u", c)
 			}
-			filter := Filter{{Key: "platform", Values: []string{"android", "ios"}}}
+			filter, err := filterOf([]wireMatch{{key: "platform", values: []string{"android", "ios"}}})
+			if err != nil {
+				t.Fatal(err)
+			}
 			if got := users.DeliverFiltered("u", filter, &Message{RoomID: tt.room}, nil); got != tt.want {
 				t.Errorf("outcome %d, want %d", got, tt.want)
 			}

@@ -260,8 +260,8 @@ func (d *delivery) decoded(t *testing.T, hasContent bool) *pubsub.Delivery {
 		out.Log = &pubsub.LogPosition{Partition: d.log.Partition, Seq: d.log.Seq, Epoch: d.log.Epoch, ExcludeUserIds: d.log.Exclude}
 	}
 	out.NameFiltered = d.namesLeft
-	for _, m := range d.filter {
-		out.Filter = append(out.Filter, &pubsub.Match{Key: m.Key, Values: m.Values, Not: m.Not})
+	for _, m := range d.matches {
+		out.Filter = append(out.Filter, &pubsub.Match{Key: m.key, Values: m.values, Not: m.not})
 	}
 	var m Message
 	if err := m.parseContent(d.content); err != nil {

@@ -88,7 +88,7 @@ func (s *Server) broadcast(scope string, f Filter, m *Message, o *handover) {
 	}()
 	var delivered, failed, filtered int
 	switch {
-	case len(f) > 0:
+	case len(f.matches) > 0:
 		delivered, failed, filtered = s.filtering.BroadcastFiltered(scope, f, m)
 	case scope == "":
 		delivered, failed = s.cfg.Sessions.Broadcast(m)

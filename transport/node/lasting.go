@@ -246,7 +246,7 @@ func (st *stream) deliverLasting(users []string, skip []int32, m *Message, o *ha
 			return
 		}
 	}
-	o.filters, o.namesLeft = len(d.filter) > 0, d.namesLeft
+	o.filters, o.namesLeft = len(d.matches) > 0, d.namesLeft
 	s.handOverLasting(users, skip, d.filter, m, waits, o)
 	if waits != nil {
 		o.pending = waits.handedOver()
@@ -284,7 +284,7 @@ func (s *Server) handOverLasting(users []string, skip []int32, f Filter, m *Mess
 			c = waits.confirmation(user)
 		}
 		var out Outcome
-		if len(f) > 0 {
+		if o.filters {
 			out = s.filtering.DeliverFiltered(user, f, m, c)
 		} else {
 			out = s.lasting.DeliverLasting(user, m, c)

@@ -340,7 +340,7 @@ func (st *stream) logPage(b []byte) (*logPage, error) {
 		}
 		d.wantAck = false // It stays in the log.
 		d.hasReplay = false
-		if len(d.filter) > 0 {
+		if len(d.matches) > 0 {
 			return nil, fmt.Errorf("%w: %w", errPage, errPlaced)
 		}
 		m.Options = st.options(d)

@@ -376,10 +376,10 @@ func (st *stream) deliver(b []byte, left int) error {
 	switch {
 	case st.server.draining.Load():
 		o.refused = true
-	case m.Options != nil || len(d.filter) > 0:
+	case m.Options != nil || len(d.matches) > 0:
 		st.deliverLasting(users, skip, m, &o)
 	case d.everybody, d.scope != "":
-		st.server.broadcast(d.scope, nil, m, &o)
+		st.server.broadcast(d.scope, Filter{}, m, &o)
 		st.tally.reached = max(st.tally.reached, clampUint32(o.delivered+o.failedUsers))
 	default:
 		st.server.handOver(users, skip, m, &o)
@@ -424,15 +424,15 @@ var (
 	errPlaced   = fmt.Errorf("%w: beside replay or log", errFilter)
 )
 
-// checkFilter refuses a filter that breaks the stream.
-func (s *Server) checkFilter(d *delivery) error {
+// filterOf is the filter of a delivery that has one. The error breaks the stream.
+func (s *Server) filterOf(d *delivery) (Filter, error) {
 	switch {
 	case s.filtering == nil:
-		return errNoFilter
+		return Filter{}, errNoFilter
 	case d.hasReplay || d.hasLog:
-		return errPlaced
+		return Filter{}, errPlaced
 	}
-	return d.filter.check()
+	return filterOf(d.matches)
 }
 
 // targets says for whom d is: users without those at the places in skip.
@@ -462,8 +462,8 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 		}
 		m.Rooms = NewRooms(slices.Clone(d.rooms)) // parts of the frame, as all of the message
 	}
-	if len(d.filter) > 0 {
-		if err := st.server.checkFilter(d); err != nil {
+	if len(d.matches) > 0 {
+		if d.filter, err = st.server.filterOf(d); err != nil {
 			return nil, nil, err
 		}
 	}

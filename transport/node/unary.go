@@ -67,7 +67,7 @@ func (s *Server) Broadcast(_ context.Context, r *pubsub.BroadcastRequest) (*pubs
 		return nil, err
 	}
 	var o handover
-	s.broadcast("", nil, m, &o)
+	s.broadcast("", Filter{}, m, &o)
 	o.count(&s.count)
 	reply := &pubsub.BroadcastResponse{
 		Success:        o.failedUsers == 0,

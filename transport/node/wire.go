@@ -111,8 +111,9 @@ type delivery struct {
 	hasLog      bool
 	log         LogPlace // its Exclude is not reused
 
-	filter    Filter // not reused: the gateway may keep it
-	namesLeft bool   // name_filtered
+	matches   []wireMatch // of the filter
+	filter    Filter      // made of them by targets
+	namesLeft bool        // name_filtered
 
 	// Of the audience.
 	id, version uint32
@@ -171,11 +172,11 @@ func (d *delivery) parse(b []byte) error {
 		case m.IsBytes(25):
 			d.sender = wire.String(m.Bytes)
 		case m.IsBytes(26):
-			if len(d.filter) > maxMatches { // one more, so that check sees that they are too many
+			if len(d.matches) > maxMatches { // one more is kept, so that it is seen that they are too many
 				continue
 			}
-			d.filter = append(d.filter, Match{})
-			if err := d.filter[len(d.filter)-1].parse(m.Bytes); err != nil {
+			d.matches = append(d.matches, wireMatch{})
+			if err := d.matches[len(d.matches)-1].parse(m.Bytes); err != nil {
 				return err
 			}
 		case m.IsBytes(27):
@@ -236,19 +237,25 @@ func (p *replayPlace) parse(b []byte) error {
 	return nil
 }
 
-// parse reads a Match.
-func (k *Match) parse(b []byte) error {
+// wireMatch is a Match.
+type wireMatch struct {
+	key    string
+	values []string
+	not    bool
+}
+
+func (k *wireMatch) parse(b []byte) error {
 	m := wire.Reader{Rest: b}
 	for m.Next() {
 		switch {
 		case m.IsBytes(1):
-			k.Key = wire.String(m.Bytes)
+			k.key = wire.String(m.Bytes)
 		case m.IsBytes(2):
-			if len(k.Values) <= maxMatchValues { // likewise
-				k.Values = append(k.Values, wire.String(m.Bytes))
+			if len(k.values) <= maxMatchValues { // likewise
+				k.values = append(k.values, wire.String(m.Bytes))
 			}
 		case m.IsUint(3):
-			k.Not = m.Uint != 0
+			k.not = m.Uint != 0
 		}
 	}
 	if m.Err != nil {

@@ -39,6 +39,16 @@ function make(options = {}) {
   });
 }
 
+test("brings its attributes at each connection", () => {
+  const attributes = { platform: "web", "a&b": "ü" };
+  make({ attributes }).connect();
+  assert.equal(FakeSocket.last.url.search, "?user_id=u&user_name=u&ack=1&resume=&attr.platform=web&attr.a%26b=%C3%BC");
+  FakeSocket.last.open().ends(1006);
+  attributes.platform = "app";
+  mock.timers.tick(15_000);
+  assert.equal(FakeSocket.last.url.searchParams.get("attr.platform"), "app");
+});
+
 test("connects as who it is, in its rooms, and tells what comes", () => {
   let rooms = [];
   const client = make({ userName: "U", rooms: ["a", "b"], position: "AQ", onRooms: list => { rooms = list; }, onPush: p => seen.push(p) });

@@ -58,9 +58,9 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
       onError: (what, error) => errors.push(`${what}: ${String(error)}`), onState: (part, up) => states.push(`${part} ${up}`),
     });
 
-  const enter = async (on: ConnectNode, user: string, rooms: string[] = [], acks = false): Promise<Receiver> => {
+  const enter = async (on: ConnectNode, user: string, rooms: string[] = [], acks = false, attributes: Record<string, string> = {}): Promise<Receiver> => {
     const r = new Receiver();
-    r.session = on.connect(r, { user, acks });
+    r.session = on.connect(r, { user, acks, attributes });
     for (const room of rooms) r.session.join(room);
     await until(() => ["", ...rooms].every((room) => r.told.includes(`+${room}`)), 30_000, () => `${user} was told ${r.told.join(" ")}`);
     return r;
@@ -139,6 +139,23 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.equal(numbers.length, 3000);
     assert.ok(rising(numbers.filter((n) => n % 3 === 0)) && rising(numbers.filter((n) => n % 3 !== 0)));
     user.session!.end();
+  });
+
+  test("a filter chooses among connections by their attributes, and counts whom it leaves out", async () => {
+    const phone = await enter(node, "filtered", ["filters"], false, { platform: "ios", app_version: "2" });
+    const laptop = await enter(node, "filtered", ["filters"], false, { platform: "web" });
+    const other = await enter(node, "unfiltered", ["filters"]);
+    const onPhones = { filter: [{ key: "platform", values: ["ios", "android"] }, { key: "app_version", values: ["1"], not: true }] };
+    const room = await client.pushToRoom("filters", "phones", onPhones);
+    assert.deepEqual([room.delivered, room.offline, room.filtered, room.failed], [1, 1, 1, 0]);
+    const user = await client.pushToUser("unfiltered", "nobody", onPhones);
+    assert.deepEqual([user.outcome, user.filtered, user.message], ["offline", 1, 'no connection of user "unfiltered" matches the filter']);
+    const all = await client.broadcast("not the web", { filter: [{ key: "platform", values: ["web"], not: true }] });
+    assert.equal(all.failed, 0);
+    await until(() => phone.got.length === 2 && other.got.length === 1);
+    assert.deepEqual([phone.texts, laptop.texts, other.texts], [["phones", "not the web"], [], ["not the web"]]);
+    await assert.rejects(client.pushToUser("filtered", "x", { filter: [{ key: "platform", values: [] }] }), (e: PushError) => e.field === "options.filter[0].values");
+    for (const r of [phone, laptop, other]) r.session!.end();
   });
 
   test("a message id reaches a connection once", async () => {
@@ -370,6 +387,10 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
 
   test("what is no id, and a room too many, is refused with the name of the field", async () => {
     for (const user of ["", "a\nb", "x".repeat(300), "\ud800"]) assert.throws(() => node.connect(new Receiver(), { user }), /user_id/);
+    const many = Object.fromEntries(Array.from({ length: 17 }, (_, i) => [`k${i}`, "v"]));
+    for (const attributes of [many, { platform: "" }, { platform: "x".repeat(65) }, { "a\nb": "x" }]) {
+      assert.throws(() => node.connect(new Receiver(), { user: "alice", attributes }), /^RangeError: attributes/);
+    }
     const r = await enter(node, "greedy");
     assert.throws(() => r.session!.join("@node:node-ts"), /reserved/);
     assert.throws(() => r.session!.leave("elsewhere"), /not in this room/);
