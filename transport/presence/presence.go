@@ -24,6 +24,10 @@ import (
 const (
 	// PageMost is how many members a page has, about, and what a page_size of 0 stands for.
 	PageMost = 1000
+	// membersPerSecond is how many members all callers together read from pages, beyond a first membersBurst: at some 2 us of
+	// CPU each, at the Controller and here, a tenth of two cores. Pushes keep the rest.
+	membersPerSecond = 100_000
+	membersBurst     = 10_000
 	// UsersMost is how many users one call asks for.
 	UsersMost = 1000
 	// replyBytes bounds the answer of Users: clients of gRPC take 4 MiB by default.
