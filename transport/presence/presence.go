@@ -1,6 +1,7 @@
 package presence
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/push-manager/push-manager/engine"
@@ -108,6 +110,7 @@ type Service struct {
 	log    *slog.Logger
 	m      *instruments
 	places chan struct{}  // one for each of Reads
+	pace   *rate.Limiter  // of pages, by members
 	begin  func(*subject) // begins to follow one
 	stop   context.CancelFunc
 	ended  <-chan struct{} // closed by Close
@@ -126,7 +129,7 @@ func New(cfg Config) (*Service, error) {
 		return nil, errors.New("presence: a bound is negative")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Service{cfg: cfg, log: cfg.Logger, places: make(chan struct{}, cfg.Reads), stop: cancel, ended: ctx.Done()}
+	s := &Service{cfg: cfg, log: cfg.Logger, places: make(chan struct{}, cfg.Reads), pace: rate.NewLimiter(membersPerSecond, membersBurst), stop: cancel, ended: ctx.Done()}
 	s.begin = func(sub *subject) { s.wg.Go(func() { s.followLoop(ctx, sub) }) }
 	s.subjects = map[target]*subject{}
 	s.m = newInstruments(s, cfg.Metrics)
@@ -168,8 +171,11 @@ func (s *Service) recovered(where string, err *error) {
 	}
 }
 
-// Members is a page of the members of a room.
+// Members is a page of the members of a room. One that comes too early waits for its turn.
 func (s *Service) Members(ctx context.Context, scope, room, token string, size int) (*pubsub.GetRoomMembersResponse, error) {
+	if err := s.pace.WaitN(ctx, cmp.Or(min(size, PageMost), PageMost)); err != nil {
+		return nil, fmt.Errorf("%w: too many members are read", engine.ErrOverloaded)
+	}
 	leave, err := s.enter(ctx)
 	if err != nil {
 		return nil, err
