@@ -67,7 +67,7 @@ var layers = []layer{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/client/v3", "google.golang.org/protobuf",
 	}},
 	{dir: "transport/presence", ours: []string{"engine/...", "internal/ids", "internal/label", "internal/plain", "proto", "transport/controller", "transport/link"}, others: []string{
-		"github.com/VictoriaMetrics/metrics", "google.golang.org/protobuf",
+		"github.com/VictoriaMetrics/metrics", "golang.org/x/time", "google.golang.org/protobuf",
 	}},
 	{dir: "transport/discovery", ours: []string{"internal/ids", "internal/pause", "internal/plain"}, others: []string{
 		"github.com/VictoriaMetrics/metrics", "go.etcd.io/etcd/api/v3", "go.etcd.io/etcd/client/v3", "go.uber.org/zap",

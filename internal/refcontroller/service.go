@@ -320,8 +320,12 @@ func (s *service) ListMembers(ctx context.Context, in *pubsub.ListMembersRequest
 	if err := s.roster.believed(); err != nil {
 		return nil, err
 	}
+	// Metadata is left out: what there is may be more than a message holds.
 	out := &pubsub.ListMembersResponse{Members: make([]*pubsub.UserInfo, len(page.Members)), UserCount: int32(min(page.Users, math.MaxInt32))}
-	for i, m := range page.Members { // what metadata there is may be more than a message holds
+	for i, m := range page.Members {
+		if out.Members[i] = m; len(m.GetMetadata()) == 0 { // nobody changes it
+			continue
+		}
 		out.Members[i] = &pubsub.UserInfo{UserId: m.GetUserId(), UserName: m.GetUserName(), NodeId: m.GetNodeId(), JoinedAt: m.GetJoinedAt()}
 	}
 	if page.Next != (Cursor{}) {

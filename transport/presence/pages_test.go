@@ -188,7 +188,7 @@ func testPages(t *testing.T, store refcontroller.Store, members int) {
 	}
 	var without, with []time.Duration
 	window(3 * time.Second) // the first look-ups
-	for range 5 {
+	for range 4 {
 		without = append(without, window(3*time.Second)...)
 		ctx, cancel := context.WithCancel(t.Context())
 		var reader sync.WaitGroup

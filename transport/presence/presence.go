@@ -1,6 +1,7 @@
 package presence
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/push-manager/push-manager/engine"
@@ -24,6 +26,10 @@ import (
 const (
 	// PageMost is how many members a page has, about, and what a page_size of 0 stands for.
 	PageMost = 1000
+	// membersPerSecond is how many members all callers together read from pages, beyond a first membersBurst: at some 2 us of
+	// CPU each, at the Controller and here, a tenth of two cores. Pushes keep the rest.
+	membersPerSecond = 100_000
+	membersBurst     = 10_000
 	// UsersMost is how many users one call asks for.
 	UsersMost = 1000
 	// replyBytes bounds the answer of Users: clients of gRPC take 4 MiB by default.
@@ -104,6 +110,7 @@ type Service struct {
 	log    *slog.Logger
 	m      *instruments
 	places chan struct{}  // one for each of Reads
+	pace   *rate.Limiter  // of pages, by members
 	begin  func(*subject) // begins to follow one
 	stop   context.CancelFunc
 	ended  <-chan struct{} // closed by Close
@@ -122,7 +129,7 @@ func New(cfg Config) (*Service, error) {
 		return nil, errors.New("presence: a bound is negative")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Service{cfg: cfg, log: cfg.Logger, places: make(chan struct{}, cfg.Reads), stop: cancel, ended: ctx.Done()}
+	s := &Service{cfg: cfg, log: cfg.Logger, places: make(chan struct{}, cfg.Reads), pace: rate.NewLimiter(membersPerSecond, membersBurst), stop: cancel, ended: ctx.Done()}
 	s.begin = func(sub *subject) { s.wg.Go(func() { s.followLoop(ctx, sub) }) }
 	s.subjects = map[target]*subject{}
 	s.m = newInstruments(s, cfg.Metrics)
@@ -164,8 +171,11 @@ func (s *Service) recovered(where string, err *error) {
 	}
 }
 
-// Members is a page of the members of a room.
+// Members is a page of the members of a room. One that comes too early waits for its turn.
 func (s *Service) Members(ctx context.Context, scope, room, token string, size int) (*pubsub.GetRoomMembersResponse, error) {
+	if err := s.pace.WaitN(ctx, cmp.Or(min(size, PageMost), PageMost)); err != nil {
+		return nil, fmt.Errorf("%w: too many members are read", engine.ErrOverloaded)
+	}
 	leave, err := s.enter(ctx)
 	if err != nil {
 		return nil, err

@@ -119,10 +119,8 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
-	for _, open := range []func(*Config) error{m.openJobs, m.openPresence} {
-		if err = open(&cfg); err != nil {
-			return nil, err
-		}
+	if err = m.openJobs(&cfg); err != nil {
+		return nil, err
 	}
 	if err = m.newAPI(&cfg, set); err != nil {
 		return nil, err
@@ -148,8 +146,11 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 	return m, nil
 }
 
-// newAPI makes the push API, over gRPC and over HTTP, with the same certificates.
+// newAPI makes the push API, over gRPC and over HTTP, with the same certificates, and what it tells of presence.
 func (m *PushManager) newAPI(cfg *Config, set *metrics.Set) (err error) {
+	if err = m.openPresence(cfg); err != nil {
+		return err
+	}
 	if cfg.TLS.On() {
 		source, err := m.life.Certificates(cfg.TLS.Certificates)
 		if err != nil {
