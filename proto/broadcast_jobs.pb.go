@@ -673,7 +673,9 @@ type ListJobsRequest struct {
 	// At most 1,000. 0: 100.
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// next_page_token of the page before.
-	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only jobs that have not ended. It costs etcd nothing, and may be a second behind.
+	NotEnded      bool `protobuf:"varint,3,opt,name=not_ended,json=notEnded,proto3" json:"not_ended,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -720,6 +722,13 @@ func (x *ListJobsRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListJobsRequest) GetNotEnded() bool {
+	if x != nil {
+		return x.NotEnded
+	}
+	return false
 }
 
 type ListJobsResponse struct {
@@ -1223,6 +1232,94 @@ func (x *SetJobRateResponse) GetJob() *BroadcastJob {
 	return nil
 }
 
+type DeleteJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteJobRequest) Reset() {
+	*x = DeleteJobRequest{}
+	mi := &file_broadcast_jobs_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteJobRequest) ProtoMessage() {}
+
+func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_broadcast_jobs_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteJobRequest.ProtoReflect.Descriptor instead.
+func (*DeleteJobRequest) Descriptor() ([]byte, []int) {
+	return file_broadcast_jobs_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *DeleteJobRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+type DeleteJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Job           *BroadcastJob          `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteJobResponse) Reset() {
+	*x = DeleteJobResponse{}
+	mi := &file_broadcast_jobs_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteJobResponse) ProtoMessage() {}
+
+func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_broadcast_jobs_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteJobResponse.ProtoReflect.Descriptor instead.
+func (*DeleteJobResponse) Descriptor() ([]byte, []int) {
+	return file_broadcast_jobs_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *DeleteJobResponse) GetJob() *BroadcastJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
 var File_broadcast_jobs_proto protoreflect.FileDescriptor
 
 const file_broadcast_jobs_proto_rawDesc = "" +
@@ -1278,11 +1375,12 @@ const file_broadcast_jobs_proto_rawDesc = "" +
 	"\rGetJobRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\"8\n" +
 	"\x0eGetJobResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.pubsub.BroadcastJobR\x03job\"M\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.pubsub.BroadcastJobR\x03job\"j\n" +
 	"\x0fListJobsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"d\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x1b\n" +
+	"\tnot_ended\x18\x03 \x01(\bR\bnotEnded\"d\n" +
 	"\x10ListJobsResponse\x12(\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x14.pubsub.BroadcastJobR\x04jobs\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"(\n" +
@@ -1306,6 +1404,10 @@ const file_broadcast_jobs_proto_rawDesc = "" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12&\n" +
 	"\x0frate_per_second\x18\x02 \x01(\rR\rratePerSecond\"<\n" +
 	"\x12SetJobRateResponse\x12&\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.pubsub.BroadcastJobR\x03job\")\n" +
+	"\x10DeleteJobRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\";\n" +
+	"\x11DeleteJobResponse\x12&\n" +
 	"\x03job\x18\x01 \x01(\v2\x14.pubsub.BroadcastJobR\x03job*u\n" +
 	"\bJobState\x12\x19\n" +
 	"\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\v\n" +
@@ -1316,7 +1418,7 @@ const file_broadcast_jobs_proto_rawDesc = "" +
 	"\tSUCCEEDED\x10\x04\x12\r\n" +
 	"\tCANCELLED\x10\x05\x12\n" +
 	"\n" +
-	"\x06FAILED\x10\x062\x98\x04\n" +
+	"\x06FAILED\x10\x062\xda\x04\n" +
 	"\x13BroadcastJobService\x12@\n" +
 	"\tCreateJob\x12\x18.pubsub.CreateJobRequest\x1a\x19.pubsub.CreateJobResponse\x127\n" +
 	"\x06GetJob\x12\x15.pubsub.GetJobRequest\x1a\x16.pubsub.GetJobResponse\x12=\n" +
@@ -1326,7 +1428,8 @@ const file_broadcast_jobs_proto_rawDesc = "" +
 	"\tResumeJob\x12\x18.pubsub.ResumeJobRequest\x1a\x19.pubsub.ResumeJobResponse\x12@\n" +
 	"\tCancelJob\x12\x18.pubsub.CancelJobRequest\x1a\x19.pubsub.CancelJobResponse\x12C\n" +
 	"\n" +
-	"SetJobRate\x12\x19.pubsub.SetJobRateRequest\x1a\x1a.pubsub.SetJobRateResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"SetJobRate\x12\x19.pubsub.SetJobRateRequest\x1a\x1a.pubsub.SetJobRateResponse\x12@\n" +
+	"\tDeleteJob\x12\x18.pubsub.DeleteJobRequest\x1a\x19.pubsub.DeleteJobResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_broadcast_jobs_proto_rawDescOnce sync.Once
@@ -1341,7 +1444,7 @@ func file_broadcast_jobs_proto_rawDescGZIP() []byte {
 }
 
 var file_broadcast_jobs_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_broadcast_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_broadcast_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_broadcast_jobs_proto_goTypes = []any{
 	(JobState)(0),                 // 0: pubsub.JobState
 	(*BroadcastJobSpec)(nil),      // 1: pubsub.BroadcastJobSpec
@@ -1363,24 +1466,26 @@ var file_broadcast_jobs_proto_goTypes = []any{
 	(*CancelJobResponse)(nil),     // 17: pubsub.CancelJobResponse
 	(*SetJobRateRequest)(nil),     // 18: pubsub.SetJobRateRequest
 	(*SetJobRateResponse)(nil),    // 19: pubsub.SetJobRateResponse
-	(*MessageContent)(nil),        // 20: pubsub.MessageContent
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
-	(Priority)(0),                 // 22: pubsub.Priority
-	(*NodeFailure)(nil),           // 23: pubsub.NodeFailure
+	(*DeleteJobRequest)(nil),      // 20: pubsub.DeleteJobRequest
+	(*DeleteJobResponse)(nil),     // 21: pubsub.DeleteJobResponse
+	(*MessageContent)(nil),        // 22: pubsub.MessageContent
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(Priority)(0),                 // 24: pubsub.Priority
+	(*NodeFailure)(nil),           // 25: pubsub.NodeFailure
 }
 var file_broadcast_jobs_proto_depIdxs = []int32{
-	20, // 0: pubsub.BroadcastJobSpec.content:type_name -> pubsub.MessageContent
-	21, // 1: pubsub.BroadcastJobSpec.start_time:type_name -> google.protobuf.Timestamp
-	21, // 2: pubsub.BroadcastJobSpec.deadline:type_name -> google.protobuf.Timestamp
-	22, // 3: pubsub.BroadcastJobSpec.priority:type_name -> pubsub.Priority
+	22, // 0: pubsub.BroadcastJobSpec.content:type_name -> pubsub.MessageContent
+	23, // 1: pubsub.BroadcastJobSpec.start_time:type_name -> google.protobuf.Timestamp
+	23, // 2: pubsub.BroadcastJobSpec.deadline:type_name -> google.protobuf.Timestamp
+	24, // 3: pubsub.BroadcastJobSpec.priority:type_name -> pubsub.Priority
 	1,  // 4: pubsub.BroadcastJob.spec:type_name -> pubsub.BroadcastJobSpec
 	0,  // 5: pubsub.BroadcastJob.state:type_name -> pubsub.JobState
 	3,  // 6: pubsub.BroadcastJob.progress:type_name -> pubsub.JobProgress
-	21, // 7: pubsub.BroadcastJob.create_time:type_name -> google.protobuf.Timestamp
-	21, // 8: pubsub.BroadcastJob.begin_time:type_name -> google.protobuf.Timestamp
-	21, // 9: pubsub.BroadcastJob.end_time:type_name -> google.protobuf.Timestamp
-	21, // 10: pubsub.JobProgress.eta:type_name -> google.protobuf.Timestamp
-	23, // 11: pubsub.JobProgress.node_failures:type_name -> pubsub.NodeFailure
+	23, // 7: pubsub.BroadcastJob.create_time:type_name -> google.protobuf.Timestamp
+	23, // 8: pubsub.BroadcastJob.begin_time:type_name -> google.protobuf.Timestamp
+	23, // 9: pubsub.BroadcastJob.end_time:type_name -> google.protobuf.Timestamp
+	23, // 10: pubsub.JobProgress.eta:type_name -> google.protobuf.Timestamp
+	25, // 11: pubsub.JobProgress.node_failures:type_name -> pubsub.NodeFailure
 	1,  // 12: pubsub.CreateJobRequest.spec:type_name -> pubsub.BroadcastJobSpec
 	2,  // 13: pubsub.CreateJobResponse.job:type_name -> pubsub.BroadcastJob
 	2,  // 14: pubsub.GetJobResponse.job:type_name -> pubsub.BroadcastJob
@@ -1390,27 +1495,30 @@ var file_broadcast_jobs_proto_depIdxs = []int32{
 	2,  // 18: pubsub.ResumeJobResponse.job:type_name -> pubsub.BroadcastJob
 	2,  // 19: pubsub.CancelJobResponse.job:type_name -> pubsub.BroadcastJob
 	2,  // 20: pubsub.SetJobRateResponse.job:type_name -> pubsub.BroadcastJob
-	4,  // 21: pubsub.BroadcastJobService.CreateJob:input_type -> pubsub.CreateJobRequest
-	6,  // 22: pubsub.BroadcastJobService.GetJob:input_type -> pubsub.GetJobRequest
-	8,  // 23: pubsub.BroadcastJobService.ListJobs:input_type -> pubsub.ListJobsRequest
-	10, // 24: pubsub.BroadcastJobService.WatchJob:input_type -> pubsub.WatchJobRequest
-	12, // 25: pubsub.BroadcastJobService.PauseJob:input_type -> pubsub.PauseJobRequest
-	14, // 26: pubsub.BroadcastJobService.ResumeJob:input_type -> pubsub.ResumeJobRequest
-	16, // 27: pubsub.BroadcastJobService.CancelJob:input_type -> pubsub.CancelJobRequest
-	18, // 28: pubsub.BroadcastJobService.SetJobRate:input_type -> pubsub.SetJobRateRequest
-	5,  // 29: pubsub.BroadcastJobService.CreateJob:output_type -> pubsub.CreateJobResponse
-	7,  // 30: pubsub.BroadcastJobService.GetJob:output_type -> pubsub.GetJobResponse
-	9,  // 31: pubsub.BroadcastJobService.ListJobs:output_type -> pubsub.ListJobsResponse
-	11, // 32: pubsub.BroadcastJobService.WatchJob:output_type -> pubsub.WatchJobResponse
-	13, // 33: pubsub.BroadcastJobService.PauseJob:output_type -> pubsub.PauseJobResponse
-	15, // 34: pubsub.BroadcastJobService.ResumeJob:output_type -> pubsub.ResumeJobResponse
-	17, // 35: pubsub.BroadcastJobService.CancelJob:output_type -> pubsub.CancelJobResponse
-	19, // 36: pubsub.BroadcastJobService.SetJobRate:output_type -> pubsub.SetJobRateResponse
-	29, // [29:37] is the sub-list for method output_type
-	21, // [21:29] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	2,  // 21: pubsub.DeleteJobResponse.job:type_name -> pubsub.BroadcastJob
+	4,  // 22: pubsub.BroadcastJobService.CreateJob:input_type -> pubsub.CreateJobRequest
+	6,  // 23: pubsub.BroadcastJobService.GetJob:input_type -> pubsub.GetJobRequest
+	8,  // 24: pubsub.BroadcastJobService.ListJobs:input_type -> pubsub.ListJobsRequest
+	10, // 25: pubsub.BroadcastJobService.WatchJob:input_type -> pubsub.WatchJobRequest
+	12, // 26: pubsub.BroadcastJobService.PauseJob:input_type -> pubsub.PauseJobRequest
+	14, // 27: pubsub.BroadcastJobService.ResumeJob:input_type -> pubsub.ResumeJobRequest
+	16, // 28: pubsub.BroadcastJobService.CancelJob:input_type -> pubsub.CancelJobRequest
+	18, // 29: pubsub.BroadcastJobService.SetJobRate:input_type -> pubsub.SetJobRateRequest
+	20, // 30: pubsub.BroadcastJobService.DeleteJob:input_type -> pubsub.DeleteJobRequest
+	5,  // 31: pubsub.BroadcastJobService.CreateJob:output_type -> pubsub.CreateJobResponse
+	7,  // 32: pubsub.BroadcastJobService.GetJob:output_type -> pubsub.GetJobResponse
+	9,  // 33: pubsub.BroadcastJobService.ListJobs:output_type -> pubsub.ListJobsResponse
+	11, // 34: pubsub.BroadcastJobService.WatchJob:output_type -> pubsub.WatchJobResponse
+	13, // 35: pubsub.BroadcastJobService.PauseJob:output_type -> pubsub.PauseJobResponse
+	15, // 36: pubsub.BroadcastJobService.ResumeJob:output_type -> pubsub.ResumeJobResponse
+	17, // 37: pubsub.BroadcastJobService.CancelJob:output_type -> pubsub.CancelJobResponse
+	19, // 38: pubsub.BroadcastJobService.SetJobRate:output_type -> pubsub.SetJobRateResponse
+	21, // 39: pubsub.BroadcastJobService.DeleteJob:output_type -> pubsub.DeleteJobResponse
+	31, // [31:40] is the sub-list for method output_type
+	22, // [22:31] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_broadcast_jobs_proto_init() }
@@ -1426,7 +1534,7 @@ func file_broadcast_jobs_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_broadcast_jobs_proto_rawDesc), len(file_broadcast_jobs_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,7 @@ const (
 	BroadcastJobService_ResumeJob_FullMethodName  = "/pubsub.BroadcastJobService/ResumeJob"
 	BroadcastJobService_CancelJob_FullMethodName  = "/pubsub.BroadcastJobService/CancelJob"
 	BroadcastJobService_SetJobRate_FullMethodName = "/pubsub.BroadcastJobService/SetJobRate"
+	BroadcastJobService_DeleteJob_FullMethodName  = "/pubsub.BroadcastJobService/DeleteJob"
 )
 
 // BroadcastJobServiceClient is the client API for BroadcastJobService service.
@@ -40,8 +41,8 @@ const (
 //
 //	NOT_FOUND            JOB_NOT_FOUND: there is no such job of your tenant
 //	ALREADY_EXISTS       JOB_EXISTS: the job_id has another spec
-//	FAILED_PRECONDITION  JOB_ENDED: the job has ended; JOBS_OFF: this instance has no jobs
-//	RESOURCE_EXHAUSTED   TOO_MANY_JOBS: so many are kept already
+//	FAILED_PRECONDITION  JOB_ENDED: the job has ended; JOB_NOT_ENDED: it has not; JOBS_OFF: this instance has no jobs
+//	RESOURCE_EXHAUSTED   TOO_MANY_JOBS: so many are kept already, of all tenants or of yours
 //	UNAVAILABLE          JOBS_UNAVAILABLE: etcd does not answer. Calls may be repeated: none does anything twice
 type BroadcastJobServiceClient interface {
 	// Makes a job. The same job_id with the same spec again answers the job that there is.
@@ -59,6 +60,8 @@ type BroadcastJobServiceClient interface {
 	CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*CancelJobResponse, error)
 	// Changes the speed of a job that has not ended.
 	SetJobRate(ctx context.Context, in *SetJobRateRequest, opts ...grpc.CallOption) (*SetJobRateResponse, error)
+	// Forgets a job that has ended, and answers it once more. The job_id is free again: the same CreateJob as before is a new job then.
+	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error)
 }
 
 type broadcastJobServiceClient struct {
@@ -158,6 +161,16 @@ func (c *broadcastJobServiceClient) SetJobRate(ctx context.Context, in *SetJobRa
 	return out, nil
 }
 
+func (c *broadcastJobServiceClient) DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteJobResponse)
+	err := c.cc.Invoke(ctx, BroadcastJobService_DeleteJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // BroadcastJobServiceServer is the server API for BroadcastJobService service.
 // All implementations must embed UnimplementedBroadcastJobServiceServer
 // for forward compatibility.
@@ -169,8 +182,8 @@ func (c *broadcastJobServiceClient) SetJobRate(ctx context.Context, in *SetJobRa
 //
 //	NOT_FOUND            JOB_NOT_FOUND: there is no such job of your tenant
 //	ALREADY_EXISTS       JOB_EXISTS: the job_id has another spec
-//	FAILED_PRECONDITION  JOB_ENDED: the job has ended; JOBS_OFF: this instance has no jobs
-//	RESOURCE_EXHAUSTED   TOO_MANY_JOBS: so many are kept already
+//	FAILED_PRECONDITION  JOB_ENDED: the job has ended; JOB_NOT_ENDED: it has not; JOBS_OFF: this instance has no jobs
+//	RESOURCE_EXHAUSTED   TOO_MANY_JOBS: so many are kept already, of all tenants or of yours
 //	UNAVAILABLE          JOBS_UNAVAILABLE: etcd does not answer. Calls may be repeated: none does anything twice
 type BroadcastJobServiceServer interface {
 	// Makes a job. The same job_id with the same spec again answers the job that there is.
@@ -188,6 +201,8 @@ type BroadcastJobServiceServer interface {
 	CancelJob(context.Context, *CancelJobRequest) (*CancelJobResponse, error)
 	// Changes the speed of a job that has not ended.
 	SetJobRate(context.Context, *SetJobRateRequest) (*SetJobRateResponse, error)
+	// Forgets a job that has ended, and answers it once more. The job_id is free again: the same CreateJob as before is a new job then.
+	DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error)
 	mustEmbedUnimplementedBroadcastJobServiceServer()
 }
 
@@ -221,6 +236,9 @@ func (UnimplementedBroadcastJobServiceServer) CancelJob(context.Context, *Cancel
 }
 func (UnimplementedBroadcastJobServiceServer) SetJobRate(context.Context, *SetJobRateRequest) (*SetJobRateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetJobRate not implemented")
+}
+func (UnimplementedBroadcastJobServiceServer) DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteJob not implemented")
 }
 func (UnimplementedBroadcastJobServiceServer) mustEmbedUnimplementedBroadcastJobServiceServer() {}
 func (UnimplementedBroadcastJobServiceServer) testEmbeddedByValue()                             {}
@@ -380,6 +398,24 @@ func _BroadcastJobService_SetJobRate_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _BroadcastJobService_DeleteJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BroadcastJobServiceServer).DeleteJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: BroadcastJobService_DeleteJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BroadcastJobServiceServer).DeleteJob(ctx, req.(*DeleteJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // BroadcastJobService_ServiceDesc is the grpc.ServiceDesc for BroadcastJobService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -414,6 +450,10 @@ var BroadcastJobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetJobRate",
 			Handler:    _BroadcastJobService_SetJobRate_Handler,
+		},
+		{
+			MethodName: "DeleteJob",
+			Handler:    _BroadcastJobService_DeleteJob_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

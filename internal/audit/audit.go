@@ -32,6 +32,7 @@ const (
 	JobResumed     = "job.resumed"
 	JobCancelled   = "job.cancelled"
 	JobRateSet     = "job.rate_set"
+	JobDeleted     = "job.deleted"
 	ConfigReloaded = "config.reloaded"
 	TLSReloaded    = "tls.reloaded"
 	KeyUsedFirst   = "key.used_first" // since the start

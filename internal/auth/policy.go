@@ -43,6 +43,7 @@ const (
 	ResumeJob
 	CancelJob
 	SetJobRate
+	DeleteJob
 )
 
 // methods says more of them.
@@ -67,6 +68,7 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	ResumeJob:        {"ResumeJob", nobody},
 	CancelJob:        {"CancelJob", nobody},
 	SetJobRate:       {"SetJobRate", nobody},
+	DeleteJob:        {"DeleteJob", nobody},
 }
 
 // Methods are the names of all of them.

@@ -62,6 +62,7 @@ func TestEveryAlertFiresAndClears(t *testing.T) {
 	w := newWitness(c)
 	app := c.caller("a", c.key)
 	b := c.caller("b", "")
+	jobs := pubsub.NewBroadcastJobServiceClient(c.dial("b", ""))
 
 	// A little of everything, all the time.
 	load := newLoad(t)
@@ -126,9 +127,15 @@ func TestEveryAlertFiresAndClears(t *testing.T) {
 			c.closeStore()
 			load.whileOf(500*time.Millisecond, func(_ context.Context, i int) { c.visit("away" + strconv.Itoa(i%10)) })()
 		}, func() { load.stopLast(); c.openStore() }}})
-	w.phase("the Controller is killed", []fault{{"", []string{"ControllerLookupsFailing", "RoutesServedStale", "PushManagerNotReady"},
+	w.phase("the Controller is killed", []fault{{"", []string{"ControllerLookupsFailing", "RoutesServedStale", "PushManagerNotReady", "BroadcastJobWaits"},
 		func() {
 			c.controller.kill()
+			_, err := jobs.CreateJob(t.Context(), &pubsub.CreateJobRequest{JobId: "waits", Spec: &pubsub.BroadcastJobSpec{
+				UserIds: []string{"nobody-yet"}, Content: text("x"), RatePerSecond: 1,
+			}})
+			if err != nil {
+				t.Error(err)
+			}
 			load.whileOf(50*time.Millisecond, func(ctx context.Context, i int) {
 				_, _ = b.PushToUser(ctx, &pubsub.PushToUserRequest{UserId: "nobody" + strconv.Itoa(i), Content: text("x")})
 			})()
@@ -481,6 +488,11 @@ callers:
 // caller is a client of a Push-Manager.
 func (c *city) caller(name, key string) pubsub.PushManagerServiceClient {
 	c.t.Helper()
+	return pubsub.NewPushManagerServiceClient(c.dial(name, key))
+}
+
+func (c *city) dial(name, key string) *grpc.ClientConn {
+	c.t.Helper()
 	opts := []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}
 	if key != "" {
 		pool := x509.NewCertPool()
@@ -498,7 +510,7 @@ func (c *city) caller(name, key string) pubsub.PushManagerServiceClient {
 		c.t.Fatal(err)
 	}
 	c.t.Cleanup(func() { _ = conn.Close() })
-	return pubsub.NewPushManagerServiceClient(conn)
+	return conn
 }
 
 type bearer string

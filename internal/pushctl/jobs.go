@@ -31,6 +31,7 @@ type jobsCmd struct {
 	Resume jobResumeCmd `cmd:"" help:"Go on with a job that is paused."`
 	Cancel jobCancelCmd `cmd:"" help:"End a job."`
 	Rate   jobRateCmd   `cmd:"" help:"Change the speed of a job."`
+	Delete jobDeleteCmd `cmd:"" help:"Forget a job that has ended."`
 }
 
 // jobFlags are the flags of every call about jobs.
@@ -73,8 +74,12 @@ type (
 	jobPauseCmd  struct{ oneJob }
 	jobResumeCmd struct{ oneJob }
 	jobCancelCmd struct{ oneJob }
-	jobLsCmd     struct{ jobFlags }
-	jobRateCmd   struct {
+	jobDeleteCmd struct{ oneJob }
+	jobLsCmd     struct {
+		NotEnded bool `help:"Only jobs that have not ended."`
+		jobFlags
+	}
+	jobRateCmd struct {
 		ID   string `arg:"" name:"job-id" help:"The job."`
 		Rate uint32 `arg:"" help:"Users a second."`
 		jobFlags
@@ -186,6 +191,13 @@ func (c *jobCancelCmd) Run(ctx context.Context, t *terminal) error {
 	})
 }
 
+// Run forgets a job.
+func (c *jobDeleteCmd) Run(ctx context.Context, t *terminal) error {
+	return c.one(ctx, t, func(ctx context.Context, api pubsub.BroadcastJobServiceClient) (jobReply, error) {
+		return api.DeleteJob(ctx, &pubsub.DeleteJobRequest{JobId: c.ID})
+	})
+}
+
 // Run changes the speed of a job.
 func (c *jobRateCmd) Run(ctx context.Context, t *terminal) error {
 	return c.one(ctx, t, func(ctx context.Context, api pubsub.BroadcastJobServiceClient) (jobReply, error) {
@@ -207,7 +219,7 @@ func (c *jobLsCmd) Run(ctx context.Context, t *terminal) error {
 	defer cancel()
 	var jobs []*pubsub.BroadcastJob
 	for token := ""; ; {
-		page, err := pubsub.NewBroadcastJobServiceClient(conn).ListJobs(ctx, &pubsub.ListJobsRequest{PageSize: 1000, PageToken: token})
+		page, err := pubsub.NewBroadcastJobServiceClient(conn).ListJobs(ctx, &pubsub.ListJobsRequest{PageSize: 1000, PageToken: token, NotEnded: c.NotEnded})
 		if err != nil {
 			return c.failure(err)
 		}

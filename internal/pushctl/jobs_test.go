@@ -79,6 +79,11 @@ func (s *jobServer) SetJobRate(_ context.Context, r *pubsub.SetJobRateRequest) (
 	return &pubsub.SetJobRateResponse{Job: s.job}, nil
 }
 
+func (s *jobServer) DeleteJob(_ context.Context, r *pubsub.DeleteJobRequest) (*pubsub.DeleteJobResponse, error) {
+	s.got = r
+	return &pubsub.DeleteJobResponse{Job: s.job}, nil
+}
+
 func serveJobs(t *testing.T, s *jobServer) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -112,6 +117,7 @@ func TestJobsCommandsSendWhatTheySay(t *testing.T) {
 		"pause sale":    &pubsub.PauseJobRequest{JobId: "sale"},
 		"resume sale":   &pubsub.ResumeJobRequest{JobId: "sale"},
 		"cancel sale":   &pubsub.CancelJobRequest{JobId: "sale"},
+		"delete sale":   &pubsub.DeleteJobRequest{JobId: "sale"},
 		"rate sale 250": &pubsub.SetJobRateRequest{JobId: "sale", RatePerSecond: 250},
 		"create sale hello --everybody --rate 5 --max-failed-ratio 0.25 --priority normal": &pubsub.CreateJobRequest{JobId: "sale", Spec: &pubsub.BroadcastJobSpec{
 			Everybody: true, Content: &pubsub.MessageContent{Data: []byte("hello")}, RatePerSecond: 5, MaxFailedRatio: 0.25, Priority: pubsub.Priority_PRIORITY_NORMAL,

@@ -31,6 +31,7 @@ const (
 	resumeJob
 	cancelJob
 	setJobRate
+	deleteJob
 	methods // how many there are
 )
 
@@ -56,7 +57,7 @@ func (a api) idField() string {
 }
 
 // ofJobs tells whether it is a method of BroadcastJobService.
-func (a api) ofJobs() bool { return a >= createJob && a <= setJobRate }
+func (a api) ofJobs() bool { return a >= createJob && a <= deleteJob }
 
 func (a api) kind() engine.Kind {
 	switch a {
@@ -88,7 +89,7 @@ func (a api) method() auth.Method {
 		return auth.Explain
 	case watchReceipts:
 		return auth.WatchReceipts
-	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate:
+	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate, deleteJob:
 		return auth.CreateJob + auth.Method(a-createJob) // they are in the same order
 	default:
 		return auth.BroadcastMessage

@@ -222,6 +222,9 @@ func (s *Server) aJob(a api) func(context.Context, *callInfo, *audit.Entry) ([]b
 		case setJobRate:
 			line.Event, line.Rate = audit.JobRateSet, int(r.GetRatePerSecond())
 			job, err = of.SetRate(ctx, tenant, id, int(r.GetRatePerSecond()))
+		case deleteJob:
+			line.Event = audit.JobDeleted
+			job, err = of.Delete(ctx, tenant, id)
 		default:
 			job, err = of.Get(ctx, tenant, id)
 		}
@@ -238,7 +241,7 @@ func (s *Server) listJobs(ctx context.Context, tenant string, b []byte) ([]byte,
 	if err := r.UnmarshalVT(b); err != nil {
 		return nil, malformed("request")
 	}
-	list, next, err := s.cfg.Jobs.List(ctx, tenant, r.GetPageToken(), int(r.GetPageSize()))
+	list, next, err := s.cfg.Jobs.List(ctx, tenant, r.GetPageToken(), int(r.GetPageSize()), r.GetNotEnded())
 	if err != nil {
 		return nil, err //nolint:wrapcheck // status.go knows them
 	}

@@ -138,6 +138,21 @@ func TestJobsOverTheAPI(t *testing.T) {
 	if n := w.metric(`push_manager_api_requests_total{api="BroadcastJobService",status="success"}`); n != "8" {
 		t.Errorf("%s calls", n)
 	}
+	_, err = client.CreateJob(w.context(), job("k"))
+	ok(t, err)
+	_, err = client.DeleteJob(w.context(), &pubsub.DeleteJobRequest{JobId: "k"})
+	wantError(t, err, codes.FailedPrecondition, "JOB_NOT_ENDED", "")
+	w.wait("a list of what has not ended", func() bool {
+		open, err := client.ListJobs(w.context(), &pubsub.ListJobsRequest{NotEnded: true})
+		return err == nil && len(open.GetJobs()) == 1 && open.GetJobs()[0].GetJobId() == "k"
+	})
+	deleted, err := client.DeleteJob(w.context(), &pubsub.DeleteJobRequest{JobId: "j"})
+	ok(t, err)
+	if deleted.GetJob().GetState() != pubsub.JobState_CANCELLED {
+		t.Errorf("%v", deleted)
+	}
+	_, err = client.GetJob(w.context(), &pubsub.GetJobRequest{JobId: "j"})
+	wantError(t, err, codes.NotFound, "JOB_NOT_FOUND", "")
 	w.noDelivery(t)
 }
 

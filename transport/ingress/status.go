@@ -81,7 +81,7 @@ type statuses struct {
 	quotaUsedUp, tenantUsedUp dayRefusal
 
 	// Of broadcast jobs.
-	jobUnknown, jobExists, jobEnded, jobsOff, jobsFull, jobsAway *refusal
+	jobUnknown, jobExists, jobEnded, jobNotEnded, jobsOff, jobsFull, jobsFullTenant, jobsAway *refusal
 
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
@@ -131,8 +131,10 @@ func newStatuses() *statuses {
 		jobUnknown:        newRefusal(codes.NotFound, "JOB_NOT_FOUND", jobs.ErrUnknown.Error()),
 		jobExists:         newRefusal(codes.AlreadyExists, "JOB_EXISTS", "job_id: there is a job of that name with another spec"),
 		jobEnded:          newRefusal(codes.FailedPrecondition, "JOB_ENDED", jobs.ErrEnded.Error()),
+		jobNotEnded:       newRefusal(codes.FailedPrecondition, "JOB_NOT_ENDED", jobs.ErrNotEnded.Error()),
 		jobsOff:           newRefusal(codes.FailedPrecondition, "JOBS_OFF", errJobsOff.Error()),
 		jobsFull:          later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull),
+		jobsFullTenant:    later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFullTenant.Error(), retryJobsFull),
 		jobsAway:          later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
@@ -246,10 +248,14 @@ func (t *statuses) of(err error) *refusal {
 		return t.jobExists
 	case errors.Is(err, jobs.ErrEnded):
 		return t.jobEnded
+	case errors.Is(err, jobs.ErrNotEnded):
+		return t.jobNotEnded
 	case errors.Is(err, errJobsOff):
 		return t.jobsOff
 	case errors.Is(err, jobs.ErrFull):
 		return t.jobsFull
+	case errors.Is(err, jobs.ErrFullTenant):
+		return t.jobsFullTenant
 	case errors.Is(err, jobs.ErrUnavailable):
 		return t.jobsAway
 	case errors.Is(err, ErrNotTaken):

@@ -295,7 +295,7 @@ func largePages(t *testing.T, etcd *etcdtest.Server) {
 	}
 	seen, pages := 0, 0
 	for token := ""; ; {
-		jobs, next, err := m.List(t.Context(), "", token, PageMost)
+		jobs, next, err := m.List(t.Context(), "", token, PageMost, false)
 		ok(t, err)
 		if size := (&pubsub.ListJobsResponse{Jobs: jobs}).SizeVT(); size > 2<<20 || len(jobs) == 0 {
 			t.Fatalf("%d jobs, %d bytes", len(jobs), size)

@@ -60,6 +60,11 @@ func TestJobs(t *testing.T) {
 		"calls at the same moment do not make too many jobs":           crowdOfMakers,
 		"a caller who leaves when it is written is answered":           leavesEarly,
 		"pages are no larger than clients take":                        largePages,
+		"a job that has ended can be deleted, and no other one":        deletes,
+		"what has not ended is listed on its own":                      listsOpen,
+		"a few tenants leave room for others":                          shares,
+		"many jobs are written no more often than a few":               writes,
+		"a job that does not get on counts as one that waits":          waiting,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -329,7 +334,7 @@ func tenants(t *testing.T, etcd *etcdtest.Server) {
 		if _, err := m.Cancel(t.Context(), tenant, "all"); !errors.Is(err, ErrUnknown) {
 			t.Errorf("tenant %q: %v", tenant, err)
 		}
-		if list, _, err := m.List(t.Context(), tenant, "", 0); err != nil || len(list) > 0 {
+		if list, _, err := m.List(t.Context(), tenant, "", 0, false); err != nil || len(list) > 0 {
 			t.Errorf("tenant %q: %v %v", tenant, list, err)
 		}
 		if err := m.Watch(t.Context(), tenant, "all", func(*pubsub.BroadcastJob) error { return nil }); !errors.Is(err, ErrUnknown) {
@@ -459,7 +464,7 @@ func full(t *testing.T, etcd *etcdtest.Server) {
 	}
 	ok(t, create("shop", "a"))
 	ok(t, create("shop", "b"))
-	if err := create("shop", "c"); !errors.Is(err, ErrFull) {
+	if err := create("shop", "c"); !errors.Is(err, ErrFullTenant) {
 		t.Errorf("a tenant has a quarter: %v", err)
 	}
 	for i := range 6 {
@@ -469,6 +474,177 @@ func full(t *testing.T, etcd *etcdtest.Server) {
 		t.Errorf("%v", err)
 	}
 	ok(t, create("", "j0")) // it is there
+}
+
+func shares(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	m := w.manager("m1", func(c *Config) { c.Most = 80 })
+	later := everybody(1)
+	later.StartTime = timestamppb.New(time.Now().Add(time.Hour))
+	create := func(tenant string, n int) (made int, err error) {
+		for i := range n {
+			if _, _, err = m.Create(t.Context(), tenant, "", fmt.Sprint("j", i), engine.Low, later); err != nil {
+				return made, err
+			}
+			made++
+		}
+		return made, nil
+	}
+	for i, want := range []int{20, 20, 20} { // a quarter each, and then there are three quarters
+		if n, err := create(fmt.Sprint("large-", i), 21); n != want || !errors.Is(err, ErrFullTenant) {
+			t.Errorf("tenant %d has %d: %v", i, n, err)
+		}
+	}
+	for i := range 10 { // the last one is the last that there is room for
+		if n, err := create(fmt.Sprint("small-", i), 3); n != 2 || !errors.Is(err, ErrFullTenant) && i < 9 {
+			t.Errorf("small tenant %d has %d: %v", i, n, err)
+		}
+	}
+	if n, err := create("late", 1); n != 0 || !errors.Is(err, ErrFull) {
+		t.Errorf("%d when there is no room at all: %v", n, err)
+	}
+	_, err := m.Cancel(t.Context(), "large-0", "j0")
+	ok(t, err)
+	_, err = m.Delete(t.Context(), "large-0", "j0")
+	ok(t, err)
+	if n, err := create("late", 1); n != 1 {
+		t.Errorf("when one was deleted: %v", err)
+	}
+}
+
+func deletes(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	w.crowd(50)
+	m := w.manager("m1", nil)
+	m.create("j", everybody(10))
+	if _, err := m.Delete(t.Context(), "", "j"); !errors.Is(err, ErrNotEnded) {
+		t.Errorf("while it runs: %v", err)
+	}
+	if _, err := m.Delete(t.Context(), "shop", "j"); !errors.Is(err, ErrUnknown) {
+		t.Errorf("of another tenant: %v", err)
+	}
+	_, err := m.SetRate(t.Context(), "", "j", 1000)
+	ok(t, err)
+	m.ends("j", pubsub.JobState_SUCCEEDED)
+	j, err := m.Delete(t.Context(), "", "j")
+	ok(t, err)
+	if j.GetState() != pubsub.JobState_SUCCEEDED || j.GetProgress().GetDelivered() != 50 {
+		t.Errorf("%v", j)
+	}
+	for name, do := range map[string]func(context.Context, string, string) (*pubsub.BroadcastJob, error){"get": m.Get, "delete": m.Delete, "pause": m.Pause} {
+		if _, err := do(t.Context(), "", "j"); !errors.Is(err, ErrUnknown) {
+			t.Errorf("%s when it is deleted: %v", name, err)
+		}
+	}
+	m.create("j", everybody(1000)) // another one
+	if p := m.ends("j", pubsub.JobState_SUCCEEDED).GetProgress(); p.GetDelivered() != 50 {
+		t.Errorf("%v", p)
+	}
+	if n, twice := w.arrived(); n != 100 || len(twice) != 50 {
+		t.Errorf("%d messages", n)
+	}
+}
+
+func listsOpen(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	m := w.manager("m1", nil)
+	later := everybody(1)
+	later.StartTime = timestamppb.New(time.Now().Add(time.Hour))
+	for i := range 9 {
+		m.create(fmt.Sprint("j", i), later)
+		if i%2 == 0 {
+			_, err := m.Cancel(t.Context(), "", fmt.Sprint("j", i))
+			ok(t, err)
+		}
+	}
+	_, _, err := m.Create(t.Context(), "shop", "", "other", engine.Low, later)
+	ok(t, err)
+	read := func() (got []string, pages int) {
+		for token := ""; ; {
+			list, next, err := m.List(t.Context(), "", token, 3, true)
+			ok(t, err)
+			for _, j := range list {
+				got = append(got, j.GetJobId())
+			}
+			pages++
+			if token = next; token == "" {
+				return got, pages
+			}
+		}
+	}
+	eventually(t, "those that have not ended", func() bool {
+		got, pages := read()
+		return slices.Equal(got, []string{"j1", "j3", "j5", "j7"}) && pages == 2
+	})
+	_, err = m.Cancel(t.Context(), "", "j3")
+	ok(t, err)
+	eventually(t, "one less", func() bool { got, _ := read(); return slices.Equal(got, []string{"j1", "j5", "j7"}) })
+	m.close()
+	m.Service.mu.Lock()
+	m.Service.looked = time.Now().Add(-staleAfter - time.Second)
+	m.Service.mu.Unlock()
+	if _, _, err := m.List(t.Context(), "", "", 3, true); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("what is old is listed: %v", err)
+	}
+}
+
+// 24 jobs that would be written 96 times a second. Each is told apart by its own users.
+func writes(t *testing.T, etcd *etcdtest.Server) {
+	w, disk := newWorld(t, etcd, "n1"), new(fullDisk)
+	users := w.crowd(2400)
+	m := w.manager("m1", disk.under)
+	const many = 24
+	for i := range many {
+		m.create(fmt.Sprint("j", i), &pubsub.BroadcastJobSpec{UserIds: users[100*i : 100*(i+1)], Content: content("news"), RatePerSecond: 10})
+	}
+	eventually(t, "all of them run", func() bool { return m.metrics.running.Load() == many })
+	before := disk.asked.Load()
+	time.Sleep(3 * time.Second)
+	if n := disk.asked.Load() - before; n > 3*writesMost*3/2 {
+		t.Errorf("%d transactions in three seconds", n)
+	}
+	for i := range many {
+		_, err := m.SetRate(t.Context(), "", fmt.Sprint("j", i), 1000)
+		ok(t, err)
+	}
+	for i := range many {
+		if p := m.ends(fmt.Sprint("j", i), pubsub.JobState_SUCCEEDED).GetProgress(); p.GetDelivered() != 100 {
+			t.Errorf("%v", p)
+		}
+	}
+	if n := w.onlyOnce(); n != len(users) {
+		t.Errorf("%d of %d", n, len(users))
+	}
+}
+
+func waiting(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	w.crowd(10)
+	w.down = true
+	m := w.manager("m1", nil)
+	m.create("j", everybody(1000))
+	eventually(t, "a job that waits", func() bool { return m.metrics.waiting.Load() == 1 })
+	w.mu.Lock()
+	w.down = false
+	w.mu.Unlock()
+	m.ends("j", pubsub.JobState_SUCCEEDED)
+	eventually(t, "none", func() bool { return m.metrics.waiting.Load() == 0 })
+	now := time.Now()
+	for _, c := range []struct {
+		what  string
+		r     stored
+		waits bool
+	}{
+		{"its start is to come", stored{record: record{State: pending, Start: now.Add(time.Hour)}}, false},
+		{"nobody has begun it", stored{record: record{State: pending, Start: now.Add(-2 * waitsAfter)}}, true},
+		{"it gets on", stored{record: record{State: running}, since: now.Add(-waitsAfter / 2)}, false},
+		{"nobody runs it", stored{record: record{State: running}, since: now.Add(-2 * waitsAfter)}, true},
+		{"a caller has paused it", stored{record: record{State: paused}, since: now.Add(-2 * waitsAfter)}, false},
+	} {
+		if c.r.waits(now) != c.waits {
+			t.Errorf("%s: %v", c.what, !c.waits)
+		}
+	}
 }
 
 func forgets(t *testing.T, etcd *etcdtest.Server) {
@@ -486,7 +662,9 @@ func forgets(t *testing.T, etcd *etcdtest.Server) {
 	if len(got.Kvs) > 0 {
 		t.Error("its content is still there")
 	}
-	ok(t, m.store.remove(t.Context(), key{"", "stays"}, 1)) // as an instance does that has not heard of another job with its id
+	if err := m.store.remove(t.Context(), key{"", "stays"}, 1); !errors.Is(err, errConflict) { // by an instance that has not heard of another job with its id
+		t.Error(err)
+	}
 	m.job("stays")
 }
 
@@ -575,7 +753,7 @@ func lists(t *testing.T, etcd *etcdtest.Server) {
 		m.create(want[i], later)
 	}
 	for token, pages := "", 0; ; pages++ {
-		list, next, err := m.List(t.Context(), "", token, 3)
+		list, next, err := m.List(t.Context(), "", token, 3, false)
 		ok(t, err)
 		for _, j := range list {
 			got = append(got, j.GetJobId())
@@ -594,8 +772,8 @@ func lists(t *testing.T, etcd *etcdtest.Server) {
 		t.Errorf("%q", got)
 	}
 	for field, ask := range map[string]func() error{
-		"page_size":  func() error { _, _, err := m.List(t.Context(), "", "", PageMost+1); return err },
-		"page_token": func() error { _, _, err := m.List(t.Context(), "", "/", 1); return err },
+		"page_size":  func() error { _, _, err := m.List(t.Context(), "", "", PageMost+1, false); return err },
+		"page_token": func() error { _, _, err := m.List(t.Context(), "", "/", 1, false); return err },
 	} {
 		if invalid, is := errors.AsType[*engine.InvalidError](ask()); !is || invalid.Field != field {
 			t.Errorf("%s: %v", field, ask())

@@ -15,6 +15,7 @@ type instruments struct {
 	etcdErrors, takeovers, panics *metrics.Counter
 
 	states  map[string]*atomic.Int64
+	waiting atomic.Int64 // jobs that do not get on
 	running atomic.Int64
 	open    atomic.Int64 // users of jobs that run here
 }
@@ -35,6 +36,7 @@ func newInstruments(set *metrics.Set) *instruments {
 		m.states[state] = n
 		set.GetOrCreateGauge(label.Name("push_manager_jobs", "state", state), func() float64 { return float64(n.Load()) })
 	}
+	set.GetOrCreateGauge("push_manager_jobs_waiting", func() float64 { return float64(m.waiting.Load()) })
 	set.GetOrCreateGauge("push_manager_jobs_running", func() float64 { return float64(m.running.Load()) })
 	set.GetOrCreateGauge("push_manager_job_open_users", func() float64 { return float64(m.open.Load()) })
 	return m

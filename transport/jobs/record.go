@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -34,6 +35,8 @@ const (
 	passedMost = 100
 	// textMax is how long a reason may be.
 	textMax = 160
+	// heldPrefix begins the reason of a job that runs and is held up.
+	heldPrefix = "waits: "
 	// ratioFrom is how many outcomes must be known for max_failed_ratio to count.
 	ratioFrom = 100
 )
@@ -143,6 +146,18 @@ func (r *record) due(now time.Time) bool {
 		return !now.Before(r.Start) || !now.Before(r.Deadline)
 	case r.State == paused:
 		return !now.Before(r.Deadline)
+	default:
+		return false
+	}
+}
+
+// waits tells whether a job that should get on does not.
+func (r *stored) waits(now time.Time) bool {
+	switch r.State {
+	case pending:
+		return now.Sub(r.Start) > waitsAfter
+	case running:
+		return strings.HasPrefix(r.Reason, heldPrefix) || now.Sub(r.since) > waitsAfter
 	default:
 		return false
 	}

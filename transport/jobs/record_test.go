@@ -169,7 +169,7 @@ func TestNobodyIsSentTheMessageTwiceAndTheCountsAddUp(t *testing.T) {
 			if rev != etcd.rev {
 				return false
 			}
-			etcd = stored{r, rev + 1}
+			etcd = stored{record: r, rev: rev + 1}
 			return true
 		}
 		sent := make([]int, users) // how often

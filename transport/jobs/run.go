@@ -20,8 +20,11 @@ import (
 )
 
 const (
-	// tick is how often turns end, and what became of users is written: four small writes a second for each job.
-	tick = 250 * time.Millisecond
+	// tick is how often turns end, and what became of users is written: four small writes a second for each job. More than
+	// writesMost for all jobs that run here are spread over more time, tickMost at most.
+	tick       = 250 * time.Millisecond
+	tickMost   = 2 * time.Second
+	writesMost = 40 // a second
 	// glanceEvery is how often the record is read while nothing is to be written.
 	glanceEvery = 500 * time.Millisecond
 	// burst bounds what a job catches up on when it was held up, in time.
@@ -164,12 +167,24 @@ func (r *run) loop(ctx context.Context, stop <-chan struct{}) error {
 		if rests := r.base.ended() || r.base.State == paused || stopping; rests && idle {
 			return nil
 		}
+		every, quit, lost := r.svc.writeEvery(), stop, r.own.over
+		if stopping {
+			every, quit, lost = tick, nil, nil
+		}
+		ticker.Reset(every)
 		select {
 		case <-ticker.C:
+		case <-quit:
+		case <-lost:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// writeEvery is how often a job is written, by how many run here.
+func (s *Service) writeEvery() time.Duration {
+	return min(max(tick, time.Duration(s.metrics.running.Load())*time.Second/writesMost), tickMost)
 }
 
 // step writes what has become of users, ends the next turns, and sends to those whose turn it was.
@@ -187,7 +202,7 @@ func (r *run) step(ctx context.Context, stopping bool) error {
 		}
 		rev, err := r.svc.store.write(ctx, r.key, &p.record, r.rev)
 		if err == nil {
-			r.done(ctx, p, stored{p.record, rev})
+			r.done(ctx, p, stored{record: p.record, rev: rev})
 			return nil
 		}
 		if !errors.Is(err, errConflict) {
@@ -259,7 +274,7 @@ func (r *run) plan(got outcomes, passed []string, stopping bool) *plan {
 		r.tokens, r.filled, r.launched = 0, now, nil
 	} else {
 		rate := float64(next.Rate)
-		r.tokens = min(r.tokens+now.Sub(r.filled).Seconds()*rate, max(1, rate*burst.Seconds()))
+		r.tokens = min(r.tokens+now.Sub(r.filled).Seconds()*rate, max(1, rate*max(burst, 2*r.svc.writeEvery()).Seconds()))
 		r.filled = now
 		if page := r.pages.get(next.Next, r.want()); page != nil {
 			n := int(min(r.tokens, float64(max(openLeast, int64(rate*openTime.Seconds()))-next.Open)))
@@ -467,7 +482,7 @@ func (r *run) heldUp(now time.Time) string {
 	if r.hold == "" || now.Sub(r.held) > stallTime {
 		return ""
 	}
-	return "waits: " + r.hold
+	return heldPrefix + r.hold
 }
 
 // noted adds a failure without users. passedBy tells that its node is passed by.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -24,6 +23,10 @@ const (
 	lookEvery = time.Second
 	// lookAll is every how many looks all jobs are read, and not only those that have changed.
 	lookAll = 60
+	// staleAfter is how old the last look may be for a list of what has not ended.
+	staleAfter = 5 * time.Second
+	// waitsAfter is for how long a job may not get on before it counts as one that waits.
+	waitsAfter = time.Minute
 	// forgetMost is how many jobs that were kept long enough are forgotten in one look.
 	forgetMost = 50
 	// PageDefault is how many jobs a page of a list has when nobody says.
@@ -48,10 +51,12 @@ type Service struct {
 	stop    chan struct{} // closed by Close
 	stopped sync.Once
 	wg      sync.WaitGroup
+	inquiry inquiries // of users of nodes
 
 	mu sync.Mutex
 	// Guarded by mu.
 	table   map[key]*stored // by the last look
+	looked  time.Time       // when that was
 	changes chan struct{}   // closed when the table has changed, and made anew
 	running map[key]bool
 	cut     context.CancelFunc // of all runs; nil before Start
@@ -168,17 +173,27 @@ func (s *Service) refresh(ctx context.Context, all bool) (due []key, err error) 
 	clock := time.Now()
 	forget := map[key]int64{}
 	s.mu.Lock()
+	before := s.table
 	if all {
-		clear(s.table)
+		s.table = make(map[key]*stored, len(changed))
 	}
-	maps.Copy(s.table, changed)
+	for k, r := range changed {
+		if r.since = clock; before[k] != nil && before[k].rev == r.rev {
+			r.since = before[k].since
+		}
+		s.table[k] = r
+	}
+	s.looked = clock
 	if len(changed) > 0 {
 		close(s.changes)
 		s.changes = make(chan struct{})
 	}
-	n := map[string]int64{}
+	n, waiting := map[string]int64{}, int64(0)
 	for k, r := range s.table {
 		n[r.State]++
+		if r.waits(clock) {
+			waiting++
+		}
 		switch {
 		case r.over() && clock.Sub(r.Ended) > s.cfg.Keep:
 			if len(forget) < forgetMost {
@@ -196,8 +211,9 @@ func (s *Service) refresh(ctx context.Context, all bool) (due []key, err error) 
 	for _, state := range states {
 		s.metrics.states[state].Store(n[state])
 	}
+	s.metrics.waiting.Store(waiting)
 	for k, rev := range forget {
-		if err := s.store.remove(ctx, k, rev); err != nil {
+		if err := s.store.remove(ctx, k, rev); err != nil && !errors.Is(err, errConflict) {
 			return due, err
 		}
 	}
@@ -345,11 +361,17 @@ func (s *Service) add(ctx context.Context, k key, spec []byte, r *record) (made 
 		return false, unavailable(ctx.Err())
 	}
 	own, all, err := s.store.count(ctx, k.tenant)
+	share := s.cfg.Most / 4
+	if all >= int64(s.cfg.Most-share) { // what is left is for tenants that have few
+		share = s.cfg.Most / 40
+	}
 	switch {
 	case err != nil:
 		return false, err
-	case all >= int64(s.cfg.Most), k.tenant != "" && own >= int64(max(s.cfg.Most/4, 1)):
+	case all >= int64(s.cfg.Most):
 		return false, ErrFull
+	case k.tenant != "" && own >= int64(max(share, 1)):
+		return false, ErrFullTenant
 	}
 	return s.store.create(context.WithoutCancel(ctx), k, spec, r) // a caller who leaves now would have made it, and nobody would write that down
 }
@@ -367,14 +389,19 @@ func (s *Service) Get(ctx context.Context, tenant, id string) (*pubsub.Broadcast
 }
 
 // List answers jobs of a tenant behind an id, size of them at most, without their specs. next is the id to go on behind, "" for the end.
-func (s *Service) List(ctx context.Context, tenant, after string, size int) (jobs []*pubsub.BroadcastJob, next string, err error) {
+// Those that have not ended are as the last look has seen them.
+func (s *Service) List(ctx context.Context, tenant, after string, size int, notEnded bool) (jobs []*pubsub.BroadcastJob, next string, err error) {
 	if size < 0 || size > PageMost {
 		return nil, "", &engine.InvalidError{Field: "page_size", Code: engine.CodeOutOfRange, Description: fmt.Sprintf("must be between 0 and %d", PageMost)}
 	}
 	if after != "" && CheckID(after) != nil {
 		return nil, "", &engine.InvalidError{Field: "page_token", Code: engine.CodeMalformed, Description: "must be the next_page_token of a page, or empty"}
 	}
-	names, records, more, err := s.store.page(ctx, tenant, after, cmp.Or(size, PageDefault))
+	list := s.store.page
+	if notEnded {
+		list = s.openJobs
+	}
+	names, records, more, err := list(ctx, tenant, after, cmp.Or(size, PageDefault))
 	if err != nil {
 		return nil, "", err
 	}
@@ -391,6 +418,55 @@ func (s *Service) List(ctx context.Context, tenant, after string, size int) (job
 		next = names[len(jobs)-1]
 	}
 	return jobs, next, nil
+}
+
+// openJobs lists jobs as store.page does, out of the table, without those that have ended.
+func (s *Service) openJobs(_ context.Context, tenant, after string, most int) (names []string, records []*stored, more bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.looked) > staleAfter {
+		return nil, nil, false, ErrUnavailable
+	}
+	for k, r := range s.table {
+		if k.tenant == tenant && k.id > after && !r.over() {
+			names = append(names, k.id)
+		}
+	}
+	slices.Sort(names)
+	if more = len(names) > most; more {
+		names = names[:most]
+	}
+	for _, id := range names {
+		records = append(records, s.table[key{tenant, id}])
+	}
+	return names, records, more, nil
+}
+
+// Delete forgets a job that has ended.
+func (s *Service) Delete(ctx context.Context, tenant, id string) (*pubsub.BroadcastJob, error) {
+	if err := CheckID(id); err != nil {
+		return nil, err
+	}
+	k := key{tenant, id}
+	cur, spec, err := s.store.get(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	if !cur.over() {
+		return nil, ErrNotEnded
+	}
+	switch err := s.store.remove(context.WithoutCancel(ctx), k, cur.rev); { // as in add
+	case errors.Is(err, errConflict): // of what has ended nothing changes: somebody else was faster
+		return nil, ErrUnknown
+	case err != nil:
+		return nil, err
+	}
+	s.mu.Lock()
+	if has := s.table[k]; has != nil && has.rev == cur.rev {
+		delete(s.table, k)
+	}
+	s.mu.Unlock()
+	return cur.show(id, spec, time.Now()), nil
 }
 
 // Pause has nobody's turn come any more, a second later at the latest.

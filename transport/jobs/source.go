@@ -22,7 +22,7 @@ const (
 	// pageAge is how old a page may be when a user's turn comes: who has come since then, or has gone, is not known.
 	pageAge = 10 * time.Second
 	// listTimeout bounds one question to a node.
-	listTimeout = 2 * time.Second
+	listTimeout = 5 * time.Second
 	// listCalls is how many nodes are asked at a time.
 	listCalls = 16
 	// passAfter is how long a node that does not answer is waited for.
@@ -198,10 +198,10 @@ func (p *pages) readNodes(ctx context.Context, line *ids.Line) error {
 		asking.Go(func() {
 			defer func() { <-places }()
 			defer p.run.recovered("list of users", func() { answers[i].err = errPanic })
-			ctx, cancel := context.WithTimeout(ctx, listTimeout)
-			defer cancel()
 			a := &answers[i]
-			a.users, a.last, a.err = cfg.Nodes.ListUsers(ctx, node, line.First, limit, p.run.scope)
+			a.users, a.last, a.err = p.run.svc.inquiry.ask(ctx, node, func(ctx context.Context) ([]string, uint64, error) {
+				return cfg.Nodes.ListUsers(ctx, node, line.First, limit, p.run.scope)
+			})
 		})
 	}
 	asking.Wait()

@@ -20,7 +20,9 @@ var (
 	ErrUnknown     = errors.New("there is no such job")
 	ErrExists      = errors.New("the job_id has another spec")
 	ErrEnded       = errors.New("the job has ended")
+	ErrNotEnded    = errors.New("the job has not ended, or its last answers are not there yet")
 	ErrFull        = errors.New("too many jobs are kept")
+	ErrFullTenant  = errors.New("too many jobs of the tenant are kept: delete some that have ended")
 	ErrUnavailable = errors.New("etcd does not answer")
 )
 
@@ -34,7 +36,8 @@ type key struct{ tenant, id string }
 type stored struct {
 	record
 
-	rev int64 // when it was written
+	rev   int64     // when it was written
+	since time.Time // since when it is known so, in the table
 }
 
 // store is the jobs in etcd. Below its prefix there are
@@ -169,15 +172,18 @@ func (s *store) write(ctx context.Context, k key, r *record, rev int64) (written
 	return txn.Header.Revision, nil
 }
 
-// remove forgets a job, if its record is still that of a revision.
+// remove forgets a job. The error is errConflict if its record is not that of a revision any more.
 func (s *store) remove(ctx context.Context, k key, rev int64) error {
 	ctx, cancel := s.request(ctx)
 	defer cancel()
 	path := s.path("state", k)
-	_, err := s.client.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(path), "=", rev)).
+	txn, err := s.client.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(path), "=", rev)).
 		Then(clientv3.OpDelete(path), clientv3.OpDelete(s.path("spec", k))).Commit()
-	if err != nil {
+	switch {
+	case err != nil:
 		return unavailable(err)
+	case !txn.Succeeded:
+		return errConflict
 	}
 	return nil
 }

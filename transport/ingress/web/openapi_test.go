@@ -42,6 +42,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"ResumeJob":        {"Go on with a broadcast job", "", ""},
 	"CancelJob":        {"End a broadcast job", "", ""},
 	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
+	"DeleteJob":        {"Forget a broadcast job that has ended", "", ""},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
