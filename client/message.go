@@ -75,6 +75,8 @@ func (t Target) String() string {
 		return "room:" + t.id
 	case toAll:
 		return "everybody"
+	case ofJob:
+		return "job:" + t.id
 	default:
 		return "nobody"
 	}
@@ -170,6 +172,7 @@ const (
 	toUsers
 	toRoom
 	toAll
+	ofJob // a call about a broadcast job: no push
 )
 
 // method is the name of the method.
@@ -244,7 +247,7 @@ func newRequest(to Target, m Message, options []PushOption) (request, pushOption
 		return &pubsub.PushToRoomRequest{RoomId: to.id, Content: content, ExcludeUserIds: to.except, Options: o.wire}, o, nil
 	case toAll:
 		return &pubsub.BroadcastMessageRequest{Content: content, Options: o.wire}, o, nil
-	case toNobody:
+	case toNobody, ofJob:
 	}
 	return nil, o, invalid("target", "is missing: User, Users, Room or Everybody makes one")
 }

@@ -161,14 +161,18 @@ func resultOfSummary(s *pubsub.DeliverySummary) (Result, *Error) {
 	if sum := result.Delivered + result.Offline + result.Failed + result.Unknown; sum != result.Targets {
 		return Result{}, unusable(fmt.Sprintf("the counts of the reply do not add up: %d targets, %d outcomes", result.Targets, sum))
 	}
-	if failures := s.GetNodeFailures(); len(failures) > 0 {
-		result.Failures = make([]Failure, len(failures))
-		for i, f := range failures {
-			result.Failures[i] = Failure{Node: f.GetNodeId(), Outcome: Failed, Reason: f.GetReason(), Users: max(int(f.GetUsers()), 0)}
-			if strings.HasPrefix(f.GetReason(), "unknown") {
-				result.Failures[i].Outcome = Unknown
-			}
-		}
-	}
+	result.Failures = failuresOf(s.GetNodeFailures())
 	return result, nil
+}
+
+func failuresOf(list []*pubsub.NodeFailure) []Failure {
+	var failures []Failure
+	for _, f := range list {
+		outcome := Failed
+		if strings.HasPrefix(f.GetReason(), "unknown") {
+			outcome = Unknown
+		}
+		failures = append(failures, Failure{Node: f.GetNodeId(), Outcome: outcome, Reason: f.GetReason(), Users: max(int(f.GetUsers()), 0)})
+	}
+	return failures
 }

@@ -35,9 +35,9 @@ func (r Retries) withDefaults() Retries {
 
 // Retry is one push that is about to be repeated.
 type Retry struct {
-	Target    Target
+	Target    Target // "job:sale" for a call about a job
 	MessageID string // "" for none
-	// Err is why. It has a Reason, or the push has a MessageID.
+	// Err is why. It has a Reason, or the push has a MessageID, or it is a call about a job.
 	Err *Error
 	// Delay is how long the push waits.
 	Delay time.Duration
@@ -119,7 +119,7 @@ func (t *tries) next(ctx context.Context, left time.Duration, err *Error, may bo
 		return 0, false
 	case refused && err.Reason != "" && err.retry:
 		delay = err.RetryAfter
-	case !refused && t.messageID != "" && unclear(err.Code):
+	case !refused && (t.messageID != "" || t.to.kind == ofJob) && unclear(err.Code):
 		delay = backoff(t.n - 1)
 	default:
 		return 0, false

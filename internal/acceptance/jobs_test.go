@@ -2,8 +2,10 @@ package acceptance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -13,6 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 
+	push "github.com/push-manager/push-manager/client"
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
@@ -200,6 +203,93 @@ func TestABroadcastJobKeepsItsRateAndOutlivesItsManager(t *testing.T) {
 	t.Logf("of %d targets %d delivered, %d offline, %d failed, %d unknown; %d have not got it", p.GetTargets(), p.GetDelivered(), p.GetOffline(), p.GetFailed(), p.GetUnknown(), left)
 	if p.GetUnknown() == 0 || p.GetUnknown() > 8000 || users-left < p.GetDelivered() || users-left > p.GetDelivered()+p.GetUnknown() {
 		t.Errorf("the account is not what arrived: %v", p)
+	}
+}
+
+// TestJobsOfTheGoClient against the real service: what its methods say is what it answers.
+func TestJobsOfTheGoClient(t *testing.T) {
+	etcdAt := startEtcd(t)
+	a := newAudience(t, etcdtest.NewClient(t, etcdAt), 30, 2)
+	s := grpc.NewServer()
+	pubsub.RegisterControllerServiceServer(s, a)
+	m := startManager(t, etcdAt, serve(t, s), 2)
+	c, err := push.New(m.api)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	ctx := within(t, patience)
+	must := func(job push.Job, err error) push.Job {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return job
+	}
+	spec := push.JobSpec{Everybody: true, Message: push.Text("news"), Rate: 1, MaxFailedRatio: 0.5, Deadline: time.Now().Add(time.Hour).Truncate(time.Second)}
+	j := must(c.CreateJob(ctx, "sale", spec))
+	if j.ID != "sale" || j.State != push.JobPending || j.Target != "everybody" || j.Rate != 1 || j.Created.IsZero() || !j.Ended.IsZero() {
+		t.Errorf("%+v", j)
+	}
+	if again := must(c.CreateJob(ctx, "sale", spec)); !again.Created.Equal(j.Created) {
+		t.Errorf("%+v", again)
+	}
+	spec.Rate = 2
+	var refused *push.Error
+	if _, err := c.CreateJob(ctx, "sale", spec); !errors.As(err, &refused) || refused.Reason != "JOB_EXISTS" || !refused.NotSent {
+		t.Errorf("another spec: %v", err)
+	}
+	if err := c.DeleteJob(ctx, "sale"); !errors.As(err, &refused) || refused.Reason != "JOB_NOT_ENDED" {
+		t.Errorf("a job that runs is deleted: %v", err)
+	}
+	if j := must(c.PauseJob(ctx, "sale")); j.State != push.JobPaused || j.State.Ended() {
+		t.Errorf("%+v", j)
+	}
+	if j := must(c.SetJobRate(ctx, "sale", 1000)); j.Rate != 1000 {
+		t.Errorf("%+v", j)
+	}
+	must(c.ResumeJob(ctx, "sale"))
+	var last push.Job
+	for j, err := range c.WatchJob(ctx, "sale") {
+		last = must(j, err)
+	}
+	if last.State != push.JobSucceeded || last.Delivered != 30 || last.Targets != 30 || last.Estimate != 30 || last.InFlight != 0 || last.Ended.IsZero() || last.Began.IsZero() {
+		t.Errorf("%+v", last)
+	}
+	if n := a.once(t, 1); n > 0 {
+		t.Errorf("%d have not got it", n)
+	}
+	must(c.CreateJob(ctx, "later", push.JobSpec{Users: []string{"user-1"}, Message: push.Text("news"), Rate: 1, Start: time.Now().Add(time.Hour)}))
+	list := func(notEnded bool) (names []string) {
+		for j, err := range c.Jobs(ctx, notEnded) {
+			names = append(names, must(j, err).ID)
+		}
+		return names
+	}
+	if got := list(false); !slices.Equal(got, []string{"later", "sale"}) {
+		t.Errorf("%q", got)
+	}
+	eventually(t, "the list of what has not ended", func() error {
+		if got := list(true); !slices.Equal(got, []string{"later"}) {
+			return fmt.Errorf("%q", got)
+		}
+		return nil
+	})
+	if j := must(c.CancelJob(ctx, "later")); j.State != push.JobCancelled {
+		t.Errorf("%+v", j)
+	}
+	for _, id := range []string{"later", "sale"} {
+		if err := c.DeleteJob(ctx, id); err != nil {
+			t.Error(err)
+		}
+		if _, err := c.Job(ctx, id); !errors.As(err, &refused) || refused.Reason != "JOB_NOT_FOUND" {
+			t.Errorf("%s is deleted: %v", id, err)
+		}
+	}
+	for _, err := range c.WatchJob(ctx, "sale") {
+		if !errors.As(err, &refused) || refused.Reason != "JOB_NOT_FOUND" {
+			t.Errorf("a watch of what is deleted: %v", err)
+		}
 	}
 }
 
