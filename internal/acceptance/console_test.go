@@ -27,7 +27,7 @@ import (
 const hostile = `<img src=x onerror=alert(1)>`
 
 // consolePages are all of them.
-var consolePages = []string{"overview", "topology", "nodes", "explain", "push", "callers", "store", "settings", "warnings"}
+var consolePages = []string{"overview", "topology", "nodes", "explain", "push", "jobs", "callers", "store", "settings", "warnings"}
 
 // startDev runs push-manager dev and returns the address of its console.
 func startDev(t *testing.T, args ...string) (dev *process, console string) {
@@ -136,8 +136,26 @@ func TestConsoleInABrowser(t *testing.T) {
 		page.shows(`"alerts " + window.alerts + ", images " + document.querySelectorAll("main img, main script").length`, "alerts 0, images 0")
 	})
 
+	t.Run("jobs", func(t *testing.T) {
+		page.t = t
+		jobsOnThePage(t, page, show)
+	})
+
+	t.Run("a fault of the page is not said to be the server's", func(t *testing.T) {
+		page.t = t
+		show("overview", "Latency of pushes")
+		page.shows(`document.getElementById("live").textContent`, "live")
+		page.eval(`globalThis.parsed = Date.parse; Date.parse = () => { throw new Error("a fault of ours"); }; ""`)
+		page.shows(`document.getElementById("live").textContent`, "this page has a fault: a fault of ours")
+		page.eval(`Date.parse = parsed; ""`)
+		page.shows(`document.getElementById("live").textContent`, "live")
+	})
+
 	t.Run("axe", func(t *testing.T) {
 		page.t = t
+		show("jobs", "New job")
+		makeJob(page, "for-axe", "users", manyUsers(300), "1")
+		page.shows(mainText, "for-axe")
 		script, err := os.ReadFile("nodejs/node_modules/axe-core/axe.min.js")
 		if err != nil {
 			missing(t, "there is no axe-core (make interop-tools)")
@@ -188,6 +206,86 @@ func TestConsoleInABrowser(t *testing.T) {
 		}
 		page.shows(`document.getElementById("said").textContent`, "connect-node-2 is down")
 	})
+}
+
+// manyUsers is a list of users who are not there.
+func manyUsers(n int) string {
+	var users []string
+	for i := range n {
+		users = append(users, fmt.Sprint("user-", i))
+	}
+	return strings.Join(users, ",")
+}
+
+// makeJob fills in the form of the page Jobs, and sends it.
+func makeJob(page *tab, name, kind, id, rate string) {
+	page.t.Helper()
+	page.eval(`(() => {
+		document.querySelector("main details").open = true;
+		const [name, kind, id, rate, text] = document.querySelectorAll("main details input, main details select, main details textarea");
+		name.value = "` + name + `"; kind.value = "` + kind + `"; kind.dispatchEvent(new Event("change")); id.value = "` + id + `"; rate.value = "` + rate + `"; text.value = "news";
+		document.querySelector("main details button").click();
+	})(); ""`)
+}
+
+// jobsOnThePage: a job is made, watched, held, changed and ended; one that waits says why, with whatever text a node brings; lists have pages
+// and are read only while they are looked at.
+func jobsOnThePage(t *testing.T, page *tab, show func(name string, parts ...string)) {
+	t.Helper()
+	button := func(job, text string) {
+		page.eval(`[...document.querySelectorAll(".jobs > li")].find(li => li.querySelector("h3").textContent === "` + job + `")` +
+			`.querySelectorAll("button").forEach(b => { if (b.textContent === "` + text + `") b.click(); }); ""`)
+	}
+	card := func(job string) string {
+		return `[...document.querySelectorAll(".jobs > li")].find(li => li.querySelector("h3").textContent === "` + job + `")?.innerText ?? ""`
+	}
+	show("jobs", "There is no job that has not ended.")
+	makeJob(page, "sale", "users", manyUsers(200), "2")
+	page.shows(mainText, "sale: pending, for 200 users")
+	page.shows(card("sale"), "running", "for 200 users", "of 2 users a second", "done in about", "of about 200 users", "offline")
+	button("sale", "Pause")
+	page.shows(card("sale"), "paused", "Resume")
+	page.eval(`document.querySelector(".jobs .rate input").value = "7"; ""`)
+	button("sale", "Set rate")
+	page.shows(card("sale"), "7 users a second")
+	button("sale", "Resume")
+	page.shows(card("sale"), "running", "of 7 users a second")
+	button("sale", "Cancel")
+	page.shows(card("sale"), "End it for good")
+	button("sale", "End it for good")
+	page.shows(mainText, "There is no job that has not ended.")
+	page.eval(`document.querySelector("main .check input").click(); ""`)
+	page.shows(card("sale"), "cancelled", "ended")
+	makeJob(page, "sale", "users", "alice", "2")
+	page.shows(mainText, "there is a job of that name with another spec")
+
+	// The node that cannot be reached has an id that would be an image.
+	makeJob(page, "waits", "everybody", "", "1")
+	page.shows(card("waits"), hostile)
+	page.shows(`"alerts " + window.alerts + ", images " + document.querySelectorAll("main img, main script").length`, "alerts 0, images 0")
+	button("waits", "Cancel")
+	button("waits", "End it for good")
+
+	for i := range 21 {
+		makeJob(page, fmt.Sprintf("z-%02d", i), "users", "alice", "1")
+		page.shows(mainText, fmt.Sprintf("z-%02d: pending", i))
+	}
+	page.shows(mainText, "20 jobs, page 1")
+	page.eval(`[...document.querySelectorAll("main .bar button")].find(b => b.textContent === "Next page").click(); ""`)
+	page.shows(mainText, "3 jobs, page 2", "z-20")
+	page.eval(`[...document.querySelectorAll("main .bar button")].find(b => b.textContent === "First page").click(); ""`)
+	page.shows(mainText, "20 jobs, page 1", "sale")
+
+	// Nobody looks: nothing is asked.
+	count := `String(performance.getEntriesByType("resource").filter(e => e.name.endsWith("/ListJobs")).length)`
+	page.eval(`performance.clearResourceTimings(); ""`)
+	page.shows(count, "2")
+	show("settings", "manager_id")
+	page.eval(`performance.clearResourceTimings(); ""`)
+	time.Sleep(3 * time.Second)
+	if n := page.eval(count); n != "0" {
+		t.Errorf("the page has asked for jobs %s times while it was not shown", n)
+	}
 }
 
 // TestConsoleOf50ViewersCostsLittle measures what 50 who look cost Push-Manager at 10,000 pushes a second, in turns with and without
@@ -299,6 +397,53 @@ func TestConsoleOf50ViewersCostsLittle(t *testing.T) {
 	compare("idle")
 }
 
+// TestPicturesOfTheConsole makes the picture of the README, console.png, and pictures of all pages for whoever changes them: of dev, under a
+// light load.
+func TestPicturesOfTheConsole(t *testing.T) {
+	if os.Getenv("CONSOLE_PICTURES") == "" {
+		t.Skip("makes pictures: make console-pictures")
+	}
+	dev, console := startDev(t)
+	web, ws := strings.TrimSuffix(console, "/console/"), printedAddress(t, dev.out.String(), `page and WebSocket at http://`)
+	api := printedAddress(t, dev.out.String(), `Push-Manager +`)
+	start(t, binary(t, "pushload"), nil, "--address="+api, "--rate=20", "--mix=user=70,room=30", "--users=110", "--rooms=10", "--clients=100", "--client-url=ws://"+ws+"/ws",
+		"--warmup=1s", "--duration=10m", "--max-errors=1")
+	page := browse(t, console, "")
+	page.call(nil, "Emulation.setScrollbarsHidden", map[string]any{"hidden": true})
+	screen := func(width, height int, scheme string) {
+		page.call(nil, "Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
+		page.call(nil, "Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}})
+	}
+	screen(1280, 900, "light")
+	page.eval(`location.hash = "jobs"; ""`)
+	page.shows(mainText, "New job")
+	for _, job := range [][4]string{{"sale-2026", "everybody", "", "1"}, {"reminder", "users", manyUsers(4000), "20"}, {"weekly", "users", manyUsers(500), "1"}} {
+		makeJob(page, job[0], job[1], job[2], job[3])
+		page.shows(mainText, job[0]+": pending")
+	}
+	page.eval(`[...document.querySelectorAll(".jobs button")].find(b => b.textContent === "Pause")?.click(); ""`)
+	page.eval(`location.hash = "overview"; ""`)
+	time.Sleep(90 * time.Second)
+	page.picture("console")
+	for _, s := range []struct {
+		name, scheme  string
+		width, height int
+	}{{"light", "light", 1280, 900}, {"dark", "dark", 1280, 900}, {"phone", "light", 390, 1600}} {
+		screen(s.width, s.height, s.scheme)
+		for _, name := range consolePages {
+			page.eval(`location.hash = "` + name + `"; ""`)
+			page.shows(`document.querySelector("nav a[aria-current]").hash`, "#"+name)
+			if name == "explain" || name == "push" {
+				page.eval(`document.querySelector("main form button").click(); ""`)
+			}
+			time.Sleep(2500 * time.Millisecond)
+			page.picture(name + "-" + s.name)
+		}
+	}
+	dev.signal(syscall.SIGINT)
+	t.Log("pictures of " + web)
+}
+
 // cpuOf is the CPU time of a process.
 func cpuOf(t *testing.T, pid int) time.Duration {
 	t.Helper()
@@ -332,7 +477,7 @@ func (b *tab) picture(name string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, name+".png"), image, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), image, 0o644); err != nil { //nolint:gosec // a document
 		b.t.Fatal(err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -396,6 +397,73 @@ func TestWarningsAreTheLastOnesOfTheLogAndBounded(t *testing.T) {
 	log.With("node", "n-1").WithGroup("g").Warn("first", "a", 1, slog.Group("h", "b", "two\nlines"))
 	if v := fmt.Sprint(ring.last[0].Values); v != "[[node n-1] [g.a 1] [g.h.b two lines]]" {
 		t.Errorf("%s", v)
+	}
+}
+
+// TestWarningsAreEncodedOnceForAllWhoLook, however many lines come: and none is missing a second later.
+func TestWarningsAreEncodedOnceForAllWhoLook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ring := NewWarnings(3)
+		log := slog.New(ring.Handler(slog.DiscardHandler))
+		log.Warn("first")
+		encodings := map[*byte]bool{}
+		for range 500 { // 50 viewers, ten seconds
+			encodings[&ring.json()[0]] = true
+			time.Sleep(20 * time.Millisecond)
+		}
+		if len(encodings) != 1 {
+			t.Errorf("%d encodings of one line", len(encodings))
+		}
+		clear(encodings)
+		for range 500 {
+			log.Warn("one more")
+			encodings[&ring.json()[0]] = true
+			time.Sleep(20 * time.Millisecond)
+		}
+		if len(encodings) != 10 {
+			t.Errorf("%d encodings in ten seconds in which there was always a new line", len(encodings))
+		}
+		log.Warn("the last one")
+		time.Sleep(every)
+		if text := string(ring.json()); !strings.Contains(text, `"total":502`) || !strings.Contains(text, "the last one") {
+			t.Errorf("a second later: %s", text)
+		}
+	})
+}
+
+// TestCallersNearestToALimitAreShown, as if all were sorted: whichever way they come in.
+func TestCallersNearestToALimitAreShown(t *testing.T) {
+	all := make([]ingress.CallerStatus, 5000)
+	for i := range all {
+		all[i] = ingress.CallerStatus{Name: fmt.Sprintf("caller-%04d", i), Rate: 10_000, RateLeft: i / 2}
+	}
+	sorted := slices.Clone(all)
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	s, _ := snapshotOf(t, (&world{callers: all}).console(t))
+	if len(s.Callers.Rows) < 50 || len(s.Callers.Rows)+s.Callers.LeftOut != len(all) {
+		t.Fatalf("%d callers, %d left out", len(s.Callers.Rows), s.Callers.LeftOut)
+	}
+	for i, row := range s.Callers.Rows {
+		if row[0] != sorted[i].Name {
+			t.Fatalf("row %d is %v, want %s", i, row, sorted[i].Name)
+		}
+	}
+	short := make([]ingress.CallerStatus, 1000) // as many as possible fit
+	for i := range short {
+		short[i].Name = string(rune('a' + i%26))
+	}
+	if s, _ := snapshotOf(t, (&world{callers: short}).console(t)); len(s.Callers.Rows) != callersMost {
+		t.Errorf("%d of %d callers of the shortest rows", len(s.Callers.Rows), callersMost)
+	}
+}
+
+func BenchmarkCallers(b *testing.B) {
+	all := make([]ingress.CallerStatus, 10_000)
+	for i := range all {
+		all[i] = ingress.CallerStatus{Name: fmt.Sprintf("caller-%d", i), Rate: 1000, RateLeft: rand.IntN(1000)}
+	}
+	for b.Loop() {
+		callers(all)
 	}
 }
 

@@ -2,6 +2,7 @@ package console
 
 import (
 	"cmp"
+	"container/heap"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -22,6 +23,7 @@ const (
 	maxBytes = 64 << 10
 	// callersBytes, othersBytes and othersMost bound what comes before them: whoever may register may choose long names.
 	callersBytes = 4 << 10
+	callersMost  = callersBytes / len(`["a","",0,0,0,0,0,0,0,0,0,0],`)
 	othersBytes  = 8 << 10
 	othersMost   = 32
 	pagesMost    = 16
@@ -51,6 +53,7 @@ var shownMetrics = []string{
 	"replay_total", "replay_messages_total", "replay_passed_over_total", "replay_open", "replay_line",
 	"room_log_following", "room_log_reads_open", "room_log_tails", "room_log_tail_bytes", "room_log_partitions_broken",
 	"receipts", "receipts_total", "receipts_lost_total", "receipt_webhook_active", "receipt_webhook_lost_total",
+	"jobs", "jobs_running", "job_users_total",
 }
 
 // maker makes snapshots. It remembers what times are compared with.
@@ -291,27 +294,24 @@ var callerColumns = []string{
 	"tenant_in_flight", "tenant_in_flight_limit",
 }
 
-// callers are rows of those who have the least left first.
+// callers are rows of those who have the least left first. There may be far more than there is room for: no more are sorted than
+// could be shown.
 func callers(all []ingress.CallerStatus) table {
-	left := func(c *ingress.CallerStatus) float64 {
-		least := 1.0
-		for _, part := range [][2]float64{
-			{float64(c.RateLeft), float64(c.Rate)}, {float64(c.Daily - c.DailyUsed), float64(c.Daily)},
-			{float64(c.TenantRateLeft), float64(c.TenantRate)}, {float64(c.TenantDaily - c.TenantDailyUsed), float64(c.TenantDaily)},
-		} {
-			if part[1] > 0 {
-				least = min(least, part[0]/part[1])
-			}
-		}
-		return least
-	}
-	slices.SortFunc(all, func(a, b ingress.CallerStatus) int {
-		return cmp.Or(cmp.Compare(left(&a), left(&b)), strings.Compare(a.Name, b.Name))
-	})
-	r := rows{most: callersBytes}
-	var row []byte
+	nearest := make(byLeft, 0, min(len(all), callersMost+1))
 	for i := range all {
-		c := &all[i]
+		one := caller{&all[i], leastLeft(&all[i])}
+		switch {
+		case len(nearest) < callersMost:
+			heap.Push(&nearest, one)
+		case one.before(nearest[0]):
+			nearest[0] = one
+			heap.Fix(&nearest, 0)
+		}
+	}
+	slices.SortFunc(nearest, caller.compare)
+	r := rows{most: callersBytes, leftOut: len(all) - len(nearest)}
+	var row []byte
+	for _, c := range nearest {
 		row = appendText(row[:0], c.Name)
 		row = appendText(row, c.Tenant)
 		for _, n := range []int64{
@@ -324,3 +324,38 @@ func callers(all []ingress.CallerStatus) table {
 	}
 	return r.table(callerColumns)
 }
+
+// caller is a caller with the part of its limits that is left, of the limit that it is nearest to.
+type caller struct {
+	*ingress.CallerStatus
+
+	left float64
+}
+
+func (c caller) compare(o caller) int {
+	return cmp.Or(cmp.Compare(c.left, o.left), strings.Compare(c.Name, o.Name))
+}
+
+func (c caller) before(o caller) bool { return c.compare(o) < 0 }
+
+func leastLeft(c *ingress.CallerStatus) float64 {
+	least := 1.0
+	for _, part := range [][2]float64{
+		{float64(c.RateLeft), float64(c.Rate)}, {float64(c.Daily - c.DailyUsed), float64(c.Daily)},
+		{float64(c.TenantRateLeft), float64(c.TenantRate)}, {float64(c.TenantDaily - c.TenantDailyUsed), float64(c.TenantDaily)},
+	} {
+		if part[1] > 0 {
+			least = min(least, part[0]/part[1])
+		}
+	}
+	return least
+}
+
+// byLeft is a heap of callers, the one with the most left on top.
+type byLeft []caller
+
+func (h byLeft) Len() int           { return len(h) }
+func (h byLeft) Less(i, j int) bool { return h[j].before(h[i]) }
+func (h byLeft) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *byLeft) Push(x any)        { *h = append(*h, x.(caller)) } //nolint:forcetypeassert // callers pushes nothing else
+func (h *byLeft) Pop() any          { panic("nothing is taken off") }

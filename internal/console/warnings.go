@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/push-manager/push-manager/internal/plain"
 )
@@ -25,6 +26,12 @@ type Warnings struct {
 	// Guarded by mu.
 	total uint64
 	last  []warning // a ring, once it is full: the oldest one stands at total % most
+
+	encoding sync.Mutex
+	// Guarded by encoding.
+	text    []byte // what json has answered last
+	textOf  uint64 // the total of that
+	encoded time.Time
 }
 
 // warning is a line. Its texts are one line each, of what can be printed.
@@ -59,8 +66,15 @@ func (w *Warnings) add(one warning) {
 	w.total++
 }
 
-// json is all of them, the latest first.
+// json is all of them, the latest first. They are encoded once for all who look, and once a second at most: then a new line is
+// in the answer to whoever asks after that second.
 func (w *Warnings) json() []byte {
+	w.encoding.Lock()
+	defer w.encoding.Unlock()
+	now := time.Now()
+	if w.text != nil && (w.textOf == w.Total() || now.Sub(w.encoded) < every) {
+		return w.text
+	}
 	w.mu.Lock()
 	out := struct {
 		Total   uint64    `json:"total"`
@@ -75,8 +89,9 @@ func (w *Warnings) json() []byte {
 	}
 	w.mu.Unlock()
 	slices.Reverse(out.Entries)
-	b, _ := json.Marshal(out) // it is texts and numbers
-	return b
+	w.text, _ = json.Marshal(out) // it is texts and numbers
+	w.textOf, w.encoded = out.Total, now
+	return w.text
 }
 
 // handler is a slog.Handler.

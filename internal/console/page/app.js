@@ -3,6 +3,7 @@ import { credential, follow, kinds, latest, nodes, setCredential } from "./data.
 import { ago } from "./format.js";
 import callers from "./views/callers.js";
 import explain from "./views/explain.js";
+import jobs from "./views/jobs.js";
 import nodesView from "./views/nodes.js";
 import overview from "./views/overview.js";
 import push from "./views/push.js";
@@ -14,7 +15,7 @@ import warnings from "./views/warnings.js";
 const $ = id => document.getElementById(id);
 
 // A view has a title, make, which returns its elements, and update, which gets each snapshot while they are shown.
-const views = { overview, topology, nodes: nodesView, explain, push, callers, store, settings, warnings };
+const views = { overview, topology, nodes: nodesView, explain, push, jobs, callers, store, settings, warnings };
 let shown = null; // the name of one of them, "sign in", or null
 
 const links = {}, badges = {};
@@ -35,7 +36,8 @@ function show(focus) {
     links[name].scrollIntoView({ block: "nearest", inline: "center" }); // of a narrow screen not all are seen
     document.title = view.title + " · Push-Manager console";
     $("main").replaceChildren(el("h2", {}, view.title), ...view.make());
-    if (focus) $("main").focus();
+    if (focus) $("main").focus({ preventScroll: true });
+    scrollTo(0, 0); // with the header
   }
   view.opened?.(new URLSearchParams(query ?? ""));
   if (latest.snapshot) view.update(latest.snapshot);
@@ -91,6 +93,9 @@ const again = follow((snapshot, problem) => {
   changes(snapshot);
   if (shown === null) show(false);
   else views[shown].update(snapshot);
+}, fault => {
+  live("this page has a fault: " + fault.message, "bad");
+  throw fault; // for whoever looks at the browser's own console
 });
 
 // The theme is the system's, or another one for as long as the tab is open.

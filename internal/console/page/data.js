@@ -109,29 +109,34 @@ function remember(snapshot) {
   });
 }
 
-// follow asks for a snapshot whenever there is a new one, while the page is seen. tell gets each one, or why there is none.
-export function follow(tell) {
+// follow asks for a snapshot whenever there is a new one, while the page is seen. tell gets each one, or why there is none; fault gets
+// what tell throws, which is no fault of the server's.
+export function follow(tell, fault) {
   let timer = 0, failures = 0, asking = false;
   const next = async () => {
     clearTimeout(timer);
     if (document.hidden || asking) return;
     asking = true;
-    let wait = 1000;
+    let got = null, problem = null, wait = 1000;
     try {
       const { answer, age } = await ask("snapshot");
       failures = 0;
       wait = Math.max(200, 1015 - age + Math.random() * 60); // a moment after the server may make another one
-      if (answer.time !== latest.snapshot?.time) {
-        remember(answer);
-        tell(answer, null);
-      }
-    } catch (problem) {
+      got = answer;
+    } catch (p) {
       wait = Math.min(1000 * 2 ** failures++, 8000);
-      tell(null, problem);
-      if (problem instanceof Refusal && [401, 403].includes(problem.status)) { asking = false; return; } // until there is another credential
+      problem = p;
     }
     asking = false;
-    timer = setTimeout(next, wait);
+    const refused = problem instanceof Refusal && [401, 403].includes(problem.status); // until there is another credential
+    if (!refused) timer = setTimeout(next, wait);
+    try {
+      if (problem) tell(null, problem);
+      else if (got.time !== latest.snapshot?.time) {
+        remember(got);
+        tell(got, null);
+      }
+    } catch (thrown) { fault(thrown); }
   };
   document.addEventListener("visibilitychange", next);
   next();

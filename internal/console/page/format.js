@@ -19,6 +19,7 @@ export function bytes(n) {
 
 export function ms(n) {
   if (n === undefined || n === null || Number.isNaN(n)) return "–";
+  if (n === 0) return "0 ms";
   if (n >= 10000) return (n / 1000).toFixed(0) + " s";
   if (n >= 1000) return (n / 1000).toFixed(1) + " s";
   return (n >= 100 ? Math.round(n) : n >= 10 ? n.toFixed(1) : n.toFixed(2)) + " ms";
