@@ -96,14 +96,21 @@ store-long: ## Test the store in a cluster of three servers, and kill it ten tim
 	LONG=1 $(GO) test -timeout=2h ./transport/store/...
 
 .PHONY: interop-tools
-interop-tools: ## Build grpcurl into .tmp/bin, install the packages of the Node.js caller and axe for the console (needs npm)
+interop-tools: ## Build grpcurl and buf into .tmp/bin, install the packages of the Node.js caller, connect-web, axe for the console and what checks OpenAPI (needs npm)
 	mkdir -p .tmp/bin
+	$(GO) build -modfile=tools/buf/go.mod -o .tmp/bin/ github.com/bufbuild/buf/cmd/buf
 	$(GO) build -modfile=tools/grpcurl/go.mod -o .tmp/bin/ github.com/fullstorydev/grpcurl/cmd/grpcurl
 	cd internal/acceptance/nodejs && npm ci --ignore-scripts --no-audit --no-fund
 
 .PHONY: interop
 interop: interop-tools ## Run the push API with TLS for grpcurl and Node.js, and behind HAProxy and nginx (needs all but grpcurl)
-	$(GO) test -race -shuffle=on -run 'Grpcurl|NodeJS|Balancer|Forwarded' ./internal/acceptance
+	$(GO) test -race -shuffle=on -run 'Grpcurl|BufCurl|ConnectWeb|OpenAPI|NodeJS|Balancer|Forwarded' ./internal/acceptance
+
+.PHONY: console-pictures
+console-pictures: ## Make the README's picture of the console anew, and pictures of all its pages in .tmp/pictures; on a machine that is at rest (needs Chromium)
+	mkdir -p .tmp/pictures
+	CONSOLE_PICTURES="$$PWD/.tmp/pictures" $(GO) test -count=1 -run '^TestPicturesOfTheConsole$$' ./internal/acceptance
+	cp .tmp/pictures/console.png docs/images/console.png
 
 .PHONY: sdk-tools
 sdk-tools: ## Install what the Node.js packages are built with (needs npm)
