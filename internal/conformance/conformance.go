@@ -118,7 +118,7 @@ func everyCheck() []check {
 	return slices.Concat(
 		[]check{{name: "connect", expect: "the port answers, with the Deliver stream or with the unary methods", run: connect},
 			{name: "users", expect: "every user given is connected and in the room, and the absent one is not", users: 1, run: usersAreHere}},
-		helloChecks(), deliverChecks(), audienceChecks(), streamChecks(), sizeChecks(), lastingChecks(), unaryChecks(),
+		helloChecks(), deliverChecks(), audienceChecks(), streamChecks(), sizeChecks(), lastingChecks(), unaryChecks(), listingChecks(),
 		[]check{{name: "keepalive", expect: "a ping every 5 s, without a call, does not end the connection", run: nil},
 			{name: "leaving", expect: "a node that leaves says drain on every stream, acks what it took and does nothing with what comes later", run: leaving}},
 	)
@@ -229,7 +229,7 @@ func (t *tester) wants(c check) bool {
 func (t *tester) lacks(c check) string {
 	group, _, _ := strings.Cut(c.name, "/")
 	switch {
-	case !t.streaming && !slices.Contains([]string{"connect", "users", "unary", "keepalive", "leaving"}, group):
+	case !t.streaming && !slices.Contains([]string{"connect", "users", "unary", "listing", "keepalive", "leaving"}, group):
 		return "the node has no Deliver stream"
 	case len(t.cfg.Users) < c.users:
 		why := "needs a connected user"

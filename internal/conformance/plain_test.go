@@ -1,11 +1,17 @@
 package conformance
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -503,6 +509,49 @@ func (st *plainStream) members(d *pubsub.Delivery) ([]string, error) {
 		}
 	}
 	return users, nil
+}
+
+// ListUsers names those who are here.
+func (p *plain) ListUsers(_ context.Context, r *pubsub.ListUsersRequest) (*pubsub.ListUsersResponse, error) {
+	turn := func(user string) uint64 {
+		sum := sha256.Sum256([]byte(user))
+		return binary.BigEndian.Uint64(sum[:8])
+	}
+	var users []string
+	p.mu.Lock()
+	for user := range p.users {
+		if turn(user) >= r.FirstTurn && (strings.HasPrefix(user, r.Scope) || p.fault == "tenants see each other's users") {
+			users = append(users, user)
+		}
+	}
+	p.mu.Unlock()
+	slices.SortFunc(users, func(a, b string) int { return cmp.Compare(turn(a), turn(b)) })
+	reply := &pubsub.ListUsersResponse{LastTurn: math.MaxUint64}
+	n := int(r.Limit)
+	switch p.fault {
+	case "users are listed as they come":
+		slices.Reverse(users)
+	case "users are listed twice":
+		users = slices.Concat(users, users[max(len(users)-1, 0):])
+	case "who has left is listed":
+		users = append(users, "conformance-absent")
+		slices.SortFunc(users, func(a, b string) int { return cmp.Compare(turn(a), turn(b)) })
+	case "a list is not whole":
+		users = users[min(1, len(users)):]
+	case "lists have no limit":
+		n = len(users)
+	}
+	for n > 0 && n < len(users) && turn(users[n]) == turn(users[n-1]) {
+		n++
+	}
+	if n < len(users) {
+		users = users[:n]
+		if reply.LastTurn = turn(users[n-1]); p.fault == "a list ends where it is cut" {
+			reply.LastTurn = math.MaxUint64
+		}
+	}
+	reply.UserIds = users
+	return reply, nil
 }
 
 func (p *plain) unary(c *pubsub.MessageContent) error {
