@@ -8,6 +8,8 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -105,8 +107,8 @@ func readContexts() (path string, b *book, err error) {
 	}
 	if err == nil {
 		var info fs.FileInfo
-		if info, err = os.Stat(path); err == nil && info.Mode().Perm()&0o022 != 0 {
-			err = fmt.Errorf("%s: has mode %04o: others may write it, and so decide where tokens go (chmod 600)", path, info.Mode().Perm())
+		if info, err = os.Stat(path); err == nil {
+			err = decides(path, info)
 		}
 	}
 	if err != nil {
@@ -117,6 +119,17 @@ func readContexts() (path string, b *book, err error) {
 		return "", nil, &usageError{fmt.Sprintf("contexts: %s: %s", path, clean(err.Error()))}
 	}
 	return path, b, nil
+}
+
+// decides says why others than who runs this, and root, could write the file: it decides where tokens go.
+func decides(path string, info fs.FileInfo) error {
+	if info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s: has mode %04o: others may write it, and so decide where tokens go (chmod 600)", path, info.Mode().Perm())
+	}
+	if owner, known := ownerOf(info); known && owner != 0 && owner != os.Geteuid() {
+		return fmt.Errorf("%s: belongs to another user (id %d), who decides where tokens go", path, owner)
+	}
+	return nil
 }
 
 var unknownKey = regexp.MustCompile(`field (\S+) not found in type \S+`)
@@ -230,6 +243,39 @@ func (c *contexts) resolve(ctx *kong.Context, _ *kong.Path, flag *kong.Flag) (an
 	}
 	c.from[key] = "default"
 	return nil, nil //nolint:nilnil // and has the default
+}
+
+// checkTokens refuses to show the token of a context to another address than the context's: a mistyped one would get it. It may go to
+// this machine, where a tunnel begins, and to whoever has a certificate of the context's own authority: other instances.
+func (c *contexts) checkTokens(ctx *kong.Context) error {
+	given := map[string]string{}
+	for _, flag := range ctx.Flags() {
+		if key := flag.Tag.Get("context"); key != "" {
+			given[key] = fmt.Sprint(ctx.FlagValue(flag))
+		}
+	}
+	source := "context " + c.name
+	for prefix, flag := range map[string]string{"": "address", "connect_node_": "url"} { // no command takes both
+		key := prefix + flag
+		address, takes := given[key]
+		own := fmt.Sprint(cmp.Or(c.values[key], any("the default")))
+		if !takes || c.from[prefix+"token_file"] != source || address == own || c.from[key] == "default" || c.from[prefix+"ca"] == source || stays(address) {
+			continue
+		}
+		return &usageError{fmt.Sprintf("--token-file: missing: the token of %s is for %s, and would go to %s (--%s)", source, clean(own), clean(address), flag)}
+	}
+	return nil
+}
+
+// stays tells whether an address, a list or a URL names this machine alone.
+func stays(address string) bool {
+	if u, err := url.Parse(address); err == nil && u.Hostname() != "" {
+		return config.Loopback(u.Hostname())
+	}
+	return !slices.ContainsFunc(strings.Split(strings.TrimPrefix(address, "dns:///"), ","), func(one string) bool {
+		host, _, err := net.SplitHostPort(strings.TrimSpace(one))
+		return err != nil || !config.Loopback(host)
+	})
 }
 
 // load finds the context in use, once.

@@ -149,6 +149,78 @@ func TestTheNearerWordCounts(t *testing.T) {
 	}
 }
 
+// TestTheTokenOfAContextGoesNowhereElse, unless it is to another instance, which its authority vouches for, or into a tunnel.
+func TestTheTokenOfAContextGoesNowhereElse(t *testing.T) {
+	file := home(t)
+	dir := t.TempDir()
+	for name, text := range map[string]string{"key": "pmk_x\n", "other": "pmk_y\n", "ca.crt": "no certificate\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	text := strings.ReplaceAll(`contexts:
+  system:
+    address: push.example.com:50053
+    tls: true
+    token_file: DIR/key
+    connect_node_url: wss://push.example.com/ws
+    connect_node_token_file: DIR/key
+  own:
+    address: push.example.com:50053
+    ca: DIR/ca.crt
+    token_file: DIR/key
+`, "DIR", dir)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const refused = "--token-file: missing: the token of context system is for "
+	for line, want := range map[string]string{
+		"user bob x --context system --address push.example.org:50053":                                     refused + "push.example.com:50053, and would go to push.example.org:50053 (--address)",
+		"explain user bob --context system --address push.example.com:1":                                   refused,
+		"jobs ls --context system --address 127.0.0.1:1,push.example.org:50053":                            refused,
+		"jobs ls --context system --address dns:///push.example.org:50053":                                 refused,
+		"listen --context system --url wss://push.example.org/ws":                                          refused + "wss://push.example.com/ws, and would go to wss://push.example.org/ws (--url)",
+		"user bob x --timeout 100ms --context system --address localhost:1":                                "",
+		"user bob x --timeout 100ms --context system --address push.example.com:50053":                     "",
+		"user bob x --timeout 100ms --context system --address a.invalid:1 --token-file " + dir + "/other": "",
+		"user bob x --timeout 100ms --context own --address a.invalid:1":                                   "--ca: ",
+	} {
+		code, out, errOut := pushctl(t, "", strings.Fields(line)...)
+		if want != "" && (code == exitOK || !strings.Contains(errOut, want)) || want == "" && strings.Contains(errOut, "--token-file") {
+			t.Errorf("%s: exit %d, %q, %q", line, code, out, errOut)
+		}
+	}
+	t.Setenv("PUSHCTL_ADDRESS", "push.example.org:50053")
+	if code, _, errOut := pushctl(t, "", "user", "bob", "x", "--context", "system"); code != exitUsage || !strings.Contains(errOut, refused) {
+		t.Errorf("an address by variable: exit %d, %q", code, errOut)
+	}
+}
+
+func TestContextsOfAnotherUserAreRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file away")
+	}
+	file := home(t)
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("contexts: {a: {address: 'b:1'}}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errOut := pushctl(t, "", "context", "ls"); code != exitOK {
+		t.Errorf("exit %d, %q", code, errOut)
+	}
+	if err := os.Chown(file, 12345, -1); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errOut := pushctl(t, "", "context", "ls"); code != exitUsage || !strings.Contains(errOut, "belongs to another user (id 12345), who decides where tokens go") {
+		t.Errorf("exit %d, %q", code, errOut)
+	}
+}
+
 // TestContextsServeEveryCommandThatTakesAnAddress, each with keys of its own.
 func TestContextsServeEveryCommandThatTakesAnAddress(t *testing.T) {
 	file := home(t)

@@ -68,6 +68,9 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	contexts := &contexts{}
 	parsed, helped, err := cmdline.Parse(&cli, args, out, errOut, kong.Name("pushctl"), kong.Description("A person's client of Push-Manager."),
 		kong.BindTo(ctx, (*context.Context)(nil)), kong.Bind(t), kong.Bind(contexts), kong.Resolvers(kong.ResolverFunc(contexts.resolve)), kong.UsageOnError())
+	if err == nil && !helped {
+		err = contexts.checkTokens(parsed)
+	}
 	var usage *usageError
 	switch {
 	case helped:
