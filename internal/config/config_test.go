@@ -345,6 +345,32 @@ func TestSecretComesFromVariableFileOrKeyAndIsNotShown(t *testing.T) {
 	}
 }
 
+// A password, and the query of a URL, which may be a key: of a setting, in a list, and in a section.
+func TestSecretsInURLsAreNotShown(t *testing.T) {
+	_, s, err := load(t, sources{
+		yaml: "auth:\n  jwt:\n    - issuer: 'https://me:hidden@keys.example/a?key=hidden#x'\n",
+		args: []string{"--etcd-tls-cert-file=http://a:1/p?hidden=hidden,http://:hidden@b:2"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	if err := s.Write(&out, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range s.Values() {
+		out.WriteString(v.Value + "\n")
+	}
+	for _, want := range []string{"https://********@keys.example/a?********#x", "http://a:1/p?********,http://********@b:2"} {
+		if n := strings.Count(out.String(), want); n != 2 {
+			t.Errorf("%q is shown %d times", want, n)
+		}
+	}
+	if strings.Contains(out.String(), "hidden") {
+		t.Errorf("shown:\n%s", out.String())
+	}
+}
+
 func TestWrittenConfigurationReadsBack(t *testing.T) {
 	for _, help := range []bool{false, true} {
 		c, s, err := load(t, sources{

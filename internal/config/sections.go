@@ -171,7 +171,7 @@ func (k *Key) writeSections(b *strings.Builder, indent, name string, help bool) 
 		dash := "  - "
 		for _, field := range set.keys {
 			path := fmt.Sprintf("%s[%d].", k.name, i)
-			fmt.Fprintf(b, "%s%s%s: %s%s\n", indent, dash, strings.TrimPrefix(field.name, path), quote(field.text()), field.comment(help))
+			fmt.Fprintf(b, "%s%s%s: %s%s\n", indent, dash, strings.TrimPrefix(field.name, path), quote(field.shown()), field.comment(help))
 			dash = "    "
 		}
 	}

@@ -4,10 +4,11 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 )
 
-// Write writes the settings in force as a YAML file that Load reads back. With
+// Write writes the settings in force as a YAML file that Load reads back, but for what is masked. With
 // help each key has its description above it, otherwise its source beside it.
 func (s *Set) Write(w io.Writer, help bool) error {
 	var b strings.Builder
@@ -76,10 +77,24 @@ func (k *Key) write(b *strings.Builder, indent, name string, help bool) {
 func (k *Key) shown() string {
 	text := k.text()
 	if k.secret && text != "" {
-		return "********"
+		return mask
 	}
-	return text
+	return urlSecrets.ReplaceAllStringFunc(text, func(url string) string {
+		part := urlSecrets.FindStringSubmatch(url)
+		for i, with := range map[int]string{2: mask + "@", 4: "?" + mask} {
+			if part[i] != "" {
+				part[i] = with
+			}
+		}
+		return strings.Join(part[1:], "")
+	})
 }
+
+// mask is shown in the place of a secret.
+const mask = "********"
+
+// urlSecrets finds what of a URL may be a secret: a name with a password before the host, and the query.
+var urlSecrets = regexp.MustCompile(`(\w://)([^/?#@\s,]*@)?([^?#\s,]*)(\?[^#\s,]*)?`)
 
 // Value is a setting in force.
 type Value struct{ Name, Value, Source string }
