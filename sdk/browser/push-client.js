@@ -48,6 +48,7 @@ export class PushClient {
   #token = ""; #given = null; // the one in use, and the one to use next where it is known
   #mine = new Set(); // rooms to be in
   #joined = new Set();
+  #asked = new Set(); // rooms that this connection has asked for and not left
   #position; #frozen = -1; // the connection whose positions count no more
   #had = new Set();
   #queue = []; #busy = false;
@@ -93,13 +94,14 @@ export class PushClient {
   /** @param {string} room */
   join(room) {
     this.#want(room);
-    this.#say({ type: "join", room_id: room });
+    this.#ask(room);
   }
 
   /** @param {string} room */
   leave(room) {
     this.#mine.delete(room);
-    this.#say({ type: "leave", room_id: room });
+    // Of a room that it was not asked for, the gateway would say that we are not in it: that must not reach a join that follows.
+    if (this.#asked.delete(room)) this.#say({ type: "leave", room_id: room });
   }
 
   /** Shows another token at once. Without this it is done in time before the old one ends. */
@@ -116,6 +118,12 @@ export class PushClient {
     if (typeof room !== "string" || room === "") throw new TypeError("room: must be a text");
     if (!this.#mine.has(room) && this.#mine.size >= MAX_ROOMS) throw new RangeError(`more than ${MAX_ROOMS} rooms`);
     this.#mine.add(room);
+  }
+
+  #ask(room) {
+    if (this.#socket?.readyState !== 1) return; // a new connection asks for all at its start
+    this.#asked.add(room);
+    this.#say({ type: "join", room_id: room });
   }
 
   #timer(name, wait, f) {
@@ -191,8 +199,9 @@ export class PushClient {
       this.#began = Date.now();
       this.#timer("handshake");
       if (this.#o.token !== undefined) this.#say({ type: "connect", token: this.#token });
-      for (const room of others) if (this.#mine.has(room)) this.#say({ type: "join", room_id: room });
-      for (const room of this.#mine) if (room !== first && !others.includes(room)) this.#say({ type: "join", room_id: room }); // wanted meanwhile
+      this.#asked = new Set(this.#mine.has(first) ? [first] : []);
+      for (const room of others) if (this.#mine.has(room)) this.#ask(room);
+      for (const room of this.#mine) if (room !== first && !others.includes(room)) this.#ask(room); // wanted meanwhile
       if (first !== undefined && !this.#mine.has(first)) this.#say({ type: "leave", room_id: first }); // the address has joined it
       this.#ping();
       // Whether a token is taken is told by what comes.
@@ -244,7 +253,7 @@ export class PushClient {
       case "refreshed": this.#tellToken(m.expires * 1000); return;
       case "error":
         // A text begins with the field that is at fault. A node that only leaves says so of no field: the next one lets us in.
-        if (room !== undefined && !this.#joined.has(room) && String(m.message).startsWith("room_id:")) this.#mine.delete(room); // it would be refused again
+        if (room !== undefined && !this.#joined.has(room) && String(m.message).startsWith("room_id:")) { this.#mine.delete(room); this.#asked.delete(room); } // it would be refused again
         this.#error("gateway", String(m.message), room === undefined ? {} : { room });
         return;
       case "resume": case "gap": break; // in order with the pushes
@@ -295,6 +304,7 @@ export class PushClient {
       this.#error("handler", String(error?.message ?? error), { error });
       if (m.id === undefined && !m.ack) return;
       this.#frozen = attempt;
+      this.#queue = this.#queue.filter(q => q.attempt !== attempt || !q.m.ack); // it comes behind the one that failed. Others do not come again
       if (attempt === this.#attempt) this.#drop("a push was not handled");
     };
     try {

@@ -123,6 +123,21 @@ test("what a handler fails at is confirmed by nothing, and comes again on a new 
   assert.ok(!again.closed);
 });
 
+test("what waits behind a handler that fails is shown in its order: after it, if it comes again, and at once if it does not", async () => {
+  let fail = null;
+  make({ onPush: p => { seen.push(p.text); return p.text === "1" && fail === null ? new Promise((_, no) => { fail = no; }) : undefined; } }).connect();
+  FakeSocket.last.open().says(push("1", { ack: 1, id: "a" })).says(push("2", { ack: 2, id: "b" })).says(push("once")).says(push("3", { ack: 3 }));
+  fail(new Error("full"));
+  await settle();
+  assert.deepEqual(seen, ["1", "once"]);
+  mock.timers.tick(250);
+  const again = FakeSocket.last.open();
+  for (const n of [1, 2, 3]) again.says(push(String(n), { ack: n, ...(n < 3 && { id: " ab"[n] }), replayed: true }));
+  assert.deepEqual(seen, ["1", "once", "1", "2", "3"]);
+  mock.timers.tick(50);
+  assert.deepEqual(again.sent, ['{"type":"ack","ack":3}']);
+});
+
 test("shows no message id twice, over all connections, but the same id with another content", () => {
   make().connect();
   FakeSocket.last.open().says(push("1", { id: "m", ack: 1 })).says(push("1", { id: "m", ack: 1, replayed: true })).says(push("other", { id: "m" })).ends(1006);
@@ -352,6 +367,38 @@ test("a refused room is not asked for again, and the page is told", () => {
   mock.timers.tick(250);
   FakeSocket.last.open();
   assert.deepEqual(FakeSocket.last.messages, []);
+});
+
+test("a room that is left before it was joined can be joined: the gateway's word on the one does not undo the other", () => {
+  const client = make({ rooms: ["a"] });
+  client.connect();
+  const s = FakeSocket.last.open().says({ type: "joined", room_id: "a" });
+  client.leave("r"); // it is not in it
+  client.join("r");
+  assert.deepEqual(s.messages, [{ type: "join", room_id: "r" }]);
+  s.says({ type: "joined", room_id: "r" });
+  client.leave("r");
+  client.leave("r"); // once is enough
+  assert.deepEqual(s.messages.slice(1), [{ type: "leave", room_id: "r" }]);
+  client.join("r");
+  s.says({ type: "left", room_id: "r" }).says({ type: "joined", room_id: "r" });
+  client.leave("r");
+  client.join("r");
+  assert.deepEqual(s.messages.slice(2).map(m => m.type), ["join", "leave", "join"]);
+  s.ends(1006);
+  mock.timers.tick(250);
+  assert.deepEqual([FakeSocket.last.url.searchParams.get("room_id"), FakeSocket.last.open().messages], ["a", [{ type: "join", room_id: "r" }]]);
+});
+
+test("a room of the address that is left and joined before the connection stands can be left later", () => {
+  const client = make({ rooms: ["a"] });
+  client.connect();
+  client.leave("a");
+  client.join("a");
+  const s = FakeSocket.last.open().says({ type: "joined", room_id: "a" });
+  assert.deepEqual(s.messages, []);
+  client.leave("a");
+  assert.deepEqual(s.messages, [{ type: "leave", room_id: "a" }]);
 });
 
 test("what a busy room has said since the last position comes again, and is shown once", () => {

@@ -43,7 +43,10 @@ export interface PushOptions {
   except?: readonly string[];
   /** How long the push may take with all its tries, in milliseconds. Default: that of the Client. */
   timeout?: number;
-  /** Gives the push up. What was sent until then is unknown. */
+  /**
+   * Gives the push up. What was sent until then is unknown. On a Stream it ends the wait for room, and nothing else: a push that was taken goes
+   * on to its end.
+   */
   signal?: AbortSignal;
 }
 
