@@ -236,7 +236,7 @@ func startManagerAt(t *testing.T, api, etcd, controller string, nodes int, env .
 	metrics := freeport.Take(t, 1)[0]
 	// What these tests promise is not how fast a machine is, so no push may run out of time on a busy one.
 	env = append([]string{"MANAGER_ID=pm-under-test", "LOOKUP_TIMEOUT=5s", "LINK_ACK_TIMEOUT=20s", "LINK_QUEUE_AGE=20s", "LINK_SILENCE=30s", "PUSH_TIMEOUT=30s"}, env...)
-	env = append(env, "GRPC_PORT="+port, "HTTP_PORT=0", "METRICS_PORT="+metrics,
+	env = append(append([]string{"HTTP_PORT=0"}, env...), "GRPC_PORT="+port, "METRICS_PORT="+metrics,
 		"CONTROLLER_ADDRESS="+controller, "ETCD_ENDPOINTS="+etcd, "LOG_LEVEL=debug")
 	m := &manager{process: start(t, binary(t, "push-manager"), env), api: api, metrics: "http://127.0.0.1:" + metrics}
 	m.PushManagerServiceClient = pubsub.NewPushManagerServiceClient(dial(t, m.api))

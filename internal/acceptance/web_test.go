@@ -199,11 +199,11 @@ func TestBufCurlPushes(t *testing.T) {
 		data := func(user string) []string {
 			return append([]string{"curl", "-d", `{"user_id": "` + user + `", "content": {"metadata": {"k": "v"}, "data": "SGVsbG8="}}`}, c.args...)
 		}
-		if out, errOut, err := run(t, "", buf, data("alice")...); err != nil || !strings.Contains(out, `"success":true`) {
+		if out, errOut, err := run(t, "", buf, data("alice")...); err != nil || !strings.Contains(out, `"success": true`) {
 			t.Errorf("%s: %v\n%s%s", c.name, err, out, errOut)
 		}
 		want = append(want, "Hello")
-		if _, errOut, err := run(t, "", buf, data("")...); err == nil || !strings.Contains(errOut, "invalid_argument") || !strings.Contains(errOut, "REQUIRED") {
+		if _, errOut, err := run(t, "", buf, data("")...); err == nil || !strings.Contains(errOut, `"invalid_argument"`) || !strings.Contains(errOut, "user_id: must not be empty") || !strings.Contains(errOut, "google.rpc.ErrorInfo") {
 			t.Errorf("%s, without a user_id: %v\n%s", c.name, err, errOut)
 		}
 	}

@@ -255,15 +255,14 @@ func (c *contexts) checkTokens(ctx *kong.Context) error {
 		}
 	}
 	source := "context " + c.name
-	for _, keys := range []struct{ token, flag, address, authority string }{
-		{"token_file", "address", "address", "ca"}, {"connect_node_token_file", "url", "connect_node_url", "connect_node_ca"},
-	} {
-		address, takes := given[keys.address]
-		own := fmt.Sprint(cmp.Or(c.values[keys.address], any("the default")))
-		if !takes || c.from[keys.token] != source || address == own || c.from[keys.address] == "default" || c.from[keys.authority] == source || stays(address) {
+	for prefix, flag := range map[string]string{"": "address", "connect_node_": "url"} { // no command takes both
+		key := prefix + flag
+		address, takes := given[key]
+		own := fmt.Sprint(cmp.Or(c.values[key], any("the default")))
+		if !takes || c.from[prefix+"token_file"] != source || address == own || c.from[key] == "default" || c.from[prefix+"ca"] == source || stays(address) {
 			continue
 		}
-		return &usageError{fmt.Sprintf("--token-file: missing: the token of %s is for %s, and would go to %s (--%s)", source, clean(own), clean(address), keys.flag)}
+		return &usageError{fmt.Sprintf("--token-file: missing: the token of %s is for %s, and would go to %s (--%s)", source, clean(own), clean(address), flag)}
 	}
 	return nil
 }
