@@ -3,7 +3,6 @@ package client
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -161,14 +160,6 @@ func resultOfSummary(s *pubsub.DeliverySummary) (Result, *Error) {
 	if sum := result.Delivered + result.Offline + result.Failed + result.Unknown; sum != result.Targets {
 		return Result{}, unusable(fmt.Sprintf("the counts of the reply do not add up: %d targets, %d outcomes", result.Targets, sum))
 	}
-	if failures := s.GetNodeFailures(); len(failures) > 0 {
-		result.Failures = make([]Failure, len(failures))
-		for i, f := range failures {
-			result.Failures[i] = Failure{Node: f.GetNodeId(), Outcome: Failed, Reason: f.GetReason(), Users: max(int(f.GetUsers()), 0)}
-			if strings.HasPrefix(f.GetReason(), "unknown") {
-				result.Failures[i].Outcome = Unknown
-			}
-		}
-	}
+	result.Failures = failuresOf(s.GetNodeFailures())
 	return result, nil
 }

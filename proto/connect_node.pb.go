@@ -103,19 +103,22 @@ const (
 	// The node knows which members of rooms have had what of the log: log of a Delivery; log_marks
 	// and log_pages; log_reads and log_follow. Push-Manager offers it only while it has a store.
 	Feature_FEATURE_ROOM_LOG Feature = 6
+	// The node closes connections when it is asked to, and keeps users, devices and rooms away: disconnects and disconnected.
+	Feature_FEATURE_DISCONNECT Feature = 10
 )
 
 // Enum value maps for Feature.
 var (
 	Feature_name = map[int32]string{
-		0: "FEATURE_UNSPECIFIED",
-		7: "FEATURE_SCOPE",
-		1: "FEATURE_DEDUPE",
-		2: "FEATURE_CLIENT_ACK",
-		3: "FEATURE_EXPIRY",
-		4: "FEATURE_COLLAPSE",
-		5: "FEATURE_REPLAY",
-		6: "FEATURE_ROOM_LOG",
+		0:  "FEATURE_UNSPECIFIED",
+		7:  "FEATURE_SCOPE",
+		1:  "FEATURE_DEDUPE",
+		2:  "FEATURE_CLIENT_ACK",
+		3:  "FEATURE_EXPIRY",
+		4:  "FEATURE_COLLAPSE",
+		5:  "FEATURE_REPLAY",
+		6:  "FEATURE_ROOM_LOG",
+		10: "FEATURE_DISCONNECT",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
@@ -126,6 +129,7 @@ var (
 		"FEATURE_COLLAPSE":    4,
 		"FEATURE_REPLAY":      5,
 		"FEATURE_ROOM_LOG":    6,
+		"FEATURE_DISCONNECT":  10,
 	}
 )
 
@@ -669,10 +673,12 @@ type DeliverRequest struct {
 	// any frame may have. A node checks it before it makes room.
 	RawBytes uint32 `protobuf:"varint,8,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	// Of lasting delivery, to nodes that have the feature.
-	Nudges        []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
-	ReplayEnds    []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
-	LogMarks      []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
-	LogPages      []*LogPage   `protobuf:"bytes,12,rep,name=log_pages,json=logPages,proto3" json:"log_pages,omitempty"`
+	Nudges     []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
+	ReplayEnds []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
+	LogMarks   []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
+	LogPages   []*LogPage   `protobuf:"bytes,12,rep,name=log_pages,json=logPages,proto3" json:"log_pages,omitempty"`
+	// To nodes with FEATURE_DISCONNECT.
+	Disconnects   []*Disconnect `protobuf:"bytes,13,rep,name=disconnects,proto3" json:"disconnects,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -791,6 +797,133 @@ func (x *DeliverRequest) GetLogPages() []*LogPage {
 	return nil
 }
 
+func (x *DeliverRequest) GetDisconnects() []*Disconnect {
+	if x != nil {
+		return x.Disconnects
+	}
+	return nil
+}
+
+// Disconnect closes connections, and may keep them away. The node does it when it has applied the deliveries of the frame, so
+// that they are in front of the close frame, and answers with Disconnected. The order of doing it is: refuse, then close, so that nobody
+// who comes in between is missed. Exactly one of user_id and room_id is set. FEATURE_DISCONNECT.
+type Disconnect struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// To be echoed: not 0, once on this stream.
+	Token  uint64 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
+	UserId string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// Only connections of the user with this device_id.
+	DeviceId string `protobuf:"bytes,3,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// Connections that are in this room.
+	RoomId string `protobuf:"bytes,4,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	// 4000 to 4999, and what the client is told beside it.
+	Code   uint32 `protobuf:"varint,5,opt,name=code,proto3" json:"code,omitempty"`
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// For so long the user, or the device, is refused with code and reason when it connects, and the room when it is joined. 0: they may
+	// come back.
+	RefuseMs uint64 `protobuf:"varint,7,opt,name=refuse_ms,json=refuseMs,proto3" json:"refuse_ms,omitempty"`
+	// Ends such a refusal; nobody is disconnected.
+	AllowAgain bool `protobuf:"varint,8,opt,name=allow_again,json=allowAgain,proto3" json:"allow_again,omitempty"`
+	// Where refuse_ms or allow_again is set: the revision of etcd that has it. Of what a node hears of the same user, device or room, over
+	// streams and from etcd, the highest revision counts.
+	Revision      uint64 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disconnect) Reset() {
+	*x = Disconnect{}
+	mi := &file_connect_node_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disconnect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disconnect) ProtoMessage() {}
+
+func (x *Disconnect) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disconnect.ProtoReflect.Descriptor instead.
+func (*Disconnect) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Disconnect) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+func (x *Disconnect) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *Disconnect) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Disconnect) GetRefuseMs() uint64 {
+	if x != nil {
+		return x.RefuseMs
+	}
+	return 0
+}
+
+func (x *Disconnect) GetAllowAgain() bool {
+	if x != nil {
+		return x.AllowAgain
+	}
+	return false
+}
+
+func (x *Disconnect) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 // LogMark tells a node that follows the logs of rooms what was written into one partition of
 // them: behind after and up to seq nothing but what it names. Marks of a partition come in
 // order, the first behind the place that LogFollow has named or, if that is not known any more,
@@ -813,7 +946,7 @@ type LogMark struct {
 
 func (x *LogMark) Reset() {
 	*x = LogMark{}
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +958,7 @@ func (x *LogMark) String() string {
 func (*LogMark) ProtoMessage() {}
 
 func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[9]
+	mi := &file_connect_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +971,7 @@ func (x *LogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
 func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{9}
+	return file_connect_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LogMark) GetPartition() uint32 {
@@ -894,7 +1027,7 @@ type LogRoom struct {
 
 func (x *LogRoom) Reset() {
 	*x = LogRoom{}
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1039,7 @@ func (x *LogRoom) String() string {
 func (*LogRoom) ProtoMessage() {}
 
 func (x *LogRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[10]
+	mi := &file_connect_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1052,7 @@ func (x *LogRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRoom.ProtoReflect.Descriptor instead.
 func (*LogRoom) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{10}
+	return file_connect_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LogRoom) GetRoomId() string {
@@ -960,7 +1093,7 @@ type LogPage struct {
 
 func (x *LogPage) Reset() {
 	*x = LogPage{}
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1105,7 @@ func (x *LogPage) String() string {
 func (*LogPage) ProtoMessage() {}
 
 func (x *LogPage) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[11]
+	mi := &file_connect_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1118,7 @@ func (x *LogPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPage.ProtoReflect.Descriptor instead.
 func (*LogPage) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{11}
+	return file_connect_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LogPage) GetGate() uint64 {
@@ -1060,7 +1193,7 @@ type Nudge struct {
 
 func (x *Nudge) Reset() {
 	*x = Nudge{}
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1205,7 @@ func (x *Nudge) String() string {
 func (*Nudge) ProtoMessage() {}
 
 func (x *Nudge) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[12]
+	mi := &file_connect_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1218,7 @@ func (x *Nudge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
 func (*Nudge) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{12}
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Nudge) GetUserId() string {
@@ -1123,7 +1256,7 @@ type ReplayEnd struct {
 
 func (x *ReplayEnd) Reset() {
 	*x = ReplayEnd{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1268,7 @@ func (x *ReplayEnd) String() string {
 func (*ReplayEnd) ProtoMessage() {}
 
 func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1281,7 @@ func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
 func (*ReplayEnd) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReplayEnd) GetGate() uint64 {
@@ -1197,16 +1330,17 @@ type DeliverResponse struct {
 	Catchups    []*Catchup     `protobuf:"bytes,8,rep,name=catchups,proto3" json:"catchups,omitempty"`
 	ReplayTaken []*ReplayTaken `protobuf:"bytes,9,rep,name=replay_taken,json=replayTaken,proto3" json:"replay_taken,omitempty"`
 	// The tokens of nudges.
-	NudgesTaken   []uint64   `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
-	LogReads      []*LogRead `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
-	LogFollow     *LogFollow `protobuf:"bytes,12,opt,name=log_follow,json=logFollow,proto3" json:"log_follow,omitempty"`
+	NudgesTaken   []uint64        `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
+	LogReads      []*LogRead      `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
+	LogFollow     *LogFollow      `protobuf:"bytes,12,opt,name=log_follow,json=logFollow,proto3" json:"log_follow,omitempty"`
+	Disconnected  []*Disconnected `protobuf:"bytes,13,rep,name=disconnected,proto3" json:"disconnected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1352,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1365,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -1318,6 +1452,68 @@ func (x *DeliverResponse) GetLogFollow() *LogFollow {
 	return nil
 }
 
+func (x *DeliverResponse) GetDisconnected() []*Disconnected {
+	if x != nil {
+		return x.Disconnected
+	}
+	return nil
+}
+
+// Disconnected answers a Disconnect: new connections are refused if that was asked for, and no connection that it is about
+// gets anything that comes later. FEATURE_DISCONNECT.
+type Disconnected struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token uint64                 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
+	// How many were closed.
+	Connections   uint32 `protobuf:"varint,2,opt,name=connections,proto3" json:"connections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disconnected) Reset() {
+	*x = Disconnected{}
+	mi := &file_connect_node_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disconnected) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disconnected) ProtoMessage() {}
+
+func (x *Disconnected) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disconnected.ProtoReflect.Descriptor instead.
+func (*Disconnected) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Disconnected) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+func (x *Disconnected) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
 // LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
 // time. FEATURE_ROOM_LOG.
 type LogFollow struct {
@@ -1332,7 +1528,7 @@ type LogFollow struct {
 
 func (x *LogFollow) Reset() {
 	*x = LogFollow{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1540,7 @@ func (x *LogFollow) String() string {
 func (*LogFollow) ProtoMessage() {}
 
 func (x *LogFollow) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1553,7 @@ func (x *LogFollow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogFollow.ProtoReflect.Descriptor instead.
 func (*LogFollow) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LogFollow) GetEpoch() uint64 {
@@ -1390,7 +1586,7 @@ type LogRead struct {
 
 func (x *LogRead) Reset() {
 	*x = LogRead{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1598,7 @@ func (x *LogRead) String() string {
 func (*LogRead) ProtoMessage() {}
 
 func (x *LogRead) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1415,7 +1611,7 @@ func (x *LogRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
 func (*LogRead) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LogRead) GetRoomId() string {
@@ -1465,7 +1661,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1673,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1686,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1538,7 +1734,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1746,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1759,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1600,7 +1796,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1612,7 +1808,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1625,7 +1821,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1675,7 +1871,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1687,7 +1883,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1700,7 +1896,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{20}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -1799,7 +1995,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1811,7 +2007,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1824,7 +2020,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{21}
+	return file_connect_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -1932,7 +2128,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2140,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2153,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{22}
+	return file_connect_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -2093,7 +2289,7 @@ type LogPosition struct {
 
 func (x *LogPosition) Reset() {
 	*x = LogPosition{}
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2105,7 +2301,7 @@ func (x *LogPosition) String() string {
 func (*LogPosition) ProtoMessage() {}
 
 func (x *LogPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2118,7 +2314,7 @@ func (x *LogPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
 func (*LogPosition) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{23}
+	return file_connect_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *LogPosition) GetPartition() uint32 {
@@ -2166,7 +2362,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2374,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2387,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{24}
+	return file_connect_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -2238,7 +2434,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2446,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2459,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{25}
+	return file_connect_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -2322,7 +2518,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2530,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2543,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{26}
+	return file_connect_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -2402,7 +2598,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2414,7 +2610,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2427,7 +2623,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{27}
+	return file_connect_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -2515,7 +2711,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
-	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xd7\x03\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\x8d\x04\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -2534,7 +2730,20 @@ const file_connect_node_proto_rawDesc = "" +
 	" \x03(\v2\x11.pubsub.ReplayEndR\n" +
 	"replayEnds\x12,\n" +
 	"\tlog_marks\x18\v \x03(\v2\x0f.pubsub.LogMarkR\blogMarks\x12,\n" +
-	"\tlog_pages\x18\f \x03(\v2\x0f.pubsub.LogPageR\blogPages\"\xac\x01\n" +
+	"\tlog_pages\x18\f \x03(\v2\x0f.pubsub.LogPageR\blogPages\x124\n" +
+	"\vdisconnects\x18\r \x03(\v2\x12.pubsub.DisconnectR\vdisconnects\"\xf7\x01\n" +
+	"\n" +
+	"Disconnect\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\x04R\x05token\x12\x17\n" +
+	"\auser_id\x18\x02 \x01(\tR\x06userId\x12\x1b\n" +
+	"\tdevice_id\x18\x03 \x01(\tR\bdeviceId\x12\x17\n" +
+	"\aroom_id\x18\x04 \x01(\tR\x06roomId\x12\x12\n" +
+	"\x04code\x18\x05 \x01(\rR\x04code\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x1b\n" +
+	"\trefuse_ms\x18\a \x01(\x04R\brefuseMs\x12\x1f\n" +
+	"\vallow_again\x18\b \x01(\bR\n" +
+	"allowAgain\x12\x1a\n" +
+	"\brevision\x18\t \x01(\x04R\brevision\"\xac\x01\n" +
 	"\aLogMark\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
@@ -2563,7 +2772,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\tReplayEnd\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"\xf3\x03\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\xad\x04\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
@@ -2578,7 +2787,11 @@ const file_connect_node_proto_rawDesc = "" +
 	" \x03(\x04R\vnudgesTaken\x12,\n" +
 	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\x120\n" +
 	"\n" +
-	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\"7\n" +
+	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\x128\n" +
+	"\fdisconnected\x18\r \x03(\v2\x14.pubsub.DisconnectedR\fdisconnected\"F\n" +
+	"\fDisconnected\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\x04R\x05token\x12 \n" +
+	"\vconnections\x18\x02 \x01(\rR\vconnections\"7\n" +
 	"\tLogFollow\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x14\n" +
 	"\x05after\x18\x02 \x03(\x04R\x05after\"b\n" +
@@ -2674,7 +2887,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xb5\x01\n" +
+	"\x04ZSTD\x10\x02*\xcd\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -2683,7 +2896,9 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_EXPIRY\x10\x03\x12\x14\n" +
 	"\x10FEATURE_COLLAPSE\x10\x04\x12\x12\n" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
-	"\x10FEATURE_ROOM_LOG\x10\x062\xf7\x02\n" +
+	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x16\n" +
+	"\x12FEATURE_DISCONNECT\x10\n" +
+	"2\xf7\x02\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -2704,7 +2919,7 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
@@ -2717,70 +2932,74 @@ var file_connect_node_proto_goTypes = []any{
 	(*BroadcastRequest)(nil),         // 8: pubsub.BroadcastRequest
 	(*BroadcastResponse)(nil),        // 9: pubsub.BroadcastResponse
 	(*DeliverRequest)(nil),           // 10: pubsub.DeliverRequest
-	(*LogMark)(nil),                  // 11: pubsub.LogMark
-	(*LogRoom)(nil),                  // 12: pubsub.LogRoom
-	(*LogPage)(nil),                  // 13: pubsub.LogPage
-	(*Nudge)(nil),                    // 14: pubsub.Nudge
-	(*ReplayEnd)(nil),                // 15: pubsub.ReplayEnd
-	(*DeliverResponse)(nil),          // 16: pubsub.DeliverResponse
-	(*LogFollow)(nil),                // 17: pubsub.LogFollow
-	(*LogRead)(nil),                  // 18: pubsub.LogRead
-	(*Receipt)(nil),                  // 19: pubsub.Receipt
-	(*Catchup)(nil),                  // 20: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 21: pubsub.ReplayTaken
-	(*Hello)(nil),                    // 22: pubsub.Hello
-	(*HelloReply)(nil),               // 23: pubsub.HelloReply
-	(*Delivery)(nil),                 // 24: pubsub.Delivery
-	(*LogPosition)(nil),              // 25: pubsub.LogPosition
-	(*ReplayPlace)(nil),              // 26: pubsub.ReplayPlace
-	(*Audience)(nil),                 // 27: pubsub.Audience
-	(*AckRange)(nil),                 // 28: pubsub.AckRange
-	(*Miss)(nil),                     // 29: pubsub.Miss
-	(*MessageContent)(nil),           // 30: pubsub.MessageContent
+	(*Disconnect)(nil),               // 11: pubsub.Disconnect
+	(*LogMark)(nil),                  // 12: pubsub.LogMark
+	(*LogRoom)(nil),                  // 13: pubsub.LogRoom
+	(*LogPage)(nil),                  // 14: pubsub.LogPage
+	(*Nudge)(nil),                    // 15: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 16: pubsub.ReplayEnd
+	(*DeliverResponse)(nil),          // 17: pubsub.DeliverResponse
+	(*Disconnected)(nil),             // 18: pubsub.Disconnected
+	(*LogFollow)(nil),                // 19: pubsub.LogFollow
+	(*LogRead)(nil),                  // 20: pubsub.LogRead
+	(*Receipt)(nil),                  // 21: pubsub.Receipt
+	(*Catchup)(nil),                  // 22: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 23: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 24: pubsub.Hello
+	(*HelloReply)(nil),               // 25: pubsub.HelloReply
+	(*Delivery)(nil),                 // 26: pubsub.Delivery
+	(*LogPosition)(nil),              // 27: pubsub.LogPosition
+	(*ReplayPlace)(nil),              // 28: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 29: pubsub.Audience
+	(*AckRange)(nil),                 // 30: pubsub.AckRange
+	(*Miss)(nil),                     // 31: pubsub.Miss
+	(*MessageContent)(nil),           // 32: pubsub.MessageContent
 }
 var file_connect_node_proto_depIdxs = []int32{
-	30, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	30, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	30, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	22, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	24, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	14, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
-	15, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	11, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
-	13, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
-	12, // 9: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
-	24, // 10: pubsub.LogPage.entries:type_name -> pubsub.Delivery
-	23, // 11: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	28, // 12: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	29, // 13: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	19, // 14: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	20, // 15: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	21, // 16: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	18, // 17: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
-	17, // 18: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
-	0,  // 19: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 20: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 21: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 22: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	30, // 23: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	27, // 24: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	26, // 25: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	25, // 26: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	4,  // 27: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	6,  // 28: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	8,  // 29: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	10, // 30: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	2,  // 31: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
-	5,  // 32: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	7,  // 33: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	9,  // 34: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	16, // 35: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	3,  // 36: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
-	32, // [32:37] is the sub-list for method output_type
-	27, // [27:32] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	32, // 0: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	32, // 1: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	32, // 2: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	24, // 3: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	26, // 4: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	15, // 5: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	16, // 6: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	12, // 7: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	14, // 8: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
+	11, // 9: pubsub.DeliverRequest.disconnects:type_name -> pubsub.Disconnect
+	13, // 10: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
+	26, // 11: pubsub.LogPage.entries:type_name -> pubsub.Delivery
+	25, // 12: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	30, // 13: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	31, // 14: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	21, // 15: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	22, // 16: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	23, // 17: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	20, // 18: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	19, // 19: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
+	18, // 20: pubsub.DeliverResponse.disconnected:type_name -> pubsub.Disconnected
+	0,  // 21: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 22: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 23: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 24: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	32, // 25: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	29, // 26: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	28, // 27: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	27, // 28: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	4,  // 29: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	6,  // 30: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	8,  // 31: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	10, // 32: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 33: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
+	5,  // 34: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	7,  // 35: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	9,  // 36: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	17, // 37: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	3,  // 38: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
+	34, // [34:39] is the sub-list for method output_type
+	29, // [29:34] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -2795,7 +3014,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,8 @@ type grammar struct {
 	Nodes     nodesCmd     `cmd:"" help:"List the Connect-Nodes and Push-Managers registered in etcd."`
 	Listen    listenCmd    `cmd:"" help:"Connect to a Connect-Node as a user and print the pushes that arrive."`
 
+	Kick kickCmd `cmd:"" help:"Close the connections of a user, of a device or in a room, and keep them away for a time if asked to."`
+
 	Receipts receiptsCmd `cmd:"" help:"Print what clients say of pushes with --receipt=async, until interrupted."`
 	Forget   forgetCmd   `cmd:"" help:"Erase what is stored for a user."`
 	Replay   replayCmd   `cmd:"" help:"Send a user what is stored for them, to their connections on one Connect-Node."`

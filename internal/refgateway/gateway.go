@@ -57,6 +57,8 @@ type Gateway struct {
 	waiting atomic.Int64 // frames in all inboxes, counted for each
 	writers atomic.Int64 // clients for whom something waits
 
+	connections atomic.Uint64 // so far
+
 	panicLogged atomic.Int64 // when, in ns since began
 	draining    atomic.Bool
 	clients     sync.WaitGroup // readers and writers; entered through admit

@@ -22,8 +22,10 @@ import (
 
 	"github.com/push-manager/push-manager/internal/exposition"
 	"github.com/push-manager/push-manager/internal/health"
+	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/internal/position"
 	"github.com/push-manager/push-manager/sdk/browser"
+	"github.com/push-manager/push-manager/transport/discovery"
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
@@ -134,12 +136,12 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	if err != nil {
 		return nil, "", errQuery
 	}
-	for _, field := range []string{"user_id", "user_name", "room_id", "ack", "resume"} {
+	for _, field := range []string{"user_id", "user_name", "room_id", "device_id", "ack", "resume"} {
 		if len(query[field]) > 1 {
 			return nil, "", fmt.Errorf("%s: given %d times", field, len(query[field]))
 		}
 	}
-	c = &conn{g: g, user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id")}
+	c = &conn{g: g, user: query.Get("user_id"), name: query.Get("user_name"), room: query.Get("room_id"), device: query.Get("device_id"), number: g.connections.Add(1)}
 	switch query.Get("ack") {
 	case "", "0":
 	case "1":
@@ -168,6 +170,11 @@ func (g *Gateway) clientOf(r *http.Request) (c *conn, token string, err error) {
 	if c.name != "" {
 		if err := checkID("user_name", c.name); err != nil {
 			return nil, "", err
+		}
+	}
+	if c.device != "" {
+		if err := ids.Check(c.device, discovery.MaxDeviceBytes); err != nil {
+			return nil, "", fmt.Errorf("device_id: %w", err)
 		}
 	}
 	if query.Has("room_id") {
@@ -272,6 +279,9 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 			return g.deny(c, err)
 		}
 	}
+	if code := g.refused(c); code != 0 {
+		return code
+	}
 	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
@@ -282,6 +292,10 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 	g.users.Add(c.tenant.ID(c.user), c)
 	g.unverified.remove(c)
 	g.endIfGoing(c)
+	if code := g.refused(c); code != 0 { // whoever was refused meanwhile has not been found among the users
+		return code
+	}
+	c.begun()
 	g.enterRooms(c)
 	return r.loop()
 }
@@ -314,6 +328,7 @@ func (g *Gateway) end(c *conn) {
 	c.cursor.Close()
 	g.users.Remove(c.tenant.ID(c.user), c)
 	c.member.Close()
+	c.over()
 }
 
 func newHTTPServer(h http.Handler, logger *slog.Logger) *http.Server {

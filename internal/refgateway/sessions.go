@@ -22,6 +22,42 @@ func (s sessions) BroadcastScope(scope string, m *node.Message) (delivered, fail
 	return s.Users.BroadcastScope(scope, m)
 }
 
+// Disconnect implements node.Disconnector. For a room it looks at all clients.
+func (s sessions) Disconnect(d *node.Disconnect) (connections int) {
+	kick := func(c *conn) {
+		if (d.Device == "" || c.device == d.Device) && c.kick(d.Code, d.Reason) {
+			connections++
+		}
+	}
+	if d.Room == "" {
+		for _, c := range s.Of(d.User) {
+			kick(c)
+		}
+		return connections
+	}
+	s.Each(func(conns []*conn) {
+		for _, c := range conns {
+			if c.member.In(d.Room) {
+				kick(c)
+			}
+		}
+	})
+	return connections
+}
+
+// refused closes a connection whose user or device is kept away, or whose room nobody may join. It returns the close code, 0 for
+// one that is not refused.
+func (g *Gateway) refused(c *conn) (code uint16) {
+	r, refused := g.node.Refused(c.tenant.ID(c.user), c.device)
+	if !refused && c.room != "" {
+		r, refused = g.node.RefusedRoom(c.tenant.ID(c.room))
+	}
+	if refused && c.kick(r.Code, r.Reason) {
+		g.denied(deniedRefused).Inc()
+	}
+	return r.Code
+}
+
 // Deliver implements node.Conn. A push to a room is for the connections that are in
 // it, which are those that have joined it and not left. A route that is out of date may
 // name a user who has left: all connections are as good as not here.

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -22,7 +23,9 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/internal/label"
 	"github.com/push-manager/push-manager/internal/pause"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -43,12 +46,22 @@ const (
 	turnPause = time.Second
 )
 
-// Config is what a Webhook needs. All fields but the last group must be set.
+// Config is what a Webhook needs. URL and Secret, or Target, must be set, and Source and Turns.
 type Config struct {
 	URL    string
 	Secret func() []byte // at the moment
 	Source Source
 	Turns  Turns
+
+	// Target is both where they may change. nil: URL and Secret.
+	Target func() (url string, secret []byte)
+	// Name is what the log calls it. Default "receipts".
+	Name string
+	// Metric names a metric, such as "requests_total" with labels in pairs. Default: push_manager_receipt_webhook_ before it.
+	Metric func(name string, labels ...string) string
+	// Encode makes the body of a request, and tells how much it has of the page. What cannot be read is counted as missed. Default: that
+	// of receipts.
+	Encode func(page *Page) (body []byte, n int, err error)
 
 	// Shared says that others go on when this instance ends.
 	Shared bool
@@ -125,8 +138,24 @@ type Webhook struct {
 
 // Start begins to send.
 func Start(cfg Config) (*Webhook, error) {
-	if cfg.URL == "" || cfg.Secret == nil || cfg.Source == nil || cfg.Turns == nil {
-		return nil, errors.New("webhook: URL, Secret, Source or Turns is missing")
+	if cfg.Target == nil {
+		to, secret := cfg.URL, cfg.Secret
+		if to == "" || secret == nil {
+			return nil, errors.New("webhook: URL or Secret is missing")
+		}
+		cfg.Target = func() (string, []byte) { return to, secret() }
+	}
+	if cfg.Source == nil || cfg.Turns == nil {
+		return nil, errors.New("webhook: Source or Turns is missing")
+	}
+	defaultTo(&cfg.Name, "receipts")
+	if cfg.Metric == nil {
+		cfg.Metric = func(name string, labels ...string) string {
+			return label.Name("push_manager_receipt_webhook_"+name, labels...)
+		}
+	}
+	if cfg.Encode == nil {
+		cfg.Encode = encode
 	}
 	defaultTo(&cfg.Timeout, 10*time.Second)
 	defaultTo(&cfg.RetryMin, firstPause)
@@ -137,22 +166,22 @@ func Start(cfg Config) (*Webhook, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
 	}
-	set := cfg.Metrics
+	set, name := cfg.Metrics, cfg.Metric
 	w := &Webhook{
-		cfg: cfg, log: cfg.Logger, drain: make(chan struct{}), client: newClient(cfg.Timeout),
-		ok:     set.GetOrCreateCounter(`push_manager_receipt_webhook_requests_total{result="ok"}`),
-		failed: set.GetOrCreateCounter(`push_manager_receipt_webhook_requests_total{result="failed"}`),
-		sent:   set.GetOrCreateCounter("push_manager_receipt_webhook_receipts_total"),
-		lost:   set.GetOrCreateCounter("push_manager_receipt_webhook_lost_total"),
-		took:   set.GetOrCreatePrometheusHistogramExt("push_manager_receipt_webhook_seconds", []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
+		cfg: cfg, log: cfg.Logger.With("webhook", cfg.Name), drain: make(chan struct{}), client: newClient(cfg.Timeout),
+		ok:     set.GetOrCreateCounter(name("requests_total", "result", "ok")),
+		failed: set.GetOrCreateCounter(name("requests_total", "result", "failed")),
+		sent:   set.GetOrCreateCounter(name(cfg.Name + "_total")),
+		lost:   set.GetOrCreateCounter(name("lost_total")),
+		took:   set.GetOrCreatePrometheusHistogramExt(name("seconds"), []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
 	}
-	set.GetOrCreateGauge("push_manager_receipt_webhook_active", func() float64 {
+	set.GetOrCreateGauge(name("active"), func() float64 {
 		if w.turn.Load() {
 			return 1
 		}
 		return 0
 	})
-	set.GetOrCreateGauge("push_manager_receipt_webhook_failures", func() float64 { return float64(w.failures.Load()) })
+	set.GetOrCreateGauge(name("failures"), func() float64 { return float64(w.failures.Load()) })
 	var running context.Context
 	running, w.stop = context.WithCancel(context.Background())
 	w.wg.Go(func() { w.loop(running) })
@@ -164,6 +193,18 @@ func defaultTo[T comparable](p *T, value T) {
 	if *p == zero {
 		*p = value
 	}
+}
+
+// CheckURL reads the URL of a receiver.
+func CheckURL(text string) (*url.URL, error) {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Fragment != "":
+		return nil, fmt.Errorf("%q is not like https://HOST/PATH", plain.Line(text, 64))
+	case u.User != nil:
+		return nil, errors.New("has a user in it: the signature tells who sends")
+	}
+	return u, nil
 }
 
 // newClient makes one with a connection of its own, which believes nothing.
@@ -212,7 +253,7 @@ func (w *Webhook) loop(ctx context.Context) {
 		}
 		if text := err.Error(); text != last {
 			last = text
-			w.log.Warn("webhook of receipts: not our turn any more, asking for it again", "err", err)
+			w.log.Warn("webhook: not our turn any more, asking for it again", "err", err)
 		}
 		pause.For(asking, pause.Jitter(turnPause))
 	}
@@ -238,7 +279,7 @@ func (w *Webhook) guarded(ctx, asking context.Context) (err error) {
 		turn.End(ending)
 	}()
 	w.turn.Store(true)
-	w.log.Info("webhook of receipts: this instance sends")
+	w.log.Info("webhook: this instance sends")
 	ctx, cancel := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() {
@@ -276,7 +317,7 @@ func (w *Webhook) serve(ctx context.Context, turn Turn) error {
 		case ctx.Err() != nil:
 		case err != nil:
 			if w.failures.Add(1) == 1 {
-				w.log.Warn("webhook of receipts: they cannot be sent, trying again", "err", err)
+				w.log.Warn("webhook: cannot be sent, trying again", "err", err)
 			}
 			if !w.wait(ctx, pause.Jitter(wait), w.cfg.Shared) {
 				continue
@@ -289,7 +330,7 @@ func (w *Webhook) serve(ctx context.Context, turn Turn) error {
 			w.wait(ctx, lookPause, true)
 		default:
 			if w.failures.Swap(0) > 0 {
-				w.log.Info("webhook of receipts: they are sent again")
+				w.log.Info("webhook: sends again")
 			}
 			wait = w.cfg.RetryMin
 			if err := turn.Keep(ctx, page.Last); err != nil {
@@ -334,7 +375,7 @@ func (w *Webhook) send(ctx context.Context, at Position) (Page, error) {
 	if err != nil {
 		return page, err
 	}
-	body, n, err := encode(&page)
+	body, n, err := w.cfg.Encode(&page)
 	if err != nil || n == 0 {
 		return page, err
 	}
@@ -386,13 +427,14 @@ func encode(page *Page) (body []byte, n int, err error) {
 func (w *Webhook) post(ctx context.Context, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, w.cfg.Timeout)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, w.cfg.URL, bytes.NewReader(body))
+	to, secret := w.cfg.Target()
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
 	request.Header.Set("Content-Type", "application/json")
 	request.Header.Set("User-Agent", "push-manager")
-	request.Header.Set(SignatureHeader, sign(w.cfg.Secret(), body, time.Now()))
+	request.Header.Set(SignatureHeader, sign(secret, body, time.Now()))
 	response, err := w.client.Do(request)
 	if err != nil {
 		return withoutURL(err)

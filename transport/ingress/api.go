@@ -22,6 +22,8 @@ const (
 	explain
 	watchReceipts
 
+	disconnect // of PresenceService
+
 	// Of BroadcastJobService.
 	createJob
 	getJob
@@ -50,6 +52,8 @@ func (a api) idField() string {
 		return "user_id"
 	case createJob:
 		return "spec"
+	case disconnect:
+		return "user_id or room_id"
 	default:
 		return ""
 	}
@@ -88,11 +92,18 @@ func (a api) method() auth.Method {
 		return auth.Explain
 	case watchReceipts:
 		return auth.WatchReceipts
+	case disconnect:
+		return auth.Disconnect
 	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate:
 		return auth.CreateJob + auth.Method(a-createJob) // they are in the same order
 	default:
 		return auth.BroadcastMessage
 	}
+}
+
+// allowedTo tells whether a caller may call the method at all. Which ids it may name is asked when they are known.
+func (a api) allowedTo(who *auth.Principal) bool {
+	return who.May(a.method()) || a == disconnect && who.May(auth.DisconnectRoom)
 }
 
 // asked tells which api a field of PushStreamRequest asks for.

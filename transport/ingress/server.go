@@ -146,7 +146,7 @@ func New(cfg Config) (*Server, error) {
 		Metrics: cfg.Metrics, Logger: cfg.Logger, Panicked: s.panicked, Opened: s.opened(),
 	})
 	s.grpc = grpc.NewServer(append(s.options(), cfg.Options...)...)
-	for _, own := range []*grpc.ServiceDesc{s.desc(), s.jobsDesc()} {
+	for _, own := range []*grpc.ServiceDesc{s.desc(), s.jobsDesc(), s.presenceDesc()} {
 		s.grpc.RegisterService(own, s)
 		s.services = append(s.services, Service{own, s})
 	}
@@ -214,7 +214,7 @@ func (s *Server) options() []grpc.ServerOption {
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
 	service, method, _ := strings.Cut(strings.TrimPrefix(call.FullMethodName, "/"), "/")
 	streams := method == pushStreamName || method == watchReceipts.String() || method == watchJob.String()
-	if (service == serviceName || service == jobServiceName) && !streams {
+	if (service == serviceName || service == jobServiceName || service == presenceServiceName) && !streams {
 		ctx = s.throttle.Tap(ctx, call.Header)
 	}
 	return ctx, nil

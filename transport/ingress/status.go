@@ -83,13 +83,16 @@ type statuses struct {
 	// Of broadcast jobs.
 	jobUnknown, jobExists, jobEnded, jobsOff, jobsFull, jobsAway *refusal
 
+	// Of Disconnect.
+	disconnectOff, refusalsAway, manyRefusals *refusal
+
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
 
 	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
 	// earlierOpen and lastingOpen have none: what the call was to do may have been done.
-	earlierOpen, lastingOpen *refusal
+	earlierOpen, lastingOpen, refusalOpen *refusal
 	// unread ends a PushStream, and has none either: what is not answered may be sent.
 	unread *status.Status
 }
@@ -134,6 +137,10 @@ func newStatuses() *statuses {
 		jobsOff:           newRefusal(codes.FailedPrecondition, "JOBS_OFF", errJobsOff.Error()),
 		jobsFull:          later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull),
 		jobsAway:          later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs),
+		disconnectOff:     newRefusal(codes.Unimplemented, "DISCONNECT_OFF", errDisconnectOff.Error()),
+		refusalsAway:      later(codes.Unavailable, "REFUSALS_UNAVAILABLE", "nobody was disconnected: "+ErrRefusalsAway.Error(), retryJobs),
+		manyRefusals:      later(codes.ResourceExhausted, "TOO_MANY_REFUSALS", "nobody was disconnected: "+ErrManyRefusals.Error(), retryJobsFull),
+		refusalOpen:       encoded(status.New(codes.Unavailable, "nobody was disconnected, and "+ErrRefusalOpen.Error())),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
@@ -252,6 +259,14 @@ func (t *statuses) of(err error) *refusal {
 		return t.jobsFull
 	case errors.Is(err, jobs.ErrUnavailable):
 		return t.jobsAway
+	case errors.Is(err, errDisconnectOff):
+		return t.disconnectOff
+	case errors.Is(err, ErrRefusalsAway):
+		return t.refusalsAway
+	case errors.Is(err, ErrManyRefusals):
+		return t.manyRefusals
+	case errors.Is(err, ErrRefusalOpen):
+		return t.refusalOpen
 	case errors.Is(err, ErrNotTaken):
 		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
 	default:

@@ -21,6 +21,7 @@ const (
 	respHello, respAcks, respMisses, respHeartbeat, respOnline, respDrain = 1, 2, 3, 4, 5, 6
 	respReceipts, respCatchups, respReplayTaken, respNudgesTaken          = 7, 8, 9, 10
 	respLogReads, respLogFollow                                           = 11, 12
+	respDisconnected                                                      = 13
 
 	ackFirst, ackDelivered, ackDuplicates, ackPending = 1, 2, 3, 4
 
@@ -69,6 +70,8 @@ type response struct {
 	logReads []LogRead
 	follow   logFollow
 	follows  bool // follow is there
+
+	disconnected []disconnected
 
 	more                []counts // beside acks
 	duplicates, pending []uint32 // scratch of decodeAcks
@@ -121,7 +124,7 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
 	*r = response{
 		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
-		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
+		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), disconnected: emptied(r.disconnected), more: r.more[:0], duplicates: r.duplicates, pending: r.pending,
 	}
 	m := wire.Reader{Rest: b}
 	for m.Next() {
@@ -148,7 +151,13 @@ func (r *response) decode(b []byte, maxAcks int) error {
 			err = r.decodeLasting(&m)
 		case m.Number() == respLogReads || m.Number() == respLogFollow:
 			err = r.decodeLogs(&m)
-		case m.Number() <= respDrain:
+		case m.IsBytes(respDisconnected):
+			if len(r.disconnected) >= disconnectsMax {
+				return fmt.Errorf("%w: %w", errWire, errFlood)
+			}
+			r.disconnected = append(r.disconnected, disconnected{})
+			err = r.disconnected[len(r.disconnected)-1].decode(m.Bytes)
+		case m.Number() <= respDrain || m.Number() == respDisconnected:
 			return fmt.Errorf("%w: field %d has another type", errWire, m.Number())
 		}
 		if err != nil {

@@ -43,7 +43,7 @@ func FuzzAcks(f *testing.F) {
 		{Receipts: []*pubsub.Receipt{{Seq: 1, Acked: 1, Final: true}, {Seq: 2, Unacked: []string{"u1", "u1"}}, {Seq: math.MaxUint64}, {}}}, // before the ack
 		{Acks: []*pubsub.AckRange{{First: 2, Delivered: []uint32{1}}}, Misses: []*pubsub.Miss{{Seq: 2, Reused: []string{"u1", "u2"}}}},
 		{Catchups: []*pubsub.Catchup{{UserId: "u1", Gate: 1}, {UserId: "u1", Gate: 1}, {UserId: "\x00", Gate: 2}, {}},
-			ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 1}, {}}, NudgesTaken: []uint64{0, 1, math.MaxUint64}},
+			ReplayTaken: []*pubsub.ReplayTaken{{Gate: 1, Seq: 1}, {}}, NudgesTaken: []uint64{0, 1, math.MaxUint64}, Disconnected: []*pubsub.Disconnected{{Token: 1, Connections: 1 << 31}, {Token: math.MaxUint64}, {}}},
 		{LogFollow: &pubsub.LogFollow{Epoch: 5, After: []uint64{1, math.MaxUint64}}, LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1, Epoch: 5, After: []uint64{0, 3}}}},
 		{LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1}, {RoomId: "r", Gate: 1}, {RoomId: "\x00", Gate: 2}, {}, {RoomId: "r", After: make([]uint64, 65)}}, LogFollow: &pubsub.LogFollow{}},
 	} {

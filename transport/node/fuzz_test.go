@@ -62,6 +62,11 @@ func FuzzDeliverRequest(f *testing.F) {
 			{Gate: fuzzGate, Partition: 1, Epoch: testEpoch, Seq: 12, More: true, Gap: true, Entries: []*pubsub.Delivery{logged(11, "r"), logged(12, "r")}},
 			{Gate: fuzzGate, Error: "e"},
 		}},
+		{Disconnects: []*pubsub.Disconnect{
+			{Token: 1, UserId: "u", DeviceId: "d", Code: 4000, Reason: "r", RefuseMs: 1 << 63, Revision: 1<<64 - 1},
+			{Token: 2, RoomId: "r", Code: 4999, RefuseMs: 1, Revision: 3}, {Token: 3, RoomId: "r", Code: 4000, AllowAgain: true, Revision: 4},
+		}},
+		{Disconnects: []*pubsub.Disconnect{{UserId: "u", Code: 1 << 31}}},
 		{LogMarks: []*pubsub.LogMark{{Partition: 1<<32 - 1, Partitions: 1<<32 - 1, Epoch: testEpoch}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 1<<32 - 1, Epoch: testEpoch, Seq: 1<<64 - 1, More: true}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 0, Epoch: testEpoch, Seq: 1<<64 - 1}, {Gate: fuzzGate}}},
@@ -75,7 +80,7 @@ func FuzzDeliverRequest(f *testing.F) {
 	f.Add([]byte("\x1a\x05\x0a\x03\x0a\x01\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		users := NewLastingUsers[*phone](logFeatures...)
-		st := newStream(t, users)
+		st := newStream(t, closing{users})
 		hello := &pubsub.Hello{Features: logFeatures}
 		st.server.replays.join(st, hello, time.Now())
 		checkLogs := readingLogs(t, st, hello)
@@ -109,6 +114,11 @@ func FuzzDeliverRequest(f *testing.F) {
 		compareWithProtobuf(t, b)
 	})
 }
+
+// closing are Users of which a disconnect closes none.
+type closing struct{ *Users[*phone] }
+
+func (closing) Disconnect(*Disconnect) int { return 0 }
 
 // fuzzGate is that of the read that is open while the frame comes.
 const fuzzGate = 2

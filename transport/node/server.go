@@ -27,11 +27,15 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg      Config
-	bootID   string
-	scoped   Scoped        // Sessions, nil where they cannot tell tenants apart
-	lasting  Lasting       // Sessions, nil where they take no part in lasting delivery
-	lister   Lister        // Sessions, nil where they do not name their users
+	cfg     Config
+	bootID  string
+	scoped  Scoped  // Sessions, nil where they cannot tell tenants apart
+	lasting Lasting // Sessions, nil where they take no part in lasting delivery
+	lister  Lister  // Sessions, nil where they do not name their users
+
+	disconnector Disconnector // Sessions, nil where they close no connections
+	refusals     refusals
+
 	listing  chan struct{} // held by the call that lists users
 	does     lastingParts
 	replays  *replays
@@ -55,6 +59,7 @@ type Server struct {
 	silent       list.List               // without a hello, the oldest first; of chan struct{}
 	emptied      chan struct{}           // closed when the last stream ends while draining; nil before Drain
 	registration *discovery.Registration // nil: not registered
+	refusing     *discovery.RefusalWatch // nil: not registered, or nobody is disconnected here
 }
 
 // New returns a node that is to be attached to a grpc.Server.
@@ -73,6 +78,8 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}, listing: make(chan struct{}, 1)}
 	s.lister, _ = cfg.Sessions.(Lister)
+	s.refusals.byKey, s.refusals.close = make(map[string]refusal), func(d *Disconnect) { s.disconnect(d) }
+	s.disconnector, _ = cfg.Sessions.(Disconnector)
 	if scoped, ok := cfg.Sessions.(Scoped); ok {
 		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}
@@ -85,6 +92,9 @@ func New(cfg Config) (*Server, error) {
 			return nil, fmt.Errorf("node config: %w", errRoomLogAlone)
 		}
 		s.lasting, s.features = lasting, append(s.features, features...)
+	}
+	if s.disconnector != nil {
+		s.features = append(s.features, pubsub.Feature_FEATURE_DISCONNECT)
 	}
 	s.replays, s.roomLogs = newReplays(s), newRoomLogs(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)

@@ -71,6 +71,7 @@ type Config struct {
 	Replays    replay.Config
 	Webhook    webhookConfig
 	Jobs       jobsConfig
+	Refusals   int
 
 	ControllerTLS app.ControllerTLS
 
@@ -222,6 +223,7 @@ func (c *Config) Bind(s *config.Set) {
 	bindReplays(&c.Replays, s)
 	c.Webhook.bind(s)
 	c.Jobs.bind(s)
+	c.bindRefusals(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)

@@ -42,6 +42,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"ResumeJob":        {"Go on with a broadcast job", "", ""},
 	"CancelJob":        {"End a broadcast job", "", ""},
 	"SetJobRate":       {"Change the speed of a broadcast job", "", ""},
+	"Disconnect":       {"Close the connections of a user, of a device or in a room", "", ""},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -64,6 +65,7 @@ func (g *generator) document() ([]byte, error) {
 	var methods []protoreflect.MethodDescriptor
 	for _, in := range []protoreflect.ServiceDescriptor{
 		pubsub.File_push_manager_proto.Services().ByName("PushManagerService"), pubsub.File_broadcast_jobs_proto.Services().ByName("BroadcastJobService"),
+		pubsub.File_presence_proto.Services().ByName("PresenceService"),
 	} {
 		for i := range in.Methods().Len() {
 			if m := in.Methods().Get(i); !m.IsStreamingClient() && !m.IsStreamingServer() {
@@ -85,7 +87,13 @@ func (g *generator) document() ([]byte, error) {
 			for key, value := range shortExamples[name] {
 				examples[key] = object{"value": fromText(value)}
 			}
-			op := g.operation(name+"Short", name, g.short(m.Input(), p.Fields), m.Output(), examples)
+			id, body := name+"Short", object(nil)
+			if p.Plain { // there may be several for a method
+				id, body = name+map[string]string{"user_id": "User", "room_id": "Room"}[p.ID]+"Short", g.plain(m.Input(), p.Fields)
+			} else {
+				body = g.short(m.Input(), p.Fields)
+			}
+			op := g.operation(id, name, body, m.Output(), examples)
 			if p.ID != "" {
 				op["parameters"] = []any{object{"name": p.ID, "in": "path", "required": true, "schema": object{"type": "string"}, "example": map[string]string{"room_id": "lobby", "user_id": "alice"}[p.ID]}}
 			}
@@ -176,6 +184,10 @@ func (g *generator) schema(m protoreflect.MessageDescriptor, request bool) strin
 		g.schemas[name] = object{"type": "string", "format": "date-time"}
 		return ref
 	}
+	if m.FullName() == "google.protobuf.Duration" {
+		g.schemas[name] = object{"type": "string", "description": "Seconds, such as 3600s or 1.5s"}
+		return ref
+	}
 	properties := object{}
 	s := object{"type": "object", "properties": properties}
 	if request {
@@ -229,6 +241,15 @@ func (g *generator) value(f protoreflect.FieldDescriptor, request bool) object {
 	default:
 		return object{"type": "string"}
 	}
+}
+
+// plain is the schema of the body of a short path without a content.
+func (g *generator) plain(in protoreflect.MessageDescriptor, fields []string) object {
+	properties := object{}
+	for _, name := range fields {
+		properties[name] = g.field(in.Fields().ByName(protoreflect.Name(name)), true)
+	}
+	return object{"type": "object", "properties": properties, "additionalProperties": false}
 }
 
 // short is the schema of the body of a short path.

@@ -1,19 +1,19 @@
 package web
 
 import (
+	"cmp"
 	"net/http"
-	"strings"
 
 	"github.com/push-manager/push-manager/docs"
 )
 
-// pushService is the one whose methods have short paths.
-const pushService = "/pubsub.PushManagerService/"
+// pushService is the one that most short paths are for.
+const pushService = "PushManagerService"
 
 // routes is what is served where: every method that gRPC serves at its own path, the short paths, and the document.
 func (s *Server) routes() (*http.ServeMux, error) {
 	mux := http.NewServeMux()
-	pushes := map[string]*method{}
+	byName := map[string]*method{}
 	for _, service := range s.cfg.Ingress.Services() {
 		methods, err := s.methods(service)
 		if err != nil {
@@ -21,13 +21,11 @@ func (s *Server) routes() (*http.ServeMux, error) {
 		}
 		for _, m := range methods {
 			mux.Handle(m.procedure, m)
-			if name, ok := strings.CutPrefix(m.procedure, pushService); ok {
-				pushes[name] = m
-			}
+			byName[m.procedure] = m
 		}
 	}
 	for _, p := range shorts {
-		mux.Handle("POST "+p.Path, s.shortHandler(p, pushes[p.Method]))
+		mux.Handle("POST "+p.Path, s.shortHandler(p, byName["/pubsub."+cmp.Or(p.Service, pushService)+"/"+p.Method]))
 		mux.HandleFunc(p.Path, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Allow", http.MethodPost)
 			s.failWith(w, http.StatusMethodNotAllowed, errWrongMethod)

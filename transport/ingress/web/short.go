@@ -19,21 +19,29 @@ import (
 	"github.com/push-manager/push-manager/engine"
 )
 
-// ShortPath is a path for pushes that has a shape of its own: the content is not in a message but beside the rest, and may
-// be text or JSON as it is.
+// ShortPath is a path that is short for a method. That of a push has a shape of its own: the content is not in a message but beside
+// the rest, and may be text or JSON as it is.
 type ShortPath struct {
-	Path   string   // as http.ServeMux has it
-	Method string   // of the push API
-	ID     string   // the field of its request with what stands in the path, "" for none
-	Fields []string // those that stand in the body, besides those of the content
+	Path    string   // as http.ServeMux has it
+	Service string   // "" is PushManagerService
+	Method  string   // of it
+	ID      string   // the field of its request with what stands in the path, "" for none
+	Fields  []string // those that stand in the body, besides those of the content
+	Plain   bool     // it has no content: an empty body is an empty object
 }
+
+const presenceService = "PresenceService"
 
 // The paths, and what of the request's own fields each takes.
 var shorts = []ShortPath{ //nolint:gochecknoglobals // a constant
-	{"/v1/rooms/{room_id}/messages", "PushToRoom", "room_id", []string{"exclude_user_ids", "options"}},
-	{"/v1/users/{user_id}/messages", "PushToUser", "user_id", []string{"options"}},
-	{"/v1/users/messages", "PushToUsers", "", []string{"user_ids", "options"}},
-	{"/v1/broadcasts", "BroadcastMessage", "", []string{"options"}},
+	{Path: "/v1/rooms/{room_id}/messages", Method: "PushToRoom", ID: "room_id", Fields: []string{"exclude_user_ids", "options"}},
+	{Path: "/v1/users/{user_id}/messages", Method: "PushToUser", ID: "user_id", Fields: []string{"options"}},
+	{Path: "/v1/users/messages", Method: "PushToUsers", Fields: []string{"user_ids", "options"}},
+	{Path: "/v1/broadcasts", Method: "BroadcastMessage", Fields: []string{"options"}},
+	{Path: "/v1/users/{user_id}/disconnect", Service: presenceService, Method: "Disconnect", ID: "user_id", Plain: true,
+		Fields: []string{"device_id", "code", "reason", "refuse_for", "allow_again"}},
+	{Path: "/v1/rooms/{room_id}/disconnect", Service: presenceService, Method: "Disconnect", ID: "room_id", Plain: true,
+		Fields: []string{"code", "reason", "refuse_for", "allow_again"}},
 }
 
 // Fields of every short path.
@@ -62,9 +70,15 @@ func (s *Server) shortHandler(p ShortPath, m *method) http.Handler {
 
 // translate makes the protobuf of a request out of the JSON of a short path.
 func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
+	if p.Plain && len(bytes.TrimSpace(b)) == 0 {
+		b = []byte("{}")
+	}
 	given, err := members(b)
 	if err != nil {
 		return nil, err
+	}
+	if p.Plain {
+		return p.plain(m, id, given)
 	}
 	var data []byte
 	has := ""
@@ -105,6 +119,24 @@ func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	return encode(request.Interface())
 }
 
+// plain is translate for a method without a content.
+func (p *ShortPath) plain(m *method, id string, given []member) ([]byte, error) {
+	var rest bytes.Buffer
+	for i := range given {
+		f := &given[i]
+		if !slices.Contains(p.Fields, f.name) {
+			return nil, invalid(f.name, "is not known; there are "+strings.Join(p.Fields, ", "))
+		}
+		f.appendTo(&rest)
+	}
+	request, err := m.parse([]byte("{" + strings.TrimPrefix(rest.String(), ",") + "}"))
+	if err != nil {
+		return nil, err
+	}
+	request.Set(m.in.Descriptor().Fields().ByName(protoreflect.Name(p.ID)), protoreflect.ValueOfString(id))
+	return encode(request.Interface())
+}
+
 // fill makes a request of members of its content and of itself, each with a comma before it.
 func (m *method) fill(content, rest []byte) (protoreflect.Message, error) {
 	joined := make([]byte, 0, len(content)+len(rest)+len(`{"content":{}}`))
@@ -113,6 +145,10 @@ func (m *method) fill(content, rest []byte) (protoreflect.Message, error) {
 	joined = append(joined, '}')
 	joined = append(joined, rest...)
 	joined = append(joined, '}')
+	return m.parse(joined)
+}
+
+func (m *method) parse(joined []byte) (protoreflect.Message, error) {
 	request := m.in.New()
 	if err := fromJSON.Unmarshal(joined, request.Interface()); err != nil {
 		return nil, jsonError(err)

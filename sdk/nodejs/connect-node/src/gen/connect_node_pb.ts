@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file connect_node.proto.
  */
 export const file_connect_node: GenFile = /*@__PURE__*/
-  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJEChBMaXN0VXNlcnNSZXF1ZXN0EhIKCmZpcnN0X3R1cm4YASABKAYSDQoFbGltaXQYAiABKA0SDQoFc2NvcGUYAyABKAkiOAoRTGlzdFVzZXJzUmVzcG9uc2USEAoIdXNlcl9pZHMYASADKAkSEQoJbGFzdF90dXJuGAIgASgGIl8KElB1c2hNZXNzYWdlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSJwoHY29udGVudBgDIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCI3ChNQdXNoTWVzc2FnZVJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSDwoHbWVzc2FnZRgCIAEoCSJlChdQdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBIQCgh1c2VyX2lkcxgBIAMoCRIPCgdyb29tX2lkGAIgASgJEicKB2NvbnRlbnQYAyABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiigEKGFB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEhcKD2RlbGl2ZXJlZF9jb3VudBgCIAEoBRIXCg9mYWlsZWRfdXNlcl9pZHMYAyADKAkSDwoHbWVzc2FnZRgEIAEoCRIaChJ1bnJlYWNoZWRfdXNlcl9pZHMYBSADKAkiOwoQQnJvYWRjYXN0UmVxdWVzdBInCgdjb250ZW50GAEgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50ImcKEUJyb2FkY2FzdFJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSFwoPZGVsaXZlcmVkX2NvdW50GAIgASgFEg8KB21lc3NhZ2UYAyABKAkSFwoPdW5yZWFjaGVkX2NvdW50GAQgASgFItkCCg5EZWxpdmVyUmVxdWVzdBIcCgVoZWxsbxgBIAEoCzINLnB1YnN1Yi5IZWxsbxIRCglmaXJzdF9zZXEYAiABKAQSJAoKZGVsaXZlcmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRIYChBmb3JnZXRfYXVkaWVuY2VzGAQgAygNEhEKCWhlYXJ0YmVhdBgFIAEoBBINCgVkcmFpbhgGIAEoCBISCgpjb21wcmVzc2VkGAcgASgMEhEKCXJhd19ieXRlcxgIIAEoDRIdCgZudWRnZXMYCSADKAsyDS5wdWJzdWIuTnVkZ2USJgoLcmVwbGF5X2VuZHMYCiADKAsyES5wdWJzdWIuUmVwbGF5RW5kEiIKCWxvZ19tYXJrcxgLIAMoCzIPLnB1YnN1Yi5Mb2dNYXJrEiIKCWxvZ19wYWdlcxgMIAMoCzIPLnB1YnN1Yi5Mb2dQYWdlInsKB0xvZ01hcmsSEQoJcGFydGl0aW9uGAEgASgNEgsKA3NlcRgCIAEoBBINCgVhZnRlchgDIAEoBBIeCgVyb29tcxgEIAMoCzIPLnB1YnN1Yi5Mb2dSb29tEg0KBWVwb2NoGAUgASgGEhIKCnBhcnRpdGlvbnMYBiABKA0iKAoHTG9nUm9vbRIPCgdyb29tX2lkGAEgASgJEgwKBHNlcXMYAiADKAQikwEKB0xvZ1BhZ2USDAoEZ2F0ZRgBIAEoBBIRCglwYXJ0aXRpb24YAiABKA0SIQoHZW50cmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRILCgNzZXEYBCABKAQSDAoEbW9yZRgFIAEoCBILCgNnYXAYBiABKAgSDQoFZXJyb3IYByABKAkSDQoFZXBvY2gYCCABKAYiNAoFTnVkZ2USDwoHdXNlcl9pZBgBIAEoCRILCgNzZXEYAiABKAQSDQoFdG9rZW4YAyABKAQiNQoJUmVwbGF5RW5kEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEEg0KBWVycm9yGAMgASgJIvwCCg9EZWxpdmVyUmVzcG9uc2USIQoFaGVsbG8YASABKAsyEi5wdWJzdWIuSGVsbG9SZXBseRIeCgRhY2tzGAIgAygLMhAucHVic3ViLkFja1JhbmdlEhwKBm1pc3NlcxgDIAMoCzIMLnB1YnN1Yi5NaXNzEhEKCWhlYXJ0YmVhdBgEIAEoBBIUCgxvbmxpbmVfdXNlcnMYBSABKA0SDQoFZHJhaW4YBiABKAgSIQoIcmVjZWlwdHMYByADKAsyDy5wdWJzdWIuUmVjZWlwdBIhCghjYXRjaHVwcxgIIAMoCzIPLnB1YnN1Yi5DYXRjaHVwEikKDHJlcGxheV90YWtlbhgJIAMoCzITLnB1YnN1Yi5SZXBsYXlUYWtlbhIUCgxudWRnZXNfdGFrZW4YCiADKAQSIgoJbG9nX3JlYWRzGAsgAygLMg8ucHVic3ViLkxvZ1JlYWQSJQoKbG9nX2ZvbGxvdxgMIAEoCzIRLnB1YnN1Yi5Mb2dGb2xsb3ciKQoJTG9nRm9sbG93Eg0KBWVwb2NoGAEgASgGEg0KBWFmdGVyGAIgAygEIkYKB0xvZ1JlYWQSDwoHcm9vbV9pZBgBIAEoCRIMCgRnYXRlGAIgASgEEg0KBWVwb2NoGAMgASgGEg0KBWFmdGVyGAQgAygEIkUKB1JlY2VpcHQSCwoDc2VxGAEgASgEEg0KBWFja2VkGAIgASgNEg8KB3VuYWNrZWQYAyADKAkSDQoFZmluYWwYBCABKAgiOAoHQ2F0Y2h1cBIPCgd1c2VyX2lkGAEgASgJEgwKBGdhdGUYAiABKAQSDgoGd2luZG93GAMgASgNIigKC1JlcGxheVRha2VuEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEIs0BCgVIZWxsbxIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEhIKCm1hbmFnZXJfaWQYAiABKAkSDQoFc2hhcmQYAyABKA0SDgoGc2hhcmRzGAQgASgNEh0KBmNvZGVjcxgFIAMoDjINLnB1YnN1Yi5Db2RlYxIhCghmZWF0dXJlcxgGIAMoDjIPLnB1YnN1Yi5GZWF0dXJlEhMKC2luc3RhbmNlX2lkGAcgASgJEg8KB2F0dGVtcHQYCCABKAQSDwoHbm9kZV9pZBgJIAEoCSLSAQoKSGVsbG9SZXBseRIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEg8KB25vZGVfaWQYAiABKAkSDwoHYm9vdF9pZBgDIAEoCRIcChRtYXhfYXVkaWVuY2VfbWVtYmVycxgEIAEoDRITCgttYXhfdW5hY2tlZBgFIAEoDRIUCgxvbmxpbmVfdXNlcnMYBiABKA0SHAoFY29kZWMYByABKA4yDS5wdWJzdWIuQ29kZWMSIQoIZmVhdHVyZXMYCCADKA4yDy5wdWJzdWIuRmVhdHVyZSKhAwoIRGVsaXZlcnkSJwoHY29udGVudBgBIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudBIPCgdyb29tX2lkGAIgASgJEhAKCHVzZXJfaWRzGAMgAygJEiIKCGF1ZGllbmNlGAQgASgLMhAucHVic3ViLkF1ZGllbmNlEhEKCWV2ZXJ5Ym9keRgFIAEoCBIXCg9leGNlcHRfdXNlcl9pZHMYBiADKAkSEwoLdHJhY2VwYXJlbnQYByABKAkSDQoFc2NvcGUYCCABKAkSEgoKbWVzc2FnZV9pZBgQIAEoCRIUCgxwYXlsb2FkX2hhc2gYESABKAcSDgoGdHRsX21zGBIgASgNEhAKCHdhbnRfYWNrGBMgASgIEhYKDmFja190aW1lb3V0X21zGBQgASgNEhQKDGNvbGxhcHNlX2tleRgVIAEoCRIjCgZyZXBsYXkYFyABKAsyEy5wdWJzdWIuUmVwbGF5UGxhY2USIAoDbG9nGBggASgLMhMucHVic3ViLkxvZ1Bvc2l0aW9uEg4KBnNlbmRlchgZIAEoCUoECBYQFyJWCgtMb2dQb3NpdGlvbhIRCglwYXJ0aXRpb24YASABKA0SCwoDc2VxGAIgASgEEhgKEGV4Y2x1ZGVfdXNlcl9pZHMYAyADKAkSDQoFZXBvY2gYBCABKAYiNwoLUmVwbGF5UGxhY2USDAoEZ2F0ZRgBIAEoBBILCgNzZXEYAiABKAQSDQoFYWZ0ZXIYAyABKAQiVQoIQXVkaWVuY2USCgoCaWQYASABKA0SDwoHdmVyc2lvbhgCIAEoDRIPCgdyb29tX2lkGAMgASgJEgwKBGpvaW4YBCADKAkSDQoFbGVhdmUYBSADKAkiUQoIQWNrUmFuZ2USDQoFZmlyc3QYASABKAQSEQoJZGVsaXZlcmVkGAIgAygNEhIKCmR1cGxpY2F0ZXMYAyADKA0SDwoHcGVuZGluZxgEIAMoDSJ8CgRNaXNzEgsKA3NlcRgBIAEoBBIQCghub3RfaGVyZRgCIAMoCRIOCgZmYWlsZWQYAyADKAkSDgoGcmVhc29uGAQgASgJEhQKDGZhaWxlZF91c2VycxgFIAEoDRIPCgdyZWZ1c2VkGAYgASgIEg4KBnJldXNlZBgHIAMoCSojCgVDb2RlYxIICgROT05FEAASBgoCUzIQARIICgRaU1REEAIqtQEKB0ZlYXR1cmUSFwoTRkVBVFVSRV9VTlNQRUNJRklFRBAAEhEKDUZFQVRVUkVfU0NPUEUQBxISCg5GRUFUVVJFX0RFRFVQRRABEhYKEkZFQVRVUkVfQ0xJRU5UX0FDSxACEhIKDkZFQVRVUkVfRVhQSVJZEAMSFAoQRkVBVFVSRV9DT0xMQVBTRRAEEhIKDkZFQVRVUkVfUkVQTEFZEAUSFAoQRkVBVFVSRV9ST09NX0xPRxAGMvcCChJDb25uZWN0Tm9kZVNlcnZpY2USRgoLUHVzaE1lc3NhZ2USGi5wdWJzdWIuUHVzaE1lc3NhZ2VSZXF1ZXN0GhsucHVic3ViLlB1c2hNZXNzYWdlUmVzcG9uc2USVQoQUHVzaE1lc3NhZ2VCYXRjaBIfLnB1YnN1Yi5QdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBogLnB1YnN1Yi5QdXNoTWVzc2FnZUJhdGNoUmVzcG9uc2USQAoJQnJvYWRjYXN0EhgucHVic3ViLkJyb2FkY2FzdFJlcXVlc3QaGS5wdWJzdWIuQnJvYWRjYXN0UmVzcG9uc2USPgoHRGVsaXZlchIWLnB1YnN1Yi5EZWxpdmVyUmVxdWVzdBoXLnB1YnN1Yi5EZWxpdmVyUmVzcG9uc2UoATABEkAKCUxpc3RVc2VycxIYLnB1YnN1Yi5MaXN0VXNlcnNSZXF1ZXN0GhkucHVic3ViLkxpc3RVc2Vyc1Jlc3BvbnNlQjNaMWdpdGh1Yi5jb20vcHVzaC1tYW5hZ2VyL3B1c2gtbWFuYWdlci9wcm90bztwdWJzdWJiBnByb3RvMw", [file_message]);
+  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJEChBMaXN0VXNlcnNSZXF1ZXN0EhIKCmZpcnN0X3R1cm4YASABKAYSDQoFbGltaXQYAiABKA0SDQoFc2NvcGUYAyABKAkiOAoRTGlzdFVzZXJzUmVzcG9uc2USEAoIdXNlcl9pZHMYASADKAkSEQoJbGFzdF90dXJuGAIgASgGIl8KElB1c2hNZXNzYWdlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSJwoHY29udGVudBgDIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCI3ChNQdXNoTWVzc2FnZVJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSDwoHbWVzc2FnZRgCIAEoCSJlChdQdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBIQCgh1c2VyX2lkcxgBIAMoCRIPCgdyb29tX2lkGAIgASgJEicKB2NvbnRlbnQYAyABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiigEKGFB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEhcKD2RlbGl2ZXJlZF9jb3VudBgCIAEoBRIXCg9mYWlsZWRfdXNlcl9pZHMYAyADKAkSDwoHbWVzc2FnZRgEIAEoCRIaChJ1bnJlYWNoZWRfdXNlcl9pZHMYBSADKAkiOwoQQnJvYWRjYXN0UmVxdWVzdBInCgdjb250ZW50GAEgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50ImcKEUJyb2FkY2FzdFJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSFwoPZGVsaXZlcmVkX2NvdW50GAIgASgFEg8KB21lc3NhZ2UYAyABKAkSFwoPdW5yZWFjaGVkX2NvdW50GAQgASgFIoIDCg5EZWxpdmVyUmVxdWVzdBIcCgVoZWxsbxgBIAEoCzINLnB1YnN1Yi5IZWxsbxIRCglmaXJzdF9zZXEYAiABKAQSJAoKZGVsaXZlcmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRIYChBmb3JnZXRfYXVkaWVuY2VzGAQgAygNEhEKCWhlYXJ0YmVhdBgFIAEoBBINCgVkcmFpbhgGIAEoCBISCgpjb21wcmVzc2VkGAcgASgMEhEKCXJhd19ieXRlcxgIIAEoDRIdCgZudWRnZXMYCSADKAsyDS5wdWJzdWIuTnVkZ2USJgoLcmVwbGF5X2VuZHMYCiADKAsyES5wdWJzdWIuUmVwbGF5RW5kEiIKCWxvZ19tYXJrcxgLIAMoCzIPLnB1YnN1Yi5Mb2dNYXJrEiIKCWxvZ19wYWdlcxgMIAMoCzIPLnB1YnN1Yi5Mb2dQYWdlEicKC2Rpc2Nvbm5lY3RzGA0gAygLMhIucHVic3ViLkRpc2Nvbm5lY3QiqAEKCkRpc2Nvbm5lY3QSDQoFdG9rZW4YASABKAQSDwoHdXNlcl9pZBgCIAEoCRIRCglkZXZpY2VfaWQYAyABKAkSDwoHcm9vbV9pZBgEIAEoCRIMCgRjb2RlGAUgASgNEg4KBnJlYXNvbhgGIAEoCRIRCglyZWZ1c2VfbXMYByABKAQSEwoLYWxsb3dfYWdhaW4YCCABKAgSEAoIcmV2aXNpb24YCSABKAQiewoHTG9nTWFyaxIRCglwYXJ0aXRpb24YASABKA0SCwoDc2VxGAIgASgEEg0KBWFmdGVyGAMgASgEEh4KBXJvb21zGAQgAygLMg8ucHVic3ViLkxvZ1Jvb20SDQoFZXBvY2gYBSABKAYSEgoKcGFydGl0aW9ucxgGIAEoDSIoCgdMb2dSb29tEg8KB3Jvb21faWQYASABKAkSDAoEc2VxcxgCIAMoBCKTAQoHTG9nUGFnZRIMCgRnYXRlGAEgASgEEhEKCXBhcnRpdGlvbhgCIAEoDRIhCgdlbnRyaWVzGAMgAygLMhAucHVic3ViLkRlbGl2ZXJ5EgsKA3NlcRgEIAEoBBIMCgRtb3JlGAUgASgIEgsKA2dhcBgGIAEoCBINCgVlcnJvchgHIAEoCRINCgVlcG9jaBgIIAEoBiI0CgVOdWRnZRIPCgd1c2VyX2lkGAEgASgJEgsKA3NlcRgCIAEoBBINCgV0b2tlbhgDIAEoBCI1CglSZXBsYXlFbmQSDAoEZ2F0ZRgBIAEoBBILCgNzZXEYAiABKAQSDQoFZXJyb3IYAyABKAkiqAMKD0RlbGl2ZXJSZXNwb25zZRIhCgVoZWxsbxgBIAEoCzISLnB1YnN1Yi5IZWxsb1JlcGx5Eh4KBGFja3MYAiADKAsyEC5wdWJzdWIuQWNrUmFuZ2USHAoGbWlzc2VzGAMgAygLMgwucHVic3ViLk1pc3MSEQoJaGVhcnRiZWF0GAQgASgEEhQKDG9ubGluZV91c2VycxgFIAEoDRINCgVkcmFpbhgGIAEoCBIhCghyZWNlaXB0cxgHIAMoCzIPLnB1YnN1Yi5SZWNlaXB0EiEKCGNhdGNodXBzGAggAygLMg8ucHVic3ViLkNhdGNodXASKQoMcmVwbGF5X3Rha2VuGAkgAygLMhMucHVic3ViLlJlcGxheVRha2VuEhQKDG51ZGdlc190YWtlbhgKIAMoBBIiCglsb2dfcmVhZHMYCyADKAsyDy5wdWJzdWIuTG9nUmVhZBIlCgpsb2dfZm9sbG93GAwgASgLMhEucHVic3ViLkxvZ0ZvbGxvdxIqCgxkaXNjb25uZWN0ZWQYDSADKAsyFC5wdWJzdWIuRGlzY29ubmVjdGVkIjIKDERpc2Nvbm5lY3RlZBINCgV0b2tlbhgBIAEoBBITCgtjb25uZWN0aW9ucxgCIAEoDSIpCglMb2dGb2xsb3cSDQoFZXBvY2gYASABKAYSDQoFYWZ0ZXIYAiADKAQiRgoHTG9nUmVhZBIPCgdyb29tX2lkGAEgASgJEgwKBGdhdGUYAiABKAQSDQoFZXBvY2gYAyABKAYSDQoFYWZ0ZXIYBCADKAQiRQoHUmVjZWlwdBILCgNzZXEYASABKAQSDQoFYWNrZWQYAiABKA0SDwoHdW5hY2tlZBgDIAMoCRINCgVmaW5hbBgEIAEoCCI4CgdDYXRjaHVwEg8KB3VzZXJfaWQYASABKAkSDAoEZ2F0ZRgCIAEoBBIOCgZ3aW5kb3cYAyABKA0iKAoLUmVwbGF5VGFrZW4SDAoEZ2F0ZRgBIAEoBBILCgNzZXEYAiABKAQizQEKBUhlbGxvEhgKEHByb3RvY29sX3ZlcnNpb24YASABKA0SEgoKbWFuYWdlcl9pZBgCIAEoCRINCgVzaGFyZBgDIAEoDRIOCgZzaGFyZHMYBCABKA0SHQoGY29kZWNzGAUgAygOMg0ucHVic3ViLkNvZGVjEiEKCGZlYXR1cmVzGAYgAygOMg8ucHVic3ViLkZlYXR1cmUSEwoLaW5zdGFuY2VfaWQYByABKAkSDwoHYXR0ZW1wdBgIIAEoBBIPCgdub2RlX2lkGAkgASgJItIBCgpIZWxsb1JlcGx5EhgKEHByb3RvY29sX3ZlcnNpb24YASABKA0SDwoHbm9kZV9pZBgCIAEoCRIPCgdib290X2lkGAMgASgJEhwKFG1heF9hdWRpZW5jZV9tZW1iZXJzGAQgASgNEhMKC21heF91bmFja2VkGAUgASgNEhQKDG9ubGluZV91c2VycxgGIAEoDRIcCgVjb2RlYxgHIAEoDjINLnB1YnN1Yi5Db2RlYxIhCghmZWF0dXJlcxgIIAMoDjIPLnB1YnN1Yi5GZWF0dXJlIqEDCghEZWxpdmVyeRInCgdjb250ZW50GAEgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50Eg8KB3Jvb21faWQYAiABKAkSEAoIdXNlcl9pZHMYAyADKAkSIgoIYXVkaWVuY2UYBCABKAsyEC5wdWJzdWIuQXVkaWVuY2USEQoJZXZlcnlib2R5GAUgASgIEhcKD2V4Y2VwdF91c2VyX2lkcxgGIAMoCRITCgt0cmFjZXBhcmVudBgHIAEoCRINCgVzY29wZRgIIAEoCRISCgptZXNzYWdlX2lkGBAgASgJEhQKDHBheWxvYWRfaGFzaBgRIAEoBxIOCgZ0dGxfbXMYEiABKA0SEAoId2FudF9hY2sYEyABKAgSFgoOYWNrX3RpbWVvdXRfbXMYFCABKA0SFAoMY29sbGFwc2Vfa2V5GBUgASgJEiMKBnJlcGxheRgXIAEoCzITLnB1YnN1Yi5SZXBsYXlQbGFjZRIgCgNsb2cYGCABKAsyEy5wdWJzdWIuTG9nUG9zaXRpb24SDgoGc2VuZGVyGBkgASgJSgQIFhAXIlYKC0xvZ1Bvc2l0aW9uEhEKCXBhcnRpdGlvbhgBIAEoDRILCgNzZXEYAiABKAQSGAoQZXhjbHVkZV91c2VyX2lkcxgDIAMoCRINCgVlcG9jaBgEIAEoBiI3CgtSZXBsYXlQbGFjZRIMCgRnYXRlGAEgASgEEgsKA3NlcRgCIAEoBBINCgVhZnRlchgDIAEoBCJVCghBdWRpZW5jZRIKCgJpZBgBIAEoDRIPCgd2ZXJzaW9uGAIgASgNEg8KB3Jvb21faWQYAyABKAkSDAoEam9pbhgEIAMoCRINCgVsZWF2ZRgFIAMoCSJRCghBY2tSYW5nZRINCgVmaXJzdBgBIAEoBBIRCglkZWxpdmVyZWQYAiADKA0SEgoKZHVwbGljYXRlcxgDIAMoDRIPCgdwZW5kaW5nGAQgAygNInwKBE1pc3MSCwoDc2VxGAEgASgEEhAKCG5vdF9oZXJlGAIgAygJEg4KBmZhaWxlZBgDIAMoCRIOCgZyZWFzb24YBCABKAkSFAoMZmFpbGVkX3VzZXJzGAUgASgNEg8KB3JlZnVzZWQYBiABKAgSDgoGcmV1c2VkGAcgAygJKiMKBUNvZGVjEggKBE5PTkUQABIGCgJTMhABEggKBFpTVEQQAirNAQoHRmVhdHVyZRIXChNGRUFUVVJFX1VOU1BFQ0lGSUVEEAASEQoNRkVBVFVSRV9TQ09QRRAHEhIKDkZFQVRVUkVfREVEVVBFEAESFgoSRkVBVFVSRV9DTElFTlRfQUNLEAISEgoORkVBVFVSRV9FWFBJUlkQAxIUChBGRUFUVVJFX0NPTExBUFNFEAQSEgoORkVBVFVSRV9SRVBMQVkQBRIUChBGRUFUVVJFX1JPT01fTE9HEAYSFgoSRkVBVFVSRV9ESVNDT05ORUNUEAoy9wIKEkNvbm5lY3ROb2RlU2VydmljZRJGCgtQdXNoTWVzc2FnZRIaLnB1YnN1Yi5QdXNoTWVzc2FnZVJlcXVlc3QaGy5wdWJzdWIuUHVzaE1lc3NhZ2VSZXNwb25zZRJVChBQdXNoTWVzc2FnZUJhdGNoEh8ucHVic3ViLlB1c2hNZXNzYWdlQmF0Y2hSZXF1ZXN0GiAucHVic3ViLlB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRJACglCcm9hZGNhc3QSGC5wdWJzdWIuQnJvYWRjYXN0UmVxdWVzdBoZLnB1YnN1Yi5Ccm9hZGNhc3RSZXNwb25zZRI+CgdEZWxpdmVyEhYucHVic3ViLkRlbGl2ZXJSZXF1ZXN0GhcucHVic3ViLkRlbGl2ZXJSZXNwb25zZSgBMAESQAoJTGlzdFVzZXJzEhgucHVic3ViLkxpc3RVc2Vyc1JlcXVlc3QaGS5wdWJzdWIuTGlzdFVzZXJzUmVzcG9uc2VCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z", [file_message]);
 
 /**
  * ListUsersRequest asks for users whose turn is first_turn to the end. A user's turn is the first 8 bytes of SHA-256 over
@@ -337,6 +337,13 @@ export type DeliverRequest = Message<"pubsub.DeliverRequest"> & {
    * @generated from field: repeated pubsub.LogPage log_pages = 12;
    */
   logPages: LogPage[];
+
+  /**
+   * To nodes with FEATURE_DISCONNECT.
+   *
+   * @generated from field: repeated pubsub.Disconnect disconnects = 13;
+   */
+  disconnects: Disconnect[];
 };
 
 /**
@@ -345,6 +352,83 @@ export type DeliverRequest = Message<"pubsub.DeliverRequest"> & {
  */
 export const DeliverRequestSchema: GenMessage<DeliverRequest> = /*@__PURE__*/
   messageDesc(file_connect_node, 8);
+
+/**
+ * Disconnect closes connections, and may keep them away. The node does it when it has applied the deliveries of the frame, so
+ * that they are in front of the close frame, and answers with Disconnected. The order of doing it is: refuse, then close, so that nobody
+ * who comes in between is missed. Exactly one of user_id and room_id is set. FEATURE_DISCONNECT.
+ *
+ * @generated from message pubsub.Disconnect
+ */
+export type Disconnect = Message<"pubsub.Disconnect"> & {
+  /**
+   * To be echoed: not 0, once on this stream.
+   *
+   * @generated from field: uint64 token = 1;
+   */
+  token: bigint;
+
+  /**
+   * @generated from field: string user_id = 2;
+   */
+  userId: string;
+
+  /**
+   * Only connections of the user with this device_id.
+   *
+   * @generated from field: string device_id = 3;
+   */
+  deviceId: string;
+
+  /**
+   * Connections that are in this room.
+   *
+   * @generated from field: string room_id = 4;
+   */
+  roomId: string;
+
+  /**
+   * 4000 to 4999, and what the client is told beside it.
+   *
+   * @generated from field: uint32 code = 5;
+   */
+  code: number;
+
+  /**
+   * @generated from field: string reason = 6;
+   */
+  reason: string;
+
+  /**
+   * For so long the user, or the device, is refused with code and reason when it connects, and the room when it is joined. 0: they may
+   * come back.
+   *
+   * @generated from field: uint64 refuse_ms = 7;
+   */
+  refuseMs: bigint;
+
+  /**
+   * Ends such a refusal; nobody is disconnected.
+   *
+   * @generated from field: bool allow_again = 8;
+   */
+  allowAgain: boolean;
+
+  /**
+   * Where refuse_ms or allow_again is set: the revision of etcd that has it. Of what a node hears of the same user, device or room, over
+   * streams and from etcd, the highest revision counts.
+   *
+   * @generated from field: uint64 revision = 9;
+   */
+  revision: bigint;
+};
+
+/**
+ * Describes the message pubsub.Disconnect.
+ * Use `create(DisconnectSchema)` to create a new message.
+ */
+export const DisconnectSchema: GenMessage<Disconnect> = /*@__PURE__*/
+  messageDesc(file_connect_node, 9);
 
 /**
  * LogMark tells a node that follows the logs of rooms what was written into one partition of
@@ -397,7 +481,7 @@ export type LogMark = Message<"pubsub.LogMark"> & {
  * Use `create(LogMarkSchema)` to create a new message.
  */
 export const LogMarkSchema: GenMessage<LogMark> = /*@__PURE__*/
-  messageDesc(file_connect_node, 9);
+  messageDesc(file_connect_node, 10);
 
 /**
  * LogRoom is the places of a room's messages, rising.
@@ -421,7 +505,7 @@ export type LogRoom = Message<"pubsub.LogRoom"> & {
  * Use `create(LogRoomSchema)` to create a new message.
  */
 export const LogRoomSchema: GenMessage<LogRoom> = /*@__PURE__*/
-  messageDesc(file_connect_node, 10);
+  messageDesc(file_connect_node, 11);
 
 /**
  * LogPage answers a LogRead.
@@ -487,7 +571,7 @@ export type LogPage = Message<"pubsub.LogPage"> & {
  * Use `create(LogPageSchema)` to create a new message.
  */
 export const LogPageSchema: GenMessage<LogPage> = /*@__PURE__*/
-  messageDesc(file_connect_node, 11);
+  messageDesc(file_connect_node, 12);
 
 /**
  * Nudge says that a message was stored for a user who may be connected here by now. The node
@@ -522,7 +606,7 @@ export type Nudge = Message<"pubsub.Nudge"> & {
  * Use `create(NudgeSchema)` to create a new message.
  */
 export const NudgeSchema: GenMessage<Nudge> = /*@__PURE__*/
-  messageDesc(file_connect_node, 12);
+  messageDesc(file_connect_node, 13);
 
 /**
  * ReplayEnd answers a Catchup: nothing more is stored for the user, and the gate may open. With
@@ -554,7 +638,7 @@ export type ReplayEnd = Message<"pubsub.ReplayEnd"> & {
  * Use `create(ReplayEndSchema)` to create a new message.
  */
 export const ReplayEndSchema: GenMessage<ReplayEnd> = /*@__PURE__*/
-  messageDesc(file_connect_node, 13);
+  messageDesc(file_connect_node, 14);
 
 /**
  * DeliverResponse is one frame from the node. The first has hello and nothing
@@ -641,6 +725,11 @@ export type DeliverResponse = Message<"pubsub.DeliverResponse"> & {
    * @generated from field: pubsub.LogFollow log_follow = 12;
    */
   logFollow?: LogFollow | undefined;
+
+  /**
+   * @generated from field: repeated pubsub.Disconnected disconnected = 13;
+   */
+  disconnected: Disconnected[];
 };
 
 /**
@@ -648,7 +737,34 @@ export type DeliverResponse = Message<"pubsub.DeliverResponse"> & {
  * Use `create(DeliverResponseSchema)` to create a new message.
  */
 export const DeliverResponseSchema: GenMessage<DeliverResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 14);
+  messageDesc(file_connect_node, 15);
+
+/**
+ * Disconnected answers a Disconnect: new connections are refused if that was asked for, and no connection that it is about
+ * gets anything that comes later. FEATURE_DISCONNECT.
+ *
+ * @generated from message pubsub.Disconnected
+ */
+export type Disconnected = Message<"pubsub.Disconnected"> & {
+  /**
+   * @generated from field: uint64 token = 1;
+   */
+  token: bigint;
+
+  /**
+   * How many were closed.
+   *
+   * @generated from field: uint32 connections = 2;
+   */
+  connections: number;
+};
+
+/**
+ * Describes the message pubsub.Disconnected.
+ * Use `create(DisconnectedSchema)` to create a new message.
+ */
+export const DisconnectedSchema: GenMessage<Disconnected> = /*@__PURE__*/
+  messageDesc(file_connect_node, 16);
 
 /**
  * LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
@@ -676,7 +792,7 @@ export type LogFollow = Message<"pubsub.LogFollow"> & {
  * Use `create(LogFollowSchema)` to create a new message.
  */
 export const LogFollowSchema: GenMessage<LogFollow> = /*@__PURE__*/
-  messageDesc(file_connect_node, 15);
+  messageDesc(file_connect_node, 17);
 
 /**
  * LogRead asks the manager that the node follows for what the log of a room has behind a place, and is
@@ -715,7 +831,7 @@ export type LogRead = Message<"pubsub.LogRead"> & {
  * Use `create(LogReadSchema)` to create a new message.
  */
 export const LogReadSchema: GenMessage<LogRead> = /*@__PURE__*/
-  messageDesc(file_connect_node, 16);
+  messageDesc(file_connect_node, 18);
 
 /**
  * Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
@@ -758,7 +874,7 @@ export type Receipt = Message<"pubsub.Receipt"> & {
  * Use `create(ReceiptSchema)` to create a new message.
  */
 export const ReceiptSchema: GenMessage<Receipt> = /*@__PURE__*/
-  messageDesc(file_connect_node, 17);
+  messageDesc(file_connect_node, 19);
 
 /**
  * Catchup asks for what is stored for a user who has connected here. It is asked once the
@@ -794,7 +910,7 @@ export type Catchup = Message<"pubsub.Catchup"> & {
  * Use `create(CatchupSchema)` to create a new message.
  */
 export const CatchupSchema: GenMessage<Catchup> = /*@__PURE__*/
-  messageDesc(file_connect_node, 18);
+  messageDesc(file_connect_node, 20);
 
 /**
  * ReplayTaken says that the client has taken all replayed messages up to seq: they may be
@@ -820,7 +936,7 @@ export type ReplayTaken = Message<"pubsub.ReplayTaken"> & {
  * Use `create(ReplayTakenSchema)` to create a new message.
  */
 export const ReplayTakenSchema: GenMessage<ReplayTaken> = /*@__PURE__*/
-  messageDesc(file_connect_node, 19);
+  messageDesc(file_connect_node, 21);
 
 /**
  * Hello opens a stream.
@@ -902,7 +1018,7 @@ export type Hello = Message<"pubsub.Hello"> & {
  * Use `create(HelloSchema)` to create a new message.
  */
 export const HelloSchema: GenMessage<Hello> = /*@__PURE__*/
-  messageDesc(file_connect_node, 20);
+  messageDesc(file_connect_node, 22);
 
 /**
  * HelloReply accepts a stream.
@@ -980,7 +1096,7 @@ export type HelloReply = Message<"pubsub.HelloReply"> & {
  * Use `create(HelloReplySchema)` to create a new message.
  */
 export const HelloReplySchema: GenMessage<HelloReply> = /*@__PURE__*/
-  messageDesc(file_connect_node, 21);
+  messageDesc(file_connect_node, 23);
 
 /**
  * Delivery is one push for the users it names on this node.
@@ -1115,7 +1231,7 @@ export type Delivery = Message<"pubsub.Delivery"> & {
  * Use `create(DeliverySchema)` to create a new message.
  */
 export const DeliverySchema: GenMessage<Delivery> = /*@__PURE__*/
-  messageDesc(file_connect_node, 22);
+  messageDesc(file_connect_node, 24);
 
 /**
  * LogPosition is a message's place in the logs of rooms.
@@ -1151,7 +1267,7 @@ export type LogPosition = Message<"pubsub.LogPosition"> & {
  * Use `create(LogPositionSchema)` to create a new message.
  */
 export const LogPositionSchema: GenMessage<LogPosition> = /*@__PURE__*/
-  messageDesc(file_connect_node, 23);
+  messageDesc(file_connect_node, 25);
 
 /**
  * ReplayPlace is a stored message's place. It goes to the connections behind the gate that
@@ -1186,7 +1302,7 @@ export type ReplayPlace = Message<"pubsub.ReplayPlace"> & {
  * Use `create(ReplayPlaceSchema)` to create a new message.
  */
 export const ReplayPlaceSchema: GenMessage<ReplayPlace> = /*@__PURE__*/
-  messageDesc(file_connect_node, 24);
+  messageDesc(file_connect_node, 26);
 
 /**
  * Audience names a set of users that the stream knows, so that a push to a room
@@ -1239,7 +1355,7 @@ export type Audience = Message<"pubsub.Audience"> & {
  * Use `create(AudienceSchema)` to create a new message.
  */
 export const AudienceSchema: GenMessage<Audience> = /*@__PURE__*/
-  messageDesc(file_connect_node, 25);
+  messageDesc(file_connect_node, 27);
 
 /**
  * AckRange confirms the deliveries first, first+1, ... with one count each. A
@@ -1284,7 +1400,7 @@ export type AckRange = Message<"pubsub.AckRange"> & {
  * Use `create(AckRangeSchema)` to create a new message.
  */
 export const AckRangeSchema: GenMessage<AckRange> = /*@__PURE__*/
-  messageDesc(file_connect_node, 26);
+  messageDesc(file_connect_node, 28);
 
 /**
  * Miss explains the users of one delivery that were not reached.
@@ -1347,7 +1463,7 @@ export type Miss = Message<"pubsub.Miss"> & {
  * Use `create(MissSchema)` to create a new message.
  */
 export const MissSchema: GenMessage<Miss> = /*@__PURE__*/
-  messageDesc(file_connect_node, 27);
+  messageDesc(file_connect_node, 29);
 
 /**
  * Codec is a way to compress a frame.
@@ -1452,6 +1568,13 @@ export enum Feature {
    * @generated from enum value: FEATURE_ROOM_LOG = 6;
    */
   ROOM_LOG = 6,
+
+  /**
+   * The node closes connections when it is asked to, and keeps users, devices and rooms away: disconnects and disconnected.
+   *
+   * @generated from enum value: FEATURE_DISCONNECT = 10;
+   */
+  DISCONNECT = 10,
 }
 
 /**
