@@ -100,7 +100,7 @@ type sender struct {
 	hook    atomic.Pointer[hook] // changes with the file
 	queue   *queue
 	webhook *webhook.Webhook
-	names   []string // of its metrics
+	shown   []string // names of metrics of the queue
 }
 
 // Open reads the files, which must be right, and begins to send what waits.
@@ -175,10 +175,9 @@ func (h *Hooks) drain(ctx context.Context, list []*sender) {
 	var wg sync.WaitGroup
 	for _, s := range list {
 		wg.Go(func() {
-			if s.webhook != nil {
-				s.webhook.Drain(ctx)
-			}
-			for _, name := range s.names {
+			s.webhook.Drain(ctx)
+			s.webhook.Forget()
+			for _, name := range s.shown {
 				h.cfg.Metrics.UnregisterMetric(name)
 			}
 		})
@@ -273,15 +272,13 @@ func (h *Hooks) begin(l *hook) (*sender, error) {
 	}
 	s := &sender{name: l.Name, queue: queue}
 	s.hook.Store(l)
-	metric := func(name string, labels ...string) string {
-		full := label.Name("connect_node_hook_"+name, append(labels, "hook", l.Name)...)
-		s.names = append(s.names, full)
-		return full
-	}
-	h.cfg.Metrics.GetOrCreateGauge(metric("queue_events"), func() float64 { events, _ := queue.size(); return float64(events) })
-	h.cfg.Metrics.GetOrCreateGauge(metric("queue_bytes"), func() float64 { _, bytes := queue.size(); return float64(bytes) })
+	labels := []string{"hook", l.Name}
 	s.webhook, err = webhook.Start(webhook.Config{
-		Source: queue, Turns: queue, Encode: encode, Name: "events", Metric: metric,
+		Source: queue, Turns: queue, Encode: encode, Name: "events", Labels: labels,
+		Names: webhook.Names{
+			Requests: "connect_node_hook_requests_total", Taken: "connect_node_hook_events_total", Lost: "connect_node_hook_lost_total",
+			Seconds: "connect_node_hook_seconds", Active: "connect_node_hook_active", Failures: "connect_node_hook_failures",
+		},
 		Target:  func() (string, []byte) { now := s.hook.Load(); return now.URL, now.secret },
 		Timeout: h.cfg.Timeout, RetryMin: h.cfg.RetryMin, RetryMax: h.cfg.RetryMax,
 		Logger: h.cfg.Logger.With("hook", l.Name), Metrics: h.cfg.Metrics,
@@ -289,6 +286,9 @@ func (h *Hooks) begin(l *hook) (*sender, error) {
 	if err != nil {
 		return nil, fmt.Errorf("hook %q: %w", l.Name, err)
 	}
+	s.shown = []string{label.Name("connect_node_hook_queue_events", labels...), label.Name("connect_node_hook_queue_bytes", labels...)}
+	h.cfg.Metrics.GetOrCreateGauge(s.shown[0], func() float64 { events, _ := queue.size(); return float64(events) })
+	h.cfg.Metrics.GetOrCreateGauge(s.shown[1], func() float64 { _, bytes := queue.size(); return float64(bytes) })
 	return s, nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -57,8 +58,9 @@ type Config struct {
 	Target func() (url string, secret []byte)
 	// Name is what the log calls it. Default "receipts".
 	Name string
-	// Metric names a metric, such as "requests_total" with labels in pairs. Default: push_manager_receipt_webhook_ before it.
-	Metric func(name string, labels ...string) string
+	// Names are those of its metrics, and Labels what they have, in pairs. Default: those of receipts, and none.
+	Names  Names
+	Labels []string
 	// Encode makes the body of a request, and tells how much it has of the page. What cannot be read is counted as missed. Default: that
 	// of receipts.
 	Encode func(page *Page) (body []byte, n int, err error)
@@ -72,6 +74,9 @@ type Config struct {
 	Logger             *slog.Logger // nil: nothing is logged
 	Metrics            *metrics.Set // nil: a set of its own
 }
+
+// Names are those of metrics.
+type Names struct{ Requests, Taken, Lost, Seconds, Active, Failures string }
 
 // Source has the receipts of all senders in one line.
 type Source interface {
@@ -130,6 +135,7 @@ type Webhook struct {
 	sent   *metrics.Counter
 	lost   *metrics.Counter
 	took   *metrics.PrometheusHistogram
+	shown  []string // names of these and of gauges
 
 	turn     atomic.Bool // it is ours
 	failures atomic.Int64
@@ -149,11 +155,11 @@ func Start(cfg Config) (*Webhook, error) {
 		return nil, errors.New("webhook: Source or Turns is missing")
 	}
 	defaultTo(&cfg.Name, "receipts")
-	if cfg.Metric == nil {
-		cfg.Metric = func(name string, labels ...string) string {
-			return label.Name("push_manager_receipt_webhook_"+name, labels...)
-		}
-	}
+	defaultTo(&cfg.Names, Names{
+		Requests: "push_manager_receipt_webhook_requests_total", Taken: "push_manager_receipt_webhook_receipts_total",
+		Lost: "push_manager_receipt_webhook_lost_total", Seconds: "push_manager_receipt_webhook_seconds",
+		Active: "push_manager_receipt_webhook_active", Failures: "push_manager_receipt_webhook_failures",
+	})
 	if cfg.Encode == nil {
 		cfg.Encode = encode
 	}
@@ -166,22 +172,27 @@ func Start(cfg Config) (*Webhook, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
 	}
-	set, name := cfg.Metrics, cfg.Metric
+	var shown []string
+	set, names, name := cfg.Metrics, &cfg.Names, func(metric string, labels ...string) string {
+		shown = append(shown, label.Name(metric, slices.Concat(cfg.Labels, labels)...))
+		return shown[len(shown)-1]
+	}
 	w := &Webhook{
 		cfg: cfg, log: cfg.Logger.With("webhook", cfg.Name), drain: make(chan struct{}), client: newClient(cfg.Timeout),
-		ok:     set.GetOrCreateCounter(name("requests_total", "result", "ok")),
-		failed: set.GetOrCreateCounter(name("requests_total", "result", "failed")),
-		sent:   set.GetOrCreateCounter(name(cfg.Name + "_total")),
-		lost:   set.GetOrCreateCounter(name("lost_total")),
-		took:   set.GetOrCreatePrometheusHistogramExt(name("seconds"), []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
+		ok:     set.GetOrCreateCounter(name(names.Requests, "result", "ok")),
+		failed: set.GetOrCreateCounter(name(names.Requests, "result", "failed")),
+		sent:   set.GetOrCreateCounter(name(names.Taken)),
+		lost:   set.GetOrCreateCounter(name(names.Lost)),
+		took:   set.GetOrCreatePrometheusHistogramExt(name(names.Seconds), []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
 	}
-	set.GetOrCreateGauge(name("active"), func() float64 {
+	set.GetOrCreateGauge(name(names.Active), func() float64 {
 		if w.turn.Load() {
 			return 1
 		}
 		return 0
 	})
-	set.GetOrCreateGauge(name("failures"), func() float64 { return float64(w.failures.Load()) })
+	set.GetOrCreateGauge(name(names.Failures), func() float64 { return float64(w.failures.Load()) })
+	w.shown = shown
 	var running context.Context
 	running, w.stop = context.WithCancel(context.Background())
 	w.wg.Go(func() { w.loop(running) })
@@ -232,6 +243,13 @@ func (w *Webhook) Drain(ctx context.Context) {
 	cut()
 	w.stop()
 	w.client.CloseIdleConnections()
+}
+
+// Forget takes its metrics away, after Drain.
+func (w *Webhook) Forget() {
+	for _, name := range w.shown {
+		w.cfg.Metrics.UnregisterMetric(name)
+	}
 }
 
 // loop sends whenever it is our turn.
