@@ -177,9 +177,15 @@ func TestAUserWithFiveConnectionsOnThreeNodesThatComeBackAtOnceIsGoneOnEveryNode
 	until("the device is back", all(true))
 
 	// With refuse_for none is let in. Each of them tries all the time.
+	began := time.Now()
 	if n := ask(&pubsub.DisconnectRequest{UserId: "alice", RefuseFor: durationpb.New(time.Hour), Reason: "spam"}).GetDisconnected(); n != 5 {
 		t.Errorf("%d connections were closed, want 5", n)
 	}
+	replied := time.Since(began)
+	for _, c := range alice {
+		until("the close code has come", func() bool { return c.seen(4410) > 0 })
+	}
+	t.Logf("reply after %v, all gone after %v", replied, time.Since(began))
 	for _, c := range alice {
 		until("all are refused again and again", func() bool { return c.seen(4410) > 10 })
 		if c.isHere() {
