@@ -127,8 +127,8 @@ func TestDisconnectRefusesWhatCannotBeMeant(t *testing.T) {
 func TestDisconnectIsARightOfItsOwnAndATenantsIDsAreItsOwn(t *testing.T) {
 	a := newAccess(t, authtest.New(t, "version: 1\ntenants: {shop: {daily_pushes: 100}}\ncallers:\n"+
 		caller("users", `{methods: [Disconnect], users: ["u-*"]}`, ", tenant: shop")+
-		caller("rooms", `{methods: [DisconnectRoom], rooms: ["r-*"]}`)+
-		caller("pusher", `{methods: [PushToUser, PushToRoom], users: ["*"], rooms: ["*"]}`)))
+		caller("rooms", `{methods: [DisconnectRoom], rooms: ["r-*"]}`, ", tenant: shop")+
+		caller("pusher", `{methods: [PushToUser, PushToRoom], users: ["*"], rooms: ["*"]}`, ", tenant: shop")))
 	file := filepath.Join(t.TempDir(), "audit")
 	log, err := audit.Open(audit.Config{File: file})
 	ok(t, err)
@@ -142,7 +142,7 @@ func TestDisconnectIsARightOfItsOwnAndATenantsIDsAreItsOwn(t *testing.T) {
 	ok(t, err)
 	_, err = client.Disconnect(as("users"), &pubsub.DisconnectRequest{UserId: "u-1", AllowAgain: true})
 	ok(t, err)
-	if len(n.asked) != 3 || n.asked[0].User != "shop/u-1" || n.asked[1].Room != "r-1" || n.asked[2].User != "shop/u-1" {
+	if len(n.asked) != 3 || n.asked[0].User != "shop/u-1" || n.asked[1].Room != "shop/r-1" || n.asked[2].User != "shop/u-1" {
 		t.Errorf("asked for %+v", n.asked)
 	}
 	for name, c := range map[string]struct {
