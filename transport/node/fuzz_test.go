@@ -1,6 +1,7 @@
 package node
 
 import (
+	"math"
 	"testing"
 	"time"
 
@@ -197,6 +198,18 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 			t.Fatalf("end %d: protobuf decodes it: %v", i, err)
 		}
 		got.ReplayEnds = append(got.ReplayEnds, &pubsub.ReplayEnd{Gate: e.gate, Error: e.failure, Seq: want.GetReplayEnds()[i].GetSeq()})
+	}
+	for i, part := range r.disconnects {
+		asked := want.GetDisconnects()[i]
+		var d disconnect
+		_ = d.parse(part) // it refuses more than protobuf does
+		if ms := asked.GetRefuseMs(); uint32(d.Code) != min(asked.GetCode(), math.MaxUint16) || d.Seconds < 0 || (d.Seconds == 0) != (ms == 0) {
+			t.Errorf("disconnect %d: code %d, %d s of %v", i, d.Code, d.Seconds, asked)
+		}
+		got.Disconnects = append(got.Disconnects, &pubsub.Disconnect{
+			Token: d.token, UserId: d.User, DeviceId: d.Device, RoomId: d.Room, Reason: d.Reason, AllowAgain: d.allowAgain, Revision: uint64(d.revision),
+			Code: asked.GetCode(), RefuseMs: asked.GetRefuseMs(),
+		})
 	}
 	for i, part := range r.marks {
 		var k logMark
