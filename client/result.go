@@ -3,7 +3,6 @@ package client
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 )
@@ -168,16 +167,4 @@ func resultOfSummary(s *pubsub.DeliverySummary) (Result, *Error) {
 	}
 	result.Failures = failuresOf(s.GetNodeFailures())
 	return result, nil
-}
-
-func failuresOf(list []*pubsub.NodeFailure) []Failure {
-	var failures []Failure
-	for _, f := range list {
-		outcome := Failed
-		if strings.HasPrefix(f.GetReason(), "unknown") {
-			outcome = Unknown
-		}
-		failures = append(failures, Failure{Node: f.GetNodeId(), Outcome: outcome, Reason: f.GetReason(), Users: max(int(f.GetUsers()), 0)})
-	}
-	return failures
 }

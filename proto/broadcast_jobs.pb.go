@@ -110,7 +110,9 @@ type BroadcastJobSpec struct {
 	// 100th on. Counted from the last resume. 0: it never does. At most 1.
 	MaxFailedRatio float64 `protobuf:"fixed64,8,opt,name=max_failed_ratio,json=maxFailedRatio,proto3" json:"max_failed_ratio,omitempty"`
 	// Unset: low. Up to the caller's highest.
-	Priority      Priority `protobuf:"varint,9,opt,name=priority,proto3,enum=pubsub.Priority" json:"priority,omitempty"`
+	Priority Priority `protobuf:"varint,9,opt,name=priority,proto3,enum=pubsub.Priority" json:"priority,omitempty"`
+	// As PushOptions.filter. Whom it leaves out is offline.
+	Filter        []*Match `protobuf:"bytes,10,rep,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -206,6 +208,13 @@ func (x *BroadcastJobSpec) GetPriority() Priority {
 		return x.Priority
 	}
 	return Priority_PRIORITY_UNSPECIFIED
+}
+
+func (x *BroadcastJobSpec) GetFilter() []*Match {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
 }
 
 type BroadcastJob struct {
@@ -1324,7 +1333,7 @@ var File_broadcast_jobs_proto protoreflect.FileDescriptor
 
 const file_broadcast_jobs_proto_rawDesc = "" +
 	"\n" +
-	"\x14broadcast_jobs.proto\x12\x06pubsub\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\rmessage.proto\x1a\x12push_manager.proto\"\x8b\x03\n" +
+	"\x14broadcast_jobs.proto\x12\x06pubsub\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\rmessage.proto\x1a\x12push_manager.proto\"\xb2\x03\n" +
 	"\x10BroadcastJobSpec\x12\x1c\n" +
 	"\teverybody\x18\x01 \x01(\bR\teverybody\x12\x19\n" +
 	"\broom_ids\x18\x02 \x03(\tR\aroomIds\x12\x19\n" +
@@ -1335,7 +1344,9 @@ const file_broadcast_jobs_proto_rawDesc = "" +
 	"start_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x126\n" +
 	"\bdeadline\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12(\n" +
 	"\x10max_failed_ratio\x18\b \x01(\x01R\x0emaxFailedRatio\x12,\n" +
-	"\bpriority\x18\t \x01(\x0e2\x10.pubsub.PriorityR\bpriority\"\xf1\x03\n" +
+	"\bpriority\x18\t \x01(\x0e2\x10.pubsub.PriorityR\bpriority\x12%\n" +
+	"\x06filter\x18\n" +
+	" \x03(\v2\r.pubsub.MatchR\x06filter\"\xf1\x03\n" +
 	"\fBroadcastJob\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12,\n" +
 	"\x04spec\x18\x02 \x01(\v2\x18.pubsub.BroadcastJobSpecR\x04spec\x12&\n" +
@@ -1471,54 +1482,56 @@ var file_broadcast_jobs_proto_goTypes = []any{
 	(*MessageContent)(nil),        // 22: pubsub.MessageContent
 	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
 	(Priority)(0),                 // 24: pubsub.Priority
-	(*NodeFailure)(nil),           // 25: pubsub.NodeFailure
+	(*Match)(nil),                 // 25: pubsub.Match
+	(*NodeFailure)(nil),           // 26: pubsub.NodeFailure
 }
 var file_broadcast_jobs_proto_depIdxs = []int32{
 	22, // 0: pubsub.BroadcastJobSpec.content:type_name -> pubsub.MessageContent
 	23, // 1: pubsub.BroadcastJobSpec.start_time:type_name -> google.protobuf.Timestamp
 	23, // 2: pubsub.BroadcastJobSpec.deadline:type_name -> google.protobuf.Timestamp
 	24, // 3: pubsub.BroadcastJobSpec.priority:type_name -> pubsub.Priority
-	1,  // 4: pubsub.BroadcastJob.spec:type_name -> pubsub.BroadcastJobSpec
-	0,  // 5: pubsub.BroadcastJob.state:type_name -> pubsub.JobState
-	3,  // 6: pubsub.BroadcastJob.progress:type_name -> pubsub.JobProgress
-	23, // 7: pubsub.BroadcastJob.create_time:type_name -> google.protobuf.Timestamp
-	23, // 8: pubsub.BroadcastJob.begin_time:type_name -> google.protobuf.Timestamp
-	23, // 9: pubsub.BroadcastJob.end_time:type_name -> google.protobuf.Timestamp
-	23, // 10: pubsub.JobProgress.eta:type_name -> google.protobuf.Timestamp
-	25, // 11: pubsub.JobProgress.node_failures:type_name -> pubsub.NodeFailure
-	1,  // 12: pubsub.CreateJobRequest.spec:type_name -> pubsub.BroadcastJobSpec
-	2,  // 13: pubsub.CreateJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 14: pubsub.GetJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 15: pubsub.ListJobsResponse.jobs:type_name -> pubsub.BroadcastJob
-	2,  // 16: pubsub.WatchJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 17: pubsub.PauseJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 18: pubsub.ResumeJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 19: pubsub.CancelJobResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 20: pubsub.SetJobRateResponse.job:type_name -> pubsub.BroadcastJob
-	2,  // 21: pubsub.DeleteJobResponse.job:type_name -> pubsub.BroadcastJob
-	4,  // 22: pubsub.BroadcastJobService.CreateJob:input_type -> pubsub.CreateJobRequest
-	6,  // 23: pubsub.BroadcastJobService.GetJob:input_type -> pubsub.GetJobRequest
-	8,  // 24: pubsub.BroadcastJobService.ListJobs:input_type -> pubsub.ListJobsRequest
-	10, // 25: pubsub.BroadcastJobService.WatchJob:input_type -> pubsub.WatchJobRequest
-	12, // 26: pubsub.BroadcastJobService.PauseJob:input_type -> pubsub.PauseJobRequest
-	14, // 27: pubsub.BroadcastJobService.ResumeJob:input_type -> pubsub.ResumeJobRequest
-	16, // 28: pubsub.BroadcastJobService.CancelJob:input_type -> pubsub.CancelJobRequest
-	18, // 29: pubsub.BroadcastJobService.SetJobRate:input_type -> pubsub.SetJobRateRequest
-	20, // 30: pubsub.BroadcastJobService.DeleteJob:input_type -> pubsub.DeleteJobRequest
-	5,  // 31: pubsub.BroadcastJobService.CreateJob:output_type -> pubsub.CreateJobResponse
-	7,  // 32: pubsub.BroadcastJobService.GetJob:output_type -> pubsub.GetJobResponse
-	9,  // 33: pubsub.BroadcastJobService.ListJobs:output_type -> pubsub.ListJobsResponse
-	11, // 34: pubsub.BroadcastJobService.WatchJob:output_type -> pubsub.WatchJobResponse
-	13, // 35: pubsub.BroadcastJobService.PauseJob:output_type -> pubsub.PauseJobResponse
-	15, // 36: pubsub.BroadcastJobService.ResumeJob:output_type -> pubsub.ResumeJobResponse
-	17, // 37: pubsub.BroadcastJobService.CancelJob:output_type -> pubsub.CancelJobResponse
-	19, // 38: pubsub.BroadcastJobService.SetJobRate:output_type -> pubsub.SetJobRateResponse
-	21, // 39: pubsub.BroadcastJobService.DeleteJob:output_type -> pubsub.DeleteJobResponse
-	31, // [31:40] is the sub-list for method output_type
-	22, // [22:31] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	25, // 4: pubsub.BroadcastJobSpec.filter:type_name -> pubsub.Match
+	1,  // 5: pubsub.BroadcastJob.spec:type_name -> pubsub.BroadcastJobSpec
+	0,  // 6: pubsub.BroadcastJob.state:type_name -> pubsub.JobState
+	3,  // 7: pubsub.BroadcastJob.progress:type_name -> pubsub.JobProgress
+	23, // 8: pubsub.BroadcastJob.create_time:type_name -> google.protobuf.Timestamp
+	23, // 9: pubsub.BroadcastJob.begin_time:type_name -> google.protobuf.Timestamp
+	23, // 10: pubsub.BroadcastJob.end_time:type_name -> google.protobuf.Timestamp
+	23, // 11: pubsub.JobProgress.eta:type_name -> google.protobuf.Timestamp
+	26, // 12: pubsub.JobProgress.node_failures:type_name -> pubsub.NodeFailure
+	1,  // 13: pubsub.CreateJobRequest.spec:type_name -> pubsub.BroadcastJobSpec
+	2,  // 14: pubsub.CreateJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 15: pubsub.GetJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 16: pubsub.ListJobsResponse.jobs:type_name -> pubsub.BroadcastJob
+	2,  // 17: pubsub.WatchJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 18: pubsub.PauseJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 19: pubsub.ResumeJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 20: pubsub.CancelJobResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 21: pubsub.SetJobRateResponse.job:type_name -> pubsub.BroadcastJob
+	2,  // 22: pubsub.DeleteJobResponse.job:type_name -> pubsub.BroadcastJob
+	4,  // 23: pubsub.BroadcastJobService.CreateJob:input_type -> pubsub.CreateJobRequest
+	6,  // 24: pubsub.BroadcastJobService.GetJob:input_type -> pubsub.GetJobRequest
+	8,  // 25: pubsub.BroadcastJobService.ListJobs:input_type -> pubsub.ListJobsRequest
+	10, // 26: pubsub.BroadcastJobService.WatchJob:input_type -> pubsub.WatchJobRequest
+	12, // 27: pubsub.BroadcastJobService.PauseJob:input_type -> pubsub.PauseJobRequest
+	14, // 28: pubsub.BroadcastJobService.ResumeJob:input_type -> pubsub.ResumeJobRequest
+	16, // 29: pubsub.BroadcastJobService.CancelJob:input_type -> pubsub.CancelJobRequest
+	18, // 30: pubsub.BroadcastJobService.SetJobRate:input_type -> pubsub.SetJobRateRequest
+	20, // 31: pubsub.BroadcastJobService.DeleteJob:input_type -> pubsub.DeleteJobRequest
+	5,  // 32: pubsub.BroadcastJobService.CreateJob:output_type -> pubsub.CreateJobResponse
+	7,  // 33: pubsub.BroadcastJobService.GetJob:output_type -> pubsub.GetJobResponse
+	9,  // 34: pubsub.BroadcastJobService.ListJobs:output_type -> pubsub.ListJobsResponse
+	11, // 35: pubsub.BroadcastJobService.WatchJob:output_type -> pubsub.WatchJobResponse
+	13, // 36: pubsub.BroadcastJobService.PauseJob:output_type -> pubsub.PauseJobResponse
+	15, // 37: pubsub.BroadcastJobService.ResumeJob:output_type -> pubsub.ResumeJobResponse
+	17, // 38: pubsub.BroadcastJobService.CancelJob:output_type -> pubsub.CancelJobResponse
+	19, // 39: pubsub.BroadcastJobService.SetJobRate:output_type -> pubsub.SetJobRateResponse
+	21, // 40: pubsub.BroadcastJobService.DeleteJob:output_type -> pubsub.DeleteJobResponse
+	32, // [32:41] is the sub-list for method output_type
+	23, // [23:32] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_broadcast_jobs_proto_init() }

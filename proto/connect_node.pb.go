@@ -108,21 +108,24 @@ const (
 	// Pushes to several rooms: room_ids of a Delivery and of an Audience. A connection gets one if it is in any of the
 	// rooms, once, and its client sees the first of the list that it is in.
 	Feature_FEATURE_ROOMS Feature = 9
+	// The node closes connections when it is asked to, and keeps users, devices and rooms away: disconnects and disconnected.
+	Feature_FEATURE_DISCONNECT Feature = 10
 )
 
 // Enum value maps for Feature.
 var (
 	Feature_name = map[int32]string{
-		0: "FEATURE_UNSPECIFIED",
-		7: "FEATURE_SCOPE",
-		1: "FEATURE_DEDUPE",
-		2: "FEATURE_CLIENT_ACK",
-		3: "FEATURE_EXPIRY",
-		4: "FEATURE_COLLAPSE",
-		5: "FEATURE_REPLAY",
-		6: "FEATURE_ROOM_LOG",
-		8: "FEATURE_FILTER",
-		9: "FEATURE_ROOMS",
+		0:  "FEATURE_UNSPECIFIED",
+		7:  "FEATURE_SCOPE",
+		1:  "FEATURE_DEDUPE",
+		2:  "FEATURE_CLIENT_ACK",
+		3:  "FEATURE_EXPIRY",
+		4:  "FEATURE_COLLAPSE",
+		5:  "FEATURE_REPLAY",
+		6:  "FEATURE_ROOM_LOG",
+		8:  "FEATURE_FILTER",
+		9:  "FEATURE_ROOMS",
+		10: "FEATURE_DISCONNECT",
 	}
 	Feature_value = map[string]int32{
 		"FEATURE_UNSPECIFIED": 0,
@@ -135,6 +138,7 @@ var (
 		"FEATURE_ROOM_LOG":    6,
 		"FEATURE_FILTER":      8,
 		"FEATURE_ROOMS":       9,
+		"FEATURE_DISCONNECT":  10,
 	}
 )
 
@@ -904,10 +908,12 @@ type DeliverRequest struct {
 	// any frame may have. A node checks it before it makes room.
 	RawBytes uint32 `protobuf:"varint,8,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	// Of lasting delivery, to nodes that have the feature.
-	Nudges        []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
-	ReplayEnds    []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
-	LogMarks      []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
-	LogPages      []*LogPage   `protobuf:"bytes,12,rep,name=log_pages,json=logPages,proto3" json:"log_pages,omitempty"`
+	Nudges     []*Nudge     `protobuf:"bytes,9,rep,name=nudges,proto3" json:"nudges,omitempty"`
+	ReplayEnds []*ReplayEnd `protobuf:"bytes,10,rep,name=replay_ends,json=replayEnds,proto3" json:"replay_ends,omitempty"`
+	LogMarks   []*LogMark   `protobuf:"bytes,11,rep,name=log_marks,json=logMarks,proto3" json:"log_marks,omitempty"`
+	LogPages   []*LogPage   `protobuf:"bytes,12,rep,name=log_pages,json=logPages,proto3" json:"log_pages,omitempty"`
+	// To nodes with FEATURE_DISCONNECT.
+	Disconnects   []*Disconnect `protobuf:"bytes,13,rep,name=disconnects,proto3" json:"disconnects,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1026,6 +1032,133 @@ func (x *DeliverRequest) GetLogPages() []*LogPage {
 	return nil
 }
 
+func (x *DeliverRequest) GetDisconnects() []*Disconnect {
+	if x != nil {
+		return x.Disconnects
+	}
+	return nil
+}
+
+// Disconnect closes connections, and may keep them away. The node does it when it has applied the deliveries of the frame, so
+// that they are in front of the close frame, and answers with Disconnected. The order of doing it is: refuse, then close, so that nobody
+// who comes in between is missed. Exactly one of user_id and room_id is set. FEATURE_DISCONNECT.
+type Disconnect struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// To be echoed: not 0, once on this stream.
+	Token  uint64 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
+	UserId string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// Only connections of the user with this device_id.
+	DeviceId string `protobuf:"bytes,3,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// Connections that are in this room.
+	RoomId string `protobuf:"bytes,4,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	// 4000 to 4999, and what the client is told beside it.
+	Code   uint32 `protobuf:"varint,5,opt,name=code,proto3" json:"code,omitempty"`
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// For so long the user, or the device, is refused with code and reason when it connects, and the room when it is joined. 0: they may
+	// come back.
+	RefuseMs uint64 `protobuf:"varint,7,opt,name=refuse_ms,json=refuseMs,proto3" json:"refuse_ms,omitempty"`
+	// Ends such a refusal; nobody is disconnected.
+	AllowAgain bool `protobuf:"varint,8,opt,name=allow_again,json=allowAgain,proto3" json:"allow_again,omitempty"`
+	// Where refuse_ms or allow_again is set: the revision of etcd that has it. Of what a node hears of the same user, device or room, over
+	// streams and from etcd, the highest revision counts.
+	Revision      uint64 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disconnect) Reset() {
+	*x = Disconnect{}
+	mi := &file_connect_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disconnect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disconnect) ProtoMessage() {}
+
+func (x *Disconnect) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disconnect.ProtoReflect.Descriptor instead.
+func (*Disconnect) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Disconnect) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+func (x *Disconnect) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *Disconnect) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *Disconnect) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Disconnect) GetRefuseMs() uint64 {
+	if x != nil {
+		return x.RefuseMs
+	}
+	return 0
+}
+
+func (x *Disconnect) GetAllowAgain() bool {
+	if x != nil {
+		return x.AllowAgain
+	}
+	return false
+}
+
+func (x *Disconnect) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 // LogMark tells a node that follows the logs of rooms what was written into one partition of
 // them: behind after and up to seq nothing but what it names. Marks of a partition come in
 // order, the first behind the place that LogFollow has named or, if that is not known any more,
@@ -1048,7 +1181,7 @@ type LogMark struct {
 
 func (x *LogMark) Reset() {
 	*x = LogMark{}
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1193,7 @@ func (x *LogMark) String() string {
 func (*LogMark) ProtoMessage() {}
 
 func (x *LogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[13]
+	mi := &file_connect_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1206,7 @@ func (x *LogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogMark.ProtoReflect.Descriptor instead.
 func (*LogMark) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{13}
+	return file_connect_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LogMark) GetPartition() uint32 {
@@ -1129,7 +1262,7 @@ type LogRoom struct {
 
 func (x *LogRoom) Reset() {
 	*x = LogRoom{}
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1274,7 @@ func (x *LogRoom) String() string {
 func (*LogRoom) ProtoMessage() {}
 
 func (x *LogRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[14]
+	mi := &file_connect_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1287,7 @@ func (x *LogRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRoom.ProtoReflect.Descriptor instead.
 func (*LogRoom) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{14}
+	return file_connect_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogRoom) GetRoomId() string {
@@ -1195,7 +1328,7 @@ type LogPage struct {
 
 func (x *LogPage) Reset() {
 	*x = LogPage{}
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1340,7 @@ func (x *LogPage) String() string {
 func (*LogPage) ProtoMessage() {}
 
 func (x *LogPage) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[15]
+	mi := &file_connect_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1353,7 @@ func (x *LogPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPage.ProtoReflect.Descriptor instead.
 func (*LogPage) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{15}
+	return file_connect_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LogPage) GetGate() uint64 {
@@ -1295,7 +1428,7 @@ type Nudge struct {
 
 func (x *Nudge) Reset() {
 	*x = Nudge{}
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1440,7 @@ func (x *Nudge) String() string {
 func (*Nudge) ProtoMessage() {}
 
 func (x *Nudge) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[16]
+	mi := &file_connect_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1453,7 @@ func (x *Nudge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nudge.ProtoReflect.Descriptor instead.
 func (*Nudge) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{16}
+	return file_connect_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Nudge) GetUserId() string {
@@ -1358,7 +1491,7 @@ type ReplayEnd struct {
 
 func (x *ReplayEnd) Reset() {
 	*x = ReplayEnd{}
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1370,7 +1503,7 @@ func (x *ReplayEnd) String() string {
 func (*ReplayEnd) ProtoMessage() {}
 
 func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[17]
+	mi := &file_connect_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1383,7 +1516,7 @@ func (x *ReplayEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayEnd.ProtoReflect.Descriptor instead.
 func (*ReplayEnd) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{17}
+	return file_connect_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReplayEnd) GetGate() uint64 {
@@ -1432,16 +1565,17 @@ type DeliverResponse struct {
 	Catchups    []*Catchup     `protobuf:"bytes,8,rep,name=catchups,proto3" json:"catchups,omitempty"`
 	ReplayTaken []*ReplayTaken `protobuf:"bytes,9,rep,name=replay_taken,json=replayTaken,proto3" json:"replay_taken,omitempty"`
 	// The tokens of nudges.
-	NudgesTaken   []uint64   `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
-	LogReads      []*LogRead `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
-	LogFollow     *LogFollow `protobuf:"bytes,12,opt,name=log_follow,json=logFollow,proto3" json:"log_follow,omitempty"`
+	NudgesTaken   []uint64        `protobuf:"varint,10,rep,packed,name=nudges_taken,json=nudgesTaken,proto3" json:"nudges_taken,omitempty"`
+	LogReads      []*LogRead      `protobuf:"bytes,11,rep,name=log_reads,json=logReads,proto3" json:"log_reads,omitempty"`
+	LogFollow     *LogFollow      `protobuf:"bytes,12,opt,name=log_follow,json=logFollow,proto3" json:"log_follow,omitempty"`
+	Disconnected  []*Disconnected `protobuf:"bytes,13,rep,name=disconnected,proto3" json:"disconnected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliverResponse) Reset() {
 	*x = DeliverResponse{}
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1587,7 @@ func (x *DeliverResponse) String() string {
 func (*DeliverResponse) ProtoMessage() {}
 
 func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[18]
+	mi := &file_connect_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1600,7 @@ func (x *DeliverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeliverResponse.ProtoReflect.Descriptor instead.
 func (*DeliverResponse) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{18}
+	return file_connect_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DeliverResponse) GetHello() *HelloReply {
@@ -1553,6 +1687,68 @@ func (x *DeliverResponse) GetLogFollow() *LogFollow {
 	return nil
 }
 
+func (x *DeliverResponse) GetDisconnected() []*Disconnected {
+	if x != nil {
+		return x.Disconnected
+	}
+	return nil
+}
+
+// Disconnected answers a Disconnect: new connections are refused if that was asked for, and no connection that it is about
+// gets anything that comes later. FEATURE_DISCONNECT.
+type Disconnected struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token uint64                 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
+	// How many were closed.
+	Connections   uint32 `protobuf:"varint,2,opt,name=connections,proto3" json:"connections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disconnected) Reset() {
+	*x = Disconnected{}
+	mi := &file_connect_node_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disconnected) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disconnected) ProtoMessage() {}
+
+func (x *Disconnected) ProtoReflect() protoreflect.Message {
+	mi := &file_connect_node_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disconnected.ProtoReflect.Descriptor instead.
+func (*Disconnected) Descriptor() ([]byte, []int) {
+	return file_connect_node_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Disconnected) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
+func (x *Disconnected) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
 // LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
 // time. FEATURE_ROOM_LOG.
 type LogFollow struct {
@@ -1567,7 +1763,7 @@ type LogFollow struct {
 
 func (x *LogFollow) Reset() {
 	*x = LogFollow{}
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +1775,7 @@ func (x *LogFollow) String() string {
 func (*LogFollow) ProtoMessage() {}
 
 func (x *LogFollow) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[19]
+	mi := &file_connect_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +1788,7 @@ func (x *LogFollow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogFollow.ProtoReflect.Descriptor instead.
 func (*LogFollow) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{19}
+	return file_connect_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LogFollow) GetEpoch() uint64 {
@@ -1625,7 +1821,7 @@ type LogRead struct {
 
 func (x *LogRead) Reset() {
 	*x = LogRead{}
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1637,7 +1833,7 @@ func (x *LogRead) String() string {
 func (*LogRead) ProtoMessage() {}
 
 func (x *LogRead) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[20]
+	mi := &file_connect_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1650,7 +1846,7 @@ func (x *LogRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRead.ProtoReflect.Descriptor instead.
 func (*LogRead) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{20}
+	return file_connect_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *LogRead) GetRoomId() string {
@@ -1700,7 +1896,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1908,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[21]
+	mi := &file_connect_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1921,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{21}
+	return file_connect_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Receipt) GetSeq() uint64 {
@@ -1773,7 +1969,7 @@ type Catchup struct {
 
 func (x *Catchup) Reset() {
 	*x = Catchup{}
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1981,7 @@ func (x *Catchup) String() string {
 func (*Catchup) ProtoMessage() {}
 
 func (x *Catchup) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[22]
+	mi := &file_connect_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1994,7 @@ func (x *Catchup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Catchup.ProtoReflect.Descriptor instead.
 func (*Catchup) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{22}
+	return file_connect_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Catchup) GetUserId() string {
@@ -1835,7 +2031,7 @@ type ReplayTaken struct {
 
 func (x *ReplayTaken) Reset() {
 	*x = ReplayTaken{}
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1847,7 +2043,7 @@ func (x *ReplayTaken) String() string {
 func (*ReplayTaken) ProtoMessage() {}
 
 func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[23]
+	mi := &file_connect_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1860,7 +2056,7 @@ func (x *ReplayTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayTaken.ProtoReflect.Descriptor instead.
 func (*ReplayTaken) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{23}
+	return file_connect_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReplayTaken) GetGate() uint64 {
@@ -1910,7 +2106,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1922,7 +2118,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[24]
+	mi := &file_connect_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1935,7 +2131,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{24}
+	return file_connect_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Hello) GetProtocolVersion() uint32 {
@@ -2034,7 +2230,7 @@ type HelloReply struct {
 
 func (x *HelloReply) Reset() {
 	*x = HelloReply{}
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2242,7 @@ func (x *HelloReply) String() string {
 func (*HelloReply) ProtoMessage() {}
 
 func (x *HelloReply) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[25]
+	mi := &file_connect_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2255,7 @@ func (x *HelloReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloReply.ProtoReflect.Descriptor instead.
 func (*HelloReply) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{25}
+	return file_connect_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *HelloReply) GetProtocolVersion() uint32 {
@@ -2176,7 +2372,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2188,7 +2384,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[26]
+	mi := &file_connect_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2201,7 +2397,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{26}
+	return file_connect_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Delivery) GetContent() *MessageContent {
@@ -2358,7 +2554,7 @@ type LogPosition struct {
 
 func (x *LogPosition) Reset() {
 	*x = LogPosition{}
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2566,7 @@ func (x *LogPosition) String() string {
 func (*LogPosition) ProtoMessage() {}
 
 func (x *LogPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[27]
+	mi := &file_connect_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2579,7 @@ func (x *LogPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogPosition.ProtoReflect.Descriptor instead.
 func (*LogPosition) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{27}
+	return file_connect_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LogPosition) GetPartition() uint32 {
@@ -2431,7 +2627,7 @@ type ReplayPlace struct {
 
 func (x *ReplayPlace) Reset() {
 	*x = ReplayPlace{}
-	mi := &file_connect_node_proto_msgTypes[28]
+	mi := &file_connect_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2443,7 +2639,7 @@ func (x *ReplayPlace) String() string {
 func (*ReplayPlace) ProtoMessage() {}
 
 func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[28]
+	mi := &file_connect_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2456,7 +2652,7 @@ func (x *ReplayPlace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplayPlace.ProtoReflect.Descriptor instead.
 func (*ReplayPlace) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{28}
+	return file_connect_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReplayPlace) GetGate() uint64 {
@@ -2505,7 +2701,7 @@ type Audience struct {
 
 func (x *Audience) Reset() {
 	*x = Audience{}
-	mi := &file_connect_node_proto_msgTypes[29]
+	mi := &file_connect_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2713,7 @@ func (x *Audience) String() string {
 func (*Audience) ProtoMessage() {}
 
 func (x *Audience) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[29]
+	mi := &file_connect_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2726,7 @@ func (x *Audience) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Audience.ProtoReflect.Descriptor instead.
 func (*Audience) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{29}
+	return file_connect_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Audience) GetId() uint32 {
@@ -2599,7 +2795,7 @@ type AckRange struct {
 
 func (x *AckRange) Reset() {
 	*x = AckRange{}
-	mi := &file_connect_node_proto_msgTypes[30]
+	mi := &file_connect_node_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2611,7 +2807,7 @@ func (x *AckRange) String() string {
 func (*AckRange) ProtoMessage() {}
 
 func (x *AckRange) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[30]
+	mi := &file_connect_node_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2624,7 +2820,7 @@ func (x *AckRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckRange.ProtoReflect.Descriptor instead.
 func (*AckRange) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{30}
+	return file_connect_node_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AckRange) GetFirst() uint64 {
@@ -2688,7 +2884,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_connect_node_proto_msgTypes[31]
+	mi := &file_connect_node_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2700,7 +2896,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_connect_node_proto_msgTypes[31]
+	mi := &file_connect_node_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2713,7 +2909,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_connect_node_proto_rawDescGZIP(), []int{31}
+	return file_connect_node_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Miss) GetSeq() uint64 {
@@ -2827,7 +3023,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fdelivered_count\x18\x02 \x01(\x05R\x0edeliveredCount\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12'\n" +
-	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\xd7\x03\n" +
+	"\x0funreached_count\x18\x04 \x01(\x05R\x0eunreachedCount\"\x8d\x04\n" +
 	"\x0eDeliverRequest\x12#\n" +
 	"\x05hello\x18\x01 \x01(\v2\r.pubsub.HelloR\x05hello\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x120\n" +
@@ -2846,7 +3042,20 @@ const file_connect_node_proto_rawDesc = "" +
 	" \x03(\v2\x11.pubsub.ReplayEndR\n" +
 	"replayEnds\x12,\n" +
 	"\tlog_marks\x18\v \x03(\v2\x0f.pubsub.LogMarkR\blogMarks\x12,\n" +
-	"\tlog_pages\x18\f \x03(\v2\x0f.pubsub.LogPageR\blogPages\"\xac\x01\n" +
+	"\tlog_pages\x18\f \x03(\v2\x0f.pubsub.LogPageR\blogPages\x124\n" +
+	"\vdisconnects\x18\r \x03(\v2\x12.pubsub.DisconnectR\vdisconnects\"\xf7\x01\n" +
+	"\n" +
+	"Disconnect\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\x04R\x05token\x12\x17\n" +
+	"\auser_id\x18\x02 \x01(\tR\x06userId\x12\x1b\n" +
+	"\tdevice_id\x18\x03 \x01(\tR\bdeviceId\x12\x17\n" +
+	"\aroom_id\x18\x04 \x01(\tR\x06roomId\x12\x12\n" +
+	"\x04code\x18\x05 \x01(\rR\x04code\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x1b\n" +
+	"\trefuse_ms\x18\a \x01(\x04R\brefuseMs\x12\x1f\n" +
+	"\vallow_again\x18\b \x01(\bR\n" +
+	"allowAgain\x12\x1a\n" +
+	"\brevision\x18\t \x01(\x04R\brevision\"\xac\x01\n" +
 	"\aLogMark\x12\x1c\n" +
 	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
@@ -2875,7 +3084,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\tReplayEnd\x12\x12\n" +
 	"\x04gate\x18\x01 \x01(\x04R\x04gate\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"\xf3\x03\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\xad\x04\n" +
 	"\x0fDeliverResponse\x12(\n" +
 	"\x05hello\x18\x01 \x01(\v2\x12.pubsub.HelloReplyR\x05hello\x12$\n" +
 	"\x04acks\x18\x02 \x03(\v2\x10.pubsub.AckRangeR\x04acks\x12$\n" +
@@ -2890,7 +3099,11 @@ const file_connect_node_proto_rawDesc = "" +
 	" \x03(\x04R\vnudgesTaken\x12,\n" +
 	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\x120\n" +
 	"\n" +
-	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\"7\n" +
+	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\x128\n" +
+	"\fdisconnected\x18\r \x03(\v2\x14.pubsub.DisconnectedR\fdisconnected\"F\n" +
+	"\fDisconnected\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\x04R\x05token\x12 \n" +
+	"\vconnections\x18\x02 \x01(\rR\vconnections\"7\n" +
 	"\tLogFollow\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x14\n" +
 	"\x05after\x18\x02 \x03(\x04R\x05after\"b\n" +
@@ -2992,7 +3205,7 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x05Codec\x12\b\n" +
 	"\x04NONE\x10\x00\x12\x06\n" +
 	"\x02S2\x10\x01\x12\b\n" +
-	"\x04ZSTD\x10\x02*\xdc\x01\n" +
+	"\x04ZSTD\x10\x02*\xf4\x01\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rFEATURE_SCOPE\x10\a\x12\x12\n" +
@@ -3003,7 +3216,9 @@ const file_connect_node_proto_rawDesc = "" +
 	"\x0eFEATURE_REPLAY\x10\x05\x12\x14\n" +
 	"\x10FEATURE_ROOM_LOG\x10\x06\x12\x12\n" +
 	"\x0eFEATURE_FILTER\x10\b\x12\x11\n" +
-	"\rFEATURE_ROOMS\x10\t2\xcb\x03\n" +
+	"\rFEATURE_ROOMS\x10\t\x12\x16\n" +
+	"\x12FEATURE_DISCONNECT\x10\n" +
+	"2\xcb\x03\n" +
 	"\x12ConnectNodeService\x12F\n" +
 	"\vPushMessage\x12\x1a.pubsub.PushMessageRequest\x1a\x1b.pubsub.PushMessageResponse\x12U\n" +
 	"\x10PushMessageBatch\x12\x1f.pubsub.PushMessageBatchRequest\x1a .pubsub.PushMessageBatchResponse\x12@\n" +
@@ -3025,7 +3240,7 @@ func file_connect_node_proto_rawDescGZIP() []byte {
 }
 
 var file_connect_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_connect_node_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_connect_node_proto_goTypes = []any{
 	(Codec)(0),                       // 0: pubsub.Codec
 	(Feature)(0),                     // 1: pubsub.Feature
@@ -3042,78 +3257,82 @@ var file_connect_node_proto_goTypes = []any{
 	(*BroadcastRequest)(nil),         // 12: pubsub.BroadcastRequest
 	(*BroadcastResponse)(nil),        // 13: pubsub.BroadcastResponse
 	(*DeliverRequest)(nil),           // 14: pubsub.DeliverRequest
-	(*LogMark)(nil),                  // 15: pubsub.LogMark
-	(*LogRoom)(nil),                  // 16: pubsub.LogRoom
-	(*LogPage)(nil),                  // 17: pubsub.LogPage
-	(*Nudge)(nil),                    // 18: pubsub.Nudge
-	(*ReplayEnd)(nil),                // 19: pubsub.ReplayEnd
-	(*DeliverResponse)(nil),          // 20: pubsub.DeliverResponse
-	(*LogFollow)(nil),                // 21: pubsub.LogFollow
-	(*LogRead)(nil),                  // 22: pubsub.LogRead
-	(*Receipt)(nil),                  // 23: pubsub.Receipt
-	(*Catchup)(nil),                  // 24: pubsub.Catchup
-	(*ReplayTaken)(nil),              // 25: pubsub.ReplayTaken
-	(*Hello)(nil),                    // 26: pubsub.Hello
-	(*HelloReply)(nil),               // 27: pubsub.HelloReply
-	(*Delivery)(nil),                 // 28: pubsub.Delivery
-	(*LogPosition)(nil),              // 29: pubsub.LogPosition
-	(*ReplayPlace)(nil),              // 30: pubsub.ReplayPlace
-	(*Audience)(nil),                 // 31: pubsub.Audience
-	(*AckRange)(nil),                 // 32: pubsub.AckRange
-	(*Miss)(nil),                     // 33: pubsub.Miss
-	nil,                              // 34: pubsub.Connection.AttributesEntry
-	(*MessageContent)(nil),           // 35: pubsub.MessageContent
-	(*Match)(nil),                    // 36: pubsub.Match
+	(*Disconnect)(nil),               // 15: pubsub.Disconnect
+	(*LogMark)(nil),                  // 16: pubsub.LogMark
+	(*LogRoom)(nil),                  // 17: pubsub.LogRoom
+	(*LogPage)(nil),                  // 18: pubsub.LogPage
+	(*Nudge)(nil),                    // 19: pubsub.Nudge
+	(*ReplayEnd)(nil),                // 20: pubsub.ReplayEnd
+	(*DeliverResponse)(nil),          // 21: pubsub.DeliverResponse
+	(*Disconnected)(nil),             // 22: pubsub.Disconnected
+	(*LogFollow)(nil),                // 23: pubsub.LogFollow
+	(*LogRead)(nil),                  // 24: pubsub.LogRead
+	(*Receipt)(nil),                  // 25: pubsub.Receipt
+	(*Catchup)(nil),                  // 26: pubsub.Catchup
+	(*ReplayTaken)(nil),              // 27: pubsub.ReplayTaken
+	(*Hello)(nil),                    // 28: pubsub.Hello
+	(*HelloReply)(nil),               // 29: pubsub.HelloReply
+	(*Delivery)(nil),                 // 30: pubsub.Delivery
+	(*LogPosition)(nil),              // 31: pubsub.LogPosition
+	(*ReplayPlace)(nil),              // 32: pubsub.ReplayPlace
+	(*Audience)(nil),                 // 33: pubsub.Audience
+	(*AckRange)(nil),                 // 34: pubsub.AckRange
+	(*Miss)(nil),                     // 35: pubsub.Miss
+	nil,                              // 36: pubsub.Connection.AttributesEntry
+	(*MessageContent)(nil),           // 37: pubsub.MessageContent
+	(*Match)(nil),                    // 38: pubsub.Match
 }
 var file_connect_node_proto_depIdxs = []int32{
 	6,  // 0: pubsub.ListConnectionsResponse.users:type_name -> pubsub.UserConnections
 	7,  // 1: pubsub.UserConnections.connections:type_name -> pubsub.Connection
-	34, // 2: pubsub.Connection.attributes:type_name -> pubsub.Connection.AttributesEntry
-	35, // 3: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
-	35, // 4: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
-	35, // 5: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
-	26, // 6: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
-	28, // 7: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
-	18, // 8: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
-	19, // 9: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
-	15, // 10: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
-	17, // 11: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
-	16, // 12: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
-	28, // 13: pubsub.LogPage.entries:type_name -> pubsub.Delivery
-	27, // 14: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
-	32, // 15: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
-	33, // 16: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
-	23, // 17: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
-	24, // 18: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
-	25, // 19: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
-	22, // 20: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
-	21, // 21: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
-	0,  // 22: pubsub.Hello.codecs:type_name -> pubsub.Codec
-	1,  // 23: pubsub.Hello.features:type_name -> pubsub.Feature
-	0,  // 24: pubsub.HelloReply.codec:type_name -> pubsub.Codec
-	1,  // 25: pubsub.HelloReply.features:type_name -> pubsub.Feature
-	35, // 26: pubsub.Delivery.content:type_name -> pubsub.MessageContent
-	31, // 27: pubsub.Delivery.audience:type_name -> pubsub.Audience
-	30, // 28: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
-	29, // 29: pubsub.Delivery.log:type_name -> pubsub.LogPosition
-	36, // 30: pubsub.Delivery.filter:type_name -> pubsub.Match
-	8,  // 31: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
-	10, // 32: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
-	12, // 33: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
-	14, // 34: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
-	2,  // 35: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
-	4,  // 36: pubsub.ConnectNodeService.ListConnections:input_type -> pubsub.ListConnectionsRequest
-	9,  // 37: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
-	11, // 38: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
-	13, // 39: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
-	20, // 40: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
-	3,  // 41: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
-	5,  // 42: pubsub.ConnectNodeService.ListConnections:output_type -> pubsub.ListConnectionsResponse
-	37, // [37:43] is the sub-list for method output_type
-	31, // [31:37] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	36, // 2: pubsub.Connection.attributes:type_name -> pubsub.Connection.AttributesEntry
+	37, // 3: pubsub.PushMessageRequest.content:type_name -> pubsub.MessageContent
+	37, // 4: pubsub.PushMessageBatchRequest.content:type_name -> pubsub.MessageContent
+	37, // 5: pubsub.BroadcastRequest.content:type_name -> pubsub.MessageContent
+	28, // 6: pubsub.DeliverRequest.hello:type_name -> pubsub.Hello
+	30, // 7: pubsub.DeliverRequest.deliveries:type_name -> pubsub.Delivery
+	19, // 8: pubsub.DeliverRequest.nudges:type_name -> pubsub.Nudge
+	20, // 9: pubsub.DeliverRequest.replay_ends:type_name -> pubsub.ReplayEnd
+	16, // 10: pubsub.DeliverRequest.log_marks:type_name -> pubsub.LogMark
+	18, // 11: pubsub.DeliverRequest.log_pages:type_name -> pubsub.LogPage
+	15, // 12: pubsub.DeliverRequest.disconnects:type_name -> pubsub.Disconnect
+	17, // 13: pubsub.LogMark.rooms:type_name -> pubsub.LogRoom
+	30, // 14: pubsub.LogPage.entries:type_name -> pubsub.Delivery
+	29, // 15: pubsub.DeliverResponse.hello:type_name -> pubsub.HelloReply
+	34, // 16: pubsub.DeliverResponse.acks:type_name -> pubsub.AckRange
+	35, // 17: pubsub.DeliverResponse.misses:type_name -> pubsub.Miss
+	25, // 18: pubsub.DeliverResponse.receipts:type_name -> pubsub.Receipt
+	26, // 19: pubsub.DeliverResponse.catchups:type_name -> pubsub.Catchup
+	27, // 20: pubsub.DeliverResponse.replay_taken:type_name -> pubsub.ReplayTaken
+	24, // 21: pubsub.DeliverResponse.log_reads:type_name -> pubsub.LogRead
+	23, // 22: pubsub.DeliverResponse.log_follow:type_name -> pubsub.LogFollow
+	22, // 23: pubsub.DeliverResponse.disconnected:type_name -> pubsub.Disconnected
+	0,  // 24: pubsub.Hello.codecs:type_name -> pubsub.Codec
+	1,  // 25: pubsub.Hello.features:type_name -> pubsub.Feature
+	0,  // 26: pubsub.HelloReply.codec:type_name -> pubsub.Codec
+	1,  // 27: pubsub.HelloReply.features:type_name -> pubsub.Feature
+	37, // 28: pubsub.Delivery.content:type_name -> pubsub.MessageContent
+	33, // 29: pubsub.Delivery.audience:type_name -> pubsub.Audience
+	32, // 30: pubsub.Delivery.replay:type_name -> pubsub.ReplayPlace
+	31, // 31: pubsub.Delivery.log:type_name -> pubsub.LogPosition
+	38, // 32: pubsub.Delivery.filter:type_name -> pubsub.Match
+	8,  // 33: pubsub.ConnectNodeService.PushMessage:input_type -> pubsub.PushMessageRequest
+	10, // 34: pubsub.ConnectNodeService.PushMessageBatch:input_type -> pubsub.PushMessageBatchRequest
+	12, // 35: pubsub.ConnectNodeService.Broadcast:input_type -> pubsub.BroadcastRequest
+	14, // 36: pubsub.ConnectNodeService.Deliver:input_type -> pubsub.DeliverRequest
+	2,  // 37: pubsub.ConnectNodeService.ListUsers:input_type -> pubsub.ListUsersRequest
+	4,  // 38: pubsub.ConnectNodeService.ListConnections:input_type -> pubsub.ListConnectionsRequest
+	9,  // 39: pubsub.ConnectNodeService.PushMessage:output_type -> pubsub.PushMessageResponse
+	11, // 40: pubsub.ConnectNodeService.PushMessageBatch:output_type -> pubsub.PushMessageBatchResponse
+	13, // 41: pubsub.ConnectNodeService.Broadcast:output_type -> pubsub.BroadcastResponse
+	21, // 42: pubsub.ConnectNodeService.Deliver:output_type -> pubsub.DeliverResponse
+	3,  // 43: pubsub.ConnectNodeService.ListUsers:output_type -> pubsub.ListUsersResponse
+	5,  // 44: pubsub.ConnectNodeService.ListConnections:output_type -> pubsub.ListConnectionsResponse
+	39, // [39:45] is the sub-list for method output_type
+	33, // [33:39] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_connect_node_proto_init() }
@@ -3128,7 +3347,7 @@ func file_connect_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_connect_node_proto_rawDesc), len(file_connect_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

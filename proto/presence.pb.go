@@ -9,6 +9,7 @@ package pubsub
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -1001,11 +1002,196 @@ func (x *PresenceChange) GetEntry() *PresenceEntry {
 	return nil
 }
 
+// DisconnectRequest names a user, one device of a user, or a room: user_id or room_id is set, and not both.
+type DisconnectRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every connection of this user.
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// Of user_id: only the connections that have given this as their device_id. Without it, all.
+	DeviceId string `protobuf:"bytes,2,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// Every connection that is in this room at this moment, of whatever user.
+	RoomId string `protobuf:"bytes,3,opt,name=room_id,json=roomId,proto3" json:"room_id,omitempty"`
+	// The close code of the WebSocket, 4000 to 4999. Clients do not come back after 4400 to 4499, but for 4401, 4408 and 4429, which
+	// the gateway itself uses. After others they come back with growing pauses. 0: 4000, or with refuse_for 4410.
+	Code uint32 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"`
+	// The words beside the code, for people: at most 120 bytes of UTF-8 without control characters.
+	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	// For how long the user, or the device, is refused when it connects, and the room when it is joined, on every node and on
+	// those that start later: whole seconds, up to REFUSE_MAX of the server (24h). It takes the place of what was asked for
+	// before. Unset: they may come back at once, unless they are refused already.
+	RefuseFor *durationpb.Duration `protobuf:"bytes,6,opt,name=refuse_for,json=refuseFor,proto3" json:"refuse_for,omitempty"`
+	// Lifts what refuse_for has asked for, and disconnects nobody. It stands with user_id, device_id or room_id, as they stood
+	// there, and with nothing else.
+	AllowAgain    bool `protobuf:"varint,7,opt,name=allow_again,json=allowAgain,proto3" json:"allow_again,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisconnectRequest) Reset() {
+	*x = DisconnectRequest{}
+	mi := &file_presence_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisconnectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisconnectRequest) ProtoMessage() {}
+
+func (x *DisconnectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_presence_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisconnectRequest.ProtoReflect.Descriptor instead.
+func (*DisconnectRequest) Descriptor() ([]byte, []int) {
+	return file_presence_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DisconnectRequest) GetUserId() string {
+	if x != nil {
+		return x.UserId
+	}
+	return ""
+}
+
+func (x *DisconnectRequest) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *DisconnectRequest) GetRoomId() string {
+	if x != nil {
+		return x.RoomId
+	}
+	return ""
+}
+
+func (x *DisconnectRequest) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *DisconnectRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DisconnectRequest) GetRefuseFor() *durationpb.Duration {
+	if x != nil {
+		return x.RefuseFor
+	}
+	return nil
+}
+
+func (x *DisconnectRequest) GetAllowAgain() bool {
+	if x != nil {
+		return x.AllowAgain
+	}
+	return false
+}
+
+type DisconnectResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every node has answered.
+	Success bool `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
+	// Connections that were closed, on the nodes that have answered.
+	Disconnected int32 `protobuf:"varint,2,opt,name=disconnected,proto3" json:"disconnected,omitempty"`
+	// For people.
+	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// Nodes that have not done it ("failed: ") or may not have done it ("unknown: "). users is 0.
+	NodeFailures []*NodeFailure `protobuf:"bytes,4,rep,name=node_failures,json=nodeFailures,proto3" json:"node_failures,omitempty"`
+	// Nodes that have answered.
+	Nodes         int32 `protobuf:"varint,5,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisconnectResponse) Reset() {
+	*x = DisconnectResponse{}
+	mi := &file_presence_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisconnectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisconnectResponse) ProtoMessage() {}
+
+func (x *DisconnectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_presence_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisconnectResponse.ProtoReflect.Descriptor instead.
+func (*DisconnectResponse) Descriptor() ([]byte, []int) {
+	return file_presence_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DisconnectResponse) GetSuccess() bool {
+	if x != nil {
+		return x.Success
+	}
+	return false
+}
+
+func (x *DisconnectResponse) GetDisconnected() int32 {
+	if x != nil {
+		return x.Disconnected
+	}
+	return 0
+}
+
+func (x *DisconnectResponse) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *DisconnectResponse) GetNodeFailures() []*NodeFailure {
+	if x != nil {
+		return x.NodeFailures
+	}
+	return nil
+}
+
+func (x *DisconnectResponse) GetNodes() int32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
 var File_presence_proto protoreflect.FileDescriptor
 
 const file_presence_proto_rawDesc = "" +
 	"\n" +
-	"\x0epresence.proto\x12\x06pubsub\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\rmessage.proto\"l\n" +
+	"\x0epresence.proto\x12\x06pubsub\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\rmessage.proto\"l\n" +
 	"\x15GetRoomMembersRequest\x12\x17\n" +
 	"\aroom_id\x18\x01 \x01(\tR\x06roomId\x12\x1d\n" +
 	"\n" +
@@ -1071,7 +1257,23 @@ const file_presence_proto_rawDesc = "" +
 	"\achanges\x18\x01 \x03(\v2\x16.pubsub.PresenceChangeR\achanges\"m\n" +
 	"\x0ePresenceChange\x12.\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1a.pubsub.PresenceChangeKindR\x04kind\x12+\n" +
-	"\x05entry\x18\x02 \x01(\v2\x15.pubsub.PresenceEntryR\x05entry*}\n" +
+	"\x05entry\x18\x02 \x01(\v2\x15.pubsub.PresenceEntryR\x05entry\"\xe9\x01\n" +
+	"\x11DisconnectRequest\x12\x17\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x1b\n" +
+	"\tdevice_id\x18\x02 \x01(\tR\bdeviceId\x12\x17\n" +
+	"\aroom_id\x18\x03 \x01(\tR\x06roomId\x12\x12\n" +
+	"\x04code\x18\x04 \x01(\rR\x04code\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x128\n" +
+	"\n" +
+	"refuse_for\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\trefuseFor\x12\x1f\n" +
+	"\vallow_again\x18\a \x01(\bR\n" +
+	"allowAgain\"\xbc\x01\n" +
+	"\x12DisconnectResponse\x12\x18\n" +
+	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\"\n" +
+	"\fdisconnected\x18\x02 \x01(\x05R\fdisconnected\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x128\n" +
+	"\rnode_failures\x18\x04 \x03(\v2\x13.pubsub.NodeFailureR\fnodeFailures\x12\x14\n" +
+	"\x05nodes\x18\x05 \x01(\x05R\x05nodes*}\n" +
 	"\x0eSnapshotReason\x12\x1f\n" +
 	"\x1bSNAPSHOT_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10SNAPSHOT_INITIAL\x10\x01\x12\x1a\n" +
@@ -1084,11 +1286,13 @@ const file_presence_proto_rawDesc = "" +
 	"\n" +
 	"\x06JOINED\x10\x03\x12\b\n" +
 	"\x04LEFT\x10\x04\x12\t\n" +
-	"\x05MOVED\x10\x052\xf1\x01\n" +
+	"\x05MOVED\x10\x052\xb6\x02\n" +
 	"\x0fPresenceService\x12O\n" +
 	"\x0eGetRoomMembers\x12\x1d.pubsub.GetRoomMembersRequest\x1a\x1e.pubsub.GetRoomMembersResponse\x12=\n" +
 	"\bGetUsers\x12\x17.pubsub.GetUsersRequest\x1a\x18.pubsub.GetUsersResponse\x12N\n" +
-	"\rWatchPresence\x12\x1c.pubsub.WatchPresenceRequest\x1a\x1d.pubsub.WatchPresenceResponse0\x01B3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
+	"\rWatchPresence\x12\x1c.pubsub.WatchPresenceRequest\x1a\x1d.pubsub.WatchPresenceResponse0\x01\x12C\n" +
+	"\n" +
+	"Disconnect\x12\x19.pubsub.DisconnectRequest\x1a\x1a.pubsub.DisconnectResponseB3Z1github.com/push-manager/push-manager/proto;pubsubb\x06proto3"
 
 var (
 	file_presence_proto_rawDescOnce sync.Once
@@ -1103,7 +1307,7 @@ func file_presence_proto_rawDescGZIP() []byte {
 }
 
 var file_presence_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_presence_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_presence_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_presence_proto_goTypes = []any{
 	(SnapshotReason)(0),            // 0: pubsub.SnapshotReason
 	(PresenceChangeKind)(0),        // 1: pubsub.PresenceChangeKind
@@ -1120,18 +1324,21 @@ var file_presence_proto_goTypes = []any{
 	(*PresenceEntry)(nil),          // 12: pubsub.PresenceEntry
 	(*PresenceChanges)(nil),        // 13: pubsub.PresenceChanges
 	(*PresenceChange)(nil),         // 14: pubsub.PresenceChange
-	nil,                            // 15: pubsub.UserConnection.AttributesEntry
-	(*timestamppb.Timestamp)(nil),  // 16: google.protobuf.Timestamp
-	(*NodeFailure)(nil),            // 17: pubsub.NodeFailure
+	(*DisconnectRequest)(nil),      // 15: pubsub.DisconnectRequest
+	(*DisconnectResponse)(nil),     // 16: pubsub.DisconnectResponse
+	nil,                            // 17: pubsub.UserConnection.AttributesEntry
+	(*timestamppb.Timestamp)(nil),  // 18: google.protobuf.Timestamp
+	(*NodeFailure)(nil),            // 19: pubsub.NodeFailure
+	(*durationpb.Duration)(nil),    // 20: google.protobuf.Duration
 }
 var file_presence_proto_depIdxs = []int32{
 	4,  // 0: pubsub.GetRoomMembersResponse.members:type_name -> pubsub.RoomMember
-	16, // 1: pubsub.RoomMember.join_time:type_name -> google.protobuf.Timestamp
+	18, // 1: pubsub.RoomMember.join_time:type_name -> google.protobuf.Timestamp
 	7,  // 2: pubsub.GetUsersResponse.users:type_name -> pubsub.UserPresence
-	17, // 3: pubsub.GetUsersResponse.node_failures:type_name -> pubsub.NodeFailure
+	19, // 3: pubsub.GetUsersResponse.node_failures:type_name -> pubsub.NodeFailure
 	8,  // 4: pubsub.UserPresence.connections:type_name -> pubsub.UserConnection
-	15, // 5: pubsub.UserConnection.attributes:type_name -> pubsub.UserConnection.AttributesEntry
-	16, // 6: pubsub.UserConnection.connect_time:type_name -> google.protobuf.Timestamp
+	17, // 5: pubsub.UserConnection.attributes:type_name -> pubsub.UserConnection.AttributesEntry
+	18, // 6: pubsub.UserConnection.connect_time:type_name -> google.protobuf.Timestamp
 	11, // 7: pubsub.WatchPresenceResponse.snapshot:type_name -> pubsub.PresenceSnapshot
 	13, // 8: pubsub.WatchPresenceResponse.changes:type_name -> pubsub.PresenceChanges
 	0,  // 9: pubsub.PresenceSnapshot.reason:type_name -> pubsub.SnapshotReason
@@ -1139,17 +1346,21 @@ var file_presence_proto_depIdxs = []int32{
 	14, // 11: pubsub.PresenceChanges.changes:type_name -> pubsub.PresenceChange
 	1,  // 12: pubsub.PresenceChange.kind:type_name -> pubsub.PresenceChangeKind
 	12, // 13: pubsub.PresenceChange.entry:type_name -> pubsub.PresenceEntry
-	2,  // 14: pubsub.PresenceService.GetRoomMembers:input_type -> pubsub.GetRoomMembersRequest
-	5,  // 15: pubsub.PresenceService.GetUsers:input_type -> pubsub.GetUsersRequest
-	9,  // 16: pubsub.PresenceService.WatchPresence:input_type -> pubsub.WatchPresenceRequest
-	3,  // 17: pubsub.PresenceService.GetRoomMembers:output_type -> pubsub.GetRoomMembersResponse
-	6,  // 18: pubsub.PresenceService.GetUsers:output_type -> pubsub.GetUsersResponse
-	10, // 19: pubsub.PresenceService.WatchPresence:output_type -> pubsub.WatchPresenceResponse
-	17, // [17:20] is the sub-list for method output_type
-	14, // [14:17] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	20, // 14: pubsub.DisconnectRequest.refuse_for:type_name -> google.protobuf.Duration
+	19, // 15: pubsub.DisconnectResponse.node_failures:type_name -> pubsub.NodeFailure
+	2,  // 16: pubsub.PresenceService.GetRoomMembers:input_type -> pubsub.GetRoomMembersRequest
+	5,  // 17: pubsub.PresenceService.GetUsers:input_type -> pubsub.GetUsersRequest
+	9,  // 18: pubsub.PresenceService.WatchPresence:input_type -> pubsub.WatchPresenceRequest
+	15, // 19: pubsub.PresenceService.Disconnect:input_type -> pubsub.DisconnectRequest
+	3,  // 20: pubsub.PresenceService.GetRoomMembers:output_type -> pubsub.GetRoomMembersResponse
+	6,  // 21: pubsub.PresenceService.GetUsers:output_type -> pubsub.GetUsersResponse
+	10, // 22: pubsub.PresenceService.WatchPresence:output_type -> pubsub.WatchPresenceResponse
+	16, // 23: pubsub.PresenceService.Disconnect:output_type -> pubsub.DisconnectResponse
+	20, // [20:24] is the sub-list for method output_type
+	16, // [16:20] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_presence_proto_init() }
@@ -1168,7 +1379,7 @@ func file_presence_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_presence_proto_rawDesc), len(file_presence_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

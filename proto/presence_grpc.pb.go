@@ -22,13 +22,14 @@ const (
 	PresenceService_GetRoomMembers_FullMethodName = "/pubsub.PresenceService/GetRoomMembers"
 	PresenceService_GetUsers_FullMethodName       = "/pubsub.PresenceService/GetUsers"
 	PresenceService_WatchPresence_FullMethodName  = "/pubsub.PresenceService/WatchPresence"
+	PresenceService_Disconnect_FullMethodName     = "/pubsub.PresenceService/Disconnect"
 )
 
 // PresenceServiceClient is the client API for PresenceService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// PresenceService tells who is connected where, and in which rooms. docs/presence.md is the guide.
+// PresenceService tells who is connected where, and in which rooms, and disconnects. docs/presence.md and docs/disconnect.md are the guides.
 //
 // Who is in a room and on which node is what the Controller says; which devices a user has is what the Connect-Nodes say.
 // Each method is a right of its own. A caller of a tenant sees the tenant's rooms and users, and names them without it.
@@ -37,7 +38,8 @@ const (
 //	FAILED_PRECONDITION  MEMBERS_UNSUPPORTED: the Controller cannot list the members of a room in pages
 //	OUT_OF_RANGE         PAGE_TOKEN_GONE: the Controller's store was lost since the last page: begin again
 //	INVALID_ARGUMENT     REPLY_TOO_LARGE: ask for fewer users
-//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may
+//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may; TOO_MANY_REFUSALS: so many are kept away already
+//	UNAVAILABLE          REFUSALS_UNAVAILABLE: etcd does not answer, so nobody could be kept away, and nobody was disconnected
 type PresenceServiceClient interface {
 	// A page of the members of a room. A room without members, or that nobody knows, has none.
 	//
@@ -52,6 +54,10 @@ type PresenceServiceClient interface {
 	// nothing is made up, also when the Controller restarts or loses its store. Of several changes to one user in short order
 	// the last may stand for all.
 	WatchPresence(ctx context.Context, in *WatchPresenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchPresenceResponse], error)
+	// Closes connections on all Connect-Nodes, and may keep them from coming back for a time. The reply comes when every node
+	// has answered, and after a second at the latest. A call may be repeated. Of two calls about the same user or room the
+	// second, sent after the reply to the first, counts.
+	Disconnect(ctx context.Context, in *DisconnectRequest, opts ...grpc.CallOption) (*DisconnectResponse, error)
 }
 
 type presenceServiceClient struct {
@@ -101,11 +107,21 @@ func (c *presenceServiceClient) WatchPresence(ctx context.Context, in *WatchPres
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PresenceService_WatchPresenceClient = grpc.ServerStreamingClient[WatchPresenceResponse]
 
+func (c *presenceServiceClient) Disconnect(ctx context.Context, in *DisconnectRequest, opts ...grpc.CallOption) (*DisconnectResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DisconnectResponse)
+	err := c.cc.Invoke(ctx, PresenceService_Disconnect_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PresenceServiceServer is the server API for PresenceService service.
 // All implementations must embed UnimplementedPresenceServiceServer
 // for forward compatibility.
 //
-// PresenceService tells who is connected where, and in which rooms. docs/presence.md is the guide.
+// PresenceService tells who is connected where, and in which rooms, and disconnects. docs/presence.md and docs/disconnect.md are the guides.
 //
 // Who is in a room and on which node is what the Controller says; which devices a user has is what the Connect-Nodes say.
 // Each method is a right of its own. A caller of a tenant sees the tenant's rooms and users, and names them without it.
@@ -114,7 +130,8 @@ type PresenceService_WatchPresenceClient = grpc.ServerStreamingClient[WatchPrese
 //	FAILED_PRECONDITION  MEMBERS_UNSUPPORTED: the Controller cannot list the members of a room in pages
 //	OUT_OF_RANGE         PAGE_TOKEN_GONE: the Controller's store was lost since the last page: begin again
 //	INVALID_ARGUMENT     REPLY_TOO_LARGE: ask for fewer users
-//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may
+//	RESOURCE_EXHAUSTED   TOO_MANY_WATCHED: this instance watches as much as it may; TOO_MANY_REFUSALS: so many are kept away already
+//	UNAVAILABLE          REFUSALS_UNAVAILABLE: etcd does not answer, so nobody could be kept away, and nobody was disconnected
 type PresenceServiceServer interface {
 	// A page of the members of a room. A room without members, or that nobody knows, has none.
 	//
@@ -129,6 +146,10 @@ type PresenceServiceServer interface {
 	// nothing is made up, also when the Controller restarts or loses its store. Of several changes to one user in short order
 	// the last may stand for all.
 	WatchPresence(*WatchPresenceRequest, grpc.ServerStreamingServer[WatchPresenceResponse]) error
+	// Closes connections on all Connect-Nodes, and may keep them from coming back for a time. The reply comes when every node
+	// has answered, and after a second at the latest. A call may be repeated. Of two calls about the same user or room the
+	// second, sent after the reply to the first, counts.
+	Disconnect(context.Context, *DisconnectRequest) (*DisconnectResponse, error)
 	mustEmbedUnimplementedPresenceServiceServer()
 }
 
@@ -147,6 +168,9 @@ func (UnimplementedPresenceServiceServer) GetUsers(context.Context, *GetUsersReq
 }
 func (UnimplementedPresenceServiceServer) WatchPresence(*WatchPresenceRequest, grpc.ServerStreamingServer[WatchPresenceResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchPresence not implemented")
+}
+func (UnimplementedPresenceServiceServer) Disconnect(context.Context, *DisconnectRequest) (*DisconnectResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Disconnect not implemented")
 }
 func (UnimplementedPresenceServiceServer) mustEmbedUnimplementedPresenceServiceServer() {}
 func (UnimplementedPresenceServiceServer) testEmbeddedByValue()                         {}
@@ -216,6 +240,24 @@ func _PresenceService_WatchPresence_Handler(srv interface{}, stream grpc.ServerS
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PresenceService_WatchPresenceServer = grpc.ServerStreamingServer[WatchPresenceResponse]
 
+func _PresenceService_Disconnect_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DisconnectRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PresenceServiceServer).Disconnect(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PresenceService_Disconnect_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PresenceServiceServer).Disconnect(ctx, req.(*DisconnectRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PresenceService_ServiceDesc is the grpc.ServiceDesc for PresenceService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -230,6 +272,10 @@ var PresenceService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetUsers",
 			Handler:    _PresenceService_GetUsers_Handler,
+		},
+		{
+			MethodName: "Disconnect",
+			Handler:    _PresenceService_Disconnect_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -25,10 +25,14 @@ func otherValues(ca string) map[string]map[string]string {
 	tokens := map[string]string{"CLIENT_AUTH_MODE": "jwt", "CLIENT_AUTH_JWT": "[{issuer: idp, audience: gateway, hs_secret_file: " + ca + ".secret}]"}
 	keys := map[string]string{"AUTH_MODE": "required", "AUTH_POLICY_FILE": ca + ".policy", "AUTH_API_KEYS_FILE": ca + ".keys"}
 	hook := map[string]string{"RECEIPT_WEBHOOK_URL": "https://a", "RECEIPT_WEBHOOK_SECRET_FILE": ca + ".secret"}
+	hooks := map[string]string{"HOOKS_FILE": ca + ".hooks", "HOOKS_DIR": "elsewhere"}
 	redis := map[string]string{"CONTROLLER_STORE": "redis", "REDIS_URL": "redis://127.0.0.1:1"}
 	return map[string]map[string]string{
 		"receipt_webhook.url":         hook,
 		"receipt_webhook.secret_file": hook,
+		"hooks.file":                  hooks,
+		"hooks.dir":                   {"HOOKS_DIR": "elsewhere"},
+		"hooks.queue_bytes":           {"HOOKS_QUEUE_BYTES": "2MiB"},
 		"controller_store":            redis,
 		"redis_url":                   redis,
 		"redis_url_file":              {"CONTROLLER_STORE": "redis", "REDIS_URL_FILE": ca + ".redis"},
@@ -85,6 +89,7 @@ var handedTo = map[string]map[string][]string{
 		"receipt_webhook.secret_file": {"Webhook.Config.URL", "Webhook.SecretFile"},
 		"jobs":                        {"Jobs.On"},
 		"presence":                    {"Presence.On"},
+		"refusals":                    {"Refusals"},
 		"manager_id":                  {"Entry.ID", "Jobs.Config.ManagerID", "Links.ManagerID", "ManagerID", "Tracing.Instance"},
 		"listen_address":              {"ListenAddress", "MetricsAddress"},
 		"metrics_address":             {"MetricsAddress"},
@@ -139,6 +144,7 @@ var handedTo = map[string]map[string][]string{
 		"etcd.password":    {"Etcd.ClientConfig.Password", "Etcd.ClientConfig.Username"},
 	},
 	"connect-node": {
+		"hooks.file":          {"Hooks.Dir", "Hooks.File"},
 		"tracing.enabled":     {"Tracing.Enabled", "Tracing.Endpoint"},
 		"listen_address":      {"Gateway.GRPCAddress", "Gateway.HTTPAddress", "Gateway.MetricsAddress", "ListenAddress", "MetricsAddress"},
 		"metrics_address":     {"Gateway.MetricsAddress", "MetricsAddress"},
@@ -163,6 +169,7 @@ func TestEveryKeyIsHandedToItsPackages(t *testing.T) {
 	ca := etcdtest.NewCA(t).File
 	for file, text := range map[string][]byte{
 		".secret": bytes.Repeat([]byte("s"), 32), ".redis": []byte("redis://127.0.0.1:1"), ".keys": []byte("{}"),
+		".hooks":  []byte("{version: 1, hooks: [{name: a, url: 'https://a', secret_file: " + ca + ".secret, events: [join]}]}"),
 		".policy": []byte("{version: 1, callers: [{name: a, match: [{san: a.b}], allow: [{methods: [BroadcastMessage]}]}]}"),
 	} {
 		if err := os.WriteFile(ca+file, text, 0o600); err != nil {

@@ -19,7 +19,7 @@ func TestNoEtcdServerWithoutTheDevelopmentStack(t *testing.T) {
 		return strings.Fields(string(out))
 	}
 	server := func(pkg string) bool {
-		return within("go.etcd.io/etcd/server/v3", pkg) || within("go.etcd.io/bbolt", pkg) || within(module+"/internal/devstack", pkg)
+		return within("go.etcd.io/etcd/server/v3", pkg) || within(module+"/internal/devstack", pkg)
 	}
 	if !slices.ContainsFunc(deps(""), server) {
 		t.Error("the development stack has no etcd server: this test looks for the wrong packages")

@@ -27,6 +27,8 @@ const (
 	UserForgotten  = "user.forgotten"
 	UserReplayed   = "user.replayed"
 	PushExplained  = "push.explained"
+	Disconnected   = "connections.closed"
+	RefusalLifted  = "refusal.lifted"
 	JobCreated     = "job.created"
 	JobPaused      = "job.paused"
 	JobResumed     = "job.resumed"
@@ -83,6 +85,10 @@ type Entry struct {
 	MessageID  string // Write and Refused clone it
 	Job        string // the id of a broadcast job
 	Rate       int    // of a job, users a second
+
+	// Of connections.closed.
+	Connections int
+	RefusedFor  time.Duration
 
 	// Results of a push, or nil.
 	Results *Results
@@ -321,6 +327,12 @@ func (l *Log) add(e *Entry) {
 	}
 	if e.Rate > 0 {
 		r.AddAttrs(slog.Int("rate", e.Rate))
+	}
+	if e.Event == Disconnected {
+		r.AddAttrs(slog.Int("connections", e.Connections))
+	}
+	if e.RefusedFor > 0 {
+		r.AddAttrs(slog.Float64("refused_for_seconds", e.RefusedFor.Seconds()))
 	}
 	if n := e.Results; n != nil {
 		r.AddAttrs(slog.Int("delivered", n.Delivered), slog.Int("offline", n.Offline), slog.Int("failed", n.Failed), slog.Int("unknown", n.Unknown))

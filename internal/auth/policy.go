@@ -36,6 +36,8 @@ const (
 	Replay
 	Explain
 	Console // no method: what /console/ shows
+	Disconnect
+	DisconnectRoom // no method: Disconnect with a room_id
 	CreateJob
 	GetJob
 	ListJobs
@@ -66,6 +68,8 @@ var methods = [...]struct { //nolint:gochecknoglobals // a constant
 	Replay:           {"Replay", users},
 	Explain:          {"Explain", nobody},
 	Console:          {"Console", nobody},
+	Disconnect:       {"Disconnect", users},
+	DisconnectRoom:   {"DisconnectRoom", rooms},
 	CreateJob:        {"CreateJob", nobody}, // and the right to what it pushes
 	GetJob:           {"GetJob", nobody},
 	ListJobs:         {"ListJobs", nobody},

@@ -118,8 +118,8 @@ func everyCheck() []check {
 	return slices.Concat(
 		[]check{{name: "connect", expect: "the port answers, with the Deliver stream or with the unary methods", run: connect},
 			{name: "users", expect: "every user given is connected and in the room, and the absent one is not", users: 1, run: usersAreHere}},
-		helloChecks(), deliverChecks(), audienceChecks(), streamChecks(), sizeChecks(), lastingChecks(), roomsChecks(), filterChecks(), unaryChecks(), listingChecks(),
-		[]check{{name: "keepalive", expect: "a ping every 5 s, without a call, does not end the connection", run: nil},
+		helloChecks(), deliverChecks(), audienceChecks(), streamChecks(), sizeChecks(), lastingChecks(), roomsChecks(), filterChecks(), disconnectChecks(), unaryChecks(), listingChecks(),
+		[]check{lastDisconnect(), {name: "keepalive", expect: "a ping every 5 s, without a call, does not end the connection", run: nil},
 			{name: "leaving", expect: "a node that leaves says drain on every stream, acks what it took and does nothing with what comes later", run: leaving}},
 	)
 }

@@ -48,7 +48,8 @@ type link struct {
 	asked   []*pubsub.Catchup
 	taken   map[uint64]uint64 // by gate
 	nudged  map[uint64]bool
-	wrong   error // the first rule that the node broke
+	closed  map[uint64]uint32 // connections, by the token of a disconnect
+	wrong   error             // the first rule that the node broke
 	ended   bool
 	end     error // nil for OK
 }
@@ -110,7 +111,7 @@ func (t *tester) dial(ctx context.Context) (*link, error) {
 	l := &link{
 		t: t, stream: stream, cancel: cancel, done: make(chan struct{}), next: 1, changed: make(chan struct{}),
 		owed: make(map[uint64]*pubsub.Delivery), size: make(map[uint64]int), acked: make(map[uint64]outcome),
-		awaited: make(map[uint64]*awaited), taken: make(map[uint64]uint64), nudged: make(map[uint64]bool),
+		awaited: make(map[uint64]*awaited), taken: make(map[uint64]uint64), nudged: make(map[uint64]bool), closed: make(map[uint64]uint32),
 	}
 	go l.readLoop()
 	return l, nil
@@ -318,6 +319,15 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 		l.fault("the miss of seq %d is not in the frame of its ack", seq)
 	}
 	l.takeLasting(f)
+	if len(f.GetDisconnected()) > 0 && !l.has(pubsub.Feature_FEATURE_DISCONNECT) {
+		l.fault("disconnected, and the node does not name FEATURE_DISCONNECT")
+	}
+	for _, d := range f.GetDisconnected() {
+		if _, twice := l.closed[d.GetToken()]; twice || d.GetToken() == 0 {
+			l.fault("disconnected with the token %d, which is 0 or was answered before", d.GetToken())
+		}
+		l.closed[d.GetToken()] = d.GetConnections()
+	}
 	if f.GetHeartbeat() != 0 {
 		l.beat = f.GetHeartbeat()
 	}

@@ -179,6 +179,13 @@ func (f *messageFlags) push(ctx context.Context, t *terminal, text, what string,
 
 // call does one call within a timeout.
 func (f *apiFlags) call(ctx context.Context, timeout time.Duration, do func(context.Context, pubsub.PushManagerServiceClient) error) error {
+	return f.callOver(ctx, timeout, func(ctx context.Context, conn *grpc.ClientConn) error {
+		return do(ctx, pubsub.NewPushManagerServiceClient(conn))
+	})
+}
+
+// callOver is call for any service.
+func (f *apiFlags) callOver(ctx context.Context, timeout time.Duration, do func(context.Context, *grpc.ClientConn) error) error {
 	if timeout <= 0 || timeout > maxTimeout {
 		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", timeout, maxTimeout)}
 	}
@@ -189,7 +196,7 @@ func (f *apiFlags) call(ctx context.Context, timeout time.Duration, do func(cont
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if err := do(ctx, pubsub.NewPushManagerServiceClient(conn)); err != nil {
+	if err := do(ctx, conn); err != nil {
 		return explain(err, f.Address, timeout, sent.begun.Load())
 	}
 	return nil

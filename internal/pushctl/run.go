@@ -30,6 +30,7 @@ type grammar struct {
 	Members  membersCmd  `cmd:"" help:"List the members of a room."`
 	Where    whereCmd    `cmd:"" help:"Say whether users are online: on which nodes, in which rooms, with which devices."`
 	Presence presenceCmd `cmd:"" help:"Watch a room or a user: who comes and goes, until interrupted."`
+	Kick     kickCmd     `cmd:"" help:"Close the connections of a user, of a device or in a room, and keep them away for a time if asked to."`
 
 	Receipts receiptsCmd `cmd:"" help:"Print what clients say of pushes with --receipt=async, until interrupted."`
 	Forget   forgetCmd   `cmd:"" help:"Erase what is stored for a user."`

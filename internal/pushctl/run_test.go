@@ -59,6 +59,8 @@ type server struct {
 	err     error
 	wait    bool // answers when the caller has left
 
+	presence presence // the other service
+
 	mu            sync.Mutex
 	got           proto.Message
 	authorization []string // headers of the last PushToUser
@@ -103,6 +105,7 @@ func serve(t *testing.T, s *server) string {
 	}
 	g := grpc.NewServer()
 	pubsub.RegisterPushManagerServiceServer(g, s)
+	pubsub.RegisterPresenceServiceServer(g, &s.presence)
 	done := make(chan error, 1)
 	go func() { done <- g.Serve(l) }()
 	t.Cleanup(func() {

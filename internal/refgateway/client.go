@@ -293,13 +293,17 @@ func (c *conn) Joined(room string) {
 	case room != "":
 		c.tell(control("joined", "room_id", room))
 		c.follow(c.tenant.ID(room))
+		c.entered(room)
 	case c.room == "":
 		c.tell(control("ready", "user_id", c.user, "node_id", c.g.cfg.NodeID))
 	}
 }
 
 // Left implements membership.Client.
-func (c *conn) Left(room string) { c.tell(control("left", "room_id", room)) }
+func (c *conn) Left(room string) {
+	c.exited(room)
+	c.tell(control("left", "room_id", room))
+}
 
 // Refused implements membership.Client.
 func (c *conn) Refused(room, why string) {
@@ -308,6 +312,7 @@ func (c *conn) Refused(room, why string) {
 		return
 	}
 	c.unfollow(c.tenant.ID(room))
+	c.exited(room)
 	c.tell(control("error", "message", "room_id: "+why, "room_id", room))
 }
 

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/push-manager/push-manager/internal/auth/jwt"
+	"github.com/push-manager/push-manager/internal/hooks"
 	"github.com/push-manager/push-manager/internal/ids"
 	"github.com/push-manager/push-manager/transport/compression"
 	"github.com/push-manager/push-manager/transport/node/membership"
@@ -100,6 +101,9 @@ type Config struct {
 	// CloseTimeout bounds the end of a connection: the write of a close frame that
 	// must be soon, and then the time that the client has to answer it. Default 2 s.
 	CloseTimeout time.Duration
+	// KickTimeout is how long a client that a service disconnects may take for what waits for it, and then for the close frame.
+	// Default 500 ms each.
+	KickTimeout time.Duration
 	// PingInterval is how long a client may be silent before it is pinged,
 	// IdleTimeout how long before it is cut off. Default 25 s and 60 s.
 	PingInterval, IdleTimeout time.Duration
@@ -114,6 +118,9 @@ type Config struct {
 	// LeaveTimeout bounds the reporting of leaves when the gateway goes. Default
 	// 3 s.
 	LeaveTimeout time.Duration
+
+	// Hooks get who connects, disconnects, joins and leaves. The caller closes them after the gateway. Nil: nobody is told.
+	Hooks *hooks.Hooks
 
 	// Logger gets state changes, never a payload. Default: nothing is logged.
 	Logger *slog.Logger
@@ -143,6 +150,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.Unverified, 1024) // as api.handshakes: a balancer is one address
 	defaultTo(&c.WriteTimeout, 10*time.Second)
 	defaultTo(&c.CloseTimeout, 2*time.Second)
+	defaultTo(&c.KickTimeout, 500*time.Millisecond)
 	defaultTo(&c.PingInterval, 25*time.Second)
 	defaultTo(&c.IdleTimeout, 60*time.Second)
 	defaultTo(&c.LeaveTimeout, 3*time.Second)
@@ -201,7 +209,7 @@ func (c Config) Validate() error {
 	}
 	for field, d := range map[string]time.Duration{
 		"WriteTimeout": c.WriteTimeout, "CloseTimeout": c.CloseTimeout, "PingInterval": c.PingInterval, "LeaveTimeout": c.LeaveTimeout,
-		"TokenTimeout": c.TokenTimeout, "TokenGrace": c.TokenGrace,
+		"TokenTimeout": c.TokenTimeout, "TokenGrace": c.TokenGrace, "KickTimeout": c.KickTimeout,
 	} {
 		if d <= 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is not positive", field, d))

@@ -1,6 +1,7 @@
 package refgateway
 
 import (
+	"cmp"
 	"errors"
 	"net"
 	"sync"
@@ -48,6 +49,9 @@ type conn struct {
 	writing bool   // it is in line for a writer, or has one
 	closed  bool   // nothing is taken any more
 	code    uint16 // of the close frame that is to follow the queue, or 0
+	last    uint16 // the first code that it was closed with, or 0
+	told    told   // to hooks
+	words   string // of that frame, where a service has chosen them: not changed once code is set
 	lasting        // see lasting.go
 
 	behind *conn // in the line; guarded by line.mu
@@ -118,7 +122,7 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 	if c.closed {
 		return false
 	}
-	c.closed, c.code = true, code
+	c.closed, c.code, c.last = true, code, code
 	c.forgetLocked()
 	if atOnce {
 		c.dropLocked()
@@ -129,6 +133,34 @@ func (c *conn) byeLocked(code uint16, atOnce bool) (first bool) {
 	}
 	c.startLocked()
 	return true
+}
+
+// kick closes the connection as a service has asked, behind what waits for the client if that is soon with it. It tells whether the
+// connection was open.
+func (c *conn) kick(code uint16, words string) (open bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return false
+	}
+	c.words = words
+	if c.frames == 0 {
+		return c.byeLocked(code, true)
+	}
+	time.AfterFunc(c.g.cfg.KickTimeout, c.hurry)
+	return c.byeLocked(code, false)
+}
+
+// hurry drops what waits, so that the close frame is next.
+func (c *conn) hurry() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.code == 0 { // it is on its way, or the client has gone
+		return
+	}
+	c.dropLocked()
+	c.hurried.Store(true)
+	_ = c.net.SetWriteDeadline(time.Now().Add(c.g.cfg.KickTimeout))
 }
 
 // dropLocked forgets what is queued.
@@ -365,7 +397,7 @@ func (c *conn) setWriteDeadline(d time.Duration) {
 // while it still sends would take from it what it has not read.
 func (c *conn) writeClose(code uint16) {
 	c.setWriteDeadline(c.g.cfg.WriteTimeout)
-	if _, err := c.net.Write(closeFrame(code)); err != nil {
+	if _, err := c.net.Write(closeFrame(code, cmp.Or(c.words, closeReason(code)))); err != nil {
 		c.shut()
 		return
 	}

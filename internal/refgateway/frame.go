@@ -223,8 +223,8 @@ func closeReason(code uint16) string {
 	return ""
 }
 
-func closeFrame(code uint16) []byte {
-	payload := append(binary.BigEndian.AppendUint16(nil, code), closeReason(code)...)
+func closeFrame(code uint16, reason string) []byte {
+	payload := append(binary.BigEndian.AppendUint16(nil, code), reason...)
 	return append(appendHeader(nil, ws.OpClose, len(payload)), payload...)
 }
 

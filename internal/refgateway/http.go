@@ -298,6 +298,9 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 	if err := c.setAttributes(c.identity.Load()); err != nil {
 		return g.deny(c, err)
 	}
+	if code := g.refused(c); code != 0 {
+		return code
+	}
 	c.to.user = appendString(nil, c.user)
 	c.member = g.members.TenantMember(string(c.tenant), c.user, c.name, c)
 	g.hear(c)
@@ -308,6 +311,10 @@ func (g *Gateway) serve(c *conn, r *reader, token string) (code uint16) {
 	g.users.Add(c.tenant.ID(c.user), c)
 	g.unverified.remove(c)
 	g.endIfGoing(c)
+	if code := g.refused(c); code != 0 { // whoever was refused meanwhile has not been found among the users
+		return code
+	}
+	c.begun()
 	g.enterRooms(c)
 	return r.loop()
 }
@@ -340,6 +347,7 @@ func (g *Gateway) end(c *conn) {
 	c.cursor.Close()
 	g.users.Remove(c.tenant.ID(c.user), c)
 	c.member.Close()
+	c.over()
 }
 
 func newHTTPServer(h http.Handler, logger *slog.Logger) *http.Server {

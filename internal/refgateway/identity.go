@@ -274,4 +274,5 @@ const (
 	deniedOther     = "other_user"
 	deniedRoom      = "room"
 	deniedWithdrawn = "withdrawn"
+	deniedRefused   = "refused" // by a service, for a time
 )

@@ -64,7 +64,7 @@ func newCounters(g *Gateway) {
 	set.NewGauge("connect_node_inbox_frames", func() float64 { return float64(g.waiting.Load()) })
 	set.NewGauge("connect_node_inbox_bytes", func() float64 { return float64(g.kept.Load()) })
 	set.NewGauge("connect_node_unverified", func() float64 { return float64(g.unverified.len()) })
-	for _, reason := range append(jwt.Reasons(), deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn) {
+	for _, reason := range append(jwt.Reasons(), deniedMissing, deniedTimeout, deniedEvicted, deniedClaim, deniedOther, deniedRoom, deniedWithdrawn, deniedRefused) {
 		g.denied(string(reason)) // there is a zero before the first one
 	}
 	g.count = counters{

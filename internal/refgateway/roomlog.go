@@ -1,17 +1,29 @@
 package refgateway
 
 import (
+	"errors"
+	"strings"
+
 	"github.com/push-manager/push-manager/transport/node"
 )
 
 // join asks the Controller to let the client into a room, a name as the client says it.
 func (c *conn) join(name string) error {
-	c.expect(c.tenant.ID(name), true)
+	room := c.tenant.ID(name)
+	if r, refused := c.g.node.RefusedRoom(room); refused {
+		return errors.New(strings.TrimSuffix("room_id: refused: "+r.Reason, ": "))
+	}
+	c.expect(room, true)
 	err := c.member.Join(name)
 	if err != nil {
-		c.expect(c.tenant.ID(name), false)
+		c.expect(room, false)
+		return err //nolint:wrapcheck // The client is told.
 	}
-	return err //nolint:wrapcheck // The client is told.
+	if _, refused := c.g.node.RefusedRoom(room); refused { // it has come in between those who were in the room and the refusal
+		_ = c.member.Leave(name) // it is in
+		c.unfollow(room)
+	}
+	return nil
 }
 
 // expect says whether the client is about to come into a room.

@@ -1,7 +1,6 @@
 package refgateway
 
 import (
-	"strconv"
 	"time"
 
 	pubsub "github.com/push-manager/push-manager/proto"
@@ -39,6 +38,12 @@ func (c *conn) Attributes() node.Attributes {
 	return node.Attributes{}
 }
 
+// device is what the client, or its token, calls the device, or empty.
+func (c *conn) device() string {
+	device, _ := c.Attributes().Get("device_id")
+	return device
+}
+
 // IsFor implements node.Attributed.
 func (c *conn) IsFor(m *node.Message) bool {
 	if m.Rooms != nil {
@@ -54,9 +59,45 @@ func (c *conn) Describe() node.Connection {
 	for i, room := range rooms {
 		rooms[i] = c.tenant.ID(room)
 	}
-	has := c.Attributes()
-	device, _ := has.Get("device_id")
-	return node.Connection{ID: strconv.FormatUint(c.id, 10), Device: device, Attributes: has.Map(), Rooms: rooms, Since: time.Unix(c.at, 0)}
+	return node.Connection{
+		ID: c.connectionID(), Device: c.device(), Attributes: c.Attributes().Map(), Rooms: rooms, Since: time.Unix(c.at, 0),
+	}
+}
+
+// Disconnect implements node.Disconnector. For a room it looks at all clients.
+func (s sessions) Disconnect(d *node.Disconnect) (connections int) {
+	kick := func(c *conn) {
+		if (d.Device == "" || c.device() == d.Device) && c.kick(d.Code, d.Reason) {
+			connections++
+		}
+	}
+	if d.Room == "" {
+		for _, c := range s.Of(d.User) {
+			kick(c)
+		}
+		return connections
+	}
+	s.Each(func(conns []*conn) {
+		for _, c := range conns {
+			if c.member.In(d.Room) {
+				kick(c)
+			}
+		}
+	})
+	return connections
+}
+
+// refused closes a connection whose user or device is kept away, or whose room nobody may join. It returns the close code, 0 for
+// one that is not refused.
+func (g *Gateway) refused(c *conn) (code uint16) {
+	r, refused := g.node.Refused(c.tenant.ID(c.user), c.device())
+	if !refused && c.room != "" {
+		r, refused = g.node.RefusedRoom(c.tenant.ID(c.room))
+	}
+	if refused && c.kick(r.Code, r.Reason) {
+		g.denied(deniedRefused).Inc()
+	}
+	return r.Code
 }
 
 // Deliver implements node.Conn. A push to a room is for the connections that are in

@@ -40,12 +40,12 @@ type Secret struct {
 
 // CheckSecret tells what is wrong with a file now.
 func CheckSecret(file string) error {
-	_, err := readSecret(file)
+	_, err := ReadSecret(file)
 	return err
 }
 
-// readSecret reads a file without the end of its line.
-func readSecret(file string) ([]byte, error) {
+// ReadSecret reads a file without the end of its line.
+func ReadSecret(file string) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
@@ -77,7 +77,7 @@ func OpenSecret(cfg SecretConfig) (*Secret, error) {
 	if cfg.OnReload == nil {
 		cfg.OnReload = func(error) {}
 	}
-	first, err := readSecret(cfg.File)
+	first, err := ReadSecret(cfg.File)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +102,7 @@ func (s *Secret) Close() { s.loop.Close() }
 
 // read takes over what the file holds, if that is something else. It tells whether something is wrong that was not before.
 func (s *Secret) read() (worse bool) {
-	next, err := readSecret(s.cfg.File)
+	next, err := ReadSecret(s.cfg.File)
 	if err != nil {
 		s.failed.Inc()
 		if worse = s.trouble != err.Error(); worse {

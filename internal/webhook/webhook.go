@@ -13,6 +13,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -22,7 +24,9 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/push-manager/push-manager/internal/label"
 	"github.com/push-manager/push-manager/internal/pause"
+	"github.com/push-manager/push-manager/internal/plain"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -43,12 +47,23 @@ const (
 	turnPause = time.Second
 )
 
-// Config is what a Webhook needs. All fields but the last group must be set.
+// Config is what a Webhook needs. URL and Secret, or Target, must be set, and Source and Turns.
 type Config struct {
 	URL    string
 	Secret func() []byte // at the moment
 	Source Source
 	Turns  Turns
+
+	// Target is both where they may change. nil: URL and Secret.
+	Target func() (url string, secret []byte)
+	// Name is what the log calls it. Default "receipts".
+	Name string
+	// Names are those of its metrics, and Labels what they have, in pairs. Default: those of receipts, and none.
+	Names  Names
+	Labels []string
+	// Encode makes the body of a request, and tells how much it has of the page. What cannot be read is counted as missed. Default: that
+	// of receipts.
+	Encode func(page *Page) (body []byte, n int, err error)
 
 	// Shared says that others go on when this instance ends.
 	Shared bool
@@ -59,6 +74,9 @@ type Config struct {
 	Logger             *slog.Logger // nil: nothing is logged
 	Metrics            *metrics.Set // nil: a set of its own
 }
+
+// Names are those of metrics.
+type Names struct{ Requests, Taken, Lost, Seconds, Active, Failures string }
 
 // Source has the receipts of all senders in one line.
 type Source interface {
@@ -117,6 +135,7 @@ type Webhook struct {
 	sent   *metrics.Counter
 	lost   *metrics.Counter
 	took   *metrics.PrometheusHistogram
+	shown  []string // names of these and of gauges
 
 	turn     atomic.Bool // it is ours
 	failures atomic.Int64
@@ -125,8 +144,24 @@ type Webhook struct {
 
 // Start begins to send.
 func Start(cfg Config) (*Webhook, error) {
-	if cfg.URL == "" || cfg.Secret == nil || cfg.Source == nil || cfg.Turns == nil {
-		return nil, errors.New("webhook: URL, Secret, Source or Turns is missing")
+	if cfg.Target == nil {
+		to, secret := cfg.URL, cfg.Secret
+		if to == "" || secret == nil {
+			return nil, errors.New("webhook: URL or Secret is missing")
+		}
+		cfg.Target = func() (string, []byte) { return to, secret() }
+	}
+	if cfg.Source == nil || cfg.Turns == nil {
+		return nil, errors.New("webhook: Source or Turns is missing")
+	}
+	defaultTo(&cfg.Name, "receipts")
+	defaultTo(&cfg.Names, Names{
+		Requests: "push_manager_receipt_webhook_requests_total", Taken: "push_manager_receipt_webhook_receipts_total",
+		Lost: "push_manager_receipt_webhook_lost_total", Seconds: "push_manager_receipt_webhook_seconds",
+		Active: "push_manager_receipt_webhook_active", Failures: "push_manager_receipt_webhook_failures",
+	})
+	if cfg.Encode == nil {
+		cfg.Encode = encode
 	}
 	defaultTo(&cfg.Timeout, 10*time.Second)
 	defaultTo(&cfg.RetryMin, firstPause)
@@ -137,22 +172,27 @@ func Start(cfg Config) (*Webhook, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.NewSet()
 	}
-	set := cfg.Metrics
-	w := &Webhook{
-		cfg: cfg, log: cfg.Logger, drain: make(chan struct{}), client: newClient(cfg.Timeout),
-		ok:     set.GetOrCreateCounter(`push_manager_receipt_webhook_requests_total{result="ok"}`),
-		failed: set.GetOrCreateCounter(`push_manager_receipt_webhook_requests_total{result="failed"}`),
-		sent:   set.GetOrCreateCounter("push_manager_receipt_webhook_receipts_total"),
-		lost:   set.GetOrCreateCounter("push_manager_receipt_webhook_lost_total"),
-		took:   set.GetOrCreatePrometheusHistogramExt("push_manager_receipt_webhook_seconds", []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
+	var shown []string
+	set, names, name := cfg.Metrics, &cfg.Names, func(metric string, labels ...string) string {
+		shown = append(shown, label.Name(metric, slices.Concat(cfg.Labels, labels)...))
+		return shown[len(shown)-1]
 	}
-	set.GetOrCreateGauge("push_manager_receipt_webhook_active", func() float64 {
+	w := &Webhook{
+		cfg: cfg, log: cfg.Logger.With("webhook", cfg.Name), drain: make(chan struct{}), client: newClient(cfg.Timeout),
+		ok:     set.GetOrCreateCounter(name(names.Requests, "result", "ok")),
+		failed: set.GetOrCreateCounter(name(names.Requests, "result", "failed")),
+		sent:   set.GetOrCreateCounter(name(names.Taken)),
+		lost:   set.GetOrCreateCounter(name(names.Lost)),
+		took:   set.GetOrCreatePrometheusHistogramExt(name(names.Seconds), []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}),
+	}
+	set.GetOrCreateGauge(name(names.Active), func() float64 {
 		if w.turn.Load() {
 			return 1
 		}
 		return 0
 	})
-	set.GetOrCreateGauge("push_manager_receipt_webhook_failures", func() float64 { return float64(w.failures.Load()) })
+	set.GetOrCreateGauge(name(names.Failures), func() float64 { return float64(w.failures.Load()) })
+	w.shown = shown
 	var running context.Context
 	running, w.stop = context.WithCancel(context.Background())
 	w.wg.Go(func() { w.loop(running) })
@@ -164,6 +204,18 @@ func defaultTo[T comparable](p *T, value T) {
 	if *p == zero {
 		*p = value
 	}
+}
+
+// CheckURL reads the URL of a receiver.
+func CheckURL(text string) (*url.URL, error) {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Fragment != "":
+		return nil, fmt.Errorf("%q is not like https://HOST/PATH", plain.Line(text, 64))
+	case u.User != nil:
+		return nil, errors.New("has a user in it: the signature tells who sends")
+	}
+	return u, nil
 }
 
 // newClient makes one with a connection of its own, which believes nothing.
@@ -193,6 +245,13 @@ func (w *Webhook) Drain(ctx context.Context) {
 	w.client.CloseIdleConnections()
 }
 
+// Forget takes its metrics away, after Drain.
+func (w *Webhook) Forget() {
+	for _, name := range w.shown {
+		w.cfg.Metrics.UnregisterMetric(name)
+	}
+}
+
 // loop sends whenever it is our turn.
 func (w *Webhook) loop(ctx context.Context) {
 	asking, cancel := context.WithCancel(ctx)
@@ -212,7 +271,7 @@ func (w *Webhook) loop(ctx context.Context) {
 		}
 		if text := err.Error(); text != last {
 			last = text
-			w.log.Warn("webhook of receipts: not our turn any more, asking for it again", "err", err)
+			w.log.Warn("webhook: not our turn any more, asking for it again", "err", err)
 		}
 		pause.For(asking, pause.Jitter(turnPause))
 	}
@@ -238,7 +297,7 @@ func (w *Webhook) guarded(ctx, asking context.Context) (err error) {
 		turn.End(ending)
 	}()
 	w.turn.Store(true)
-	w.log.Info("webhook of receipts: this instance sends")
+	w.log.Info("webhook: this instance sends")
 	ctx, cancel := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() {
@@ -276,7 +335,7 @@ func (w *Webhook) serve(ctx context.Context, turn Turn) error {
 		case ctx.Err() != nil:
 		case err != nil:
 			if w.failures.Add(1) == 1 {
-				w.log.Warn("webhook of receipts: they cannot be sent, trying again", "err", err)
+				w.log.Warn("webhook: cannot be sent, trying again", "err", err)
 			}
 			if !w.wait(ctx, pause.Jitter(wait), w.cfg.Shared) {
 				continue
@@ -289,7 +348,7 @@ func (w *Webhook) serve(ctx context.Context, turn Turn) error {
 			w.wait(ctx, lookPause, true)
 		default:
 			if w.failures.Swap(0) > 0 {
-				w.log.Info("webhook of receipts: they are sent again")
+				w.log.Info("webhook: sends again")
 			}
 			wait = w.cfg.RetryMin
 			if err := turn.Keep(ctx, page.Last); err != nil {
@@ -334,7 +393,7 @@ func (w *Webhook) send(ctx context.Context, at Position) (Page, error) {
 	if err != nil {
 		return page, err
 	}
-	body, n, err := encode(&page)
+	body, n, err := w.cfg.Encode(&page)
 	if err != nil || n == 0 {
 		return page, err
 	}
@@ -386,13 +445,14 @@ func encode(page *Page) (body []byte, n int, err error) {
 func (w *Webhook) post(ctx context.Context, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, w.cfg.Timeout)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, w.cfg.URL, bytes.NewReader(body))
+	to, secret := w.cfg.Target()
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
 	request.Header.Set("Content-Type", "application/json")
 	request.Header.Set("User-Agent", "push-manager")
-	request.Header.Set(SignatureHeader, sign(w.cfg.Secret(), body, time.Now()))
+	request.Header.Set(SignatureHeader, sign(secret, body, time.Now()))
 	response, err := w.client.Do(request)
 	if err != nil {
 		return withoutURL(err)

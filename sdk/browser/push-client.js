@@ -29,10 +29,14 @@ const LONGEST_TIMER = 2 ** 31 - 1;
 export const closeReasons = Object.freeze({
   1001: "node is going", 1002: "protocol error", 1007: "not UTF-8", 1009: "message too long", 1011: "fault in the node", 1012: "node restarts",
   4401: "token missing, wrong or expired", 4403: "the token does not allow this room", 4408: "no token came in time", 4429: "cut off for reading too slowly",
+  4000: "disconnected by the service", 4410: "disconnected by the service, which does not want us back for now",
 });
 
 // After these ends the next connection would end in the same way. 4401 is tried again with another token.
 const isFinal = code => [1002, 1007, 1009].includes(code) || (code >= 4400 && code < 4500 && ![4401, 4408, 4429].includes(code));
+
+// Codes that the gateway does not use itself: the service has chosen them, and the words beside them.
+const isOfService = code => code >= 4000 && code < 5000 && ![4401, 4403, 4408, 4429].includes(code);
 
 /** A connection to a gateway that comes back when it is lost: same rooms, nothing twice, and nothing missing that the service has kept. */
 export class PushClient {
@@ -210,7 +214,7 @@ export class PushClient {
     };
     socket.onmessage = event => { if (attempt === this.#attempt) this.#receive(event.data); };
     socket.onerror = () => {}; // onclose says the same
-    socket.onclose = event => { if (attempt === this.#attempt) void this.#closed(attempt, event.code, url); };
+    socket.onclose = event => { if (attempt === this.#attempt) void this.#closed(attempt, event.code, event.reason, url); };
   }
 
   #ping() {
@@ -349,9 +353,9 @@ export class PushClient {
     this.#timer("refresh", Math.max(left - Math.min(REFRESH_BEFORE, left / 2), 0), again);
   }
 
-  async #closed(attempt, code, url) {
+  async #closed(attempt, code, said, url) {
     const opened = this.#began > 0;
-    const reason = closeReasons[code] ?? "the connection was lost";
+    const reason = (isOfService(code) && String(said ?? "")) || closeReasons[code] || "the connection was lost";
     if (!opened && this.#fetch) {
       // A browser does not say why a handshake was refused. The same request as a plain one does.
       this.#timer("handshake");

@@ -5,7 +5,8 @@
 //
 // A [Watcher] keeps the set of nodes below one prefix and reports the complete
 // set after each change. A [Registration] keeps one key there for as long as its
-// process lives. A [Claim] keeps a key that only one process has. All use a client that the caller owns and closes after them;
+// process lives. A [Claim] keeps a key that only one process has. [Refusals] writes whom nodes are to refuse, and a [RefusalWatch] reads
+// it. All use a client that the caller owns and closes after them;
 // [NewClient] makes a suitable one.
 //
 // # What the Watcher promises
@@ -50,7 +51,13 @@
 //   - Of several holders one has the key, whenever they come: etcd decides. The others are told who has it.
 //   - It is kept as a Registration keeps its key. A holder who finds another one there has lost it, and is told.
 //
-// Values are the JSON of etcd's naming/endpoints package, so etcd's own gRPC
+// # What a RefusalWatch promises
+//
+//   - It lists, then watches from the next revision, and lists again after any error and each minute.
+//   - etcd out of reach lifts nothing: what is known counts to its end.
+//   - What cannot be read, or is no Refusal, is left out.
+//
+// Values of registrations are the JSON of etcd's naming/endpoints package, so etcd's own gRPC
 // resolver reads what a Registration writes, and a Watcher reads what etcd's
 // endpoints.Manager writes. The resolver drops one slash of its target: for
 // PushManagerPrefix it is etcd:////services/push-manager, with four.

@@ -23,6 +23,8 @@ const (
 	explain
 	watchReceipts
 
+	disconnect // of PresenceService
+
 	// Of BroadcastJobService.
 	createJob
 	getJob
@@ -63,6 +65,8 @@ func (a api) idField() string {
 		return "room_id"
 	case getUsers:
 		return "user_ids"
+	case disconnect:
+		return "user_id or room_id"
 	default:
 		return ""
 	}
@@ -108,6 +112,8 @@ func (a api) method() auth.Method {
 		return auth.Explain
 	case watchReceipts:
 		return auth.WatchReceipts
+	case disconnect:
+		return auth.Disconnect
 	case createJob, getJob, listJobs, watchJob, pauseJob, resumeJob, cancelJob, setJobRate, deleteJob:
 		return auth.CreateJob + auth.Method(a-createJob) // they are in the same order
 	case getRoomMembers:
@@ -119,6 +125,11 @@ func (a api) method() auth.Method {
 	default:
 		return auth.BroadcastMessage
 	}
+}
+
+// allowedTo tells whether a caller may call the method at all. Which ids it may name is asked when they are known.
+func (a api) allowedTo(who *auth.Principal) bool {
+	return who.May(a.method()) || a == disconnect && who.May(auth.DisconnectRoom) || a == watchPresence && who.May(auth.WatchRoomPresence)
 }
 
 // asked tells which api a field of PushStreamRequest asks for.

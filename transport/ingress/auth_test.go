@@ -126,6 +126,8 @@ func TestEveryWayInAsksWhoCalls(t *testing.T) {
 	for m := range methods {
 		switch {
 		case m == apis:
+		case m == disconnect:
+			ways = append(ways, "/pubsub.PresenceService/"+m.String())
 		case m.ofJobs():
 			ways = append(ways, "/pubsub.BroadcastJobService/"+m.String())
 		case m.ofPresence():

@@ -116,6 +116,10 @@ type Config struct {
 	Caller func(ctx context.Context) string
 	// Lasting serves what is stored for users. nil: there is no store.
 	Lasting Lasting
+	// Disconnector closes connections on nodes. nil: nobody does.
+	Disconnector Disconnector
+	// RefuseMax is the longest time for which somebody may be kept away. Default 24 h.
+	RefuseMax time.Duration
 	// Receipts keeps the receipts of pushes. nil: this instance's own are kept in its memory.
 	Receipts ReceiptLog
 	// OnReceipt is told of each receipt, from any goroutine, and must not block. nil: nobody is.
@@ -155,6 +159,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.KeepaliveMinTime, 5*time.Second) // clients with a 10 s keepalive stay
 	setDefault(&c.StreamWorkers, 512)              // as many calls as usually wait for an ack: a new goroutine has its stack to grow
 	setDefault(&c.ConnWindow, 1<<20)               // fixed windows halve the writes of small traffic
+	setDefault(&c.RefuseMax, 24*time.Hour)
 	setDefault(&c.StreamInflight, 1024)
 	setDefault(&c.StreamInflightBytes, 16*(1<<20)) // 16 of the largest requests
 	setDefault(&c.StreamsPerConnection, max(c.MaxStreams/2, 1))

@@ -156,7 +156,7 @@ func (s *Server) stillMay(ctx context.Context, info *callInfo, a api) error {
 	if err := s.authenticate(ctx, info); err != nil {
 		return err
 	}
-	if !mayCall(info.principal, a) {
+	if !a.allowedTo(info.principal) {
 		return deniedError{api: a, method: true}
 	}
 	return nil

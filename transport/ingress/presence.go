@@ -34,16 +34,11 @@ func (s *Server) presenceDesc() *grpc.ServiceDesc {
 		Metadata:    pubsub.PresenceService_ServiceDesc.Metadata,
 	}
 	for a, do := range map[api]func(context.Context, *callInfo, *audit.Entry) ([]byte, error){
-		getRoomMembers: s.getRoomMembers, getUsers: s.getUsers,
+		getRoomMembers: s.getRoomMembers, getUsers: s.getUsers, disconnect: s.disconnect,
 	} {
 		d.Methods = append(d.Methods, grpc.MethodDesc{MethodName: a.String(), Handler: s.callHandler(a, do)})
 	}
 	return d
-}
-
-// mayCall tells whether somebody may call a method for any id at all. WatchPresence is two rights, for users and for rooms.
-func mayCall(who *auth.Principal, a api) bool {
-	return who.May(a.method()) || a == watchPresence && who.May(auth.WatchRoomPresence)
 }
 
 // sees tells which rooms a caller may be shown: those that it may list the members of.

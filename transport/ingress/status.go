@@ -88,13 +88,16 @@ type statuses struct {
 	// Of presence.
 	presenceOff, noPages, pageGone, presenceFull *refusal
 
+	// Of Disconnect.
+	disconnectOff, refusalsAway, manyRefusals *refusal
+
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
 
 	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
 	// earlierOpen and lastingOpen have none: what the call was to do may have been done.
-	earlierOpen, lastingOpen *refusal
+	earlierOpen, lastingOpen, refusalOpen *refusal
 	// unread ends a PushStream, and has none either: what is not answered may be sent.
 	unread *status.Status
 }
@@ -145,6 +148,10 @@ func newStatuses() *statuses {
 		noPages:           newRefusal(codes.FailedPrecondition, "MEMBERS_UNSUPPORTED", presence.ErrNoPages.Error()),
 		pageGone:          newRefusal(codes.OutOfRange, "PAGE_TOKEN_GONE", "page_token: "+presence.ErrPageGone.Error()),
 		presenceFull:      later(codes.ResourceExhausted, "TOO_MANY_WATCHED", presence.ErrFull.Error(), retryWatched),
+		disconnectOff:     newRefusal(codes.Unimplemented, "DISCONNECT_OFF", errDisconnectOff.Error()),
+		refusalsAway:      later(codes.Unavailable, "REFUSALS_UNAVAILABLE", "nobody was disconnected: "+ErrRefusalsAway.Error(), retryJobs),
+		manyRefusals:      later(codes.ResourceExhausted, "TOO_MANY_REFUSALS", "nobody was disconnected: "+ErrManyRefusals.Error(), retryJobsFull),
+		refusalOpen:       encoded(status.New(codes.Unavailable, "nobody was disconnected, and "+ErrRefusalOpen.Error())),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
@@ -278,6 +285,14 @@ func (t *statuses) of(err error) *refusal {
 		return t.pageGone
 	case errors.Is(err, presence.ErrFull):
 		return t.presenceFull
+	case errors.Is(err, errDisconnectOff):
+		return t.disconnectOff
+	case errors.Is(err, ErrRefusalsAway):
+		return t.refusalsAway
+	case errors.Is(err, ErrManyRefusals):
+		return t.manyRefusals
+	case errors.Is(err, ErrRefusalOpen):
+		return t.refusalOpen
 	case errors.Is(err, ErrNotTaken):
 		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
 	default:

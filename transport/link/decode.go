@@ -21,6 +21,7 @@ const (
 	respHello, respAcks, respMisses, respHeartbeat, respOnline, respDrain = 1, 2, 3, 4, 5, 6
 	respReceipts, respCatchups, respReplayTaken, respNudgesTaken          = 7, 8, 9, 10
 	respLogReads, respLogFollow                                           = 11, 12
+	respDisconnected                                                      = 13
 
 	ackFirst, ackDelivered, ackDuplicates, ackPending, ackFiltered = 1, 2, 3, 4, 5
 
@@ -69,6 +70,8 @@ type response struct {
 	logReads []LogRead
 	follow   logFollow
 	follows  bool // follow is there
+
+	disconnected []disconnected
 
 	more                          []counts // beside acks
 	duplicates, pending, filtered []uint32 // scratch of decodeAcks
@@ -122,7 +125,7 @@ func (r *response) decode(b []byte, maxAcks int) error {
 	clear(r.misses) // lets go of the strings
 	*r = response{
 		acks: r.acks[:0], misses: r.misses[:0], receipts: emptied(r.receipts), catchups: emptied(r.catchups),
-		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), more: r.more[:0],
+		taken: emptied(r.taken), tokens: r.tokens[:0], logReads: emptied(r.logReads), disconnected: emptied(r.disconnected), more: r.more[:0],
 		duplicates: r.duplicates, pending: r.pending, filtered: r.filtered,
 	}
 	m := wire.Reader{Rest: b}
@@ -150,7 +153,13 @@ func (r *response) decode(b []byte, maxAcks int) error {
 			err = r.decodeLasting(&m)
 		case m.Number() == respLogReads || m.Number() == respLogFollow:
 			err = r.decodeLogs(&m)
-		case m.Number() <= respDrain:
+		case m.IsBytes(respDisconnected):
+			if len(r.disconnected) >= disconnectsMax {
+				return fmt.Errorf("%w: %w", errWire, errFlood)
+			}
+			r.disconnected = append(r.disconnected, disconnected{})
+			err = r.disconnected[len(r.disconnected)-1].decode(m.Bytes)
+		case m.Number() <= respDrain || m.Number() == respDisconnected:
 			return fmt.Errorf("%w: field %d has another type", errWire, m.Number())
 		}
 		if err != nil {

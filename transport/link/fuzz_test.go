@@ -47,6 +47,7 @@ func FuzzAcks(f *testing.F) {
 		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 1, 1}, Filtered: []uint32{0, 2, 2}}}},
 		{Acks: []*pubsub.AckRange{{First: 1, Delivered: []uint32{1, 3, 3}, Filtered: []uint32{1, math.MaxUint32, math.MaxUint32}}},
 			Misses: []*pubsub.Miss{{Seq: 2, Filtered: []string{"u1", "u1", "nobody"}}}},
+		{Disconnected: []*pubsub.Disconnected{{Token: 1, Connections: 1 << 31}, {Token: math.MaxUint64}, {}}},
 		{LogFollow: &pubsub.LogFollow{Epoch: 5, After: []uint64{1, math.MaxUint64}}, LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1, Epoch: 5, After: []uint64{0, 3}}}},
 		{LogReads: []*pubsub.LogRead{{RoomId: "r", Gate: 1}, {RoomId: "r", Gate: 1}, {RoomId: "\x00", Gate: 2}, {}, {RoomId: "r", After: make([]uint64, 65)}}, LogFollow: &pubsub.LogFollow{}},
 	} {

@@ -114,6 +114,7 @@ func offers(cfg *Config) []pubsub.Feature {
 	list := []pubsub.Feature{
 		pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
 		pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_ROOMS, pubsub.Feature_FEATURE_FILTER,
+		pubsub.Feature_FEATURE_DISCONNECT,
 	}
 	if cfg.Replayer != nil {
 		list = append(list, pubsub.Feature_FEATURE_REPLAY)

@@ -57,6 +57,9 @@ type meters struct {
 	catchups        *metrics.Counter
 	catchupsRefused *metrics.Counter
 
+	disconnectsDone, disconnectsFailed, disconnectsUnknown *metrics.Counter // by node
+	disconnected                                           *metrics.Counter // connections
+
 	logFollows      *metrics.Counter
 	logReads        *metrics.Counter
 	logReadsRefused *metrics.Counter
@@ -102,12 +105,18 @@ func newMeters(s *metrics.Set) *meters {
 		unaryFailures: c("unary_call_failures_total"),
 		panics:        c("panics_total"),
 
-		replaced:        c("replaced_total"),
-		receipts:        c("receipts_total"),
-		lateReceipts:    c("late_receipts_total"),
-		receiptsLost:    c("receipts_over_limit_total"),
-		nudges:          c("nudges_total"),
-		nudgesRefused:   c("nudges_not_taken_total"),
+		replaced:      c("replaced_total"),
+		receipts:      c("receipts_total"),
+		lateReceipts:  c("late_receipts_total"),
+		receiptsLost:  c("receipts_over_limit_total"),
+		nudges:        c("nudges_total"),
+		nudgesRefused: c("nudges_not_taken_total"),
+
+		disconnectsDone:    c(`disconnects_total{result="done"}`),
+		disconnectsFailed:  c(`disconnects_total{result="failed"}`),
+		disconnectsUnknown: c(`disconnects_total{result="unknown"}`),
+		disconnected:       c("disconnected_total"),
+
 		catchups:        c("catchups_total"),
 		catchupsRefused: c("catchups_refused_total"),
 

@@ -229,6 +229,7 @@ func TestHelloNamesTheStream(t *testing.T) {
 				InstanceId: instance, Attempt: h.GetAttempt(), Codecs: []pubsub.Codec{pubsub.Codec_ZSTD, pubsub.Codec_S2}, Features: []pubsub.Feature{
 					pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_DEDUPE, pubsub.Feature_FEATURE_CLIENT_ACK,
 					pubsub.Feature_FEATURE_EXPIRY, pubsub.Feature_FEATURE_COLLAPSE, pubsub.Feature_FEATURE_ROOMS, pubsub.Feature_FEATURE_FILTER,
+					pubsub.Feature_FEATURE_DISCONNECT,
 				},
 			}
 			if !proto.Equal(h, want) {

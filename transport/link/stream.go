@@ -72,6 +72,8 @@ type stream struct {
 	receipts  receipts
 	nudges    nudges
 
+	disconnects disconnects
+
 	w writing
 	r reading
 }
@@ -89,7 +91,8 @@ type writing struct {
 	ended  int
 	// Of the logs of rooms: so many marks, pages and messages of these are in the frame.
 	marked, paged, entries int
-	sizes                  []int // scratch: of the messages of a page, 0 for those that are left out
+	closed                 uint64 // the token of the last disconnect in the frame, 0 for none
+	sizes                  []int  // scratch: of the messages of a page, 0 for those that are left out
 }
 
 // reading is what the reader owns.
@@ -113,6 +116,7 @@ type control struct {
 	ends   []replayEnd
 	marks  []*LogMark
 	pages  []*LogPage
+	closes []*asked
 }
 
 // owed is a delivery with the node's answer to it.
@@ -160,6 +164,7 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 	l.setLocked(connecting)
 	list := s.win.popAll(nil)
 	unconfirmed, nudged := s.receipts.popAll(), s.nudges.popAll()
+	s.disconnects.popAll()
 	s.asker.closeLocked()
 	s.logs.closeLocked()
 	l.mu.Unlock()
@@ -191,7 +196,8 @@ func (s *stream) serve(cancel context.CancelFunc) error {
 // workLocked tells whether the writer can send something now.
 func (s *stream) workLocked() bool {
 	l := s.link
-	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent || s.nudges.waiting() || len(s.asker.ends)+len(s.logs.marks)+len(s.logs.pages) > 0 {
+	if s.beatDue || l.leaving && l.queue.len == 0 && !s.drainSent || s.nudges.waiting() || len(s.asker.ends)+len(s.logs.marks)+len(s.logs.pages) > 0 ||
+		len(s.disconnects.due(&l.queue, l.set.clock.ran.Load())) > 0 {
 		return true
 	}
 	return l.queue.len > 0 && !l.stalled && l.state == up && s.win.free() > 0 && s.win.bytes < l.set.cfg.WindowBytes
@@ -308,6 +314,10 @@ func (s *stream) pick() bool {
 		ends:   append(s.w.control.ends[:0], s.asker.ends[:min(len(s.asker.ends), controlsMax)]...),
 		marks:  append(s.w.control.marks[:0], s.logs.marks[:min(len(s.logs.marks), controlsMax)]...),
 		pages:  s.w.control.pages[:0],
+		closes: append(s.w.control.closes[:0], s.disconnects.due(&l.queue, l.set.clock.ran.Load())...),
+	}
+	for _, a := range s.w.control.closes {
+		a.taken = true
 	}
 	for _, p := range s.logs.pages {
 		s.w.control.pages = append(s.w.control.pages, p.LogPage)
@@ -393,6 +403,9 @@ func (s *stream) encode(b []byte) ([]byte, int) {
 	}
 	b = s.w.auds.endFrame(b, cfg.MaxFrameBytes-controlBytes)
 	b = s.w.appendControls(b, cfg.MaxFrameBytes-controlBytes)
+	if s.w.closed = 0; rest == len(s.w.batch) { // else pushes that were first are still to come
+		b = s.w.appendCloses(b, cfg.MaxFrameBytes-controlBytes)
+	}
 	b = s.w.appendLogs(b, cfg.FrameBytes, cfg.MaxFrameBytes-controlBytes, time.Now())
 	b = wire.AppendUint(b, reqHeartbeat, s.w.control.beat)
 	if s.w.control.drain && rest == len(s.w.batch) {
@@ -423,6 +436,19 @@ func (w *writing) appendControls(b []byte, most int) []byte {
 		}
 		b = e.append(b, size)
 		w.ended = i + 1
+	}
+	return b
+}
+
+// appendCloses appends to a frame the disconnects for which it has room below most bytes.
+func (w *writing) appendCloses(b []byte, most int) []byte {
+	for _, a := range w.control.closes {
+		size := a.size()
+		if len(b)+wire.SizeLen(reqDisconnects, size) > most {
+			break
+		}
+		b = a.append(b, size)
+		w.closed = a.token
 	}
 	return b
 }
@@ -471,9 +497,13 @@ func (s *stream) commit(rest int) bool {
 	if s.w.marked+s.w.paged > 0 {
 		s.logs.wroteLocked(s.w.marked, s.w.paged)
 	}
+	if s.w.closed > 0 {
+		s.disconnects.wrote(s.w.closed)
+	}
 	l.tickNow()
 	l.mu.Unlock()
 	clear(s.w.control.nudges)
+	clear(s.w.control.closes)
 	clear(s.w.control.marks)
 	clear(s.w.control.pages)
 	clear(s.w.batch)
@@ -616,7 +646,7 @@ func (s *stream) settle(late, strikes int, notice bool) error {
 		}
 		o.d = nil
 	}
-	strikes += s.confirm() + s.replays() + s.roomLogs()
+	strikes += s.confirm() + s.replays() + s.roomLogs() + s.disconnected()
 	if n := len(s.r.resp.acks); n > 0 {
 		m.acks.Add(n)
 	}
@@ -701,7 +731,7 @@ func (s *stream) tickLocked(now, ran int64, out *due) (next int64, end error) {
 		return 0, errOwing
 	case s.drainSent && s.win.live == 0 && ran-max(s.inAt, s.ackAt) >= int64(cfg.AckTimeout):
 		return 0, errDrained
-	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent || len(s.nudges.list) > 0:
+	case !s.win.empty() || s.beatDue || l.state != up || s.drainSent || len(s.nudges.list)+len(s.disconnects.waiting) > 0:
 		return 0, s.drainedLocked()
 	}
 	return min(s.beatAt+int64(cfg.Heartbeat), s.inAt+int64(cfg.Silence)), nil

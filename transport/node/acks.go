@@ -38,7 +38,8 @@ type acks struct {
 	misses    []*pubsub.Miss
 	missBytes int
 	replay    owedReplay
-	reached   uint32 // users of the largest broadcast among counts
+	closed    []*pubsub.Disconnected // answers to disconnects
+	reached   uint32                 // users of the largest broadcast among counts
 	heartbeat uint64
 	behind    uint64 // heartbeat follows the acks below this seq
 	notice    bool   // the drain notice is owed
@@ -163,7 +164,7 @@ func (a *acks) sendLoop(stream grpc.ServerStream) error {
 	defer func() {
 		a.mu.Lock()
 		a.dead = true
-		a.replay = owedReplay{}
+		a.replay, a.closed = owedReplay{}, nil
 		a.mu.Unlock()
 		a.receipts.forget()
 		a.room.Broadcast()
@@ -197,7 +198,7 @@ func (a *acks) sendLoop(stream grpc.ServerStream) error {
 			}
 		}
 		a.mu.Lock()
-		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice && len(a.replay.nudges) == 0 && a.receipts.said()
+		done := a.finished && len(a.counts) == 0 && a.heartbeat == 0 && !a.notice && len(a.replay.nudges) == 0 && len(a.closed) == 0 && a.receipts.said()
 		a.mu.Unlock()
 		if done {
 			return nil
@@ -254,10 +255,11 @@ func (a *acks) take(o *outgoing) bool {
 	}
 	r.Drain, a.notice = a.notice, false
 	a.replay.take(r)
+	r.Disconnected, a.closed = cut(a.closed, ackFrameBytes/16)
 	r.Receipts = a.receipts.take(nil, written, time.Now())
 	return n > 0 || r.Heartbeat != 0 || r.Drain || len(r.Receipts) > 0 ||
 		len(r.Catchups) > 0 || len(r.ReplayTaken) > 0 || len(r.NudgesTaken) > 0 ||
-		len(r.LogReads) > 0 || r.LogFollow != nil
+		len(r.LogReads) > 0 || r.LogFollow != nil || len(r.Disconnected) > 0
 }
 
 // taken moves n entries of list, which may be empty, into out: none if all are 0.
@@ -340,6 +342,18 @@ func (a *acks) nudgesTaken(tokens []uint64) {
 	defer a.mu.Unlock()
 	a.replay.nudges = append(a.replay.nudges, tokens...)
 	a.signal()
+}
+
+// disconnected answers a Disconnect. It returns how many such answers are not written.
+func (a *acks) disconnected(token uint64, connections uint32) (waiting int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dead {
+		return 0
+	}
+	a.closed = append(a.closed, &pubsub.Disconnected{Token: token, Connections: connections})
+	a.signal()
+	return len(a.closed)
 }
 
 // overdue tells that a manager that does not read has brought about more than it may.

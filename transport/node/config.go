@@ -69,6 +69,7 @@ const (
 	maxMissBytes     = 960 << 10      // of one Miss, which cannot be split: a manager takes frames of 1 MiB
 	pendingMissBytes = 1 << 20        // beyond it the reader waits for the sender
 	maxNodeIDBytes   = 256
+	maxDisconnected  = 1024     // answers that wait to be written: a manager awaits 256 of a stream
 	maxScratch       = 16 << 10 // ids; a larger scratch list is not kept
 )
 

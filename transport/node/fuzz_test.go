@@ -1,6 +1,7 @@
 package node
 
 import (
+	"math"
 	"testing"
 	"time"
 
@@ -68,6 +69,11 @@ func FuzzDeliverRequest(f *testing.F) {
 			{Everybody: true, Filter: []*pubsub.Match{{Key: "platform", Values: []string{"tv"}, Not: true}}},
 			{Scope: "shop/", Filter: []*pubsub.Match{{}}},
 		}},
+		{Disconnects: []*pubsub.Disconnect{
+			{Token: 1, UserId: "u", DeviceId: "d", Code: 4000, Reason: "r", RefuseMs: 1 << 63, Revision: 1<<64 - 1},
+			{Token: 2, RoomId: "r", Code: 4999, RefuseMs: 1, Revision: 3}, {Token: 3, RoomId: "r", Code: 4000, AllowAgain: true, Revision: 4},
+		}},
+		{Disconnects: []*pubsub.Disconnect{{UserId: "u", Code: 1 << 31}}},
 		{LogMarks: []*pubsub.LogMark{{Partition: 1<<32 - 1, Partitions: 1<<32 - 1, Epoch: testEpoch}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 1<<32 - 1, Epoch: testEpoch, Seq: 1<<64 - 1, More: true}}},
 		{LogPages: []*pubsub.LogPage{{Gate: fuzzGate, Partition: 0, Epoch: testEpoch, Seq: 1<<64 - 1}, {Gate: fuzzGate}}},
@@ -81,7 +87,7 @@ func FuzzDeliverRequest(f *testing.F) {
 	f.Add([]byte("\x1a\x05\x0a\x03\x0a\x01\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		users := NewLastingUsers[*phone](logFeatures...)
-		st := newStream(t, users)
+		st := newStream(t, closing{users})
 		hello := &pubsub.Hello{Features: logFeatures}
 		st.server.replays.join(st, hello, time.Now())
 		checkLogs := readingLogs(t, st, hello)
@@ -116,6 +122,11 @@ func FuzzDeliverRequest(f *testing.F) {
 		fuzzFilters(t, b)
 	})
 }
+
+// closing are Users of which a disconnect closes none.
+type closing struct{ *Users[*phone] }
+
+func (closing) Disconnect(*Disconnect) int { return 0 }
 
 // fuzzGate is that of the read that is open while the frame comes.
 const fuzzGate = 2
@@ -194,6 +205,18 @@ func compareWithProtobuf(t *testing.T, b []byte) {
 			t.Fatalf("end %d: protobuf decodes it: %v", i, err)
 		}
 		got.ReplayEnds = append(got.ReplayEnds, &pubsub.ReplayEnd{Gate: e.gate, Error: e.failure, Seq: want.GetReplayEnds()[i].GetSeq()})
+	}
+	for i, part := range r.disconnects {
+		asked := want.GetDisconnects()[i]
+		var d disconnect
+		_ = d.parse(part) // it refuses more than protobuf does
+		if ms := asked.GetRefuseMs(); uint32(d.Code) != min(asked.GetCode(), math.MaxUint16) || d.Seconds < 0 || (d.Seconds == 0) != (ms == 0) {
+			t.Errorf("disconnect %d: code %d, %d s of %v", i, d.Code, d.Seconds, asked)
+		}
+		got.Disconnects = append(got.Disconnects, &pubsub.Disconnect{
+			Token: d.token, UserId: d.User, DeviceId: d.Device, RoomId: d.Room, Reason: d.Reason, AllowAgain: d.allowAgain, Revision: uint64(d.revision),
+			Code: asked.GetCode(), RefuseMs: asked.GetRefuseMs(),
+		})
 	}
 	for i, part := range r.marks {
 		var k logMark

@@ -33,6 +33,8 @@ type counters struct {
 	opensLate     *metrics.Counter // gates that opened without an answer
 	gatesRefused  *metrics.Counter
 
+	disconnected *metrics.Counter // connections
+
 	// Of the logs of rooms.
 	logMarks       *metrics.Counter
 	logIgnored     *metrics.Counter // marks, pages and places that mean nothing here
@@ -74,6 +76,8 @@ func newCounters(set *metrics.Set) counters {
 		opensLate:     set.NewCounter("connect_node_gate_open_without_store_total"),
 		gatesRefused:  set.NewCounter("connect_node_gates_refused_total"),
 
+		disconnected: set.NewCounter("connect_node_disconnected_total"),
+
 		logMarks:       set.NewCounter("connect_node_room_log_marks_total"),
 		logIgnored:     set.NewCounter("connect_node_room_log_ignored_total"),
 		logReads:       set.NewCounter("connect_node_room_log_reads_total"),
@@ -91,6 +95,7 @@ func newGauges(set *metrics.Set, s *Server) {
 	set.NewGauge("connect_node_replay_gates", func() float64 { gates, _, _ := s.replays.sizes(); return float64(gates) })
 	set.NewGauge("connect_node_replay_gates_closed", func() float64 { _, closed, _ := s.replays.sizes(); return float64(closed) })
 	set.NewGauge("connect_node_replays", func() float64 { _, _, asked := s.replays.sizes(); return float64(asked) })
+	set.NewGauge("connect_node_refusals", func() float64 { return float64(s.refusals.size.Load()) })
 	set.NewGauge("connect_node_cursors", func() float64 { return float64(s.roomLogs.total.Load()) })
 	set.NewGauge("connect_node_cursors_behind", func() float64 { behind, _ := s.roomLogs.sizes(); return float64(behind) })
 	set.NewGauge("connect_node_room_log_reads", func() float64 { _, reads := s.roomLogs.sizes(); return float64(reads) })

@@ -36,6 +36,9 @@ func (s *Server) Register(etcd *clientv3.Client, addr string) error {
 	if err != nil {
 		return fmt.Errorf("register node %q: %w", s.cfg.NodeID, err)
 	}
+	if s.disconnector != nil { // before managers come: whoever is refused is so from the first connection on, where etcd answers
+		s.refusing = discovery.WatchRefusals(etcd, maxRefusals, &s.refusals, s.cfg.Logger)
+	}
 	r.Start()
 	s.registration = r
 	return nil
@@ -64,8 +67,12 @@ func (s *Server) Unregistered() string {
 func (s *Server) Deregister(ctx context.Context) error {
 	s.mu.Lock()
 	r := s.registration
-	s.registration = nil
+	refusing := s.refusing
+	s.registration, s.refusing = nil, nil
 	s.mu.Unlock()
+	if refusing != nil {
+		refusing.Close()
+	}
 	if r == nil {
 		return nil
 	}

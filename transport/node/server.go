@@ -27,22 +27,24 @@ type Server struct {
 	pubsub.UnimplementedConnectNodeServiceServer
 
 	// Static after New.
-	cfg       Config
-	bootID    string
-	scoped    Scoped        // Sessions, nil where they cannot tell tenants apart
-	lasting   Lasting       // Sessions, nil where they take no part in lasting delivery
-	filtering Filtering     // Sessions, nil where they cannot filter
-	lister    Lister        // Sessions, nil where they do not name their users
-	describer Describer     // Sessions, nil where they do not tell which connections their users have
-	listing   chan struct{} // held by the call that lists users
-	does      lastingParts
-	replays   *replays
-	roomLogs  *roomLogs
-	features  []pubsub.Feature
-	codecs    []pubsub.Codec // in which frames may come
-	decoder   *compression.Decoder
-	count     counters
-	plain     sync.Once // warns of a grpc.Server without ServerOptions
+	cfg          Config
+	bootID       string
+	scoped       Scoped       // Sessions, nil where they cannot tell tenants apart
+	lasting      Lasting      // Sessions, nil where they take no part in lasting delivery
+	filtering    Filtering    // Sessions, nil where they cannot filter
+	lister       Lister       // Sessions, nil where they do not name their users
+	describer    Describer    // Sessions, nil where they do not tell which connections their users have
+	disconnector Disconnector // Sessions, nil where they close no connections
+	refusals     refusals
+	listing      chan struct{} // held by the call that lists users
+	does         lastingParts
+	replays      *replays
+	roomLogs     *roomLogs
+	features     []pubsub.Feature
+	codecs       []pubsub.Codec // in which frames may come
+	decoder      *compression.Decoder
+	count        counters
+	plain        sync.Once // warns of a grpc.Server without ServerOptions
 
 	warn       rate.Sometimes // of broken streams: who opens them decides how many there are
 	unreported atomic.Int64   // of those, since the last line
@@ -57,6 +59,7 @@ type Server struct {
 	silent       list.List               // without a hello, the oldest first; of chan struct{}
 	emptied      chan struct{}           // closed when the last stream ends while draining; nil before Drain
 	registration *discovery.Registration // nil: not registered
+	refusing     *discovery.RefusalWatch // nil: not registered, or nobody is disconnected here
 }
 
 // New returns a node that is to be attached to a grpc.Server.
@@ -76,6 +79,8 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, bootID: rand.Text(), codecs: codecs, decoder: decoder, warn: rate.Sometimes{Interval: 10 * time.Second}, listing: make(chan struct{}, 1)}
 	s.lister, _ = cfg.Sessions.(Lister)
 	s.describer, _ = cfg.Sessions.(Describer)
+	s.refusals.byKey, s.refusals.close = make(map[string]refusal), func(d *Disconnect) { s.disconnect(d) }
+	s.disconnector, _ = cfg.Sessions.(Disconnector)
 	if scoped, ok := cfg.Sessions.(Scoped); ok {
 		s.scoped, s.features = scoped, []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}
@@ -91,6 +96,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if filtering, ok := cfg.Sessions.(Filtering); ok && filtering.Filters() {
 		s.filtering, s.features = filtering, append(s.features, pubsub.Feature_FEATURE_FILTER)
+	}
+	if s.disconnector != nil {
+		s.features = append(s.features, pubsub.Feature_FEATURE_DISCONNECT)
 	}
 	s.replays, s.roomLogs = newReplays(s), newRoomLogs(s)
 	s.streams, s.seats = make(map[*stream]struct{}), make(map[seatKey]*seat)

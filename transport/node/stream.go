@@ -215,6 +215,9 @@ func (st *stream) take(data []byte) error {
 	if err := st.roomLog(r); err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
+	if err := st.disconnects(r); err != nil {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
 	if r.heartbeat != 0 {
 		st.acks.beat(r.heartbeat)
 	}

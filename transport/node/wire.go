@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
+	"github.com/push-manager/push-manager/transport/discovery"
 )
 
 // request is one DeliverRequest taken apart. Its slices point into the frame, which nobody
@@ -26,12 +28,14 @@ type request struct {
 	ends       [][]byte // of replays
 	marks      [][]byte // of the logs of rooms
 	pages      [][]byte // likewise
+
+	disconnects [][]byte
 }
 
 // hasMore tells that there is something besides hello.
 func (r *request) hasMore() bool {
 	return len(r.deliveries) > 0 || len(r.forget) > 0 || r.heartbeat != 0 || r.drain || r.firstSeq != 0 ||
-		len(r.nudges) > 0 || len(r.ends) > 0 || len(r.marks) > 0 || len(r.pages) > 0
+		len(r.nudges) > 0 || len(r.ends) > 0 || len(r.marks) > 0 || len(r.pages) > 0 || len(r.disconnects) > 0
 }
 
 func (r *request) parse(frame []byte) error {
@@ -40,9 +44,10 @@ func (r *request) parse(frame []byte) error {
 	clear(r.ends)
 	clear(r.marks)
 	clear(r.pages)
+	clear(r.disconnects)
 	*r = request{
 		deliveries: r.deliveries[:0], forget: r.forget[:0], nudges: r.nudges[:0], ends: r.ends[:0],
-		marks: r.marks[:0], pages: r.pages[:0],
+		marks: r.marks[:0], pages: r.pages[:0], disconnects: r.disconnects[:0],
 	}
 	var err error
 	m := wire.Reader{Rest: frame}
@@ -78,6 +83,8 @@ func (r *request) parse(frame []byte) error {
 			r.marks = append(r.marks, m.Bytes)
 		case m.IsBytes(12):
 			r.pages = append(r.pages, m.Bytes)
+		case m.IsBytes(13):
+			r.disconnects = append(r.disconnects, m.Bytes)
 		}
 	}
 	return cmp.Or(err, m.Err)
@@ -496,6 +503,51 @@ func (p *logPage) parse(b []byte) error {
 	}
 	if m.Err != nil {
 		return fmt.Errorf("log page: %w", m.Err)
+	}
+	return nil
+}
+
+// disconnect is a Disconnect. Its strings do not share the memory of the frame: a refusal is kept for long.
+type disconnect struct {
+	discovery.Refusal
+
+	token      uint64
+	allowAgain bool
+	revision   int64
+}
+
+func (d *disconnect) parse(b []byte) error {
+	m := wire.Reader{Rest: b}
+	for m.Next() {
+		switch {
+		case m.IsUint(1):
+			d.token = m.Uint
+		case m.IsBytes(2):
+			d.User = string(m.Bytes)
+		case m.IsBytes(3):
+			d.Device = string(m.Bytes)
+		case m.IsBytes(4):
+			d.Room = string(m.Bytes)
+		case m.IsUint(5):
+			d.Code = uint16(min(m.Uint, math.MaxUint16))
+		case m.IsBytes(6):
+			d.Reason = string(m.Bytes)
+		case m.IsUint(7):
+			d.Seconds = int64(min(m.Uint, math.MaxInt32*1000)+999) / 1000
+		case m.IsUint(8):
+			d.allowAgain = m.Uint != 0
+		case m.IsUint(9):
+			d.revision = int64(m.Uint)
+		}
+	}
+	if m.Err != nil {
+		return fmt.Errorf("disconnect: %w", m.Err)
+	}
+	if d.token == 0 {
+		return errors.New("disconnect: token: must not be 0")
+	}
+	if err := d.Check(); err != nil {
+		return fmt.Errorf("disconnect: %w", err)
 	}
 	return nil
 }

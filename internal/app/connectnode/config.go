@@ -16,6 +16,7 @@ import (
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
 	"github.com/push-manager/push-manager/internal/config"
+	"github.com/push-manager/push-manager/internal/hooks"
 	"github.com/push-manager/push-manager/internal/refgateway"
 	"github.com/push-manager/push-manager/internal/telemetry"
 	"github.com/push-manager/push-manager/transport/compression"
@@ -41,6 +42,8 @@ type Config struct {
 	ClientTLS     app.Certificates
 	MinVersion    string // of ClientTLS
 	TrustDomain   string
+
+	Hooks hooks.Config
 
 	ClientAuth    string
 	ClientTenants bool
@@ -76,6 +79,9 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bytes(&g.QueueTotalBytes, "queue_total_bytes", d.QueueTotalBytes, 1<<10, math.MaxInt32, "Bytes that may wait for all clients together; what waits for many counts once. From half of it on those with the longest queues are cut off.")
 	s.Int(&g.MessageRate, "message_rate", d.MessageRate, 1, 1<<20, "Frames a second that are read from one client. After a pause it may send max_rooms and two seconds' worth more at once; what is beyond waits in its socket.")
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
+	s.Text(&c.Hooks.File, "hooks.file", "", "YAML file of the URLs that are told who connects, disconnects, joins and leaves (docs/hooks.md). It is read again while it changes. Empty: nobody is told.")
+	s.Text(&c.Hooks.Dir, "hooks.dir", "connect-node-hooks", "Directory for what is to be sent to them. One process has it at a time.")
+	s.Bytes(&c.Hooks.QueueBytes, "hooks.queue_bytes", 256<<20, 1<<20, 1<<40, "What may wait on disk for one of them. The oldest goes when there is more.")
 	s.Duration(&c.DrainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to leave in good order when asked to stop.")
 	c.Log.Bind(s)
 	c.Tracing.BindServed(s)
@@ -132,6 +138,12 @@ func (c *Config) Validate(s *config.Set, lookupEnv func(string) (string, bool)) 
 	}
 	if err := c.ControllerTLS.Validate(s, c.TrustDomain); err != nil {
 		return err
+	}
+	if c.Hooks.File != "" {
+		c.Hooks.AllowPlain = c.AllowInsecure
+		if err := hooks.Check(c.Hooks.File, c.AllowInsecure); err != nil {
+			return s.Errorf("hooks.file", "%v", err)
+		}
 	}
 	risks := app.NewRisks(s, c.AllowInsecure)
 	if err := risks.Listen(c.ListenAddress, c.missing()); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/push-manager/push-manager/internal/auth/jwt"
 	"github.com/push-manager/push-manager/internal/certs"
 	"github.com/push-manager/push-manager/internal/cli"
+	"github.com/push-manager/push-manager/internal/hooks"
 	"github.com/push-manager/push-manager/internal/invoke"
 	"github.com/push-manager/push-manager/internal/refgateway"
 	"github.com/push-manager/push-manager/internal/telemetry"
@@ -28,7 +30,11 @@ type ConnectNode struct {
 
 	life   app.Lifecycle
 	tokens *jwt.Verifier // nil where clients need none
+	hooks  *hooks.Hooks  // nil where nobody is told of clients
 }
+
+// hooksDrain is how long a node that ends goes on to send what waits for its hooks. The rest is sent after the next start.
+const hooksDrain = 2 * time.Second
 
 // Start starts a Connect-Node.
 func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode, err error) {
@@ -74,6 +80,14 @@ func Start(ctx context.Context, cfg Config, logger *slog.Logger) (_ *ConnectNode
 		n.tokens = g.Tokens
 		n.life.Add("issuers of tokens", app.Closing(g.Tokens.Close))
 	}
+	if cfg.Hooks.File != "" {
+		cfg.Hooks.Node, cfg.Hooks.ReloadInterval, cfg.Hooks.Logger, cfg.Hooks.Metrics = g.NodeID, cfg.TLS.ReloadInterval, logger, g.Metrics
+		if g.Hooks, err = hooks.Open(cfg.Hooks); err != nil {
+			return nil, fmt.Errorf("HOOKS_DIR: %w", err)
+		}
+		n.hooks = g.Hooks
+		n.life.Add("hooks", app.WithTimeout(hooksDrain, g.Hooks.Close))
+	}
 	n.life.Insecure(logger, g.Metrics, cfg.insecure)
 	if n.Gateway, err = refgateway.New(g); err != nil {
 		return nil, err
@@ -103,6 +117,9 @@ func (n *ConnectNode) Reload() {
 	n.life.Reload()
 	if n.tokens != nil {
 		n.tokens.Reload()
+	}
+	if n.hooks != nil {
+		n.hooks.Reload()
 	}
 }
 

@@ -72,6 +72,7 @@ type Config struct {
 	Webhook    webhookConfig
 	Jobs       jobsConfig
 	Presence   presenceConfig
+	Refusals   int
 
 	ControllerTLS app.ControllerTLS
 
@@ -224,6 +225,7 @@ func (c *Config) Bind(s *config.Set) {
 	c.Webhook.bind(s)
 	c.Jobs.bind(s)
 	c.Presence.bind(s)
+	c.bindRefusals(s)
 	c.ControllerTLS.Bind(s)
 	app.BindTrust(s, &c.TrustDomain, &c.TLS.ReloadInterval)
 	c.Etcd.Bind(s)

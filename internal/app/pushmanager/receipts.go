@@ -4,13 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"time"
 
 	"github.com/push-manager/push-manager/internal/app"
 	"github.com/push-manager/push-manager/internal/audit"
 	"github.com/push-manager/push-manager/internal/config"
-	"github.com/push-manager/push-manager/internal/plain"
 	"github.com/push-manager/push-manager/internal/webhook"
 	"github.com/push-manager/push-manager/transport/ingress"
 	"github.com/push-manager/push-manager/transport/store"
@@ -47,12 +45,10 @@ func (c *webhookConfig) validate(s *config.Set, risks *app.Risks) error {
 	case c.SecretFile == "":
 		return s.Errorf("receipt_webhook.secret_file", "missing, while receipt_webhook.url is set")
 	}
-	u, err := url.Parse(c.URL)
+	u, err := webhook.CheckURL(c.URL)
 	switch {
-	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Fragment != "":
-		return s.Errorf("receipt_webhook.url", "%q is not like https://HOST/PATH", plain.Line(c.URL, 64))
-	case u.User != nil:
-		return s.Errorf("receipt_webhook.url", "has a user in it: the signature tells who sends")
+	case err != nil:
+		return s.Errorf("receipt_webhook.url", "%v", err)
 	case u.Scheme == "http" && !config.Loopback(u.Hostname()):
 		if err := risks.Add("receipt_webhook.url", "receipts are sent to %q without TLS", u.Host); err != nil {
 			return err

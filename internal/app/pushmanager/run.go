@@ -119,6 +119,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
+	cfg.Ingress.Disconnector = m.disconnector(&cfg)
 	if err = m.openJobs(&cfg); err != nil {
 		return nil, err
 	}

@@ -16,7 +16,7 @@ class FakeSocket {
   close() { this.closed = true; this.readyState = 3; }
   open() { this.readyState = 1; this.onopen?.({}); return this; }
   says(m) { this.onmessage?.({ data: typeof m === "string" ? m : JSON.stringify(m) }); return this; }
-  ends(code) { this.readyState = 3; this.onclose?.({ code }); }
+  ends(code, reason) { this.readyState = 3; this.onclose?.({ code, reason }); }
   get messages() { return this.sent.map(text => JSON.parse(text)); }
 }
 
@@ -209,6 +209,17 @@ test("ends for good where it would end again", () => {
     client.connect();
     FakeSocket.last.open().ends(code);
     assert.equal(client.state, "waiting", String(code));
+    client.close();
+  }
+});
+
+test("shows the words of a service that disconnects, and its own for the gateway's codes", () => {
+  for (const [code, said, reason, state] of [[4000, "signed in elsewhere", "signed in elsewhere", "waiting"], [4410, "banned", "banned", "closed"],
+    [4410, "", closeReasons[4410], "closed"], [4403, "the token does not", closeReasons[4403], "closed"], [4321, "", "the connection was lost", "waiting"]]) {
+    const client = make();
+    client.connect();
+    FakeSocket.last.open().ends(code, said);
+    assert.deepEqual([client.state, states.at(-1).reason], [state, reason]);
     client.close();
   }
 });

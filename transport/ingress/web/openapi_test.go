@@ -47,6 +47,7 @@ var about = map[string]struct{ summary, request, reply string }{
 	"DeleteJob":        {"Forget a broadcast job that has ended", "", ""},
 	"GetRoomMembers":   {"A page of the members of a room", "", ""},
 	"GetUsers":         {"Where users are: nodes, rooms and devices", `{"user_ids": ["alice"], "without_connections": true}`, `{"users": [{"userId": "alice", "online": true, "nodeIds": ["connect-node-1"], "roomIds": ["lobby"]}]}`},
+	"Disconnect":       {"Close the connections of a user, of a device or in a room", "", ""},
 }
 
 // shortExamples are bodies of the short paths. The reply is that of the method.
@@ -93,7 +94,11 @@ func (g *generator) document() ([]byte, error) {
 			for key, value := range shortExamples[name] {
 				examples[key] = object{"value": fromText(value)}
 			}
-			op := g.operation(name+"Short", name, g.short(m.Input(), &p), m.Output(), examples)
+			id := name + "Short"
+			if name == "Disconnect" { // there are several for it
+				id = name + map[string]string{"user_id": "User", "room_id": "Room"}[p.ID] + "Short"
+			}
+			op := g.operation(id, name, g.short(m.Input(), &p), m.Output(), examples)
 			if p.ID != "" {
 				op["parameters"] = []any{object{"name": p.ID, "in": "path", "required": true, "schema": object{"type": "string"}, "example": map[string]string{"room_id": "lobby", "user_id": "alice"}[p.ID]}}
 			}
@@ -182,6 +187,10 @@ func (g *generator) schema(m protoreflect.MessageDescriptor, request bool) strin
 	}
 	if m.FullName() == "google.protobuf.Timestamp" {
 		g.schemas[name] = object{"type": "string", "format": "date-time"}
+		return ref
+	}
+	if m.FullName() == "google.protobuf.Duration" {
+		g.schemas[name] = object{"type": "string", "description": "Seconds, such as 3600s or 1.5s"}
 		return ref
 	}
 	properties := object{}

@@ -40,6 +40,10 @@ var shorts = []ShortPath{ //nolint:gochecknoglobals // a constant
 	{Path: "/v1/broadcasts", Method: "BroadcastMessage", Fields: []string{"options"}},
 	{Path: "/v1/rooms/{room_id}/members/query", Service: presenceService, Method: "GetRoomMembers", ID: "room_id", Fields: []string{"page_token", "page_size"}, Plain: true},
 	{Path: "/v1/users/query", Service: presenceService, Method: "GetUsers", Fields: []string{"user_ids", "without_connections"}, Plain: true},
+	{Path: "/v1/users/{user_id}/disconnect", Service: presenceService, Method: "Disconnect", ID: "user_id", Plain: true,
+		Fields: []string{"device_id", "code", "reason", "refuse_for", "allow_again"}},
+	{Path: "/v1/rooms/{room_id}/disconnect", Service: presenceService, Method: "Disconnect", ID: "room_id", Plain: true,
+		Fields: []string{"code", "reason", "refuse_for", "allow_again"}},
 }
 
 // Services that have short paths.
@@ -79,6 +83,9 @@ func (s *Server) shortHandler(p ShortPath, m *method) http.Handler {
 
 // translate makes the protobuf of a request out of the JSON of a short path.
 func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
+	if p.Plain && len(bytes.TrimSpace(b)) == 0 {
+		b = []byte("{}")
+	}
 	given, err := members(b)
 	if err != nil {
 		return nil, err
@@ -125,18 +132,19 @@ func (p *ShortPath) translate(m *method, id string, b []byte) ([]byte, error) {
 	return encode(request.Interface())
 }
 
-// plain makes the protobuf of a request without content.
+// plain is translate for a method without a content.
 func (p *ShortPath) plain(m *method, id string, given []member) ([]byte, error) {
-	var b bytes.Buffer
+	var rest bytes.Buffer
 	for i := range given {
-		if !slices.Contains(p.Fields, given[i].name) {
-			return nil, invalid(given[i].name, "is not known; there are "+strings.Join(p.Fields, ", "))
+		f := &given[i]
+		if !slices.Contains(p.Fields, f.name) {
+			return nil, invalid(f.name, "is not known; there are "+strings.Join(p.Fields, ", "))
 		}
-		given[i].appendTo(&b)
+		f.appendTo(&rest)
 	}
-	request := m.in.New()
-	if err := fromJSON.Unmarshal(slices.Concat([]byte("{"), bytes.TrimPrefix(b.Bytes(), []byte(",")), []byte("}")), request.Interface()); err != nil {
-		return nil, jsonError(err)
+	request, err := m.parse([]byte("{" + strings.TrimPrefix(rest.String(), ",") + "}"))
+	if err != nil {
+		return nil, err
 	}
 	if p.ID != "" {
 		request.Set(m.in.Descriptor().Fields().ByName(protoreflect.Name(p.ID)), protoreflect.ValueOfString(id))
@@ -152,6 +160,10 @@ func (m *method) fill(content, rest []byte) (protoreflect.Message, error) {
 	joined = append(joined, '}')
 	joined = append(joined, rest...)
 	joined = append(joined, '}')
+	return m.parse(joined)
+}
+
+func (m *method) parse(joined []byte) (protoreflect.Message, error) {
 	request := m.in.New()
 	if err := fromJSON.Unmarshal(joined, request.Interface()); err != nil {
 		return nil, jsonError(err)

@@ -2,7 +2,7 @@
 //
 //   NODE_ID=node-ts GRPC_PORT=50062 HTTP_PORT=8090 CONTROLLER_ADDRESS=localhost:50051 ETCD_ENDPOINTS=localhost:2379 node gateway.js
 import { createServer } from "node:http";
-import { ConnectNode, type Message, type Push, type Session } from "@push-manager/connect-node";
+import { ConnectNode, RefusedError, type Message, type Push, type Session } from "@push-manager/connect-node";
 import { WebSocketServer, type WebSocket } from "ws";
 
 const env = (name: string, otherwise: string): string => process.env[name] ?? otherwise;
@@ -45,10 +45,11 @@ function frameOf(user: string, { message, ack, replayed }: Push, acks: boolean):
   return JSON.stringify({ ...bodyOf(message), user_id: user, ...extra });
 }
 
-const closeCodes = { slow: 4429, dead: 1001, broken: 1011, going: 1001 } as const;
+const closeCodes = { slow: 4429, dead: 1001, broken: 1011, going: 1001, disconnected: 4000 } as const;
 
 function serve(ws: WebSocket, query: URLSearchParams): void {
   const user = query.get("user_id") ?? "";
+  const attributes = Object.fromEntries([...query].filter(([name]) => name.startsWith("attr.")).map(([name, value]) => [name.slice(5), value]));
   const room = query.get("room_id") ?? "";
   const acks = query.get("ack") === "1";
   const say = (message: object): void => {
@@ -59,8 +60,8 @@ function serve(ws: WebSocket, query: URLSearchParams): void {
     session = node.connect({
       send: (push) => ws.send(frameOf(user, push, acks)),
       buffered: () => ws.bufferedAmount,
-      close: (why) => {
-        ws.close(closeCodes[why], why);
+      close: (why, said) => {
+        ws.close(said?.code ?? closeCodes[why], said?.reason ?? why);
         setTimeout(() => ws.terminate(), 1000).unref();
       },
       ping: () => ws.ping(),
@@ -73,10 +74,11 @@ function serve(ws: WebSocket, query: URLSearchParams): void {
         say({ type: "error", room_id: refused, message: why });
         if (refused === "") ws.close(1013, "refused");
       },
-    }, { user, name: query.get("user_name") ?? "", acks });
+    }, { user, name: query.get("user_name") ?? "", acks, attributes });
     if (room !== "") session.join(room);
   } catch (error) {
-    ws.close(1008, error instanceof Error ? error.message.slice(0, 120) : "refused");
+    if (error instanceof RefusedError) ws.close(error.code, error.reason);
+    else ws.close(1008, error instanceof Error ? error.message.slice(0, 120) : "refused");
     return;
   }
   // A client that is silent is asked, and cut off if it stays so.

@@ -1,7 +1,7 @@
 import { create } from "@bufbuild/protobuf";
 import {
-  AckRangeSchema, CatchupSchema, DeliverResponseSchema, MissSchema, ReplayTakenSchema,
-  type Catchup, type DeliverResponse, type Miss,
+  AckRangeSchema, CatchupSchema, DeliverResponseSchema, DisconnectedSchema, MissSchema, ReplayTakenSchema,
+  type Catchup, type DeliverResponse, type Disconnected, type Miss,
 } from "./gen/connect_node_pb.js";
 import { BrokenStream } from "./audiences.js";
 import type { Outcome } from "./message.js";
@@ -14,6 +14,8 @@ const frameCounts = 8 << 10;
 const maxMissBytes = 960 << 10;
 /** Beyond it the reader waits until misses were written. */
 const pendingMissBytes = 1 << 20;
+/** Answers to disconnects that wait to be written. A manager awaits 256 of a stream. */
+const maxDisconnected = 1024;
 
 /** What became of one delivery. */
 export class Handover {
@@ -112,6 +114,7 @@ export class Acks {
   private catchups: Catchup[] = [];
   private taken = new Map<bigint, bigint>();
   private nudges: bigint[] = [];
+  private closed: Disconnected[] = [];
 
   /** wake has take called soon. */
   constructor(private readonly maxUnacked: number, private readonly online: () => number, private readonly wake: () => void) {
@@ -168,6 +171,13 @@ export class Acks {
     if (Math.max(this.catchups.length, this.taken.size, this.nudges.length) > this.maxUnacked) {
       throw new BrokenStream("more answers to be read than max_unacked");
     }
+    this.wake();
+  }
+
+  /** Answers a disconnect. */
+  disconnected(token: bigint, connections: number): void {
+    this.closed.push(create(DisconnectedSchema, { token, connections }));
+    if (this.closed.length > maxDisconnected) throw new BrokenStream("more answers to disconnects to be read than there may be");
     this.wake();
   }
 
@@ -228,8 +238,9 @@ export class Acks {
       this.taken.delete(gate);
     }
     r.nudgesTaken = this.nudges.splice(0, frameBytes / 16);
+    r.disconnected = this.closed.splice(0, frameBytes / 16);
     r.receipts = this.receipts.take(written);
-    something ||= r.catchups.length + r.replayTaken.length + r.nudgesTaken.length + r.receipts.length > 0;
+    something ||= r.catchups.length + r.replayTaken.length + r.nudgesTaken.length + r.receipts.length + r.disconnected.length > 0;
     return something ? r : undefined;
   }
 }

@@ -6,6 +6,7 @@ import {
   RangeRequestSchema, RangeResponseSchema, RequestOpSchema, TxnRequestSchema, TxnResponseSchema,
 } from "./gen/etcd_pb.js";
 import { clock } from "./message.js";
+import { refusedPrefix } from "./refusals.js";
 import { clientCredentials, type TlsFiles } from "./tls.js";
 
 /** Where etcd is. */
@@ -23,6 +24,9 @@ const prefix = "/services/connect-node/";
 const ttl = 10;
 /** How often the key is looked at: one that was deleted, or lost with etcd's data, is written again. */
 const checkEvery = 3000;
+/** How often it is read who is refused. Push-Managers tell it, too: this is for nodes that they do not reach, and that start later. */
+const refusedEvery = 10_000;
+const mostRefused = 10_000;
 const requestTimeout = 3000;
 const minBackoff = 50;
 const maxBackoff = 1000;
@@ -40,6 +44,7 @@ class Etcd {
     this.clients = cfg.endpoints.map((e) => new Client(e.replace(/^https?:\/\//, ""), creds, {
       "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 3000,
       "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1000,
+      "grpc.max_receive_message_length": 16 << 20, // All who are refused.
     }));
   }
 
@@ -111,6 +116,8 @@ class Etcd {
 export interface RegistrationEvents {
   /** The key is there, or is not any more, and why. */
   changed(registered: boolean, why: string): void;
+  /** What stands below the prefix of those who are refused, as of a revision: after each registration, and every few seconds. */
+  refused(all: { key: string; value: string; revision: bigint }[], revision: bigint): void;
 }
 
 /**
@@ -126,6 +133,7 @@ export class Registration {
   private wasOurs = false;
   private isOurs = false;
   private stopped = false;
+  private toldRefused = false;
   private wake: (() => void) | undefined;
 
   constructor(cfg: EtcdConfig, nodeId: string, address: string, bootId: string, private readonly events: RegistrationEvents) {
@@ -175,6 +183,8 @@ export class Registration {
     if (this.stopped) return; // close revokes it.
     let renewed = clock();
     let checked = renewed;
+    await this.readRefused();
+    let read = renewed;
     await this.check(!this.wasOurs);
     while (!this.stopped) {
       await this.pause(1000);
@@ -187,6 +197,10 @@ export class Registration {
           if (error instanceof LeaseLost) throw error;
           if (clock() - renewed >= ttl * 1000) throw error;
         }
+      }
+      if (clock() - read >= refusedEvery) {
+        read = clock();
+        await this.readRefused();
       }
       if (clock() - checked < checkEvery) continue;
       checked = clock();
@@ -225,6 +239,22 @@ export class Registration {
       success: [create(RequestOpSchema, { request: { case: "requestPut", value: put } })],
     }));
     if (done.succeeded) this.set(true, "");
+  }
+
+  /** An etcd that does not answer, or does not allow it, changes nothing: what is known counts. */
+  private async readRefused(): Promise<void> {
+    try {
+      const end = Buffer.from(refusedPrefix);
+      end[end.length - 1]!++;
+      const got = await this.etcd.call("/etcdserverpb.KV/Range", RangeRequestSchema, RangeResponseSchema, create(RangeRequestSchema, {
+        key: Buffer.from(refusedPrefix), rangeEnd: end, limit: BigInt(mostRefused),
+      }));
+      const all = got.kvs.map((kv) => ({ key: Buffer.from(kv.key).toString(), value: Buffer.from(kv.value).toString(), revision: kv.modRevision }));
+      if (!this.stopped) this.events.refused(all, got.header?.revision ?? 0n);
+    } catch (error) {
+      if (!this.toldRefused) process.stderr.write(`connect-node: who is refused cannot be read in etcd: ${error instanceof Error ? error.message : String(error)}\n`);
+      this.toldRefused = true;
+    }
   }
 
   private set(ours: boolean, why: string): void {

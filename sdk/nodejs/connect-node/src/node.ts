@@ -9,7 +9,7 @@ import { attributesOf, checkText, matches, type Attributes } from "./filter.js";
 import {
   BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, ListUsersRequestSchema, ListUsersResponseSchema, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
   PushMessageRequestSchema, PushMessageResponseSchema,
-  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Hello, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
+  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Disconnect, type Hello, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
 import type { Match } from "./gen/message_pb.js";
@@ -17,6 +17,7 @@ import { Listing } from "./listing.js";
 import { Reporter, reserved } from "./membership.js";
 import { clock, inRoom, messageOf, watch, worth, type Message, type Options, type Outcome, type Several } from "./message.js";
 import type { Confirmation } from "./receipts.js";
+import { RefusedError, Refusals, type Words } from "./refusals.js";
 import { Replays } from "./replay.js";
 import { Session, type CloseReason, type Connection, type SessionHost, type SessionLimits } from "./session.js";
 import { Stream, StreamEnd, type DeliverCall, type StreamHost } from "./stream.js";
@@ -145,6 +146,7 @@ export class ConnectNode {
   private readonly streams = new Set<Stream>();
   private readonly seats = new Map<string, { newest: Stream; streams: number }>();
   private readonly replays: Replays;
+  private readonly refusals = new Refusals();
   private readonly watched = new Set<Session>();
   private readonly host: SessionHost;
   private readonly streamHost: StreamHost;
@@ -195,6 +197,11 @@ export class ConnectNode {
         checkId("room_id", room);
         if (room.startsWith(reserved)) throw new RangeError(`room_id: names that begin with ${reserved} are reserved`);
         if (s.isOver) return;
+        const refusal = this.refusals.ofRoom(room);
+        if (refusal !== undefined) {
+          this.tell(s, () => s.connection.refused?.(room, `refused: ${refusal.reason}`));
+          return;
+        }
         if (this.reporter !== undefined) return this.reporter.join(s, room);
         s.rooms.add(room);
         this.tell(s, () => s.connection.joined?.(room));
@@ -211,7 +218,7 @@ export class ConnectNode {
     const node = this; // eslint-disable-line @typescript-eslint/no-this-alias -- for the getter
     this.streamHost = {
       nodeId: cfg.nodeId, bootId: this.bootId, maxAudienceMembers: this.cfg.maxAudienceMembers, maxUnacked: this.cfg.maxUnacked,
-      features: [Feature.SCOPE, Feature.FILTER, Feature.ROOMS, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
+      features: [Feature.SCOPE, Feature.FILTER, Feature.ROOMS, Feature.DISCONNECT, ...(cfg.lasting === false ? [] : lasting)], replays: this.replays, counts: this.counts,
       get isDraining() {
         return node.isDraining;
       },
@@ -220,6 +227,7 @@ export class ConnectNode {
       leave: (s) => this.left(s),
       deliverTo: (user, filter, m, o, c) => this.deliverTo(user, filter, m, o, c),
       broadcast: (scope, filter, m, o, h) => this.broadcast(scope, filter, m, o, h),
+      disconnect: (d) => this.disconnect(d),
       caught: (what, error) => this.caught(what, error),
     };
   }
@@ -260,6 +268,10 @@ export class ConnectNode {
           this.wasLost = !up;
           this.state("etcd", up, why);
         },
+        refused: (all, revision) => {
+          this.refusals.list(all, revision);
+          this.refuseAll();
+        },
       });
     }
     return address;
@@ -270,14 +282,20 @@ export class ConnectNode {
     return (this.registration?.isRegistered ?? this.cfg.etcd === undefined) && (this.reporter?.isReached ?? this.cfg.controller === undefined) && !this.isDraining;
   }
 
-  /** Adds a client. Its Connection.joined("") tells when pushes to the user arrive. Throws a RangeError for what is no id, and when the node is full or leaves. */
+  /**
+   * Adds a client. Its Connection.joined("") tells when pushes to the user arrive. Throws a RangeError for what is no id, and when the node is full
+   * or leaves, and a RefusedError for a user or a device that a service keeps away: close the connection with its code and reason.
+   */
   connect(connection: Connection, o: ConnectOptions): Session {
     checkId("user_id", o.user);
     if (o.name !== undefined && o.name !== "") checkId("user_name", o.name);
+    const attributes = attributesOf(o.attributes ?? {});
     if (this.server === undefined) throw new RangeError("node is not started");
+    const refusal = this.refusals.of(o.user, attributes.get("device_id") ?? "");
+    if (refusal !== undefined) throw new RefusedError(refusal.code, refusal.reason);
     if (this.isDraining) throw new RangeError("node is going");
     if (this.sessions >= this.cfg.maxSessions) throw new RangeError(`node is full: ${this.sessions} connections`);
-    const s = new Session(o.user, o.name ?? "", connection, o.acks ?? false, attributesOf(o.attributes ?? {}), this.host);
+    const s = new Session(o.user, o.name ?? "", connection, o.acks ?? false, attributes, this.host);
     if (this.cfg.lasting !== false) s.gate = this.replays.gate(s, 32);
     this.sessions++;
     this.users.set(o.user, [...(this.users.get(o.user) ?? []), s]);
@@ -488,11 +506,36 @@ export class ConnectNode {
     });
   }
 
-  private cut(s: Session, why: CloseReason): void {
+  /** Nothing of it waits: from here to the next connection nobody comes in between. */
+  private disconnect(d: Disconnect): number {
+    this.refusals.take(d);
+    if (d.allowAgain) return 0;
+    const said: Words = { code: d.code, reason: d.reason };
+    let n = 0;
+    const of = d.roomId === "" ? (this.users.get(d.userId) ?? []) : [...this.users.values()].flat();
+    for (const s of of) {
+      if (s.isOver || (d.deviceId !== "" && s.device !== d.deviceId) || (d.roomId !== "" && !s.isIn(d.roomId))) continue;
+      this.cut(s, "disconnected", said);
+      n++;
+    }
+    return n;
+  }
+
+  /** Closes connections that etcd says are refused: a Push-Manager could not tell this node. */
+  private refuseAll(): void {
+    for (const of of [...this.users.values()]) {
+      for (const s of of) {
+        const said = this.refusals.of(s.user, s.device);
+        if (said !== undefined) this.cut(s, "disconnected", said);
+      }
+    }
+  }
+
+  private cut(s: Session, why: CloseReason, said?: Words): void {
     if (s.isOver) return;
     s.end();
     try {
-      watch(s.connection.close(why), (error) => this.caught("close", error));
+      watch(s.connection.close(why, said), (error) => this.caught("close", error));
     } catch (error) {
       this.caught("close", error);
     }

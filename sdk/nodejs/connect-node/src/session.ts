@@ -1,9 +1,13 @@
 import { clock, hasExpired, sizeOf, watch, type Message, type Options, type Outcome, type Push } from "./message.js";
 import type { Confirmation } from "./receipts.js";
+import type { Words } from "./refusals.js";
 import type { Ask, Gate } from "./replay.js";
 
-/** Why a connection is to be closed: slow, its client does not read; dead, it has not answered a ping; broken, a write to it threw; going, the node leaves. */
-export type CloseReason = "slow" | "dead" | "broken" | "going";
+/**
+ * Why a connection is to be closed: slow, its client does not read; dead, it has not answered a ping; broken, a write to it threw; going, the node
+ * leaves; disconnected, a service has asked for it.
+ */
+export type CloseReason = "slow" | "dead" | "broken" | "going" | "disconnected";
 
 /**
  * One connection of a client, as the gateway has it. The methods are called from the event loop, must not wait, and may throw: what they
@@ -14,8 +18,11 @@ export interface Connection {
   send(push: Push): void;
   /** How many bytes wait to be written to the client, such as `ws.bufferedAmount`. */
   buffered(): number;
-  /** Closes the connection: soon, with what was written before. Session.end has been called already. */
-  close(why: CloseReason): void;
+  /**
+   * Closes the connection: soon, with what was written before. Session.end has been called already. said is there for "disconnected": the
+   * close code, 4000 to 4999, and the words that the client is to get.
+   */
+  close(why: CloseReason, said?: Words): void;
   /** Asks whether the client lives. Session.heard is to be called with what it answers. Needed only with acks. */
   ping?(): void;
   /** The Controller knows: pushes to the room arrive from now on. "": pushes to the user do. */
@@ -121,6 +128,11 @@ export class Session {
     readonly attributes: ReadonlyMap<string, string>,
     private readonly host: SessionHost,
   ) {}
+
+  /** What the client calls its device, "" if it does not. */
+  get device(): string {
+    return this.attributes.get("device_id") ?? "";
+  }
 
   /** Puts the connection into a room at once; Connection.joined tells when the Controller knows. Throws a RangeError for what is no room's id. */
   join(room: string): void {

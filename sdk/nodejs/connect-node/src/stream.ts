@@ -5,11 +5,12 @@ import { Audiences, BrokenStream } from "./audiences.js";
 import { checkFilter } from "./filter.js";
 import {
   DeliverRequestSchema, DeliverResponseSchema, Feature, HelloReplySchema,
-  type Delivery, type DeliverRequest, type DeliverResponse, type Hello,
+  type Delivery, type DeliverRequest, type DeliverResponse, type Disconnect, type Hello,
 } from "./gen/connect_node_pb.js";
 import type { Match } from "./gen/message_pb.js";
 import { clock, hasExpired, messageOf, Rooms, type Message, type Options, type Outcome } from "./message.js";
 import type { Awaited, Confirmation } from "./receipts.js";
+import { checkDisconnect } from "./refusals.js";
 import type { Offer, Replays } from "./replay.js";
 import type { Session } from "./session.js";
 
@@ -48,6 +49,8 @@ export interface StreamHost {
   leave(s: Stream): void;
   deliverTo(user: string, filter: readonly Match[], m: Message, o: Options | undefined, c: Confirmation | undefined): Outcome;
   broadcast(scope: string, filter: readonly Match[], m: Message, o: Options | undefined, h: Handover): void;
+  /** Refuses those that it names if that is asked for, then closes their connections; or lifts a refusal. Returns how many were closed. */
+  disconnect(d: Disconnect): number;
   caught(what: string, error: unknown): void;
   readonly counts: { deliveries: number; broken: number };
 }
@@ -197,6 +200,10 @@ export class Stream implements Offer {
         this.acks.nudgesTaken(f.nudges.map((n) => n.token)); // Now that the gates are closed.
       }
     }
+    for (const d of f.disconnects) {
+      checkDisconnect(d);
+      this.acks.disconnected(d.token, this.host.disconnect(d));
+    }
     if (f.heartbeat !== 0n) this.acks.beat(f.heartbeat);
     if (f.drain) {
       this.isDrained = true;
@@ -207,7 +214,7 @@ export class Stream implements Offer {
   private greet(f: DeliverRequest, bytes: number): void {
     const hello = f.hello;
     const more = f.firstSeq !== 0n || f.heartbeat !== 0n || f.drain || f.compressed.length > 0 || f.rawBytes > 0 ||
-      f.deliveries.length + f.forgetAudiences.length + f.nudges.length + f.replayEnds.length + f.logMarks.length + f.logPages.length > 0;
+      f.deliveries.length + f.forgetAudiences.length + f.nudges.length + f.replayEnds.length + f.logMarks.length + f.logPages.length + f.disconnects.length > 0;
     if (hello === undefined || more) throw new BrokenStream("the first frame must be hello and nothing else");
     if (bytes > maxHelloBytes) throw new BrokenStream(`hello has ${bytes} bytes, the limit is ${maxHelloBytes}`);
     if (Buffer.byteLength(hello.instanceId) > maxInstanceBytes) throw new BrokenStream("instance_id is too long");

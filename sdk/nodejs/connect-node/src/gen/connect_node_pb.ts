@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file connect_node.proto.
  */
 export const file_connect_node: GenFile = /*@__PURE__*/
-  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJEChBMaXN0VXNlcnNSZXF1ZXN0EhIKCmZpcnN0X3R1cm4YASABKAYSDQoFbGltaXQYAiABKA0SDQoFc2NvcGUYAyABKAkiOAoRTGlzdFVzZXJzUmVzcG9uc2USEAoIdXNlcl9pZHMYASADKAkSEQoJbGFzdF90dXJuGAIgASgGIl8KElB1c2hNZXNzYWdlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSJwoHY29udGVudBgDIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCI3ChNQdXNoTWVzc2FnZVJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSDwoHbWVzc2FnZRgCIAEoCSJlChdQdXNoTWVzc2FnZUJhdGNoUmVxdWVzdBIQCgh1c2VyX2lkcxgBIAMoCRIPCgdyb29tX2lkGAIgASgJEicKB2NvbnRlbnQYAyABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiigEKGFB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEhcKD2RlbGl2ZXJlZF9jb3VudBgCIAEoBRIXCg9mYWlsZWRfdXNlcl9pZHMYAyADKAkSDwoHbWVzc2FnZRgEIAEoCRIaChJ1bnJlYWNoZWRfdXNlcl9pZHMYBSADKAkiOwoQQnJvYWRjYXN0UmVxdWVzdBInCgdjb250ZW50GAEgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50ImcKEUJyb2FkY2FzdFJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSFwoPZGVsaXZlcmVkX2NvdW50GAIgASgFEg8KB21lc3NhZ2UYAyABKAkSFwoPdW5yZWFjaGVkX2NvdW50GAQgASgFItkCCg5EZWxpdmVyUmVxdWVzdBIcCgVoZWxsbxgBIAEoCzINLnB1YnN1Yi5IZWxsbxIRCglmaXJzdF9zZXEYAiABKAQSJAoKZGVsaXZlcmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRIYChBmb3JnZXRfYXVkaWVuY2VzGAQgAygNEhEKCWhlYXJ0YmVhdBgFIAEoBBINCgVkcmFpbhgGIAEoCBISCgpjb21wcmVzc2VkGAcgASgMEhEKCXJhd19ieXRlcxgIIAEoDRIdCgZudWRnZXMYCSADKAsyDS5wdWJzdWIuTnVkZ2USJgoLcmVwbGF5X2VuZHMYCiADKAsyES5wdWJzdWIuUmVwbGF5RW5kEiIKCWxvZ19tYXJrcxgLIAMoCzIPLnB1YnN1Yi5Mb2dNYXJrEiIKCWxvZ19wYWdlcxgMIAMoCzIPLnB1YnN1Yi5Mb2dQYWdlInsKB0xvZ01hcmsSEQoJcGFydGl0aW9uGAEgASgNEgsKA3NlcRgCIAEoBBINCgVhZnRlchgDIAEoBBIeCgVyb29tcxgEIAMoCzIPLnB1YnN1Yi5Mb2dSb29tEg0KBWVwb2NoGAUgASgGEhIKCnBhcnRpdGlvbnMYBiABKA0iKAoHTG9nUm9vbRIPCgdyb29tX2lkGAEgASgJEgwKBHNlcXMYAiADKAQikwEKB0xvZ1BhZ2USDAoEZ2F0ZRgBIAEoBBIRCglwYXJ0aXRpb24YAiABKA0SIQoHZW50cmllcxgDIAMoCzIQLnB1YnN1Yi5EZWxpdmVyeRILCgNzZXEYBCABKAQSDAoEbW9yZRgFIAEoCBILCgNnYXAYBiABKAgSDQoFZXJyb3IYByABKAkSDQoFZXBvY2gYCCABKAYiNAoFTnVkZ2USDwoHdXNlcl9pZBgBIAEoCRILCgNzZXEYAiABKAQSDQoFdG9rZW4YAyABKAQiNQoJUmVwbGF5RW5kEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEEg0KBWVycm9yGAMgASgJIvwCCg9EZWxpdmVyUmVzcG9uc2USIQoFaGVsbG8YASABKAsyEi5wdWJzdWIuSGVsbG9SZXBseRIeCgRhY2tzGAIgAygLMhAucHVic3ViLkFja1JhbmdlEhwKBm1pc3NlcxgDIAMoCzIMLnB1YnN1Yi5NaXNzEhEKCWhlYXJ0YmVhdBgEIAEoBBIUCgxvbmxpbmVfdXNlcnMYBSABKA0SDQoFZHJhaW4YBiABKAgSIQoIcmVjZWlwdHMYByADKAsyDy5wdWJzdWIuUmVjZWlwdBIhCghjYXRjaHVwcxgIIAMoCzIPLnB1YnN1Yi5DYXRjaHVwEikKDHJlcGxheV90YWtlbhgJIAMoCzITLnB1YnN1Yi5SZXBsYXlUYWtlbhIUCgxudWRnZXNfdGFrZW4YCiADKAQSIgoJbG9nX3JlYWRzGAsgAygLMg8ucHVic3ViLkxvZ1JlYWQSJQoKbG9nX2ZvbGxvdxgMIAEoCzIRLnB1YnN1Yi5Mb2dGb2xsb3ciKQoJTG9nRm9sbG93Eg0KBWVwb2NoGAEgASgGEg0KBWFmdGVyGAIgAygEIkYKB0xvZ1JlYWQSDwoHcm9vbV9pZBgBIAEoCRIMCgRnYXRlGAIgASgEEg0KBWVwb2NoGAMgASgGEg0KBWFmdGVyGAQgAygEIkUKB1JlY2VpcHQSCwoDc2VxGAEgASgEEg0KBWFja2VkGAIgASgNEg8KB3VuYWNrZWQYAyADKAkSDQoFZmluYWwYBCABKAgiOAoHQ2F0Y2h1cBIPCgd1c2VyX2lkGAEgASgJEgwKBGdhdGUYAiABKAQSDgoGd2luZG93GAMgASgNIigKC1JlcGxheVRha2VuEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEIs0BCgVIZWxsbxIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEhIKCm1hbmFnZXJfaWQYAiABKAkSDQoFc2hhcmQYAyABKA0SDgoGc2hhcmRzGAQgASgNEh0KBmNvZGVjcxgFIAMoDjINLnB1YnN1Yi5Db2RlYxIhCghmZWF0dXJlcxgGIAMoDjIPLnB1YnN1Yi5GZWF0dXJlEhMKC2luc3RhbmNlX2lkGAcgASgJEg8KB2F0dGVtcHQYCCABKAQSDwoHbm9kZV9pZBgJIAEoCSLSAQoKSGVsbG9SZXBseRIYChBwcm90b2NvbF92ZXJzaW9uGAEgASgNEg8KB25vZGVfaWQYAiABKAkSDwoHYm9vdF9pZBgDIAEoCRIcChRtYXhfYXVkaWVuY2VfbWVtYmVycxgEIAEoDRITCgttYXhfdW5hY2tlZBgFIAEoDRIUCgxvbmxpbmVfdXNlcnMYBiABKA0SHAoFY29kZWMYByABKA4yDS5wdWJzdWIuQ29kZWMSIQoIZmVhdHVyZXMYCCADKA4yDy5wdWJzdWIuRmVhdHVyZSLpAwoIRGVsaXZlcnkSJwoHY29udGVudBgBIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudBIPCgdyb29tX2lkGAIgASgJEhAKCHVzZXJfaWRzGAMgAygJEiIKCGF1ZGllbmNlGAQgASgLMhAucHVic3ViLkF1ZGllbmNlEhEKCWV2ZXJ5Ym9keRgFIAEoCBIXCg9leGNlcHRfdXNlcl9pZHMYBiADKAkSEwoLdHJhY2VwYXJlbnQYByABKAkSDQoFc2NvcGUYCCABKAkSEgoKbWVzc2FnZV9pZBgQIAEoCRIUCgxwYXlsb2FkX2hhc2gYESABKAcSDgoGdHRsX21zGBIgASgNEhAKCHdhbnRfYWNrGBMgASgIEhYKDmFja190aW1lb3V0X21zGBQgASgNEhQKDGNvbGxhcHNlX2tleRgVIAEoCRIjCgZyZXBsYXkYFyABKAsyEy5wdWJzdWIuUmVwbGF5UGxhY2USIAoDbG9nGBggASgLMhMucHVic3ViLkxvZ1Bvc2l0aW9uEg4KBnNlbmRlchgZIAEoCRIdCgZmaWx0ZXIYGiADKAsyDS5wdWJzdWIuTWF0Y2gSEAoIcm9vbV9pZHMYGyADKAkSFQoNbmFtZV9maWx0ZXJlZBgcIAEoCEoECBYQFyJWCgtMb2dQb3NpdGlvbhIRCglwYXJ0aXRpb24YASABKA0SCwoDc2VxGAIgASgEEhgKEGV4Y2x1ZGVfdXNlcl9pZHMYAyADKAkSDQoFZXBvY2gYBCABKAYiNwoLUmVwbGF5UGxhY2USDAoEZ2F0ZRgBIAEoBBILCgNzZXEYAiABKAQSDQoFYWZ0ZXIYAyABKAQiZwoIQXVkaWVuY2USCgoCaWQYASABKA0SDwoHdmVyc2lvbhgCIAEoDRIPCgdyb29tX2lkGAMgASgJEgwKBGpvaW4YBCADKAkSDQoFbGVhdmUYBSADKAkSEAoIcm9vbV9pZHMYBiADKAkiYwoIQWNrUmFuZ2USDQoFZmlyc3QYASABKAQSEQoJZGVsaXZlcmVkGAIgAygNEhIKCmR1cGxpY2F0ZXMYAyADKA0SDwoHcGVuZGluZxgEIAMoDRIQCghmaWx0ZXJlZBgFIAMoDSKOAQoETWlzcxILCgNzZXEYASABKAQSEAoIbm90X2hlcmUYAiADKAkSDgoGZmFpbGVkGAMgAygJEg4KBnJlYXNvbhgEIAEoCRIUCgxmYWlsZWRfdXNlcnMYBSABKA0SDwoHcmVmdXNlZBgGIAEoCBIOCgZyZXVzZWQYByADKAkSEAoIZmlsdGVyZWQYCCADKAkqIwoFQ29kZWMSCAoETk9ORRAAEgYKAlMyEAESCAoEWlNURBACKtwBCgdGZWF0dXJlEhcKE0ZFQVRVUkVfVU5TUEVDSUZJRUQQABIRCg1GRUFUVVJFX1NDT1BFEAcSEgoORkVBVFVSRV9ERURVUEUQARIWChJGRUFUVVJFX0NMSUVOVF9BQ0sQAhISCg5GRUFUVVJFX0VYUElSWRADEhQKEEZFQVRVUkVfQ09MTEFQU0UQBBISCg5GRUFUVVJFX1JFUExBWRAFEhQKEEZFQVRVUkVfUk9PTV9MT0cQBhISCg5GRUFUVVJFX0ZJTFRFUhAIEhEKDUZFQVRVUkVfUk9PTVMQCTL3AgoSQ29ubmVjdE5vZGVTZXJ2aWNlEkYKC1B1c2hNZXNzYWdlEhoucHVic3ViLlB1c2hNZXNzYWdlUmVxdWVzdBobLnB1YnN1Yi5QdXNoTWVzc2FnZVJlc3BvbnNlElUKEFB1c2hNZXNzYWdlQmF0Y2gSHy5wdWJzdWIuUHVzaE1lc3NhZ2VCYXRjaFJlcXVlc3QaIC5wdWJzdWIuUHVzaE1lc3NhZ2VCYXRjaFJlc3BvbnNlEkAKCUJyb2FkY2FzdBIYLnB1YnN1Yi5Ccm9hZGNhc3RSZXF1ZXN0GhkucHVic3ViLkJyb2FkY2FzdFJlc3BvbnNlEj4KB0RlbGl2ZXISFi5wdWJzdWIuRGVsaXZlclJlcXVlc3QaFy5wdWJzdWIuRGVsaXZlclJlc3BvbnNlKAEwARJACglMaXN0VXNlcnMSGC5wdWJzdWIuTGlzdFVzZXJzUmVxdWVzdBoZLnB1YnN1Yi5MaXN0VXNlcnNSZXNwb25zZUIzWjFnaXRodWIuY29tL3B1c2gtbWFuYWdlci9wdXNoLW1hbmFnZXIvcHJvdG87cHVic3ViYgZwcm90bzM", [file_message]);
+  fileDesc("ChJjb25uZWN0X25vZGUucHJvdG8SBnB1YnN1YiJEChBMaXN0VXNlcnNSZXF1ZXN0EhIKCmZpcnN0X3R1cm4YASABKAYSDQoFbGltaXQYAiABKA0SDQoFc2NvcGUYAyABKAkiOAoRTGlzdFVzZXJzUmVzcG9uc2USEAoIdXNlcl9pZHMYASADKAkSEQoJbGFzdF90dXJuGAIgASgGIioKFkxpc3RDb25uZWN0aW9uc1JlcXVlc3QSEAoIdXNlcl9pZHMYASADKAkiQQoXTGlzdENvbm5lY3Rpb25zUmVzcG9uc2USJgoFdXNlcnMYASADKAsyFy5wdWJzdWIuVXNlckNvbm5lY3Rpb25zIkgKD1VzZXJDb25uZWN0aW9ucxInCgtjb25uZWN0aW9ucxgBIAMoCzISLnB1YnN1Yi5Db25uZWN0aW9uEgwKBG1vcmUYAiABKAgiyQEKCkNvbm5lY3Rpb24SFQoNY29ubmVjdGlvbl9pZBgBIAEoCRIRCglkZXZpY2VfaWQYAiABKAkSNgoKYXR0cmlidXRlcxgDIAMoCzIiLnB1YnN1Yi5Db25uZWN0aW9uLkF0dHJpYnV0ZXNFbnRyeRIQCghyb29tX2lkcxgEIAMoCRIUCgxjb25uZWN0ZWRfYXQYBSABKAMaMQoPQXR0cmlidXRlc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiXwoSUHVzaE1lc3NhZ2VSZXF1ZXN0Eg8KB3VzZXJfaWQYASABKAkSDwoHcm9vbV9pZBgCIAEoCRInCgdjb250ZW50GAMgASgLMhYucHVic3ViLk1lc3NhZ2VDb250ZW50IjcKE1B1c2hNZXNzYWdlUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIPCgdtZXNzYWdlGAIgASgJImUKF1B1c2hNZXNzYWdlQmF0Y2hSZXF1ZXN0EhAKCHVzZXJfaWRzGAEgAygJEg8KB3Jvb21faWQYAiABKAkSJwoHY29udGVudBgDIAEoCzIWLnB1YnN1Yi5NZXNzYWdlQ29udGVudCKKAQoYUHVzaE1lc3NhZ2VCYXRjaFJlc3BvbnNlEg8KB3N1Y2Nlc3MYASABKAgSFwoPZGVsaXZlcmVkX2NvdW50GAIgASgFEhcKD2ZhaWxlZF91c2VyX2lkcxgDIAMoCRIPCgdtZXNzYWdlGAQgASgJEhoKEnVucmVhY2hlZF91c2VyX2lkcxgFIAMoCSI7ChBCcm9hZGNhc3RSZXF1ZXN0EicKB2NvbnRlbnQYASABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQiZwoRQnJvYWRjYXN0UmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIXCg9kZWxpdmVyZWRfY291bnQYAiABKAUSDwoHbWVzc2FnZRgDIAEoCRIXCg91bnJlYWNoZWRfY291bnQYBCABKAUiggMKDkRlbGl2ZXJSZXF1ZXN0EhwKBWhlbGxvGAEgASgLMg0ucHVic3ViLkhlbGxvEhEKCWZpcnN0X3NlcRgCIAEoBBIkCgpkZWxpdmVyaWVzGAMgAygLMhAucHVic3ViLkRlbGl2ZXJ5EhgKEGZvcmdldF9hdWRpZW5jZXMYBCADKA0SEQoJaGVhcnRiZWF0GAUgASgEEg0KBWRyYWluGAYgASgIEhIKCmNvbXByZXNzZWQYByABKAwSEQoJcmF3X2J5dGVzGAggASgNEh0KBm51ZGdlcxgJIAMoCzINLnB1YnN1Yi5OdWRnZRImCgtyZXBsYXlfZW5kcxgKIAMoCzIRLnB1YnN1Yi5SZXBsYXlFbmQSIgoJbG9nX21hcmtzGAsgAygLMg8ucHVic3ViLkxvZ01hcmsSIgoJbG9nX3BhZ2VzGAwgAygLMg8ucHVic3ViLkxvZ1BhZ2USJwoLZGlzY29ubmVjdHMYDSADKAsyEi5wdWJzdWIuRGlzY29ubmVjdCKoAQoKRGlzY29ubmVjdBINCgV0b2tlbhgBIAEoBBIPCgd1c2VyX2lkGAIgASgJEhEKCWRldmljZV9pZBgDIAEoCRIPCgdyb29tX2lkGAQgASgJEgwKBGNvZGUYBSABKA0SDgoGcmVhc29uGAYgASgJEhEKCXJlZnVzZV9tcxgHIAEoBBITCgthbGxvd19hZ2FpbhgIIAEoCBIQCghyZXZpc2lvbhgJIAEoBCJ7CgdMb2dNYXJrEhEKCXBhcnRpdGlvbhgBIAEoDRILCgNzZXEYAiABKAQSDQoFYWZ0ZXIYAyABKAQSHgoFcm9vbXMYBCADKAsyDy5wdWJzdWIuTG9nUm9vbRINCgVlcG9jaBgFIAEoBhISCgpwYXJ0aXRpb25zGAYgASgNIigKB0xvZ1Jvb20SDwoHcm9vbV9pZBgBIAEoCRIMCgRzZXFzGAIgAygEIpMBCgdMb2dQYWdlEgwKBGdhdGUYASABKAQSEQoJcGFydGl0aW9uGAIgASgNEiEKB2VudHJpZXMYAyADKAsyEC5wdWJzdWIuRGVsaXZlcnkSCwoDc2VxGAQgASgEEgwKBG1vcmUYBSABKAgSCwoDZ2FwGAYgASgIEg0KBWVycm9yGAcgASgJEg0KBWVwb2NoGAggASgGIjQKBU51ZGdlEg8KB3VzZXJfaWQYASABKAkSCwoDc2VxGAIgASgEEg0KBXRva2VuGAMgASgEIjUKCVJlcGxheUVuZBIMCgRnYXRlGAEgASgEEgsKA3NlcRgCIAEoBBINCgVlcnJvchgDIAEoCSKoAwoPRGVsaXZlclJlc3BvbnNlEiEKBWhlbGxvGAEgASgLMhIucHVic3ViLkhlbGxvUmVwbHkSHgoEYWNrcxgCIAMoCzIQLnB1YnN1Yi5BY2tSYW5nZRIcCgZtaXNzZXMYAyADKAsyDC5wdWJzdWIuTWlzcxIRCgloZWFydGJlYXQYBCABKAQSFAoMb25saW5lX3VzZXJzGAUgASgNEg0KBWRyYWluGAYgASgIEiEKCHJlY2VpcHRzGAcgAygLMg8ucHVic3ViLlJlY2VpcHQSIQoIY2F0Y2h1cHMYCCADKAsyDy5wdWJzdWIuQ2F0Y2h1cBIpCgxyZXBsYXlfdGFrZW4YCSADKAsyEy5wdWJzdWIuUmVwbGF5VGFrZW4SFAoMbnVkZ2VzX3Rha2VuGAogAygEEiIKCWxvZ19yZWFkcxgLIAMoCzIPLnB1YnN1Yi5Mb2dSZWFkEiUKCmxvZ19mb2xsb3cYDCABKAsyES5wdWJzdWIuTG9nRm9sbG93EioKDGRpc2Nvbm5lY3RlZBgNIAMoCzIULnB1YnN1Yi5EaXNjb25uZWN0ZWQiMgoMRGlzY29ubmVjdGVkEg0KBXRva2VuGAEgASgEEhMKC2Nvbm5lY3Rpb25zGAIgASgNIikKCUxvZ0ZvbGxvdxINCgVlcG9jaBgBIAEoBhINCgVhZnRlchgCIAMoBCJGCgdMb2dSZWFkEg8KB3Jvb21faWQYASABKAkSDAoEZ2F0ZRgCIAEoBBINCgVlcG9jaBgDIAEoBhINCgVhZnRlchgEIAMoBCJFCgdSZWNlaXB0EgsKA3NlcRgBIAEoBBINCgVhY2tlZBgCIAEoDRIPCgd1bmFja2VkGAMgAygJEg0KBWZpbmFsGAQgASgIIjgKB0NhdGNodXASDwoHdXNlcl9pZBgBIAEoCRIMCgRnYXRlGAIgASgEEg4KBndpbmRvdxgDIAEoDSIoCgtSZXBsYXlUYWtlbhIMCgRnYXRlGAEgASgEEgsKA3NlcRgCIAEoBCLNAQoFSGVsbG8SGAoQcHJvdG9jb2xfdmVyc2lvbhgBIAEoDRISCgptYW5hZ2VyX2lkGAIgASgJEg0KBXNoYXJkGAMgASgNEg4KBnNoYXJkcxgEIAEoDRIdCgZjb2RlY3MYBSADKA4yDS5wdWJzdWIuQ29kZWMSIQoIZmVhdHVyZXMYBiADKA4yDy5wdWJzdWIuRmVhdHVyZRITCgtpbnN0YW5jZV9pZBgHIAEoCRIPCgdhdHRlbXB0GAggASgEEg8KB25vZGVfaWQYCSABKAki0gEKCkhlbGxvUmVwbHkSGAoQcHJvdG9jb2xfdmVyc2lvbhgBIAEoDRIPCgdub2RlX2lkGAIgASgJEg8KB2Jvb3RfaWQYAyABKAkSHAoUbWF4X2F1ZGllbmNlX21lbWJlcnMYBCABKA0SEwoLbWF4X3VuYWNrZWQYBSABKA0SFAoMb25saW5lX3VzZXJzGAYgASgNEhwKBWNvZGVjGAcgASgOMg0ucHVic3ViLkNvZGVjEiEKCGZlYXR1cmVzGAggAygOMg8ucHVic3ViLkZlYXR1cmUi6QMKCERlbGl2ZXJ5EicKB2NvbnRlbnQYASABKAsyFi5wdWJzdWIuTWVzc2FnZUNvbnRlbnQSDwoHcm9vbV9pZBgCIAEoCRIQCgh1c2VyX2lkcxgDIAMoCRIiCghhdWRpZW5jZRgEIAEoCzIQLnB1YnN1Yi5BdWRpZW5jZRIRCglldmVyeWJvZHkYBSABKAgSFwoPZXhjZXB0X3VzZXJfaWRzGAYgAygJEhMKC3RyYWNlcGFyZW50GAcgASgJEg0KBXNjb3BlGAggASgJEhIKCm1lc3NhZ2VfaWQYECABKAkSFAoMcGF5bG9hZF9oYXNoGBEgASgHEg4KBnR0bF9tcxgSIAEoDRIQCgh3YW50X2FjaxgTIAEoCBIWCg5hY2tfdGltZW91dF9tcxgUIAEoDRIUCgxjb2xsYXBzZV9rZXkYFSABKAkSIwoGcmVwbGF5GBcgASgLMhMucHVic3ViLlJlcGxheVBsYWNlEiAKA2xvZxgYIAEoCzITLnB1YnN1Yi5Mb2dQb3NpdGlvbhIOCgZzZW5kZXIYGSABKAkSHQoGZmlsdGVyGBogAygLMg0ucHVic3ViLk1hdGNoEhAKCHJvb21faWRzGBsgAygJEhUKDW5hbWVfZmlsdGVyZWQYHCABKAhKBAgWEBciVgoLTG9nUG9zaXRpb24SEQoJcGFydGl0aW9uGAEgASgNEgsKA3NlcRgCIAEoBBIYChBleGNsdWRlX3VzZXJfaWRzGAMgAygJEg0KBWVwb2NoGAQgASgGIjcKC1JlcGxheVBsYWNlEgwKBGdhdGUYASABKAQSCwoDc2VxGAIgASgEEg0KBWFmdGVyGAMgASgEImcKCEF1ZGllbmNlEgoKAmlkGAEgASgNEg8KB3ZlcnNpb24YAiABKA0SDwoHcm9vbV9pZBgDIAEoCRIMCgRqb2luGAQgAygJEg0KBWxlYXZlGAUgAygJEhAKCHJvb21faWRzGAYgAygJImMKCEFja1JhbmdlEg0KBWZpcnN0GAEgASgEEhEKCWRlbGl2ZXJlZBgCIAMoDRISCgpkdXBsaWNhdGVzGAMgAygNEg8KB3BlbmRpbmcYBCADKA0SEAoIZmlsdGVyZWQYBSADKA0ijgEKBE1pc3MSCwoDc2VxGAEgASgEEhAKCG5vdF9oZXJlGAIgAygJEg4KBmZhaWxlZBgDIAMoCRIOCgZyZWFzb24YBCABKAkSFAoMZmFpbGVkX3VzZXJzGAUgASgNEg8KB3JlZnVzZWQYBiABKAgSDgoGcmV1c2VkGAcgAygJEhAKCGZpbHRlcmVkGAggAygJKiMKBUNvZGVjEggKBE5PTkUQABIGCgJTMhABEggKBFpTVEQQAir0AQoHRmVhdHVyZRIXChNGRUFUVVJFX1VOU1BFQ0lGSUVEEAASEQoNRkVBVFVSRV9TQ09QRRAHEhIKDkZFQVRVUkVfREVEVVBFEAESFgoSRkVBVFVSRV9DTElFTlRfQUNLEAISEgoORkVBVFVSRV9FWFBJUlkQAxIUChBGRUFUVVJFX0NPTExBUFNFEAQSEgoORkVBVFVSRV9SRVBMQVkQBRIUChBGRUFUVVJFX1JPT01fTE9HEAYSEgoORkVBVFVSRV9GSUxURVIQCBIRCg1GRUFUVVJFX1JPT01TEAkSFgoSRkVBVFVSRV9ESVNDT05ORUNUEAoyywMKEkNvbm5lY3ROb2RlU2VydmljZRJGCgtQdXNoTWVzc2FnZRIaLnB1YnN1Yi5QdXNoTWVzc2FnZVJlcXVlc3QaGy5wdWJzdWIuUHVzaE1lc3NhZ2VSZXNwb25zZRJVChBQdXNoTWVzc2FnZUJhdGNoEh8ucHVic3ViLlB1c2hNZXNzYWdlQmF0Y2hSZXF1ZXN0GiAucHVic3ViLlB1c2hNZXNzYWdlQmF0Y2hSZXNwb25zZRJACglCcm9hZGNhc3QSGC5wdWJzdWIuQnJvYWRjYXN0UmVxdWVzdBoZLnB1YnN1Yi5Ccm9hZGNhc3RSZXNwb25zZRI+CgdEZWxpdmVyEhYucHVic3ViLkRlbGl2ZXJSZXF1ZXN0GhcucHVic3ViLkRlbGl2ZXJSZXNwb25zZSgBMAESQAoJTGlzdFVzZXJzEhgucHVic3ViLkxpc3RVc2Vyc1JlcXVlc3QaGS5wdWJzdWIuTGlzdFVzZXJzUmVzcG9uc2USUgoPTGlzdENvbm5lY3Rpb25zEh4ucHVic3ViLkxpc3RDb25uZWN0aW9uc1JlcXVlc3QaHy5wdWJzdWIuTGlzdENvbm5lY3Rpb25zUmVzcG9uc2VCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z", [file_message]);
 
 /**
  * ListUsersRequest asks for users whose turn is first_turn to the end. A user's turn is the first 8 bytes of SHA-256 over
@@ -76,6 +76,118 @@ export const ListUsersResponseSchema: GenMessage<ListUsersResponse> = /*@__PURE_
   messageDesc(file_connect_node, 1);
 
 /**
+ * @generated from message pubsub.ListConnectionsRequest
+ */
+export type ListConnectionsRequest = Message<"pubsub.ListConnectionsRequest"> & {
+  /**
+   * Each once, 1 to 1,000 of them.
+   *
+   * @generated from field: repeated string user_ids = 1;
+   */
+  userIds: string[];
+};
+
+/**
+ * Describes the message pubsub.ListConnectionsRequest.
+ * Use `create(ListConnectionsRequestSchema)` to create a new message.
+ */
+export const ListConnectionsRequestSchema: GenMessage<ListConnectionsRequest> = /*@__PURE__*/
+  messageDesc(file_connect_node, 2);
+
+/**
+ * @generated from message pubsub.ListConnectionsResponse
+ */
+export type ListConnectionsResponse = Message<"pubsub.ListConnectionsResponse"> & {
+  /**
+   * users[i] answers user_ids[i]. At least one of them, and fewer than were asked for where a frame of 1 MiB has no place
+   * for more: the caller asks again for the rest.
+   *
+   * @generated from field: repeated pubsub.UserConnections users = 1;
+   */
+  users: UserConnections[];
+};
+
+/**
+ * Describes the message pubsub.ListConnectionsResponse.
+ * Use `create(ListConnectionsResponseSchema)` to create a new message.
+ */
+export const ListConnectionsResponseSchema: GenMessage<ListConnectionsResponse> = /*@__PURE__*/
+  messageDesc(file_connect_node, 3);
+
+/**
+ * @generated from message pubsub.UserConnections
+ */
+export type UserConnections = Message<"pubsub.UserConnections"> & {
+  /**
+   * None: the user is not here.
+   *
+   * @generated from field: repeated pubsub.Connection connections = 1;
+   */
+  connections: Connection[];
+
+  /**
+   * There are others, for which there was no place. At most 100 are named.
+   *
+   * @generated from field: bool more = 2;
+   */
+  more: boolean;
+};
+
+/**
+ * Describes the message pubsub.UserConnections.
+ * Use `create(UserConnectionsSchema)` to create a new message.
+ */
+export const UserConnectionsSchema: GenMessage<UserConnections> = /*@__PURE__*/
+  messageDesc(file_connect_node, 4);
+
+/**
+ * Connection is one live connection of a user. A field that the gateway does not know is empty.
+ *
+ * @generated from message pubsub.Connection
+ */
+export type Connection = Message<"pubsub.Connection"> & {
+  /**
+   * Unique on the node, as long as its process lives.
+   *
+   * @generated from field: string connection_id = 1;
+   */
+  connectionId: string;
+
+  /**
+   * @generated from field: string device_id = 2;
+   */
+  deviceId: string;
+
+  /**
+   * As filters of pushes see them.
+   *
+   * @generated from field: map<string, string> attributes = 3;
+   */
+  attributes: { [key: string]: string };
+
+  /**
+   * The rooms that it is in, as in Delivery.
+   *
+   * @generated from field: repeated string room_ids = 4;
+   */
+  roomIds: string[];
+
+  /**
+   * Unix seconds.
+   *
+   * @generated from field: int64 connected_at = 5;
+   */
+  connectedAt: bigint;
+};
+
+/**
+ * Describes the message pubsub.Connection.
+ * Use `create(ConnectionSchema)` to create a new message.
+ */
+export const ConnectionSchema: GenMessage<Connection> = /*@__PURE__*/
+  messageDesc(file_connect_node, 5);
+
+/**
  * @generated from message pubsub.PushMessageRequest
  */
 export type PushMessageRequest = Message<"pubsub.PushMessageRequest"> & {
@@ -100,7 +212,7 @@ export type PushMessageRequest = Message<"pubsub.PushMessageRequest"> & {
  * Use `create(PushMessageRequestSchema)` to create a new message.
  */
 export const PushMessageRequestSchema: GenMessage<PushMessageRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 2);
+  messageDesc(file_connect_node, 6);
 
 /**
  * @generated from message pubsub.PushMessageResponse
@@ -122,7 +234,7 @@ export type PushMessageResponse = Message<"pubsub.PushMessageResponse"> & {
  * Use `create(PushMessageResponseSchema)` to create a new message.
  */
 export const PushMessageResponseSchema: GenMessage<PushMessageResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 3);
+  messageDesc(file_connect_node, 7);
 
 /**
  * @generated from message pubsub.PushMessageBatchRequest
@@ -149,7 +261,7 @@ export type PushMessageBatchRequest = Message<"pubsub.PushMessageBatchRequest"> 
  * Use `create(PushMessageBatchRequestSchema)` to create a new message.
  */
 export const PushMessageBatchRequestSchema: GenMessage<PushMessageBatchRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 4);
+  messageDesc(file_connect_node, 8);
 
 /**
  * @generated from message pubsub.PushMessageBatchResponse
@@ -193,7 +305,7 @@ export type PushMessageBatchResponse = Message<"pubsub.PushMessageBatchResponse"
  * Use `create(PushMessageBatchResponseSchema)` to create a new message.
  */
 export const PushMessageBatchResponseSchema: GenMessage<PushMessageBatchResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 5);
+  messageDesc(file_connect_node, 9);
 
 /**
  * @generated from message pubsub.BroadcastRequest
@@ -210,7 +322,7 @@ export type BroadcastRequest = Message<"pubsub.BroadcastRequest"> & {
  * Use `create(BroadcastRequestSchema)` to create a new message.
  */
 export const BroadcastRequestSchema: GenMessage<BroadcastRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 6);
+  messageDesc(file_connect_node, 10);
 
 /**
  * @generated from message pubsub.BroadcastResponse
@@ -246,7 +358,7 @@ export type BroadcastResponse = Message<"pubsub.BroadcastResponse"> & {
  * Use `create(BroadcastResponseSchema)` to create a new message.
  */
 export const BroadcastResponseSchema: GenMessage<BroadcastResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 7);
+  messageDesc(file_connect_node, 11);
 
 /**
  * DeliverRequest is one frame from Push-Manager. The first frame of a stream
@@ -337,6 +449,13 @@ export type DeliverRequest = Message<"pubsub.DeliverRequest"> & {
    * @generated from field: repeated pubsub.LogPage log_pages = 12;
    */
   logPages: LogPage[];
+
+  /**
+   * To nodes with FEATURE_DISCONNECT.
+   *
+   * @generated from field: repeated pubsub.Disconnect disconnects = 13;
+   */
+  disconnects: Disconnect[];
 };
 
 /**
@@ -344,7 +463,84 @@ export type DeliverRequest = Message<"pubsub.DeliverRequest"> & {
  * Use `create(DeliverRequestSchema)` to create a new message.
  */
 export const DeliverRequestSchema: GenMessage<DeliverRequest> = /*@__PURE__*/
-  messageDesc(file_connect_node, 8);
+  messageDesc(file_connect_node, 12);
+
+/**
+ * Disconnect closes connections, and may keep them away. The node does it when it has applied the deliveries of the frame, so
+ * that they are in front of the close frame, and answers with Disconnected. The order of doing it is: refuse, then close, so that nobody
+ * who comes in between is missed. Exactly one of user_id and room_id is set. FEATURE_DISCONNECT.
+ *
+ * @generated from message pubsub.Disconnect
+ */
+export type Disconnect = Message<"pubsub.Disconnect"> & {
+  /**
+   * To be echoed: not 0, once on this stream.
+   *
+   * @generated from field: uint64 token = 1;
+   */
+  token: bigint;
+
+  /**
+   * @generated from field: string user_id = 2;
+   */
+  userId: string;
+
+  /**
+   * Only connections of the user with this device_id.
+   *
+   * @generated from field: string device_id = 3;
+   */
+  deviceId: string;
+
+  /**
+   * Connections that are in this room.
+   *
+   * @generated from field: string room_id = 4;
+   */
+  roomId: string;
+
+  /**
+   * 4000 to 4999, and what the client is told beside it.
+   *
+   * @generated from field: uint32 code = 5;
+   */
+  code: number;
+
+  /**
+   * @generated from field: string reason = 6;
+   */
+  reason: string;
+
+  /**
+   * For so long the user, or the device, is refused with code and reason when it connects, and the room when it is joined. 0: they may
+   * come back.
+   *
+   * @generated from field: uint64 refuse_ms = 7;
+   */
+  refuseMs: bigint;
+
+  /**
+   * Ends such a refusal; nobody is disconnected.
+   *
+   * @generated from field: bool allow_again = 8;
+   */
+  allowAgain: boolean;
+
+  /**
+   * Where refuse_ms or allow_again is set: the revision of etcd that has it. Of what a node hears of the same user, device or room, over
+   * streams and from etcd, the highest revision counts.
+   *
+   * @generated from field: uint64 revision = 9;
+   */
+  revision: bigint;
+};
+
+/**
+ * Describes the message pubsub.Disconnect.
+ * Use `create(DisconnectSchema)` to create a new message.
+ */
+export const DisconnectSchema: GenMessage<Disconnect> = /*@__PURE__*/
+  messageDesc(file_connect_node, 13);
 
 /**
  * LogMark tells a node that follows the logs of rooms what was written into one partition of
@@ -397,7 +593,7 @@ export type LogMark = Message<"pubsub.LogMark"> & {
  * Use `create(LogMarkSchema)` to create a new message.
  */
 export const LogMarkSchema: GenMessage<LogMark> = /*@__PURE__*/
-  messageDesc(file_connect_node, 9);
+  messageDesc(file_connect_node, 14);
 
 /**
  * LogRoom is the places of a room's messages, rising.
@@ -421,7 +617,7 @@ export type LogRoom = Message<"pubsub.LogRoom"> & {
  * Use `create(LogRoomSchema)` to create a new message.
  */
 export const LogRoomSchema: GenMessage<LogRoom> = /*@__PURE__*/
-  messageDesc(file_connect_node, 10);
+  messageDesc(file_connect_node, 15);
 
 /**
  * LogPage answers a LogRead.
@@ -487,7 +683,7 @@ export type LogPage = Message<"pubsub.LogPage"> & {
  * Use `create(LogPageSchema)` to create a new message.
  */
 export const LogPageSchema: GenMessage<LogPage> = /*@__PURE__*/
-  messageDesc(file_connect_node, 11);
+  messageDesc(file_connect_node, 16);
 
 /**
  * Nudge says that a message was stored for a user who may be connected here by now. The node
@@ -522,7 +718,7 @@ export type Nudge = Message<"pubsub.Nudge"> & {
  * Use `create(NudgeSchema)` to create a new message.
  */
 export const NudgeSchema: GenMessage<Nudge> = /*@__PURE__*/
-  messageDesc(file_connect_node, 12);
+  messageDesc(file_connect_node, 17);
 
 /**
  * ReplayEnd answers a Catchup: nothing more is stored for the user, and the gate may open. With
@@ -554,7 +750,7 @@ export type ReplayEnd = Message<"pubsub.ReplayEnd"> & {
  * Use `create(ReplayEndSchema)` to create a new message.
  */
 export const ReplayEndSchema: GenMessage<ReplayEnd> = /*@__PURE__*/
-  messageDesc(file_connect_node, 13);
+  messageDesc(file_connect_node, 18);
 
 /**
  * DeliverResponse is one frame from the node. The first has hello and nothing
@@ -641,6 +837,11 @@ export type DeliverResponse = Message<"pubsub.DeliverResponse"> & {
    * @generated from field: pubsub.LogFollow log_follow = 12;
    */
   logFollow?: LogFollow | undefined;
+
+  /**
+   * @generated from field: repeated pubsub.Disconnected disconnected = 13;
+   */
+  disconnected: Disconnected[];
 };
 
 /**
@@ -648,7 +849,34 @@ export type DeliverResponse = Message<"pubsub.DeliverResponse"> & {
  * Use `create(DeliverResponseSchema)` to create a new message.
  */
 export const DeliverResponseSchema: GenMessage<DeliverResponse> = /*@__PURE__*/
-  messageDesc(file_connect_node, 14);
+  messageDesc(file_connect_node, 19);
+
+/**
+ * Disconnected answers a Disconnect: new connections are refused if that was asked for, and no connection that it is about
+ * gets anything that comes later. FEATURE_DISCONNECT.
+ *
+ * @generated from message pubsub.Disconnected
+ */
+export type Disconnected = Message<"pubsub.Disconnected"> & {
+  /**
+   * @generated from field: uint64 token = 1;
+   */
+  token: bigint;
+
+  /**
+   * How many were closed.
+   *
+   * @generated from field: uint32 connections = 2;
+   */
+  connections: number;
+};
+
+/**
+ * Describes the message pubsub.Disconnected.
+ * Use `create(DisconnectedSchema)` to create a new message.
+ */
+export const DisconnectedSchema: GenMessage<Disconnected> = /*@__PURE__*/
+  messageDesc(file_connect_node, 20);
 
 /**
  * LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
@@ -676,7 +904,7 @@ export type LogFollow = Message<"pubsub.LogFollow"> & {
  * Use `create(LogFollowSchema)` to create a new message.
  */
 export const LogFollowSchema: GenMessage<LogFollow> = /*@__PURE__*/
-  messageDesc(file_connect_node, 15);
+  messageDesc(file_connect_node, 21);
 
 /**
  * LogRead asks the manager that the node follows for what the log of a room has behind a place, and is
@@ -715,7 +943,7 @@ export type LogRead = Message<"pubsub.LogRead"> & {
  * Use `create(LogReadSchema)` to create a new message.
  */
 export const LogReadSchema: GenMessage<LogRead> = /*@__PURE__*/
-  messageDesc(file_connect_node, 16);
+  messageDesc(file_connect_node, 22);
 
 /**
  * Receipt says who has acknowledged a delivery with want_ack, after the AckRange that has it
@@ -758,7 +986,7 @@ export type Receipt = Message<"pubsub.Receipt"> & {
  * Use `create(ReceiptSchema)` to create a new message.
  */
 export const ReceiptSchema: GenMessage<Receipt> = /*@__PURE__*/
-  messageDesc(file_connect_node, 17);
+  messageDesc(file_connect_node, 23);
 
 /**
  * Catchup asks for what is stored for a user who has connected here. It is asked once the
@@ -794,7 +1022,7 @@ export type Catchup = Message<"pubsub.Catchup"> & {
  * Use `create(CatchupSchema)` to create a new message.
  */
 export const CatchupSchema: GenMessage<Catchup> = /*@__PURE__*/
-  messageDesc(file_connect_node, 18);
+  messageDesc(file_connect_node, 24);
 
 /**
  * ReplayTaken says that the client has taken all replayed messages up to seq: they may be
@@ -820,7 +1048,7 @@ export type ReplayTaken = Message<"pubsub.ReplayTaken"> & {
  * Use `create(ReplayTakenSchema)` to create a new message.
  */
 export const ReplayTakenSchema: GenMessage<ReplayTaken> = /*@__PURE__*/
-  messageDesc(file_connect_node, 19);
+  messageDesc(file_connect_node, 25);
 
 /**
  * Hello opens a stream.
@@ -902,7 +1130,7 @@ export type Hello = Message<"pubsub.Hello"> & {
  * Use `create(HelloSchema)` to create a new message.
  */
 export const HelloSchema: GenMessage<Hello> = /*@__PURE__*/
-  messageDesc(file_connect_node, 20);
+  messageDesc(file_connect_node, 26);
 
 /**
  * HelloReply accepts a stream.
@@ -980,7 +1208,7 @@ export type HelloReply = Message<"pubsub.HelloReply"> & {
  * Use `create(HelloReplySchema)` to create a new message.
  */
 export const HelloReplySchema: GenMessage<HelloReply> = /*@__PURE__*/
-  messageDesc(file_connect_node, 21);
+  messageDesc(file_connect_node, 27);
 
 /**
  * Delivery is one push for the users it names on this node.
@@ -1139,7 +1367,7 @@ export type Delivery = Message<"pubsub.Delivery"> & {
  * Use `create(DeliverySchema)` to create a new message.
  */
 export const DeliverySchema: GenMessage<Delivery> = /*@__PURE__*/
-  messageDesc(file_connect_node, 22);
+  messageDesc(file_connect_node, 28);
 
 /**
  * LogPosition is a message's place in the logs of rooms.
@@ -1175,7 +1403,7 @@ export type LogPosition = Message<"pubsub.LogPosition"> & {
  * Use `create(LogPositionSchema)` to create a new message.
  */
 export const LogPositionSchema: GenMessage<LogPosition> = /*@__PURE__*/
-  messageDesc(file_connect_node, 23);
+  messageDesc(file_connect_node, 29);
 
 /**
  * ReplayPlace is a stored message's place. It goes to the connections behind the gate that
@@ -1210,7 +1438,7 @@ export type ReplayPlace = Message<"pubsub.ReplayPlace"> & {
  * Use `create(ReplayPlaceSchema)` to create a new message.
  */
 export const ReplayPlaceSchema: GenMessage<ReplayPlace> = /*@__PURE__*/
-  messageDesc(file_connect_node, 24);
+  messageDesc(file_connect_node, 30);
 
 /**
  * Audience names a set of users that the stream knows, so that a push to a room
@@ -1270,7 +1498,7 @@ export type Audience = Message<"pubsub.Audience"> & {
  * Use `create(AudienceSchema)` to create a new message.
  */
 export const AudienceSchema: GenMessage<Audience> = /*@__PURE__*/
-  messageDesc(file_connect_node, 25);
+  messageDesc(file_connect_node, 31);
 
 /**
  * AckRange confirms the deliveries first, first+1, ... with one count each. A
@@ -1323,7 +1551,7 @@ export type AckRange = Message<"pubsub.AckRange"> & {
  * Use `create(AckRangeSchema)` to create a new message.
  */
 export const AckRangeSchema: GenMessage<AckRange> = /*@__PURE__*/
-  messageDesc(file_connect_node, 26);
+  messageDesc(file_connect_node, 32);
 
 /**
  * Miss explains the users of one delivery that were not reached.
@@ -1393,7 +1621,7 @@ export type Miss = Message<"pubsub.Miss"> & {
  * Use `create(MissSchema)` to create a new message.
  */
 export const MissSchema: GenMessage<Miss> = /*@__PURE__*/
-  messageDesc(file_connect_node, 27);
+  messageDesc(file_connect_node, 33);
 
 /**
  * Codec is a way to compress a frame.
@@ -1513,6 +1741,13 @@ export enum Feature {
    * @generated from enum value: FEATURE_ROOMS = 9;
    */
   ROOMS = 9,
+
+  /**
+   * The node closes connections when it is asked to, and keeps users, devices and rooms away: disconnects and disconnected.
+   *
+   * @generated from enum value: FEATURE_DISCONNECT = 10;
+   */
+  DISCONNECT = 10,
 }
 
 /**
@@ -1587,6 +1822,17 @@ export const ConnectNodeService: GenService<{
     methodKind: "unary";
     input: typeof ListUsersRequestSchema;
     output: typeof ListUsersResponseSchema;
+  },
+  /**
+   * Tells which live connections users have here, for presence. A node may leave it out: nobody is told then of the devices
+   * of its users. A node that drains answers as ever.
+   *
+   * @generated from rpc pubsub.ConnectNodeService.ListConnections
+   */
+  listConnections: {
+    methodKind: "unary";
+    input: typeof ListConnectionsRequestSchema;
+    output: typeof ListConnectionsResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_connect_node, 0);

@@ -10,7 +10,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file controller.proto.
  */
 export const file_controller: GenFile = /*@__PURE__*/
-  fileDesc("ChBjb250cm9sbGVyLnByb3RvEgZwdWJzdWIi9gEKD0pvaW5Sb29tUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSEQoJdXNlcl9uYW1lGAMgASgJEg8KB25vZGVfaWQYBCABKAkSNwoIbWV0YWRhdGEYBSADKAsyJS5wdWJzdWIuSm9pblJvb21SZXF1ZXN0Lk1ldGFkYXRhRW50cnkSCwoDc2VxGAYgASgEEg8KB2Jvb3RfaWQYByABKAkSFQoNd2l0aG91dF91c2VycxgIIAEoCBovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiWQoQSm9pblJvb21SZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEg8KB21lc3NhZ2UYAiABKAkSIwoJcm9vbV9pbmZvGAMgASgLMhAucHVic3ViLlJvb21JbmZvImMKEExlYXZlUm9vbVJlcXVlc3QSDwoHdXNlcl9pZBgBIAEoCRIPCgdyb29tX2lkGAIgASgJEg8KB25vZGVfaWQYAyABKAkSCwoDc2VxGAQgASgEEg8KB2Jvb3RfaWQYBSABKAkiNQoRTGVhdmVSb29tUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIPCgdtZXNzYWdlGAIgASgJIiUKEkdldFJvb21JbmZvUmVxdWVzdBIPCgdyb29tX2lkGAEgASgJIl4KE0dldFJvb21JbmZvUmVzcG9uc2USIwoJcm9vbV9pbmZvGAEgASgLMhAucHVic3ViLlJvb21JbmZvEhAKCHJldmlzaW9uGAIgASgEEhAKCHN0b3JlX2lkGAMgASgJIiUKEkdldFVzZXJOb2RlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJIm4KE0dldFVzZXJOb2RlUmVzcG9uc2USDwoHbm9kZV9pZBgBIAEoCRIUCgxub2RlX2FkZHJlc3MYAiABKAkSDQoFZm91bmQYAyABKAgSDwoHcm9vbV9pZBgEIAEoCRIQCghub2RlX2lkcxgFIAMoCSIVChNHZXRSb29tU3RhdHNSZXF1ZXN0ImIKFEdldFJvb21TdGF0c1Jlc3BvbnNlEhMKC3RvdGFsX3Jvb21zGAEgASgFEhMKC3RvdGFsX3VzZXJzGAIgASgFEiAKBXJvb21zGAMgAygLMhEucHVic3ViLlJvb21TdGF0cyInChNHZXRVc2VyTm9kZXNSZXF1ZXN0EhAKCHVzZXJfaWRzGAEgAygJIkIKFEdldFVzZXJOb2Rlc1Jlc3BvbnNlEioKBXVzZXJzGAEgAygLMhsucHVic3ViLkdldFVzZXJOb2RlUmVzcG9uc2UiFAoSV2F0Y2hSb3V0ZXNSZXF1ZXN0Io0BChNXYXRjaFJvdXRlc1Jlc3BvbnNlEg4KBnN5bmNlZBgBIAEoCBIQCghyb29tX2lkcxgCIAMoCRIQCgh1c2VyX2lkcxgDIAMoCRILCgNhbGwYBCABKAgSIwoGZGVsdGFzGAUgAygLMhMucHVic3ViLk1lbWJlckRlbHRhEhAKCHN0b3JlX2lkGAYgASgJImAKC01lbWJlckRlbHRhEg8KB3Jvb21faWQYASABKAkSDwoHdXNlcl9pZBgCIAEoCRIPCgdub2RlX2lkGAMgASgJEgwKBGxlZnQYBCABKAgSEAoIcmV2aXNpb24YBSABKAQiVgoTRm9sbG93Um91dGVzUmVxdWVzdBIQCghsZWFzZV9tcxgBIAEoDRIPCgd0aHJvdWdoGAIgASgEEgwKBG1hcmsYAyABKAQSDgoGZGVsdGFzGAQgASgIIl8KFEZvbGxvd1JvdXRlc1Jlc3BvbnNlEiwKB2NoYW5nZXMYASABKAsyGy5wdWJzdWIuV2F0Y2hSb3V0ZXNSZXNwb25zZRILCgNzZXEYAiABKAQSDAoEbWFyaxgDIAEoBCJ6Cg9TeW5jTm9kZVJlcXVlc3QSDwoHbm9kZV9pZBgBIAEoCRIPCgdib290X2lkGAIgASgJEg8KB2RpZ2VzdHMYAyADKAYSHwoFc2xvdHMYBCADKAsyEC5wdWJzdWIuTm9kZVNsb3QSEwoLcmVwb3J0ZWRfdG8YBSABKAkiNwoQU3luY05vZGVSZXNwb25zZRIQCghzdG9yZV9pZBgBIAEoCRIRCglkaWZmZXJpbmcYAiADKA0iUgoITm9kZVNsb3QSDAoEc2xvdBgBIAEoDRILCgNzZXEYAiABKAQSKwoLbWVtYmVyc2hpcHMYAyADKAsyFi5wdWJzdWIuTm9kZU1lbWJlcnNoaXAirgEKDk5vZGVNZW1iZXJzaGlwEg8KB3VzZXJfaWQYASABKAkSDwoHcm9vbV9pZBgCIAEoCRIRCgl1c2VyX25hbWUYAyABKAkSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTm9kZU1lbWJlcnNoaXAuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEijAEKCFJvb21JbmZvEg8KB3Jvb21faWQYASABKAkSHwoFdXNlcnMYAiADKAsyEC5wdWJzdWIuVXNlckluZm8SJgoIbWV0YWRhdGEYAyABKAsyFC5wdWJzdWIuUm9vbU1ldGFkYXRhEhIKCmNyZWF0ZWRfYXQYBCABKAMSEgoKdXBkYXRlZF9hdBgFIAEoAyK1AQoIVXNlckluZm8SDwoHdXNlcl9pZBgBIAEoCRIRCgl1c2VyX25hbWUYAiABKAkSDwoHbm9kZV9pZBgDIAEoCRIwCghtZXRhZGF0YRgEIAMoCzIeLnB1YnN1Yi5Vc2VySW5mby5NZXRhZGF0YUVudHJ5EhEKCWpvaW5lZF9hdBgFIAEoAxovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiRAoMUm9vbU1ldGFkYXRhEgwKBG5hbWUYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSEQoJbWF4X3VzZXJzGAMgASgFIkQKCVJvb21TdGF0cxIPCgdyb29tX2lkGAEgASgJEhIKCnVzZXJfY291bnQYAiABKAUSEgoKY3JlYXRlZF9hdBgDIAEoAzKSBQoRQ29udHJvbGxlclNlcnZpY2USPQoISm9pblJvb20SFy5wdWJzdWIuSm9pblJvb21SZXF1ZXN0GhgucHVic3ViLkpvaW5Sb29tUmVzcG9uc2USQAoJTGVhdmVSb29tEhgucHVic3ViLkxlYXZlUm9vbVJlcXVlc3QaGS5wdWJzdWIuTGVhdmVSb29tUmVzcG9uc2USRgoLR2V0Um9vbUluZm8SGi5wdWJzdWIuR2V0Um9vbUluZm9SZXF1ZXN0GhsucHVic3ViLkdldFJvb21JbmZvUmVzcG9uc2USRgoLR2V0VXNlck5vZGUSGi5wdWJzdWIuR2V0VXNlck5vZGVSZXF1ZXN0GhsucHVic3ViLkdldFVzZXJOb2RlUmVzcG9uc2USSQoMR2V0Um9vbVN0YXRzEhsucHVic3ViLkdldFJvb21TdGF0c1JlcXVlc3QaHC5wdWJzdWIuR2V0Um9vbVN0YXRzUmVzcG9uc2USSQoMR2V0VXNlck5vZGVzEhsucHVic3ViLkdldFVzZXJOb2Rlc1JlcXVlc3QaHC5wdWJzdWIuR2V0VXNlck5vZGVzUmVzcG9uc2USSAoLV2F0Y2hSb3V0ZXMSGi5wdWJzdWIuV2F0Y2hSb3V0ZXNSZXF1ZXN0GhsucHVic3ViLldhdGNoUm91dGVzUmVzcG9uc2UwARJNCgxGb2xsb3dSb3V0ZXMSGy5wdWJzdWIuRm9sbG93Um91dGVzUmVxdWVzdBocLnB1YnN1Yi5Gb2xsb3dSb3V0ZXNSZXNwb25zZSgBMAESPQoIU3luY05vZGUSFy5wdWJzdWIuU3luY05vZGVSZXF1ZXN0GhgucHVic3ViLlN5bmNOb2RlUmVzcG9uc2VCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z");
+  fileDesc("ChBjb250cm9sbGVyLnByb3RvEgZwdWJzdWIi9gEKD0pvaW5Sb29tUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEg8KB3Jvb21faWQYAiABKAkSEQoJdXNlcl9uYW1lGAMgASgJEg8KB25vZGVfaWQYBCABKAkSNwoIbWV0YWRhdGEYBSADKAsyJS5wdWJzdWIuSm9pblJvb21SZXF1ZXN0Lk1ldGFkYXRhRW50cnkSCwoDc2VxGAYgASgEEg8KB2Jvb3RfaWQYByABKAkSFQoNd2l0aG91dF91c2VycxgIIAEoCBovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiWQoQSm9pblJvb21SZXNwb25zZRIPCgdzdWNjZXNzGAEgASgIEg8KB21lc3NhZ2UYAiABKAkSIwoJcm9vbV9pbmZvGAMgASgLMhAucHVic3ViLlJvb21JbmZvImMKEExlYXZlUm9vbVJlcXVlc3QSDwoHdXNlcl9pZBgBIAEoCRIPCgdyb29tX2lkGAIgASgJEg8KB25vZGVfaWQYAyABKAkSCwoDc2VxGAQgASgEEg8KB2Jvb3RfaWQYBSABKAkiNQoRTGVhdmVSb29tUmVzcG9uc2USDwoHc3VjY2VzcxgBIAEoCBIPCgdtZXNzYWdlGAIgASgJIiUKEkdldFJvb21JbmZvUmVxdWVzdBIPCgdyb29tX2lkGAEgASgJIl4KE0dldFJvb21JbmZvUmVzcG9uc2USIwoJcm9vbV9pbmZvGAEgASgLMhAucHVic3ViLlJvb21JbmZvEhAKCHJldmlzaW9uGAIgASgEEhAKCHN0b3JlX2lkGAMgASgJIjkKEkdldFVzZXJOb2RlUmVxdWVzdBIPCgd1c2VyX2lkGAEgASgJEhIKCndpdGhfcm9vbXMYAiABKAgigAEKE0dldFVzZXJOb2RlUmVzcG9uc2USDwoHbm9kZV9pZBgBIAEoCRIUCgxub2RlX2FkZHJlc3MYAiABKAkSDQoFZm91bmQYAyABKAgSDwoHcm9vbV9pZBgEIAEoCRIQCghub2RlX2lkcxgFIAMoCRIQCghyb29tX2lkcxgGIAMoCSIVChNHZXRSb29tU3RhdHNSZXF1ZXN0ImIKFEdldFJvb21TdGF0c1Jlc3BvbnNlEhMKC3RvdGFsX3Jvb21zGAEgASgFEhMKC3RvdGFsX3VzZXJzGAIgASgFEiAKBXJvb21zGAMgAygLMhEucHVic3ViLlJvb21TdGF0cyI7ChNHZXRVc2VyTm9kZXNSZXF1ZXN0EhAKCHVzZXJfaWRzGAEgAygJEhIKCndpdGhfcm9vbXMYAiABKAgiQgoUR2V0VXNlck5vZGVzUmVzcG9uc2USKgoFdXNlcnMYASADKAsyGy5wdWJzdWIuR2V0VXNlck5vZGVSZXNwb25zZSJMChJMaXN0TWVtYmVyc1JlcXVlc3QSDwoHcm9vbV9pZBgBIAEoCRISCgpwYWdlX3Rva2VuGAIgASgJEhEKCXBhZ2Vfc2l6ZRgDIAEoDSJlChNMaXN0TWVtYmVyc1Jlc3BvbnNlEiEKB21lbWJlcnMYASADKAsyEC5wdWJzdWIuVXNlckluZm8SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEhIKCnVzZXJfY291bnQYAyABKAUiFAoSV2F0Y2hSb3V0ZXNSZXF1ZXN0Io0BChNXYXRjaFJvdXRlc1Jlc3BvbnNlEg4KBnN5bmNlZBgBIAEoCBIQCghyb29tX2lkcxgCIAMoCRIQCgh1c2VyX2lkcxgDIAMoCRILCgNhbGwYBCABKAgSIwoGZGVsdGFzGAUgAygLMhMucHVic3ViLk1lbWJlckRlbHRhEhAKCHN0b3JlX2lkGAYgASgJImAKC01lbWJlckRlbHRhEg8KB3Jvb21faWQYASABKAkSDwoHdXNlcl9pZBgCIAEoCRIPCgdub2RlX2lkGAMgASgJEgwKBGxlZnQYBCABKAgSEAoIcmV2aXNpb24YBSABKAQiVgoTRm9sbG93Um91dGVzUmVxdWVzdBIQCghsZWFzZV9tcxgBIAEoDRIPCgd0aHJvdWdoGAIgASgEEgwKBG1hcmsYAyABKAQSDgoGZGVsdGFzGAQgASgIIl8KFEZvbGxvd1JvdXRlc1Jlc3BvbnNlEiwKB2NoYW5nZXMYASABKAsyGy5wdWJzdWIuV2F0Y2hSb3V0ZXNSZXNwb25zZRILCgNzZXEYAiABKAQSDAoEbWFyaxgDIAEoBCJ6Cg9TeW5jTm9kZVJlcXVlc3QSDwoHbm9kZV9pZBgBIAEoCRIPCgdib290X2lkGAIgASgJEg8KB2RpZ2VzdHMYAyADKAYSHwoFc2xvdHMYBCADKAsyEC5wdWJzdWIuTm9kZVNsb3QSEwoLcmVwb3J0ZWRfdG8YBSABKAkiNwoQU3luY05vZGVSZXNwb25zZRIQCghzdG9yZV9pZBgBIAEoCRIRCglkaWZmZXJpbmcYAiADKA0iUgoITm9kZVNsb3QSDAoEc2xvdBgBIAEoDRILCgNzZXEYAiABKAQSKwoLbWVtYmVyc2hpcHMYAyADKAsyFi5wdWJzdWIuTm9kZU1lbWJlcnNoaXAirgEKDk5vZGVNZW1iZXJzaGlwEg8KB3VzZXJfaWQYASABKAkSDwoHcm9vbV9pZBgCIAEoCRIRCgl1c2VyX25hbWUYAyABKAkSNgoIbWV0YWRhdGEYBCADKAsyJC5wdWJzdWIuTm9kZU1lbWJlcnNoaXAuTWV0YWRhdGFFbnRyeRovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEijAEKCFJvb21JbmZvEg8KB3Jvb21faWQYASABKAkSHwoFdXNlcnMYAiADKAsyEC5wdWJzdWIuVXNlckluZm8SJgoIbWV0YWRhdGEYAyABKAsyFC5wdWJzdWIuUm9vbU1ldGFkYXRhEhIKCmNyZWF0ZWRfYXQYBCABKAMSEgoKdXBkYXRlZF9hdBgFIAEoAyK1AQoIVXNlckluZm8SDwoHdXNlcl9pZBgBIAEoCRIRCgl1c2VyX25hbWUYAiABKAkSDwoHbm9kZV9pZBgDIAEoCRIwCghtZXRhZGF0YRgEIAMoCzIeLnB1YnN1Yi5Vc2VySW5mby5NZXRhZGF0YUVudHJ5EhEKCWpvaW5lZF9hdBgFIAEoAxovCg1NZXRhZGF0YUVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiRAoMUm9vbU1ldGFkYXRhEgwKBG5hbWUYASABKAkSEwoLZGVzY3JpcHRpb24YAiABKAkSEQoJbWF4X3VzZXJzGAMgASgFIkQKCVJvb21TdGF0cxIPCgdyb29tX2lkGAEgASgJEhIKCnVzZXJfY291bnQYAiABKAUSEgoKY3JlYXRlZF9hdBgDIAEoAzLaBQoRQ29udHJvbGxlclNlcnZpY2USPQoISm9pblJvb20SFy5wdWJzdWIuSm9pblJvb21SZXF1ZXN0GhgucHVic3ViLkpvaW5Sb29tUmVzcG9uc2USQAoJTGVhdmVSb29tEhgucHVic3ViLkxlYXZlUm9vbVJlcXVlc3QaGS5wdWJzdWIuTGVhdmVSb29tUmVzcG9uc2USRgoLR2V0Um9vbUluZm8SGi5wdWJzdWIuR2V0Um9vbUluZm9SZXF1ZXN0GhsucHVic3ViLkdldFJvb21JbmZvUmVzcG9uc2USRgoLR2V0VXNlck5vZGUSGi5wdWJzdWIuR2V0VXNlck5vZGVSZXF1ZXN0GhsucHVic3ViLkdldFVzZXJOb2RlUmVzcG9uc2USSQoMR2V0Um9vbVN0YXRzEhsucHVic3ViLkdldFJvb21TdGF0c1JlcXVlc3QaHC5wdWJzdWIuR2V0Um9vbVN0YXRzUmVzcG9uc2USSQoMR2V0VXNlck5vZGVzEhsucHVic3ViLkdldFVzZXJOb2Rlc1JlcXVlc3QaHC5wdWJzdWIuR2V0VXNlck5vZGVzUmVzcG9uc2USSAoLV2F0Y2hSb3V0ZXMSGi5wdWJzdWIuV2F0Y2hSb3V0ZXNSZXF1ZXN0GhsucHVic3ViLldhdGNoUm91dGVzUmVzcG9uc2UwARJNCgxGb2xsb3dSb3V0ZXMSGy5wdWJzdWIuRm9sbG93Um91dGVzUmVxdWVzdBocLnB1YnN1Yi5Gb2xsb3dSb3V0ZXNSZXNwb25zZSgBMAESRgoLTGlzdE1lbWJlcnMSGi5wdWJzdWIuTGlzdE1lbWJlcnNSZXF1ZXN0GhsucHVic3ViLkxpc3RNZW1iZXJzUmVzcG9uc2USPQoIU3luY05vZGUSFy5wdWJzdWIuU3luY05vZGVSZXF1ZXN0GhgucHVic3ViLlN5bmNOb2RlUmVzcG9uc2VCM1oxZ2l0aHViLmNvbS9wdXNoLW1hbmFnZXIvcHVzaC1tYW5hZ2VyL3Byb3RvO3B1YnN1YmIGcHJvdG8z");
 
 /**
  * @generated from message pubsub.JoinRoomRequest
@@ -227,6 +227,13 @@ export type GetUserNodeRequest = Message<"pubsub.GetUserNodeRequest"> & {
    * @generated from field: string user_id = 1;
    */
   userId: string;
+
+  /**
+   * The caller wants room_ids. Look-ups for pushes do not.
+   *
+   * @generated from field: bool with_rooms = 2;
+   */
+  withRooms: boolean;
 };
 
 /**
@@ -270,6 +277,13 @@ export type GetUserNodeResponse = Message<"pubsub.GetUserNodeResponse"> & {
    * @generated from field: repeated string node_ids = 5;
    */
   nodeIds: string[];
+
+  /**
+   * Optional, with with_rooms: all rooms of the user, each once, in any order.
+   *
+   * @generated from field: repeated string room_ids = 6;
+   */
+  roomIds: string[];
 };
 
 /**
@@ -327,6 +341,13 @@ export type GetUserNodesRequest = Message<"pubsub.GetUserNodesRequest"> & {
    * @generated from field: repeated string user_ids = 1;
    */
   userIds: string[];
+
+  /**
+   * As in GetUserNodeRequest.
+   *
+   * @generated from field: bool with_rooms = 2;
+   */
+  withRooms: boolean;
 };
 
 /**
@@ -356,6 +377,71 @@ export const GetUserNodesResponseSchema: GenMessage<GetUserNodesResponse> = /*@_
   messageDesc(file_controller, 11);
 
 /**
+ * @generated from message pubsub.ListMembersRequest
+ */
+export type ListMembersRequest = Message<"pubsub.ListMembersRequest"> & {
+  /**
+   * @generated from field: string room_id = 1;
+   */
+  roomId: string;
+
+  /**
+   * next_page_token of the page before, for the same room. Empty: the first page.
+   *
+   * @generated from field: string page_token = 2;
+   */
+  pageToken: string;
+
+  /**
+   * About so many members; the Controller may give fewer or more. 0: 1,000, which is the most.
+   *
+   * @generated from field: uint32 page_size = 3;
+   */
+  pageSize: number;
+};
+
+/**
+ * Describes the message pubsub.ListMembersRequest.
+ * Use `create(ListMembersRequestSchema)` to create a new message.
+ */
+export const ListMembersRequestSchema: GenMessage<ListMembersRequest> = /*@__PURE__*/
+  messageDesc(file_controller, 12);
+
+/**
+ * @generated from message pubsub.ListMembersResponse
+ */
+export type ListMembersResponse = Message<"pubsub.ListMembersResponse"> & {
+  /**
+   * A user on two nodes stands here twice, as in RoomInfo. Without metadata. Empty for an
+   * unknown room, and perhaps before the last page.
+   *
+   * @generated from field: repeated pubsub.UserInfo members = 1;
+   */
+  members: UserInfo[];
+
+  /**
+   * Empty: this is the last page. At most 512 bytes.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+
+  /**
+   * Users in the room now, each once.
+   *
+   * @generated from field: int32 user_count = 3;
+   */
+  userCount: number;
+};
+
+/**
+ * Describes the message pubsub.ListMembersResponse.
+ * Use `create(ListMembersResponseSchema)` to create a new message.
+ */
+export const ListMembersResponseSchema: GenMessage<ListMembersResponse> = /*@__PURE__*/
+  messageDesc(file_controller, 13);
+
+/**
  * @generated from message pubsub.WatchRoutesRequest
  */
 export type WatchRoutesRequest = Message<"pubsub.WatchRoutesRequest"> & {
@@ -366,7 +452,7 @@ export type WatchRoutesRequest = Message<"pubsub.WatchRoutesRequest"> & {
  * Use `create(WatchRoutesRequestSchema)` to create a new message.
  */
 export const WatchRoutesRequestSchema: GenMessage<WatchRoutesRequest> = /*@__PURE__*/
-  messageDesc(file_controller, 12);
+  messageDesc(file_controller, 14);
 
 /**
  * @generated from message pubsub.WatchRoutesResponse
@@ -415,7 +501,7 @@ export type WatchRoutesResponse = Message<"pubsub.WatchRoutesResponse"> & {
  * Use `create(WatchRoutesResponseSchema)` to create a new message.
  */
 export const WatchRoutesResponseSchema: GenMessage<WatchRoutesResponse> = /*@__PURE__*/
-  messageDesc(file_controller, 13);
+  messageDesc(file_controller, 15);
 
 /**
  * MemberDelta says that a user has entered or left a room on a node. It names the
@@ -467,7 +553,7 @@ export type MemberDelta = Message<"pubsub.MemberDelta"> & {
  * Use `create(MemberDeltaSchema)` to create a new message.
  */
 export const MemberDeltaSchema: GenMessage<MemberDelta> = /*@__PURE__*/
-  messageDesc(file_controller, 14);
+  messageDesc(file_controller, 16);
 
 /**
  * @generated from message pubsub.FollowRoutesRequest
@@ -508,7 +594,7 @@ export type FollowRoutesRequest = Message<"pubsub.FollowRoutesRequest"> & {
  * Use `create(FollowRoutesRequestSchema)` to create a new message.
  */
 export const FollowRoutesRequestSchema: GenMessage<FollowRoutesRequest> = /*@__PURE__*/
-  messageDesc(file_controller, 15);
+  messageDesc(file_controller, 17);
 
 /**
  * @generated from message pubsub.FollowRoutesResponse
@@ -542,7 +628,7 @@ export type FollowRoutesResponse = Message<"pubsub.FollowRoutesResponse"> & {
  * Use `create(FollowRoutesResponseSchema)` to create a new message.
  */
 export const FollowRoutesResponseSchema: GenMessage<FollowRoutesResponse> = /*@__PURE__*/
-  messageDesc(file_controller, 16);
+  messageDesc(file_controller, 18);
 
 /**
  * SyncNodeRequest is what a node says of all its memberships. A membership is in
@@ -593,7 +679,7 @@ export type SyncNodeRequest = Message<"pubsub.SyncNodeRequest"> & {
  * Use `create(SyncNodeRequestSchema)` to create a new message.
  */
 export const SyncNodeRequestSchema: GenMessage<SyncNodeRequest> = /*@__PURE__*/
-  messageDesc(file_controller, 17);
+  messageDesc(file_controller, 19);
 
 /**
  * @generated from message pubsub.SyncNodeResponse
@@ -621,7 +707,7 @@ export type SyncNodeResponse = Message<"pubsub.SyncNodeResponse"> & {
  * Use `create(SyncNodeResponseSchema)` to create a new message.
  */
 export const SyncNodeResponseSchema: GenMessage<SyncNodeResponse> = /*@__PURE__*/
-  messageDesc(file_controller, 18);
+  messageDesc(file_controller, 20);
 
 /**
  * NodeSlot is all memberships of a node that are in one slot.
@@ -653,7 +739,7 @@ export type NodeSlot = Message<"pubsub.NodeSlot"> & {
  * Use `create(NodeSlotSchema)` to create a new message.
  */
 export const NodeSlotSchema: GenMessage<NodeSlot> = /*@__PURE__*/
-  messageDesc(file_controller, 19);
+  messageDesc(file_controller, 21);
 
 /**
  * @generated from message pubsub.NodeMembership
@@ -685,7 +771,7 @@ export type NodeMembership = Message<"pubsub.NodeMembership"> & {
  * Use `create(NodeMembershipSchema)` to create a new message.
  */
 export const NodeMembershipSchema: GenMessage<NodeMembership> = /*@__PURE__*/
-  messageDesc(file_controller, 20);
+  messageDesc(file_controller, 22);
 
 /**
  * RoomInfo is a room and its members. A user on two nodes stands in users
@@ -729,7 +815,7 @@ export type RoomInfo = Message<"pubsub.RoomInfo"> & {
  * Use `create(RoomInfoSchema)` to create a new message.
  */
 export const RoomInfoSchema: GenMessage<RoomInfo> = /*@__PURE__*/
-  messageDesc(file_controller, 21);
+  messageDesc(file_controller, 23);
 
 /**
  * @generated from message pubsub.UserInfo
@@ -768,7 +854,7 @@ export type UserInfo = Message<"pubsub.UserInfo"> & {
  * Use `create(UserInfoSchema)` to create a new message.
  */
 export const UserInfoSchema: GenMessage<UserInfo> = /*@__PURE__*/
-  messageDesc(file_controller, 22);
+  messageDesc(file_controller, 24);
 
 /**
  * @generated from message pubsub.RoomMetadata
@@ -795,7 +881,7 @@ export type RoomMetadata = Message<"pubsub.RoomMetadata"> & {
  * Use `create(RoomMetadataSchema)` to create a new message.
  */
 export const RoomMetadataSchema: GenMessage<RoomMetadata> = /*@__PURE__*/
-  messageDesc(file_controller, 23);
+  messageDesc(file_controller, 25);
 
 /**
  * @generated from message pubsub.RoomStats
@@ -824,7 +910,7 @@ export type RoomStats = Message<"pubsub.RoomStats"> & {
  * Use `create(RoomStatsSchema)` to create a new message.
  */
 export const RoomStatsSchema: GenMessage<RoomStats> = /*@__PURE__*/
-  messageDesc(file_controller, 24);
+  messageDesc(file_controller, 26);
 
 /**
  * ControllerService knows who is connected where. The Controller is the
@@ -945,6 +1031,23 @@ export const ControllerService: GenService<{
     methodKind: "bidi_streaming";
     input: typeof FollowRoutesRequestSchema;
     output: typeof FollowRoutesResponseSchema;
+  },
+  /**
+   * Optional. A page of the members of a room, for presence. The pages of a room, from an
+   * empty page_token to an empty next_page_token, name each membership that is there all
+   * the time at least once. One may be named again in a later page when others end
+   * meanwhile, and one that begins or ends meanwhile may be named or not. A page must keep
+   * nobody else waiting, however large the room is.
+   *
+   *   INVALID_ARGUMENT  the page_token is none
+   *   OUT_OF_RANGE      the page_token is of a store that was lost since: begin again
+   *
+   * @generated from rpc pubsub.ControllerService.ListMembers
+   */
+  listMembers: {
+    methodKind: "unary";
+    input: typeof ListMembersRequestSchema;
+    output: typeof ListMembersResponseSchema;
   },
   /**
    * Optional. Called by a Connect-Node when it has connected and every two

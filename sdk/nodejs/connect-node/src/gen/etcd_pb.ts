@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file etcd.proto.
  */
 export const file_etcd: GenFile = /*@__PURE__*/
-  fileDesc("CgpldGNkLnByb3RvEgxldGNkc2VydmVycGIiSwoIS2V5VmFsdWUSCwoDa2V5GAEgASgMEhQKDG1vZF9yZXZpc2lvbhgDIAEoAxINCgV2YWx1ZRgFIAEoDBINCgVsZWFzZRgGIAEoAyIbCgxSYW5nZVJlcXVlc3QSCwoDa2V5GAEgASgMIjQKDVJhbmdlUmVzcG9uc2USIwoDa3ZzGAIgAygLMhYuZXRjZHNlcnZlcnBiLktleVZhbHVlIjcKClB1dFJlcXVlc3QSCwoDa2V5GAEgASgMEg0KBXZhbHVlGAIgASgMEg0KBWxlYXNlGAMgASgDIg0KC1B1dFJlc3BvbnNlIvcBCgdDb21wYXJlEjMKBnJlc3VsdBgBIAEoDjIjLmV0Y2RzZXJ2ZXJwYi5Db21wYXJlLkNvbXBhcmVSZXN1bHQSMwoGdGFyZ2V0GAIgASgOMiMuZXRjZHNlcnZlcnBiLkNvbXBhcmUuQ29tcGFyZVRhcmdldBILCgNrZXkYAyABKAwSFgoMbW9kX3JldmlzaW9uGAYgASgDSAAiGgoNQ29tcGFyZVJlc3VsdBIJCgVFUVVBTBAAIjEKDUNvbXBhcmVUYXJnZXQSCwoHVkVSU0lPThAAEgoKBkNSRUFURRABEgcKA01PRBACQg4KDHRhcmdldF91bmlvbiJHCglSZXF1ZXN0T3ASLwoLcmVxdWVzdF9wdXQYAiABKAsyGC5ldGNkc2VydmVycGIuUHV0UmVxdWVzdEgAQgkKB3JlcXVlc3QiXgoKVHhuUmVxdWVzdBImCgdjb21wYXJlGAEgAygLMhUuZXRjZHNlcnZlcnBiLkNvbXBhcmUSKAoHc3VjY2VzcxgCIAMoCzIXLmV0Y2RzZXJ2ZXJwYi5SZXF1ZXN0T3AiIAoLVHhuUmVzcG9uc2USEQoJc3VjY2VlZGVkGAIgASgIIiAKEUxlYXNlR3JhbnRSZXF1ZXN0EgsKA1RUTBgBIAEoAyItChJMZWFzZUdyYW50UmVzcG9uc2USCgoCSUQYAiABKAMSCwoDVFRMGAMgASgDIiAKEkxlYXNlUmV2b2tlUmVxdWVzdBIKCgJJRBgBIAEoAyIVChNMZWFzZVJldm9rZVJlc3BvbnNlIiMKFUxlYXNlS2VlcEFsaXZlUmVxdWVzdBIKCgJJRBgBIAEoAyIxChZMZWFzZUtlZXBBbGl2ZVJlc3BvbnNlEgoKAklEGAIgASgDEgsKA1RUTBgDIAEoAyI1ChNBdXRoZW50aWNhdGVSZXF1ZXN0EgwKBG5hbWUYASABKAkSEAoIcGFzc3dvcmQYAiABKAkiJQoUQXV0aGVudGljYXRlUmVzcG9uc2USDQoFdG9rZW4YAiABKAkyvgEKAktWEkAKBVJhbmdlEhouZXRjZHNlcnZlcnBiLlJhbmdlUmVxdWVzdBobLmV0Y2RzZXJ2ZXJwYi5SYW5nZVJlc3BvbnNlEjoKA1B1dBIYLmV0Y2RzZXJ2ZXJwYi5QdXRSZXF1ZXN0GhkuZXRjZHNlcnZlcnBiLlB1dFJlc3BvbnNlEjoKA1R4bhIYLmV0Y2RzZXJ2ZXJwYi5UeG5SZXF1ZXN0GhkuZXRjZHNlcnZlcnBiLlR4blJlc3BvbnNlMo0CCgVMZWFzZRJPCgpMZWFzZUdyYW50Eh8uZXRjZHNlcnZlcnBiLkxlYXNlR3JhbnRSZXF1ZXN0GiAuZXRjZHNlcnZlcnBiLkxlYXNlR3JhbnRSZXNwb25zZRJSCgtMZWFzZVJldm9rZRIgLmV0Y2RzZXJ2ZXJwYi5MZWFzZVJldm9rZVJlcXVlc3QaIS5ldGNkc2VydmVycGIuTGVhc2VSZXZva2VSZXNwb25zZRJfCg5MZWFzZUtlZXBBbGl2ZRIjLmV0Y2RzZXJ2ZXJwYi5MZWFzZUtlZXBBbGl2ZVJlcXVlc3QaJC5ldGNkc2VydmVycGIuTGVhc2VLZWVwQWxpdmVSZXNwb25zZSgBMAEyXQoEQXV0aBJVCgxBdXRoZW50aWNhdGUSIS5ldGNkc2VydmVycGIuQXV0aGVudGljYXRlUmVxdWVzdBoiLmV0Y2RzZXJ2ZXJwYi5BdXRoZW50aWNhdGVSZXNwb25zZWIGcHJvdG8z");
+  fileDesc("CgpldGNkLnByb3RvEgxldGNkc2VydmVycGIiSwoIS2V5VmFsdWUSCwoDa2V5GAEgASgMEhQKDG1vZF9yZXZpc2lvbhgDIAEoAxINCgV2YWx1ZRgFIAEoDBINCgVsZWFzZRgGIAEoAyIiCg5SZXNwb25zZUhlYWRlchIQCghyZXZpc2lvbhgDIAEoAyI9CgxSYW5nZVJlcXVlc3QSCwoDa2V5GAEgASgMEhEKCXJhbmdlX2VuZBgCIAEoDBINCgVsaW1pdBgDIAEoAyJiCg1SYW5nZVJlc3BvbnNlEiwKBmhlYWRlchgBIAEoCzIcLmV0Y2RzZXJ2ZXJwYi5SZXNwb25zZUhlYWRlchIjCgNrdnMYAiADKAsyFi5ldGNkc2VydmVycGIuS2V5VmFsdWUiNwoKUHV0UmVxdWVzdBILCgNrZXkYASABKAwSDQoFdmFsdWUYAiABKAwSDQoFbGVhc2UYAyABKAMiDQoLUHV0UmVzcG9uc2Ui9wEKB0NvbXBhcmUSMwoGcmVzdWx0GAEgASgOMiMuZXRjZHNlcnZlcnBiLkNvbXBhcmUuQ29tcGFyZVJlc3VsdBIzCgZ0YXJnZXQYAiABKA4yIy5ldGNkc2VydmVycGIuQ29tcGFyZS5Db21wYXJlVGFyZ2V0EgsKA2tleRgDIAEoDBIWCgxtb2RfcmV2aXNpb24YBiABKANIACIaCg1Db21wYXJlUmVzdWx0EgkKBUVRVUFMEAAiMQoNQ29tcGFyZVRhcmdldBILCgdWRVJTSU9OEAASCgoGQ1JFQVRFEAESBwoDTU9EEAJCDgoMdGFyZ2V0X3VuaW9uIkcKCVJlcXVlc3RPcBIvCgtyZXF1ZXN0X3B1dBgCIAEoCzIYLmV0Y2RzZXJ2ZXJwYi5QdXRSZXF1ZXN0SABCCQoHcmVxdWVzdCJeCgpUeG5SZXF1ZXN0EiYKB2NvbXBhcmUYASADKAsyFS5ldGNkc2VydmVycGIuQ29tcGFyZRIoCgdzdWNjZXNzGAIgAygLMhcuZXRjZHNlcnZlcnBiLlJlcXVlc3RPcCIgCgtUeG5SZXNwb25zZRIRCglzdWNjZWVkZWQYAiABKAgiIAoRTGVhc2VHcmFudFJlcXVlc3QSCwoDVFRMGAEgASgDIi0KEkxlYXNlR3JhbnRSZXNwb25zZRIKCgJJRBgCIAEoAxILCgNUVEwYAyABKAMiIAoSTGVhc2VSZXZva2VSZXF1ZXN0EgoKAklEGAEgASgDIhUKE0xlYXNlUmV2b2tlUmVzcG9uc2UiIwoVTGVhc2VLZWVwQWxpdmVSZXF1ZXN0EgoKAklEGAEgASgDIjEKFkxlYXNlS2VlcEFsaXZlUmVzcG9uc2USCgoCSUQYAiABKAMSCwoDVFRMGAMgASgDIjUKE0F1dGhlbnRpY2F0ZVJlcXVlc3QSDAoEbmFtZRgBIAEoCRIQCghwYXNzd29yZBgCIAEoCSIlChRBdXRoZW50aWNhdGVSZXNwb25zZRINCgV0b2tlbhgCIAEoCTK+AQoCS1YSQAoFUmFuZ2USGi5ldGNkc2VydmVycGIuUmFuZ2VSZXF1ZXN0GhsuZXRjZHNlcnZlcnBiLlJhbmdlUmVzcG9uc2USOgoDUHV0EhguZXRjZHNlcnZlcnBiLlB1dFJlcXVlc3QaGS5ldGNkc2VydmVycGIuUHV0UmVzcG9uc2USOgoDVHhuEhguZXRjZHNlcnZlcnBiLlR4blJlcXVlc3QaGS5ldGNkc2VydmVycGIuVHhuUmVzcG9uc2UyjQIKBUxlYXNlEk8KCkxlYXNlR3JhbnQSHy5ldGNkc2VydmVycGIuTGVhc2VHcmFudFJlcXVlc3QaIC5ldGNkc2VydmVycGIuTGVhc2VHcmFudFJlc3BvbnNlElIKC0xlYXNlUmV2b2tlEiAuZXRjZHNlcnZlcnBiLkxlYXNlUmV2b2tlUmVxdWVzdBohLmV0Y2RzZXJ2ZXJwYi5MZWFzZVJldm9rZVJlc3BvbnNlEl8KDkxlYXNlS2VlcEFsaXZlEiMuZXRjZHNlcnZlcnBiLkxlYXNlS2VlcEFsaXZlUmVxdWVzdBokLmV0Y2RzZXJ2ZXJwYi5MZWFzZUtlZXBBbGl2ZVJlc3BvbnNlKAEwATJdCgRBdXRoElUKDEF1dGhlbnRpY2F0ZRIhLmV0Y2RzZXJ2ZXJwYi5BdXRoZW50aWNhdGVSZXF1ZXN0GiIuZXRjZHNlcnZlcnBiLkF1dGhlbnRpY2F0ZVJlc3BvbnNlYgZwcm90bzM");
 
 /**
  * @generated from message etcdserverpb.KeyValue
@@ -47,6 +47,23 @@ export const KeyValueSchema: GenMessage<KeyValue> = /*@__PURE__*/
   messageDesc(file_etcd, 0);
 
 /**
+ * @generated from message etcdserverpb.ResponseHeader
+ */
+export type ResponseHeader = Message<"etcdserverpb.ResponseHeader"> & {
+  /**
+   * @generated from field: int64 revision = 3;
+   */
+  revision: bigint;
+};
+
+/**
+ * Describes the message etcdserverpb.ResponseHeader.
+ * Use `create(ResponseHeaderSchema)` to create a new message.
+ */
+export const ResponseHeaderSchema: GenMessage<ResponseHeader> = /*@__PURE__*/
+  messageDesc(file_etcd, 1);
+
+/**
  * @generated from message etcdserverpb.RangeRequest
  */
 export type RangeRequest = Message<"etcdserverpb.RangeRequest"> & {
@@ -54,6 +71,16 @@ export type RangeRequest = Message<"etcdserverpb.RangeRequest"> & {
    * @generated from field: bytes key = 1;
    */
   key: Uint8Array;
+
+  /**
+   * @generated from field: bytes range_end = 2;
+   */
+  rangeEnd: Uint8Array;
+
+  /**
+   * @generated from field: int64 limit = 3;
+   */
+  limit: bigint;
 };
 
 /**
@@ -61,12 +88,17 @@ export type RangeRequest = Message<"etcdserverpb.RangeRequest"> & {
  * Use `create(RangeRequestSchema)` to create a new message.
  */
 export const RangeRequestSchema: GenMessage<RangeRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 1);
+  messageDesc(file_etcd, 2);
 
 /**
  * @generated from message etcdserverpb.RangeResponse
  */
 export type RangeResponse = Message<"etcdserverpb.RangeResponse"> & {
+  /**
+   * @generated from field: etcdserverpb.ResponseHeader header = 1;
+   */
+  header?: ResponseHeader | undefined;
+
   /**
    * @generated from field: repeated etcdserverpb.KeyValue kvs = 2;
    */
@@ -78,7 +110,7 @@ export type RangeResponse = Message<"etcdserverpb.RangeResponse"> & {
  * Use `create(RangeResponseSchema)` to create a new message.
  */
 export const RangeResponseSchema: GenMessage<RangeResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 2);
+  messageDesc(file_etcd, 3);
 
 /**
  * @generated from message etcdserverpb.PutRequest
@@ -105,7 +137,7 @@ export type PutRequest = Message<"etcdserverpb.PutRequest"> & {
  * Use `create(PutRequestSchema)` to create a new message.
  */
 export const PutRequestSchema: GenMessage<PutRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 3);
+  messageDesc(file_etcd, 4);
 
 /**
  * @generated from message etcdserverpb.PutResponse
@@ -118,7 +150,7 @@ export type PutResponse = Message<"etcdserverpb.PutResponse"> & {
  * Use `create(PutResponseSchema)` to create a new message.
  */
 export const PutResponseSchema: GenMessage<PutResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 4);
+  messageDesc(file_etcd, 5);
 
 /**
  * @generated from message etcdserverpb.Compare
@@ -156,7 +188,7 @@ export type Compare = Message<"etcdserverpb.Compare"> & {
  * Use `create(CompareSchema)` to create a new message.
  */
 export const CompareSchema: GenMessage<Compare> = /*@__PURE__*/
-  messageDesc(file_etcd, 5);
+  messageDesc(file_etcd, 6);
 
 /**
  * @generated from enum etcdserverpb.Compare.CompareResult
@@ -172,7 +204,7 @@ export enum Compare_CompareResult {
  * Describes the enum etcdserverpb.Compare.CompareResult.
  */
 export const Compare_CompareResultSchema: GenEnum<Compare_CompareResult> = /*@__PURE__*/
-  enumDesc(file_etcd, 5, 0);
+  enumDesc(file_etcd, 6, 0);
 
 /**
  * @generated from enum etcdserverpb.Compare.CompareTarget
@@ -198,7 +230,7 @@ export enum Compare_CompareTarget {
  * Describes the enum etcdserverpb.Compare.CompareTarget.
  */
 export const Compare_CompareTargetSchema: GenEnum<Compare_CompareTarget> = /*@__PURE__*/
-  enumDesc(file_etcd, 5, 1);
+  enumDesc(file_etcd, 6, 1);
 
 /**
  * @generated from message etcdserverpb.RequestOp
@@ -221,7 +253,7 @@ export type RequestOp = Message<"etcdserverpb.RequestOp"> & {
  * Use `create(RequestOpSchema)` to create a new message.
  */
 export const RequestOpSchema: GenMessage<RequestOp> = /*@__PURE__*/
-  messageDesc(file_etcd, 6);
+  messageDesc(file_etcd, 7);
 
 /**
  * @generated from message etcdserverpb.TxnRequest
@@ -243,7 +275,7 @@ export type TxnRequest = Message<"etcdserverpb.TxnRequest"> & {
  * Use `create(TxnRequestSchema)` to create a new message.
  */
 export const TxnRequestSchema: GenMessage<TxnRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 7);
+  messageDesc(file_etcd, 8);
 
 /**
  * @generated from message etcdserverpb.TxnResponse
@@ -260,7 +292,7 @@ export type TxnResponse = Message<"etcdserverpb.TxnResponse"> & {
  * Use `create(TxnResponseSchema)` to create a new message.
  */
 export const TxnResponseSchema: GenMessage<TxnResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 8);
+  messageDesc(file_etcd, 9);
 
 /**
  * @generated from message etcdserverpb.LeaseGrantRequest
@@ -277,7 +309,7 @@ export type LeaseGrantRequest = Message<"etcdserverpb.LeaseGrantRequest"> & {
  * Use `create(LeaseGrantRequestSchema)` to create a new message.
  */
 export const LeaseGrantRequestSchema: GenMessage<LeaseGrantRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 9);
+  messageDesc(file_etcd, 10);
 
 /**
  * @generated from message etcdserverpb.LeaseGrantResponse
@@ -299,7 +331,7 @@ export type LeaseGrantResponse = Message<"etcdserverpb.LeaseGrantResponse"> & {
  * Use `create(LeaseGrantResponseSchema)` to create a new message.
  */
 export const LeaseGrantResponseSchema: GenMessage<LeaseGrantResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 10);
+  messageDesc(file_etcd, 11);
 
 /**
  * @generated from message etcdserverpb.LeaseRevokeRequest
@@ -316,7 +348,7 @@ export type LeaseRevokeRequest = Message<"etcdserverpb.LeaseRevokeRequest"> & {
  * Use `create(LeaseRevokeRequestSchema)` to create a new message.
  */
 export const LeaseRevokeRequestSchema: GenMessage<LeaseRevokeRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 11);
+  messageDesc(file_etcd, 12);
 
 /**
  * @generated from message etcdserverpb.LeaseRevokeResponse
@@ -329,7 +361,7 @@ export type LeaseRevokeResponse = Message<"etcdserverpb.LeaseRevokeResponse"> & 
  * Use `create(LeaseRevokeResponseSchema)` to create a new message.
  */
 export const LeaseRevokeResponseSchema: GenMessage<LeaseRevokeResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 12);
+  messageDesc(file_etcd, 13);
 
 /**
  * @generated from message etcdserverpb.LeaseKeepAliveRequest
@@ -346,7 +378,7 @@ export type LeaseKeepAliveRequest = Message<"etcdserverpb.LeaseKeepAliveRequest"
  * Use `create(LeaseKeepAliveRequestSchema)` to create a new message.
  */
 export const LeaseKeepAliveRequestSchema: GenMessage<LeaseKeepAliveRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 13);
+  messageDesc(file_etcd, 14);
 
 /**
  * @generated from message etcdserverpb.LeaseKeepAliveResponse
@@ -368,7 +400,7 @@ export type LeaseKeepAliveResponse = Message<"etcdserverpb.LeaseKeepAliveRespons
  * Use `create(LeaseKeepAliveResponseSchema)` to create a new message.
  */
 export const LeaseKeepAliveResponseSchema: GenMessage<LeaseKeepAliveResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 14);
+  messageDesc(file_etcd, 15);
 
 /**
  * @generated from message etcdserverpb.AuthenticateRequest
@@ -390,7 +422,7 @@ export type AuthenticateRequest = Message<"etcdserverpb.AuthenticateRequest"> & 
  * Use `create(AuthenticateRequestSchema)` to create a new message.
  */
 export const AuthenticateRequestSchema: GenMessage<AuthenticateRequest> = /*@__PURE__*/
-  messageDesc(file_etcd, 15);
+  messageDesc(file_etcd, 16);
 
 /**
  * @generated from message etcdserverpb.AuthenticateResponse
@@ -407,7 +439,7 @@ export type AuthenticateResponse = Message<"etcdserverpb.AuthenticateResponse"> 
  * Use `create(AuthenticateResponseSchema)` to create a new message.
  */
 export const AuthenticateResponseSchema: GenMessage<AuthenticateResponse> = /*@__PURE__*/
-  messageDesc(file_etcd, 16);
+  messageDesc(file_etcd, 17);
 
 /**
  * @generated from service etcdserverpb.KV
