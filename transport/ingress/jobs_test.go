@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -172,6 +173,10 @@ func TestJobsThatCannotBeAreRefused(t *testing.T) {
 		},
 		"TOO_MANY spec.user_ids": func(r *pubsub.CreateJobRequest) {
 			r.Spec.Everybody, r.Spec.UserIds = false, []string{"a", "b", "c", "d"}
+		},
+		"REQUIRED spec.filter[0].values": func(r *pubsub.CreateJobRequest) { r.Spec.Filter = []*pubsub.Match{{Key: "k"}} },
+		"TOO_MANY spec.filter": func(r *pubsub.CreateJobRequest) {
+			r.Spec.Filter = slices.Repeat([]*pubsub.Match{{Key: "k", Values: []string{"v"}}}, 9)
 		},
 		"TOO_MANY spec.room_ids": func(r *pubsub.CreateJobRequest) {
 			r.Spec.Everybody, r.Spec.RoomIds = false, strings.Split(strings.Repeat("r ", 101), " ")
