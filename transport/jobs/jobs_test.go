@@ -64,7 +64,6 @@ func TestJobs(t *testing.T) {
 		"a job that has ended can be deleted, and no other one":        deletes,
 		"what has not ended is listed on its own":                      listsOpen,
 		"a few tenants leave room for others":                          shares,
-		"many jobs are written no more often than a few":               writes,
 		"a job that does not get on counts as one that waits":          waiting,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -608,9 +607,9 @@ func listsOpen(t *testing.T, etcd *etcdtest.Server) {
 	}
 }
 
-// 24 jobs that would be written 96 times a second. Each is told apart by its own users.
-func writes(t *testing.T, etcd *etcdtest.Server) {
-	w, disk := newWorld(t, etcd, "n1"), new(fullDisk)
+// TestManyJobsAreWrittenNoMoreOftenThanAFew: 24 jobs would be written 96 times a second. It has an etcd of its own, which has enough to do.
+func TestManyJobsAreWrittenNoMoreOftenThanAFew(t *testing.T) {
+	w, disk := newWorld(t, etcdtest.Start(t), "n1"), new(fullDisk)
 	users := w.crowd(2400)
 	m := w.manager("m1", disk.under)
 	const many = 24
@@ -619,13 +618,15 @@ func writes(t *testing.T, etcd *etcdtest.Server) {
 	}
 	eventually(t, "all of them run", func() bool { return m.metrics.running.Load() == many })
 	before := disk.asked.Load()
-	time.Sleep(3 * time.Second)
-	if n := disk.asked.Load() - before; n > 3*writesMost*3/2 {
-		t.Errorf("%d transactions in three seconds", n)
+	time.Sleep(2 * time.Second)
+	if n := disk.asked.Load() - before; n > 2*writesMost*3/2 {
+		t.Errorf("%d transactions in two seconds", n)
 	}
 	for i := range many {
-		_, err := m.SetRate(t.Context(), "", fmt.Sprint("j", i), 1000)
-		ok(t, err)
+		eventually(t, "another rate", func() bool {
+			_, err := m.SetRate(t.Context(), "", fmt.Sprint("j", i), 1000)
+			return err == nil
+		})
 	}
 	for i := range many {
 		if p := m.ends(fmt.Sprint("j", i), pubsub.JobState_SUCCEEDED).GetProgress(); p.GetDelivered() != 100 {
