@@ -141,6 +141,20 @@ func (c *lastingConn) Opened() {
 	}
 }
 
+// closing are users who are gone once they are disconnected. Nobody has named a device, and no room is asked for.
+type closing struct{ *node.Users[*lastingConn] }
+
+func (u closing) Disconnect(d *node.Disconnect) (connections int) {
+	if d.Device != "" {
+		return 0
+	}
+	for _, c := range u.Of(d.User) {
+		u.Remove(d.User, c)
+		connections++
+	}
+	return connections
+}
+
 func TestOurNodeConforms(t *testing.T) {
 	for name, unaryOnly := range map[string]bool{"deliver": false, "unary": true, "lasting": false, "lasting without acks": false} {
 		t.Run(name, func(t *testing.T) {
@@ -151,7 +165,7 @@ func TestOurNodeConforms(t *testing.T) {
 			var srv *node.Server
 			if lasting {
 				users := node.NewLastingUsers[*lastingConn](append(slices.Clone(every), pubsub.Feature_FEATURE_ROOMS)...)
-				cfg.Sessions = users
+				cfg.Sessions = closing{users}
 				client = func(ctx context.Context, user string, got func(string)) error {
 					c := &lastingConn{got: got}
 					c.inbox.Acks = name == "lasting"
@@ -327,6 +341,11 @@ func TestEachCheckCanFail(t *testing.T) {
 		"who is left out is not here":        {"filter/users", "filter/named"},
 		"who is left out is named unasked":   {"filter/users"},
 		"filters are not checked":            {"filter/malformed"},
+		"disconnects are not answered":       {"disconnect/answers"},
+		"a refusal is for all":               {"disconnect/lifted"},
+		"any disconnect will do":             {"disconnect/invalid"},
+		"disconnects without the feature":    {"disconnect/unnamed"},
+		"disconnects nobody":                 {"disconnect/user"},
 		"absent users are an error":          {"unary/user"},
 		"nobody is an unknown error":         {"unary/empty"},
 		"users are listed as they come":      {"listing/turns"},

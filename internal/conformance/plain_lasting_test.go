@@ -26,10 +26,10 @@ type plainGate struct {
 }
 
 func (p *plain) features() []pubsub.Feature {
-	if p.bare || p.fault == "duplicates unnamed" {
+	if p.bare || p.fault == "duplicates unnamed" || p.fault == "disconnects without the feature" {
 		return []pubsub.Feature{pubsub.Feature_FEATURE_SCOPE}
 	}
-	return slices.Concat([]pubsub.Feature{pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_ROOMS, pubsub.Feature_FEATURE_FILTER}, every)
+	return slices.Concat([]pubsub.Feature{pubsub.Feature_FEATURE_SCOPE, pubsub.Feature_FEATURE_ROOMS, pubsub.Feature_FEATURE_FILTER, pubsub.Feature_FEATURE_DISCONNECT}, every)
 }
 
 // handLasting gives a message to a user. What the node has not named it does not look at.

@@ -315,6 +315,9 @@ func (st *plainStream) readLoop() error {
 			st.send(out)
 		}
 		st.rest(f)
+		if err := st.disconnect(f); err != nil {
+			return err
+		}
 		if f.Drain {
 			switch st.p.fault {
 			case "drain is an error":
