@@ -502,7 +502,11 @@ func shares(t *testing.T, etcd *etcdtest.Server) {
 	later.StartTime = timestamppb.New(time.Now().Add(time.Hour))
 	create := func(tenant string, n int) (made int, err error) {
 		for i := range n {
-			if _, _, err = m.Create(t.Context(), tenant, "", fmt.Sprint("j", i), engine.Low, later); err != nil {
+			eventually(t, "an answer of etcd", func() bool {
+				_, _, err = m.Create(t.Context(), tenant, "", fmt.Sprint("j", i), engine.Low, later)
+				return !errors.Is(err, ErrUnavailable)
+			})
+			if err != nil {
 				return made, err
 			}
 			made++
