@@ -266,7 +266,7 @@ func TestClientsWithAckGetMoreAndOthersTheOldBytes(t *testing.T) {
 	g, n := start(t, newController(t), nil)
 	old, with := connect(t, g, "u", ""), acker(t, g, "u").ready("u")
 	m := manage(t, n, "pm")
-	if !slices.Contains(m.reply.GetFeatures(), pubsub.Feature_FEATURE_CLIENT_ACK) || len(m.reply.GetFeatures()) != 8 {
+	if !slices.Contains(m.reply.GetFeatures(), pubsub.Feature_FEATURE_CLIENT_ACK) || len(m.reply.GetFeatures()) != 10 {
 		t.Errorf("the node does %v", m.reply.GetFeatures())
 	}
 	long := strings.Repeat("x", 3*copyBytes)

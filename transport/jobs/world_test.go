@@ -86,8 +86,8 @@ func (c *conn) Attributes() node.Attributes {
 	return a
 }
 
-// InRoom implements node.Attributed.
-func (c *conn) InRoom(room string) bool { return c.room == "" || c.room == room }
+// IsFor implements node.Attributed.
+func (c *conn) IsFor(m *node.Message) bool { return c.room == "" || c.room == m.RoomID }
 
 // Deliver implements node.Conn.
 func (c *conn) Deliver(m *node.Message) node.Outcome {
