@@ -42,8 +42,7 @@ func (c *returning) OnMessage(_ *gws.Conn, m *gws.Message) {
 }
 
 func (c *returning) OnClose(_ *gws.Conn, err error) {
-	var closed *gws.CloseError
-	if errors.As(err, &closed) {
+	if closed, ok := errors.AsType[*gws.CloseError](err); ok {
 		c.mu.Lock()
 		c.codes = append(c.codes, closed.Code)
 		c.mu.Unlock()

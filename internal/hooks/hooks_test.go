@@ -243,11 +243,11 @@ func TestAQueueThatIsFullLosesTheOldestAndCountsThem(t *testing.T) {
 		}
 	}
 	for last := -1; ; time.Sleep(100 * time.Millisecond) { // the last batch is being written
-		if n, _ := q.size(); n == last {
+		n, _ := q.size()
+		if n == last {
 			break
-		} else {
-			last = n
 		}
+		last = n
 	}
 	events, bytes := q.size()
 	if bytes > 20_000 || events < 50 {

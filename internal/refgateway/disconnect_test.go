@@ -69,7 +69,7 @@ func (d *device) wantEnd(code uint16, words string) {
 		if !errors.As(err, &closed) || closed.Code != code || string(closed.Reason) != words {
 			d.t.Fatalf("closed with %v, want %d %q", err, code, words)
 		}
-	case <-time.After(patience):
+	case <-time.NewTimer(patience).C:
 		d.t.Fatal("not closed")
 	}
 }

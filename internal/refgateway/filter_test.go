@@ -99,7 +99,7 @@ func TestAttributesThatAreRefused(t *testing.T) {
 		"user_id=u&attr.platform=%00":                        "attr.platform: must be valid UTF-8 without control characters",
 		"user_id=u&attr.=x":                                  `attr: key "": must not be empty`,
 	} {
-		resp, err := http.Get("http://" + g.HTTPAddr().String() + "/ws?" + query) //nolint:noctx // a test
+		resp, err := http.Get("http://" + g.HTTPAddr().String() + "/ws?" + query)
 		if err != nil {
 			t.Fatal(err)
 		}

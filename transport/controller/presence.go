@@ -50,7 +50,7 @@ func (c *Controller) ListMembers(ctx context.Context, room, token string, size i
 	}
 	if err != nil {
 		c.m.lookup(kindMembers, resultError, began)
-		switch status.Code(err) {
+		switch status.Code(err) { //nolint:exhaustive // all others are the Controller's
 		case codes.Unimplemented:
 			if c.noPages.note(c.cfg.ProbeAgainAfter) {
 				c.log.Info("the controller has no ListMembers: the members of rooms cannot be listed")

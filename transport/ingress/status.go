@@ -82,14 +82,8 @@ type statuses struct {
 	quotaUnavailable          *refusal
 	quotaUsedUp, tenantUsedUp dayRefusal
 
-	// Of broadcast jobs.
-	jobUnknown, jobExists, jobEnded, jobNotEnded, jobsOff, jobsFull, jobsFullTenant, jobsAway *refusal
-
-	// Of presence.
-	presenceOff, noPages, pageGone, presenceFull *refusal
-
-	// Of Disconnect.
-	disconnectOff, refusalsAway, manyRefusals *refusal
+	// Of broadcast jobs, presence and Disconnect.
+	others []knownError
 
 	// denied are for a method and for its ids.
 	denied [methods]struct{ method, ids *refusal }
@@ -97,9 +91,15 @@ type statuses struct {
 	// mayBeSent has no ErrorInfo: a fault of our own after the engine had the push.
 	mayBeSent *refusal
 	// earlierOpen and lastingOpen have none: what the call was to do may have been done.
-	earlierOpen, lastingOpen, refusalOpen *refusal
+	earlierOpen, lastingOpen *refusal
 	// unread ends a PushStream, and has none either: what is not answered may be sent.
 	unread *status.Status
+}
+
+// knownError is answered with one refusal.
+type knownError struct {
+	err error
+	is  *refusal
 }
 
 func newStatuses() *statuses {
@@ -136,26 +136,28 @@ func newStatuses() *statuses {
 		receiptsElsewhere: newRefusal(codes.OutOfRange, "RECEIPTS_GONE", ErrReceiptsElsewhere.Error()+": watch from now on"),
 		storeOff:          newRefusal(codes.FailedPrecondition, "STORE_OFF", errStoreOff.Error()),
 		storeDown:         later(codes.Unavailable, "STORE_DOWN", "the store is "+engine.ErrSpoolDown.Error(), retryStore),
-		jobUnknown:        newRefusal(codes.NotFound, "JOB_NOT_FOUND", jobs.ErrUnknown.Error()),
-		jobExists:         newRefusal(codes.AlreadyExists, "JOB_EXISTS", "job_id: there is a job of that name with another spec"),
-		jobEnded:          newRefusal(codes.FailedPrecondition, "JOB_ENDED", jobs.ErrEnded.Error()),
-		jobNotEnded:       newRefusal(codes.FailedPrecondition, "JOB_NOT_ENDED", jobs.ErrNotEnded.Error()),
-		jobsOff:           newRefusal(codes.FailedPrecondition, "JOBS_OFF", errJobsOff.Error()),
-		jobsFull:          later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull),
-		jobsFullTenant:    later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFullTenant.Error(), retryJobsFull),
-		jobsAway:          later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs),
-		presenceOff:       newRefusal(codes.FailedPrecondition, "PRESENCE_OFF", errPresenceOff.Error()),
-		noPages:           newRefusal(codes.FailedPrecondition, "MEMBERS_UNSUPPORTED", presence.ErrNoPages.Error()),
-		pageGone:          newRefusal(codes.OutOfRange, "PAGE_TOKEN_GONE", "page_token: "+presence.ErrPageGone.Error()),
-		presenceFull:      later(codes.ResourceExhausted, "TOO_MANY_WATCHED", presence.ErrFull.Error(), retryWatched),
-		disconnectOff:     newRefusal(codes.Unimplemented, "DISCONNECT_OFF", errDisconnectOff.Error()),
-		refusalsAway:      later(codes.Unavailable, "REFUSALS_UNAVAILABLE", "nobody was disconnected: "+ErrRefusalsAway.Error(), retryJobs),
-		manyRefusals:      later(codes.ResourceExhausted, "TOO_MANY_REFUSALS", "nobody was disconnected: "+ErrManyRefusals.Error(), retryJobsFull),
-		refusalOpen:       encoded(status.New(codes.Unavailable, "nobody was disconnected, and "+ErrRefusalOpen.Error())),
 		earlierOpen:       encoded(status.New(codes.DeadlineExceeded, errEarlierOpen.Error())),
 		lastingOpen:       encoded(status.New(codes.DeadlineExceeded, errLastingOpen.Error())),
 		mayBeSent:         encoded(status.New(codes.Internal, "internal error")),
 		unread:            status.New(codes.DeadlineExceeded, "the replies were not read while others waited for memory"),
+	}
+	t.others = []knownError{
+		{jobs.ErrUnknown, newRefusal(codes.NotFound, "JOB_NOT_FOUND", jobs.ErrUnknown.Error())},
+		{jobs.ErrExists, newRefusal(codes.AlreadyExists, "JOB_EXISTS", "job_id: there is a job of that name with another spec")},
+		{jobs.ErrEnded, newRefusal(codes.FailedPrecondition, "JOB_ENDED", jobs.ErrEnded.Error())},
+		{jobs.ErrNotEnded, newRefusal(codes.FailedPrecondition, "JOB_NOT_ENDED", jobs.ErrNotEnded.Error())},
+		{errJobsOff, newRefusal(codes.FailedPrecondition, "JOBS_OFF", errJobsOff.Error())},
+		{jobs.ErrFull, later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFull.Error(), retryJobsFull)},
+		{jobs.ErrFullTenant, later(codes.ResourceExhausted, "TOO_MANY_JOBS", jobs.ErrFullTenant.Error(), retryJobsFull)},
+		{jobs.ErrUnavailable, later(codes.Unavailable, "JOBS_UNAVAILABLE", "the jobs cannot be reached: "+jobs.ErrUnavailable.Error(), retryJobs)},
+		{errPresenceOff, newRefusal(codes.FailedPrecondition, "PRESENCE_OFF", errPresenceOff.Error())},
+		{presence.ErrNoPages, newRefusal(codes.FailedPrecondition, "MEMBERS_UNSUPPORTED", presence.ErrNoPages.Error())},
+		{presence.ErrPageGone, newRefusal(codes.OutOfRange, "PAGE_TOKEN_GONE", "page_token: "+presence.ErrPageGone.Error())},
+		{presence.ErrFull, later(codes.ResourceExhausted, "TOO_MANY_WATCHED", presence.ErrFull.Error(), retryWatched)},
+		{errDisconnectOff, newRefusal(codes.Unimplemented, "DISCONNECT_OFF", errDisconnectOff.Error())},
+		{ErrRefusalsAway, later(codes.Unavailable, "REFUSALS_UNAVAILABLE", "nobody was disconnected: "+ErrRefusalsAway.Error(), retryJobs)},
+		{ErrManyRefusals, later(codes.ResourceExhausted, "TOO_MANY_REFUSALS", "nobody was disconnected: "+ErrManyRefusals.Error(), retryJobsFull)},
+		{ErrRefusalOpen, encoded(status.New(codes.Unavailable, "nobody was disconnected, and "+ErrRefusalOpen.Error()))},
 	}
 	for a := range methods {
 		if a == apis {
@@ -261,43 +263,15 @@ func (t *statuses) of(err error) *refusal {
 		return t.storeDown
 	case errors.Is(err, errLastingOpen):
 		return t.lastingOpen
-	case errors.Is(err, jobs.ErrUnknown):
-		return t.jobUnknown
-	case errors.Is(err, jobs.ErrExists):
-		return t.jobExists
-	case errors.Is(err, jobs.ErrEnded):
-		return t.jobEnded
-	case errors.Is(err, jobs.ErrNotEnded):
-		return t.jobNotEnded
-	case errors.Is(err, errJobsOff):
-		return t.jobsOff
-	case errors.Is(err, jobs.ErrFull):
-		return t.jobsFull
-	case errors.Is(err, jobs.ErrFullTenant):
-		return t.jobsFullTenant
-	case errors.Is(err, jobs.ErrUnavailable):
-		return t.jobsAway
-	case errors.Is(err, errPresenceOff):
-		return t.presenceOff
-	case errors.Is(err, presence.ErrNoPages):
-		return t.noPages
-	case errors.Is(err, presence.ErrPageGone):
-		return t.pageGone
-	case errors.Is(err, presence.ErrFull):
-		return t.presenceFull
-	case errors.Is(err, errDisconnectOff):
-		return t.disconnectOff
-	case errors.Is(err, ErrRefusalsAway):
-		return t.refusalsAway
-	case errors.Is(err, ErrManyRefusals):
-		return t.manyRefusals
-	case errors.Is(err, ErrRefusalOpen):
-		return t.refusalOpen
 	case errors.Is(err, ErrNotTaken):
 		return newRefusal(codes.FailedPrecondition, "NOT_TAKEN", plain.Line(err.Error(), maxReason))
-	default:
-		return t.internal
 	}
+	for i := range t.others {
+		if errors.Is(err, t.others[i].err) {
+			return t.others[i].is
+		}
+	}
+	return t.internal
 }
 
 // newInvalid names the field that is wrong.

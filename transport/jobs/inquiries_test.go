@@ -31,7 +31,7 @@ func (n *slowNode) list(ctx context.Context) ([]string, uint64, error) {
 		return nil, 0, ctx.Err()
 	}
 	select {
-	case <-time.After(n.takes):
+	case <-time.NewTimer(n.takes).C:
 		return []string{"alice"}, 7, nil
 	case <-ctx.Done():
 		return nil, 0, ctx.Err()

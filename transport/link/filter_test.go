@@ -67,7 +67,7 @@ func onlyOn(p *engine.Push, platforms ...string) *engine.Push {
 func TestAFilterIsRightOnEveryNode(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	random := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // a test
+	random := rand.New(rand.NewPCG(seed, 0))
 	bubble(t, func(t *testing.T) {
 		w := newWorld(t, Config{Shards: 2})
 		ids := []string{"A", "B", "C"}

@@ -107,7 +107,7 @@ func differ(a, b []string, yield func(string)) {
 			a, b = a[1:], b[1:]
 		}
 	}
-	for _, one := range append(a[:len(a):len(a)], b...) {
+	for _, one := range append(slices.Clip(a), b...) {
 		yield(one)
 	}
 }

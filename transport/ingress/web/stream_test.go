@@ -43,7 +43,7 @@ func TestNothingIsReadOfAStreamThatHasEnded(t *testing.T) {
 	select {
 	case <-ended:
 		t.Error("a read that is under way was not waited for")
-	case <-time.After(50 * time.Millisecond):
+	case <-time.NewTimer(50 * time.Millisecond).C:
 	}
 	if _, err := w.Write([]byte("c")); err != nil {
 		t.Fatal(err)
