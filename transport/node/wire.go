@@ -529,7 +529,7 @@ func (d *disconnect) parse(b []byte) error {
 		case m.IsBytes(4):
 			d.Room = string(m.Bytes)
 		case m.IsUint(5):
-			d.Code = uint16(min(m.Uint, math.MaxUint16))
+			d.Code = uint16(min(uint32(m.Uint), math.MaxUint16))
 		case m.IsBytes(6):
 			d.Reason = string(m.Bytes)
 		case m.IsUint(7):
