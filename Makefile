@@ -89,7 +89,9 @@ run: ## Start everything in one process (etcd, Controller, three Connect-Nodes, 
 
 .PHONY: test
 test: ## Run all tests (or those of PACKAGES) with the race detector, in random order
-	$(GO) test -race -shuffle=on -timeout=1h $(TESTFLAGS) $(PACKAGES)
+	mkdir -p .tmp/programs
+	$(GO) build -o .tmp/programs/ ./cmd/...
+	PROGRAMS="$$PWD/.tmp/programs" $(GO) test -race -shuffle=on -timeout=1h $(TESTFLAGS) $(PACKAGES)
 
 .PHONY: store-long
 store-long: ## Test the store in a cluster of three servers, and kill it ten times amid 100,000 writes

@@ -35,6 +35,10 @@ bench-compare: $(BENCH_DIR)/pushbench ## Compare with the commit BASE: each hot 
 	(cd $(BENCH_DIR)/base && $(GO) build -o ../push-manager.base ./cmd/push-manager); \
 	$(BENCH_DIR)/pushbench --rounds=$(ROUNDS) compare $(BENCH_DIR)/push-manager.base
 
+.PHONY: bench-test
+bench-test: ## Run every part of the benchmarks shortly, so that none rots
+	LONG=1 $(GO) test -count=1 -timeout=1h ./benchmarks/e2e
+
 .PHONY: bench-clients
 bench-clients: $(BENCH_DIR)/pushbench ## Measure the whole way to 100 and 1,000 WebSocket clients: CPU of all servers, latency, memory
 	$(BENCH_DIR)/pushbench --rounds=16 --json=$(BENCH_DIR)/clients.json clients

@@ -23,21 +23,18 @@ import (
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 	"github.com/push-manager/push-manager/internal/freeport"
+	"github.com/push-manager/push-manager/internal/programs"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
 )
 
-// binaries is where TestMain builds the commands.
+// binaries is where the commands are.
 var binaries string
 
 func TestMain(m *testing.M) {
 	var err error
-	if binaries, err = os.MkdirTemp("", "push-manager-test-"); err != nil {
+	if binaries, err = programs.Build("push-manager", "controller", "connect-node", "pushctl", "pushload"); err != nil {
 		panic(err)
-	}
-	build := exec.Command("go", "build", "-o", binaries+"/", "../push-manager", "../controller", "../connect-node", "../pushctl", "../pushload")
-	if out, err := build.CombinedOutput(); err != nil {
-		panic(string(out))
 	}
 	goleak.VerifyTestMain(m,
 		// The pool library keeps two goroutines of a pool of its own from the start on,
@@ -45,7 +42,7 @@ func TestMain(m *testing.M) {
 		// and the metrics library one for each window of its summaries.
 		goleak.IgnoreAnyFunction("github.com/VictoriaMetrics/metrics.summariesSwapCron"),
 		goleak.Cleanup(func(code int) {
-			_ = os.RemoveAll(binaries)
+			_ = programs.Remove() // what is left is temporary
 			os.Exit(code)
 		}))
 }

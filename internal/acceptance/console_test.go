@@ -21,6 +21,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/internal/freeport"
+	"github.com/push-manager/push-manager/internal/programs"
 )
 
 // hostile is an id that would do something if it were read as HTML.
@@ -201,7 +202,7 @@ func TestConsoleInABrowser(t *testing.T) {
 		}
 		took := time.UnixMilli(red).Sub(killed)
 		t.Logf("red after %v", took)
-		if took > 2*time.Second && !raceEnabled {
+		if took > 2*time.Second && !programs.Race() {
 			t.Errorf("red after %v", took)
 		}
 		page.shows(`document.getElementById("said").textContent`, "connect-node-2 is down")

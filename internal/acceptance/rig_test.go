@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/push-manager/push-manager/internal/freeport"
+	"github.com/push-manager/push-manager/internal/programs"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -37,7 +38,7 @@ func TestMain(m *testing.M) {
 	// initialisation on.
 	ignore := goleak.IgnoreCurrent()
 	code := m.Run()
-	if err := os.RemoveAll(binaries.dir); err != nil {
+	if err := programs.Remove(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	if code == 0 {
@@ -49,36 +50,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// binaries are built once, with the race detector if the tests have it.
-var binaries struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
 // binary returns the path of a command of this module.
 func binary(t *testing.T, name string) string {
 	t.Helper()
-	binaries.once.Do(func() {
-		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
-		if binaries.dir, binaries.err = os.MkdirTemp("", "push-manager-acceptance-"); binaries.err != nil {
-			return
-		}
-		args := []string{"build", "-o", binaries.dir + "/"}
-		if raceEnabled {
-			args = append(args, "-race")
-		}
-		args = append(args, "./cmd/...")
-		build := exec.Command("go", args...)
-		build.Dir = "../.."
-		if out, err := build.CombinedOutput(); err != nil {
-			binaries.err = fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
-		}
-	})
-	if binaries.err != nil {
-		t.Fatal(binaries.err)
+	if _, err := programs.Build("push-manager", "controller", "connect-node", "pushctl", "pushload"); err != nil { // all at once
+		t.Fatal(err)
 	}
-	return filepath.Join(binaries.dir, name)
+	return programs.Path(t, name)
 }
 
 // process is a program under test. It is killed at the end of the test if it still

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"net/http"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/push-manager/push-manager/internal/programs"
 )
 
 // metricsTable is the one place where all metrics are described.
@@ -137,13 +138,12 @@ func shownMetrics(t *testing.T) map[string]string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	binary := filepath.Join(t.TempDir(), "push-manager")
-	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "./cmd/push-manager")
-	build.Dir = root
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build push-manager: %v\n%s", err, out)
-	}
-	dev := exec.CommandContext(ctx, binary, "dev", "--base-port=0", "--nodes=1")
+	t.Cleanup(func() {
+		if err := programs.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	dev := exec.CommandContext(ctx, programs.Path(t, "push-manager"), "dev", "--base-port=0", "--nodes=1")
 	out, err := dev.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

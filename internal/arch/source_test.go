@@ -9,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -38,20 +39,12 @@ func (s source) imports() []string {
 	return paths
 }
 
-// sources parses all Go files of the module, whatever machine they are for.
+// sources are all Go files of the module, whatever machine they are for.
 func sources(t *testing.T) []source {
 	t.Helper()
-	var all []source
-	fset := token.NewFileSet()
-	for _, name := range files(t) {
-		if path.Ext(name) != ".go" {
-			continue
-		}
-		file, err := parser.ParseFile(fset, filepath.Join(root, name), nil, parser.ParseComments|parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatalf("parse %s: %v", name, err)
-		}
-		all = append(all, source{dir: path.Dir(name), name: path.Base(name), file: file})
+	all, err := parsed()
+	if err != nil {
+		t.Fatalf("parse the repository: %v", err)
 	}
 	if len(all) == 0 {
 		t.Fatal("found no Go files: is the test run in its own folder?")
@@ -59,32 +52,57 @@ func sources(t *testing.T) []source {
 	return all
 }
 
-// files lists all files of the repository, slash-separated and relative to its root, but for those in hidden folders,
+// files are all files of the repository, slash-separated and relative to its root, but for those in hidden folders,
 // in testdata, in modules of their own (tools), and in what a build, a run or npm leaves behind.
 func files(t *testing.T) []string {
 	t.Helper()
-	var all []string
-	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(root, name)
-		if err != nil {
-			return err
-		}
-		if entry.IsDir() && rel != "." && !belongs(name, entry.Name()) {
-			return filepath.SkipDir
-		}
-		if !entry.IsDir() {
-			all = append(all, filepath.ToSlash(rel))
-		}
-		return nil
-	})
+	all, err := walked()
 	if err != nil {
 		t.Fatalf("walk the repository: %v", err)
 	}
 	return all
 }
+
+// Nearly every test here reads the whole repository, which is read once for all of them.
+var (
+	parsed = sync.OnceValues(func() (all []source, err error) {
+		names, err := walked()
+		if err != nil {
+			return nil, err
+		}
+		fset := token.NewFileSet()
+		for _, name := range names {
+			if path.Ext(name) != ".go" {
+				continue
+			}
+			file, err := parser.ParseFile(fset, filepath.Join(root, name), nil, parser.ParseComments|parser.SkipObjectResolution)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, source{dir: path.Dir(name), name: path.Base(name), file: file})
+		}
+		return all, nil
+	})
+	walked = sync.OnceValues(func() (all []string, err error) {
+		err = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			rel, err := filepath.Rel(root, name)
+			if err != nil {
+				return err
+			}
+			if entry.IsDir() && rel != "." && !belongs(name, entry.Name()) {
+				return filepath.SkipDir
+			}
+			if !entry.IsDir() {
+				all = append(all, filepath.ToSlash(rel))
+			}
+			return nil
+		})
+		return all, err
+	})
+)
 
 // belongs tells whether a folder holds sources of this module.
 func belongs(dir, base string) bool {

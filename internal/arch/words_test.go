@@ -72,17 +72,20 @@ func TestEveryPackageIsOnTheMap(t *testing.T) {
 
 // TestNothingIsLeftForLater: what is to be done stands in the tracker, with an owner, not in the source.
 func TestNothingIsLeftForLater(t *testing.T) {
-	marks := regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME|XX` + `X)\b`)
+	words := []string{"TO" + "DO", "FIX" + "ME", "XX" + "X"}
+	marks := regexp.MustCompile(`\b(` + strings.Join(words, "|") + `)\b`)
 	for _, name := range files(t) {
 		switch path.Ext(name) {
 		case ".go", ".proto", ".md", ".yml", ".yaml", ".js", ".css", ".html", ".sh":
 		default:
 			continue
 		}
-		for i, line := range strings.Split(read(t, name), "\n") {
-			if mark := marks.FindString(line); mark != "" {
-				t.Errorf("%s:%d: %s", name, i+1, mark)
-			}
+		text := read(t, name)
+		if !slices.ContainsFunc(words, func(word string) bool { return strings.Contains(text, word) }) {
+			continue // which is much cheaper to see than the words' ends
+		}
+		if at := marks.FindStringIndex(text); at != nil {
+			t.Errorf("%s:%d: %s", name, 1+strings.Count(text[:at[0]], "\n"), text[at[0]:at[1]])
 		}
 	}
 }

@@ -34,6 +34,7 @@ const (
 // go, are killed, restarted and cut off in the middle of answers. Whatever is repeated was refused with an ErrorInfo or has a message id; no
 // connection gets a push twice; and what callers are told is what has happened.
 func TestNoPushOfTheGoClientArrivesTwice(t *testing.T) {
+	slow(t)
 	t.Parallel()
 	seed := seedOf(t)
 	inbox := newInboxes()

@@ -45,6 +45,7 @@ func (t *town) dwell(user string, r *rand.Rand) {
 // nothing was sent, or is told nothing, asks once more with the same id. No message is lost, shown
 // twice at one connection, or out of order, unless a gateway says that it did not wait for the store.
 func TestLastingRollingRestartLosesNothing(t *testing.T) {
+	slow(t)
 	t.Parallel()
 	if _, err := exec.LookPath("haproxy"); err != nil {
 		t.Skip("there is no haproxy (Debian: package haproxy)")
@@ -155,6 +156,7 @@ func (t *town) mark(g *gate, leaving bool) {
 // TestLastingChaos is people who come, move and go while gateways are killed, stopped and
 // drained and the store's process is killed, and what callers of pushes with options are told.
 func TestLastingChaos(t *testing.T) {
+	slow(t)
 	t.Parallel()
 	store := startStore(t)
 	c := newLastingTown(t, townPlan{managers: 3, gates: 3, managerEnv: prompt(storeAt(store)...)})

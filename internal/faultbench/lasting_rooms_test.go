@@ -374,6 +374,7 @@ func moving(t *testing.T, highest bool) (*town, map[string][]string) {
 
 // TestLastingMembersWhoMove miss nothing that stands in the log of a room: whatever happens to links, queues and Push-Managers.
 func TestLastingMembersWhoMove(t *testing.T) {
+	slow(t)
 	t.Parallel()
 	c, members := moving(t, false)
 	missed := c.missed(members)

@@ -583,6 +583,7 @@ func TestLastingNodeKilledBeforeTheClientAcknowledges(t *testing.T) {
 // to, and one of the store's three servers is behind. What was stored comes without another
 // connection.
 func TestLastingConnectingMomentLosesNothing(t *testing.T) {
+	slow(t)
 	t.Parallel()
 	c := newLastingTown(t, townPlan{managers: 3, gates: 3, managerEnv: storeAt(startStores(t, 200*time.Millisecond)...)})
 	eventually(t, "the store takes messages", func() error {

@@ -4,14 +4,12 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/push-manager/push-manager/internal/programs"
 )
 
 // patience is how long a test waits for what must happen. It is long: only a failure
@@ -36,7 +34,7 @@ func TestMain(m *testing.M) {
 	// initialisation on.
 	ignore := goleak.IgnoreCurrent()
 	code := m.Run()
-	if err := os.RemoveAll(binaries.dir); err != nil {
+	if err := programs.Remove(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	if code == 0 {
@@ -48,51 +46,19 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// raceProgramEnv has the programs built with the race detector, too, if the tests are. By default they are as people run
-// them: what they do is under the detector in the tests of their packages, and here five times slower.
-const raceProgramEnv = "RACE_PROGRAMS"
-
-func raceProgram() bool { return raceEnabled && os.Getenv(raceProgramEnv) != "" }
-
-// binaries are built once.
-var binaries struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
 // pushManager returns the path of the program.
 func pushManager(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv(binaryEnv); path != "" {
 		return path
 	}
-	binaries.once.Do(func() {
-		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
-		if binaries.dir, binaries.err = os.MkdirTemp("", "push-manager-faults-"); binaries.err != nil {
-			return
-		}
-		args := []string{"build", "-o", binaries.dir + "/"}
-		if raceProgram() {
-			args = append(args, "-race")
-		}
-		args = append(args, "./cmd/push-manager")
-		build := exec.Command("go", args...)
-		build.Dir = "../.."
-		if out, err := build.CombinedOutput(); err != nil {
-			binaries.err = fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
-		}
-	})
-	if binaries.err != nil {
-		t.Fatal(binaries.err)
-	}
-	return filepath.Join(binaries.dir, "push-manager")
+	return programs.Path(t, "push-manager")
 }
 
 // slow skips a test that takes long, unless it was asked for.
 func slow(t *testing.T) {
 	t.Helper()
-	if os.Getenv(slowEnv) == "" {
+	if os.Getenv(slowEnv) == "" && os.Getenv(longEnv) == "" {
 		t.Skipf("slow: set %s=1, or run make faults", slowEnv)
 	}
 }

@@ -56,6 +56,7 @@ func (w *whole) undisturbed() {
 // P7: others take the CPU, or all of it for a while. A process that did not run has
 // not heard its nodes, and that is no sign that they were silent.
 func TestStolenCPUDeclaresNoNodeDown(t *testing.T) {
+	slow(t)
 	s := newStreet(t)
 	s.wire("bad", s.bad...)
 	s.wire("good", s.good...)

@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/push-manager/push-manager/internal/programs"
 )
 
 // Hostile connections to the push API, by their ids in docs/faults.md. What they send is bounded in count, and in time
@@ -95,6 +97,7 @@ func (f *flood) send(one func(f *flood) error) (sent int, err error) {
 // B8: floods of HTTP/2 frames that cost their sender little. The connection is
 // closed or held back, and the calls of others go on.
 func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
+	slow(t)
 	t.Parallel() // with other tests; one flood at a time is enough for a machine
 	for name, tc := range map[string]struct {
 		one    func(f *flood) error
@@ -155,7 +158,7 @@ func TestFloodsOfFramesHarmNoOtherConnection(t *testing.T) {
 			t.Logf("%d frames; slowest call of the others %v, and %v before; memory %.0f MiB, and %.0f before",
 				sent.Load(), flooded.slowest, calm.slowest, now/(1<<20), w.m.baseline["process_resident_memory_bytes"]/(1<<20))
 			most := 64.0 * (1 << 20)
-			if raceProgram() {
+			if programs.Race() {
 				most *= 8 // the detector keeps much for each byte
 			}
 			if grown := now - w.m.baseline["process_resident_memory_bytes"]; grown > most {

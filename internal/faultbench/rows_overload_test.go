@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/programs"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -77,7 +78,7 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit), "LINK_WINDOW_BYTES=1GiB", "LINK_QUEUE_BYTES=1GiB",
 		"LINK_ACK_TIMEOUT=10m", "LINK_QUEUE_AGE=10m", "LINK_SILENCE=11m", "PUSH_TIMEOUT=10m", "LOOKUP_TIMEOUT=1m",
 		"API_BODY_BYTES=1GiB") // or there is never so much that memory runs out
-	if !raceProgram() {
+	if !programs.Race() {
 		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": 256 << 20})
 	}
 	m.good(room("mixed"))
@@ -154,12 +155,13 @@ func TestMemoryIsKeptForTheHighestPriority(t *testing.T) {
 // Whoever does not fit waits or is told to come back; small pushes go on. Where root may confine it,
 // and without the race detector, the kernel would kill it.
 func TestRequestsWithinAllLimitsFitTheMemory(t *testing.T) {
+	slow(t)
 	s := newStreet(t)
 	s.wire("bad", s.bad...)
 	s.wire("good", s.good...)
 	const limit = 256 << 20
 	m := s.manage(2, fmt.Sprintf("GOMEMLIMIT=%d", limit*9/10), "PUSH_TIMEOUT=30s", "LOOKUP_TIMEOUT=30s", "LINK_ACK_TIMEOUT=30s", "LINK_SILENCE=31s") // the test's own node shares the machine
-	if !raceProgram() {
+	if !programs.Race() {
 		confine(t, m.process, "memory", map[string]int{"memory.limit_in_bytes": limit})
 	}
 	m.good(room("mixed"))

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/push-manager/push-manager/internal/programs"
 )
 
 // TestAShellIsToldHowALineMayGoOn asks the program as a shell does.
@@ -17,14 +19,11 @@ func TestAShellIsToldHowALineMayGoOn(t *testing.T) {
 			t.Fatal(errOut)
 		}
 	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+	self := programs.Path(t, "pushctl")
 	ask := func(line string) []string {
 		t.Helper()
 		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), asPushctl+"=1", "COMP_LINE="+line)
+		cmd.Env = append(os.Environ(), "COMP_LINE="+line)
 		out, err := cmd.Output()
 		if err != nil {
 			t.Fatal(err)

@@ -3,12 +3,12 @@ package pushctl
 import (
 	"encoding/json"
 	"net"
-	"os"
 	"strings"
 	"testing"
 
 	"google.golang.org/grpc"
 
+	"github.com/push-manager/push-manager/internal/programs"
 	"github.com/push-manager/push-manager/transport/node"
 )
 
@@ -17,11 +17,7 @@ import (
 func TestConformanceTriesANodeThroughClientsOfItsAuthor(t *testing.T) {
 	// Without a store: a node asks one of the managers that have one, and that shall be the one that tries it.
 	address, webSocket, _ := dev(t, "--store=off") // of the second node
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	client := asPushctl + `=1 exec '` + self + `' --json listen --user "$USER_ID" --room "$ROOM_ID" --url ` + webSocket
+	client := `exec '` + programs.Path(t, "pushctl") + `' --json listen --user "$USER_ID" --room "$ROOM_ID" --url ` + webSocket
 	args := []string{"conformance", address["connect-node-2"], "--node-id=connect-node-2", "--client", client, "--within=20s", "--skip=keepalive"}
 	code, out, errOut := pushctl(t, "", args...)
 	if code != exitOK || errOut != "" {

@@ -28,19 +28,14 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/push-manager/push-manager/internal/programs"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// asPushctl in the environment makes the test's binary the program itself.
-const asPushctl = "BE_PUSHCTL"
-
 func TestMain(m *testing.M) {
-	if os.Getenv(asPushctl) != "" {
-		os.Exit(Main())
-	}
 	goleak.VerifyTestMain(m,
 		goleak.Cleanup(func(code int) {
-			_ = os.RemoveAll(built.dir)
+			_ = programs.Remove() // what is left is temporary
 			os.Exit(code)
 		}),
 		// The pool library keeps two goroutines of a pool of its own from the start on,
@@ -290,30 +285,11 @@ func (l lines) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// built is where push-manager is, alone, built once.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
 // dev is a push-manager dev with two nodes: where its parts listen, by their names, and
 // the lines to copy.
 func dev(t *testing.T, flags ...string) (address map[string]string, webSocket string, lines []string) {
 	t.Helper()
-	built.once.Do(func() {
-		//nolint:usetesting // it outlives the first test that needs it; TestMain removes it
-		if built.dir, built.err = os.MkdirTemp("", "pushctl-test-"); built.err != nil {
-			return
-		}
-		if out, err := exec.Command("go", "build", "-o", built.dir+"/", "../../cmd/push-manager").CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("%w\n%s", err, out)
-		}
-	})
-	if built.err != nil {
-		t.Fatal(built.err)
-	}
-	cmd := exec.Command(filepath.Join(built.dir, "push-manager"), append([]string{"dev", "--base-port=0", "--nodes=2"}, flags...)...)
+	cmd := exec.Command(programs.Path(t, "push-manager"), append([]string{"dev", "--base-port=0", "--nodes=2"}, flags...)...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

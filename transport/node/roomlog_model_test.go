@@ -528,7 +528,7 @@ func logSchedule(tb testing.TB, v logVariant, seed uint64) (twice int, err error
 
 func TestMembersWhoMoveMissNothingOfTheLogs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for seed := range uint64(150) {
+		for seed := range uint64(60) {
 			twice, err := logSchedule(t, logVariant{}, seed)
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)

@@ -211,6 +211,9 @@ func TestUnknownKeysCostOneFetchIn30Seconds(t *testing.T) {
 						} else if took > 0 {
 							waited.Add(1)
 						}
+						if i%10 != 9 {
+							return
+						}
 						began = time.Now()
 						if _, err := s.Verify(t.Context(), good1); err != nil || time.Since(began) > 0 {
 							t.Errorf("a good token: %v after %v", err, time.Since(began))
