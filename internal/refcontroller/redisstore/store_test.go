@@ -12,6 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 
+	"github.com/push-manager/push-manager/internal/freeport"
 	"github.com/push-manager/push-manager/internal/redistest"
 	"github.com/push-manager/push-manager/internal/refcontroller"
 	"github.com/push-manager/push-manager/internal/refcontroller/storetest"
@@ -252,7 +253,8 @@ func TestVouchIsBehindWhatWasVisible(t *testing.T) {
 }
 
 func TestClusterIsAStore(t *testing.T) {
-	server := redistest.Start(t, "--cluster-enabled", "yes")
+	// Without a port of its own the bus takes one 10,000 higher, which may be anybody's.
+	server := redistest.Start(t, "--cluster-enabled", "yes", "--cluster-port", freeport.Take(t, 1)[0])
 	n := 0
 	storetest.Run(t, func(t *testing.T, limit int, tell func(refcontroller.Change)) refcontroller.Store {
 		n++
