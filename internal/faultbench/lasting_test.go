@@ -594,6 +594,10 @@ func TestLastingConnectingMomentLosesNothing(t *testing.T) {
 		return nil
 	})
 	c.ledger.absent = func(user string) bool { return user == "first" }
+	var keepers sync.WaitGroup
+	defer keepers.Wait()
+	over := make(chan struct{})
+	defer close(over)
 	const at = 20 // a machine cannot connect everybody in one moment
 	for round := range long(8, 10_000/at) {
 		var all sync.WaitGroup
@@ -601,10 +605,24 @@ func TestLastingConnectingMomentLosesNothing(t *testing.T) {
 			name := fmt.Sprintf("m%d-%d", round, i)
 			r := rand.New(rand.NewPCG(c.seed, uint64(round*at+i)))
 			before, later := time.Duration(r.Int64N(int64(100*time.Millisecond))), 50*time.Millisecond
-			all.Go(func() {
+			here := make(chan struct{})
+			all.Go(func() { <-here })
+			keepers.Go(func() { // a gateway cuts off who does not answer, as nobody does while a machine stands still
 				wait(before)
-				for c.open(name, c.gates[i%3], "") == nil {
-					wait(10 * time.Millisecond)
+				for come := 0; ; {
+					v := c.open(name, c.gates[i%3], "")
+					if v == nil {
+						wait(10 * time.Millisecond)
+						continue
+					}
+					if come++; come == 1 {
+						close(here)
+					}
+					select {
+					case <-v.ended:
+					case <-over:
+						return
+					}
 				}
 			})
 			all.Go(func() {

@@ -33,7 +33,9 @@ func (m *message) check(l *ledger) (found []violation) {
 	p := m.first()
 	clients := make(map[string]int, len(m.arrived))
 	reached := make(map[string]bool, len(m.arrived))
-	unsure := slices.ContainsFunc(m.tries, func(p *push) bool { return p.summary.GetUnsure() > 0 })
+	unsure := slices.ContainsFunc(m.tries, func(p *push) bool {
+		return p.summary.GetUnsure() > 0 || p.summary.GetUnknown() > 0 && p.maybeKept()
+	})
 	logged := m.logged() || p.kind == toRoom && slices.ContainsFunc(m.tries, (*push).maybeKept)
 	for _, a := range m.arrived {
 		if client := a.client + " on " + a.node; !a.repeat && !(a.replayed && (unsure || logged) && clients[client] > 0) {
