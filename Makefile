@@ -140,7 +140,7 @@ cover: ## Run all tests and show the coverage per function (.tmp/cover.html has 
 
 .PHONY: fuzz-short
 fuzz-short: ## Fuzz each target for FUZZTIME (10s; 3000x is so many inputs), FUZZJOBS at a time, from its corpus
-	GO="$(GO)" FUZZTIME="$(FUZZTIME)" FUZZJOBS="$(FUZZJOBS)" FUZZBUILD="$(FUZZBUILD)" bash .ci/fuzz
+	GO="$(GO)" FUZZTIME="$(FUZZTIME)" FUZZJOBS="$(FUZZJOBS)" bash .ci/fuzz
 
 .PHONY: fuzz
 fuzz: ## The same for ten minutes each, as many at a time as there are processors
