@@ -28,7 +28,7 @@ import (
 const hostile = `<img src=x onerror=alert(1)>`
 
 // consolePages are all of them.
-var consolePages = []string{"overview", "topology", "nodes", "explain", "push", "jobs", "callers", "store", "settings", "warnings"}
+var consolePages = []string{"overview", "topology", "nodes", "explain", "push", "presence", "jobs", "callers", "store", "settings", "warnings"}
 
 // startDev runs push-manager dev and returns the address of its console.
 func startDev(t *testing.T, args ...string) (dev *process, console string) {

@@ -47,18 +47,10 @@ func audienceLife(ctx context.Context, t *tester) error {
 	} {
 		content, _ := t.content()
 		f := l.frame(&pubsub.Delivery{Content: content, Audience: step.audience, ExceptUserIds: step.except})
-		l.members(f.GetFirstSeq(), step.here+len(step.notHere))
 		if step.forget != 0 {
 			f.ForgetAudiences = []uint32{step.forget}
 		}
-		if err := l.write(f); err != nil {
-			return err
-		}
-		o, err := l.outcome(ctx, f.GetFirstSeq())
-		if err == nil {
-			err = o.is(step.here, step.notHere...)
-		}
-		if err != nil {
+		if err := l.accounted(ctx, f, step.here, step.notHere...); err != nil {
 			return fmt.Errorf("%s: %w", step.what, err)
 		}
 	}

@@ -169,6 +169,19 @@ func (l *link) ask(ctx context.Context, d *pubsub.Delivery) (outcome, error) {
 	return l.outcome(ctx, seq)
 }
 
+// accounted sends a frame with one delivery to an audience or a list, and demands what is said of it.
+func (l *link) accounted(ctx context.Context, f *pubsub.DeliverRequest, here int, notHere ...string) error {
+	l.members(f.GetFirstSeq(), here+len(notHere))
+	if err := l.write(f); err != nil {
+		return err
+	}
+	o, err := l.outcome(ctx, f.GetFirstSeq())
+	if err != nil {
+		return err
+	}
+	return o.is(here, notHere...)
+}
+
 // outcome waits for the ack of a delivery.
 func (l *link) outcome(ctx context.Context, seq uint64) (outcome, error) {
 	err := l.until(ctx, fmt.Sprintf("the ack of seq %d", seq), func() bool { _, ok := l.acked[seq]; return ok })

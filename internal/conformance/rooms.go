@@ -57,16 +57,7 @@ func severalRooms(ctx context.Context, t *tester) error {
 		{"an audience of rooms that they are not in", &pubsub.Delivery{Audience: &pubsub.Audience{Id: 2, Version: 1, RoomIds: out, Join: []string{u0}}}, 0, []string{u0}},
 	} {
 		step.delivery.Content, _ = t.content()
-		f := l.frame(step.delivery)
-		l.members(f.GetFirstSeq(), step.here+len(step.notHere))
-		if err := l.write(f); err != nil {
-			return err
-		}
-		o, err := l.outcome(ctx, f.GetFirstSeq())
-		if err == nil {
-			err = o.is(step.here, step.notHere...)
-		}
-		if err != nil {
+		if err := l.accounted(ctx, l.frame(step.delivery), step.here, step.notHere...); err != nil {
 			return fmt.Errorf("%s: %w", step.what, err)
 		}
 	}

@@ -49,16 +49,7 @@ func twoShards(ctx context.Context, t *tester) error {
 					d.Audience.RoomId, d.Audience.Join = t.cfg.Room, want
 				}
 			}
-			f := l.frame(d)
-			l.members(f.GetFirstSeq(), len(want))
-			if err := l.write(f); err != nil {
-				return err
-			}
-			o, err := l.outcome(ctx, f.GetFirstSeq())
-			if err == nil {
-				err = o.is(0, want...)
-			}
-			if err != nil {
+			if err := l.accounted(ctx, l.frame(d), 0, want...); err != nil {
 				return fmt.Errorf("shard %d: %w", i, err)
 			}
 		}

@@ -38,6 +38,7 @@ type devConfig struct {
 
 	nodes, basePort int
 	dataDir, store  string
+	hooksFile       string
 	secure          bool
 	drainTimeout    time.Duration
 	log             telemetry.LogConfig
@@ -51,6 +52,7 @@ func (c *devConfig) Bind(s *config.Set) {
 		"First of the ports in use, one after the other: etcd (2), Controller, push API, metrics, then two for each node (gRPC, WebSocket), and the push API over HTTP. 0: any free ones. -1: the usual ones.")
 	s.Text(&c.dataDir, "data_dir", "", "Directory for etcd's data, messages that are stored, and the files of secure, which is kept. Empty: a temporary one, which is removed at the end.")
 	s.Choice(&c.store, "store", "embedded", "Where messages wait for users who were not reached. embedded: in data_dir; off: nowhere.", "embedded", "off")
+	s.Text(&c.hooksFile, "hooks_file", "", "YAML file of the URLs that the Connect-Nodes tell who connects, disconnects, joins and leaves (docs/hooks.md). Empty: nobody is told.")
 	s.Bool(&c.secure, "secure", false, "TLS on every connection, certificates, a policy of callers, API keys, and tokens of clients. The files are made in the directory secure of data_dir. The lines that are printed use them.")
 	s.Duration(&c.drainTimeout, "drain_timeout", 8*time.Second, time.Millisecond, "Longest time to stop everything in good order.")
 	c.log.Level = "warn" // what runs where is told on standard output
@@ -77,7 +79,7 @@ func (c *devConfig) Timeout() time.Duration { return c.drainTimeout }
 
 // Start implements cli.Settings.
 func (c *devConfig) Start(ctx context.Context, logger *slog.Logger) (cli.Program, error) {
-	s, err := Start(ctx, Config{Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Store: c.store, Secure: c.secure, Tracing: c.tracing, Logger: logger})
+	s, err := Start(ctx, Config{Nodes: c.nodes, BasePort: c.basePort, DataDir: c.dataDir, Store: c.store, Secure: c.secure, HooksFile: c.hooksFile, Tracing: c.tracing, Logger: logger})
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			err = fmt.Errorf("%w (another set of ports: --base-port 0)", err)

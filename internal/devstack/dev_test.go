@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/gobwas/ws"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -44,7 +47,25 @@ func stopStack(t *testing.T, s *devstack.Stack) {
 }
 
 func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
-	s := startStack(t, devstack.Config{Nodes: 2})
+	told := make(chan string, 10)
+	receiver := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		select {
+		case told <- string(b):
+		default: // they are told again if it took too long
+		}
+	}))
+	defer receiver.Close()
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"secret":     "0123456789abcdef",
+		"hooks.yaml": "version: 1\nhooks:\n  - {name: try, url: \"" + receiver.URL + "\", secret_file: " + dir + "/secret, events: [connect]}\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := startStack(t, devstack.Config{Nodes: 2, HooksFile: filepath.Join(dir, "hooks.yaml")})
 	if n := s.Nodes(); len(n) != 2 || n[0].ID != "connect-node-1" || !strings.HasPrefix(n[1].WebSocket(), "ws://localhost:") {
 		t.Errorf("nodes %v", n)
 	}
@@ -56,6 +77,21 @@ func TestEverythingStartsFindsEachOtherAndStopsWithoutALeak(t *testing.T) {
 	r, err := pubsub.NewPushManagerServiceClient(conn).BroadcastMessage(t.Context(), &pubsub.BroadcastMessageRequest{Content: &pubsub.MessageContent{}})
 	if err != nil || !r.GetSuccess() {
 		t.Errorf("broadcast to two nodes without clients: %v %v", r, err)
+	}
+	for i, user := range []string{"alice", "bob"} { // one on each node
+		client, _, _, err := ws.Dial(t.Context(), s.Nodes()[i].WebSocket()+"?user_id="+user)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = client.Close() }()
+		select {
+		case event := <-told:
+			if !strings.Contains(event, `"`+user+`"`) {
+				t.Errorf("told %s, want %s", event, user)
+			}
+		case <-time.NewTimer(20 * time.Second).C:
+			t.Errorf("nobody is told that %s connects", user)
+		}
 	}
 	stopStack(t, s)
 }

@@ -42,6 +42,8 @@ type Config struct {
 	Secure bool
 	// Store is Push-Manager's: "off", or "embedded", which "" means.
 	Store string
+	// HooksFile is that of the Connect-Nodes. Empty: nobody is told of clients.
+	HooksFile string
 	// Tracing of all programs; Service and Instance are their own.
 	Tracing telemetry.TracingConfig
 	// Logger of everything. nil discards.
@@ -128,7 +130,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		return nil, fmt.Errorf("push-manager: %w", err)
 	}
 	for i := range cfg.Nodes {
-		if err := s.startNode(ctx, i, p, cfg.Tracing); err != nil {
+		if err := s.startNode(ctx, i, p, &cfg); err != nil {
 			return nil, fmt.Errorf("%s: %w", nodeID(i), err)
 		}
 	}
@@ -205,18 +207,19 @@ func (s *Stack) linkPages() error {
 	return nil
 }
 
-func (s *Stack) startNode(ctx context.Context, i int, p ports, tracing telemetry.TracingConfig) error {
+func (s *Stack) startNode(ctx context.Context, i int, p ports, cfg *Config) error {
 	id := nodeID(i)
 	grpcPort, httpPort := p.node(i)
 	var c connectnode.Config
 	err := cli.Fill(&c, s.secure.node(id, map[string]string{
 		"NODE_ID": id, "GRPC_PORT": strconv.Itoa(grpcPort), "HTTP_PORT": strconv.Itoa(httpPort), "METRICS_PORT": "0",
 		"ETCD_ENDPOINTS": s.etcd.endpoint, "CONTROLLER_ADDRESS": s.controller.GRPCAddr(), "PUSH_MANAGER_ADDRESS": s.pushManager.GRPCAddr(),
+		"HOOKS_FILE": cfg.HooksFile, "HOOKS_DIR": filepath.Join(s.dir, "hooks", id),
 	}))
 	if err != nil {
 		return err
 	}
-	c.Tracing = tracing
+	c.Tracing = cfg.Tracing
 	n, err := connectnode.Start(ctx, c, s.log.With("program", id))
 	if err != nil {
 		return err

@@ -197,7 +197,10 @@ func (c *jobCancelCmd) Run(ctx context.Context, t *terminal) error {
 
 // Run forgets a job.
 func (c *jobDeleteCmd) Run(ctx context.Context, t *terminal) error {
-	return c.one(ctx, t, func(ctx context.Context, api pubsub.BroadcastJobServiceClient) (jobReply, error) {
+	deleted := func(j *pubsub.BroadcastJob) string {
+		return fmt.Sprintf("job %s is deleted, it was %s", clean(j.GetJobId()), t.jobState(j))
+	}
+	return c.call(ctx, t, deleted, func(ctx context.Context, api pubsub.BroadcastJobServiceClient) (jobReply, error) {
 		return api.DeleteJob(ctx, &pubsub.DeleteJobRequest{JobId: c.ID})
 	})
 }
@@ -249,6 +252,11 @@ type jobReply interface{ GetJob() *pubsub.BroadcastJob }
 
 // one does a call about one job and prints the job.
 func (f *jobFlags) one(ctx context.Context, t *terminal, do func(context.Context, pubsub.BroadcastJobServiceClient) (jobReply, error)) error {
+	return f.call(ctx, t, t.jobText, do)
+}
+
+// call does a call about one job and prints what text says of the job.
+func (f *jobFlags) call(ctx context.Context, t *terminal, text func(*pubsub.BroadcastJob) string, do func(context.Context, pubsub.BroadcastJobServiceClient) (jobReply, error)) error {
 	if f.Timeout <= 0 || f.Timeout > maxTimeout {
 		return &usageError{fmt.Sprintf("--timeout: %v must be above zero and at most %v", f.Timeout, maxTimeout)}
 	}
@@ -263,7 +271,7 @@ func (f *jobFlags) one(ctx context.Context, t *terminal, do func(context.Context
 	if err != nil {
 		return f.failure(err)
 	}
-	return t.tell(r.GetJob(), t.jobText(r.GetJob()))
+	return t.tell(r.GetJob(), text(r.GetJob()))
 }
 
 // watch prints a job whenever it has changed. Its exit code is that of the worst outcome.
@@ -339,7 +347,7 @@ func (t *terminal) jobText(j *pubsub.BroadcastJob) string {
 	fmt.Fprintf(&b, "job %s: %s, for %s\n", clean(j.GetJobId()), t.jobState(j), clean(j.GetTarget()))
 	fmt.Fprintf(&b, "  rate      %d users a second", j.GetRatePerSecond())
 	if j.GetState() == pubsub.JobState_RUNNING {
-		fmt.Fprintf(&b, ", %.1f lately, done in %s", p.GetRate(), etaOf(p))
+		fmt.Fprintf(&b, ", %.1f lately%s", p.GetRate(), doneIn(p))
 	}
 	fmt.Fprintf(&b, "\n  targets   %s: delivered %d, offline %d, failed %d, unknown %d", targetsOf(p), p.GetDelivered(), p.GetOffline(), p.GetFailed(), p.GetUnknown())
 	if p.GetInFlight() > 0 {
@@ -374,7 +382,7 @@ func (t *terminal) jobLine(j *pubsub.BroadcastJob) string {
 	line := fmt.Sprintf("%s %s  %s: delivered %d, offline %d, failed %d, unknown %d", t.paint(grey, time.Now().Format(time.TimeOnly)), t.jobState(j),
 		targetsOf(p), p.GetDelivered(), p.GetOffline(), p.GetFailed(), p.GetUnknown())
 	if j.GetState() == pubsub.JobState_RUNNING {
-		line += fmt.Sprintf(", %.0f/s, done in %s", p.GetRate(), etaOf(p))
+		line += fmt.Sprintf(", %.0f/s%s", p.GetRate(), doneIn(p))
 	}
 	return line
 }
@@ -404,7 +412,15 @@ func targetsOf(p *pubsub.JobProgress) string {
 	return text
 }
 
-// etaOf is in how long a job will be done, "-" if it does not run.
+// doneIn says in how long a job will be done, and nothing while that is not known.
+func doneIn(p *pubsub.JobProgress) string {
+	if p.GetEta() == nil {
+		return ""
+	}
+	return ", done in " + etaOf(p)
+}
+
+// etaOf is in how long a job will be done, "-" if it does not run, or has just begun.
 func etaOf(p *pubsub.JobProgress) string {
 	if p.GetEta() == nil {
 		return "-"

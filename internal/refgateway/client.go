@@ -26,6 +26,9 @@ var (
 	errNotObject = errors.New("message: must be a JSON object")
 )
 
+// compressedBit marks the first frame of a compressed message (RFC 7692, section 6).
+var compressedBit = ws.Rsv(true, false, false) //nolint:gochecknoglobals // a constant
+
 // readBytes is what a connection keeps for reading: clients say little.
 const readBytes = 512
 
@@ -39,12 +42,17 @@ type reader struct {
 	message []byte // so far
 	op      ws.OpCode
 	state   ws.State      // within fragments or not
+	packed  bool          // the message is compressed
 	due     time.Duration // since the gateway's start: see pace
 	late    bool          // the frame was held back by pace
 }
 
 func newReader(c *conn, from io.Reader) *reader {
-	return &reader{c: c, br: bufio.NewReaderSize(from, readBytes), state: ws.StateServerSide, due: math.MinInt64}
+	r := &reader{c: c, br: bufio.NewReaderSize(from, readBytes), state: ws.StateServerSide, due: math.MinInt64}
+	if c.to.deflate != nil {
+		r.state = r.state.Set(ws.StateExtended)
+	}
+	return r
 }
 
 // loop reads until the connection's end, and returns the close code that the client is
@@ -79,6 +87,8 @@ func (r *reader) next(most int) (code uint16, err error) {
 			return 0, err //nolint:wrapcheck // The client has gone.
 		case ws.CheckHeader(h, r.state) != nil:
 			return closeProtocol, nil //nolint:nilerr // The code says it.
+		case h.Rsv != 0 && (h.Rsv != compressedBit || h.OpCode.IsControl() || h.OpCode == ws.OpContinuation):
+			return closeProtocol, nil
 		}
 		r.pace()
 		if h.OpCode.IsControl() {
@@ -101,13 +111,18 @@ func (r *reader) next(most int) (code uint16, err error) {
 			return 0, err
 		}
 		if h.OpCode != ws.OpContinuation {
-			r.op = h.OpCode
+			r.op, r.packed = h.OpCode, h.Rsv != 0
 		}
 		if !h.Fin {
 			r.state = r.state.Set(ws.StateFragmented)
 			continue
 		}
 		r.state = r.state.Clear(ws.StateFragmented)
+		if r.packed {
+			if r.message, code = r.c.to.deflate.inflate(r.message, most); code != 0 {
+				return code, nil
+			}
+		}
 		if r.op == ws.OpText && !utf8.Valid(r.message) {
 			return closeNotUTF8, nil
 		}

@@ -112,6 +112,12 @@ type Config struct {
 	// [node.Config].
 	Compression []string
 
+	// Deflate compresses messages of DeflateMinBytes and more to clients that offer permessage-deflate. Without it clients are served as
+	// if they had not.
+	Deflate bool
+	// DeflateMinBytes is how long the part of a push must be that all its recipients share. Default 256.
+	DeflateMinBytes int
+
 	// Members says how memberships are reported. What the gateway knows itself (NodeID,
 	// BootID, Registered, Logger, Metrics) is filled in.
 	Members membership.Config
@@ -148,6 +154,7 @@ func (c Config) withDefaults() Config {
 	defaultTo(&c.TokenTimeout, 5*time.Second)
 	defaultTo(&c.TokenGrace, 25*time.Second)
 	defaultTo(&c.Unverified, 1024) // as api.handshakes: a balancer is one address
+	defaultTo(&c.DeflateMinBytes, 256)
 	defaultTo(&c.WriteTimeout, 10*time.Second)
 	defaultTo(&c.CloseTimeout, 2*time.Second)
 	defaultTo(&c.KickTimeout, 500*time.Millisecond)
@@ -201,7 +208,7 @@ func (c Config) Validate() error {
 	for field, n := range map[string]int{
 		"MaxConnections": c.MaxConnections, "MaxMessageBytes": c.MaxMessageBytes,
 		"QueueFrames": c.QueueFrames, "QueueBytes": c.QueueBytes, "QueueTotalBytes": c.QueueTotalBytes, "MessageRate": c.MessageRate,
-		"Unverified": c.Unverified,
+		"Unverified": c.Unverified, "DeflateMinBytes": c.DeflateMinBytes,
 	} {
 		if n < 1 {
 			errs = append(errs, fmt.Errorf("%s: %d is below 1", field, n))

@@ -418,16 +418,16 @@ func (c *conn) shut() (first bool) {
 	return !errors.Is(c.net.Close(), net.ErrClosed) // Nothing is left to be done about other errors.
 }
 
-// hold and drop count the queues that a frame waits in, and its bytes once.
+// hold and drop count the queues that a frame waits in, and its bytes once. What is compressed of it comes later, while a writer holds it.
 func (g *Gateway) hold(f *frame) {
 	if f.holders.Add(1) == 1 {
-		g.held.Add(f.bytes())
+		g.held.Add(f.bytes() + f.more.Load())
 	}
 }
 
 func (g *Gateway) drop(f *frame) {
 	if f.holders.Add(-1) == 0 {
-		g.held.Add(-f.bytes())
+		g.held.Add(-f.bytes() - f.more.Load())
 	}
 }
 

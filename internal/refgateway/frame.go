@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"unicode/utf8"
 
@@ -30,6 +31,10 @@ type frame struct {
 
 	holders atomic.Int32 // queues and writers
 	keepers atomic.Int32 // inboxes
+
+	deflating sync.Once    // guards deflated
+	deflated  []byte       // see deflater.shared
+	more      atomic.Int64 // bytes of it, once a writer has made it
 }
 
 // bytes is what is shared.
@@ -50,6 +55,9 @@ type recipient struct {
 	user []byte // the id as a JSON string
 	acks bool   // it acknowledges
 	ids  bool   // it has asked for ids: with ack=1, or to resume
+
+	deflate *deflater // nil: it takes messages as they are
+	window  int       // bytes of a message that may be compressed for it
 }
 
 // The members of a push that only clients get who have asked for ids, in this order.
@@ -78,7 +86,7 @@ func (q queued) appendMarks(b []byte) []byte {
 	return b
 }
 
-// size is the length of the payload.
+// size is the length of the payload, before it is compressed.
 func (q queued) size(to *recipient) int {
 	n := len(q.head) + len(q.tail)
 	if q.gap {
@@ -94,6 +102,11 @@ func (q queued) size(to *recipient) int {
 // appendTo appends the WebSocket frame, but for a long tail, which it returns with what
 // comes behind it.
 func (q queued) appendTo(b []byte, to *recipient) (_, tail, end []byte) {
+	if to.deflate != nil {
+		if shared := to.deflate.shared(q.frame, to.window); shared != nil {
+			return q.appendDeflated(b, to, shared)
+		}
+	}
 	b = appendHeader(b, q.op, q.size(to))
 	b = append(b, q.head...)
 	if q.gap {

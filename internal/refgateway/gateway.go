@@ -48,6 +48,7 @@ type Gateway struct {
 	grpc       *grpc.Server
 	health     *health.Server
 	count      counters
+	deflater   *deflater // nil: nothing is compressed
 	cores      int       // that write to clients
 	line       line      // of connections that wait for them
 	idle       sync.Pool // of *writer
@@ -102,6 +103,9 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, err
 	}
 	newCounters(g)
+	if g.cfg.Deflate {
+		g.deflater = newDeflater(g)
+	}
 	options := node.ServerOptions()
 	if g.cfg.Credentials != nil {
 		options = append(options, grpc.Creds(g.cfg.Credentials))

@@ -435,14 +435,14 @@ func FuzzSocket(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		talk(t, g, "user_id=u&room_id=r", b)
+		talk(t, g, "user_id=u&room_id=r", "", b)
 	})
 }
 
 // talk sends b on a connection, and checks what is promised of any bytes.
-func talk(t *testing.T, g *Gateway, query string, b []byte) {
+func talk(t *testing.T, g *Gateway, query, headers string, b []byte) {
 	t.Helper()
-	c := shake(t, g, query, "", "")
+	c := shake(t, g, query, headers, "")
 	tcp := c.Conn.(*net.TCPConn)
 	_ = tcp.SetLinger(0)
 	_ = tcp.SetReadBuffer(256 << 10)

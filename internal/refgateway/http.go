@@ -106,6 +106,9 @@ func (g *Gateway) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	}
 	// The answer names pm.v1 alone, never what carries a token. A client that asks for others is served without.
 	upgrader := ws.HTTPUpgrader{Timeout: 5 * time.Second, Protocol: func(name string) bool { return name == subprotocol }}
+	if g.deflater != nil {
+		upgrader.Negotiate = g.deflater.negotiate(&c.to)
+	}
 	netConn, rw, _, err := upgrader.Upgrade(r, w)
 	if err != nil {
 		g.count.refused[refusedBad].Inc()

@@ -752,7 +752,7 @@ func FuzzUnverifiedSocket(f *testing.F) {
 		if shown {
 			b = append([]byte(good), b...)
 		}
-		talk(t, g, "", b)
+		talk(t, g, "", "", b)
 	})
 }
 

@@ -242,13 +242,7 @@ func acker(t testing.TB, g *Gateway, user string) *device {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.t = t
-	var wg sync.WaitGroup
-	wg.Go(d.ws.ReadLoop)
-	t.Cleanup(func() {
-		_ = d.ws.NetConn().Close()
-		wg.Wait()
-	})
+	d.listen(t)
 	return d
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -25,7 +26,16 @@ import (
 	"github.com/push-manager/push-manager/transport/node/membership"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if what := os.Getenv(clientsEnv); what != "" {
+		if err := beClients(what); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds what must happen. It is long: only a failure takes it.
 const patience = time.Minute
@@ -188,8 +198,13 @@ func (d *device) OnMessage(_ *gws.Conn, m *gws.Message) {
 func (d *device) OnClose(_ *gws.Conn, err error) { d.closed <- err }
 
 func dialQuery(g *Gateway, query string, headers http.Header) (*device, *http.Response, error) {
+	return dialWith(g, query, &gws.ClientOption{RequestHeader: headers})
+}
+
+func dialWith(g *Gateway, query string, option *gws.ClientOption) (*device, *http.Response, error) {
 	d := &device{frames: make(chan string, 10000), closed: make(chan error, 1)}
-	ws, resp, err := gws.NewClient(d, &gws.ClientOption{Addr: "ws://" + g.HTTPAddr().String() + "/ws?" + query, RequestHeader: headers})
+	option.Addr = "ws://" + g.HTTPAddr().String() + "/ws?" + query
+	ws, resp, err := gws.NewClient(d, option)
 	d.ws = ws
 	return d, resp, err
 }
@@ -205,6 +220,17 @@ func connect(t testing.TB, g *Gateway, user, room string) *device {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.listen(t)
+	if room == "" {
+		d.want(fmt.Sprintf(`{"type":"ready","user_id":%q,"node_id":"node-1"}`, user))
+	} else {
+		d.want(fmt.Sprintf(`{"type":"joined","room_id":%q}`, room))
+	}
+	return d
+}
+
+// listen reads what comes until the test ends.
+func (d *device) listen(t testing.TB) {
 	d.t = t
 	var wg sync.WaitGroup
 	wg.Go(d.ws.ReadLoop)
@@ -212,12 +238,6 @@ func connect(t testing.TB, g *Gateway, user, room string) *device {
 		_ = d.ws.NetConn().Close()
 		wg.Wait()
 	})
-	if room == "" {
-		d.want(fmt.Sprintf(`{"type":"ready","user_id":%q,"node_id":"node-1"}`, user))
-	} else {
-		d.want(fmt.Sprintf(`{"type":"joined","room_id":%q}`, room))
-	}
-	return d
 }
 
 func (d *device) say(text string) {

@@ -22,6 +22,11 @@ type counters struct {
 	paced       *metrics.Counter
 	panics      *metrics.Counter
 
+	// Of permessage-deflate.
+	deflated       *metrics.Counter // frames that were written so
+	deflateSaved   *metrics.Counter // bytes
+	incompressible *metrics.Counter // pushes that are not smaller
+
 	// Of pushes with options.
 	acks       *metrics.Counter // messages of clients
 	acked      *metrics.Counter
@@ -84,6 +89,10 @@ func newCounters(g *Gateway) {
 		badMessages: set.NewCounter("connect_node_client_errors_total"),
 		paced:       set.NewCounter("connect_node_client_messages_paced_total"),
 		panics:      set.NewCounter("connect_node_client_panics_total"),
+
+		deflated:       set.NewCounter("connect_node_deflated_frames_total"),
+		deflateSaved:   set.NewCounter("connect_node_deflate_saved_bytes_total"),
+		incompressible: set.NewCounter("connect_node_deflate_incompressible_total"),
 
 		acks:       set.NewCounter("connect_node_client_acks_total"),
 		acked:      set.NewCounter("connect_node_push_frames_acked_total"),

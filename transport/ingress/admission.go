@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/push-manager/push-manager/engine"
@@ -98,7 +99,11 @@ func (s *Server) admit(ctx context.Context, a api) (info callInfo, err error) {
 			return info, deniedError{api: a, method: true}
 		}
 	}
-	if name := w.RecvCompress(); name != "" && name != "identity" {
+	switch name := w.RecvCompress(); {
+	case name == "", name == encoding.Identity:
+	case name == gzipName && s.unzipper != nil:
+		plainReply(ctx)
+	default:
 		return info, encodingError(name)
 	}
 	if values := info.header(ctx, priorityKey); values != nil {

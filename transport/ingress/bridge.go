@@ -66,9 +66,9 @@ func (s *Server) Enter(ctx context.Context, a *Arrival, c Call) context.Context 
 func (s *Server) Receive(c Call, into proto.Message) error {
 	var in inbound
 	var head [messageHead]byte
-	size, err := s.next(c, head[:])
+	m, err := s.next(c, head[:])
 	if err == nil {
-		err = in.fill(c, nil, size)
+		err = in.fill(c, m)
 	}
 	if err != nil {
 		return err

@@ -37,6 +37,9 @@ type Config struct {
 
 	// MaxRecvBytes bounds one request, and one message of a PushStream.
 	MaxRecvBytes int
+	// Gzip takes requests that are compressed with gzip. MaxRecvBytes bounds what they are on the wire, and what they become. Replies
+	// are not compressed.
+	Gzip bool
 	// MaxHeaderBytes bounds the headers of one call.
 	MaxHeaderBytes int
 	// MaxStreams bounds the calls under way on one connection.

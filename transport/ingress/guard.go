@@ -68,6 +68,7 @@ func (s *Server) admitOther(ctx context.Context, name string) (*throttle.Conn, e
 	if info.conn == nil {
 		return nil, errForeignTransport
 	}
+	plainReply(ctx)
 	if s.cfg.Auth == nil {
 		return info.conn, nil
 	}

@@ -364,14 +364,18 @@ func (e *callInfo) receiptSender() string {
 func (s *Server) readSmall(info *callInfo) ([]byte, error) {
 	var in inbound
 	var head [messageHead]byte
-	size, err := s.next(info.wire, head[:])
+	m, err := s.next(info.wire, head[:])
+	if err == nil && m.size <= smallBody {
+		err = m.begin(info.wire)
+	}
 	switch {
 	case err != nil:
 		return nil, unread(err)
-	case size > smallBody:
-		return nil, &engine.InvalidError{Field: "request", Code: engine.CodeTooLarge, Description: fmt.Sprintf("%d bytes, more than %d", size, smallBody)}
+	case m.becomes > smallBody:
+		m.begun.Free()
+		return nil, &engine.InvalidError{Field: "request", Code: engine.CodeTooLarge, Description: fmt.Sprintf("more than %d bytes", smallBody)}
 	}
-	if err := in.only(info.wire, nil, size, head[:]); err != nil {
+	if err := in.only(info.wire, m, head[:]); err != nil {
 		return nil, unread(err)
 	}
 	return in.wire, nil

@@ -28,7 +28,7 @@ type rawCall interface {
 // package was built with, or has other credentials than those of Config.
 var errForeignTransport = errors.New("the transport of gRPC is not as expected")
 
-// encodingError refuses compressed messages. It keeps out compressors that some other package of
+// encodingError refuses messages in another encoding than Config.Gzip allows. It keeps out compressors that some other package of
 // the program registers: without one gRPC answers UNIMPLEMENTED by itself.
 type encodingError string
 
@@ -44,62 +44,66 @@ func (e *tooLargeError) Error() string {
 	return fmt.Sprintf("request: has %d bytes, more than %d", e.size, e.most)
 }
 
-// next awaits the next message and tells how large it is. head is for messageHead bytes.
-// io.EOF means that there is none.
-func (s *Server) next(w rawCall, head []byte) (size int, err error) {
+// next awaits the next message. head is for messageHead bytes. io.EOF means that there is none.
+func (s *Server) next(w rawCall, head []byte) (m announced, err error) {
 	if err := w.ReadMessageHeader(head); err != nil {
-		return 0, err
+		return m, err
 	}
-	if head[0] != 0 {
-		return 0, &engine.InvalidError{Field: "request", Code: engine.CodeMalformed, Description: "is marked as compressed, and the call names no encoding"}
+	m.size = int(binary.BigEndian.Uint32(head[1:]))
+	m.becomes = m.size
+	switch {
+	case head[0] == 0:
+	case head[0] == 1 && s.unzipper != nil && w.RecvCompress() == gzipName:
+		m.zip, m.becomes = s.unzipper, s.unzipper.most
+	default:
+		return m, &engine.InvalidError{Field: "request", Code: engine.CodeMalformed, Description: "is marked as compressed, and the call names no encoding"}
 	}
-	size = int(binary.BigEndian.Uint32(head[1:]))
-	if size > s.cfg.MaxRecvBytes {
-		return 0, &tooLargeError{size, s.cfg.MaxRecvBytes}
+	if m.size > s.cfg.MaxRecvBytes {
+		return m, &tooLargeError{m.size, s.cfg.MaxRecvBytes}
 	}
-	return size, nil
+	return m, nil
 }
 
-// first reads the first bytes of a large message, which need no space: whoever announces a
-// message and sends none of it gets none.
-func first(w rawCall) (mem.BufferSlice, error) { return w.Read(smallBody) }
-
-// fill reads the message of which next has read the head. begin is what is read of it already, nil
-// for nothing; fill frees it.
-func (in *inbound) fill(w rawCall, begin mem.BufferSlice, size int) error {
-	data, err := w.Read(size - begin.Len())
+// fill reads the message, and frees what has been read of it.
+func (in *inbound) fill(w rawCall, m announced) error {
+	data, err := w.Read(max(m.size-m.begun.Len(), 0))
 	if err != nil {
-		begin.Free()
+		m.begun.Free()
 		return err
 	}
-	if begin != nil {
-		data = append(begin, data...)
+	if m.begun != nil {
+		data = append(m.begun, data...)
 	}
-	if n := data.Len(); n > size { // of unknown length, see Call
+	if n := data.Len(); n > m.size { // of unknown length, see Call
 		data.Free()
-		return &tooLargeError{n, size}
+		return &tooLargeError{n, m.size}
 	}
-	if t, ok := w.(Translator); ok {
-		translated, err := translate(t, data)
-		if err != nil {
+	t, translated := w.(Translator)
+	if m.zip == nil && !translated {
+		in.copyFrom(data, data.Len())
+		data.Free()
+		return nil
+	}
+	b := data.Materialize()
+	data.Free()
+	if m.zip != nil {
+		if b, err = m.zip.unzip(b); err != nil {
 			return err
 		}
-		data = mem.BufferSlice{mem.SliceBuffer(translated)}
 	}
-	in.copyFrom(data, data.Len())
-	data.Free()
+	if translated {
+		if b, err = t.Translate(b); err != nil {
+			return err //nolint:wrapcheck // it is one of ours
+		}
+	}
+	in.copyFrom(mem.BufferSlice{mem.SliceBuffer(b)}, len(b))
 	return nil
-}
-
-func translate(t Translator, data mem.BufferSlice) ([]byte, error) {
-	defer data.Free()
-	return t.Translate(data.Materialize()) //nolint:wrapcheck // it is one of ours
 }
 
 // only reads the message of a call that has one, as fill does, and then that no other follows: what a
 // client sends behind it would stay in memory, however long the push takes.
-func (in *inbound) only(w rawCall, begin mem.BufferSlice, size int, head []byte) error {
-	if err := in.fill(w, begin, size); err != nil {
+func (in *inbound) only(w rawCall, m announced, head []byte) error {
+	if err := in.fill(w, m); err != nil {
 		return err
 	}
 	switch err := w.ReadMessageHeader(head); {
@@ -118,7 +122,7 @@ func unread(err error) error {
 	var invalid *engine.InvalidError
 	var large *tooLargeError
 	switch {
-	case errors.As(err, &invalid), errors.As(err, &large):
+	case errors.As(err, &invalid), errors.As(err, &large), errors.Is(err, errPanic):
 		return err
 	case errors.Is(err, io.EOF):
 		return &engine.InvalidError{Field: "request", Code: engine.CodeRequired, Description: "must be there"}

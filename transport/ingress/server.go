@@ -61,6 +61,7 @@ type Server struct {
 	callers  *callers // nil: nobody is limited
 	throttle *throttle.Throttle
 	space    *space
+	unzipper *unzipper // nil: nothing may be compressed
 	streams  *streams
 	mostOpen [4]int64 // unary calls that are open, by rank of the priority
 	usual    *reply   // of a PushToUser that was delivered
@@ -124,6 +125,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.callers.show(cfg.Metrics)
 	s.space = newSpace(cfg.BodyBytes, cfg.Streams+max(cfg.BodyBytes/2/cfg.StreamWindow, 16), cfg.Metrics)
+	if cfg.Gzip {
+		s.unzipper = newUnzipper(cfg.MaxRecvBytes, s.panicked)
+	}
 	s.streams = newStreams(cfg.Streams, cfg.StreamsPerConnection, cfg.Metrics)
 	for _, p := range engine.Priorities() {
 		s.mostOpen[p.Rank()] = int64(p.Share(cfg.OpenCalls))
@@ -193,7 +197,7 @@ func (s *Server) Serving() bool { return s.serving.Load() }
 
 func (s *Server) options() []grpc.ServerOption {
 	c := &s.cfg
-	return []grpc.ServerOption{
+	options := []grpc.ServerOption{
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.Creds(s.throttle.Credentials(c.Credentials)),
 		grpc.MaxRecvMsgSize(c.MaxRecvBytes),
@@ -208,6 +212,12 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.InTapHandle(s.tap),
 		grpc.WaitForHandlers(true), // Close leaves no handler behind
 	}
+	if c.Gzip {
+		// It lets compressed calls in, and decompresses those of health and reflection, up to MaxRecvBytes. A compressor of package
+		// encoding would be that of all servers and clients of the process.
+		options = append(options, grpc.RPCDecompressor(grpc.NewGZIPDecompressor())) //nolint:staticcheck // as above, and promised for all of 1.x
+	}
+	return options
 }
 
 // tap counts in a unary call of the push API, before more of its connection is read.

@@ -70,6 +70,13 @@ func (sh *share) wait(ctx context.Context, bytes int64) error {
 	return nil
 }
 
+// untake is for a message that turned out to need fewer bytes than were taken for it.
+func (sh *share) untake(bytes int64) {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	sh.taken -= bytes
+}
+
 // trim gives back what was not needed since the last look, and tells whether that was much, and
 // whether there is more to look at.
 func (sh *share) trim() (much, more bool) {

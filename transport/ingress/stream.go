@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
@@ -162,34 +161,39 @@ func (st *stream) readLoop(ctx context.Context) {
 // readMessage awaits a message and reads it, once there is space for it. An error is that of
 // the stream, or io.EOF.
 func (st *stream) readMessage(ctx context.Context) (*message, error) {
-	size, err := st.srv.next(st.wire, st.head[:])
+	next, err := st.srv.next(st.wire, st.head[:])
+	if err == nil {
+		err = next.begin(st.wire)
+	}
 	if err != nil {
 		return nil, st.readError(err)
 	}
-	bytes := messageBytes(size, scopeBytes(st.info.tenant()))
-	var begin mem.BufferSlice
-	if size > smallBody {
-		if begin, err = first(st.wire); err != nil {
-			return nil, st.readError(err)
-		}
+	scope := scopeBytes(st.info.tenant())
+	bytes := messageBytes(next.becomes, scope)
+	if next.zip != nil {
+		bytes += int64(next.size)
 	}
 	if err := st.takeSpace(ctx, bytes); err != nil {
-		begin.Free()
+		next.begun.Free()
 		return nil, err
 	}
 	m := st.newMessage()
 	m.bytes = bytes
 	if bytes <= shareFree { // it has nothing that others could have
-		err = m.in.fill(st.wire, begin, size)
+		err = m.in.fill(st.wire, next)
 	} else {
 		st.watch.begin()
-		err = m.in.fill(st.wire, begin, size)
+		err = m.in.fill(st.wire, next)
 		if !st.watch.end() {
 			return nil, st.srv.statuses.slow.status.Err()
 		}
 	}
 	if err != nil {
 		return nil, st.readError(err)
+	}
+	if next.zip != nil { // now it is known what it has become
+		m.bytes = messageBytes(len(m.in.wire), scope)
+		st.share.untake(bytes - m.bytes)
 	}
 	return m, nil
 }

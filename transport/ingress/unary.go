@@ -99,12 +99,15 @@ func (s *Server) unary(ctx context.Context, a api) (answer any, err error) {
 // read reads the request, once there is space for it. A small one is a part of what every open
 // call is reckoned to take, see openBytes.
 func (s *Server) read(ctx context.Context, w rawCall, conn *throttle.Conn, c *call) error {
-	size, err := s.next(w, c.head[:])
-	if err == nil && size > smallBody {
-		return s.readLarge(ctx, w, conn, c, size)
+	m, err := s.next(w, c.head[:])
+	if err == nil {
+		err = m.begin(w)
+	}
+	if err == nil && m.becomes > smallBody {
+		return s.readLarge(ctx, w, conn, c, m)
 	}
 	if err == nil {
-		err = c.in.only(w, nil, size, c.head[:])
+		err = c.in.only(w, m, c.head[:])
 	}
 	if err != nil {
 		return unread(err)
@@ -112,27 +115,26 @@ func (s *Server) read(ctx context.Context, w rawCall, conn *throttle.Conn, c *ca
 	return nil
 }
 
-// readLarge reads a request that needs space. If it is too slow, its call is ended by the watch:
+// readLarge reads a request that needs space, for what it becomes. If it is too slow, its call is ended by the watch:
 // nothing else ends a read.
-func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, c *call, size int) (err error) {
-	begin, err := first(w)
-	if err != nil {
-		return unread(err)
+func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, c *call, m announced) (err error) {
+	bytes := s.bodyBytes(c.api, m.becomes, scopeBytes(c.tenant))
+	if m.zip != nil {
+		bytes += int64(m.size)
 	}
-	bytes := s.bodyBytes(c.api, size, scopeBytes(c.tenant))
 	if _, translated := w.(Translator); translated {
-		bytes += int64(translatedShare * size)
+		bytes += int64(translatedShare * m.becomes)
 	}
 	c.held, err = s.space.reserve(ctx, conn, c.push.Priority, bytes, maxSpaceWait)
 	if err != nil {
-		begin.Free()
+		m.begun.Free()
 		return err
 	}
 	watch := bodyWatch{space: s.space, conn: conn, most: s.cfg.BodyTimeout, giveUp: func() {
 		_ = w.WriteStatus(s.statuses.slow.status) // it fails for a client that has gone
 	}}
 	watch.begin()
-	err = c.in.only(w, begin, size, c.head[:])
+	err = c.in.only(w, m, c.head[:])
 	switch {
 	case !watch.end():
 		return errSlow

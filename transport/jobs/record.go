@@ -291,7 +291,9 @@ func (r *record) show(id string, spec *pubsub.BroadcastJobSpec, now time.Time) *
 	}
 	if r.State == running {
 		p.Rate = math.Round(r.Speed*10) / 10
-		p.Eta = timestamppb.New(now.Add(time.Duration(float64(p.GetTargetsEstimate()-p.GetTargets()) / float64(max(r.Rate, 1)) * float64(time.Second))))
+	}
+	if left := p.GetTargetsEstimate() - p.GetTargets(); r.State == running && (left > 0 || r.Done) { // of one that has just begun nothing is known
+		p.Eta = timestamppb.New(now.Add(time.Duration(float64(left) / float64(max(r.Rate, 1)) * float64(time.Second))))
 	}
 	for _, f := range r.Failures {
 		p.NodeFailures = append(p.NodeFailures, &pubsub.NodeFailure{NodeId: f.Node, Reason: f.Reason, Users: int32(min(f.Users, math.MaxInt32))})

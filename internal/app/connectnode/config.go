@@ -78,6 +78,8 @@ func (c *Config) Bind(s *config.Set) {
 	s.Bytes(&g.QueueBytes, "queue_bytes", d.QueueBytes, 1, math.MaxInt32, "The same in bytes.")
 	s.Bytes(&g.QueueTotalBytes, "queue_total_bytes", d.QueueTotalBytes, 1<<10, math.MaxInt32, "Bytes that may wait for all clients together; what waits for many counts once. From half of it on those with the longest queues are cut off.")
 	s.Int(&g.MessageRate, "message_rate", d.MessageRate, 1, 1<<20, "Frames a second that are read from one client. After a pause it may send max_rooms and two seconds' worth more at once; what is beyond waits in its socket.")
+	s.Bool(&g.Deflate, "client.deflate", false, "Compress messages to clients that offer permessage-deflate, as browsers do. A push is compressed once for all of them.")
+	s.Int(&g.DeflateMinBytes, "client.deflate_min_bytes", d.DeflateMinBytes, 64, 1<<20, "Length from which on a message is compressed.")
 	s.List(&g.Compression, "compression", strings.Join(compression.Names(), ","), "Codecs in which frames of Push-Manager may come. off: none.")
 	s.Text(&c.Hooks.File, "hooks.file", "", "YAML file of the URLs that are told who connects, disconnects, joins and leaves (docs/hooks.md). It is read again while it changes. Empty: nobody is told.")
 	s.Text(&c.Hooks.Dir, "hooks.dir", "connect-node-hooks", "Directory for what is to be sent to them. One process has it at a time.")

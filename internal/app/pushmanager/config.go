@@ -292,6 +292,7 @@ func (c *Config) bindLinks(s *config.Set) {
 func (c *Config) bindAPI(s *config.Set) {
 	a, d := &c.Ingress, ingress.Defaults()
 	s.Bytes(&a.MaxHeaderBytes, "api.header_bytes", d.MaxHeaderBytes, 1<<10, 16<<20, "Largest headers of a call.")
+	s.Bool(&a.Gzip, "api.gzip", false, "Take requests that are compressed with gzip (grpc-encoding, Content-Encoding). limits.request_bytes bounds them on the wire, and what they become. Replies are not compressed.")
 	s.Int(&a.MaxStreams, "api.streams", d.MaxStreams, 1, 1<<20, "Calls under way on one connection.")
 	s.Int(&a.Calls, "api.calls", d.Calls, 1, 1<<20, "Unary calls worked on at a time for each core: younger than 50 ms and not answered. While there are more, connections are not read, the lowest priority first.")
 	s.Duration(&a.ConnectionTimeout, "api.handshake_timeout", d.ConnectionTimeout, time.Millisecond, "Longest handshake of a connection, and longest wait for the rest of headers that have begun.")

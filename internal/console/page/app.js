@@ -6,6 +6,7 @@ import explain from "./views/explain.js";
 import jobs from "./views/jobs.js";
 import nodesView from "./views/nodes.js";
 import overview from "./views/overview.js";
+import presence from "./views/presence.js";
 import push from "./views/push.js";
 import settings from "./views/settings.js";
 import store from "./views/store.js";
@@ -15,7 +16,7 @@ import warnings from "./views/warnings.js";
 const $ = id => document.getElementById(id);
 
 // A view has a title, make, which returns its elements, and update, which gets each snapshot while they are shown.
-const views = { overview, topology, nodes: nodesView, explain, push, jobs, callers, store, settings, warnings };
+const views = { overview, topology, nodes: nodesView, explain, push, presence, jobs, callers, store, settings, warnings };
 let shown = null; // the name of one of them, "sign in", or null
 
 const links = {}, badges = {};

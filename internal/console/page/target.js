@@ -1,17 +1,18 @@
 import { el } from "./dom.js";
 
-// target is the part of a form that says whom a push is for. ids are the texts between commas, spaces and lines of a list of users;
-// of a room or a user the text is the id, but for spaces around it.
+// target is the part of a form that says whom a push is for. ids are the texts between commas, spaces and lines of a list of users or
+// rooms; of one room or user the text is the id, but for spaces around it.
 export function target(kinds) {
   const kind = el("select", { onchange: change }, kinds.map(([value, name]) => el("option", { value }, name)));
   const id = el("input", { value: "lobby", maxlength: "4096", autocapitalize: "off", autocomplete: "off", spellcheck: "false" });
   const name = el("span", {}, "Room"), label = el("label", {}, name, id);
-  const names = { room: "Room", user: "User", users: "Users, with commas between them" };
+  const names = { room: "Room", user: "User", users: "Users, with commas between them", rooms: "Rooms, with commas between them" };
+  const examples = { room: "lobby", user: "alice", users: "alice, bob", rooms: "lobby, garden" };
   function change() {
     label.hidden = kind.value === "everybody";
     id.required = !label.hidden;
     name.textContent = names[kind.value] ?? "";
-    if (["lobby", "alice", "alice, bob"].includes(id.value)) id.value = { room: "lobby", user: "alice", users: "alice, bob" }[kind.value] ?? id.value;
+    if (Object.values(examples).includes(id.value)) id.value = examples[kind.value] ?? id.value;
   }
   change();
   return {
@@ -29,6 +30,7 @@ export function asPush(t, content) {
   case "room": return { to_room: { room_id: t.id(), content } };
   case "user": return { to_user: { user_id: t.id(), content } };
   case "users": return { to_users: { user_ids: t.ids(), content } };
+  case "rooms": return { to_rooms: { room_ids: t.ids(), content } };
   default: return { broadcast: { content } };
   }
 }

@@ -28,6 +28,9 @@ import (
 // the same in gRPC, gRPC-Web and the streams of Connect.
 const headSize = 5
 
+// gzip is the encoding in which messages may come, if the ingress says so.
+const gzip = "gzip"
+
 // smallBody is what is read of a body of unknown length before there is memory for it.
 const smallBody = 4 << 10
 
@@ -36,6 +39,7 @@ type call struct {
 	// Static.
 	method    string
 	encoding  string // of messages, "" for none
+	foreign   bool   // another header than that of the protocol names one
 	body      io.Reader
 	length    int64 // of a bare body, -1 if it is not known
 	most      int   // bytes of a message
@@ -117,6 +121,9 @@ func (c *call) whole() {
 
 func (c *call) announce(head []byte, size int64) error {
 	head[0] = 0
+	if c.encoding == gzip && size > 0 {
+		head[0] = 1 // as in a body with heads
+	}
 	binary.BigEndian.PutUint32(head[1:], uint32(min(size, 1<<32-1)))
 	return nil
 }
@@ -240,10 +247,18 @@ func (s *Server) newCall(w *response, r *http.Request, m *method, form func(b []
 	if c.stream && r.ProtoMajor == 1 {
 		c.body = &streamBody{ReadCloser: r.Body}
 	}
+	own := "Content-Encoding"
+	switch {
+	case strings.HasPrefix(kind, "application/grpc"):
+		own = "Grpc-Encoding"
+	case c.enveloped:
+		own = "Connect-Content-Encoding"
+	}
 	for _, key := range [...]string{"Content-Encoding", "Connect-Content-Encoding", "Grpc-Encoding"} {
-		if v := r.Header.Get(key); v != "" {
-			c.encoding = v
+		if v := strings.Join(r.Header.Values(key), ", "); v != "" && v != "identity" {
+			c.encoding, c.foreign = v, c.foreign || key != own
 		}
+		r.Header.Del(key) // connect gets an empty message, and would look for a decompressor
 	}
 	switch {
 	case form != nil:
@@ -264,8 +279,12 @@ var (
 // refused is why a request cannot be served, nil if it can. Connect would find out by itself, but its errors do not say that
 // nothing was sent.
 func (s *Server) refused(c *call, r *http.Request) error {
-	if c.encoding != "" && c.encoding != "identity" {
+	switch {
+	case c.encoding == "":
+	case !s.limits.Gzip:
 		return errCompressed
+	case c.encoding != gzip, c.foreign:
+		return errEncoding
 	}
 	key, valid := "Connect-Timeout-Ms", connectTimeout
 	if strings.HasPrefix(strings.ToLower(r.Header.Get("Content-Type")), "application/grpc") {

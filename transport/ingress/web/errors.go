@@ -22,6 +22,7 @@ var (
 	errNeedsHTTP2  = refusal(codes.Unimplemented, "NEEDS_HTTP2", "this method streams in both directions, which needs HTTP/2")
 	errNotJSON     = refusal(codes.InvalidArgument, "NOT_JSON", "the Content-Type must be application/json")
 	errCompressed  = refusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", "requests must not be compressed")
+	errEncoding    = refusal(codes.Unimplemented, "UNSUPPORTED_ENCODING", "requests may be compressed with gzip alone, and only the header of their protocol says so")
 	errOrigin      = refusal(codes.PermissionDenied, "FOREIGN_ORIGIN", "pages of this origin may not call: see HTTP_ALLOWED_ORIGINS")
 	errWrongMethod = refusal(codes.Unimplemented, "METHOD_NOT_ALLOWED", "this path wants another HTTP method")
 )

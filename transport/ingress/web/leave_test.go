@@ -47,7 +47,7 @@ type served struct {
 	drain   func(context.Context) error
 }
 
-func serveSilent(t *testing.T, bodyTime time.Duration) *served {
+func serveSilent(t *testing.T, cfg ingress.Config) *served {
 	t.Helper()
 	check := func(err error) {
 		t.Helper()
@@ -66,7 +66,8 @@ func serveSilent(t *testing.T, bodyTime time.Duration) *served {
 	check(err)
 	e, err := engine.New(engine.Config{Shards: shards, Directory: directory, Network: silent{}})
 	check(err)
-	in, err := ingress.New(ingress.Config{Engine: e, Metrics: s.set, BodyTimeout: bodyTime})
+	cfg.Engine, cfg.Metrics = e, s.set
+	in, err := ingress.New(cfg)
 	check(err)
 	in.SetServing(true)
 	out, err := web.New(web.Config{Ingress: in, Metrics: s.set})
@@ -118,7 +119,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 // TestAPushEndsWithItsClientAndNotWithTheTimeOfItsBody: the Controller does not answer, and would be waited for much longer.
 func TestAPushEndsWithItsClientAndNotWithTheTimeOfItsBody(t *testing.T) {
 	const bodyTime = 250 * time.Millisecond
-	s := serveSilent(t, bodyTime)
+	s := serveSilent(t, ingress.Config{BodyTimeout: bodyTime})
 	for protocol, c := range clients {
 		for what, body := range map[string]io.Reader{
 			"small": strings.NewReader(`{"text":"a"}`), "large": strings.NewReader(`{"text":"` + strings.Repeat("a", 100_000) + `"}`),
@@ -156,7 +157,7 @@ func TestAPushEndsWithItsClientAndNotWithTheTimeOfItsBody(t *testing.T) {
 // TestAStreamWithoutARequestKeepsNoServer: a client of HTTP/1.1 that announces a request and sends none does not hold up a
 // drain.
 func TestAStreamWithoutARequestKeepsNoServer(t *testing.T) {
-	s := serveSilent(t, time.Second)
+	s := serveSilent(t, ingress.Config{BodyTimeout: time.Second})
 	var d net.Dialer
 	c, err := d.DialContext(t.Context(), "tcp", s.address)
 	if err != nil {

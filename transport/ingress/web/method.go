@@ -98,7 +98,7 @@ func (m *method) findTypes() error {
 func (m *method) handler() *connect.Handler {
 	options := []connect.HandlerOption{
 		connect.WithCodec(codec{"proto"}), connect.WithCodec(codec{"json"}), connect.WithCodec(codec{"json; charset=utf-8"}),
-		connect.WithCompression("gzip", nil, nil), // as on the port of gRPC: memory is granted by the size on the wire
+		connect.WithCompression("gzip", nil, nil), // requests are decompressed as those of gRPC are, and replies are not compressed
 	}
 	switch {
 	case m.unary != nil:

@@ -6,7 +6,7 @@ import { asPush, base64, target } from "../target.js";
 let form, result, to;
 
 function make() {
-  to = target([["room", "Room"], ["user", "User"], ["users", "Users"], ["everybody", "Everybody"]]);
+  to = target([["room", "Room"], ["rooms", "Rooms"], ["user", "User"], ["users", "Users"], ["everybody", "Everybody"]]);
   const refresh = el("input", { type: "checkbox" });
   result = el("div", { "aria-live": "polite" });
   const button = el("button", {}, "Explain");

@@ -7,7 +7,7 @@ const most = 50; // users of a list, each of whom gets a push of its own
 let to, content, store, ack, button, result, links;
 
 function make() {
-  to = target([["room", "Room"], ["user", "User"], ["users", "Users"], ["everybody", "Everybody"]]);
+  to = target([["room", "Room"], ["rooms", "Rooms"], ["user", "User"], ["users", "Users"], ["everybody", "Everybody"]]);
   content = el("textarea", { maxlength: "65536", required: true, rows: "2" }, "Hello from the console");
   store = el("input", { type: "checkbox" });
   ack = el("input", { type: "checkbox" });
@@ -53,9 +53,10 @@ async function send() {
         all.map((a, i) => [ids[i], a.problem ? shown("failed") : shown(outcome(a.summary ?? {})), a.problem ? a.problem.message : [a.message, ...failures(a)].filter(Boolean).join("; ")])))];
   }
   // Who is where has to be asked before: a reply has numbers, and names of nodes.
-  const before = kind === "room" ? await ask("/pubsub.PushManagerService/Explain", { ...asPush(to, { data: base64(content.value) }), sample: 50 }).then(r => r.answer, () => null) : null;
+  const before = kind === "room" || kind === "rooms" ? await ask("/pubsub.PushManagerService/Explain", { ...asPush(to, { data: base64(content.value) }), sample: 50 }).then(r => r.answer, () => null) : null;
   const sent = performance.now();
-  const path = kind === "room" ? `/v1/rooms/${encodeURIComponent(to.id())}/messages` : kind === "user" ? `/v1/users/${encodeURIComponent(to.id())}/messages` : "/v1/broadcasts";
+  const path = { room: `/v1/rooms/${encodeURIComponent(to.id())}/messages`, rooms: "/v1/rooms/messages", user: `/v1/users/${encodeURIComponent(to.id())}/messages` }[kind] ?? "/v1/broadcasts";
+  if (kind === "rooms") body.room_ids = to.ids();
   const { answer } = await ask(path, body), s = answer.summary ?? {}, took = performance.now() - sent;
   const numbers = ["delivered", "offline", "failed", "unknown", "stored", "unsure", "acked", "duplicates", "filtered"].filter(word => s[word]).map(word => [shown(word), String(s[word])]);
   const parts = [el("section", {}, el("h3", {}, `${answer.success ? "Success" : answer.message || "No success"}: ${s.delivered ?? 0} of ${s.targets ?? 0} delivered in ${ms(took)}`),
