@@ -133,6 +133,17 @@ func Open(cfg Config) (*Hooks, error) {
 		return nil, err
 	}
 	h.current.Store(new([]*sender))
+	names := make([]string, len(list))
+	for i := range list {
+		names[i] = list[i].Name
+	}
+	forgotten, err := forget(h.db, names)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", cfg.Dir, err), h.db.Close())
+	}
+	if forgotten > 0 {
+		cfg.Logger.Info("hooks are there no more", "forgotten", forgotten)
+	}
 	if err := h.take(list); err != nil {
 		h.drain(context.Background(), *h.current.Load())
 		return nil, errors.Join(err, h.db.Close())

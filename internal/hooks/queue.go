@@ -1,12 +1,15 @@
 package hooks
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,21 +28,71 @@ const (
 	maxAge = 24 * time.Hour
 	// stamp is the length of the time in front of an event on disk, in milliseconds since 1970.
 	stamp = 8
+	// place is the length of a key: the number of an event.
+	place = 8
 )
 
-// openFile opens the file of the queues. One process has it at a time.
-func openFile(dir string) (*bbolt.DB, error) {
+// openFile opens the file of the queues, and reads all of it: one that is damaged is an error, and no panic or fault of a later
+// moment. One process has it at a time.
+func openFile(dir string) (db *bbolt.DB, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	db, err := bbolt.Open(filepath.Join(dir, fileName), 0o600, &bbolt.Options{Timeout: openWait, FreelistType: bbolt.FreelistMapType})
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page may be behind the end of the file
+	defer func() {
+		if v := recover(); v != nil { // the library says so of what it cannot read
+			err = fmt.Errorf("%s is damaged, move it away: %.200q", filepath.Join(dir, fileName), fmt.Sprint(v))
+			if db != nil {
+				err = errors.Join(err, db.Close())
+			}
+			db = nil
+		}
+	}()
+	db, err = bbolt.Open(filepath.Join(dir, fileName), 0o600, &bbolt.Options{Timeout: openWait, FreelistType: bbolt.FreelistMapType})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s: another process has it", dir)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", dir, err)
 	}
+	err = db.View(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(key, value []byte) error {
+				if len(key) != place || len(value) < stamp {
+					panic("an event without its number or time")
+				}
+				return nil
+			})
+		})
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", dir, err), db.Close())
+	}
 	return db, nil
+}
+
+// forget deletes the queues of hooks that are not among names: they were taken out of the file while no process had it. It returns
+// how many events were in them.
+func forget(db *bbolt.DB, names []string) (events int, err error) {
+	err = db.Update(func(tx *bbolt.Tx) error {
+		events = 0
+		var gone [][]byte
+		if err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+			if !slices.Contains(names, string(name)) {
+				gone, events = append(gone, bytes.Clone(name)), events+b.Stats().KeyN
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		for _, name := range gone {
+			if err := tx.DeleteBucket(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return events, err
 }
 
 // queue is the events of a hook that the receiver has not taken, on disk: a bucket with rising keys. It is a webhook.Source and its Turns.

@@ -94,6 +94,7 @@ type Refusals struct {
 
 // Refuse writes r, with a lease of r.Seconds, in place of one with the same key. It sets r.Seconds to what etcd has granted, which
 // may be a second more. The revision is what nodes compare. An error that does not wrap ErrRefusalOpen means that nothing was written.
+// What has begun outlives ctx, until Timeout: a lease that nobody knows would live as long as the refusal.
 func (w *Refusals) Refuse(ctx context.Context, r *Refusal) (revision int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, w.Timeout)
 	defer cancel()
@@ -105,6 +106,8 @@ func (w *Refusals) Refuse(ctx context.Context, r *Refusal) (revision int64, err 
 	if all, same := got.Responses[0].GetResponseRange().GetCount(), got.Responses[1].GetResponseRange().GetCount(); same == 0 && all >= int64(w.Most) {
 		return 0, ErrManyRefusals
 	}
+	ctx, end := context.WithTimeout(context.WithoutCancel(ctx), w.Timeout)
+	defer end()
 	lease, err := w.Client.Grant(ctx, r.Seconds)
 	if err != nil {
 		return 0, fmt.Errorf("refuse: %w", err)
@@ -138,9 +141,11 @@ func (w *Refusals) Lift(ctx context.Context, r *Refusal) (revision int64, err er
 	return gone.Header.Revision, nil
 }
 
-// revoke ends the lease of a key that is gone or has another one. If it fails the lease ends by itself.
+// revoke ends the lease of a key that is gone or has another one, also after the end of ctx. If it fails the lease ends by itself.
 func (w *Refusals) revoke(ctx context.Context, lease int64) {
 	if lease != 0 {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), w.Timeout)
+		defer cancel()
 		_, _ = w.Client.Revoke(ctx, clientv3.LeaseID(lease))
 	}
 }

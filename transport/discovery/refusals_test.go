@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
@@ -139,4 +142,62 @@ func FuzzParseRefusal(f *testing.F) {
 			t.Errorf("%q: %+v", key, r)
 		}
 	})
+}
+
+// leaving is an etcd whose caller leaves when a lease was made for a refusal, or a refusal was written or deleted.
+type leaving struct {
+	clientv3.KV
+	leave func()
+}
+
+// leavingLease is the same of leases.
+type leavingLease struct {
+	clientv3.Lease
+	leave func()
+}
+
+func (l leavingLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	defer l.leave()
+	return l.Lease.Grant(ctx, ttl)
+}
+
+func (l leaving) Delete(ctx context.Context, key string, options ...clientv3.OpOption) (*clientv3.DeleteResponse, error) {
+	defer l.leave()
+	return l.KV.Delete(ctx, key, options...)
+}
+
+// TestCallersWhoLeaveLeaveNoLeasesBehind: each would live for as long as a refusal may.
+func TestCallersWhoLeaveLeaveNoLeasesBehind(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	client := etcdtest.NewClient(t, etcd.Endpoint())
+	kv, lease := client.KV, client.Lease
+	w := &Refusals{Client: client, Most: 3, Timeout: 10 * time.Second}
+	leases := func() int {
+		t.Helper()
+		r, err := lease.Leases(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(r.Leases)
+	}
+	for range 3 {
+		ctx, leave := context.WithCancel(t.Context())
+		client.KV, client.Lease = leaving{kv, leave}, leavingLease{lease, leave}
+		if _, err := w.Refuse(ctx, &Refusal{User: "a", Code: 4410, Seconds: 3600}); err != nil {
+			t.Fatal(err)
+		}
+		leave()
+		if n := leases(); n != 1 {
+			t.Fatalf("%d leases for one refusal", n)
+		}
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	client.KV, client.Lease = leaving{kv, leave}, leavingLease{lease, leave}
+	if _, err := w.Lift(ctx, &Refusal{User: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if n := leases(); n != 0 {
+		t.Errorf("%d leases for nobody", n)
+	}
+	client.KV, client.Lease = kv, lease
 }

@@ -42,7 +42,7 @@ var (
 // errDisconnectOff is for a Server without a Disconnector.
 var errDisconnectOff = errors.New("nobody can be disconnected here")
 
-// Disconnector closes connections on all nodes. Its methods return by the end of ctx. An error is or wraps one of those above.
+// Disconnector closes connections on all nodes. Its methods return by the end of ctx, or once etcd has answered. An error is or wraps one of those above.
 type Disconnector interface {
 	Disconnect(ctx context.Context, d *Disconnect) ([]NodeDisconnected, error)
 }

@@ -233,12 +233,17 @@ func (s *Service) runSome(ctx context.Context, due []key) error {
 		default:
 		}
 		s.mu.Lock()
-		room := len(s.running) < s.cfg.Running
+		room, ofTenant := len(s.running) < s.cfg.Running, 0
+		for r := range s.running {
+			if r.tenant == k.tenant {
+				ofTenant++
+			}
+		}
 		s.mu.Unlock()
 		if !room {
 			return nil
 		}
-		if owned[k] {
+		if owned[k] || k.tenant != "" && ofTenant >= max(1, s.cfg.Running/4) { // slow jobs of one tenant do not keep others waiting
 			continue
 		}
 		own, err := s.store.own(ctx, k, s.cfg.ManagerID, s.cfg.TTL)

@@ -102,7 +102,10 @@ func (t *refusals) putLocked(key string, r discovery.KnownRefusal, closed bool, 
 		t.byKey[key] = before
 		return !before.closed && !before.lifted
 	case !known && len(t.byKey) >= maxRefusals:
-		return false
+		// Whoever may lift can lift what there is not, as often as they like: nobody may get in because of that.
+		if maps.DeleteFunc(t.byKey, func(_ string, r refusal) bool { return r.lifted }); len(t.byKey) >= maxRefusals {
+			return false
+		}
 	}
 	t.byKey[key] = refusal{KnownRefusal: r, until: now.Add(time.Duration(r.Seconds) * time.Second), closed: closed}
 	t.size.Store(int64(len(t.byKey)))

@@ -44,7 +44,7 @@ var (
 	ErrPageToken = controller.ErrPageToken
 
 	ErrTooLarge = errors.New("the reply would be too large: ask for fewer")
-	ErrFull     = errors.New("this instance watches as many rooms and users as it may")
+	ErrFull     = errors.New("this instance watches as many rooms and users as it may, in all or for one tenant")
 	ErrPosition = errors.New("must be a position that WatchPresence has answered, or empty")
 )
 

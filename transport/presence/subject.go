@@ -36,6 +36,8 @@ const (
 	// ringMost is how many changes of one subject are kept, and changesMost of all subjects together.
 	ringMost    = 8192
 	changesMost = 1 << 20
+	// tenantShare is the part of Config.Watched that one tenant may have.
+	tenantShare = 4
 )
 
 // target is a room or a user, with the tenant before it.
@@ -58,6 +60,7 @@ type watched struct {
 type subject struct {
 	// Static.
 	target target
+	scope  string        // of the tenant who has it followed
 	name   string        // begins its positions, and those of no other
 	named  chan struct{} // holds a token when it is to be looked at
 
@@ -74,8 +77,8 @@ type subject struct {
 	moved   chan struct{}            // closed and made anew when any of these changes
 }
 
-// follow finds the subject of a target, or begins to follow it. It is watched until unfollow.
-func (s *Service) follow(of target) (*subject, error) {
+// follow finds the subject of a target of a scope, or begins to follow it. It is watched until unfollow.
+func (s *Service) follow(scope string, of target) (*subject, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -83,10 +86,10 @@ func (s *Service) follow(of target) (*subject, error) {
 	}
 	sub := s.subjects[of]
 	if sub == nil {
-		if len(s.subjects) >= s.cfg.Watched || s.membersLocked() > s.cfg.WatchedMembers {
+		if !s.roomLocked(scope) {
 			return nil, ErrFull
 		}
-		sub = &subject{target: of, name: rand.Text(), named: make(chan struct{}, 1), moved: make(chan struct{})}
+		sub = &subject{target: of, scope: scope, name: rand.Text(), named: make(chan struct{}, 1), moved: make(chan struct{})}
 		s.subjects[of] = sub
 		s.count.Add(1)
 		s.begin(sub)
@@ -103,13 +106,39 @@ func (s *Service) unfollow(sub *subject) {
 	}
 }
 
-// membersLocked is how much all subjects hold.
-func (s *Service) membersLocked() int {
-	n := 0
-	for _, sub := range s.subjects {
-		n += sub.size()
+// roomLocked makes room for one more subject of a scope: those that nobody watches any more end before their time. It tells
+// whether there is room.
+func (s *Service) roomLocked(scope string) bool {
+	for {
+		members, own := 0, 0
+		var idle, idleOwn *subject // for the longest time
+		for _, sub := range s.subjects {
+			members += sub.size()
+			unwatched := sub.watchers == 0
+			if unwatched && (idle == nil || sub.idle.Before(idle.idle)) {
+				idle = sub
+			}
+			if sub.scope != scope {
+				continue
+			}
+			own++
+			if unwatched && (idleOwn == nil || sub.idle.Before(idleOwn.idle)) {
+				idleOwn = sub
+			}
+		}
+		switch {
+		case scope != "" && own >= max(1, s.cfg.Watched/tenantShare):
+			idle = idleOwn
+		case len(s.subjects) < s.cfg.Watched && members <= s.cfg.WatchedMembers:
+			return true
+		}
+		if idle == nil {
+			return false
+		}
+		delete(s.subjects, idle.target)
+		s.count.Add(-1)
+		idle.look() // so that over is asked
 	}
-	return n
 }
 
 func (sub *subject) size() int {
@@ -125,6 +154,9 @@ func (sub *subject) size() int {
 func (s *Service) over(sub *subject) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.subjects[sub.target] != sub { // another one needed the place
+		return true
+	}
 	if sub.watchers > 0 || time.Since(sub.idle) < s.cfg.Linger {
 		return false
 	}
@@ -237,14 +269,19 @@ func (sub *subject) failed(err error) {
 	sub.err = err
 }
 
-// take makes next the state, and keeps what has changed for those who watch.
+// take makes next the state, and keeps what has changed for those who watch. Nobody but the loop of the subject calls it.
 func (s *Service) take(sub *subject, next state) {
 	sub.mu.Lock()
-	defer sub.mu.Unlock()
 	was := sub.state
+	sub.mu.Unlock()
+	var changes []*pubsub.PresenceChange
+	if was != nil { // of a large room this takes long, and whoever begins to follow something asks each subject for its size
+		changes = was.to(next, sub.target)
+	}
+	sub.mu.Lock()
+	defer sub.mu.Unlock()
 	sub.state, sub.err = next, nil
 	if was != nil {
-		changes := was.to(next, sub.target)
 		if len(changes) == 0 {
 			return
 		}

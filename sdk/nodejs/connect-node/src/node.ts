@@ -268,8 +268,8 @@ export class ConnectNode {
           this.wasLost = !up;
           this.state("etcd", up, why);
         },
-        refused: (all, revision) => {
-          this.refusals.list(all, revision);
+        refused: (stands, revision, all) => {
+          this.refusals.list(stands, revision, all);
           this.refuseAll();
         },
       });
@@ -525,7 +525,8 @@ export class ConnectNode {
   private refuseAll(): void {
     for (const of of [...this.users.values()]) {
       for (const s of of) {
-        const said = this.refusals.of(s.user, s.device);
+        let said = this.refusals.of(s.user, s.device);
+        for (const room of s.rooms) said ??= this.refusals.ofRoom(room);
         if (said !== undefined) this.cut(s, "disconnected", said);
       }
     }
