@@ -57,6 +57,7 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 		return x, err
 	}
 	p.engine, p.Order, p.Trace = e, nil, nil
+	p.oneRoom()
 	if p.Arrived.IsZero() {
 		p.Arrived = time.Now()
 	}

@@ -312,10 +312,16 @@ func (p *Push) routeRooms() {
 	p.sendBy(p.union.ID, s)
 }
 
-// enterRooms finds the union of a push to several rooms. One room is a room.
-func (p *Push) enterRooms() {
-	if p.Rooms.one {
+// oneRoom makes a push to several rooms that are one, perhaps several times, a push to that room.
+func (p *Push) oneRoom() {
+	if p.Kind == ToRooms && p.Rooms.one {
 		p.Kind, p.Room = ToRoom, p.Rooms.ids[0]
+	}
+}
+
+// enterRooms finds the union of a push to several rooms.
+func (p *Push) enterRooms() {
+	if p.oneRoom(); p.Kind == ToRoom {
 		return
 	}
 	e := p.engine

@@ -123,7 +123,7 @@ func appendWithout(b []byte, field protowire.Number, users, minus []string) []by
 // audience that has been evicted is not named again.
 type audiences struct {
 	limit   int // members of all audiences together, as the node sees them
-	members int // of all, those evicted and not forgotten yet included
+	members int // of all, those evicted and not forgotten yet included, and rooms of those of several
 	evicted int // members of those
 	lastID  uint32
 	byRoom  map[string]*audience // by Delivery.RoomKey
@@ -147,9 +147,14 @@ type forgotten struct {
 type audience struct {
 	id, version  uint32
 	room         string // Delivery.RoomKey; its own copy: that of a delivery is a part of the request
+	rooms        int32  // how many it is of, 0 for one
 	group        *route.Group
 	newer, older *audience
 }
+
+// weight is as many members as it counts for. The node keeps each of several rooms as it keeps a member: the id, and its place in a list
+// and in a map.
+func (aud *audience) weight() int { return len(aud.group.Users) + int(aud.rooms) }
 
 // audienceWeight is as many members as an audience itself takes the memory of, here and
 // on the node. It bounds how many there may be of a few members each.
@@ -186,15 +191,11 @@ func (a *audiences) address(d *engine.Delivery) address {
 	case d.Once():
 		return address{users: g.Users, minus: d.Except()} // it would take the place of audiences that are used again
 	}
-	to := a.addressGroup(d.RoomKey(), g, d.Except())
-	if rooms := d.Rooms(); rooms != nil && to.audience.room != "" {
-		to.audience.room, to.audience.rooms = "", rooms
-	}
-	return to
+	return a.addressGroup(d.RoomKey(), g, d.Except(), d.Rooms()...)
 }
 
-// addressGroup is address for the members of a room but except. Its definition names the room.
-func (a *audiences) addressGroup(room string, g *route.Group, except []string) address {
+// addressGroup is address for the members of a room, or of several, but except. Its definition names the room, or the several.
+func (a *audiences) addressGroup(room string, g *route.Group, except []string, rooms ...string) address {
 	named := address{users: g.Users, minus: except}
 	if len(except) > len(g.Users)/2 {
 		return named // the list is the shorter way to say it
@@ -210,17 +211,21 @@ func (a *audiences) addressGroup(room string, g *route.Group, except []string) a
 		}
 		a.evict(aud)
 	}
-	if !a.makeRoom(len(g.Users)) {
+	if !a.makeRoom(len(g.Users) + len(rooms)) {
 		a.meters.audListed.Inc()
 		return named
 	}
 	a.lastID++
-	aud := &audience{id: a.lastID, version: 1, room: strings.Clone(room), group: g}
+	aud := &audience{id: a.lastID, version: 1, room: strings.Clone(room), rooms: int32(len(rooms)), group: g}
 	a.byRoom[aud.room] = aud
 	a.use(aud)
-	a.members += len(g.Users)
+	a.members += aud.weight()
 	a.meters.audDefined.Inc()
-	return address{audience: audienceRef{id: aud.id, version: 1, room: aud.room, join: g.Users}}
+	ref := audienceRef{id: aud.id, version: 1, room: aud.room, join: g.Users}
+	if len(rooms) > 0 {
+		ref.room, ref.rooms = "", rooms
+	}
+	return address{audience: ref}
 }
 
 // undo takes back what address has just promised about a delivery to room: the
@@ -231,7 +236,7 @@ func (a *audiences) undo(room string, to *address) {
 		return
 	}
 	aud := a.byRoom[room]
-	a.members -= len(ref.join) - len(ref.leave)
+	a.members -= len(ref.join) - len(ref.leave) + len(ref.rooms)
 	if ref.version > 1 {
 		aud.version--
 		aud.group = a.before
@@ -283,8 +288,8 @@ func (a *audiences) makeRoom(n int) bool {
 func (a *audiences) evict(aud *audience) {
 	aud.unlink()
 	delete(a.byRoom, aud.room)
-	a.evicted += len(aud.group.Users)
-	a.forget = append(a.forget, forgotten{aud.id, len(aud.group.Users)})
+	a.evicted += aud.weight()
+	a.forget = append(a.forget, forgotten{aud.id, aud.weight()})
 	a.meters.audForgotten.Inc()
 }
 

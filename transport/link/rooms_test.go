@@ -6,7 +6,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/VictoriaMetrics/metrics"
+
 	"github.com/push-manager/push-manager/engine"
+	"github.com/push-manager/push-manager/engine/route"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -81,6 +84,10 @@ func TestNodeWithoutSeveralRoomsGetsNoneOfThem(t *testing.T) {
 				if err != nil || len(x.Planned) != 2 || x.Planned[0].Link.Verdict != engine.Sent || x.Planned[1].Link.Verdict != engine.DropNoRooms {
 					t.Errorf("%+v, %v", x, err)
 				}
+				one, err := w.engine.Explain(t.Context(), w.toRooms("x", "s", "s"), false) // which is sent as to the room
+				if err != nil || len(one.Planned) != 1 || one.Planned[0].Link.Verdict != engine.Sent {
+					t.Errorf("one room, twice: %+v, %v", one, err)
+				}
 				if got := old.received(t); len(got) > 0 {
 					t.Errorf("the node that cannot got %q", got)
 				}
@@ -122,4 +129,35 @@ func TestNewerPushToTheSameRoomsTakesThePlaceOfOneWithItsCollapseKey(t *testing.
 			}
 		}
 	})
+}
+
+// The node keeps the rooms of an audience as it keeps members. A list of many rooms with one member there is not as small as it looks.
+func TestRoomsOfAudiencesHaveTheBoundOfMembers(t *testing.T) {
+	const limit = 1000
+	a := newAudiences(limit, newMeters(metrics.NewSet()))
+	rooms, g := names("room", 100), &route.Group{Node: "A", Users: []string{"u"}}
+	kept, now, most := map[uint32]int{}, 0, 0
+	for i := range 300 {
+		list := fmt.Sprint("list-", i/2)
+		to := a.addressGroup(list, g, nil, rooms...)
+		if ref := to.audience; len(ref.join) > 0 {
+			if ref.room != "" || !slices.Equal(ref.rooms, rooms) {
+				t.Fatalf("defined as of %q, %d rooms", ref.room, len(ref.rooms))
+			}
+			if i%7 == 0 {
+				a.undo(list, &to)
+				continue
+			}
+			kept[ref.id] = len(ref.join) + len(ref.rooms)
+			now += kept[ref.id]
+		}
+		most = max(most, now)
+		for _, id := range forgets(t, a.endFrame(nil, 1<<10), 1<<10) {
+			now -= kept[id]
+			delete(kept, id)
+		}
+	}
+	if most > limit || most < limit/2 || a.members != now {
+		t.Errorf("the node has kept up to %d members and rooms of at most %d, and is thought to have %d instead of %d", most, limit, a.members, now)
+	}
 }
