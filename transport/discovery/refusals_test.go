@@ -74,16 +74,16 @@ func TestRefusalsAreKnownToThoseWhoWatchAndToThoseWhoComeLater(t *testing.T) {
 	early := watch()
 	user, device, room := Refusal{User: "shop/a", Code: 4410, Seconds: 3600}, Refusal{User: "shop/a", Device: "d", Code: 4411, Reason: "x", Seconds: 3600}, Refusal{Room: "r", Code: 4412, Seconds: 2}
 	for _, r := range []*Refusal{&user, &device, &room} {
-		if _, err := w.Refuse(t.Context(), r); err != nil {
+		if _, err := w.Refuse(t.Context(), "", r); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := w.Refuse(t.Context(), &Refusal{User: "b", Code: 4410, Seconds: 60}); !errors.Is(err, ErrManyRefusals) {
+	if _, err := w.Refuse(t.Context(), "", &Refusal{User: "b", Code: 4410, Seconds: 60}); !errors.Is(err, ErrManyRefusals) {
 		t.Errorf("one too many: %v", err)
 	}
 	again := user
 	again.Reason = "again"
-	before, err := w.Refuse(t.Context(), &again) // in the place of the first
+	before, err := w.Refuse(t.Context(), "", &again) // in the place of the first
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,12 +136,62 @@ func TestWhatIsNoRefusalIsLeftOut(t *testing.T) {
 
 func FuzzParseRefusal(f *testing.F) {
 	f.Add(RefusedPrefix+"user/u", []byte(`{"user":"u","code":4410,"seconds":1}`))
-	f.Add(RefusedPrefix+"device/1/u/d", []byte(`{"user":"u","device":"d","code":4410,"seconds":1}`))
+	f.Add(RefusedPrefix+"device/u/d/1", []byte(`{"user":"u","device":"d","code":4410,"seconds":1}`))
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		if r, ok := parseRefusal(key, value); ok && (r.Check() != nil || r.Key() != key) {
 			t.Errorf("%q: %+v", key, r)
 		}
 	})
+}
+
+// TestATenantRefusesItsShareAndNoMore of users, devices and rooms together.
+func TestATenantRefusesItsShareAndNoMore(t *testing.T) {
+	w := &Refusals{Client: etcdtest.Start(t).Client(), Most: 12, Timeout: 10 * time.Second}
+	refuse := func(scope string, r Refusal) error {
+		r.Code, r.Seconds = 4410, 3600
+		_, err := w.Refuse(t.Context(), scope, &r)
+		return err
+	}
+	for _, r := range []Refusal{{User: "shop/a"}, {User: "shop/a", Device: "d"}, {Room: "shop/a"}, {Room: "shop/a"}} { // the last one is known
+		if err := refuse("shop/", r); err != nil {
+			t.Fatalf("%+v: %v", r, err)
+		}
+	}
+	for _, r := range []Refusal{{User: "shop/b"}, {User: "shop/a", Device: "e"}, {Room: "shop/b"}} {
+		if err := refuse("shop/", r); !errors.Is(err, ErrManyRefusals) {
+			t.Errorf("more than a quarter, %+v: %v", r, err)
+		}
+	}
+	if err := refuse("shopping/", Refusal{User: "shopping/a"}); err != nil {
+		t.Errorf("for another tenant: %v", err)
+	}
+	if err := refuse("", Refusal{User: "shop/b"}); err != nil {
+		t.Errorf("for who has no tenant: %v", err)
+	}
+	if _, err := w.Lift(t.Context(), &Refusal{User: "shop/b"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := w.Lift(t.Context(), &Refusal{User: "shop/a", Device: "d"}); err != nil {
+		t.Error(err)
+	}
+	if err := refuse("shop/", Refusal{User: "shop/b"}); err != nil {
+		t.Errorf("in the place of one that was lifted: %v", err)
+	}
+}
+
+// TestNoTwoRefusalsHaveOneKey whatever slashes their ids have.
+func TestNoTwoRefusalsHaveOneKey(t *testing.T) {
+	keys := map[string]Refusal{}
+	parts := []string{"a", "1", "a/1", "1/a", "a/1/1", "a/", "/1"}
+	for _, user := range parts {
+		for _, device := range append(parts, "") {
+			r := Refusal{User: user, Device: device}
+			if other, twice := keys[r.Key()]; twice {
+				t.Errorf("%+v and %+v: %s", r, other, r.Key())
+			}
+			keys[r.Key()] = r
+		}
+	}
 }
 
 // leaving is an etcd whose caller leaves when a lease was made for a refusal, or a refusal was written or deleted.
@@ -183,7 +233,7 @@ func TestCallersWhoLeaveLeaveNoLeasesBehind(t *testing.T) {
 	for range 3 {
 		ctx, leave := context.WithCancel(t.Context())
 		client.KV, client.Lease = leaving{kv, leave}, leavingLease{lease, leave}
-		if _, err := w.Refuse(ctx, &Refusal{User: "a", Code: 4410, Seconds: 3600}); err != nil {
+		if _, err := w.Refuse(ctx, "", &Refusal{User: "a", Code: 4410, Seconds: 3600}); err != nil {
 			t.Fatal(err)
 		}
 		leave()

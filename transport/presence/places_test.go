@@ -3,7 +3,11 @@ package presence
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/push-manager/push-manager/engine/route"
@@ -114,10 +118,10 @@ type slow struct {
 	asked, answer chan struct{}
 }
 
-func (s slow) to(state, target) []*pubsub.PresenceChange {
+func (s slow) to(state, target, int) (changes []*pubsub.PresenceChange, fits bool) {
 	close(s.asked)
 	<-s.answer
-	return nil
+	return nil, true
 }
 
 // TestALargeRoomThatIsComparedHoldsNobodyUp who begins to watch something else: the change stream would wait for them.
@@ -153,4 +157,92 @@ func TestALargeRoomThatIsComparedHoldsNobodyUp(t *testing.T) {
 	}
 	close(state.answer)
 	<-compared
+}
+
+// held is a Controller that answers nobody of one tenant.
+type held struct {
+	nobody
+
+	scope string
+}
+
+func (h held) Whereabouts(ctx context.Context, users []string) ([]*pubsub.GetUserNodeResponse, error) {
+	if strings.HasPrefix(users[0], h.scope) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return h.nobody.Whereabouts(ctx, users)
+}
+
+// TestATenantThatAsksMuchKeepsNoOtherOneWaiting neither with calls that take long nor with pages.
+func TestATenantThatAsksMuchKeepsNoOtherOneWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newService(t, 8)
+		s.cfg.Controller = held{scope: "shop/"}
+		ctx, cancel := context.WithCancel(t.Context())
+		var shop sync.WaitGroup
+		sees := func(string) bool { return true }
+		for range 2 * s.cfg.Reads {
+			shop.Go(func() { _, _ = s.Users(ctx, "shop/", []string{"a"}, false, sees) })
+		}
+		synctest.Wait()
+		if asking := len(s.shared.places); asking != s.cfg.Reads/4 {
+			t.Errorf("%d of %d places are one tenant's", asking, s.cfg.Reads)
+		}
+		for _, scope := range []string{"bank/", ""} {
+			began := time.Now()
+			if _, err := s.Users(ctx, scope, []string{"a"}, false, sees); err != nil || time.Since(began) > 0 {
+				t.Errorf("a call of %q: %v after %v", scope, err, time.Since(began))
+			}
+		}
+		cancel()
+		shop.Wait()
+		if n := len(s.shared.places) + len(s.turnsOf("shop/")[0].places); n > 0 {
+			t.Errorf("%d places are not given back", n)
+		}
+		began := time.Now()
+		for range 60 {
+			shop.Go(func() {
+				if _, err := s.Members(t.Context(), "shop/", "r", "", 0); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		if _, err := s.Members(t.Context(), "bank/", "r", "", 0); err != nil || time.Since(began) > 0 {
+			t.Errorf("a page: %v after %v", err, time.Since(began))
+		}
+		shop.Wait()
+		if took := time.Since(began); took < 2*time.Second || took > 3*time.Second {
+			t.Errorf("60,000 members after %v", took)
+		}
+	})
+}
+
+// TestMoreChangesThanAreKeptAreASnapshot for everybody who watches, also for who had read all.
+func TestMoreChangesThanAreKeptAreASnapshot(t *testing.T) {
+	const members = 100_000
+	s := newService(t, 1000)
+	sub := &subject{target: target{true, "r"}, named: make(chan struct{}, 1), moved: make(chan struct{})}
+	large := &route.Snapshot{Found: true, Users: members}
+	for n := range 10 {
+		g := &route.Group{Node: fmt.Sprint("n", n)}
+		for i := range members / 10 {
+			g.Users = append(g.Users, fmt.Sprintf("u%06d", n*members/10+i))
+		}
+		large.Groups = append(large.Groups, g)
+	}
+	s.take(sub, roomState{large})
+	before := place{n: sub.first + uint64(len(sub.changes))}
+	empty := roomState{&route.Snapshot{}}
+	s.take(sub, empty)
+	all, some, next, _ := sub.read(before)
+	if all != empty || len(some) > 0 || len(sub.changes) > 0 || sub.has(before.n) || !sub.has(next) {
+		t.Errorf("a room that empties: snapshot %v, %d changes, %d are kept", all != nil, len(some), len(sub.changes))
+	}
+	one := &route.Snapshot{Found: true, Users: 1, Unplaced: []string{"u"}}
+	s.take(sub, roomState{one})
+	if all, some, _, _ := sub.read(place{n: next}); all != nil || len(some) != 1 {
+		t.Errorf("what comes then: snapshot %v, %d changes", all != nil, len(some))
+	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/controller"
 )
@@ -36,8 +37,6 @@ const (
 	// ringMost is how many changes of one subject are kept, and changesMost of all subjects together.
 	ringMost    = 8192
 	changesMost = 1 << 20
-	// tenantShare is the part of Config.Watched that one tenant may have.
-	tenantShare = 4
 )
 
 // target is a room or a user, with the tenant before it.
@@ -106,28 +105,30 @@ func (s *Service) unfollow(sub *subject) {
 	}
 }
 
-// roomLocked makes room for one more subject of a scope: those that nobody watches any more end before their time. It tells
-// whether there is room.
+// roomLocked makes room for one more subject of a scope, and tells whether there is room. Subjects that nobody watches any more end
+// before their time where it is needed: the one that nobody has watched for the longest time first.
 func (s *Service) roomLocked(scope string) bool {
 	for {
-		members, own := 0, 0
-		var idle, idleOwn *subject // for the longest time
+		members, inUse, own := 0, 0, 0
+		var idle, idleOwn *subject
 		for _, sub := range s.subjects {
 			members += sub.size()
-			unwatched := sub.watchers == 0
-			if unwatched && (idle == nil || sub.idle.Before(idle.idle)) {
+			older := func(other *subject) bool { return sub.watchers == 0 && (other == nil || sub.idle.Before(other.idle)) }
+			if older(idle) {
 				idle = sub
 			}
-			if sub.scope != scope {
-				continue
+			if sub.watchers > 0 {
+				inUse++
 			}
-			own++
-			if unwatched && (idleOwn == nil || sub.idle.Before(idleOwn.idle)) {
-				idleOwn = sub
+			if sub.scope == scope {
+				own++
+				if older(idleOwn) {
+					idleOwn = sub
+				}
 			}
 		}
 		switch {
-		case scope != "" && own >= max(1, s.cfg.Watched/tenantShare):
+		case scope != "" && own >= ids.TenantShare(s.cfg.Watched, inUse):
 			idle = idleOwn
 		case len(s.subjects) < s.cfg.Watched && members <= s.cfg.WatchedMembers:
 			return true
@@ -137,7 +138,7 @@ func (s *Service) roomLocked(scope string) bool {
 		}
 		delete(s.subjects, idle.target)
 		s.count.Add(-1)
-		idle.look() // so that over is asked
+		idle.look() // its loop finds that it is over
 	}
 }
 
@@ -220,7 +221,7 @@ func (s *Service) look(ctx context.Context, sub *subject) (err error) {
 	defer s.recovered("a look", &err)
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
-	leave, err := s.enter(ctx)
+	leave, err := s.enter(ctx, sub.scope)
 	if err != nil {
 		return err
 	}
@@ -269,29 +270,38 @@ func (sub *subject) failed(err error) {
 	sub.err = err
 }
 
-// take makes next the state, and keeps what has changed for those who watch. Nobody but the loop of the subject calls it.
+// take makes next the state, and keeps what has changed for those who watch. Only the loop of the subject calls it.
 func (s *Service) take(sub *subject, next state) {
+	most := min(ringMost, changesMost/s.cfg.Watched)
 	sub.mu.Lock()
 	was := sub.state
 	sub.mu.Unlock()
 	var changes []*pubsub.PresenceChange
-	if was != nil { // of a large room this takes long, and whoever begins to follow something asks each subject for its size
-		changes = was.to(next, sub.target)
+	fits := true
+	if was != nil {
+		// Without the lock: it takes long for a large room, and whoever begins to watch something asks each subject for its size.
+		if changes, fits = was.to(next, sub.target, most); fits && len(changes) == 0 {
+			sub.mu.Lock()
+			sub.state, sub.err = next, nil
+			sub.mu.Unlock()
+			return
+		}
 	}
 	sub.mu.Lock()
 	defer sub.mu.Unlock()
 	sub.state, sub.err = next, nil
 	if was != nil {
-		if len(changes) == 0 {
-			return
-		}
 		s.m.changes.Add(len(changes))
 		sub.changes = append(sub.changes, changes...)
-		if most := min(ringMost, changesMost/s.cfg.Watched); len(sub.changes) > most+most/4 {
-			gone := len(sub.changes) - most
-			sub.changes = slices.Clone(sub.changes[gone:])
-			sub.first += uint64(gone)
-		}
+	}
+	switch {
+	case !fits: // nobody goes on behind it without a snapshot
+		sub.first += uint64(len(sub.changes)) + 1
+		sub.changes = nil
+	case len(sub.changes) > most+most/4:
+		gone := len(sub.changes) - most
+		sub.changes = slices.Clone(sub.changes[gone:])
+		sub.first += uint64(gone)
 	}
 	close(sub.moved)
 	sub.moved = make(chan struct{})
