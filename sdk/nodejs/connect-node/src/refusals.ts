@@ -40,7 +40,7 @@ export function checkDisconnect(d: Disconnect): void {
 
 const keyOf = (user: string, device: string, room: string): string => {
   if (room !== "") return `${refusedPrefix}room/${room}`;
-  return device === "" ? `${refusedPrefix}user/${user}` : `${refusedPrefix}device/${Buffer.byteLength(user)}/${user}/${device}`;
+  return device === "" ? `${refusedPrefix}user/${user}` : `${refusedPrefix}device/${user}/${device}/${Buffer.byteLength(device)}`;
 };
 
 /** What a Push-Manager has written at a key; undefined for anything else. */
