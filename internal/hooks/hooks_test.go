@@ -450,3 +450,35 @@ func TestADamagedFileOfQueuesIsRefusedInALine(t *testing.T) {
 		})
 	}
 }
+
+// TestAFileThatIsDamagedWhileItIsOpenEndsNothing: the gateway goes on, and what is lost is counted.
+func TestAFileThatIsDamagedWhileItIsOpenEndsNothing(t *testing.T) {
+	r, dir := newReceiver(t), t.TempDir()
+	set := metrics.NewSet()
+	h := open(t, Config{Dir: dir, File: write(t, dir, entry("a", r.url, "join")), Metrics: set})
+	event := Event{Kind: Join, At: time.Now(), Boot: "b", User: "u", Room: "r", Connection: "c"}
+	h.Emit(event)
+	r.until("it works", func([]got) bool { n, _ := (*h.current.Load())[0].queue.size(); return n == 0 && len(r.seen()) == 1 })
+	if err := os.Truncate(filepath.Join(dir, fileName), 0); err != nil { // its pages are mapped
+		t.Fatal(err)
+	}
+	for range 3 {
+		h.Emit(event)
+	}
+	for deadline := time.Now().Add(30 * time.Second); !h.file.broken.Load(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("nobody has noticed")
+		}
+	}
+	h.Emit(event)
+	if err := os.WriteFile(filepath.Join(dir, "hooks.yaml"), []byte("version: 1\nhooks: []\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.read() // its queue is to be deleted, in the same file
+	if err := h.Close(canceled()); err != nil {
+		t.Error(err)
+	}
+	if n := set.GetOrCreateCounter("connect_node_hook_events_dropped_total").Get(); n != 4 {
+		t.Errorf("%d events are counted as lost, want 4", n)
+	}
+}
