@@ -37,7 +37,8 @@ type Disconnected struct {
 	Failures []Failure
 }
 
-// Disconnect closes connections on all Connect-Nodes. An error means that nobody was disconnected.
+// Disconnect closes connections on all Connect-Nodes. After an error of which [Error] says that nothing was sent nobody was disconnected;
+// after another one, such as the end of ctx, they may have been.
 func (c *Client) Disconnect(ctx context.Context, d Disconnect) (Disconnected, error) {
 	request := &pubsub.DisconnectRequest{
 		UserId: d.User, DeviceId: d.Device, RoomId: d.Room, Code: uint32(max(d.Code, 0)), Reason: d.Reason,

@@ -1700,7 +1700,9 @@ type Disconnected struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Token uint64                 `protobuf:"varint,1,opt,name=token,proto3" json:"token,omitempty"`
 	// How many were closed.
-	Connections   uint32 `protobuf:"varint,2,opt,name=connections,proto3" json:"connections,omitempty"`
+	Connections uint32 `protobuf:"varint,2,opt,name=connections,proto3" json:"connections,omitempty"`
+	// The node has failed: some connections may have been closed, and others not.
+	Failed        bool `protobuf:"varint,3,opt,name=failed,proto3" json:"failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1747,6 +1749,13 @@ func (x *Disconnected) GetConnections() uint32 {
 		return x.Connections
 	}
 	return 0
+}
+
+func (x *Disconnected) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
 }
 
 // LogFollow asks a manager for marks, of all partitions, from now on. A node has one manager do so at a
@@ -3100,10 +3109,11 @@ const file_connect_node_proto_rawDesc = "" +
 	"\tlog_reads\x18\v \x03(\v2\x0f.pubsub.LogReadR\blogReads\x120\n" +
 	"\n" +
 	"log_follow\x18\f \x01(\v2\x11.pubsub.LogFollowR\tlogFollow\x128\n" +
-	"\fdisconnected\x18\r \x03(\v2\x14.pubsub.DisconnectedR\fdisconnected\"F\n" +
+	"\fdisconnected\x18\r \x03(\v2\x14.pubsub.DisconnectedR\fdisconnected\"^\n" +
 	"\fDisconnected\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\x04R\x05token\x12 \n" +
-	"\vconnections\x18\x02 \x01(\rR\vconnections\"7\n" +
+	"\vconnections\x18\x02 \x01(\rR\vconnections\x12\x16\n" +
+	"\x06failed\x18\x03 \x01(\bR\x06failed\"7\n" +
 	"\tLogFollow\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x14\n" +
 	"\x05after\x18\x02 \x03(\x04R\x05after\"b\n" +

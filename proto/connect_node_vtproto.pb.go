@@ -1471,6 +1471,16 @@ func (m *Disconnected) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.Failed {
+		i--
+		if m.Failed {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x18
+	}
 	if m.Connections != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Connections))
 		i--
@@ -3187,6 +3197,9 @@ func (m *Disconnected) SizeVT() (n int) {
 	}
 	if m.Connections != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Connections))
+	}
+	if m.Failed {
+		n += 2
 	}
 	n += len(m.unknownFields)
 	return n
@@ -7351,6 +7364,26 @@ func (m *Disconnected) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Failed", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Failed = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

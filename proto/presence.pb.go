@@ -31,7 +31,7 @@ const (
 	SnapshotReason_SNAPSHOT_INITIAL SnapshotReason = 1
 	// The position is not known any more.
 	SnapshotReason_SNAPSHOT_POSITION_GONE SnapshotReason = 2
-	// The caller has read so slowly that changes were let go.
+	// The caller has read so slowly that changes were let go, or more has changed at once than is kept.
 	SnapshotReason_SNAPSHOT_FELL_BEHIND SnapshotReason = 3
 )
 

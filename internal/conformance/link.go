@@ -339,6 +339,9 @@ func (l *link) take(f *pubsub.DeliverResponse) {
 		if _, twice := l.closed[d.GetToken()]; twice || d.GetToken() == 0 {
 			l.fault("disconnected with the token %d, which is 0 or was answered before", d.GetToken())
 		}
+		if d.GetFailed() {
+			l.fault("disconnected with failed, which is for a node that could not do it")
+		}
 		l.closed[d.GetToken()] = d.GetConnections()
 	}
 	if f.GetHeartbeat() != 0 {

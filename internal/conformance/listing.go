@@ -19,6 +19,8 @@ const (
 	listBytes = 900 << 10
 	// pagesMost bounds the pages of a node with many users.
 	pagesMost = 100
+	// connectionsMost is how many of one user's an answer may name.
+	connectionsMost = 100
 )
 
 func listingChecks() []check {
@@ -26,6 +28,7 @@ func listingChecks() []check {
 		{name: "listing/turns", expect: "ListUsers: those who are connected, each once, ordered by turn, and all of them up to last_turn", users: 1, run: listingTurns},
 		{name: "listing/pages", expect: "ListUsers: limit cuts the list at a turn, and whoever goes on behind last_turn finds everybody once", users: 2, run: listingPages},
 		{name: "listing/scope", expect: "ListUsers: users whose ids begin with scope, and no others", users: 1, run: listingScope},
+		{name: "listing/connections", expect: "ListConnections: the connections of each user, in the order that was asked for, each with an id of its own or none", users: 1, run: listingConnections},
 	}
 }
 
@@ -126,6 +129,45 @@ func listingScope(ctx context.Context, t *tester) error {
 	}
 	if len(users) > 0 || last != ids.LastTurn {
 		return fmt.Errorf("of a tenant without users, %s are listed up to turn %d", some(users), last)
+	}
+	return nil
+}
+
+// listingConnections asks for the rest as often as the answers need, as Push-Manager does.
+func listingConnections(ctx context.Context, t *tester) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*t.cfg.Within)
+	defer cancel()
+	users := append([]string{t.cfg.Absent}, t.cfg.Users...)
+	known := map[string]string{} // who has a connection, by its id
+	for len(users) > 0 {
+		r, err := t.api.ListConnections(ctx, &pubsub.ListConnectionsRequest{UserIds: users})
+		if status.Code(err) == codes.Unimplemented {
+			return &skipped{"the node does not do it: callers are not told which connections users have"}
+		}
+		if err != nil {
+			return err
+		}
+		if n := len(r.GetUsers()); n == 0 || n > len(users) {
+			return fmt.Errorf("%d answers for %d users", n, len(users))
+		}
+		for i, u := range r.GetUsers() {
+			switch n := len(u.GetConnections()); {
+			case users[i] == t.cfg.Absent && n > 0:
+				return fmt.Errorf("user %q, who is not connected, has %d connections", users[i], n)
+			case users[i] != t.cfg.Absent && n == 0:
+				return fmt.Errorf("user %q, who is connected, has no connection", users[i])
+			case n > connectionsMost:
+				return fmt.Errorf("user %q has %d connections in the answer, more than %d", users[i], n, connectionsMost)
+			}
+			for _, c := range u.GetConnections() {
+				id := c.GetConnectionId()
+				if other, twice := known[id]; twice && id != "" {
+					return fmt.Errorf("connection_id %q is that of a connection of %q, and of one of %q", id, other, users[i])
+				}
+				known[id] = users[i]
+			}
+		}
+		users = users[len(r.GetUsers()):]
 	}
 	return nil
 }

@@ -27,7 +27,7 @@ func (st *plainStream) disconnect(f *pubsub.DeliverRequest) error {
 		}
 		p.mu.Unlock()
 		if p.fault != "disconnects are not answered" {
-			st.send(&pubsub.DeliverResponse{Disconnected: []*pubsub.Disconnected{{Token: d.Token, Connections: closed}}})
+			st.send(&pubsub.DeliverResponse{Disconnected: []*pubsub.Disconnected{{Token: d.Token, Connections: closed, Failed: p.fault == "disconnects fail"}}})
 		}
 	}
 	return nil

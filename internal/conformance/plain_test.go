@@ -624,6 +624,27 @@ func (p *plain) ListUsers(_ context.Context, r *pubsub.ListUsersRequest) (*pubsu
 	return reply, nil
 }
 
+// ListConnections says that each user has one connection, and nothing but its id.
+func (p *plain) ListConnections(_ context.Context, r *pubsub.ListConnectionsRequest) (*pubsub.ListConnectionsResponse, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	reply := &pubsub.ListConnectionsResponse{}
+	for _, user := range r.UserIds {
+		u, id := &pubsub.UserConnections{}, "of "+user
+		if p.fault == "connections share an id" {
+			id = "one"
+		}
+		if _, here := p.users[user]; here && p.fault != "connections are nobody's" {
+			u.Connections = []*pubsub.Connection{{ConnectionId: id}}
+		}
+		reply.Users = append(reply.Users, u)
+	}
+	if p.fault == "connections come in any order" {
+		slices.Reverse(reply.Users)
+	}
+	return reply, nil
+}
+
 func (p *plain) unary(c *pubsub.MessageContent) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

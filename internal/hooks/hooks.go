@@ -80,7 +80,7 @@ type Config struct {
 type Hooks struct {
 	// Static after Open.
 	cfg      Config
-	db       *bbolt.DB
+	file     *file
 	in       chan Event
 	stop     chan struct{} // closed when no event comes any more
 	writing  sync.WaitGroup
@@ -129,13 +129,24 @@ func Open(cfg Config) (*Hooks, error) {
 			false: cfg.Metrics.GetOrCreateCounter(`connect_node_hook_reloads_total{result="failed"}`),
 		},
 	}
-	if h.db, err = openFile(cfg.Dir); err != nil {
+	if h.file, err = openFile(cfg.Dir); err != nil {
 		return nil, err
 	}
 	h.current.Store(new([]*sender))
+	names := make([]string, len(list))
+	for i := range list {
+		names[i] = list[i].Name
+	}
+	forgotten, err := h.file.forget(names)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", cfg.Dir, err), h.file.close())
+	}
+	if forgotten > 0 {
+		cfg.Logger.Info("hooks are there no more", "forgotten", forgotten)
+	}
 	if err := h.take(list); err != nil {
 		h.drain(context.Background(), *h.current.Load())
-		return nil, errors.Join(err, h.db.Close())
+		return nil, errors.Join(err, h.file.close())
 	}
 	cfg.Metrics.GetOrCreateGauge("connect_node_hook_events_waiting", func() float64 { return float64(len(h.in)) })
 	h.writing.Go(h.writeLoop)
@@ -164,7 +175,7 @@ func (h *Hooks) Close(ctx context.Context) error {
 	close(h.stop)
 	h.writing.Wait()
 	h.drain(ctx, *h.current.Load())
-	if err := h.db.Close(); err != nil {
+	if err := h.file.close(); err != nil {
 		return fmt.Errorf("hooks: %w", err)
 	}
 	return nil
@@ -266,7 +277,7 @@ func canceled() context.Context {
 
 // begin opens the queue of a hook, and its sender.
 func (h *Hooks) begin(l *hook) (*sender, error) {
-	queue, err := openQueue(h.db, l.Name, int64(h.cfg.QueueBytes))
+	queue, err := openQueue(h.file, l.Name, int64(h.cfg.QueueBytes))
 	if err != nil {
 		return nil, err
 	}
@@ -352,7 +363,7 @@ func (h *Hooks) write(batch []Event) {
 func (h *Hooks) commit(batch []Event, texts [][]byte) error {
 	senders, now := *h.current.Load(), time.Now()
 	changes := make([]change, len(senders))
-	err := h.db.Update(func(tx *bbolt.Tx) (err error) {
+	err := h.file.update(func(tx *bbolt.Tx) (err error) {
 		for i, s := range senders {
 			l := s.hook.Load()
 			var wanted [][]byte

@@ -372,3 +372,113 @@ func TestADirectoryIsOneProcesses(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestAHookThatWasTakenOutWhileNobodyReadTheFileIsForgotten with what waited for it.
+func TestAHookThatWasTakenOutWhileNobodyReadTheFileIsForgotten(t *testing.T) {
+	r, dir := newReceiver(t), t.TempDir()
+	r.set(func(w http.ResponseWriter) { w.WriteHeader(http.StatusInternalServerError) })
+	both := entry("a", r.url, "join") + entry("b", r.url, "leave")
+	run := func(hooks string, do func(h *Hooks)) {
+		t.Helper()
+		h := open(t, Config{Dir: dir, File: write(t, dir, hooks)})
+		do(h)
+		if err := h.Close(canceled()); err != nil {
+			t.Error(err)
+		}
+	}
+	run(both, func(h *Hooks) {
+		h.Emit(Event{Kind: Join, At: time.Now(), Boot: "b", User: "u", Room: "r", Connection: "c"})
+		h.Emit(Event{Kind: Leave, At: time.Now(), Boot: "b", User: "u", Room: "r", Connection: "c"})
+	})
+	size := func(h *Hooks, name string) int {
+		i := slices.IndexFunc(*h.current.Load(), func(s *sender) bool { return s.name == name })
+		n, _ := (*h.current.Load())[i].queue.size()
+		return n
+	}
+	run(entry("b", r.url, "leave"), func(h *Hooks) {
+		if n := size(h, "b"); n != 1 {
+			t.Errorf("%d events wait for the hook that is there still", n)
+		}
+	})
+	run(both, func(h *Hooks) {
+		if a, b := size(h, "a"), size(h, "b"); a != 0 || b != 1 {
+			t.Errorf("%d events wait for the hook that was taken out, %d for the other one", a, b)
+		}
+	})
+}
+
+// TestADamagedFileOfQueuesIsRefusedInALine and does not bring the gateway down.
+func TestADamagedFileOfQueuesIsRefusedInALine(t *testing.T) {
+	good := func(t *testing.T) (cfg Config, content []byte) {
+		t.Helper()
+		dir := t.TempDir()
+		cfg = Config{Dir: dir, File: write(t, dir, entry("a", "https://127.0.0.1:1/", "join"))}
+		h := open(t, cfg)
+		for i := range 3000 { // several pages, and one above them
+			h.Emit(Event{Kind: Join, At: time.Now(), Boot: "b", User: fmt.Sprint("user ", i), Room: "r", Connection: "c"})
+		}
+		if err := h.Close(canceled()); err != nil {
+			t.Fatal(err)
+		}
+		content, err := os.ReadFile(filepath.Join(dir, fileName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cfg, content
+	}
+	page := os.Getpagesize()
+	for name, damage := range map[string]func(b []byte) []byte{
+		"no file of its kind":   func(b []byte) []byte { return []byte(strings.Repeat("x", len(b))) },
+		"cut off":               func(b []byte) []byte { return b[:len(b)/2] },
+		"cut to two pages":      func(b []byte) []byte { return b[:2*page] },
+		"zeros behind the head": func(b []byte) []byte { return append(b[:2*page:2*page], make([]byte, len(b)-2*page)...) },
+		"text behind the head":  func(b []byte) []byte { return append(b[:2*page:2*page], strings.Repeat("y", len(b)-2*page)...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg, content := good(t)
+			if err := os.WriteFile(filepath.Join(cfg.Dir, fileName), damage(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			h, err := Open(cfg)
+			if err == nil {
+				_ = h.Close(canceled())
+				t.Fatal("it is taken")
+			}
+			if !strings.Contains(err.Error(), cfg.Dir) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q", err)
+			}
+		})
+	}
+}
+
+// TestAFileThatIsDamagedWhileItIsOpenEndsNothing: the gateway goes on, and what is lost is counted.
+func TestAFileThatIsDamagedWhileItIsOpenEndsNothing(t *testing.T) {
+	r, dir := newReceiver(t), t.TempDir()
+	set := metrics.NewSet()
+	h := open(t, Config{Dir: dir, File: write(t, dir, entry("a", r.url, "join")), Metrics: set})
+	event := Event{Kind: Join, At: time.Now(), Boot: "b", User: "u", Room: "r", Connection: "c"}
+	h.Emit(event)
+	r.until("it works", func([]got) bool { n, _ := (*h.current.Load())[0].queue.size(); return n == 0 && len(r.seen()) == 1 })
+	if err := os.Truncate(filepath.Join(dir, fileName), 0); err != nil { // its pages are mapped
+		t.Fatal(err)
+	}
+	for range 3 {
+		h.Emit(event)
+	}
+	for deadline := time.Now().Add(30 * time.Second); !h.file.broken.Load(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("nobody has noticed")
+		}
+	}
+	h.Emit(event)
+	if err := os.WriteFile(filepath.Join(dir, "hooks.yaml"), []byte("version: 1\nhooks: []\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.read() // its queue is to be deleted, in the same file
+	if err := h.Close(canceled()); err != nil {
+		t.Error(err)
+	}
+	if n := set.GetOrCreateCounter("connect_node_hook_events_dropped_total").Get(); n != 4 {
+		t.Errorf("%d events are counted as lost, want 4", n)
+	}
+}

@@ -1,13 +1,17 @@
 package hooks
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -25,27 +29,112 @@ const (
 	maxAge = 24 * time.Hour
 	// stamp is the length of the time in front of an event on disk, in milliseconds since 1970.
 	stamp = 8
+	// place is the length of a key: the number of an event.
+	place = 8
 )
 
-// openFile opens the file of the queues. One process has it at a time.
-func openFile(dir string) (*bbolt.DB, error) {
+// file is the file of the queues. The library panics of what it cannot read, and a page that is not there is a fault: either is an error
+// here, and nothing more is done with the file, which the library may have locked.
+type file struct {
+	db     *bbolt.DB
+	path   string
+	broken atomic.Bool
+}
+
+// openFile opens the file, and reads all of it: so one that is damaged is an error of the start. One process has it at a time.
+func openFile(dir string) (*file, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	db, err := bbolt.Open(filepath.Join(dir, fileName), 0o600, &bbolt.Options{Timeout: openWait, FreelistType: bbolt.FreelistMapType})
+	f := &file{path: filepath.Join(dir, fileName)}
+	err := f.guarded(func() (err error) {
+		f.db, err = bbolt.Open(f.path, 0o600, &bbolt.Options{Timeout: openWait, FreelistType: bbolt.FreelistMapType})
+		return err
+	})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s: another process has it", dir)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", dir, err)
 	}
-	return db, nil
+	err = f.view(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(key, value []byte) error {
+				if len(key) != place || len(value) < stamp {
+					return fmt.Errorf("%s is damaged, move it away: an event has no number or no time", f.path)
+				}
+				return nil
+			})
+		})
+	})
+	if err != nil {
+		return nil, errors.Join(err, f.close())
+	}
+	return f, nil
+}
+
+func (f *file) guarded(do func() error) (err error) {
+	if f.broken.Load() {
+		return f.damaged("see above")
+	}
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			f.broken.Store(true)
+			err = f.damaged(v)
+		}
+	}()
+	return do()
+}
+
+func (f *file) damaged(why any) error {
+	return fmt.Errorf("%s is damaged, move it away: %.200q", f.path, fmt.Sprint(why))
+}
+
+func (f *file) update(do func(tx *bbolt.Tx) error) error {
+	return f.guarded(func() error { return f.db.Update(do) })
+}
+
+func (f *file) view(do func(tx *bbolt.Tx) error) error {
+	return f.guarded(func() error { return f.db.View(do) })
+}
+
+// close leaves a file that is broken to the end of the process.
+func (f *file) close() error {
+	if f.broken.Load() {
+		return nil
+	}
+	return f.guarded(f.db.Close)
+}
+
+// forget deletes the queues of hooks that are not among names: they were taken out of HOOKS_FILE while nobody read it. It returns
+// how many events were in them.
+func (f *file) forget(names []string) (events int, err error) {
+	err = f.update(func(tx *bbolt.Tx) error {
+		events = 0
+		var gone [][]byte
+		if err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+			if !slices.Contains(names, string(name)) {
+				gone, events = append(gone, bytes.Clone(name)), events+b.Stats().KeyN
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		for _, name := range gone {
+			if err := tx.DeleteBucket(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return events, err
 }
 
 // queue is the events of a hook that the receiver has not taken, on disk: a bucket with rising keys. It is a webhook.Source and its Turns.
 type queue struct {
 	// Static.
-	db   *bbolt.DB
+	file *file
 	name []byte // of the bucket
 	most int64  // bytes
 
@@ -56,9 +145,9 @@ type queue struct {
 }
 
 // openQueue makes the bucket, or counts what is in it.
-func openQueue(db *bbolt.DB, name string, most int64) (*queue, error) {
-	q := &queue{db: db, name: []byte(name), most: most}
-	err := db.Update(func(tx *bbolt.Tx) error {
+func openQueue(f *file, name string, most int64) (*queue, error) {
+	q := &queue{file: f, name: []byte(name), most: most}
+	err := f.update(func(tx *bbolt.Tx) error {
 		b, err := tx.CreateBucketIfNotExists(q.name)
 		if err != nil {
 			return err
@@ -77,7 +166,7 @@ func openQueue(db *bbolt.DB, name string, most int64) (*queue, error) {
 
 // delete forgets all of it.
 func (q *queue) delete() error {
-	return q.db.Update(func(tx *bbolt.Tx) error { return tx.DeleteBucket(q.name) })
+	return q.file.update(func(tx *bbolt.Tx) error { return tx.DeleteBucket(q.name) })
 }
 
 // size is what waits.
@@ -134,7 +223,7 @@ func (q *queue) append(tx *bbolt.Tx, now time.Time, events [][]byte) (c change, 
 // drop removes from the front what leaves tells.
 func (q *queue) drop(leaves func(seq uint64, value []byte) bool) error {
 	var c change
-	err := q.db.Update(func(tx *bbolt.Tx) error {
+	err := q.file.update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(q.name)
 		if b == nil {
 			return nil
@@ -179,10 +268,10 @@ func (q *queue) Read(_ context.Context, after webhook.Position, most, bytes int)
 		}
 		return nil
 	}
-	err := q.db.View(read)
+	err := q.file.view(read)
 	if err == nil && old && len(page.Receipts) == 0 {
 		if err = q.drop(func(_ uint64, value []byte) bool { return len(value) < stamp || isOld(value) }); err == nil {
-			err = q.db.View(read)
+			err = q.file.view(read)
 		}
 	}
 	if err != nil {
@@ -212,7 +301,7 @@ func (turn) End(context.Context)   {}
 
 // Position is in front of the first one that waits.
 func (t turn) Position(context.Context) (p webhook.Position, known bool, err error) {
-	err = t.db.View(func(tx *bbolt.Tx) error {
+	err = t.file.view(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(t.name)
 		if b == nil {
 			return nil

@@ -16,6 +16,16 @@ const (
 // ErrTenant is what is wrong with a tenant's name.
 var ErrTenant = errors.New("must be 1 to 31 of a-z, 0-9 and -, and not begin with -")
 
+// TenantShare is how many of the places of all tenants, most of them and taken in use, one tenant may have: a quarter, and a fortieth once
+// no more than a quarter is left. So some tenants leave room for the others. It is 1 at least.
+func TenantShare(most, taken int) int {
+	share := most / 4
+	if taken >= most-share {
+		share = most / 40
+	}
+	return max(share, 1)
+}
+
 // CheckTenant says what is wrong with a tenant's name: [a-z0-9][a-z0-9-]{0,30}. The error is ErrTenant.
 func CheckTenant[Name string | []byte](name Name) error {
 	if len(name) == 0 || len(name) > MaxTenantBytes || name[0] == '-' {

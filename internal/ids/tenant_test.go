@@ -32,3 +32,21 @@ func FuzzTenant(f *testing.F) {
 		}
 	})
 }
+
+func TestFourTenantsLeaveRoomForOthers(t *testing.T) {
+	for _, most := range []int{1, 3, 4, 16, 64, 1000, 10_000} {
+		var taken, tenants int
+		for ; taken < most; tenants++ {
+			own := 0
+			for ; taken < most && own < TenantShare(most, taken); own++ {
+				taken++
+			}
+			if own > max(most/4, 1) {
+				t.Errorf("of %d one tenant has %d", most, own)
+			}
+		}
+		if want := min(most, 7); tenants < want {
+			t.Errorf("%d places are full with %d tenants", most, tenants)
+		}
+	}
+}

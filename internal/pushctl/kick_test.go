@@ -12,12 +12,17 @@ import (
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
-// presence answers Disconnect with what a test says.
+// presence answers with what a test says.
 type presence struct {
 	pubsub.UnimplementedPresenceServiceServer
 
 	reply *pubsub.DisconnectResponse
 	got   *pubsub.DisconnectRequest
+
+	pages   map[string]*pubsub.GetRoomMembersResponse // by page token
+	users   *pubsub.GetUsersResponse
+	watches [][]*pubsub.WatchPresenceResponse // each ends with UNAVAILABLE, and a watch behind them with PERMISSION_DENIED
+	asked   []*pubsub.WatchPresenceRequest
 }
 
 func (p *presence) Disconnect(_ context.Context, r *pubsub.DisconnectRequest) (*pubsub.DisconnectResponse, error) {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -113,8 +115,8 @@ func (c *whereCmd) Run(ctx context.Context, t *terminal) error {
 			if conn.GetDeviceId() != "" {
 				b.WriteString(" device " + clean(conn.GetDeviceId()))
 			}
-			for key, value := range conn.GetAttributes() {
-				b.WriteString(" " + clean(key) + "=" + clean(value))
+			for _, key := range slices.Sorted(maps.Keys(conn.GetAttributes())) {
+				b.WriteString(" " + clean(key) + "=" + clean(conn.GetAttributes()[key]))
 			}
 			if conn.GetConnectTime() != nil {
 				b.WriteString(" since " + conn.GetConnectTime().AsTime().Local().Format(time.DateTime))
@@ -171,7 +173,9 @@ func (c *presenceCmd) Run(ctx context.Context, t *terminal) error {
 					position = m.GetPosition()
 				}
 				came = true
-				err = t.tell(m, presenceText(t, m))
+				if text := presenceText(t, m); text != "" || t.structured() { // the last part of a snapshot may be empty
+					err = t.tell(m, text)
+				}
 			}
 		}
 		s, answered := status.FromError(err)

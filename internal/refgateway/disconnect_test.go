@@ -188,3 +188,21 @@ func TestAClientThatReadsNothingDoesNotOutliveADisconnect(t *testing.T) {
 	}
 	eventually(t, "it is gone", func() bool { return len(g.users.Of("a")) == 0 })
 }
+
+// TestATokenThatNamesARefusedDeviceEndsTheConnection also when it comes as a refresh.
+func TestATokenThatNamesARefusedDeviceEndsTheConnection(t *testing.T) {
+	p := newIDP(t)
+	g, node := start(t, newController(t), func(cfg *Config) { cfg.Tokens = p.Verifier })
+	m := disconnecting(t, node)
+	m.disconnect(&pubsub.Disconnect{UserId: "alice", DeviceId: "stolen", Code: 4410, Reason: "stolen", RefuseMs: 60_000, Revision: 1})
+	of := func(device string) string {
+		return p.token("alice", map[string]any{"attrs": map[string]string{"device_id": device}})
+	}
+	d := admitted(t, g, "", of("own"))
+	d.say(say(map[string]string{"type": "refresh", "token": of("own")}))
+	if got := d.next(); !strings.Contains(got, "refreshed") {
+		t.Fatal(got)
+	}
+	d.say(say(map[string]string{"type": "refresh", "token": of("stolen")}))
+	d.wantEnd(4410, "stolen")
+}

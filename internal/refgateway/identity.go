@@ -197,6 +197,12 @@ func (c *conn) refresh(token *string) error {
 		return err
 	}
 	c.identity.Store(id)
+	if r, refused := c.g.node.Refused(c.tenant.ID(c.user), c.device()); refused { // the token may name another device
+		if c.kick(r.Code, r.Reason) {
+			c.g.denied(deniedRefused).Inc()
+		}
+		return &denial{"", r.Code}
+	}
 	c.tell(&frame{op: ws.OpText, head: fmt.Appendf(nil, `{"type":"refreshed","expires":%d}`, id.expires.Unix())})
 	return nil
 }

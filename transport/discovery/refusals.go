@@ -38,15 +38,22 @@ type Refusal struct {
 	Seconds int64 `json:"seconds"`
 }
 
+// Prefixes of keys. An id with its tenant comes behind them, so a tenant's refusals can be counted.
+const (
+	refusedUser   = RefusedPrefix + "user/"
+	refusedDevice = RefusedPrefix + "device/"
+	refusedRoom   = RefusedPrefix + "room/"
+)
+
 // Key is what of Refusals there is one. It is the key in etcd, and needs no other field than User, Device and Room.
 func (r *Refusal) Key() string {
 	switch {
 	case r.Room != "":
-		return RefusedPrefix + "room/" + r.Room
-	case r.Device != "":
-		return RefusedPrefix + "device/" + strconv.Itoa(len(r.User)) + "/" + r.User + "/" + r.Device
+		return refusedRoom + r.Room
+	case r.Device != "": // the length at the end keeps apart what slashes in both could mix up
+		return refusedDevice + r.User + "/" + r.Device + "/" + strconv.Itoa(len(r.Device))
 	}
-	return RefusedPrefix + "user/" + r.User
+	return refusedUser + r.User
 }
 
 // Check says what no node can take.
@@ -77,8 +84,8 @@ func (r *Refusal) Check() error {
 
 // Errors of Refusals.
 var (
-	// ErrManyRefusals says that there are as many as there may be.
-	ErrManyRefusals = errors.New("too many are refused already")
+	// ErrManyRefusals says that there are as many as there may be, in all or of one tenant.
+	ErrManyRefusals = errors.New("too many are refused already, in all or for one tenant")
 	// ErrRefusalOpen wraps the error of a write that may have been done.
 	ErrRefusalOpen = errors.New("it may have been written")
 )
@@ -86,25 +93,34 @@ var (
 // Refusals writes who is refused.
 type Refusals struct {
 	Client *clientv3.Client // the caller closes it
-	// Most is how many there may be. Instances that write at the same moment may go beyond it by one each.
+	// Most is how many there may be. A tenant has a share of it (ids.TenantShare). Instances that write at the same moment may go
+	// beyond it by one each.
 	Most int
 	// Timeout bounds one request.
 	Timeout time.Duration
 }
 
-// Refuse writes r, with a lease of r.Seconds, in place of one with the same key. It sets r.Seconds to what etcd has granted, which
+// Refuse writes r, with a lease of r.Seconds, in place of one with the same key. scope is what ids of its tenant begin with. It sets r.Seconds to what etcd has granted, which
 // may be a second more. The revision is what nodes compare. An error that does not wrap ErrRefusalOpen means that nothing was written.
-func (w *Refusals) Refuse(ctx context.Context, r *Refusal) (revision int64, err error) {
+// What has begun outlives ctx, until Timeout: a lease that nobody knows would live as long as the refusal.
+func (w *Refusals) Refuse(ctx context.Context, scope string, r *Refusal) (revision int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, w.Timeout)
 	defer cancel()
-	got, err := w.Client.Txn(ctx).Then(clientv3.OpGet(RefusedPrefix, clientv3.WithPrefix(), clientv3.WithCountOnly()),
-		clientv3.OpGet(r.Key(), clientv3.WithCountOnly())).Commit()
+	counts := []clientv3.Op{clientv3.OpGet(r.Key(), clientv3.WithCountOnly())}
+	for _, prefix := range []string{RefusedPrefix, refusedUser + scope, refusedDevice + scope, refusedRoom + scope} {
+		counts = append(counts, clientv3.OpGet(prefix, clientv3.WithPrefix(), clientv3.WithCountOnly()))
+	}
+	got, err := w.Client.Txn(ctx).Then(counts...).Commit()
 	if err != nil {
 		return 0, fmt.Errorf("refuse: %w", err)
 	}
-	if all, same := got.Responses[0].GetResponseRange().GetCount(), got.Responses[1].GetResponseRange().GetCount(); same == 0 && all >= int64(w.Most) {
+	count := func(i int) int { return int(got.Responses[i].GetResponseRange().GetCount()) }
+	all, own := count(1), count(2)+count(3)+count(4)
+	if count(0) == 0 && (all >= w.Most || scope != "" && own >= ids.TenantShare(w.Most, all)) {
 		return 0, ErrManyRefusals
 	}
+	ctx, end := context.WithTimeout(context.WithoutCancel(ctx), w.Timeout)
+	defer end()
 	lease, err := w.Client.Grant(ctx, r.Seconds)
 	if err != nil {
 		return 0, fmt.Errorf("refuse: %w", err)
@@ -138,9 +154,11 @@ func (w *Refusals) Lift(ctx context.Context, r *Refusal) (revision int64, err er
 	return gone.Header.Revision, nil
 }
 
-// revoke ends the lease of a key that is gone or has another one. If it fails the lease ends by itself.
+// revoke ends the lease of a key that is gone or has another one, also after the end of ctx. If it fails the lease ends by itself.
 func (w *Refusals) revoke(ctx context.Context, lease int64) {
 	if lease != 0 {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), w.Timeout)
+		defer cancel()
 		_, _ = w.Client.Revoke(ctx, clientv3.LeaseID(lease))
 	}
 }

@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/push-manager/push-manager/internal/etcdtest"
 )
@@ -71,16 +74,16 @@ func TestRefusalsAreKnownToThoseWhoWatchAndToThoseWhoComeLater(t *testing.T) {
 	early := watch()
 	user, device, room := Refusal{User: "shop/a", Code: 4410, Seconds: 3600}, Refusal{User: "shop/a", Device: "d", Code: 4411, Reason: "x", Seconds: 3600}, Refusal{Room: "r", Code: 4412, Seconds: 2}
 	for _, r := range []*Refusal{&user, &device, &room} {
-		if _, err := w.Refuse(t.Context(), r); err != nil {
+		if _, err := w.Refuse(t.Context(), "", r); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := w.Refuse(t.Context(), &Refusal{User: "b", Code: 4410, Seconds: 60}); !errors.Is(err, ErrManyRefusals) {
+	if _, err := w.Refuse(t.Context(), "", &Refusal{User: "b", Code: 4410, Seconds: 60}); !errors.Is(err, ErrManyRefusals) {
 		t.Errorf("one too many: %v", err)
 	}
 	again := user
 	again.Reason = "again"
-	before, err := w.Refuse(t.Context(), &again) // in the place of the first
+	before, err := w.Refuse(t.Context(), "", &again) // in the place of the first
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,10 +136,118 @@ func TestWhatIsNoRefusalIsLeftOut(t *testing.T) {
 
 func FuzzParseRefusal(f *testing.F) {
 	f.Add(RefusedPrefix+"user/u", []byte(`{"user":"u","code":4410,"seconds":1}`))
-	f.Add(RefusedPrefix+"device/1/u/d", []byte(`{"user":"u","device":"d","code":4410,"seconds":1}`))
+	f.Add(RefusedPrefix+"device/u/d/1", []byte(`{"user":"u","device":"d","code":4410,"seconds":1}`))
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		if r, ok := parseRefusal(key, value); ok && (r.Check() != nil || r.Key() != key) {
 			t.Errorf("%q: %+v", key, r)
 		}
 	})
+}
+
+// TestATenantRefusesItsShareAndNoMore of users, devices and rooms together.
+func TestATenantRefusesItsShareAndNoMore(t *testing.T) {
+	w := &Refusals{Client: etcdtest.Start(t).Client(), Most: 12, Timeout: 10 * time.Second}
+	refuse := func(scope string, r Refusal) error {
+		r.Code, r.Seconds = 4410, 3600
+		_, err := w.Refuse(t.Context(), scope, &r)
+		return err
+	}
+	for _, r := range []Refusal{{User: "shop/a"}, {User: "shop/a", Device: "d"}, {Room: "shop/a"}, {Room: "shop/a"}} { // the last one is known
+		if err := refuse("shop/", r); err != nil {
+			t.Fatalf("%+v: %v", r, err)
+		}
+	}
+	for _, r := range []Refusal{{User: "shop/b"}, {User: "shop/a", Device: "e"}, {Room: "shop/b"}} {
+		if err := refuse("shop/", r); !errors.Is(err, ErrManyRefusals) {
+			t.Errorf("more than a quarter, %+v: %v", r, err)
+		}
+	}
+	if err := refuse("shopping/", Refusal{User: "shopping/a"}); err != nil {
+		t.Errorf("for another tenant: %v", err)
+	}
+	if err := refuse("", Refusal{User: "shop/b"}); err != nil {
+		t.Errorf("for who has no tenant: %v", err)
+	}
+	if _, err := w.Lift(t.Context(), &Refusal{User: "shop/b"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := w.Lift(t.Context(), &Refusal{User: "shop/a", Device: "d"}); err != nil {
+		t.Error(err)
+	}
+	if err := refuse("shop/", Refusal{User: "shop/b"}); err != nil {
+		t.Errorf("in the place of one that was lifted: %v", err)
+	}
+}
+
+// TestNoTwoRefusalsHaveOneKey whatever slashes their ids have.
+func TestNoTwoRefusalsHaveOneKey(t *testing.T) {
+	keys := map[string]Refusal{}
+	parts := []string{"a", "1", "a/1", "1/a", "a/1/1", "a/", "/1"}
+	for _, user := range parts {
+		for _, device := range append(parts, "") {
+			r := Refusal{User: user, Device: device}
+			if other, twice := keys[r.Key()]; twice {
+				t.Errorf("%+v and %+v: %s", r, other, r.Key())
+			}
+			keys[r.Key()] = r
+		}
+	}
+}
+
+// leaving is an etcd whose caller leaves when a lease was made for a refusal, or a refusal was written or deleted.
+type leaving struct {
+	clientv3.KV
+	leave func()
+}
+
+// leavingLease is the same of leases.
+type leavingLease struct {
+	clientv3.Lease
+	leave func()
+}
+
+func (l leavingLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	defer l.leave()
+	return l.Lease.Grant(ctx, ttl)
+}
+
+func (l leaving) Delete(ctx context.Context, key string, options ...clientv3.OpOption) (*clientv3.DeleteResponse, error) {
+	defer l.leave()
+	return l.KV.Delete(ctx, key, options...)
+}
+
+// TestCallersWhoLeaveLeaveNoLeasesBehind: each would live for as long as a refusal may.
+func TestCallersWhoLeaveLeaveNoLeasesBehind(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	client := etcdtest.NewClient(t, etcd.Endpoint())
+	kv, lease := client.KV, client.Lease
+	w := &Refusals{Client: client, Most: 3, Timeout: 10 * time.Second}
+	leases := func() int {
+		t.Helper()
+		r, err := lease.Leases(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(r.Leases)
+	}
+	for range 3 {
+		ctx, leave := context.WithCancel(t.Context())
+		client.KV, client.Lease = leaving{kv, leave}, leavingLease{lease, leave}
+		if _, err := w.Refuse(ctx, "", &Refusal{User: "a", Code: 4410, Seconds: 3600}); err != nil {
+			t.Fatal(err)
+		}
+		leave()
+		if n := leases(); n != 1 {
+			t.Fatalf("%d leases for one refusal", n)
+		}
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	client.KV, client.Lease = leaving{kv, leave}, leavingLease{lease, leave}
+	if _, err := w.Lift(ctx, &Refusal{User: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if n := leases(); n != 0 {
+		t.Errorf("%d leases for nobody", n)
+	}
+	client.KV, client.Lease = kv, lease
 }

@@ -33,8 +33,8 @@ const (
 var (
 	// ErrRefusalsAway says that nobody could be refused, and nothing else was done.
 	ErrRefusalsAway = errors.New("those who are refused cannot be written")
-	// ErrManyRefusals says that as many are refused as may be.
-	ErrManyRefusals = errors.New("too many are refused already")
+	// ErrManyRefusals says that as many are refused as may be, in all or for one tenant.
+	ErrManyRefusals = errors.New("too many are refused already, in all or for one tenant")
 	// ErrRefusalOpen says that somebody may be refused from now on, and nothing else was done.
 	ErrRefusalOpen = errors.New("whoever is to be refused may be by now")
 )
@@ -42,7 +42,7 @@ var (
 // errDisconnectOff is for a Server without a Disconnector.
 var errDisconnectOff = errors.New("nobody can be disconnected here")
 
-// Disconnector closes connections on all nodes. Its methods return by the end of ctx. An error is or wraps one of those above.
+// Disconnector closes connections on all nodes. Its methods return by the end of ctx, or once etcd has answered. An error is or wraps one of those above.
 type Disconnector interface {
 	Disconnect(ctx context.Context, d *Disconnect) ([]NodeDisconnected, error)
 }
@@ -50,6 +50,7 @@ type Disconnector interface {
 // Disconnect says which connections are to be closed: those of User, those of User with a Device, or those in Room. Ids have the tenant
 // before them.
 type Disconnect struct {
+	Scope              string // what ids of its tenant begin with
 	User, Device, Room string
 	Code               uint16
 	Reason             string
@@ -110,11 +111,11 @@ func (s *Server) disconnect(ctx context.Context, info *callInfo, line *audit.Ent
 	if s.cfg.Disconnector == nil {
 		return nil, errDisconnectOff
 	}
-	scope := scopeOf(info.tenant())
+	d.Scope = scopeOf(info.tenant())
 	if d.Room != "" {
-		d.Room = scope + d.Room
+		d.Room = d.Scope + d.Room
 	} else {
-		d.User = scope + d.User
+		d.User = d.Scope + d.User
 	}
 	ctx, cancel := context.WithDeadline(ctx, info.call.Began.Add(s.cfg.Engine.Timeout()))
 	defer cancel()

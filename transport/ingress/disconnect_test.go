@@ -142,7 +142,7 @@ func TestDisconnectIsARightOfItsOwnAndATenantsIDsAreItsOwn(t *testing.T) {
 	ok(t, err)
 	_, err = client.Disconnect(as("users"), &pubsub.DisconnectRequest{UserId: "u-1", AllowAgain: true})
 	ok(t, err)
-	if len(n.asked) != 3 || n.asked[0].User != "shop/u-1" || n.asked[1].Room != "shop/r-1" || n.asked[2].User != "shop/u-1" {
+	if len(n.asked) != 3 || n.asked[0].Scope != "shop/" || n.asked[0].User != "shop/u-1" || n.asked[1].Room != "shop/r-1" || n.asked[2].User != "shop/u-1" {
 		t.Errorf("asked for %+v", n.asked)
 	}
 	for name, c := range map[string]struct {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/internal/auth/authtest"
@@ -226,5 +227,43 @@ func TestPresenceIsShownByRights(t *testing.T) {
 	ok(t, err)
 	if e := seen.GetSnapshot().GetEntries(); len(e) != 1 || e[0].GetUserId() != "a" || e[0].GetRoomId() != "r" {
 		t.Errorf("%v", e)
+	}
+}
+
+// What changes is not told to who may not watch it any more, or is of another tenant by now: the stream ends within seconds, although
+// nothing changes.
+func TestAWatchOfPresenceEndsWithTheRightToIt(t *testing.T) {
+	policy := func(watcher string) string {
+		return "version: 1\ntenants: {shop: {}, news: {}}\ncallers:\n" + caller("other", `{methods: ["*"]}`, ", tenant: shop") + watcher
+	}
+	const both = `{methods: [WatchPresence], users: ["u"]}, {methods: [WatchRoomPresence], rooms: ["r"]}`
+	for name, c := range map[string]struct {
+		watch *pubsub.WatchPresenceRequest
+		then  string
+	}{
+		"the right to a user":    {&pubsub.WatchPresenceRequest{UserId: "u"}, caller("watcher", `{methods: [WatchRoomPresence], rooms: ["*"]}`, ", tenant: shop")},
+		"the right to this user": {&pubsub.WatchPresenceRequest{UserId: "u"}, caller("watcher", `{methods: [WatchPresence], users: ["v"]}`, ", tenant: shop")},
+		"the right to a room":    {&pubsub.WatchPresenceRequest{RoomId: "r"}, caller("watcher", `{methods: [WatchPresence], users: ["*"]}`, ", tenant: shop")},
+		"its tenant":             {&pubsub.WatchPresenceRequest{UserId: "u"}, caller("watcher", both, ", tenant: news")},
+		"the right to all of it": {&pubsub.WatchPresenceRequest{RoomId: "r"}, caller("watcher", `{methods: [PushToUser], users: ["*"]}`, ", tenant: shop")},
+		"who it was":             {&pubsub.WatchPresenceRequest{RoomId: "r"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := newAccess(t, authtest.New(t, policy(caller("watcher", both, ", tenant: shop"))))
+			w, client := withPresence(t, &whereabouts{rooms: map[string][]string{"shop/u": {"shop/r"}}}, a.set)
+			w.source.rooms["shop/r"] = []member{{"shop/u", "n1"}}
+			stream, err := client.WatchPresence(w.as(a.Token("watcher", time.Hour)), c.watch)
+			ok(t, err)
+			_, err = stream.Recv()
+			ok(t, err)
+			a.WritePolicy(policy(c.then))
+			a.policies.Reload()
+			for err == nil {
+				_, err = stream.Recv()
+			}
+			if code := status.Code(err); code != codes.PermissionDenied && code != codes.Unauthenticated {
+				t.Error(err)
+			}
+		})
 	}
 }

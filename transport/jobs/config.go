@@ -36,9 +36,9 @@ type Config struct {
 
 	// MaxRate bounds the users a second of one job. 0 means 10,000.
 	MaxRate int
-	// Most is how many jobs are kept in all. A tenant has a quarter of it. 0 means 1,000.
+	// Most is how many jobs are kept in all. A tenant has a share of it (ids.TenantShare). 0 means 1,000.
 	Most int
-	// Running is how many jobs this instance runs at a time. 0 means 64.
+	// Running is how many jobs this instance runs at a time. A tenant has a share of it (ids.TenantShare). 0 means 64.
 	Running int
 	// Keep is how long a job is kept once it has ended. 0 means 7 days.
 	Keep time.Duration

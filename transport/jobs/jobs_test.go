@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -64,6 +65,7 @@ func TestJobs(t *testing.T) {
 		"a job that has ended can be deleted, and no other one":        deletes,
 		"what has not ended is listed on its own":                      listsOpen,
 		"a few tenants leave room for others":                          shares,
+		"slow jobs of one tenant keep no other one waiting":            slowTenant,
 		"a job that does not get on counts as one that waits":          waiting,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -639,6 +641,31 @@ func TestManyJobsAreWrittenNoMoreOftenThanAFew(t *testing.T) {
 	}
 	if n := w.onlyOnce(); n != len(users) {
 		t.Errorf("%d of %d", n, len(users))
+	}
+}
+
+func slowTenant(t *testing.T, etcd *etcdtest.Server) {
+	w := newWorld(t, etcd, "n1")
+	m := w.manager("m1", func(c *Config) { c.Running = 8 })
+	slow := &pubsub.BroadcastJobSpec{UserIds: []string{"a", "b", "c", "d", "e", "f"}, RatePerSecond: 1, Content: content("x")}
+	run := func(tenant string) (n int64) {
+		r, err := w.client.Get(t.Context(), w.prefix+"/owner/"+tenant+"/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+		if err != nil {
+			return -1
+		}
+		return r.Count
+	}
+	for i := range 12 {
+		_, _, err := m.Create(t.Context(), "shop", "", fmt.Sprint("j", i), engine.Low, slow)
+		ok(t, err)
+	}
+	eventually(t, "some jobs", func() bool { return run("shop") == 2 })
+	_, _, err := m.Create(t.Context(), "bank", "", "j", engine.Low, slow)
+	ok(t, err)
+	m.create("j", slow)
+	eventually(t, "jobs of others", func() bool { return run("bank") == 1 && run("-") == 1 })
+	if n := run("shop"); n > 2 {
+		t.Errorf("%d of 8 are of one tenant", n)
 	}
 }
 

@@ -233,20 +233,25 @@ func (s *Service) runSome(ctx context.Context, due []key) error {
 		default:
 		}
 		s.mu.Lock()
-		room := len(s.running) < s.cfg.Running
+		all, own := len(s.running), 0
+		for r := range s.running {
+			if r.tenant == k.tenant {
+				own++
+			}
+		}
 		s.mu.Unlock()
-		if !room {
+		if all >= s.cfg.Running {
 			return nil
 		}
-		if owned[k] {
+		if owned[k] || k.tenant != "" && own >= ids.TenantShare(s.cfg.Running, all) { // slow jobs of one tenant do not keep others waiting
 			continue
 		}
-		own, err := s.store.own(ctx, k, s.cfg.ManagerID, s.cfg.TTL)
+		ours, err := s.store.own(ctx, k, s.cfg.ManagerID, s.cfg.TTL)
 		if err != nil {
 			return err
 		}
-		if own != nil {
-			s.run(ctx, k, own)
+		if ours != nil {
+			s.run(ctx, k, ours)
 		}
 	}
 	return nil
@@ -361,16 +366,12 @@ func (s *Service) add(ctx context.Context, k key, spec []byte, r *record) (made 
 		return false, unavailable(ctx.Err())
 	}
 	own, all, err := s.store.count(ctx, k.tenant)
-	share := s.cfg.Most / 4
-	if all >= int64(s.cfg.Most-share) { // what is left is for tenants that have few
-		share = s.cfg.Most / 40
-	}
 	switch {
 	case err != nil:
 		return false, err
 	case all >= int64(s.cfg.Most):
 		return false, ErrFull
-	case k.tenant != "" && own >= int64(max(share, 1)):
+	case k.tenant != "" && own >= int64(ids.TenantShare(s.cfg.Most, int(all))):
 		return false, ErrFullTenant
 	}
 	return s.store.create(context.WithoutCancel(ctx), k, spec, r) // a caller who leaves now would have made it, and nobody would write that down

@@ -23,7 +23,7 @@ func (s *Set) ListConnections(ctx context.Context, node string, users []string) 
 	if conn == nil {
 		return nil, ErrNotConnected
 	}
-	for len(answers) < len(users) {
+	for bytes := 0; len(answers) < len(users); {
 		request := pubsub.ListConnectionsRequest{UserIds: users[len(answers):]}
 		b, err := request.MarshalVT()
 		if err != nil {
@@ -47,7 +47,7 @@ func (s *Set) ListConnections(ctx context.Context, node string, users []string) 
 			return nil, fmt.Errorf("list connections: %w: %w", errReply, err)
 		}
 		said := reply.GetUsers()
-		if len(said) == 0 || len(answers)+len(said) > len(users) || !text(said) {
+		if bytes += len(in.b); !described(said, len(users)-len(answers)) || bytes > connectionBytes {
 			return nil, fmt.Errorf("list connections: %w", errReply)
 		}
 		answers = append(answers, said...)
@@ -55,9 +55,19 @@ func (s *Set) ListConnections(ctx context.Context, node string, users []string) 
 	return answers, nil
 }
 
-// text tells whether all that a node says is valid UTF-8, as what is made of it has to be.
-func text(said []*pubsub.UserConnections) bool {
+// Bounds of what a node says: of the connections of one user, and of all that were asked for. A reply to a caller has less.
+const connectionsMost, connectionBytes = 100, 16 << 20
+
+// described tells whether a node has said of the next users what was asked for, of one of them at least, in valid UTF-8: as what is
+// made of it has to be.
+func described(said []*pubsub.UserConnections, asked int) bool {
+	if len(said) == 0 || len(said) > asked {
+		return false
+	}
 	for _, u := range said {
+		if len(u.GetConnections()) > connectionsMost {
+			return false
+		}
 		for _, c := range u.GetConnections() {
 			valid := utf8.ValidString(c.GetConnectionId()) && utf8.ValidString(c.GetDeviceId())
 			for key, value := range c.GetAttributes() {

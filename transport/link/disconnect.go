@@ -31,7 +31,7 @@ const (
 	disconnectToken, disconnectUser, disconnectDevice, disconnectRoom   = 1, 2, 3, 4
 	disconnectCode, disconnectReason, disconnectRefuse, disconnectAllow = 5, 6, 7, 8
 	disconnectRevision                                                  = 9
-	disconnectedToken, disconnectedCount                                = 1, 2
+	disconnectedToken, disconnectedCount, disconnectedFailed            = 1, 2, 3
 )
 
 // Disconnect is what nodes are asked for, see proto/connect_node.proto.
@@ -54,7 +54,10 @@ type Disconnected struct {
 	MayBeDone bool
 }
 
-const noDisconnect = "node cannot disconnect"
+const (
+	noDisconnect     = "node cannot disconnect"
+	failedDisconnect = "node failed while it disconnected"
+)
 
 // Disconnect asks every registered node, and returns their answers in the order of their ids: after a second at the latest, or at the
 // end of ctx. The message goes over the link of a shard, behind pushes that are queued there, but for those that wait longer
@@ -102,11 +105,13 @@ func (n *node) disconnect(ctx context.Context, shard int, d *Disconnect) Disconn
 			return a
 		case asked != nil:
 			select {
-			case a.Connections = <-asked.answer:
-				if a.Connections >= 0 {
+			case said := <-asked.answer:
+				if said.token != 0 {
+					if a.Connections, a.MayBeDone = int(said.connections), said.failed; said.failed {
+						a.Failure = failedDisconnect
+					}
 					return a
 				}
-				a.Connections = 0
 				if a.MayBeDone = asked.giveUp(); a.MayBeDone {
 					a.Failure = engine.LostStream.String()
 					return a
@@ -132,8 +137,8 @@ type asked struct {
 	*Disconnect
 	stream *stream
 	token  uint64
-	at     int64    // running time
-	answer chan int // holds one: connections, or -1 when the stream has ended
+	at     int64             // running time
+	answer chan disconnected // holds one; without a token: the stream has ended
 
 	taken bool // the writer has, or has had, it in a frame; guarded by link.mu
 }
@@ -167,7 +172,7 @@ func (l *Link) disconnect(d *Disconnect) (a *asked, why string) {
 		q.open = make(map[uint64]*asked)
 	}
 	q.last++
-	a = &asked{Disconnect: d, stream: s, token: q.last, at: l.set.clock.ran.Load(), answer: make(chan int, 1)}
+	a = &asked{Disconnect: d, stream: s, token: q.last, at: l.set.clock.ran.Load(), answer: make(chan disconnected, 1)}
 	q.open[a.token] = a
 	q.waiting = append(q.waiting, a)
 	l.tickNow()
@@ -211,7 +216,7 @@ func (q *disconnects) wrote(last uint64) {
 // popAll tells all that the stream has ended.
 func (q *disconnects) popAll() {
 	for _, a := range q.open {
-		a.answer <- -1
+		a.answer <- disconnected{}
 	}
 	q.open, q.waiting = nil, nil
 }
@@ -235,7 +240,7 @@ func (s *stream) disconnected() (strikes int) {
 			strikes++
 		case ok:
 			delete(q.open, d.token)
-			a.answer <- int(d.connections)
+			a.answer <- d
 		}
 	}
 	return strikes
@@ -272,6 +277,7 @@ func flag(is bool) uint64 {
 type disconnected struct {
 	token       uint64
 	connections uint32
+	failed      bool
 }
 
 func (d *disconnected) decode(b []byte) error {
@@ -282,6 +288,8 @@ func (d *disconnected) decode(b []byte) error {
 			d.token = m.Uint
 		case m.IsUint(disconnectedCount):
 			d.connections = saturated(m.Uint)
+		case m.IsUint(disconnectedFailed):
+			d.failed = m.Uint != 0
 		}
 	}
 	return m.Err

@@ -15,12 +15,15 @@ type kicking struct {
 	gatewayThat
 
 	hang   chan struct{} // closed when disconnects may end; nil: at once
-	closed int           // connections, for each disconnect
+	closed int           // connections, for each disconnect; negative: it panics
 }
 
 func (g *kicking) Disconnect(d *connectnode.Disconnect) int {
 	if g.hang != nil {
 		<-g.hang
+	}
+	if g.closed < 0 {
+		panic("a fault of the gateway")
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -107,6 +110,45 @@ func TestADisconnectOfANodeWhoseStreamBreaksIsInDoubtOrGoesOverTheNextOne(t *tes
 		answers := w.set.Disconnect(context.Background(), 0, &Disconnect{Room: "r", Code: 4000})
 		if len(answers) != 1 || answers[0].Failure != "" || answers[0].Connections != 1 {
 			t.Errorf("answers %+v", answers)
+		}
+	})
+}
+
+func TestAGatewayThatPanicsIsNoSuccess(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.startReal("a:1", connectnode.Config{NodeID: "A", Sessions: newKicking(-1)})
+		w.register("A", "a:1")
+		w.up(1)
+		for _, d := range []Disconnect{{User: "u", Code: 4000}, {Room: "r", Code: 4000}} {
+			answers := w.set.Disconnect(context.Background(), 0, &d)
+			if want := []Disconnected{{Node: "A", Failure: "node failed while it disconnected", MayBeDone: true}}; !slices.Equal(answers, want) {
+				t.Errorf("%+v: %+v, want %+v", d, answers, want)
+			}
+		}
+	})
+}
+
+// TestARoomThatIsDisconnectedHoldsNoPushUp although a gateway may look at all its connections for that.
+func TestARoomThatIsDisconnectedHoldsNoPushUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		g := newKicking(1)
+		g.hang = make(chan struct{})
+		w.startReal("a:1", connectnode.Config{NodeID: "A", Sessions: g})
+		w.register("A", "a:1")
+		w.up(1)
+		w.room("r", "A", "u")
+		answers := make(chan []Disconnected, 1)
+		go func() { answers <- w.set.Disconnect(context.Background(), 0, &Disconnect{Room: "r", Code: 4000}) }()
+		synctest.Wait()
+		began := time.Now()
+		if r := w.do(w.toUser("u", "1")); r.Delivered != 1 || time.Since(began) > 100*time.Millisecond {
+			t.Errorf("a push meanwhile: %+v after %v", r, time.Since(began))
+		}
+		close(g.hang)
+		if got := <-answers; len(got) != 1 || got[0].Connections != 1 || got[0].Failure != "" {
+			t.Errorf("answers %+v", got)
 		}
 	})
 }

@@ -38,6 +38,7 @@ type acks struct {
 	misses    []*pubsub.Miss
 	missBytes int
 	replay    owedReplay
+	closing   int                    // disconnects that are under way
 	closed    []*pubsub.Disconnected // answers to disconnects
 	reached   uint32                 // users of the largest broadcast among counts
 	heartbeat uint64
@@ -344,16 +345,24 @@ func (a *acks) nudgesTaken(tokens []uint64) {
 	a.signal()
 }
 
-// disconnected answers a Disconnect. It returns how many such answers are not written.
-func (a *acks) disconnected(token uint64, connections uint32) (waiting int) {
+// toDisconnect notes that a Disconnect is to be answered. It returns how many such answers are not written.
+func (a *acks) toDisconnect() (unwritten int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.closing++
+	return a.closing + len(a.closed)
+}
+
+// disconnected answers a Disconnect.
+func (a *acks) disconnected(token uint64, connections uint32, failed bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closing--
 	if a.dead {
-		return 0
+		return
 	}
-	a.closed = append(a.closed, &pubsub.Disconnected{Token: token, Connections: connections})
+	a.closed = append(a.closed, &pubsub.Disconnected{Token: token, Connections: connections, Failed: failed})
 	a.signal()
-	return len(a.closed)
 }
 
 // overdue tells that a manager that does not read has brought about more than it may.

@@ -102,7 +102,10 @@ func (t *refusals) putLocked(key string, r discovery.KnownRefusal, closed bool, 
 		t.byKey[key] = before
 		return !before.closed && !before.lifted
 	case !known && len(t.byKey) >= maxRefusals:
-		return false
+		// Whoever may lift can lift what there is not, as often as they like: nobody may get in because of that.
+		if maps.DeleteFunc(t.byKey, func(_ string, r refusal) bool { return r.lifted }); len(t.byKey) >= maxRefusals {
+			return false
+		}
 	}
 	t.byKey[key] = refusal{KnownRefusal: r, until: now.Add(time.Duration(r.Seconds) * time.Second), closed: closed}
 	t.size.Store(int64(len(t.byKey)))
@@ -225,15 +228,16 @@ func (s *Server) RefusedRoom(room string) (Refusal, bool) {
 	return s.refusals.look(&discovery.Refusal{Room: room})
 }
 
-// disconnect has the gateway close connections. Its panic is not ours.
-func (s *Server) disconnect(d *Disconnect) (connections int) {
+// disconnect has the gateway close connections. Its panic is not ours: it has failed then, and may have closed some.
+func (s *Server) disconnect(d *Disconnect) (connections int, failed bool) {
 	defer func() {
 		if v := recover(); v != nil {
 			s.panicked("Disconnect", v)
+			failed = true
 		}
 		s.count.disconnected.Add(connections)
 	}()
-	return s.disconnector.Disconnect(d)
+	return s.disconnector.Disconnect(d), false
 }
 
 // disconnects takes what a frame says of connections to close. Each is answered; one that cannot be is a broken stream.
@@ -247,18 +251,31 @@ func (st *stream) disconnects(r *request) error {
 		if err := d.parse(b); err != nil {
 			return err
 		}
-		connections := 0
-		if d.allowAgain {
-			s.refusals.lift(d.Key(), d.revision, time.Now())
-		} else {
-			if d.Seconds > 0 {
-				s.refusals.refuse(discovery.KnownRefusal{Refusal: d.Refusal, Revision: d.revision}, time.Now())
-			}
-			connections = s.disconnect(&Disconnect{User: d.User, Device: d.Device, Room: d.Room, Code: d.Code, Reason: d.Reason})
-		}
-		if st.acks.disconnected(d.token, clampUint32(connections)) > maxDisconnected {
+		if st.acks.toDisconnect() > maxDisconnected {
 			return errTooManyUnacked
 		}
+		now := time.Now()
+		switch {
+		case d.allowAgain:
+			s.refusals.lift(d.Key(), d.revision, now)
+			st.acks.disconnected(d.token, 0, false)
+			continue
+		case d.Seconds > 0:
+			s.refusals.refuse(discovery.KnownRefusal{Refusal: d.Refusal, Revision: d.revision}, now)
+		}
+		answer := func() {
+			n, failed := s.disconnect(&Disconnect{User: d.User, Device: d.Device, Room: d.Room, Code: d.Code, Reason: d.Reason})
+			st.acks.disconnected(d.token, clampUint32(n), failed)
+		}
+		if d.Room == "" {
+			answer()
+			continue
+		}
+		st.closing.Go(func() { // a gateway may look at all its connections, and pushes go on meanwhile
+			s.closesRoom.Lock() // one after the other
+			defer s.closesRoom.Unlock()
+			answer()
+		})
 	}
 	return nil
 }

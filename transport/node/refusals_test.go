@@ -127,3 +127,21 @@ func TestAListForgetsWhatIsNotThereAndAnEtcdThatHasGoneBackIsBelieved(t *testing
 		t.Errorf("after etcd has gone back: u %q, v %q", s.reason("u"), s.reason("v"))
 	}
 }
+
+// TestWhatWasLiftedKeepsNobodyFromBeingRefused however much of it a node remembers.
+func TestWhatWasLiftedKeepsNobodyFromBeingRefused(t *testing.T) {
+	var closed []string
+	s := newRefusals(&closed)
+	for i := range maxRefusals + 10 {
+		s.lift((&discovery.Refusal{User: fmt.Sprint("u", i)}).Key(), int64(i+1), time.Now())
+	}
+	if n := s.size.Load(); n != maxRefusals {
+		t.Errorf("%d are remembered", n)
+	}
+	s.refuse(refusalOf("v", maxRefusals+20, time.Hour), time.Now())
+	r := refusalOf("w", maxRefusals+21, time.Hour)
+	s.Put(r.Key(), r)
+	if s.reason("v") == "" || s.reason("w") == "" {
+		t.Error("somebody who is refused gets in")
+	}
+}

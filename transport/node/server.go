@@ -36,6 +36,7 @@ type Server struct {
 	describer    Describer    // Sessions, nil where they do not tell which connections their users have
 	disconnector Disconnector // Sessions, nil where they close no connections
 	refusals     refusals
+	closesRoom   sync.Mutex    // held by who closes the connections of a room
 	listing      chan struct{} // held by the call that lists users
 	does         lastingParts
 	replays      *replays

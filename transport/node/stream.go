@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,7 +39,8 @@ type stream struct {
 	seat       *seat         // nil: the manager has no instance id
 	superseded chan struct{} // closed when a newer stream has taken the seat
 
-	taking atomic.Bool // the reader has a frame
+	taking  atomic.Bool    // the reader has a frame
+	closing sync.WaitGroup // those who close the connections of a room
 
 	// Owned by the reader.
 	aud      audiences
@@ -101,6 +103,7 @@ func (s *Server) Deliver(call grpc.BidiStreamingServer[pubsub.DeliverRequest, pu
 			err = errSuperseded // the end of the call ends the reader
 		}
 	}
+	st.closing.Wait()
 	s.replays.part(st, time.Now())
 	s.roomLogs.part(st, time.Now())
 	if errors.Is(err, errDrained) {

@@ -44,7 +44,7 @@ var (
 	ErrPageToken = controller.ErrPageToken
 
 	ErrTooLarge = errors.New("the reply would be too large: ask for fewer")
-	ErrFull     = errors.New("this instance watches as many rooms and users as it may")
+	ErrFull     = errors.New("this instance watches as many rooms and users as it may, in all or for one tenant")
 	ErrPosition = errors.New("must be a position that WatchPresence has answered, or empty")
 )
 
@@ -67,9 +67,11 @@ type Config struct {
 	// Connections is link.Set.ListConnections.
 	Connections func(ctx context.Context, node string, users []string) ([]*pubsub.UserConnections, error)
 
-	// Reads is how many calls, and looks at what is watched, ask the Controller or nodes at a time. Default 16. Others wait.
+	// Reads is how many calls, and looks at what is watched, ask the Controller or nodes at a time, and a quarter of it is how many of
+	// one tenant do. Default 16. Others wait.
 	Reads int
-	// Watched is how many rooms and users are watched at a time, those of the last minute included. Default 1,000.
+	// Watched is how many rooms and users are watched at a time, those of the last minute included. A tenant has a share of it
+	// (ids.TenantShare). Default 1,000.
 	Watched int
 	// WatchedMembers is how many members watched rooms may have together when another one comes. Default 4,000,000.
 	WatchedMembers int
@@ -109,14 +111,34 @@ type Service struct {
 	cfg    Config
 	log    *slog.Logger
 	m      *instruments
-	places chan struct{}  // one for each of Reads
-	pace   *rate.Limiter  // of pages, by members
+	shared turns          // of all callers
 	begin  func(*subject) // begins to follow one
 	stop   context.CancelFunc
 	ended  <-chan struct{} // closed by Close
 	wg     sync.WaitGroup  // those who follow
 
+	tenants sync.Map // of turns, by scope: of each tenant that has asked since the start
+
 	watched
+}
+
+// turns bounds what callers ask for: how many are asking at a time, and how many members they read from pages.
+type turns struct {
+	places chan struct{}
+	pace   *rate.Limiter
+}
+
+// turnsOf is what bounds a caller of a scope: a tenant has a quarter of what there is for all.
+func (s *Service) turnsOf(scope string) []turns {
+	if scope == "" {
+		return []turns{s.shared}
+	}
+	own, known := s.tenants.Load(scope)
+	if !known {
+		places := make(chan struct{}, ids.TenantShare(s.cfg.Reads, 0))
+		own, _ = s.tenants.LoadOrStore(scope, turns{places, rate.NewLimiter(membersPerSecond/4, membersBurst/4)})
+	}
+	return []turns{own.(turns), s.shared}
 }
 
 // New makes a Service. Close ends it.
@@ -129,7 +151,7 @@ func New(cfg Config) (*Service, error) {
 		return nil, errors.New("presence: a bound is negative")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Service{cfg: cfg, log: cfg.Logger, places: make(chan struct{}, cfg.Reads), pace: rate.NewLimiter(membersPerSecond, membersBurst), stop: cancel, ended: ctx.Done()}
+	s := &Service{cfg: cfg, log: cfg.Logger, shared: turns{make(chan struct{}, cfg.Reads), rate.NewLimiter(membersPerSecond, membersBurst)}, stop: cancel, ended: ctx.Done()}
 	s.begin = func(sub *subject) { s.wg.Go(func() { s.followLoop(ctx, sub) }) }
 	s.subjects = map[target]*subject{}
 	s.m = newInstruments(s, cfg.Metrics)
@@ -145,21 +167,33 @@ func (s *Service) Close() {
 	s.wg.Wait()
 }
 
-// enter takes a place among those who ask, and gives it back with the function that it returns.
-func (s *Service) enter(ctx context.Context) (leave func(), err error) {
-	select {
-	case s.places <- struct{}{}:
-		return func() { <-s.places }, nil
-	default:
+// enter takes a place among those of a scope who ask, and gives it back with the function that it returns.
+func (s *Service) enter(ctx context.Context, scope string) (leave func(), err error) {
+	var taken []turns
+	leave = func() {
+		for _, t := range taken {
+			<-t.places
+		}
 	}
-	s.m.waiting.Add(1)
-	defer s.m.waiting.Add(-1)
-	select {
-	case s.places <- struct{}{}:
-		return func() { <-s.places }, nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: too many ask for presence", engine.ErrOverloaded)
+	for _, t := range s.turnsOf(scope) {
+		select {
+		case t.places <- struct{}{}:
+		default:
+			s.m.waiting.Add(1)
+			select {
+			case t.places <- struct{}{}:
+			case <-ctx.Done():
+				err = fmt.Errorf("%w: too many ask for presence", engine.ErrOverloaded)
+			}
+			s.m.waiting.Add(-1)
+			if err != nil {
+				leave()
+				return nil, err
+			}
+		}
+		taken = append(taken, t)
 	}
+	return leave, nil
 }
 
 // recovered turns a panic into an error, of what is made of what Controllers and nodes say.
@@ -173,10 +207,12 @@ func (s *Service) recovered(where string, err *error) {
 
 // Members is a page of the members of a room. One that comes too early waits for its turn.
 func (s *Service) Members(ctx context.Context, scope, room, token string, size int) (*pubsub.GetRoomMembersResponse, error) {
-	if err := s.pace.WaitN(ctx, cmp.Or(min(size, PageMost), PageMost)); err != nil {
-		return nil, fmt.Errorf("%w: too many members are read", engine.ErrOverloaded)
+	for _, t := range s.turnsOf(scope) {
+		if err := t.pace.WaitN(ctx, cmp.Or(min(size, PageMost), PageMost)); err != nil {
+			return nil, fmt.Errorf("%w: too many members are read", engine.ErrOverloaded)
+		}
 	}
-	leave, err := s.enter(ctx)
+	leave, err := s.enter(ctx, scope)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package presence
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 
@@ -13,8 +14,9 @@ type state interface {
 	// entries calls yield with all there is, until it returns false.
 	entries(of target, yield func(*pubsub.PresenceEntry) bool)
 	size() int
-	// to is what makes next, which is of the same kind, out of the state.
-	to(next state, of target) []*pubsub.PresenceChange
+	// to is what makes next, which is of the same kind, out of the state. fits is false where that is too much more than most changes:
+	// then nobody has been told of any.
+	to(next state, of target, most int) (changes []*pubsub.PresenceChange, fits bool)
 }
 
 // roomState is where the members of a room are.
@@ -23,11 +25,22 @@ type roomState struct{ *route.Snapshot }
 func (r roomState) size() int { return r.Users }
 
 func (r roomState) entries(of target, yield func(*pubsub.PresenceEntry) bool) {
+	shared := make([][]string, len(r.Shared)) // their nodes
+	if len(shared) > 0 {
+		for _, g := range r.Groups {
+			for _, user := range g.Users {
+				if i, is := slices.BinarySearch(r.Shared, user); is {
+					shared[i] = append(shared[i], g.Node)
+				}
+			}
+		}
+	}
 	for _, g := range r.Groups {
+		own := []string{g.Node}
 		for _, user := range g.Users {
-			nodes := []string{g.Node}
-			if _, shared := slices.BinarySearch(r.Shared, user); shared {
-				if nodes = r.nodesOf(user); nodes[0] != g.Node {
+			nodes := own
+			if i, is := slices.BinarySearch(r.Shared, user); is {
+				if nodes = shared[i]; nodes[0] != g.Node {
 					continue // it has been named
 				}
 			}
@@ -37,13 +50,13 @@ func (r roomState) entries(of target, yield func(*pubsub.PresenceEntry) bool) {
 		}
 	}
 	for _, user := range r.Unplaced {
-		if len(r.nodesOf(user)) == 0 && !yield(&pubsub.PresenceEntry{UserId: user, RoomId: of.id}) {
+		if !yield(&pubsub.PresenceEntry{UserId: user, RoomId: of.id}) {
 			return
 		}
 	}
 }
 
-// nodesOf are the nodes of a member, ordered.
+// nodesOf are the nodes of a member, ordered. It looks into each group.
 func (r roomState) nodesOf(user string) []string {
 	var nodes []string
 	for _, g := range r.Groups {
@@ -54,33 +67,63 @@ func (r roomState) nodesOf(user string) []string {
 	return nodes
 }
 
-func (r roomState) to(next state, of target) []*pubsub.PresenceChange {
+// step is that a member has come to a node or left it, "" for none.
+type step struct {
+	user, node string
+	came       bool
+}
+
+// to looks at the groups that are different. It looks for a member in other groups only if that is on more than one node.
+func (r roomState) to(next state, of target, most int) (changes []*pubsub.PresenceChange, fits bool) {
 	now, ok := next.(roomState)
 	if !ok || now.Snapshot == r.Snapshot {
-		return nil
+		return nil, true
 	}
-	var users []string // whose place may be another one
-	differ(r.Unplaced, now.Unplaced, func(user string) { users = append(users, user) })
+	var steps []step
+	compare := func(node string, was, is []string) bool {
+		return differ(was, is, func(user string, came bool) bool {
+			steps = append(steps, step{user, node, came})
+			return len(steps) <= 2*most // whoever moves to another node takes two
+		})
+	}
+	fits = compare("", r.Unplaced, now.Unplaced)
 	for _, g := range r.Groups {
-		if other := now.Group(g.Node); other == nil {
-			users = append(users, g.Users...)
-		} else if other != g { // a group that is the same has the same users
-			differ(g.Users, other.Users, func(user string) { users = append(users, user) })
+		switch other := now.Group(g.Node); {
+		case other == nil:
+			fits = fits && compare(g.Node, g.Users, nil)
+		case other != g: // a group that is the same has the same users
+			fits = fits && compare(g.Node, g.Users, other.Users)
 		}
 	}
 	for _, g := range now.Groups {
 		if r.Group(g.Node) == nil {
-			users = append(users, g.Users...)
+			fits = fits && compare(g.Node, nil, g.Users)
 		}
 	}
-	slices.Sort(users)
-	var changes []*pubsub.PresenceChange
-	for _, user := range slices.Compact(users) {
-		was, is := r.Has(user), now.Has(user)
-		before, after := r.nodesOf(user), now.nodesOf(user)
+	if !fits {
+		return nil, false
+	}
+	slices.SortFunc(steps, func(a, b step) int { return cmp.Or(strings.Compare(a.user, b.user), strings.Compare(a.node, b.node)) })
+	for len(steps) > 0 {
+		user := steps[0].user
+		var was, is bool
+		var before, after []string
+		for ; len(steps) > 0 && steps[0].user == user; steps = steps[1:] {
+			at, nodes := &was, &before
+			if steps[0].came {
+				at, nodes = &is, &after
+			}
+			if *at = true; steps[0].node != "" {
+				*nodes = append(*nodes, steps[0].node)
+			}
+		}
+		_, shared := slices.BinarySearch(r.Shared, user)
+		if _, isShared := slices.BinarySearch(now.Shared, user); shared || isShared { // also where nothing has changed
+			was, is, before, after = r.Has(user), now.Has(user), r.nodesOf(user), now.nodesOf(user)
+		}
 		kind := pubsub.PresenceChangeKind_MOVED
 		switch {
-		case !was && !is, was && is && slices.Equal(before, after):
+		case was && is && slices.Equal(before, after):
 			continue
 		case !was:
 			kind = pubsub.PresenceChangeKind_JOINED
@@ -90,26 +133,36 @@ func (r roomState) to(next state, of target) []*pubsub.PresenceChange {
 		// The ids of a group share one block of memory, which a change must not keep.
 		changes = append(changes, &pubsub.PresenceChange{Kind: kind, Entry: &pubsub.PresenceEntry{UserId: strings.Clone(user), RoomId: of.id, NodeIds: after}})
 	}
-	return changes
+	return changes, true
 }
 
-// differ calls yield with what stands in one of two ordered lists alone.
-func differ(a, b []string, yield func(string)) {
-	for len(a) > 0 && len(b) > 0 {
-		switch strings.Compare(a[0], b[0]) {
-		case -1:
-			yield(a[0])
-			a = a[1:]
-		case 1:
-			yield(b[0])
-			b = b[1:]
-		default:
+// differ calls yield with what stands in one of two ordered lists alone, until it returns false: inB says in which. It tells whether it
+// has come to the end.
+func differ(a, b []string, yield func(one string, inB bool) bool) bool {
+	for len(a) > 0 || len(b) > 0 {
+		order := -1
+		switch {
+		case len(a) == 0:
+			order = 1
+		case len(b) > 0:
+			order = strings.Compare(a[0], b[0])
+		}
+		switch {
+		case order == 0:
 			a, b = a[1:], b[1:]
+		case order < 0:
+			if !yield(a[0], false) {
+				return false
+			}
+			a = a[1:]
+		default:
+			if !yield(b[0], true) {
+				return false
+			}
+			b = b[1:]
 		}
 	}
-	for _, one := range append(slices.Clip(a), b...) {
-		yield(one)
-	}
+	return true
 }
 
 // userState is where a user is. Both lists are ordered, and each has everything once.
@@ -129,12 +182,11 @@ func (u userState) entries(of target, yield func(*pubsub.PresenceEntry) bool) {
 }
 
 // to has the first connection before what is joined with it, and the last one behind what is left.
-func (u userState) to(next state, of target) []*pubsub.PresenceChange {
+func (u userState) to(next state, of target, _ int) (changes []*pubsub.PresenceChange, fits bool) {
 	now, ok := next.(userState)
 	if !ok {
-		return nil
+		return nil, true
 	}
-	var changes []*pubsub.PresenceChange
 	change := func(kind pubsub.PresenceChangeKind, room string, nodes []string) {
 		changes = append(changes, &pubsub.PresenceChange{Kind: kind, Entry: &pubsub.PresenceEntry{UserId: of.id, RoomId: room, NodeIds: nodes}})
 	}
@@ -144,15 +196,16 @@ func (u userState) to(next state, of target) []*pubsub.PresenceChange {
 	case len(now.nodes) > 0 && !slices.Equal(u.nodes, now.nodes):
 		change(pubsub.PresenceChangeKind_MOVED, "", now.nodes)
 	}
-	differ(u.rooms, now.rooms, func(room string) {
-		if _, is := slices.BinarySearch(now.rooms, room); is {
-			change(pubsub.PresenceChangeKind_JOINED, room, nil)
-		} else {
-			change(pubsub.PresenceChangeKind_LEFT, room, nil)
+	differ(u.rooms, now.rooms, func(room string, joined bool) bool {
+		kind := pubsub.PresenceChangeKind_LEFT
+		if joined {
+			kind = pubsub.PresenceChangeKind_JOINED
 		}
+		change(kind, room, nil)
+		return true
 	})
 	if len(u.nodes) > 0 && len(now.nodes) == 0 {
 		change(pubsub.PresenceChangeKind_DISCONNECTED, "", nil)
 	}
-	return changes
+	return changes, true
 }

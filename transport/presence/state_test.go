@@ -122,7 +122,11 @@ func TestChangesMakeOneStateOutOfAnother(t *testing.T) {
 		if len(l) > 0 != (before.size() > 0) {
 			t.Fatalf("a size of %d, and %v", before.size(), l)
 		}
-		for _, c := range before.to(after, of) {
+		changes, fits := before.to(after, of, 100)
+		if !fits {
+			t.Fatal("too many changes")
+		}
+		for _, c := range changes {
 			if err := l.apply(c); err != nil {
 				t.Fatal(err)
 			}
@@ -130,7 +134,7 @@ func TestChangesMakeOneStateOutOfAnother(t *testing.T) {
 		if want := entriesOf(after, of); !maps.Equal(l, want) {
 			t.Fatalf("%v, want %v", l, want)
 		}
-		if again := after.to(after, of); len(again) > 0 {
+		if again, _ := after.to(after, of, 100); len(again) > 0 {
 			t.Fatalf("nothing has changed, and it is told %v", again)
 		}
 	})

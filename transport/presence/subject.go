@@ -11,6 +11,7 @@ import (
 
 	"github.com/push-manager/push-manager/engine"
 	"github.com/push-manager/push-manager/engine/route"
+	"github.com/push-manager/push-manager/internal/ids"
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/controller"
 )
@@ -58,6 +59,7 @@ type watched struct {
 type subject struct {
 	// Static.
 	target target
+	scope  string        // of the tenant who has it followed
 	name   string        // begins its positions, and those of no other
 	named  chan struct{} // holds a token when it is to be looked at
 
@@ -74,8 +76,8 @@ type subject struct {
 	moved   chan struct{}            // closed and made anew when any of these changes
 }
 
-// follow finds the subject of a target, or begins to follow it. It is watched until unfollow.
-func (s *Service) follow(of target) (*subject, error) {
+// follow finds the subject of a target of a scope, or begins to follow it. It is watched until unfollow.
+func (s *Service) follow(scope string, of target) (*subject, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -83,10 +85,10 @@ func (s *Service) follow(of target) (*subject, error) {
 	}
 	sub := s.subjects[of]
 	if sub == nil {
-		if len(s.subjects) >= s.cfg.Watched || s.membersLocked() > s.cfg.WatchedMembers {
+		if !s.roomLocked(scope) {
 			return nil, ErrFull
 		}
-		sub = &subject{target: of, name: rand.Text(), named: make(chan struct{}, 1), moved: make(chan struct{})}
+		sub = &subject{target: of, scope: scope, name: rand.Text(), named: make(chan struct{}, 1), moved: make(chan struct{})}
 		s.subjects[of] = sub
 		s.count.Add(1)
 		s.begin(sub)
@@ -103,13 +105,41 @@ func (s *Service) unfollow(sub *subject) {
 	}
 }
 
-// membersLocked is how much all subjects hold.
-func (s *Service) membersLocked() int {
-	n := 0
-	for _, sub := range s.subjects {
-		n += sub.size()
+// roomLocked makes room for one more subject of a scope, and tells whether there is room. Subjects that nobody watches any more end
+// before their time where it is needed: the one that nobody has watched for the longest time first.
+func (s *Service) roomLocked(scope string) bool {
+	for {
+		members, inUse, own := 0, 0, 0
+		var idle, idleOwn *subject
+		for _, sub := range s.subjects {
+			members += sub.size()
+			older := func(other *subject) bool { return sub.watchers == 0 && (other == nil || sub.idle.Before(other.idle)) }
+			if older(idle) {
+				idle = sub
+			}
+			if sub.watchers > 0 {
+				inUse++
+			}
+			if sub.scope == scope {
+				own++
+				if older(idleOwn) {
+					idleOwn = sub
+				}
+			}
+		}
+		switch {
+		case scope != "" && own >= ids.TenantShare(s.cfg.Watched, inUse):
+			idle = idleOwn
+		case len(s.subjects) < s.cfg.Watched && members <= s.cfg.WatchedMembers:
+			return true
+		}
+		if idle == nil {
+			return false
+		}
+		delete(s.subjects, idle.target)
+		s.count.Add(-1)
+		idle.look() // its loop finds that it is over
 	}
-	return n
 }
 
 func (sub *subject) size() int {
@@ -125,6 +155,9 @@ func (sub *subject) size() int {
 func (s *Service) over(sub *subject) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.subjects[sub.target] != sub { // another one needed the place
+		return true
+	}
 	if sub.watchers > 0 || time.Since(sub.idle) < s.cfg.Linger {
 		return false
 	}
@@ -188,7 +221,7 @@ func (s *Service) look(ctx context.Context, sub *subject) (err error) {
 	defer s.recovered("a look", &err)
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
-	leave, err := s.enter(ctx)
+	leave, err := s.enter(ctx, sub.scope)
 	if err != nil {
 		return err
 	}
@@ -237,24 +270,38 @@ func (sub *subject) failed(err error) {
 	sub.err = err
 }
 
-// take makes next the state, and keeps what has changed for those who watch.
+// take makes next the state, and keeps what has changed for those who watch. Only the loop of the subject calls it.
 func (s *Service) take(sub *subject, next state) {
+	most := min(ringMost, changesMost/s.cfg.Watched)
 	sub.mu.Lock()
-	defer sub.mu.Unlock()
 	was := sub.state
-	sub.state, sub.err = next, nil
+	sub.mu.Unlock()
+	var changes []*pubsub.PresenceChange
+	fits := true
 	if was != nil {
-		changes := was.to(next, sub.target)
-		if len(changes) == 0 {
+		// Without the lock: it takes long for a large room, and whoever begins to watch something asks each subject for its size.
+		if changes, fits = was.to(next, sub.target, most); fits && len(changes) == 0 {
+			sub.mu.Lock()
+			sub.state, sub.err = next, nil
+			sub.mu.Unlock()
 			return
 		}
+	}
+	sub.mu.Lock()
+	defer sub.mu.Unlock()
+	sub.state, sub.err = next, nil
+	if was != nil {
 		s.m.changes.Add(len(changes))
 		sub.changes = append(sub.changes, changes...)
-		if most := min(ringMost, changesMost/s.cfg.Watched); len(sub.changes) > most+most/4 {
-			gone := len(sub.changes) - most
-			sub.changes = slices.Clone(sub.changes[gone:])
-			sub.first += uint64(gone)
-		}
+	}
+	switch {
+	case !fits: // nobody goes on behind it without a snapshot
+		sub.first += uint64(len(sub.changes)) + 1
+		sub.changes = nil
+	case len(sub.changes) > most+most/4:
+		gone := len(sub.changes) - most
+		sub.changes = slices.Clone(sub.changes[gone:])
+		sub.first += uint64(gone)
 	}
 	close(sub.moved)
 	sub.moved = make(chan struct{})

@@ -27,7 +27,7 @@ const (
 
 // Users are where users are. sees tells which rooms the caller may be shown, by its own name for them.
 func (s *Service) Users(ctx context.Context, scope string, users []string, connections bool, sees func(room string) bool) (*pubsub.GetUsersResponse, error) {
-	leave, err := s.enter(ctx)
+	leave, err := s.enter(ctx, scope)
 	if err != nil {
 		return nil, err
 	}

@@ -52,7 +52,7 @@ func (s *Service) Watch(ctx context.Context, w *Watcher) error {
 	if w.Position != "" && (!found || err != nil || len(w.Position) > maxPosition) {
 		return ErrPosition
 	}
-	sub, err := s.follow(of)
+	sub, err := s.follow(w.Scope, of)
 	if err != nil {
 		return err
 	}

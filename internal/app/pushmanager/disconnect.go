@@ -19,7 +19,7 @@ const refusalsMost = 10_000
 
 func (c *Config) bindRefusals(s *config.Set) {
 	s.DurationUpTo(&c.Ingress.RefuseMax, "refuse_max", ingress.Defaults().RefuseMax, time.Second, 30*24*time.Hour, "Longest time for which Disconnect may keep somebody away (refuse_for).")
-	s.Int(&c.Refusals, "refusals", refusalsMost, 1, 100_000, "How many users, devices and rooms may be kept away at a time, by all instances.")
+	s.Int(&c.Refusals, "refusals", refusalsMost, 1, 100_000, "How many users, devices and rooms may be kept away at a time, by all instances. A tenant has a quarter of it, and less when most are taken.")
 }
 
 // disconnector closes connections over the links, and writes who is refused to etcd first: a node that is not reached now, or starts
@@ -46,7 +46,7 @@ func (d *disconnector) Disconnect(ctx context.Context, r *ingress.Disconnect) ([
 	case r.AllowAgain:
 		ask.Revision, err = d.refusals.Lift(ctx, &refusal)
 	case r.RefuseFor > 0:
-		ask.Revision, err = d.refusals.Refuse(ctx, &refusal)
+		ask.Revision, err = d.refusals.Refuse(ctx, r.Scope, &refusal)
 		ask.Refuse = time.Duration(refusal.Seconds) * time.Second
 	}
 	switch {

@@ -11,7 +11,7 @@ const buf = (process.env.BUF ?? "go tool -modfile=tools/buf/go.mod buf").split("
 
 /** Which files of the protocol each package has. */
 const packages = {
-  client: { inputs: ["."], paths: ["proto/message.proto", "proto/push_manager.proto", "proto/third_party/google/rpc/status.proto", "proto/third_party/google/rpc/error_details.proto"] },
+  client: { inputs: ["."], paths: ["proto/message.proto", "proto/push_manager.proto", "proto/presence.proto", "proto/third_party/google/rpc/status.proto", "proto/third_party/google/rpc/error_details.proto"] },
   "connect-node": { inputs: [".", "sdk/nodejs/proto"], paths: ["proto/message.proto", "proto/connect_node.proto", "proto/controller.proto"] },
 };
 

@@ -6,7 +6,7 @@ import { after, before, describe, test } from "node:test";
 import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 import { credentials, Client as GrpcClient, type ServiceError } from "@grpc/grpc-js";
 import { Client, PushError } from "@push-manager/client";
-import { ConnectNode, type Connection, type Push, type Session } from "@push-manager/connect-node";
+import { ConnectNode, RefusedError, type Connection, type Push, type Session } from "@push-manager/connect-node";
 import { freePort, programs, skip, start, startStack, until, type Program, type Stack } from "./go.js";
 
 const text = (p: Push): string => Buffer.from(p.message.data).toString();
@@ -235,6 +235,54 @@ describe("a node with Go programs", { skip, timeout: 120_000 }, () => {
     assert.ok(one.got[0]!.message.broadcast && two.texts[0] === "All");
     one.session!.end();
     two.session!.end();
+  });
+
+  test("callers are told who is connected, and who comes and goes, and can disconnect them", async () => {
+    const watched: string[] = [];
+    const stop = new AbortController();
+    const [phone, laptop] = [await enter(node, "p-a", ["seen"], false, { device_id: "phone", os: "x" }), await enter(node, "p-a", [], false, { device_id: "laptop" })];
+    const position = { last: "" };
+    const watch = (async () => {
+      for await (const e of client.watchRoom("seen", { signal: stop.signal })) {
+        if (e.snapshot !== undefined) watched.push(`${e.snapshot.reason}: ${e.snapshot.entries.map((m) => `${m.user} ${m.nodes}`)}`);
+        for (const c of e.changes) watched.push(`${c.kind} ${c.user}`);
+        if (e.position !== "") position.last = e.position;
+      }
+    })();
+    await until(() => watched.length === 1);
+    const other = await enter(node, "p-b", ["seen"]);
+    await until(() => watched.length === 2);
+    const members: string[][] = [];
+    for await (const m of client.roomMembers("seen")) members.push([m.user, m.node]);
+    assert.deepEqual(members.sort(), [["p-a", "node-ts"], ["p-b", "node-ts"]]);
+    const [a, nobody] = await client.presence(["p-a", "p-nobody"]);
+    assert.deepEqual([a?.user, a?.online, a?.nodes, a?.rooms, a?.incomplete], ["p-a", true, ["node-ts"], ["seen"], false]);
+    assert.deepEqual(a?.connections.map((c) => [c.node, c.device, c.attributes, c.rooms]), [
+      ["node-ts", "phone", { device_id: "phone", os: "x" }, ["seen"]], ["node-ts", "laptop", { device_id: "laptop" }, []],
+    ]);
+    assert.ok(a?.connections.every((c) => Math.abs(Date.now() - c.since!.getTime()) < 60_000) && a.connections[0]!.id !== a.connections[1]!.id);
+    assert.deepEqual([nobody?.online, nobody?.connections], [false, []]);
+
+    const one = await client.disconnect({ user: "p-a", device: "laptop" }, { code: 4123, reason: "bye" });
+    assert.deepEqual([one.success, one.connections, one.nodes, one.failures], [true, 1, 2, []]); // The stack has a node of its own.
+    assert.deepEqual([phone.closed, laptop.closed], ["", "disconnected"]);
+    assert.equal((await client.disconnect({ user: "p-a" }, { refuseFor: 60_000 })).connections, 1);
+    assert.throws(() => node.connect(new Receiver(), { user: "p-a" }), (e) => e instanceof RefusedError && e.code === 4410);
+    assert.ok((await client.allowAgain({ user: "p-a" })).success);
+    (await enter(node, "p-a")).session!.end();
+    assert.equal((await client.disconnect({ room: "seen" })).connections, 1);
+    assert.equal(other.closed, "disconnected");
+    await until(() => watched.length === 4);
+    stop.abort();
+    await watch;
+    assert.deepEqual(watched, ["initial: p-a node-ts", "joined p-b", "left p-a", "left p-b"]);
+    const again = await enter(node, "p-c");
+    const later = client.watchRoom("seen", { position: position.last });
+    const first = later.next();
+    again.session!.join("seen");
+    assert.deepEqual((await first).value?.changes.map((c) => `${c.kind} ${c.user}`), ["joined p-c"]); // no snapshot before it
+    await later.return();
+    again.session!.end();
   });
 
   test("a broadcast job reaches everybody once, in the order of their turns", async () => {

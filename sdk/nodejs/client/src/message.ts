@@ -180,7 +180,8 @@ function milliseconds(field: string, ms: number): number {
   return whole;
 }
 
-function check(field: string, ...texts: readonly string[]): void {
+/** Refuses what is no text. */
+export function check(field: string, ...texts: readonly string[]): void {
   for (const text of texts) {
     if (typeof text !== "string" || !text.isWellFormed()) throw invalid(field, "is no valid text");
   }

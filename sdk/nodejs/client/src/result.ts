@@ -1,5 +1,5 @@
 import { unusable } from "./errors.js";
-import type { DeliverySummary } from "./gen/message_pb.js";
+import type { DeliverySummary, NodeFailure } from "./gen/message_pb.js";
 import type { Kind } from "./message.js";
 
 /**
@@ -63,9 +63,7 @@ export function resultOf(kind: Kind, reply: { success: boolean; message: string;
   }
   const sum = s.delivered + s.offline + s.failed + s.unknown;
   if (sum !== s.targets) throw unusable(`the counts of the reply do not add up: ${s.targets} targets, ${sum} outcomes`);
-  const failures = s.nodeFailures.map((f): Failure => ({
-    node: f.nodeId, outcome: f.reason.startsWith("unknown") ? "unknown" : "failed", reason: f.reason, users: Math.max(f.users, 0),
-  }));
+  const failures = failuresOf(s.nodeFailures);
   const r: Result = {
     outcome: "failed", success: reply.success, message: reply.message,
     targets: s.targets, delivered: s.delivered, offline: s.offline, failed: s.failed, unknown: s.unknown,
@@ -83,3 +81,8 @@ function outcomeOf(kind: Kind, r: Result): Outcome {
   if (r.success) return "delivered";
   return r.targets === 0 && (kind === "room" || kind === "rooms") ? "offline" : "failed"; // The room is not known, or no Connect-Node is.
 }
+
+/** What a reply says of nodes. */
+export const failuresOf = (all: readonly NodeFailure[]): Failure[] => all.map((f) => ({
+  node: f.nodeId, outcome: f.reason.startsWith("unknown") ? "unknown" : "failed", reason: f.reason, users: Math.max(f.users, 0),
+}));

@@ -6,7 +6,7 @@ import {
   RangeRequestSchema, RangeResponseSchema, RequestOpSchema, TxnRequestSchema, TxnResponseSchema,
 } from "./gen/etcd_pb.js";
 import { clock } from "./message.js";
-import { refusedPrefix } from "./refusals.js";
+import { mostRefusals, refusedPrefix } from "./refusals.js";
 import { clientCredentials, type TlsFiles } from "./tls.js";
 
 /** Where etcd is. */
@@ -26,7 +26,6 @@ const ttl = 10;
 const checkEvery = 3000;
 /** How often it is read who is refused. Push-Managers tell it, too: this is for nodes that they do not reach, and that start later. */
 const refusedEvery = 10_000;
-const mostRefused = 10_000;
 const requestTimeout = 3000;
 const minBackoff = 50;
 const maxBackoff = 1000;
@@ -44,7 +43,7 @@ class Etcd {
     this.clients = cfg.endpoints.map((e) => new Client(e.replace(/^https?:\/\//, ""), creds, {
       "grpc.keepalive_time_ms": 10_000, "grpc.keepalive_timeout_ms": 3000,
       "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1000,
-      "grpc.max_receive_message_length": 16 << 20, // All who are refused.
+      "grpc.max_receive_message_length": 128 << 20, // All who are refused.
     }));
   }
 
@@ -116,8 +115,8 @@ class Etcd {
 export interface RegistrationEvents {
   /** The key is there, or is not any more, and why. */
   changed(registered: boolean, why: string): void;
-  /** What stands below the prefix of those who are refused, as of a revision: after each registration, and every few seconds. */
-  refused(all: { key: string; value: string; revision: bigint }[], revision: bigint): void;
+  /** What stands below the prefix of those who are refused, as of a revision, all or only some: after each registration, and every few seconds. */
+  refused(stands: { key: string; value: string; revision: bigint }[], revision: bigint, all: boolean): void;
 }
 
 /**
@@ -247,10 +246,11 @@ export class Registration {
       const end = Buffer.from(refusedPrefix);
       end[end.length - 1]!++;
       const got = await this.etcd.call("/etcdserverpb.KV/Range", RangeRequestSchema, RangeResponseSchema, create(RangeRequestSchema, {
-        key: Buffer.from(refusedPrefix), rangeEnd: end, limit: BigInt(mostRefused),
+        key: Buffer.from(refusedPrefix), rangeEnd: end, limit: BigInt(mostRefusals),
       }));
-      const all = got.kvs.map((kv) => ({ key: Buffer.from(kv.key).toString(), value: Buffer.from(kv.value).toString(), revision: kv.modRevision }));
-      if (!this.stopped) this.events.refused(all, got.header?.revision ?? 0n);
+      const stands = got.kvs.map((kv) => ({ key: Buffer.from(kv.key).toString(), value: Buffer.from(kv.value).toString(), revision: kv.modRevision }));
+      if (!this.stopped) this.events.refused(stands, got.header?.revision ?? 0n, !got.more);
+      this.toldRefused = false;
     } catch (error) {
       if (!this.toldRefused) process.stderr.write(`connect-node: who is refused cannot be read in etcd: ${error instanceof Error ? error.message : String(error)}\n`);
       this.toldRefused = true;

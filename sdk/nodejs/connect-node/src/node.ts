@@ -7,9 +7,9 @@ import { Handover } from "./acks.js";
 import { Registration, type EtcdConfig } from "./etcd.js";
 import { attributesOf, checkText, matches, type Attributes } from "./filter.js";
 import {
-  BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, ListUsersRequestSchema, ListUsersResponseSchema, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
+  BroadcastRequestSchema, BroadcastResponseSchema, DeliverResponseSchema, Feature, ListConnectionsRequestSchema, ListConnectionsResponseSchema, ListUsersRequestSchema, ListUsersResponseSchema, PushMessageBatchRequestSchema, PushMessageBatchResponseSchema,
   PushMessageRequestSchema, PushMessageResponseSchema,
-  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Disconnect, type Hello, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
+  type BroadcastRequest, type BroadcastResponse, type DeliverResponse, type Disconnect, type Hello, type ListConnectionsRequest, type ListUsersRequest, type ListUsersResponse, type PushMessageBatchRequest, type PushMessageBatchResponse,
   type PushMessageRequest, type PushMessageResponse,
 } from "./gen/connect_node_pb.js";
 import type { Match } from "./gen/message_pb.js";
@@ -124,6 +124,7 @@ const service: ServiceDefinition = {
   pushMessageBatch: unary("PushMessageBatch", PushMessageBatchRequestSchema, PushMessageBatchResponseSchema),
   broadcast: unary("Broadcast", BroadcastRequestSchema, BroadcastResponseSchema),
   listUsers: unary("ListUsers", ListUsersRequestSchema, ListUsersResponseSchema),
+  listConnections: unary("ListConnections", ListConnectionsRequestSchema, ListConnectionsResponseSchema),
   deliver: {
     path: "/pubsub.ConnectNodeService/Deliver", requestStream: true, responseStream: true,
     // Frames are taken apart by the stream, which says what is wrong with them.
@@ -246,6 +247,7 @@ export class ConnectNode {
       pushMessageBatch: this.answer((r: PushMessageBatchRequest) => this.pushMessageBatch(r)),
       broadcast: this.answer((r: BroadcastRequest) => this.pushToAll(r)),
       listUsers: (call: ServerUnaryCall<ListUsersRequest, ListUsersResponse>, callback: sendUnaryData<ListUsersResponse>) => void this.listUsers(call, callback),
+      listConnections: this.answer((r: ListConnectionsRequest) => this.listing.connections(r), true),
       deliver: (call: DeliverCall) => this.accept(call),
     });
     const port = await new Promise<number>((resolve, reject) => {
@@ -268,8 +270,8 @@ export class ConnectNode {
           this.wasLost = !up;
           this.state("etcd", up, why);
         },
-        refused: (all, revision) => {
-          this.refusals.list(all, revision);
+        refused: (stands, revision, all) => {
+          this.refusals.list(stands, revision, all);
           this.refuseAll();
         },
       });
@@ -450,12 +452,12 @@ export class ConnectNode {
     callback(error instanceof StreamEnd ? { code: error.code, details: error.message } : { code: status.UNKNOWN, details: "internal error of the node" });
   }
 
-  private answer<I, O>(f: (r: I) => O): (call: ServerUnaryCall<I, O>, callback: sendUnaryData<O>) => void {
+  private answer<I, O>(f: (r: I) => O, whileDraining = false): (call: ServerUnaryCall<I, O>, callback: sendUnaryData<O>) => void {
     return (call, callback) => {
       try {
         if (!this.mayCall(call)) throw new StreamEnd(status.PERMISSION_DENIED, notManager);
         // Not UNAVAILABLE, which also says that a connection broke and leaves the manager in doubt.
-        if (this.isDraining) throw new StreamEnd(status.FAILED_PRECONDITION, "node is draining");
+        if (this.isDraining && !whileDraining) throw new StreamEnd(status.FAILED_PRECONDITION, "node is draining");
         callback(null, f(call.request));
       } catch (error) {
         this.failed(error, callback);
@@ -525,7 +527,8 @@ export class ConnectNode {
   private refuseAll(): void {
     for (const of of [...this.users.values()]) {
       for (const s of of) {
-        const said = this.refusals.of(s.user, s.device);
+        let said = this.refusals.of(s.user, s.device);
+        for (const room of s.rooms) said ??= this.refusals.ofRoom(room);
         if (said !== undefined) this.cut(s, "disconnected", said);
       }
     }

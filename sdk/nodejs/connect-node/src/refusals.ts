@@ -17,7 +17,8 @@ export class RefusedError extends Error implements Words {
 
 /** Where Push-Managers write who is refused. */
 export const refusedPrefix = "/push-manager/refused/";
-const mostRefusals = 100_000;
+/** How many there may be: as many as Push-Managers write at most. */
+export const mostRefusals = 100_000;
 /** How long it is remembered that a refusal was lifted, in milliseconds: what was written before it may come later. */
 const tombstone = 60_000;
 const sweepEvery = 10_000;
@@ -39,13 +40,30 @@ export function checkDisconnect(d: Disconnect): void {
 
 const keyOf = (user: string, device: string, room: string): string => {
   if (room !== "") return `${refusedPrefix}room/${room}`;
-  return device === "" ? `${refusedPrefix}user/${user}` : `${refusedPrefix}device/${Buffer.byteLength(user)}/${user}/${device}`;
+  return device === "" ? `${refusedPrefix}user/${user}` : `${refusedPrefix}device/${user}/${device}/${Buffer.byteLength(device)}`;
+};
+
+/** What a Push-Manager has written at a key; undefined for anything else. */
+const refusalAt = (key: string, value: string): (Words & { seconds: number }) | undefined => {
+  let r: unknown;
+  try {
+    r = JSON.parse(value);
+  } catch {
+    return undefined;
+  }
+  if (typeof r !== "object" || r === null) return undefined;
+  const { user = "", device = "", room = "", code, reason = "", seconds } = r as Record<string, unknown>;
+  if (typeof user !== "string" || typeof device !== "string" || typeof room !== "string" || keyOf(user, device, room) !== key) return undefined;
+  if (typeof code !== "number" || !Number.isInteger(code) || code < 4000 || code > 4999) return undefined;
+  if (typeof seconds !== "number" || seconds <= 0 || typeof reason !== "string" || Buffer.byteLength(reason) > 120) return undefined;
+  return { code, reason, seconds };
 };
 
 /** Who is refused, as Push-Managers and etcd have told. Of what is said of one user, device or room the highest revision counts. */
 export class Refusals {
   private readonly byKey = new Map<string, Refusal>();
   private swept = clock();
+  private revision = 0n; // Of the last list.
 
   /** Takes what a Push-Manager says. */
   take(d: Disconnect): void {
@@ -54,22 +72,17 @@ export class Refusals {
     else if (d.refuseMs > 0n) this.put(key, d.code, d.reason, Number(d.refuseMs), d.revision);
   }
 
-  /** Takes all that stands in etcd, as of a revision. */
-  list(all: Iterable<{ key: string; value: string; revision: bigint }>, revision: bigint): void {
-    const listed = new Set<string>();
-    for (const { key, value, revision: at } of all) {
-      let r: { user?: unknown; device?: unknown; room?: unknown; code?: unknown; seconds?: unknown; reason?: unknown };
-      try {
-        r = JSON.parse(value) as typeof r;
-      } catch {
-        continue; // It is none of ours.
-      }
-      const { code, seconds } = r;
-      if (typeof code !== "number" || typeof seconds !== "number" || keyOf(String(r.user ?? ""), String(r.device ?? ""), String(r.room ?? "")) !== key) continue;
-      listed.add(key);
-      this.put(key, code, String(r.reason ?? ""), seconds * 1000, at);
+  /** Takes what stands in etcd, as of a revision: all of it, or only some. */
+  list(stands: Iterable<{ key: string; value: string; revision: bigint }>, revision: bigint, all: boolean): void {
+    if (revision < this.revision) this.byKey.clear(); // An etcd that has gone back was restored: what it says is all that counts.
+    this.revision = revision;
+    const listed = new Map<string, Words & { seconds: number; revision: bigint }>();
+    for (const { key, value, revision: at } of stands) {
+      const r = refusalAt(key, value);
+      if (r !== undefined) listed.set(key, { ...r, revision: at });
     }
-    for (const [key, r] of this.byKey) if (!listed.has(key) && !r.lifted && r.revision <= revision) this.byKey.delete(key);
+    if (all) for (const [key, r] of this.byKey) if (!listed.has(key) && !r.lifted && r.revision <= revision) this.byKey.delete(key);
+    for (const [key, r] of listed) this.put(key, r.code, r.reason, r.seconds * 1000, r.revision);
   }
 
   of(user: string, device: string): Words | undefined {
@@ -98,6 +111,9 @@ export class Refusals {
       for (const [old, { until }] of this.byKey) if (now > until) this.byKey.delete(old);
     }
     const before = this.byKey.get(key);
+    if (before === undefined && this.byKey.size >= mostRefusals && !r.lifted) { // What was lifted keeps nobody from being refused.
+      for (const [old, { lifted }] of this.byKey) if (lifted) this.byKey.delete(old);
+    }
     if (before === undefined ? this.byKey.size < mostRefusals : before.revision <= r.revision) this.byKey.set(key, r);
   }
 }

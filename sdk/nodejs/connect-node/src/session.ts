@@ -95,6 +95,8 @@ interface Held {
   deadline: number;
 }
 
+let made = 0;
+
 /**
  * A connection as the node knows it: its rooms, its queue, the ids that it has had, and what its client has not acknowledged.
  * ConnectNode.connect makes it.
@@ -104,6 +106,10 @@ export class Session {
   readonly rooms = new Set<string>();
   readonly leaving = new Set<string>();
   gate: Gate | undefined;
+
+  /** No other connection of this process has it. */
+  readonly id = (++made).toString(36);
+  readonly since = Date.now();
 
   private ended = false;
   private queue: Entry[] = [];
