@@ -32,7 +32,7 @@ type Config struct {
 	// 0 means 256.
 	Places int
 	// MaxMembers bounds the members of all cached rooms together. 0 means
-	// 4,000,000, some 160 MB with ids of 14 bytes.
+	// 4,000,000, some 160 MB with ids of 14 bytes. Unions may have as many again, those of their rooms included.
 	MaxMembers int
 	// MaxUsers bounds the cached users. 0 means 1,000,000, some 370 MB.
 	MaxUsers int

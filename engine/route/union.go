@@ -15,8 +15,6 @@ import (
 )
 
 const (
-	// unionPart is which part of Config.MaxMembers the kept unions may have, beside the rooms themselves.
-	unionPart = 4
 	// unionWindow is how many of its rooms a union looks up at a time: the pool has places for others, too.
 	unionWindow = 32
 	// unionTime is how long a union begins look-ups for those who wait. What is left then has no answer.
@@ -35,7 +33,7 @@ type unions struct {
 
 func newUnions(members int) (*unions, error) {
 	cache, err := otter.New(&otter.Options[uint64, *Union]{
-		MaximumWeight: max(uint64(members)/unionPart, 1),
+		MaximumWeight: uint64(max(members, 1)),
 		Weigher:       func(_ uint64, u *Union) uint32 { return uint32(min(u.weight.Load(), 1<<30)) },
 		OnAtomicDeletion: func(e otter.DeletionEvent[uint64, *Union]) {
 			if e.Cause != otter.CauseReplacement { // which is by itself
@@ -182,6 +180,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 		return u.snap, nil
 	}
 	vouched, freshUntil, renewAt := true, nanos(never), int64(never)
+	replaced := false
 	for i, e := range u.entries {
 		if e != nil && !touch && e.generation == generation && (watched && !e.fallback || at < e.freshUntil) &&
 			!e.gone.Load() && !e.behind() && !e.due(at) && e.snap == u.snaps[i] {
@@ -194,6 +193,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 		if e.due(at) {
 			renew = append(renew, i)
 		}
+		replaced = replaced || e.gone.Load() // changes may have counted that, and the cache does not show the next one yet
 		vouched, freshUntil, renewAt = vouched && !e.fallback, min(freshUntil, e.freshUntil), min(renewAt, e.renewAt.Load())
 		u.entries[i] = e
 		if e.snap != u.snaps[i] {
@@ -217,6 +217,9 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 	u.dir.Rooms.lanes[u.shards[0]].hits.Add(1)
 	u.snap.published.CompareAndSwap(0, int64(u.dir.now())) // now that nobody finds another
 	u.changes, u.generation, u.watched, u.freshUntil, u.renewAt = changes, generation, vouched, freshUntil, renewAt
+	if replaced {
+		u.generation = 0 // which none has: the next query looks at all again
+	}
 	return u.snap, renew
 }
 
@@ -224,13 +227,23 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
 func (u *Union) takeLocked(snaps []*Snapshot, base *Snapshot) {
 	u.snaps, u.base, u.snap = snaps, base, asStale(base, snaps)
 	u.generation = 0 // which none has: what was found was of others
-	absent := 0
+	absent, held := 0, 0
 	for _, s := range snaps {
+		held += s.Users
 		if !s.Found {
 			absent++
 		}
 	}
 	u.absent.Store(int32(absent))
+	// The members of the rooms count, too: the union has them still when the cache of rooms has let go of them.
+	weight, was := int64(8*len(u.list)+base.Users+held), u.weight.Load()
+	if weight <= was+was/8 && weight >= was/2 {
+		return
+	}
+	u.weight.Store(weight)
+	if kept, ok := u.dir.unions.cache.GetIfPresent(u.Hash); ok && kept == u {
+		u.dir.unions.cache.Set(u.Hash, u) // which weighs it
+	}
 }
 
 // NotFound is how many of the rooms do not exist, as of the latest answer about all.
@@ -444,8 +457,9 @@ func (u *Union) drain() {
 		if len(g.missing) > 0 {
 			g.ask = func(i int) { u.dir.Rooms.Ask(u.shards[i], u.rooms[i:i+1], now, &answer{g, i}) }
 			g.end = func() { u.inPool(func() { g.tell(); u.drain() }) }
-			g.pump()
-			return // the last answer goes on
+			if !g.pump() {
+				return // the last answer goes on
+			}
 		}
 		g.tell()
 	}
@@ -495,15 +509,18 @@ func (a *answer) Routed(_ []string, snaps []*Snapshot, err error) {
 		g.snaps[a.i] = snaps[0]
 	}
 	g.mu.Unlock()
-	g.pump()
+	if g.pump() {
+		g.end()
+	}
 }
 
-// pump asks about so many rooms at a time, and ends when all have been answered.
-func (g *gathering) pump() {
+// pump asks about so many rooms at a time. True means that all have been answered: one call says so, and that is the outermost one
+// where answers come before ask returns.
+func (g *gathering) pump() (ended bool) {
 	g.mu.Lock()
 	if g.pumping {
 		g.mu.Unlock()
-		return
+		return false
 	}
 	g.pumping = true
 	for g.next < len(g.missing) && g.open < unionWindow {
@@ -520,12 +537,10 @@ func (g *gathering) pump() {
 		g.mu.Lock()
 	}
 	g.pumping = false
-	end := !g.ended && g.next == len(g.missing) && g.open == 0
-	g.ended = g.ended || end
+	ended = !g.ended && g.next == len(g.missing) && g.open == 0
+	g.ended = g.ended || ended
 	g.mu.Unlock()
-	if end {
-		g.end()
-	}
+	return ended
 }
 
 // tell works out the union and tells those who wait for it.
@@ -565,12 +580,6 @@ func (g *gathering) result() (s *Snapshot, err error) {
 	u.takeLocked(g.snaps, base)
 	s = u.snap
 	u.mu.Unlock()
-	if now := int64(8*len(u.list) + base.Users); u.weight.Load() < now || now < u.weight.Load()/2 {
-		u.weight.Store(now)
-		if kept, ok := u.dir.unions.cache.GetIfPresent(u.Hash); ok && kept == u {
-			u.dir.unions.cache.Set(u.Hash, u) // which weighs it
-		}
-	}
 	return s, nil
 }
 
@@ -592,8 +601,12 @@ func (u *Union) Refresh(users []string, m Missing, w Waiter) {
 		if group == nil {
 			continue
 		}
-		for _, user := range users {
-			if group.Has(user) {
+		few, all := users, group.Users // both are sorted
+		if len(few) > len(all) {
+			few, all = all, few
+		}
+		for _, user := range few {
+			if _, is := slices.BinarySearch(all, user); is {
 				there[i] = append(there[i], user)
 			}
 		}
@@ -621,5 +634,7 @@ func (u *Union) Refresh(users []string, m Missing, w Waiter) {
 		s.Doubted = g.failed > 0 || slices.ContainsFunc(g.snaps, func(s *Snapshot) bool { return s != nil && s.Doubted })
 		w.Routed([]string{u.ID}, []*Snapshot{s}, nil)
 	}
-	g.pump()
+	if g.pump() {
+		g.end()
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -187,7 +188,7 @@ func TestUnionOfAFullPoolIsMadeAllTheSame(t *testing.T) {
 func TestUnionsThatAreNotUsedAreLetGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
-		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = 4000, time.Hour })
+		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = 1000, time.Hour })
 		first := d.Union([]string{"r", "s"})
 		for i := range 1000 {
 			d.Union([]string{"r", fmt.Sprint(i)})
@@ -203,4 +204,138 @@ func TestUnionsThatAreNotUsedAreLetGo(t *testing.T) {
 			}
 		}
 	})
+}
+
+// held is how many members the kept unions have: their own, and those of the answers about their rooms.
+func held(d *Directory) (members int) {
+	d.unions.cache.CleanUp()
+	for _, u := range d.unions.cache.All() {
+		if u.base != nil {
+			members += u.base.Users
+		}
+		for _, s := range u.snaps {
+			if s != nil {
+				members += s.Users
+			}
+		}
+	}
+	return members
+}
+
+// The rooms of a list may have far more members than the list, and the cache of rooms may have let go of them.
+func TestUnionsKeepNoMoreMembersThanTheyMay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 8000
+		s := &source{rooms: map[string][][2]string{}}
+		var everybody []string
+		for i := range 100 {
+			everybody = append(everybody, fmt.Sprintf("u%d@A", i))
+		}
+		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = most, time.Hour })
+		for i := range 40 {
+			var list []string
+			for k := range 10 {
+				name := fmt.Sprint("r", i, "-", k)
+				list = append(list, name)
+				s.rooms[name] = room(everybody...)
+			}
+			if snap, err := askUnion(t, d, list...); err != nil || snap.Users != 100 {
+				t.Fatalf("%+v, %v", snap, err)
+			}
+		}
+		synctest.Wait()
+		if n := held(d); n > most || n == 0 {
+			t.Errorf("%d members are kept, at most %d may be", n, most)
+		}
+	})
+}
+
+// A list is made while its rooms are nearly empty, and they fill.
+func TestUnionsThatGrowKeepNoMoreMembersThanTheyMay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 8000
+		v := &versioned{source: &source{rooms: map[string][][2]string{"r": room("u@A")}}, revision: 1}
+		d := newDirectory(t, v.source, func(c *Config) { c.Source, c.MaxMembers = v, most })
+		d.InvalidateAll()
+		d.Vouch(time.Now().Add(time.Hour))
+		var lists []*Union
+		for i := range 20 {
+			name := fmt.Sprint("s", i)
+			v.rooms[name] = room("v@A")
+			if _, err := askUnion(t, d, "r", name); err != nil {
+				t.Fatal(err)
+			}
+			lists = append(lists, d.Union([]string{"r", name}))
+		}
+		for i := range 20 {
+			var moves []Move
+			for k := range 50 {
+				moves = append(moves, Move{Room: "r", User: fmt.Sprint("m", i, "-", k), Node: "A", Revision: uint64(2 + i)})
+			}
+			d.Moved(moves)
+			for _, u := range lists {
+				if s := u.Cached(now()); s == nil || s.Users != 2+50*(i+1) {
+					t.Fatalf("%+v", s)
+				}
+			}
+			synctest.Wait()
+		}
+		if n := held(d); n > most+most/8 || n == 0 { // a union is weighed again when it has grown by so much
+			t.Errorf("%d members are kept, at most %d may be, and an eighth", n, most)
+		}
+	})
+}
+
+// The cache says that an answer goes before it shows the one in its place. A query in between must not take the old one for the latest.
+func TestUnionDoesNotMissAnAnswerThatIsJustBeingReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		d := newDirectory(t, s, func(c *Config) { c.TTL = time.Hour })
+		if _, err := askUnion(t, d, "r", "s"); err != nil {
+			t.Fatal(err)
+		}
+		u := d.Union([]string{"r", "s"})
+		if s := u.Cached(now()); s == nil || s.Users != 2 {
+			t.Fatalf("%+v", s)
+		}
+		old, _ := d.Rooms.cache.GetIfPresent("r")
+		next := &entry{
+			snap: d.moved(old.snap, []Move{{Room: "r", User: "x", Node: "A"}}), fetched: old.fetched, known: old.known, freshUntil: old.freshUntil, generation: old.generation,
+		}
+		next.renewAt.Store(never)
+		old.gone.Store(true)
+		d.Rooms.changes.Add(1)
+		if s := u.Cached(now()); s == nil || s.Users != 2 {
+			t.Fatalf("%+v", s)
+		}
+		d.Rooms.cache.Set("r", next)
+		d.Rooms.changes.Add(^uint64(0)) // which Set has counted once more
+		if s := u.Cached(now()); s == nil || s.Users != 3 {
+			t.Errorf("after the answer was shown: %+v", s)
+		}
+	})
+}
+
+// again asks as soon as it is told.
+type again struct {
+	teller
+
+	u           *Union
+	left, depth int
+}
+
+func (w *again) Routed([]string, []*Snapshot, error) {
+	w.depth = max(w.depth, runtime.Callers(0, make([]uintptr, 4096)))
+	if w.left--; w.left > 0 {
+		w.u.Ask(now(), w)
+	}
+}
+
+func TestUnionOfAFullPoolTellsManyWithoutNesting(t *testing.T) {
+	d := newDirectory(t, &source{}, func(c *Config) { c.Go = func(int, func()) error { return errors.New("full") } })
+	w := &again{u: d.Union([]string{"r", "s"}), left: 300}
+	w.u.Ask(now(), w)
+	if w.left != 0 || w.depth > 100 {
+		t.Errorf("%d are not told; %d calls within each other", w.left, w.depth)
+	}
 }

@@ -249,7 +249,7 @@ func (c *Config) bindRoutes(s *config.Set) {
 	s.Duration(&c.Routes.TTL, "route_cache_ttl", d.TTL, time.Millisecond, "How long a route is trusted when the Controller has no change stream.")
 	s.Duration(&c.Routes.StaleTTL, "route_stale_ttl", d.StaleTTL, time.Millisecond, "How long a route may serve while the Controller cannot be reached.")
 	s.Duration(&c.Routes.LookupTimeout, "lookup_timeout", d.LookupTimeout, time.Millisecond, "Longest look-up at the Controller.")
-	s.Int(&c.Routes.MaxMembers, "route_cache_members", d.MaxMembers, 1, math.MaxInt32, "Members of all cached rooms together.")
+	s.Int(&c.Routes.MaxMembers, "route_cache_members", d.MaxMembers, 1, math.MaxInt32, "Members of all cached rooms together. Lists of rooms that are pushed to together may have as many again.")
 	s.Int(&c.Routes.MaxUsers, "route_cache_users", d.MaxUsers, 1, math.MaxInt32, "Users in the cache.")
 }
 
