@@ -61,6 +61,11 @@ func (c *returning) loop() {
 			c.mu.Lock()
 			c.conn = conn
 			c.mu.Unlock()
+			select {
+			case <-c.stop: // who stops it has not seen this connection
+				_ = conn.NetConn().Close()
+			default:
+			}
 			conn.ReadLoop()
 		}
 		c.mu.Lock()

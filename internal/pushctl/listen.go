@@ -275,7 +275,7 @@ func ended(err error, shown bool) error {
 	if !errors.As(err, &said) {
 		return fmt.Errorf("the connection was lost: %w", err)
 	}
-	lost := fmt.Errorf("the Connect-Node closed the connection (%d %s)", said.Code, clean(string(said.Reason)))
+	lost := fmt.Errorf("the Connect-Node closed the connection (%s)", strings.TrimSpace(fmt.Sprintf("%d %s", said.Code, clean(string(said.Reason)))))
 	switch {
 	case said.Code == 4401:
 		return &tokenError{lost}

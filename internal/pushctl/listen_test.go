@@ -408,3 +408,12 @@ func TestListenOverTLS(t *testing.T) {
 		}
 	}
 }
+
+// TestListenTellsAnEndWithoutWords by its code alone.
+func TestListenTellsAnEndWithoutWords(t *testing.T) {
+	for reason, want := range map[string]string{"": "(4410)", "banned": "(4410 banned)"} {
+		if err := ended(&gws.CloseError{Code: 4410, Reason: []byte(reason)}, false); !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%q, want %s at its end", err, want)
+		}
+	}
+}

@@ -77,17 +77,7 @@ func (d *device) wantEnd(code uint16, words string) {
 // arrive opens a connection that may be refused.
 func arrive(t testing.TB, g *Gateway, query string) *device {
 	t.Helper()
-	d, _, err := dialQuery(g, query, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.t = t
-	var wg sync.WaitGroup
-	wg.Go(d.ws.ReadLoop)
-	t.Cleanup(func() {
-		_ = d.ws.NetConn().Close()
-		wg.Wait()
-	})
+	d, _ := dial(t, g, query, nil)
 	return d
 }
 

@@ -119,7 +119,6 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 			return nil, err
 		}
 	}
-	cfg.Ingress.Disconnector = m.disconnector(&cfg)
 	if err = m.openJobs(&cfg); err != nil {
 		return nil, err
 	}
@@ -149,6 +148,7 @@ func Start(ctx context.Context, cfg Config, log *slog.Logger) (_ *PushManager, e
 
 // newAPI makes the push API, over gRPC and over HTTP, with the same certificates, and what it tells of presence.
 func (m *PushManager) newAPI(cfg *Config, set *metrics.Set) (err error) {
+	cfg.Ingress.Disconnector = m.disconnector(cfg)
 	if err = m.openPresence(cfg); err != nil {
 		return err
 	}
