@@ -313,18 +313,29 @@ func (nobody) Routed([]string, []*Snapshot, error) {}
 
 // submit runs the look-up of keys, whose lines are open, in the pool of the shard.
 func (t *Table) submit(shard int, w Waiter, keys []string) {
-	err := t.dir.cfg.Go(shard, func() { t.lookup(shard, w, keys) })
-	if err != nil {
+	for len(keys) > 0 {
+		err := t.dir.cfg.Go(shard, func() { t.lookup(shard, w, keys) })
+		if err == nil {
+			return
+		}
 		err = errors.Join(ErrOverloaded, err)
-		t.settle(shard, keys, func(l *line, _ int) (*entry, error) {
+		w, keys = t.settle(shard, keys, func(l *line, _ int) (*entry, error) {
 			t.applyLocked(l, nil, 0)
 			return t.fallback(&t.lanes[shard], l, err), err
 		})
 	}
 }
 
-// lookup asks the source for keys and tells everybody in their lines.
+// lookup asks the source for keys and tells everybody in their lines. Whoever waits for a newer answer gets it in the same place of the
+// pool: in a full one there is no other.
 func (t *Table) lookup(shard int, w Waiter, keys []string) {
+	for len(keys) > 0 {
+		w, keys = t.lookupOnce(shard, w, keys)
+	}
+}
+
+// lookupOnce returns which keys have to be looked up again, and for whom first.
+func (t *Table) lookupOnce(shard int, w Waiter, keys []string) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	timeout := t.dir.timeout(ln.running.Add(1))
 	began, generation := t.dir.now(), t.dir.generation.Load()
@@ -341,10 +352,11 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 	defer func() {
 		// Runs on a panic of the source, too: nobody is left waiting.
 		ln.running.Add(-1)
+		panicked := errors.Is(err, errPanicked)
 		if err != nil {
 			ln.lookupErrors.Add(1)
 		}
-		t.settle(shard, keys, func(l *line, i int) (*entry, error) {
+		first, again = t.settle(shard, keys, func(l *line, i int) (*entry, error) {
 			if err != nil {
 				t.applyLocked(l, nil, 0)
 				return t.fallback(ln, l, err), err
@@ -356,9 +368,13 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 			}
 			return e, nil
 		})
+		if panicked && len(again) > 0 { // which ends this task
+			t.submit(shard, first, again)
+		}
 	}()
 	ln.lookups.Add(1)
 	revision, err = t.dir.lookup(t, w, timeout, keys, olds, snaps)
+	return first, again
 }
 
 // newEntry decides how long an answer of the Controller is good. Called under the lock.
@@ -433,8 +449,8 @@ func (t *Table) stale(old *entry, announced bool, until nanos) *entry {
 
 // settle gives the line of each key its result, and tells the waiters in the order of asking:
 // first those of now, whoever asked for all of keys about all at once, and then those who
-// have come since.
-func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*entry, error)) {
+// have come since. It returns which keys have to be looked up again, and for whom first.
+func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*entry, error)) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	ln.mu.Lock()
 	for i, key := range keys {
@@ -446,13 +462,18 @@ func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*e
 	ln.mu.Unlock()
 	tell(batch)
 	for some := range slices.Chunk(keys, drainBatch) {
-		t.drain(shard, some)
+		w, more := t.drain(shard, some)
+		if first == nil {
+			first = w
+		}
+		again = append(again, more...)
 	}
+	return first, again
 }
 
 // drain tells the waiters of lines that have a result until the lines are empty; then the
-// results become visible and the lines go.
-func (t *Table) drain(shard int, keys []string) {
+// results become visible and the lines go, but for those of keys that have to be looked up again.
+func (t *Table) drain(shard int, keys []string) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	ln.mu.Lock()
 	for batch := t.takeLocked(ln, keys); len(batch) > 0; batch = t.takeLocked(ln, keys) {
@@ -460,8 +481,6 @@ func (t *Table) drain(shard int, keys []string) {
 		tell(batch)
 		ln.mu.Lock()
 	}
-	var again []string
-	var first Waiter
 	for _, key := range keys {
 		l := ln.lines[key]
 		if len(l.next) == 0 {
@@ -483,9 +502,7 @@ func (t *Table) drain(shard int, keys []string) {
 		l.looking, l.dirty, l.announced, l.moves = true, false, false, nil
 	}
 	ln.mu.Unlock()
-	if len(again) > 0 {
-		t.submit(shard, first, again)
-	}
+	return first, again
 }
 
 // publishLocked makes the line's result visible.
