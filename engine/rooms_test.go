@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,6 +145,57 @@ func TestRoomWithoutAnAnswerIsOneTargetThatFailed(t *testing.T) {
 	delete(some.down, "s")
 	if got := do(t, e, toRooms("r", "s")); got.Delivered != 3 || !got.Success() {
 		t.Errorf("with an answer: %+v", got)
+	}
+}
+
+// purse counts what its pushes cost.
+type purse struct{ atomic.Int64 }
+
+func (p *purse) Charge(cost int) { p.Add(int64(cost)) }
+
+func TestPushToSeveralRoomsPaysForEachThatIsLookedUp(t *testing.T) {
+	w := newWorld()
+	w.rooms["r"] = map[string][]string{"u1": {"A"}, "u2": {"A"}}
+	w.rooms["s"] = map[string][]string{"u2": {"A"}}
+	w.rooms["t"] = map[string][]string{"u3": {"A"}}
+	e := w.engine(t)
+	e.directory.Vouch(time.Now().Add(time.Hour))
+	for _, test := range []struct {
+		rooms []string
+		want  int64
+	}{{[]string{"r", "s"}, 2 + 1}, {[]string{"r", "s"}, 1}, {[]string{"r", "s", "t", "t"}, 1 + 1}, {[]string{"x", "y"}, 2}} {
+		var spent purse
+		p := toRooms(test.rooms...)
+		p.Budget = &spent
+		do(t, e, p)
+		if n := spent.Load(); n != test.want {
+			t.Errorf("%v: %d, want %d", test.rooms, n, test.want)
+		}
+	}
+}
+
+func TestFewMembersOfSeveralRooms(t *testing.T) {
+	w := newWorld()
+	w.rooms["r"] = map[string][]string{"u1": {"A"}, "u2": {"B"}, "u3": {"B"}}
+	w.rooms["s"] = map[string][]string{"u2": {"B"}, "u4": {"B"}}
+	some := &sometimes{world: w, down: map[string]bool{"t": true}}
+	w.tune = func(c *route.Config) { c.Source = some }
+	e := w.engine(t)
+	p := toRooms("r", "s")
+	p.Only = []string{"u4", "u2", "stranger"}
+	if r := do(t, e, p); r.Delivered != 2 || r.Targets != 2 {
+		t.Errorf("%+v", r)
+	}
+	wantGot(t, "two of four", w.nodes["B"], []string{"u2", "u4"})
+	p = toRooms("r", "s", "t")
+	p.Only = []string{"u2"}
+	if _, err := e.Do(t.Context(), p); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("who is in a room without an answer is not known: %v", err)
+	}
+	p = toRooms("r", "s")
+	p.Only, p.Exclude = []string{"u2"}, []string{"u3"}
+	if _, is := errors.AsType[*InvalidError](e.Start(p, &waiter{})); !is {
+		t.Error("chosen and excluded")
 	}
 }
 

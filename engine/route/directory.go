@@ -128,15 +128,16 @@ func New(config Config) (*Directory, error) {
 	if d.Users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
 		return nil, err
 	}
-	if d.unions, err = newUnions(d.cfg.MaxMembers); err != nil {
+	if d.unions, err = newUnions(&d.cfg); err != nil {
 		return nil, err
 	}
 	return d, nil
 }
 
-// Close frees what the caches hold in the background. Look-ups in flight end with
-// their timeout in the pool that runs them.
+// Close frees what the caches hold in the background, and waits until nobody waits for a union. Look-ups in
+// flight end with their timeout in the pool that runs them.
 func (d *Directory) Close() {
+	d.unions.working.Wait()
 	d.Rooms.cache.StopAllGoroutines()
 	d.Users.cache.StopAllGoroutines()
 	d.unions.cache.StopAllGoroutines()

@@ -32,7 +32,7 @@ type entry struct {
 	generation uint64 // of the directory when the look-up began, 0 for none that is good
 	fallback   bool   // serves while the source fails: no change stream vouches for it
 	announced  bool   // it is known to have changed
-	// Set once the cache has another entry in its place, or none: a union holds it without asking the cache.
+	// Set once the cache has another entry in its place, or before it has none: a union holds it without asking the cache.
 	gone atomic.Bool
 	// What the Controller said in place of snap, and was not believed; nil for nothing.
 	doubted *Snapshot
@@ -111,8 +111,10 @@ func newTable(d *Directory, name string, weight int) (*Table, error) {
 		MaximumWeight: uint64(weight),
 		Weigher:       func(_ string, e *entry) uint32 { return uint32(min(max(e.snap.Users, 1), 1<<30)) },
 		OnAtomicDeletion: func(e otter.DeletionEvent[string, *entry]) {
-			e.Value.gone.Store(true) // evicted, too: changes are noted in what the cache has
-			t.changes.Add(1)
+			if e.Cause != otter.CauseReplacement { // see put
+				e.Value.gone.Store(true) // changes are noted in what the cache has
+				t.changes.Add(1)
+			}
 		},
 	})
 	if err != nil {
@@ -140,10 +142,22 @@ func (t *Table) Cached(shard int, key string, now time.Time) *Snapshot {
 	return e.snap
 }
 
+// put has the cache give e for key. A union that has looked before looks again: the number of changes comes last.
+func (t *Table) put(key string, e *entry) {
+	e.gone.Store(false) // it serves again, perhaps
+	if old, added := t.cache.Set(key, e); !added && old != e {
+		old.gone.Store(true)
+	}
+	t.changes.Add(1)
+}
+
+// serves tells whether e, which the cache has given, is still what it gives, good, and up to date.
+func (t *Table) serves(e *entry, at nanos) bool { return !e.gone.Load() && t.fresh(e, at) && !e.behind() }
+
 // current is the entry that serves at a moment, nil for none.
 func (t *Table) current(shard int, key string, at nanos) *entry {
 	e, ok := t.cache.GetIfPresent(key)
-	if !ok || !t.fresh(e, at) {
+	if !ok || !t.fresh(e, at) || e.gone.Load() {
 		return nil
 	}
 	if e.behind() {
@@ -206,7 +220,7 @@ func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 		if ok && e.generation != 0 {
 			// It may be good again with the next mark of the change stream, or have become visible
 			// just now. Who finds it there while w waits would overtake.
-			t.cache.Set(key, t.changed(e, e.announced))
+			t.put(key, t.changed(e, e.announced))
 		}
 		return nil
 	})
@@ -517,7 +531,7 @@ func (t *Table) publishLocked(key string, l *line) {
 	if l.dirty || l.entry == nil {
 		e = t.changed(e, e.announced || l.announced)
 	}
-	t.cache.Set(key, e)
+	t.put(key, e)
 	e.snap.published.CompareAndSwap(0, int64(t.dir.now())) // now that nobody finds another
 }
 
@@ -550,7 +564,7 @@ func (t *Table) takeLocked(ln *lane, keys []string) []place {
 			continue
 		}
 		if e, ok := t.cache.GetIfPresent(key); ok && e != l.entry && e.generation != 0 {
-			t.cache.Set(key, t.changed(e, e.announced))
+			t.put(key, t.changed(e, e.announced))
 		}
 		for _, w := range l.waiters {
 			batch = append(batch, place{w, key, l})
@@ -600,7 +614,7 @@ func (t *Table) invalidate(key string) {
 		l.dirty, l.announced = true, true
 	}
 	if e, ok := t.cache.GetIfPresent(key); ok {
-		t.cache.Set(key, t.changed(e, true))
+		t.put(key, t.changed(e, true))
 	}
 }
 

@@ -239,7 +239,7 @@ func (c *Config) bindOverload(s *config.Set) {
 	a, d := &c.Ingress, ingress.Defaults()
 	s.Choice(&a.PriorityMax, "priority_max", d.PriorityMax, "Highest priority that a caller may claim with x-priority: low, normal, high or critical. A higher claim counts as this.",
 		"low", "normal", "high", "critical")
-	s.Int(&a.Rate, "rate_limit", d.Rate, 0, 1<<30, "What one caller may spend in a second: 1 for a push and 1 for each node that it is sent to. 0: as much as it likes.")
+	s.Int(&a.Rate, "rate_limit", d.Rate, 0, 1<<30, "What one caller may spend in a second: 1 for a push, 1 for each node that it is sent to, and 1 for each of several rooms that is looked up for it. 0: as much as it likes.")
 	s.Int(&a.RateBurst, "rate_burst", d.RateBurst, 0, 1<<30, "How much of that may be saved up. 0: a second's.")
 	s.Int(&a.RateCallers, "rate_callers", d.RateCallers, 1, 1<<24, "Callers told apart at a time, by the address that they call from.")
 }
