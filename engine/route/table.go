@@ -152,7 +152,9 @@ func (t *Table) put(key string, e *entry) {
 }
 
 // serves tells whether e, which the cache has given, is still what it gives, good, and up to date.
-func (t *Table) serves(e *entry, at nanos) bool { return !e.gone.Load() && t.fresh(e, at) && !e.behind() }
+func (t *Table) serves(e *entry, at nanos) bool {
+	return !e.gone.Load() && t.fresh(e, at) && !e.behind()
+}
 
 // current is the entry that serves at a moment, nil for none.
 func (t *Table) current(shard int, key string, at nanos) *entry {

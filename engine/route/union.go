@@ -77,10 +77,10 @@ type Union struct {
 	keys   []uint64
 
 	mu sync.Mutex
-	// Guarded by mu. While there is a goroutine, that alone changes what follows.
-	busy bool    // there is
+	// Guarded by mu.
+	busy bool    // there is a goroutine
 	line []queue // who waits, in order
-
+	// Likewise, and while there is a goroutine that alone changes it.
 	entries []*entry    // by room, of the cache; nil where that has not been asked
 	snaps   []*Snapshot // by room, the answers that have come in; nil before the first
 	base    *Snapshot   // what they come to
@@ -190,6 +190,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, due []func()) {
 	}
 	good.until = u.touched + touchEvery
 	snaps := u.snaps
+	renew := func(i int, e *entry) func() { return func() { t.renew(u.shards[i], u.rooms[i], e) } }
 	for i, e := range u.entries {
 		if touch || e == nil || !t.serves(e, at) {
 			if e = t.current(u.shards[i], u.rooms[i], at); e == nil {
@@ -198,7 +199,7 @@ func (u *Union) cachedLocked(at nanos) (s *Snapshot, due []func()) {
 			u.entries[i] = e
 		}
 		if e.due(at) {
-			due = append(due, func() { t.renew(u.shards[i], u.rooms[i], e) })
+			due = append(due, renew(i, e))
 		}
 		good.vouched = good.vouched && !e.fallback
 		good.freshUntil, good.until = min(good.freshUntil, e.freshUntil), min(good.until, nanos(e.renewAt.Load()))
@@ -282,10 +283,10 @@ func (u *Union) answer() {
 		}
 		u.mu.Unlock()
 		s, err := u.ask(told[len(told)-1].now, told[0].w)
+		u.lane().waiting.Add(-int64(len(told)))
 		for _, q := range told {
 			u.tell(q.w, s, err)
 		}
-		u.lane().waiting.Add(-int64(len(told)))
 	}
 }
 
@@ -316,7 +317,7 @@ func (u *Union) ask(now time.Time, w Waiter) (s *Snapshot, err error) {
 		base = u.dir.joined(u.base, u.snaps, snaps)
 	}
 	if base == nil {
-		if base, err = u.dir.make(context.Background(), snaps, u.base, nil); err != nil {
+		if base, err = u.dir.uniteInTurn(context.Background(), snaps, u.base, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -364,7 +365,7 @@ func (u *Union) refresh(users []string, m Missing, w Waiter) (s *Snapshot, err e
 	if failed > 0 && failed == len(missing) {
 		return nil, lookup
 	}
-	if s, err = u.dir.make(context.Background(), snaps, nil, users); err != nil {
+	if s, err = u.dir.uniteInTurn(context.Background(), snaps, nil, users); err != nil {
 		return nil, err
 	}
 	// Where somebody is, is true; that somebody is nowhere only an answer about each room can tell.
@@ -415,15 +416,15 @@ func (w roomWaiter) Routed(_ []string, snaps []*Snapshot, err error) { w.told(sn
 
 // Unite is what some answers come to, of which those that are nil are left out. It waits for its turn, until ctx ends at most.
 func (d *Directory) Unite(ctx context.Context, snaps []*Snapshot) (*Snapshot, error) {
-	s, err := d.make(ctx, snaps, nil, nil)
+	s, err := d.uniteInTurn(ctx, snaps, nil, nil)
 	if err != nil {
 		return nil, err
 	}
 	return asStale(s, snaps), nil
 }
 
-// make is unite in its turn.
-func (d *Directory) make(ctx context.Context, snaps []*Snapshot, old *Snapshot, only []string) (*Snapshot, error) {
+// uniteInTurn is unite when it is its turn.
+func (d *Directory) uniteInTurn(ctx context.Context, snaps []*Snapshot, old *Snapshot, only []string) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeout(ctx, unionTime)
 	defer cancel()
 	if err := d.unions.makers.Acquire(ctx, 1); err != nil {
