@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -52,6 +53,10 @@ func TestUnionIsKeptAndBroughtUpToDate(t *testing.T) {
 		s := d.Union([]string{"r", "s"}).Cached(now())
 		if s == nil || s.Users != 4 || !slices.Equal(s.Group("A").Users, []string{"u", "y"}) || s.Group("B") != first.Group("B") {
 			t.Errorf("%+v", s)
+		}
+		d.Invalidate([]string{"s"}, nil)
+		if s := d.Union([]string{"r", "s"}).Cached(now()); s != nil {
+			t.Errorf("of a room that is not known any more: %+v", s)
 		}
 		if n := v.count(); n != 2 {
 			t.Errorf("%d look-ups, want one for each room", n)
@@ -180,6 +185,33 @@ func TestUnionOfAFullPoolIsMadeAllTheSame(t *testing.T) {
 		}
 		if _, err := askUnion(t, d, "x", "y"); !errors.Is(err, ErrOverloaded) {
 			t.Errorf("of others: %v", err)
+		}
+	})
+}
+
+func TestUnionsAreMadeInTurnAndNotByWhoAsks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		d := newDirectory(t, s, func(c *Config) { c.TTL = time.Hour })
+		all := int64(max(runtime.GOMAXPROCS(0)/2, 1))
+		if !d.unions.makers.TryAcquire(all) || d.unions.makers.TryAcquire(1) {
+			t.Fatal("others than half of the cores may make unions")
+		}
+		began, u := time.Now(), d.Union([]string{"r", "s"})
+		asks, heals := &teller{}, &teller{}
+		u.Ask(now(), asks)
+		u.Refresh([]string{"u"}, missing(now()), heals)
+		_, err := d.Unite(t.Context(), []*Snapshot{{Found: true, Users: 1, Unplaced: []string{"x"}}})
+		if waited := time.Since(began); waited != unionTime || !errors.Is(err, ErrOverloaded) {
+			t.Errorf("after %s: %v", waited, err)
+		}
+		synctest.Wait()
+		if asks.n != 1 || heals.n != 1 || !errors.Is(asks.err, ErrOverloaded) || !errors.Is(heals.err, ErrOverloaded) {
+			t.Errorf("told %d and %d times: %v, %v", asks.n, heals.n, asks.err, heals.err)
+		}
+		d.unions.makers.Release(all)
+		if snap, err := askUnion(t, d, "r", "s"); err != nil || snap.Users != 2 {
+			t.Errorf("when the turn comes: %+v, %v", snap, err)
 		}
 	})
 }

@@ -84,7 +84,11 @@ type conn struct {
 
 // Attributes implements node.Attributed: the user is one of them, and the room another.
 func (c *conn) Attributes() node.Attributes {
-	a, err := node.NewAttributes(map[string]string{"user": c.user, "in": c.room})
+	is := map[string]string{"user": c.user}
+	if c.room != "" {
+		is["in"] = c.room
+	}
+	a, err := node.NewAttributes(is)
 	if err != nil {
 		panic(err)
 	}
