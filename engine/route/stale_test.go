@@ -282,6 +282,7 @@ func TestWhoWaitsForANewerAnswerNeedsNoOtherPlaceOfAFullPool(t *testing.T) {
 			}}
 			d.Users.Ask(0, []string{"u"}, now(), first)
 			time.Sleep(time.Second)
+			synctest.Wait()
 			if panics { // the place is the task's until it has ended
 				if second.n != 1 || !errors.Is(second.err, ErrOverloaded) {
 					t.Errorf("after a panic: told %d times, %v", second.n, second.err)
