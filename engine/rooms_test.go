@@ -223,7 +223,7 @@ func TestWhatAPushToSeveralRoomsMustBe(t *testing.T) {
 // TestSeveralRoomsWithChurn pushes to random lists of rooms while members come, go and move, and holds what each node
 // is asked for against a model: of the union of the rooms each user once, on each node that has them, and nobody else.
 func TestSeveralRoomsWithChurn(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range many(60) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { churn(t, rand.New(rand.NewPCG(seed, 17))) })
 		})
@@ -338,7 +338,7 @@ func churn(t *testing.T, rng *rand.Rand) {
 // TestSeveralRoomsKeepTheOrderOfAStream has pushes to rooms and to several rooms of one stream, over links of which each has
 // its own delay, while users move. Of two pushes with a room in common a connection gets the first one first.
 func TestSeveralRoomsKeepTheOrderOfAStream(t *testing.T) {
-	for seed := range uint64(120) {
+	for seed := range many(120) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { roomsOrder(t, rand.New(rand.NewPCG(seed, 23))) })
 		})
