@@ -38,6 +38,16 @@ type JobSpec struct {
 	MaxFailedRatio float64
 	// Priority is [Low] unless it is set.
 	Priority Priority
+	// Filters say which connections get it. All of them must hold. Who has no such connection is offline.
+	Filters []Filter
+}
+
+// Filter is connections whose attribute, such as platform, has one of the values; with Not those where it has none of them, or is
+// absent.
+type Filter struct {
+	Attribute string
+	Values    []string
+	Not       bool
 }
 
 // JobState is where a job is in its life.
@@ -110,6 +120,9 @@ func (c *Client) CreateJob(ctx context.Context, id string, spec JobSpec) (Job, e
 		Everybody: spec.Everybody, RoomIds: spec.Rooms, UserIds: spec.Users, Content: m, RatePerSecond: uint32(spec.Rate),
 		MaxFailedRatio: spec.MaxFailedRatio, Priority: pubsub.Priority(spec.Priority),
 	}}
+	for _, f := range spec.Filters {
+		r.Spec.Filter = append(r.Spec.Filter, &pubsub.Match{Key: f.Attribute, Values: f.Values, Not: f.Not})
+	}
 	if !spec.Start.IsZero() {
 		r.Spec.StartTime = timestamppb.New(spec.Start)
 	}

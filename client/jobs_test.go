@@ -21,6 +21,7 @@ type brokenJobs struct {
 	pubsub.UnimplementedBroadcastJobServiceServer
 
 	calls atomic.Int64
+	spec  atomic.Pointer[pubsub.BroadcastJobSpec] // the latest one
 }
 
 func (b *brokenJobs) try() error {
@@ -31,6 +32,7 @@ func (b *brokenJobs) try() error {
 }
 
 func (b *brokenJobs) CreateJob(_ context.Context, r *pubsub.CreateJobRequest) (*pubsub.CreateJobResponse, error) {
+	b.spec.Store(r.GetSpec())
 	return &pubsub.CreateJobResponse{Job: &pubsub.BroadcastJob{JobId: r.GetJobId(), State: pubsub.JobState_PENDING}}, b.try()
 }
 
@@ -55,7 +57,13 @@ func TestACallAboutAJobIsRepeatedIfItDoesNothingTwice(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	j, err := c.CreateJob(within(t), "sale", client.JobSpec{Everybody: true, Message: client.Text("x"), Rate: 1})
+	j, err := c.CreateJob(within(t), "sale", client.JobSpec{
+		Everybody: true, Message: client.Text("x"), Rate: 1,
+		Filters: []client.Filter{{Attribute: "platform", Values: []string{"ios", "android"}}, {Attribute: "beta", Values: []string{"no"}, Not: true}},
+	})
+	if f := service.spec.Load().GetFilter(); len(f) != 2 || f[0].GetKey() != "platform" || len(f[0].GetValues()) != 2 || f[0].GetNot() || !f[1].GetNot() {
+		t.Errorf("filter %v", f)
+	}
 	if err != nil || j.ID != "sale" || service.calls.Load() != 2 || len(retried) != 1 || retried[0] != "job:sale" {
 		t.Errorf("%+v, %v after %d calls, repeated %q", j, err, service.calls.Load(), retried)
 	}

@@ -87,7 +87,10 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 		for _, s := range snaps {
 			list = append(list, s)
 		}
-		s := e.directory.Unite(list, nil)
+		s, err := e.directory.Unite(ctx, list)
+		if err != nil {
+			return x, fmt.Errorf("%w: %w", ErrOverloaded, err)
+		}
 		p.stageRoom(s, nil)
 		x.explainRoom(p, s)
 	case ToUser, ToUsers:

@@ -348,7 +348,7 @@ func (o *Order) buildLocked(key uint64, s *route.Snapshot, old []*mark) {
 			g := s.Group(node)
 			var stay []string
 			if g != nil {
-				stay = intersect(users, g.Users)
+				stay = route.Intersect(users, g.Users)
 			}
 			if g != nil && users == nil || len(stay) > 0 {
 				held[node] = stay
@@ -449,7 +449,7 @@ func (x *obstacle) meets(y *obstacle) bool {
 	}
 	for node, users := range x.held {
 		theirs, ok := y.held[node]
-		if ok && (users == nil || theirs == nil || len(intersect(users, theirs)) > 0) {
+		if ok && (users == nil || theirs == nil || len(route.Intersect(users, theirs)) > 0) {
 			return true
 		}
 	}
@@ -471,7 +471,7 @@ func moved(d *Delivery, deliveries []*Delivery, s *route.Snapshot, room bool) ma
 		if now != d.group {
 			users, all = leavers(d.group, now)
 		}
-		users = union(users, intersect(s.Shared, d.group.Users))
+		users = union(users, route.Intersect(s.Shared, d.group.Users))
 	}
 	var held map[string][]string
 	for _, g := range s.Groups {
@@ -480,7 +480,7 @@ func moved(d *Delivery, deliveries []*Delivery, s *route.Snapshot, room bool) ma
 		}
 		var moved []string
 		if !all {
-			for _, user := range intersect(users, g.Users) {
+			for _, user := range route.Intersect(users, g.Users) {
 				if d.has(user) && !tried(deliveries, g.Node, user) {
 					moved = append(moved, user)
 				}

@@ -349,7 +349,7 @@ func TestHealsKeepTheOrderOfPushes(t *testing.T) {
 // asked for, again and again: one time in some hundred thousand both meet.
 func TestHealEndsHoweverSoonItsAnswerCame(t *testing.T) {
 	e := newWorld().engine(t)
-	for range 300_000 {
+	for range many(300_000) {
 		p := &Push{}
 		p.engine, p.done = e, &order{}
 		p.pending.Store(2)
@@ -582,7 +582,7 @@ func TestOrderedPushesOfCachedRoutesAllocateNothing(t *testing.T) {
 //   - who never moves waits for nobody;
 //   - every push ends.
 func TestOrderKeepsItsPromises(t *testing.T) {
-	for seed := range uint64(150) {
+	for seed := range many(150) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { orderModel(t, rand.New(rand.NewPCG(seed, 11))) })
 		})

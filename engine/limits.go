@@ -113,9 +113,6 @@ func (l Limits) Check(r *Request) error {
 	switch r.Kind {
 	case ToRoom:
 		err = l.checkID(r.Scope, "room_id", -1, r.Room)
-		if r.Only != nil && (len(r.Exclude) > 0 || r.Order != nil) {
-			err = &InvalidError{field, CodeUnavailable, "cannot be combined with a choice of members"}
-		}
 	case ToUser:
 		err = l.checkID(r.Scope, "user_id", -1, r.User)
 		list = nil
@@ -132,6 +129,9 @@ func (l Limits) Check(r *Request) error {
 	}
 	if err != nil {
 		return err
+	}
+	if r.Only != nil && (len(r.Exclude) > 0 || r.Order != nil) {
+		return &InvalidError{"exclude_user_ids", CodeUnavailable, "cannot be combined with a choice of members"}
 	}
 	if len(list) > 0 {
 		if err := l.CheckCount(field, len(list)); err != nil {
@@ -169,8 +169,6 @@ func (l Limits) checkRooms(r *Request) error {
 	switch {
 	case r.Rooms.Len() == 0:
 		return &InvalidError{field, CodeRequired, "must name at least one room"}
-	case r.Only != nil:
-		return &InvalidError{field, CodeUnavailable, "cannot be combined with a choice of members"}
 	}
 	if r.Rooms.checked.Load() {
 		return nil

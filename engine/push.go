@@ -45,10 +45,10 @@ var (
 
 // Budget is what its caller may spend on pushes.
 type Budget interface {
-	// Charge is told that the push goes to so many nodes, before anything is sent. It is
-	// called once for each look-up that the push needed, from any goroutine, and must not
-	// block. It cannot refuse the push: what it has no means for is a debt.
-	Charge(deliveries int)
+	// Charge is told that the push goes to so many nodes, before anything is sent, and of a push to several rooms that one of them is
+	// looked up for it. It is called from any goroutine, and must not block. It cannot refuse the push: what it has no means for is
+	// a debt.
+	Charge(cost int)
 }
 
 // Trace is the engine's view of a sampled push's trace. Its methods are called
@@ -91,8 +91,8 @@ type Request struct {
 	Users   []string
 	Rooms   *RoomList // a client sees the first that it is in
 	Exclude []string
-	// Only is set for a push to a few of a room's members, without Exclude and Order: nobody else gets it, and who is no member
-	// is no target.
+	// Only is set for a push to a few of the members of a room, or of several of which each has an answer, without Exclude and Order:
+	// nobody else gets it, and who is no member is no target.
 	Only []string
 	// Scope is what all these ids begin with; limits are for what stands behind it. A push
 	// to all is for the users whose ids begin so, and ErrUnscoped while one of the nodes is
@@ -241,8 +241,11 @@ func (p *Push) Forget() {
 	p.User, p.Payload, p.Options, p.user[0], p.mark = "", nil, nil, "", [1]mark{}
 }
 
-// Lookup opens a span for a look-up on behalf of the push.
+// Lookup opens a span for a look-up on behalf of the push. Each of several rooms has its own: that is paid for.
 func (p *Push) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
+	if p.Kind == ToRooms && p.Budget != nil {
+		p.Budget.Charge(1)
+	}
 	if p.Trace == nil {
 		return ctx, func(error) {}
 	}
@@ -477,7 +480,7 @@ func (p *Push) stage(keys []string, snaps []*route.Snapshot, err error) (deliver
 	had := len(p.deliveries)
 	var partial *route.PartialError
 	switch {
-	case errors.As(err, &partial):
+	case errors.As(err, &partial) && p.Only == nil:
 		p.ensureSlowPath().lookup = err
 		p.stageRoom(snaps[0], inWay[0])
 		p.slow.dropped = append(p.slow.dropped, dropped{DropNoRoute, partial.Rooms})
@@ -522,7 +525,7 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 	}
 	p.offline = len(s.Unplaced)
 	if len(except) > 0 {
-		p.offline -= len(intersect(except, s.Unplaced))
+		p.offline -= len(route.Intersect(except, s.Unplaced))
 	}
 	if len(s.Shared) > 0 {
 		p.ensureSlowPath().shared = s.Shared
@@ -532,7 +535,7 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 		d := &block[i]
 		d.node, d.group = g.Node, g
 		if len(except) > 0 {
-			d.except = intersect(except, g.Users)
+			d.except = route.Intersect(except, g.Users)
 		}
 		var whole *fence
 		for _, f := range inWay {
@@ -558,12 +561,12 @@ func (p *Push) stageRoom(s *route.Snapshot, inWay []*fence) {
 func (p *Push) stageOnly(s *route.Snapshot) {
 	only := slices.Compact(slices.Sorted(slices.Values(p.Only)))
 	only = slices.DeleteFunc(only, func(user string) bool { return !s.Has(user) })
-	p.targets, p.offline = len(only), len(intersect(only, s.Unplaced))
-	if shared := intersect(only, s.Shared); len(shared) > 0 {
+	p.targets, p.offline = len(only), len(route.Intersect(only, s.Unplaced))
+	if shared := route.Intersect(only, s.Shared); len(shared) > 0 {
 		p.ensureSlowPath().shared = shared
 	}
 	for _, g := range s.Groups {
-		if users := intersect(only, g.Users); len(users) > 0 {
+		if users := route.Intersect(only, g.Users); len(users) > 0 {
 			p.add(&Delivery{node: g.Node, users: users})
 		}
 	}
@@ -788,28 +791,8 @@ func (p *Push) expire(cause error) {
 
 // without returns the members of some that are not in others; both are sorted.
 func without(some, others []string) []string {
-	if len(intersect(some, others)) == 0 {
+	if len(route.Intersect(some, others)) == 0 {
 		return some
 	}
 	return slices.DeleteFunc(slices.Clone(some), func(user string) bool { return has(others, user) })
-}
-
-// intersect returns the members of some that are in all; both are sorted.
-func intersect(some, all []string) []string {
-	if len(some) == 0 {
-		return nil
-	}
-	var both []string
-	for _, user := range some {
-		n := 1 // how far to search: lists of the same length are merged, a short one is looked up
-		for n < len(all) && all[n-1] < user {
-			n *= 2
-		}
-		i, ok := slices.BinarySearch(all[:min(n, len(all))], user)
-		if ok {
-			both = append(both, user)
-		}
-		all = all[i:]
-	}
-	return both
 }

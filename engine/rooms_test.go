@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -147,6 +148,57 @@ func TestRoomWithoutAnAnswerIsOneTargetThatFailed(t *testing.T) {
 	}
 }
 
+// purse counts what its pushes cost.
+type purse struct{ atomic.Int64 }
+
+func (p *purse) Charge(cost int) { p.Add(int64(cost)) }
+
+func TestPushToSeveralRoomsPaysForEachThatIsLookedUp(t *testing.T) {
+	w := newWorld()
+	w.rooms["r"] = map[string][]string{"u1": {"A"}, "u2": {"A"}}
+	w.rooms["s"] = map[string][]string{"u2": {"A"}}
+	w.rooms["t"] = map[string][]string{"u3": {"A"}}
+	e := w.engine(t)
+	e.directory.Vouch(time.Now().Add(time.Hour))
+	for _, test := range []struct {
+		rooms []string
+		want  int64
+	}{{[]string{"r", "s"}, 2 + 1}, {[]string{"r", "s"}, 1}, {[]string{"r", "s", "t", "t"}, 1 + 1}, {[]string{"x", "y"}, 2}} {
+		var spent purse
+		p := toRooms(test.rooms...)
+		p.Budget = &spent
+		do(t, e, p)
+		if n := spent.Load(); n != test.want {
+			t.Errorf("%v: %d, want %d", test.rooms, n, test.want)
+		}
+	}
+}
+
+func TestFewMembersOfSeveralRooms(t *testing.T) {
+	w := newWorld()
+	w.rooms["r"] = map[string][]string{"u1": {"A"}, "u2": {"B"}, "u3": {"B"}}
+	w.rooms["s"] = map[string][]string{"u2": {"B"}, "u4": {"B"}}
+	some := &sometimes{world: w, down: map[string]bool{"t": true}}
+	w.tune = func(c *route.Config) { c.Source = some }
+	e := w.engine(t)
+	p := toRooms("r", "s")
+	p.Only = []string{"u4", "u2", "stranger"}
+	if r := do(t, e, p); r.Delivered != 2 || r.Targets != 2 {
+		t.Errorf("%+v", r)
+	}
+	wantGot(t, "two of four", w.nodes["B"], []string{"u2", "u4"})
+	p = toRooms("r", "s", "t")
+	p.Only = []string{"u2"}
+	if _, err := e.Do(t.Context(), p); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("who is in a room without an answer is not known: %v", err)
+	}
+	p = toRooms("r", "s")
+	p.Only, p.Exclude = []string{"u2"}, []string{"u3"}
+	if _, is := errors.AsType[*InvalidError](e.Start(p, &waiter{})); !is {
+		t.Error("chosen and excluded")
+	}
+}
+
 func TestWhatAPushToSeveralRoomsMustBe(t *testing.T) {
 	l := Limits{Rooms: 3, store: true}.withDefaults()
 	for name, test := range map[string]struct {
@@ -171,7 +223,7 @@ func TestWhatAPushToSeveralRoomsMustBe(t *testing.T) {
 // TestSeveralRoomsWithChurn pushes to random lists of rooms while members come, go and move, and holds what each node
 // is asked for against a model: of the union of the rooms each user once, on each node that has them, and nobody else.
 func TestSeveralRoomsWithChurn(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range many(60) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { churn(t, rand.New(rand.NewPCG(seed, 17))) })
 		})
@@ -286,7 +338,7 @@ func churn(t *testing.T, rng *rand.Rand) {
 // TestSeveralRoomsKeepTheOrderOfAStream has pushes to rooms and to several rooms of one stream, over links of which each has
 // its own delay, while users move. Of two pushes with a room in common a connection gets the first one first.
 func TestSeveralRoomsKeepTheOrderOfAStream(t *testing.T) {
-	for seed := range uint64(120) {
+	for seed := range many(120) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { roomsOrder(t, rand.New(rand.NewPCG(seed, 23))) })
 		})

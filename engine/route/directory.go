@@ -32,7 +32,7 @@ type Config struct {
 	// 0 means 256.
 	Places int
 	// MaxMembers bounds the members of all cached rooms together. 0 means
-	// 4,000,000, some 160 MB with ids of 14 bytes.
+	// 4,000,000, some 160 MB with ids of 14 bytes. Unions may have as many again, those of their rooms included.
 	MaxMembers int
 	// MaxUsers bounds the cached users. 0 means 1,000,000, some 370 MB.
 	MaxUsers int
@@ -128,15 +128,16 @@ func New(config Config) (*Directory, error) {
 	if d.Users, err = newTable(d, "user", d.cfg.MaxUsers); err != nil {
 		return nil, err
 	}
-	if d.unions, err = newUnions(d.cfg.MaxMembers); err != nil {
+	if d.unions, err = newUnions(&d.cfg); err != nil {
 		return nil, err
 	}
 	return d, nil
 }
 
-// Close frees what the caches hold in the background. Look-ups in flight end with
-// their timeout in the pool that runs them.
+// Close frees what the caches hold in the background, and waits until nobody waits for a union. Look-ups in
+// flight end with their timeout in the pool that runs them.
 func (d *Directory) Close() {
+	d.unions.working.Wait()
 	d.Rooms.cache.StopAllGoroutines()
 	d.Users.cache.StopAllGoroutines()
 	d.unions.cache.StopAllGoroutines()

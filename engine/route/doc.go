@@ -45,7 +45,9 @@
 //
 // A Union is the members of several rooms as one snapshot, kept and brought up to date by what its rooms' answers become.
 // It has a line of its own: who asks while its rooms are looked up is told in the order of asking, and nobody finds an
-// answer in memory before. With an unchanged number of changes in the table of rooms a query looks at nothing else.
+// answer in memory before. With an unchanged number of changes in the table of rooms a query looks at nothing else. It has
+// a goroutine while somebody waits for it, and one for each Refresh: they may block, and Directory.Close waits for them. All of them
+// together look up so many rooms at a time, and make so few unions from the beginning, that queries about single rooms have the rest.
 //
 // When a look-up fails:
 //

@@ -70,7 +70,7 @@ func (t *Table) move(m Move) {
 	}
 	b := e.backlog
 	if b == nil || e.generation != t.dir.generation.Load() || len(b.moves) >= movesMost+e.snap.Users/movesPart {
-		t.cache.Set(m.Room, t.changed(e, true))
+		t.put(m.Room, t.changed(e, true))
 		return
 	}
 	if m.Revision > b.revision {
@@ -104,7 +104,7 @@ func (t *Table) currentLocked(ln *lane, key string) (*entry, bool) {
 	if l := ln.lines[key]; l != nil && l.old == e {
 		l.old = next
 	}
-	t.cache.Set(key, next)
+	t.put(key, next)
 	next.snap.published.CompareAndSwap(0, int64(t.dir.now()))
 	return next, true
 }

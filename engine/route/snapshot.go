@@ -19,10 +19,17 @@ type Group struct {
 	loose int    // how many have come or left since Users was made of one block
 }
 
-// Has tells whether user is in the group.
+// Has tells whether user is in the group. In nil nobody is.
 func (g *Group) Has(user string) bool {
-	_, ok := slices.BinarySearch(g.Users, user)
+	_, ok := slices.BinarySearch(g.members(), user)
 	return ok
+}
+
+func (g *Group) members() []string {
+	if g == nil {
+		return nil
+	}
+	return g.Users
 }
 
 // Snapshot is what the Controller said about one room or user. What it exports is

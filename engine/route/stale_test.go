@@ -254,6 +254,46 @@ func TestFullPoolLeavesStaleAnswersToServe(t *testing.T) {
 	})
 }
 
+// Who is told by a look-up, and asks for a newer answer than that at once, waits behind it. The look-up has the only place.
+func TestWhoWaitsForANewerAnswerNeedsNoOtherPlaceOfAFullPool(t *testing.T) {
+	for _, panics := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s := &source{users: map[string][]string{"u": {"A"}}, panics: panics}
+			place := make(chan struct{}, 1)
+			d := newDirectory(t, s, func(c *Config) {
+				run := c.Go
+				c.Go = func(shard int, task func()) error {
+					select {
+					case place <- struct{}{}:
+						return run(shard, func() {
+							defer func() { <-place }()
+							task()
+						})
+					default:
+						return errors.New("full")
+					}
+				}
+			})
+			second := &teller{}
+			first := &teller{then: func() {
+				time.Sleep(1)
+				s.set(func(s *source) { s.users["u"], s.panics = []string{"B"}, false })
+				d.Users.Refresh(0, []string{"u"}, missing(now()), second)
+			}}
+			d.Users.Ask(0, []string{"u"}, now(), first)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if panics { // the place is the task's until it has ended
+				if second.n != 1 || !errors.Is(second.err, ErrOverloaded) {
+					t.Errorf("after a panic: told %d times, %v", second.n, second.err)
+				}
+			} else if second.n != 1 || second.err != nil || second.snap.Group("B") == nil {
+				t.Errorf("told %d times: %+v, %v", second.n, second.snap, second.err)
+			}
+		})
+	}
+}
+
 func TestHitsHaveAnswersLookedUpBeforeTheyAreTooOld(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A")}}

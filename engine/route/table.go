@@ -32,7 +32,7 @@ type entry struct {
 	generation uint64 // of the directory when the look-up began, 0 for none that is good
 	fallback   bool   // serves while the source fails: no change stream vouches for it
 	announced  bool   // it is known to have changed
-	// Set once the cache has another entry in its place, or none: a union holds it without asking the cache.
+	// Set once the cache has another entry in its place, or before it has none: a union holds it without asking the cache.
 	gone atomic.Bool
 	// What the Controller said in place of snap, and was not believed; nil for nothing.
 	doubted *Snapshot
@@ -111,8 +111,10 @@ func newTable(d *Directory, name string, weight int) (*Table, error) {
 		MaximumWeight: uint64(weight),
 		Weigher:       func(_ string, e *entry) uint32 { return uint32(min(max(e.snap.Users, 1), 1<<30)) },
 		OnAtomicDeletion: func(e otter.DeletionEvent[string, *entry]) {
-			e.Value.gone.Store(true) // evicted, too: changes are noted in what the cache has
-			t.changes.Add(1)
+			if e.Cause != otter.CauseReplacement { // see put
+				e.Value.gone.Store(true) // changes are noted in what the cache has
+				t.changes.Add(1)
+			}
 		},
 	})
 	if err != nil {
@@ -140,10 +142,24 @@ func (t *Table) Cached(shard int, key string, now time.Time) *Snapshot {
 	return e.snap
 }
 
+// put has the cache give e for key. A union that has looked before looks again: the number of changes comes last.
+func (t *Table) put(key string, e *entry) {
+	e.gone.Store(false) // it serves again, perhaps
+	if old, added := t.cache.Set(key, e); !added && old != e {
+		old.gone.Store(true)
+	}
+	t.changes.Add(1)
+}
+
+// serves tells whether e, which the cache has given, is still what it gives, good, and up to date.
+func (t *Table) serves(e *entry, at nanos) bool {
+	return !e.gone.Load() && t.fresh(e, at) && !e.behind()
+}
+
 // current is the entry that serves at a moment, nil for none.
 func (t *Table) current(shard int, key string, at nanos) *entry {
 	e, ok := t.cache.GetIfPresent(key)
-	if !ok || !t.fresh(e, at) {
+	if !ok || !t.fresh(e, at) || e.gone.Load() {
 		return nil
 	}
 	if e.behind() {
@@ -206,7 +222,7 @@ func (t *Table) Ask(shard int, keys []string, now time.Time, w Waiter) {
 		if ok && e.generation != 0 {
 			// It may be good again with the next mark of the change stream, or have become visible
 			// just now. Who finds it there while w waits would overtake.
-			t.cache.Set(key, t.changed(e, e.announced))
+			t.put(key, t.changed(e, e.announced))
 		}
 		return nil
 	})
@@ -313,18 +329,29 @@ func (nobody) Routed([]string, []*Snapshot, error) {}
 
 // submit runs the look-up of keys, whose lines are open, in the pool of the shard.
 func (t *Table) submit(shard int, w Waiter, keys []string) {
-	err := t.dir.cfg.Go(shard, func() { t.lookup(shard, w, keys) })
-	if err != nil {
+	for len(keys) > 0 {
+		err := t.dir.cfg.Go(shard, func() { t.lookup(shard, w, keys) })
+		if err == nil {
+			return
+		}
 		err = errors.Join(ErrOverloaded, err)
-		t.settle(shard, keys, func(l *line, _ int) (*entry, error) {
+		w, keys = t.settle(shard, keys, func(l *line, _ int) (*entry, error) {
 			t.applyLocked(l, nil, 0)
 			return t.fallback(&t.lanes[shard], l, err), err
 		})
 	}
 }
 
-// lookup asks the source for keys and tells everybody in their lines.
+// lookup asks the source for keys and tells everybody in their lines. Whoever waits for a newer answer gets it in the same place of the
+// pool: in a full one there is no other.
 func (t *Table) lookup(shard int, w Waiter, keys []string) {
+	for len(keys) > 0 {
+		w, keys = t.lookupOnce(shard, w, keys)
+	}
+}
+
+// lookupOnce returns which keys have to be looked up again, and for whom first.
+func (t *Table) lookupOnce(shard int, w Waiter, keys []string) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	timeout := t.dir.timeout(ln.running.Add(1))
 	began, generation := t.dir.now(), t.dir.generation.Load()
@@ -341,10 +368,11 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 	defer func() {
 		// Runs on a panic of the source, too: nobody is left waiting.
 		ln.running.Add(-1)
+		panicked := errors.Is(err, errPanicked)
 		if err != nil {
 			ln.lookupErrors.Add(1)
 		}
-		t.settle(shard, keys, func(l *line, i int) (*entry, error) {
+		first, again = t.settle(shard, keys, func(l *line, i int) (*entry, error) {
 			if err != nil {
 				t.applyLocked(l, nil, 0)
 				return t.fallback(ln, l, err), err
@@ -356,9 +384,13 @@ func (t *Table) lookup(shard int, w Waiter, keys []string) {
 			}
 			return e, nil
 		})
+		if panicked && len(again) > 0 { // which ends this task
+			t.submit(shard, first, again)
+		}
 	}()
 	ln.lookups.Add(1)
 	revision, err = t.dir.lookup(t, w, timeout, keys, olds, snaps)
+	return first, again
 }
 
 // newEntry decides how long an answer of the Controller is good. Called under the lock.
@@ -433,8 +465,8 @@ func (t *Table) stale(old *entry, announced bool, until nanos) *entry {
 
 // settle gives the line of each key its result, and tells the waiters in the order of asking:
 // first those of now, whoever asked for all of keys about all at once, and then those who
-// have come since.
-func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*entry, error)) {
+// have come since. It returns which keys have to be looked up again, and for whom first.
+func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*entry, error)) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	ln.mu.Lock()
 	for i, key := range keys {
@@ -446,13 +478,18 @@ func (t *Table) settle(shard int, keys []string, result func(l *line, i int) (*e
 	ln.mu.Unlock()
 	tell(batch)
 	for some := range slices.Chunk(keys, drainBatch) {
-		t.drain(shard, some)
+		w, more := t.drain(shard, some)
+		if first == nil {
+			first = w
+		}
+		again = append(again, more...)
 	}
+	return first, again
 }
 
 // drain tells the waiters of lines that have a result until the lines are empty; then the
-// results become visible and the lines go.
-func (t *Table) drain(shard int, keys []string) {
+// results become visible and the lines go, but for those of keys that have to be looked up again.
+func (t *Table) drain(shard int, keys []string) (first Waiter, again []string) {
 	ln := &t.lanes[shard]
 	ln.mu.Lock()
 	for batch := t.takeLocked(ln, keys); len(batch) > 0; batch = t.takeLocked(ln, keys) {
@@ -460,8 +497,6 @@ func (t *Table) drain(shard int, keys []string) {
 		tell(batch)
 		ln.mu.Lock()
 	}
-	var again []string
-	var first Waiter
 	for _, key := range keys {
 		l := ln.lines[key]
 		if len(l.next) == 0 {
@@ -483,9 +518,7 @@ func (t *Table) drain(shard int, keys []string) {
 		l.looking, l.dirty, l.announced, l.moves = true, false, false, nil
 	}
 	ln.mu.Unlock()
-	if len(again) > 0 {
-		t.submit(shard, first, again)
-	}
+	return first, again
 }
 
 // publishLocked makes the line's result visible.
@@ -500,7 +533,7 @@ func (t *Table) publishLocked(key string, l *line) {
 	if l.dirty || l.entry == nil {
 		e = t.changed(e, e.announced || l.announced)
 	}
-	t.cache.Set(key, e)
+	t.put(key, e)
 	e.snap.published.CompareAndSwap(0, int64(t.dir.now())) // now that nobody finds another
 }
 
@@ -533,7 +566,7 @@ func (t *Table) takeLocked(ln *lane, keys []string) []place {
 			continue
 		}
 		if e, ok := t.cache.GetIfPresent(key); ok && e != l.entry && e.generation != 0 {
-			t.cache.Set(key, t.changed(e, e.announced))
+			t.put(key, t.changed(e, e.announced))
 		}
 		for _, w := range l.waiters {
 			batch = append(batch, place{w, key, l})
@@ -583,7 +616,7 @@ func (t *Table) invalidate(key string) {
 		l.dirty, l.announced = true, true
 	}
 	if e, ok := t.cache.GetIfPresent(key); ok {
-		t.cache.Set(key, t.changed(e, true))
+		t.put(key, t.changed(e, true))
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"hash/maphash"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,46 +13,48 @@ import (
 	"time"
 
 	"github.com/maypok86/otter/v2"
+	"golang.org/x/sync/semaphore"
 )
 
 const (
-	// unionPart is which part of Config.MaxMembers the kept unions may have, beside the rooms themselves.
-	unionPart = 4
-	// unionWindow is how many of its rooms a union looks up at a time: the pool has places for others, too.
-	unionWindow = 32
-	// unionTime is how long a union begins look-ups for those who wait. What is left then has no answer.
+	// unionTime is how long a union begins look-ups for those who wait for it, and then waits for its turn to be made.
 	unionTime = 2 * time.Second
-	// touchEvery is how often the cache of rooms is told that the rooms of a union are used, so that it
-	// keeps them.
+	// touchEvery is how often a union that is used asks the cache of rooms about all of them, so that it keeps them.
 	touchEvery = nanos(time.Second)
 )
 
-// unions are those that were asked for lately. A set that is asked for once takes nobody's place for long: the
-// cache keeps what is asked for often.
+// unions are those that were asked for lately, and what all of them share. A list that is asked for once takes nobody's place for
+// long: the cache keeps what is asked for often.
 type unions struct {
-	cache *otter.Cache[uint64, *Union] // by hash of the list
-	last  atomic.Uint64                // the number of the latest one
+	cache   *otter.Cache[uint64, *Union] // by hash of the list
+	last    atomic.Uint64                // the number of the latest one
+	working sync.WaitGroup               // goroutines
+
+	// Whatever unions are asked for, others have three of four places of each pool, and half of the cores.
+	lookups *semaphore.Weighted // of rooms, for all unions together
+	makers  *semaphore.Weighted // who make a union from all members of its rooms
 }
 
-func newUnions(members int) (*unions, error) {
+func newUnions(c *Config) (*unions, error) {
 	cache, err := otter.New(&otter.Options[uint64, *Union]{
-		MaximumWeight: max(uint64(members)/unionPart, 1),
+		MaximumWeight: uint64(max(c.MaxMembers, 1)),
 		Weigher:       func(_ uint64, u *Union) uint32 { return uint32(min(u.weight.Load(), 1<<30)) },
-		OnAtomicDeletion: func(e otter.DeletionEvent[uint64, *Union]) {
-			if e.Cause != otter.CauseReplacement { // which is by itself
-				e.Value.gone.Store(true)
-			}
-		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make the cache of unions: %w", err)
 	}
-	return &unions{cache: cache}, nil
+	return &unions{
+		cache:   cache,
+		lookups: semaphore.NewWeighted(int64(max(c.Places/4, 1))), makers: semaphore.NewWeighted(int64(max(runtime.GOMAXPROCS(0)/2, 1))),
+	}, nil
 }
 
-// Union is the members of several rooms, each once, as one snapshot. It is brought up to date at the next
-// query by what has changed in its rooms: a member who joins or leaves costs a look at each room, and the copy of
-// the groups that have changed. Nothing is looked up but its rooms, by their own lines.
+// Union is the members of several rooms, each once, as one snapshot.
+//
+// It has the answers about its rooms as they were at the last query, and what they come to. A query looks which of the rooms
+// have another answer in memory by now, and joins in what that changes (Cached). If one has none, the query waits in the union's line:
+// a goroutine, which is there as long as somebody waits, has the rooms looked up by their own lines, and tells all who
+// wait in the order of asking (Ask). Nobody finds an answer in memory meanwhile, so nobody overtakes.
 //
 // Its snapshots are as those of a room. The same pointer means the same members, though rooms may have changed.
 // Found tells that at least one of the rooms exists.
@@ -66,36 +69,38 @@ type Union struct {
 	shards []int    // of rooms
 	list   []string // as it was asked for
 
+	// Safe for concurrent use.
 	weight atomic.Int64
-	absent atomic.Int32
-	again  atomic.Bool // it was asked for more than once
-	gone   atomic.Bool // the cache has it no more
+	absent atomic.Int32 // rooms that do not exist
+	again  atomic.Bool  // it was asked for more than once
 	keyed  sync.Once
 	keys   []uint64
 
 	mu sync.Mutex
-	// Guarded by mu. Somebody who answers the line changes what follows, and nobody else.
-	busy bool    // somebody answers the line
+	// Guarded by mu.
+	busy bool    // there is a goroutine
 	line []queue // who waits, in order
-
-	entries []*entry    // of the cache; nil where the answer has come otherwise
-	snaps   []*Snapshot // of the rooms, as told; nil before the first answer
-	base    *Snapshot   // what they come to, nil before
+	// Likewise, and while there is a goroutine that alone changes it.
+	entries []*entry    // by room, of the cache; nil where that has not been asked
+	snaps   []*Snapshot // by room, the answers that have come in; nil before the first
+	base    *Snapshot   // what they come to
 	snap    *Snapshot   // base, or that as a stale one
-	touched nanos       // when the cache of rooms was last asked about all
-
-	// What was found then, and holds as long as the changes of the table are that many.
-	changes    uint64
-	generation uint64
-	watched    bool  // all are vouched for, or else
-	freshUntil nanos // good until then
-	renewAt    int64
+	touched nanos       // when the cache was last asked about all rooms
+	good    goodWhile
 }
 
 // queue is one place in the line of a union.
 type queue struct {
 	w   Waiter
 	now time.Time
+}
+
+// goodWhile is how long a query need look at nothing else.
+type goodWhile struct {
+	changes, generation uint64 // these are the table's and the directory's
+	until               nanos
+	vouched             bool  // and a change stream vouches for all rooms,
+	freshUntil          nanos // or else until then
 }
 
 // Union is the union of a list of rooms. Its order, and who is named twice, makes another union of it, with the same
@@ -109,17 +114,6 @@ func (d *Directory) Union(list []string) *Union {
 	if u, ok := d.unions.cache.GetIfPresent(h); ok && slices.Equal(u.list, list) {
 		return u
 	}
-	u := d.newUnion(h, list)
-	if kept, added := d.unions.cache.SetIfAbsent(h, u); !added && slices.Equal(kept.list, list) {
-		return kept
-	}
-	return u
-}
-
-// Kept tells that Directory.Union may still give this one.
-func (u *Union) Kept() bool { return !u.gone.Load() }
-
-func (d *Directory) newUnion(h uint64, list []string) *Union {
 	u := &Union{ID: "\x00" + strconv.FormatUint(d.unions.last.Add(1), 36), Hash: h, dir: d, list: make([]string, len(list))}
 	seen := make(map[string]struct{}, len(list))
 	for i, room := range list {
@@ -133,7 +127,16 @@ func (d *Directory) newUnion(h uint64, list []string) *Union {
 	}
 	u.entries, u.snaps = make([]*entry, len(u.rooms)), make([]*Snapshot, len(u.rooms))
 	u.weight.Store(int64(8 * len(list))) // a room is here and in its place of a list
+	if kept, added := d.unions.cache.SetIfAbsent(h, u); !added && slices.Equal(kept.list, list) {
+		return kept
+	}
 	return u
+}
+
+// Kept tells that Directory.Union still gives this one. Like that it counts as a use.
+func (u *Union) Kept() bool {
+	kept, ok := u.dir.unions.cache.GetIfPresent(u.Hash)
+	return ok && kept == u
 }
 
 // Rooms are the rooms of the union, each once, in the order of the list.
@@ -154,237 +157,92 @@ func (u *Union) Keys(hash func(room string) uint64) []uint64 {
 // Once tells the first caller, and nobody else, that nobody has asked for the union lately.
 func (u *Union) Once() bool { return !u.again.Load() && !u.again.Swap(true) }
 
+// NotFound is how many of the rooms do not exist, as of the latest answer about all.
+func (u *Union) NotFound() int { return int(u.absent.Load()) }
+
 // Cached answers from memory alone, nil if it cannot, as Table.Cached does for each room.
 func (u *Union) Cached(now time.Time) *Snapshot {
 	u.mu.Lock()
-	s, renew := u.cachedLocked(u.dir.nanos(now))
+	s, due := u.cachedLocked(u.dir.nanos(now))
 	u.mu.Unlock()
-	for _, i := range renew {
-		if e, ok := u.dir.Rooms.cache.GetIfPresent(u.rooms[i]); ok {
-			u.dir.Rooms.renew(u.shards[i], u.rooms[i], e)
-		}
+	for _, renew := range due {
+		renew()
 	}
 	return s
 }
 
-// cachedLocked is Cached, and tells at which places answers are soon too old.
-func (u *Union) cachedLocked(at nanos) (s *Snapshot, renew []int) {
+// cachedLocked is Cached; due has answers looked up again that are soon too old.
+func (u *Union) cachedLocked(at nanos) (s *Snapshot, due []func()) {
 	if u.busy || u.base == nil {
-		return nil, nil // who waits must not be overtaken; and what is made from the beginning is made in the pool
+		return nil, nil
 	}
-	var changed []*Snapshot // answers, where some are other ones
-	touch := at-u.touched > touchEvery
-	// In this order, see fresh. What changes after the number was read is not looked past by the next query.
+	t := u.dir.Rooms
+	// In this order, see fresh. A change that comes after its number was read is not looked past by the next query.
 	watched := at < nanos(u.dir.watchedUntil.Load())
-	generation, changes := u.dir.generation.Load(), u.dir.Rooms.changes.Load()
-	if changes == u.changes && generation == u.generation && !touch && (watched && u.watched || at < u.freshUntil) && int64(at) < u.renewAt {
-		u.dir.Rooms.lanes[u.shards[0]].hits.Add(1)
+	good := goodWhile{generation: u.dir.generation.Load(), changes: t.changes.Load(), vouched: true, freshUntil: never}
+	if g := &u.good; good.changes == g.changes && good.generation == g.generation && at < g.until && (watched && g.vouched || at < g.freshUntil) {
+		u.lane().hits.Add(1)
 		return u.snap, nil
 	}
-	vouched, freshUntil, renewAt := true, nanos(never), int64(never)
-	for i, e := range u.entries {
-		if e != nil && !touch && e.generation == generation && (watched && !e.fallback || at < e.freshUntil) &&
-			!e.gone.Load() && !e.behind() && !e.due(at) && e.snap == u.snaps[i] {
-			vouched, freshUntil, renewAt = vouched && !e.fallback, min(freshUntil, e.freshUntil), min(renewAt, e.renewAt.Load())
-			continue
-		}
-		if e = u.dir.Rooms.current(u.shards[i], u.rooms[i], at); e == nil {
-			return nil, renew
-		}
-		if e.due(at) {
-			renew = append(renew, i)
-		}
-		vouched, freshUntil, renewAt = vouched && !e.fallback, min(freshUntil, e.freshUntil), min(renewAt, e.renewAt.Load())
-		u.entries[i] = e
-		if e.snap != u.snaps[i] {
-			if changed == nil {
-				changed = slices.Clone(u.snaps)
-			}
-			changed[i] = e.snap
-		}
-	}
+	touch := at-u.touched > touchEvery
 	if touch {
 		u.touched = at
-		u.dir.unions.cache.GetIfPresent(u.Hash) // it is used, too
 	}
-	if changed != nil {
-		next := u.dir.joined(u.base, u.snaps, changed)
-		if next == nil {
-			return nil, renew
+	good.until = u.touched + touchEvery
+	snaps := u.snaps
+	renew := func(i int, e *entry) func() { return func() { t.renew(u.shards[i], u.rooms[i], e) } }
+	for i, e := range u.entries {
+		if touch || e == nil || !t.serves(e, at) {
+			if e = t.current(u.shards[i], u.rooms[i], at); e == nil {
+				return nil, nil
+			}
+			u.entries[i] = e
 		}
-		u.takeLocked(changed, next)
+		if e.due(at) {
+			due = append(due, renew(i, e))
+		}
+		good.vouched = good.vouched && !e.fallback
+		good.freshUntil, good.until = min(good.freshUntil, e.freshUntil), min(good.until, nanos(e.renewAt.Load()))
+		if e.snap == snaps[i] {
+			continue
+		}
+		if &snaps[0] == &u.snaps[0] {
+			snaps = slices.Clone(snaps)
+		}
+		snaps[i] = e.snap
 	}
-	u.dir.Rooms.lanes[u.shards[0]].hits.Add(1)
+	if &snaps[0] != &u.snaps[0] {
+		base := u.dir.joined(u.base, u.snaps, snaps)
+		if base == nil {
+			return nil, due // what is made from the beginning is made by the goroutine
+		}
+		u.takeLocked(snaps, base)
+	}
+	u.lane().hits.Add(1)
 	u.snap.published.CompareAndSwap(0, int64(u.dir.now())) // now that nobody finds another
-	u.changes, u.generation, u.watched, u.freshUntil, u.renewAt = changes, generation, vouched, freshUntil, renewAt
-	return u.snap, renew
+	u.good = good
+	return u.snap, due
 }
 
-// takeLocked notes what the answers of all rooms come to.
+// takeLocked takes in the answers of all rooms and what they come to.
 func (u *Union) takeLocked(snaps []*Snapshot, base *Snapshot) {
-	u.snaps, u.base, u.snap = snaps, base, asStale(base, snaps)
-	u.generation = 0 // which none has: what was found was of others
-	absent := 0
+	u.snaps, u.base, u.snap, u.good = snaps, base, asStale(base, snaps), goodWhile{}
+	absent, members := 0, base.Users
 	for _, s := range snaps {
+		members += s.Users // which it keeps, though the cache of rooms may have let go of them
 		if !s.Found {
 			absent++
 		}
 	}
 	u.absent.Store(int32(absent))
-}
-
-// NotFound is how many of the rooms do not exist, as of the latest answer about all.
-func (u *Union) NotFound() int { return int(u.absent.Load()) }
-
-// asStale is s as the union of some answers: stale if one of them is.
-func asStale(s *Snapshot, snaps []*Snapshot) *Snapshot {
-	var known time.Time
-	is, changed := false, false
-	for _, room := range snaps {
-		if room == nil || room.Stale == nil {
-			continue
-		}
-		if !is || room.Stale.Known.Before(known) {
-			known = room.Stale.Known
-		}
-		is, changed = true, changed || room.Stale.Changed
-	}
-	if !is {
-		return s
-	}
-	return s.stale(known, changed)
-}
-
-// joined is base, which old come to, once they are snaps. It is nil if that is to be worked out from the beginning.
-func (d *Directory) joined(base *Snapshot, old, snaps []*Snapshot) *Snapshot {
-	if found := slices.ContainsFunc(snaps, func(s *Snapshot) bool { return s.Found }); found != base.Found || !found {
-		return nil
-	}
-	var moves []Move
-	left, memberships := 0, 0
-	for i, s := range snaps {
-		memberships += s.Users
-		before, now := old[i].told(), s.told()
-		if before == now {
-			continue
-		}
-		if len(before.Unplaced)+len(now.Unplaced) > 0 {
-			return nil
-		}
-		for _, g := range before.Groups {
-			h := now.Group(g.Node)
-			if h == g {
-				continue
+	if weight := int64(8*len(u.list) + members); u.weight.Swap(weight) != weight {
+		u.dir.unions.cache.ComputeIfPresent(u.Hash, func(kept *Union) (*Union, otter.ComputeOp) {
+			if kept != u {
+				return kept, otter.CancelOp
 			}
-			var users []string
-			if h != nil {
-				users = h.Users
-			}
-			gone, came := difference(g.Users, users)
-			left += len(gone)
-			for _, user := range gone {
-				moves = append(moves, Move{User: user, Node: g.Node, Left: true})
-			}
-			for _, user := range came {
-				moves = append(moves, Move{User: user, Node: g.Node})
-			}
-		}
-		for _, h := range now.Groups {
-			if before.Group(h.Node) == nil {
-				for _, user := range h.Users {
-					moves = append(moves, Move{User: user, Node: h.Node})
-				}
-			}
-		}
-	}
-	// Whoever has left one room may still be in another: each room is asked. With many that costs more than
-	// all from the beginning.
-	if left*len(snaps) > memberships+movesMost || len(moves) > movesMost+base.Users/2 {
-		return nil
-	}
-	moves = slices.DeleteFunc(moves, func(m Move) bool {
-		return m.Left && slices.ContainsFunc(snaps, func(s *Snapshot) bool {
-			g := s.Group(m.Node)
-			return g != nil && g.Has(m.User)
+			return u, otter.WriteOp // which weighs it
 		})
-	})
-	if len(moves) == 0 {
-		return base
 	}
-	return d.moved(base, moves)
-}
-
-// difference lists who is in only one of two sorted lists.
-func difference(old, now []string) (gone, came []string) {
-	for len(old) > 0 || len(now) > 0 {
-		switch {
-		case len(now) == 0 || len(old) > 0 && old[0] < now[0]:
-			gone, old = append(gone, old[0]), old[1:]
-		case len(old) == 0 || now[0] < old[0]:
-			came, now = append(came, now[0]), now[1:]
-		default:
-			old, now = old[1:], now[1:]
-		}
-	}
-	return gone, came
-}
-
-// Unite makes the union of some answers, of which those that are nil are left out. Groups of old that are unchanged
-// stay; it may be nil.
-func (d *Directory) Unite(snaps []*Snapshot, old *Snapshot) *Snapshot {
-	return asStale(d.unite(snaps, old, nil), snaps)
-}
-
-// unite is Unite, for nobody but some users if there are any.
-func (d *Directory) unite(snaps []*Snapshot, old *Snapshot, only []string) *Snapshot {
-	b, ok := d.builders.Get().(*builder)
-	if !ok {
-		b = newBuilder(d.seed, d.names)
-	}
-	found := false
-	byNode := make(map[string][][]string)
-	var nodes []string
-	for _, s := range snaps {
-		if s == nil {
-			continue
-		}
-		found = found || s.Found
-		for _, g := range s.Groups {
-			lists, known := byNode[g.Node]
-			if !known {
-				nodes = append(nodes, g.Node)
-			}
-			byNode[g.Node] = append(lists, g.Users)
-		}
-		if len(s.Unplaced) > 0 {
-			byNode[""] = append(byNode[""], s.Unplaced)
-		}
-	}
-	if byNode[""] != nil {
-		nodes = append(nodes, "")
-	}
-	seen := make(map[string]struct{})
-	for _, node := range nodes {
-		clear(seen)
-		for _, list := range byNode[node] {
-			for _, user := range list {
-				if only != nil {
-					if _, is := slices.BinarySearch(only, user); !is {
-						continue
-					}
-				}
-				n := len(seen)
-				if seen[user] = struct{}{}; len(seen) > n {
-					b.add([]byte(user), []byte(node))
-				}
-			}
-		}
-	}
-	s := b.snapshot(found, old)
-	if b.reset() {
-		d.builders.Put(b)
-	}
-	return s
 }
 
 // PartialError is what a Waiter is told of a union of whose rooms some have no answer, with the snapshot of the others.
@@ -400,226 +258,188 @@ func (e *PartialError) Unwrap() error { return e.Err }
 
 // Ask has w told about the union, with its ID as the key: as soon as there is an answer about each room, or an error. Who
 // asks is told in the order of asking, before anybody finds in memory what they are told. The error may be a
-// *PartialError: then there is a snapshot, too. It may be before Ask returns.
+// *PartialError: then there is a snapshot, too.
 func (u *Union) Ask(now time.Time, w Waiter) {
-	u.dir.Rooms.lanes[u.shards[0]].misses.Add(1)
+	u.lane().misses.Add(1)
+	u.lane().waiting.Add(1)
 	u.mu.Lock()
+	defer u.mu.Unlock()
 	u.line = append(u.line, queue{w, now})
-	busy := u.busy
-	u.busy = true
-	u.mu.Unlock()
-	if !busy {
-		u.inPool(u.drain)
+	if !u.busy {
+		u.busy = true
+		u.dir.unions.working.Go(u.answer)
 	}
 }
 
-// inPool runs a part of the work of whoever answers the line. A full pool does not keep it from going on.
-func (u *Union) inPool(part func()) {
-	if u.dir.cfg.Go(u.shards[0], part) != nil {
-		part()
-	}
-}
-
-// drain answers the line until nobody is in it.
-func (u *Union) drain() {
+// answer answers the line until nobody is in it.
+func (u *Union) answer() {
 	for {
 		u.mu.Lock()
 		told := u.line
-		u.line = nil
-		if len(told) == 0 {
+		if u.line = nil; len(told) == 0 {
 			u.busy = false
 			u.mu.Unlock()
 			return
 		}
 		u.mu.Unlock()
-		g := &gathering{u: u, told: told, snaps: make([]*Snapshot, len(u.rooms)), began: u.dir.now()}
-		now := told[len(told)-1].now
-		for i, room := range u.rooms {
-			if s := u.dir.Rooms.Cached(u.shards[i], room, now); s != nil {
-				g.snaps[i] = s
-			} else {
-				g.missing = append(g.missing, i)
-			}
+		s, err := u.ask(told[len(told)-1].now, told[0].w)
+		u.lane().waiting.Add(-int64(len(told)))
+		for _, q := range told {
+			u.tell(q.w, s, err)
 		}
-		if len(g.missing) > 0 {
-			g.ask = func(i int) { u.dir.Rooms.Ask(u.shards[i], u.rooms[i:i+1], now, &answer{g, i}) }
-			g.end = func() { u.inPool(func() { g.tell(); u.drain() }) }
-			g.pump()
-			return // the last answer goes on
-		}
-		g.tell()
 	}
 }
 
-// gathering is the answers about the rooms of a union, while they come.
-type gathering struct {
-	// Static.
-	u       *Union
-	told    []queue // by what comes of it
-	missing []int   // places of rooms that have to be asked about
-	ask     func(i int)
-	end     func() // once there is an answer about all of them
-	began   nanos
-
-	mu sync.Mutex
-	// Guarded by mu, until the end.
-	snaps   []*Snapshot // by room
-	failed  int
-	err     error
-	next    int // of missing
-	open    int // asked, and not answered
-	pumping bool
-	ended   bool
-}
-
-// answer is the waiter for one room.
-type answer struct {
-	g *gathering
-	i int
-}
-
-// Lookup implements Waiter: it is on behalf of the first who waits.
-func (a *answer) Lookup(ctx context.Context, what string) (context.Context, func(error)) {
-	return a.g.told[0].w.Lookup(ctx, what)
-}
-
-// Routed implements Waiter.
-func (a *answer) Routed(_ []string, snaps []*Snapshot, err error) {
-	g := a.g
-	g.mu.Lock()
-	g.open--
-	if err != nil {
-		g.failed++
-		g.err = err
-	} else {
-		g.snaps[a.i] = snaps[0]
-	}
-	g.mu.Unlock()
-	g.pump()
-}
-
-// pump asks about so many rooms at a time, and ends when all have been answered.
-func (g *gathering) pump() {
-	g.mu.Lock()
-	if g.pumping {
-		g.mu.Unlock()
-		return
-	}
-	g.pumping = true
-	for g.next < len(g.missing) && g.open < unionWindow {
-		if g.u.dir.now()-g.began > nanos(unionTime) {
-			g.failed += len(g.missing) - g.next
-			g.next, g.err = len(g.missing), ErrUnavailable
-			break
-		}
-		i := g.missing[g.next]
-		g.next++
-		g.open++
-		g.mu.Unlock()
-		g.ask(i)
-		g.mu.Lock()
-	}
-	g.pumping = false
-	end := !g.ended && g.next == len(g.missing) && g.open == 0
-	g.ended = g.ended || end
-	g.mu.Unlock()
-	if end {
-		g.end()
-	}
-}
-
-// tell works out the union and tells those who wait for it.
-func (g *gathering) tell() {
-	s, err := g.result()
-	keys, snaps := []string{g.u.ID}, []*Snapshot{s}
+func (u *Union) tell(w Waiter, s *Snapshot, err error) {
+	snaps := []*Snapshot{s}
 	if s == nil {
 		snaps = nil
 	}
-	for _, q := range g.told {
-		q.w.Routed(keys, snaps, err)
-	}
+	w.Routed([]string{u.ID}, snaps, err)
 }
 
-// result is what the answers come to. The union has it, too, if they are all there.
-func (g *gathering) result() (s *Snapshot, err error) {
-	u := g.u
-	defer func() {
-		if recover() != nil { // nobody is left waiting
-			s, err = nil, errPanicked
+// ask is what the answers about all rooms come to, which the union takes in.
+func (u *Union) ask(now time.Time, w Waiter) (s *Snapshot, err error) {
+	defer mend(&s, &err)
+	t, snaps := u.dir.Rooms, make([]*Snapshot, len(u.rooms))
+	var missing []int
+	for i, room := range u.rooms {
+		if snaps[i] = t.Cached(u.shards[i], room, now); snaps[i] == nil {
+			missing = append(missing, i)
 		}
-	}()
-	switch {
-	case g.failed == len(g.snaps):
-		return nil, g.err
-	case g.failed > 0:
-		return u.dir.Unite(g.snaps, u.base), &PartialError{Rooms: g.failed, Err: g.err}
+	}
+	failed, lookup := u.gather(w, snaps, missing, func(i int, w Waiter) { t.Ask(u.shards[i], u.rooms[i:i+1], now, w) })
+	if failed == len(snaps) {
+		return nil, lookup
 	}
 	var base *Snapshot
-	if u.base != nil {
-		base = u.dir.joined(u.base, u.snaps, g.snaps)
+	if u.base != nil && failed == 0 {
+		base = u.dir.joined(u.base, u.snaps, snaps)
 	}
 	if base == nil {
-		base = u.dir.unite(g.snaps, u.base, nil)
-	}
-	u.mu.Lock()
-	u.takeLocked(g.snaps, base)
-	s = u.snap
-	u.mu.Unlock()
-	if now := int64(8*len(u.list) + base.Users); u.weight.Load() < now || now < u.weight.Load()/2 {
-		u.weight.Store(now)
-		if kept, ok := u.dir.unions.cache.GetIfPresent(u.Hash); ok && kept == u {
-			u.dir.unions.cache.Set(u.Hash, u) // which weighs it
+		if base, err = u.dir.uniteInTurn(context.Background(), snaps, u.base, nil); err != nil {
+			return nil, err
 		}
 	}
-	return s, nil
+	if failed > 0 {
+		return asStale(base, snaps), &PartialError{Rooms: failed, Err: lookup}
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.takeLocked(snaps, base)
+	return u.snap, nil
 }
 
 // Refresh has w told what the Controller says about some users that a node does not have, of whose rooms each that
 // has one of them there is looked up again as Table.Refresh does. The snapshot has nobody but them. m.Users may be nil.
 func (u *Union) Refresh(users []string, m Missing, w Waiter) {
+	u.dir.unions.working.Go(func() {
+		s, err := u.refresh(users, m, w)
+		u.tell(w, s, err)
+	})
+}
+
+func (u *Union) refresh(users []string, m Missing, w Waiter) (s *Snapshot, err error) {
+	defer mend(&s, &err)
 	u.Cached(m.Since) // what is known already may say more
 	u.mu.Lock()
-	known := slices.Clone(u.snaps)
+	snaps := slices.Clone(u.snaps)
 	u.mu.Unlock()
-	g := &gathering{u: u, told: []queue{{w: w}}, snaps: known, began: u.dir.now()}
 	there := make([][]string, len(u.rooms))
-	for i, s := range known {
-		if s == nil {
-			g.missing = append(g.missing, i) // no answer yet: anybody may be there
-			continue
+	var missing []int
+	for i, s := range snaps {
+		if there[i] = []string{}; s != nil { // else nobody, and not all: of a room without an answer nobody is known
+			there[i] = Intersect(users, s.Group(m.Node).members())
 		}
-		group := s.Group(m.Node)
-		if group == nil {
-			continue
-		}
-		for _, user := range users {
-			if group.Has(user) {
-				there[i] = append(there[i], user)
-			}
-		}
-		if len(there[i]) > 0 {
-			g.missing = append(g.missing, i)
+		if s == nil || len(there[i]) > 0 {
+			missing = append(missing, i)
 		}
 	}
-	g.ask = func(i int) {
-		about := Missing{Node: m.Node, Since: m.Since}
+	failed, lookup := u.gather(w, snaps, missing, func(i int, w Waiter) {
+		about := m
 		if m.Users != nil {
 			about.Users = there[i]
-			if about.Users == nil {
-				about.Users = []string{} // nobody, and not all
-			}
 		}
-		u.dir.Rooms.Refresh(u.shards[i], u.rooms[i:i+1], about, &answer{g, i})
+		u.dir.Rooms.Refresh(u.shards[i], u.rooms[i:i+1], about, w)
+	})
+	if failed > 0 && failed == len(missing) {
+		return nil, lookup
 	}
-	g.end = func() {
-		if g.failed > 0 && g.failed == len(g.missing) {
-			w.Routed([]string{u.ID}, nil, g.err)
-			return
-		}
-		s := u.dir.unite(g.snaps, nil, users)
-		// Where somebody is, is true; that somebody is nowhere only an answer about each room can tell.
-		s.Doubted = g.failed > 0 || slices.ContainsFunc(g.snaps, func(s *Snapshot) bool { return s != nil && s.Doubted })
-		w.Routed([]string{u.ID}, []*Snapshot{s}, nil)
+	if s, err = u.dir.uniteInTurn(context.Background(), snaps, nil, users); err != nil {
+		return nil, err
 	}
-	g.pump()
+	// Where somebody is, is true; that somebody is nowhere only an answer about each room can tell.
+	s.Doubted = failed > 0 || slices.ContainsFunc(snaps, func(s *Snapshot) bool { return s != nil && s.Doubted })
+	return s, nil
 }
+
+// gather has ask called for some of the rooms, and waits for what they are told, which it puts into snaps. It returns how many have
+// failed, and how one of them.
+func (u *Union) gather(w Waiter, snaps []*Snapshot, rooms []int, ask func(i int, w Waiter)) (failed int, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), unionTime)
+	defer cancel()
+	lookups := u.dir.unions.lookups
+	var mu sync.Mutex
+	var open sync.WaitGroup
+	for n, i := range rooms {
+		if lookups.Acquire(ctx, 1) != nil {
+			mu.Lock()
+			failed, err = failed+len(rooms)-n, ErrUnavailable
+			mu.Unlock()
+			break
+		}
+		open.Add(1)
+		ask(i, roomWaiter{w, func(told []*Snapshot, why error) {
+			mu.Lock()
+			if why != nil {
+				failed, err = failed+1, why
+			} else {
+				snaps[i] = told[0]
+			}
+			mu.Unlock()
+			lookups.Release(1)
+			open.Done()
+		}})
+	}
+	open.Wait()
+	return failed, err
+}
+
+// roomWaiter waits for one room on behalf of who waits for a union.
+type roomWaiter struct {
+	Waiter
+
+	told func(snaps []*Snapshot, err error)
+}
+
+func (w roomWaiter) Routed(_ []string, snaps []*Snapshot, err error) { w.told(snaps, err) }
+
+// Unite is what some answers come to, of which those that are nil are left out. It waits for its turn, until ctx ends at most.
+func (d *Directory) Unite(ctx context.Context, snaps []*Snapshot) (*Snapshot, error) {
+	s, err := d.uniteInTurn(ctx, snaps, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	return asStale(s, snaps), nil
+}
+
+// uniteInTurn is unite when it is its turn.
+func (d *Directory) uniteInTurn(ctx context.Context, snaps []*Snapshot, old *Snapshot, only []string) (*Snapshot, error) {
+	ctx, cancel := context.WithTimeout(ctx, unionTime)
+	defer cancel()
+	if err := d.unions.makers.Acquire(ctx, 1); err != nil {
+		return nil, fmt.Errorf("%w: too many lists of rooms at a time: %w", ErrOverloaded, err)
+	}
+	defer d.unions.makers.Release(1)
+	return d.unite(snaps, old, only), nil
+}
+
+// mend is deferred where somebody waits: a panic is an error for them.
+func mend(s **Snapshot, err *error) {
+	if recover() != nil {
+		*s, *err = nil, errPanicked
+	}
+}
+
+// lane is where the queries are counted.
+func (u *Union) lane() *lane { return &u.dir.Rooms.lanes[u.shards[0]] }

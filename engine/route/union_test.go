@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -53,6 +54,10 @@ func TestUnionIsKeptAndBroughtUpToDate(t *testing.T) {
 		if s == nil || s.Users != 4 || !slices.Equal(s.Group("A").Users, []string{"u", "y"}) || s.Group("B") != first.Group("B") {
 			t.Errorf("%+v", s)
 		}
+		d.Invalidate([]string{"s"}, nil)
+		if s := d.Union([]string{"r", "s"}).Cached(now()); s != nil {
+			t.Errorf("of a room that is not known any more: %+v", s)
+		}
 		if n := v.count(); n != 2 {
 			t.Errorf("%d look-ups, want one for each room", n)
 		}
@@ -84,7 +89,7 @@ func TestUnionLooksUpFewRoomsAtATimeAndTellsInOrder(t *testing.T) {
 			mu.Unlock()
 			return s.Room(ctx, room, add)
 		})
-		d := newDirectory(t, s, func(c *Config) { c.Source, c.TTL = slow, time.Hour })
+		d := newDirectory(t, s, func(c *Config) { c.Source, c.TTL, c.Places = slow, time.Hour, 32 })
 		u := d.Union(list)
 		var told []string
 		var tellers []*teller
@@ -99,7 +104,7 @@ func TestUnionLooksUpFewRoomsAtATimeAndTellsInOrder(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if !slices.Equal(told, []string{"0", "1", "2", "3", "4"}) || most > unionWindow || s.count() != 200 {
+		if !slices.Equal(told, []string{"0", "1", "2", "3", "4"}) || most != 8 || s.count() != 200 {
 			t.Errorf("told %v, %d look-ups at a time, %d in all", told, most, s.count())
 		}
 		for _, w := range tellers {
@@ -184,10 +189,37 @@ func TestUnionOfAFullPoolIsMadeAllTheSame(t *testing.T) {
 	})
 }
 
+func TestUnionsAreMadeInTurnAndNotByWhoAsks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		d := newDirectory(t, s, func(c *Config) { c.TTL = time.Hour })
+		all := int64(max(runtime.GOMAXPROCS(0)/2, 1))
+		if !d.unions.makers.TryAcquire(all) || d.unions.makers.TryAcquire(1) {
+			t.Fatal("others than half of the cores may make unions")
+		}
+		began, u := time.Now(), d.Union([]string{"r", "s"})
+		asks, heals := &teller{}, &teller{}
+		u.Ask(now(), asks)
+		u.Refresh([]string{"u"}, missing(now()), heals)
+		_, err := d.Unite(t.Context(), []*Snapshot{{Found: true, Users: 1, Unplaced: []string{"x"}}})
+		if waited := time.Since(began); waited != unionTime || !errors.Is(err, ErrOverloaded) {
+			t.Errorf("after %s: %v", waited, err)
+		}
+		synctest.Wait()
+		if asks.n != 1 || heals.n != 1 || !errors.Is(asks.err, ErrOverloaded) || !errors.Is(heals.err, ErrOverloaded) {
+			t.Errorf("told %d and %d times: %v, %v", asks.n, heals.n, asks.err, heals.err)
+		}
+		d.unions.makers.Release(all)
+		if snap, err := askUnion(t, d, "r", "s"); err != nil || snap.Users != 2 {
+			t.Errorf("when the turn comes: %+v, %v", snap, err)
+		}
+	})
+}
+
 func TestUnionsThatAreNotUsedAreLetGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
-		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = 4000, time.Hour })
+		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = 1000, time.Hour })
 		first := d.Union([]string{"r", "s"})
 		for i := range 1000 {
 			d.Union([]string{"r", fmt.Sprint(i)})
@@ -201,6 +233,112 @@ func TestUnionsThatAreNotUsedAreLetGo(t *testing.T) {
 			if again := d.Union([]string{"r", "s"}); again == first {
 				t.Error("what is let go of is given again")
 			}
+		}
+	})
+}
+
+// held is how many members the kept unions have: their own, and those of the answers about their rooms.
+func held(d *Directory) (members int) {
+	d.unions.cache.CleanUp()
+	for _, u := range d.unions.cache.All() {
+		if u.base != nil {
+			members += u.base.Users
+		}
+		for _, s := range u.snaps {
+			if s != nil {
+				members += s.Users
+			}
+		}
+	}
+	return members
+}
+
+// The rooms of a list may have far more members than the list, and the cache of rooms may have let go of them.
+func TestUnionsKeepNoMoreMembersThanTheyMay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 8000
+		s := &source{rooms: map[string][][2]string{}}
+		var everybody []string
+		for i := range 100 {
+			everybody = append(everybody, fmt.Sprintf("u%d@A", i))
+		}
+		d := newDirectory(t, s, func(c *Config) { c.MaxMembers, c.TTL = most, time.Hour })
+		for i := range 40 {
+			var list []string
+			for k := range 10 {
+				name := fmt.Sprint("r", i, "-", k)
+				list = append(list, name)
+				s.rooms[name] = room(everybody...)
+			}
+			if snap, err := askUnion(t, d, list...); err != nil || snap.Users != 100 {
+				t.Fatalf("%+v, %v", snap, err)
+			}
+		}
+		synctest.Wait()
+		if n := held(d); n > most || n == 0 {
+			t.Errorf("%d members are kept, at most %d may be", n, most)
+		}
+	})
+}
+
+// A list is made while its rooms are nearly empty, and they fill.
+func TestUnionsThatGrowKeepNoMoreMembersThanTheyMay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 8000
+		v := &versioned{source: &source{rooms: map[string][][2]string{"r": room("u@A")}}, revision: 1}
+		d := newDirectory(t, v.source, func(c *Config) { c.Source, c.MaxMembers = v, most })
+		d.InvalidateAll()
+		d.Vouch(time.Now().Add(time.Hour))
+		var lists []*Union
+		for i := range 20 {
+			name := fmt.Sprint("s", i)
+			v.rooms[name] = room("v@A")
+			if _, err := askUnion(t, d, "r", name); err != nil {
+				t.Fatal(err)
+			}
+			lists = append(lists, d.Union([]string{"r", name}))
+		}
+		for i := range 20 {
+			var moves []Move
+			for k := range 50 {
+				moves = append(moves, Move{Room: "r", User: fmt.Sprint("m", i, "-", k), Node: "A", Revision: uint64(2 + i)})
+			}
+			d.Moved(moves)
+			for _, u := range lists {
+				if s := u.Cached(now()); s == nil || s.Users != 2+50*(i+1) {
+					t.Fatalf("%+v", s)
+				}
+			}
+			synctest.Wait()
+		}
+		if n := held(d); n > most || n == 0 {
+			t.Errorf("%d members are kept, at most %d may be", n, most)
+		}
+	})
+}
+
+// The cache says that an answer is evicted before it does not show it any more. What changes after that is noted nowhere.
+func TestUnionDoesNotRelyOnAnAnswerThatIsJustBeingEvicted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{rooms: map[string][][2]string{"r": room("u@A"), "s": room("v@B")}}
+		d := newDirectory(t, s, func(c *Config) { c.TTL = time.Hour })
+		if _, err := askUnion(t, d, "r", "s"); err != nil {
+			t.Fatal(err)
+		}
+		u := d.Union([]string{"r", "s"})
+		if s := u.Cached(now()); s == nil || s.Users != 2 {
+			t.Fatalf("%+v", s)
+		}
+		e, _ := d.Rooms.cache.GetIfPresent("r")
+		e.gone.Store(true)
+		d.Rooms.changes.Add(1)
+		u.Cached(now())
+		d.Rooms.cache.Invalidate("r")
+		d.Rooms.changes.Add(^uint64(0)) // which Invalidate has counted once more
+		s.set(func(s *source) { s.rooms["r"] = room("u@A", "x@A") })
+		d.Moved([]Move{{Room: "r", User: "x", Node: "A", Revision: 2}})
+		if s, err := askUnion(t, d, "r", "s"); err != nil || s.Users != 3 {
+			t.Errorf("after a change: %+v, %v", s, err)
 		}
 	})
 }

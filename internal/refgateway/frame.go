@@ -23,9 +23,9 @@ import (
 // brace that ends the tail, see queued.
 type frame struct {
 	head, tail []byte
-	id         []byte        // a member of the JSON object, with its comma; nil without a message id
-	room       string        // as its clients know it
-	several    *node.Message // of a push to several rooms, of which room is one
+	id         []byte      // a member of the JSON object, with its comma; nil without a message id
+	room       string      // as its clients know it
+	several    *node.Rooms // of a push to several rooms, of which room is one
 	op         ws.OpCode
 	gap        bool
 
@@ -136,8 +136,7 @@ func newPush(m *node.Message, room string, broadcast bool) *frame {
 	b = append(b, `{"type":`...)
 	b = appendType(b, m.Type)
 	b = append(b, `,"room_id":`...)
-	b = appendString(b, room)
-	b = append(b, `,"user_id":`...)
+	b = append(appendString(b, room), userMember...)
 	split := len(b)
 	b = append(b, `,"timestamp":`...)
 	b = strconv.AppendInt(b, m.Timestamp, 10)
@@ -169,6 +168,16 @@ func newPush(m *node.Message, room string, broadcast bool) *frame {
 		f.id = appendString([]byte(idMember), m.Options.ID)
 	}
 	return f
+}
+
+// userMember is what follows the room in the head of a push.
+const userMember = `,"user_id":`
+
+// inRoom is a push for clients who are shown another one of its rooms.
+func (f *frame) inRoom(room string) *frame {
+	before := len(f.head) - len(userMember) - len(appendString(nil, f.room))
+	head := append(appendString(slices.Clone(f.head[:before]), room), userMember...)
+	return &frame{head: head, tail: f.tail, id: f.id, room: room, several: f.several, op: f.op, gap: f.gap}
 }
 
 // appendType writes the lower-case name of the type, or the number as a string

@@ -169,15 +169,15 @@ func (c *conn) popLocked(now time.Time) {
 		}
 		if room := e.Frame.room; room != "" && !c.member.In(c.tenant.ID(room)) {
 			// It has left meanwhile, and been told so. It may be in another of several rooms.
-			m := e.Frame.several
-			if m == nil {
+			rooms := e.Frame.several
+			if rooms == nil {
 				continue
 			}
-			other, is := c.member.FirstOf(m.Rooms.Place)
+			other, is := c.member.FirstOf(rooms.Place)
 			if !is {
 				continue
 			}
-			e.Frame = newPush(m, c.tenant.Plain(other), false)
+			e.Frame = e.Frame.inRoom(c.tenant.Plain(other))
 		}
 		c.placeLocked(e)
 	}

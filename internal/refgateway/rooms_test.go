@@ -1,8 +1,10 @@
 package refgateway
 
 import (
+	"runtime"
 	"strings"
 	"testing"
+	"weak"
 
 	pubsub "github.com/push-manager/push-manager/proto"
 	"github.com/push-manager/push-manager/transport/node"
@@ -57,4 +59,24 @@ func TestHeldPushToSeveralRoomsIsShownInOneThatIsNotLeft(t *testing.T) {
 		t.Errorf("shown: %s", got)
 	}
 	d.wantNothing()
+}
+
+// A message shares the memory of the frame that it came with, which may name ten thousand users.
+func TestPushToSeveralRoomsThatWaitsKeepsNoMoreThanItself(t *testing.T) {
+	g, _ := start(t, newController(t), nil)
+	d := connect(t, g, "u", "A")
+	c := g.users.Of("u")[0]
+	kept, f := func() (weak.Pointer[node.Message], *frame) {
+		m := &node.Message{Rooms: node.NewRooms([]string{"A", "B"}), Data: []byte("1"), Timestamp: 1}
+		return weak.Make(m), c.roomFrame(m)
+	}()
+	runtime.GC()
+	if kept.Value() != nil {
+		t.Error("the message is kept")
+	}
+	d.say(`{"type":"join","room_id":"B"}`)
+	d.want(`{"type":"joined","room_id":"B"}`)
+	if other := f.inRoom("B"); string(other.head) != string(newPush(&node.Message{Data: []byte("1"), Timestamp: 1}, "B", false).head) || other.several != f.several {
+		t.Errorf("in another room: %s", other.head)
+	}
 }

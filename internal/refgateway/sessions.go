@@ -141,7 +141,7 @@ func (c *conn) roomFrame(m *node.Message) *frame {
 	f := frames[room]
 	if f == nil {
 		f = newPush(m, room, false)
-		f.several = m
+		f.several = m.Rooms // not m, which keeps all of the frame that it came with
 		frames[room] = f
 	}
 	return f

@@ -213,12 +213,12 @@ func (a *account) exit() {
 }
 
 // Charge implements engine.Budget.
-func (a *account) Charge(deliveries int) {
+func (a *account) Charge(cost int) {
 	if a.budget != nil {
-		a.budget.charge(deliveries)
+		a.budget.charge(cost)
 	}
 	if a.tenantBudget != nil {
-		a.tenantBudget.charge(deliveries)
+		a.tenantBudget.charge(cost)
 	}
 }
 
@@ -247,9 +247,9 @@ func (e *quotaError) reason() string {
 // errTenantInFlight refuses a push while too many of its tenant are not finished.
 var errTenantInFlight = errors.New("too many pushes of the tenant are in flight")
 
-// budget is a token bucket, of a caller or of a tenant. A push costs 1 when it comes in and 1 for each node that it is
-// sent to. The first must be there; the rest, which is known only once the push is
-// routed, is taken in any case, as a debt if need be.
+// budget is a token bucket, of a caller or of a tenant. A push costs 1 when it comes in, 1 for each node that it is
+// sent to, and 1 for each of several rooms that is looked up for it. The first must be there; the rest, which is known only
+// once the push is routed, is taken in any case, as a debt if need be.
 //
 // Who is refused is told when to come back, each in turn: were all told the same, they would come
 // together, and all but one would be refused again. A turn takes nothing from the bucket, so

@@ -102,8 +102,8 @@ type Config struct {
 	// PriorityMax is the highest priority that a caller may claim: "low", "normal", "high"
 	// or "critical", which is the default. A claim above it counts as a claim to it.
 	PriorityMax string
-	// Rate is what one caller may spend in a second, with RateBurst saved up at most: 1 for a
-	// push and 1 for each node that it is sent to. 0, the default, limits nobody; RateBurst
+	// Rate is what one caller may spend in a second, with RateBurst saved up at most: 1 for a push,
+	// 1 for each node that it is sent to, and 1 for each of several rooms that is looked up for it. 0, the default, limits nobody; RateBurst
 	// of 0 is as much as Rate. So many RateCallers are told apart at a time.
 	Rate        int
 	RateBurst   int

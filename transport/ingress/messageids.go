@@ -78,8 +78,8 @@ type idEntry struct {
 
 // idResult is what is kept of a Result that has left nobody over: such a one names no failures.
 type idResult struct {
-	targets, delivered, stored, unsure, acked int32
-	found                                     bool
+	targets, delivered, stored, unsure, acked, absent int32
+	found                                             bool
 }
 
 // idWaiter waits for a push that is under way.
@@ -302,7 +302,7 @@ func leftNobody(res *engine.Result) bool { return res.Success() && res.Offline =
 
 func newIDResult(res *engine.Result) idResult {
 	n := func(v int) int32 { return int32(int32Of(v)) }
-	return idResult{n(res.Targets), n(res.Delivered), n(res.Stored), n(res.Unsure), n(res.Acked), res.Found}
+	return idResult{n(res.Targets), n(res.Delivered), n(res.Stored), n(res.Unsure), n(res.Acked), n(res.RoomsNotFound), res.Found}
 }
 
 // again is the result for a push that is not sent, because an earlier one has reached all.
@@ -311,7 +311,7 @@ func (e *idEntry) again() engine.Result {
 	return engine.Result{
 		Found: r.found, Place: e.place,
 		Targets: int(r.targets), Delivered: int(r.delivered), Offline: int(r.stored), Stored: int(r.stored),
-		Unsure: int(r.unsure), Acked: int(r.acked), Duplicates: int(r.delivered),
+		Unsure: int(r.unsure), Acked: int(r.acked), Duplicates: int(r.delivered), RoomsNotFound: int(r.absent),
 	}
 }
 

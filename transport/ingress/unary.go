@@ -177,7 +177,7 @@ func (s *Server) run(ctx context.Context, info *callInfo, c *call) (res engine.R
 	}
 	c.enterTenant()
 	if c.held > 0 { // gRPC has its buffers back, and lists are known
-		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+len(c.push.Exclude), scopeBytes(c.tenant)))
+		kept := min(c.held, keptBytes(len(c.in.wire), len(c.push.Users)+c.push.Rooms.Len()+len(c.push.Exclude), scopeBytes(c.tenant)))
 		s.space.release(info.conn, c.held-kept)
 		c.held = kept
 	}

@@ -113,9 +113,25 @@ func filters(t *testing.T, etcd *etcdtest.Server) {
 		}
 	}
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	if len(w.got) != 2 || w.got["u0"] != 2 || w.got["u5"] != 2 {
 		t.Errorf("arrived: %v", w.got)
+	}
+	// The connection that the filter is for is in another room than the first of the user's rooms.
+	w.rooms["r1"], w.rooms["r2"] = []string{"both", "one"}, []string{"both"}
+	w.mu.Unlock()
+	w.connect("both", "n1", "r1")
+	w.connect("both", "n1", "r2")
+	w.connect("one", "n2", "r1")
+	m.create("rooms", &pubsub.BroadcastJobSpec{
+		RoomIds: []string{"r1", "r2"}, RatePerSecond: 1000, Content: content("x"), Filter: []*pubsub.Match{{Key: "in", Values: []string{"r2"}}},
+	})
+	if p := m.ends("rooms", pubsub.JobState_SUCCEEDED).GetProgress(); p.GetDelivered() != 1 || p.GetOffline() != 1 || len(p.GetNodeFailures()) > 0 {
+		t.Errorf("rooms: %v", p)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.got["both"] != 1 || w.where["both"] != "r2" || w.got["one"] != 0 {
+		t.Errorf("arrived: %v, in %v", w.got, w.where)
 	}
 }
 

@@ -59,7 +59,8 @@ type run struct {
 	own      *ownership
 	content  engine.Content
 	priority engine.Priority
-	options  *engine.Options // nil without a filter
+	options  *engine.Options  // nil without a filter
+	rooms    *engine.RoomList // of a filter, which tells in which of several rooms somebody gets it; else nil
 	deadline time.Time
 
 	// Owned by loop.
@@ -132,6 +133,9 @@ func (r *run) begin(ctx context.Context) error {
 			r.options = new(engine.Options)
 			for _, m := range filter {
 				r.options.Filter = append(r.options.Filter, engine.Match{Key: m.GetKey(), Values: m.GetValues(), Not: m.GetNot()})
+			}
+			if rooms := spec.GetRoomIds(); len(rooms) > 1 {
+				r.rooms = engine.NewRoomList(rooms).Scoped(r.scope)
 			}
 		}
 		c := spec.GetContent()
@@ -363,9 +367,13 @@ func (r *run) launch(ctx context.Context, users []user) {
 	r.mu.Unlock()
 	r.svc.metrics.open.Add(int64(len(users)))
 	rooms := r.spec.GetRoomIds()
+	if r.rooms != nil {
+		rooms = nil
+	}
 	byRoom := make([][]string, max(len(rooms), 1))
 	for _, u := range users {
-		byRoom[u.room] = append(byRoom[u.room], u.id)
+		at := min(u.room, len(byRoom)-1)
+		byRoom[at] = append(byRoom[at], u.id)
 	}
 	for i, all := range byRoom {
 		room := ""
@@ -378,7 +386,7 @@ func (r *run) launch(ctx context.Context, users []user) {
 	}
 }
 
-// push sends to users of one room, or of none, and notes what has become of them. A push of which nothing was sent is tried
+// push sends to users of one room, of the several rooms of a filter, or of none, and notes what has become of them. A push of which nothing was sent is tried
 // again for as long as the job runs.
 func (r *run) push(ctx context.Context, room string, users []string) {
 	n := int64(len(users))
@@ -403,8 +411,11 @@ func (r *run) push(ctx context.Context, room string, users []string) {
 		p := &engine.Push{Request: engine.Request{
 			Kind: engine.ToUsers, Users: users, Scope: r.scope, Payload: r.payload, Content: r.content, Priority: r.priority, Options: r.options,
 		}}
-		if room != "" {
+		switch {
+		case room != "":
 			p.Kind, p.Room, p.Users, p.Only = engine.ToRoom, room, nil, users
+		case r.rooms != nil:
+			p.Kind, p.Rooms, p.Users, p.Only = engine.ToRooms, r.rooms, nil, users
 		}
 		var res engine.Result
 		err := e.Admit(p.Priority)

@@ -58,10 +58,15 @@ func newWorld(t testing.TB, etcd *etcdtest.Server, nodes ...string) *world {
 	}
 	for _, id := range nodes {
 		users := node.NewUsers[*conn]()
-		w.addNode(id, users, users)
+		w.addNode(id, users, several{users})
 	}
 	return w
 }
+
+// several are connections that take pushes to several rooms.
+type several struct{ *node.Users[*conn] }
+
+func (several) Features() []pubsub.Feature { return []pubsub.Feature{pubsub.Feature_FEATURE_ROOMS} }
 
 // gateway is a Connect-Node.
 type gateway struct {
@@ -77,9 +82,13 @@ type conn struct {
 	room string // "" for any
 }
 
-// Attributes implements node.Attributed: the user is one of them.
+// Attributes implements node.Attributed: the user is one of them, and the room another.
 func (c *conn) Attributes() node.Attributes {
-	a, err := node.NewAttributes(map[string]string{"user": c.user})
+	is := map[string]string{"user": c.user}
+	if c.room != "" {
+		is["in"] = c.room
+	}
+	a, err := node.NewAttributes(is)
 	if err != nil {
 		panic(err)
 	}
@@ -87,20 +96,38 @@ func (c *conn) Attributes() node.Attributes {
 }
 
 // IsFor implements node.Attributed.
-func (c *conn) IsFor(m *node.Message) bool { return c.room == "" || c.room == m.RoomID }
+func (c *conn) IsFor(m *node.Message) bool {
+	_, is := c.roomOf(m)
+	return is
+}
+
+// roomOf is the room of a message that the connection is in, "" for none.
+func (c *conn) roomOf(m *node.Message) (room string, is bool) {
+	rooms := []string{m.RoomID}
+	if m.Rooms != nil {
+		rooms = m.Rooms.List()
+	}
+	for _, room := range rooms {
+		if room == "" || c.room == "" || c.room == room {
+			return room, true
+		}
+	}
+	return "", false
+}
 
 // Deliver implements node.Conn.
 func (c *conn) Deliver(m *node.Message) node.Outcome {
 	c.w.mu.Lock()
 	defer c.w.mu.Unlock()
-	if m.RoomID != "" && c.room != "" && m.RoomID != c.room {
+	room, is := c.roomOf(m)
+	if !is {
 		return node.NotHere
 	}
 	if c.w.hang {
 		return node.Failed
 	}
 	c.w.got[c.user]++
-	c.w.where[c.user] = m.RoomID
+	c.w.where[c.user] = room
 	c.w.last = time.Now()
 	return node.Delivered
 }

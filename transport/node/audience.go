@@ -70,11 +70,7 @@ func (a *audiences) define(d *delivery) (*audience, error) {
 		at:      make(map[string]int32, len(d.join)),
 	}
 	if len(d.audRooms) > 0 {
-		rooms := make([]string, len(d.audRooms))
-		for i, room := range d.audRooms {
-			rooms[i] = strings.Clone(room)
-		}
-		au.rooms = NewRooms(rooms)
+		au.rooms = roomsOf(d.audRooms)
 	}
 	a.byID[d.id] = au
 	return au, a.change(au, d)

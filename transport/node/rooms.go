@@ -1,8 +1,12 @@
 package node
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
-// Rooms are the several rooms that one message was pushed to. All its users share them.
+// Rooms are the several rooms that one message was pushed to. All its users share them. They may be kept: unlike the message they share
+// no memory with the frame.
 type Rooms struct {
 	list  []string
 	place map[string]int
@@ -15,6 +19,15 @@ func NewRooms(list []string) *Rooms {
 		r.place[room] = i
 	}
 	return r
+}
+
+// roomsOf are the rooms of a frame.
+func roomsOf(list []string) *Rooms {
+	kept := make([]string, len(list))
+	for i, room := range list {
+		kept[i] = strings.Clone(room)
+	}
+	return NewRooms(kept)
 }
 
 // List is the rooms in the order of the push. It must not be changed.

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/push-manager/push-manager/internal/wire"
 	pubsub "github.com/push-manager/push-manager/proto"
 )
 
@@ -90,5 +91,18 @@ func TestSeveralRoomsThatCannotBeBreakTheStream(t *testing.T) {
 				t.Errorf("handed over: %v", g.got)
 			}
 		})
+	}
+}
+
+func TestRoomsOfAMessageShareNoMemoryWithItsFrame(t *testing.T) {
+	frame := []byte("rsu")
+	d := &delivery{rooms: []string{wire.String(frame[:1]), wire.String(frame[1:2])}, users: []string{wire.String(frame[2:])}}
+	var m Message
+	if _, _, err := (&stream{server: &Server{does: lastingParts{rooms: true}}}).targets(d, &m); err != nil {
+		t.Fatal(err)
+	}
+	copy(frame, "xyz")
+	if got := m.Rooms.List(); !slices.Equal(got, []string{"r", "s"}) {
+		t.Errorf("rooms %q", got)
 	}
 }

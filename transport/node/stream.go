@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -466,7 +465,7 @@ func (st *stream) targets(d *delivery, m *Message) (users []string, skip []int32
 		if len(d.users) == 0 || d.room != "" {
 			return nil, nil, errRooms
 		}
-		m.Rooms = NewRooms(slices.Clone(d.rooms)) // parts of the frame, as all of the message
+		m.Rooms = roomsOf(d.rooms)
 	}
 	if len(d.matches) > 0 {
 		if d.filter, err = st.server.filterOf(d); err != nil {

@@ -239,7 +239,7 @@ func (c *Config) bindOverload(s *config.Set) {
 	a, d := &c.Ingress, ingress.Defaults()
 	s.Choice(&a.PriorityMax, "priority_max", d.PriorityMax, "Highest priority that a caller may claim with x-priority: low, normal, high or critical. A higher claim counts as this.",
 		"low", "normal", "high", "critical")
-	s.Int(&a.Rate, "rate_limit", d.Rate, 0, 1<<30, "What one caller may spend in a second: 1 for a push and 1 for each node that it is sent to. 0: as much as it likes.")
+	s.Int(&a.Rate, "rate_limit", d.Rate, 0, 1<<30, "What one caller may spend in a second: 1 for a push, 1 for each node that it is sent to, and 1 for each of several rooms that is looked up for it. 0: as much as it likes.")
 	s.Int(&a.RateBurst, "rate_burst", d.RateBurst, 0, 1<<30, "How much of that may be saved up. 0: a second's.")
 	s.Int(&a.RateCallers, "rate_callers", d.RateCallers, 1, 1<<24, "Callers told apart at a time, by the address that they call from.")
 }
@@ -249,7 +249,7 @@ func (c *Config) bindRoutes(s *config.Set) {
 	s.Duration(&c.Routes.TTL, "route_cache_ttl", d.TTL, time.Millisecond, "How long a route is trusted when the Controller has no change stream.")
 	s.Duration(&c.Routes.StaleTTL, "route_stale_ttl", d.StaleTTL, time.Millisecond, "How long a route may serve while the Controller cannot be reached.")
 	s.Duration(&c.Routes.LookupTimeout, "lookup_timeout", d.LookupTimeout, time.Millisecond, "Longest look-up at the Controller.")
-	s.Int(&c.Routes.MaxMembers, "route_cache_members", d.MaxMembers, 1, math.MaxInt32, "Members of all cached rooms together.")
+	s.Int(&c.Routes.MaxMembers, "route_cache_members", d.MaxMembers, 1, math.MaxInt32, "Members of all cached rooms together. Lists of rooms that are pushed to together may have as many again.")
 	s.Int(&c.Routes.MaxUsers, "route_cache_users", d.MaxUsers, 1, math.MaxInt32, "Users in the cache.")
 }
 
