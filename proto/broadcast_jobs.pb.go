@@ -375,7 +375,7 @@ type JobProgress struct {
 	TargetsEstimate int64 `protobuf:"varint,7,opt,name=targets_estimate,json=targetsEstimate,proto3" json:"targets_estimate,omitempty"`
 	// Turns a second, lately.
 	Rate float64 `protobuf:"fixed64,8,opt,name=rate,proto3" json:"rate,omitempty"`
-	// About when it will be done at the rate that is set. Unset unless it runs.
+	// About when it will be done at the rate that is set. Unset unless it runs, and until it is known how many targets there will be.
 	Eta *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=eta,proto3" json:"eta,omitempty"`
 	// Connect-Nodes that are known.
 	Nodes int32 `protobuf:"varint,10,opt,name=nodes,proto3" json:"nodes,omitempty"`

@@ -75,6 +75,33 @@ func TestConsoleOfDevSendsAPushToTwoOtherTabs(t *testing.T) {
 	page.shows(mainText, "Nothing is sent")
 	page.eval(`document.querySelector("main form button").click()`)
 	page.shows(mainText, "2 deliveries, 2 users", "queued", "connect-node-1")
+
+	// Several rooms, who is in one, where a user is, and the end of that.
+	set := func(kind, id string) {
+		page.eval(`(() => { const [kind, id] = document.querySelectorAll("main select, main input"); kind.value = "` + kind + `"; kind.dispatchEvent(new Event("change")); id.value = "` + id + `"; document.querySelector("main form button").click(); })()`)
+	}
+	set("rooms", "lobby, lobby")
+	page.shows(mainText, "2 deliveries, 2 users")
+	page.eval(`location.hash = "push"`)
+	page.shows(mainText, "Open alice")
+	set("rooms", "lobby, lobby")
+	page.shows(mainText, "2 of 2 delivered")
+	page.eval(`location.hash = "presence"`)
+	page.shows(mainText, "Who is in a room")
+	set("room", "lobby")
+	page.shows(mainText, "2 users in lobby", "alice", "bob", "connect-node-1")
+	set("users", "alice, nobody")
+	page.shows(mainText, "1 of 2 online", "nobody\toffline", "1 connection")
+	disconnect := `document.querySelector("main details").open = true; document.querySelector("main details form button").click(); document.querySelector("main details").innerText`
+	page.eval(disconnect)
+	page.shows(mainText, "One room or one user")
+	set("user", "alice")
+	page.shows(mainText, "1 of 1 online")
+	page.eval(disconnect)
+	page.shows(`document.querySelector("main details form button").textContent`, "Yes, disconnect alice")
+	page.eval(disconnect)
+	page.shows(mainText, "1 connection closed on 3 nodes")
+	users[0].shows(`[$("state").textContent, $("rooms").innerText].join()`, "connected,lobby") // it comes back
 }
 
 // TestConsoleInABrowser: ids that look like HTML do nothing, a killed node is red within two seconds, and axe finds no serious fault on any

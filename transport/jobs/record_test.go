@@ -103,6 +103,26 @@ func TestResumeForgetsWhatHadFailed(t *testing.T) {
 	}
 }
 
+// Of a job that has just begun it is not known when it will be done, and "now" would be wrong.
+func TestEtaIsThatOfAJobOfWhichSomethingIsKnown(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	for name, tc := range map[string]struct {
+		r    record
+		want time.Duration // below 0: unset
+	}{
+		"begun just now":          {record{State: running, Rate: 10}, -1},
+		"half of it":              {record{State: running, Rate: 10, Expected: 200, Counts: counts{Delivered: 100}}, 10 * time.Second},
+		"more than expected":      {record{State: running, Rate: 10, Expected: 50, Counts: counts{Delivered: 100}}, -1},
+		"the last are on the way": {record{State: running, Rate: 10, Done: true, Expected: 50, Counts: counts{Delivered: 100}}, 0},
+		"paused":                  {record{State: paused, Rate: 10, Expected: 200}, -1},
+	} {
+		eta := tc.r.show("j", nil, now).GetProgress().GetEta()
+		if tc.want < 0 != (eta == nil) || eta != nil && !eta.AsTime().Equal(now.Add(tc.want)) {
+			t.Errorf("%s: %v, want %v", name, eta.AsTime(), tc.want)
+		}
+	}
+}
+
 func TestSpecsThatAreRefusedNameTheField(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	at := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(d)) }

@@ -85,7 +85,8 @@ async function disconnect(button, request) {
   kicked.hidden = false;
   try {
     const wanted = request(), { answer } = await ask(api + "Disconnect", wanted);
-    const said = wanted.allow_again ? answer.message || "May come back" : `${answer.disconnected ?? 0} connections closed on ${answer.nodes ?? 0} nodes${answer.success ? "" : ": " + answer.message}`;
+    const n = answer.disconnected ?? 0;
+    const said = wanted.allow_again ? answer.message || "May come back" : `${n} ${n === 1 ? "connection" : "connections"} closed on ${answer.nodes ?? 0} nodes${answer.success ? "" : ": " + answer.message}`;
     kicked.setAttribute("class", answer.success ? "note" : "error");
     kicked.replaceChildren(said, ...failures(answer));
     announce(said);
