@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"go.etcd.io/bbolt"
 	"go.uber.org/goleak"
 
 	"github.com/push-manager/push-manager/internal/webhook"
@@ -448,6 +450,30 @@ func TestADamagedFileOfQueuesIsRefusedInALine(t *testing.T) {
 				t.Errorf("%q", err)
 			}
 		})
+	}
+}
+
+// TestAnEventWithoutItsNumberOrTimeIsADamage of the file.
+func TestAnEventWithoutItsNumberOrTimeIsADamage(t *testing.T) {
+	for key, value := range map[string]string{"short": "a value that is long enough", "8 bytes!": "short"} {
+		dir := t.TempDir()
+		db, err := bbolt.Open(filepath.Join(dir, fileName), 0o600, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *bbolt.Tx) error {
+			b, err := tx.CreateBucket([]byte("a"))
+			if err != nil {
+				return err
+			}
+			return b.Put([]byte(key), []byte(value))
+		})
+		if err = errors.Join(err, db.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(Config{Dir: dir, File: write(t, dir, entry("a", "https://127.0.0.1:1/", "join"))}); err == nil || !strings.Contains(err.Error(), "damaged") {
+			t.Errorf("%q: %v", key, err)
+		}
 	}
 }
 

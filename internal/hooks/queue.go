@@ -41,7 +41,7 @@ type file struct {
 	broken atomic.Bool
 }
 
-// openFile opens the file, and reads all of it: so one that is damaged is an error of the start. One process has it at a time.
+// openFile opens the file. One process has it at a time.
 func openFile(dir string) (*file, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -56,19 +56,6 @@ func openFile(dir string) (*file, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", dir, err)
-	}
-	err = f.view(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
-			return b.ForEach(func(key, value []byte) error {
-				if len(key) != place || len(value) < stamp {
-					return fmt.Errorf("%s is damaged, move it away: an event has no number or no time", f.path)
-				}
-				return nil
-			})
-		})
-	})
-	if err != nil {
-		return nil, errors.Join(err, f.close())
 	}
 	return f, nil
 }
@@ -144,7 +131,7 @@ type queue struct {
 	bytes  int64
 }
 
-// openQueue makes the bucket, or counts what is in it.
+// openQueue makes the bucket, or counts what is in it: so a file that is damaged is an error of the start.
 func openQueue(f *file, name string, most int64) (*queue, error) {
 	q := &queue{file: f, name: []byte(name), most: most}
 	err := f.update(func(tx *bbolt.Tx) error {
@@ -152,7 +139,10 @@ func openQueue(f *file, name string, most int64) (*queue, error) {
 		if err != nil {
 			return err
 		}
-		return b.ForEach(func(_, value []byte) error {
+		return b.ForEach(func(key, value []byte) error {
+			if len(key) != place || len(value) < stamp {
+				return f.damaged("an event has no number or no time")
+			}
 			q.events++
 			q.bytes += int64(len(value))
 			return nil
