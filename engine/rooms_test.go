@@ -194,7 +194,7 @@ func TestFewMembersOfSeveralRooms(t *testing.T) {
 	}
 	p = toRooms("r", "s")
 	p.Only, p.Exclude = []string{"u2"}, []string{"u3"}
-	if _, is := errors.AsType[*InvalidError](e.Start(p, &waiter{})); !is {
+	if _, is := errors.AsType[*InvalidError](e.Start(p, &waiter{done: make(chan struct{}, 1)})); !is {
 		t.Error("chosen and excluded")
 	}
 }

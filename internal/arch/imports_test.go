@@ -25,7 +25,7 @@ type layer struct {
 // library beyond those named, which keeps them testable in virtual time.
 var layers = []layer{
 	{dir: "shard", others: []string{"github.com/panjf2000/ants/v2"}},
-	{dir: "engine/route", others: []string{"github.com/maypok86/otter/v2"}},
+	{dir: "engine/route", others: []string{"github.com/maypok86/otter/v2", "golang.org/x/sync"}},
 	{dir: "engine", ours: []string{"engine/route", "internal/ids", "shard"}},
 	{dir: "proto", others: []string{
 		"github.com/planetscale/vtprotobuf", "google.golang.org/genproto", "google.golang.org/grpc", "google.golang.org/protobuf",
