@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"maps"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -83,11 +84,7 @@ func (e *Engine) Explain(ctx context.Context, p *Push, refresh bool) (x Explanat
 		if err != nil {
 			return x, err
 		}
-		list := make([]*route.Snapshot, 0, len(snaps))
-		for _, s := range snaps {
-			list = append(list, s)
-		}
-		s, err := e.directory.Unite(ctx, list)
+		s, err := e.directory.Unite(ctx, slices.Collect(maps.Values(snaps)))
 		if err != nil {
 			return x, fmt.Errorf("%w: %w", ErrOverloaded, err)
 		}

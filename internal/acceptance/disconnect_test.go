@@ -45,7 +45,7 @@ func TestANodeThatIsStoppedIsNamedAndRefusesWhenItGoesOn(t *testing.T) {
 		defer c.mu.Unlock()
 		var end *gws.CloseError
 		if !errors.As(c.closed, &end) || end.Code != 4410 {
-			return fmt.Errorf("%s: closed with %v", c.name, c.closed)
+			return fmt.Errorf("%s: closed with %q", c.name, fmt.Sprint(c.closed))
 		}
 		return nil
 	}

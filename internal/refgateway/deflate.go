@@ -45,8 +45,11 @@ func newDeflater(g *Gateway) *deflater {
 func (d *deflater) negotiate(to *recipient) func(httphead.Option) (httphead.Option, error) {
 	return func(offer httphead.Option) (accepted httphead.Option, _ error) {
 		var p wsflate.Parameters
-		if to.deflate != nil || !bytes.Equal(offer.Name, wsflate.ExtensionNameBytes) || p.Parse(offer) != nil {
+		if to.deflate != nil || !bytes.Equal(offer.Name, wsflate.ExtensionNameBytes) {
 			return accepted, nil
+		}
+		if err := p.Parse(offer); err != nil {
+			return accepted, nil //nolint:nilerr // It is declined.
 		}
 		to.deflate, to.window = d, math.MaxInt
 		if bits := p.ServerMaxWindowBits; bits.Defined() && bits.Bytes() < wsflate.MaxLZ77WindowSize {

@@ -188,7 +188,7 @@ func beClients(what string) error {
 		}
 		reading.Go(func() { _, _ = io.Copy(io.Discard, c) })
 	}
-	fmt.Println("ready")
+	_, _ = fmt.Fprintln(os.Stdout, "ready")
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	return nil
 }

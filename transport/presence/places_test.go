@@ -106,7 +106,7 @@ func TestWhatNobodyWatchesAnyMoreGivesWay(t *testing.T) {
 		if sub != first {
 			t.Error("another one has ended")
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.NewTimer(30 * time.Second).C:
 		t.Error("what has given way is followed still")
 	}
 }
@@ -152,7 +152,7 @@ func TestALargeRoomThatIsComparedHoldsNobodyUp(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.NewTimer(10 * time.Second).C:
 		t.Error("it waits for the large room")
 	}
 	close(state.answer)
