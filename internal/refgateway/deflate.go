@@ -46,7 +46,7 @@ func (d *deflater) negotiate(to *recipient) func(httphead.Option) (httphead.Opti
 	return func(offer httphead.Option) (accepted httphead.Option, _ error) {
 		var p wsflate.Parameters
 		if to.deflate != nil || !bytes.Equal(offer.Name, wsflate.ExtensionNameBytes) || p.Parse(offer) != nil {
-			return accepted, nil
+			return accepted, nil //nolint:nilerr // an offer that is wrong is declined, and the client is served
 		}
 		to.deflate, to.window = d, math.MaxInt
 		if bits := p.ServerMaxWindowBits; bits.Defined() && bits.Bytes() < wsflate.MaxLZ77WindowSize {

@@ -231,6 +231,7 @@ func connect(t testing.TB, g *Gateway, user, room string) *device {
 
 // listen reads what comes until the test ends.
 func (d *device) listen(t testing.TB) {
+	t.Helper()
 	d.t = t
 	var wg sync.WaitGroup
 	wg.Go(d.ws.ReadLoop)
