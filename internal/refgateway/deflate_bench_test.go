@@ -188,7 +188,9 @@ func beClients(what string) error {
 		}
 		reading.Go(func() { _, _ = io.Copy(io.Discard, c) })
 	}
-	_, _ = fmt.Fprintln(os.Stdout, "ready")
+	if _, err := io.WriteString(os.Stdout, "ready\n"); err != nil {
+		return err
+	}
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	return nil
 }

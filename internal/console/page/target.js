@@ -2,7 +2,7 @@ import { el } from "./dom.js";
 
 // target is the part of a form that says whom a push is for. ids are the texts between commas, spaces and lines of a list of users or
 // rooms; of one room or user the text is the id, but for spaces around it.
-export function target(kinds) {
+export function target(kinds, what = "To") {
   const kind = el("select", { onchange: change }, kinds.map(([value, name]) => el("option", { value }, name)));
   const id = el("input", { value: "lobby", maxlength: "4096", autocapitalize: "off", autocomplete: "off", spellcheck: "false" });
   const name = el("span", {}, "Room"), label = el("label", {}, name, id);
@@ -16,7 +16,7 @@ export function target(kinds) {
   }
   change();
   return {
-    elements: [el("label", { class: "small" }, "To", kind), label],
+    elements: [el("label", { class: "small" }, what, kind), label],
     kind: () => kind.value,
     id: () => id.value.trim(),
     ids: () => [...new Set(id.value.split(/[,\s]+/).filter(Boolean))],

@@ -7,7 +7,7 @@ const api = "/pubsub.PresenceService/", size = 50; // members of a page
 let to, result, device, reason, minutes, kicked, kick, sure = "";
 
 function make() {
-  to = target([["room", "Room"], ["user", "User"], ["users", "Users"]]);
+  to = target([["room", "Room"], ["user", "User"], ["users", "Users"]], "Of");
   result = el("div", { "aria-live": "polite" });
   const show = el("button", {}, "Show");
   const form = el("form", { onsubmit: e => { e.preventDefault(); shown(show, () => to.kind() === "room" ? members(to.id(), "") : users(to.kind() === "user" ? [to.id()] : to.ids())); } }, to.elements, show);
