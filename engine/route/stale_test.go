@@ -276,7 +276,7 @@ func TestWhoWaitsForANewerAnswerNeedsNoOtherPlaceOfAFullPool(t *testing.T) {
 			})
 			second := &teller{}
 			first := &teller{then: func() {
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				s.set(func(s *source) { s.users["u"], s.panics = []string{"B"}, false })
 				d.Users.Refresh(0, []string{"u"}, missing(now()), second)
 			}}
