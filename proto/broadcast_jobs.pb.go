@@ -94,7 +94,8 @@ type BroadcastJobSpec struct {
 	// Everybody who is connected when their turn comes.
 	Everybody bool `protobuf:"varint,1,opt,name=everybody,proto3" json:"everybody,omitempty"`
 	// Members of these rooms, when their turn comes: at most 100 rooms. The message comes to the connections that are in
-	// the room. A user in several of the rooms gets it once, in the first of them.
+	// the room. A user in several of the rooms gets it once, in the first of them; with a filter in the first of them that a
+	// connection is in for which the filter holds.
 	RoomIds []string `protobuf:"bytes,2,rep,name=room_ids,json=roomIds,proto3" json:"room_ids,omitempty"`
 	// These users: at most 10,000 by default.
 	UserIds []string `protobuf:"bytes,3,rep,name=user_ids,json=userIds,proto3" json:"user_ids,omitempty"`
