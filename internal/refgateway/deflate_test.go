@@ -82,13 +82,13 @@ func TestDeflateIsAgreedToAsFarAsItCanBe(t *testing.T) {
 	g, _ := start(t, newController(t), withDeflate)
 	without, _ := start(t, newController(t), nil)
 	for offer, want := range map[string]string{
-		"permessage-deflate":                         "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
-		"permessage-deflate; client_max_window_bits": "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
+		"permessage-deflate":                                                           "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
+		"permessage-deflate; client_max_window_bits":                                   "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
 		"permessage-deflate; server_max_window_bits=12; client_max_window_bits=12":     "permessage-deflate;server_no_context_takeover;client_no_context_takeover;server_max_window_bits=12",
 		"permessage-deflate; unheard_of, permessage-deflate; server_max_window_bits=9": "permessage-deflate;server_no_context_takeover;client_no_context_takeover;server_max_window_bits=9",
 		"permessage-deflate; server_max_window_bits=99":                                "",
-		"x-webkit-deflate-frame":                 "",
-		"permessage-deflate, permessage-deflate": "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
+		"x-webkit-deflate-frame":                                                       "",
+		"permessage-deflate, permessage-deflate":                                       "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
 	} {
 		for _, gateway := range []*Gateway{g, without} {
 			d, resp, err := dialWith(gateway, "user_id=u", &gws.ClientOption{RequestHeader: http.Header{"Sec-Websocket-Extensions": {offer}}})

@@ -250,8 +250,8 @@ func TestSlowClientIsToldThatItWasCutOff(t *testing.T) {
 		if got := g.held.Load(); got > 256<<10 {
 			t.Errorf("a client that was cut off still holds %d bytes", got)
 		}
-		code, frames := slow.untilClose(t) // What was being written is whole.
-		if code != closeSlow || frames == 0 || frames >= pushed {
+		code, frames := slow.untilClose(t) // What was being written is whole. A few large ones may fill the queue before anything is.
+		if code != closeSlow || frames == 0 && pushed > 10 || frames >= pushed {
 			t.Errorf("close code %d behind %d of %d frames", code, frames, pushed)
 		}
 	}
