@@ -81,27 +81,29 @@ func TestDeflatedPushesAreWhatTheyAreWithout(t *testing.T) {
 func TestDeflateIsAgreedToAsFarAsItCanBe(t *testing.T) {
 	g, _ := start(t, newController(t), withDeflate)
 	without, _ := start(t, newController(t), nil)
-	for offer, want := range map[string]string{
-		"permessage-deflate":                                                           "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
-		"permessage-deflate; client_max_window_bits":                                   "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
-		"permessage-deflate; server_max_window_bits=12; client_max_window_bits=12":     "permessage-deflate;server_no_context_takeover;client_no_context_takeover;server_max_window_bits=12",
-		"permessage-deflate; unheard_of, permessage-deflate; server_max_window_bits=9": "permessage-deflate;server_no_context_takeover;client_no_context_takeover;server_max_window_bits=9",
-		"permessage-deflate; server_max_window_bits=99":                                "",
-		"x-webkit-deflate-frame":                                                       "",
-		"permessage-deflate, permessage-deflate":                                       "permessage-deflate;server_no_context_takeover;client_no_context_takeover",
+	const agreed = "permessage-deflate;server_no_context_takeover;client_no_context_takeover"
+	for _, test := range []struct{ offer, want string }{
+		{"permessage-deflate", agreed},
+		{"permessage-deflate; client_max_window_bits", agreed},
+		{"permessage-deflate; server_max_window_bits=12; client_max_window_bits=12", agreed + ";server_max_window_bits=12"},
+		{"permessage-deflate; unheard_of, permessage-deflate; server_max_window_bits=9", agreed + ";server_max_window_bits=9"},
+		{"permessage-deflate; server_max_window_bits=99", ""},
+		{"x-webkit-deflate-frame", ""},
+		{"permessage-deflate, permessage-deflate", agreed},
 	} {
 		for _, gateway := range []*Gateway{g, without} {
-			d, resp, err := dialWith(gateway, "user_id=u", &gws.ClientOption{RequestHeader: http.Header{"Sec-Websocket-Extensions": {offer}}})
+			d, resp, err := dialWith(gateway, "user_id=u", &gws.ClientOption{RequestHeader: http.Header{"Sec-Websocket-Extensions": {test.offer}}})
 			if err != nil {
-				t.Fatalf("%s: %v", offer, err)
+				t.Fatalf("%s: %v", test.offer, err)
 			}
 			_ = d.ws.NetConn().Close()
 			got := strings.ReplaceAll(resp.Header.Get("Sec-WebSocket-Extensions"), " ", "")
+			want := test.want
 			if gateway == without {
 				want = ""
 			}
 			if got != want {
-				t.Errorf("%s: answered %q, want %q", offer, got, want)
+				t.Errorf("%s: answered %q, want %q", test.offer, got, want)
 			}
 		}
 	}
