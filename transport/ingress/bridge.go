@@ -62,13 +62,16 @@ func (s *Server) Enter(ctx context.Context, a *Arrival, c Call) context.Context 
 	return ctx
 }
 
-// Receive reads a message of a service other than the push API.
-func (s *Server) Receive(c Call, into proto.Message) error {
+// Receive reads a message of a service other than the push API. A large one waits for its turn until ctx ends, or for 2 s.
+func (s *Server) Receive(ctx context.Context, c Call, into proto.Message) error {
 	var in inbound
 	var head [messageHead]byte
 	m, err := s.next(c, head[:])
 	if err == nil {
 		err = in.fill(c, m)
+	}
+	if err == nil {
+		err = s.convert(ctx, c, &in, m, maxSpaceWait)
 	}
 	if err != nil {
 		return err

@@ -20,7 +20,10 @@ func newCodec() codec { return codec{proto: encoding.GetCodecV2(proto.Name)} }
 func (codec) Name() string { return proto.Name }
 
 // inbound is the bytes of one request, followed by nobody else's.
-type inbound struct{ wire []byte }
+type inbound struct {
+	wire []byte
+	raw  []byte // as it has come, until Server.convert makes wire of it
+}
 
 // inboundKeep is the largest buffer that is kept for another request. Most requests are
 // small, and a rare large one must not pin its memory.

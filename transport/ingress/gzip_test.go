@@ -3,12 +3,14 @@ package ingress
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/binary"
 	"io"
 	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -215,4 +217,56 @@ func FuzzGzip(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestLargeRequestsAreConvertedInTurns: whatever comes compressed, half of the cores decompress it.
+func TestLargeRequestsAreConvertedInTurns(t *testing.T) {
+	w := newWorld(t, withGzip)
+	n1 := w.network.nodes[0]
+	if n := cap(w.server.turns); n > max(runtime.GOMAXPROCS(0)/2, 1) {
+		t.Errorf("%d are converted at a time", n)
+	}
+	for range cap(w.server.turns) {
+		w.server.turns <- struct{}{}
+	}
+	use := grpc.UseCompressor("gzip")
+	large := func(text string) *pubsub.PushToUserRequest {
+		return &pubsub.PushToUserRequest{UserId: "a", Content: content(text + strings.Repeat(" ", 8<<10))}
+	}
+	st, err := w.client.PushStream(w.context(), use)
+	ok(t, err)
+	ok(t, st.Send(&pubsub.PushStreamRequest{Id: 1, Push: &pubsub.PushStreamRequest_ToUser{ToUser: large("stream")}}))
+	gone, leave := context.WithCancel(w.context())
+	var calls sync.WaitGroup
+	calls.Go(func() {
+		_, err := w.client.PushToUser(w.context(), large("unary"), use)
+		wantError(t, err, codes.ResourceExhausted, "OVERLOADED", "")
+	})
+	calls.Go(func() {
+		_, err := w.client.PushToUser(gone, large("gone"), use)
+		wantError(t, err, codes.Canceled, "", "")
+	})
+	for _, text := range []string{"small", strings.Repeat("x", 8<<10)} {
+		options := []grpc.CallOption{use}
+		if len(text) > smallBody {
+			options = nil // as it is
+		}
+		if r, err := w.client.PushToUser(w.context(), &pubsub.PushToUserRequest{UserId: "a", Content: content(text)}, options...); err != nil || !r.GetSuccess() {
+			t.Errorf("beside them: %v, %v", r, err)
+		}
+	}
+	leave()
+	calls.Wait()
+	for range cap(w.server.turns) {
+		<-w.server.turns
+	}
+	if r := recv(t, st); r.GetId() != 1 || !r.GetToUser().GetSuccess() {
+		t.Errorf("answered %v", r)
+	}
+	ok(t, st.CloseSend())
+	wantEnd(t, st, codes.OK, "", "")
+	if n := len(n1.payloads()); n != 3 {
+		t.Errorf("%d pushes arrived, want two from beside and the stream's", n)
+	}
+	w.spaceIsFree()
 }

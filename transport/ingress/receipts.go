@@ -375,7 +375,11 @@ func (s *Server) readSmall(info *callInfo) ([]byte, error) {
 		m.begun.Free()
 		return nil, &engine.InvalidError{Field: "request", Code: engine.CodeTooLarge, Description: fmt.Sprintf("more than %d bytes", smallBody)}
 	}
-	if err := in.only(info.wire, m, head[:]); err != nil {
+	err = in.only(info.wire, m, head[:])
+	if err == nil {
+		err = s.convert(context.Background(), info.wire, &in, m, 0) // a small one waits for nothing
+	}
+	if err != nil {
 		return nil, unread(err)
 	}
 	return in.wire, nil

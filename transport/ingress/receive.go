@@ -1,10 +1,12 @@
 package ingress
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
@@ -64,7 +66,7 @@ func (s *Server) next(w rawCall, head []byte) (m announced, err error) {
 	return m, nil
 }
 
-// fill reads the message, and frees what has been read of it.
+// fill reads the message, and frees what has been read of it. Server.convert is to follow.
 func (in *inbound) fill(w rawCall, m announced) error {
 	data, err := w.Read(max(m.size-m.begun.Len(), 0))
 	if err != nil {
@@ -78,14 +80,49 @@ func (in *inbound) fill(w rawCall, m announced) error {
 		data.Free()
 		return &tooLargeError{n, m.size}
 	}
+	if _, translated := w.(Translator); translated || m.zip != nil {
+		in.raw = data.Materialize()
+	} else {
+		in.copyFrom(data, data.Len())
+	}
+	data.Free()
+	return nil
+}
+
+// errNoTurn refuses a request that could not be decompressed or translated in time.
+var errNoTurn = fmt.Errorf("%w: too many large requests that are compressed or no protobuf", engine.ErrOverloaded)
+
+// convert decompresses and translates the message that fill has read, if it is to be. A large one takes a hundred milliseconds of a
+// core, so such wait for their turn, maxWait at most (0: until ctx ends), and have half of the cores: pushes go on beside them. What
+// nobody waits for any more is not converted.
+func (s *Server) convert(ctx context.Context, w rawCall, in *inbound, m announced, maxWait time.Duration) (err error) {
 	t, translated := w.(Translator)
 	if m.zip == nil && !translated {
-		in.copyFrom(data, data.Len())
-		data.Free()
 		return nil
 	}
-	b := data.Materialize()
-	data.Free()
+	b := in.raw
+	in.raw = nil
+	if m.becomes > smallBody {
+		var late <-chan time.Time
+		if maxWait > 0 {
+			timer := time.NewTimer(maxWait)
+			defer timer.Stop()
+			late = timer.C
+		}
+		select {
+		case s.turns <- struct{}{}:
+			defer func() { <-s.turns }()
+		case <-late:
+			return errNoTurn
+		case <-ctx.Done():
+		}
+		switch err := ctx.Err(); {
+		case errors.Is(err, context.DeadlineExceeded):
+			return engine.ErrDeadline
+		case err != nil:
+			return engine.ErrCanceled
+		}
+	}
 	if m.zip != nil {
 		if b, err = m.zip.unzip(b); err != nil {
 			return err
@@ -122,7 +159,7 @@ func unread(err error) error {
 	var invalid *engine.InvalidError
 	var large *tooLargeError
 	switch {
-	case errors.As(err, &invalid), errors.As(err, &large), errors.Is(err, errPanic):
+	case errors.As(err, &invalid), errors.As(err, &large), errors.Is(err, errPanic), errors.Is(err, errNoTurn), errors.Is(err, engine.ErrDeadline):
 		return err
 	case errors.Is(err, io.EOF):
 		return &engine.InvalidError{Field: "request", Code: engine.CodeRequired, Description: "must be there"}

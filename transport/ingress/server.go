@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -61,7 +62,8 @@ type Server struct {
 	callers  *callers // nil: nobody is limited
 	throttle *throttle.Throttle
 	space    *space
-	unzipper *unzipper // nil: nothing may be compressed
+	unzipper *unzipper     // nil: nothing may be compressed
+	turns    chan struct{} // of convert
 	streams  *streams
 	mostOpen [4]int64 // unary calls that are open, by rank of the priority
 	usual    *reply   // of a PushToUser that was delivered
@@ -125,6 +127,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.callers.show(cfg.Metrics)
 	s.space = newSpace(cfg.BodyBytes, cfg.Streams+max(cfg.BodyBytes/2/cfg.StreamWindow, 16), cfg.Metrics)
+	s.turns = make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1))
 	if cfg.Gzip {
 		s.unzipper = newUnzipper(cfg.MaxRecvBytes, s.panicked)
 	}

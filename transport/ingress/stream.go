@@ -188,6 +188,9 @@ func (st *stream) readMessage(ctx context.Context) (*message, error) {
 			return nil, st.srv.statuses.slow.status.Err()
 		}
 	}
+	if err == nil {
+		err = st.srv.convert(ctx, st.wire, &m.in, next, 0)
+	}
 	if err != nil {
 		return nil, st.readError(err)
 	}

@@ -109,6 +109,9 @@ func (s *Server) read(ctx context.Context, w rawCall, conn *throttle.Conn, c *ca
 	if err == nil {
 		err = c.in.only(w, m, c.head[:])
 	}
+	if err == nil {
+		err = s.convert(ctx, w, &c.in, m, maxSpaceWait)
+	}
 	if err != nil {
 		return unread(err)
 	}
@@ -135,14 +138,16 @@ func (s *Server) readLarge(ctx context.Context, w rawCall, conn *throttle.Conn, 
 	}}
 	watch.begin()
 	err = c.in.only(w, m, c.head[:])
-	switch {
-	case !watch.end():
+	if !watch.end() {
 		return errSlow
-	case err != nil:
-		return unread(err)
-	default:
-		return nil
 	}
+	if err == nil {
+		err = s.convert(ctx, w, &c.in, m, maxSpaceWait)
+	}
+	if err != nil {
+		return unread(err)
+	}
+	return nil
 }
 
 // run decodes the push and lets the engine do it. A panic becomes an error that

@@ -180,7 +180,7 @@ func (m *method) receive(ctx context.Context, into any) error {
 	if !isMessage || !isCall {
 		return errInternal
 	}
-	err := m.srv.cfg.Ingress.Receive(in, message)
+	err := m.srv.cfg.Ingress.Receive(ctx, in, message)
 	if err == nil || errors.Is(err, io.EOF) && m.clientStreams {
 		return err
 	}
